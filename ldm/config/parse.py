@@ -1,0 +1,347 @@
+"""Settings from a dataclass: its defaults, then a YAML file, then command-line flags; the later wins.
+
+    @dataclass
+    class Config:
+        epochs: int = setting(10, "passes over the data", group="schedule", low=1)
+
+    config = parse_config(Config, sys.argv[1:], yaml_flag="train_config", prog="train.py")
+
+Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` is written
+`None` on the command line and `null` in YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+
+from ldm.atomic import atomic_path
+from ldm.errors import UserError
+
+Config = TypeVar("Config")
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_NONE = ("none", "null")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str = "settings",
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+) -> Any:
+    """A dataclass field with what `parse_config` needs to explain and check it.
+
+    `choices` are the allowed values, `low` and `high` the range with its ends, `above` and `below` without them (for a
+    list: of each entry), `length` the number of entries of a list. A default is not checked.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "above": above,
+        "below": below,
+        "length": length,
+    }
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_config(
+    cls: type[Config],
+    argv: Sequence[str],
+    *,
+    yaml_flag: str | None = None,
+    prog: str = "",
+    description: str = "",
+) -> Config:
+    """Build `cls` from its defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
+
+    `yaml_flag` must be a field of `cls` of type Optional[str]. Booleans read as `--flag True`, `--flag=True` or the
+    bare `--flag`; lists as `--betas 0.9 0.98`; a value that begins with `--` as `--flag=--value`. `-h` or `--help`
+    prints every setting with its default and exits. Checks between settings belong into `__post_init__` of `cls`.
+
+    Raises UserError for an unknown setting (naming the nearest), a wrong type, a value out of range, a broken file.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    if "-h" in argv or "--help" in argv:
+        print(explain(cls, prog=prog, description=description))
+        sys.exit(0)
+
+    flags = _read_flags(argv, fields, hints)
+    values: dict[str, Any] = {}
+    if yaml_flag is not None:
+        path = flags.get(yaml_flag, fields[yaml_flag].default)
+        if path is not None:
+            for name, (value, where) in _read_yaml_settings(path, fields, yaml_flag).items():
+                values[name] = _from_yaml(value, hints[name], f"{where}: {name}")
+                _check_range(values[name], fields[name], f"{where}: {name}")
+    for name, value in flags.items():
+        _check_range(value, fields[name], f"--{name}")
+        values[name] = value
+    return cls(**values)
+
+
+def save_config(config: Any, path: str | Path, header: str = "") -> None:
+    """Write all settings of a dataclass as a YAML file that `parse_config` reads back; `header` becomes a comment."""
+    text = "".join(f"# {line}\n" for line in header.splitlines())
+    text += yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def explain(cls: type, *, prog: str = "", description: str = "", width: int | None = None) -> str:
+    """The help text: every setting, by group, with its type, choices, range and default."""
+    width = width or max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+    hints = typing.get_type_hints(cls)
+    lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
+    if description:
+        lines += ["", textwrap.fill(description, width)]
+    groups: dict[str, list[dataclasses.Field]] = {}
+    for field in dataclasses.fields(cls):
+        if field.init:
+            groups.setdefault(field.metadata.get("group", "settings"), []).append(field)
+    for group, members in groups.items():
+        lines += ["", f"{group}:"]
+        for field in members:
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            text = field.metadata.get("help", "")
+            limits = _limits(field)
+            text += f" ({limits})" if limits else ""
+            text += f" [{_show(default)}]"
+            lines.append(f"  --{field.name} <{_type_name(hints[field.name])}>")
+            lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    lines += ["", "In brackets: the default. A flag wins over the YAML file, the YAML file over the default."]
+    return "\n".join(lines)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name most like `name`, for error messages."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def _read_flags(argv: Sequence[str], fields: dict[str, dataclasses.Field], hints: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if not token.startswith("--"):
+            raise UserError(f'"{token}" does not belong to a setting: write --name value (-h lists the names)')
+        name, equals, attached = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in fields:
+            raise UserError(f"unknown setting --{name}: did you mean --{nearest(name, list(fields))}? (-h lists all)")
+        words = [attached] if equals else []
+        hint = hints[name]
+        if not equals:
+            limit = len(argv) if _list_item(hint) else position + 1
+            while position < min(limit, len(argv)) and not argv[position].startswith("--"):
+                words.append(argv[position])
+                position += 1
+        values[name] = _from_words(words, hint, f"--{name}")
+    return values
+
+
+def _from_words(words: list[str], hint: Any, where: str) -> Any:
+    if not words:
+        if bool in _alternatives(hint):
+            return True
+        raise UserError(f"{where} needs a value: {_type_name(hint)}")
+    item = _list_item(hint)
+    if item is None:
+        return _from_word(words[0], hint, where)
+    if len(words) == 1 and words[0].lower() in _NONE and type(None) in _alternatives(hint):
+        return None
+    if item is not str:  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
+        words = [word for word in re.split(r"[\s,\[\]()]+", " ".join(words)) if word]
+    return [_from_word(word, item, where) for word in words]
+
+
+def _from_word(word: str, hint: Any, where: str) -> Any:
+    kinds = _alternatives(hint)
+    if type(None) in kinds and word.lower() in _NONE:
+        return None
+    # a lone 1 or 0 is a truth value only where no number is wanted
+    if bool in kinds and word.lower() in _TRUE + _FALSE:
+        return word.lower() in _TRUE
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                number = kind(word)
+            except ValueError:
+                continue
+            if math.isfinite(number):
+                return number
+    if str in kinds:
+        return word
+    raise UserError(f'{where}: "{word}" is not {_wanted(hint)}')
+
+
+# ---- the YAML file ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'"{key_node.value}" is given twice', key_node.start_mark
+                )
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file without running anything in it; UserError names the file and line of a mistake."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a text file ({error})") from None
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line} is not valid YAML: {problem}") from None
+
+
+def _read_yaml_settings(
+    path: str, fields: dict[str, dataclasses.Field], yaml_flag: str
+) -> dict[str, tuple[Any, str]]:
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold lines of `setting: value`, not a {type(content).__name__}")
+    known = [name for name in fields if name != yaml_flag]
+    for name in content:
+        if name not in known:
+            near = nearest(str(name), known)
+            raise UserError(f'{path}: unknown setting "{name}": did you mean "{near}"? (-h lists all)')
+    return {name: (value, str(path)) for name, value in content.items()}
+
+
+def _from_yaml(value: Any, hint: Any, where: str) -> Any:
+    kinds = _alternatives(hint)
+    item = _list_item(hint)
+    if value is None and type(None) in kinds:
+        return None
+    if item is not None:
+        if isinstance(value, list):
+            return [_from_yaml(entry, item, where) for entry in value]
+    elif isinstance(value, bool):  # a bool is an int to Python, not to a person
+        if bool in kinds:
+            return value
+    elif isinstance(value, int) and int in kinds:
+        return value
+    elif isinstance(value, (int, float)) and float in kinds and math.isfinite(value):
+        return float(value)
+    elif isinstance(value, str) and str in kinds:
+        return value
+    elif str in kinds and not isinstance(value, (list, dict)):
+        raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
+    raise UserError(f"{where}: {_show(value)} is not {_wanted(hint)}")
+
+
+# ---- types and ranges ------------------------------------------------------------------------------------------------
+
+
+def _alternatives(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) is Union else (hint,)
+
+
+def _list_item(hint: Any) -> Any:
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is list:
+            return typing.get_args(kind)[0]
+    return None
+
+
+def _wanted(hint: Any) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+    texts = []
+    for kind in _alternatives(hint):
+        texts.append(f"a list, each {_wanted(_list_item(kind))}" if _list_item(kind) else names[kind])
+    return " or ".join(texts)
+
+
+def _type_name(hint: Any) -> str:
+    names = {bool: "True|False", int: "int", float: "float", str: "text", type(None): "None"}
+    return "|".join(f"{_type_name(_list_item(k))} ..." if _list_item(k) else names[k] for k in _alternatives(hint))
+
+
+def _limits(field: dataclasses.Field) -> str:
+    rules = field.metadata
+    texts = []
+    if rules.get("choices"):
+        texts.append("one of " + ", ".join(_show(choice) for choice in rules["choices"]))
+    names = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
+    texts += [f"{name} {rules[rule]}" for rule, name in names if rules.get(rule) is not None]
+    if rules.get("length"):
+        texts.append(f"{rules['length']} values")
+    return ", ".join(texts)
+
+
+def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
+    rules = field.metadata
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if entry is None:
+            continue
+        wrong = rules.get("choices") and entry not in rules["choices"]
+        if isinstance(entry, (int, float)) and not isinstance(entry, bool):
+            wrong = wrong or (
+                (rules.get("low") is not None and entry < rules["low"])
+                or (rules.get("high") is not None and entry > rules["high"])
+                or (rules.get("above") is not None and entry <= rules["above"])
+                or (rules.get("below") is not None and entry >= rules["below"])
+            )
+        if wrong:
+            near = ""
+            if rules.get("choices") and isinstance(entry, str):
+                near = f'; did you mean "{nearest(entry, [str(choice) for choice in rules["choices"]])}"?'
+            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(field)}{near}")
+    if rules.get("length") and isinstance(value, list) and len(value) != rules["length"]:
+        raise UserError(f"{where}: {len(value)} values given, wanted {rules['length']}")
+
+
+def _show(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
