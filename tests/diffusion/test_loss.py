@@ -1,0 +1,81 @@
+"""The loss compares with the noise or with the velocity, in graph mode."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn, ops
+
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.schedule import NoiseSchedule
+
+
+class Scaled(nn.Cell):
+    """A stand-in for the UNet: one weight, and a trace of the time step and the context in what it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = ms.Parameter(ms.Tensor(np.float32(0.5)), name="weight")
+
+    def construct(self, latents, timesteps, context):
+        offset = ops.reshape(timesteps.astype(ms.float32) / 1000.0 + context[:, 0, 0], (-1, 1, 1, 1))
+        return self.weight * latents + ops.broadcast_to(offset, latents.shape)
+
+
+@pytest.fixture(autouse=True)
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.fixture
+def sample():
+    rng = np.random.default_rng(0)
+    return {
+        "latents": rng.standard_normal((3, 4, 5, 6)).astype(np.float32),
+        "noise": rng.standard_normal((3, 4, 5, 6)).astype(np.float32),
+        "timesteps": np.array([0, 500, 999], np.int32),
+        "context": rng.standard_normal((3, 7, 2)).astype(np.float32),
+    }
+
+
+def expected_loss(sample, prediction_type, weight=0.5):
+    abar = NoiseSchedule().alphas_cumprod[sample["timesteps"]].reshape(-1, 1, 1, 1)
+    latents, noise = sample["latents"].astype(np.float64), sample["noise"].astype(np.float64)
+    noised = np.sqrt(abar) * latents + np.sqrt(1 - abar) * noise
+    offset = (sample["timesteps"] / 1000 + sample["context"][:, 0, 0]).reshape(-1, 1, 1, 1)
+    target = noise if prediction_type == "epsilon" else np.sqrt(abar) * noise - np.sqrt(1 - abar) * latents
+    return np.mean((weight * noised + offset - target) ** 2)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_it_is_the_mean_squared_error_of_the_prediction(sample, prediction_type):
+    loss = DiffusionLoss(Scaled(), NoiseSchedule(), prediction_type)
+    value = loss(*(ms.Tensor(array) for array in sample.values()))
+    assert value.dtype == ms.float32 and value.shape == ()
+    assert float(value.asnumpy()) == pytest.approx(expected_loss(sample, prediction_type), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_its_gradient_is_that_of_the_formula(sample, prediction_type):
+    unet = Scaled()
+    loss = DiffusionLoss(unet, NoiseSchedule(), prediction_type)
+    _, gradient = ms.value_and_grad(loss, None, list(unet.trainable_params()))(
+        *(ms.Tensor(array) for array in sample.values())
+    )
+    step = 1e-4
+    slope = (
+        expected_loss(sample, prediction_type, 0.5 + step) - expected_loss(sample, prediction_type, 0.5 - step)
+    ) / (2 * step)
+    assert float(gradient[0].asnumpy()) == pytest.approx(slope, rel=1e-4)
+
+
+def test_the_networks_parameter_names_stay_as_they_are():
+    unet = Scaled()
+    DiffusionLoss(unet, NoiseSchedule(), "epsilon")
+    assert [parameter.name for parameter in unet.get_parameters()] == ["weight"]
+
+
+def test_another_prediction_type_is_refused():
+    with pytest.raises(ValueError, match="velocity"):
+        DiffusionLoss(Scaled(), NoiseSchedule(), "velocity")
