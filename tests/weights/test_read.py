@@ -1,0 +1,276 @@
+"""Checkpoint files: what is written is read back, by MindSpore too; what is not a checkpoint is called by its name."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.weights import read
+from ldm.weights.read import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
+
+ARRAYS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "half": np.array([1.5, -2.0], np.float16),
+    "double": np.array([[1e300]], np.float64),
+    "count": np.array(7, np.int64),
+    "small": np.array([-1, 2], np.int8),
+    "flags": np.array([True, False]),
+    "not contiguous": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "nothing": np.zeros((0, 3), np.float32),
+    "ключ": np.ones(1, np.float32),
+}
+TEXTS = {"prediction_type": "v_prediction", "empty": "", "accents": "é 图"}
+
+
+@pytest.fixture(params=[".safetensors", ".ckpt"])
+def suffix(request):
+    return request.param
+
+
+def write(path, content: bytes):
+    path.write_bytes(content)
+    return path
+
+
+def whole_file(folder, suffix):
+    path = folder / f"whole{suffix}"
+    write_checkpoint(path, {f"layer.{i}.weight": np.full((40, 5), i, np.float32) for i in range(4)}, {"k": "v"})
+    return path
+
+
+class TestRoundTrip:
+    def test_arrays_and_texts_come_back_bit_for_bit(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        write_checkpoint(path, ARRAYS, TEXTS)
+        arrays, texts = read_checkpoint(path)
+        assert texts == TEXTS
+        assert arrays.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert arrays[name].dtype == array.dtype and arrays[name].shape == array.shape
+            np.testing.assert_array_equal(arrays[name], array)
+
+    def test_shapes_are_known_without_reading(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        write_checkpoint(path, ARRAYS)
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.shapes() == {name: array.shape for name, array in ARRAYS.items()}
+        assert checkpoint.shape("count") == ()
+
+    def test_the_content_tells_the_format_not_the_suffix(self, tmp_path, suffix):
+        path = whole_file(tmp_path, suffix).rename(tmp_path / "renamed.bin")
+        assert open_checkpoint(path).format == suffix[1:]
+
+    def test_a_tensor_in_several_pieces_is_joined(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(read, "_CKPT_CHUNK", 64)
+        big = np.arange(100, dtype=np.float32).reshape(10, 10)
+        write_checkpoint(tmp_path / "x.ckpt", {"big": big, "next": big + 1})
+        arrays, _ = read_checkpoint(tmp_path / "x.ckpt")
+        np.testing.assert_array_equal(arrays["big"], big)
+        np.testing.assert_array_equal(arrays["next"], big + 1)
+        np.testing.assert_array_equal(ms.load_checkpoint(str(tmp_path / "x.ckpt"))["big"].asnumpy(), big)
+
+    def test_overwriting_leaves_nothing_else_behind(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        write_checkpoint(path, {"a": np.zeros(3, np.float32)})
+        write_checkpoint(path, {"a": np.ones(3, np.float32)})
+        assert os.listdir(tmp_path) == [path.name]
+        np.testing.assert_array_equal(read_checkpoint(path)[0]["a"], 1)
+
+    def test_a_failed_write_keeps_the_old_file(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        write_checkpoint(path, {"a": np.zeros(3, np.float32)})
+        with pytest.raises(Exception):  # noqa: B017 - each library has its own
+            write_checkpoint(path, {"a": np.ones(3, np.float32), "b": np.array(["text"])})
+        assert os.listdir(tmp_path) == [path.name]
+        np.testing.assert_array_equal(read_checkpoint(path)[0]["a"], 0)
+
+
+class TestMindSporeAgrees:
+    def test_mindspore_loads_what_is_written_here(self, tmp_path):
+        write_checkpoint(tmp_path / "x.ckpt", ARRAYS, TEXTS)
+        loaded = ms.load_checkpoint(str(tmp_path / "x.ckpt"))
+        assert {name: loaded[name] for name in TEXTS} == TEXTS
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(loaded[name].asnumpy(), array)
+            assert loaded[name].asnumpy().dtype == array.dtype
+
+    @pytest.mark.parametrize("crc_check", [False, True])
+    def test_what_mindspore_saves_is_read_here(self, tmp_path, crc_check):
+        parameters = [
+            {"name": "w", "data": ms.Tensor(ARRAYS["a.weight"])},
+            {"name": "half", "data": ms.Tensor(ARRAYS["half"])},
+            {"name": "bf16", "data": ms.Tensor([1.5, -2.0], ms.bfloat16)},
+        ]
+        extra = {"lora_rank": 4, "lora_scale": 0.5, "flag": True, "base": "sd1"}
+        ms.save_checkpoint(parameters, str(tmp_path / "x.ckpt"), append_dict=extra, crc_check=crc_check)
+        arrays, texts = read_checkpoint(tmp_path / "x.ckpt")
+        assert texts == {"base": "sd1"}
+        np.testing.assert_array_equal(arrays["w"], ARRAYS["a.weight"])
+        assert arrays["half"].dtype == np.float16
+        np.testing.assert_array_equal(arrays["bf16"], np.array([1.5, -2.0], np.float32))
+        assert (int(arrays["lora_rank"]), float(arrays["lora_scale"]), bool(arrays["flag"])) == (4, 0.5, True)
+
+    def test_a_damaged_checksum_is_noticed(self, tmp_path):
+        weights = [{"name": "w", "data": ms.Tensor(np.ones(9, np.float32))}]
+        ms.save_checkpoint(weights, str(tmp_path / "x"), crc_check=True)
+        content = bytearray((tmp_path / "x.ckpt").read_bytes())
+        content[-30] ^= 1
+        with pytest.raises(UserError, match="checksum"):
+            read_checkpoint(write(tmp_path / "y.ckpt", bytes(content)))
+
+
+def test_bfloat16_in_safetensors_is_widened_exactly(tmp_path):
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    values = np.array([1.0, -2.5, 3e38, 0.0], np.float32)
+    values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    content = struct.pack("<Q", len(header)) + header + (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    arrays, _ = read_checkpoint(write(tmp_path / "x.safetensors", content))
+    assert arrays["w"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["w"], values.reshape(2, 2))
+
+
+class TestCutOff:
+    def test_a_file_cut_off_anywhere_is_refused_or_ends_between_two_tensors(self, tmp_path, suffix):
+        content = whole_file(tmp_path, suffix).read_bytes()
+        whole, _ = read_checkpoint(tmp_path / f"whole{suffix}")
+        refused = 0
+        for size in range(1, len(content), 7):
+            path = write(tmp_path / f"cut{suffix}", content[:size])
+            try:
+                arrays, _ = read_checkpoint(path)
+            except UserError as error:
+                assert str(path) in str(error)
+                refused += 1
+            else:  # a .ckpt has no list of its tensors: what is left is a shorter, whole one
+                assert suffix == ".ckpt" and arrays.keys() < whole.keys() | {"k"}
+        assert refused >= len(range(1, len(content), 7)) - 4
+
+    def test_it_is_said_in_so_many_words(self, tmp_path, suffix):
+        content = whole_file(tmp_path, suffix).read_bytes()
+        for part in (0.3, 0.5, 0.9):
+            with pytest.raises(UserError, match="cut.off"):
+                read_checkpoint(write(tmp_path / f"cut{suffix}", content[: int(len(content) * part)]))
+
+    def test_trailing_bytes_are_refused(self, tmp_path, suffix):
+        content = whole_file(tmp_path, suffix).read_bytes()
+        with pytest.raises(UserError, match="damaged|cut off"):
+            read_checkpoint(write(tmp_path / f"long{suffix}", content + b"more"))
+
+
+def torch_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"state_dict": 1}))
+        archive.writestr("archive/data/0", b"\0" * 64)
+    return buffer.getvalue()
+
+
+def plain_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("picture.png", b"x")
+    return buffer.getvalue()
+
+
+def npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+FOREIGN = {
+    "empty": (b"", "empty file"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git-lfs pointer"),
+    "HTML page": (b"<!DOCTYPE html><html>401</html>" + b" " * 900, "HTML page"),
+    "HTML after blank lines": (b"\n\n  <html><body>Sign in</body></html>" + b"\n" * 900, "HTML page"),
+    "XML": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "XML"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 300, "PNG picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 300, "JPEG picture"),
+    "torch zip": (torch_zip(), "PyTorch file"),
+    "pickle": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=2), "pickle"),
+    "pickle protocol 5": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=5), "pickle"),
+    "plain zip": (plain_zip(), "zip archive"),
+    "npy": (npy(), "npy"),
+    "gzip": (b"\x1f\x8b\x08" + b"\0" * 100, "gzip"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, "HDF5"),
+    "GGUF": (b"GGUF" + b"\0" * 100, "GGUF"),
+    "JSON": (b'{"r": 4, "lora_alpha": 8}' * 9, "text file|not a .safetensors"),
+    "text": (b"a photo of a cat\n" * 30, "text file|not a .safetensors"),
+    "text after a line feed": (b"\na photo of a cat\n" * 30, "text file|not a .safetensors"),
+    "zeros": (b"\0" * 1000, "neither|not a .safetensors"),
+    "noise": (np.random.default_rng(0).bytes(1000), "neither|not a .safetensors"),
+    "noise after 0x0a": (b"\n" + np.random.default_rng(1).bytes(1000), "neither|not a .safetensors|damaged|cut off"),
+    "one byte": (b"\n", "neither|text file|not a .safetensors"),
+    "a header of nonsense": (struct.pack("<Q", 20) + b"{" + b"x" * 40, "damaged"),
+}
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize("kind", FOREIGN)
+    def test_is_named_for_what_it_is(self, tmp_path, suffix, kind):
+        content, pattern = FOREIGN[kind]
+        path = write(tmp_path / f"model{suffix}", content)
+        with pytest.raises(UserError, match=pattern) as caught:
+            read_checkpoint(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_a_pickle_in_disguise_runs_nothing(self, tmp_path, suffix):
+        class Evil:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "was_here"), "w"))
+
+        with pytest.raises(UserError):
+            read_checkpoint(write(tmp_path / f"model{suffix}", pickle.dumps(Evil())))
+        assert not (tmp_path / "was_here").exists()
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(UserError, match="is a folder"):
+            read_checkpoint(tmp_path)
+        write(tmp_path / "model_index.json", b"{}")
+        with pytest.raises(UserError, match="diffusers folder"):
+            read_checkpoint(tmp_path)
+
+    def test_a_missing_file_names_the_nearest(self, tmp_path, suffix):
+        whole_file(tmp_path, suffix)
+        with pytest.raises(UserError, match=f"does not exist: did you mean whole{suffix}"):
+            read_checkpoint(tmp_path / f"whoel{suffix}")
+        with pytest.raises(UserError, match="does not exist"):
+            read_checkpoint(tmp_path / "no folder" / f"x{suffix}")
+
+    def test_an_unknown_element_type(self, tmp_path):
+        header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()
+        with pytest.raises(UserError, match="F8_E4M3"):
+            read_checkpoint(write(tmp_path / "x.safetensors", struct.pack("<Q", len(header)) + header + b"\0" * 8))
+
+
+class TestWriting:
+    @pytest.mark.parametrize("name", ["x.pt", "x", "x.safetensor", "x.ckpt.bak"])
+    def test_another_suffix_is_refused(self, tmp_path, name):
+        with pytest.raises(UserError, match=".safetensors or .ckpt"):
+            write_checkpoint(tmp_path / name, ARRAYS)
+        assert not os.listdir(tmp_path)
+
+    def test_a_place_that_cannot_be_written_is_named(self, tmp_path, suffix):
+        write(tmp_path / "file", b"")
+        with pytest.raises(UserError, match="cannot write"):
+            write_checkpoint(tmp_path / "file" / f"x{suffix}", ARRAYS)
+
+    def test_metadata_is_text(self, tmp_path, suffix):
+        with pytest.raises(TypeError, match="lora_rank"):
+            write_checkpoint(tmp_path / f"x{suffix}", ARRAYS, {"lora_rank": 4})
+
+
+def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
+    content = np.random.default_rng(0).bytes(3_000_000)
+    assert content_hash(write(tmp_path / "x", content)) == hashlib.sha256(content).hexdigest()
+    with pytest.raises(UserError, match="cannot read"):
+        content_hash(tmp_path / "y")
