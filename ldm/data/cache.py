@@ -1,0 +1,153 @@
+"""Arrays that are worth computing once: the latents of pictures, the states of captions."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.atomic import atomic_path
+from ldm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ARRAY = "array"  # the one member of a cache file
+STALE_SECONDS = 3600.0
+
+
+def content_key(*parts: str | int | float | bytes | Path) -> str:
+    """The sha256 (64 hex digits) of what an array is computed from: any change in it is another key.
+
+    A Path stands for the file's content, not its name. Name the kind of array first, then the weights' hash and the
+    settings: `content_key("latents", weights_hash, 512, path)`.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            kind, raw = b"file", _file_bytes(part)
+        elif isinstance(part, bytes):
+            kind, raw = b"bytes", part
+        else:
+            kind, raw = b"value", repr(part).encode()
+        # Each part by its own digest, so that no two lists of parts run together into the same bytes.
+        digest.update(kind + hashlib.sha256(raw).digest())
+    return digest.hexdigest()
+
+
+class StateCache:
+    """Arrays by key, in memory and, given a folder, on disk, one file each.
+
+    Files are written beside and renamed, so a process killed in the middle leaves what it had finished; each carries a
+    checksum, and one that does not match is named in a warning and computed again. It is always safe to delete the
+    folder.
+
+    Args:
+        folder: where the files go (made when the first is written); None keeps them in memory alone.
+    """
+
+    def __init__(self, folder: str | Path | None = None):
+        self.folder = None if folder is None else Path(folder)
+        self._arrays: dict[str, np.ndarray] = {}
+        self._writes = self.folder is not None
+        if self.folder is not None and self.folder.is_dir():
+            self._remove_remains(self.folder)
+
+    def get_or_compute(
+        self,
+        keys: Sequence[str],
+        compute_batch: Callable[[list[int]], Iterable[np.ndarray]],
+        batch_size: int,
+        desc: str,
+    ) -> list[np.ndarray]:
+        """The array of every key, computed where neither memory nor disk has it.
+
+        Args:
+            keys: of `content_key`; equal ones share one array.
+            compute_batch: takes the places in `keys` of exactly `batch_size` arrays to compute, gives them in that
+                order. The last batch is filled up by repeating its last place, so that a graph is compiled for one
+                shape only.
+            batch_size: at least 1.
+            desc: what is computed, for the progress bar and messages ("latents").
+
+        Raises:
+            UserError: an array that was computed is not finite.
+        """
+        places = {key: place for place, key in reversed(list(enumerate(keys)))}
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._arrays]
+        missing = []
+        for key in tqdm(wanted, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
+            array = self._read(key)
+            if array is None:
+                missing.append(key)
+            else:
+                self._arrays[key] = array
+        if missing:
+            with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
+                for start in range(0, len(missing), batch_size):
+                    batch = missing[start : start + batch_size]
+                    asked = [places[key] for key in batch]
+                    computed = list(compute_batch(asked + asked[-1:] * (batch_size - len(asked))))
+                    if len(computed) != batch_size:
+                        raise ValueError(f"{desc}: {len(computed)} arrays for a batch of {batch_size}")
+                    for key, array in zip(batch, computed):
+                        self._store(key, np.array(array), desc)
+                    bar.update(len(batch))
+        return [self._arrays[key] for key in keys]
+
+    def _path(self, key: str) -> Path:
+        # Two levels: some file systems slow down at a hundred thousand files in one folder.
+        return self.folder / key[:2] / f"{key}.npz"
+
+    def _read(self, key: str) -> np.ndarray | None:
+        if self.folder is None:
+            return None
+        path = self._path(key)
+        try:
+            with np.load(path, allow_pickle=False) as members:
+                return members[ARRAY]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            logger.warning("the cache file %s is broken (%s); computing it again", path, error or type(error).__name__)
+            return None
+
+    def _store(self, key: str, array: np.ndarray, desc: str) -> None:
+        if not np.isfinite(array).all():
+            raise UserError(f"computing {desc} gave values that are not finite: try --precision fp32")
+        self._arrays[key] = array
+        if not self._writes:
+            return
+        try:
+            with atomic_path(self._path(key)) as temporary:
+                # Uncompressed; a zip's CRC-32 is what tells a damaged file from a sound one.
+                np.savez(temporary, **{ARRAY: array})
+        except OSError as error:
+            self._writes = False
+            logger.warning("cannot write the cache %s (%s); going on in memory", self.folder, error.strerror or error)
+
+    @staticmethod
+    def _remove_remains(folder: Path) -> None:
+        """Take away what killed processes left unfinished; younger files may be another rank's, at work."""
+        for path in folder.glob("*/.*.partial.npz"):
+            try:
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+            except OSError:
+                continue  # another rank was first
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check data_path") from None
