@@ -1,0 +1,44 @@
+"""UNet, autoencoder and text encoder, put together from a model configuration, with the published names."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from ldm.config.model import ModelConfig
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text_encoder import CLIPTextEncoder
+from ldm.models.unet import UNetModel
+
+
+class DiffusionWrapper(nn.Cell):
+    """Holds `diffusion_model`, as the published names have it."""
+
+    def __init__(self, unet: UNetModel):
+        super().__init__()
+        self.diffusion_model = unet
+
+    def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        return self.diffusion_model(latents, timesteps, context)
+
+
+class StableDiffusion(nn.Cell):
+    """The three networks: `model.diffusion_model`, `first_stage_model`, `cond_stage_model`.
+
+    A container: each part runs as a graph of its own. `parameters_dict()` has the names of the published single-file
+    checkpoints.
+    """
+
+    def __init__(self, unet: UNetModel, vae: AutoencoderKL, text_encoder: CLIPTextEncoder):
+        super().__init__()
+        self.model = DiffusionWrapper(unet)
+        self.first_stage_model = vae
+        self.cond_stage_model = text_encoder
+
+
+def build_model(config: ModelConfig) -> StableDiffusion:
+    """Random weights (numpy's global state), fp32, frozen; load a checkpoint over them with `ldm.weights.load`."""
+    model = StableDiffusion(UNetModel(**config.unet), AutoencoderKL(**config.vae), CLIPTextEncoder(**config.text))
+    model.set_train(False)
+    for parameter in model.get_parameters():
+        parameter.requires_grad = False
+    return model

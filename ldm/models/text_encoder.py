@@ -1,0 +1,132 @@
+"""CLIP's text transformer, in the form that Stable Diffusion conditions on, and the encoder layers it shares with
+CLIP's image tower.
+
+One form of names for both published text encoders, Hugging Face's: OpenCLIP's fused projections are split on reading.
+SD1.x: ViT-L/14, 12 layers, quick GELU. SD2.x: ViT-H/14, exact GELU, the first 23 of 24 layers. Both end in the final
+LayerNorm.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ldm.models.attention import ScaledDotProductAttention
+from ldm.models.layers import GELU, Dense, LayerNorm, QuickGELU
+
+
+class CLIPAttention(nn.Cell):
+    """Multi-head self-attention over (N, tokens, width); `causal_length` tokens see only those before them."""
+
+    def __init__(self, width: int, num_heads: int, causal_length: int = 0):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
+        self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
+        self.attention = ScaledDotProductAttention(self.head_dim, causal_length)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        return x.reshape(n, tokens, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
+
+    def construct(self, x: Tensor) -> Tensor:
+        out = self.attention(self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x)),
+                             self.split_heads(self.v_proj(x)))
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
+
+
+class CLIPMLP(nn.Cell):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1, self.fc2 = Dense(width, hidden), Dense(hidden, width)
+        self.activation = QuickGELU() if activation == "quick_gelu" else GELU()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Cell):
+    """Pre-norm transformer layer of CLIP, in both towers."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, activation: str, causal_length: int = 0):
+        super().__init__()
+        self.self_attn = CLIPAttention(width, num_heads, causal_length)
+        self.layer_norm1, self.layer_norm2 = LayerNorm(width), LayerNorm(width)
+        self.mlp = CLIPMLP(width, hidden, activation)
+
+    def construct(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Cell):
+    def __init__(self, width: int, num_layers: int, num_heads: int, hidden: int, activation: str,
+                 causal_length: int = 0):
+        super().__init__()
+        self.layers = nn.CellList(
+            [CLIPEncoderLayer(width, num_heads, hidden, activation, causal_length) for _ in range(num_layers)])
+
+    def construct(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Embedding(nn.Cell):
+    """Rows of `weight` (entries, width), fp32."""
+
+    def __init__(self, entries: int, width: int):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.random.normal(0.0, 0.02, (entries, width)).astype(np.float32)), name="weight")
+        self.gather = ops.Gather()
+
+    def construct(self, index: Tensor) -> Tensor:
+        return self.gather(self.weight, index, 0).astype(ms.float32)
+
+
+class TextEmbeddings(nn.Cell):
+    def __init__(self, vocab_size: int, length: int, width: int):
+        super().__init__()
+        self.token_embedding, self.position_embedding = Embedding(vocab_size, width), Embedding(length, width)
+        self.positions = Tensor(np.arange(length, dtype=np.int32))
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        x = self.token_embedding(tokens)
+        return x + ops.broadcast_to(self.position_embedding(self.positions), x.shape)
+
+
+class CLIPTextTransformer(nn.Cell):
+    """Tokens (N, length) int32 -> last hidden states after the final LayerNorm (N, length, width)."""
+
+    def __init__(self, width: int, num_layers: int, num_heads: int, activation: str = "quick_gelu",
+                 vocab_size: int = 49408, length: int = 77):
+        super().__init__()
+        self.embeddings = TextEmbeddings(vocab_size, length, width)
+        self.encoder = CLIPEncoder(width, num_layers, num_heads, 4 * width, activation, causal_length=length)
+        self.final_layer_norm = LayerNorm(width)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+
+
+class TextModel(nn.Cell):
+    """Holds `text_model`, as the published names have it."""
+
+    def __init__(self, **params):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(**params)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        return self.text_model(tokens)
+
+
+class CLIPTextEncoder(nn.Cell):
+    """The conditioning stage: tokens (N, 77) int32 -> text states (N, 77, width) fp32."""
+
+    def __init__(self, **params):
+        super().__init__()
+        self.transformer = TextModel(**params)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        return self.transformer(tokens).astype(ms.float32)

@@ -1,0 +1,167 @@
+"""The denoising UNet of latent diffusion (Rombach et al. 2022), with the published names."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm.models.attention import SpatialTransformer
+from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, SiLU, Upsample2x
+
+# Every member of a block takes (x, emb, context) and uses what it needs, so that a block is a plain walk over them.
+
+
+class InputConv(Conv2d):
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return super().construct(x)
+
+
+class ResBlock(nn.Cell):
+    """x (N, in, H, W) and the time embedding emb (N, emb_channels) -> (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, emb_channels: int, out_channels: int, num_groups: int = 32):
+        super().__init__()
+        self.in_layers = nn.SequentialCell(
+            [GroupNorm(in_channels, num_groups), SiLU(), Conv2d(in_channels, out_channels, 3, padding=1)])
+        self.emb_layers = nn.SequentialCell([SiLU(), Dense(emb_channels, out_channels)])
+        self.out_layers = nn.SequentialCell(
+            [GroupNorm(out_channels, num_groups), SiLU(), Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
+        self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        shift = self.emb_layers(emb)
+        # Broadcast first: an addition of unequal shapes keeps about four times its output on the CPU.
+        h = h + ops.broadcast_to(shift.reshape(shift.shape + (1, 1)), h.shape)
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Cell):
+    """Strided 3x3 convolution that halves height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Cell):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.double = Upsample2x()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return self.conv(self.double(x))
+
+
+class Block(nn.SequentialCell):
+    """One entry of input_blocks, middle_block or output_blocks."""
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for cell in self.cell_list:
+            x = cell(x, emb, context)
+        return x
+
+
+class TimestepEmbedding(nn.Cell):
+    """Timesteps (N,) -> [cos, sin] of t / 10000^(i / half), (N, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.half = half
+        self.frequencies = Tensor(np.exp(-math.log(10000.0) * np.arange(half, dtype=np.float64) / half)
+                                  .astype(np.float32).reshape(1, half))
+        self.cos, self.sin, self.concat = ops.Cos(), ops.Sin(), ops.Concat(-1)
+
+    def construct(self, timesteps: Tensor) -> Tensor:
+        shape = (timesteps.shape[0], self.half)
+        angles = (ops.broadcast_to(timesteps.astype(ms.float32).reshape(-1, 1), shape)
+                  * ops.broadcast_to(self.frequencies, shape))
+        return self.concat((self.cos(angles), self.sin(angles)))
+
+
+class UNetModel(nn.Cell):
+    """Predicts noise or velocity from a noised latent.
+
+    The parameters are those of `unet_config.params` in the published YAMLs. `num_heads` heads a layer (SD1.x), or
+    `num_head_channels` channels a head (SD2.x).
+
+    construct(latents (N, in_channels, h, w), timesteps (N,), context (N, tokens, context_dim)) -> fp32
+    (N, out_channels, h, w).
+    """
+
+    def __init__(self, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions, channel_mult=(1, 2, 4, 8), num_heads: int = -1, num_head_channels: int = -1,
+                 transformer_depth: int = 1, context_dim: Optional[int] = None,
+                 use_linear_in_transformer: bool = False, num_groups: int = 32):
+        super().__init__()
+
+        def transformer(channels: int) -> SpatialTransformer:
+            head_dim = num_head_channels if num_head_channels > 0 else channels // num_heads
+            return SpatialTransformer(channels, channels // head_dim, head_dim, transformer_depth, context_dim,
+                                      use_linear_in_transformer, num_groups)
+
+        emb = 4 * model_channels
+        self.dtype = ms.float32
+        self.embed_timesteps = TimestepEmbedding(model_channels)
+        self.time_embed = nn.SequentialCell([Dense(model_channels, emb), SiLU(), Dense(emb, emb)])
+
+        channels = model_channels
+        input_blocks, skips, downsampling = [Block([InputConv(in_channels, channels, 3, padding=1)])], [channels], 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                members = [ResBlock(channels, emb, mult * model_channels, num_groups)]
+                channels = mult * model_channels
+                if downsampling in attention_resolutions:
+                    members.append(transformer(channels))
+                input_blocks.append(Block(members))
+                skips.append(channels)
+            if level != len(channel_mult) - 1:
+                input_blocks.append(Block([Downsample(channels)]))
+                skips.append(channels)
+                downsampling *= 2
+        self.input_blocks = nn.CellList(input_blocks)
+
+        self.middle_block = Block([ResBlock(channels, emb, channels, num_groups), transformer(channels),
+                                   ResBlock(channels, emb, channels, num_groups)])
+
+        output_blocks = []
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                members = [ResBlock(channels + skips.pop(), emb, mult * model_channels, num_groups)]
+                channels = mult * model_channels
+                if downsampling in attention_resolutions:
+                    members.append(transformer(channels))
+                if level and i == num_res_blocks:
+                    members.append(Upsample(channels))
+                    downsampling //= 2
+                output_blocks.append(Block(members))
+        self.output_blocks = nn.CellList(output_blocks)
+
+        self.out = nn.SequentialCell(
+            [GroupNorm(channels, num_groups), SiLU(), Conv2d(channels, out_channels, 3, padding=1)])
+        self.concat_channels = ops.Concat(1)
+
+    def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        emb = self.time_embed(self.embed_timesteps(timesteps))
+        context = context.astype(self.dtype)
+        h = latents.astype(self.dtype)
+        skips = ()
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips = skips + (h,)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(self.concat_channels((h, skips[-1])), emb, context)
+            skips = skips[:-1]
+        return self.out(h).astype(ms.float32)
