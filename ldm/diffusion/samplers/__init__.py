@@ -1,0 +1,11 @@
+"""The samplers, one file each; steps.py says what they share."""
+
+from __future__ import annotations
+
+from ldm.diffusion.samplers import ddim, dpm_solver, dpm_solver_pp
+
+SAMPLERS = {
+    "dpm_solver_pp": dpm_solver_pp.sample,
+    "dpm_solver": dpm_solver.sample,
+    "ddim": ddim.sample,
+}
