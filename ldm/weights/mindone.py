@@ -1,0 +1,63 @@
+"""mindone's published .ckpt files of SD1.x and SD2.x: MindSpore's gamma and beta, wrapped convolutions, a fused text
+encoder. The names are those of mindone's Stable Diffusion example (2023 to 2025)."""
+
+from __future__ import annotations
+
+import re
+
+from ldm.weights.placing import TEXT_PREFIX, Ignored, Place, text_layer
+
+TEXT = "cond_stage_model.transformer."
+TEXT_NAMES = {
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "embedding_table": "embeddings.token_embedding.weight",
+    "ln_final.gamma": "final_layer_norm.weight",
+    "ln_final.beta": "final_layer_norm.bias",
+}
+NORM_KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
+# A residual block's layers, by name there and by their place in a sequence here.
+RESIDUAL = {
+    "in_layers_norm": "in_layers.0",
+    "in_layers_conv": "in_layers.2",
+    "out_layers_norm": "out_layers.0",
+    "out_layers_conv": "out_layers.3",
+}
+_LAYER = re.compile(r"transformer_layer\.resblocks\.(\d+)\.(.+)\.(weight|bias|gamma|beta)$")
+_RESIDUAL = re.compile(r"\.({})\.".format("|".join(RESIDUAL)))
+
+
+def is_typical(name: str) -> bool:
+    """Whether only mindone has such a key."""
+    return (
+        name.endswith((".gamma", ".beta", ".conv.conv.weight"))
+        or _RESIDUAL.search(name) is not None
+        or name.startswith((f"{TEXT}transformer_layer.", f"{TEXT}embedding_table"))
+    )
+
+
+def place(name: str) -> list[Place] | Ignored | None:
+    """Where a key of a mindone checkpoint goes."""
+    if name.startswith(TEXT):
+        return _place_text(name[len(TEXT) :])
+    module, _, kind = name.rpartition(".")
+    if kind not in NORM_KINDS:
+        return None
+    if name.startswith("first_stage_model."):
+        return [Place(f"{module}.{NORM_KINDS[kind]}")]
+    if name.startswith("model.diffusion_model."):
+        # Every convolution of the UNet but the attention's projections sits in a cell that calls it `conv`.
+        module = module[: -len(".conv")] if module.endswith(".conv") else module
+        module = _RESIDUAL.sub(lambda found: f".{RESIDUAL[found.group(1)]}.", f"{module}.")[:-1]
+        return [Place(f"{module}.{NORM_KINDS[kind]}")]
+    return None
+
+
+def _place_text(name: str) -> list[Place] | None:
+    if name in TEXT_NAMES:
+        return [Place(TEXT_PREFIX + TEXT_NAMES[name])]
+    layer = _LAYER.match(name)
+    if layer is None:
+        return None
+    index, module, kind = layer.groups()
+    module = module[len("attn.") :] if module.startswith("attn.attn.") else module
+    return text_layer(index, module, NORM_KINDS[kind])
