@@ -7,7 +7,6 @@ One vocabulary serves every model: 256 byte symbols, the same 256 closing a word
 from __future__ import annotations
 
 import gzip
-import html
 import zlib
 from collections.abc import Iterable
 from functools import lru_cache
@@ -38,14 +37,14 @@ WORDS = regex.compile(
 
 
 def clean_text(text: str) -> str:
-    """Clean a text the way CLIP's training texts were: mended, unescaped, white space folded, lower case.
+    """Clean a text as CLIPTokenizer does with ftfy: mended, html entities unescaped, white space folded, lower case.
 
-    ftfy mends encodings gone wrong, composes accents (NFC), straightens quotes, narrows full-width letters, takes out
-    control characters, and unescapes html unless the line holds a `<`; `html.unescape` twice catches what that leaves.
+    ftfy mends encodings gone wrong, composes accents (NFC), straightens quotes, narrows full-width letters and takes
+    out control characters. It unescapes entities to the last (`&amp;amp;lt;` too), except in a line that holds a `<`
+    and those without their semicolon. OpenAI's and OpenCLIP's own code unescapes these as well; CLIPTokenizer, which is
+    what pipelines run, does not, and is followed here.
     """
-    text = ftfy.fix_text(text)
-    text = html.unescape(html.unescape(text))
-    return " ".join(text.split()).lower()
+    return " ".join(ftfy.fix_text(text).split()).lower()
 
 
 class Tokenizer:
