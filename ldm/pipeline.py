@@ -1,0 +1,224 @@
+"""Text to images, for every caller: prompts -> text states -> sampler -> latents -> autoencoder -> pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Callable
+
+import mindspore as ms
+import numpy as np
+from tqdm import tqdm
+
+from ldm.config.model import ModelConfig
+from ldm.data.draws import draws
+from ldm.diffusion.guidance import GuidedDenoiser
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.steps import check_steps
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.models.autoencoder import VAEDecode
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.tokenizer import Tokenizer
+
+# Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
+# fp32 for this many.
+DECODE_PIXELS = 512 * 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled.
+
+    sampler: a name in ldm.diffusion.samplers.SAMPLERS. steps: network calls a picture. scale: guidance, 1 for none.
+    eta: DDIM's share of fresh noise. height, width: pixels, None for the model's own. batch_size: pictures a call of
+    the network (twice as many rows with guidance); it changes nothing but speed and memory.
+    """
+
+    sampler: str = "dpm_solver_pp"
+    steps: int = 20
+    scale: float = 7.5
+    eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One batch of pictures: their indices (N,), starting and final latents (N, C, h, w), images (N, H, W, 3) uint8."""
+
+    indices: np.ndarray
+    starting_latents: np.ndarray
+    latents: np.ndarray
+    images: np.ndarray
+
+
+class Pipeline:
+    """A model that draws pictures for prompts. Each network is compiled once for each shape and batch size it meets.
+
+    The weights are read at every call, so a network that trains in between is sampled as it is then. The compute type
+    of the networks is whatever they were set to; the autoencoder is meant to stay in fp32.
+    """
+
+    def __init__(self, model: StableDiffusion, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+        self.config = config
+        self.schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+        self.tokenizer = tokenizer or Tokenizer(pad=config.pad_token)
+        self.unet = model.model.diffusion_model
+        self.text_encoder = model.cond_stage_model
+        self.decoder = VAEDecode(model.first_stage_model)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of pictures of height x width pixels, None for the model's own size.
+
+        Raises UserError for a size that the networks cannot halve as often as they must.
+        """
+        height = self.config.image_size if height is None else height
+        width = self.config.image_size if width is None else width
+        factor = self.config.vae_factor
+        multiple = size_multiple(self.config)
+        for name, size in (("H", height), ("W", width)):
+            if size < multiple or size % multiple:
+                near = max(multiple, round(size / multiple) * multiple)
+                raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
+        return self.config.latent_channels, height // factor, width // factor
+
+    def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
+        """Noise (N, *shape) float32: that of picture i depends on the seed and i alone, whatever is drawn with it."""
+        return np.stack([draws(seed, "starting latents", i).standard_normal(shape, np.float32) for i in indices])
+
+    def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
+        """Text states (N, 77, D) float32; texts given twice are encoded once.
+
+        batch_size: texts a call of the network, None for all but at most 16. A last call with fewer is filled up.
+        """
+        distinct = list(dict.fromkeys(texts))
+        tokens = self.tokenizer.encode(distinct)
+        batch_size = batch_size or min(len(distinct), 16)
+        states = _in_batches(lambda part: self.text_encoder(ms.Tensor(part)), tokens, batch_size)
+        place = {text: i for i, text in enumerate(distinct)}
+        return states[[place[text] for text in texts]]
+
+    def sample(
+        self,
+        context: np.ndarray,
+        negative_context: np.ndarray | None,
+        latents: np.ndarray,
+        sampling: Sampling,
+        draw_noise: Callable[[], np.ndarray] | None = None,
+        callback: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Final latents (N, C, h, w) of one batch from starting latents of that shape, both scaled.
+
+        context, negative_context: (N, 77, D), the second None at scale 1. draw_noise: see samplers/ddim.py.
+        Raises UserError where they are not finite any more.
+        """
+        denoise = GuidedDenoiser(self.unet, context, negative_context, sampling.scale)
+        extra = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
+        final = SAMPLERS[sampling.sampler](
+            denoise, latents, sampling.steps, self.schedule, self.config.prediction_type, callback=callback, **extra
+        )
+        if not np.isfinite(final).all():
+            raise UserError(
+                "the sampled latents are not finite: the checkpoint or the LoRA is broken, or, in fp16, overflows "
+                "(try --precision fp32)"
+            )
+        return final
+
+    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Pictures (N, H, W, 3) uint8 of scaled latents (N, C, h, w).
+
+        batch_size: pictures a call at most, None for all; fewer where they are large. A last call with fewer is filled
+        up.
+        """
+        pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
+        batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
+        scaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
+        images = _in_batches(lambda part: self.decoder(ms.Tensor(part)), scaled, batch_size)
+        return to_uint8(images)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        seed: int,
+        negative_prompts: Sequence[str] | None = None,
+        starting_latents: np.ndarray | None = None,
+        progress: bool = True,
+    ) -> Iterator[Generated]:
+        """Draw one picture for each prompt, batch after batch, in order; picture i comes from (seed, i).
+
+        negative_prompts: one for each prompt, None for empty ones; not used at scale 1.
+        starting_latents: (N, C, h, w), None to draw them from the seed.
+        progress: a bar on the terminal.
+
+        Raises UserError for sizes or steps that do not fit the model, ValueError for lists of unequal lengths.
+        """
+        shape = self.latent_shape(sampling.height, sampling.width)
+        check_steps(sampling.steps, self.schedule)
+        count = len(prompts)
+        negative_prompts = [""] * count if negative_prompts is None else negative_prompts
+        if len(negative_prompts) != count:
+            raise ValueError(f"{count} prompts, but {len(negative_prompts)} negative prompts")
+        if starting_latents is not None and starting_latents.shape != (count, *shape):
+            raise ValueError(f"starting latents are {starting_latents.shape}, wanted {(count, *shape)}")
+        batch_size = max(1, min(sampling.batch_size, count))
+        batches = [np.arange(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+        guided = sampling.scale != 1.0
+        texts = [
+            [*(prompts[i] for i in indices), *(negative_prompts[i] for i in indices if guided)] for indices in batches
+        ]
+        # One size for all, so that the text encoder too is compiled once.
+        text_batch_size = max((len(set(batch)) for batch in texts), default=1)
+        with tqdm(total=len(batches) * sampling.steps, desc="sampling", unit="step", disable=not progress) as bar:
+            for indices, batch_texts in zip(batches, texts):
+                # The last batch is filled up with its last picture, or its size would be compiled as well.
+                padded = np.append(indices, np.full(batch_size - len(indices), indices[-1], indices.dtype))
+                if starting_latents is None:
+                    start = self.starting_latents(seed, padded.tolist(), shape)
+                else:
+                    start = np.asarray(starting_latents[padded], np.float32)
+                states = self.encode_prompts(batch_texts, text_batch_size)
+                rows = np.minimum(np.arange(batch_size), len(indices) - 1)
+                context = states[rows]
+                negative_context = states[len(indices) + rows] if guided else None
+                final = self.sample(
+                    context,
+                    negative_context,
+                    start,
+                    sampling,
+                    draw_noise=_noise_of_pictures(seed, padded.tolist(), shape),
+                    callback=lambda step: bar.update(),
+                )
+                images = self.decode(final, batch_size)
+                kept = slice(len(indices))
+                yield Generated(indices, start[kept], final[kept], images[kept])
+
+
+def size_multiple(config: ModelConfig) -> int:
+    """Height and width in pixels must be multiples of this: the autoencoder's factor times the UNet's halvings."""
+    return config.vae_factor * 2 ** (len(config.unet["channel_mult"]) - 1)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images (N, 3, H, W) around [-1, 1] -> (N, H, W, 3) uint8, rounded to the nearest."""
+    return np.round(np.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _noise_of_pictures(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
+    """DDIM's fresh noise, from a generator for each picture, so that the batch size does not matter."""
+    generators = [draws(seed, "ddim noise", i) for i in indices]
+    return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
+
+
+def _in_batches(call: Callable[[np.ndarray], ms.Tensor], array: np.ndarray, batch_size: int) -> np.ndarray:
+    """Call a network on equal batches of the rows, the last filled up with its last row and cut again."""
+    results = []
+    for i in range(0, len(array), batch_size):
+        part = array[i : i + batch_size]
+        missing = batch_size - len(part)
+        if missing:
+            part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+        results.append(call(part).asnumpy()[: batch_size - missing])
+    return np.concatenate(results)
