@@ -1,0 +1,62 @@
+"""The pictures that the embedded model is made from, in memory, and how they are varied in training."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ldm.data.dataset import read_image_text_csv
+
+DATASETS = Path(__file__).resolve().parents[2] / "datasets"
+STYLES = ("emoji_fluent_hc", "emoji_twemoji")
+
+
+class Picture(NamedTuple):
+    name: str  # file name, the same for one concept in every style
+    text: str
+    pixels: np.ndarray  # (64, 64, 3) uint8
+
+
+def read_pictures(style: str, split: str) -> list[Picture]:
+    """All pictures of one split of one bundled data set."""
+    rows = read_image_text_csv(DATASETS / style / split).rows
+    return [Picture(row.path.name, row.text, np.asarray(Image.open(row.path).convert("RGB"))) for row in rows]
+
+
+def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
+    """File name -> (category, subcategory), from the data set's meta.csv."""
+    with open(DATASETS / style / "meta.csv", newline="", encoding="utf-8") as file:
+        return {row["file"]: (row["category"], row["subcategory"]) for row in csv.DictReader(file)}
+
+
+def to_network(pixels: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) fp32 in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """(N, 3, H, W) around [-1, 1] -> (N, H, W, 3) uint8."""
+    return np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def shift(pixels: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
+    """Move a picture by up to `most` pixels each way; white comes in at the edges."""
+    size = pixels.shape[0]
+    padded = np.full((size + 2 * most, size + 2 * most, 3), 255, np.uint8)
+    padded[most:-most, most:-most] = pixels
+    y, x = rng.integers(0, 2 * most + 1, 2)
+    return padded[y:y + size, x:x + size]
+
+
+def vary_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Exchange the colour channels in a random order, so that no hue is rarer than another."""
+    return pixels[..., rng.permutation(3)]
+
+
+def blur(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A Gaussian blur of 0.3 to 1.5 pixels: what a small decoder does to a picture."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
