@@ -13,13 +13,13 @@ from mindspore import nn
 from ldm.errors import UserError
 from ldm.lora.layers import LORA_CELLS, LoRAConv, LoRADense
 from ldm.models.layers import Conv2d, Dense
+from ldm.weights.names import LABELS, component_of
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PROJECTIONS = ("proj_in", "proj_out")
 RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "op", "conv")
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL}
-UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "cond_stage_model."
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _check(spec: LoRASpec) -> tuple[str, ...]:
 
 def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[str, nn.Cell, str, nn.Cell]]:
     """(layer name, parent, key in the parent, layer) of every layer that is asked for."""
-    prefixes = ((UNET_PREFIX,) if spec.unet else ()) + ((TEXT_PREFIX,) if spec.text_encoder else ())
+    wanted = {"unet": spec.unet, "text_encoder": spec.text_encoder}
     found, used, components = [], set(), set()
     for _, parent in net.cells_and_names():
         for key, layer in parent._cells.items():
@@ -136,18 +136,21 @@ def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[
             # By the parameter's name, which is the full one where `net` is a part of a model too.
             name = layer.weight.name[: -len(".weight")]
             target = next((target for target in targets if f".{name}".endswith(f".{target}")), None)
-            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-            if target is None or prefix is None:
+            component = component_of(name)
+            if target is None or not wanted.get(component):
                 continue
             narrowest = min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
             if spec.rank > narrowest:
                 raise UserError(f"lora_rank {spec.rank} is more than the width {narrowest} of {name}: lower it")
             used.add(target)
-            components.add(prefix)
+            components.add(component)
             found.append((name, parent, key, layer))
-    for prefix, setting in ((UNET_PREFIX, "lora_ft_unet"), (TEXT_PREFIX, "lora_ft_text_encoder")):
-        if prefix in prefixes and prefix not in components:
-            raise UserError(f"LoRA targets {spec.targets} match no layer of {prefix[:-1]}, which {setting} asks for")
+    for component, asked in wanted.items():
+        if asked and component not in components:
+            raise UserError(
+                f"LoRA targets {spec.targets} match no layer of the {LABELS[component]}, "
+                f"which lora_ft_{component} asks for"
+            )
     unused = [target for target in targets if target not in used]
     if unused and not isinstance(spec.targets, str):
         raise UserError(f"LoRA target {unused[0]!r} matches no dense layer or convolution")

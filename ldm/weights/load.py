@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 from ldm.errors import UserError
 from ldm.weights.names import (
     COMPONENTS,
+    LABELS,
     Plan,
     component_of,
     detect_family,
@@ -23,7 +24,6 @@ from ldm.weights.names import (
 )
 from ldm.weights.read import Checkpoint, open_checkpoint
 
-LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "other": "other"}
 CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
 _LORA_MARKS = (".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.")
 

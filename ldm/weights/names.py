@@ -22,6 +22,7 @@ COMPONENTS = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "other": "other"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""This project's LoRA files, in the names of mindone's Stable Diffusion example.
+
+`<layer>.lora_down.weight` and `<layer>.lora_up.weight` with canonical layer names, and entries of the whole file:
+lora_rank; lora_alpha and lora_scale (dW = lora_scale * lora_alpha / rank * up @ down; mindone writes neither, which
+stands for alpha = rank and scale 1); architecture and prediction_type of the base (texts). A layer with an alpha of its
+own has `<layer>.alpha`. mindone's text encoder has q, k and v in one layer `in_proj`: its `up` is split by rows, which
+is exact with `down` shared. The file is a MindSpore .ckpt, or .safetensors with the same entries.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.lora.state import LoRALayer, LoRAState
+from ldm.weights import compvis, mindone
+from ldm.weights.names import component_of
+from ldm.weights.read import Checkpoint, write_checkpoint
+
+NAME = "mindone"
+METADATA = ("architecture", "prediction_type")
+_SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")
+_FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)$")
+
+log = logging.getLogger(__name__)
+
+
+def detect(names: Iterable[str]) -> bool:
+    """Whether these are the names of such a file."""
+    return any(".lora_down.weight" in name and component_of(name) != "other" for name in names)
+
+
+def read(checkpoint: Checkpoint) -> LoRAState:
+    """Read an opened file.
+
+    Raises UserError for half a pair, factors that do not go together, a lora_rank that is not the factors', and names
+    that are not canonical and not mindone's.
+    """
+    path = checkpoint.path
+    settings = {key: _number(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    others = []
+    for key in checkpoint:
+        found = _FACTOR.match(key)
+        if found and component_of(key) != "other":
+            factors.setdefault(found.group(1), {})[found.group(2).split(".")[0]] = checkpoint[key]
+        elif key not in _SETTINGS:
+            others.append(key)
+    if others:
+        log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), others[0])
+
+    layers: dict[str, LoRALayer] = {}
+    for module, pair in factors.items():
+        for half in ("lora_down", "lora_up"):
+            if half not in pair:
+                raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
+        down, up = pair["lora_down"].astype(np.float32), pair["lora_up"].astype(np.float32)
+        for name, rows in _layers_of(path, module, up):
+            alpha = float(pair["alpha"]) if "alpha" in pair else settings.get("lora_alpha", down.shape[0])
+            try:
+                layer = LoRALayer(down, rows, alpha * settings.get("lora_scale", 1.0))
+            except ValueError as error:
+                raise UserError(f"{path}: {module}: {error}") from error
+            if name in layers:
+                raise UserError(f"{path}: {name} is there twice, whole and in one with others")
+            layers[name] = layer
+    state = LoRAState(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
+    if "lora_rank" in settings and settings["lora_rank"] != max(state.ranks()):
+        raise UserError(f"{path} says lora_rank {settings['lora_rank']:g}, but its factors are of {state.ranks()}")
+    return state
+
+
+def write(path: str | os.PathLike, state: LoRAState) -> None:
+    """Write `state` as .ckpt or .safetensors. Raises UserError if it is empty or cannot be written."""
+    if not state.layers:
+        raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
+    arrays: dict[str, np.ndarray] = {}
+    for name, layer in state.layers.items():
+        arrays[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
+        arrays[f"{name}.lora_up.weight"] = layer.up.astype(np.float32)
+    alphas = {layer.alpha for layer in state.layers.values()}
+    if len(alphas) == 1:
+        arrays["lora_alpha"] = np.array(alphas.pop(), np.float64)
+    else:
+        arrays.update({f"{name}.alpha": np.array(layer.alpha, np.float64) for name, layer in state.layers.items()})
+    arrays["lora_rank"] = np.array(max(state.ranks()), np.int64)
+    arrays["lora_scale"] = np.array(1.0, np.float64)
+    write_checkpoint(path, arrays, {key: state.metadata[key] for key in METADATA if key in state.metadata})
+
+
+def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """(canonical layer name, its rows of up) of a layer as the file names it."""
+    weight = f"{module}.weight"
+    # In the UNet mindone's names for attention are the canonical ones; of its text encoder's none is.
+    places = (mindone.place(weight) if component_of(weight) == "text_encoder" else None) or compvis.place(weight)
+    if not isinstance(places, list):
+        raise UserError(f"{path}: {module} is no layer of Stable Diffusion 1 or 2")
+    if up.shape[0] % len(places):
+        raise UserError(f"{path}: the {up.shape[0]} rows of {module} are not those of {len(places)} layers")
+    rows = up.shape[0] // len(places)
+    return [(place.name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, place in enumerate(places)]
+
+
+def _number(checkpoint: Checkpoint | Mapping, key: str) -> float:
+    value = checkpoint[key] if key in checkpoint else checkpoint.metadata[key]
+    try:
+        number = float(np.asarray(value).reshape(()))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {key} is {value!r}, which is not a number") from error
+    if not math.isfinite(number) or (number <= 0 and key == "lora_rank"):
+        raise UserError(f"{checkpoint.path}: {key} is {number}, which makes no sense")
+    return number

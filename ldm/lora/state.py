@@ -1,0 +1,235 @@
+"""A LoRA in memory, whatever file it came from: for each layer the factors down and up and their alpha.
+
+The update of a layer is dW = scale * (alpha / rank) * up @ down (Hu et al. 2021; alpha as in kohya and PEFT). `scale`
+is the strength at generation; a strength that a LoRA was trained with is part of its alpha. Layers go by their
+canonical names, which every format is translated to and from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ldm.config.model import ModelConfig
+from ldm.errors import UserError
+from ldm.lora.layers import LORA_CELLS
+from ldm.weights.names import COMPONENTS, LABELS, component_of
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """The factors of one layer, fp32.
+
+    down: (rank, in) for a dense layer, (rank, in, k, k) for a convolution.
+    up: (out, rank), or (out, rank, 1, 1).
+    alpha: the update is multiplied by alpha / rank.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: float
+
+    def __post_init__(self):
+        if self.down.ndim not in (2, 4) or self.up.ndim not in (2, 4):
+            raise ValueError(f"down {self.down.shape} and up {self.up.shape} must have 2 or 4 axes")
+        if self.down.shape[0] != self.up.shape[1] or any(size != 1 for size in self.up.shape[2:]):
+            raise ValueError(f"down {self.down.shape} and up {self.up.shape} are no pair of factors")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def update(self, scale: float = 1.0) -> np.ndarray:
+        """dW = scale * (alpha / rank) * up @ down, fp32, (out, in) or (out, in, k, k)."""
+        product = self.up.reshape(self.up.shape[0], self.rank).astype(np.float32) @ self.down.reshape(
+            self.rank, -1
+        ).astype(np.float32)
+        product *= np.float32(scale * self.alpha / self.rank)
+        return product.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass
+class LoRAState:
+    """Canonical layer name -> LoRALayer, and what is known about the base it was made for.
+
+    metadata (texts): "architecture" and "prediction_type" as in ModelConfig; absent where a file does not say.
+    """
+
+    layers: dict[str, LoRALayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def only(self, component: str) -> LoRAState:
+        """The part for "unet" or "text_encoder"; it may be empty."""
+        prefix = COMPONENTS[component]
+        layers = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        return LoRAState(layers, dict(self.metadata))
+
+    def has(self, component: str) -> bool:
+        return any(name.startswith(COMPONENTS[component]) for name in self.layers)
+
+    def ranks(self) -> list[int]:
+        """The ranks that occur, ascending."""
+        return sorted({layer.rank for layer in self.layers.values()})
+
+    def __str__(self) -> str:
+        counts = {component: len(self.only(component).layers) for component in COMPONENTS}
+        parts = [f"{LABELS[component]}: {count} layers" for component, count in counts.items() if count]
+        alphas = sorted({layer.alpha for layer in self.layers.values()})
+        return (
+            f"{', '.join(parts) or 'no layers'}; rank {_listed(self.ranks())}; alpha {_listed(alphas)}"
+            f"{''.join(f'; {key} {value}' for key, value in self.metadata.items())}"
+        )
+
+
+@dataclass
+class LoRAMatch:
+    """How the layers of a LoRA fit a network; names by component ("unet", "vae", "text_encoder", "other")."""
+
+    matched: dict[str, list[str]] = field(default_factory=dict)
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
+    wrong_shape: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.matched) and not self.unmatched and not self.wrong_shape
+
+    def __str__(self) -> str:
+        parts = []
+        for component, label in LABELS.items():
+            counts = (
+                (len(self.matched.get(component, ())), "matched"),
+                (len(self.unmatched.get(component, ())), "unmatched"),
+                (len(self.wrong_shape.get(component, ())), "of a wrong shape"),
+            )
+            if any(count for count, _ in counts):
+                parts.append(f"{label}: " + ", ".join(f"{count} {what}" for count, what in counts if count))
+        return "; ".join(parts) or "no layers"
+
+
+def base_metadata(config: ModelConfig) -> dict[str, str]:
+    """What a LoRA notes about the model that it is made for."""
+    return {"architecture": config.architecture, "prediction_type": config.prediction_type}
+
+
+def lora_state(net: nn.Cell, config: ModelConfig | None = None) -> LoRAState:
+    """The LoRA that is injected in `net`, copied out; the scale of its cells becomes part of alpha.
+
+    Raises UserError if nothing is injected.
+    """
+    layers = {
+        cell.name: LoRALayer(
+            cell.lora_down.weight.asnumpy().copy(), cell.lora_up.weight.asnumpy().copy(), cell.alpha * cell.scale
+        )
+        for _, cell in net.cells_and_names()
+        if isinstance(cell, LORA_CELLS)
+    }
+    if not layers:
+        raise UserError("the network holds no LoRA layers: inject_lora comes first")
+    return LoRAState(layers, base_metadata(config) if config else {})
+
+
+def match_lora(net: nn.Cell, state: LoRAState) -> LoRAMatch:
+    """Compare the layers of `state` with the parameters of `net`, by name and shape; nothing is changed."""
+    return match_shapes({p.name: tuple(p.shape) for p in net.get_parameters()}, state)
+
+
+def match_shapes(shapes: Mapping[str, tuple[int, ...]], state: LoRAState) -> LoRAMatch:
+    """match_lora for a network given as parameter name -> shape."""
+    match = LoRAMatch()
+    for name, layer in state.layers.items():
+        component = component_of(name)
+        wanted = shapes.get(f"{name}.weight")
+        found = (layer.up.shape[0], *layer.down.shape[1:])
+        if wanted is None:
+            match.unmatched.setdefault(component, []).append(name)
+        elif _fits(found, wanted):
+            match.matched.setdefault(component, []).append(name)
+        else:
+            match.wrong_shape.setdefault(component, []).append((name, found, wanted))
+    return match
+
+
+def check_compatible(state: LoRAState, config: ModelConfig, path: str = "the LoRA") -> None:
+    """Raise UserError if `state` says that it was made for another architecture or prediction type than the model's.
+
+    A state that says nothing passes; its shapes are judged by merge_lora.
+    """
+    for key, wanted, setting in (
+        ("architecture", config.architecture, "a model of another architecture"),
+        ("prediction_type", config.prediction_type, "a model that predicts something else"),
+    ):
+        made_for = state.metadata.get(key)
+        if made_for is not None and made_for != wanted:
+            raise UserError(
+                f"{path} was made for {setting}: its {key} is {made_for}, the one of {config.path} is {wanted}; "
+                "choose the version or configuration that it was trained on"
+            )
+
+
+def merge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0, path: str = "the LoRA") -> LoRAMatch:
+    """Add scale * (alpha / rank) * up @ down to the weights of `net`, each layer of `state` to its own.
+
+    The sum is formed in fp32 and cast to the weight's type. scale 0 leaves every weight as it is, bit for bit; a
+    negative scale takes out what was added (within rounding). Any number of LoRAs can be merged one after another.
+
+    Args:
+        net: a StableDiffusion or a part of one, with canonical parameter names; injected cells may be in it.
+        path: what to call the LoRA in an error.
+
+    Raises:
+        UserError: no layer, or not every layer, has a place of its shape in `net`; with the counts. `net` is unchanged.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"the scale of {path} is {scale}: it must be a finite number")
+    match = match_lora(net, state)
+    if not match.ok:
+        raise UserError(_refusal(match, path))
+    if scale == 0:
+        return match
+    parameters = {parameter.name: parameter for parameter in net.get_parameters()}
+    for name, layer in state.layers.items():
+        weight = parameters[f"{name}.weight"]
+        base = weight.asnumpy()
+        merged = base.astype(np.float32) + layer.update(scale).reshape(base.shape)
+        weight.set_data(Tensor(merged.astype(base.dtype)))
+    return match
+
+
+def unmerge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0) -> LoRAMatch:
+    """Take out what merge_lora(net, state, scale) put in, within rounding of the weights' type."""
+    return merge_lora(net, state, -scale)
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    # A 1x1 convolution and a dense layer stand for each other: SD1 has one where SD2 has the other.
+    return _without_ones(found) == _without_ones(wanted)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
+
+
+def _refusal(match: LoRAMatch, path: str) -> str:
+    if not (match.matched or match.unmatched or match.wrong_shape):
+        return f"{path} holds no layers: there is nothing to merge"
+    example = ""
+    for wrong in match.wrong_shape.values():
+        name, found, wanted = wrong[0]
+        widths = {768: "SD1.x", 1024: "SD2.x"}
+        if name.endswith(("attn2.to_k", "attn2.to_v")) and found[1] != wanted[1]:
+            made = widths.get(found[1], f"a context of {found[1]}")
+            example = f"; it was made for {made}, the model is {widths.get(wanted[1], f'of context {wanted[1]}')}"
+            break
+        example = example or f"; for example {name} is {found}, wanted {wanted}"
+    if not example and match.unmatched:
+        example = f"; for example {next(iter(match.unmatched.values()))[0]} is not in the model"
+    what = "does not fit the model" if match.matched else "matches nothing in the model"
+    return f"{path} {what} ({match}{example})"
+
+
+def _listed(values: list) -> str:
+    return ", ".join(f"{value:g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
