@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Union
 
 
 @contextmanager
-def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed onto `path` when the block ends without an error.
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it. Missing parent folders are

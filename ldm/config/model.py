@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
@@ -63,7 +63,7 @@ class ModelConfig:
     text: dict[str, Any]  # arguments of CLIPTextEncoder
 
 
-def load_model_config(path: Union[str, Path]) -> ModelConfig:
+def load_model_config(path: str | Path) -> ModelConfig:
     """Read a model YAML.
 
     Raises:
@@ -92,10 +92,10 @@ def load_model_config(path: Union[str, Path]) -> ModelConfig:
     vae_params = dict(_section(vae_section, "params", path, "first_stage_config."))
     ddconfig = _section(vae_params, "ddconfig", path, "first_stage_config.params.")
     if ddconfig.get("attn_resolutions"):
-        raise UserError(f"model configuration {path}: first_stage_config.params.ddconfig.attn_resolutions must be empty, "
-                        "as it is in every published Stable Diffusion; attention inside the levels is not supported")
+        raise UserError(f"model configuration {path}: first_stage_config.params.ddconfig.attn_resolutions must be "
+                        "empty, as in every published Stable Diffusion; attention inside the levels is not supported")
     vae = _pick(ddconfig, DD_KEYS, DD_IGNORED, path, "ddconfig")
-    vae["embed_dim"] = _pick(vae_params, ("embed_dim", "ddconfig"), VAE_IGNORED, path, "first_stage_config")["embed_dim"]
+    outer = _pick(vae_params, ("embed_dim", "ddconfig"), VAE_IGNORED, path, "first_stage_config")
     given = text_section.get("params") or {}
     text = {**TEXT_TARGETS[text_target], **_pick(given, TEXT_KEYS, TEXT_IGNORED, path, "cond_stage_config")}
     if given.get("layer") == "penultimate":
@@ -105,6 +105,7 @@ def load_model_config(path: Union[str, Path]) -> ModelConfig:
     if parameterization not in ("eps", "v"):
         raise UserError(f"model configuration {path}: parameterization is {parameterization!r}; it must be eps or v")
     try:
+        vae["embed_dim"] = outer["embed_dim"]
         vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
         width, context_dim = text["width"], unet["context_dim"]
         if width != context_dim:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from ldm.models.attention import ScaledDotProductAttention
 from ldm.models.layers import Conv2d, GroupNorm, Identity, SiLU, Upsample2x
@@ -31,8 +31,8 @@ class AttnBlock(nn.Cell):
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
-        self.q, self.k, self.v = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
-        self.proj_out = Conv2d(channels, channels, 1)
+        self.q, self.k = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
+        self.v, self.proj_out = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
         self.attention = ScaledDotProductAttention(channels)
 
     def tokens(self, x: Tensor) -> Tensor:

@@ -45,20 +45,21 @@ class Conv2d(nn.Cell):
     """Convolution over (N, C, H, W); weight (out_channels, in_channels, k, k). `padding` is one number for all sides,
     or (top, bottom, left, right)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
+                 has_bias: bool = True):
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dtype = ms.float32
         fan_in = in_channels * kernel_size * kernel_size
         self.weight = Parameter(_uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
-        self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias")
+        self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias") if has_bias else None
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd(data_format="NCHW")
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.conv(x.astype(self.dtype), self.weight.astype(self.dtype))
-        return self.bias_add(y, self.bias.astype(self.dtype))
+        return self.bias_add(y, self.bias.astype(self.dtype)) if self.has_bias else y
 
 
 class GroupNorm(nn.Cell):

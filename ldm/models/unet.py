@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import mindspore as ms
 import numpy as np
@@ -102,7 +101,7 @@ class UNetModel(nn.Cell):
 
     def __init__(self, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions, channel_mult=(1, 2, 4, 8), num_heads: int = -1, num_head_channels: int = -1,
-                 transformer_depth: int = 1, context_dim: Optional[int] = None,
+                 transformer_depth: int = 1, context_dim: int | None = None,
                  use_linear_in_transformer: bool = False, num_groups: int = 32):
         super().__init__()
 

@@ -1,14 +1,14 @@
 """The training loop of the scripts in this folder: log, progress bar, save, resume.
 
-`train_text_to_image.py` trains the UNet; what is here serves the autoencoder and CLIP, which are made once. A killed run
-goes on from its last save and ends as an uninterrupted one would: every random draw is a function of the step.
+`train_text_to_image.py` trains the UNet; what is here serves the autoencoder and CLIP, which are made once. A killed
+run goes on from its last save and ends as an uninterrupted one would: every random draw is a function of the step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import mindspore as ms
 import numpy as np

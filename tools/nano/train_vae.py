@@ -4,8 +4,8 @@
     python -m tools.nano.train_vae --output_path output/nano/vae_decoder --steps 3000 --decoder_only output/nano/vae
 
 Noto's train split and the train splits of the two styles; Noto's test split only measures. The loss is L1 + 2 MSE
-+ 0.5 L1 of the pixel differences along rows and columns (edges) + 0.5 L1 of R - G and G - B (small models lose green and
-purple first) + a little KL. At the end the latents' mean and deviation on the training pictures are folded into
++ 0.5 L1 of the pixel differences along rows and columns (edges) + 0.5 L1 of R - G and G - B (small models lose green
+and purple first) + a little KL. At the end the latents' mean and deviation on the training pictures are folded into
 quant_conv and post_quant_conv, so that the diffusion model sees zero mean and unit variance in every channel. With
 `--decoder_only` the encoder of a finished run stays as it is, and with it every latent made from it.
 """
@@ -93,7 +93,7 @@ def report(vae: AutoencoderKL) -> str:
     for style in ("emoji_noto", *STYLES):
         real = np.stack([picture.pixels for picture in read_pictures(style, "test")])
         scores = psnr(real, to_pixels(in_batches(vae, to_network(real))))
-        lines.append(f"{style} test: mean PSNR {scores.mean():.2f} dB, lowest {scores.min():.2f} ({len(real)} pictures)")
+        lines.append(f"{style} test, {len(real)} pictures: mean PSNR {scores.mean():.2f} dB, lowest {scores.min():.2f}")
     return "\n".join(lines)
 
 
@@ -120,7 +120,7 @@ def main() -> None:
                  if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))]
     if not trainable:
         raise UserError("there is nothing to train in this autoencoder")
-    pixels = np.stack([picture.pixels for style in ("emoji_noto", *STYLES) for picture in read_pictures(style, "train")])
+    pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_pictures(style, "train")])
     side = config.image_size // config.vae_factor
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,81 @@
+"""CLIP: an image tower and a text tower whose projections meet (Radford et al. 2021), with Hugging Face's names."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ldm.models.layers import Conv2d, Dense, LayerNorm
+from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
+
+END_TOKEN = 49407
+
+
+class VisionEmbeddings(nn.Cell):
+    """Images (N, 3, S, S) -> class token and patches, with positions: (N, 1 + (S / patch)^2, width)."""
+
+    def __init__(self, width: int, image_size: int, patch_size: int):
+        super().__init__()
+        tokens = (image_size // patch_size) ** 2 + 1
+        self.width = width
+        self.class_embedding = Parameter(Tensor(np.random.normal(0, 0.02, width).astype(np.float32)),
+                                         name="class_embedding")
+        self.patch_embedding = Conv2d(3, width, patch_size, stride=patch_size, has_bias=False)
+        self.position_embedding = Embedding(tokens, width)
+        self.positions = Tensor(np.arange(tokens, dtype=np.int32))
+        self.concat_tokens = ops.Concat(1)
+
+    def construct(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images)
+        n, width = patches.shape[:2]
+        patches = patches.reshape(n, width, -1).transpose(0, 2, 1).astype(ms.float32)
+        first = ops.broadcast_to(self.class_embedding.astype(ms.float32).reshape(1, 1, width), (n, 1, width))
+        x = self.concat_tokens((first, patches))
+        return x + ops.broadcast_to(self.position_embedding(self.positions), x.shape)
+
+
+class CLIPVisionTransformer(nn.Cell):
+    """Images (N, 3, S, S), normalised as the model was trained -> pooled features (N, width): the class token."""
+
+    def __init__(self, width: int, num_layers: int, num_heads: int, image_size: int, patch_size: int,
+                 activation: str = "quick_gelu"):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(width, image_size, patch_size)
+        self.pre_layrnorm = LayerNorm(width)  # spelt as published
+        self.encoder = CLIPEncoder(width, num_layers, num_heads, 4 * width, activation)
+        self.post_layernorm = LayerNorm(width)
+
+    def construct(self, images: Tensor) -> Tensor:
+        return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(images)))[:, 0])
+
+
+class CLIPModel(nn.Cell):
+    """Both towers and their projections.
+
+    construct(images (N, 3, S, S), tokens (M, 77) int32) -> unit vectors (N, projection_dim), (M, projection_dim).
+    """
+
+    def __init__(self, text: dict, vision: dict, projection_dim: int):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(**text)
+        self.vision_model = CLIPVisionTransformer(**vision)
+        self.visual_projection = Dense(vision["width"], projection_dim, has_bias=False)
+        self.text_projection = Dense(text["width"], projection_dim, has_bias=False)
+        self.logit_scale = Parameter(Tensor(np.float32(np.log(1 / 0.05))), name="logit_scale")
+        self.normalise = ops.L2Normalize(-1)
+        self.gather = ops.Gather()
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.normalise(self.visual_projection(self.vision_model(images)))
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Pooled at each text's first end token."""
+        states = self.text_model(tokens)
+        n, length, width = states.shape
+        end = (tokens == END_TOKEN).astype(ms.float32).argmax(1).astype(ms.int32)
+        rows = end + ops.arange(n).astype(ms.int32) * length
+        return self.normalise(self.text_projection(self.gather(states.reshape(n * length, width), rows, 0)))
+
+    def construct(self, images: Tensor, tokens: Tensor):
+        return self.image_features(images), self.text_features(tokens)
