@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ldm.data.dataset import read_image_text_csv
+from ldm.data.dataset import Row, read_image_text_csv
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")
@@ -21,10 +21,15 @@ class Picture(NamedTuple):
     pixels: np.ndarray  # (64, 64, 3) uint8
 
 
+def read_rows(style: str, split: str) -> list[Row]:
+    """Path and caption of every picture of one split of one bundled data set."""
+    return read_image_text_csv(DATASETS / style / split).rows
+
+
 def read_pictures(style: str, split: str) -> list[Picture]:
-    """All pictures of one split of one bundled data set."""
-    rows = read_image_text_csv(DATASETS / style / split).rows
-    return [Picture(row.path.name, row.text, np.asarray(Image.open(row.path).convert("RGB"))) for row in rows]
+    """The same with the pictures in memory."""
+    return [Picture(row.path.name, row.text, np.asarray(Image.open(row.path).convert("RGB")))
+            for row in read_rows(style, split)]
 
 
 def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
