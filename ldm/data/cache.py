@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import time
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Callable
@@ -18,7 +18,7 @@ from ldm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ARRAY = "array"  # the one member of a cache file
+SEAL_BYTES = 32
 STALE_SECONDS = 3600.0
 
 
@@ -47,9 +47,9 @@ def content_key(*parts: str | int | float | bytes | Path) -> str:
 class StateCache:
     """Arrays by key, in memory and, given a folder, on disk, one file each.
 
-    Files are written beside and renamed, so a process killed in the middle leaves what it had finished; each carries a
-    checksum, and one that does not match is named in a warning and computed again. It is always safe to delete the
-    folder.
+    Files (.npy) are written beside and renamed, so a process killed in the middle leaves what it had finished; each
+    ends in a checksum, and one that does not match is named in a warning and computed again. It is always safe to
+    delete the folder.
 
     Args:
         folder: where the files go (made when the first is written); None keeps them in memory alone.
@@ -106,20 +106,24 @@ class StateCache:
 
     def _path(self, key: str) -> Path:
         # Two levels: some file systems slow down at a hundred thousand files in one folder.
-        return self.folder / key[:2] / f"{key}.npz"
+        return self.folder / key[:2] / f"{key}.npy"
 
     def _read(self, key: str) -> np.ndarray | None:
         if self.folder is None:
             return None
         path = self._path(key)
         try:
-            with np.load(path, allow_pickle=False) as members:
-                return members[ARRAY]
+            raw = path.read_bytes()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            logger.warning("the cache file %s is broken (%s); computing it again", path, error or type(error).__name__)
+        except OSError as error:
+            logger.warning("the cache file %s cannot be read (%s); computing it again", path, error.strerror)
             return None
+        body, seal = raw[:-SEAL_BYTES], raw[-SEAL_BYTES:]
+        if seal != _seal(key, body):
+            logger.warning("the cache file %s is broken; computing it again", path)
+            return None
+        return np.load(io.BytesIO(body), allow_pickle=False)
 
     def _store(self, key: str, array: np.ndarray, desc: str) -> None:
         if not np.isfinite(array).all():
@@ -128,9 +132,11 @@ class StateCache:
         if not self._writes:
             return
         try:
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            body = buffer.getvalue()
             with atomic_path(self._path(key)) as temporary:
-                # Uncompressed; a zip's CRC-32 is what tells a damaged file from a sound one.
-                np.savez(temporary, **{ARRAY: array})
+                temporary.write_bytes(body + _seal(key, body))
         except OSError as error:
             self._writes = False
             logger.warning("cannot write the cache %s (%s); going on in memory", self.folder, error.strerror or error)
@@ -138,12 +144,17 @@ class StateCache:
     @staticmethod
     def _remove_remains(folder: Path) -> None:
         """Take away what killed processes left unfinished; younger files may be another rank's, at work."""
-        for path in folder.glob("*/.*.partial.npz"):
+        for path in folder.glob("*/.*.partial.npy"):
             try:
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink()
             except OSError:
                 continue  # another rank was first
+
+
+def _seal(key: str, body: bytes) -> bytes:
+    """Follows the array in its file, where numpy does not look: a damaged or renamed file does not match it."""
+    return hashlib.sha256(key.encode() + body).digest()
 
 
 def _file_bytes(path: Path) -> bytes:

@@ -1,0 +1,72 @@
+"""The order of the rows is a function of the step."""
+
+import numpy as np
+import pytest
+
+from ldm.data.batches import BatchOrder
+from ldm.errors import UserError
+
+
+def epoch(order, number):
+    start = number * order.steps_per_epoch
+    return np.concatenate([order.indices(step) for step in range(start, start + order.steps_per_epoch)])
+
+
+def test_an_epoch_is_every_row_once():
+    order = BatchOrder(12, 3, seed=1)
+    assert order.steps_per_epoch == 4
+    assert order.indices(0).shape == (3,)
+    assert sorted(epoch(order, 0)) == list(range(12))
+    assert sorted(epoch(order, 5)) == list(range(12))
+
+
+def test_epochs_and_seeds_differ():
+    order = BatchOrder(100, 4, seed=1)
+    assert epoch(order, 0).tolist() != epoch(order, 1).tolist()
+    assert epoch(order, 0).tolist() != epoch(BatchOrder(100, 4, seed=2), 0).tolist()
+
+
+def test_a_step_gives_the_same_rows_whatever_was_asked_before():
+    straight, resumed = BatchOrder(50, 4, seed=3), BatchOrder(50, 4, seed=3)
+    rows = [straight.indices(step).tolist() for step in range(60)]
+    for step in (40, 7, 59, 0, 41, 12):
+        assert resumed.indices(step).tolist() == rows[step]
+
+
+def test_what_is_given_can_be_changed_without_harm():
+    order = BatchOrder(8, 4, seed=3)
+    first = order.indices(0)
+    kept = first.tolist()
+    first[:] = 0
+    assert order.indices(0).tolist() == kept
+
+
+def test_ranks_share_an_epoch_without_overlap():
+    ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=4) for rank in range(4)]
+    assert ranks[0].steps_per_epoch == 2
+    assert sorted(np.concatenate([epoch(order, 1) for order in ranks])) == list(range(24))
+
+
+def test_two_ranks_together_see_what_one_sees_with_twice_the_batch():
+    alone = BatchOrder(24, 6, seed=1)
+    ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=2) for rank in range(2)]
+    for step in range(8):
+        assert np.concatenate([order.indices(step) for order in ranks]).tolist() == alone.indices(step).tolist()
+
+
+def test_rows_that_fill_no_batch_are_left_to_another_epoch():
+    order = BatchOrder(10, 4, seed=1)
+    assert order.steps_per_epoch == 2
+    assert set(np.concatenate([epoch(order, number) for number in range(20)])) == set(range(10))
+
+
+@pytest.mark.parametrize(("rows", "batch", "ranks"), [(0, 1, 1), (3, 4, 1), (7, 4, 2)])
+def test_too_few_rows_are_refused(rows, batch, ranks):
+    with pytest.raises(UserError, match=f"{rows} usable rows.*train_batch_size"):
+        BatchOrder(rows, batch, seed=0, rank_size=ranks)
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_of_nothing_is_refused(batch):
+    with pytest.raises(UserError, match="train_batch_size"):
+        BatchOrder(10, batch, seed=0)

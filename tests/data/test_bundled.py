@@ -1,0 +1,70 @@
+"""The pictures in datasets/: all sound, and held out for good."""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ldm.data.dataset import read_image_text_csv
+
+DATASETS = Path(__file__).parents[2] / "datasets"
+STYLES = {"emoji_noto": (1621, 284), "emoji_twemoji": (1621, 284), "emoji_fluent_hc": (1354, 239)}
+
+
+@cache
+def read(style, split):
+    return read_image_text_csv(DATASETS / style / split)
+
+
+def rows(style, split):
+    return read(style, split).rows
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_row_is_sound(style):
+    for split, count in zip(("train", "test"), STYLES[style]):
+        found = read(style, split)
+        assert found.bad == [] and len(found.rows) == count
+        assert all(row.text for row in found.rows)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_picture_is_in_its_csv(style):
+    for split in ("train", "test"):
+        pictures = {path.name for path in (DATASETS / style / split).glob("*.png")}
+        assert {row.path.name for row in rows(style, split)} == pictures
+
+
+def test_what_is_held_out_of_one_style_is_in_the_train_split_of_none():
+    held_out = {row.path.name for style in STYLES for row in rows(style, "test")}
+    trained = {row.path.name for style in STYLES for row in rows(style, "train")}
+    assert held_out.isdisjoint(trained)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_held_out_caption_is_trained(style):
+    assert {row.text for row in rows(style, "test")}.isdisjoint(row.text for row in rows(style, "train"))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prompts_follow_the_sorted_file_names(style):
+    in_order = sorted(rows(style, "test"), key=lambda row: row.path.name)
+    prompts = (DATASETS / style / "test" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == [row.text for row in in_order]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_meta_says_each_pictures_split(style):
+    with open(DATASETS / style / "meta.csv", encoding="utf-8", newline="") as file:
+        said = {row["file"]: row["split"] for row in csv.DictReader(file)}
+    assert said == {row.path.name: split for split in ("train", "test") for row in rows(style, split)}
+
+
+def test_sources_and_licences_travel_with_the_pictures():
+    attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
+    assert bundled == set(STYLES)
+    assert all(f"| {style} |" in attribution for style in STYLES)
+    licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
+    assert {"Apache-2.0.txt", "CC-BY-4.0.txt", "MIT-fluent-emoji-Microsoft.txt", "Unicode-3.0.txt"} <= licences

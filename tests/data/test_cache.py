@@ -1,0 +1,248 @@
+"""What was computed once is not computed again, and what is broken is."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.data.cache import StateCache, content_key
+from ldm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Doubler:
+    """Computes 2 * place for every place, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, places):
+        self.asked.append(list(places))
+        return np.array([[2.0 * place, 1.0] for place in places], dtype=np.float32)
+
+
+def keys(count):
+    return [content_key("test", index) for index in range(count)]
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_every_key_gets_its_array(tmp_path, on_disk):
+    cache, compute = StateCache(tmp_path / "cache" if on_disk else None), Doubler()
+    arrays = cache.get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
+    assert [array.tolist() for array in arrays] == [[2.0 * index, 1.0] for index in range(5)]
+    assert all(array.dtype == np.float32 for array in arrays)
+    assert len(files(tmp_path)) == (5 if on_disk else 0)
+
+
+def test_every_batch_is_full_so_that_one_graph_serves_all():
+    compute = Doubler()
+    StateCache().get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
+    assert compute.asked == [[0, 1], [2, 3], [4, 4]]
+
+
+def test_nothing_is_computed_twice_in_memory():
+    cache, compute = StateCache(), Doubler()
+    cache.get_or_compute(keys(4), compute, batch_size=4, desc="numbers")
+    arrays = cache.get_or_compute(keys(6), compute, batch_size=4, desc="numbers")
+    assert compute.asked == [[0, 1, 2, 3], [4, 5, 5, 5]]
+    assert [array[0] for array in arrays] == [0, 2, 4, 6, 8, 10]
+
+
+def test_nothing_is_computed_twice_from_disk(tmp_path):
+    StateCache(tmp_path).get_or_compute(keys(4), Doubler(), batch_size=4, desc="numbers")
+    compute = Doubler()
+    arrays = StateCache(tmp_path).get_or_compute(keys(4)[::-1], compute, batch_size=4, desc="numbers")
+    assert compute.asked == []
+    assert [array[0] for array in arrays] == [6, 4, 2, 0]
+    assert arrays[0].dtype == np.float32
+
+
+def test_equal_keys_are_computed_once_and_share_their_array(tmp_path):
+    compute = Doubler()
+    same = keys(1) * 3
+    arrays = StateCache(tmp_path).get_or_compute([*same, *keys(2)], compute, batch_size=2, desc="numbers")
+    assert compute.asked == [[0, 4]]
+    assert arrays[0] is arrays[1] is arrays[3]
+
+
+def test_no_keys_compute_nothing(tmp_path):
+    assert StateCache(tmp_path).get_or_compute([], Doubler(), batch_size=2, desc="numbers") == []
+
+
+def test_a_cached_array_does_not_hold_its_batch_in_memory():
+    arrays = StateCache().get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    assert all(array.base is None for array in arrays)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:10],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: b"\0" * len(content),
+        lambda content: b"something else entirely",
+        lambda content: b"\x80\x04N.",  # a pickle
+    ],
+    ids=["empty", "a few bytes", "half", "one byte short", "zeros", "foreign", "pickle"],
+)
+def test_a_broken_file_is_named_and_computed_again(tmp_path, caplog, damage):
+    StateCache(tmp_path).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
+    [path] = tmp_path.rglob(f"{keys(3)[1]}*")
+    path.write_bytes(damage(path.read_bytes()))
+    compute = Doubler()
+    with caplog.at_level(logging.WARNING):
+        arrays = StateCache(tmp_path).get_or_compute(keys(3), compute, batch_size=1, desc="numbers")
+    assert compute.asked == [[1]]
+    assert [array[0] for array in arrays] == [0, 2, 4]
+    assert str(path) in caplog.text and "broken" in caplog.text
+    caplog.clear()
+    again = Doubler()
+    StateCache(tmp_path).get_or_compute(keys(3), again, batch_size=1, desc="numbers")
+    assert again.asked == [] and caplog.text == ""
+
+
+def test_no_flipped_byte_changes_an_array_unnoticed(tmp_path):
+    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    [path] = files(tmp_path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        [array] = StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+        assert array.tolist() == [0.0, 1.0] and array.dtype == np.float32, place
+
+
+def test_a_file_under_another_key_is_not_taken_for_it(tmp_path):
+    StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    [first], [second] = (list(tmp_path.rglob(f"{key}*")) for key in keys(2))
+    second.write_bytes(first.read_bytes())
+    arrays = StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    assert [array[0] for array in arrays] == [0, 2]
+
+
+def test_a_cache_file_is_an_array_to_numpy_as_well(tmp_path):
+    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    [path] = files(tmp_path)
+    assert np.load(path, allow_pickle=False).tolist() == [0.0, 1.0]
+
+
+def test_an_interrupted_computation_keeps_what_it_had(tmp_path):
+    def failing(places):
+        if places[0] >= 4:
+            raise KeyboardInterrupt
+        return Doubler()(places)
+
+    with pytest.raises(KeyboardInterrupt):
+        StateCache(tmp_path).get_or_compute(keys(6), failing, batch_size=2, desc="numbers")
+    compute = Doubler()
+    StateCache(tmp_path).get_or_compute(keys(6), compute, batch_size=2, desc="numbers")
+    assert compute.asked == [[4, 5]]
+
+
+def test_a_killed_process_leaves_a_sound_cache(tmp_path):
+    script = f"""
+import numpy as np
+from ldm.data.cache import StateCache, content_key
+def compute(places):
+    print(places[0], flush=True)
+    return np.full((1, 20_000), places[0], np.float32)
+StateCache({str(tmp_path)!r}).get_or_compute([content_key("test", i) for i in range(2_000)], compute, 1, "numbers")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        while process.stdout.readline().strip() != b"20":
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    asked = []
+
+    def compute(places):
+        asked.extend(places)
+        return [np.full(20_000, place, np.float32) for place in places]
+
+    arrays = StateCache(tmp_path).get_or_compute(keys(40), compute, batch_size=1, desc="numbers")
+    assert all((array == index).all() for index, array in enumerate(arrays))
+    assert set(range(20)).isdisjoint(asked)
+
+
+def test_old_remains_of_killed_processes_are_taken_away_and_young_ones_left(tmp_path):
+    (tmp_path / "ab").mkdir()
+    old, young = tmp_path / "ab" / ".abc.1.partial.npy", tmp_path / "ab" / ".abd.2.partial.npy"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    StateCache(tmp_path)
+    assert not old.exists() and young.exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path, value):
+    with pytest.raises(UserError, match="latents.*not finite.*precision"):
+        StateCache(tmp_path).get_or_compute(keys(1), lambda places: [np.array([value])], 1, "latents")
+    assert files(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    cache = StateCache(tmp_path / "file" / "cache")
+    with caplog.at_level(logging.WARNING):
+        arrays = cache.get_or_compute(keys(3), Doubler(), batch_size=1, desc="numbers")
+    assert [array[0] for array in arrays] == [0, 2, 4]
+    assert caplog.text.count("cannot write the cache") == 1
+
+
+def test_too_few_arrays_for_a_batch_are_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="1 arrays for a batch of 2"):
+        StateCache().get_or_compute(keys(2), lambda places: [np.zeros(1)], 2, "numbers")
+
+
+def test_a_key_is_64_hex_digits_of_all_parts(tmp_path):
+    assert len(content_key("latents", "abc", 512)) == 64
+    assert content_key("latents", "abc", 512) == content_key("latents", "abc", 512)
+
+
+def test_every_part_its_type_and_its_place_count():
+    lists = [
+        ("a",),
+        ("a", "b"),
+        ("ab",),
+        ("b", "a"),
+        ("a", ""),
+        ("", "a"),
+        (1,),
+        ("1",),
+        (1.0,),
+        (b"1",),
+        (b"'1'",),
+        (),
+    ]
+    assert len({content_key(*parts) for parts in lists}) == len(lists)
+
+
+def test_a_file_counts_by_content_not_by_name(tmp_path):
+    for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
+        (tmp_path / name).write_bytes(content)
+    assert content_key(tmp_path / "a.png") == content_key(tmp_path / "b.png") != content_key(tmp_path / "c.png")
+    before = content_key(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"changed")
+    assert content_key(tmp_path / "a.png") != before
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone.png"):
+        content_key(tmp_path / "gone.png")

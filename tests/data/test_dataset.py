@@ -1,0 +1,294 @@
+"""What a data folder may look like, and what is said where it does not."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.dataset import read_image_text_csv
+from ldm.errors import UserError
+
+
+def picture_bytes(suffix="PNG"):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, suffix)
+    return buffer.getvalue()
+
+
+PICTURE = picture_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with twenty pictures 0.png to 19.png and no CSV yet; something.png lies outside of it."""
+    inside = tmp_path / "data"
+    inside.mkdir()
+    for index in range(20):
+        (inside / f"{index}.png").write_bytes(PICTURE)
+    (tmp_path / "outside.png").write_bytes(PICTURE)
+    return inside
+
+
+def write(folder, text, encoding="utf-8"):
+    (folder / "img_txt.csv").write_bytes(text.encode(encoding) if isinstance(text, str) else text)
+
+
+def lines(count=20, **changed):
+    """A CSV of `count` rows, where line3="..." puts something else on line 3 (the header is line 1)."""
+    rows = ["dir,text"] + [f"{index}.png,picture {index}" for index in range(count)]
+    for line, content in changed.items():
+        rows[int(line[len("line") :]) - 1] = content
+    return "\n".join(rows) + "\n"
+
+
+def captions(folder):
+    return [row.text for row in read_image_text_csv(folder).rows]
+
+
+def refusal(folder, **settings):
+    with pytest.raises(UserError) as caught:
+        read_image_text_csv(folder, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rows_come_in_the_order_of_the_csv(folder):
+    write(folder, "dir,text\n3.png,three\n1.png,one\n2.png,two\n")
+    found = read_image_text_csv(folder)
+    assert found.rows == [(folder / "3.png", "three"), (folder / "1.png", "one"), (folder / "2.png", "two")]
+    assert found.bad == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("dir,text\n1.png,a cat\n", ["a cat"]),
+        ("\ufeffdir,text\n1.png,a cat\n", ["a cat"]),
+        ("dir,text\r\n1.png,a cat\r\n", ["a cat"]),
+        ("dir,text\r1.png,a cat\r", ["a cat"]),
+        ("dir,text\n1.png,a cat", ["a cat"]),
+        ('dir,text\n1.png,"red, white and blue"\n', ["red, white and blue"]),
+        ('dir,text\n1.png,"a ""free"" button"\n', ['a "free" button']),
+        ('dir,text\n1.png,a "free" button\n', ['a "free" button']),
+        ('dir,text\n1.png,"two\nlines"\n2.png,b\n', ["two\nlines", "b"]),
+        ('"dir","text"\n"1.png","a cat"\n', ["a cat"]),
+        ("text,dir\na cat,1.png\n", ["a cat"]),
+        ("id,dir,source,text,note\n7,1.png,web,a cat,nice\n", ["a cat"]),
+        (" dir , text \n 1.png , a cat \n", ["a cat"]),
+        ("\n\ndir,text\n\n1.png,a cat\n,\n2.png,a dog\n\n", ["a cat", "a dog"]),
+        ("dir,text\n1.png,猫 und Käse 😀\n", ["猫 und Käse 😀"]),
+        ("dir,text\n1.png,a\n1.png,b\n", ["a", "b"]),
+        ("dir,text\n./1.png,a\n", ["a"]),
+        ("dir,text\nsub/../1.png,a\n", ["a"]),
+    ],
+)
+def test_ways_to_write_a_csv(folder, content, expected):
+    (folder / "sub").mkdir()
+    write(folder, content)
+    assert captions(folder) == expected
+
+
+def test_pictures_may_lie_in_folders_below(folder):
+    (folder / "cats").mkdir()
+    (folder / "cats" / "größe 1.png").write_bytes(PICTURE)
+    write(folder, "dir,text\ncats/größe 1.png,a cat\n")
+    assert read_image_text_csv(folder).rows[0].path == folder / "cats" / "größe 1.png"
+
+
+def test_a_folder_that_is_a_link_is_the_folder_it_leads_to(folder, tmp_path):
+    write(folder, lines())
+    (tmp_path / "link").symlink_to(folder)
+    assert len(read_image_text_csv(tmp_path / "link").rows) == 20
+
+
+def test_other_names_for_csv_and_columns(folder):
+    (folder / "metadata.csv").write_text("file_name,caption\n1.png,a cat\n")
+    found = read_image_text_csv(str(folder), csv_name="metadata.csv", image_column="file_name", text_column="caption")
+    assert found.rows == [(folder / "1.png", "a cat")]
+
+
+def test_empty_captions_are_kept_and_counted(folder, caplog):
+    write(folder, lines(line2="0.png,", line3='1.png,"  "'))
+    with caplog.at_level(logging.WARNING):
+        assert captions(folder)[:3] == ["", "", "picture 2"]
+    assert "2 of 20 captions are empty" in caplog.text
+
+
+def test_nothing_is_said_about_a_sound_data_set(folder, caplog):
+    write(folder, lines())
+    assert captions(folder) == [f"picture {index}" for index in range(20)]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has nothing in it"),
+        ("\n\n \n", "has nothing in it"),
+        ("\ufeff", "has nothing in it"),
+        ("dir,text\n", "header but no rows"),
+        ("dir,text\n\n\n", "header but no rows"),
+        ("1.png,a cat\n2.png,a dog\n", "has no header: make dir,text its first line"),
+        ("cats/1.JPG,a cat\n", "has no header: make dir,text its first line"),
+        ("dir\n1.png\n", "no column 'text', only 'dir'"),
+        ("dir,caption\n1.png,a cat\n", "no column 'text', only 'dir', 'caption'"),
+        ("dir,txt\n1.png,a cat\n", "no column 'text', only 'dir', 'txt' .nearest: 'txt'"),
+        ("dir,Text\n1.png,a cat\n", "no column 'text', only 'dir', 'Text' .nearest: 'Text'"),
+        ("DIR,text\n1.png,a cat\n", "no column 'dir'.*nearest: 'DIR'"),
+        ("file,text\n1.png,a cat\n", "no column 'dir', only 'file', 'text'"),
+        ("a,b,c\n1,2,3\n", "no column 'dir', only 'a', 'b', 'c': its first line must name dir,text"),
+        ("dir;text\n1.png;a cat\n", "not separated by commas"),
+        ("dir\ttext\n1.png\ta cat\n", "not separated by commas"),
+        ("dir,text,text\n1.png,a,b\n", "column 'text' twice"),
+        ("dir,dir,text\n1.png,1.png,b\n", "column 'dir' twice"),
+        ('dir,text\n1.png,"never closed\n2.png,a dog\n', "line 3.*double quotes"),
+        ('dir,text\n1.png,a\n2.png,"a dog" called Rex\n', "line 3.*double quotes"),
+        ("dir,text\n1.png," + "x" * 200_000 + "\n", "line 2.*field"),
+        ("dir,text\n1.png,a\0cat\n", "line 2: holds a zero byte"),
+        ("dir,text\n1.png,a\n2.png,caf\xe9\n".encode("latin-1"), "line 3: not UTF-8: save the file as UTF-8"),
+        ("dir,text\n1.png,中国\n".encode("gb18030"), "line 2: not UTF-8"),
+        ("dir,text\n1.png,a\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8"),
+        (b"PK\x03\x04\0\0 an .xlsx", "zero byte"),
+    ],
+)
+def test_a_csv_that_is_none_is_refused(folder, content, said):
+    write(folder, content)
+    message = refusal(folder)
+    assert str(folder / "img_txt.csv") in message
+    with pytest.raises(UserError, match=said):
+        read_image_text_csv(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.png",
+        "../../outside.png",
+        "sub/../../outside.png",
+        "/etc/hostname",
+        "{folder}/1.png",
+        "link.png",
+        "linked/outside.png",
+        "..",
+        "../data2/1.png",
+    ],
+)
+def test_a_picture_outside_the_folder_is_refused(folder, tmp_path, name):
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "linked").symlink_to(tmp_path)
+    (tmp_path / "data2").mkdir()
+    (tmp_path / "data2" / "1.png").write_bytes(PICTURE)
+    name = name.format(folder=folder)
+    write(folder, lines(line5=f"{name},a cat"))
+    message = refusal(folder)
+    assert "line 5" in message and name in message and "outside the folder" in message
+
+
+def test_a_link_to_a_picture_within_the_folder_is_fine(folder):
+    (folder / "again.png").symlink_to(folder / "1.png")
+    write(folder, "dir,text\nagain.png,a cat\n")
+    assert captions(folder) == ["a cat"]
+
+
+def test_no_folder(tmp_path):
+    assert "does not exist: check data_path" in refusal(tmp_path / "nowhere")
+
+
+def test_a_file_instead_of_a_folder(folder):
+    write(folder, lines())
+    assert "is not a folder" in refusal(folder / "img_txt.csv")
+
+
+def test_no_csv(folder):
+    message = refusal(folder)
+    assert str(folder) in message and "has no img_txt.csv" in message and "dir,text" in message
+
+
+def test_no_csv_here_but_in_a_folder_below(folder):
+    write(folder, lines())
+    assert str(folder) in refusal(folder.parent)
+
+
+BROKEN = {
+    "missing": (None, "is missing"),
+    "empty": (b"", "is an empty file"),
+    "text": (b"no picture, for all its name\n", "is no picture"),
+    "truncated": (PICTURE[: len(PICTURE) // 2], "is broken"),
+    "cut at the end": (PICTURE[:-100], "is broken"),
+    "header alone": (PICTURE[:33], "is no picture"),
+    "truncated jpeg": (picture_bytes("JPEG")[:-150], "is broken"),
+    "html": (b"<!DOCTYPE html><title>404</title>", "is no picture"),
+    "zeros": (b"\0" * 500, "is no picture"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_picture_is_named_counted_and_left_out(folder, caplog, kind):
+    content, said = BROKEN[kind]
+    (folder / "7.png").unlink()
+    if content is not None:
+        (folder / "7.png").write_bytes(content)
+    write(folder, lines())
+    with caplog.at_level(logging.WARNING):
+        found = read_image_text_csv(folder)
+    assert [row.text for row in found.rows] == [f"picture {index}" for index in range(20) if index != 7]
+    [(name, reason)] = found.bad
+    assert name == "7.png" and reason.startswith("line 9: ") and said in reason
+    assert "7.png" in caplog.text and said in caplog.text and "1 of 20 rows left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "said"),
+    [
+        ("7.png", "7.png", "1 fields where the header has 2"),
+        ("7.png,red, white and blue", "7.png", "3 fields where the header has 2: put captions that hold commas in"),
+        (",a cat", "", "no picture is named"),
+        (" ,a cat", "", "no picture is named"),
+        (".,a cat", ".", "is a folder"),
+        ("x" * 300 + ".png,a cat", "x" * 300 + ".png", "is broken"),
+        ("7.png\\,a cat", "7.png\\", "is missing"),
+    ],
+)
+def test_a_row_that_is_wrong_itself_is_left_out(folder, line, name, said):
+    write(folder, lines(line9=line))
+    found = read_image_text_csv(folder)
+    assert len(found.rows) == 19
+    assert found.bad[0][0] == name and found.bad[0][1].startswith("line 9: ") and said in found.bad[0][1]
+
+
+def test_a_line_number_counts_lines_within_captions(folder):
+    write(folder, lines(line2='0.png,"one\ntwo\nthree"', line5="gone.png,a cat"))
+    assert read_image_text_csv(folder).bad[0][1].startswith("line 7: ")
+
+
+@pytest.mark.parametrize(("broken", "refused"), [(1, False), (2, False), (3, True), (20, True)])
+def test_more_than_a_tenth_broken_is_refused(folder, broken, refused):
+    for index in range(broken):
+        (folder / f"{index}.png").write_bytes(b"")
+    write(folder, lines())
+    if not refused:
+        found = read_image_text_csv(folder)
+        assert len(found.bad) == broken and len(found.rows) == 20 - broken
+    else:
+        message = refusal(folder)
+        assert f"{broken} of 20 rows are unusable, more than 10%" in message
+        assert "0.png (line 2: the picture is an empty file)" in message
+
+
+def test_the_bound_can_be_set(folder):
+    (folder / "0.png").unlink()
+    write(folder, lines())
+    assert "more than 0%" in refusal(folder, max_bad_fraction=0.0)
+
+
+def test_all_bad_rows_are_logged_even_where_the_data_set_is_refused(folder, caplog):
+    for index in range(20):
+        (folder / f"{index}.png").unlink()
+    write(folder, lines())
+    with caplog.at_level(logging.WARNING):
+        refusal(folder)
+    assert all(f"left out: {index}.png" in caplog.text for index in range(20))
