@@ -1,0 +1,401 @@
+"""The settings of text_to_image.py, and what they amount to: prompts, model, checkpoint, LoRAs."""
+
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.parse import setting
+from ldm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+MOST_IMAGES = 1_000_000
+
+
+class Version(NamedTuple):
+    """A published model: its default checkpoint, under models/ and by the published file name, and its model YAML."""
+
+    checkpoint: str
+    config: str
+
+
+# File names as published by mindone's Stable Diffusion example.
+VERSIONS = {
+    "1.5": Version("models/sd_v1.5-d0ab7146.ckpt", "configs/v1-inference.yaml"),
+    "2.0": Version("models/sd_v2_base-57526ee4.ckpt", "configs/v2-inference.yaml"),
+    "2.0-v": Version("models/sd_v2_768_v-e12e3a9b.ckpt", "configs/v2-vpred-inference.yaml"),
+    "2.1": Version("models/sd_v2-1_base-7c8d09ce.ckpt", "configs/v2-inference.yaml"),
+    "2.1-v": Version("models/sd_v2-1_768_v-061732d1.ckpt", "configs/v2-vpred-inference.yaml"),
+    "nano": Version("models/nano/nano.safetensors", "configs/nano.yaml"),
+}
+
+# Guidance where none is given: mindone's published defaults; nano's is this project's own.
+DEFAULT_SCALES = {"sd2": 9.0, "nano": 4.0}
+DEFAULT_SCALE = 7.5
+
+
+@dataclass
+class GenerateConfig:
+    """Names as in mindone's published text_to_image.py, with this project's own beside them."""
+
+    # A text, not Optional: "none" may be a prompt.
+    prompt: str = setting("", "the text to draw", group="what to draw")
+    data_path: Optional[str] = setting(
+        None,
+        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt",
+        group="what to draw",
+    )
+    negative_prompt: str = setting("", "what to keep away from, for all prompts", group="what to draw")
+    negative_data_path: Optional[str] = setting(
+        None, "a text file of negative prompts: as many lines as prompts, or one for all", group="what to draw"
+    )
+    n_iter: int = setting(1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1)
+    n_samples: int = setting(1, "images a prompt and round", group="what to draw", low=1)
+    H: Optional[int] = setting(None, "height in pixels; None for the model's own", group="what to draw", low=1)
+    W: Optional[int] = setting(None, "width in pixels; None for the model's own", group="what to draw", low=1)
+    seed: int = setting(
+        42,
+        "image i comes from (seed, i) alone, whatever the batch size; counted over all prompts",
+        group="what to draw",
+        low=0,
+        high=2**32 - 1,
+    )
+    init_latents: Optional[str] = setting(
+        None,
+        "start from these latents (.npy, float, images x channels x height x width) instead of the seed's",
+        group="what to draw",
+    )
+
+    version: Optional[str] = setting(
+        None,
+        "which model; nano where neither this nor a checkpoint is given, read from the checkpoint where that says it",
+        group="model",
+        choices=tuple(VERSIONS),
+    )
+    config: Optional[str] = setting(None, "the model's YAML; None for the version's", group="model")
+    ckpt_path: Optional[str] = setting(
+        None, "the base checkpoint; None for the version's, under models/", group="model"
+    )
+    unet_ckpt_path: Optional[str] = setting(
+        None, "a UNet to put in the place of the checkpoint's, as training without LoRA saves it", group="model"
+    )
+
+    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: yes where lora_ckpt_path is given", group="LoRA")
+    lora_ckpt_path: Optional[list[str]] = setting(
+        None, "LoRA file or files, each with a weight where wanted: a.ckpt b.ckpt:0.7", group="LoRA"
+    )
+    lora_scale: float = setting(1.0, "multiplies the weight of every LoRA; 0 is the base, bit for bit", group="LoRA")
+    lora_ft_unet: Optional[bool] = setting(
+        None, "None: as the file has it; False: leave its UNet part out; True: it must have one", group="LoRA"
+    )
+    lora_ft_text_encoder: Optional[bool] = setting(
+        None, "None: as the file has it; False: leave its text encoder part out; True: it must have one", group="LoRA"
+    )
+    lora_rank: Optional[int] = setting(
+        None, "the rank is read from the file; given here, it is compared with it", group="LoRA", low=1
+    )
+
+    sampling_steps: int = setting(20, "network calls an image", group="sampling", low=1)
+    scale: Optional[float] = setting(
+        None, "guidance; 1 for none; None for 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", group="sampling", low=0
+    )
+    dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++", group="sampling")
+    ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++", group="sampling")
+    ddim_eta: float = setting(0.0, "DDIM's share of fresh noise", group="sampling", low=0, high=1)
+
+    output_path: str = setting(
+        "output", "folder for samples/ and grid.png; an earlier run's are kept as samples.old1 ...", group="output"
+    )
+    skip_save: bool = setting(False, "write no PNGs", group="output")
+    skip_grid: bool = setting(False, "write no grid", group="output")
+    save_latents: Optional[str] = setting(
+        None,
+        "write the final latents to this .npy and the starting ones to the same name with .init.npy",
+        group="output",
+    )
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", group="output")
+
+    device_target: Optional[str] = setting(
+        None, "None: Ascend where there is one, else CPU", group="runtime", choices=("Ascend", "CPU")
+    )
+    mode: int = setting(0, "0 graph, 1 pynative", group="runtime", choices=(0, 1))
+    ms_mode: Optional[int] = setting(None, "another name of mode", group="runtime", choices=(0, 1))
+    jit_level: Optional[str] = setting(None, "Ascend's compiler level", group="runtime", choices=("O0", "O1", "O2"))
+    precision: str = setting(
+        "auto",
+        "of UNet and text encoder: auto is fp16 on Ascend, fp32 on CPU; the VAE is always fp32",
+        group="runtime",
+        choices=("auto", "fp16", "fp32"),
+    )
+    enable_flash_attention: bool = setting(False, "fused attention, on Ascend only", group="runtime")
+    batch_size: Optional[int] = setting(
+        None,
+        "images a network call; None: n_samples, and 16 where they are small. The images are the same",
+        group="runtime",
+        low=1,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.prompt and self.data_path is None:
+            raise UserError('nothing to draw: give --prompt "a text" or --data_path with a file of prompts')
+        if self.prompt and self.data_path is not None:
+            raise UserError("--prompt and --data_path are both given: leave one of them out")
+        if self.negative_prompt and self.negative_data_path is not None:
+            raise UserError("--negative_prompt and --negative_data_path are both given: leave one of them out")
+        if self.dpm_solver and self.ddim:
+            raise UserError("--dpm_solver and --ddim are both given: leave one of them out")
+        if self.ddim_eta and not self.ddim:
+            raise UserError(f"--ddim_eta {self.ddim_eta} has a meaning for DDIM only: add --ddim, or leave it out")
+        if self.use_lora and not self.lora_ckpt_path:
+            raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
+        if self.ms_mode is not None:
+            self.mode = self.ms_mode
+        self.log_level = self.log_level.rpartition(".")[2].upper()  # "logging.INFO", as published, is INFO
+        if self.log_level not in LOG_LEVELS:
+            raise UserError(f'log_level "{self.log_level}" is unknown: one of {", ".join(LOG_LEVELS)}')
+
+    @property
+    def sampler(self) -> str:
+        """The name in ldm.diffusion.samplers.SAMPLERS."""
+        return "ddim" if self.ddim else "dpm_solver" if self.dpm_solver else "dpm_solver_pp"
+
+
+class LoRAFile(NamedTuple):
+    """A LoRA to apply, and how much of it (the file's own weight times lora_scale)."""
+
+    path: Path
+    weight: float
+
+
+@dataclass
+class Plan:
+    """What the settings amount to, checked as far as that goes without opening a network.
+
+    prompts, negative_prompts: one an image, all images of the first prompt first.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str]
+    images_per_prompt: int
+    model: ModelConfig
+    version: Optional[str]
+    checkpoint: Path
+    unet_checkpoint: Optional[Path]
+    loras: list[LoRAFile]
+    scale: float
+
+
+def plan(config: GenerateConfig) -> Plan:
+    """Find the prompts, the model and the files.
+
+    Raises UserError for a file that is missing or cannot be read, for prompts and negative prompts that do not pair,
+    for a model that is not known or not the checkpoint's, for an output path that cannot be written.
+    """
+    prompts = _read_lines(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
+    if config.negative_data_path is not None:
+        negative = _read_lines(config.negative_data_path, "negative_data_path")
+        if len(negative) == 1:
+            negative = negative * len(prompts)
+        if len(negative) != len(prompts):
+            raise UserError(
+                f"{config.negative_data_path} has {len(negative)} negative prompts for {len(prompts)} prompts: "
+                "give as many, or one for all"
+            )
+    else:
+        negative = [config.negative_prompt] * len(prompts)
+    images_per_prompt = config.n_iter * config.n_samples
+    if len(prompts) * images_per_prompt > MOST_IMAGES:
+        raise UserError(
+            f"{len(prompts)} prompts x n_iter {config.n_iter} x n_samples {config.n_samples} are more than "
+            f"{MOST_IMAGES} images: lower them"
+        )
+
+    version, checkpoint = _checkpoint(config)
+    unet_checkpoint = None
+    if config.unet_ckpt_path is not None:
+        unet_checkpoint = _existing(config.unet_ckpt_path, "unet_ckpt_path")
+    model = _model_config(config, version)
+    loras = _lora_files(config)
+    _check_outputs(config)
+
+    def spread(texts: list[str]) -> list[str]:
+        return [text for text in texts for _ in range(images_per_prompt)]
+
+    scale = config.scale
+    if scale is None:
+        scale = DEFAULT_SCALES.get(model.architecture, DEFAULT_SCALE)
+    return Plan(
+        prompts=spread(prompts),
+        negative_prompts=spread(negative),
+        images_per_prompt=images_per_prompt,
+        model=model,
+        version=version,
+        checkpoint=checkpoint,
+        unet_checkpoint=unet_checkpoint,
+        loras=loras,
+        scale=scale,
+    )
+
+
+def parse_lora_path(text: str) -> LoRAFile:
+    """`path` or `path:weight`; a file whose whole name is `text` wins.
+
+    Raises UserError for a file that is not there and for a weight that is no number.
+    """
+    if os.path.exists(text) or ":" not in text[1:]:
+        return LoRAFile(_existing(text, "lora_ckpt_path"), 1.0)
+    path, _, weight = text.rpartition(":")
+    try:
+        number = float(weight)
+    except ValueError:
+        raise UserError(
+            f'lora_ckpt_path "{text}": there is no such file, and "{weight}" after the colon is no weight such as 0.7'
+        ) from None
+    if not math.isfinite(number):
+        raise UserError(f'lora_ckpt_path "{text}": the weight is not a finite number')
+    return LoRAFile(_existing(path, "lora_ckpt_path"), number)
+
+
+def _read_lines(path: str, name: str) -> list[str]:
+    """Lines of a UTF-8 text file, prompts without the empty ones at the end; only line feeds end a line."""
+    if os.path.isdir(path):
+        raise UserError(
+            f"{name} {path} is a folder: give a text file with one prompt a line, such as prompts.txt in it"
+        )
+    try:
+        # newline=None turns \r\n into \n; splitlines() would split at characters that may stand in a prompt.
+        with open(path, encoding="utf-8-sig", newline=None) as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{name} {path} does not exist: give a text file with one prompt a line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} {path} is not a UTF-8 text file: save it as one, with one prompt a line") from None
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read: {error.strerror or error}") from None
+    if "\0" in text:
+        raise UserError(f"{name} {path} is not a text file: give one with one prompt a line")
+    # An empty negative prompt at the end belongs to the last prompts; an empty prompt there is a slip.
+    lines = text.rstrip().split("\n") if name == "data_path" else text.removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise UserError(f"{name} {path} is empty: write one prompt a line")
+    empty = [i for i, line in enumerate(lines, 1) if not line.strip()]
+    if empty and name == "data_path":
+        logger.warning("%s: line %d is empty and drawn as an empty prompt (%d such lines)", path, empty[0], len(empty))
+    return [line.strip() for line in lines]
+
+
+def _under_root(path: str) -> Path:
+    """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
+    given = Path(path)
+    return given if given.exists() or given.is_absolute() else ROOT / given
+
+
+def _existing(path: str, name: str) -> Path:
+    if not os.path.exists(path):
+        raise UserError(f"{name} {path} does not exist: check the path")
+    return Path(path)
+
+
+def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path]:
+    """(version, base checkpoint); the version is None where a model YAML stands in for it."""
+    if config.ckpt_path is not None:
+        path = _existing(config.ckpt_path, "ckpt_path")
+        if config.version is None and config.config is None:
+            return _version_of(path), path
+        return config.version, path
+    version = config.version or "nano"
+    path = _under_root(VERSIONS[version].checkpoint)
+    if not path.exists():
+        published = VERSIONS[version].checkpoint
+        if version == "nano":
+            way = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
+        else:
+            way = (
+                "put the published file of that name there, or give --ckpt_path with a single-file Stable Diffusion "
+                f"{version} checkpoint (.safetensors, or a MindSpore .ckpt)"
+            )
+        raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way}")
+    return version, path
+
+
+def _version_of(path: Path) -> str:
+    """The version of a checkpoint that comes without one: by its published name, else by its context's width."""
+    from ldm.weights.read import open_checkpoint
+
+    for version, published in VERSIONS.items():
+        if path.name == Path(published.checkpoint).name:
+            return version
+    shapes = open_checkpoint(path).shapes()
+    widths = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape}
+    fitting = {}
+    for version, published in VERSIONS.items():
+        if load_model_config(ROOT / published.config).context_dim in widths:
+            fitting.setdefault(published.config, version)
+    if len(fitting) == 1:
+        version = next(iter(fitting.values()))
+        logger.info("%s is taken for version %s, by its shapes", path, version)
+        return version
+    choices = ", ".join(VERSIONS)
+    raise UserError(f"which model is {path}? Its shapes do not tell: add --version (one of {choices}) or --config")
+
+
+def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig:
+    if config.config is None:
+        return load_model_config(ROOT / VERSIONS[version].config)
+    model = load_model_config(_under_root(config.config))
+    if version is not None and model.architecture != "custom":
+        expected = load_model_config(ROOT / VERSIONS[version].config)
+        for what in ("architecture", "prediction_type"):
+            ours, theirs = getattr(model, what), getattr(expected, what)
+            if ours != theirs:
+                raise UserError(
+                    f"--config {config.config} has {what} {ours}, version {version} has {theirs}: "
+                    f"use {VERSIONS[version].config}, or the version (or checkpoint) that belongs to your YAML"
+                )
+    return model
+
+
+def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
+    if not config.lora_ckpt_path:
+        return []
+    if config.use_lora is False:
+        logger.warning("use_lora is False: lora_ckpt_path is not applied")
+        return []
+    files = []
+    for text in config.lora_ckpt_path:
+        path, weight = parse_lora_path(text)
+        files.append(LoRAFile(path, weight * config.lora_scale))
+    return files
+
+
+def _check_outputs(config: GenerateConfig) -> None:
+    _check_folder(Path(config.output_path), "output_path")
+    if config.save_latents is not None:
+        target = Path(config.save_latents)
+        if target.suffix != ".npy":
+            raise UserError(f"save_latents {target} must end in .npy")
+        if target.is_dir():
+            raise UserError(f"save_latents {target} is a folder: give the path of a .npy file")
+        _check_folder(target.parent, "the folder of save_latents,")
+        if config.init_latents is not None and target.resolve() == Path(config.init_latents).resolve():
+            raise UserError(f"save_latents would overwrite init_latents {target}: give another name")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raise UserError unless `folder` is one that can be written, or can be made."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{name} {folder} cannot be a folder: {place} is a file")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise UserError(f"{name} {folder} cannot be written: no permission in {place}")
+            return
