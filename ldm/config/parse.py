@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -285,7 +286,8 @@ def _from_yaml(value: Any, hint: Any, where: str) -> Any:
 
 
 def _alternatives(hint: Any) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) is Union else (hint,)
+    union = typing.get_origin(hint) in (Union, getattr(types, "UnionType", Union))
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _list_item(hint: Any) -> Any:

@@ -1,0 +1,150 @@
+"""What a micro-step trains on: latents, noise, time steps and texts, each a pure function of (seed, micro-step)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ldm.config.model import ModelConfig
+from ldm.config.train import TrainConfig
+from ldm.data.batches import BatchOrder
+from ldm.data.cache import StateCache, content_key
+from ldm.data.dataset import Row
+from ldm.data.draws import draws
+from ldm.data.transforms import load_image
+from ldm.models.autoencoder import VAEEncode
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LOGVAR_RANGE = (-30.0, 20.0)  # as LDM's DiagonalGaussianDistribution
+CACHE_PIXELS = 4 * 512 * 512  # encoded at once: four pictures of 512 pixels, one of 768, 32 of 64
+
+
+class Batch(NamedTuple):
+    latents: np.ndarray  # (N, C, h, w) float32, scaled
+    noise: np.ndarray  # like latents
+    timesteps: np.ndarray  # (N,) int32
+    condition: np.ndarray  # text states (N, 77, D) float32, or tokens (N, 77) int32
+
+
+def network_hash(net: nn.Cell, description: object) -> str:
+    """sha256 of a network's parameters and of what else decides its output."""
+    digest = hashlib.sha256(repr(description).encode())
+    for parameter in net.get_parameters():
+        digest.update(parameter.name.encode() + repr(parameter.shape).encode())
+        digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
+    return digest.hexdigest()
+
+
+def sample_latents(moments: np.ndarray, eps: np.ndarray, scale_factor: float) -> np.ndarray:
+    """(mean + exp(logvar / 2) eps) scale_factor from moments (N, 2C, h, w) and eps (N, C, h, w); fp32."""
+    mean, logvar = np.split(moments, 2, axis=1)
+    latents = mean + np.exp(0.5 * np.clip(logvar, *LOGVAR_RANGE)) * eps
+    return (latents * np.float32(scale_factor)).astype(np.float32)
+
+
+class Inputs:
+    """The batches of a run. Building it computes or reads the cached states, with progress bars.
+
+    tokens_only: give tokens for the condition, as the text encoder is trained in the step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        model: StableDiffusion,
+        rows: Sequence[Row],
+        order: BatchOrder,
+        *,
+        image_size: int,
+        tokens_only: bool,
+    ):
+        self.config, self.model_config, self.rows, self.order = config, model_config, rows, order
+        self.image_size, self.tokens_only = image_size, tokens_only
+        self.rank = order.rank
+        self.encode_graph = VAEEncode(model.first_stage_model)
+        self.text_graph = model.cond_stage_model
+        self.augments = config.random_crop or config.random_flip
+        self.pool = ThreadPoolExecutor(config.num_workers)
+        tokenizer = Tokenizer(pad=model_config.pad_token)
+        self.tokens = tokenizer.encode([row.text for row in rows])
+        self.empty_tokens = tokenizer.encode([""])
+        cache = StateCache(Path(config.output_path) / "cache")
+        self.moments = self._cached_moments(cache, model) if config.cache_latents and not self.augments else None
+        if config.cache_latents and self.augments:
+            logger.info("random_crop or random_flip: latents are computed at every step, not cached")
+        self.states = None
+        if config.cache_text and not tokens_only:
+            self.states = self._cached_states(cache, model)
+
+    def batch(self, micro_step: int) -> Batch:
+        """The batch of a micro-step, counted from 0 over the whole run."""
+        rows = self.order.indices(micro_step)
+        if self.moments is not None:
+            moments = np.stack([self.moments[row] for row in rows])
+        else:
+            moments = self._moments_now(rows, micro_step)
+        shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
+        eps = self._draws("posterior", micro_step).standard_normal(shape, dtype=np.float32)
+        return Batch(
+            sample_latents(moments, eps, self.model_config.scale_factor),
+            self._draws("noise", micro_step).standard_normal(shape, dtype=np.float32),
+            self._draws("timesteps", micro_step).integers(0, self.model_config.timesteps, len(rows), dtype=np.int32),
+            self._condition(rows, micro_step),
+        )
+
+    def _draws(self, stream: str, micro_step: int) -> np.random.Generator:
+        return draws(self.config.seed, stream, micro_step, self.rank)
+
+    def _condition(self, rows: np.ndarray, micro_step: int) -> np.ndarray:
+        dropped = self._draws("caption_dropout", micro_step).random(len(rows)) < self.config.caption_dropout
+        if self.states is not None:
+            return np.stack([self.states[row] for row in np.where(dropped, len(self.rows), rows)])
+        tokens = np.where(dropped[:, None], self.empty_tokens, self.tokens[rows])
+        return tokens if self.tokens_only else self.text_graph(Tensor(tokens)).asnumpy()
+
+    def _moments_now(self, rows: np.ndarray, micro_step: int) -> np.ndarray:
+        seeds = self._draws("augment", micro_step).integers(0, 2**63, len(rows))
+        images = list(self.pool.map(self._augmented, rows, seeds))
+        return self.encode_graph(Tensor(np.stack(images))).asnumpy()
+
+    def _augmented(self, row: int, seed: int) -> np.ndarray:
+        return load_image(
+            self.rows[row].path,
+            self.image_size,
+            random_crop=self.config.random_crop,
+            random_flip=self.config.random_flip,
+            rng=np.random.default_rng(seed),
+        )
+
+    def _cached_moments(self, cache: StateCache, model: StableDiffusion) -> list[np.ndarray]:
+        weights = network_hash(model.first_stage_model, self.model_config.vae)
+        keys = [content_key("moments", weights, self.image_size, row.path) for row in self.rows]
+
+        def compute(places: list[int]) -> np.ndarray:
+            images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
+            return self.encode_graph(Tensor(np.stack(images))).asnumpy()
+
+        batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
+        return cache.get_or_compute(keys, compute, batch_size, "latents")
+
+    def _cached_states(self, cache: StateCache, model: StableDiffusion) -> list[np.ndarray]:
+        """The state of every row's caption and, after them, of the empty one."""
+        weights = network_hash(model.cond_stage_model, self.model_config.text)
+        tokens = np.concatenate([self.tokens, self.empty_tokens])
+        keys = [content_key("text", weights, row.tobytes()) for row in tokens]
+
+        def compute(places: list[int]) -> np.ndarray:
+            return self.text_graph(Tensor(tokens[places])).asnumpy()
+
+        return cache.get_or_compute(keys, compute, 16, "texts")

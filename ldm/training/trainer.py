@@ -1,0 +1,427 @@
+"""A training run from settings to checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from mindspore import Parameter, Tensor
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.atomic import atomic_path
+from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.parse import save_config
+from ldm.config.train import TrainConfig
+from ldm.data.batches import BatchOrder
+from ldm.data.cache import content_key
+from ldm.data.dataset import Row, read_image_text_csv
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.models.layers import set_compute_dtype
+from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.runtime import Runtime, set_flash_attention, setup_runtime
+from ldm.training import checkpoints
+from ldm.training.inputs import Inputs
+from ldm.training.loss_scale import LossScaler
+from ldm.training.optimizers import adamw_scalars
+from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile, set_up_logging
+from ldm.training.schedules import ema_decay_at, learning_rate
+from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
+from ldm.weights.load import load_base
+from ldm.weights.read import content_hash, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+EPSILON = 1e-8  # torch's and diffusers' default
+UNET = "model.diffusion_model."
+
+# A resumed run must not differ in these: it would end with other weights than an uninterrupted one, or make no sense.
+# What else was changed (a longer run, another learning rate) is said and taken.
+FIXED_ON_RESUME = (
+    "data", "model", "base", "seed", "rank_size", "precision", "image_size", "train_batch_size",
+    "gradient_accumulation_steps", "random_crop", "random_flip", "caption_dropout", "use_lora", "lora_ft_unet",
+    "lora_ft_text_encoder", "lora_rank", "lora_alpha", "lora_scale", "lora_targets", "lora_fp16", "use_ema", "optim",
+)  # fmt: skip
+FOLLOWED_ON_RESUME = (
+    "updates", "scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "betas",
+    "weight_decay", "clip_grad", "max_grad_norm", "ema_decay", "loss_scaler_type", "loss_scale_factor", "scale_window",
+    "drop_overflow_update",
+)  # fmt: skip
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a training and return the path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
+
+    Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
+    """
+    return Trainer(config).run()
+
+
+class Trainer:
+    """Builds everything that a run needs; `run` goes through its updates."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.output = Path(config.output_path)
+        self.folder = self.output / "ckpt"
+        _check_paths(config)
+        self.runtime = setup_runtime(
+            config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
+        )
+        self.is_first_rank = self.runtime.rank == 0
+        set_up_logging(self.output / "log.txt" if self.is_first_rank else None, config.log_level)
+        self.model_config = load_model_config(config.model_config)
+        self.image_size = _image_size(config, self.model_config)
+        rows = self._read_rows()
+        self.order = BatchOrder(
+            len(rows), config.train_batch_size, config.seed, self.runtime.rank, self.runtime.rank_size
+        )
+        self.steps_per_epoch = self.order.steps_per_epoch / config.gradient_accumulation_steps
+        self.updates = config.max_steps or max(1, int(config.epochs * self.steps_per_epoch))
+        self.decay_steps = config.decay_steps or max(1, self.updates - config.warmup_steps)
+
+        self.model = self._build_model()
+        self.fingerprint = self._fingerprint(rows)
+        self.inputs = Inputs(
+            config,
+            self.model_config,
+            self.model,
+            rows,
+            self.order,
+            image_size=self.image_size,
+            tokens_only=config.lora_ft_text_encoder,
+        )
+        self.scaler = _loss_scaler(config, self.runtime)
+        self.trained_names: list[str] = []
+        self.step = self._build_step()
+        self.done = self._resume() if config.resume else self._start_afresh()
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _read_rows(self) -> list[Row]:
+        config = self.config
+        rows = read_image_text_csv(
+            config.data_path, image_column=config.image_column, text_column=config.caption_column
+        ).rows
+        if config.image_filter_size:
+            large = [row for row in rows if _shorter_side(row.path) >= config.image_filter_size]
+            if len(large) < len(rows):
+                logger.info(
+                    "%d of %d pictures left out: a side is shorter than image_filter_size %d",
+                    len(rows) - len(large), len(rows), config.image_filter_size,
+                )  # fmt: skip
+            rows = large
+        return rows
+
+    def _build_model(self) -> StableDiffusion:
+        model = build_model(self.model_config)
+        components = ("vae", "text_encoder") if self.config.unet_initialize_random else ("unet", "vae", "text_encoder")
+        report = load_base(model, self.config.pretrained_model_path, components)
+        logger.info("%s: %s", self.config.pretrained_model_path, report)
+        return model
+
+    def _build_step(self) -> TrainStep:
+        config, model = self.config, self.model
+        if config.use_lora:
+            from ldm.lora.inject import LoRASpec, inject_lora
+
+            targets = config.lora_targets
+            self.trained_names = inject_lora(
+                model,
+                LoRASpec(
+                    rank=config.lora_rank,
+                    alpha=config.lora_alpha,
+                    scale=config.lora_scale,
+                    unet=config.lora_ft_unet,
+                    text_encoder=config.lora_ft_text_encoder,
+                    targets=targets[0] if targets in (["attention"], ["all"]) else tuple(targets),
+                    fp16=config.lora_fp16,
+                    seed=config.seed,
+                ),
+            )
+        else:
+            for parameter in model.model.get_parameters():
+                parameter.requires_grad = True
+        trainable = list(model.trainable_params())
+        self._assert_trainable(trainable)
+        logger.info(
+            "training %s parameters in %d arrays%s",
+            f"{sum(p.size for p in trainable):,}", len(trainable),
+            f", LoRA in {len(self.trained_names)} layers" if config.use_lora else "",
+        )  # fmt: skip
+
+        unet = model.model.diffusion_model
+        set_compute_dtype(unet, self.runtime.compute_dtype)
+        set_flash_attention(unet, config.enable_flash_attention, self.runtime)
+        schedule = NoiseSchedule(
+            self.model_config.linear_start,
+            self.model_config.linear_end,
+            self.model_config.timesteps,
+            self.model_config.beta_schedule,
+        )
+        loss = DiffusionLoss(unet, schedule, self.model_config.prediction_type)
+        if config.lora_ft_text_encoder:
+            set_compute_dtype(model.cond_stage_model, self.runtime.compute_dtype)
+            loss = TextConditionedLoss(loss, model.cond_stage_model)
+        return TrainStep(
+            loss,
+            trainable,
+            betas=tuple(config.betas),
+            clip=config.clip_grad,
+            use_ema=config.use_ema,
+            loss_scaling=self._scales_loss(),
+            skip_overflow=self._scales_loss() and config.drop_overflow_update,
+            micro_steps=config.gradient_accumulation_steps,
+            rank_size=self.runtime.rank_size,
+        )
+
+    def _scales_loss(self) -> bool:
+        return self.scaler.dynamic or self.scaler.scale != 1.0
+
+    def _assert_trainable(self, trainable: list[Parameter]) -> None:
+        """By name: a base weight that slipped in (or a factor that did not) would be trained (or not) unnoticed."""
+        if self.config.use_lora:
+            wanted = {f"{name}.lora_{side}.weight" for name in self.trained_names for side in ("down", "up")}
+        else:
+            wanted = {name for name in self.model.parameters_dict() if name.startswith(UNET)}
+        found = {parameter.name for parameter in trainable}
+        if found != wanted:
+            example = sorted(found ^ wanted)[0]
+            raise AssertionError(f"{len(found)} trainable parameters, wanted {len(wanted)}; for example {example}")
+
+    def _fingerprint(self, rows: list[Row]) -> dict:
+        settings = asdict(self.config)
+        settings.update(
+            data=content_key("rows", *(part for row in rows for part in (row.path, row.text)))[:16],
+            model=content_key("model", repr({**asdict(self.model_config), "path": ""}))[:16],
+            base=content_hash(self.config.pretrained_model_path)[:16],
+            rank_size=self.runtime.rank_size,
+            precision="fp16" if self.runtime.fp16 else "fp32",
+            image_size=self.image_size,
+            updates=self.updates,
+        )
+        return {name: settings[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
+
+    # ---- starting and resuming ---------------------------------------------------------------------------------------
+
+    def _start_afresh(self) -> int:
+        if self.is_first_rank:
+            states = checkpoints.find_states(self.folder)
+            if states:
+                logger.warning("%s holds the states of an earlier run, which this one replaces", self.folder)
+                for state in states:
+                    state.unlink()
+        return 0
+
+    def _resume(self) -> int:
+        where = self.folder if self.config.resume is True else Path(self.config.resume)
+        if where.is_dir():
+            where = where / "ckpt" if (where / "ckpt").is_dir() else where
+        state = checkpoints.load_state(where) if where.is_file() else checkpoints.load_latest_state(where)
+        if state is None:
+            if self.config.resume is True:
+                logger.info("resume: %s holds no state yet, so this run starts from the beginning", where)
+                return 0
+            raise UserError(f"resume: {where} holds no training state (state-<step>.safetensors)")
+        differences = checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint)
+        fixed = [text for text in differences if text.split(" ")[0] in FIXED_ON_RESUME]
+        if fixed:
+            raise UserError(
+                f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
+                "start afresh without --resume in another output_path"
+            )
+        for text in differences:
+            logger.warning("resume: %s; the new value holds from here", text)
+        try:
+            self.step.load_state(state.arrays)
+        except ValueError as error:
+            raise UserError(f"{state.path} does not fit this run ({error})") from None
+        self.scaler = _loss_scaler(self.config, self.runtime, state.scaler)
+        logger.info("going on after step %d of %d, from %s", state.step, self.updates, state.path)
+        return state.step
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Go through the updates that are left."""
+        config = self.config
+        if self.is_first_rank:
+            save_config(config, self.output / "train_args.yaml")
+        logger.info(
+            "%d updates of %d x %d x %d pictures (%.1f epochs of %d rows) on %s in %s",
+            self.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
+            self.updates / self.steps_per_epoch, self.order.n_rows, self.runtime.device,
+            "fp16" if self.runtime.fp16 else "fp32",
+        )  # fmt: skip
+        if self.done >= self.updates:
+            logger.info("all %d updates are done already", self.updates)
+            return self._newest_link()
+        metrics_file = MetricsFile(self.output / "metrics.csv", self.done) if self.is_first_rank else None
+        bar = tqdm(
+            total=self.updates, initial=self.done, desc="training", unit="step", disable=not self.is_first_rank,
+            smoothing=0.1,
+        )  # fmt: skip
+        smooth_loss = None
+        with bar:
+            bar.set_postfix_str("compiling the graph, the first step takes longer")
+            while self.done < self.updates:
+                metrics = self._one_update()
+                smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
+                bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
+                bar.update()
+                if metrics_file is not None:
+                    metrics_file.write(metrics)
+                if self.done % LOG_EVERY == 0 or self.done == self.updates:
+                    logger.info(
+                        "step %d/%d: loss %.4f (mean %.4f), learning rate %.3g, loss scale %g, %.3f s",
+                        metrics.step, self.updates, metrics.loss, smooth_loss, metrics.learning_rate,
+                        metrics.loss_scale, metrics.seconds,
+                    )  # fmt: skip
+                if self._is_save_step():
+                    self._save()
+        if metrics_file is not None:
+            metrics_file.close()
+        if self.scaler.overflows:
+            logger.warning(
+                "%d of %d steps overflowed%s", self.scaler.overflows, self.updates,
+                " and were skipped" if config.drop_overflow_update else "",
+            )  # fmt: skip
+        logger.info("done: %s", self._newest_link())
+        return self._newest_link()
+
+    def _one_update(self) -> Metrics:
+        config, scaler = self.config, self.scaler
+        begin = time.perf_counter()
+        rate = learning_rate(
+            self.done,
+            scheduler=config.scheduler,
+            start=config.start_learning_rate,
+            end=config.end_learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=self.decay_steps,
+        )
+        micro_steps = config.gradient_accumulation_steps
+        scalars = StepScalars(
+            scaler.scale,
+            1.0 / (scaler.scale * micro_steps),
+            config.max_grad_norm,
+            adamw_scalars(scaler.updates + 1, rate, tuple(config.betas), EPSILON, config.weight_decay),
+            1.0 - ema_decay_at(scaler.updates, config.ema_decay),
+        )
+        batches = [
+            tuple(Tensor(array) for array in self.inputs.batch(self.done * micro_steps + micro_step))
+            for micro_step in range(micro_steps)
+        ]
+        result = self.step(batches, scalars)
+        self.done += 1
+        applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
+        if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
+            raise UserError(
+                f"the loss or its gradients are no longer finite at step {self.done} (loss {result.loss}): lower "
+                f"start_learning_rate, set clip_grad, or look at the data; the last state in {self.folder} is sound"
+            )
+        used_scale = scaler.scale
+        scaler.after_step(result.finite, applied)
+        if not result.finite:
+            logger.warning("step %d overflowed at loss scale %g; skipped, the scale is now %g", self.done, used_scale,
+                           scaler.scale)
+        return Metrics(self.done, result.loss, rate, used_scale, time.perf_counter() - begin, result.gradient_norm)
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def _is_save_step(self) -> bool:
+        if self.done == self.updates:
+            return True
+        interval = self.config.ckpt_save_interval
+        if not self.config.step_mode:
+            interval = max(1, round(interval * self.steps_per_epoch))
+        return self.done % interval == 0
+
+    def _save(self) -> None:
+        """Write the weights, then the state: a state on disk has its weights beside it."""
+        if not self.is_first_rank:
+            return
+        kind = "lora" if self.config.use_lora else "model"
+        path = self.folder / f"{kind}-{self.done:08d}.ckpt"
+        if self.config.use_lora:
+            self._write_lora(path)
+        else:
+            self._write_model(path)
+        _link(path, self._newest_link())
+        checkpoints.prune(self.folder, f"{kind}-*.ckpt", self.config.ckpt_max_keep)
+        state = checkpoints.TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
+        checkpoints.save_state(self.folder, state)
+        logger.debug("saved %s", path)
+
+    def _newest_link(self) -> Path:
+        return self.folder / ("lora.ckpt" if self.config.use_lora else "model.ckpt")
+
+    def _write_model(self, path: Path) -> None:
+        """The whole model, so that text_to_image.py takes it as --ckpt_path; the UNet's moving average if there is."""
+        arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
+        arrays.update(self.step.averages())
+        metadata = {
+            "architecture": self.model_config.architecture,
+            "prediction_type": self.model_config.prediction_type,
+            "step": str(self.done),
+        }
+        write_checkpoint(path, arrays, metadata)
+
+    def _write_lora(self, path: Path) -> None:
+        raise NotImplementedError
+
+
+def _check_paths(config: TrainConfig) -> None:
+    for name in ("data_path", "pretrained_model_path"):
+        if getattr(config, name) is None:
+            raise UserError(f"--{name} is needed")
+    if not Path(config.pretrained_model_path).is_file():
+        raise UserError(f"pretrained_model_path: {config.pretrained_model_path} is not a file")
+
+
+def _image_size(config: TrainConfig, model_config: ModelConfig) -> int:
+    size = config.image_size or model_config.image_size
+    # each level of the UNet halves the latent once more
+    step = model_config.vae_factor * 2 ** (len(model_config.unet["channel_mult"]) - 1)
+    if size % step:
+        raise UserError(f"image_size {size} must be a multiple of {step} for {model_config.path}")
+    return size
+
+
+def _shorter_side(path: Path) -> int:
+    with Image.open(path) as image:
+        return min(image.size)
+
+
+def _loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None = None) -> LossScaler:
+    kind = config.loss_scaler_type
+    if kind == "auto":
+        kind = "dynamic" if runtime.fp16 else "none"
+    scaler = LossScaler(
+        scale=1.0 if kind == "none" else config.init_loss_scale,
+        dynamic=kind == "dynamic",
+        factor=config.loss_scale_factor,
+        window=config.scale_window,
+    )
+    if state is not None:
+        for name in ("good_steps", "overflows_in_a_row", "overflows", "updates"):
+            setattr(scaler, name, state[name])
+        if scaler.dynamic and state["dynamic"]:
+            scaler.scale = state["scale"]
+    return scaler
+
+
+def _link(path: Path, link: Path) -> None:
+    """Let `link` name the content of `path`: a hard link, or a copy where the file system has none."""
+    with atomic_path(link) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)

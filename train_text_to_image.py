@@ -1,0 +1,29 @@
+"""Fine-tune Stable Diffusion on text-image pairs, with LoRA or as a whole. -h lists the settings.
+
+    python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
+        --data_path <folder with img_txt.csv> --output_path output/lora --pretrained_model_path <checkpoint>
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ldm.errors import run
+
+
+def main() -> None:
+    from ldm.config.parse import parse_config
+    from ldm.config.train import TrainConfig
+
+    config = parse_config(
+        TrainConfig, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
+        description="Fine-tune Stable Diffusion on text-image pairs, with LoRA (use_lora) or the whole UNet.",
+    )  # fmt: skip
+    # MindSpore comes after the settings: a wrong flag is answered at once
+    from ldm.training.trainer import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run(main)
