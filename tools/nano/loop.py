@@ -19,6 +19,10 @@ from ldm.errors import UserError
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
 
+# The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.
+SCHEDULE = "optimizer.learning_rate.learning_rate"
+
+
 class Step(nn.Cell):
     """One AdamW step on a loss cell that returns a tuple of scalars, the loss first."""
 
@@ -55,6 +59,8 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
         arrays, metadata = read_checkpoint(state)
         first = int(metadata["step"])
         for name, parameter in step.parameters_dict().items():
+            if name == SCHEDULE:
+                continue
             if name not in arrays or arrays[name].shape != parameter.shape:
                 raise UserError(f"{state} is of another run: {name} does not fit; choose another --output_path")
             parameter.set_data(Tensor(arrays[name].astype(parameter.asnumpy().dtype)))
