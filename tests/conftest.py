@@ -1,0 +1,46 @@
+"""What every test stands on: a quiet MindSpore, fixed seeds, graph mode where a test asks for it, a tiny model."""
+
+from __future__ import annotations
+
+import os
+
+# Before MindSpore is imported, here or in a process that a test starts.
+os.environ.setdefault("GLOG_v", "3")
+
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """tests/tiny.yaml: 32 pixels, two levels, attention at both."""
+    from ldm.config.model import load_model_config
+
+    return load_model_config(ROOT / "tests" / "tiny.yaml")
+
+
+@pytest.fixture
+def graph_mode():
+    """The mode that training and sampling run in; pynative afterwards, as MindSpore starts."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
+def tiny_model(tiny_config, graph_mode):
+    """The tiny networks with random weights, frozen."""
+    from ldm.models.stable_diffusion import build_model
+
+    return build_model(tiny_config)
