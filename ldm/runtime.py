@@ -16,7 +16,6 @@ os.environ.setdefault("GLOG_v", "3")
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from mindspore import nn  # noqa: E402
 
 from ldm.errors import UserError  # noqa: E402
 
@@ -89,17 +88,12 @@ def setup_runtime(
     return Runtime(device, ms.float16 if fp16 else ms.float32, rank, rank_size, mode)
 
 
-def set_flash_attention(net: nn.Cell, enable: bool, runtime: Runtime) -> int:
-    """Put Ascend's fused attention into `net`; returns how many layers. UserError where it cannot run."""
-    from ldm.models.attention import use_flash_attention
-
-    if not enable:
-        return 0
-    if not runtime.is_ascend:
+def check_flash_attention(enable: bool, runtime: Runtime) -> None:
+    """Raise UserError if Ascend's fused attention is asked for where it does not exist."""
+    if enable and not runtime.is_ascend:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
-    if not runtime.fp16:
+    if enable and not runtime.fp16:
         raise UserError("enable_flash_attention computes in fp16: use --precision fp16 (or auto)")
-    return use_flash_attention(net, True)
 
 
 def _has_ascend() -> bool:

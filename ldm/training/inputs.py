@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,7 @@ class Inputs:
         self.states = None
         if config.cache_text and not tokens_only:
             self.states = self._cached_states(cache, model)
+        self._loading: dict[int, list[Future]] = {}
 
     def batch(self, micro_step: int) -> Batch:
         """The batch of a micro-step, counted from 0 over the whole run."""
@@ -114,9 +115,15 @@ class Inputs:
         return tokens if self.tokens_only else self.text_graph(Tensor(tokens)).asnumpy()
 
     def _moments_now(self, rows: np.ndarray, micro_step: int) -> np.ndarray:
+        pictures = self._loading.pop(micro_step, None) or self._load(rows, micro_step)
+        # the next ones load while this step computes
+        self._loading = {micro_step + 1: self._load(self.order.indices(micro_step + 1), micro_step + 1)}
+        images = np.stack([picture.result() for picture in pictures])
+        return self.encode_graph(Tensor(images)).asnumpy()
+
+    def _load(self, rows: np.ndarray, micro_step: int) -> list[Future]:
         seeds = self._draws("augment", micro_step).integers(0, 2**63, len(rows))
-        images = list(self.pool.map(self._augmented, rows, seeds))
-        return self.encode_graph(Tensor(np.stack(images))).asnumpy()
+        return [self.pool.submit(self._augmented, row, seed) for row, seed in zip(rows, seeds)]
 
     def _augmented(self, row: int, seed: int) -> np.ndarray:
         return load_image(

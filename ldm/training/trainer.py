@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mindspore import Parameter, Tensor
+from mindspore import Parameter
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,10 +24,15 @@ from ldm.data.dataset import Row, read_image_text_csv
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.lora.formats import mindone
+from ldm.lora.inject import LoRASpec, inject_lora
+from ldm.lora.state import LoRALayer, lora_state
+from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
-from ldm.runtime import Runtime, set_flash_attention, setup_runtime
+from ldm.runtime import Runtime, check_flash_attention, setup_runtime
 from ldm.training import checkpoints
+from ldm.training.feed import check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler
 from ldm.training.optimizers import adamw_scalars
@@ -72,11 +77,15 @@ class Trainer:
         self.output = Path(config.output_path)
         self.folder = self.output / "ckpt"
         _check_paths(config)
+        set_up_logging(None, config.log_level)
         self.runtime = setup_runtime(
             config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
         )
+        check_flash_attention(config.enable_flash_attention, self.runtime)
+        check_sink(config, self.runtime)
         self.is_first_rank = self.runtime.rank == 0
-        set_up_logging(self.output / "log.txt" if self.is_first_rank else None, config.log_level)
+        if self.is_first_rank:
+            set_up_logging(self.output / "log.txt", config.log_level)
         self.model_config = load_model_config(config.model_config)
         self.image_size = _image_size(config, self.model_config)
         rows = self._read_rows()
@@ -102,6 +111,10 @@ class Trainer:
         self.trained_names: list[str] = []
         self.step = self._build_step()
         self.done = self._resume() if config.resume else self._start_afresh()
+        micro_steps = config.gradient_accumulation_steps
+        self.feed = make_feed(
+            self.inputs, self.done * micro_steps, self.updates * micro_steps, config.dataset_sink_mode
+        )
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -130,8 +143,6 @@ class Trainer:
     def _build_step(self) -> TrainStep:
         config, model = self.config, self.model
         if config.use_lora:
-            from ldm.lora.inject import LoRASpec, inject_lora
-
             targets = config.lora_targets
             self.trained_names = inject_lora(
                 model,
@@ -159,7 +170,8 @@ class Trainer:
 
         unet = model.model.diffusion_model
         set_compute_dtype(unet, self.runtime.compute_dtype)
-        set_flash_attention(unet, config.enable_flash_attention, self.runtime)
+        if config.enable_flash_attention:
+            use_flash_attention(unet, True)
         schedule = NoiseSchedule(
             self.model_config.linear_start,
             self.model_config.linear_end,
@@ -315,11 +327,7 @@ class Trainer:
             adamw_scalars(scaler.updates + 1, rate, tuple(config.betas), EPSILON, config.weight_decay),
             1.0 - ema_decay_at(scaler.updates, config.ema_decay),
         )
-        batches = [
-            tuple(Tensor(array) for array in self.inputs.batch(self.done * micro_steps + micro_step))
-            for micro_step in range(micro_steps)
-        ]
-        result = self.step(batches, scalars)
+        result = self.step([self.feed() for _ in range(micro_steps)], scalars)
         self.done += 1
         applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
         if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
@@ -375,7 +383,13 @@ class Trainer:
         write_checkpoint(path, arrays, metadata)
 
     def _write_lora(self, path: Path) -> None:
-        raise NotImplementedError
+        """The factors alone (their moving averages if there are), with what a reader must know of the base."""
+        averages = self.step.averages()
+        state = lora_state(self.model, self.model_config)
+        for name, layer in state.layers.items():
+            down, up = (averages[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
+            state.layers[name] = LoRALayer(down, up, layer.alpha)
+        mindone.write(path, state)
 
 
 def _check_paths(config: TrainConfig) -> None:

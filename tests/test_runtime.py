@@ -1,0 +1,87 @@
+"""Device, precision and seeds."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from ldm import runtime
+from ldm.errors import UserError
+from ldm.runtime import Runtime, check_flash_attention, setup_runtime
+
+
+def ascend(dtype=ms.float16):
+    return Runtime("Ascend", dtype, 0, 1, 0)
+
+
+@pytest.fixture
+def no_ascend(monkeypatch):
+    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
+
+
+def test_without_an_ascend_it_is_the_cpu_in_fp32_and_graph_mode(no_ascend):
+    found = setup_runtime()
+    assert (found.device, found.compute_dtype, found.rank, found.rank_size) == ("CPU", ms.float32, 0, 1)
+    assert ms.get_context("mode") == ms.GRAPH_MODE and not found.is_ascend and not found.fp16
+
+
+def test_fp16_can_be_asked_for_on_the_cpu():
+    assert setup_runtime("CPU", precision="fp16").fp16
+    setup_runtime("CPU")
+
+
+def test_the_seed_decides_the_initial_weights():
+    draws = []
+    for seed in (1, 1, 2):
+        setup_runtime("CPU", seed=seed)
+        draws.append(np.random.uniform())
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.skipif(bool(runtime.glob.glob("/dev/davinci[0-9]*")), reason="there is an Ascend here")
+def test_an_ascend_that_is_not_there_is_said():
+    with pytest.raises(UserError, match="device_target Ascend cannot be used here.*--device_target CPU"):
+        setup_runtime("Ascend")
+
+
+def test_on_ascend_it_is_fp16_with_the_infnan_mode_and_the_jit_level(monkeypatch):
+    monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
+    calls = []
+
+    def set_device(device):
+        calls.append((device, runtime.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")))
+
+    monkeypatch.setattr(runtime.ms, "set_device", set_device)
+    monkeypatch.setattr(runtime.ms, "set_context", lambda **settings: calls.append(settings))
+    found = setup_runtime("Ascend", jit_level="O1")
+    assert found.fp16 and found.is_ascend
+    assert calls == [("Ascend", "INFNAN_MODE"), {"mode": 0}, {"jit_level": "O1"}]
+
+
+def test_an_exported_overflow_mode_is_kept(monkeypatch):
+    monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
+    monkeypatch.setattr(runtime.ms, "set_device", lambda device: None)
+    setup_runtime("Ascend")
+    assert runtime.os.environ["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "SATURATION_MODE"
+
+
+def test_jit_level_is_said_to_do_nothing_on_the_cpu(caplog):
+    with caplog.at_level("INFO"):
+        setup_runtime("CPU", jit_level="O1")
+    assert "no effect on the CPU" in caplog.text
+
+
+def test_parallel_without_msrun_says_how_to_start_it(monkeypatch):
+    monkeypatch.delenv("MS_ROLE", raising=False)
+    with pytest.raises(UserError, match="msrun --worker_num"):
+        setup_runtime("CPU", use_parallel=True)
+
+
+def test_flash_attention_is_ascends_and_fp16s():
+    check_flash_attention(True, ascend())
+    check_flash_attention(False, setup_runtime("CPU"))
+    with pytest.raises(UserError, match="needs an Ascend device"):
+        check_flash_attention(True, setup_runtime("CPU"))
+    with pytest.raises(UserError, match="fp16"):
+        check_flash_attention(True, ascend(ms.float32))

@@ -1,0 +1,51 @@
+"""The loss scale's rise and fall, and when it gives up."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.training.loss_scale import OVERFLOWS_ALLOWED, LossScaler
+
+
+def test_dynamic_scale_falls_at_an_overflow_and_rises_after_the_window():
+    scaler = LossScaler(1024.0, dynamic=True, factor=2.0, window=3)
+    scaler.after_step(finite=False, applied=False)
+    assert (scaler.scale, scaler.updates, scaler.overflows) == (512.0, 0, 1)
+    scales = []
+    for _ in range(6):
+        scaler.after_step(finite=True, applied=True)
+        scales.append(scaler.scale)
+    assert scales == [512.0, 512.0, 1024.0, 1024.0, 1024.0, 2048.0]
+    assert scaler.updates == 6
+
+
+def test_an_overflow_starts_the_window_anew():
+    scaler = LossScaler(1024.0, dynamic=True, window=2)
+    for finite in (True, False, True):
+        scaler.after_step(finite, finite)
+    assert scaler.scale == 512.0
+    scaler.after_step(True, True)
+    assert scaler.scale == 1024.0
+
+
+def test_static_scale_stays():
+    scaler = LossScaler(128.0, dynamic=False, window=1)
+    for finite in (True, False, True):
+        scaler.after_step(finite, finite)
+    assert scaler.scale == 128.0
+
+
+def test_it_never_falls_below_one():
+    scaler = LossScaler(2.0, dynamic=True)
+    for _ in range(5):
+        scaler.after_step(False, False)
+    assert scaler.scale == 1.0
+
+
+def test_overflow_at_every_step_stops_the_run_with_a_way_out():
+    scaler = LossScaler(65536.0, dynamic=True)
+    with pytest.raises(UserError, match="overflowed at .* in a row.*--precision fp32"):
+        for _ in range(OVERFLOWS_ALLOWED):
+            scaler.after_step(False, False)
+    assert scaler.overflows == OVERFLOWS_ALLOWED

@@ -1,0 +1,48 @@
+"""metrics.csv and log.txt."""
+
+from __future__ import annotations
+
+import csv
+import logging
+
+from ldm.training.reports import Metrics, MetricsFile, set_up_logging
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_rows_are_on_disk_as_they_are_written(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.csv", 0)
+    metrics.write(Metrics(1, 0.5, 1e-4, 65536.0, 0.25, 1.5))
+    assert read(tmp_path / "metrics.csv") == [
+        ["step", "loss", "learning_rate", "loss_scale", "seconds", "gradient_norm"],
+        ["1", "0.5", "0.0001", "65536", "0.25", "1.5"],
+    ]
+    metrics.close()
+
+
+def test_resuming_drops_what_was_written_beyond_the_state(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path, 0)
+    for step in range(1, 8):
+        metrics.write(Metrics(step, 0.5, 1e-4, 1.0, 0.1, 1.0))
+    metrics.close()
+    path.write_text(path.read_text() + "8,0.1")  # killed in the middle of a line
+    MetricsFile(path, 5).close()
+    assert [row[0] for row in read(path)] == ["step", "1", "2", "3", "4", "5"]
+    MetricsFile(path, 0).close()
+    assert len(read(path)) == 1
+
+
+def test_the_log_goes_to_file_and_screen_at_its_level(tmp_path, capsys):
+    set_up_logging(tmp_path / "run" / "log.txt", "WARNING")
+    try:
+        logging.getLogger("ldm.training.trainer").info("a small thing")
+        logging.getLogger("ldm.training.trainer").warning("a large thing")
+    finally:
+        set_up_logging(None, "INFO")
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "a large thing" in text and "a small thing" not in text
+    assert "a large thing" in capsys.readouterr().err

@@ -1,0 +1,261 @@
+"""The training step, on a loss small enough to check by hand; in graph mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+
+from ldm.runtime import setup_runtime
+from ldm.training.optimizers import adamw_scalars
+from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adamw.npz"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_mode():
+    setup_runtime("CPU")
+
+
+class Linear(nn.Cell):
+    """mean((x w + b - noise)^2) with a frozen b, so that gradients are known; the other inputs only pass through."""
+
+    def __init__(self, width=3, dtype=ms.float32):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        self.w = Parameter(Tensor(rng.standard_normal((width, width)).astype(np.float32)), name="w")
+        self.b = Parameter(Tensor(rng.standard_normal(width).astype(np.float32)), name="b", requires_grad=False)
+        self.dtype = dtype
+        self.matmul, self.mean = ops.MatMul(), ops.ReduceMean()
+
+    def construct(self, latents, noise, timesteps, condition):
+        y = self.matmul(latents.astype(self.dtype), self.w.astype(self.dtype)).astype(ms.float32)
+        difference = y + ops.broadcast_to(self.b, y.shape) - noise
+        return self.mean(difference * difference)
+
+    def by_hand(self, latents, noise):
+        """(loss, gradient of w)"""
+        difference = latents @ self.w.asnumpy() + self.b.asnumpy() - noise
+        return np.mean(difference**2), latents.T @ difference * (2.0 / difference.size)
+
+
+def numbers(rows=4, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((rows, 3)).astype(np.float32), rng.standard_normal((rows, 3)).astype(np.float32)
+
+
+def batch(latents, noise):
+    return Tensor(latents), Tensor(noise), Tensor(np.zeros(len(latents), np.int32)), Tensor(np.zeros(1, np.float32))
+
+
+def scalars(update=1, lr=0.1, scale=1.0, micro=1, norm=1e9, decay=0.0, ema_rate=0.5, betas=(0.9, 0.999), eps=1e-8):
+    return StepScalars(scale, 1 / (scale * micro), norm, adamw_scalars(update, lr, betas, eps, decay), ema_rate)
+
+
+class Product(nn.Cell):
+    """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents."""
+
+    def __init__(self, starts):
+        super().__init__()
+        self.parameters = ms.ParameterTuple([Parameter(Tensor(s), name=f"p{i}") for i, s in enumerate(starts)])
+        self.sum = ops.ReduceSum()
+
+    def construct(self, latents, noise, timesteps, condition):
+        total, first = 0.0, 0
+        for parameter in self.parameters:
+            gradient = latents[first : first + parameter.size].reshape(parameter.shape)
+            total = total + self.sum(parameter * gradient)
+            first += parameter.size
+        return total
+
+
+def test_adamw_equals_torch():
+    golden = np.load(GOLDEN, allow_pickle=False)
+    count = len([name for name in golden.files if name.startswith("start")])
+    loss = Product([golden[f"start{i}"] for i in range(count)])
+    step = TrainStep(loss, list(loss.parameters), betas=(0.9, 0.98))
+    empty = Tensor(np.zeros(1, np.float32))
+    for update, rate in enumerate(golden["rates"]):
+        packed = np.concatenate([golden[f"gradients{i}"][update].ravel() for i in range(count)])
+        step([(Tensor(packed), empty, empty, empty)], scalars(update + 1, float(rate), decay=0.01, betas=(0.9, 0.98)))
+        for i, parameter in enumerate(loss.parameters):
+            np.testing.assert_allclose(parameter.asnumpy(), golden[f"after{update}_{i}"], rtol=1e-6, atol=1e-6)
+
+
+def test_loss_and_norm_are_those_by_hand_and_only_what_is_given_is_trained():
+    loss = Linear()
+    step = TrainStep(loss, [loss.w])
+    latents, noise = numbers()
+    wanted_loss, gradient = loss.by_hand(latents, noise)
+    before = loss.b.asnumpy().copy()
+    old = loss.w.asnumpy().copy()
+    result = step([batch(latents, noise)], scalars())
+    assert result.loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert result.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    assert result.finite
+    # AdamW's first update is the rate times the sign of the gradient
+    np.testing.assert_allclose(loss.w.asnumpy(), old - 0.1 * np.sign(gradient), atol=1e-5)
+    np.testing.assert_array_equal(loss.b.asnumpy(), before)
+    assert sorted(step.state()) == ["m.w", "p.w", "v.w"]
+
+
+def test_clipping_scales_the_gradients_down_to_the_norm():
+    loss = Linear()
+    step = TrainStep(loss, [loss.w], clip=True)
+    latents, noise = numbers()
+    _, gradient = loss.by_hand(latents, noise)
+    norm = np.linalg.norm(gradient)
+    result = step([batch(latents, noise)], scalars(norm=norm / 4))
+    assert result.gradient_norm == pytest.approx(norm, rel=1e-5)
+    # m after the first update is (1 - beta1) times the gradient that AdamW was given
+    np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient / 4, rtol=1e-4)
+
+    loss = Linear()
+    step = TrainStep(loss, [loss.w], clip=True)
+    step([batch(latents, noise)], scalars(norm=norm * 4))
+    np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient, rtol=1e-4)
+
+
+def test_two_micro_steps_equal_one_step_of_twice_the_batch():
+    latents, noise = numbers(rows=8)
+    states = []
+    for parts in (1, 2):
+        loss = Linear()
+        step = TrainStep(loss, [loss.w], micro_steps=parts, use_ema=True, clip=True)
+        for update in (1, 2, 3):
+            batches = [batch(*half) for half in zip(np.split(latents, parts), np.split(noise, parts))]
+            result = step(batches, scalars(update, micro=parts))
+        states.append((step.state(), result))
+    assert states[1][1].loss == pytest.approx(states[0][1].loss, rel=1e-5)
+    assert states[1][1].gradient_norm == pytest.approx(states[0][1].gradient_norm, rel=1e-4)
+    for name, array in states[0][0].items():
+        np.testing.assert_allclose(states[1][0][name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_loss_scale_cancels_out():
+    latents, noise = numbers()
+    results = []
+    for scale in (1.0, 1024.0):
+        loss = Linear()
+        step = TrainStep(loss, [loss.w], loss_scaling=scale != 1, skip_overflow=scale != 1)
+        results.append((step([batch(latents, noise)], scalars(scale=scale)), step.state()["m.w"]))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_steps):
+    loss = Linear()
+    step = TrainStep(
+        loss, [loss.w], use_ema=True, loss_scaling=True, skip_overflow=True, micro_steps=micro_steps
+    )
+    latents, noise = numbers()
+    spoilt = latents.copy()
+    spoilt[0, 0] = np.inf
+    before = step.state()
+    result = step([batch(spoilt, noise)] + [batch(latents, noise)] * (micro_steps - 1), scalars(scale=8.0))
+    assert not result.finite
+    for name, array in step.state().items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+    result = step([batch(latents, noise)] * micro_steps, scalars(scale=8.0, micro=micro_steps))
+    assert result.finite
+    assert not np.array_equal(step.state()["p.w"], before["p.w"])
+
+
+def test_fp16_overflows_at_a_large_loss_scale_and_not_at_a_small_one():
+    latents, noise = numbers()
+    for scale, finite in ((2.0**24, False), (2.0**4, True)):
+        loss = Linear(dtype=ms.float16)
+        step = TrainStep(loss, [loss.w], loss_scaling=True, skip_overflow=True)
+        assert step([batch(latents, noise)], scalars(scale=scale)).finite == finite
+        assert loss.w.dtype == ms.float32
+
+
+def test_without_skipping_an_overflow_reaches_the_weights():
+    loss = Linear()
+    step = TrainStep(loss, [loss.w], loss_scaling=True, skip_overflow=False)
+    latents, noise = numbers()
+    latents[0, 0] = np.inf
+    assert not step([batch(latents, noise)], scalars(scale=8.0)).finite
+    assert not np.isfinite(step.state()["p.w"]).all()
+
+
+def test_the_moving_average_follows():
+    loss = Linear()
+    step = TrainStep(loss, [loss.w], use_ema=True)
+    average = loss.w.asnumpy().copy()
+    for update in (1, 2):
+        step([batch(*numbers())], scalars(update, ema_rate=0.25))
+        average += 0.25 * (loss.w.asnumpy() - average)
+    np.testing.assert_allclose(step.averages()["w"], average, rtol=1e-5)
+    np.testing.assert_allclose(step.state()["ema.w"], average, rtol=1e-5)
+
+
+def test_without_an_average_the_parameters_stand_for_it():
+    loss = Linear()
+    np.testing.assert_array_equal(TrainStep(loss, [loss.w]).averages()["w"], loss.w.asnumpy())
+
+
+def test_a_state_taken_over_goes_on_bit_for_bit():
+    data = [numbers(seed=seed) for seed in range(4)]
+    loss = Linear()
+    step = TrainStep(loss, [loss.w], use_ema=True)
+    for update, pair in enumerate(data, 1):
+        step([batch(*pair)], scalars(update))
+        if update == 2:
+            half = step.state()
+    other_loss = Linear()
+    other = TrainStep(other_loss, [other_loss.w], use_ema=True)
+    other.load_state(half)
+    for update, pair in enumerate(data[2:], 3):
+        other([batch(*pair)], scalars(update))
+    for name, array in step.state().items():
+        np.testing.assert_array_equal(other.state()[name], array, err_msg=name)
+
+
+def test_a_state_of_another_run_is_refused():
+    loss = Linear()
+    step = TrainStep(loss, [loss.w])
+    state = step.state()
+    with pytest.raises(ValueError, match="m.w"):
+        step.load_state({**state, "m.w": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="ema.w"):
+        step.load_state({**state, "ema.w": state["p.w"]})
+
+
+def test_half_precision_parameters_are_refused():
+    half = Parameter(Tensor(np.zeros(3, np.float16)), name="w")
+    with pytest.raises(ValueError, match="must be fp32"):
+        TrainStep(Linear(), [half])
+    with pytest.raises(ValueError, match="nothing to train"):
+        TrainStep(Linear(), [])
+
+
+def test_the_text_encoder_can_be_part_of_the_loss():
+    class Encoder(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.scale = Parameter(Tensor(np.ones(3, np.float32)), name="scale")
+
+        def construct(self, tokens):
+            return tokens.astype(ms.float32) * ops.broadcast_to(self.scale, tokens.shape)
+
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.mean = ops.ReduceMean()
+
+        def construct(self, latents, noise, timesteps, context):
+            return self.mean((latents - context) * (latents - context))
+
+    encoder = Encoder()
+    step = TrainStep(TextConditionedLoss(Loss(), encoder), [encoder.scale])
+    latents, tokens = np.zeros((4, 3), np.float32), np.arange(12, dtype=np.int32).reshape(4, 3)
+    empty = Tensor(np.zeros(1, np.float32))
+    result = step([(Tensor(latents), empty, empty, Tensor(tokens))], scalars())
+    assert result.loss == pytest.approx(np.mean(np.square(tokens)), rel=1e-5)
+    np.testing.assert_allclose(encoder.scale.asnumpy(), 0.9, atol=1e-5)
