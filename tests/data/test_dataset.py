@@ -260,8 +260,8 @@ def test_a_row_that_is_wrong_itself_is_left_out(folder, line, name, said):
     assert found.bad[0][0] == name and found.bad[0][1].startswith("line 9: ") and said in found.bad[0][1]
 
 
-def test_a_line_number_counts_lines_within_captions(folder):
-    write(folder, lines(line2='0.png,"one\ntwo\nthree"', line5="gone.png,a cat"))
+def test_a_line_number_is_where_the_row_starts(folder):
+    write(folder, lines(line2='0.png,"one\ntwo\nthree"', line5='gone.png,"a\ncat"'))
     assert read_image_text_csv(folder).bad[0][1].startswith("line 7: ")
 
 
