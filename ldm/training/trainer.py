@@ -36,6 +36,7 @@ from ldm.training.feed import check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler
 from ldm.training.optimizers import adamw_scalars
+from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile, set_up_logging
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
@@ -92,9 +93,7 @@ class Trainer:
         self.order = BatchOrder(
             len(rows), config.train_batch_size, config.seed, self.runtime.rank, self.runtime.rank_size
         )
-        self.steps_per_epoch = self.order.steps_per_epoch / config.gradient_accumulation_steps
-        self.updates = config.max_steps or max(1, int(config.epochs * self.steps_per_epoch))
-        self.decay_steps = config.decay_steps or max(1, self.updates - config.warmup_steps)
+        self.plan = make_plan(config, self.order.steps_per_epoch)
 
         self.model = self._build_model()
         self.fingerprint = self._fingerprint(rows)
@@ -113,7 +112,7 @@ class Trainer:
         self.done = self._resume() if config.resume else self._start_afresh()
         micro_steps = config.gradient_accumulation_steps
         self.feed = make_feed(
-            self.inputs, self.done * micro_steps, self.updates * micro_steps, config.dataset_sink_mode
+            self.inputs, self.done * micro_steps, self.plan.updates * micro_steps, config.dataset_sink_mode
         )
 
     # ---- building ----------------------------------------------------------------------------------------------------
@@ -217,7 +216,7 @@ class Trainer:
             rank_size=self.runtime.rank_size,
             precision="fp16" if self.runtime.fp16 else "fp32",
             image_size=self.image_size,
-            updates=self.updates,
+            updates=self.plan.updates,
         )
         return {name: settings[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
 
@@ -256,7 +255,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"{state.path} does not fit this run ({error})") from None
         self.scaler = _loss_scaler(self.config, self.runtime, state.scaler)
-        logger.info("going on after step %d of %d, from %s", state.step, self.updates, state.path)
+        logger.info("going on after step %d of %d, from %s", state.step, self.plan.updates, state.path)
         return state.step
 
     # ---- running -----------------------------------------------------------------------------------------------------
@@ -268,41 +267,41 @@ class Trainer:
             save_config(config, self.output / "train_args.yaml")
         logger.info(
             "%d updates of %d x %d x %d pictures (%.1f epochs of %d rows) on %s in %s",
-            self.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
-            self.updates / self.steps_per_epoch, self.order.n_rows, self.runtime.device,
+            self.plan.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
+            self.plan.updates / self.plan.steps_per_epoch, self.order.n_rows, self.runtime.device,
             "fp16" if self.runtime.fp16 else "fp32",
         )  # fmt: skip
-        if self.done >= self.updates:
-            logger.info("all %d updates are done already", self.updates)
+        if self.done >= self.plan.updates:
+            logger.info("all %d updates are done already", self.plan.updates)
             return self._newest_link()
         metrics_file = MetricsFile(self.output / "metrics.csv", self.done) if self.is_first_rank else None
         bar = tqdm(
-            total=self.updates, initial=self.done, desc="training", unit="step", disable=not self.is_first_rank,
+            total=self.plan.updates, initial=self.done, desc="training", unit="step", disable=not self.is_first_rank,
             smoothing=0.1,
         )  # fmt: skip
         smooth_loss = None
         with bar:
             bar.set_postfix_str("compiling the graph, the first step takes longer")
-            while self.done < self.updates:
+            while self.done < self.plan.updates:
                 metrics = self._one_update()
                 smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
                 bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
                 bar.update()
                 if metrics_file is not None:
                     metrics_file.write(metrics)
-                if self.done % LOG_EVERY == 0 or self.done == self.updates:
+                if self.done % LOG_EVERY == 0 or self.done == self.plan.updates:
                     logger.info(
                         "step %d/%d: loss %.4f (mean %.4f), learning rate %.3g, loss scale %g, %.3f s",
-                        metrics.step, self.updates, metrics.loss, smooth_loss, metrics.learning_rate,
+                        metrics.step, self.plan.updates, metrics.loss, smooth_loss, metrics.learning_rate,
                         metrics.loss_scale, metrics.seconds,
                     )  # fmt: skip
-                if self._is_save_step():
+                if self.plan.is_save_step(self.done):
                     self._save()
         if metrics_file is not None:
             metrics_file.close()
         if self.scaler.overflows:
             logger.warning(
-                "%d of %d steps overflowed%s", self.scaler.overflows, self.updates,
+                "%d of %d steps overflowed%s", self.scaler.overflows, self.plan.updates,
                 " and were skipped" if config.drop_overflow_update else "",
             )  # fmt: skip
         logger.info("done: %s", self._newest_link())
@@ -317,7 +316,7 @@ class Trainer:
             start=config.start_learning_rate,
             end=config.end_learning_rate,
             warmup_steps=config.warmup_steps,
-            decay_steps=self.decay_steps,
+            decay_steps=self.plan.decay_steps,
         )
         micro_steps = config.gradient_accumulation_steps
         scalars = StepScalars(
@@ -343,14 +342,6 @@ class Trainer:
         return Metrics(self.done, result.loss, rate, used_scale, time.perf_counter() - begin, result.gradient_norm)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
-
-    def _is_save_step(self) -> bool:
-        if self.done == self.updates:
-            return True
-        interval = self.config.ckpt_save_interval
-        if not self.config.step_mode:
-            interval = max(1, round(interval * self.steps_per_epoch))
-        return self.done % interval == 0
 
     def _save(self) -> None:
         """Write the weights, then the state: a state on disk has its weights beside it."""

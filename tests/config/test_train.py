@@ -79,7 +79,7 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
         (["--scheduler", "cosinus"], '"cosine"'),
         (["--precision", "bf16"], "fp16"),
         (["--caption_dropout", "2"], "at most 1"),
-        (["--learning_rate", "1e-4"], "start_learning_rate"),
+        (["--learning_rate", "1e-4"], "_learning_rate"),
     ],
 )
 def test_contradictions_and_mistakes_are_named(argv, says):

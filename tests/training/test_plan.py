@@ -1,0 +1,36 @@
+"""Epochs and steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.config.train import TrainConfig
+from ldm.training.plan import make_plan
+
+
+def saves(plan):
+    return [step for step in range(1, plan.updates + 1) if plan.is_save_step(step)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "batches", "updates", "saved"),
+    [
+        (dict(epochs=3), 4, 12, [4, 8, 12]),
+        (dict(epochs=3, ckpt_save_interval=2), 4, 12, [8, 12]),
+        (dict(epochs=3, max_steps=5), 4, 5, [4, 5]),
+        (dict(max_steps=7, step_mode=True, ckpt_save_interval=3), 4, 7, [3, 6, 7]),
+        (dict(epochs=2, gradient_accumulation_steps=2), 5, 5, [3, 5]),  # an epoch is two and a half updates
+        (dict(epochs=1, gradient_accumulation_steps=4), 2, 1, [1]),
+        (dict(max_steps=3, gradient_accumulation_steps=4), 2, 3, [1, 2, 3]),
+    ],
+)
+def test_length_and_saves(settings, batches, updates, saved):
+    plan = make_plan(TrainConfig(**settings), batches)
+    assert plan.updates == updates
+    assert saves(plan) == saved
+
+
+def test_the_decay_fills_the_run_unless_it_is_given():
+    assert make_plan(TrainConfig(max_steps=100, warmup_steps=10), 5).decay_steps == 90
+    assert make_plan(TrainConfig(max_steps=100, decay_steps=20), 5).decay_steps == 20
+    assert make_plan(TrainConfig(max_steps=5, warmup_steps=10), 5).decay_steps == 1
