@@ -1,0 +1,204 @@
+"""A base checkpoint is loaded whole or not at all, and what is wrong with it is said with its counts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.config.model import load_model_config
+from ldm.errors import UserError
+from ldm.lora.inject import LoRASpec, inject_lora
+from ldm.models.layers import set_compute_dtype
+from ldm.models.stable_diffusion import build_model
+from ldm.weights.diffusers import canonical_to_diffusers
+from ldm.weights.load import load_base
+from ldm.weights.read import write_checkpoint
+
+TINY = Path(__file__).parent.parent / "tiny.yaml"
+QUANT = "first_stage_model.quant_conv.bias"
+TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT = "cond_stage_model.transformer.text_model."
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_model_config(TINY)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    np.random.seed(0)
+    return build_model(config)
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    np.random.seed(1)
+    return {p.name: p.asnumpy().copy() for p in build_model(config).get_parameters()}
+
+
+@pytest.fixture(autouse=True)
+def same_model_for_every_test(request):
+    """The model is built once; each test finds it with the weights that it was built with."""
+    model = request.getfixturevalue("model")
+    before = arrays_of(model)
+    yield
+    for parameter in model.get_parameters():
+        if not np.array_equal(parameter.asnumpy(), before[parameter.name]):
+            parameter.set_data(type(parameter.value())(before[parameter.name]))
+
+
+def arrays_of(model):
+    return {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
+
+
+def save(path, weights, metadata=None):
+    write_checkpoint(path, weights, metadata)
+    return path
+
+
+def refused(model, path, **options):
+    """The message of the refusal; the model must be as it was."""
+    before = arrays_of(model)
+    with pytest.raises(UserError) as caught:
+        load_base(model, path, **options)
+    for name, array in arrays_of(model).items():
+        np.testing.assert_array_equal(array, before[name])
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+class TestLoading:
+    @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+    def test_every_parameter_becomes_the_files(self, model, weights, tmp_path, suffix):
+        report = load_base(model, save(tmp_path / f"base{suffix}", weights))
+        assert report.ok and sum(part.matched for part in report.components.values()) == len(weights)
+        for name, array in arrays_of(model).items():
+            np.testing.assert_array_equal(array, weights[name])
+
+    def test_half_precision_files_become_fp32_parameters(self, model, weights, tmp_path):
+        halved = {name: array.astype(np.float16) for name, array in weights.items()}
+        load_base(model, save(tmp_path / "base.safetensors", halved))
+        loaded = arrays_of(model)[TO_K]
+        assert loaded.dtype == np.float32
+        np.testing.assert_array_equal(loaded, halved[TO_K].astype(np.float32))
+
+    def test_linear_layers_fill_1x1_convolutions(self, model, weights, tmp_path):
+        name = "first_stage_model.encoder.mid.attn_1.q.weight"
+        flat = {**weights, name: weights[name].reshape(weights[name].shape[:2])}
+        assert load_base(model, save(tmp_path / "base.ckpt", flat)).ok
+        np.testing.assert_array_equal(arrays_of(model)[name], weights[name])
+
+    def test_what_has_no_use_is_counted_by_reason(self, model, weights, tmp_path):
+        more = {**weights, "betas": np.zeros(3), "alphas_cumprod": np.zeros(3), "model_ema.decay": np.zeros(1)}
+        report = load_base(model, save(tmp_path / "base.ckpt", more))
+        assert report.ignored == {"noise schedule": 2, "EMA copy": 1}
+        assert "2 (noise schedule)" in str(report)
+
+    def test_one_component_alone(self, model, weights, tmp_path):
+        before = arrays_of(model)
+        report = load_base(model, save(tmp_path / "base.ckpt", weights), components=["unet"])
+        assert list(report.components) == ["unet"]
+        assert set(report.ignored) == {"VAE, not asked for", "text encoder, not asked for"}
+        after = arrays_of(model)
+        np.testing.assert_array_equal(after[TO_K], weights[TO_K])
+        np.testing.assert_array_equal(after[QUANT], before[QUANT])
+
+    def test_a_file_with_one_component_fills_it(self, model, weights, tmp_path):
+        unet = {name: array for name, array in weights.items() if name.startswith("model.")}
+        path = save(tmp_path / "unet.ckpt", unet)
+        assert load_base(model, path, components=["unet"]).ok
+        assert "it holds no VAE and no text encoder" in refused(model, path)
+
+    def test_partial_loads_what_fits(self, model, weights, tmp_path):
+        before = arrays_of(model)
+        part = {**weights, TO_K: np.zeros((5, 5), np.float32)}
+        del part[QUANT]
+        report = load_base(model, save(tmp_path / "base.ckpt", part), partial=True)
+        assert report.components["vae"].missing == [QUANT]
+        assert [name for name, _, _ in report.components["unet"].wrong_shape] == [TO_K]
+        after = arrays_of(model)
+        np.testing.assert_array_equal(after[CONV_IN], weights[CONV_IN])
+        np.testing.assert_array_equal(after[TO_K], before[TO_K])
+
+    def test_injected_factors_are_no_part_of_a_base(self, config, weights, tmp_path):
+        model = build_model(config)
+        inject_lora(model, LoRASpec())
+        assert load_base(model, save(tmp_path / "base.ckpt", weights)).ok
+        np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
+
+    def test_the_compute_type_does_not_change_the_parameters(self, config, weights, tmp_path):
+        import mindspore as ms
+
+        model = build_model(config)
+        set_compute_dtype(model, ms.float16)
+        load_base(model, save(tmp_path / "base.ckpt", weights))
+        np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
+
+
+class TestRefusing:
+    def test_counts_are_given_per_component(self, model, weights, tmp_path):
+        bad = {**weights, TO_K: np.zeros((5, 5), np.float32), "model.diffusion_model.extra.weight": np.zeros(1)}
+        del bad[QUANT]
+        message = refused(model, save(tmp_path / "base.ckpt", bad))
+        assert "UNet: 285 matched, 1 unexpected, 1 of a wrong shape" in message
+        assert "VAE: 151 matched, 1 missing" in message
+        assert "text encoder: 36 matched" in message
+
+    def test_unknown_keys(self, model, weights, tmp_path):
+        message = refused(model, save(tmp_path / "base.ckpt", {**weights, "optimizer.step": np.zeros(1)}))
+        assert "other: 1 unexpected; for example optimizer.step" in message
+
+    def test_another_architecture_is_named(self, model, weights, tmp_path):
+        sd1 = {**weights, TO_K: np.zeros((32, 768), np.float32)}
+        assert "SD1.x, where the model configuration says context 32" in refused(model, save(tmp_path / "b.ckpt", sd1))
+        sd2 = {**weights, TO_K: np.zeros((32, 1024), np.float32)}
+        assert "SD2.x" in refused(model, save(tmp_path / "c.ckpt", sd2))
+
+    def test_inpainting(self, model, weights, tmp_path):
+        inpainting = {**weights, CONV_IN: np.zeros((32, 9, 3, 3), np.float32)}
+        assert "inpainting checkpoint (9 input channels)" in refused(model, save(tmp_path / "b.ckpt", inpainting))
+
+    def test_sdxl(self, model, tmp_path):
+        sdxl = {"conditioner.embedders.0.transformer.x": np.zeros(1), "model.diffusion_model.out.0.weight": np.zeros(1)}
+        assert "SDXL" in refused(model, save(tmp_path / "b.safetensors", sdxl))
+
+    @pytest.mark.parametrize("part, label", [(0, "UNet"), (1, "VAE"), (2, "text encoder")])
+    def test_a_component_of_a_diffusers_folder(self, config, model, weights, tmp_path, part, label):
+        arrays = canonical_to_diffusers(weights, config)[part]
+        message = refused(model, save(tmp_path / "diffusion_pytorch_model.safetensors", arrays))
+        assert f"the {label} of a diffusers folder" in message
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            [TO_K.replace(".weight", ".lora_down.weight"), TO_K.replace(".weight", ".lora_up.weight")],
+            ["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"],
+            ["unet.down_blocks.0.attn1.to_q.lora_A.weight", "unet.down_blocks.0.attn1.to_q.lora_B.weight"],
+            [f"down_blocks.0.attn1.processor.to_q_lora.{half}.weight" for half in ("down", "up")],
+        ],
+    )
+    def test_a_lora_given_as_a_base(self, model, tmp_path, names):
+        arrays = {name: np.zeros((2, 2), np.float32) for name in names}
+        assert "is a LoRA file" in refused(model, save(tmp_path / "lora.safetensors", arrays))
+
+    def test_textual_inversion(self, model, tmp_path):
+        assert "textual-inversion" in refused(model, save(tmp_path / "a.safetensors", {"emb_params": np.zeros((1, 8))}))
+        assert "textual-inversion" in refused(model, save(tmp_path / "b.safetensors", {"<cat>": np.zeros((1, 8))}))
+
+    def test_weights_of_something_else(self, model, tmp_path):
+        other = {"fc1.weight": np.zeros((2, 2)), "fc1.bias": np.zeros(2)}
+        assert "not a Stable Diffusion checkpoint: 2 unknown names" in refused(model, save(tmp_path / "b.ckpt", other))
+
+    def test_no_arrays_at_all(self, model, tmp_path):
+        assert "not a Stable Diffusion checkpoint" in refused(model, save(tmp_path / "b.safetensors", {}, {"a": "b"}))
+
+    def test_nothing_fits_even_partially(self, model, tmp_path):
+        path = save(tmp_path / "b.ckpt", {TO_K: np.zeros((5, 5), np.float32)})
+        assert "none of its 1 arrays fits" in refused(model, path, partial=True)
+
+    def test_a_truncated_text_encoder(self, model, weights, tmp_path):
+        short = {name: array for name, array in weights.items() if f"{TEXT}encoder.layers.1." not in name}
+        assert "text encoder: 20 matched, 16 missing" in refused(model, save(tmp_path / "b.ckpt", short))

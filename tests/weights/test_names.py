@@ -1,0 +1,229 @@
+"""Every name of the published checkpoints has its place among the canonical ones, none is left over, and back again.
+
+published_names.json.gz holds names and shapes of the published files: LDM SD1 and SD2 (made with CompVis's and
+Stability AI's own classes), mindone's .ckpt, and diffusers' and transformers' networks.
+"""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ldm.config.model import load_model_config
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import build_model
+from ldm.weights.diffusers import canonical_to_diffusers, diffusers_to_canonical
+from ldm.weights.names import (
+    component_of,
+    detect_family,
+    plan_names,
+    same_up_to_1x1,
+    take,
+    taken_shape,
+    to_canonical,
+)
+
+HERE = Path(__file__).parent
+SD = SimpleNamespace(
+    path="configs/v1-inference.yaml",
+    unet=dict(channel_mult=[1, 2, 4, 4], num_res_blocks=2, attention_resolutions=[4, 2, 1]),
+    vae=dict(ch_mult=[1, 2, 4, 4], num_res_blocks=2),
+)
+VERSIONS = ("1", "2")
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Name -> {key: shape} of a published file."""
+    return json.loads(gzip.decompress((HERE / "published_names.json.gz").read_bytes()))
+
+
+def arrays_of(shapes):
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def shapes_of(arrays):
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def canonical_shapes(published, version):
+    return shapes_of(to_canonical(arrays_of(published[f"sd{version}_ldm_ckpt_keys"])))
+
+
+class TestPublishedFiles:
+    def test_sd1_is_canonical_as_it_is(self, published):
+        names = published["sd1_ldm_ckpt_keys"]
+        plan = plan_names(names)
+        assert plan.family == "ldm" and not plan.unknown
+        assert all(source.name == name and source.parts == 1 for name, source in plan.sources.items())
+        assert Counter(plan.ignored.values()) == {"noise schedule": 12, "position numbers": 1}
+        assert len(plan.sources) + len(plan.ignored) == len(names) == 1143
+
+    def test_sd2_places_every_key_once(self, published):
+        names = published["sd2_ldm_ckpt_keys"]
+        plan = plan_names(names)
+        assert plan.family == "ldm" and not plan.unknown
+        used = {source.name for source in plan.sources.values()}
+        assert used | set(plan.ignored) == set(names) and not used & set(plan.ignored)
+        assert Counter(plan.ignored.values()) == {
+            "noise schedule": 12,
+            "text projection and scale of CLIP": 2,
+            "the text encoder's last layer, unused by SD2": 12,
+        }
+        # q, k and v of 23 layers come from one array each, weights and biases.
+        assert sum(source.parts == 3 for source in plan.sources.values()) == 23 * 3 * 2
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_mindone_has_the_same_arrays(self, published, version):
+        names = published[f"mindone_ckpt_names_v{version}"]
+        plan = plan_names(names)
+        assert plan.family == "mindone" and not plan.unknown and not plan.ignored
+        assert {source.name for source in plan.sources.values()} == set(names)
+        assert shapes_of(to_canonical(arrays_of(names))) == canonical_shapes(published, version)
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_diffusers_has_the_same_arrays(self, published, version):
+        canonical = diffusers_to_canonical(
+            arrays_of(published[f"diffusers_unet_sd{version}"]),
+            arrays_of(published["diffusers_vae_sd"]),
+            arrays_of(published[f"transformers_text_encoder_sd{version}"]),
+            SD,
+        )
+        assert shapes_of(canonical) == canonical_shapes(published, version)
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_back_to_diffusers(self, published, version):
+        canonical = to_canonical(arrays_of(published[f"sd{version}_ldm_ckpt_keys"]))
+        unet, vae, text = canonical_to_diffusers(canonical, SD)
+        wanted = [f"diffusers_unet_sd{version}", "diffusers_vae_sd", f"transformers_text_encoder_sd{version}"]
+        for found, key in zip((unet, vae), wanted):
+            assert shapes_of(found) == {name: tuple(shape) for name, shape in published[key].items()}
+        text_names = {f"text_model.{name}": tuple(shape) for name, shape in published[wanted[2]].items()}
+        assert shapes_of(text) == text_names
+
+    def test_the_autoencoders_attention_under_its_older_names(self, published):
+        older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        renamed = {}
+        for name, shape in published["diffusers_vae_sd"].items():
+            for new, old in older.items():
+                name = name.replace(f".{new}.", f".{old}.")
+            renamed[name] = shape
+        assert renamed.keys() != published["diffusers_vae_sd"].keys()
+        canonical = diffusers_to_canonical({}, arrays_of(renamed), {}, SD)
+        wanted = canonical_shapes(published, "1")
+        assert shapes_of(canonical) == {k: v for k, v in wanted.items() if component_of(k) == "vae"}
+
+
+@pytest.fixture(scope="module", params=["tiny.yaml", "golden/small_sd1.yaml", "golden/small_sd2.yaml"])
+def tiny(request):
+    config = load_model_config(HERE.parent / request.param)
+    model = build_model(config)
+    return config, {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
+
+
+class TestThisProjectsNetworks:
+    def test_have_canonical_names(self, tiny):
+        _, arrays = tiny
+        plan = plan_names(arrays)
+        assert plan.family == "ldm" and not plan.unknown and not plan.ignored
+        assert list(plan.sources) == list(arrays)
+
+    def test_go_to_diffusers_names_and_back_at_any_size(self, tiny):
+        config, arrays = tiny
+        unet, vae, text = canonical_to_diffusers(arrays, config)
+        assert len(unet) + len(vae) + len(text) == len(arrays)
+        back = diffusers_to_canonical(unet, vae, text, config)
+        assert back.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(back[name], array)
+
+
+class TestFusedProjections:
+    def test_openclips_rows_are_q_then_k_then_v(self):
+        key = "cond_stage_model.model.transformer.resblocks.4.attn.in_proj_weight"
+        fused = np.arange(18, dtype=np.float32).reshape(6, 3)
+        canonical = to_canonical({key: fused})
+        layer = "cond_stage_model.transformer.text_model.encoder.layers.4.self_attn."
+        assert list(canonical) == [f"{layer}{part}_proj.weight" for part in "qkv"]
+        for part, name in enumerate(canonical):
+            np.testing.assert_array_equal(canonical[name], fused[2 * part : 2 * part + 2])
+
+    def test_mindones_as_well(self):
+        prefix = "cond_stage_model.transformer.transformer_layer.resblocks.0.attn.attn.in_proj."
+        canonical = to_canonical({f"{prefix}bias": np.arange(6.0)})
+        layer = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn."
+        np.testing.assert_array_equal(canonical[f"{layer}k_proj.bias"], [2.0, 3.0])
+
+    def test_shapes_are_split_like_arrays(self):
+        plan = plan_names(["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"])
+        for source in plan.sources.values():
+            assert taken_shape((9, 4), source) == take({source.name: np.zeros((9, 4))}, source).shape == (3, 4)
+            assert taken_shape((10, 4), source) == (10, 4)  # cannot be split: left to be found wrong
+
+
+@pytest.mark.parametrize(
+    "found, wanted, same",
+    [
+        ((3, 4), (3, 4), True),
+        ((3, 4), (3, 4, 1, 1), True),
+        ((3, 4, 1, 1), (3, 4), True),
+        ((3, 4, 3, 3), (3, 4), False),
+        ((3, 4), (4, 3), False),
+        ((4,), (4, 1, 1), False),
+        ((12,), (3, 4), False),
+        ((), (), True),
+    ],
+)
+def test_a_linear_layer_and_a_1x1_convolution_stand_for_each_other(found, wanted, same):
+    assert same_up_to_1x1(found, wanted) is same
+
+
+class TestUnknownNames:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            [],
+            ["weight", "bias"],
+            ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"],
+            ["down_blocks.0.resnets.0.conv1.weight"],
+            ["betas"],
+        ],
+    )
+    def test_no_family_is_found(self, names):
+        assert detect_family(names) is None
+        with pytest.raises(UserError, match="no Stable Diffusion parameter"):
+            plan_names(names)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "optimizer.state.0",
+            "cond_stage_model.model.transformer.resblocks.0.ln_3.weight",
+            "cond_stage_model.model.visual.proj",
+            "cond_stage_model.transformer.transformer_layer.resblocks.0.ln_3.gamma",
+        ],
+    )
+    def test_a_single_one_is_kept_apart_and_refused(self, name):
+        known = "model.diffusion_model.out.0.gamma" if "gamma" in name else "model.diffusion_model.out.0.weight"
+        assert plan_names([name, known]).unknown == [name]
+        with pytest.raises(UserError, match="1 unknown name"):
+            to_canonical({name: np.zeros(1), known: np.zeros(1)})
+
+    def test_two_keys_for_one_parameter(self):
+        names = ["model.diffusion_model.out.0.gamma", "model.diffusion_model.out.0.weight"]
+        with pytest.raises(UserError, match="both stand for model.diffusion_model.out.0.weight"):
+            plan_names(names)
+
+    def test_ema_copies_are_known_and_left_out(self):
+        names = ["model.diffusion_model.out.0.weight", "model_ema.diffusion_modelout0weight", "model_ema.decay"]
+        assert set(plan_names(names).ignored.values()) == {"EMA copy"}
+
+    def test_diffusers_names_of_another_size_of_network(self):
+        with pytest.raises(UserError, match=r"1 names do not fit .*v1-inference.yaml: down_blocks.4"):
+            diffusers_to_canonical({"down_blocks.4.resnets.0.conv1.weight": np.zeros(1)}, {}, {}, SD)
+        with pytest.raises(UserError, match="1 names do not fit"):
+            canonical_to_diffusers({"model.diffusion_model.input_blocks.12.0.in_layers.0.weight": np.zeros(1)}, SD)
