@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import mindspore as ms
@@ -17,9 +19,16 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.steps import check_steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.lora.formats import read_lora
+from ldm.lora.state import LoRAState, check_compatible, merge_lora
+from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
-from ldm.models.stable_diffusion import StableDiffusion
+from ldm.models.layers import set_compute_dtype
+from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.tokenizer import Tokenizer
+from ldm.weights.load import load_base
+
+logger = logging.getLogger(__name__)
 
 # Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
 # fp32 for this many.
@@ -68,21 +77,6 @@ class Pipeline:
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of pictures of height x width pixels, None for the model's own size.
-
-        Raises UserError for a size that the networks cannot halve as often as they must.
-        """
-        height = self.config.image_size if height is None else height
-        width = self.config.image_size if width is None else width
-        factor = self.config.vae_factor
-        multiple = size_multiple(self.config)
-        for name, size in (("H", height), ("W", width)):
-            if size < multiple or size % multiple:
-                near = max(multiple, round(size / multiple) * multiple)
-                raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
-        return self.config.latent_channels, height // factor, width // factor
 
     def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
         """Noise (N, *shape) float32: that of picture i depends on the seed and i alone, whatever is drawn with it."""
@@ -155,8 +149,7 @@ class Pipeline:
 
         Raises UserError for sizes or steps that do not fit the model, ValueError for lists of unequal lengths.
         """
-        shape = self.latent_shape(sampling.height, sampling.width)
-        check_steps(sampling.steps, self.schedule)
+        shape = check_sampling(sampling, self.config)
         count = len(prompts)
         negative_prompts = [""] * count if negative_prompts is None else negative_prompts
         if len(negative_prompts) != count:
@@ -194,6 +187,91 @@ class Pipeline:
                 images = self.decode(final, batch_size)
                 kept = slice(len(indices))
                 yield Generated(indices, start[kept], final[kept], images[kept])
+
+
+def load_model(
+    config: ModelConfig,
+    checkpoint: str | Path,
+    compute_dtype=ms.float32,
+    unet_checkpoint: str | Path | None = None,
+    flash_attention: bool = False,
+) -> StableDiffusion:
+    """The networks with a base checkpoint in them, UNet and text encoder computing in `compute_dtype`, the autoencoder
+    in fp32 (in fp16 it is known to overflow).
+
+    unet_checkpoint: a file whose UNet takes the place of the checkpoint's. flash_attention: Ascend's, in the UNet (see
+    ldm.runtime.check_flash_attention). Raises UserError, see ldm.weights.load.
+    """
+    model = build_model(config)
+    report = load_base(model, checkpoint)
+    logger.info("%s: %s", checkpoint, report)
+    if unet_checkpoint is not None:
+        logger.info("%s: %s", unet_checkpoint, load_base(model, unet_checkpoint, components=("unet",)))
+    set_compute_dtype(model.model, compute_dtype)
+    set_compute_dtype(model.cond_stage_model, compute_dtype)
+    if flash_attention:
+        use_flash_attention(model.model, True)
+    return model
+
+
+def apply_lora(
+    model: StableDiffusion,
+    config: ModelConfig,
+    path: str | Path,
+    weight: float = 1.0,
+    unet: bool | None = None,
+    text_encoder: bool | None = None,
+) -> LoRAState:
+    """Merge a LoRA file into the weights and return what was merged; weight 0 leaves them as they are, bit for bit.
+
+    unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
+
+    Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
+    and where nothing is left to apply.
+    """
+    state = read_lora(path)
+    check_compatible(state, config, str(path))
+    layers = {}
+    for component, label, wanted, flag in (
+        ("unet", "UNet", unet, "lora_ft_unet"),
+        ("text_encoder", "text encoder", text_encoder, "lora_ft_text_encoder"),
+    ):
+        part = state.only(component).layers
+        if wanted and not part:
+            raise UserError(f"{path} has no {label} part ({state}): leave out {flag}, or choose another file")
+        if wanted is False and part:
+            logger.warning("%s: its %s part, %d layers, is left out (%s False)", path, label, len(part), flag)
+        elif part:
+            layers.update(part)
+    if not layers:
+        raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
+    applied = LoRAState(layers, state.metadata)
+    match = merge_lora(model, applied, weight, str(path))
+    logger.info("%s: %s; weight %g", path, match, weight)
+    return applied
+
+
+def check_sampling(sampling: Sampling, config: ModelConfig) -> tuple[int, int, int]:
+    """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model."""
+    shape = latent_shape(config, sampling.height, sampling.width)
+    check_steps(sampling.steps, config.timesteps)
+    return shape
+
+
+def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of pictures of height x width pixels, None for the model's own size.
+
+    Raises UserError for a size that the networks cannot halve as often as they must.
+    """
+    multiple = size_multiple(config)
+    sizes = []
+    for name, size in (("H", height), ("W", width)):
+        size = config.image_size if size is None else size
+        if size < multiple or size % multiple:
+            near = max(multiple, round(size / multiple) * multiple)
+            raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
+        sizes.append(size // config.vae_factor)
+    return config.latent_channels, sizes[0], sizes[1]
 
 
 def size_multiple(config: ModelConfig) -> int:

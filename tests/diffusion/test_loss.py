@@ -23,9 +23,7 @@ class Scaled(nn.Cell):
         return self.weight * latents + ops.broadcast_to(offset, latents.shape)
 
 
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture

@@ -29,12 +29,12 @@ Denoise = Callable[[np.ndarray, int], np.ndarray]
 Callback = Callable[[int], None]
 
 
-def check_steps(steps: int, schedule: NoiseSchedule) -> None:
-    """Raise UserError unless `steps` different time steps fit the schedule (at most one fewer than it has)."""
-    if not 1 <= steps < schedule.timesteps:
+def check_steps(steps: int, timesteps: int) -> None:
+    """Raise UserError unless `steps` different time steps fit the model's (at most one fewer than it has)."""
+    if not 1 <= steps < timesteps:
         raise UserError(
-            f"sampling_steps is {steps}: give a number from 1 to {schedule.timesteps - 1}, "
-            f"the model was trained on {schedule.timesteps} time steps"
+            f"sampling_steps is {steps}: give a number from 1 to {timesteps - 1}, "
+            f"the model was trained on {timesteps} time steps"
         )
 
 
@@ -46,13 +46,13 @@ def check_prediction_type(prediction_type: str) -> None:
 
 def linspace_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """Time steps spread evenly from the last one down, 0 left out: int64 (steps,), falling. DPM-Solver's spacing."""
-    check_steps(steps, schedule)
+    check_steps(steps, schedule.timesteps)
     return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].astype(np.int64)
 
 
 def leading_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """Multiples of timesteps // steps from 0 on, all one later (`steps_offset` 1), falling: int64 (steps,). DDIM's."""
-    check_steps(steps, schedule)
+    check_steps(steps, schedule.timesteps)
     return np.arange(steps - 1, -1, -1, dtype=np.int64) * (schedule.timesteps // steps) + 1
 
 

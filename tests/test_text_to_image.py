@@ -1,0 +1,337 @@
+"""text_to_image.py as a user runs it, on a very small random model: pictures, LoRA rules, mistakes that are named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from PIL import Image
+
+import text_to_image
+from ldm.config.model import load_model_config
+from ldm.errors import UserError
+from ldm.lora.formats import write_lora
+from ldm.lora.inject import LoRASpec, inject_lora
+from ldm.lora.state import LoRAState, lora_state
+from ldm.models.stable_diffusion import build_model
+from ldm.pipeline import apply_lora
+from ldm.weights.read import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "tiny.yaml"
+PROMPTS = ["a red cat", "a dog, 犬"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mode_as_it_was():
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base checkpoint, LoRA files for the UNet and for both networks, a file of prompts, and what is none of them."""
+    folder = tmp_path_factory.mktemp("files")
+    config = load_model_config(TINY)
+    np.random.seed(0)
+    model = build_model(config)
+    arrays = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
+    write_checkpoint(folder / "base.ckpt", arrays)
+    unet = {name: array for name, array in arrays.items() if name.startswith("model.diffusion_model.")}
+    write_checkpoint(folder / "unet.safetensors", {name: 0.9 * array for name, array in unet.items()})
+    write_checkpoint(folder / "novae.ckpt", {name: a for name, a in arrays.items() if "first_stage" not in name})
+
+    inject_lora(model, LoRASpec(rank=2, text_encoder=True))
+    rng = np.random.default_rng(0)
+    for parameter in model.get_parameters():
+        if parameter.name.endswith("lora_up.weight"):
+            values = 0.2 * rng.standard_normal(parameter.shape)
+            parameter.set_data(ms.Tensor(values.astype(np.float32)))
+    both = lora_state(model, config)
+    write_lora(folder / "both.ckpt", both)
+    write_lora(folder / "unet_lora.ckpt", both.only("unet"))
+    write_lora(folder / "text_lora.ckpt", both.only("text_encoder"))
+    write_lora(folder / "velocity_lora.ckpt", LoRAState(both.layers, {"prediction_type": "v_prediction"}))
+    write_lora(folder / "sd1_lora.ckpt", LoRAState(both.layers, {"architecture": "sd1"}))
+    elsewhere = {name.replace("input_blocks.1.", "input_blocks.77."): both.layers[name] for name in both.layers}
+    write_lora(folder / "elsewhere_lora.ckpt", LoRAState(elsewhere))
+    wide = {name: replace(layer, down=np.ones((2, 5), np.float32)) for name, layer in both.only("unet").layers.items()}
+    write_lora(folder / "wide_lora.ckpt", LoRAState(wide))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (folder / "cut.ckpt").write_bytes((folder / "base.ckpt").read_bytes()[:100_000])
+    (folder / "empty.txt").write_text("")
+    np.save(folder / "nan.npy", np.full((1, 4, 8, 8), np.nan, np.float32))
+    np.save(folder / "shape.npy", np.ones((1, 4, 8, 9), np.float32))
+    np.save(folder / "pickled.npy", np.array([{}], object))
+    return folder
+
+
+# ---- the published command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(folder, tmp_path_factory):
+    """What the published command leaves, in graph mode, its paths and sizes changed only."""
+    out = tmp_path_factory.mktemp("published")
+    text_to_image.main(
+        ["--version", "2.0", "--config", str(TINY), "--n_iter", "1", "--n_samples", "2", "--scale", "9.0"]
+        + ["--W", "32", "--H", "32", "--use_lora", "True", "--lora_ft_text_encoder", "False"]
+        + ["--lora_ckpt_path", str(folder / "both.ckpt"), "--dpm_solver", "--sampling_steps", "3"]
+        + ["--data_path", str(folder / "prompts.txt"), "--ckpt_path", str(folder / "base.ckpt")]
+        + ["--output_path", str(out), "--save_latents", str(out / "final.npy")]
+    )
+    return out
+
+
+def test_the_published_command_draws_its_pictures_in_graph_mode(published):
+    assert ms.get_context("mode") == ms.GRAPH_MODE
+    assert sorted(path.name for path in published.iterdir()) == [
+        "final.init.npy",
+        "final.npy",
+        "grid.png",
+        "samples",
+    ]
+    assert sorted(path.name for path in (published / "samples").iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+        "00003.png",
+        "prompts.txt",
+    ]
+    assert Image.open(published / "samples" / "00003.png").size == (32, 32)
+    assert Image.open(published / "grid.png").size == (66, 66)
+
+
+def test_the_pngs_pair_with_the_prompts_in_order(published):
+    lines = (published / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert [Image.open(path).text["prompt"] for path in sorted((published / "samples").glob("*.png"))] == lines
+
+
+def test_a_png_says_how_to_make_it_again(published, folder):
+    texts = Image.open(published / "samples" / "00002.png").text
+    digest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("base.ckpt", "both.ckpt")}
+    assert texts["seed"] == "42" and texts["index"] == "2" and texts["negative_prompt"] == ""
+    assert texts["model"] == "2.0" and texts["model_config"] == "tiny.yaml"
+    assert texts["checkpoint"] == "base.ckpt" and texts["checkpoint_sha256"] == digest["base.ckpt"]
+    (lora,) = json.loads(texts["lora"])
+    assert (lora["file"], lora["sha256"], lora["weight"]) == ("both.ckpt", digest["both.ckpt"], 1.0)
+    assert lora["lora_ft_text_encoder"] is False
+    assert json.loads(texts["settings"]) == {
+        "sampler": "dpm_solver",
+        "sampling_steps": 3,
+        "scale": 9.0,
+        "ddim_eta": 0.0,
+        "H": 32,
+        "W": 32,
+        "precision": "fp32",
+        "prediction_type": "epsilon",
+    }
+    assert str(folder) not in "".join(texts.values())  # a picture is passed on; the folders of its maker are not
+
+
+def test_starting_and_final_latents_are_saved_in_the_order_of_the_pictures(published):
+    start, final = np.load(published / "final.init.npy"), np.load(published / "final.npy")
+    assert start.shape == final.shape == (4, 4, 8, 8) and start.dtype == final.dtype == np.float32
+    assert np.isfinite(final).all() and np.abs(final - start).max() > 0.1
+    assert start.std() == pytest.approx(1, abs=0.1) and len(np.unique(start[:, 0, 0, 0])) == 4
+
+
+# ---- one picture at a time, in pynative mode, which compiles nothing -------------------------------------------------
+
+
+def run(folder, out, *flags, prompt="a red cat"):
+    """Run the script on the tiny model; the flags may hold the placeholder FILES."""
+    flags = [str(flag).replace("FILES", str(folder)) for flag in flags]
+    prompts = ["--prompt", prompt] if prompt else []
+    text_to_image.main(
+        ["--config", str(TINY), "--ckpt_path", str(folder / "base.ckpt"), "--mode", "1", "--sampling_steps", "1"]
+        + ["--scale", "1", "--output_path", str(out), *prompts, *flags]
+    )
+
+
+def drawn(folder, out, *flags):
+    """Final latents (N, 4, 8, 8) of such a run."""
+    run(folder, out, "--skip_save", "--skip_grid", "--save_latents", out / "latents.npy", *flags)
+    return np.load(out / "latents.npy")
+
+
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    return drawn(folder, tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["FILES/both.ckpt", "--lora_scale", "0"], ["FILES/both.ckpt:0", "FILES/unet_lora.ckpt:0"]]
+)
+def test_a_lora_of_scale_0_is_the_base_bit_for_bit(folder, base, tmp_path, flags):
+    np.testing.assert_array_equal(drawn(folder, tmp_path, "--lora_ckpt_path", *flags), base)
+
+
+def test_a_lora_changes_the_picture_and_halves_add_up(folder, base, tmp_path):
+    whole = drawn(folder, tmp_path, "--use_lora", "--lora_ckpt_path", "FILES/both.ckpt")
+    assert np.abs(whole - base).max() > 1e-3
+    halves = drawn(
+        folder, tmp_path, "--lora_ckpt_path", "FILES/both.ckpt:0.75", "FILES/both.ckpt:0.25", "--lora_rank", "4"
+    )
+    np.testing.assert_allclose(halves, whole, atol=1e-4 * np.abs(whole).max())
+
+
+def test_use_lora_false_leaves_it_out(folder, base, tmp_path):
+    off = drawn(folder, tmp_path, "--use_lora", "False", "--lora_ckpt_path", "FILES/both.ckpt")
+    np.testing.assert_array_equal(off, base)
+
+
+def test_given_starting_latents_give_the_picture_again(folder, base, tmp_path):
+    drawn(folder, tmp_path)
+    start = tmp_path / "start.npy"
+    (tmp_path / "latents.init.npy").rename(start)
+    again = drawn(folder, tmp_path, "--seed", "7", "--init_latents", start)
+    np.testing.assert_array_equal(again, base)
+    assert np.abs(drawn(folder, tmp_path, "--seed", "7") - base).max() > 1e-3
+
+
+def test_a_unet_of_its_own_takes_the_place_of_the_checkpoints(folder, base, tmp_path):
+    assert np.abs(drawn(folder, tmp_path, "--unet_ckpt_path", "FILES/unet.safetensors") - base).max() > 1e-3
+
+
+def test_ddim_and_its_fresh_noise_are_there(folder, tmp_path):
+    plain = drawn(folder, tmp_path, "--ddim", "--sampling_steps", "2")
+    noisy = drawn(folder, tmp_path, "--ddim", "--sampling_steps", "2", "--ddim_eta", "1")
+    assert np.abs(plain - noisy).max() > 1e-3
+
+
+def test_a_second_run_keeps_the_pictures_of_the_first(folder, tmp_path, caplog):
+    run(folder, tmp_path)
+    first = (tmp_path / "samples" / "00000.png").read_bytes()
+    run(folder, tmp_path, "--seed", "7")
+    assert (tmp_path / "samples.old1" / "00000.png").read_bytes() == first
+    assert (tmp_path / "samples" / "00000.png").read_bytes() != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.old1.png", "grid.png", "samples", "samples.old1"]
+
+
+# ---- which part of a LoRA is applied ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_config):
+    return build_model(tiny_config)
+
+
+def changed(model, before):
+    """The networks whose weights differ from those before."""
+    names = {p.name.split(".")[0] for p in model.get_parameters() if not np.array_equal(p.asnumpy(), before[p.name])}
+    short = {"model": "unet", "cond_stage_model": "text", "first_stage_model": "vae"}
+    return "both" if names == {"model", "cond_stage_model"} else "".join(short[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("file", "unet", "text_encoder", "applied", "words"),
+    [
+        ("both", None, None, "both", ""),
+        ("both", True, True, "both", ""),
+        ("both", True, False, "unet", "text encoder part, 8 layers, is left out"),
+        ("both", None, False, "unet", "text encoder part, 8 layers, is left out"),
+        ("both", False, None, "text", "UNet part, 56 layers, is left out"),
+        ("unet_lora", None, None, "unet", ""),
+        ("unet_lora", True, False, "unet", ""),
+        ("text_lora", None, True, "text", ""),
+    ],
+)
+def test_a_part_is_applied_unless_it_is_left_out(
+    model, tiny_config, folder, caplog, file, unet, text_encoder, applied, words
+):
+    before = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
+    apply_lora(model, tiny_config, folder / f"{file}.ckpt", 1.0, unet, text_encoder)
+    assert changed(model, before) == applied
+    assert words in caplog.text and bool(words) == ("left out" in caplog.text)
+    assert len(list(model.get_parameters())) == len(before)  # merged: nothing is added to what runs
+
+
+@pytest.mark.parametrize(
+    ("file", "unet", "text_encoder", "words"),
+    [
+        ("unet_lora", None, True, "no text encoder part.*UNet: 56 layers.*lora_ft_text_encoder"),
+        ("text_lora", True, None, "no UNet part.*text encoder: 8 layers.*lora_ft_unet"),
+        ("unet_lora", False, None, "nothing of it would be applied"),
+        ("both", False, False, "nothing of it would be applied"),
+        ("sd1_lora", None, None, "architecture is sd1"),
+        ("velocity_lora", None, None, "prediction_type is v_prediction"),
+        ("elsewhere_lora", None, None, "does not fit.*matched.*unmatched"),
+        ("wide_lora", None, None, "matches nothing.*56 of a wrong shape"),
+        ("base", None, None, "not a LoRA.*--ckpt_path"),
+        ("cut", None, None, "cut.ckpt"),
+    ],
+)
+def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
+    model, tiny_config, folder, file, unet, text_encoder, words
+):
+    before = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
+    with pytest.raises(UserError, match=words):
+        apply_lora(model, tiny_config, folder / f"{file}.ckpt", 1.0, unet, text_encoder)
+    assert not changed(model, before)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data_path", "FILES/none.txt"], "none.txt does not exist"),
+        (["--data_path", "FILES/empty.txt"], "empty.txt is empty"),
+        (["--prompt", "x", "--W", "36"], "W is 36.*multiples of 8"),
+        (["--prompt", "x", "--H", "4"], "H is 4.*8 is nearest"),
+        (["--prompt", "x", "--sampling_steps", "1000"], "sampling_steps is 1000.*1 to 999"),
+        (["--prompt", "x", "--init_latents", "FILES/none.npy"], "none.npy does not exist"),
+        (["--prompt", "x", "--init_latents", "FILES/nan.npy"], "nan.npy holds values that are not finite"),
+        (["--prompt", "x", "--init_latents", "FILES/shape.npy"], "shape.npy is 1 x 4 x 8 x 9, wanted 1 x 4 x 8 x 8"),
+        (["--prompt", "x", "--init_latents", "FILES/pickled.npy"], "pickled.npy is not a .npy file of numbers"),
+        (["--prompt", "x", "--init_latents", "FILES/prompts.txt"], "prompts.txt is not a .npy file"),
+        (["--prompt", "x", "--n_samples", "2", "--init_latents", "FILES/nan.npy"], "wanted 2 x 4 x 8 x 8"),
+        (["--prompt", "x", "--lora_ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
+        (["--prompt", "x", "--lora_ckpt_path", "FILES/both.ckpt:abc"], '"abc" after the colon'),
+        (["--prompt", "x", "--lora_ckpt_path", "FILES/base.ckpt"], "base.ckpt is base weights, not a LoRA"),
+        (["--prompt", "x", "--lora_ckpt_path", "FILES/prompts.txt"], "prompts.txt is"),
+        (["--prompt", "x", "--lora_ckpt_path", "FILES"], "folder"),
+        (["--prompt", "x", "--ckpt_path", "FILES/both.ckpt"], "both.ckpt is a LoRA.*--lora_ckpt_path"),
+        (["--prompt", "x", "--ckpt_path", "FILES/cut.ckpt"], "cut.ckpt"),
+        (["--prompt", "x", "--ckpt_path", "FILES/novae.ckpt"], "novae.ckpt does not fit.*it holds no VAE"),
+        (["--prompt", "x", "--ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
+        (["--prompt", "x", "--unet_ckpt_path", "FILES/both.ckpt"], "both.ckpt is a LoRA"),
+        (["--prompt", "x", "--enable_flash_attention"], "enable_flash_attention needs an Ascend"),
+        (["--prompt", "x", "--device_target", "Ascend"], "device_target Ascend cannot be used here"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        run(folder, tmp_path / "out", *flags, prompt=None)
+    assert list(tmp_path.iterdir()) == []
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_mistake_ends_the_process_with_2_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "text_to_image.py"), "--data_path", "none.txt", "--output_path", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: data_path none.txt does not exist: give a text file with one prompt a line"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        text_to_image.main(["-h"])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    for flag in ("prompt", "version", "lora_ckpt_path", "dpm_solver", "ddim_eta", "save_latents", "W", "H"):
+        assert f"--{flag} " in text

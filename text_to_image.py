@@ -1,0 +1,137 @@
+"""Draw images for prompts: python text_to_image.py --prompt "a cat" (-h lists every setting)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.config.generate import GenerateConfig, Plan, plan
+from ldm.config.parse import parse_config
+from ldm.errors import run
+from ldm.samples import SampleWriter, read_latents, starting_latents_path, write_latents
+from ldm.weights.read import content_hash
+
+logger = logging.getLogger("text_to_image")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check everything that can be checked without a network, then draw."""
+    config = parse_config(
+        GenerateConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="text_to_image.py",
+        description="Draw images for prompts with Stable Diffusion, a LoRA merged into it where one is given.",
+    )
+    logging.basicConfig(level=config.log_level, format="%(message)s", stream=sys.stderr, force=True)
+    logger.setLevel(config.log_level)
+    job = plan(config)
+
+    # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
+    from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
+    from ldm.pipeline import Pipeline, Sampling, apply_lora, check_sampling, load_model  # isort: skip
+
+    height, width = config.H or job.model.image_size, config.W or job.model.image_size
+    sampling = Sampling(
+        sampler=config.sampler,
+        steps=config.sampling_steps,
+        scale=job.scale,
+        eta=config.ddim_eta,
+        height=height,
+        width=width,
+        batch_size=batch_size(config, height, width),
+    )
+    shape = check_sampling(sampling, job.model)
+    starting = None
+    if config.init_latents is not None:
+        starting = read_latents(config.init_latents, (len(job.prompts), *shape))
+
+    runtime = setup_runtime(config.device_target, config.mode, config.jit_level, config.precision, config.seed)
+    check_flash_attention(config.enable_flash_attention, runtime)
+    model = load_model(
+        job.model, job.checkpoint, runtime.compute_dtype, job.unet_checkpoint, config.enable_flash_attention
+    )
+    for file in job.loras:
+        applied = apply_lora(model, job.model, file.path, file.weight, config.lora_ft_unet, config.lora_ft_text_encoder)
+        if config.lora_rank is not None and applied.ranks() != [config.lora_rank]:
+            logger.warning("lora_rank %d is not used: %s is %s", config.lora_rank, file.path, applied)
+
+    settings = {
+        "sampler": sampling.sampler,
+        "sampling_steps": sampling.steps,
+        "scale": sampling.scale,
+        "ddim_eta": sampling.eta,
+        "H": height,
+        "W": width,
+        "precision": "fp16" if runtime.fp16 else "fp32",
+        "prediction_type": job.model.prediction_type,
+    }
+    writer = SampleWriter(
+        config.output_path,
+        job.prompts,
+        job.negative_prompts,
+        job.images_per_prompt,
+        {**provenance(config, job), "settings": settings},
+        pngs=not config.skip_save,
+        grid=not config.skip_grid,
+    )
+    latents = []
+    pipeline = Pipeline(model, job.model)
+    for batch in pipeline.generate(job.prompts, sampling, config.seed, job.negative_prompts, starting):
+        writer.add(batch.indices, batch.images)
+        if config.save_latents is not None:
+            latents.append((batch.starting_latents, batch.latents))
+    writer.finish()
+    report(config, job, writer)
+    if latents:
+        write_latents(config.save_latents, *(np.concatenate(part) for part in zip(*latents)))
+        logger.info("latents: %s, starting ones: %s", config.save_latents, starting_latents_path(config.save_latents))
+
+
+def batch_size(config: GenerateConfig, height: int, width: int) -> int:
+    """Images a network call: as asked for; else n_samples as published, and at least 16 where they are small."""
+    if config.batch_size is not None:
+        return config.batch_size
+    return max(config.n_samples, 16) if height * width <= 128 * 128 else config.n_samples
+
+
+def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
+    """What a PNG says about where it comes from: enough to make it again."""
+    texts: dict[str, Any] = {
+        "seed": str(config.seed),
+        "model": job.version or job.model.architecture,
+        "model_config": Path(job.model.path).name,
+        "checkpoint": job.checkpoint.name,
+        "checkpoint_sha256": content_hash(job.checkpoint),
+    }
+    if job.unet_checkpoint is not None:
+        texts["unet_checkpoint"] = job.unet_checkpoint.name
+        texts["unet_checkpoint_sha256"] = content_hash(job.unet_checkpoint)
+    if job.loras:
+        parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
+        texts["lora"] = [
+            {"file": file.path.name, "sha256": content_hash(file.path), "weight": file.weight, **parts}
+            for file in job.loras
+        ]
+    if config.init_latents is not None:
+        texts["init_latents"] = Path(config.init_latents).name
+        texts["init_latents_sha256"] = content_hash(config.init_latents)
+    return texts
+
+
+def report(config: GenerateConfig, job: Plan, writer: SampleWriter) -> None:
+    """Say what was written and where."""
+    for path in writer.kept_as:
+        logger.info("kept from an earlier run: %s", path)
+    if not config.skip_save:
+        logger.info("%d images: %s", len(job.prompts), writer.samples)
+    if not config.skip_grid:
+        logger.info("grid: %s", writer.grid_path)
+
+
+if __name__ == "__main__":
+    run(main)
