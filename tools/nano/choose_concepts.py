@@ -2,7 +2,7 @@
 
     python -m tools.nano.choose_concepts
 
-All concepts of emoji_fluent_hc's test split (the demo's held-out pictures: their style is held out, not the concept), and
+All concepts of the test split of emoji_fluent_hc (the demo holds out their style, not the concept), and
 whole groups of what a person would ask for: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes,
 sports, things. Fewer concepts drawn well beat more of them drawn badly: two cores train this in hours.
 """
@@ -32,10 +32,11 @@ def main() -> None:
             if row.path.name in held_out_style or category in WHOLE_CATEGORIES or subcategory in SUBCATEGORIES:
                 chosen.append((f"{split}/{row.path.name}", row.text))
     chosen.sort(key=lambda pair: Path(pair[0]).name)
-    with atomic_path(DATASETS / "emoji_noto" / "img_txt.csv") as path, open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("dir", "text"))
-        writer.writerows(chosen)
+    with atomic_path(DATASETS / "emoji_noto" / "img_txt.csv") as path:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("dir", "text"))
+            writer.writerows(chosen)
     print(f"{len(chosen)} concepts, {len({text for _, text in chosen})} different captions, "
           f"{len(held_out_style)} of them with a held-out picture in another style")
 

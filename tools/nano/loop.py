@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ldm.errors import UserError
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
-
 # The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.
 SCHEDULE = "optimizer.learning_rate.learning_rate"
 
@@ -27,7 +26,7 @@ class Step(nn.Cell):
     """One AdamW step on a loss cell that returns a tuple of scalars, the loss first."""
 
     def __init__(self, loss: nn.Cell, parameters: list[Parameter], rates: list[float], weight_decay: float):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.loss = loss
         self.weights = ms.ParameterTuple(parameters)
         self.optimizer = nn.AdamWeightDecay(parameters, rates, beta2=0.99, weight_decay=weight_decay)

@@ -36,7 +36,7 @@ class ContrastiveLoss(nn.Cell):
     """Each picture picks its caption of the batch, and each caption its picture; returns (loss, share picked right)."""
 
     def __init__(self, clip: CLIPModel, batch_size: int):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.clip = clip
         self.labels = Tensor(np.arange(batch_size, dtype=np.int32))
         self.product = ops.MatMul(transpose_b=True)
@@ -98,6 +98,7 @@ def main() -> None:
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
     clip = CLIPModel(config.text, VISION, PROJECTION)
+    parameters = clip.parameters_dict()  # before an optimizer puts its own name before theirs
 
     concepts: dict[str, list] = {}
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("train",)) for s in STYLES)):
@@ -126,7 +127,7 @@ def main() -> None:
     text = report(clip, tokenizer)
     print(text)
     (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
-    write_checkpoint(args.output_path / "clip.safetensors", {n: p.asnumpy() for n, p in clip.parameters_dict().items()})
+    write_checkpoint(args.output_path / "clip.safetensors", {name: p.asnumpy() for name, p in parameters.items()})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class ReconstructionLoss(nn.Cell):
     """images (N, 3, H, W), eps (N, z, h, w) -> (loss, L1, MSE, KL a latent value)."""
 
     def __init__(self, vae: AutoencoderKL, latent_channels: int, kl_weight: float, decoder_only: bool):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.vae, self.z, self.kl_weight, self.decoder_only = vae, latent_channels, kl_weight, decoder_only
 
     def construct(self, images: Tensor, eps: Tensor):
@@ -112,11 +112,12 @@ def main() -> None:
     np.random.seed(args.seed)
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)
+    parameters = vae.parameters_dict()  # before an optimizer puts its own name before theirs
     if args.decoder_only:
         arrays, _ = read_checkpoint(args.decoder_only / "vae.safetensors")
-        for name, parameter in vae.parameters_dict().items():
+        for name, parameter in parameters.items():
             parameter.set_data(Tensor(arrays["first_stage_model." + name]))
-    trainable = [p for name, p in vae.parameters_dict().items()
+    trainable = [p for name, p in parameters.items()
                  if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))]
     if not trainable:
         raise UserError("there is nothing to train in this autoencoder")
@@ -147,7 +148,7 @@ def main() -> None:
     print(text)
     (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
     write_checkpoint(args.output_path / "vae.safetensors",
-                     {"first_stage_model." + name: p.asnumpy() for name, p in vae.parameters_dict().items()})
+                     {"first_stage_model." + name: p.asnumpy() for name, p in parameters.items()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""The demo: LoRA fine-tuning of the embedded model on line-art emoji, and the held-out prompts before and after.
+
+    python -m tools.demo
+
+Runs the same scripts as a user would, printing each command, and leaves output/demo/grid.png: prompt, base, with LoRA,
+and the real picture, which no training has seen. A demo that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.atomic import atomic_path
+from ldm.data.dataset import Row, read_image_text_csv
+from ldm.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parents[1]
+STYLE = ROOT / "datasets" / "emoji_fluent_hc"
+SIZE, GAP, TEXT_WIDTH = 128, 8, 300
+
+
+def call(*command: str) -> None:
+    """Run one of the project's scripts, shown as a user would type it; its failure ends the demo."""
+    print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code:
+        raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
+
+
+def every_other(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows, evenly over the list."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+
+
+def draw_grid(rows: list[Row], base: list[Path], lora: list[Path], path: Path) -> None:
+    """One line a prompt: its text, and the three pictures."""
+    font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
+    columns = ("base", "with LoRA", "the real picture")
+    sheet = Image.new("RGB", (TEXT_WIDTH + 3 * (SIZE + GAP) + GAP, 40 + len(rows) * (SIZE + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(("prompt", *columns)):
+        draw.text((GAP if i == 0 else TEXT_WIDTH + (i - 1) * (SIZE + GAP), 10), title, fill="black", font=bold)
+    for j, row in enumerate(rows):
+        y = 40 + j * (SIZE + GAP)
+        draw.line((0, y - GAP // 2, sheet.width, y - GAP // 2), fill=(225, 225, 225))
+        for k, line in enumerate(wrap(row.text, 32)):
+            draw.text((GAP, y + 46 + 20 * k), line, fill="black", font=font)
+        for i, picture in enumerate((base[j], lora[j], row.path)):
+            image = Image.open(picture).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
+            sheet.paste(image, (TEXT_WIDTH + i * (SIZE + GAP), y))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Words in lines of at most `width` characters where they fit."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_path", type=Path, default=Path("output/demo"))
+    parser.add_argument("--prompts", type=int, default=24, help="how many of the held-out prompts are drawn")
+    args = parser.parse_args()
+    start, output = time.time(), args.output_path
+
+    rows = every_other(read_image_text_csv(STYLE / "test").rows, args.prompts)
+    with atomic_path(output / "prompts.txt") as path:
+        path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
+    call("train_text_to_image.py", "--train_config", "configs/train/train_config_lora_nano.yaml",
+         "--data_path", str(STYLE.relative_to(ROOT) / "train"), "--output_path", str(output / "lora"),
+         "--resume", "True")
+    lora = output / "lora" / "ckpt" / "lora.ckpt"
+    drawing = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
+    call(*drawing, "--output_path", str(output / "base"))
+    call(*drawing, "--output_path", str(output / "with_lora"), "--use_lora", "True", "--lora_ckpt_path", str(lora))
+
+    pictures = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
+    draw_grid(rows, *pictures, output / "grid.png")
+    print(f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
+          f"({(time.time() - start) / 60:.1f} minutes)")
+
+
+if __name__ == "__main__":
+    run(main)

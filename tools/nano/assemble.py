@@ -1,0 +1,56 @@
+"""Put the embedded model together from its parts, in fp16.
+
+    python -m tools.nano.assemble --vae output/nano/vae --clip output/nano/clip --output_path models/nano
+    python -m tools.nano.assemble --vae … --clip … --unet output/nano/unet/ckpt/model.ckpt --output_path models/nano
+
+Writes nano.safetensors (canonical names: autoencoder, text tower as text encoder, the UNet once there is one) and
+clip.safetensors (the rest of CLIP: image tower and projections, whose text tower is the text encoder). Without --unet
+the first is what the training of the UNet starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError, run
+from ldm.weights.read import read_checkpoint, write_checkpoint
+
+TEXT = "cond_stage_model.transformer."
+
+
+def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rounded to fp16; a value beyond its range is an error."""
+    rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
+    for name, array in rounded.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} does not fit fp16")
+    return rounded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True, help="output folder of train_vae")
+    parser.add_argument("--clip", type=Path, required=True, help="output folder of train_clip")
+    parser.add_argument("--unet", type=Path, help="checkpoint of train_text_to_image.py with the vanilla nano recipe")
+    parser.add_argument("--output_path", type=Path, required=True, help="folder of the two files")
+    args = parser.parse_args()
+
+    base, _ = read_checkpoint(args.vae / "vae.safetensors")
+    clip, _ = read_checkpoint(args.clip / "clip.safetensors")
+    base.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})
+    if args.unet:
+        unet, _ = read_checkpoint(args.unet)
+        base.update({name: array for name, array in unet.items() if name.startswith("model.diffusion_model.")})
+    rest = {name: array for name, array in clip.items() if not name.startswith("text_model.")}
+    metadata = {"architecture": "nano", "licence": "see NOTICE", "prediction_type": "v_prediction"}
+    for path, arrays in (("nano.safetensors", base), ("clip.safetensors", rest)):
+        write_checkpoint(args.output_path / path, half(arrays), metadata)
+        size = (args.output_path / path).stat().st_size
+        print(f"{args.output_path / path}: {len(arrays)} arrays, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,155 @@
+"""Measure the embedded model, and what a LoRA makes of it.
+
+    python -m tools.nano.measure --output_path output/nano/measure
+    python -m tools.nano.measure --output_path output/nano/measure_lora \
+        --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt
+
+Without a LoRA: the autoencoder's PSNR on Noto's held-out pictures; for 200 captions of the base's concepts, how often
+the real picture is among the 5 nearest of all the base's pictures, by pixels (16x16 RGB, L2) and by the nano CLIP's
+image tower; a grid of 64 samples. With a LoRA for emoji_fluent_hc: on the held-out concepts, the mean chroma (max - min
+of RGB, 0 to 1) of base and LoRA, and how often the concept's real line art is nearer to its sample than another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from PIL import Image, ImageDraw
+
+from ldm.atomic import atomic_path
+from ldm.config.model import load_model_config
+from ldm.data.dataset import read_image_text_csv
+from ldm.data.draws import draws
+from ldm.errors import run
+from ldm.models.clip import CLIPModel
+from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
+from ldm.weights.read import read_checkpoint
+from tools.nano.pictures import DATASETS, read_pictures, to_network
+from tools.nano.train_clip import PROJECTION, VISION, ImageFeatures
+from tools.nano.train_vae import CONFIG, in_batches, report
+
+MODELS = CONFIG.parents[1] / "models" / "nano"
+
+
+def load_clip(folder: Path = MODELS) -> CLIPModel:
+    """The nano CLIP: image tower and projections from clip.safetensors, text tower from nano.safetensors."""
+    clip = CLIPModel(load_model_config(CONFIG).text, VISION, PROJECTION)
+    arrays, _ = read_checkpoint(folder / "clip.safetensors")
+    base, _ = read_checkpoint(folder / "nano.safetensors")
+    prefix = "cond_stage_model.transformer."
+    arrays.update({name[len(prefix):]: array for name, array in base.items() if name.startswith(prefix)})
+    for name, parameter in clip.parameters_dict().items():
+        parameter.set_data(Tensor(arrays[name].astype(np.float32)))
+    clip.set_train(False)
+    return clip
+
+
+def image_features(clip: CLIPModel, pixels: np.ndarray) -> np.ndarray:
+    """(N, 64, 64, 3) uint8 -> unit vectors (N, 96)."""
+    return in_batches(ImageFeatures(clip), to_network(pixels), 50)
+
+
+def thumbnails(pixels: np.ndarray) -> np.ndarray:
+    """(N, 64, 64, 3) uint8 -> (N, 768) of 16x16 RGB, each the mean of 4x4 pixels."""
+    n, size = pixels.shape[:2]
+    small = pixels.reshape(n, 16, size // 16, 16, size // 16, 3).astype(np.float64).mean(axis=(2, 4))
+    return small.reshape(n, -1)
+
+
+def own_among_nearest(made: np.ndarray, real: np.ndarray, own: np.ndarray, nearest: int = 5) -> float:
+    """Share of rows of `made` (N, D) whose own row of `real` (M, D), numbered by `own` (N,), is among the nearest."""
+    distances = ((made[:, None] - real[None]) ** 2).sum(axis=2)
+    mine = distances[np.arange(len(made)), own]
+    return float(((distances < mine[:, None]).sum(axis=1) < nearest).mean())
+
+
+def mean_chroma(pixels: np.ndarray) -> float:
+    """Mean of max(R, G, B) - min(R, G, B), 0 to 1, of (N, H, W, 3) uint8."""
+    return float((pixels.max(axis=3).astype(np.float64) - pixels.min(axis=3)).mean() / 255.0)
+
+
+def nearer_than_another(made: np.ndarray, real: np.ndarray, seed: int) -> float:
+    """Share of rows i where real i is nearer to made i than a random other real is; unit vectors (N, D)."""
+    n = len(made)
+    other = (np.arange(n) + draws(seed, "other", 0).integers(1, n, n)) % n
+    return float(((made * real).sum(axis=1) > (made * real[other]).sum(axis=1)).mean())
+
+
+def grid(pixels: np.ndarray, columns: int, texts: list[str] | None = None, zoom: int = 2) -> Image.Image:
+    """Pictures in rows, each with its caption below where captions are given."""
+    size, line = pixels.shape[1] * zoom, 14 if texts else 0
+    rows = -(-len(pixels) // columns)
+    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pixels):
+        x, y = i % columns * (size + 4), i // columns * (size + line + 4)
+        sheet.paste(Image.fromarray(picture).resize((size, size), Image.LANCZOS), (x, y))
+        if texts:
+            draw.text((x + 2, y + size + 1), texts[i][: size // 6], fill="black")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_path", type=Path, required=True, help="folder of the grid and measure.json")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of nano.safetensors and clip.safetensors")
+    parser.add_argument("--lora_ckpt_path", type=Path, help="a LoRA for emoji_fluent_hc")
+    parser.add_argument("--captions", type=int, default=200, help="how many captions are drawn (without a LoRA)")
+    parser.add_argument("--scale", type=float, default=4.0, help="guidance")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    config = load_model_config(CONFIG)
+    model = load_model(config, args.models / "nano.safetensors")
+    clip = load_clip(args.models)
+    sampling = Sampling(steps=20, scale=args.scale, batch_size=20)
+
+    def pictures_of(prompts: list[str]) -> np.ndarray:
+        made = Pipeline(model, config).generate(prompts, sampling, args.seed)
+        return np.concatenate([batch.images for batch in made])
+
+    result: dict[str, float | int | str] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
+    if args.lora_ckpt_path is None:
+        vae_report = report(model.first_stage_model)
+        print(vae_report)
+        result["autoencoder"] = vae_report
+        rows = read_image_text_csv(DATASETS / "emoji_noto").rows
+        real = np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
+        count = min(args.captions, len(rows))
+        chosen = np.sort(draws(args.seed, "captions", 0).choice(len(rows), count, replace=False))
+        texts = [rows[i].text for i in chosen]
+        made = pictures_of(texts)
+        result["captions"] = len(chosen)
+        result["top5_pixels"] = own_among_nearest(thumbnails(made), thumbnails(real), chosen)
+        result["top5_image_tower"] = own_among_nearest(image_features(clip, made), image_features(clip, real), chosen)
+        sheet = grid(made[:64], 8, texts[:64])
+    else:
+        held_out = read_pictures("emoji_fluent_hc", "test")
+        texts, real = [p.text for p in held_out], np.stack([p.pixels for p in held_out])
+        base = pictures_of(texts)
+        apply_lora(model, config, args.lora_ckpt_path)
+        made = pictures_of(texts)
+        result["prompts"] = len(texts)
+        result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)
+        result["chroma_share"] = result["chroma_lora"] / result["chroma_base"]
+        features = image_features(clip, real)
+        result["nearer_base"] = nearer_than_another(image_features(clip, base), features, args.seed)
+        result["nearer_lora"] = nearer_than_another(image_features(clip, made), features, args.seed)
+        some = np.arange(0, len(texts), len(texts) // 24)[:24]
+        triples = np.stack([base[some], made[some], real[some]], axis=1).reshape(-1, 64, 64, 3)
+        sheet = grid(triples, 12, [t for i in some for t in (texts[i], "with LoRA", "real")])
+    print(json.dumps({name: value for name, value in result.items() if name != "autoencoder"}, indent=2))
+    with atomic_path(args.output_path / "grid.png") as path:
+        sheet.save(path)
+    with atomic_path(args.output_path / "measure.json") as path:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
