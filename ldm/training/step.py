@@ -8,13 +8,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from ldm.training.ema import EMA
 from ldm.training.optimizers import AdamW, AdamWScalars
 
 _each = ops.HyperMap()
 _half_square = ops.L2Loss()
 _half_square_sum = ops.MultitypeFuncGraph("half_square_sum")
-_times = ops.MultitypeFuncGraph("times")
 _add_into = ops.MultitypeFuncGraph("add_into")
 _clear = ops.MultitypeFuncGraph("clear")
 
@@ -22,11 +20,6 @@ _clear = ops.MultitypeFuncGraph("clear")
 @_half_square_sum.register("Tensor")
 def _(gradient):
     return _half_square(gradient)
-
-
-@_times.register("Tensor", "Tensor")
-def _(factor, gradient):
-    return gradient * factor
 
 
 @_add_into.register("Tensor", "Tensor")
@@ -99,15 +92,13 @@ class _Update(nn.Cell):
         parameters: tuple[Parameter, ...],
         betas: tuple[float, float],
         clip: bool,
-        rescale: bool,
         use_ema: bool,
         skip_overflow: bool,
         rank_size: int,
     ):
         super().__init__(auto_prefix=False)
-        self.clip, self.rescale, self.skip_overflow = clip, rescale, skip_overflow
-        self.optimizer = AdamW(parameters, betas)
-        self.ema = EMA(parameters) if use_ema else None
+        self.clip, self.skip_overflow = clip, skip_overflow
+        self.optimizer = AdamW(parameters, betas, use_ema)
         self.reduce = nn.DistributedGradReducer(ParameterTuple(parameters)) if rank_size > 1 else None
         self.add_n = ops.AddN()
         self.sqrt = ops.Sqrt()
@@ -132,13 +123,8 @@ class _Update(nn.Cell):
         return norm, self.cast(finite, ms.float32)
 
     def apply(self, gradients, factor, scalars):
-        if self.rescale:
-            gradients = _each(ops.partial(_times, factor), gradients)
-        done = self.optimizer(gradients, scalars[3], scalars[4], scalars[5])
-        rate = scalars[6]
-        if self.ema is not None:
-            done = self.ema(ops.depend(rate, done))
-        return ops.depend(rate, done)
+        done = self.optimizer(gradients, factor, scalars[3], scalars[4], scalars[5], scalars[6])
+        return ops.depend(factor, done)
 
 
 class _WholeStep(nn.Cell):
@@ -189,7 +175,6 @@ class TrainStep:
     micro_steps: how many batches one update is the mean over. One: everything is one graph. More: the gradients are
     added up in one graph, and a second, small one updates.
     clip: scale gradients down to a global norm (StepScalars.max_norm). use_ema: keep a moving average.
-    loss_scaling: the loss scale is not 1.
     skip_overflow: leave parameters, moments and average untouched where a gradient is not finite.
 
     Schedules, loss scale and step counts are the caller's (StepScalars): the graph holds no state but the arrays of
@@ -204,7 +189,6 @@ class TrainStep:
         betas: tuple[float, float] = (0.9, 0.999),
         clip: bool = False,
         use_ema: bool = False,
-        loss_scaling: bool = False,
         skip_overflow: bool = False,
         micro_steps: int = 1,
         rank_size: int = 1,
@@ -218,14 +202,13 @@ class TrainStep:
             parameter.requires_grad = True
         self.parameters = parameters
         self.micro_steps = micro_steps
-        rescale = clip or skip_overflow or loss_scaling or micro_steps > 1
-        self.update = _Update(parameters, betas, clip, rescale, use_ema, skip_overflow, rank_size)
-        optimizer, ema = self.update.optimizer, self.update.ema
+        self.update = _Update(parameters, betas, clip, use_ema, skip_overflow, rank_size)
+        optimizer = self.update.optimizer
         self._state: dict[str, Parameter] = {f"p.{p.name}": p for p in parameters}
         self._state.update({f"m.{p.name}": m for p, m in zip(parameters, optimizer.m)})
         self._state.update({f"v.{p.name}": v for p, v in zip(parameters, optimizer.v)})
-        if ema is not None:
-            self._state.update({f"ema.{p.name}": average for p, average in zip(parameters, ema.averages)})
+        if use_ema:
+            self._state.update({f"ema.{p.name}": average for p, average in zip(parameters, optimizer.averages)})
         gradients = _Gradients(loss, parameters)
         if micro_steps == 1:
             self.whole = _WholeStep(gradients, self.update)
@@ -267,5 +250,6 @@ class TrainStep:
 
     def averages(self) -> dict[str, np.ndarray]:
         """What to sample with, by parameter name: the moving averages, or the parameters where there are none."""
-        chosen = self.update.ema.averages if self.update.ema is not None else self.parameters
+        optimizer = self.update.optimizer
+        chosen = optimizer.averages if optimizer.use_ema else self.parameters
         return {p.name: average.asnumpy().copy() for p, average in zip(self.parameters, chosen)}

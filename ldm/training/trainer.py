@@ -187,7 +187,6 @@ class Trainer:
             betas=tuple(config.betas),
             clip=config.clip_grad,
             use_ema=config.use_ema,
-            loss_scaling=self._scales_loss(),
             skip_overflow=self._scales_loss() and config.drop_overflow_update,
             micro_steps=config.gradient_accumulation_steps,
             rank_size=self.runtime.rank_size,

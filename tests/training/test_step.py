@@ -141,7 +141,7 @@ def test_the_loss_scale_cancels_out():
     results = []
     for scale in (1.0, 1024.0):
         loss = Linear()
-        step = TrainStep(loss, [loss.w], loss_scaling=scale != 1, skip_overflow=scale != 1)
+        step = TrainStep(loss, [loss.w], skip_overflow=scale != 1)
         results.append((step([batch(latents, noise)], scalars(scale=scale)), step.state()["m.w"]))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
@@ -151,7 +151,7 @@ def test_the_loss_scale_cancels_out():
 def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_steps):
     loss = Linear()
     step = TrainStep(
-        loss, [loss.w], use_ema=True, loss_scaling=True, skip_overflow=True, micro_steps=micro_steps
+        loss, [loss.w], use_ema=True, skip_overflow=True, micro_steps=micro_steps
     )
     latents, noise = numbers()
     spoilt = latents.copy()
@@ -170,14 +170,14 @@ def test_fp16_overflows_at_a_large_loss_scale_and_not_at_a_small_one():
     latents, noise = numbers()
     for scale, finite in ((2.0**24, False), (2.0**4, True)):
         loss = Linear(dtype=ms.float16)
-        step = TrainStep(loss, [loss.w], loss_scaling=True, skip_overflow=True)
+        step = TrainStep(loss, [loss.w], skip_overflow=True)
         assert step([batch(latents, noise)], scalars(scale=scale)).finite == finite
         assert loss.w.dtype == ms.float32
 
 
 def test_without_skipping_an_overflow_reaches_the_weights():
     loss = Linear()
-    step = TrainStep(loss, [loss.w], loss_scaling=True, skip_overflow=False)
+    step = TrainStep(loss, [loss.w], skip_overflow=False)
     latents, noise = numbers()
     latents[0, 0] = np.inf
     assert not step([batch(latents, noise)], scalars(scale=8.0)).finite
