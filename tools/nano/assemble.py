@@ -23,7 +23,8 @@ TEXT = "cond_stage_model.transformer."
 
 def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rounded to fp16; a value beyond its range is an error."""
-    rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):  # judged below, by name
+        rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
     for name, array in rounded.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} does not fit fp16")

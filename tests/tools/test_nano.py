@@ -1,0 +1,175 @@
+"""tools/nano: what the embedded model's figures are made of."""
+
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL, VAEEncode
+from tools.nano.assemble import half
+from tools.nano.loop import Step, learning_rates, train
+from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
+from tools.nano.pictures import categories, read_rows, shift, to_network, to_pixels, vary_colours
+from tools.nano.train_vae import fold_normalisation, in_batches, psnr
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_own_among_nearest_counts_strictly_nearer_pictures():
+    real = np.array([[0.0], [1.0], [2.0], [3.0]])
+    made = np.array([[0.1], [2.9]])
+    assert own_among_nearest(made, real, np.array([0, 3]), 1) == 1.0
+    assert own_among_nearest(made, real, np.array([1, 3]), 1) == 0.5
+    assert own_among_nearest(made, real, np.array([1, 3]), 2) == 1.0
+    assert own_among_nearest(made, real, np.array([3, 0]), 3) == 0.0
+
+
+def test_thumbnails_are_means_of_4x4_pixels():
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    pixels[0, :4, 4:8] = (16, 32, 48)
+    small = thumbnails(pixels).reshape(16, 16, 3)
+    assert small[0, 1].tolist() == [16, 32, 48]
+    assert small.sum() == 96
+
+
+def test_chroma_is_zero_for_grey_and_one_for_pure_colours():
+    grey = np.full((2, 4, 4, 3), 77, np.uint8)
+    red = np.zeros((1, 4, 4, 3), np.uint8)
+    red[..., 0] = 255
+    assert mean_chroma(grey) == 0.0
+    assert mean_chroma(red) == 1.0
+
+
+def test_nearer_than_another_is_one_for_equal_and_half_for_unrelated_features():
+    features = noise(400, 32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    unrelated = noise(400, 32, seed=1)
+    assert nearer_than_another(features, features, 1) == 1.0
+    assert nearer_than_another(unrelated, features, 1) == pytest.approx(0.5, abs=0.1)
+
+
+def test_psnr_of_one_grey_level_off():
+    real = np.full((1, 8, 8, 3), 100, np.uint8)
+    assert psnr(real, real + 1)[0] == pytest.approx(48.13, abs=0.01)
+
+
+def test_pixels_survive_the_way_to_the_network_and_back():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    network = to_network(pixels)
+    assert network.shape == (3, 3, 8, 8) and network.min() >= -1 and network.max() <= 1
+    assert (to_pixels(network) == pixels).all()
+
+
+def test_a_shifted_picture_keeps_its_size_and_lets_white_in():
+    shifted = shift(np.zeros((8, 8, 3), np.uint8), np.random.default_rng(3), 4)
+    assert shifted.shape == (8, 8, 3)
+    assert set(np.unique(shifted)) == {0, 255}
+
+
+def test_varied_colours_are_the_same_channels_in_another_order():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    varied = [vary_colours(pixels, np.random.default_rng(i)) for i in range(20)]
+    assert all((np.sort(v, axis=2) == np.sort(pixels, axis=2)).all() for v in varied)
+    assert len({v.tobytes() for v in varied}) == 6
+
+
+def test_the_base_knows_every_concept_of_the_demo_and_at_least_600():
+    base = {row.path.name: row.text for row in read_rows("emoji_noto", "")}
+    assert len(base) >= 600
+    assert {row.path.name for row in read_rows("emoji_fluent_hc", "test")} <= base.keys()
+    kinds = {categories()[name][0] for name in base}
+    assert kinds >= {"Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion"}
+
+
+def test_folding_makes_latents_standard_and_keeps_the_reconstruction():
+    np.random.seed(0)
+    vae = AutoencoderKL(embed_dim=4, in_channels=3, out_ch=3, ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4,
+                        num_groups=4)
+    vae.set_train(False)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    before = in_batches(vae, to_network(pixels), 3)
+    logvar_before = in_batches(VAEEncode(vae), to_network(pixels), 3)[:, 4:]
+    mean, std = fold_normalisation(vae, pixels, 4)
+    moments = in_batches(VAEEncode(vae), to_network(pixels), 3)
+    assert np.abs(moments[:, :4].mean(axis=(0, 2, 3))).max() < 1e-4
+    assert np.abs(moments[:, :4].std(axis=(0, 2, 3)) - 1).max() < 1e-3
+    # The posterior's noise shrinks with the latents: the same picture comes out of the same draw.
+    np.testing.assert_allclose(moments[:, 4:], logvar_before - 2 * np.log(std).reshape(1, 4, 1, 1), atol=1e-4)
+    np.testing.assert_allclose(in_batches(vae, to_network(pixels), 3), before, atol=1e-4)
+
+
+def test_in_batches_gives_every_row_once():
+    assert (in_batches(lambda x: x, noise(7, 2), 3) == noise(7, 2)).all()
+
+
+def test_learning_rates_warm_up_and_end_near_nothing():
+    rates = learning_rates(1e-3, 100, 10)
+    assert len(rates) == 100 and max(rates) <= 1e-3
+    assert rates[0] == pytest.approx(1e-4, rel=0.01)
+    assert rates[-1] < 2e-5
+
+
+class Line(nn.Cell):
+    """Mean squared error of a line through the data."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.dense = nn.Dense(3, 1, weight_init="ones", bias_init="zeros")
+
+    def construct(self, x, y):
+        error = self.dense(x) - y
+        return (error * error).mean(), error.abs().mean()
+
+
+def line_step():
+    line = Line()
+    return Step(line, line.trainable_params(), learning_rates(1e-2, 6, 2), 0.01)
+
+
+def line_batch(step):
+    x = noise(8, 3, seed=step)
+    return x, x.sum(axis=1, keepdims=True) * 2
+
+
+def values(step):
+    return {name: p.asnumpy() for name, p in step.parameters_dict().items()}
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
+    whole = line_step()
+    train(whole, line_batch, 6, tmp_path / "whole", ("loss", "error"), save_every=2)
+    train(line_step(), line_batch, 4, tmp_path / "parts", ("loss", "error"), save_every=2)
+    resumed = line_step()
+    train(resumed, line_batch, 6, tmp_path / "parts", ("loss", "error"), save_every=2)
+    for name, array in values(whole).items():
+        assert (values(resumed)[name] == array).all(), name
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    train(line_step(), line_batch, 2, tmp_path, ("loss", "error"))
+
+    class Wider(Line):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Dense(3, 2)
+
+    wider = Wider()
+    other = Step(wider, wider.trainable_params(), learning_rates(1e-2, 6, 2), 0.01)
+    with pytest.raises(UserError, match="another run"):
+        train(other, line_batch, 4, tmp_path, ("loss", "error"))
+
+
+def test_a_value_that_fp16_cannot_hold_is_refused():
+    assert half({"a": np.float32([1.5])})["a"].dtype == np.float16
+    with pytest.raises(UserError, match="big"):
+        half({"a": np.float32([1.0]), "big": np.float32([1e6])})
+
+
+def test_the_grid_holds_every_picture():
+    pixels = np.zeros((5, 64, 64, 3), np.uint8)
+    pixels[4] = (255, 0, 0)
+    sheet = np.asarray(grid(pixels, 2, ["one", "two", "three", "four", "five"]))
+    assert (sheet[2 * (128 + 18) + 60, 60] == (255, 0, 0)).all()
+    assert Tensor(sheet).shape == (3 * (128 + 14 + 4), 2 * 132, 3)
