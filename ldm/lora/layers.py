@@ -38,7 +38,7 @@ class LoRADense(Dense):
 
     def __init__(self, base: Dense, down: np.ndarray, name: str, alpha: float, scale: float = 1.0, fp16: bool = True):
         nn.Cell.__init__(self)  # not Dense's: it would draw a weight of its own
-        _share(self, base, ("in_channels", "out_channels", "has_bias", "dtype", "weight", "bias", "matmul", "bias_add"))
+        _share(self, base)
         _add_factors(self, down, np.zeros((self.out_channels, down.shape[0])), name, alpha, scale, fp16)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -58,8 +58,7 @@ class LoRAConv(Conv2d):
 
     def __init__(self, base: Conv2d, down: np.ndarray, name: str, alpha: float, scale: float = 1.0, fp16: bool = True):
         nn.Cell.__init__(self)
-        _share(self, base, ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dtype"))
-        _share(self, base, ("weight", "bias", "conv", "bias_add"))
+        _share(self, base)
         rank = down.shape[0]
         _add_factors(self, down, np.zeros((self.out_channels, rank, 1, 1)), name, alpha, scale, fp16)
         self.conv_down = ops.Conv2D(rank, self.kernel_size, pad_mode="pad", pad=self.padding, stride=self.stride)
@@ -76,9 +75,13 @@ class LoRAConv(Conv2d):
 LORA_CELLS = (LoRADense, LoRAConv)
 
 
-def _share(cell: nn.Cell, base: nn.Cell, attributes: tuple[str, ...]) -> None:
-    for attribute in attributes:
-        setattr(cell, attribute, getattr(base, attribute))
+def _share(cell: nn.Cell, base: nn.Cell) -> None:
+    """Give `cell` all that `base` has beyond any cell: settings, operators, parameters, inner cells."""
+    own = vars(nn.Cell())
+    for attributes in (vars(base), base._params, base._cells):
+        for name, value in attributes.items():
+            if name not in own and not name.startswith("_"):
+                setattr(cell, name, value)
 
 
 def _add_factors(cell: nn.Cell, down: np.ndarray, up: np.ndarray, name: str, alpha: float, scale: float, fp16: bool):

@@ -151,7 +151,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
                 f"{path} is the {part} of a diffusers folder alone, not a single-file checkpoint: "
                 "give a file that holds the whole model"
             )
-        if set(names) <= {"emb_params", "string_to_param", "string_to_token"} or any("<" in name for name in names):
+        if names and all(name in ("emb_params", "string_to_param") or name.startswith("<") for name in names):
             raise UserError(f"{path} is a textual-inversion embedding, not a base checkpoint")
         shown = ", ".join(names[:2]) or "none"
         raise UserError(f"{path} is not a Stable Diffusion checkpoint: {len(names)} unknown names ({shown}, ...)")
