@@ -1,0 +1,94 @@
+"""Two networks for LoRA's tests: the tiny model (names and weights), and one small enough to compile in seconds."""
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from ldm.config.model import load_model_config
+from ldm.models.attention import SpatialTransformer
+from ldm.models.layers import Conv2d, Dense
+from ldm.models.stable_diffusion import build_model
+from ldm.models.unet import Block, ResBlock
+
+TINY = Path(__file__).parent.parent / "tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return load_model_config(TINY)
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    np.random.seed(0)
+    return build_model(tiny_config)
+
+
+class _Diffusion(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.input_blocks = nn.CellList([Block([ResBlock(8, 16, 8, num_groups=4),
+                                                SpatialTransformer(8, 2, 4, 1, 6, use_linear=False, num_groups=4)])])
+        self.out = nn.SequentialCell([Conv2d(8, 4, 3, stride=2, padding=1)])
+
+
+class _Text(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.fc1 = Dense(6, 6), Dense(6, 6)
+
+
+class SmallNet(nn.Cell):
+    """A residual block, a transformer and a strided convolution over (N, 8, 4, 4), under canonical names."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Cell()
+        self.model.diffusion_model = _Diffusion()
+        self.model.update_parameters_name("model.")
+        self.cond_stage_model = _Text()
+        self.mean = ops.ReduceMean()
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        context = self.cond_stage_model.q_proj(context)
+        for block in self.model.diffusion_model.input_blocks:
+            x = block(x, emb, context)
+        return self.model.diffusion_model.out(x).astype(ms.float32)
+
+
+@pytest.fixture
+def small_net():
+    np.random.seed(0)
+    net = SmallNet()
+    for parameter in net.get_parameters():
+        parameter.requires_grad = False
+    return net
+
+
+@pytest.fixture
+def small_inputs():
+    random = np.random.RandomState(0)
+    return tuple(Tensor(random.standard_normal(shape).astype(np.float32))
+                 for shape in ((2, 8, 4, 4), (2, 16), (2, 5, 6)))
+
+
+@pytest.fixture
+def randomise():
+    """Give every `up` of an injected network values other than zero."""
+
+    def fill(net, strength=0.1, seed=0):
+        random = np.random.RandomState(seed)
+        for parameter in net.trainable_params():
+            if ".lora_up." in parameter.name:
+                values = strength * random.standard_normal(parameter.shape)
+                parameter.set_data(Tensor(values.astype(np.float32)))
+
+    return fill

@@ -1,0 +1,259 @@
+"""Injection: exactly the layers asked for, everything else frozen, and not a name of the base changed."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from ldm.config.model import load_model_config
+from ldm.errors import UserError
+from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora
+from ldm.lora.layers import LoRAConv, LoRADense
+from ldm.models import layers
+from ldm.models.unet import UNetModel
+
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
+TEXT_LAYER = f"{TEXT}transformer.text_model.encoder.layers.0."
+
+
+class Gradients(nn.Cell):
+    """Loss and its gradients for the trainable parameters, as one graph."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.weights = ms.ParameterTuple(net.trainable_params())
+        self.grad = ops.GradOperation(get_by_list=True)
+
+    def construct(self, *inputs):
+        return self.grad(self.net, self.weights)(*inputs)
+
+
+class MeanSquare(nn.Cell):
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net, self.mean = net, ops.ReduceMean()
+
+    def construct(self, *inputs):
+        y = self.net(*inputs)
+        return self.mean(y * y)
+
+
+class TestNames:
+    @pytest.mark.parametrize("targets", ["attention", "all"])
+    def test_the_bases_names_and_parameters_stay_as_they_are(self, tiny_model, targets):
+        before = tiny_model.parameters_dict()
+        inject_lora(tiny_model, LoRASpec(targets=targets, text_encoder=True))
+        after = tiny_model.parameters_dict()
+        assert [name for name in after if ".lora_" not in name] == list(before)
+        assert all(after[name] is parameter for name, parameter in before.items())
+
+    @pytest.mark.parametrize("targets", ["attention", "all"])
+    def test_the_factors_are_named_after_their_layers(self, tiny_model, targets):
+        before = set(tiny_model.parameters_dict())
+        names = inject_lora(tiny_model, LoRASpec(targets=targets, text_encoder=True))
+        factors = set(tiny_model.parameters_dict()) - before
+        assert factors == {f"{name}.lora_{factor}.weight" for name in names for factor in ("down", "up")}
+        assert all(f"{name}.weight" in before for name in names)
+
+    def test_where_a_parameter_is_found_agrees_with_its_name(self, tiny_model):
+        inject_lora(tiny_model, LoRASpec(targets="all", text_encoder=True))
+        for name, parameter in tiny_model.parameters_and_names():
+            assert name == parameter.name
+
+    def test_a_part_of_a_model_gives_the_same_names(self, tiny_config, tiny_model):
+        unet = tiny_model.model.diffusion_model
+        names = inject_lora(unet, LoRASpec())
+        assert names[0] == f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+        assert all(name.startswith(UNET) for name in names)
+
+
+class TestWhichLayers:
+    def test_attention_of_the_unet_by_default(self, tiny_model):
+        names = inject_lora(tiny_model, LoRASpec())
+        blocks = {name.split(".transformer_blocks.")[0] for name in names}
+        assert len(blocks) == 7 and len(names) == 7 * 2 * 4
+        kinds = {name.split(".attn")[1].split(".", 1)[1] for name in names}
+        assert kinds == {"to_q", "to_k", "to_v", "to_out.0"}
+
+    def test_the_text_encoder_when_asked_for(self, tiny_model):
+        names = inject_lora(tiny_model, LoRASpec(unet=False, text_encoder=True))
+        assert len(names) == 2 * 4 and all(name.startswith(TEXT) for name in names)
+        assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+    def test_all_takes_every_layer_of_the_blocks(self, tiny_model):
+        names = inject_lora(tiny_model, LoRASpec(targets="all"))
+        block = f"{UNET}input_blocks.3.0."
+        for name in (f"{block}in_layers.2", f"{block}emb_layers.1", f"{block}out_layers.3", f"{block}skip_connection",
+                     f"{UNET}input_blocks.2.0.op", f"{UNET}output_blocks.1.2.conv",
+                     f"{UNET}middle_block.1.proj_in", f"{UNET}middle_block.1.transformer_blocks.0.ff.net.2"):
+            assert name in names
+        for name in (f"{UNET}input_blocks.0.0", f"{UNET}out.2", f"{UNET}time_embed.0"):
+            assert name not in names
+
+    def test_layers_by_name(self, small_net):
+        names = inject_lora(small_net, LoRASpec(targets=("attn2.to_k", "proj_in")))
+        block = f"{UNET}input_blocks.0.1."
+        assert names == [f"{block}proj_in", f"{block}transformer_blocks.0.attn2.to_k"]
+
+    def test_a_target_is_whole_parts_of_a_name(self, small_net):
+        with pytest.raises(UserError, match="match no layer"):
+            inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
+        assert inject_lora(small_net, LoRASpec(targets=("attn1.to_q",)))
+
+    def test_cells_take_the_layers_place_in_sequences_too(self, small_net):
+        inject_lora(small_net, LoRASpec(targets="all"))
+        block = small_net.model.diffusion_model.input_blocks[0]
+        transformer = block[1].transformer_blocks[0]
+        assert isinstance(transformer.attn1.to_q, LoRADense)
+        assert isinstance(transformer.attn1.to_out[0], LoRADense)
+        assert isinstance(transformer.attn1.to_out.cell_list[0], LoRADense)
+        assert isinstance(block[1].proj_in, LoRAConv)
+        assert isinstance(block[0].in_layers.cell_list[2], LoRAConv)
+
+
+class TestSD15:
+    def test_rank_4_trains_797184_parameters(self, monkeypatch):
+        # Shapes without values: SD1.5's UNet takes 3.4 GB otherwise.
+        monkeypatch.setattr(layers, "_uniform", lambda shape, fan_in: initializer("zeros", shape))
+
+        class Model(nn.Cell):
+            def __init__(self, unet):
+                super().__init__()
+                self.model = nn.Cell()
+                self.model.diffusion_model = unet
+                self.model.update_parameters_name("model.")
+
+        from mindspore.nn.utils import no_init_parameters
+
+        with no_init_parameters():
+            model = Model(UNetModel(**load_model_config("configs/v1-inference.yaml").unet))
+            names = inject_lora(model, LoRASpec(rank=4))
+        assert len(names) == 128
+        assert sum(np.prod(parameter.shape) for parameter in model.trainable_params()) == 797_184
+        assert sum(np.prod(p.shape) for p in model.get_parameters() if not p.requires_grad) == 859_520_964
+
+
+class TestStart:
+    def test_outputs_do_not_change(self, small_net, small_inputs):
+        before = small_net(*small_inputs).asnumpy()
+
+        class Fresh(nn.Cell):  # compiled anew, after the injection
+            def __init__(self, net):
+                super().__init__(auto_prefix=False)
+                self.net = net
+
+            def construct(self, *inputs):
+                return self.net(*inputs)
+
+        inject_lora(small_net, LoRASpec(targets="all"))
+        np.testing.assert_array_equal(Fresh(small_net)(*small_inputs).asnumpy(), before)
+
+    def test_down_is_uniform_within_the_inverse_root_of_the_fan_in(self, tiny_model):
+        inject_lora(tiny_model, LoRASpec(targets="all", rank=8))
+        for parameter in tiny_model.trainable_params():
+            values = parameter.asnumpy()
+            assert values.dtype == np.float32
+            if ".lora_up." in parameter.name:
+                assert not values.any()
+            else:
+                bound = 1 / np.sqrt(np.prod(parameter.shape[1:]))
+                assert 0.9 * bound < np.abs(values).max() <= bound
+                assert abs(values.std() / (bound / np.sqrt(3)) - 1) < 0.25
+
+    def test_the_seed_decides(self, tiny_config, tiny_model):
+        def factors(seed, targets="attention"):
+            from ldm.models.stable_diffusion import build_model
+
+            model = build_model(tiny_config)
+            inject_lora(model, LoRASpec(seed=seed, targets=targets))
+            return {p.name: p.asnumpy() for p in model.trainable_params()}
+
+        one, again, other, more = factors(1), factors(1), factors(2), factors(1, "all")
+        name = f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.lora_down.weight"
+        assert all(np.array_equal(one[key], again[key]) for key in one)
+        assert not np.array_equal(one[name], other[name])
+        assert not np.array_equal(one[name], one[name.replace("to_q", "to_k")])
+        np.testing.assert_array_equal(one[name], more[name])  # whatever else is injected
+
+    def test_injection_leaves_numpys_global_state_alone(self, small_net):
+        np.random.seed(7)
+        wanted = np.random.random()
+        np.random.seed(7)
+        inject_lora(small_net, LoRASpec())
+        assert np.random.random() == wanted
+
+
+class TestTraining:
+    def test_only_the_factors_are_trainable(self, tiny_model):
+        for parameter in tiny_model.get_parameters():
+            parameter.requires_grad = True
+        names = inject_lora(tiny_model, LoRASpec())
+        assert len(tiny_model.trainable_params()) == 2 * len(names)
+        assert_trainable(tiny_model, names)
+
+    @pytest.mark.parametrize("change", ["thawed base", "frozen factor", "wrong names", "twice the same name"])
+    def test_any_other_trainable_set_is_noticed(self, small_net, change):
+        names = inject_lora(small_net, LoRASpec())
+        parameters = small_net.parameters_dict()
+        if change == "thawed base":
+            parameters[f"{names[0]}.weight"].requires_grad = True
+        elif change == "frozen factor":
+            parameters[f"{names[0]}.lora_up.weight"].requires_grad = False
+        elif change == "wrong names":
+            names = names[1:]
+        else:
+            small_net.twin = Parameter(Tensor(np.zeros(1, np.float32)), name=f"{names[0]}.weight", requires_grad=False)
+        with pytest.raises(RuntimeError, match="should be trainable|same name"):
+            assert_trainable(small_net, names)
+
+    def test_a_graph_trains_every_factor_and_nothing_else(self, small_net, small_inputs):
+        frozen = {p.name: p.asnumpy().copy() for p in small_net.get_parameters()}
+        inject_lora(small_net, LoRASpec(rank=2, targets="all", text_encoder=True))
+        step = Gradients(MeanSquare(small_net))
+        loss = MeanSquare(small_net)
+        started = {p.name: p.asnumpy().copy() for p in small_net.trainable_params()}
+        first = float(loss(*small_inputs).asnumpy())
+        for _ in range(3):
+            for parameter, gradient in zip(small_net.trainable_params(), step(*small_inputs)):
+                parameter.set_data(Tensor(parameter.asnumpy() - 0.5 * gradient.asnumpy()))
+        assert float(loss(*small_inputs).asnumpy()) < first
+        for parameter in small_net.get_parameters():
+            if parameter.name in frozen:
+                np.testing.assert_array_equal(parameter.asnumpy(), frozen[parameter.name])
+            else:
+                assert not np.array_equal(parameter.asnumpy(), started[parameter.name]), parameter.name
+
+
+class TestBadSettings:
+    @pytest.mark.parametrize(
+        "setting, pattern",
+        [
+            (dict(rank=0), "lora_rank is 0"),
+            (dict(rank=-4), "lora_rank is -4"),
+            (dict(rank=2.5), "lora_rank is 2.5"),
+            (dict(rank=True), "lora_rank is True"),
+            (dict(rank=9), "lora_rank 9 is more than the width 8"),
+            (dict(alpha=0.0), "lora_alpha is 0"),
+            (dict(alpha=-1.0), "lora_alpha is -1"),
+            (dict(alpha=float("nan")), "lora_alpha is nan"),
+            (dict(scale=float("inf")), "lora_scale is inf"),
+            (dict(unet=False), "nothing to train"),
+            (dict(targets="attentions"), "choose one of attention, all"),
+            (dict(targets=()), "empty"),
+            (dict(targets=("to_q", "to_qq")), "'to_qq' matches no"),
+            (dict(targets=("nothing",)), "match no layer of the UNet"),
+            (dict(targets=("to_q",), text_encoder=True), "match no layer of the text encoder"),
+        ],
+    )
+    def test_is_named_and_changes_nothing(self, small_net, setting, pattern):
+        before = list(small_net.parameters_dict())
+        with pytest.raises(UserError, match=pattern):
+            inject_lora(small_net, LoRASpec(**setting))
+        assert list(small_net.parameters_dict()) == before
+
+    def test_injecting_twice(self, small_net):
+        inject_lora(small_net, LoRASpec())
+        with pytest.raises(UserError, match="already"):
+            inject_lora(small_net, LoRASpec())

@@ -1,0 +1,264 @@
+"""The LoRA in memory: its formula, merging exactly and back, and refusing what was made for something else."""
+
+from dataclasses import replace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.lora.inject import LoRASpec, inject_lora
+from ldm.lora.state import (
+    LoRALayer,
+    LoRAState,
+    check_compatible,
+    lora_state,
+    match_lora,
+    merge_lora,
+    unmerge_lora,
+)
+
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
+BLOCK = f"{UNET}input_blocks.0."
+TO_Q = f"{BLOCK}1.transformer_blocks.0.attn1.to_q"
+TO_K = f"{BLOCK}1.transformer_blocks.0.attn2.to_k"
+CONV = f"{BLOCK}0.in_layers.2"
+RANDOM = np.random.RandomState(0)
+
+
+def normal(*shape):
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def weights_of(net):
+    return {parameter.name: parameter.asnumpy().copy() for parameter in net.get_parameters()}
+
+
+def assert_unchanged(net, before):
+    for name, array in weights_of(net).items():
+        np.testing.assert_array_equal(array.view(np.uint8), before[name].view(np.uint8))
+
+
+class Fresh(nn.Cell):
+    """A network to be compiled anew, after its cells were changed."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, *inputs):
+        return self.net(*inputs)
+
+
+@pytest.fixture
+def trained(small_net, randomise):
+    """(network with low-rank cells of random values, its state)."""
+    inject_lora(small_net, LoRASpec(rank=2, alpha=3.0, scale=0.5, targets="all"))
+    randomise(small_net)
+    return small_net, lora_state(small_net)
+
+
+class TestLayer:
+    def test_update_is_the_scaled_product(self):
+        down, up = normal(2, 7), normal(5, 2)
+        wanted = 0.5 * 3.0 / 2 * up.astype(np.float64) @ down
+        np.testing.assert_allclose(LoRALayer(down, up, 3.0).update(0.5), wanted, rtol=1e-5, atol=1e-6)
+
+    def test_a_convolutions_update_is_a_kernel(self):
+        down, up = normal(2, 4, 3, 3), normal(5, 2, 1, 1)
+        wanted = np.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
+        np.testing.assert_allclose(LoRALayer(down, up, 2.0).update(), wanted, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "down, up",
+        [((2, 7), (5, 3)), ((2,), (5, 2)), ((2, 7), (5, 2, 3, 3)), ((2, 7, 3), (5, 2)), ((0,), (0,))],
+    )
+    def test_no_pair_of_factors(self, down, up):
+        with pytest.raises(ValueError):
+            LoRALayer(np.zeros(down), np.zeros(up), 1.0)
+
+
+class TestTakingItOut:
+    def test_holds_every_injected_layer_with_its_strength(self, trained):
+        net, state = trained
+        parameters = net.parameters_dict()
+        assert {f"{name}.lora_up.weight" for name in state.layers} == {n for n in parameters if ".lora_up." in n}
+        for name, layer in state.layers.items():
+            np.testing.assert_array_equal(layer.up, parameters[f"{name}.lora_up.weight"].asnumpy())
+            assert layer.rank == 2 and layer.alpha == 3.0 * 0.5
+
+    def test_is_a_copy(self, trained):
+        net, state = trained
+        before = state.layers[TO_Q].up.copy()
+        up = net.parameters_dict()[f"{TO_Q}.lora_up.weight"]
+        up.set_data(Tensor(up.asnumpy() + 1))
+        np.testing.assert_array_equal(state.layers[TO_Q].up, before)
+
+    def test_notes_what_it_was_made_for(self, small_net, tiny_config):
+        inject_lora(small_net, LoRASpec())
+        assert lora_state(small_net, tiny_config).metadata == {"architecture": "custom", "prediction_type": "epsilon"}
+
+    def test_nothing_injected(self, small_net):
+        with pytest.raises(UserError, match="no LoRA layers"):
+            lora_state(small_net)
+
+    def test_parts(self, small_net):
+        inject_lora(small_net, LoRASpec(rank=2, text_encoder=True))
+        state = lora_state(small_net)
+        unet, text = state.only("unet"), state.only("text_encoder")
+        assert len(unet.layers) == 8 and list(text.layers) == [f"{TEXT}q_proj"]
+        assert state.has("unet") and state.has("text_encoder")
+        assert not unet.has("text_encoder") and not text.only("unet").layers
+        assert "UNet: 8 layers, text encoder: 1 layers; rank 2; alpha 2" in str(state)
+
+
+class TestMerging:
+    def test_weights_become_base_plus_update(self, small_net):
+        before = weights_of(small_net)
+        kernel = LoRALayer(normal(4, 8, 3, 3), normal(8, 4, 1, 1), 1.0)
+        state = LoRAState({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 3.0), CONV: kernel})
+        merge_lora(small_net, state, 0.7)
+        after = weights_of(small_net)
+        for name, layer in state.layers.items():
+            up, down = layer.up.reshape(8, -1).astype(np.float64), layer.down.reshape(layer.rank, -1)
+            base = before[f"{name}.weight"]
+            wanted = base + (0.7 * layer.alpha / layer.rank * up @ down).reshape(base.shape)
+            np.testing.assert_allclose(after[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-5)
+        touched = {f"{name}.weight" for name in state.layers}
+        for name in after.keys() - touched:
+            np.testing.assert_array_equal(after[name], before[name])
+
+    def test_gives_the_outputs_of_the_injected_network(self, trained, small_inputs):
+        net, state = trained
+        injected = Fresh(net)(*small_inputs).asnumpy()
+        for parameter in net.trainable_params():
+            parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
+        compiled = Fresh(net)
+        base = compiled(*small_inputs).asnumpy()
+        merge_lora(net, state)
+        merged = compiled(*small_inputs).asnumpy()  # a compiled graph sees the new weights
+        assert np.abs(injected - base).max() > 0.01
+        np.testing.assert_allclose(merged, injected, rtol=0, atol=1e-5 * np.abs(injected).max())
+
+    def test_scale_zero_changes_no_bit(self, trained):
+        net, state = trained
+        before = weights_of(net)
+        assert merge_lora(net, state, 0.0).ok
+        merge_lora(net, state, -0.0)
+        assert_unchanged(net, before)
+
+    def test_unmerging_returns_the_base_within_rounding(self, trained):
+        net, state = trained
+        before = weights_of(net)
+        merge_lora(net, state, 0.8)
+        changed = weights_of(net)
+        unmerge_lora(net, state, 0.8)
+        for name, array in weights_of(net).items():
+            limit = 2 * np.spacing(np.maximum(np.abs(before[name]), np.abs(changed[name])).max(initial=0))
+            assert np.abs(array - before[name]).max() <= limit
+
+    def test_several_add_up_whatever_their_ranks(self, small_net):
+        before = weights_of(small_net)[f"{TO_Q}.weight"]
+        one, two = LoRALayer(normal(1, 8), normal(8, 1), 1.0), LoRALayer(normal(3, 8), normal(8, 3), 6.0)
+        merge_lora(small_net, LoRAState({TO_Q: one}), 0.5)
+        merge_lora(small_net, LoRAState({TO_Q: two}), -0.25)
+        wanted = before + one.update(0.5) + two.update(-0.25)
+        np.testing.assert_allclose(weights_of(small_net)[f"{TO_Q}.weight"], wanted, rtol=1e-6, atol=1e-6)
+
+    def test_half_precision_weights_are_summed_in_fp32(self, small_net):
+        weight = small_net.parameters_dict()[f"{TO_Q}.weight"]
+        base = (normal(8, 8) * 100).astype(np.float16)
+        weight.set_dtype(ms.float16)
+        weight.set_data(Tensor(base))
+        layer = LoRALayer(normal(2, 8) * 300, normal(8, 2) * 300, 0.002)  # up @ down alone is beyond fp16
+        merge_lora(small_net, LoRAState({TO_Q: layer}))
+        merged = weight.asnumpy()
+        assert merged.dtype == np.float16
+        np.testing.assert_array_equal(merged, (base.astype(np.float32) + layer.update()).astype(np.float16))
+
+    @pytest.mark.parametrize("name, shape", [(TO_Q, (2, 8, 1, 1)), (f"{BLOCK}1.proj_in", (2, 8))])
+    def test_linear_factors_and_1x1_convolutions_stand_for_each_other(self, small_net, name, shape):
+        before = weights_of(small_net)[f"{name}.weight"]
+        layer = LoRALayer(normal(*shape), normal(8, 2), 2.0)
+        merge_lora(small_net, LoRAState({name: layer}))
+        wanted = before + layer.update().reshape(before.shape)
+        np.testing.assert_array_equal(weights_of(small_net)[f"{name}.weight"], wanted)
+
+
+class TestRefusing:
+    def refused(self, net, state, **options):
+        before = weights_of(net)
+        with pytest.raises(UserError) as caught:
+            merge_lora(net, state, path="style.ckpt", **options)
+        assert_unchanged(net, before)
+        message = str(caught.value)
+        assert "style.ckpt" in message and "\n" not in message
+        return message
+
+    def test_no_layers(self, small_net):
+        assert "holds no layers" in self.refused(small_net, LoRAState({}))
+
+    def test_zero_matches(self, small_net):
+        layers = {f"{UNET}input_blocks.{i}.1.x.to_q": LoRALayer(normal(2, 8), normal(8, 2), 2) for i in range(3)}
+        layers[f"{TEXT}layers.9.q_proj"] = LoRALayer(normal(2, 8), normal(8, 2), 2)
+        message = self.refused(small_net, LoRAState(layers))
+        assert "matches nothing in the model (UNet: 3 unmatched; text encoder: 1 unmatched" in message
+
+    def test_one_stray_layer(self, trained):
+        net, state = trained
+        layers = {**state.layers, "stray.to_q": state.layers[TO_Q]}
+        message = self.refused(net, LoRAState(layers))
+        assert f"UNet: {len(state.layers)} matched; other: 1 unmatched; for example stray.to_q" in message
+
+    def test_wrong_shapes(self, trained):
+        net, state = trained
+        layers = {**state.layers, TO_Q: LoRALayer(normal(2, 9), normal(8, 2), 2.0)}
+        message = self.refused(net, LoRAState(layers))
+        assert "1 of a wrong shape" in message and f"{TO_Q} is (8, 9), wanted (8, 8)" in message
+
+    def test_a_kernel_of_another_size(self, small_net):
+        state = LoRAState({CONV: LoRALayer(normal(2, 8, 1, 1), normal(8, 2, 1, 1), 2.0)})
+        assert "(8, 8, 1, 1), wanted (8, 8, 3, 3)" in self.refused(small_net, state)
+
+    @pytest.mark.parametrize("width, made_for", [(768, "SD1.x"), (1024, "SD2.x"), (64, "a context of 64")])
+    def test_another_architecture_is_named(self, small_net, width, made_for):
+        state = LoRAState({TO_K: LoRALayer(normal(2, width), normal(8, 2), 2.0)})
+        assert f"it was made for {made_for}, the model is of context 6" in self.refused(small_net, state)
+
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+    def test_a_scale_that_is_no_number(self, trained, scale):
+        net, state = trained
+        assert "must be a finite number" in self.refused(net, state, scale=scale)
+
+    def test_matching_alone_changes_nothing_and_counts(self, trained):
+        net, state = trained
+        before = weights_of(net)
+        match = match_lora(net, LoRAState({TO_Q: state.layers[TO_Q], "x": state.layers[TO_Q]}))
+        assert match.matched == {"unet": [TO_Q]} and match.unmatched == {"other": ["x"]} and not match.ok
+        assert_unchanged(net, before)
+
+
+class TestCompatible:
+    def test_the_same_model(self, tiny_config):
+        metadata = {"architecture": "custom", "prediction_type": "epsilon"}
+        check_compatible(LoRAState({}, metadata), tiny_config)
+
+    def test_a_file_that_does_not_say(self, tiny_config):
+        check_compatible(LoRAState({}), tiny_config)
+
+    @pytest.mark.parametrize(
+        "metadata, pattern",
+        [
+            ({"architecture": "sd2"}, "architecture is sd2, .* is custom"),
+            ({"prediction_type": "v_prediction"}, "prediction_type is v_prediction, .* is epsilon"),
+        ],
+    )
+    def test_another_model(self, tiny_config, metadata, pattern):
+        with pytest.raises(UserError, match=pattern) as caught:
+            check_compatible(LoRAState({}, metadata), tiny_config, "style.ckpt")
+        assert "style.ckpt" in str(caught.value) and "tiny.yaml" in str(caught.value)
+
+    def test_a_velocity_lora_on_a_velocity_model(self, tiny_config):
+        config = replace(tiny_config, prediction_type="v_prediction")
+        check_compatible(LoRAState({}, {"prediction_type": "v_prediction"}), config)
