@@ -73,10 +73,15 @@ def draw(config: ModelConfig, reference: Reference, sampler: str, latents: np.nd
     ).images.numpy()
 
 
-def reference_for(config: ModelConfig, text_layers_unused: int) -> Reference:
-    """The reference networks with named weights."""
+def reference_for(config: ModelConfig, text_layers_unused: int, vae: bool = True) -> Reference:
+    """The reference networks with named weights, with or without the autoencoder."""
     shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).parameters_dict().items()}
-    return Reference(config, {name: named_weight(name, shape) for name, shape in shapes.items()}, text_layers_unused)
+    weights = {
+        name: named_weight(name, shape)
+        for name, shape in shapes.items()
+        if vae or not name.startswith("first_stage_model.")
+    }
+    return Reference(config, weights, text_layers_unused)
 
 
 def answers() -> dict[str, np.ndarray]:

@@ -28,7 +28,8 @@ def test_golden_pipelines_are_up_to_date():
 def nano():
     ms.set_context(mode=ms.GRAPH_MODE)
     config = load_model_config(TESTS.parent / "configs" / "nano.yaml")
-    return Pipeline(model_with_named_weights(config), config), reference_for(config, 0)
+    # Latents are compared: diffusers has no autoencoder whose two halves differ in width, as nano's do.
+    return Pipeline(model_with_named_weights(config), config), reference_for(config, 0, vae=False)
 
 
 @pytest.mark.parametrize("steps", [7, 30])
@@ -39,4 +40,4 @@ def test_nano_ends_where_diffusers_ends(nano, sampler, steps):
     theirs = draw(pipeline.config, reference, sampler, start, steps)
     sampling = Sampling(sampler, steps, SCALE, batch_size=2)
     (batch,) = pipeline.generate(PROMPTS, sampling, 0, NEGATIVE_PROMPTS, start, progress=False)
-    assert relative_error(batch.latents, theirs) < 1e-3
+    assert relative_error(batch.latents, theirs) < 1e-4  # demanded: 1e-3
