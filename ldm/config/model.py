@@ -34,11 +34,18 @@ VAE_IGNORED = ("lossconfig", "monitor", "ckpt_path")
 DD_IGNORED = ("resolution", "attn_resolutions", "dropout")
 TEXT_IGNORED = ("freeze", "layer", "device", "max_length", "version", "arch", "use_fp16")
 
-UNET_KEYS = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions",
-             "channel_mult", "num_heads", "num_head_channels", "transformer_depth", "context_dim",
-             "use_linear_in_transformer", "num_groups")
-DD_KEYS = ("double_z", "z_channels", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "num_groups")
-TEXT_KEYS = ("width", "num_layers", "num_heads", "activation", "vocab_size", "length")
+UNET_KEYS = {"in_channels": int, "model_channels": int, "out_channels": int, "num_res_blocks": int,
+             "attention_resolutions": list, "channel_mult": list, "num_heads": int, "num_head_channels": int,
+             "transformer_depth": int, "context_dim": int, "use_linear_in_transformer": bool, "num_groups": int}
+VAE_KEYS = {"embed_dim": int, "ddconfig": dict}
+DD_KEYS = {"double_z": bool, "z_channels": int, "in_channels": int, "out_ch": int, "ch": int, "ch_mult": list,
+           "num_res_blocks": int, "num_groups": int}
+TEXT_KEYS = {"width": int, "num_layers": int, "num_heads": int, "activation": str, "vocab_size": int, "length": int}
+OPTIONAL = ("num_heads", "num_head_channels", "transformer_depth", "use_linear_in_transformer", "num_groups",
+            "double_z", "vocab_size", "length")
+KINDS = {int: "a whole number", bool: "true or false", list: "a list of whole numbers", str: "a word",
+         dict: "a section"}
+PAD_TOKENS = ("end", "zero")
 
 
 @dataclass(frozen=True)
@@ -95,36 +102,36 @@ def load_model_config(path: str | Path) -> ModelConfig:
         raise UserError(f"model configuration {path}: first_stage_config.params.ddconfig.attn_resolutions must be "
                         "empty, as in every published Stable Diffusion; attention inside the levels is not supported")
     vae = _pick(ddconfig, DD_KEYS, DD_IGNORED, path, "ddconfig")
-    outer = _pick(vae_params, ("embed_dim", "ddconfig"), VAE_IGNORED, path, "first_stage_config")
+    vae["embed_dim"] = _pick(vae_params, VAE_KEYS, VAE_IGNORED, path, "first_stage_config")["embed_dim"]
     given = text_section.get("params") or {}
-    text = {**TEXT_TARGETS[text_target], **_pick(given, TEXT_KEYS, TEXT_IGNORED, path, "cond_stage_config")}
+    text = _pick({**TEXT_TARGETS[text_target], **given}, TEXT_KEYS, TEXT_IGNORED, path, "cond_stage_config")
     if given.get("layer") == "penultimate":
         text["num_layers"] -= 1
 
     parameterization = params.get("parameterization", "eps")
     if parameterization not in ("eps", "v"):
         raise UserError(f"model configuration {path}: parameterization is {parameterization!r}; it must be eps or v")
-    try:
-        vae["embed_dim"] = outer["embed_dim"]
-        vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
-        width, context_dim = text["width"], unet["context_dim"]
-        if width != context_dim:
-            raise UserError(f"model configuration {path}: the text encoder's width {width} is not the UNet's "
-                            f"context_dim {context_dim}")
-        derived = {768: "sd1", 1024: "sd2"}.get(context_dim, "custom") if unet["model_channels"] == 320 else "custom"
-        is_openclip = text_target.endswith("FrozenOpenCLIPEmbedder")
-        return ModelConfig(
-            path=str(path),
-            architecture=model.get("architecture", derived),
-            prediction_type={"eps": "epsilon", "v": "v_prediction"}[parameterization],
-            linear_start=float(params["linear_start"]), linear_end=float(params["linear_end"]),
-            timesteps=int(params["timesteps"]), beta_schedule="scaled_linear",
-            scale_factor=float(params["scale_factor"]),
-            image_size=int(params["image_size"]) * vae_factor, latent_channels=vae["embed_dim"], vae_factor=vae_factor,
-            context_dim=context_dim, pad_token=model.get("pad_token", "zero" if is_openclip else "end"),
-            unet=unet, vae=vae, text=text)
-    except KeyError as error:
-        raise UserError(f"model configuration {path}: the key {error.args[0]} is missing") from None
+    if "num_heads" not in unet and "num_head_channels" not in unet:
+        raise UserError(f"model configuration {path}: unet_config needs num_heads (SD1.x) or num_head_channels (SD2.x)")
+    is_openclip = text_target.endswith("FrozenOpenCLIPEmbedder")
+    pad_token = model.get("pad_token", "zero" if is_openclip else "end")
+    if pad_token not in PAD_TOKENS:
+        raise UserError(f"model configuration {path}: pad_token is {pad_token!r}; it must be end or zero")
+    vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
+    width, context_dim = text["width"], unet["context_dim"]
+    if width != context_dim:
+        raise UserError(f"model configuration {path}: the text encoder's width {width} is not the UNet's "
+                        f"context_dim {context_dim}")
+    derived = {768: "sd1", 1024: "sd2"}.get(context_dim, "custom") if unet["model_channels"] == 320 else "custom"
+    return ModelConfig(
+        path=str(path),
+        architecture=model.get("architecture", derived),
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[parameterization],
+        linear_start=_number(params, "linear_start", path), linear_end=_number(params, "linear_end", path),
+        timesteps=int(_number(params, "timesteps", path)), beta_schedule="scaled_linear",
+        scale_factor=_number(params, "scale_factor", path),
+        image_size=int(_number(params, "image_size", path)) * vae_factor, latent_channels=vae["embed_dim"],
+        vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token, unet=unet, vae=vae, text=text)
 
 
 def _section(parent: Any, key: str, path: Path, prefix: str = "") -> dict:
@@ -141,8 +148,32 @@ def _target(section: dict, known, path: Path, name: str) -> str:
     return target
 
 
-def _pick(params: dict, keys, ignored, path: Path, name: str) -> dict:
+def _number(params: dict, key: str, path: Path) -> float:
+    if key not in params:
+        raise UserError(f"model configuration {path}: the key {key} is missing in model.params")
+    try:
+        number = float(params[key])  # YAML reads 1e-4 as a word
+    except (TypeError, ValueError):
+        number = 0.0
+    if number <= 0:
+        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a number above 0")
+    return number
+
+
+def _pick(params: dict, kinds: dict[str, type], ignored, path: Path, name: str) -> dict:
+    """The keys of `params` that are in `kinds`, each of its kind; all that are not OPTIONAL must be there."""
     for key in params:
-        if key not in keys and key not in ignored:
+        if key not in kinds and key not in ignored:
             raise UserError(f"model configuration {path}: unknown key {key} in {name}")
-    return {key: params[key] for key in keys if key in params}
+    for key, kind in kinds.items():
+        if key not in params:
+            if key not in OPTIONAL:
+                raise UserError(f"model configuration {path}: the key {key} is missing in {name}")
+            continue
+        value = params[key]
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if kind is list:
+            fits = fits and bool(value) and all(type(entry) is int for entry in value)
+        if not fits:
+            raise UserError(f"model configuration {path}: {key} in {name} is {value!r}; it must be {KINDS[kind]}")
+    return {key: params[key] for key in kinds if key in params}

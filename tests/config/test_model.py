@@ -1,0 +1,131 @@
+"""Model YAMLs: the bundled and the published ones read, and whatever cannot be meant is named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from ldm.config.model import load_model_config
+from ldm.errors import UserError
+from tests.conftest import ROOT
+
+V1 = ROOT / "configs" / "v1-inference.yaml"
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Write v1-inference.yaml with the value at a dotted place set (or removed, for None), and read it."""
+
+    def write_and_read(place=None, value=None):
+        document = yaml.safe_load(V1.read_text())
+        if place is not None:
+            *folders, last = place.split(".")
+            section = document
+            for folder in folders:
+                section = section[folder]
+            if value is None:
+                del section[last]
+            else:
+                section[last] = copy.deepcopy(value)
+        path = tmp_path / "model.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return load_model_config(path)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("v1-inference", dict(architecture="sd1", prediction_type="epsilon", image_size=512, context_dim=768,
+                          pad_token="end", scale_factor=0.18215)),
+    ("v2-inference", dict(architecture="sd2", prediction_type="epsilon", image_size=512, context_dim=1024,
+                          pad_token="zero", scale_factor=0.18215)),
+    ("v2-vpred-inference", dict(architecture="sd2", prediction_type="v_prediction", image_size=768, context_dim=1024,
+                                pad_token="zero", scale_factor=0.18215)),
+    ("nano", dict(architecture="nano", prediction_type="v_prediction", image_size=64, pad_token="end", vae_factor=4)),
+])
+def test_bundled_configurations(name, expected):
+    config = load_model_config(ROOT / "configs" / f"{name}.yaml")
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.linear_start, config.linear_end, config.timesteps) == (0.00085, 0.012, 1000)
+    assert config.beta_schedule == "scaled_linear" and config.latent_channels == 4
+
+
+def test_text_encoders_are_the_published_ones():
+    v1, v2 = (load_model_config(ROOT / "configs" / f"{name}-inference.yaml").text for name in ("v1", "v2"))
+    assert v1 == dict(width=768, num_layers=12, num_heads=12, activation="quick_gelu")
+    assert v2 == dict(width=1024, num_layers=23, num_heads=16, activation="gelu")  # 24, the penultimate one is used
+
+
+def test_a_published_yaml_reads_unchanged(change):
+    """With what CompVis's file holds besides: training settings that this project has no use for."""
+    plain = change()
+    config = change("model.params", {
+        **yaml.safe_load(V1.read_text())["model"]["params"],
+        "num_timesteps_cond": 1, "log_every_t": 200, "first_stage_key": "jpg", "cond_stage_key": "txt",
+        "channels": 4, "cond_stage_trainable": False, "conditioning_key": "crossattn", "use_ema": False,
+        "monitor": "val/loss_simple_ema",
+        "scheduler_config": {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {"warm_up_steps": [10000]}},
+    })
+    assert (config.unet, config.vae, config.text) == (plain.unet, plain.vae, plain.text)
+    checkpointed = change("model.params.unet_config.params.use_checkpoint", True)
+    assert checkpointed.unet == plain.unet
+
+
+@pytest.mark.parametrize("place, value, says", [
+    ("model.target", "os.system", "model.target is 'os.system'"),
+    ("model.params.unet_config.target", "somewhere.UNet", "unet_config.target"),
+    ("model.params.first_stage_config.target", "torch.nn.Identity", "first_stage_config.target"),
+    ("model.params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenT5Embedder", "cond_stage_config"),
+    ("model.params.unet_config.params.num_haeds", 8, "unknown key num_haeds in unet_config"),
+    ("model.params.first_stage_config.params.ddconfig.z", 8, "unknown key z in ddconfig"),
+    ("model.params.first_stage_config.params.ddconfig.attn_resolutions", [16], "attn_resolutions must be empty"),
+    ("model.params.parameterization", "x0", "it must be eps or v"),
+    ("model.pad_token", "start", "pad_token is 'start'; it must be end or zero"),
+    ("model.params.unet_config.params.context_dim", 1024, "width 768 is not the UNet's context_dim 1024"),
+    ("model.params.linear_start", None, "the key linear_start is missing"),
+    ("model.params.scale_factor", None, "the key scale_factor is missing"),
+    ("model.params.unet_config", None, "no section model.params.unet_config"),
+    ("model.params.first_stage_config.params.ddconfig", None, "no section first_stage_config.params.ddconfig"),
+    ("model", None, "no section model"),
+    ("model.params.unet_config.params.model_channels", None, "the key model_channels is missing"),
+    ("model.params.first_stage_config.params.embed_dim", None, "the key embed_dim is missing"),
+    ("model.params.first_stage_config.params.ddconfig.ch_mult", None, "the key ch_mult is missing"),
+    ("model.params.unet_config.params.in_channels", None, "the key in_channels is missing in unet_config"),
+    ("model.params.unet_config.params.num_heads", None, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+    ("model.params.unet_config.params.channel_mult", 4, "channel_mult in unet_config is 4; it must be a list"),
+    ("model.params.unet_config.params.channel_mult", [1, "2"], "it must be a list of whole numbers"),
+    ("model.params.unet_config.params.channel_mult", [], "it must be a list of whole numbers"),
+    ("model.params.unet_config.params.model_channels", "wide", "model_channels in unet_config is 'wide'"),
+    ("model.params.unet_config.params.model_channels", True, "it must be a whole number"),
+    ("model.params.first_stage_config.params.ddconfig.ch", 1.5, "ch in ddconfig is 1.5; it must be a whole number"),
+    ("model.params.timesteps", "many", "timesteps is 'many'; it must be a number above 0"),
+    ("model.params.scale_factor", 0, "scale_factor is 0; it must be a number above 0"),
+    ("model.params.linear_end", [1], "linear_end is [1]"),
+    ("model.params.unet_config.params", 5, "no section unet_config.params"),
+])
+def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says):
+    with pytest.raises(UserError) as error:
+        change(place, value)
+    assert says in str(error.value) and "model.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"just text", b"- a list", b"model: [1", b"\xff\xfe\x00", b"model:\n\t- x"])
+def test_a_file_that_is_no_model_yaml(tmp_path, content):
+    path = tmp_path / "other.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="other.yaml"):
+        load_model_config(path)
+
+
+def test_a_missing_file_is_named_with_the_setting(tmp_path):
+    with pytest.raises(UserError, match="--model_config"):
+        load_model_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_yaml_makes_no_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("model: !!python/object/apply:os.system ['echo harm']\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load_model_config(path)
