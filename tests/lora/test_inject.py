@@ -1,5 +1,7 @@
 """Injection: exactly the layers asked for, everything else frozen, and not a name of the base changed."""
 
+from pathlib import Path
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ldm.lora.layers import LoRAConv, LoRADense
 from ldm.models import layers
 from ldm.models.unet import UNetModel
 
+ROOT = Path(__file__).parent.parent.parent
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 TEXT_LAYER = f"{TEXT}transformer.text_model.encoder.layers.0."
 
@@ -102,6 +105,10 @@ class TestWhichLayers:
             inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
         assert inject_lora(small_net, LoRASpec(targets=("attn1.to_q",)))
 
+    def test_the_first_convolution_is_called_with_more_than_a_picture(self, tiny_model):
+        with pytest.raises(UserError, match="match no layer"):
+            inject_lora(tiny_model, LoRASpec(targets=("input_blocks.0.0",)))
+
     def test_cells_take_the_layers_place_in_sequences_too(self, small_net):
         inject_lora(small_net, LoRASpec(targets="all"))
         block = small_net.model.diffusion_model.input_blocks[0]
@@ -128,7 +135,7 @@ class TestSD15:
         from mindspore.nn.utils import no_init_parameters
 
         with no_init_parameters():
-            model = Model(UNetModel(**load_model_config("configs/v1-inference.yaml").unet))
+            model = Model(UNetModel(**load_model_config(ROOT / "configs" / "v1-inference.yaml").unet))
             names = inject_lora(model, LoRASpec(rank=4))
         assert len(names) == 128
         assert sum(np.prod(parameter.shape) for parameter in model.trainable_params()) == 797_184

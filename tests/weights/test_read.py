@@ -11,6 +11,7 @@ import zipfile
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from ldm.errors import UserError
 from ldm.weights import read
@@ -211,6 +212,37 @@ FOREIGN = {
     "one byte": (b"\n", "neither|text file|not a .safetensors"),
     "a header of nonsense": (struct.pack("<Q", 20) + b"{" + b"x" * 40, "damaged"),
 }
+
+
+def ckpt(*values) -> bytes:
+    """A .ckpt of (name, dims, type, content) written with MindSpore's own message class."""
+    message = Checkpoint()
+    for name, dims, dtype, content in values:
+        value = message.value.add()
+        value.tag, value.tensor.tensor_type, value.tensor.tensor_content = name, dtype, content
+        value.tensor.dims.extend(dims)
+    return message.SerializeToString()
+
+
+class TestDamagedCkpt:
+    @pytest.mark.parametrize(
+        "values, pattern",
+        [
+            ([("w", [2, 2], "Float32", b"\0" * 12)], r"damaged: w \(2, 2\) holds 12 bytes"),
+            ([("w", [2], "Float32", b"\0" * 16)], "damaged: w"),
+            ([("w", [8], "Int4", b"\0" * 4)], "w is of type Int4"),
+            ([("w", [1], "Float32", b"\0" * 4), ("v", [1], "Float32", b"\0" * 4), ("w", [1], "Float32", b"\0" * 4)],
+             "'w' twice"),
+            ([("t", [0], "str", b"\xff\xff\xff\xff")], "the text 't'"),
+        ],
+    )
+    def test_says_which_array(self, tmp_path, values, pattern):
+        with pytest.raises(UserError, match=pattern):
+            read_checkpoint(write(tmp_path / "x.ckpt", ckpt(*values)))
+
+    def test_a_scalar_of_older_versions(self, tmp_path):
+        path = write(tmp_path / "x.ckpt", ckpt(("step", [0], "Int64", (7).to_bytes(8, "little"))))
+        assert read_checkpoint(path)[0]["step"] == 7 and open_checkpoint(path).shape("step") == ()
 
 
 class TestForeignFiles:
