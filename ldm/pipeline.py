@@ -164,7 +164,12 @@ class Pipeline:
         ]
         # One size for all, so that the text encoder too is compiled once.
         text_batch_size = max((len(set(batch)) for batch in texts), default=1)
-        with tqdm(total=len(batches) * sampling.steps, desc="sampling", unit="step", disable=not progress) as bar:
+        with tqdm(total=len(batches) * sampling.steps, desc="compiling", unit="step", disable=not progress) as bar:
+
+            def advance(step: int) -> None:
+                bar.set_description("sampling", refresh=False)  # the first step of all took the compiling
+                bar.update()
+
             for indices, batch_texts in zip(batches, texts):
                 # The last batch is filled up with its last picture, or its size would be compiled as well.
                 padded = np.append(indices, np.full(batch_size - len(indices), indices[-1], indices.dtype))
@@ -182,7 +187,7 @@ class Pipeline:
                     start,
                     sampling,
                     draw_noise=_noise_of_pictures(seed, padded.tolist(), shape),
-                    callback=lambda step: bar.update(),
+                    callback=advance,
                 )
                 images = self.decode(final, batch_size)
                 kept = slice(len(indices))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldm.pipeline
 import text_to_image
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
@@ -201,6 +202,19 @@ def test_given_starting_latents_give_the_picture_again(folder, base, tmp_path):
 
 def test_a_unet_of_its_own_takes_the_place_of_the_checkpoints(folder, base, tmp_path):
     assert np.abs(drawn(folder, tmp_path, "--unet_ckpt_path", "FILES/unet.safetensors") - base).max() > 1e-3
+
+
+def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path, monkeypatch):
+    networks = []
+    monkeypatch.setattr(ldm.pipeline, "build_model", lambda config: networks.append(build_model(config)) or networks[0])
+    half = drawn(folder, tmp_path, "--precision", "fp16")
+    assert 0 < np.abs(half - base).max() < 0.02 * np.abs(base).max()
+    (model,) = networks
+    dtypes = {
+        part: {cell.dtype for _, cell in getattr(model, part).cells_and_names() if hasattr(cell, "dtype")}
+        for part in ("model", "cond_stage_model", "first_stage_model")
+    }
+    assert dtypes == {"model": {ms.float16}, "cond_stage_model": {ms.float16}, "first_stage_model": {ms.float32}}
 
 
 def test_ddim_and_its_fresh_noise_are_there(folder, tmp_path):
