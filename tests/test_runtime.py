@@ -11,6 +11,11 @@ from ldm.errors import UserError
 from ldm.runtime import Runtime, check_flash_attention, setup_runtime
 
 
+@pytest.fixture(autouse=True)
+def restored(graph_mode):
+    """The mode of the other tests comes back after each of these."""
+
+
 def ascend(dtype=ms.float16):
     return Runtime("Ascend", dtype, 0, 1, 0)
 

@@ -86,6 +86,12 @@ def load_state(path: Path) -> TrainState:
     )
 
 
+def remove_remains(folder: Path) -> None:
+    """Take away what a killed process left half-written."""
+    for path in folder.glob(".*.partial*"):
+        path.unlink()
+
+
 def prune(folder: Path, pattern: str, keep: int) -> None:
     """Remove all but the newest `keep` files of `folder` that match `pattern`, by the step in their names."""
     def step(path: Path) -> int:
@@ -95,13 +101,12 @@ def prune(folder: Path, pattern: str, keep: int) -> None:
         old.unlink()
 
 
-def compare_fingerprints(saved: dict, now: dict) -> list[str]:
-    """What differs between two runs, one text a setting: `name was a, is b`."""
-    return [
-        f"{name} was {saved.get(name)}, is {now.get(name)}"
-        for name in dict.fromkeys([*saved, *now])
-        if saved.get(name) != now.get(name)
-    ]
+def compare_fingerprints(saved: dict, now: dict) -> dict[str, str]:
+    """What differs between two runs: setting -> "name was a, is b". Settings that an older version of this project did
+    not save are not compared."""
+    return {
+        name: f"{name} was {saved[name]}, is {now.get(name)}" for name in saved if saved[name] != now.get(name)
+    }
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

@@ -67,7 +67,7 @@ class MetricsFile:
         self.writer = csv.writer(self.file)
 
     def write(self, metrics: Metrics) -> None:
-        self.writer.writerow([metrics.step, *(f"{value:.7g}" for value in metrics[1:])])
+        self.writer.writerow([metrics.step, *(f"{value:.10g}" for value in metrics[1:])])
         self.file.flush()
 
     def close(self) -> None:

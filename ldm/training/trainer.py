@@ -109,7 +109,9 @@ class Trainer:
         self.scaler = _loss_scaler(config, self.runtime)
         self.trained_names: list[str] = []
         self.step = self._build_step()
-        self.done = self._resume() if config.resume else self._start_afresh()
+        if self.is_first_rank:
+            checkpoints.remove_remains(self.folder)
+        self.done = self._resume() if config.resume else 0
         micro_steps = config.gradient_accumulation_steps
         self.feed = make_feed(
             self.inputs, self.done * micro_steps, self.plan.updates * micro_steps, config.dataset_sink_mode
@@ -219,16 +221,7 @@ class Trainer:
         )
         return {name: settings[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
 
-    # ---- starting and resuming ---------------------------------------------------------------------------------------
-
-    def _start_afresh(self) -> int:
-        if self.is_first_rank:
-            states = checkpoints.find_states(self.folder)
-            if states:
-                logger.warning("%s holds the states of an earlier run, which this one replaces", self.folder)
-                for state in states:
-                    state.unlink()
-        return 0
+    # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
         where = self.folder if self.config.resume is True else Path(self.config.resume)
@@ -241,13 +234,13 @@ class Trainer:
                 return 0
             raise UserError(f"resume: {where} holds no training state (state-<step>.safetensors)")
         differences = checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint)
-        fixed = [text for text in differences if text.split(" ")[0] in FIXED_ON_RESUME]
+        fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
         if fixed:
             raise UserError(
                 f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
                 "start afresh without --resume in another output_path"
             )
-        for text in differences:
+        for text in differences.values():
             logger.warning("resume: %s; the new value holds from here", text)
         try:
             self.step.load_state(state.arrays)
@@ -388,6 +381,13 @@ def _check_paths(config: TrainConfig) -> None:
             raise UserError(f"--{name} is needed")
     if not Path(config.pretrained_model_path).is_file():
         raise UserError(f"pretrained_model_path: {config.pretrained_model_path} is not a file")
+    folder = Path(config.output_path) / "ckpt"
+    # Not overwritten: a forgotten --resume would cost what was trained so far.
+    if not config.resume and checkpoints.find_states(folder):
+        raise UserError(
+            f"{folder} holds the training states of an earlier run: go on with --resume True, or choose another "
+            "--output_path (or remove the folder)"
+        )
 
 
 def _image_size(config: TrainConfig, model_config: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from ldm.training.checkpoints import (
     load_latest_state,
     load_state,
     prune,
+    remove_remains,
     save_state,
 )
 
@@ -90,7 +91,15 @@ def test_pruning_goes_by_the_step_and_leaves_other_files(tmp_path):
 
 
 def test_differences_between_runs_are_named():
-    assert compare_fingerprints({"a": 1, "b": [1, 2]}, {"a": 2, "b": [1, 2], "c": 3}) == [
-        "a was 1, is 2",
-        "c was None, is 3",
-    ]
+    saved = {"a": 1, "b": [1, 2], "gone": 0}
+    assert compare_fingerprints(saved, {"a": 2, "b": [1, 2], "new": 3}) == {
+        "a": "a was 1, is 2",
+        "gone": "gone was 0, is None",
+    }
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path):
+    for name in (".lora-00000009.77.partial.ckpt", "lora-00000009.ckpt"):
+        (tmp_path / name).touch()
+    remove_remains(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora-00000009.ckpt"]

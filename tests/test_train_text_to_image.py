@@ -1,0 +1,373 @@
+"""train_text_to_image.py from end to end, on the smallest model that has all the parts; in graph mode."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ldm.config.model import load_model_config
+from ldm.config.parse import parse_config
+from ldm.config.train import TrainConfig
+from ldm.errors import UserError
+from ldm.lora.formats import read_lora
+from ldm.models.stable_diffusion import build_model
+from ldm.runtime import setup_runtime
+from ldm.training.checkpoints import find_states, load_state
+from ldm.training.step import StepResult
+from ldm.training.trainer import Trainer, train
+from ldm.weights.load import load_base
+from ldm.weights.read import read_checkpoint, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+MICRO = ROOT / "tests" / "training" / "micro.yaml"
+UNET = "model.diffusion_model."
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random base checkpoint of the micro model."""
+    setup_runtime("CPU", seed=3)
+    model = build_model(load_model_config(MICRO))
+    path = tmp_path_factory.mktemp("base") / "micro.safetensors"
+    write_checkpoint(path, {name: p.asnumpy() for name, p in model.parameters_dict().items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ten plain pictures, one of them small."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = ["dir,text"]
+    for i in range(10):
+        size = 8 if i == 9 else 24
+        Image.new("RGB", (size, size + 4), (25 * i, 128, 255 - 25 * i)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,a picture of colour {i}")
+    (folder / "img_txt.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def settings(base, data, output, **others) -> TrainConfig:
+    defaults = dict(
+        model_config=str(MICRO), image_size=16, train_batch_size=2, step_mode=True, ckpt_save_interval=3,
+        pretrained_model_path=str(base), data_path=str(data), output_path=str(output), device_target="CPU",
+    )  # fmt: skip
+    return TrainConfig(**{**defaults, **others})
+
+
+VANILLA = dict(
+    max_steps=STEPS, use_ema=True, ema_decay=0.9, clip_grad=True, caption_dropout=0.3, scheduler="cosine",
+    start_learning_rate=1e-3, warmup_steps=2, ckpt_max_keep=2,
+)  # fmt: skip
+
+
+def command(base, data, output, *flags) -> list[str]:
+    values = {
+        "model_config": MICRO, "image_size": 16, "train_batch_size": 2, "step_mode": True, "ckpt_save_interval": 3,
+        "pretrained_model_path": base, "data_path": data, "output_path": output, "device_target": "CPU", **VANILLA,
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in values.items()]
+    return [sys.executable, "train_text_to_image.py", *arguments, *flags]
+
+
+def metrics(output) -> list[dict]:
+    with open(output / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def vanilla(base, data, tmp_path_factory) -> Path:
+    """The folder of one uninterrupted run of the whole UNet."""
+    output = tmp_path_factory.mktemp("vanilla") / "run"
+    done = subprocess.run(command(base, data, output), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS}/{STEPS}" in done.stderr and "loss" in done.stderr
+    return output
+
+
+def test_a_run_leaves_its_log_metrics_arguments_and_checkpoints(vanilla):
+    rows = metrics(vanilla)
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert all(0 < float(row["loss"]) < 10 and float(row["seconds"]) > 0 for row in rows)
+    assert float(rows[0]["learning_rate"]) == pytest.approx(5e-4) and float(rows[2]["learning_rate"]) == 1e-3
+    assert f"step {STEPS}/{STEPS}" in (vanilla / "log.txt").read_text()
+    arguments = yaml.safe_load((vanilla / "train_args.yaml").read_text())
+    assert arguments["ema_decay"] == 0.9 and arguments["max_steps"] == STEPS
+    assert sorted(path.name for path in (vanilla / "ckpt").iterdir()) == [
+        "model-00000009.ckpt", "model-00000012.ckpt", "model.ckpt",
+        "state-00000009.safetensors", "state-00000012.safetensors",
+    ]  # fmt: skip
+    newest = (vanilla / "ckpt" / "model-00000012.ckpt").read_bytes()
+    assert (vanilla / "ckpt" / "model.ckpt").read_bytes() == newest
+
+
+def test_the_arguments_of_a_run_are_a_recipe(vanilla, tmp_path):
+    arguments = yaml.safe_load((vanilla / "train_args.yaml").read_text())
+    del arguments["train_config"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(arguments))
+    config = parse_config(TrainConfig, ["--train_config", str(tmp_path / "recipe.yaml")], yaml_flag="train_config")
+    assert config.betas == [0.9, 0.999] and config.use_ema
+
+
+def test_the_checkpoint_is_a_whole_model_with_the_average_as_its_unet(vanilla, base):
+    path = vanilla / "ckpt" / "model.ckpt"
+    assert load_base(build_model(load_model_config(MICRO)), path).ok
+    arrays, metadata = read_checkpoint(path)
+    assert (metadata["architecture"], metadata["prediction_type"]) == ("custom", "epsilon")
+    state = load_state(vanilla / "ckpt" / f"state-{STEPS:08d}.safetensors").arrays
+    before, _ = read_checkpoint(base)
+    for name, array in arrays.items():
+        if name.startswith(UNET):
+            np.testing.assert_array_equal(array, state[f"ema.{name}"], err_msg=name)
+        elif name in before:
+            np.testing.assert_array_equal(array, before[name], err_msg=name)
+    changed = [name for name in before if name.startswith(UNET) and not np.array_equal(arrays[name], before[name])]
+    assert len(changed) == len([name for name in before if name.startswith(UNET)])
+
+
+def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(vanilla, base, data, tmp_path):
+    output = tmp_path / "run"
+    moment = random.SystemRandom().choice(range(1, STEPS))
+    print(f"killed after step {moment}")
+    process = subprocess.Popen(
+        command(base, data, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (output / "metrics.csv").exists() or len(metrics(output)) < moment:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    left = find_states(output / "ckpt")
+    done = subprocess.run(
+        command(base, data, output, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    if left:
+        assert "going on after step" in done.stderr
+    names = [f"model-{STEPS:08d}.ckpt", "model.ckpt", f"state-{STEPS:08d}.safetensors"]
+    for name in names:
+        (wanted, _), (found, _) = read_checkpoint(vanilla / "ckpt" / name), read_checkpoint(output / "ckpt" / name)
+        assert wanted.keys() == found.keys()
+        for array in wanted:
+            np.testing.assert_array_equal(found[array], wanted[array], err_msg=f"{name} {array}")
+    for wanted, found in zip(metrics(vanilla), metrics(output)):
+        assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
+    assert not list(output.rglob("*.partial*"))
+
+
+@pytest.fixture
+def empty_run(vanilla, tmp_path) -> Path:
+    """An output folder without a run, but with the cache of one."""
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "cache").symlink_to(vanilla / "cache")
+    return output
+
+
+@pytest.fixture
+def copy_of_vanilla(vanilla, empty_run) -> Path:
+    """The same with the uninterrupted run's states."""
+    (empty_run / "ckpt").mkdir()
+    for path in find_states(vanilla / "ckpt"):
+        (empty_run / "ckpt" / path.name).write_bytes(path.read_bytes())
+    return empty_run
+
+
+def test_a_broken_newest_state_is_named_and_the_one_before_it_taken(copy_of_vanilla, base, data):
+    newest = find_states(copy_of_vanilla / "ckpt")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    trainer = Trainer(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
+    assert trainer.done == 9
+    log = (copy_of_vanilla / "log.txt").read_text()
+    assert newest.name in log and "going on after step 9 of 12" in log
+
+
+@pytest.mark.parametrize("where", ["", "ckpt", "ckpt/state-00000009.safetensors"])
+def test_resume_takes_a_folder_or_a_file(copy_of_vanilla, base, data, tmp_path, where):
+    path = str(copy_of_vanilla / where)
+    trainer = Trainer(settings(base, data, tmp_path / "other", **VANILLA, resume=path))
+    assert trainer.done == (9 if where.endswith("safetensors") else 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(train_batch_size=3), "train_batch_size was 2, is 3"),
+        (dict(seed=7), "seed was 42, is 7"),
+        (dict(use_ema=False), "use_ema was True, is False"),
+        (dict(image_filter_size=20), "data was"),
+        (dict(use_lora=True), "use_lora was False, is True"),
+    ],
+)
+def test_resuming_another_run_is_refused_and_says_what_differs(copy_of_vanilla, base, data, change, says):
+    with pytest.raises(UserError, match=says):
+        Trainer(settings(base, data, copy_of_vanilla, **{**VANILLA, **change}, resume=True))
+
+
+def test_resuming_with_another_rate_or_length_is_said_and_done(copy_of_vanilla, base, data):
+    change = {**VANILLA, "max_steps": 20, "start_learning_rate": 5e-4}
+    trainer = Trainer(settings(base, data, copy_of_vanilla, **change, resume=True))
+    assert (trainer.done, trainer.plan.updates) == (12, 20)
+    log = (copy_of_vanilla / "log.txt").read_text()
+    assert "start_learning_rate was 0.001, is 0.0005" in log and "updates was 12, is 20" in log
+
+
+def test_resume_without_a_state_starts_from_the_beginning_and_says_so(base, data, empty_run):
+    assert Trainer(settings(base, data, empty_run, **VANILLA, resume=True)).done == 0
+    assert "holds no state yet" in (empty_run / "log.txt").read_text()
+
+
+def test_resume_from_nowhere_is_an_error(base, data, empty_run):
+    with pytest.raises(UserError, match="holds no training state"):
+        Trainer(settings(base, data, empty_run, **VANILLA, resume=str(data)))
+
+
+def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(base, data, empty_run):
+    output = empty_run
+    config = settings(
+        base, data, output, max_steps=2, use_lora=True, lora_ft_text_encoder=True, lora_rank=2, lora_alpha=4.0,
+        start_learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    path = trainer.run()
+    assert path == output / "ckpt" / "lora.ckpt" and path.stat().st_size < 100_000
+    lora = read_lora(path)
+    attentions = [f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    unet = [name for name in lora.layers if name.startswith(UNET)]
+    text = [name for name in lora.layers if not name.startswith(UNET)]
+    assert {name.split("transformer_blocks.0.")[1] for name in unet} == set(attentions)
+    assert {name.split("self_attn.")[1] for name in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    for name, layer in lora.layers.items():
+        assert layer.rank == 2 and layer.alpha == 4.0
+        assert np.abs(layer.up).max() > 0, name  # zero at the start: every one was trained
+    assert lora.metadata == {"architecture": "custom", "prediction_type": "epsilon"}
+    before, _ = read_checkpoint(base)
+    for name, parameter in trainer.model.parameters_dict().items():
+        if name in before:
+            np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
+
+
+def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(base, data, tmp_path):
+    config = settings(
+        base, data, tmp_path / "run", max_steps=4, use_lora=True, lora_rank=2, precision="fp16", random_flip=True,
+        random_crop=True, cache_text=False, gradient_accumulation_steps=2, init_loss_scale=2.0**30, scale_window=2,
+        image_filter_size=10, num_workers=2, use_ema=True, loss_scale_factor=2.0**13,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    assert trainer.order.n_rows == 9  # image_filter_size leaves the small one out
+    up = next(p for p in trainer.step.parameters if p.name.endswith("lora_up.weight"))
+    trainer.run()
+    scales = [float(row["loss_scale"]) for row in metrics(tmp_path / "run")]
+    # 2^30 overflows fp16: skipped, and the scale falls; two good steps, and it rises
+    assert scales == [2.0**30, 2.0**17, 2.0**17, 2.0**30]
+    assert trainer.scaler.overflows == 2 and trainer.scaler.updates == 2
+    assert "overflowed at loss scale" in (tmp_path / "run" / "log.txt").read_text()
+    assert np.abs(up.asnumpy()).max() > 0 and up.asnumpy().dtype == np.float32
+    assert not list((tmp_path / "run").glob("cache/*/*"))
+
+
+def fake_step(monkeypatch, trainer, result):
+    monkeypatch.setattr(trainer, "step", lambda batches, scalars: result)
+    monkeypatch.setattr(trainer, "_save", lambda: None)
+
+
+def test_a_run_that_always_overflows_stops_loudly(base, data, empty_run, monkeypatch):
+    config = settings(base, data, empty_run, **{**VANILLA, "max_steps": 200}, loss_scaler_type="dynamic")
+    trainer = Trainer(config)
+    fake_step(monkeypatch, trainer, StepResult(1.0, float("inf"), False))
+    with pytest.raises(UserError, match="overflowed at 50 steps in a row"):
+        trainer.run()
+    assert trainer.done == 50
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 1.0])
+def test_a_loss_or_gradient_that_is_not_finite_stops_an_fp32_run(base, data, empty_run, monkeypatch, loss):
+    trainer = Trainer(settings(base, data, empty_run, **VANILLA))
+    fake_step(monkeypatch, trainer, StepResult(loss, float("nan"), False))
+    with pytest.raises(UserError, match="no longer finite at step 1"):
+        trainer.run()
+
+
+def test_the_states_of_an_earlier_run_are_not_overwritten(base, data, copy_of_vanilla):
+    with pytest.raises(UserError, match="--resume True"):
+        Trainer(settings(base, data, copy_of_vanilla, **VANILLA))
+    assert len(find_states(copy_of_vanilla / "ckpt")) == 2
+
+
+def test_resuming_a_run_that_is_done_does_nothing(base, data, copy_of_vanilla):
+    path = train(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
+    assert path == copy_of_vanilla / "ckpt" / "model.ckpt"
+    assert "all 12 updates are done already" in (copy_of_vanilla / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(data_path=None), "--data_path is needed"),
+        (dict(pretrained_model_path=None), "--pretrained_model_path is needed"),
+        (dict(pretrained_model_path="nowhere.ckpt"), "nowhere.ckpt"),
+        (dict(data_path="nowhere"), "nowhere"),
+        (dict(model_config="nowhere.yaml"), "nowhere.yaml"),
+        (dict(image_size=15), "image_size 15 must be a multiple of 2"),
+        (dict(train_batch_size=50), "train_batch_size"),
+        (dict(caption_column="caption"), "caption"),
+        (dict(enable_flash_attention=True), "needs an Ascend device"),
+        (dict(dataset_sink_mode=True), "needs an Ascend device"),
+        (dict(use_parallel=True), "msrun"),
+        (dict(use_lora=True, lora_targets=["to_nowhere"]), "to_nowhere"),
+        (dict(model_config=str(ROOT / "tests" / "tiny.yaml")), "does not fit"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_the_setting(base, data, empty_run, change, says):
+    with pytest.raises(UserError, match=says):
+        train(settings(base, data, empty_run, **change))
+    assert not (empty_run / "ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lora_ranks", "4"], "error: unknown setting --lora_ranks: did you mean --lora_rank?"),
+        (["--train_config", "configs/train/train_config_lora_v1.yaml"], "error: --data_path is needed"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_2(flags, says):
+    done = subprocess.run(
+        [sys.executable, "train_text_to_image.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1
+
+
+def test_help_lists_the_settings():
+    done = subprocess.run(
+        [sys.executable, "train_text_to_image.py", "-h"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    for word in ("--use_lora", "--resume", "--loss_scaler_type", "[4]"):
+        assert word in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def restored(graph_mode):
+    """The mode and the log of the other tests come back after each of these."""
+    yield
+    for handler in list(logging.getLogger("ldm").handlers):
+        logging.getLogger("ldm").removeHandler(handler)
+        handler.close()
