@@ -368,6 +368,8 @@ def test_help_lists_the_settings():
 def restored(graph_mode):
     """The mode and the log of the other tests come back after each of these."""
     yield
-    for handler in list(logging.getLogger("ldm").handlers):
-        logging.getLogger("ldm").removeHandler(handler)
+    log = logging.getLogger("ldm")
+    log.setLevel(logging.NOTSET)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
         handler.close()

@@ -42,8 +42,10 @@ def test_the_log_goes_to_file_and_screen_at_its_level(tmp_path, capsys):
         logging.getLogger("ldm.training.trainer").info("a small thing")
         logging.getLogger("ldm.training.trainer").warning("a large thing")
     finally:
-        for handler in list(logging.getLogger("ldm").handlers):
-            logging.getLogger("ldm").removeHandler(handler)
+        log = logging.getLogger("ldm")
+        log.setLevel(logging.NOTSET)
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
             handler.close()
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "a large thing" in text and "a small thing" not in text
