@@ -60,14 +60,25 @@ class ScaledDotProductAttention(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """The same function through `ops.flash_attention_score`, which exists on Ascend only and wants fp16 or bf16."""
+    """The same function through `ops.flash_attention_score`, which exists on Ascend only and wants fp16 or bf16.
+
+    The operator's head size must be a multiple of 16 (MindSpore 2.8), which SD1.x's 40 is not: channels of zeros are
+    added, which change neither the scores nor the other channels, and taken off the result.
+    """
 
     def __init__(self, head_dim: int, num_heads: int):
         super().__init__()
         self.scale, self.num_heads = 1.0 / math.sqrt(head_dim), num_heads
+        self.head_dim, self.added = head_dim, -head_dim % 16
+        self.concat_last, self.zeros = ops.Concat(-1), ops.Zeros()
+
+    def pad(self, x: Tensor) -> Tensor:
+        return self.concat_last((x, self.zeros(x.shape[:-1] + (self.added,), x.dtype))) if self.added else x
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.flash_attention_score(q, k, v, self.num_heads, scalar_value=self.scale, input_layout="BNSD")
+        out = ops.flash_attention_score(self.pad(q), self.pad(k), self.pad(v), self.num_heads,
+                                        scalar_value=self.scale, input_layout="BNSD")
+        return out[:, :, :, : self.head_dim] if self.added else out
 
 
 class CrossAttention(nn.Cell):

@@ -1,0 +1,138 @@
+"""Layers: the published formulas, their own derivatives, and what stays in fp32 when the network computes in fp16."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from ldm.models.layers import (
+    GELU,
+    ChannelBias,
+    Conv2d,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    QuickGELU,
+    RowBias,
+    SiLU,
+    Upsample2x,
+    set_compute_dtype,
+)
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+erf = np.vectorize(math.erf)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def gradients(cell, *inputs, weight):
+    """Of sum(cell(*inputs) * weight), by every input, in graph mode."""
+
+    class Weighted(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.weight, self.sum = cell, Tensor(weight), ops.ReduceSum()
+
+        def construct(self, *xs):
+            return self.sum(self.cell(*xs) * self.weight)
+
+    found = ms.grad(Weighted(), grad_position=tuple(range(len(inputs))))(*(Tensor(x) for x in inputs))
+    return [gradient.asnumpy() for gradient in (found if isinstance(found, tuple) else (found,))]
+
+
+class TestForward:
+    def test_dense_is_x_times_weight_transposed_plus_bias(self):
+        dense, x = Dense(6, 4), normal(2, 3, 6)
+        expected = x @ dense.weight.asnumpy().T + dense.bias.asnumpy()
+        np.testing.assert_allclose(dense(Tensor(x)).asnumpy(), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("cell, formula", [
+        (GELU(), lambda x: x * (1 + erf(x / math.sqrt(2))) / 2),
+        (QuickGELU(), lambda x: x / (1 + np.exp(-1.702 * x))),
+        (SiLU(), lambda x: x / (1 + np.exp(-x))),
+    ])
+    def test_activation(self, cell, formula):
+        x = np.linspace(-6, 6, 101, dtype=np.float32)
+        np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), formula(x.astype(np.float64)), atol=1e-6)
+
+    def test_group_norm_normalises_each_group_of_channels(self):
+        norm, x = GroupNorm(8, num_groups=4, eps=1e-5), 3 + 2 * normal(2, 8, 3, 5)
+        groups = x.astype(np.float64).reshape(2, 4, -1)
+        expected = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(groups.var(-1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(norm(Tensor(x)).asnumpy(), expected.reshape(x.shape), atol=1e-5)
+
+    def test_layer_norm_normalises_the_last_axis(self):
+        norm, x = LayerNorm(8), 3 + 2 * normal(2, 3, 8)
+        wide = x.astype(np.float64)
+        expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(norm(Tensor(x)).asnumpy(), expected, atol=1e-5)
+
+    def test_upsampling_repeats_each_pixel_in_both_directions(self):
+        x = normal(2, 3, 4, 5)
+        np.testing.assert_array_equal(Upsample2x()(Tensor(x)).asnumpy(), x.repeat(2, axis=2).repeat(2, axis=3))
+
+    def test_convolution_pads_where_it_is_told(self):
+        conv = Conv2d(1, 1, 3, stride=2, padding=(0, 1, 0, 1))
+        conv.weight.set_data(Tensor(np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3)))
+        conv.bias.set_data(Tensor(np.zeros(1, np.float32)))
+        x = normal(1, 1, 4, 4)
+        padded = np.pad(x[0, 0], ((0, 1), (0, 1)))
+        expected = [[(padded[i: i + 3, j: j + 3] * np.arange(9).reshape(3, 3)).sum() for j in (0, 2)] for i in (0, 2)]
+        np.testing.assert_allclose(conv(Tensor(x)).asnumpy()[0, 0], expected, rtol=1e-5)
+
+
+class TestOwnDerivatives:
+    def test_row_bias(self):
+        x, bias, weight = normal(7, 5), normal(5, seed=1), normal(7, 5, seed=2)
+        by_x, by_bias = gradients(RowBias(), x, bias, weight=weight)
+        np.testing.assert_array_equal(by_x, weight)
+        np.testing.assert_allclose(by_bias, weight.sum(0), atol=1e-5)
+
+    def test_channel_bias(self):
+        x, bias, weight = normal(2, 5, 3, 4), normal(5, seed=1), normal(2, 5, 3, 4, seed=2)
+        by_x, by_bias = gradients(ChannelBias(), x, bias, weight=weight)
+        np.testing.assert_array_equal(by_x, weight)
+        np.testing.assert_allclose(by_bias, weight.sum((0, 2, 3)), atol=1e-5)
+
+    def test_gelu(self):
+        x, weight = np.linspace(-6, 6, 101, dtype=np.float32), normal(101)
+        wide = x.astype(np.float64)
+        density = np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+        expected = weight * ((1 + erf(wide / math.sqrt(2))) / 2 + wide * density)
+        np.testing.assert_allclose(gradients(GELU(), x, weight=weight)[0], expected, atol=1e-5)
+
+
+class TestHalfPrecision:
+    def half(self, cell):
+        set_compute_dtype(cell, ms.float16)
+        return cell
+
+    @pytest.mark.parametrize("make, shape", [(lambda: Dense(6, 4), (3, 6)), (lambda: Conv2d(6, 4, 3), (1, 6, 5, 5))])
+    def test_products_compute_in_fp16_with_fp32_parameters(self, make, shape):
+        cell, x = self.half(make()), normal(*shape)
+        assert cell.weight.dtype == cell.bias.dtype == ms.float32
+        assert cell(Tensor(x)).dtype == ms.float16
+
+    @pytest.mark.parametrize("make, shape", [
+        (lambda: GroupNorm(8, num_groups=2), (1, 8, 4, 4)),
+        (lambda: LayerNorm(8), (4, 8)),
+    ])
+    def test_norms_compute_in_fp32_and_hand_on_fp16(self, make, shape):
+        # Squares of these overflow fp16 (65504): in fp16 the result would be 0 or not a number.
+        x = (1000 * normal(*shape)).astype(np.float16)
+        expected = make()(Tensor(x.astype(np.float32))).asnumpy()
+        found = self.half(make())(Tensor(x))
+        assert found.dtype == ms.float16
+        np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)
+
+    def test_the_type_reaches_every_layer(self, tiny_model):
+        set_compute_dtype(tiny_model, ms.float16)
+        types = {cell.dtype for _, cell in tiny_model.cells_and_names() if hasattr(cell, "dtype")}
+        assert types == {ms.float16}
