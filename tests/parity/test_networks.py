@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import mindspore as ms
@@ -41,36 +42,39 @@ def nano() -> ModelConfig:
     return load_model_config(ROOT / "configs/nano.yaml")
 
 
+# diffusers has no autoencoder of nano's form: its first level is wider than its first convolution.
 CASES = {
-    "sd1": (sd1_narrow, 0, dict(batch=1, height=16, width=8)),
-    "sd2": (sd2_narrow, 1, dict(batch=3, height=8, width=16)),
-    "nano": (nano, 0, dict(batch=2, height=16, width=16)),
+    "sd1": (sd1_narrow, 0, NETWORKS, dict(batch=1, height=16, width=8)),
+    "sd2": (sd2_narrow, 1, NETWORKS, dict(batch=3, height=8, width=16)),
+    "nano": (nano, 0, ("unet", "text"), dict(batch=2, height=16, width=16)),
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
+@functools.cache
+def case(name: str):
     ms.set_context(mode=ms.GRAPH_MODE)
-    make, unused, size = CASES[request.param]
+    make, unused, networks, size = CASES[name]
     config = make()
     model = model_with_named_weights(config)
-    weights = {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()}
+    weights = {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()
+               if "decode" in networks or not name.startswith("first_stage_model.")}
     return model, Reference(config, weights, unused), inputs_for(config, **size)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_network_equals_the_reference(case, network):
-    model, reference, given = case
+@pytest.mark.parametrize("name, network", [(name, network) for name, case in CASES.items() for network in case[2]])
+def test_network_equals_the_reference(name, network):
+    model, reference, given = case(name)
     assert relative_error(run_network(model, network, given), reference.run(network, given)) < BOUND
 
 
-def test_time_steps_may_be_fractional(case):
-    model, reference, given = case
+@pytest.mark.parametrize("name", CASES)
+def test_time_steps_may_be_fractional(name):
+    model, reference, given = case(name)
     given = {**given, "timesteps": given["timesteps"].astype(np.float32) + 0.25}
     assert relative_error(run_network(model, "unet", given), reference.run("unet", given)) < BOUND
 
 
-@pytest.mark.parametrize("make", [sd1_narrow, sd2_narrow, nano])
+@pytest.mark.parametrize("make", [sd1_narrow, sd2_narrow])
 def test_reference_names_become_exactly_ours(make):
     config = make()
     theirs = [network.state_dict() for network in
