@@ -138,11 +138,12 @@ def test_the_checkpoint_is_a_whole_model_with_the_average_as_its_unet(vanilla, b
 
 
 def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(vanilla, base, data, tmp_path):
+    """With the compiled graph kept, which the uninterrupted run did without."""
     output = tmp_path / "run"
     moment = random.SystemRandom().choice(range(1, STEPS))
     print(f"killed after step {moment}")
     process = subprocess.Popen(
-        command(base, data, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(base, data, output, "--compile_cache"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 300
@@ -154,8 +155,9 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(vanilla, base, d
         process.wait()
     left = find_states(output / "ckpt")
     done = subprocess.run(
-        command(base, data, output, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+        command(base, data, output, "--compile_cache", "--resume"),
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if left:
         assert "going on after step" in done.stderr

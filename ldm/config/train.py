@@ -123,6 +123,9 @@ class TrainConfig:
         "auto", "auto: fp16 on Ascend, fp32 on the CPU", group=DEVICE, choices=("auto", "fp16", "fp32")
     )
     seed: int = setting(42, "of everything that is drawn", group=DEVICE, low=0, below=2**32)
+    compile_cache: bool = setting(
+        False, "keep the compiled step under output_path/cache, so that resuming starts sooner", group=DEVICE
+    )
     use_parallel: bool = setting(False, "data parallel over the processes that msrun started", group=DEVICE)
     enable_flash_attention: bool = setting(False, "Ascend's fused attention (Ascend only)", group=DEVICE)
     dataset_sink_mode: bool = setting(

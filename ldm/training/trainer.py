@@ -7,10 +7,11 @@ import math
 import os
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from mindspore import Parameter
+from mindspore import Parameter, Tensor
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime import Runtime, check_flash_attention, setup_runtime
 from ldm.training import checkpoints
 from ldm.training.feed import check_sink, make_feed
+from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler
 from ldm.training.optimizers import adamw_scalars
@@ -271,11 +273,16 @@ class Trainer:
             total=self.plan.updates, initial=self.done, desc="training", unit="step", disable=not self.is_first_rank,
             smoothing=0.1,
         )  # fmt: skip
-        smooth_loss = None
+        smooth_loss, first = None, True
         with bar:
             bar.set_postfix_str("compiling the graph, the first step takes longer")
             while self.done < self.plan.updates:
-                metrics = self._one_update()
+                begin = time.perf_counter()
+                batches = [self.feed() for _ in range(config.gradient_accumulation_steps)]
+                # nothing but the step may compile in here, so the batches, which may run the encoders, come first
+                with self._cached_graphs() if first else nullcontext():
+                    metrics = self._one_update(batches, begin)
+                first = False
                 smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
                 bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
                 bar.update()
@@ -299,9 +306,23 @@ class Trainer:
         logger.info("done: %s", self._newest_link())
         return self._newest_link()
 
-    def _one_update(self) -> Metrics:
+    def _cached_graphs(self) -> AbstractContextManager:
+        config, runtime = self.config, self.runtime
+        if not config.compile_cache:
+            return nullcontext()
+        names = (
+            "train_batch_size", "use_lora", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_alpha",
+            "lora_scale", "lora_targets", "lora_fp16", "betas", "clip_grad", "use_ema", "drop_overflow_update",
+            "gradient_accumulation_steps", "enable_flash_attention", "jit_level", "mode",
+        )  # fmt: skip
+        key = graph_key(
+            {name: getattr(config, name) for name in names}, {**asdict(self.model_config), "path": ""},
+            self.image_size, self._scales_loss(), str(runtime),
+        )  # fmt: skip
+        return cached_graphs(self.output / "cache" / "graphs" / f"rank{runtime.rank}", key)
+
+    def _one_update(self, batches: list[tuple[Tensor, ...]], begin: float) -> Metrics:
         config, scaler = self.config, self.scaler
-        begin = time.perf_counter()
         rate = learning_rate(
             self.done,
             scheduler=config.scheduler,
@@ -318,7 +339,7 @@ class Trainer:
             adamw_scalars(scaler.updates + 1, rate, tuple(config.betas), EPSILON, config.weight_decay),
             1.0 - ema_decay_at(scaler.updates, config.ema_decay),
         )
-        result = self.step([self.feed() for _ in range(micro_steps)], scalars)
+        result = self.step(batches, scalars)
         self.done += 1
         applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
         if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
