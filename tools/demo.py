@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.atomic import atomic_path
 from ldm.data.dataset import Row, read_image_text_csv
 from ldm.errors import UserError, run
+from tools.nano.pictures import evenly
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
@@ -33,11 +33,6 @@ def call(*command: str) -> None:
     code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
-
-
-def every_other(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows, evenly over the list."""
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
 
 
 def draw_grid(rows: list[Row], base: list[Path], lora: list[Path], path: Path) -> None:
@@ -77,7 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     start, output = time.time(), args.output_path
 
-    rows = every_other(read_image_text_csv(STYLE / "test").rows, args.prompts)
+    rows = read_image_text_csv(STYLE / "test").rows
+    rows = [rows[i] for i in evenly(len(rows), args.prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
     call("train_text_to_image.py", "--train_config", "configs/train/train_config_lora_nano.yaml",

@@ -29,7 +29,7 @@ from ldm.errors import run
 from ldm.models.clip import CLIPModel
 from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
 from ldm.weights.read import read_checkpoint
-from tools.nano.pictures import DATASETS, read_pictures, to_network
+from tools.nano.pictures import DATASETS, evenly, read_pictures, to_network
 from tools.nano.train_clip import PROJECTION, VISION, ImageFeatures
 from tools.nano.train_vae import CONFIG, in_batches, report
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, required=True, help="folder of the grid and measure.json")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of nano.safetensors and clip.safetensors")
     parser.add_argument("--lora_ckpt_path", type=Path, help="a LoRA for emoji_fluent_hc")
-    parser.add_argument("--captions", type=int, default=200, help="how many captions are drawn (without a LoRA)")
+    parser.add_argument("--captions", type=int, help="how many are drawn; default 200, with a LoRA all held-out ones")
     parser.add_argument("--scale", type=float, default=4.0, help="guidance")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
         result["autoencoder"] = vae_report
         rows = read_image_text_csv(DATASETS / "emoji_noto").rows
         real = np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
-        count = min(args.captions, len(rows))
+        count = min(args.captions or 200, len(rows))
         chosen = np.sort(draws(args.seed, "captions", 0).choice(len(rows), count, replace=False))
         texts = [rows[i].text for i in chosen]
         made = pictures_of(texts)
@@ -131,6 +131,7 @@ def main() -> None:
         sheet = grid(made[:64], 8, texts[:64])
     else:
         held_out = read_pictures("emoji_fluent_hc", "test")
+        held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         texts, real = [p.text for p in held_out], np.stack([p.pixels for p in held_out])
         base = pictures_of(texts)
         apply_lora(model, config, args.lora_ckpt_path)
@@ -141,7 +142,7 @@ def main() -> None:
         features = image_features(clip, real)
         result["nearer_base"] = nearer_than_another(image_features(clip, base), features, args.seed)
         result["nearer_lora"] = nearer_than_another(image_features(clip, made), features, args.seed)
-        some = np.arange(0, len(texts), len(texts) // 24)[:24]
+        some = evenly(len(texts), 24)
         triples = np.stack([base[some], made[some], real[some]], axis=1).reshape(-1, 64, 64, 3)
         sheet = grid(triples, 12, [t for i in some for t in (texts[i], "with LoRA", "real")])
     print(json.dumps({name: value for name, value in result.items() if name != "autoencoder"}, indent=2))

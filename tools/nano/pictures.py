@@ -38,6 +38,11 @@ def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
         return {row["file"]: (row["category"], row["subcategory"]) for row in csv.DictReader(file)}
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """At most `count` different numbers from 0 to total - 1, evenly spread."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
 def to_network(pixels: np.ndarray) -> np.ndarray:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) fp32 in [-1, 1]."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
