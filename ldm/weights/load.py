@@ -25,7 +25,10 @@ from ldm.weights.names import (
 from ldm.weights.read import Checkpoint, open_checkpoint
 
 CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
-_LORA_MARKS = (".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.")
+_LORA_MARKS = (
+    ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",
+    ".lora_linear_layer.", ".hada_w", ".lokr_w", "unet:", "text_encoder:",
+)  # fmt: skip
 
 
 @dataclass

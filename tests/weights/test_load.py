@@ -178,6 +178,9 @@ class TestRefusing:
             ["lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"],
             ["unet.down_blocks.0.attn1.to_q.lora_A.weight", "unet.down_blocks.0.attn1.to_q.lora_B.weight"],
             [f"down_blocks.0.attn1.processor.to_q_lora.{half}.weight" for half in ("down", "up")],
+            [f"text_encoder.layers.0.q_proj.lora_linear_layer.{half}.weight" for half in ("down", "up")],
+            ["unet:0:up", "unet:0:down", "<s1>"],
+            ["x.hada_w1_a", "x.hada_w1_b", "x.hada_w2_a", "x.hada_w2_b"],
         ],
     )
     def test_a_lora_given_as_a_base(self, model, tmp_path, names):
