@@ -54,7 +54,7 @@ def setup_runtime(
     seed: int = 42,
     use_parallel: bool = False,
 ) -> Runtime:
-    """Prepare MindSpore; call it once, before the first network is built.
+    """Prepare MindSpore; call it before the first network is built.
 
     device_target: "Ascend", "CPU" or None (Ascend where there is one). mode: 0 graph, 1 pynative. jit_level: how much
     Ascend's compiler optimises ("O0" to "O2"); the CPU has one level only. precision: "auto" is fp16 on Ascend and fp32
@@ -70,7 +70,9 @@ def setup_runtime(
         # read when the device is initialised, so it comes first
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     try:
-        ms.set_device(device)
+        # MindSpore refuses a device, even the one it has, once it has computed something
+        if ms.get_context("device_target") != device:
+            ms.set_device(device)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"device_target {device} cannot be used here ({reason}); use --device_target CPU") from None

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 import yaml
@@ -23,10 +24,10 @@ from ldm.config.train import TrainConfig
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.models.stable_diffusion import build_model
-from ldm.runtime import setup_runtime
+from ldm.runtime import Runtime, setup_runtime
 from ldm.training.checkpoints import find_states, load_state
 from ldm.training.step import StepResult
-from ldm.training.trainer import Trainer, train
+from ldm.training.trainer import Trainer, make_loss_scaler, train
 from ldm.weights.load import load_base
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
@@ -315,6 +316,42 @@ def test_resuming_a_run_that_is_done_does_nothing(base, data, copy_of_vanilla):
     path = train(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
     assert path == copy_of_vanilla / "ckpt" / "model.ckpt"
     assert "all 12 updates are done already" in (copy_of_vanilla / "log.txt").read_text()
+
+
+def test_a_unet_from_nothing_needs_no_unet_in_the_checkpoint(base, data, empty_run, tmp_path):
+    arrays, _ = read_checkpoint(base)
+    parts = tmp_path / "parts.safetensors"
+    write_checkpoint(parts, {name: array for name, array in arrays.items() if not name.startswith(UNET)})
+    drawn = []
+    for seed in (1, 1, 2):
+        config = settings(parts, data, empty_run, unet_initialize_random=True, seed=seed)
+        model = Trainer(config).model.parameters_dict()
+        drawn.append(model[f"{UNET}out.2.weight"].asnumpy())
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    np.testing.assert_array_equal(model["first_stage_model.quant_conv.weight"].asnumpy(),
+                                  arrays["first_stage_model.quant_conv.weight"])
+    with pytest.raises(UserError, match="UNet"):
+        Trainer(settings(parts, data, empty_run))
+
+
+@pytest.mark.parametrize(
+    ("given", "fp16", "scale", "dynamic"),
+    [
+        ("auto", False, 1.0, False),
+        ("auto", True, 512.0, True),
+        ("dynamic", False, 512.0, True),
+        ("static", True, 512.0, False),
+        ("none", True, 1.0, False),
+    ],
+)
+def test_the_loss_scaler_is_the_one_asked_for(given, fp16, scale, dynamic):
+    runtime = Runtime("CPU", ms.float16 if fp16 else ms.float32, 0, 1, 0)
+    config = TrainConfig(loss_scaler_type=given, init_loss_scale=512.0, scale_window=7, loss_scale_factor=3.0)
+    scaler = make_loss_scaler(config, runtime)
+    assert (scaler.scale, scaler.dynamic, scaler.window, scaler.factor) == (scale, dynamic, 7, 3.0)
+    saved = {**scaler.state(), "scale": 64.0, "updates": 9}
+    resumed = make_loss_scaler(config, runtime, saved)
+    assert resumed.updates == 9 and resumed.scale == (64.0 if dynamic else scale)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ class Trainer:
         self.is_first_rank = self.runtime.rank == 0
         if self.is_first_rank:
             set_up_logging(self.output / "log.txt", config.log_level)
+        else:
+            set_up_logging(None, "WARNING")  # the others would say the same
         self.model_config = load_model_config(config.model_config)
         self.image_size = _image_size(config, self.model_config)
         rows = self._read_rows()
@@ -108,7 +110,7 @@ class Trainer:
             image_size=self.image_size,
             tokens_only=config.lora_ft_text_encoder,
         )
-        self.scaler = _loss_scaler(config, self.runtime)
+        self.scaler = make_loss_scaler(config, self.runtime)
         self.trained_names: list[str] = []
         self.step = self._build_step()
         if self.is_first_rank:
@@ -248,7 +250,7 @@ class Trainer:
             self.step.load_state(state.arrays)
         except ValueError as error:
             raise UserError(f"{state.path} does not fit this run ({error})") from None
-        self.scaler = _loss_scaler(self.config, self.runtime, state.scaler)
+        self.scaler = make_loss_scaler(self.config, self.runtime, state.scaler)
         logger.info("going on after step %d of %d, from %s", state.step, self.plan.updates, state.path)
         return state.step
 
@@ -425,7 +427,8 @@ def _shorter_side(path: Path) -> int:
         return min(image.size)
 
 
-def _loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None = None) -> LossScaler:
+def make_loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None = None) -> LossScaler:
+    """The scaler that the settings ask for; `state` is LossScaler.state() of the run that goes on."""
     kind = config.loss_scaler_type
     if kind == "auto":
         kind = "dynamic" if runtime.fp16 else "none"

@@ -1,10 +1,195 @@
-"""What a micro-step trains on."""
+"""What a micro-step trains on: a pure function of seed and step, from caches that know what they were made from."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+from types import SimpleNamespace
 
-from ldm.training.inputs import sample_latents
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+from PIL import Image
+
+from ldm.config.model import load_model_config
+from ldm.config.train import TrainConfig
+from ldm.data.batches import BatchOrder
+from ldm.data.dataset import Row
+from ldm.data.transforms import load_image
+from ldm.errors import UserError
+from ldm.runtime import Runtime
+from ldm.tokenizer import Tokenizer
+from ldm.training import feed
+from ldm.training.inputs import Inputs, sample_latents
+
+MICRO = load_model_config(Path(__file__).with_name("micro.yaml"))
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def in_graph_mode(graph_mode):
+    pass
+
+
+class Encoder(nn.Cell):
+    """Stands for the autoencoder: mean = the picture's red in every other pixel, a tiny variance."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Parameter(Tensor(np.ones(1, np.float32)), name="scale")
+        self.concat = ops.Concat(1)
+
+    def encode(self, images):
+        red = images[:, 0:1, ::2, ::2] * self.scale
+        return self.concat((red, red, red, red, red * 0 - 30, red * 0 - 30, red * 0 - 30, red * 0 - 30))
+
+
+class Text(nn.Cell):
+    """Stands for the text encoder: the tokens as numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Parameter(Tensor(np.ones(1, np.float32)), name="scale")
+
+    def construct(self, tokens):
+        return tokens.astype(ms.float32).reshape(-1, 77, 1) * self.scale
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(6):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+        found.append(Row(path, f"picture {i}"))
+    return found
+
+
+def build(rows, tmp_path, seed=1, rank=0, rank_size=1, tokens_only=False, model=None, **settings):
+    config = TrainConfig(output_path=str(tmp_path / "run"), seed=seed, **settings)
+    model = model or SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
+    order = BatchOrder(len(rows), 2, seed, rank, rank_size)
+    return Inputs(config, MICRO, model, rows, order, image_size=SIZE, tokens_only=tokens_only)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
+    batch = build(rows, tmp_path).batch(0)
+    assert batch.latents.shape == batch.noise.shape == (2, 4, 8, 8)
+    assert batch.condition.shape == (2, 77, 1)
+    assert [array.dtype.name for array in batch] == ["float32", "float32", "int32", "float32"]
+    assert batch.timesteps.shape == (2,)
+
+
+def test_latents_and_texts_are_those_of_the_rows_in_order(rows, tmp_path):
+    inputs = build(rows, tmp_path)
+    tokens = Tokenizer(pad="end").encode([row.text for row in rows])
+    for step in range(4):
+        batch, at = inputs.batch(step), inputs.order.indices(step)
+        for k, row in enumerate(at):
+            red = load_image(rows[row].path, SIZE)[0, ::2, ::2] * MICRO.scale_factor
+            np.testing.assert_allclose(batch.latents[k, 0], red, atol=1e-5)
+            np.testing.assert_array_equal(batch.condition[k, :, 0], tokens[row])
+
+
+def test_a_batch_depends_on_seed_step_and_rank_alone(rows, tmp_path):
+    one = build(rows, tmp_path)
+    later = one.batch(7)
+    one.batch(3)
+    assert same(one.batch(7), later) and same(build(rows, tmp_path).batch(7), later)
+    assert not np.array_equal(one.batch(8).noise, later.noise)
+    assert not np.array_equal(build(rows, tmp_path, seed=2).batch(7).noise, later.noise)
+    ranks = [build(rows, tmp_path, rank=rank, rank_size=2).batch(0) for rank in (0, 1)]
+    assert not np.array_equal(ranks[0].noise, ranks[1].noise)
+    assert not np.array_equal(ranks[0].latents, ranks[1].latents)
+
+
+def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):
+    inputs = build(rows, tmp_path)
+    batches = [inputs.batch(step) for step in range(400)]
+    noise = np.stack([batch.noise for batch in batches])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    timesteps = np.concatenate([batch.timesteps for batch in batches])
+    assert timesteps.min() < 20 and 980 <= timesteps.max() < 1000
+
+
+@pytest.mark.parametrize("cache_text", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, share, cache_text):
+    inputs = build(rows, tmp_path, caption_dropout=share, cache_text=cache_text)
+    empty = Tokenizer(pad="end").encode([""])[0]
+    dropped = [
+        np.array_equal(state[:, 0], empty) for step in range(100) for state in inputs.batch(step).condition
+    ]
+    assert abs(np.mean(dropped) - share) <= (0.1 if 0 < share < 1 else 0)
+
+
+def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
+    inputs = build(rows, tmp_path, tokens_only=True, caption_dropout=0.5)
+    batch = inputs.batch(0)
+    assert batch.condition.dtype == np.int32 and batch.condition.shape == (2, 77)
+    assert not list((tmp_path / "run" / "cache").glob("*/*")) or inputs.states is None
+
+
+def counted(monkeypatch, inputs_of):
+    """How many pictures and texts the networks saw while `inputs_of` ran."""
+    calls = {"pictures": 0, "texts": 0}
+    from ldm.training import inputs as module
+
+    class Counting(module.StateCache):
+        def get_or_compute(self, keys, compute_batch, batch_size, desc):
+            def compute(places):
+                calls["pictures" if desc == "latents" else "texts"] += len(set(places))
+                return compute_batch(places)
+
+            return super().get_or_compute(keys, compute, batch_size, desc)
+
+    monkeypatch.setattr(module, "StateCache", Counting)
+    inputs_of()
+    return calls
+
+
+def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 6, "texts": 7}
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 0, "texts": 0}
+    Image.new("RGB", (SIZE, SIZE)).save(rows[2].path)
+    rows[3] = Row(rows[3].path, "another caption")
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 1, "texts": 1}
+
+
+def test_another_model_computes_anew(rows, tmp_path, monkeypatch):
+    build(rows, tmp_path)
+    model = SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
+    model.first_stage_model.scale.set_data(Tensor(np.full(1, 2.0, np.float32)))
+    assert counted(monkeypatch, lambda: build(rows, tmp_path, model=model)) == {"pictures": 6, "texts": 0}
+
+
+def test_without_caches_the_batches_are_the_same_and_nothing_is_kept(rows, tmp_path):
+    wanted = build(rows, tmp_path / "a")
+    inputs = build(rows, tmp_path / "b", cache_latents=False, cache_text=False)
+    for step in (0, 1, 2, 1):
+        for found, array in zip(inputs.batch(step), wanted.batch(step)):
+            np.testing.assert_allclose(found, array, rtol=1e-6)
+    assert not (tmp_path / "b" / "run" / "cache").exists()
+
+
+def test_flipping_mirrors_some_pictures_and_is_the_same_again(rows, tmp_path):
+    inputs = build(rows, tmp_path, random_flip=True)
+    flipped = []
+    for step in range(12):
+        batch = inputs.batch(step)
+        for k, row in enumerate(inputs.order.indices(step)):
+            image = load_image(rows[row].path, SIZE)[0] * MICRO.scale_factor
+            plain, mirrored = image[::2, ::2], image[:, ::-1][::2, ::2]
+            is_plain, is_mirrored = (np.allclose(batch.latents[k, 0], x, atol=1e-5) for x in (plain, mirrored))
+            assert is_plain != is_mirrored
+            flipped.append(is_mirrored)
+    assert 0.2 < np.mean(flipped) < 0.8
+    assert same(build(rows, tmp_path, random_flip=True).batch(7), inputs.batch(7))
 
 
 def test_latents_are_a_draw_from_the_moments_times_the_scale():
@@ -19,3 +204,46 @@ def test_an_absurd_variance_is_cut_off():
     moments = np.concatenate([np.zeros((1, 1, 1, 2)), [[[[1000.0, -1000.0]]]]], 1).astype(np.float32)
     latents = sample_latents(moments, np.ones((1, 1, 1, 2), np.float32), 1.0)
     np.testing.assert_allclose(latents.ravel(), [np.exp(10.0), np.exp(-15.0)], rtol=1e-5)
+
+
+def test_the_feed_gives_the_steps_from_where_it_starts(rows, tmp_path):
+    inputs = build(rows, tmp_path)
+    following = feed.make_feed(inputs, 3, 5, sink=False)
+    for step in (3, 4):
+        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
+    with pytest.raises(StopIteration):
+        following()
+
+
+def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch):
+    """data_sink itself runs on Ascend only: what it is given is checked here."""
+
+    def data_sink(function, dataset, sink_size):
+        assert sink_size == 1
+        batches = dataset.create_tuple_iterator(num_epochs=1)
+        return lambda: function(*next(batches))
+
+    monkeypatch.setattr(feed.ms, "data_sink", data_sink)
+    inputs = build(rows, tmp_path)
+    following = feed.make_feed(inputs, 3, 6, sink=True)
+    for step in (3, 4, 5):
+        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(random_flip=True), "needs cached latents and texts"),
+        (dict(cache_latents=False), "needs cached latents and texts"),
+        (dict(cache_text=False), "needs cached latents and texts"),
+        (dict(), None),
+        (dict(cache_text=False, use_lora=True, lora_ft_text_encoder=True), None),
+    ],
+)
+def test_the_data_queue_wants_everything_cached(settings, says):
+    config = TrainConfig(dataset_sink_mode=True, **settings)
+    ascend = Runtime("Ascend", ms.float16, 0, 1, 0)
+    if says is None:
+        return feed.check_sink(config, ascend)
+    with pytest.raises(UserError, match=says):
+        feed.check_sink(config, ascend)

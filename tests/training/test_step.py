@@ -192,6 +192,19 @@ def test_a_state_of_another_run_is_refused():
         step.load_state({**state, "ema.w": state["p.w"]})
 
 
+def test_pynative_mode_computes_the_same():
+    states = []
+    for mode in (0, 1):
+        setup_runtime("CPU", mode=mode)
+        loss = Linear()
+        step = TrainStep(loss, [loss.w], use_ema=True, clip=True, skip_overflow=True, micro_steps=2)
+        for update in (1, 2):
+            step([batch(*numbers())] * 2, scalars(update, micro=2))
+        states.append(step.state())
+    for name, array in states[0].items():
+        np.testing.assert_allclose(states[1][name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 def test_half_precision_parameters_are_refused():
     half = Parameter(Tensor(np.zeros(3, np.float16)), name="w")
     with pytest.raises(ValueError, match="must be fp32"):
