@@ -1,0 +1,74 @@
+"""Compile the graphs of sampling and training at tiny size and leave their intermediate representation in a folder.
+
+    python -m tests.ascend_graphs FOLDER
+
+A process of its own, because what it sets in MindSpore's context would stay for other tests. The files,
+`FOLDER/<graph>/*_validate_*.ir`, are the graphs as the front end hands them to a device's back end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["MS_DEV_DUMP_IR_PASSES"] = "validate"  # the last pass that no device has a part in
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+from mindspore import Tensor  # noqa: E402
+
+from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
+from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
+from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
+from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
+from ldm.models.layers import set_compute_dtype  # noqa: E402
+from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
+from ldm.training.step import TextConditionedLoss, TrainStep  # noqa: E402
+
+
+def zeros(*shape: int, dtype=np.float32) -> Tensor:
+    return Tensor(np.zeros(shape, dtype))
+
+
+def as_on_ascend(config: ModelConfig) -> StableDiffusion:
+    """UNet and text encoder in fp16, the autoencoder in fp32."""
+    model = build_model(config)
+    set_compute_dtype(model.model, ms.float16)
+    set_compute_dtype(model.cond_stage_model, ms.float16)
+    return model
+
+
+def graphs(config: ModelConfig):
+    """(name, cell, example inputs) of every graph that the two scripts run."""
+    latents, timesteps, context = zeros(2, 4, 8, 8), zeros(2, dtype=np.int32), zeros(2, 77, config.context_dim)
+    tokens, scalars = zeros(2, 77, dtype=np.int32), zeros(7)
+
+    model = as_on_ascend(config)
+    yield "text", model.cond_stage_model, (tokens,)
+    yield "encode", VAEEncode(model.first_stage_model), (zeros(1, 3, 16, 16),)
+    yield "decode", VAEDecode(model.first_stage_model), (zeros(1, 4, 4, 4),)
+    yield "unet", model.model.diffusion_model, (latents, timesteps, context)
+
+    # LoRA everywhere, trained with everything that the step can do. The step of whole networks has the same operators.
+    model = as_on_ascend(config)
+    inject_lora(model, LoRASpec(rank=2, text_encoder=True, targets="all"))
+    schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    loss = DiffusionLoss(model.model.diffusion_model, schedule, "v_prediction")
+    step = TrainStep(TextConditionedLoss(loss, model.cond_stage_model), list(model.trainable_params()), clip=True,
+                     use_ema=True, skip_overflow=True, micro_steps=2)
+    yield "train", step.micro, (latents, latents, timesteps, tokens, scalars)
+    yield "update", step.finish, (scalars,)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    config = load_model_config(Path(__file__).with_name("tiny.yaml"))
+    for name, cell, inputs in graphs(config):
+        ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(folder / name))
+        cell.compile(*inputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Every operator of the sampling and training graphs is there on Ascend, as far as MindSpore's documentation says.
+
+No Ascend device is needed: the graphs are compiled at tiny size, and each operator in them is looked up in its
+documentation string under "Supported Platforms". What has none is listed in docs/ascend.md with what it comes from.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mindspore
+import pytest
+from mindspore import mint, nn, ops
+from mindspore.ops import auto_generate
+
+from tests.conftest import ROOT
+
+# How a graph is held together; no kernel stands behind these.
+STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Switch", "TupleGetItem", "UpdateState"}
+GRAPHS = ("text", "encode", "decode", "unet", "train", "update")
+PLUGINS = ("libmindspore_ops_ascend.so", "libmindspore_ascend.so.2", "ascend/libmindspore_graph_ir.so")
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
+    """Graph -> the names of its operators."""
+    folder = tmp_path_factory.mktemp("graphs")
+    run = subprocess.run([sys.executable, "-m", "tests.ascend_graphs", str(folder)], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = {}
+    for graph in GRAPHS:
+        text = "".join(path.read_text(errors="replace") for path in (folder / graph).glob("*_validate_*.ir"))
+        names = re.findall(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(", text, re.M)
+        found[graph] = set(names) - STRUCTURE
+    return found
+
+
+@pytest.fixture(scope="module")
+def listed():
+    """Operator -> the operator that it comes from, of the table in docs/ascend.md."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8"), re.M)
+    assert rows
+    return dict(rows)
+
+
+def platforms(name: str, followed: tuple[str, ...] = ()) -> set[str]:
+    """What the documentation string of an operator says under "Supported Platforms"; where it refers to a function
+    instead, what that one's says."""
+    texts = [getattr(getattr(room, name, None), "__doc__", None) or "" for room in (ops, auto_generate, mint, nn)]
+    for text in texts:
+        line = re.search(r"Supported Platforms:\s*\n\s*(``.*``)", text)
+        if line:
+            return set(re.findall(r"``(\w+)``", line.group(1)))
+    for text in texts:
+        other = re.search(r"[Rr]efer to\s+:(?:func|class):`mindspore\.\w+\.(\w+)`", text)
+        if other and other.group(1) not in followed:
+            return platforms(other.group(1), (*followed, name))
+    return set()
+
+
+def test_the_graphs_are_what_they_are_taken_for(operators):
+    """A change of MindSpore's file format would leave nothing to look up."""
+    assert {"Conv2D", "MatMul", "BatchMatMul", "Softmax", "GroupNorm", "Erf"} <= operators["unet"]
+    assert {"Gather", "LayerNorm", "Sigmoid"} <= operators["text"]
+    assert {"Conv2D", "GroupNorm"} <= operators["encode"] & operators["decode"]
+    assert {"Conv2DBackpropInput", "GroupNormGrad", "Cast"} <= operators["train"]
+    assert operators["update"]
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_operator_is_documented_for_ascend_or_listed(operators, listed, graph):
+    assert not [name for name in sorted(operators[graph]) if "Ascend" not in platforms(name) and name not in listed]
+
+
+def test_what_is_listed_is_used_and_comes_from_an_operator_of_ascend(operators, listed):
+    used = set().union(*operators.values())
+    assert not set(listed) - used, "listed in docs/ascend.md, but in no graph"
+    assert not [name for name in listed if "Ascend" in platforms(name)], "listed, but documented by now"
+    assert not [origin for origin in listed.values() if "Ascend" not in platforms(origin)]
+
+
+def test_what_is_listed_is_named_in_mindspores_ascend_libraries(listed):
+    folder = Path(mindspore.__file__).parent / "lib" / "plugin"
+    libraries = [folder / name for name in PLUGINS if (folder / name).is_file()]
+    if not libraries:
+        pytest.skip("this MindSpore was built without Ascend")
+    contents = [library.read_bytes() for library in libraries]
+    assert not [name for name in listed if not any(name.encode() in content for content in contents)]
+
+
+@pytest.mark.parametrize("name, there", [("MatMul", True), ("Reshape", True), ("Lgamma", False), ("Nonsense", False)])
+def test_looking_up(name, there):
+    """Reshape's documentation refers to a function's; Lgamma is for GPU and CPU."""
+    assert ("Ascend" in platforms(name)) is there
+
+
+def test_flash_attention_is_ascends_alone():
+    assert platforms("flash_attention_score") == {"Ascend"}
+
+
+def test_gradients_are_averaged_by_an_operator_of_ascend():
+    """The one operator that training on several devices adds."""
+    assert {"Ascend", "CPU"} <= platforms("AllReduce")
