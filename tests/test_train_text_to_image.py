@@ -241,12 +241,15 @@ def test_resume_from_nowhere_is_an_error(base, data, empty_run):
 
 
 def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(base, data, empty_run):
+    """By the published recipe, with the small model in the place of SD1.5."""
     output = empty_run
-    config = settings(
-        base, data, output, max_steps=2, use_lora=True, lora_ft_text_encoder=True, lora_rank=2, lora_alpha=4.0,
-        start_learning_rate=1e-2,
-    )  # fmt: skip
-    trainer = Trainer(config)
+    argv = [
+        "--train_config", str(ROOT / "configs" / "train" / "train_config_lora_v1.yaml"), "--data_path", str(data),
+        "--output_path", str(output), "--pretrained_model_path", str(base), "--model_config", str(MICRO),
+        "--image_size", "16", "--train_batch_size", "2", "--max_steps", "2", "--lora_ft_text_encoder", "True",
+        "--lora_rank", "2", "--lora_alpha", "4", "--start_learning_rate", "1e-2", "--device_target", "CPU",
+    ]  # fmt: skip
+    trainer = Trainer(parse_config(TrainConfig, argv, yaml_flag="train_config"))
     path = trainer.run()
     assert path == output / "ckpt" / "lora.ckpt" and path.stat().st_size < 100_000
     lora = read_lora(path)
