@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, default=Path("output/demo"))
     parser.add_argument("--prompts", type=int, default=24, help="how many of the held-out prompts are drawn")
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error("--prompts wants 1 or more")
     start, output = time.time(), args.output_path
 
     rows = read_image_text_csv(STYLE / "test").rows

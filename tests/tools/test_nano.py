@@ -161,6 +161,12 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         train(other, line_batch, 4, tmp_path, ("loss", "error"))
 
 
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    train(line_step(), line_batch, 2, tmp_path, ("loss", "error"), "seed 1")
+    with pytest.raises(UserError, match="seed 1, this one has seed 2"):
+        train(line_step(), line_batch, 4, tmp_path, ("loss", "error"), "seed 2")
+
+
 def test_a_value_that_fp16_cannot_hold_is_refused():
     assert half({"a": np.float32([1.5])})["a"].dtype == np.float16
     with pytest.raises(UserError, match="big"):

@@ -45,18 +45,25 @@ def learning_rates(peak: float, steps: int, warmup: int) -> list[float]:
 
 
 def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int, folder: Path, names: tuple[str, ...],
-          save_every: int = 200) -> None:
+          settings: str = "", save_every: int = 200) -> None:
     """Run `steps` steps, resuming from `folder`/state.safetensors where there is one.
 
     Args:
         batch: step number -> the inputs of the step's loss.
         names: what the step's loss returns, for the log.
+        settings: what a resumed run must share with the one it goes on from.
+
+    Raises:
+        UserError: the state in `folder` is of another network or of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, first = folder / "state.safetensors", 0
     if state.exists():
         arrays, metadata = read_checkpoint(state)
         first = int(metadata["step"])
+        if metadata.get("settings") != settings:
+            raise UserError(f"{state} is of a run with {metadata.get('settings')}, this one has {settings}; "
+                            "use the same, or another --output_path")
         for name, parameter in step.parameters_dict().items():
             if name == SCHEDULE:
                 continue
@@ -74,4 +81,4 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
                 log.write(f"step {i} {text}\n")
         if (i + 1) % save_every == 0 or i == steps - 1:
             write_checkpoint(state, {name: p.asnumpy() for name, p in step.parameters_dict().items()},
-                             {"step": str(i + 1)})
+                             {"step": str(i + 1), "settings": settings})

@@ -16,7 +16,6 @@ import argparse
 import json
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from PIL import Image, ImageDraw
@@ -28,6 +27,7 @@ from ldm.data.draws import draws
 from ldm.errors import run
 from ldm.models.clip import CLIPModel
 from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
+from ldm.runtime import setup_runtime
 from ldm.weights.read import read_checkpoint
 from tools.nano.pictures import DATASETS, evenly, read_pictures, to_network
 from tools.nano.train_clip import PROJECTION, VISION, ImageFeatures
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    setup_runtime("CPU")
     config = load_model_config(CONFIG)
     model = load_model(config, args.models / "nano.safetensors")
     clip = load_clip(args.models)

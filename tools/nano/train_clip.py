@@ -22,6 +22,7 @@ from ldm.config.model import load_model_config
 from ldm.data.draws import draws
 from ldm.errors import run
 from ldm.models.clip import CLIPModel
+from ldm.runtime import setup_runtime
 from ldm.tokenizer.tokenizer import Tokenizer
 from ldm.weights.read import write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
@@ -93,8 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-    np.random.seed(args.seed)
+    setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
     clip = CLIPModel(config.text, VISION, PROJECTION)
@@ -122,7 +122,8 @@ def main() -> None:
     trainable = [p for p in clip.trainable_params() if p is not clip.logit_scale]
     step = Step(ContrastiveLoss(clip, args.batch_size), trainable,
                 learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
-    train(step, batch, args.steps, args.output_path, ("loss", "right"), save_every=100)
+    settings = f"batch {args.batch_size}, seed {args.seed}"
+    train(step, batch, args.steps, args.output_path, ("loss", "right"), settings, save_every=100)
     clip.set_train(False)
     text = report(clip, tokenizer)
     print(text)

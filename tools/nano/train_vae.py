@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -23,6 +22,7 @@ from ldm.config.model import load_model_config
 from ldm.data.draws import draws
 from ldm.errors import UserError, run
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
+from ldm.runtime import setup_runtime
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours
@@ -108,8 +108,7 @@ def main() -> None:
     parser.add_argument("--decoder_only", type=Path, help="folder of a finished run: train its decoder further")
     args = parser.parse_args()
 
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-    np.random.seed(args.seed)
+    setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)
     parameters = vae.parameters_dict()  # before an optimizer puts its own name before theirs
@@ -137,7 +136,8 @@ def main() -> None:
 
     loss = ReconstructionLoss(vae, config.latent_channels, args.kl_weight, args.decoder_only is not None)
     step = Step(loss, trainable, learning_rates(args.learning_rate, args.steps, 100), weight_decay=1e-4)
-    train(step, batch, args.steps, args.output_path, ("loss", "l1", "mse", "kl"))
+    settings = f"batch {args.batch_size}, KL {args.kl_weight}, seed {args.seed}, decoder only {bool(args.decoder_only)}"
+    train(step, batch, args.steps, args.output_path, ("loss", "l1", "mse", "kl"), settings)
 
     vae.set_train(False)
     text = ""
