@@ -132,6 +132,18 @@ class TestHalfPrecision:
         assert found.dtype == ms.float16
         np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)
 
+    @pytest.mark.parametrize("make, shape", [
+        (lambda: GroupNorm(8, num_groups=2), (1, 8, 1, 1)),
+        (lambda: LayerNorm(8), (1, 8)),
+    ])
+    def test_norms_apply_their_parameters_in_fp32(self, make, shape):
+        """Weights and biases of 100,000, infinite in fp16, that cancel."""
+        cell, signs = self.half(make()), np.float32([1, -1] * 4)
+        cell.weight.set_data(Tensor(np.full(8, 1e5, np.float32)))
+        cell.bias.set_data(Tensor(-1e5 * signs))
+        found = cell(Tensor((1000 * signs).reshape(shape).astype(np.float16))).asnumpy()
+        np.testing.assert_allclose(found, 0, atol=0.1)
+
     def test_the_type_reaches_every_layer(self, tiny_model):
         set_compute_dtype(tiny_model, ms.float16)
         types = {cell.dtype for _, cell in tiny_model.cells_and_names() if hasattr(cell, "dtype")}
