@@ -222,6 +222,17 @@ def test_resuming_another_run_is_refused_and_says_what_differs(copy_of_vanilla, 
         Trainer(settings(base, data, copy_of_vanilla, **{**VANILLA, **change}, resume=True))
 
 
+def test_a_run_that_goes_on_from_an_older_state_keeps_its_own(copy_of_vanilla, base, data):
+    """Not those of the run it left: they have higher numbers than its first ones."""
+    folder = copy_of_vanilla / "ckpt"
+    names = [path.name for path in find_states(folder)]
+    change = {**VANILLA, "max_steps": 10, "resume": str(folder / names[1])}
+    train(settings(base, data, copy_of_vanilla, **change))
+    assert [path.name for path in find_states(folder)] == ["state-00000010.safetensors", names[1]]
+    assert (folder / "model-00000010.ckpt").exists()
+    assert [path.name for path in (folder / "abandoned-after-00000009").iterdir()] == [names[0]]
+
+
 def test_resuming_with_another_rate_or_length_is_said_and_done(copy_of_vanilla, base, data):
     change = {**VANILLA, "max_steps": 20, "start_learning_rate": 5e-4}
     trainer = Trainer(settings(base, data, copy_of_vanilla, **change, resume=True))

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STATES_KEPT = 2  # the last, and one to fall back on: a state is three to four times the trained parameters
 _STATE_NAME = re.compile(r"state-(\d{8,})\.safetensors")
+_NUMBERED_NAME = re.compile(r"(?:state|lora|model)-(\d{8,})\.(?:safetensors|ckpt)")
 _FORMAT = "1"
 
 
@@ -90,6 +91,27 @@ def remove_remains(folder: Path) -> None:
     """Take away what a killed process left half-written."""
     for path in folder.glob(".*.partial*"):
         path.unlink()
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Move the states and numbered checkpoints of more than `step` updates into `folder`/abandoned-after-<step>.
+
+    For a run that goes on from `step` where another one got further: what that left would count as the newest, so
+    each new file would be pruned as it is written, and the next resume would take up the abandoned run.
+    """
+    later = [
+        path for path in folder.glob("*-*") if (match := _NUMBERED_NAME.fullmatch(path.name)) and int(match[1]) > step
+    ]
+    if not later:
+        return
+    aside = folder / f"abandoned-after-{step:08d}"
+    aside.mkdir(exist_ok=True)
+    for path in later:
+        path.replace(aside / path.name)
+    logger.warning(
+        "%d files of a run that got beyond step %d were moved to %s; remove that folder if nothing in it is wanted",
+        len(later), step, aside,
+    )  # fmt: skip
 
 
 def prune(folder: Path, pattern: str, keep: int) -> None:

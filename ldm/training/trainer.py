@@ -116,6 +116,7 @@ class Trainer:
         if self.is_first_rank:
             checkpoints.remove_remains(self.folder)
         self.done = self._resume() if config.resume else 0
+        self.began_at: int | None = self.done  # until the first save
         micro_steps = config.gradient_accumulation_steps
         self.feed = make_feed(
             self.inputs, self.done * micro_steps, self.plan.updates * micro_steps, config.dataset_sink_mode
@@ -362,6 +363,9 @@ class Trainer:
         """Write the weights, then the state: a state on disk has its weights beside it."""
         if not self.is_first_rank:
             return
+        if self.began_at is not None:
+            checkpoints.set_aside_later(self.folder, self.began_at)
+            self.began_at = None
         kind = "lora" if self.config.use_lora else "model"
         path = self.folder / f"{kind}-{self.done:08d}.ckpt"
         if self.config.use_lora:

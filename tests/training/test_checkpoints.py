@@ -17,6 +17,7 @@ from ldm.training.checkpoints import (
     prune,
     remove_remains,
     save_state,
+    set_aside_later,
 )
 
 
@@ -88,6 +89,26 @@ def test_pruning_goes_by_the_step_and_leaves_other_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "lora-00000010.ckpt", "lora-00000100.ckpt", "lora.ckpt", "model-00000001.ckpt",
     ]  # fmt: skip
+
+
+def test_what_another_run_left_beyond_the_step_is_moved_aside_and_said(tmp_path, caplog):
+    for step in (200, 500, 600):
+        save_state(tmp_path, state(step), keep=3)
+        (tmp_path / f"lora-{step:08d}.ckpt").touch()
+    (tmp_path / "lora.ckpt").touch()
+    with caplog.at_level(logging.WARNING):
+        set_aside_later(tmp_path, 200)
+    later = {f"{kind}-00000{step}" for kind in ("lora", "state") for step in (500, 600)}
+    assert {path.stem for path in (tmp_path / "abandoned-after-00000200").iterdir()} == later
+    assert {path.stem for path in tmp_path.glob("*.*")} == {"lora", "lora-00000200", "state-00000200"}
+    assert "4 files" in caplog.text and "abandoned-after-00000200" in caplog.text
+
+
+def test_nothing_is_moved_where_nothing_lies_beyond_the_step(tmp_path, caplog):
+    set_aside_later(tmp_path / "missing", 0)
+    save_state(tmp_path, state(200))
+    set_aside_later(tmp_path, 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000200.safetensors"] and not caplog.text
 
 
 def test_differences_between_runs_are_named():
