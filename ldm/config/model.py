@@ -7,15 +7,18 @@ Stability AI's v2-inference*.yaml) reads unchanged. Two keys are this project's 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ldm.config.parse import nearest
 from ldm.errors import UserError
 
-DIFFUSION_TARGETS = ("ldm.models.diffusion.ddpm.LatentDiffusion", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
+DIFFUSION_TARGETS = ("ldm.models.diffusion.ddpm.LatentDiffusion",)
+INPAINT_TARGET = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
 UNET_TARGETS = ("ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.unet.UNetModel")
 VAE_TARGETS = ("ldm.models.autoencoder.AutoencoderKL",)
 VIT_L14 = dict(width=768, num_layers=12, num_heads=12, activation="quick_gelu")
@@ -26,7 +29,16 @@ TEXT_TARGETS = {
     "ldm.models.text_encoder.CLIPTextEncoder": {},
 }
 
-# Settings of published YAMLs that this project has no use for: they choose memory tricks, or repeat the only choice.
+MODEL_KEYS = ("architecture", "target", "pad_token", "params")
+MODEL_IGNORED = ("base_learning_rate",)
+PARAMS_KEYS = ("linear_start", "linear_end", "timesteps", "image_size", "scale_factor", "parameterization",
+               "unet_config", "first_stage_config", "cond_stage_config")
+# Settings of published YAMLs that this project has no use for: they choose memory tricks, steer another training, or
+# repeat the only choice.
+PARAMS_IGNORED = ("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "cond_stage_trainable",
+                  "channels", "conditioning_key", "monitor", "use_ema", "scheduler_config", "finetune_keys",
+                  "use_fp16", "ckpt_path", "ignore_keys", "load_only_unet", "clip_denoised")
+SECTION_KEYS = ("target", "params")
 UNET_IGNORED = ("image_size", "use_checkpoint", "legacy", "use_spatial_transformer", "use_fp16", "dropout",
                 "conv_resample", "dims", "num_classes", "use_scale_shift_norm", "resblock_updown",
                 "use_new_attention_order", "enable_flash_attention", "enable_fa_with_pad")
@@ -46,6 +58,9 @@ OPTIONAL = ("num_heads", "num_head_channels", "transformer_depth", "use_linear_i
 KINDS = {int: "a whole number", bool: "true or false", list: "a list of whole numbers", str: "a word",
          dict: "a section"}
 PAD_TOKENS = ("end", "zero")
+ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
+ACTIVATIONS = ("quick_gelu", "gelu")
+NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,8 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """Read a model YAML.
 
     Raises:
-        UserError: the file is missing or not YAML, a `target` is not in the table, a key is missing or unknown.
+        UserError: the file is missing or not YAML, a `target` is not in the table, a key is missing or unknown, a value
+            is out of range or contradicts another.
     """
     path = Path(path)
     try:
@@ -86,7 +102,12 @@ def load_model_config(path: str | Path) -> ModelConfig:
         raise UserError(f"model configuration {path} is not YAML: {' '.join(str(error).split())}") from None
     model = _section(document, "model", path)
     params = _section(model, "params", path, "model.")
+    if model.get("target") == INPAINT_TARGET:
+        raise UserError(f"model configuration {path}: model.target is {INPAINT_TARGET}: inpainting models are not "
+                        "supported; take the YAML and the checkpoint of a text-to-image model")
     _target(model, DIFFUSION_TARGETS, path, "model")
+    _known(model, MODEL_KEYS, MODEL_IGNORED, path, "model")
+    _known(params, PARAMS_KEYS, PARAMS_IGNORED, path, "model.params")
 
     unet_section = _section(params, "unet_config", path, "model.params.")
     vae_section = _section(params, "first_stage_config", path, "model.params.")
@@ -94,6 +115,9 @@ def load_model_config(path: str | Path) -> ModelConfig:
     _target(unet_section, UNET_TARGETS, path, "unet_config")
     _target(vae_section, VAE_TARGETS, path, "first_stage_config")
     text_target = _target(text_section, TEXT_TARGETS, path, "cond_stage_config")
+    for name, section in (("unet_config", unet_section), ("first_stage_config", vae_section),
+                          ("cond_stage_config", text_section)):
+        _known(section, SECTION_KEYS, (), path, name)
 
     unet = _pick(_section(unet_section, "params", path, "unet_config."), UNET_KEYS, UNET_IGNORED, path, "unet_config")
     vae_params = dict(_section(vae_section, "params", path, "first_stage_config."))
@@ -103,35 +127,92 @@ def load_model_config(path: str | Path) -> ModelConfig:
                         "empty, as in every published Stable Diffusion; attention inside the levels is not supported")
     vae = _pick(ddconfig, DD_KEYS, DD_IGNORED, path, "ddconfig")
     vae["embed_dim"] = _pick(vae_params, VAE_KEYS, VAE_IGNORED, path, "first_stage_config")["embed_dim"]
-    given = text_section.get("params") or {}
+    given = text_section.get("params")
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise UserError(f"model configuration {path}: cond_stage_config.params is {given!r}; it must be a section")
     text = _pick({**TEXT_TARGETS[text_target], **given}, TEXT_KEYS, TEXT_IGNORED, path, "cond_stage_config")
     if given.get("layer") == "penultimate":
         text["num_layers"] -= 1
 
-    parameterization = params.get("parameterization", "eps")
-    if parameterization not in ("eps", "v"):
-        raise UserError(f"model configuration {path}: parameterization is {parameterization!r}; it must be eps or v")
-    if "num_heads" not in unet and "num_head_channels" not in unet:
-        raise UserError(f"model configuration {path}: unet_config needs num_heads (SD1.x) or num_head_channels (SD2.x)")
+    _check_sizes(unet, vae, text, path)
+
+    parameterization = _choice(params, "parameterization", "eps", ("eps", "v"), path)
     is_openclip = text_target.endswith("FrozenOpenCLIPEmbedder")
-    pad_token = model.get("pad_token", "zero" if is_openclip else "end")
-    if pad_token not in PAD_TOKENS:
-        raise UserError(f"model configuration {path}: pad_token is {pad_token!r}; it must be end or zero")
-    vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
-    width, context_dim = text["width"], unet["context_dim"]
-    if width != context_dim:
-        raise UserError(f"model configuration {path}: the text encoder's width {width} is not the UNet's "
-                        f"context_dim {context_dim}")
+    pad_token = _choice(model, "pad_token", "zero" if is_openclip else "end", PAD_TOKENS, path)
+    context_dim = unet["context_dim"]
     derived = {768: "sd1", 1024: "sd2"}.get(context_dim, "custom") if unet["model_channels"] == 320 else "custom"
+    linear_start, linear_end = (_number(params, key, path, below=1) for key in ("linear_start", "linear_end"))
+    if linear_start > linear_end:
+        raise UserError(f"model configuration {path}: linear_start {linear_start} is above linear_end {linear_end}; "
+                        "they are the first and the last beta, which go up")
+    vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
     return ModelConfig(
         path=str(path),
-        architecture=model.get("architecture", derived),
+        architecture=_choice(model, "architecture", derived, ARCHITECTURES, path),
         prediction_type={"eps": "epsilon", "v": "v_prediction"}[parameterization],
-        linear_start=_number(params, "linear_start", path), linear_end=_number(params, "linear_end", path),
-        timesteps=int(_number(params, "timesteps", path)), beta_schedule="scaled_linear",
+        linear_start=linear_start, linear_end=linear_end,
+        # Samplers leave out the last time step and want one before it.
+        timesteps=_whole_number(params, "timesteps", path, low=2), beta_schedule="scaled_linear",
         scale_factor=_number(params, "scale_factor", path),
-        image_size=int(_number(params, "image_size", path)) * vae_factor, latent_channels=vae["embed_dim"],
+        image_size=_whole_number(params, "image_size", path) * vae_factor, latent_channels=vae["embed_dim"],
         vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token, unet=unet, vae=vae, text=text)
+
+
+def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
+    """Raise UserError where a size is not above 0, or does not go with the others."""
+
+    def refuse(problem: str) -> None:
+        raise UserError(f"model configuration {path}: {problem}")
+
+    for name, params in (("unet_config", unet), ("ddconfig", vae), ("cond_stage_config", text)):
+        for key, value in params.items():
+            # -1 is the published way to say that the other of the two counts.
+            unset = key in ("num_heads", "num_head_channels") and name == "unet_config" and value == -1
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) is int and number < 1 and not unset:
+                    refuse(f"{key} in {name} is {value!r}; it must be above 0")
+    if text["activation"] not in ACTIVATIONS:
+        refuse(f"activation in cond_stage_config is {text['activation']!r}; it must be {' or '.join(ACTIVATIONS)}")
+    if text["width"] % text["num_heads"]:
+        refuse(f"the text encoder's width {text['width']} is not a multiple of its num_heads {text['num_heads']}")
+    if text["width"] != unet["context_dim"]:
+        refuse(f"the text encoder's width {text['width']} is not the UNet's context_dim {unet['context_dim']}")
+    if unet["in_channels"] == 9:
+        refuse("in_channels in unet_config is 9, an inpainting model's; inpainting is not supported, "
+               "take the YAML and the checkpoint of a text-to-image model")
+    if not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
+        refuse(f"the UNet's in_channels {unet['in_channels']} and out_channels {unet['out_channels']} and the "
+               f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels")
+    if not (vae["in_channels"] == vae["out_ch"] == 3):
+        refuse(f"in_channels {vae['in_channels']} and out_ch {vae['out_ch']} in ddconfig must be 3, of an RGB picture")
+    if vae.get("double_z") is False:
+        refuse("double_z in ddconfig is False; it must be true, as in every published Stable Diffusion")
+
+    heads, head_channels = unet.get("num_heads", -1), unet.get("num_head_channels", -1)
+    if heads == -1 and head_channels == -1:
+        refuse("unet_config needs num_heads (SD1.x) or num_head_channels (SD2.x)")
+    groups = unet.get("num_groups", NUM_GROUPS)
+    key, divisor = ("num_head_channels", head_channels) if head_channels > 0 else ("num_heads", heads)
+    for mult in (1, *unet["channel_mult"]):
+        channels = mult * unet["model_channels"]
+        if channels % groups:
+            refuse(f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
+                   f"a multiple of num_groups {groups}")
+    # Attention stands at the levels of attention_resolutions, and always in the middle block.
+    levels = enumerate(unet["channel_mult"])
+    attended = [mult for level, mult in levels if 2**level in unet["attention_resolutions"]]
+    for mult in (*attended, unet["channel_mult"][-1]):
+        channels = mult * unet["model_channels"]
+        if channels % divisor:
+            refuse(f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
+                   f"a multiple of {key} {divisor}")
+    groups = vae.get("num_groups", NUM_GROUPS)
+    for mult in (1, *vae["ch_mult"]):
+        if mult * vae["ch"] % groups:
+            refuse(f"{mult * vae['ch']} channels (ch {vae['ch']} x {mult}) in ddconfig are not a multiple of "
+                   f"num_groups {groups}")
 
 
 def _section(parent: Any, key: str, path: Path, prefix: str = "") -> dict:
@@ -143,28 +224,53 @@ def _section(parent: Any, key: str, path: Path, prefix: str = "") -> dict:
 
 def _target(section: dict, known, path: Path, name: str) -> str:
     target = section.get("target")
-    if target not in known:
+    if target not in tuple(known):  # not the table itself: a list in its place cannot be looked up
         raise UserError(f"model configuration {path}: {name}.target is {target!r}; known: {', '.join(known)}")
     return target
 
 
-def _number(params: dict, key: str, path: Path) -> float:
+def _known(section: dict, keys, ignored, path: Path, name: str) -> None:
+    """Raise UserError for a key of `section` that nothing reads, naming the nearest."""
+    for key in section:
+        if key not in keys and key not in ignored:
+            near = nearest(str(key), (*keys, *ignored))
+            raise UserError(f"model configuration {path}: unknown key {key} in {name}; did you mean {near}?")
+
+
+def _choice(section: dict, key: str, default: str, choices, path: Path) -> str:
+    value = section.get(key, default)
+    if value not in choices:
+        raise UserError(f"model configuration {path}: {key} is {value!r}; it must be "
+                        f"{', '.join(choices[:-1])} or {choices[-1]}")
+    return value
+
+
+def _number(params: dict, key: str, path: Path, below: float = math.inf) -> float:
+    """A number above 0 and below `below`."""
     if key not in params:
         raise UserError(f"model configuration {path}: the key {key} is missing in model.params")
     try:
-        number = float(params[key])  # YAML reads 1e-4 as a word
-    except (TypeError, ValueError):
-        number = 0.0
-    if number <= 0:
-        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a number above 0")
+        # YAML reads 1e-4 as a word, and true as a number.
+        number = math.nan if isinstance(params[key], bool) else float(params[key])
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < below:
+        limit = "" if below == math.inf else f" and below {below}"
+        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a number above 0{limit}")
     return number
+
+
+def _whole_number(params: dict, key: str, path: Path, low: int = 1) -> int:
+    number = _number(params, key, path)
+    if number != int(number) or number < low:
+        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a whole number, at least "
+                        f"{low}")
+    return int(number)
 
 
 def _pick(params: dict, kinds: dict[str, type], ignored, path: Path, name: str) -> dict:
     """The keys of `params` that are in `kinds`, each of its kind; all that are not OPTIONAL must be there."""
-    for key in params:
-        if key not in kinds and key not in ignored:
-            raise UserError(f"model configuration {path}: unknown key {key} in {name}")
+    _known(params, kinds, ignored, path, name)
     for key, kind in kinds.items():
         if key not in params:
             if key not in OPTIONAL:

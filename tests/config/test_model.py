@@ -63,7 +63,8 @@ def test_a_published_yaml_reads_unchanged(change):
     plain = change()
     config = change("model.params", {
         **yaml.safe_load(V1.read_text())["model"]["params"],
-        "num_timesteps_cond": 1, "log_every_t": 200, "first_stage_key": "jpg", "cond_stage_key": "txt",
+        "num_timesteps_cond": 1, "finetune_keys": None, "use_fp16": True,
+        "log_every_t": 200, "first_stage_key": "jpg", "cond_stage_key": "txt",
         "channels": 4, "cond_stage_trainable": False, "conditioning_key": "crossattn", "use_ema": False,
         "monitor": "val/loss_simple_ema",
         "scheduler_config": {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {"warm_up_steps": [10000]}},
@@ -101,6 +102,40 @@ def test_a_published_yaml_reads_unchanged(change):
     ("model.params.unet_config.params.model_channels", True, "it must be a whole number"),
     ("model.params.first_stage_config.params.ddconfig.ch", 1.5, "ch in ddconfig is 1.5; it must be a whole number"),
     ("model.params.timesteps", "many", "timesteps is 'many'; it must be a number above 0"),
+    ("model.params.timesteps", float("inf"), "timesteps is inf"),
+    ("model.params.timesteps", 1, "timesteps is 1; it must be a whole number, at least 2"),
+    ("model.params.timesteps", 999.5, "timesteps is 999.5; it must be a whole number"),
+    ("model.params.image_size", 0.5, "image_size is 0.5; it must be a whole number, at least 1"),
+    ("model.params.image_size", True, "image_size is True"),
+    ("model.params.linear_start", 0.02, "linear_start 0.02 is above linear_end 0.012"),
+    ("model.params.linear_end", 1.0, "linear_end is 1.0; it must be a number above 0 and below 1"),
+    ("model.params.scale_factor", float("nan"), "scale_factor is nan; it must be a number above 0"),
+    ("model.params.scale_factor", 10**400, "it must be a number above 0"),
+    ("model.params.parameterisation", "v", "unknown key parameterisation in model.params; did you mean parameterizat"),
+    ("model.params.beta_schedule", "linear", "unknown key beta_schedule in model.params"),
+    ("model.pad_tokn", "zero", "unknown key pad_tokn in model; did you mean pad_token?"),
+    ("model.architecture", "sdxl", "architecture is 'sdxl'; it must be sd1, sd2, nano or custom"),
+    ("model.params.unet_config.parms", {}, "unknown key parms in unet_config; did you mean params?"),
+    ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "inpainting models are not supported"),
+    ("model.params.cond_stage_config.target", ["a"], "cond_stage_config.target is ['a']"),
+    ("model.params.cond_stage_config.params", [1], "cond_stage_config.params is [1]; it must be a section"),
+    ("model.params.cond_stage_config.params", {"activation": "quickgelu"}, "it must be quick_gelu or gelu"),
+    ("model.params.cond_stage_config.params", {"num_heads": 7}, "width 768 is not a multiple of its num_heads 7"),
+    ("model.params.cond_stage_config.params", {"num_heads": 0}, "num_heads in cond_stage_config is 0; it must"),
+    ("model.params.cond_stage_config.params", {"num_layers": 1, "layer": "penultimate"}, "num_layers in cond_stage"),
+    ("model.params.unet_config.params.num_heads", 0, "num_heads in unet_config is 0; it must be above 0"),
+    ("model.params.unet_config.params.num_heads", -1, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+    ("model.params.unet_config.params.num_heads", 7, "are not a multiple of num_heads 7"),
+    ("model.params.unet_config.params.num_head_channels", 48, "are not a multiple of num_head_channels 48"),
+    ("model.params.unet_config.params.channel_mult", [1, 0], "channel_mult in unet_config is [1, 0]"),
+    ("model.params.unet_config.params.model_channels", 30, "30 channels (model_channels 30 x 1) in unet_config"),
+    ("model.params.unet_config.params.num_groups", 48, "are not a multiple of num_groups 48"),
+    ("model.params.unet_config.params.in_channels", 9, "an inpainting model's; inpainting is not supported"),
+    ("model.params.unet_config.params.out_channels", 8, "in_channels 4 and out_channels 8"),
+    ("model.params.first_stage_config.params.embed_dim", 8, "embed_dim 8 must be the same"),
+    ("model.params.first_stage_config.params.ddconfig.ch", 100, "100 channels (ch 100 x 1) in ddconfig are not a mult"),
+    ("model.params.first_stage_config.params.ddconfig.in_channels", 1, "must be 3"),
+    ("model.params.first_stage_config.params.ddconfig.double_z", False, "double_z in ddconfig is False"),
     ("model.params.scale_factor", 0, "scale_factor is 0; it must be a number above 0"),
     ("model.params.linear_end", [1], "linear_end is [1]"),
     ("model.params.unet_config.params", 5, "no section unet_config.params"),
@@ -109,6 +144,23 @@ def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says
     with pytest.raises(UserError) as error:
         change(place, value)
     assert says in str(error.value) and "model.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("place, value", [
+    ("model.params.unet_config.params.num_head_channels", -1),  # num_heads counts then
+    ("model.params.cond_stage_config.params", {"activation": "gelu"}),
+    ("model.params.linear_start", "8.5e-4"),  # a word to YAML
+    ("model.params.timesteps", 2),
+    ("model.base_learning_rate", 1e-4),
+])
+def test_what_can_be_meant_is_read(change, place, value):
+    change(place, value)
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "configs").glob("*.yaml")), *sorted(ROOT.glob("tests/**/*.yaml"))],
+                         ids=lambda path: path.stem)
+def test_every_model_yaml_of_this_project_reads(path):
+    load_model_config(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"just text", b"- a list", b"model: [1", b"\xff\xfe\x00", b"model:\n\t- x"])
