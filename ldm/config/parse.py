@@ -104,12 +104,22 @@ def parse_config(
     return cls(**values)
 
 
-def save_config(config: Any, path: str | Path, header: str = "") -> None:
-    """Write all settings of a dataclass as a YAML file that `parse_config` reads back; `header` becomes a comment."""
-    text = "".join(f"# {line}\n" for line in header.splitlines())
-    text += yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+def save_config(config: Any, path: str | Path, header: str = "", leave_out: Sequence[str] = ()) -> None:
+    """Write all settings of a dataclass as a YAML file that `parse_config` reads back.
+
+    `header` becomes a comment, and so do the settings in `leave_out`: the flag that names the YAML file must be there.
+    """
+    settings = dataclasses.asdict(config)
+    lines = header.splitlines()
+    for name in leave_out:
+        lines += _dump({name: settings.pop(name)}).splitlines()
+    text = "".join(f"# {line}\n" for line in lines) + _dump(settings)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _dump(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(cls: type, *, prog: str = "", description: str = "", width: int | None = None) -> str:

@@ -155,12 +155,11 @@ def test_help_explains_every_setting_with_its_default(capsys):
 
 def test_saved_settings_are_read_back(tmp_path):
     config = parse("--rate", "1e-7", "--files", "a", "--resume")
-    save_config(config, tmp_path / "args.yaml", header="python train.py")
-    config.config = None
+    config.config = "recipe.yaml"
+    save_config(config, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
     text = (tmp_path / "args.yaml").read_text()
-    assert text.startswith("# python train.py\n")
-    (tmp_path / "args.yaml").write_text(text.replace("config: null\n", ""))
+    assert text.startswith("# python train.py\n# config: recipe.yaml\n# resume: true\n")
     again = parse("--config", str(tmp_path / "args.yaml"))
-    again.config = None
-    assert asdict(again) == asdict(config)
+    assert not again.resume
+    assert asdict(again) == {**asdict(config), "config": str(tmp_path / "args.yaml"), "resume": False}
 
