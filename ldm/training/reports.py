@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ldm.atomic import atomic_path
+from ldm.paths import writing
 
 LOG_EVERY = 50  # steps between two lines of log.txt
 
@@ -43,8 +44,9 @@ def set_up_logging(log_file: Path | None, level: str) -> None:
     screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     root.addHandler(screen)
     if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        with writing(log_file):
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
 
@@ -61,14 +63,17 @@ class MetricsFile:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))[1:]
             kept = [row for row in rows if len(row) == len(Metrics._fields) and int(row[0]) <= step]
-        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([Metrics._fields, *kept])
-        self.file = open(path, "a", newline="", encoding="utf-8")
+        self.path = path
+        with writing(path):
+            with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([Metrics._fields, *kept])
+            self.file = open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file)
 
     def write(self, metrics: Metrics) -> None:
-        self.writer.writerow([metrics.step, *(f"{value:.10g}" for value in metrics[1:])])
-        self.file.flush()
+        with writing(self.path):
+            self.writer.writerow([metrics.step, *(f"{value:.10g}" for value in metrics[1:])])
+            self.file.flush()
 
     def close(self) -> None:
         self.file.close()

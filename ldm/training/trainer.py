@@ -31,6 +31,7 @@ from ldm.lora.state import LoRALayer, lora_state
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.paths import check_folder, under_root, writing
 from ldm.runtime import Runtime, check_flash_attention, setup_runtime
 from ldm.training import checkpoints
 from ldm.training.feed import check_sink, make_feed
@@ -91,7 +92,7 @@ class Trainer:
             set_up_logging(self.output / "log.txt", config.log_level)
         else:
             set_up_logging(None, "WARNING")  # the others would say the same
-        self.model_config = load_model_config(config.model_config)
+        self.model_config = load_model_config(under_root(config.model_config))
         self.image_size = _image_size(config, self.model_config)
         rows = self._read_rows()
         self.order = BatchOrder(
@@ -261,7 +262,10 @@ class Trainer:
         """Go through the updates that are left."""
         config = self.config
         if self.is_first_rank:
-            save_config(config, self.output / "train_args.yaml")
+            path = self.output / "train_args.yaml"
+            with writing(path):
+                # of this start alone: the file holds all settings itself, and a new run has nothing to resume
+                save_config(config, path, leave_out=("train_config", "resume"))
         logger.info(
             "%d updates of %d x %d x %d pictures (%.1f epochs of %d rows) on %s in %s",
             self.plan.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
@@ -403,12 +407,20 @@ class Trainer:
 
 
 def _check_paths(config: TrainConfig) -> None:
-    for name in ("data_path", "pretrained_model_path"):
+    ways = {
+        "data_path": "give the folder with the pictures and img_txt.csv",
+        "pretrained_model_path": "give a Stable Diffusion checkpoint (.ckpt or .safetensors)",
+    }
+    for name, way in ways.items():
         if getattr(config, name) is None:
-            raise UserError(f"--{name} is needed")
+            raise UserError(f"--{name} is needed: {way}, on the command line or in the YAML file of --train_config")
     if not Path(config.pretrained_model_path).is_file():
-        raise UserError(f"pretrained_model_path: {config.pretrained_model_path} is not a file")
+        raise UserError(
+            f"pretrained_model_path: {config.pretrained_model_path} is not a file: give the path of a Stable Diffusion "
+            "checkpoint (.ckpt or .safetensors)"
+        )
     folder = Path(config.output_path) / "ckpt"
+    check_folder(folder, "output_path")
     # Not overwritten: a forgotten --resume would cost what was trained so far.
     if not config.resume and checkpoints.find_states(folder):
         raise UserError(
@@ -452,7 +464,7 @@ def make_loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None =
 
 def _link(path: Path, link: Path) -> None:
     """Let `link` name the content of `path`: a hard link, or a copy where the file system has none."""
-    with atomic_path(link) as temporary:
+    with writing(link), atomic_path(link) as temporary:
         try:
             os.link(path, temporary)
         except OSError:

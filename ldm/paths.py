@@ -1,0 +1,42 @@
+"""Paths from settings: where they are looked for, and whether they can be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def under_root(path: str | Path) -> Path:
+    """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
+    given = Path(path)
+    found = ROOT / given
+    return found if not given.exists() and found.exists() else given
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raise UserError, which calls the folder `name`, unless `folder` can be written, or can be made."""
+    for place in (folder, *folder.absolute().parents):
+        if not place.exists():
+            continue
+        if not place.is_dir():
+            raise UserError(f"{name}: {folder} cannot be a folder, as {place} is a file; give another path")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"{name}: {folder} cannot be written, there is no permission in {place}; give another path")
+        return
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses within the block (a full disk, a missing permission) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): free space there, or choose another output_path"
+        ) from error
