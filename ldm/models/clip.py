@@ -9,8 +9,6 @@ from mindspore import Parameter, Tensor, nn, ops
 from ldm.models.layers import Conv2d, Dense, LayerNorm
 from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
 
-END_TOKEN = 49407
-
 
 class VisionEmbeddings(nn.Cell):
     """Images (N, 3, S, S) -> class token and patches, with positions: (N, 1 + (S / patch)^2, width)."""
@@ -70,10 +68,10 @@ class CLIPModel(nn.Cell):
         return self.normalise(self.visual_projection(self.vision_model(images)))
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Pooled at each text's first end token."""
+        """Pooled at each text's first end token, the largest of all token numbers."""
         states = self.text_model(tokens)
         n, length, width = states.shape
-        end = (tokens == END_TOKEN).astype(ms.float32).argmax(1).astype(ms.int32)
+        end = tokens.astype(ms.float32).argmax(1).astype(ms.int32)
         rows = end + ops.arange(n).astype(ms.int32) * length
         return self.normalise(self.text_projection(self.gather(states.reshape(n * length, width), rows, 0)))
 
