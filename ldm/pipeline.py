@@ -26,7 +26,8 @@ from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.tokenizer import Tokenizer
-from ldm.weights.load import load_base
+from ldm.weights.load import check_base_metadata, load_base
+from ldm.weights.read import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,12 @@ def load_model(
     in fp32 (in fp16 it is known to overflow).
 
     unet_checkpoint: a file whose UNet takes the place of the checkpoint's. flash_attention: Ascend's, in the UNet (see
-    ldm.runtime.check_flash_attention). Raises UserError, see ldm.weights.load.
+    ldm.runtime.check_flash_attention). Raises UserError for a file that does not fit the configuration or says that it
+    was made for another, see ldm.weights.load.
     """
+    for path in (checkpoint, unet_checkpoint):
+        if path is not None:
+            check_base_metadata(open_checkpoint(path).metadata, config, path)
     model = build_model(config)
     report = load_base(model, checkpoint)
     logger.info("%s: %s", checkpoint, report)

@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
     model = build_model(config)
     arrays = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
     write_checkpoint(folder / "base.ckpt", arrays)
+    write_checkpoint(folder / "velocity.ckpt", arrays, {"prediction_type": "v_prediction"})
+    write_checkpoint(folder / "nano.safetensors", arrays, {"architecture": "nano"})
     unet = {name: array for name, array in arrays.items() if name.startswith("model.diffusion_model.")}
     write_checkpoint(folder / "unet.safetensors", {name: 0.9 * array for name, array in unet.items()})
     write_checkpoint(folder / "novae.ckpt", {name: a for name, a in arrays.items() if "first_stage" not in name})
@@ -320,6 +322,9 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
         (["--prompt", "x", "--ckpt_path", "FILES/cut.ckpt"], "cut.ckpt"),
         (["--prompt", "x", "--ckpt_path", "FILES/novae.ckpt"], "novae.ckpt does not fit.*it holds no VAE"),
         (["--prompt", "x", "--ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
+        (["--prompt", "x", "--ckpt_path", "FILES/velocity.ckpt"], "is v_prediction, but.*tiny.yaml has epsilon"),
+        (["--prompt", "x", "--ckpt_path", "FILES/nano.safetensors"], "architecture is nano, but.*has custom"),
+        (["--prompt", "x", "--unet_ckpt_path", "FILES/velocity.ckpt"], "velocity.ckpt says.*is v_prediction"),
         (["--prompt", "x", "--unet_ckpt_path", "FILES/both.ckpt"], "both.ckpt is a LoRA"),
         (["--prompt", "x", "--enable_flash_attention"], "enable_flash_attention needs an Ascend"),
         (["--prompt", "x", "--device_target", "Ascend"], "device_target Ascend cannot be used here"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.model import ModelConfig, load_model_config, model_metadata
 from ldm.config.parse import setting
 from ldm.errors import UserError
 
@@ -197,9 +197,12 @@ class Plan:
 def plan(config: GenerateConfig) -> Plan:
     """Find the prompts, the model and the files.
 
-    Raises UserError for a file that is missing or cannot be read, for prompts and negative prompts that do not pair,
-    for a model that is not known or not the checkpoint's, for an output path that cannot be written.
+    Raises UserError for a file that is missing or cannot be read, for prompts that are not UTF-8, for prompts and
+    negative prompts that do not pair, for a model that is not known or not the checkpoint's, for an output path that
+    cannot be written.
     """
+    for name in ("prompt", "negative_prompt"):
+        _check_text(getattr(config, name), name)
     prompts = _read_lines(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
     if config.negative_data_path is not None:
         negative = _read_lines(config.negative_data_path, "negative_data_path")
@@ -265,6 +268,17 @@ def parse_lora_path(text: str) -> LoRAFile:
     return LoRAFile(_existing(path, "lora_ckpt_path"), number)
 
 
+def _check_text(text: str, name: str) -> None:
+    """Raise UserError for a text that is not UTF-8: bytes that are none come from the command line as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--{name} is not UTF-8 text (character {error.start + 1}, {text[error.start]!a}): type it anew, or set "
+            "the terminal to UTF-8"
+        ) from None
+
+
 def _read_lines(path: str, name: str) -> list[str]:
     """Lines of a UTF-8 text file, prompts without the empty ones at the end; only line feeds end a line."""
     if os.path.isdir(path):
@@ -320,32 +334,39 @@ def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path]:
             way = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
         else:
             way = (
-                "put the published file of that name there, or give --ckpt_path with a single-file Stable Diffusion "
-                f"{version} checkpoint (.safetensors, or a MindSpore .ckpt)"
+                f"put mindone's published file of that name into {path.parent}, or give --ckpt_path with any "
+                f"single-file Stable Diffusion {version} checkpoint (.safetensors or .ckpt); --version nano needs neither"
             )
         raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way}")
     return version, path
 
 
 def _version_of(path: Path) -> str:
-    """The version of a checkpoint that comes without one: by its published name, else by its context's width."""
+    """The version of a checkpoint that comes without one: by its published name, by what it says (training writes the
+    architecture and the prediction type), else by its context's width."""
     from ldm.weights.read import open_checkpoint
 
     for version, published in VERSIONS.items():
         if path.name == Path(published.checkpoint).name:
             return version
-    shapes = open_checkpoint(path).shapes()
+    checkpoint = open_checkpoint(path)
+    said = model_metadata(checkpoint.metadata)
+    shapes = checkpoint.shapes()
     widths = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape}
     fitting = {}
     for version, published in VERSIONS.items():
-        if load_model_config(ROOT / published.config).context_dim in widths:
+        model = load_model_config(ROOT / published.config)
+        goes_by_shape = model.context_dim in widths or "architecture" in said
+        if goes_by_shape and all(getattr(model, key) == value for key, value in said.items()):
             fitting.setdefault(published.config, version)
     if len(fitting) == 1:
         version = next(iter(fitting.values()))
-        logger.info("%s is taken for version %s, by its shapes", path, version)
+        logger.info("%s is taken for version %s, by %s", path, version, "what it says" if said else "its shapes")
         return version
     choices = ", ".join(VERSIONS)
-    raise UserError(f"which model is {path}? Its shapes do not tell: add --version (one of {choices}) or --config")
+    says = " and ".join(f"{key} {value}" for key, value in said.items())
+    says = f"It says {says}, and its shapes do not tell the rest" if said else "Its shapes do not tell"
+    raise UserError(f"which model is {path}? {says}: add --version (one of {choices}) or --config")
 
 
 def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig:

@@ -8,6 +8,7 @@ Stability AI's v2-inference*.yaml) reads unchanged. Two keys are this project's 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ KINDS = {int: "a whole number", bool: "true or false", list: "a list of whole nu
          dict: "a section"}
 PAD_TOKENS = ("end", "zero")
 ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # of a YAML's `parameterization`
 ACTIVATIONS = ("quick_gelu", "gelu")
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
 
@@ -83,6 +85,13 @@ class ModelConfig:
     unet: dict[str, Any]  # arguments of UNetModel
     vae: dict[str, Any]  # arguments of AutoencoderKL
     text: dict[str, Any]  # arguments of CLIPTextEncoder
+
+
+def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What the texts of a checkpoint say of its model: `architecture` and `prediction_type` as in ModelConfig, those
+    that are there. Training writes both; other projects' words under these names say nothing here."""
+    known = {"architecture": ARCHITECTURES, "prediction_type": tuple(PREDICTION_TYPES.values())}
+    return {key: metadata[key] for key, words in known.items() if metadata.get(key) in words}
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -138,7 +147,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
     _check_sizes(unet, vae, text, path)
 
-    parameterization = _choice(params, "parameterization", "eps", ("eps", "v"), path)
+    parameterization = _choice(params, "parameterization", "eps", tuple(PREDICTION_TYPES), path)
     is_openclip = text_target.endswith("FrozenOpenCLIPEmbedder")
     pad_token = _choice(model, "pad_token", "zero" if is_openclip else "end", PAD_TOKENS, path)
     context_dim = unet["context_dim"]
@@ -151,7 +160,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     return ModelConfig(
         path=str(path),
         architecture=_choice(model, "architecture", derived, ARCHITECTURES, path),
-        prediction_type={"eps": "epsilon", "v": "v_prediction"}[parameterization],
+        prediction_type=PREDICTION_TYPES[parameterization],
         linear_start=linear_start, linear_end=linear_end,
         # Samplers leave out the last time step and want one before it.
         timesteps=_whole_number(params, "timesteps", path, low=2), beta_schedule="scaled_linear",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from mindspore import Tensor, nn
 
+from ldm.config.model import ModelConfig, model_metadata
 from ldm.errors import UserError
 from ldm.weights.names import (
     COMPONENTS,
@@ -110,6 +111,20 @@ def load_base(
             array = take(checkpoint, plan.sources[name]).reshape(parameter.shape)
             parameter.set_data(Tensor(np.ascontiguousarray(array), dtype=parameter.dtype))
     return report
+
+
+def check_base_metadata(metadata: Mapping[str, str], config: ModelConfig, path: str | os.PathLike) -> None:
+    """Raise UserError where the texts of the base checkpoint at `path` contradict the model configuration.
+
+    A checkpoint that says nothing passes: its shapes are judged by load_base, its prediction type is taken on trust.
+    """
+    for key, said in model_metadata(metadata).items():
+        wanted = getattr(config, key)
+        if said != wanted:
+            raise UserError(
+                f"{path} says that its {key} is {said}, but the model configuration {config.path} has {wanted}: choose "
+                "the version or the model YAML that belongs to the checkpoint"
+            )
 
 
 def compare(

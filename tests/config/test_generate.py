@@ -199,6 +199,21 @@ def test_more_images_than_a_folder_holds_are_refused(place):
         planned("--data_path prompts.txt --n_samples 1000000")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a \udcff cat"], r"--prompt is not UTF-8 text \(character 3"),
+        (["--prompt", "x", "--negative_prompt", "\udce9"], r"--negative_prompt is not UTF-8 text \(character 1"),
+    ],
+)
+def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
+    """Python hands them on as lone surrogates, which no file can hold."""
+    config = parse_config(GenerateConfig, [*flags, "--config", str(TINY), "--ckpt_path", "base.safetensors"])
+    with pytest.raises(UserError, match=words) as error:
+        plan(config)
+    str(error.value).encode("utf-8")
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +227,11 @@ def checkout(place, monkeypatch):
 
 @pytest.mark.parametrize("version", [version for version in VERSIONS if version != "nano"])
 def test_a_version_names_its_published_checkpoint_where_it_is_missing(checkout, version):
-    with pytest.raises(UserError, match=f"{VERSIONS[version].checkpoint}.* does not exist.*--ckpt_path"):
+    words = (
+        f"{VERSIONS[version].checkpoint}.* does not exist: put.*published.*{checkout}/models, or give --ckpt_path.*"
+        "--version nano needs neither"
+    )
+    with pytest.raises(UserError, match=words):
         plan(parse(f"--prompt x --version {version}"))
 
 
@@ -257,13 +276,44 @@ def test_a_checkpoint_under_a_published_name_needs_no_version(place):
     assert plan(parse("--prompt x --ckpt_path sd_v2-1_768_v-061732d1.ckpt")).version == "2.1-v"
 
 
-def context_file(path, width):
-    write_checkpoint(path, {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)})
+def context_file(path, width, metadata=None):
+    write_checkpoint(path, {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)}, metadata)
 
 
 def test_a_checkpoint_whose_shapes_tell_needs_no_version(place):
     context_file(place / "mine.safetensors", 768)
     assert plan(parse("--prompt x --ckpt_path mine.safetensors")).version == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prediction_type", "width", "version"),
+    [
+        ("nano", "v_prediction", 96, "nano"),
+        ("sd1", "epsilon", 768, "1.5"),
+        ("sd2", "epsilon", 1024, "2.0"),
+        ("sd2", "v_prediction", 1024, "2.0-v"),
+        (None, "v_prediction", 1024, "2.0-v"),
+        ("stable-diffusion-v2", "v", 768, "1.5"),  # another project's words: the shapes tell
+    ],
+)
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_checkpoint_that_says_what_it_is_needs_no_version(
+    place, suffix, architecture, prediction_type, width, version
+):
+    said = {"architecture": architecture, "prediction_type": prediction_type, "step": "5"}
+    said = {key: text for key, text in said.items() if text is not None}
+    context_file(place / f"mine{suffix}", width, said)
+    job = plan(parse(f"--prompt x --ckpt_path mine{suffix}"))
+    assert job.version == version
+    if prediction_type != "v":
+        assert job.model.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("said", [{"architecture": "sd2"}, {"architecture": "custom", "prediction_type": "epsilon"}])
+def test_a_checkpoint_that_says_too_little_needs_a_version(place, said):
+    context_file(place / "mine.safetensors", 1024, said)
+    with pytest.raises(UserError, match=f"It says architecture {said['architecture']}.*--version.*--config"):
+        plan(parse("--prompt x --ckpt_path mine.safetensors"))
 
 
 @pytest.mark.parametrize("width", [1024, 32])
