@@ -31,8 +31,8 @@ class LoRASpec:
         alpha: the update is multiplied by alpha / rank; None stands for alpha = rank.
         scale: and by this.
         unet, text_encoder: which networks.
-        targets: "attention" (q, k, v and output projections), "all" (and feed-forward, projections around the
-            transformers, residual blocks and resampling convolutions), or names: each the last part of a layer's name.
+        targets: one or several of "attention" (q, k, v and output projections), "all" (and feed-forward, projections
+            around the transformers, residual blocks and resampling convolutions), and the last parts of layers' names.
         fp16: let the factors compute in fp16 where their layer does; they are stored in fp32 in any case.
         seed: of the initial values.
     """
@@ -115,13 +115,15 @@ def _check(spec: LoRASpec) -> tuple[str, ...]:
         raise UserError(f"lora_alpha is {spec.alpha}: it must be above 0 (leave it out for alpha = rank)")
     if not (spec.unet or spec.text_encoder):
         raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: there is nothing to train, set one")
-    if isinstance(spec.targets, str):
-        if spec.targets not in TARGETS:
-            raise UserError(f"LoRA targets {spec.targets!r}: choose one of {', '.join(TARGETS)}, or give layer names")
-        return TARGETS[spec.targets]
+    if isinstance(spec.targets, str) and spec.targets not in TARGETS:
+        raise UserError(f"LoRA targets {spec.targets!r}: choose one of {', '.join(TARGETS)}, or give layer names")
     if not spec.targets:
-        raise UserError("LoRA targets: the list is empty")
-    return tuple(spec.targets)
+        raise UserError(f"lora_targets is empty: give {', '.join(TARGETS)}, or the last parts of layers' names")
+    return tuple(target for entry in _entries(spec) for target in TARGETS.get(entry, (entry,)))
+
+
+def _entries(spec: LoRASpec) -> tuple[str, ...]:
+    return (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
 
 
 def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[str, nn.Cell, str, nn.Cell]]:
@@ -142,7 +144,7 @@ def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[
             narrowest = min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
             if spec.rank > narrowest:
                 raise UserError(f"lora_rank {spec.rank} is more than the width {narrowest} of {name}: lower it")
-            used.add(target)
+            used.update(target for target in targets if f".{name}".endswith(f".{target}"))
             components.add(component)
             found.append((name, parent, key, layer))
     for component, asked in wanted.items():
@@ -151,9 +153,13 @@ def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[
                 f"LoRA targets {spec.targets} match no layer of the {LABELS[component]}, "
                 f"which lora_ft_{component} asks for"
             )
-    unused = [target for target in targets if target not in used]
-    if unused and not isinstance(spec.targets, str):
-        raise UserError(f"LoRA target {unused[0]!r} matches no dense layer or convolution")
+    # a group names layers that not every network has; a name that matches nothing is a mistake
+    unused = [entry for entry in _entries(spec) if entry not in TARGETS and entry not in used]
+    if unused:
+        raise UserError(
+            f"LoRA target {unused[0]!r} matches no dense layer or convolution: give {' or '.join(TARGETS)}, "
+            "or the last parts of layers' names, such as to_q"
+        )
     return found
 
 

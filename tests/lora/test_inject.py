@@ -100,6 +100,11 @@ class TestWhichLayers:
         block = f"{UNET}input_blocks.0.1."
         assert names == [f"{block}proj_in", f"{block}transformer_blocks.0.attn2.to_k"]
 
+    def test_a_group_and_a_name_together(self, tiny_model):
+        names = inject_lora(tiny_model, LoRASpec(targets=("attention", "attn1.to_q", "ff.net.2")))
+        kinds = {name.split(".transformer_blocks.0.")[1].split(".", 1)[1] for name in names}
+        assert kinds == {"to_q", "to_k", "to_v", "to_out.0", "net.2"} and len(names) == 7 * (2 * 4 + 1)
+
     def test_a_target_is_whole_parts_of_a_name(self, small_net):
         with pytest.raises(UserError, match="match no layer"):
             inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
