@@ -219,6 +219,13 @@ def test_resuming_another_run_is_refused_and_says_what_differs(copy_of_vanilla, 
         Trainer(settings(base, data, copy_of_vanilla, **{**VANILLA, **change}, resume=True))
 
 
+def test_resuming_another_run_is_refused_before_the_data_is_encoded(copy_of_vanilla, base, data, tmp_path):
+    config = settings(base, data, tmp_path / "new", **{**VANILLA, "seed": 7}, resume=str(copy_of_vanilla))
+    with pytest.raises(UserError, match="seed was 42, is 7"):
+        Trainer(config)
+    assert not (tmp_path / "new" / "cache").exists()
+
+
 def test_a_run_that_goes_on_from_an_older_state_keeps_its_own(copy_of_vanilla, base, data):
     """Not those of the run it left: they have higher numbers than its first ones."""
     folder = copy_of_vanilla / "ckpt"
@@ -323,10 +330,14 @@ def test_the_states_of_an_earlier_run_are_not_overwritten(base, data, copy_of_va
     assert len(find_states(copy_of_vanilla / "ckpt")) == 2
 
 
-def test_resuming_a_run_that_is_done_does_nothing(base, data, copy_of_vanilla):
+def test_resuming_a_run_that_is_done_only_writes_a_checkpoint_that_is_missing(base, data, vanilla, copy_of_vanilla):
     path = train(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
     assert path == copy_of_vanilla / "ckpt" / "model.ckpt"
+    assert path.read_bytes() == (vanilla / "ckpt" / "model.ckpt").read_bytes()
     assert "all 12 updates are done already" in (copy_of_vanilla / "log.txt").read_text()
+    saved = path.stat().st_mtime_ns
+    train(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
+    assert path.stat().st_mtime_ns == saved
 
 
 def test_a_unet_from_nothing_needs_no_unet_in_the_checkpoint(base, data, empty_run, tmp_path):
@@ -381,13 +392,17 @@ def test_the_loss_scaler_is_the_one_asked_for(given, fp16, scale, dynamic):
         (dict(dataset_sink_mode=True), "needs an Ascend device"),
         (dict(use_parallel=True), "msrun"),
         (dict(use_lora=True, lora_targets=["to_nowhere"]), "to_nowhere"),
+        (dict(use_lora=True, lora_rank=1000), "lora_rank 1000"),
+        (dict(loss_scaler_type="dynamic", drop_overflow_update=False), "drop_overflow_update False does not go"),
+        (dict(precision="fp16", drop_overflow_update=False), "drop_overflow_update False does not go"),
         (dict(model_config=str(ROOT / "tests" / "tiny.yaml")), "does not fit"),
     ],
 )
-def test_what_cannot_be_done_is_said_with_the_setting(base, data, empty_run, change, says):
+def test_what_cannot_be_done_is_said_with_the_setting_before_the_data_is_encoded(base, data, tmp_path, change, says):
+    output = tmp_path / "run"
     with pytest.raises(UserError, match=says):
-        train(settings(base, data, empty_run, **change))
-    assert not (empty_run / "ckpt").exists()
+        train(settings(base, data, output, **change))
+    assert not (output / "ckpt").exists() and not (output / "cache").exists()
 
 
 @pytest.mark.parametrize(

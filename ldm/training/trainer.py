@@ -34,6 +34,7 @@ from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.paths import check_folder, under_root, writing
 from ldm.runtime import Runtime, check_flash_attention, setup_runtime
 from ldm.training import checkpoints
+from ldm.training.checkpoints import TrainState
 from ldm.training.feed import check_sink, make_feed
 from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.inputs import Inputs
@@ -99,9 +100,15 @@ class Trainer:
             len(rows), config.train_batch_size, config.seed, self.runtime.rank, self.runtime.rank_size
         )
         self.plan = make_plan(config, self.order.steps_per_epoch)
-
-        self.model = self._build_model()
+        self.scaler = make_loss_scaler(config, self.runtime)
         self.fingerprint = self._fingerprint(rows)
+        if self.is_first_rank:
+            checkpoints.remove_remains(self.folder)
+        # Whatever can be wrong is found before the data is encoded, which may take hours.
+        state = self._state_to_resume() if config.resume else None
+        self.model = self._build_model()
+        self.trained_names: list[str] = []
+        trainable = self._choose_trainable()
         self.inputs = Inputs(
             config,
             self.model_config,
@@ -111,12 +118,8 @@ class Trainer:
             image_size=self.image_size,
             tokens_only=config.lora_ft_text_encoder,
         )
-        self.scaler = make_loss_scaler(config, self.runtime)
-        self.trained_names: list[str] = []
-        self.step = self._build_step()
-        if self.is_first_rank:
-            checkpoints.remove_remains(self.folder)
-        self.done = self._resume() if config.resume else 0
+        self.step = self._build_step(trainable)
+        self.done = self._take_over(state) if state is not None else 0
         self.began_at: int | None = self.done  # until the first save
         micro_steps = config.gradient_accumulation_steps
         self.feed = make_feed(
@@ -147,10 +150,10 @@ class Trainer:
         logger.info("%s: %s", self.config.pretrained_model_path, report)
         return model
 
-    def _build_step(self) -> TrainStep:
+    def _choose_trainable(self) -> list[Parameter]:
+        """Inject LoRA, or take the whole UNet."""
         config, model = self.config, self.model
         if config.use_lora:
-            targets = config.lora_targets
             self.trained_names = inject_lora(
                 model,
                 LoRASpec(
@@ -159,7 +162,7 @@ class Trainer:
                     scale=config.lora_scale,
                     unet=config.lora_ft_unet,
                     text_encoder=config.lora_ft_text_encoder,
-                    targets=targets[0] if targets in (["attention"], ["all"]) else tuple(targets),
+                    targets=tuple(config.lora_targets),
                     fp16=config.lora_fp16,
                     seed=config.seed,
                 ),
@@ -174,7 +177,10 @@ class Trainer:
             f"{sum(p.size for p in trainable):,}", len(trainable),
             f", LoRA in {len(self.trained_names)} layers" if config.use_lora else "",
         )  # fmt: skip
+        return trainable
 
+    def _build_step(self, trainable: list[Parameter]) -> TrainStep:
+        config, model = self.config, self.model
         unet = model.model.diffusion_model
         set_compute_dtype(unet, self.runtime.compute_dtype)
         if config.enable_flash_attention:
@@ -229,7 +235,7 @@ class Trainer:
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> int:
+    def _state_to_resume(self) -> TrainState | None:
         where = self.folder if self.config.resume is True else Path(self.config.resume)
         if where.is_dir():
             where = where / "ckpt" if (where / "ckpt").is_dir() else where
@@ -237,7 +243,7 @@ class Trainer:
         if state is None:
             if self.config.resume is True:
                 logger.info("resume: %s holds no state yet, so this run starts from the beginning", where)
-                return 0
+                return None
             raise UserError(f"resume: {where} holds no training state (state-<step>.safetensors)")
         differences = checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint)
         fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
@@ -248,6 +254,9 @@ class Trainer:
             )
         for text in differences.values():
             logger.warning("resume: %s; the new value holds from here", text)
+        return state
+
+    def _take_over(self, state: TrainState) -> int:
         try:
             self.step.load_state(state.arrays)
         except ValueError as error:
@@ -274,6 +283,8 @@ class Trainer:
         )  # fmt: skip
         if self.done >= self.plan.updates:
             logger.info("all %d updates are done already", self.plan.updates)
+            if not self._newest_link().exists():
+                self._save()  # of a state from another folder, or one whose checkpoint was taken away
             return self._newest_link()
         metrics_file = MetricsFile(self.output / "metrics.csv", self.done) if self.is_first_rank else None
         bar = tqdm(
@@ -350,9 +361,10 @@ class Trainer:
         self.done += 1
         applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
         if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
+            sound = f"; the last state in {self.folder} is sound" if checkpoints.find_states(self.folder) else ""
             raise UserError(
                 f"the loss or its gradients are no longer finite at step {self.done} (loss {result.loss}): lower "
-                f"start_learning_rate, set clip_grad, or look at the data; the last state in {self.folder} is sound"
+                f"start_learning_rate, set clip_grad, or look at the data{sound}"
             )
         used_scale = scaler.scale
         scaler.after_step(result.finite, applied)
@@ -378,7 +390,7 @@ class Trainer:
             self._write_model(path)
         _link(path, self._newest_link())
         checkpoints.prune(self.folder, f"{kind}-*.ckpt", self.config.ckpt_max_keep)
-        state = checkpoints.TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
+        state = TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
         checkpoints.save_state(self.folder, state)
         logger.debug("saved %s", path)
 
@@ -448,6 +460,11 @@ def make_loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None =
     kind = config.loss_scaler_type
     if kind == "auto":
         kind = "dynamic" if runtime.fp16 else "none"
+    if kind == "dynamic" and not config.drop_overflow_update:
+        raise UserError(
+            "drop_overflow_update False does not go with a dynamic loss scale, which finds its size by overflows (fp16 "
+            "has one unless told otherwise): leave it True, or set loss_scaler_type static with a small init_loss_scale"
+        )
     scaler = LossScaler(
         scale=1.0 if kind == "none" else config.init_loss_scale,
         dynamic=kind == "dynamic",
