@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Callable
 
 import mindspore as ms
@@ -39,9 +38,28 @@ def make_feed(inputs: Inputs, first: int, end: int, sink: bool) -> Feed:
         steps = iter(range(first, end))
         return lambda: tuple(Tensor(array) for array in inputs.batch(next(steps)))
 
-    def batches() -> Iterator[Batch]:
-        for step in range(first, end):
-            yield inputs.batch(step)
+    return ms.data_sink(lambda *tensors: tensors, make_queue(inputs, first, end), sink_size=1)
 
-    queue = dataset.GeneratorDataset(batches, column_names=list(Batch._fields), shuffle=False)
-    return ms.data_sink(lambda *tensors: tensors, queue, sink_size=1)
+
+class _MicroSteps:
+    """The micro-steps from `first` to before `end` by index."""
+
+    def __init__(self, inputs: Inputs, first: int, end: int):
+        self.inputs, self.first, self.end = inputs, first, end
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):  # ends a `for` over it
+            raise IndexError(index)
+        return self.inputs.batch(self.first + int(index))
+
+
+def make_queue(inputs: Inputs, first: int, end: int) -> dataset.GeneratorDataset:
+    """The batches of the micro-steps as MindSpore's dataset. Its source has a length: data_sink asks for it, and of a
+    generator MindSpore learns it by making every batch of the run once."""
+    return dataset.GeneratorDataset(
+        _MicroSteps(inputs, first, end), column_names=list(Batch._fields), shuffle=False, num_parallel_workers=1,
+        python_multiprocessing=False,
+    )  # fmt: skip

@@ -230,6 +230,19 @@ def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch)
         assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
 
 
+def test_the_queues_length_is_known_without_making_the_batches(rows, tmp_path, monkeypatch):
+    inputs, made = build(rows, tmp_path), []
+    batch = inputs.batch
+    monkeypatch.setattr(inputs, "batch", lambda step: made.append(step) or batch(step))
+    queue = feed.make_queue(inputs, 3, 1003)
+    assert queue.get_dataset_size() == 1000
+    assert len(made) <= 2  # MindSpore looks at one for the types
+    made.clear()
+    short = feed.make_queue(inputs, 3, 6)
+    assert len(list(short.create_tuple_iterator(num_epochs=1))) == 3
+    assert set(made) == {3, 4, 5}
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
