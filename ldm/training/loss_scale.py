@@ -8,12 +8,13 @@ from ldm.errors import UserError
 
 OVERFLOWS_ALLOWED = 50  # in a row; from 65536 the scale has long reached 1 by then
 SMALLEST_SCALE = 1.0
+LARGEST_SCALE = 2.0**24  # a finite run would go on doubling, until fp32 itself overflows
 
 
 @dataclass
 class LossScaler:
-    """Dynamic: the scale falls by `factor` at an overflow and rises by it after `window` finite steps in a row.
-    Otherwise it stays."""
+    """Dynamic: the scale falls by `factor` at an overflow and rises by it after `window` finite steps in a row, up
+    to LARGEST_SCALE. Otherwise it stays."""
 
     scale: float
     dynamic: bool
@@ -31,7 +32,7 @@ class LossScaler:
             self.overflows_in_a_row = 0
             self.good_steps += 1
             if self.dynamic and self.good_steps >= self.window:
-                self.scale, self.good_steps = self.scale * self.factor, 0
+                self.scale, self.good_steps = min(self.scale * self.factor, LARGEST_SCALE), 0
             return
         self.overflows += 1
         self.overflows_in_a_row += 1

@@ -230,8 +230,10 @@ class TrainStep:
         if self.micro_steps == 1:
             loss, norm, finite = self.whole(*batches[0], numbers).asnumpy()
         else:
-            loss = np.mean([float(self.micro(*batch, numbers).asnumpy()) for batch in batches])
+            losses = [self.micro(*batch, numbers) for batch in batches]
             norm, finite = self.finish(numbers).asnumpy()
+            # read at the end: reading one waits for the device
+            loss = np.mean([float(loss.asnumpy()) for loss in losses])
         return StepResult(float(loss), float(norm), bool(finite))
 
     def state(self) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ldm.errors import UserError
-from ldm.training.loss_scale import OVERFLOWS_ALLOWED, LossScaler
+from ldm.training.loss_scale import LARGEST_SCALE, OVERFLOWS_ALLOWED, LossScaler
 
 
 def test_dynamic_scale_falls_at_an_overflow_and_rises_after_the_window():
@@ -34,6 +34,13 @@ def test_static_scale_stays():
     for finite in (True, False, True):
         scaler.after_step(finite, finite)
     assert scaler.scale == 128.0
+
+
+def test_it_never_rises_above_the_largest():
+    scaler = LossScaler(2.0**22, dynamic=True, window=1)
+    for _ in range(5):
+        scaler.after_step(True, True)
+    assert scaler.scale == LARGEST_SCALE == 2.0**24
 
 
 def test_it_never_falls_below_one():
