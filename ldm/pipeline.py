@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
 # fp32 for this many.
 DECODE_PIXELS = 512 * 512
+
+# How MindSpore says that memory is short: in pynative mode, in graph mode (host and device), and from C++ itself.
+OUT_OF_MEMORY = ("allocate memory failed", "memory isn't enough", "memory not enough", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,8 @@ class Pipeline:
         starting_latents: (N, C, h, w), None to draw them from the seed.
         progress: a bar on the terminal.
 
-        Raises UserError for sizes or steps that do not fit the model, ValueError for lists of unequal lengths.
+        Raises UserError for sizes or steps that do not fit the model, and where memory does not suffice; ValueError for
+        lists of unequal lengths.
         """
         shape = check_sampling(sampling, self.config)
         count = len(prompts)
@@ -174,23 +180,24 @@ class Pipeline:
             for indices, batch_texts in zip(batches, texts):
                 # The last batch is filled up with its last picture, or its size would be compiled as well.
                 padded = np.append(indices, np.full(batch_size - len(indices), indices[-1], indices.dtype))
-                if starting_latents is None:
-                    start = self.starting_latents(seed, padded.tolist(), shape)
-                else:
-                    start = np.asarray(starting_latents[padded], np.float32)
-                states = self.encode_prompts(batch_texts, text_batch_size)
-                rows = np.minimum(np.arange(batch_size), len(indices) - 1)
-                context = states[rows]
-                negative_context = states[len(indices) + rows] if guided else None
-                final = self.sample(
-                    context,
-                    negative_context,
-                    start,
-                    sampling,
-                    draw_noise=_noise_of_pictures(seed, padded.tolist(), shape),
-                    callback=advance,
-                )
-                images = self.decode(final, batch_size)
+                with _memory_is_named(self.config, shape, batch_size):
+                    if starting_latents is None:
+                        start = self.starting_latents(seed, padded.tolist(), shape)
+                    else:
+                        start = np.asarray(starting_latents[padded], np.float32)
+                    states = self.encode_prompts(batch_texts, text_batch_size)
+                    rows = np.minimum(np.arange(batch_size), len(indices) - 1)
+                    context = states[rows]
+                    negative_context = states[len(indices) + rows] if guided else None
+                    final = self.sample(
+                        context,
+                        negative_context,
+                        start,
+                        sampling,
+                        draw_noise=_noise_of_pictures(seed, padded.tolist(), shape),
+                        callback=advance,
+                    )
+                    images = self.decode(final, batch_size)
                 kept = slice(len(indices))
                 yield Generated(indices, start[kept], final[kept], images[kept])
 
@@ -262,8 +269,13 @@ def apply_lora(
 
 
 def check_sampling(sampling: Sampling, config: ModelConfig) -> tuple[int, int, int]:
-    """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model."""
+    """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model, and
+    for a picture (3 x H x W in fp32) that does not fit into this machine's memory."""
     shape = latent_shape(config, sampling.height, sampling.width)
+    # Linux promises memory that it does not have and ends the process that uses it: no exception would come.
+    picture = 3 * 4 * shape[1] * shape[2] * config.vae_factor**2
+    if picture > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise _out_of_memory(config, shape, sampling.batch_size)
     check_steps(sampling.steps, config.timesteps)
     return shape
 
@@ -292,6 +304,24 @@ def size_multiple(config: ModelConfig) -> int:
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images (N, 3, H, W) around [-1, 1] -> (N, H, W, 3) uint8, rounded to the nearest."""
     return np.round(np.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+@contextmanager
+def _memory_is_named(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> Iterator[None]:
+    """Turn a failed allocation, numpy's or MindSpore's, into a UserError; every other error goes on as it is."""
+    try:
+        yield
+    except MemoryError as error:
+        raise _out_of_memory(config, shape, batch_size) from error
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        raise _out_of_memory(config, shape, batch_size) from error
+
+
+def _out_of_memory(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> UserError:
+    height, width = (size * config.vae_factor for size in shape[1:])
+    return UserError(f"not enough memory for batch_size {batch_size}, H {height}, W {width}: lower one of them")
 
 
 def _noise_of_pictures(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:

@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+import ldm.pipeline
 from ldm.config.model import load_model_config
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
@@ -209,6 +210,60 @@ def test_sizes_that_do_not_fit_are_refused_with_the_nearest(pipeline, height, wi
 def test_steps_that_do_not_fit_are_refused_before_anything_runs(pipeline):
     with pytest.raises(UserError, match="sampling_steps is 1000"):
         next(pipeline.generate(PROMPTS, replace(FEW, steps=1000), 7, progress=False))
+
+
+class Greedy(ms.nn.Cell):
+    """Wants 16 terabytes, whatever it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.column = ms.Tensor(np.ones((4, 1_000_000, 1), np.float32))
+        self.product = ms.ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, *inputs):
+        return self.product(self.column, self.column)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+@pytest.mark.parametrize("network", ["unet", "text_encoder", "decoder"])
+def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, mode, network):
+    """MindSpore's own failure: what it says differs between the modes."""
+    monkeypatch.setattr(ldm.pipeline, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32))))
+    ms.set_context(mode=mode)
+    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline.text_encoder = lambda tokens: ms.Tensor(np.zeros((*tokens.shape, 32), np.float32))
+    pipeline.unet = lambda latents, timesteps, context: latents
+    setattr(pipeline, network, Greedy())
+    try:
+        with pytest.raises(UserError, match="not enough memory for batch_size 2, H 32, W 32") as error:
+            draw(pipeline)
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
+    assert "\n" not in str(error.value)
+
+
+def failing(error):
+    def fail(*inputs):
+        raise error
+
+    return fail
+
+
+def test_numpys_failed_allocation_is_named_and_other_errors_are_left_alone(tiny_config):
+    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
+    with pytest.raises(UserError, match="batch_size 2"):
+        draw(pipeline)
+    pipeline.text_encoder = failing(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        draw(pipeline)
+
+
+@pytest.mark.parametrize("size", [4_000_000, 8 * 10**12])
+def test_a_picture_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
+    huge = replace(FEW, height=size, width=size)
+    with pytest.raises(UserError, match=f"not enough memory for batch_size 2, H {size}, W {size}"):
+        next(pipeline.generate(PROMPTS, huge, 7, progress=False))
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,7 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
         (["--data_path", "FILES/empty.txt"], "empty.txt is empty"),
         (["--prompt", "x", "--W", "36"], "W is 36.*multiples of 8"),
         (["--prompt", "x", "--H", "4"], "H is 4.*8 is nearest"),
+        (["--prompt", "x", "--H", "4000000", "--W", "4000000"], "memory for batch_size 1, H 4000000, W 4000000"),
         (["--prompt", "x", "--sampling_steps", "1000"], "sampling_steps is 1000.*1 to 999"),
         (["--prompt", "x", "--init_latents", "FILES/none.npy"], "none.npy does not exist"),
         (["--prompt", "x", "--init_latents", "FILES/nan.npy"], "nan.npy holds values that are not finite"),

@@ -335,7 +335,8 @@ def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path]:
         else:
             way = (
                 f"put mindone's published file of that name into {path.parent}, or give --ckpt_path with any "
-                f"single-file Stable Diffusion {version} checkpoint (.safetensors or .ckpt); --version nano needs neither"
+                f"single-file Stable Diffusion {version} checkpoint (.safetensors or .ckpt); "
+                "--version nano needs neither"
             )
         raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way}")
     return version, path
