@@ -65,10 +65,10 @@ def setup_runtime(
 
     Raises UserError for a device that is not there, and for use_parallel outside of msrun.
     """
-    device = device_target or ("Ascend" if _has_ascend() else "CPU")
-    if device == "Ascend":
-        # read when the device is initialised, so it comes first
+    if device_target != "CPU":
+        # read when the device is initialised, which the question whether it is there may do, so it comes first
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
+    device = device_target or ("Ascend" if _has_ascend() else "CPU")
     try:
         # MindSpore refuses a device, even the one it has, once it has computed something
         if ms.get_context("device_target") != device:
@@ -79,7 +79,7 @@ def setup_runtime(
     ms.set_context(mode=mode)
     if jit_level is not None:
         if device == "Ascend":
-            ms.set_context(jit_level=jit_level)
+            ms.set_context(jit_config={"jit_level": jit_level})
         else:
             logger.info("jit_level %s has no effect on the CPU", jit_level)
 

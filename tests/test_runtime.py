@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -61,7 +64,27 @@ def test_on_ascend_it_is_fp16_with_the_infnan_mode_and_the_jit_level(monkeypatch
     monkeypatch.setattr(runtime.ms, "set_context", lambda **settings: calls.append(settings))
     found = setup_runtime("Ascend", jit_level="O1")
     assert found.fp16 and found.is_ascend
-    assert calls == [("Ascend", "INFNAN_MODE"), {"mode": 0}, {"jit_level": "O1"}]
+    assert calls == [("Ascend", "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": "O1"}}]
+
+
+def test_the_overflow_mode_is_set_before_it_is_asked_whether_there_is_an_ascend(monkeypatch):
+    monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
+    seen = []
+
+    def has_ascend():
+        seen.append(runtime.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE"))
+        return False
+
+    monkeypatch.setattr(runtime, "_has_ascend", has_ascend)
+    assert setup_runtime().device == "CPU" and seen == ["INFNAN_MODE"]
+
+
+@pytest.mark.parametrize("level", runtime.JIT_LEVELS)
+def test_mindspore_knows_the_jit_levels_in_the_form_that_they_are_given(level):
+    """In a process of its own: the setting cannot be taken back."""
+    code = f"import mindspore as ms; ms.set_context(jit_config={{'jit_level': '{level}'}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_exported_overflow_mode_is_kept(monkeypatch):
