@@ -294,8 +294,8 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(base,
     up = next(p for p in trainer.step.parameters if p.name.endswith("lora_up.weight"))
     trainer.run()
     scales = [float(row["loss_scale"]) for row in metrics(tmp_path / "run")]
-    # 2^30 overflows fp16: skipped, and the scale falls; two good steps, and it rises
-    assert scales == [2.0**30, 2.0**17, 2.0**17, 2.0**30]
+    # 2^30 overflows fp16: skipped, and the scale falls; two good steps, and it rises, to its upper limit
+    assert scales == [2.0**30, 2.0**17, 2.0**17, 2.0**24]
     assert trainer.scaler.overflows == 2 and trainer.scaler.updates == 2
     assert "overflowed at loss scale" in (tmp_path / "run" / "log.txt").read_text()
     assert np.abs(up.asnumpy()).max() > 0 and up.asnumpy().dtype == np.float32
@@ -321,6 +321,24 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_an_fp32_run(base, data, emp
     trainer = Trainer(settings(base, data, empty_run, **VANILLA))
     fake_step(monkeypatch, trainer, StepResult(loss, float("nan"), False))
     with pytest.raises(UserError, match="no longer finite at step 1"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "says"),
+    [
+        ("Device(id:0) memory isn't enough and alloc failed, alloc size: 512B", UserError, "train_batch_size 2"),
+        ("Allocate memory failed for size: 512", UserError, "train_batch_size 2 and image_size 16"),
+        ("The shapes do not fit", RuntimeError, "The shapes do not fit"),
+    ],
+)
+def test_too_little_memory_is_told_from_other_failures(base, data, empty_run, monkeypatch, message, kind, says):
+    def step(batches, scalars):
+        raise RuntimeError(message)
+
+    trainer = Trainer(settings(base, data, empty_run, **VANILLA))
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(kind, match=says):
         trainer.run()
 
 

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 EPSILON = 1e-8  # torch's and diffusers' default
 UNET = "model.diffusion_model."
+# what MindSpore says, in small letters, when it cannot allocate
+MEMORY_SIGNS = ("memory isn't enough", "allocate memory failed", "memory malloc failed", "out of memory")
 
 # A resumed run must not differ in these: it would end with other weights than an uninterrupted one, or make no sense.
 # What else was changed (a longer run, another learning rate) is said and taken.
@@ -357,7 +359,15 @@ class Trainer:
             adamw_scalars(scaler.updates + 1, rate, tuple(config.betas), EPSILON, config.weight_decay),
             1.0 - ema_decay_at(scaler.updates, config.ema_decay),
         )
-        result = self.step(batches, scalars)
+        try:
+            result = self.step(batches, scalars)
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
+                raise
+            raise UserError(
+                f"the device's memory is not enough for a step with train_batch_size {config.train_batch_size} and "
+                f"image_size {self.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
+            ) from error
         self.done += 1
         applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
         if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
