@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
+# csv's own limit, held here too: MindSpore raises it for the whole process when some of its modules are imported.
+LONGEST_FIELD = 131_072
+
 
 class Row(NamedTuple):
     path: Path
@@ -116,6 +119,8 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
     line = 1
     try:
         for fields in reader:
+            if any(len(value) > LONGEST_FIELD for value in fields):
+                raise csv.Error(f"a field of more than {LONGEST_FIELD:,} characters")
             start, line = line, reader.line_num + 1
             if not any(value.strip() for value in fields):
                 continue

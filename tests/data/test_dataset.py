@@ -1,5 +1,6 @@
 """What a data folder may look like, and what is said where it does not."""
 
+import csv
 import io
 import logging
 
@@ -19,6 +20,14 @@ def picture_bytes(suffix="PNG"):
 
 
 PICTURE = picture_bytes()
+
+
+@pytest.fixture(autouse=True, params=[131_072, 10_000_000], ids=["csv's limit", "MindSpore's limit"], scope="module")
+def csv_limit(request):
+    """MindSpore changes csv's limit for the whole process: nothing here may depend on it."""
+    before = csv.field_size_limit(request.param)
+    yield
+    csv.field_size_limit(before)
 
 
 @pytest.fixture
