@@ -457,3 +457,11 @@ def restored(graph_mode):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
+
+
+def test_a_velocity_base_is_refused_where_the_recipe_predicts_noise(base, data, tmp_path):
+    arrays, _ = read_checkpoint(base)
+    velocity = tmp_path / "velocity.safetensors"
+    write_checkpoint(velocity, arrays, {"prediction_type": "v_prediction"})
+    with pytest.raises(UserError, match="prediction_type is v_prediction, but .* has epsilon"):
+        Trainer(settings(velocity, data, tmp_path / "output", **VANILLA))

@@ -44,8 +44,8 @@ from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile, set_up_logging
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
-from ldm.weights.load import load_base
-from ldm.weights.read import content_hash, write_checkpoint
+from ldm.weights.load import check_base_metadata, load_base
+from ldm.weights.read import content_hash, open_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +146,12 @@ class Trainer:
         return rows
 
     def _build_model(self) -> StableDiffusion:
+        path = self.config.pretrained_model_path
+        check_base_metadata(open_checkpoint(path).metadata, self.model_config, path)
         model = build_model(self.model_config)
         components = ("vae", "text_encoder") if self.config.unet_initialize_random else ("unet", "vae", "text_encoder")
-        report = load_base(model, self.config.pretrained_model_path, components)
-        logger.info("%s: %s", self.config.pretrained_model_path, report)
+        report = load_base(model, path, components)
+        logger.info("%s: %s", path, report)
         return model
 
     def _choose_trainable(self) -> list[Parameter]:
