@@ -8,7 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.layers import GELU, Conv2d, Dense, GroupNorm, Identity, LayerNorm
+from ldm.models.device_forms import gelu
+from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm
 
 
 class ScaledDotProductAttention(nn.Cell):
@@ -111,7 +112,7 @@ class GEGLU(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.proj = Dense(in_channels, 2 * out_channels)
-        self.gelu = GELU()
+        self.gelu = gelu()
         self.out_channels = out_channels
 
     def construct(self, x: Tensor) -> Tensor:

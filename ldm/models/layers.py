@@ -13,49 +13,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ldm.models.device_forms import channel_bias, row_bias
+
 
 def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), the default of the published networks' layers; drawn from numpy's global state,
     which `ldm.runtime` seeds."""
     bound = 1.0 / math.sqrt(fan_in)
     return Tensor(np.random.uniform(-bound, bound, rng_shape).astype(np.float32))
-
-
-class RowBias(nn.Cell):
-    """x (rows, C) + bias (C,); the bias's gradient is a product with ones.
-
-    MindSpore's own (BiasAddGrad) took 12 % of a nano UNet's whole training step on two CPU cores. Where the bias is
-    frozen neither is computed.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.bias_add, self.ones_like = ops.BiasAdd(), ops.OnesLike()
-        self.product_tn = ops.MatMul(transpose_a=True)
-
-    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.bias_add(x, bias)
-
-    def bprop(self, x, bias, out, dout):
-        return dout, self.product_tn(self.ones_like(dout[:, :1]), dout).reshape(bias.shape)
-
-
-class ChannelBias(nn.Cell):
-    """x (N, C, H, W) + bias (C,), likewise."""
-
-    def __init__(self):
-        super().__init__()
-        self.bias_add, self.ones_like = ops.BiasAdd(data_format="NCHW"), ops.OnesLike()
-        self.product, self.product_tn = ops.BatchMatMul(), ops.MatMul(transpose_a=True)
-
-    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.bias_add(x, bias)
-
-    def bprop(self, x, bias, out, dout):
-        n, c, h, w = x.shape
-        pixels = dout.reshape(n, c, h * w)
-        by_picture = self.product(pixels, self.ones_like(pixels[:, :1]).reshape(n, h * w, 1)).reshape(n, c)
-        return dout, self.product_tn(self.ones_like(by_picture[:, :1]), by_picture).reshape(bias.shape)
 
 
 class Dense(nn.Cell):
@@ -68,7 +33,7 @@ class Dense(nn.Cell):
         self.weight = Parameter(_uniform((out_channels, in_channels), in_channels), name="weight")
         self.bias = Parameter(_uniform((out_channels,), in_channels), name="bias") if has_bias else None
         self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = RowBias()
+        self.bias_add = row_bias()
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
@@ -92,7 +57,7 @@ class Conv2d(nn.Cell):
         self.weight = Parameter(_uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
         self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias") if has_bias else None
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-        self.bias_add = ChannelBias()
+        self.bias_add = channel_bias()
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.conv(x.astype(self.dtype), self.weight.astype(self.dtype))
@@ -141,27 +106,6 @@ class Identity(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return x
-
-
-class GELU(nn.Cell):
-    """The exact form, x * (1 + erf(x / sqrt 2)) / 2, which Stable Diffusion uses.
-
-    Written out because MindSpore's own exact kernel keeps about four times its output for the life of the process on
-    the CPU, while these operators keep nothing. The derivative too: erf's own goes through Pow, which took 9 % of a
-    nano UNet's training step.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.erf, self.exp = ops.Erf(), ops.Exp()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return 0.5 * x * (1.0 + self.erf(x * (1.0 / math.sqrt(2.0))))
-
-    def bprop(self, x, out, dout):
-        cumulative = 0.5 * (1.0 + self.erf(x * (1.0 / math.sqrt(2.0))))
-        density = self.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
-        return (dout * (cumulative + x * density),)
 
 
 class QuickGELU(nn.Cell):

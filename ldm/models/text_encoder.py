@@ -13,7 +13,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.attention import ScaledDotProductAttention
-from ldm.models.layers import GELU, Dense, LayerNorm, QuickGELU
+from ldm.models.device_forms import gelu
+from ldm.models.layers import Dense, LayerNorm, QuickGELU
 
 
 class CLIPAttention(nn.Cell):
@@ -40,7 +41,7 @@ class CLIPMLP(nn.Cell):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.fc1, self.fc2 = Dense(width, hidden), Dense(hidden, width)
-        self.activation = QuickGELU() if activation == "quick_gelu" else GELU()
+        self.activation = QuickGELU() if activation == "quick_gelu" else gelu()
 
     def construct(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))

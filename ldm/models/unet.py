@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
+from ldm.models.device_forms import broadcast_add
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, SiLU, Upsample2x
 
 # Every member of a block takes (x, emb, context) and uses what it needs, so that a block is a plain walk over them.
@@ -30,12 +31,12 @@ class ResBlock(nn.Cell):
         self.out_layers = nn.SequentialCell(
             [GroupNorm(out_channels, num_groups), SiLU(), Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
+        self.add = broadcast_add()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         h = self.in_layers(x)
         shift = self.emb_layers(emb)
-        # Broadcast first: an addition of unequal shapes keeps about four times its output on the CPU.
-        h = h + ops.broadcast_to(shift.reshape(shift.shape + (1, 1)), h.shape)
+        h = self.add(h, shift.reshape(shift.shape + (1, 1)))
         return self.skip_connection(x) + self.out_layers(h)
 
 

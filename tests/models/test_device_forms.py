@@ -1,0 +1,106 @@
+"""The forms of the CPU and of Ascend: chosen by the device in one place, the same formulas and derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from ldm.config.model import load_model_config
+from ldm.models import device_forms
+from ldm.models.stable_diffusion import build_model
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+erf = np.vectorize(math.erf)
+
+
+@pytest.fixture(params=["CPU", "Ascend"])
+def device(request, monkeypatch):
+    """Networks are built as for this device; they run on the CPU, which has Ascend's forms too."""
+    monkeypatch.setattr(device_forms, "on_ascend", lambda: request.param == "Ascend")
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def value_and_gradients(form, *inputs, weight):
+    """form(*inputs), and the gradients of sum(form(*inputs) * weight) by every input, in graph mode."""
+
+    class Weighted(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.form, self.weight, self.sum = form, Tensor(weight), ops.ReduceSum()
+
+        def construct(self, *xs):
+            y = self.form(*xs)
+            return self.sum(y * self.weight), y
+
+    step = ms.value_and_grad(Weighted(), grad_position=tuple(range(len(inputs))), has_aux=True)
+    (_, y), found = step(*(Tensor(x) for x in inputs))
+    return y.asnumpy(), [gradient.asnumpy() for gradient in (found if isinstance(found, tuple) else (found,))]
+
+
+def test_row_bias(device):
+    x, bias, weight = normal(7, 5), normal(5, seed=1), normal(7, 5, seed=2)
+    y, (by_x, by_bias) = value_and_gradients(device_forms.row_bias(), x, bias, weight=weight)
+    np.testing.assert_array_equal(y, x + bias)
+    np.testing.assert_array_equal(by_x, weight)
+    np.testing.assert_allclose(by_bias, weight.sum(0), atol=1e-5)
+
+
+def test_channel_bias(device):
+    x, bias, weight = normal(2, 5, 3, 4), normal(5, seed=1), normal(2, 5, 3, 4, seed=2)
+    y, (by_x, by_bias) = value_and_gradients(device_forms.channel_bias(), x, bias, weight=weight)
+    np.testing.assert_array_equal(y, x + bias.reshape(5, 1, 1))
+    np.testing.assert_array_equal(by_x, weight)
+    np.testing.assert_allclose(by_bias, weight.sum((0, 2, 3)), atol=1e-5)
+
+
+def test_broadcast_add(device):
+    x, shift, weight = normal(2, 5, 3, 4), normal(2, 5, 1, 1, seed=1), normal(2, 5, 3, 4, seed=2)
+    y, (by_x, by_shift) = value_and_gradients(device_forms.broadcast_add(), x, shift, weight=weight)
+    np.testing.assert_array_equal(y, x + shift)
+    np.testing.assert_array_equal(by_x, weight)
+    np.testing.assert_allclose(by_shift, weight.sum((2, 3), keepdims=True), atol=1e-5)
+
+
+def test_gelu_is_the_exact_form(device):
+    """The form in tanh differs by up to 5e-4."""
+    x, weight = np.linspace(-6, 6, 101, dtype=np.float32), normal(101)
+    wide = x.astype(np.float64)
+    cumulative = (1 + erf(wide / math.sqrt(2))) / 2
+    density = np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+    y, (by_x,) = value_and_gradients(device_forms.gelu(), x, weight=weight)
+    np.testing.assert_allclose(y, wide * cumulative, atol=1e-6)
+    np.testing.assert_allclose(by_x, weight * (cumulative + wide * density), atol=1e-5)
+
+
+def built(name: str, monkeypatch):
+    monkeypatch.setattr(device_forms, "on_ascend", lambda: name == "Ascend")
+    np.random.seed(3)
+    return build_model(load_model_config(ROOT / "tests" / "tiny.yaml"))
+
+
+def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
+    of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
+    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELU)
+    kinds = {type(cell) for _, cell in of_cpu.cells_and_names()}
+    assert kinds.issuperset(forms)
+    assert not {type(cell) for _, cell in of_ascend.cells_and_names()}.intersection(forms)
+    inputs = Tensor(normal(1, 4, 8, 8)), Tensor(np.array([500], np.int32)), Tensor(normal(1, 77, 32, seed=1))
+    expected = of_cpu.model.diffusion_model(*inputs).asnumpy()
+    found = of_ascend.model.diffusion_model(*inputs).asnumpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("target, ascend", [("CPU", False), ("Ascend", True)])
+def test_the_device_is_mindspores_target(monkeypatch, target, ascend):
+    monkeypatch.setattr(device_forms.ms, "get_context", {"device_target": target}.get)
+    assert device_forms.on_ascend() is ascend
