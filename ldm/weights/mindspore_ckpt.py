@@ -1,0 +1,201 @@
+"""MindSpore's .ckpt, a protobuf message (`checkpoint.proto`: repeated Value {tag, tensor {dims, type, content}}).
+
+`mindspore.load_checkpoint` parses it as a whole: file, message and tensors are then in memory at once. Its wire format
+is a plain sequence, so it is walked here instead: names, shapes and offsets at opening, each array from the mapped file
+when it is asked for. Both directions are tested against `mindspore.load_checkpoint` and `mindspore.save_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.weights.checkpoint import Arrays, Checkpoint, Entry
+from ldm.weights.files import describe
+
+DTYPES = {
+    "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "BFloat16": "bf16", "Int64": "<i8", "Int32": "<i4",
+    "Int16": "<i2", "Int8": "i1", "UInt64": "<u8", "UInt32": "<u4", "UInt16": "<u2", "UInt8": "u1", "Bool": "?",
+}  # fmt: skip
+DTYPE_NAMES = {np.dtype(code): name for name, code in DTYPES.items() if code != "bf16"}
+
+CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
+CRC_TAIL = 17  # b"crc_num" and a number of 10 bytes, which MindSpore appends when asked to
+
+
+class _CutOff(Exception):
+    """A field reaches past the end of what holds it."""
+
+
+class _NotACheckpoint(Exception):
+    """A field that checkpoint.proto does not have."""
+
+
+def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
+    """Walk through the message. Raises UserError for a cut-off or damaged file, and for one that is something else."""
+    end = len(data)
+    if data[-CRC_TAIL:-10] == b"crc_num":
+        end -= CRC_TAIL
+        _check_crc(path, data, end)
+    entries: dict[str, Entry] = {}
+    last = None
+    try:
+        for number, wire, start, stop in _fields(data, 0, end):
+            if (number, wire) != (1, 2):
+                raise _NotACheckpoint(f"field {number} at byte {start}")
+            name, entry = _parse_value(data, start, stop)
+            if name == last and entry.shape == entries[name].shape:  # a large tensor lies in several pieces, in order
+                entries[name].pieces += entry.pieces
+            elif name in entries:
+                raise _NotACheckpoint(f"{name!r} twice")
+            else:
+                entries[name] = entry
+            last = name
+    except _CutOff as error:
+        # A foreign file gives a nonsensical length at once; a cut-off one after at least a whole name.
+        if entries or _starts_with_a_name(data, end):
+            after = f" after {last!r}" if last else ""
+            raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
+        raise UserError(f"{path} is {describe(path, data)}") from error
+    except (_NotACheckpoint, UnicodeDecodeError) as error:
+        if entries:
+            raise UserError(f"{path} is a damaged MindSpore .ckpt ({error}): fetch or write it again") from error
+        raise UserError(f"{path} is {describe(path, data)}") from error
+
+    metadata = {}
+    for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
+        entry = entries.pop(name)
+        raw = b"".join(data[offset : offset + size] for offset, size in entry.pieces)
+        try:
+            metadata[name] = raw.decode("utf-32-le").rstrip("\0")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is a damaged MindSpore .ckpt (the text {name!r}): write it again") from error
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{path}: {name} is of type {entry.dtype}, which is not read here: save it as Float32")
+        entry.dtype = DTYPES[entry.dtype]
+        itemsize = 2 if entry.dtype == "bf16" else np.dtype(entry.dtype).itemsize
+        if entry.shape == (0,) and entry.nbytes == itemsize:
+            entry.shape = ()  # how older versions of MindSpore write a scalar
+        if entry.nbytes != math.prod(entry.shape) * itemsize:
+            raise UserError(f"{path} is damaged: {name} {entry.shape} holds {entry.nbytes} bytes: write it again")
+    return Checkpoint(path, "ckpt", data, entries, metadata)
+
+
+def _check_crc(path: Path, data: mmap.mmap, end: int) -> None:
+    crc = 0
+    for start in range(0, end, 1 << 24):
+        crc = zlib.crc32(data[start : min(end, start + (1 << 24))], crc)
+    if crc != int.from_bytes(data[-10:], "big"):
+        raise UserError(f"{path} is damaged: its checksum does not fit its content: fetch or write it again")
+
+
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= end or shift > 63:
+            raise _CutOff
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message as (number, wire type, start, stop); for a number, `start` is its value."""
+    while position < end:
+        key, position = _varint(data, position, end)
+        number, wire = key >> 3, key & 7
+        if wire == 2:
+            size, position = _varint(data, position, end)
+            if position + size > end:
+                raise _CutOff
+            yield number, wire, position, position + size
+            position += size
+        elif wire == 0:
+            value, position = _varint(data, position, end)
+            yield number, wire, value, position
+        else:
+            raise _NotACheckpoint(f"wire type {wire} at byte {position}")
+
+
+def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, Entry]:
+    name, dtype, shape, piece = None, None, [], None
+    for number, wire, first, last in _fields(data, start, end):
+        if (number, wire) == (1, 2):
+            name = data[first:last].decode("utf-8")
+        elif (number, wire) == (2, 2):
+            for inner, inner_wire, begin, stop in _fields(data, first, last):
+                if (inner, inner_wire) == (1, 0):
+                    shape.append(begin)
+                elif (inner, inner_wire) == (1, 2):  # packed
+                    while begin < stop:
+                        size, begin = _varint(data, begin, stop)
+                        shape.append(size)
+                elif (inner, inner_wire) == (2, 2):
+                    dtype = data[begin:stop].decode("utf-8")
+                elif (inner, inner_wire) == (3, 2):
+                    piece = (begin, stop - begin)
+                else:
+                    raise _NotACheckpoint(f"field {inner} of a tensor at byte {begin}")
+        else:
+            raise _NotACheckpoint(f"field {number} of a value at byte {first}")
+    if name is None or dtype is None or piece is None:
+        raise _NotACheckpoint(f"an incomplete value at byte {start}")
+    return name, Entry(dtype, tuple(shape), [piece])
+
+
+def _starts_with_a_name(data: mmap.mmap, end: int) -> bool:
+    """Whether the file opens like a Value: a length, then a tag of readable characters."""
+    try:
+        _, position = _varint(data, 1, end)
+        if data[position] != 0x0A:
+            return False
+        size, position = _varint(data, position + 1, end)
+        return 0 < size < 1024 and data[position : min(end, position + size)].decode("utf-8").isprintable()
+    except (_CutOff, IndexError, UnicodeDecodeError):
+        return False
+
+
+def write_ckpt(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
+    """Write `arrays` to `path`, holding one at a time. Raises TypeError for an element type the format has not."""
+    for name in arrays:
+        if arrays.spec(name)[0] not in DTYPE_NAMES:
+            raise TypeError(f"{name}: {arrays.spec(name)[0]} has no place in a .ckpt")
+    with open(path, "wb") as file:
+        for name in arrays:
+            dtype, shape = arrays.spec(name)
+            content = memoryview(np.asarray(arrays[name], dtype, order="C").reshape(-1)).cast("B")
+            for start in range(0, max(1, len(content)), CHUNK):
+                _write_value(file, name, shape, DTYPE_NAMES[dtype], content[start : start + CHUNK])
+            arrays.release(name)
+        for name, text in metadata.items():
+            _write_value(file, name, [0], "str", np.array(text).astype("<U").tobytes())
+
+
+def _write_value(file, name: str, shape, dtype: str, content) -> None:
+    def encoded(value: int) -> bytes:
+        out = bytearray()
+        while value > 0x7F:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        out.append(value)
+        return bytes(out)
+
+    def lengthy(number: int, size: int) -> bytes:
+        return encoded(number << 3 | 2) + encoded(size)
+
+    tensor = b"".join(b"\x08" + encoded(size) for size in shape) + lengthy(2, len(dtype)) + dtype.encode()
+    tensor += lengthy(3, len(content))
+    tag = name.encode("utf-8")
+    value = lengthy(1, len(tag)) + tag + lengthy(2, len(tensor) + len(content)) + tensor
+    file.write(lengthy(1, len(value) + len(content)) + value)
+    file.write(content)
