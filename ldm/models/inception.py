@@ -1,0 +1,236 @@
+"""The Inception network of the Fréchet distance: the 2015-12-05 graph, in the form of pytorch-fid's FIDInception blocks.
+
+It is Inception v3 but for its poolings: the average poolings leave the padding out of their mean, and the last block
+takes the maximum. Only the 2,048 pooled features are computed. Each convolution holds the batch normalisation that
+follows it, and a block's 1x1 convolutions of the same input are one; what the parameters are made of stands in
+`Convolution.published` (ldm.weights.inception puts them together).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+FEATURES = 2048
+SIZE = 299  # pixels a side
+
+
+class Conv(NamedTuple):
+    """One published convolution of a block's branch; `height`, `width`: the kernel."""
+
+    name: str
+    channels: int
+    height: int = 1
+    width: int = 1
+    stride: int = 1
+    pad: bool = True  # so that the size stays
+
+
+class Branch(NamedTuple):
+    """A chain of convolutions; those of `fork` all take the chain's output, side by side."""
+
+    chain: tuple[Conv, ...]
+    fork: tuple[Conv, ...] = ()
+
+
+class Block(NamedTuple):
+    """A block: branches of the same input, side by side, with a pooling as the last.
+
+    pool: "average" (then the 1x1 convolution `branch_pool`), "maximum" (likewise), "stride" (a maximum of stride 2
+    with no convolution).
+    """
+
+    name: str
+    branches: tuple[Branch, ...]
+    pool: str
+    pool_channels: int = 0
+
+
+def _inception_a(name: str, pool_channels: int) -> Block:
+    return Block(name, (
+        Branch((Conv("branch1x1", 64),)),
+        Branch((Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5))),
+        Branch((Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3))),
+    ), "average", pool_channels)
+
+
+def _inception_c(name: str, channels: int) -> Block:
+    return Block(name, (
+        Branch((Conv("branch1x1", 192),)),
+        Branch((Conv("branch7x7_1", channels), Conv("branch7x7_2", channels, 1, 7), Conv("branch7x7_3", 192, 7, 1))),
+        Branch((
+            Conv("branch7x7dbl_1", channels), Conv("branch7x7dbl_2", channels, 7, 1),
+            Conv("branch7x7dbl_3", channels, 1, 7), Conv("branch7x7dbl_4", channels, 7, 1),
+            Conv("branch7x7dbl_5", 192, 1, 7),
+        )),
+    ), "average", 192)
+
+
+def _inception_e(name: str, pool: str) -> Block:
+    return Block(name, (
+        Branch((Conv("branch1x1", 320),)),
+        Branch((Conv("branch3x3_1", 384),), (Conv("branch3x3_2a", 384, 1, 3), Conv("branch3x3_2b", 384, 3, 1))),
+        Branch((Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, 3, 3)),
+               (Conv("branch3x3dbl_3a", 384, 1, 3), Conv("branch3x3dbl_3b", 384, 3, 1))),
+    ), pool, 192)
+
+
+# In the order of the network; "pool" is a 3x3 maximum of stride 2.
+STEM: tuple[Conv | str, ...] = (
+    Conv("Conv2d_1a_3x3", 32, 3, 3, 2, pad=False), Conv("Conv2d_2a_3x3", 32, 3, 3, pad=False),
+    Conv("Conv2d_2b_3x3", 64, 3, 3), "pool",
+    Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, 3, 3, pad=False), "pool",
+)  # fmt: skip
+BLOCKS = (
+    _inception_a("Mixed_5b", 32), _inception_a("Mixed_5c", 64), _inception_a("Mixed_5d", 64),
+    Block("Mixed_6a", (
+        Branch((Conv("branch3x3", 384, 3, 3, 2, pad=False),)),
+        Branch((Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3),
+                Conv("branch3x3dbl_3", 96, 3, 3, 2, pad=False))),
+    ), "stride"),
+    _inception_c("Mixed_6b", 128), _inception_c("Mixed_6c", 160), _inception_c("Mixed_6d", 160),
+    _inception_c("Mixed_6e", 192),
+    Block("Mixed_7a", (
+        Branch((Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, 2, pad=False))),
+        Branch((Conv("branch7x7x3_1", 192), Conv("branch7x7x3_2", 192, 1, 7), Conv("branch7x7x3_3", 192, 7, 1),
+                Conv("branch7x7x3_4", 192, 3, 3, 2, pad=False))),
+    ), "stride"),
+    _inception_e("Mixed_7b", "average"), _inception_e("Mixed_7c", "maximum"),
+)  # fmt: skip
+
+
+def out_channels(block: Block, in_channels: int) -> int:
+    """Channels of a block's output, for `in_channels` of its input."""
+    last = [conv for branch in block.branches for conv in (branch.fork or branch.chain[-1:])]
+    return sum(conv.channels for conv in last) + (block.pool_channels or in_channels)
+
+
+class Convolution(nn.Cell):
+    """x (N, C, H, W) -> convolution and bias. `published`: the modules whose rows the weights are, in order."""
+
+    def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
+        super().__init__()
+        self.published = published
+        pads = (conv.height // 2, conv.height // 2, conv.width // 2, conv.width // 2) if conv.pad else 0
+        shape = (conv.channels, in_channels, conv.height, conv.width)
+        deviation = np.sqrt(2.0 / np.prod(shape[1:]))
+        self.weight = Parameter(Tensor(np.random.normal(0.0, deviation, shape).astype(np.float32)), name="weight")
+        self.bias = Parameter(Tensor(np.zeros(conv.channels, np.float32)), name="bias")
+        self.conv = ops.Conv2D(conv.channels, (conv.height, conv.width), pad_mode="pad", pad=pads, stride=conv.stride)
+        self.bias_add = ops.BiasAdd(data_format="NCHW")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.bias_add(self.conv(x, self.weight), self.bias)
+
+
+class RectifiedConvolution(Convolution):
+    """The same, then max(x, 0)."""
+
+    def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
+        super().__init__(in_channels, conv, published)
+        self.relu = ops.ReLU()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.relu(self.bias_add(self.conv(x, self.weight), self.bias))
+
+
+class MixedBranch(nn.Cell):
+    """What comes after a branch's first convolution: the rest of the chain, then its fork."""
+
+    def __init__(self, block: str, branch: Branch, in_channels: int, chain: tuple[Conv, ...]):
+        super().__init__()
+        cells = []
+        for conv in chain:
+            cells.append(RectifiedConvolution(in_channels, conv, (f"{block}.{conv.name}",)))
+            in_channels = conv.channels
+        self.chain = nn.CellList(cells)
+        self.fork = nn.CellList([RectifiedConvolution(in_channels, conv, (f"{block}.{conv.name}",))
+                                 for conv in branch.fork])
+        self.forks = bool(branch.fork)
+        self.concat = ops.Concat(1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        for conv in self.chain:
+            x = conv(x)
+        if not self.forks:
+            return x
+        sides = ()
+        for conv in self.fork:
+            sides += (conv(x),)
+        return self.concat(sides)
+
+
+class Mixed(nn.Cell):
+    """A block. The branches that begin with a 1x1 convolution share one, with the one of an average pooling in its
+    last rows: a mean over pixels and a sum over channels may change places, so the pooling sees `pool_channels` only.
+    """
+
+    def __init__(self, block: Block, in_channels: int):
+        super().__init__()
+        self.pool = block.pool
+        self.shared = tuple((branch.chain[0].height, branch.chain[0].width) == (1, 1) for branch in block.branches)
+        firsts = [branch.chain[0] for branch, shared in zip(block.branches, self.shared) if shared]
+        edges = np.cumsum([0] + [conv.channels for conv in firsts])
+        self.slices = tuple((int(a), int(b)) for a, b in zip(edges, edges[1:]))
+        self.rectified = int(edges[-1])
+        names = [conv.name for conv in firsts]
+        if block.pool == "average":
+            names.append("branch_pool")
+        merged = Conv("first", self.rectified + (block.pool_channels if block.pool == "average" else 0))
+        self.first = Convolution(in_channels, merged, tuple(f"{block.name}.{name}" for name in names))
+        self.rest = nn.CellList([
+            MixedBranch(block.name, branch, branch.chain[0].channels if shared else in_channels,
+                        branch.chain[1:] if shared else branch.chain)
+            for branch, shared in zip(block.branches, self.shared)])
+        self.average = ops.AvgPool(3, 1, "same")  # a mean over the pixels that are there
+        self.maximum = ops.MaxPool(3, 1, "same")
+        self.stride = ops.MaxPool(3, 2, "valid")
+        self.branch_pool = None
+        if block.pool == "maximum":
+            self.branch_pool = RectifiedConvolution(in_channels, Conv("branch_pool", block.pool_channels),
+                                                    (f"{block.name}.branch_pool",))
+        self.relu = ops.ReLU()
+        self.concat = ops.Concat(1)
+
+    def construct(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        rectified = self.relu(first[:, : self.rectified])
+        outputs, used = (), 0
+        for i in range(len(self.shared)):
+            taken = x
+            if self.shared[i]:
+                begin, end = self.slices[used]
+                taken = rectified[:, begin:end]
+                used += 1
+            outputs += (self.rest[i](taken),)
+        if self.pool == "average":
+            pooled = self.relu(self.average(first[:, self.rectified:]))
+        elif self.pool == "maximum":
+            pooled = self.branch_pool(self.maximum(x))
+        else:
+            pooled = self.stride(x)
+        return self.concat(outputs + (pooled,))
+
+
+class InceptionFeatures(nn.Cell):
+    """Images (N, 3, 299, 299) in [-1, 1] -> pooled features (N, 2048)."""
+
+    def __init__(self):
+        super().__init__()
+        cells, channels = [], 3
+        for step in STEM:
+            if isinstance(step, str):
+                cells.append(nn.MaxPool2d(3, 2))
+            else:
+                cells.append(RectifiedConvolution(channels, step, (step.name,)))
+                channels = step.channels
+        for block in BLOCKS:
+            cells.append(Mixed(block, channels))
+            channels = out_channels(block, channels)
+        self.layers = nn.SequentialCell(cells)
+        self.mean = ops.ReduceMean()
+
+    def construct(self, images: Tensor) -> Tensor:
+        return self.mean(self.layers(images), (2, 3))

@@ -1,0 +1,103 @@
+"""The Inception network's weights: PyTorch's published file, this network's form of it, and mindone's names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from mindspore import Tensor
+
+from ldm.errors import UserError
+from ldm.models.inception import BLOCKS, STEM, Convolution, InceptionFeatures, out_channels
+from ldm.weights.read import open_checkpoint
+
+EPSILON = 1e-3  # of the published batch normalisation
+UNUSED = ("fc.", "AuxLogits.")  # what follows the pooled features
+
+# The first eight digits of the SHA-256 stand in the names of the published files.
+PUBLISHED = {
+    "6726825d": "pt_inception-2015-12-05-6726825d.pth",
+    "9ec6dfe4": "inception_v3_fid-9ec6dfe4.ckpt",
+}
+_KINDS = {
+    "conv.weight": "conv.weight", "bn.weight": "bn.gamma", "bn.bias": "bn.beta",
+    "bn.running_mean": "bn.moving_mean", "bn.running_var": "bn.moving_variance",
+}  # fmt: skip
+
+
+def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
+    """Every published convolution with its normalisation: PyTorch's name -> (mindone's name, shape of its kernel)."""
+    modules, channels = {}, 3
+    for conv in STEM:
+        if not isinstance(conv, str):
+            short = conv.name[: -len("_3x3")]
+            modules[conv.name] = (short, (conv.channels, channels, conv.height, conv.width))
+            channels = conv.channels
+    for block in BLOCKS:
+        for number, branch in enumerate(block.branches):
+            width = channels
+            for place, conv in enumerate(branch.chain):
+                theirs = f"branch{number}" + (f".{place}" if len(branch.chain) > 1 else "")
+                modules[f"{block.name}.{conv.name}"] = (
+                    f"{block.name}.{theirs}", (conv.channels, width, conv.height, conv.width))
+                width = conv.channels
+            for letter, conv in zip("ab", branch.fork):
+                modules[f"{block.name}.{conv.name}"] = (
+                    f"{block.name}.branch{number}_{letter}", (conv.channels, width, conv.height, conv.width))
+        if block.pool_channels:
+            modules[f"{block.name}.branch_pool"] = (
+                f"{block.name}.branch_pool.1", (block.pool_channels, channels, 1, 1))
+        channels = out_channels(block, channels)
+    return modules
+
+
+def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an Inception file by PyTorch's names, those that the features need.
+
+    Raises UserError for a file that does not hold the network: missing or unknown names, other shapes, values that
+    are not finite.
+    """
+    checkpoint = open_checkpoint(path)
+    modules = published_modules()
+    mindone = {f"{theirs}.{kind}": f"{ours}.{_kind}" for ours, (theirs, _) in modules.items()
+               for _kind, kind in _KINDS.items()}
+    wanted = {f"{name}.{kind}": shape if kind == "conv.weight" else shape[:1]
+              for name, (_, shape) in modules.items() for kind in _KINDS}
+    sources = {mindone.get(name, name): name for name in checkpoint}
+    missing = [name for name in wanted if name not in sources]
+    unknown = [name for name in sources if name not in wanted and not name.startswith(UNUSED)
+               and not name.endswith("num_batches_tracked")]
+    if missing or unknown:
+        raise UserError(
+            f"{path} is not the Inception network of the FID: {len(missing)} of {len(wanted)} arrays are missing"
+            + (f" ({missing[0]}, ...)" if missing else "")
+            + (f", {len(unknown)} are unknown ({unknown[0]}, ...)" if unknown else "")
+            + f"; give {PUBLISHED['6726825d']} or {PUBLISHED['9ec6dfe4']}"
+        )
+    arrays = {}
+    for name, shape in wanted.items():
+        array = np.asarray(checkpoint[sources[name]])
+        if array.shape != shape:
+            raise UserError(f"{path}: {sources[name]} is {array.shape}, wanted {shape}: this is another network")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {sources[name]} holds values that are not finite: fetch the file again")
+        arrays[name] = array
+    return arrays
+
+
+def folded(arrays: Mapping[str, np.ndarray], module: str) -> tuple[np.ndarray, np.ndarray]:
+    """(weight, bias) in float64 of a published convolution together with the normalisation after it."""
+    parts = {kind: arrays[f"{module}.{kind}"].astype(np.float64) for kind in _KINDS}
+    scale = parts["bn.weight"] / np.sqrt(parts["bn.running_var"] + EPSILON)
+    weight = parts["conv.weight"] * scale[:, None, None, None]
+    return weight, parts["bn.bias"] - parts["bn.running_mean"] * scale
+
+
+def load_inception(network: InceptionFeatures, arrays: Mapping[str, np.ndarray]) -> None:
+    """Fill `network` from arrays by PyTorch's names (read_inception)."""
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, Convolution):
+            weights, biases = zip(*(folded(arrays, module) for module in cell.published))
+            cell.weight.set_data(Tensor(np.concatenate(weights).astype(np.float32)))
+            cell.bias.set_data(Tensor(np.concatenate(biases).astype(np.float32)))
