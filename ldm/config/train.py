@@ -48,6 +48,15 @@ class TrainConfig:
         "parts of layers' names, such as to_q to_v",
         group=LORA,
     )
+    lora_config: Optional[str] = setting(
+        None,
+        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, in the "
+        "place of lora_targets (docs/lora_toolbox.md); what it leaves out is taken from the settings here",
+        group=LORA,
+    )
+    lora_dropout: float = setting(
+        0.0, "share of a layer's inputs that LoRA does not see in a step", group=LORA, low=0, below=1
+    )
     lora_fp16: bool = setting(
         True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32", group=LORA
     )
@@ -139,5 +148,9 @@ class TrainConfig:
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
         if self.use_lora and self.unet_initialize_random:
             raise UserError("unet_initialize_random trains a UNet from nothing; that is not for use_lora")
+        if self.lora_config is not None and self.lora_targets != ["attention"]:
+            raise UserError("lora_config and lora_targets both say which layers: leave one of them out")
+        if self.lora_config is not None and not self.use_lora:
+            raise UserError("lora_config needs use_lora: without it the whole UNet is trained")
         if self.lora_ft_text_encoder and not self.use_lora:
             raise UserError("lora_ft_text_encoder needs use_lora: without it the UNet alone is trained")

@@ -5,56 +5,38 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from mindspore import nn
 
 from ldm.errors import UserError
-from ldm.lora.layers import LORA_CELLS, LoRAConv, LoRADense
+from ldm.lora.layers import (
+    LORA_CELLS,
+    LoRAConv,
+    LoRADense,
+    LoRAHardConv,
+    StepDropout,
+    base_layer,
+    make_dropout_key,
+)
+from ldm.lora.spec import TARGETS, LayerSpec, LoRASpec, fits, near_names
 from ldm.models.layers import Conv2d, Dense
-from ldm.weights.names import LABELS, component_of
+from ldm.weights.names import COMPONENTS, LABELS, component_of
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
-PROJECTIONS = ("proj_in", "proj_out")
-RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "op", "conv")
-TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL}
-
-
-@dataclass(frozen=True)
-class LoRASpec:
-    """What to inject.
-
-    Attributes:
-        rank: of the factors.
-        alpha: the update is multiplied by alpha / rank; None stands for alpha = rank.
-        scale: and by this.
-        unet, text_encoder: which networks.
-        targets: one or several of "attention" (q, k, v and output projections), "all" (and feed-forward, projections
-            around the transformers, residual blocks and resampling convolutions), and the last parts of layers' names.
-        fp16: let the factors compute in fp16 where their layer does; they are stored in fp32 in any case.
-        seed: of the initial values.
-    """
-
-    rank: int = 4
-    alpha: float | None = None
-    scale: float = 1.0
-    unet: bool = True
-    text_encoder: bool = False
-    targets: str | tuple[str, ...] = "attention"
-    fp16: bool = True
-    seed: int = 0
+__all__ = ["LoRASpec", "assert_trainable", "inject_lora", "remove_lora"]
 
 
 def inject_lora(net: nn.Cell, spec: LoRASpec) -> list[str]:
     """Put low-rank cells in the place of the layers that `spec` names, and freeze everything else.
 
-    down is drawn uniformly from +-1 / sqrt(fan-in) as in LoRA's own code, PEFT and kohya, from a generator of the seed
-    and the layer's name, so a layer's values do not depend on which others are injected. up is zero: the network's
-    outputs are unchanged.
+    A cell computes y = W x + b + scale * (alpha / rank) * up(down(x)) (Hu et al. 2021). down is drawn uniformly from
+    +-1 / sqrt(fan-in) as in LoRA's own code, PEFT and kohya, from a generator of the seed and the layer's name, so a
+    layer's values do not depend on which others are injected. up is zero: the network's outputs are unchanged.
 
     Do this before the network is compiled; a compiled graph keeps the layers it was compiled with.
+
+        names = inject_lora(model, LoRASpec(rank=8, targets=("to_q", "to_v")))
+        names = inject_lora(model, LoRASpec().with_config({"to_q": {"r": 8}, "ff.net.*": {"r": 4, "alpha": 8}}))
 
     Args:
         net: a StableDiffusion, or a part of one.
@@ -63,38 +45,71 @@ def inject_lora(net: nn.Cell, spec: LoRASpec) -> list[str]:
         The full names of the injected layers, e.g. "model.diffusion_model.input_blocks.1.1....attn1.to_q".
 
     Raises:
-        UserError: a setting is out of range, a target matches nothing, or there are low-rank cells already.
+        UserError: a setting is out of range, a target matches nothing, or there are low-rank cells already. `net` is
+            unchanged then.
     """
-    targets = _check(spec)
+    rules = spec.layer_specs()
     if any(isinstance(cell, LORA_CELLS) for _, cell in net.cells_and_names()):
-        raise UserError("LoRA layers are injected already: inject once, into a network built anew")
-    found = _find(net, spec, targets)
-    alpha = spec.rank if spec.alpha is None else spec.alpha
-    for name, parent, key, base in found:
-        cell_type = LoRADense if isinstance(base, Dense) else LoRAConv
-        shape = (spec.rank, *base.weight.shape[1:])
+        raise UserError("LoRA layers are injected already: inject once, into a network built anew (or remove_lora)")
+    found = _find(net, spec, rules)
+    key = make_dropout_key() if any(layer.dropout for *_, layer in found) else None
+    for name, parent, place, base, layer in found:
+        rank, alpha = layer.rank, layer.rank if layer.alpha is None else layer.alpha
+        settings = dict(name=name, alpha=alpha, scale=layer.scale, fp16=spec.fp16,
+                        trainable_scale=layer.trainable_scale)  # fmt: skip
+        if layer.dropout:
+            settings["dropout"] = StepDropout(layer.dropout, name, key)
+        shape = (rank, *base.weight.shape[1:])
         bound = 1.0 / math.sqrt(math.prod(shape[1:]))
-        rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
-        cell = cell_type(base, rng.uniform(-bound, bound, shape), name, alpha, spec.scale, spec.fp16)
+        down = np.random.default_rng([spec.seed, zlib.crc32(name.encode())]).uniform(-bound, bound, shape)
+        if isinstance(base, Dense):
+            cell = LoRADense(base, down, **settings)
+        elif layer.hard:
+            cell = LoRAHardConv(base, down.reshape(rank, -1), **settings)
+        else:
+            cell = LoRAConv(base, down, **settings)
         cell.set_train(base.training)
-        _replace(parent, key, cell)
-    for parameter in net.get_parameters():
-        parameter.requires_grad = False
-    for _, cell in net.cells_and_names():
-        if isinstance(cell, LORA_CELLS):
-            cell.lora_down.weight.requires_grad = cell.lora_up.weight.requires_grad = True
+        _replace(parent, place, cell)
     names = [name for name, *_ in found]
-    assert_trainable(net, names)
+    _choose_trainable(net, spec, names)
+    assert_trainable(net, names, _prefixes(spec) if spec.trainable_model else ())
     return names
 
 
-def assert_trainable(net: nn.Cell, names: Iterable[str]) -> None:
-    """Raise RuntimeError unless exactly the factors of the layers `names` are trainable in `net`, and no two
-    parameters share a name."""
+def remove_lora(net: nn.Cell) -> list[str]:
+    """Put the layers back that inject_lora replaced, bit for bit as they are; returns their full names.
+
+    What was trained goes with the cells: take it out first (ldm.lora.state.lora_state), or add it to the weights
+    (merge_lora). Everything stays frozen. As for inject_lora, before the network is compiled.
+
+    Raises UserError if nothing is injected.
+    """
+    names = []
+    for _, parent in net.cells_and_names():
+        for place, cell in list(parent._cells.items()):
+            if isinstance(cell, LORA_CELLS):
+                names.append(cell.name)
+                _replace(parent, place, base_layer(cell))
+    if not names:
+        raise UserError("the network holds no LoRA layers: there is nothing to remove")
+    return names
+
+
+def assert_trainable(net: nn.Cell, names: Iterable[str], whole: tuple[str, ...] = ()) -> None:
+    """Raise RuntimeError unless exactly the LoRA of the layers `names` (factors, and the scale where it is trained) is
+    trainable in `net`, and no two parameters share a name.
+
+    whole: beginnings of names whose parameters are trained besides, but for the layers `names` themselves.
+    """
+    names = set(names)
     parameters = list(net.get_parameters())
     if len({parameter.name for parameter in parameters}) != len(parameters):
         raise RuntimeError("two parameters of the network have the same name")
     wanted = {f"{name}.lora_{factor}.weight" for name in names for factor in ("down", "up")}
+    cells = [cell for _, cell in net.cells_and_names() if isinstance(cell, LORA_CELLS)]
+    wanted |= {f"{cell.name}.lora_scale" for cell in cells if cell.trainable_scale}
+    if whole:
+        wanted |= {parameter.name for parameter in parameters if _is_trained_base(parameter.name, whole, names)}
     trainable = {parameter.name for parameter in parameters if parameter.requires_grad}
     if trainable != wanted:
         extra, missing = sorted(trainable - wanted), sorted(wanted - trainable)
@@ -105,62 +120,112 @@ def assert_trainable(net: nn.Cell, names: Iterable[str]) -> None:
         )
 
 
-def _check(spec: LoRASpec) -> tuple[str, ...]:
-    if isinstance(spec.rank, bool) or not isinstance(spec.rank, (int, np.integer)) or spec.rank < 1:
-        raise UserError(f"lora_rank is {spec.rank}: it must be a whole number, 1 or more (4 is usual)")
-    for setting, value in (("lora_alpha", spec.alpha), ("lora_scale", spec.scale)):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{setting} is {value}: it must be a finite number")
-    if spec.alpha is not None and spec.alpha <= 0:
-        raise UserError(f"lora_alpha is {spec.alpha}: it must be above 0 (leave it out for alpha = rank)")
-    if not (spec.unet or spec.text_encoder):
-        raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: there is nothing to train, set one")
-    if isinstance(spec.targets, str) and spec.targets not in TARGETS:
-        raise UserError(f"LoRA targets {spec.targets!r}: choose one of {', '.join(TARGETS)}, or give layer names")
-    if not spec.targets:
-        raise UserError(f"lora_targets is empty: give {', '.join(TARGETS)}, or the last parts of layers' names")
-    return tuple(target for entry in _entries(spec) for target in TARGETS.get(entry, (entry,)))
+def _choose_trainable(net: nn.Cell, spec: LoRASpec, names: list[str]) -> None:
+    adapted = set(names)
+    for parameter in net.get_parameters():
+        parameter.requires_grad = spec.trainable_model and _is_trained_base(parameter.name, _prefixes(spec), adapted)
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, LORA_CELLS):
+            cell.lora_down.weight.requires_grad = cell.lora_up.weight.requires_grad = True
+            if cell.trainable_scale:
+                cell.lora_scale.requires_grad = True
 
 
-def _entries(spec: LoRASpec) -> tuple[str, ...]:
-    return (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
+def _prefixes(spec: LoRASpec) -> tuple[str, ...]:
+    chosen = {"unet": spec.unet, "text_encoder": spec.text_encoder}
+    return tuple(COMPONENTS[component] for component, asked in chosen.items() if asked)
 
 
-def _find(net: nn.Cell, spec: LoRASpec, targets: tuple[str, ...]) -> list[tuple[str, nn.Cell, str, nn.Cell]]:
-    """(layer name, parent, key in the parent, layer) of every layer that is asked for."""
+def _is_trained_base(name: str, prefixes: tuple[str, ...], adapted: set[str]) -> bool:
+    """As in lora_wrapper: a layer that holds LoRA stays frozen where the rest of the model is trained."""
+    return name.startswith(prefixes) and ".lora_" not in name and name.rpartition(".")[0] not in adapted
+
+
+def _find(
+    net: nn.Cell, spec: LoRASpec, rules: dict[str, LayerSpec]
+) -> list[tuple[str, nn.Cell, str, nn.Cell, LayerSpec]]:
+    """(layer name, parent, key in the parent, layer, its spec) of every layer that is asked for."""
     wanted = {"unet": spec.unet, "text_encoder": spec.text_encoder}
-    found, used, components = [], set(), set()
+    layers = []
     for _, parent in net.cells_and_names():
-        for key, layer in parent._cells.items():
+        for place, layer in parent._cells.items():
             # Not their subclasses: those are called with other arguments.
-            if type(layer) not in (Dense, Conv2d):
-                continue
-            # By the parameter's name, which is the full one where `net` is a part of a model too.
-            name = layer.weight.name[: -len(".weight")]
-            target = next((target for target in targets if f".{name}".endswith(f".{target}")), None)
-            component = component_of(name)
-            if target is None or not wanted.get(component):
-                continue
-            narrowest = min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
-            if spec.rank > narrowest:
-                raise UserError(f"lora_rank {spec.rank} is more than the width {narrowest} of {name}: lower it")
-            used.update(target for target in targets if f".{name}".endswith(f".{target}"))
-            components.add(component)
-            found.append((name, parent, key, layer))
+            if type(layer) in (Dense, Conv2d):
+                # By the parameter's name, which is the full one where `net` is a part of a model too.
+                name = layer.weight.name[: -len(".weight")]
+                if component_of(name) in wanted:
+                    layers.append((name, parent, place, layer))
+    found, used, holding, components = [], set(), set(), set()
+    for name, parent, place, layer in layers:
+        component = component_of(name)
+        fitting = [pattern for pattern in rules if fits(pattern, name)]
+        if not fitting or not wanted[component]:
+            continue
+        used.update(fitting)
+        holding.add(fitting[-1])
+        components.add(component)
+        layer_spec = rules[fitting[-1]]
+        if layer_spec.rank:
+            _check_layer(name, layer, layer_spec, fitting[-1] if spec.modules else None)
+            found.append((name, parent, place, layer, layer_spec))
+    what = "names of the LoRA configuration" if spec.modules else f"LoRA targets {spec.targets}"
     for component, asked in wanted.items():
         if asked and component not in components:
             raise UserError(
-                f"LoRA targets {spec.targets} match no layer of the {LABELS[component]}, "
-                f"which lora_ft_{component} asks for"
+                f"{what} match no layer of the {LABELS[component]}, which lora_ft_{component} asks for"
+                + (_unmatched_hint(next(iter(rules)), layers) if spec.modules else "")
             )
     # a group names layers that not every network has; a name that matches nothing is a mistake
-    unused = [entry for entry in _entries(spec) if entry not in TARGETS and entry not in used]
-    if unused:
-        raise UserError(
-            f"LoRA target {unused[0]!r} matches no dense layer or convolution: give {' or '.join(TARGETS)}, "
-            "or the last parts of layers' names, such as to_q"
-        )
+    asked_for = list(rules) if spec.modules else [entry for entry in spec.target_list() if entry not in TARGETS]
+    for entry in asked_for:
+        if entry not in used:
+            _refuse_unmatched(entry, spec, layers)
+    for entry in rules if spec.modules else ():
+        if entry not in holding:
+            raise UserError(
+                f'"{entry}" of the LoRA configuration holds for no layer: later names fit all of its layers too, and '
+                "the last one holds; put the more general name first"
+            )
+    if not found:
+        raise UserError("the LoRA configuration leaves out every layer (r 0): there is nothing to train")
     return found
+
+
+def _check_layer(name: str, layer: nn.Cell, spec: LayerSpec, entry: str | None) -> None:
+    """entry: the name in the configuration, None where the settings hold for all layers."""
+    setting = "lora_rank" if entry is None else f'"{entry}": r'
+    narrowest = min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
+    if spec.rank > narrowest:
+        raise UserError(f"{setting} {spec.rank} is more than the width {narrowest} of {name}: lower it")
+    if spec.hard and isinstance(layer, Conv2d) and layer.kernel_size != 1:
+        size = layer.kernel_size
+        raise UserError(
+            f'"{entry}": hard is for 1x1 convolutions, the kernel of {name} is {size}x{size}: set hard 0 there'
+        )
+
+
+def _refuse_unmatched(entry: str, spec: LoRASpec, layers: list) -> None:
+    elsewhere = {component_of(name) for name, *_ in layers if fits(entry, name)}
+    if elsewhere and spec.modules:
+        component = elsewhere.pop()
+        raise UserError(
+            f'"{entry}" of the LoRA configuration matches layers of the {LABELS[component]} alone, which is not '
+            f"trained: set lora_ft_{component} True, or leave the name out"
+        )
+    if spec.modules:
+        raise UserError(
+            f'"{entry}" of the LoRA configuration matches no dense layer or convolution'
+            + _unmatched_hint(entry, layers)
+        )
+    raise UserError(
+        f"LoRA target {entry!r} matches no dense layer or convolution: give {' or '.join(TARGETS)}, "
+        "or the last parts of layers' names, such as to_q"
+    )
+
+
+def _unmatched_hint(entry: str, layers: list) -> str:
+    near = near_names(entry, [name for name, *_ in layers])
+    return f": did you mean {', '.join(near)}?" if near else ": give the last parts of layers' names, such as to_q"
 
 
 def _replace(parent: nn.Cell, key: str, cell: nn.Cell) -> None:

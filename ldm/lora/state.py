@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from ldm.config.model import ModelConfig
 from ldm.errors import UserError
-from ldm.lora.layers import LORA_CELLS
+from ldm.lora.layers import LORA_CELLS, LoRAHardConv
 from ldm.weights.names import COMPONENTS, LABELS, component_of
 
 
@@ -115,18 +115,31 @@ def base_metadata(config: ModelConfig) -> dict[str, str]:
     return {"architecture": config.architecture, "prediction_type": config.prediction_type}
 
 
-def lora_state(net: nn.Cell, config: ModelConfig | None = None) -> LoRAState:
-    """The LoRA that is injected in `net`, copied out; the scale of its cells becomes part of alpha.
+def lora_state(
+    net: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[str, np.ndarray] | None = None
+) -> LoRAState:
+    """The LoRA that is injected in `net`, copied out; the scale of its cells, trained or not, becomes part of alpha.
+
+    Factors are (rank, in) and (out, rank) of dense layers, (rank, in, k, k) and (out, rank, 1, 1) of convolutions.
+
+    Args:
+        config: of the model, to be noted as what the LoRA was made for.
+        arrays: values to take in the place of the parameters of that name, such as their moving averages.
 
     Raises UserError if nothing is injected.
     """
-    layers = {
-        cell.name: LoRALayer(
-            cell.lora_down.weight.asnumpy().copy(), cell.lora_up.weight.asnumpy().copy(), cell.alpha * cell.scale
-        )
-        for _, cell in net.cells_and_names()
-        if isinstance(cell, LORA_CELLS)
-    }
+
+    def value(parameter: Parameter) -> np.ndarray:
+        return np.array(parameter.asnumpy() if arrays is None else arrays[parameter.name], np.float32)
+
+    layers = {}
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, LORA_CELLS):
+            down, up = value(cell.lora_down.weight), value(cell.lora_up.weight)
+            if isinstance(cell, LoRAHardConv):
+                down, up = down[:, :, None, None], up[:, :, None, None]
+            scale = float(value(cell.lora_scale)[0]) if cell.trainable_scale else cell.scale
+            layers[cell.name] = LoRALayer(down, up, cell.alpha * scale)
     if not layers:
         raise UserError("the network holds no LoRA layers: inject_lora comes first")
     return LoRAState(layers, base_metadata(config) if config else {})
@@ -187,7 +200,7 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0, path: str = "
         raise UserError(f"the scale of {path} is {scale}: it must be a finite number")
     match = match_lora(net, state)
     if not match.ok:
-        raise UserError(_refusal(match, path))
+        raise UserError(refusal(match, path))
     if scale == 0:
         return match
     parameters = {parameter.name: parameter for parameter in net.get_parameters()}
@@ -213,7 +226,8 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
-def _refusal(match: LoRAMatch, path: str) -> str:
+def refusal(match: LoRAMatch, path: str) -> str:
+    """Why a LoRA does not fit, in one line: counts by network, what it was made for where that is known, an example."""
     if not (match.matched or match.unmatched or match.wrong_shape):
         return f"{path} holds no layers: there is nothing to merge"
     example = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mindspore as ms
@@ -179,6 +180,9 @@ class TrainStep:
 
     Schedules, loss scale and step counts are the caller's (StepScalars): the graph holds no state but the arrays of
     `state()`.
+
+    dropout_key: of LoRA's dropout (ldm.lora.layers.StepDropout) where there is any; each call is then given a new one
+    for each micro-step.
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class TrainStep:
         skip_overflow: bool = False,
         micro_steps: int = 1,
         rank_size: int = 1,
+        dropout_key: Parameter | None = None,
     ):
         if not parameters:
             raise ValueError("there is nothing to train")
@@ -202,6 +207,7 @@ class TrainStep:
             parameter.requires_grad = True
         self.parameters = parameters
         self.micro_steps = micro_steps
+        self.dropout_key = dropout_key
         self.update = _Update(parameters, betas, clip, use_ema, skip_overflow, rank_size)
         optimizer = self.update.optimizer
         self._state: dict[str, Parameter] = {f"p.{p.name}": p for p in parameters}
@@ -224,17 +230,33 @@ class TrainStep:
             self.finish = _TotalsStep(self.update, self.totals)
             self.micro.set_train()
 
-    def __call__(self, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], scalars: StepScalars) -> StepResult:
-        """One update from `micro_steps` batches of (latents, noise, timesteps, condition)."""
+    def __call__(
+        self,
+        batches: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+        scalars: StepScalars,
+        dropout_keys: Sequence[np.ndarray] = (),
+    ) -> StepResult:
+        """One update from `micro_steps` batches of (latents, noise, timesteps, condition).
+
+        dropout_keys: (2,) int32, one a batch, where there is a dropout_key.
+        """
         numbers = scalars.tensor()
         if self.micro_steps == 1:
+            self._drop_by(dropout_keys, 0)
             loss, norm, finite = self.whole(*batches[0], numbers).asnumpy()
         else:
-            losses = [self.micro(*batch, numbers) for batch in batches]
+            losses = []
+            for i, batch in enumerate(batches):
+                self._drop_by(dropout_keys, i)
+                losses.append(self.micro(*batch, numbers))
             norm, finite = self.finish(numbers).asnumpy()
             # read at the end: reading one waits for the device
             loss = np.mean([float(loss.asnumpy()) for loss in losses])
         return StepResult(float(loss), float(norm), bool(finite))
+
+    def _drop_by(self, keys: Sequence[np.ndarray], i: int) -> None:
+        if self.dropout_key is not None:
+            self.dropout_key.set_data(Tensor(keys[i]))
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on: `p.`, `m.`, `v.` and, with EMA, `ema.` before each name."""

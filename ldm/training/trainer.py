@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from mindspore import Parameter, Tensor
 from PIL import Image
 from tqdm import tqdm
@@ -22,12 +23,15 @@ from ldm.config.train import TrainConfig
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
 from ldm.data.dataset import Row, read_image_text_csv
+from ldm.data.draws import draws
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import mindone
-from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import LoRALayer, lora_state
+from ldm.lora.inject import inject_lora
+from ldm.lora.layers import dropout_key
+from ldm.lora.spec import LoRASpec
+from ldm.lora.state import lora_state
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
@@ -59,7 +63,8 @@ MEMORY_SIGNS = ("memory isn't enough", "allocate memory failed", "memory malloc 
 FIXED_ON_RESUME = (
     "data", "model", "base", "seed", "rank_size", "precision", "image_size", "train_batch_size",
     "gradient_accumulation_steps", "random_crop", "random_flip", "caption_dropout", "use_lora", "lora_ft_unet",
-    "lora_ft_text_encoder", "lora_rank", "lora_alpha", "lora_scale", "lora_targets", "lora_fp16", "use_ema", "optim",
+    "lora_ft_text_encoder", "lora_rank", "lora_alpha", "lora_scale", "lora_targets", "lora_config", "lora_dropout",
+    "lora_fp16", "use_ema", "optim",
 )  # fmt: skip
 FOLLOWED_ON_RESUME = (
     "updates", "scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "betas",
@@ -103,6 +108,7 @@ class Trainer:
         )
         self.plan = make_plan(config, self.order.steps_per_epoch)
         self.scaler = make_loss_scaler(config, self.runtime)
+        self.lora_spec = make_lora_spec(config)
         self.fingerprint = self._fingerprint(rows)
         if self.is_first_rank:
             checkpoints.remove_remains(self.folder)
@@ -158,19 +164,7 @@ class Trainer:
         """Inject LoRA, or take the whole UNet."""
         config, model = self.config, self.model
         if config.use_lora:
-            self.trained_names = inject_lora(
-                model,
-                LoRASpec(
-                    rank=config.lora_rank,
-                    alpha=config.lora_alpha,
-                    scale=config.lora_scale,
-                    unet=config.lora_ft_unet,
-                    text_encoder=config.lora_ft_text_encoder,
-                    targets=tuple(config.lora_targets),
-                    fp16=config.lora_fp16,
-                    seed=config.seed,
-                ),
-            )
+            self.trained_names = inject_lora(model, self.lora_spec)
         else:
             for parameter in model.model.get_parameters():
                 parameter.requires_grad = True
@@ -208,17 +202,17 @@ class Trainer:
             skip_overflow=self._scales_loss() and config.drop_overflow_update,
             micro_steps=config.gradient_accumulation_steps,
             rank_size=self.runtime.rank_size,
+            dropout_key=dropout_key(model),
         )
 
     def _scales_loss(self) -> bool:
         return self.scaler.dynamic or self.scaler.scale != 1.0
 
     def _assert_trainable(self, trainable: list[Parameter]) -> None:
-        """By name: a base weight that slipped in (or a factor that did not) would be trained (or not) unnoticed."""
+        """By name: what slipped in or was left out would be trained, or not, unnoticed. inject_lora looks itself."""
         if self.config.use_lora:
-            wanted = {f"{name}.lora_{side}.weight" for name in self.trained_names for side in ("down", "up")}
-        else:
-            wanted = {name for name in self.model.parameters_dict() if name.startswith(UNET)}
+            return
+        wanted = {name for name in self.model.parameters_dict() if name.startswith(UNET)}
         found = {parameter.name for parameter in trainable}
         if found != wanted:
             example = sorted(found ^ wanted)[0]
@@ -234,8 +228,13 @@ class Trainer:
             precision="fp16" if self.runtime.fp16 else "fp32",
             image_size=self.image_size,
             updates=self.plan.updates,
+            lora_config=self._lora_layers()[:16] if self.config.lora_config else None,
         )
         return {name: settings[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
+
+    def _lora_layers(self) -> str:
+        """A hash of what lora_config says."""
+        return content_key("lora_config", repr((self.lora_spec.modules, self.lora_spec.trainable_model)))
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
@@ -334,12 +333,12 @@ class Trainer:
             return nullcontext()
         names = (
             "train_batch_size", "use_lora", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_alpha",
-            "lora_scale", "lora_targets", "lora_fp16", "betas", "clip_grad", "use_ema", "drop_overflow_update",
-            "gradient_accumulation_steps", "enable_flash_attention", "jit_level", "mode",
+            "lora_scale", "lora_targets", "lora_dropout", "lora_fp16", "betas", "clip_grad", "use_ema",
+            "drop_overflow_update", "gradient_accumulation_steps", "enable_flash_attention", "jit_level", "mode",
         )  # fmt: skip
         key = graph_key(
             {name: getattr(config, name) for name in names}, {**asdict(self.model_config), "path": ""},
-            self.image_size, self._scales_loss(), str(runtime),
+            self.image_size, self._scales_loss(), str(runtime), self._lora_layers(),
         )  # fmt: skip
         return cached_graphs(self.output / "cache" / "graphs" / f"rank{runtime.rank}", key)
 
@@ -362,7 +361,7 @@ class Trainer:
             1.0 - ema_decay_at(scaler.updates, config.ema_decay),
         )
         try:
-            result = self.step(batches, scalars)
+            result = self.step(batches, scalars, self._dropout_keys())
         except RuntimeError as error:
             if not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
                 raise
@@ -385,6 +384,15 @@ class Trainer:
                            scaler.scale)
         return Metrics(self.done, result.loss, rate, used_scale, time.perf_counter() - begin, result.gradient_norm)
 
+    def _dropout_keys(self) -> list[np.ndarray]:
+        """One for each micro-step, a function of its number."""
+        micro_steps = self.config.gradient_accumulation_steps
+        return [
+            draws(self.config.seed, "lora_dropout", self.done * micro_steps + i, self.runtime.rank)
+            .integers(-(2**31), 2**31, 2, dtype=np.int32)
+            for i in range(micro_steps)
+        ]
+
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -402,6 +410,11 @@ class Trainer:
             self._write_model(path)
         _link(path, self._newest_link())
         checkpoints.prune(self.folder, f"{kind}-*.ckpt", self.config.ckpt_max_keep)
+        if self.lora_spec.trainable_model:  # the base that this LoRA belongs to
+            base = self.folder / f"model-{self.done:08d}.ckpt"
+            self._write_model(base)
+            _link(base, self.folder / "model.ckpt")
+            checkpoints.prune(self.folder, "model-*.ckpt", self.config.ckpt_max_keep)
         state = TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
         checkpoints.save_state(self.folder, state)
         logger.debug("saved %s", path)
@@ -410,9 +423,11 @@ class Trainer:
         return self.folder / ("lora.ckpt" if self.config.use_lora else "model.ckpt")
 
     def _write_model(self, path: Path) -> None:
-        """The whole model, so that text_to_image.py takes it as --ckpt_path; the UNet's moving average if there is."""
+        """The whole model, so that text_to_image.py takes it as --ckpt_path; the UNet's moving average if there is.
+        Without LoRA, which has its own file."""
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
         arrays.update(self.step.averages())
+        arrays = {name: array for name, array in arrays.items() if "lora_" not in name}
         metadata = {
             "architecture": self.model_config.architecture,
             "prediction_type": self.model_config.prediction_type,
@@ -422,12 +437,7 @@ class Trainer:
 
     def _write_lora(self, path: Path) -> None:
         """The factors alone (their moving averages if there are), with what a reader must know of the base."""
-        averages = self.step.averages()
-        state = lora_state(self.model, self.model_config)
-        for name, layer in state.layers.items():
-            down, up = (averages[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
-            state.layers[name] = LoRALayer(down, up, layer.alpha)
-        mindone.write(path, state)
+        mindone.write(path, lora_state(self.model, self.model_config, self.step.averages()))
 
 
 def _check_paths(config: TrainConfig) -> None:
@@ -465,6 +475,22 @@ def _image_size(config: TrainConfig, model_config: ModelConfig) -> int:
 def _shorter_side(path: Path) -> int:
     with Image.open(path) as image:
         return min(image.size)
+
+
+def make_lora_spec(config: TrainConfig) -> LoRASpec:
+    """What to inject, by the settings and their lora_config. Raises UserError for a lora_config that is wrong."""
+    spec = LoRASpec(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        scale=config.lora_scale,
+        unet=config.lora_ft_unet,
+        text_encoder=config.lora_ft_text_encoder,
+        targets=tuple(config.lora_targets),
+        fp16=config.lora_fp16,
+        seed=config.seed,
+        dropout=config.lora_dropout,
+    )
+    return spec if config.lora_config is None else spec.with_config(under_root(config.lora_config))
 
 
 def make_loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None = None) -> LossScaler:
