@@ -17,7 +17,7 @@ from ldm.config.train import TrainConfig
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import StateCache, content_key
 from ldm.data.dataset import Row
-from ldm.data.draws import draws
+from ldm.data.draws import augmentation_draws, step_draws
 from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -96,19 +96,16 @@ class Inputs:
         else:
             moments = self._moments_now(rows, micro_step)
         shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
-        eps = self._draws("posterior", micro_step).standard_normal(shape, dtype=np.float32)
+        config, model = self.config, self.model_config
+        drawn = step_draws(config.seed, micro_step, shape, model.timesteps, config.caption_dropout, self.rank)
         return Batch(
-            sample_latents(moments, eps, self.model_config.scale_factor),
-            self._draws("noise", micro_step).standard_normal(shape, dtype=np.float32),
-            self._draws("timesteps", micro_step).integers(0, self.model_config.timesteps, len(rows), dtype=np.int32),
-            self._condition(rows, micro_step),
+            sample_latents(moments, drawn.posterior, model.scale_factor),
+            drawn.noise,
+            drawn.timesteps,
+            self._condition(rows, drawn.dropped),
         )
 
-    def _draws(self, stream: str, micro_step: int) -> np.random.Generator:
-        return draws(self.config.seed, stream, micro_step, self.rank)
-
-    def _condition(self, rows: np.ndarray, micro_step: int) -> np.ndarray:
-        dropped = self._draws("caption_dropout", micro_step).random(len(rows)) < self.config.caption_dropout
+    def _condition(self, rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         if self.states is not None:
             return np.stack([self.states[row] for row in np.where(dropped, len(self.rows), rows)])
         tokens = np.where(dropped[:, None], self.empty_tokens, self.tokens[rows])
@@ -122,16 +119,16 @@ class Inputs:
         return self.encode_graph(Tensor(images)).asnumpy()
 
     def _load(self, rows: np.ndarray, micro_step: int) -> list[Future]:
-        seeds = self._draws("augment", micro_step).integers(0, 2**63, len(rows))
-        return [self.pool.submit(self._augmented, row, seed) for row, seed in zip(rows, seeds)]
+        generators = augmentation_draws(self.config.seed, micro_step, len(rows), self.rank)
+        return [self.pool.submit(self._augmented, row, rng) for row, rng in zip(rows, generators)]
 
-    def _augmented(self, row: int, seed: int) -> np.ndarray:
+    def _augmented(self, row: int, rng: np.random.Generator) -> np.ndarray:
         return load_image(
             self.rows[row].path,
             self.image_size,
             random_crop=self.config.random_crop,
             random_flip=self.config.random_flip,
-            rng=np.random.default_rng(seed),
+            rng=rng,
         )
 
     def _cached_moments(self, cache: StateCache, model: StableDiffusion) -> list[np.ndarray]:

@@ -3,8 +3,9 @@
 import itertools
 
 import numpy as np
+import pytest
 
-from ldm.data.draws import draws
+from ldm.data.draws import augmentation_draws, draws, step_draws
 
 
 def first(*arguments):
@@ -46,3 +47,24 @@ def test_numpys_own_state_is_neither_used_nor_moved():
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(1)
     assert first(1, "noise", 2) == value
+
+
+def test_a_steps_draws_are_those_of_their_own_streams():
+    drawn = step_draws(3, 8, (2, 4, 3, 3), 1000, 0.5, rank=1)
+    assert (drawn.posterior == draws(3, "posterior", 8, 1).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
+    assert (drawn.noise == draws(3, "noise", 8, 1).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
+    assert drawn.timesteps.tolist() == draws(3, "timesteps", 8, 1).integers(0, 1000, 2).tolist()
+    assert drawn.posterior.dtype == drawn.noise.dtype == np.float32 and drawn.timesteps.dtype == np.int32
+    assert (step_draws(3, 8, (2, 4, 3, 3), 1000, 0.5).noise != drawn.noise).all()
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    shares = [step_draws(0, step, (50, 1, 1, 1), 10, 0.2).dropped.mean() for step in range(100)]
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.03)
+    assert not step_draws(0, 1, (50, 1, 1, 1), 10, 0.0).dropped.any()
+
+
+def test_every_picture_of_a_step_is_cropped_by_a_generator_of_its_own():
+    first_step, again, next_step = (augmentation_draws(0, step, 3) for step in (1, 1, 2))
+    values = [[rng.integers(2**63) for rng in generators] for generators in (first_step, again, next_step)]
+    assert values[0] == values[1] and len({*values[0], *values[2]}) == 6
