@@ -15,16 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from ldm.atomic import atomic_path
-from ldm.data.dataset import Row, read_image_text_csv
+from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError, run
+from tools.grid import draw_grid
 from tools.nano.pictures import evenly
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
-SIZE, GAP, TEXT_WIDTH = 128, 8, 300
 
 
 def call(*command: str) -> None:
@@ -33,36 +31,6 @@ def call(*command: str) -> None:
     code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
-
-
-def draw_grid(rows: list[Row], base: list[Path], lora: list[Path], path: Path) -> None:
-    """One line a prompt: its text, and the three pictures."""
-    font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
-    columns = ("base", "with LoRA", "the real picture")
-    sheet = Image.new("RGB", (TEXT_WIDTH + 3 * (SIZE + GAP) + GAP, 40 + len(rows) * (SIZE + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(("prompt", *columns)):
-        draw.text((GAP if i == 0 else TEXT_WIDTH + (i - 1) * (SIZE + GAP), 10), title, fill="black", font=bold)
-    for j, row in enumerate(rows):
-        y = 40 + j * (SIZE + GAP)
-        draw.line((0, y - GAP // 2, sheet.width, y - GAP // 2), fill=(225, 225, 225))
-        for k, line in enumerate(wrap(row.text, 32)):
-            draw.text((GAP, y + 46 + 20 * k), line, fill="black", font=font)
-        for i, picture in enumerate((base[j], lora[j], row.path)):
-            image = Image.open(picture).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
-            sheet.paste(image, (TEXT_WIDTH + i * (SIZE + GAP), y))
-    with atomic_path(path) as temporary:
-        sheet.save(temporary)
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Words in lines of at most `width` characters where they fit."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def main() -> None:
@@ -87,7 +55,8 @@ def main() -> None:
     call(*drawing, "--output_path", str(output / "with_lora"), "--use_lora", "True", "--lora_ckpt_path", str(lora))
 
     pictures = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
-    draw_grid(rows, *pictures, output / "grid.png")
+    columns = {"base": pictures[0], "with LoRA": pictures[1], "the real picture": [row.path for row in rows]}
+    draw_grid([row.text for row in rows], columns, output / "grid.png")
     print(f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
           f"({(time.time() - start) / 60:.1f} minutes)")
 

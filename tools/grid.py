@@ -1,0 +1,44 @@
+"""Pictures of the same prompts beside each other: a line a prompt, a column a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.atomic import atomic_path
+
+SIZE, GAP, TEXT_WIDTH = 128, 8, 300
+
+
+def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Write `path`: the prompts, and beside them under each title of `columns` the picture files, one a prompt."""
+    font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
+    height = 40 + len(prompts) * (SIZE + GAP)
+    sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (SIZE + GAP) + GAP, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 10), "prompt", fill="black", font=bold)
+    for j, prompt in enumerate(prompts):
+        y = 40 + j * (SIZE + GAP)
+        draw.line((0, y - GAP // 2, sheet.width, y - GAP // 2), fill=(225, 225, 225))
+        for k, line in enumerate(wrap(prompt, 32)):
+            draw.text((GAP, y + 46 + 20 * k), line, fill="black", font=font)
+    for i, (title, files) in enumerate(columns.items()):
+        x = TEXT_WIDTH + i * (SIZE + GAP)
+        draw.text((x, 10), title, fill="black", font=bold)
+        for j, file in enumerate(files):
+            image = Image.open(file).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
+            sheet.paste(image, (x, 40 + j * (SIZE + GAP)))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Words in lines of at most `width` characters where they fit."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
