@@ -14,6 +14,7 @@ from ldm.config.generate import GenerateConfig, Plan, plan
 from ldm.config.parse import parse_config
 from ldm.errors import run
 from ldm.samples import SampleWriter, read_latents, starting_latents_path, write_latents
+from ldm.weights.base import base_hash
 from ldm.weights.read import content_hash
 
 logger = logging.getLogger("text_to_image")
@@ -53,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime = setup_runtime(config.device_target, config.mode, config.jit_level, config.precision, config.seed)
     check_flash_attention(config.enable_flash_attention, runtime)
     model = load_model(
-        job.model, job.checkpoint, runtime.compute_dtype, job.unet_checkpoint, config.enable_flash_attention
+        job.model,
+        job.checkpoint,
+        runtime.compute_dtype,
+        job.unet_checkpoint,
+        config.enable_flash_attention,
+        config.ckpt_ema,
     )
     for file in job.loras:
         applied = apply_lora(model, job.model, file.path, file.weight, config.lora_ft_unet, config.lora_ft_text_encoder)
@@ -106,21 +112,30 @@ def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
         "model": job.version or job.model.architecture,
         "model_config": Path(job.model.path).name,
         "checkpoint": job.checkpoint.name,
-        "checkpoint_sha256": content_hash(job.checkpoint),
+        "checkpoint_sha256": base_hash(job.checkpoint),
     }
+    if config.ckpt_ema:
+        texts["checkpoint_ema"] = "True"
     if job.unet_checkpoint is not None:
         texts["unet_checkpoint"] = job.unet_checkpoint.name
-        texts["unet_checkpoint_sha256"] = content_hash(job.unet_checkpoint)
+        texts["unet_checkpoint_sha256"] = base_hash(job.unet_checkpoint)
     if job.loras:
         parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
         texts["lora"] = [
-            {"file": file.path.name, "sha256": content_hash(file.path), "weight": file.weight, **parts}
+            {"file": file.path.name, "sha256": lora_hash(file.path), "weight": file.weight, **parts}
             for file in job.loras
         ]
     if config.init_latents is not None:
         texts["init_latents"] = Path(config.init_latents).name
         texts["init_latents_sha256"] = content_hash(config.init_latents)
     return texts
+
+
+def lora_hash(path: Path) -> str:
+    """The SHA-256 of a LoRA's file; of a folder, those of its files one after another."""
+    from ldm.lora.formats import lora_files
+
+    return " ".join(content_hash(file) for file in lora_files(path))
 
 
 def report(config: GenerateConfig, job: Plan, writer: SampleWriter) -> None:

@@ -28,8 +28,8 @@ from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.tokenizer import Tokenizer
+from ldm.weights.base import open_base
 from ldm.weights.load import check_base_metadata, load_base
-from ldm.weights.read import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -208,19 +208,22 @@ def load_model(
     compute_dtype=ms.float32,
     unet_checkpoint: str | Path | None = None,
     flash_attention: bool = False,
+    ema: bool = False,
 ) -> StableDiffusion:
-    """The networks with a base checkpoint in them, UNet and text encoder computing in `compute_dtype`, the autoencoder
-    in fp32 (in fp16 it is known to overflow).
+    """The networks with a base checkpoint (a file or a diffusers folder) in them, UNet and text encoder computing in
+    `compute_dtype`, the autoencoder in fp32 (in fp16 it is known to overflow).
 
-    unet_checkpoint: a file whose UNet takes the place of the checkpoint's. flash_attention: Ascend's, in the UNet (see
-    ldm.runtime.check_flash_attention). Raises UserError for a file that does not fit the configuration or says that it
-    was made for another, see ldm.weights.load.
+    unet_checkpoint: one whose UNet takes the place of the checkpoint's. flash_attention: Ascend's, in the UNet (see
+    ldm.runtime.check_flash_attention). ema: take the checkpoint's moving averages of the UNet.
+
+    Raises UserError for a file that does not fit the configuration or says that it was made for another, see
+    ldm.weights.load.
     """
     for path in (checkpoint, unet_checkpoint):
         if path is not None:
-            check_base_metadata(open_checkpoint(path).metadata, config, path)
-    model = build_model(config)
-    report = load_base(model, checkpoint)
+            check_base_metadata(open_base(path).metadata, config, path)
+    model = build_model(config, random=False)
+    report = load_base(model, checkpoint, ema=ema)
     logger.info("%s: %s", checkpoint, report)
     if unet_checkpoint is not None:
         logger.info("%s: %s", unet_checkpoint, load_base(model, unet_checkpoint, components=("unet",)))

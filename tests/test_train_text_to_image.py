@@ -399,7 +399,7 @@ def test_the_loss_scaler_is_the_one_asked_for(given, fp16, scale, dynamic):
     [
         (dict(data_path=None), "--data_path is needed: give the folder"),
         (dict(pretrained_model_path=None), "--pretrained_model_path is needed"),
-        (dict(pretrained_model_path="nowhere.ckpt"), "nowhere.ckpt is not a file: give"),
+        (dict(pretrained_model_path="nowhere.ckpt"), "nowhere.ckpt does not exist: give"),
         (dict(output_path=str(ROOT / "README.md")), "output_path: .* cannot be a folder"),
         (dict(data_path="nowhere"), "nowhere"),
         (dict(model_config="nowhere.yaml"), "nowhere.yaml"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from ldm.config.model import ModelConfig, load_model_config, model_metadata
+from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.parse import setting
 from ldm.errors import UserError
 
@@ -83,7 +83,13 @@ class GenerateConfig:
     )
     config: Optional[str] = setting(None, "the model's YAML; None for the version's", group="model")
     ckpt_path: Optional[str] = setting(
-        None, "the base checkpoint; None for the version's, under models/", group="model"
+        None,
+        "the base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for the "
+        "version's, under models/",
+        group="model",
+    )
+    ckpt_ema: bool = setting(
+        False, "take the moving averages of the UNet (EMA) that the checkpoint holds beside its weights", group="model"
     )
     unet_ckpt_path: Optional[str] = setting(
         None, "a UNet to put in the place of the checkpoint's, as training without LoRA saves it", group="model"
@@ -222,11 +228,11 @@ def plan(config: GenerateConfig) -> Plan:
             f"{MOST_IMAGES} images: lower them"
         )
 
-    version, checkpoint = _checkpoint(config)
+    version, checkpoint, detected = _checkpoint(config)
     unet_checkpoint = None
     if config.unet_ckpt_path is not None:
         unet_checkpoint = _existing(config.unet_ckpt_path, "unet_ckpt_path")
-    model = _model_config(config, version)
+    model = detected or _model_config(config, version)
     loras = _lora_files(config)
     _check_outputs(config)
 
@@ -319,13 +325,14 @@ def _existing(path: str, name: str) -> Path:
     return Path(path)
 
 
-def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path]:
-    """(version, base checkpoint); the version is None where a model YAML stands in for it."""
+def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
+    """(version, base checkpoint, its model where nothing but the checkpoint says which it is); the version is None
+    where a model YAML, or the checkpoint itself, stands in for it."""
     if config.ckpt_path is not None:
         path = _existing(config.ckpt_path, "ckpt_path")
         if config.version is None and config.config is None:
-            return _version_of(path), path
-        return config.version, path
+            return _detected(path)
+        return config.version, path, None
     version = config.version or "nano"
     path = _under_root(VERSIONS[version].checkpoint)
     if not path.exists():
@@ -335,39 +342,27 @@ def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path]:
         else:
             way = (
                 f"put mindone's published file of that name into {path.parent}, or give --ckpt_path with any "
-                f"single-file Stable Diffusion {version} checkpoint (.safetensors or .ckpt); "
+                f"Stable Diffusion {version} checkpoint (.safetensors, .ckpt or a diffusers folder); "
                 "--version nano needs neither"
             )
         raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way}")
-    return version, path
+    return version, path, None
 
 
-def _version_of(path: Path) -> str:
-    """The version of a checkpoint that comes without one: by its published name, by what it says (training writes the
-    architecture and the prediction type), else by its context's width."""
-    from ldm.weights.read import open_checkpoint
-
+def _detected(path: Path) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
+    """What a checkpoint is that comes without a version: by its published name, or by what it says and its shapes."""
     for version, published in VERSIONS.items():
         if path.name == Path(published.checkpoint).name:
-            return version
-    checkpoint = open_checkpoint(path)
-    said = model_metadata(checkpoint.metadata)
-    shapes = checkpoint.shapes()
-    widths = {shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape}
-    fitting = {}
+            return version, path, None
+    from ldm.weights.architecture import detect_model
+
+    model = detect_model(path, way_out=f"add --version (one of {', '.join(VERSIONS)}) or --config")
     for version, published in VERSIONS.items():
-        model = load_model_config(ROOT / published.config)
-        goes_by_shape = model.context_dim in widths or "architecture" in said
-        if goes_by_shape and all(getattr(model, key) == value for key, value in said.items()):
-            fitting.setdefault(published.config, version)
-    if len(fitting) == 1:
-        version = next(iter(fitting.values()))
-        logger.info("%s is taken for version %s, by %s", path, version, "what it says" if said else "its shapes")
-        return version
-    choices = ", ".join(VERSIONS)
-    says = " and ".join(f"{key} {value}" for key, value in said.items())
-    says = f"It says {says}, and its shapes do not tell the rest" if said else "Its shapes do not tell"
-    raise UserError(f"which model is {path}? {says}: add --version (one of {choices}) or --config")
+        if Path(model.path) == ROOT / published.config:
+            logger.info("%s is taken for version %s, by what it says and its shapes", path, version)
+            return version, path, model
+    logger.info("%s is a model of its own, described by %s", path, model.path)
+    return None, path, model
 
 
 def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig:

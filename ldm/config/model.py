@@ -109,6 +109,12 @@ def load_model_config(path: str | Path) -> ModelConfig:
                         "as configs/v1-inference.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"model configuration {path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_model_config(document, path)
+
+
+def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
+    """The model that a YAML's content describes; `path` names it in errors, which are load_model_config's."""
+    path = Path(path)
     model = _section(document, "model", path)
     params = _section(model, "params", path, "model.")
     if model.get("target") == INPAINT_TARGET:
@@ -167,6 +173,34 @@ def load_model_config(path: str | Path) -> ModelConfig:
         scale_factor=_number(params, "scale_factor", path),
         image_size=_whole_number(params, "image_size", path) * vae_factor, latent_channels=vae["embed_dim"],
         vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token, unet=unet, vae=vae, text=text)
+
+
+def model_document(config: ModelConfig) -> dict[str, Any]:
+    """The content of a YAML that parse_model_config reads as `config`, every size written out."""
+    vae = dict(config.vae)
+    embed_dim = vae.pop("embed_dim")
+    parameterization = next(key for key, value in PREDICTION_TYPES.items() if value == config.prediction_type)
+    return {
+        "model": {
+            "architecture": config.architecture,
+            "target": DIFFUSION_TARGETS[0],
+            "pad_token": config.pad_token,
+            "params": {
+                "parameterization": parameterization,
+                "linear_start": config.linear_start,
+                "linear_end": config.linear_end,
+                "timesteps": config.timesteps,
+                "image_size": config.image_size // config.vae_factor,
+                "scale_factor": config.scale_factor,
+                "unet_config": {"target": UNET_TARGETS[1], "params": dict(config.unet)},
+                "first_stage_config": {
+                    "target": VAE_TARGETS[0],
+                    "params": {"embed_dim": embed_dim, "ddconfig": vae},
+                },
+                "cond_stage_config": {"target": "ldm.models.text_encoder.CLIPTextEncoder", "params": dict(config.text)},
+            },
+        }
+    }
 
 
 def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:

@@ -23,9 +23,18 @@ class TrainConfig:
     data_path: Optional[str] = setting(None, "folder with the pictures and img_txt.csv", group=FILES)
     output_path: str = setting("output/train", "folder for checkpoints, logs and the cache", group=FILES)
     pretrained_model_path: Optional[str] = setting(
-        None, "base checkpoint (.ckpt or .safetensors) that training starts from", group=FILES
+        None,
+        "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers "
+        "folder",
+        group=FILES,
     )
-    model_config: str = setting("configs/v1-inference.yaml", "YAML of the architecture", group=FILES)
+    pretrained_model_ema: bool = setting(
+        False, "start from the moving averages of the UNet (EMA) that the checkpoint holds beside its weights",
+        group=FILES,
+    )
+    model_config: Optional[str] = setting(
+        None, "YAML of the architecture; None: what the checkpoint is, by what it says and its shapes", group=FILES
+    )
     resume: Union[bool, str] = setting(
         False, "go on from the last state in output_path (True), or from that state file or folder", group=FILES
     )

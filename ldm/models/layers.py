@@ -7,20 +7,43 @@ Each layer holds `weight` and `bias` under the names of the published checkpoint
 
 from __future__ import annotations
 
+import contextvars
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from ldm.models.device_forms import channel_bias, row_bias
+
+_draws = contextvars.ContextVar("whether new parameters are drawn", default=True)
+
+
+@contextmanager
+def not_drawn() -> Iterator[None]:
+    """Make large parameters zeros, for networks that are loaded next: a billion random numbers take ten seconds, and
+    zeros take no memory, since the system gives a page of them only where it is written."""
+    token = _draws.set(False)
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
+def first_values(shape: tuple[int, ...], draw: Callable[[], np.ndarray]) -> Tensor:
+    """What `draw` gives, float32; zeros within not_drawn."""
+    return Tensor(draw().astype(np.float32)) if _draws.get() else initializer("zeros", shape, ms.float32)
 
 
 def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), the default of the published networks' layers; drawn from numpy's global state,
     which `ldm.runtime` seeds."""
     bound = 1.0 / math.sqrt(fan_in)
-    return Tensor(np.random.uniform(-bound, bound, rng_shape).astype(np.float32))
+    return first_values(rng_shape, lambda: np.random.uniform(-bound, bound, rng_shape))
 
 
 class Dense(nn.Cell):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from mindspore import Tensor, nn
 
 from ldm.config.model import ModelConfig
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.layers import not_drawn
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 
@@ -35,10 +38,15 @@ class StableDiffusion(nn.Cell):
         self.cond_stage_model = text_encoder
 
 
-def build_model(config: ModelConfig) -> StableDiffusion:
-    """Random weights (numpy's global state), fp32, frozen; load a checkpoint over them with `ldm.weights.load`."""
-    model = StableDiffusion(UNetModel(**config.unet), AutoencoderKL(**config.vae), CLIPTextEncoder(**config.text))
+def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
+    """Random weights (numpy's global state), fp32, frozen; load a checkpoint over them with `ldm.weights.load`.
+
+    random: False for zeros, which cost no time and no memory, where a checkpoint is loaded next.
+    """
+    with nullcontext() if random else not_drawn():
+        model = StableDiffusion(UNetModel(**config.unet), AutoencoderKL(**config.vae), CLIPTextEncoder(**config.text))
     model.set_train(False)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
+        parameter.init_data()  # zeros that are not made yet, as in data-parallel mode, would be made at the first run
     return model

@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.attention import ScaledDotProductAttention
 from ldm.models.device_forms import gelu
-from ldm.models.layers import Dense, LayerNorm, QuickGELU
+from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
 
 
 class CLIPAttention(nn.Cell):
@@ -79,7 +79,8 @@ class Embedding(nn.Cell):
 
     def __init__(self, entries: int, width: int):
         super().__init__()
-        self.weight = Parameter(Tensor(np.random.normal(0.0, 0.02, (entries, width)).astype(np.float32)), name="weight")
+        shape = (entries, width)
+        self.weight = Parameter(first_values(shape, lambda: np.random.normal(0.0, 0.02, shape)), name="weight")
         self.gather = ops.Gather()
 
     def construct(self, index: Tensor) -> Tensor:

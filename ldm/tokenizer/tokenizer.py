@@ -61,7 +61,7 @@ class Tokenizer:
         if pad not in ("end", "zero"):
             raise UserError(f"pad_token '{pad}' is unknown: it is 'end' (SD1.x and nano) or 'zero' (SD2.x)")
         self.pad_id = END_TOKEN if pad == "end" else 0
-        self._vocabulary = _vocabulary()
+        self._vocabulary = vocabulary()
         self._words: dict[str, tuple[int, ...]] = {START_TEXT: (START_TOKEN,), END_TEXT: (END_TOKEN,)}
 
     def encode(self, texts: Iterable[str]) -> np.ndarray:
@@ -142,7 +142,7 @@ class Vocabulary(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _vocabulary() -> Vocabulary:
+def vocabulary() -> Vocabulary:
     """CLIP's vocabulary: byte symbols, byte symbols that close a word, what each merge makes, start and end.
 
     Raises:

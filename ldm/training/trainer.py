@@ -48,8 +48,10 @@ from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile, set_up_logging
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
+from ldm.weights.architecture import detect_model
+from ldm.weights.base import base_hash, open_base
 from ldm.weights.load import check_base_metadata, load_base
-from ldm.weights.read import content_hash, open_checkpoint, write_checkpoint
+from ldm.weights.read import write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class Trainer:
             set_up_logging(self.output / "log.txt", config.log_level)
         else:
             set_up_logging(None, "WARNING")  # the others would say the same
-        self.model_config = load_model_config(under_root(config.model_config))
+        self.model_config = _model_config(config)
         self.image_size = _image_size(config, self.model_config)
         rows = self._read_rows()
         self.order = BatchOrder(
@@ -153,10 +155,11 @@ class Trainer:
 
     def _build_model(self) -> StableDiffusion:
         path = self.config.pretrained_model_path
-        check_base_metadata(open_checkpoint(path).metadata, self.model_config, path)
-        model = build_model(self.model_config)
-        components = ("vae", "text_encoder") if self.config.unet_initialize_random else ("unet", "vae", "text_encoder")
-        report = load_base(model, path, components)
+        check_base_metadata(open_base(path).metadata, self.model_config, path)
+        random_unet = self.config.unet_initialize_random
+        model = build_model(self.model_config, random=random_unet)
+        components = ("vae", "text_encoder") if random_unet else ("unet", "vae", "text_encoder")
+        report = load_base(model, path, components, ema=self.config.pretrained_model_ema)
         logger.info("%s: %s", path, report)
         return model
 
@@ -223,7 +226,7 @@ class Trainer:
         settings.update(
             data=content_key("rows", *(part for row in rows for part in (row.path, row.text)))[:16],
             model=content_key("model", repr({**asdict(self.model_config), "path": ""}))[:16],
-            base=content_hash(self.config.pretrained_model_path)[:16],
+            base=base_hash(self.config.pretrained_model_path)[:16] + "-ema" * self.config.pretrained_model_ema,
             rank_size=self.runtime.rank_size,
             precision="fp16" if self.runtime.fp16 else "fp32",
             image_size=self.image_size,
@@ -443,16 +446,18 @@ class Trainer:
 def _check_paths(config: TrainConfig) -> None:
     ways = {
         "data_path": "give the folder with the pictures and img_txt.csv",
-        "pretrained_model_path": "give a Stable Diffusion checkpoint (.ckpt or .safetensors)",
+        "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
     }
     for name, way in ways.items():
         if getattr(config, name) is None:
             raise UserError(f"--{name} is needed: {way}, on the command line or in the YAML file of --train_config")
-    if not Path(config.pretrained_model_path).is_file():
+    if not Path(config.pretrained_model_path).exists():
         raise UserError(
-            f"pretrained_model_path: {config.pretrained_model_path} is not a file: give the path of a Stable Diffusion "
-            "checkpoint (.ckpt or .safetensors)"
+            f"pretrained_model_path: {config.pretrained_model_path} does not exist: give the path of a Stable "
+            "Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)"
         )
+    if config.pretrained_model_ema and config.unet_initialize_random:
+        raise UserError("pretrained_model_ema is of the UNet, which unet_initialize_random does not take from the file")
     folder = Path(config.output_path) / "ckpt"
     check_folder(folder, "output_path")
     # Not overwritten: a forgotten --resume would cost what was trained so far.
@@ -461,6 +466,17 @@ def _check_paths(config: TrainConfig) -> None:
             f"{folder} holds the training states of an earlier run: go on with --resume True, or choose another "
             "--output_path (or remove the folder)"
         )
+
+
+def _model_config(config: TrainConfig) -> ModelConfig:
+    if config.model_config is not None:
+        return load_model_config(under_root(config.model_config))
+    model = detect_model(
+        config.pretrained_model_path,
+        way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x",
+    )
+    logger.info("%s is a model of %s", config.pretrained_model_path, model.path)
+    return model
 
 
 def _image_size(config: TrainConfig, model_config: ModelConfig) -> int:

@@ -11,6 +11,14 @@ from pathlib import Path
 import numpy as np
 
 PAGE = mmap.PAGESIZE
+# What stands for bfloat16 where arrays are written; numpy has none. Reading widens it to float32.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+
+
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """`array` rounded to the nearest bfloat16, to even between two; for finite values."""
+    bits = np.asarray(array, np.float32, order="C").view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(BFLOAT16)
 
 
 class Arrays(Mapping):

@@ -6,8 +6,11 @@ This project's own checkpoints have these names too, all of a model or a part of
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from ldm.weights.placing import TEXT_PREFIX, Ignored, Place, text_layer
+import numpy as np
+
+from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
 
 SCHEDULE_BUFFERS = (
     "betas",
@@ -49,6 +52,11 @@ def place(name: str) -> list[Place] | Ignored | None:
     return None
 
 
+def ema_name(name: str) -> str:
+    """The key of the moving average of a UNet parameter, given its key: LitEma leaves out the dots."""
+    return "model_ema." + name[len("model.") :].replace(".", "")
+
+
 def _place_openclip(name: str) -> list[Place] | Ignored | None:
     if name in OPENCLIP_NAMES:
         return [Place(TEXT_PREFIX + OPENCLIP_NAMES[name])]
@@ -61,3 +69,50 @@ def _place_openclip(name: str) -> list[Place] | Ignored | None:
     if int(index) >= OPENCLIP_LAYERS_USED:
         return Ignored("the text encoder's last layer, unused by SD2")
     return text_layer(index, module[4:] if module.startswith("mlp.") else module, kind)
+
+
+def is_published(name: str) -> bool:
+    """Whether a key without use here belongs to the published files, other than as a moving average."""
+    return isinstance(place(name), Ignored) and not name.startswith("model_ema.")
+
+
+def layout(names: Iterable[str], openclip: bool) -> dict[str, Made]:
+    """Key of a published single file -> what of the canonical `names` it is made of; `openclip`: the text encoder as in
+    SD2's files, q, k and v in one array."""
+    return dict(_key(name) if openclip else (name, Made((name,))) for name in names)
+
+
+def _key(name: str) -> tuple[str, Made]:
+    fused = fused_text_layer(name)
+    if fused is not None:
+        index, module, kind, parts = fused
+        module = f"mlp.{module}" if module.startswith("c_") else module
+        joint = "_" if module == "attn.in_proj" else "."
+        return f"{OPENCLIP}transformer.resblocks.{index}.{module}{joint}{kind}", Made(parts)
+    theirs = {ours: theirs for theirs, ours in OPENCLIP_NAMES.items()}
+    tail = name[len(TEXT_PREFIX) :] if name.startswith(TEXT_PREFIX) else None
+    return (OPENCLIP + theirs[tail] if tail in theirs else name), Made((name,))
+
+
+def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> dict[str, np.ndarray]:
+    """The noise schedule that published files hold beside the weights, 12 arrays (timesteps,) float32; readers compute
+    it anew. Formulas: Ho et al. 2020, "Denoising diffusion probabilistic models"; betas linear in the square root."""
+    betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
+    alphas = np.cumprod(1.0 - betas)
+    previous = np.append(1.0, alphas[:-1])
+    variance = betas * (1.0 - previous) / (1.0 - alphas)
+    values = (
+        betas,
+        alphas,
+        previous,
+        np.sqrt(alphas),
+        np.sqrt(1.0 - alphas),
+        np.log(1.0 - alphas),
+        np.sqrt(1.0 / alphas),
+        np.sqrt(1.0 / alphas - 1.0),
+        variance,
+        np.log(np.maximum(variance, 1e-20)),
+        betas * np.sqrt(previous) / (1.0 - alphas),
+        (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alphas),
+    )
+    return {name: value.astype(np.float32) for name, value in zip(SCHEDULE_BUFFERS, values)}

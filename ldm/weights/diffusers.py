@@ -7,17 +7,17 @@ model's configuration: `channel_mult`, `num_res_blocks`, `attention_resolutions`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable
 
 from ldm.config.model import ModelConfig
 from ldm.errors import UserError
-from ldm.weights.placing import TEXT_PREFIX, rename
+from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, rename
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+TEXT_MODEL = "text_model."  # transformers 5 leaves it out
 
 UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -94,60 +94,81 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
     return table
 
 
-def diffusers_to_canonical(
-    unet: Mapping[str, np.ndarray], vae: Mapping[str, np.ndarray], text: Mapping[str, np.ndarray], config: ModelConfig
-) -> dict[str, np.ndarray]:
-    """State dictionaries of diffusers' UNet2DConditionModel and AutoencoderKL and of transformers' CLIPTextModel (with
-    or without its `text_model.`), under their canonical names. Any of the three may be empty.
+def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | Ignored | None]:
+    """The function that says where a key of a diffusers folder (`component/name`) goes; `names` are all keys: they tell
+    how many levels and layers the networks have."""
+    names = list(names)
+    tables = {
+        "unet": {theirs: UNET_PREFIX + ours for theirs, ours in unet_modules(_unet_structure(names)).items()},
+        "vae": {
+            theirs: VAE_PREFIX + ours
+            for attention in (VAE_ATTENTION_BEFORE_2023, VAE_ATTENTION)
+            for theirs, ours in vae_modules(_vae_structure(names), attention).items()
+        },
+    }
 
-    The VAE's attention comes as linear layers (a, b) where the canonical one is a 1x1 convolution: reshaped here, as
-    are older files the other way round. Raises UserError if a key is not known.
-    """
-    unet_table = unet_modules(config.unet)
-    vae_table = {**vae_modules(config.vae, VAE_ATTENTION_BEFORE_2023), **vae_modules(config.vae)}
-    canonical, unknown = {}, []
-    for prefix, table, arrays in ((UNET_PREFIX, unet_table, unet), (VAE_PREFIX, vae_table, vae)):
-        for key, array in arrays.items():
-            name = rename(key, table)
-            if name is None:
-                unknown.append(key)
-            else:
-                canonical[prefix + name] = _as_1x1(array) if ".attn_1." in name else array
-    for key, array in text.items():
-        if not key.endswith("embeddings.position_ids"):
-            canonical[TEXT_PREFIX + (key[len("text_model.") :] if key.startswith("text_model.") else key)] = array
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} names do not fit the configuration {config.path}: {', '.join(unknown[:3])}; "
-            "is this another architecture?"
-        )
-    return canonical
+    def place(key: str) -> list[Place] | Ignored | None:
+        component, _, name = key.partition("/")
+        if component != "text_encoder":
+            canonical = rename(name, tables[component])
+            return None if canonical is None else [Place(canonical)]
+        if name.endswith("embeddings.position_ids"):
+            return Ignored("position numbers")
+        if name == "text_projection.weight":
+            return Ignored("text projection and scale of CLIP")
+        return [Place(TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name))]
+
+    return place
 
 
-def canonical_to_diffusers(
-    canonical: Mapping[str, np.ndarray], config: ModelConfig
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The reverse: (unet, vae, text) state dictionaries with the names of diffusers 0.42 and transformers 4
-    (`text_model.` in front). Raises UserError if a key is not known."""
-    unet_table = {ours: theirs for theirs, ours in unet_modules(config.unet).items()}
-    vae_table = {ours: theirs for theirs, ours in vae_modules(config.vae).items()}
-    unet, vae, text, unknown = {}, {}, {}, []
-    for key, array in canonical.items():
-        if key.startswith(TEXT_PREFIX):
-            text["text_model." + key[len(TEXT_PREFIX) :]] = array
+def _unet_structure(names: list[str]) -> dict[str, Any]:
+    levels = _count(names, r"unet/down_blocks\.(\d+)\.")
+    attends = {int(m[1]) for m in (re.match(r"unet/down_blocks\.(\d+)\.attentions\.", name) for name in names) if m}
+    return {
+        "channel_mult": [1] * levels,
+        "num_res_blocks": _count(names, r"unet/down_blocks\.0\.resnets\.(\d+)\."),
+        "attention_resolutions": [2**level for level in attends],
+    }
+
+
+def _vae_structure(names: list[str]) -> dict[str, Any]:
+    return {
+        "ch_mult": [1] * _count(names, r"vae/encoder\.down_blocks\.(\d+)\."),
+        "num_res_blocks": _count(names, r"vae/encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+    }
+
+
+def _count(names: list[str], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the beginning of a name, at most 64."""
+    found = re.compile(pattern)
+    numbers = (int(match[1]) for match in map(found.match, names) if match)
+    return min(max(numbers, default=-1) + 1, 64)
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Made]:
+    """Key of a diffusers folder (`component/name`; names of diffusers 0.42 and transformers 4) -> what of the canonical
+    arrays, given by name and shape, it is made of. Raises UserError for a name that `config` has no place for."""
+    tables = {
+        "unet": (UNET_PREFIX, {ours: theirs for theirs, ours in unet_modules(config.unet).items()}),
+        "vae": (VAE_PREFIX, {ours: theirs for theirs, ours in vae_modules(config.vae).items()}),
+    }
+    made, unknown = {}, []
+    for name, shape in shapes.items():
+        if name.startswith(TEXT_PREFIX):
+            made[f"text_encoder/{TEXT_MODEL}{name[len(TEXT_PREFIX):]}"] = Made((name,))
             continue
-        is_unet = key.startswith(UNET_PREFIX)
-        name = rename(key[len(UNET_PREFIX) :], unet_table) if is_unet else rename(key[len(VAE_PREFIX) :], vae_table)
-        if name is None or not (is_unet or key.startswith(VAE_PREFIX)):
-            unknown.append(key)
-        elif is_unet:
-            unet[name] = array
+        component = "unet" if name.startswith(UNET_PREFIX) else "vae"
+        prefix, table = tables[component]
+        theirs = rename(name[len(prefix) :], table) if name.startswith(prefix) else None
+        if theirs is None:
+            unknown.append(name)
         else:
-            vae[name] = array.reshape(array.shape[:2]) if ".attn_1." in key and array.ndim == 4 else array
+            made[f"{component}/{theirs}"] = Made((name,), tuple(shape[:2]) if is_vae_projection(name, shape) else None)
     if unknown:
         raise UserError(f"{len(unknown)} names do not fit the configuration {config.path}: {', '.join(unknown[:3])}")
-    return unet, vae, text
+    return made
 
 
-def _as_1x1(array: np.ndarray) -> np.ndarray:
-    return array.reshape(*array.shape, 1, 1) if array.ndim == 2 else array
+def is_vae_projection(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a canonical array is a 1x1 convolution of the VAE's attention, which diffusers has as a linear layer."""
+    return ".attn_1." in name and len(shape) == 4

@@ -12,24 +12,12 @@ from mindspore import Tensor, nn
 
 from ldm.config.model import ModelConfig, model_metadata
 from ldm.errors import UserError
-from ldm.weights.names import (
-    COMPONENTS,
-    LABELS,
-    Plan,
-    component_of,
-    detect_family,
-    plan_names,
-    same_up_to_1x1,
-    take,
-    taken_shape,
-)
-from ldm.weights.read import Checkpoint, open_checkpoint
+from ldm.weights.base import open_base, plan_base
+from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.diffusers_folder import DiffusersFolder
+from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
 
 CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
-_LORA_MARKS = (
-    ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",
-    ".lora_linear_layer.", ".hada_w", ".lokr_w", "unet:", "text_encoder:",
-)  # fmt: skip
 
 
 @dataclass
@@ -76,15 +64,22 @@ class LoadReport:
 
 
 def load_base(
-    model: nn.Cell, path: str | os.PathLike, components: Sequence[str] = tuple(COMPONENTS), partial: bool = False
+    model: nn.Cell,
+    path: str | os.PathLike,
+    components: Sequence[str] = tuple(COMPONENTS),
+    partial: bool = False,
+    ema: bool = False,
 ) -> LoadReport:
-    """Load a checkpoint of any single-file family into a StableDiffusion, or some of its components.
+    """Load a checkpoint of any family, file or diffusers folder, into a StableDiffusion, or some of its components.
+
+    One array is read at a time and becomes its parameter's own memory, in place of the memory that it had before.
 
     Args:
         model: has parameters with canonical names; LoRA parameters in it are left alone.
-        path: .safetensors or MindSpore .ckpt.
+        path: .safetensors, MindSpore .ckpt, PyTorch file, or diffusers folder.
         components: which of "unet", "vae", "text_encoder" to load; the rest of the file is left out, and counted.
         partial: load what fits and leave the rest as it is, instead of an error.
+        ema: take the UNet's moving averages, which some published files hold beside its weights.
 
     Returns:
         The report. Arrays are cast to the parameters' types; a linear layer and a 1x1 convolution stand for each other.
@@ -93,8 +88,8 @@ def load_base(
         UserError: the file cannot be read, is not a base checkpoint, or (unless `partial`) does not fit, with counts.
             The model is unchanged then.
     """
-    checkpoint = open_checkpoint(path)
-    plan = _plan(checkpoint)
+    checkpoint = open_base(path)
+    plan = plan_base(checkpoint, ema)
     parameters = {
         parameter.name: parameter
         for parameter in model.get_parameters()
@@ -102,14 +97,16 @@ def load_base(
     }
     report = compare(checkpoint, plan, {name: tuple(p.shape) for name, p in parameters.items()}, components)
     if not report.ok and not partial:
-        raise UserError(_refusal(checkpoint, plan, report))
+        raise UserError(refusal(checkpoint, report))
     if not any(component.matched for component in report.components.values()):
         raise UserError(f"{path}: none of its {len(checkpoint)} arrays fits the model ({report})")
     wrong = {name for component in report.components.values() for name, _, _ in component.wrong_shape}
-    for name, parameter in parameters.items():
-        if name in plan.sources and name not in wrong:
-            array = take(checkpoint, plan.sources[name]).reshape(parameter.shape)
-            parameter.set_data(Tensor(np.ascontiguousarray(array), dtype=parameter.dtype))
+    shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in plan.sources and name not in wrong}
+    canonical = Canonical(checkpoint, plan, shapes)
+    for name in shapes:
+        array = np.asarray(canonical[name], order="C")
+        parameters[name].set_data(Tensor(array, dtype=parameters[name].dtype))
+        canonical.release(name)
     return report
 
 
@@ -128,7 +125,7 @@ def check_base_metadata(metadata: Mapping[str, str], config: ModelConfig, path: 
 
 
 def compare(
-    checkpoint: Checkpoint, plan: Plan, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
+    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
 ) -> LoadReport:
     """Compare a file's plan with the shapes of the parameters that want to be filled; nothing is read but shapes."""
     reports = {component: ComponentReport() for component in components}
@@ -151,45 +148,15 @@ def compare(
         elif name not in wanted:
             reports[component].unexpected.append(name)
     for name in plan.unknown:
-        reports.setdefault(component_of(name), ComponentReport()).unexpected.append(name)
+        component = component_of(name)
+        if component in COMPONENTS and component not in reports:
+            ignored[f"{LABELS[component]}, not asked for"] += 1
+        else:
+            reports.setdefault(component, ComponentReport()).unexpected.append(name)
     return LoadReport(str(checkpoint.path), plan.family, reports, dict(ignored))
 
 
-def _plan(checkpoint: Checkpoint) -> Plan:
-    names = list(checkpoint)
-    path = checkpoint.path
-    if sum(any(mark in name for mark in _LORA_MARKS) for name in names) * 2 > len(names):
-        raise UserError(f"{path} is a LoRA file, not a base checkpoint: give it as --lora_ckpt_path")
-    if any(name.startswith("conditioner.embedders.") for name in names):
-        raise UserError(f"{path} is an SDXL checkpoint; only SD1.x and SD2.x are supported")
-    if detect_family(names) is None:
-        part = _diffusers_part(names)
-        if part:
-            raise UserError(
-                f"{path} is the {part} of a diffusers folder alone, not a single-file checkpoint: "
-                "give a file that holds the whole model"
-            )
-        if names and all(name in ("emb_params", "string_to_param") or name.startswith("<") for name in names):
-            raise UserError(f"{path} is a textual-inversion embedding, not a base checkpoint")
-        shown = ", ".join(names[:2]) or "none"
-        raise UserError(f"{path} is not a Stable Diffusion checkpoint: {len(names)} unknown names ({shown}, ...)")
-    try:
-        return plan_names(names)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _diffusers_part(names: list[str]) -> str | None:
-    if any(name.startswith("down_blocks.") for name in names):
-        return "UNet"
-    if any(name.startswith("encoder.down_blocks.") for name in names):
-        return "VAE"
-    if any(name.startswith("text_model.") for name in names):
-        return "text encoder"
-    return None
-
-
-def _refusal(checkpoint: Checkpoint, plan: Plan, report: LoadReport) -> str:
+def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str:
     """One line on why a file does not fit: what it is where that is known, the counts, an example."""
     why = _architecture_mismatch(report)
     wrong, missing, unexpected = (

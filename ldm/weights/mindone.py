@@ -4,8 +4,9 @@ encoder. The names are those of mindone's Stable Diffusion example (2023 to 2025
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from ldm.weights.placing import TEXT_PREFIX, Ignored, Place, text_layer
+from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
 
 TEXT = "cond_stage_model.transformer."
 TEXT_NAMES = {
@@ -61,3 +62,31 @@ def _place_text(name: str) -> list[Place] | None:
     index, module, kind = layer.groups()
     module = module[len("attn.") :] if module.startswith("attn.attn.") else module
     return text_layer(index, module, NORM_KINDS[kind])
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Made]:
+    """mindone's key -> what of the canonical arrays, given by name and shape, it is made of."""
+    return dict(_key(name, shapes) for name in shapes)
+
+
+def _key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Made]:
+    module, _, kind = name.rpartition(".")
+    weight = shapes.get(f"{module}.weight", ())
+    if len(weight) == 1:  # only norms have a weight of one axis
+        kind = {"weight": "gamma", "bias": "beta"}[kind]
+    if name.startswith(TEXT_PREFIX):
+        theirs = {ours: theirs for theirs, ours in TEXT_NAMES.items()}
+        tail = name[len(TEXT_PREFIX) :]
+        fused = fused_text_layer(name)
+        if fused is None:
+            return TEXT + theirs[tail if tail in theirs else f"{tail.rpartition('.')[0]}.{kind}"], Made((name,))
+        index, layer, _, parts = fused
+        layer = f"attn.{layer}" if layer.startswith("attn.") else layer
+        return f"{TEXT}transformer_layer.resblocks.{index}.{layer}.{kind}", Made(parts)
+    if name.startswith("model.diffusion_model."):
+        for theirs, ours in RESIDUAL.items():
+            if module.endswith(f".{ours}"):
+                module = module[: -len(ours)] + theirs
+        if len(weight) == 4 and not module.endswith((".proj_in", ".proj_out")):
+            module += ".conv"
+    return f"{module}.{kind}", Made((name,))

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.weights.checkpoint import Arrays, Checkpoint, Entry
+from ldm.weights.checkpoint import BFLOAT16, Arrays, Checkpoint, Entry
 from ldm.weights.files import describe
 
 DTYPES = {
     "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "BFloat16": "bf16", "Int64": "<i8", "Int32": "<i4",
     "Int16": "<i2", "Int8": "i1", "UInt64": "<u8", "UInt32": "<u4", "UInt16": "<u2", "UInt8": "u1", "Bool": "?",
 }  # fmt: skip
-DTYPE_NAMES = {np.dtype(code): name for name, code in DTYPES.items() if code != "bf16"}
+DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
 CRC_TAIL = 17  # b"crc_num" and a number of 10 bytes, which MindSpore appends when asked to
@@ -173,7 +173,7 @@ def write_ckpt(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
     with open(path, "wb") as file:
         for name in arrays:
             dtype, shape = arrays.spec(name)
-            content = memoryview(np.asarray(arrays[name], dtype, order="C").reshape(-1)).cast("B")
+            content = np.asarray(arrays[name], dtype, order="C").reshape(-1).view(np.uint8)
             for start in range(0, max(1, len(content)), CHUNK):
                 _write_value(file, name, shape, DTYPE_NAMES[dtype], content[start : start + CHUNK])
             arrays.release(name)

@@ -8,13 +8,14 @@ names alone, so a file can be judged before anything is read and read one array 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.weights import compvis, mindone
+from ldm.weights import compvis, diffusers, mindone
+from ldm.weights.checkpoint import Arrays
 from ldm.weights.placing import Ignored, Place
 
 COMPONENTS = {
@@ -22,6 +23,7 @@ COMPONENTS = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+FOLDERS = ("unet/", "vae/", "text_encoder/")  # of a diffusers folder
 LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "other": "other"}
 
 
@@ -57,39 +59,86 @@ class Plan:
 
 
 def component_of(name: str) -> str:
-    """"unet", "vae" or "text_encoder" for a canonical name, "other" for anything else."""
-    return next((component for component, prefix in COMPONENTS.items() if name.startswith(prefix)), "other")
+    """"unet", "vae" or "text_encoder" for a canonical name or a diffusers folder's, "other" for anything else."""
+    prefixes = zip(COMPONENTS.items(), FOLDERS)
+    return next((part for (part, prefix), folder in prefixes if name.startswith((prefix, folder))), "other")
 
 
 def detect_family(names: Iterable[str]) -> str | None:
-    """"ldm" (CompVis, Stability AI and this project's own), "mindone", or None for neither."""
+    """"ldm" (CompVis, Stability AI and this project's own), "mindone", "diffusers" (a folder's `component/name`), or
+    None for none of them."""
+    names = list(names)
+    if any(name.startswith(FOLDERS) for name in names):
+        return "diffusers"
     names = [name for name in names if name.startswith(tuple(COMPONENTS.values()))]
     if not names:
         return None
     return "mindone" if any(mindone.is_typical(name) for name in names) else "ldm"
 
 
-def plan_names(names: Iterable[str]) -> Plan:
-    """The plan for the keys of a single-file checkpoint. Raises UserError if no family has such names."""
+def plan_names(names: Iterable[str], ema: bool = False) -> Plan:
+    """The plan for the keys of a checkpoint; `ema`: with the UNet's moving averages in place of its weights.
+
+    Raises UserError if no family has such names, and where averages are asked for that are not there.
+    """
     names = list(names)
     family = detect_family(names)
     if family is None:
         raise UserError(f"no Stable Diffusion parameter among {len(names)} names ({', '.join(names[:2])}, ...)")
-    plan, place = Plan(family), {"ldm": compvis.place, "mindone": mindone.place}[family]
+    plan = Plan(family)
+    place = {"ldm": compvis.place, "mindone": mindone.place}.get(family) or diffusers.place_among(names)
     for name in names:
         plan.add(name, place(name))
+    if ema:
+        _take_averages(plan)
     return plan
 
 
-def to_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a single-file checkpoint under their canonical names; ignored keys are left out.
+def _take_averages(plan: Plan) -> None:
+    unet = [name for name in plan.sources if name.startswith(COMPONENTS["unet"])]
+    averages = {name: compvis.ema_name(plan.sources[name].name) for name in unet}
+    there = [name for name in unet if averages[name] in plan.ignored]
+    if not there or len(there) < len(unet):
+        raise UserError(
+            f"{len(there)} of {len(unet)} UNet arrays have an EMA copy (model_ema. ...) in it: take the weights "
+            "themselves, without the flag that asks for EMA"
+        )
+    for name in unet:
+        plan.ignored[plan.sources[name].name] = "weight that has an EMA copy"
+        del plan.ignored[averages[name]]
+        plan.sources[name] = Source(averages[name])
 
-    Raises UserError if a key is not known.
+
+class Canonical(Arrays):
+    """The arrays of a checkpoint under their canonical names, each made when it is asked for.
+
+    `shapes`: what a model wants, for arrays that have another one (a 1x1 convolution for a linear layer); without it
+    the VAE's attention is taken for convolutions.
     """
-    plan = plan_names(arrays)
-    if plan.unknown:
-        raise UserError(f"{len(plan.unknown)} unknown names: {', '.join(plan.unknown[:3])}")
-    return {name: take(arrays, source) for name, source in plan.sources.items()}
+
+    def __init__(self, checkpoint: Arrays, plan: Plan, shapes: Mapping[str, tuple[int, ...]] | None = None):
+        self._checkpoint = checkpoint
+        self._sources = plan.sources
+        self._shapes = shapes or {}
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        source = self._sources[name]
+        dtype, shape = self._checkpoint.spec(source.name)
+        shape = taken_shape(shape, source)
+        is_projection = ".attn_1." in name and len(shape) == 2
+        return dtype, tuple(self._shapes.get(name) or (shape + (1, 1) if is_projection else shape))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return take(self._checkpoint, self._sources[name]).reshape(self.shape(name))
+
+    def release(self, name: str) -> None:
+        self._checkpoint.release(self._sources[name].name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
 def take(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,15 @@ class Place:
     name: str
     part: int = 0
     parts: int = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """An array of another family, made of canonical ones: their rows one after another, then given a shape (None: the
+    one they have)."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,3 +64,20 @@ def text_layer(index: str, module: str, kind: str) -> list[Place] | None:
     if module == "attn.in_proj":
         return split_rows(tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv"))
     return [Place(f"{layer}{TEXT_LAYER[module]}.{kind}")] if module in TEXT_LAYER else None
+
+
+_CANONICAL_LAYER = re.compile(re.escape(TEXT_PREFIX) + r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def fused_text_layer(name: str) -> tuple[str, str, str, tuple[str, ...]] | None:
+    """The reverse of text_layer: (index, module, kind, the canonical names whose rows it holds) of a canonical name;
+    None for one outside of the layers."""
+    layer = _CANONICAL_LAYER.match(name)
+    if layer is None:
+        return None
+    index, module, kind = layer.groups()
+    if module in _FUSED:
+        return index, "attn.in_proj", kind, tuple(name.replace(module, part) for part in _FUSED)
+    theirs = {ours: theirs for theirs, ours in TEXT_LAYER.items()}
+    return (index, theirs[module], kind, (name,)) if module in theirs else None

@@ -13,14 +13,14 @@ import numpy as np
 import safetensors
 
 from ldm.errors import UserError
-from ldm.weights.checkpoint import Arrays, Checkpoint, Entry
+from ldm.weights.checkpoint import BFLOAT16, Arrays, Checkpoint, Entry
 
 # Element types by the format's names; bfloat16, which numpy lacks, is widened to float32.
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-DTYPE_NAMES = {np.dtype(code): name for name, code in DTYPES.items() if code != "bf16"}
+DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 
 def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
@@ -65,5 +65,5 @@ def write_safetensors(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -
             array = np.asarray(arrays[name], dtype, order="C")
             if array.shape != shape:
                 raise ValueError(f"{name} is {array.shape}, announced as {shape}")
-            file.write(memoryview(array.reshape(-1)).cast("B"))
+            file.write(array.reshape(-1).view(np.uint8))
             arrays.release(name)

@@ -13,8 +13,8 @@ from mindspore.nn.utils import no_init_parameters
 from ldm.config.model import load_model_config
 from ldm.models import layers, text_encoder
 from ldm.models.stable_diffusion import build_model
-from ldm.weights.names import to_canonical
 from tests.conftest import ROOT
+from tests.weight_names import to_canonical
 
 
 def empty(shape, fan_in=0):

@@ -11,14 +11,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.config.model import ModelConfig
-from ldm.weights.diffusers import canonical_to_diffusers
+from tests.weight_names import to_diffusers
 
 
 class Reference:
     """The three networks of `config` in PyTorch, with the arrays of `weights` (canonical names; complete)."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, np.ndarray], text_layers_unused: int = 0):
-        unet, vae, text = canonical_to_diffusers(weights, config)
+        unet, vae, text = to_diffusers(weights, config)
         with torch.device("meta"):  # no weights are drawn that are replaced at once
             self.unet = reference_unet(config) if unet else None
             self.vae = reference_vae(config) if vae else None

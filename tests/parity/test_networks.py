@@ -12,10 +12,10 @@ import pytest
 
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.models.stable_diffusion import build_model
-from ldm.weights.diffusers import diffusers_to_canonical
 from tests.named_weights import relative_error
 from tests.network_cases import NETWORKS, inputs_for, model_with_named_weights, run_network
 from tests.parity.reference import Reference, reference_text_encoder, reference_unet, reference_vae
+from tests.weight_names import from_diffusers
 
 ROOT = Path(__file__).parents[2]
 BOUND = 5e-5
@@ -79,7 +79,6 @@ def test_reference_names_become_exactly_ours(make):
     config = make()
     theirs = [network.state_dict() for network in
               (reference_unet(config), reference_vae(config), reference_text_encoder(config))]
-    canonical = diffusers_to_canonical(*({name: value.numpy() for name, value in state.items()} for state in theirs),
-                                       config)
+    canonical = from_diffusers(*({name: value.numpy() for name, value in state.items()} for state in theirs))
     ours = build_model(config).parameters_dict()
     assert {name: array.shape for name, array in canonical.items()} == {name: p.shape for name, p in ours.items()}

@@ -167,10 +167,10 @@ def test_a_broken_vocabulary_is_named(tmp_path, monkeypatch, content, said):
     if content is not None:
         path.write_bytes(content)
     monkeypatch.setattr(tokenizer, "VOCABULARY_FILE", path)
-    tokenizer._vocabulary.cache_clear()
+    tokenizer.vocabulary.cache_clear()
     try:
         with pytest.raises(UserError, match=said) as caught:
             Tokenizer()
         assert str(path) in str(caught.value)
     finally:
-        tokenizer._vocabulary.cache_clear()
+        tokenizer.vocabulary.cache_clear()

@@ -10,9 +10,9 @@ from ldm.errors import UserError
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
-from ldm.weights.diffusers import canonical_to_diffusers
 from ldm.weights.load import load_base
 from ldm.weights.read import write_checkpoint
+from tests.weight_names import to_diffusers
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 QUANT = "first_stage_model.quant_conv.bias"
@@ -167,7 +167,7 @@ class TestRefusing:
 
     @pytest.mark.parametrize("part, label", [(0, "UNet"), (1, "VAE"), (2, "text encoder")])
     def test_a_component_of_a_diffusers_folder(self, config, model, weights, tmp_path, part, label):
-        arrays = canonical_to_diffusers(weights, config)[part]
+        arrays = to_diffusers(weights, config)[part]
         message = refused(model, save(tmp_path / "diffusion_pytorch_model.safetensors", arrays))
         assert f"the {label} of a diffusers folder" in message
 

@@ -16,16 +16,10 @@ import pytest
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
-from ldm.weights.diffusers import canonical_to_diffusers, diffusers_to_canonical
-from ldm.weights.names import (
-    component_of,
-    detect_family,
-    plan_names,
-    same_up_to_1x1,
-    take,
-    taken_shape,
-    to_canonical,
-)
+from ldm.weights import compvis, mindone
+from ldm.weights.names import component_of, detect_family, plan_names, same_up_to_1x1, take, taken_shape
+from ldm.weights.placing import Ignored
+from tests.weight_names import from_diffusers, to_canonical, to_diffusers
 
 HERE = Path(__file__).parent
 SD = SimpleNamespace(
@@ -48,6 +42,11 @@ def arrays_of(shapes):
 
 def shapes_of(arrays):
     return {name: array.shape for name, array in arrays.items()}
+
+
+def made_shapes(layout, canonical):
+    """Name -> shape of what a layout makes, by numpy's own concatenation."""
+    return {name: np.concatenate([canonical[part] for part in made.names]).shape for name, made in layout.items()}
 
 
 def canonical_shapes(published, version):
@@ -87,23 +86,44 @@ class TestPublishedFiles:
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_diffusers_has_the_same_arrays(self, published, version):
-        canonical = diffusers_to_canonical(
+        canonical = from_diffusers(
             arrays_of(published[f"diffusers_unet_sd{version}"]),
             arrays_of(published["diffusers_vae_sd"]),
             arrays_of(published[f"transformers_text_encoder_sd{version}"]),
-            SD,
         )
         assert shapes_of(canonical) == canonical_shapes(published, version)
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_back_to_diffusers(self, published, version):
         canonical = to_canonical(arrays_of(published[f"sd{version}_ldm_ckpt_keys"]))
-        unet, vae, text = canonical_to_diffusers(canonical, SD)
+        unet, vae, text = to_diffusers(canonical, SD)
         wanted = [f"diffusers_unet_sd{version}", "diffusers_vae_sd", f"transformers_text_encoder_sd{version}"]
         for found, key in zip((unet, vae), wanted):
             assert shapes_of(found) == {name: tuple(shape) for name, shape in published[key].items()}
         text_names = {f"text_model.{name}": tuple(shape) for name, shape in published[wanted[2]].items()}
         assert shapes_of(text) == text_names
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_back_to_the_published_single_file(self, published, version):
+        names = {name: tuple(shape) for name, shape in published[f"sd{version}_ldm_ckpt_keys"].items()}
+        canonical = to_canonical(arrays_of(names))
+        made = made_shapes(compvis.layout(canonical, openclip=version == "2"), canonical)
+        # What is left is computed (the schedule, position numbers) or not used (SD2's last layer, CLIP's projection).
+        assert made == {name: shape for name, shape in names.items() if not isinstance(compvis.place(name), Ignored)}
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_back_to_mindone(self, published, version):
+        names = {name: tuple(shape) for name, shape in published[f"mindone_ckpt_names_v{version}"].items()}
+        canonical = to_canonical(arrays_of(names))
+        assert made_shapes(mindone.layout(shapes_of(canonical)), canonical) == names
+
+    def test_the_published_schedule(self, published):
+        buffers = compvis.schedule_buffers(0.00085, 0.012, 1000)
+        names = published["sd1_ldm_ckpt_keys"]
+        assert {name: list(array.shape) for name, array in buffers.items()} == {name: names[name] for name in buffers}
+        assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in buffers.values())
+        # Known of the published files: the first and last cumulative product, by every implementation.
+        np.testing.assert_allclose(buffers["alphas_cumprod"][[0, -1]], [0.99915, 0.0046601], rtol=1e-4)
 
     def test_the_autoencoders_attention_under_its_older_names(self, published):
         older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -113,7 +133,7 @@ class TestPublishedFiles:
                 name = name.replace(f".{new}.", f".{old}.")
             renamed[name] = shape
         assert renamed.keys() != published["diffusers_vae_sd"].keys()
-        canonical = diffusers_to_canonical({}, arrays_of(renamed), {}, SD)
+        canonical = from_diffusers({}, arrays_of(renamed), {})
         wanted = canonical_shapes(published, "1")
         assert shapes_of(canonical) == {k: v for k, v in wanted.items() if component_of(k) == "vae"}
 
@@ -134,9 +154,9 @@ class TestThisProjectsNetworks:
 
     def test_go_to_diffusers_names_and_back_at_any_size(self, tiny):
         config, arrays = tiny
-        unet, vae, text = canonical_to_diffusers(arrays, config)
+        unet, vae, text = to_diffusers(arrays, config)
         assert len(unet) + len(vae) + len(text) == len(arrays)
-        back = diffusers_to_canonical(unet, vae, text, config)
+        back = from_diffusers(unet, vae, text)
         assert back.keys() == arrays.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(back[name], array)
@@ -189,7 +209,7 @@ class TestUnknownNames:
             [],
             ["weight", "bias"],
             ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"],
-            ["down_blocks.0.resnets.0.conv1.weight"],
+            ["down_blocks.0.resnets.0.conv1.weight"],  # a folder's file alone: without unet/ in front
             ["betas"],
         ],
     )
@@ -222,8 +242,22 @@ class TestUnknownNames:
         names = ["model.diffusion_model.out.0.weight", "model_ema.diffusion_modelout0weight", "model_ema.decay"]
         assert set(plan_names(names).ignored.values()) == {"EMA copy"}
 
-    def test_diffusers_names_of_another_size_of_network(self):
-        with pytest.raises(UserError, match=r"1 names do not fit .*v1-inference.yaml: down_blocks.4"):
-            diffusers_to_canonical({"down_blocks.4.resnets.0.conv1.weight": np.zeros(1)}, {}, {}, SD)
-        with pytest.raises(UserError, match="1 names do not fit"):
-            canonical_to_diffusers({"model.diffusion_model.input_blocks.12.0.in_layers.0.weight": np.zeros(1)}, SD)
+    def test_moving_averages_take_the_weights_places(self):
+        unet = ["model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "model.diffusion_model.out.2.bias"]
+        averages = ["model_ema.diffusion_modelinput_blocks10in_layers2weight", "model_ema.diffusion_modelout2bias"]
+        vae = "first_stage_model.quant_conv.bias"
+        plan = plan_names([*unet, *averages, vae, "model_ema.decay"], ema=True)
+        assert [plan.sources[name].name for name in (*unet, vae)] == [*averages, vae]
+        assert plan.ignored == {"model_ema.decay": "EMA copy", **dict.fromkeys(unet, "weight that has an EMA copy")}
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_moving_averages_that_are_not_all_there(self, kept):
+        unet = ["model.diffusion_model.out.0.bias", "model.diffusion_model.out.2.bias"]
+        averages = ["model_ema.diffusion_modelout0bias", "model_ema.diffusion_modelout2bias"][:kept]
+        with pytest.raises(UserError, match=f"{kept} of 2 UNet arrays have an EMA copy"):
+            plan_names([*unet, *averages], ema=True)
+
+    def test_canonical_names_of_another_size_of_network(self):
+        name = "model.diffusion_model.input_blocks.12.0.in_layers.0.weight"
+        with pytest.raises(UserError, match="1 names do not fit .*v1-inference.yaml"):
+            to_diffusers({name: np.zeros(1)}, SD)

@@ -1,0 +1,291 @@
+"""Which model a checkpoint is: by the shapes of its arrays, what is written in it, and a diffusers folder's settings.
+
+Shapes do not tell the number of attention heads, the activation, the groups of a normalisation, the noise schedule, nor
+whether noise or velocity is predicted. Where the shapes are those of a known model (configs/*.yaml) its YAML says the
+rest; a diffusers folder says it in its config.json files; a model YAML beside the checkpoint (`convert` writes one)
+says it for any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config.model import (
+    NUM_GROUPS,
+    ModelConfig,
+    load_model_config,
+    model_document,
+    model_metadata,
+    parse_model_config,
+)
+from ldm.errors import UserError
+from ldm.paths import ROOT
+from ldm.weights.base import open_base, plan_base
+from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.diffusers_folder import DiffusersFolder
+from ldm.weights.names import COMPONENTS, Canonical, Plan
+
+KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
+DEFAULTS = {
+    "unet": {"num_heads": -1, "num_head_channels": -1, "num_groups": NUM_GROUPS, "transformer_depth": 1,
+             "use_linear_in_transformer": False},
+    "vae": {"double_z": True, "num_groups": NUM_GROUPS},
+    "text": {"vocab_size": 49408, "length": 77},
+}
+
+
+def detect_model(path: str | Path, prediction_type: str | None = None, way_out: str = "") -> ModelConfig:
+    """The model that a checkpoint file or a diffusers folder is made for.
+
+    prediction_type: "epsilon" or "v_prediction", where it is known from elsewhere. way_out: what to do about a
+    checkpoint that does not say enough, for the error.
+
+    Raises UserError where it is no base checkpoint or does not say which model it is.
+    """
+    checkpoint = open_base(path)
+    plan = plan_base(checkpoint)
+    found = fitting_models(checkpoint, plan, prediction_type)
+    if len(found) == 1:
+        return found[0]
+    raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan)}: {way_out}")
+
+
+def fitting_models(
+    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None = None
+) -> list[ModelConfig]:
+    """The models that a checkpoint can be of: one; several where it does not say what it predicts; none where it is no
+    known one and does not say what its shapes leave open."""
+    beside = yaml_beside(checkpoint.path)
+    if beside.is_file():
+        return [_predicting(load_model_config(beside), prediction_type)]
+    shapes = {name: Canonical(checkpoint, plan).shape(name) for name in plan.sources}
+    sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
+    if sizes["unet"].get("in_channels") == 9:
+        raise UserError(f"{checkpoint.path} is an inpainting checkpoint (9 input channels), which is not supported")
+    said = model_metadata(checkpoint.metadata)
+    if prediction_type is not None:
+        said["prediction_type"] = prediction_type
+    known = [load_model_config(ROOT / path) for path in KNOWN]
+    if isinstance(checkpoint, DiffusersFolder) and all(sizes.values()):
+        model = _from_folder(checkpoint, sizes, said.get("prediction_type"))
+        if model is not None:
+            return [next((other for other in known if same_model(model, other)), model)]
+    if not any(sizes.values()) and "architecture" not in said:
+        return []
+    known = [model for model in known if _has_sizes(model, sizes)]
+    fitting = [model for model in known if all(getattr(model, key) == value for key, value in said.items())]
+    if not fitting and prediction_type is not None:  # a known model that was trained to predict the other thing
+        fitting = [_predicting(model, prediction_type) for model in known[:1]]
+    return fitting
+
+
+def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan) -> str:
+    """One sentence for a checkpoint of which fitting_models does not find a single model."""
+    said = model_metadata(checkpoint.metadata)
+    if said:
+        return f"It says {' and '.join(f'{key} {value}' for key, value in said.items())}, and its shapes do not tell " \
+               "the rest"
+    if len(fitting_models(checkpoint, plan)) > 1:
+        return "Its shapes do not tell whether it predicts noise or velocity"
+    return "Its shapes do not tell"
+
+
+def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configurations describe the same, whatever they are called."""
+    return _complete(a) == _complete(b)
+
+
+def known_path(model: ModelConfig) -> str | None:
+    """The path under the project's folder of the YAML that says the same as `model`, None if there is none."""
+    return next((path for path in KNOWN if same_model(model, load_model_config(ROOT / path))), None)
+
+
+def yaml_beside(path: Path) -> Path:
+    """Where the model YAML of a checkpoint lies: `x.yaml` beside `x.safetensors`, `folder.yaml` beside `folder`."""
+    return path.parent / f"{path.name}.yaml" if path.is_dir() else path.with_suffix(".yaml")
+
+
+def _complete(model: ModelConfig) -> dict[str, Any]:
+    plain = {**asdict(model), "path": "", "architecture": ""}
+    for part, defaults in DEFAULTS.items():
+        plain[part] = {**defaults, **plain[part]}
+    plain["unet"]["attention_resolutions"] = sorted(plain["unet"]["attention_resolutions"])
+    return plain
+
+
+def _predicting(model: ModelConfig, prediction_type: str | None) -> ModelConfig:
+    return model if prediction_type is None else replace(model, prediction_type=prediction_type)
+
+
+def _has_sizes(model: ModelConfig, sizes: Mapping[str, Mapping[str, Any]]) -> bool:
+    ours = _complete(model)
+    return all(ours[part][key] == value for part, found in sizes.items() for key, value in found.items())
+
+
+# --- what shapes tell: as much as is there, so that a part of a model is judged by what it has ---
+
+
+def _unet_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    prefix = COMPONENTS["unet"]
+    unet = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    contexts = {shape[-1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight") and shape}
+    sizes: dict[str, Any] = {"context_dim": contexts.pop()} if len(contexts) == 1 else {}
+    first, last = unet.get("input_blocks.0.0.weight", ()), unet.get("out.2.weight", ())
+    proj_in = unet.get("middle_block.1.proj_in.weight")
+    if len(first) != 4 or len(last) != 4 or not first[0] or proj_in is None:
+        return sizes
+    widths, layers, attends, level = [], [], [], 0
+    for block in range(1, _count(unet, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{block}.0.op.weight" in unet:
+            level += 1
+            continue
+        if len(layers) == level:
+            widths.append(unet.get(f"input_blocks.{block}.0.out_layers.3.weight", (0,))[0])
+            layers.append(0)
+            attends.append(f"input_blocks.{block}.1.norm.weight" in unet)
+        if len(layers) == level + 1:
+            layers[level] += 1
+    if not layers or len(set(layers)) > 1 or any(width % first[0] for width in widths):
+        return sizes
+    sizes.update(
+        in_channels=first[1],
+        model_channels=first[0],
+        out_channels=last[0],
+        num_res_blocks=layers[0],
+        attention_resolutions=[2**i for i, here in enumerate(attends) if here],
+        channel_mult=[width // first[0] for width in widths],
+        transformer_depth=max(1, _count(unet, r"middle_block\.1\.transformer_blocks\.(\d+)\.")),
+        use_linear_in_transformer=len(proj_in) == 2,
+    )
+    return sizes
+
+
+def _vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    prefix = COMPONENTS["vae"]
+    vae = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    names = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
+    if any(len(vae.get(name, ())) != 4 for name in names):
+        return {}
+    first, latent, last, post = (vae[name] for name in names)
+    levels = range(_count(vae, r"encoder\.down\.(\d+)\."))
+    widths = [vae.get(f"encoder.down.{level}.block.0.conv1.weight", (0,))[0] for level in levels]
+    if not first[0] or any(width % first[0] for width in widths):
+        return {}
+    return dict(
+        embed_dim=post[1],
+        z_channels=latent[1],
+        in_channels=first[1],
+        out_ch=last[0],
+        ch=first[0],
+        ch_mult=[width // first[0] for width in widths],
+        num_res_blocks=_count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
+    )
+
+
+def _text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    prefix = COMPONENTS["text_encoder"] + "transformer.text_model."
+    tokens = shapes.get(f"{prefix}embeddings.token_embedding.weight", ())
+    positions = shapes.get(f"{prefix}embeddings.position_embedding.weight", ())
+    if len(tokens) != 2 or len(positions) != 2:
+        return {}
+    layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+    return dict(width=tokens[1], num_layers=layers, vocab_size=tokens[0], length=positions[0])
+
+
+def _count(names: Mapping[str, Any], pattern: str) -> int:
+    """How many different numbers `pattern` finds at the beginning of the names."""
+    found = re.compile(pattern)
+    return len({match[1] for match in map(found.match, names) if match})
+
+
+# --- what a diffusers folder tells besides ---
+
+
+def _from_folder(
+    folder: DiffusersFolder, sizes: Mapping[str, Mapping[str, Any]], prediction_type: str | None
+) -> ModelConfig | None:
+    """The model of a whole diffusers folder; None where one of its config.json files is not there.
+
+    Raises UserError for settings that the networks here do not have.
+    """
+    unet, vae, text = (folder.config(component) for component in ("unet", "vae", "text_encoder"))
+    if not (unet and vae and text):
+        return None
+    scheduler = folder.read_json("scheduler/scheduler_config.json")
+
+    def check(where: str, settings: Mapping[str, Any], key: str, *allowed: Any) -> None:
+        if settings.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{folder.path}: {key} in {where} is {settings[key]!r}, which is not supported here "
+                            f"(only {' or '.join(map(str, allowed))})")
+
+    check("unet/config.json", unet, "act_fn", "silu", "swish")
+    check("unet/config.json", unet, "norm_eps", 1e-5)
+    check("unet/config.json", unet, "dual_cross_attention", False)
+    check("unet/config.json", unet, "only_cross_attention", False)
+    check("unet/config.json", unet, "class_embed_type", None)
+    check("unet/config.json", unet, "addition_embed_type", None)
+    check("vae/config.json", vae, "act_fn", "silu", "swish")
+    check("vae/config.json", vae, "shift_factor", None)
+    check("scheduler/scheduler_config.json", scheduler, "beta_schedule", "scaled_linear")
+    check("scheduler/scheduler_config.json", scheduler, "trained_betas", None)
+    check("scheduler/scheduler_config.json", scheduler, "rescale_betas_zero_snr", False)
+    check("scheduler/scheduler_config.json", scheduler, "prediction_type", "epsilon", "v_prediction")
+
+    channels = [sizes["unet"]["model_channels"] * mult for mult in sizes["unet"].get("channel_mult", ())]
+    # diffusers' `attention_head_dim` counts heads, for historical reasons.
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
+    per_level = heads if isinstance(heads, list) else [heads] * len(channels)
+    head_channels = {channel // count for channel, count in zip(channels, per_level) if count}
+    model = {
+        "unet": {**sizes["unet"], "num_groups": unet.get("norm_num_groups", NUM_GROUPS)},
+        "vae": {**sizes["vae"], "double_z": True, "num_groups": vae.get("norm_num_groups", NUM_GROUPS)},
+        "text": {
+            **sizes["text"],
+            "num_heads": text.get("num_attention_heads", 8),
+            "activation": text.get("hidden_act", "quick_gelu"),
+        },
+    }
+    if len(set(per_level)) == 1:
+        model["unet"]["num_heads"] = per_level[0]
+    elif len(head_channels) == 1:
+        model["unet"]["num_head_channels"] = head_channels.pop()
+    else:
+        raise UserError(f"{folder.path}: attention_head_dim in unet/config.json is {heads}; the networks here have "
+                        "one number of heads, or of channels a head, for all levels")
+    vae_factor = 2 ** (len(sizes["vae"]["ch_mult"]) - 1)
+    sample_size = unet.get("sample_size") or 64
+    config = ModelConfig(
+        path=str(folder.path),
+        architecture="custom",
+        prediction_type=prediction_type or "epsilon",
+        linear_start=scheduler.get("beta_start", 0.00085),
+        linear_end=scheduler.get("beta_end", 0.012),
+        timesteps=scheduler.get("num_train_timesteps", 1000),
+        beta_schedule="scaled_linear",
+        scale_factor=vae.get("scaling_factor", 0.18215),
+        image_size=(sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_factor,
+        latent_channels=sizes["vae"]["embed_dim"],
+        vae_factor=vae_factor,
+        context_dim=sizes["unet"]["context_dim"],
+        pad_token=_pad_token(folder, text),
+        **model,
+    )
+    document = model_document(config)
+    # Its own rule names the architecture of a YAML that does not.
+    del document["model"]["architecture"]
+    return parse_model_config(document, folder.path)
+
+
+def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
+    """"zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
+    encoder's activation has it: OpenCLIP's is gelu."""
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        token = folder.read_json(f"tokenizer/{file}").get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return "zero" if token == "!" else "end"
+    return "zero" if text.get("hidden_act") == "gelu" else "end"

@@ -1,0 +1,217 @@
+"""A base model from any form into any other, one array at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ldm.atomic import atomic_path
+from ldm.config.model import ModelConfig, load_model_config, model_document, model_metadata
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import build_model
+from ldm.weights import compvis, diffusers, mindone
+from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
+from ldm.weights.base import open_base, plan_base
+from ldm.weights.checkpoint import Arrays
+from ldm.weights.load import LoadReport, check_base_metadata, compare, refusal
+from ldm.weights.names import COMPONENTS, Canonical
+from ldm.weights.placing import TEXT_PREFIX, Made
+from ldm.weights.read import write_checkpoint
+from ldm.weights.write_folder import write_folder
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("ldm", "diffusers", "mindone", "own")
+FORM_OF = {".safetensors": "ldm", ".ckpt": "mindone", "": "diffusers"}
+SUFFIXES_OF = {"ldm": (".safetensors",), "mindone": (".ckpt",), "own": (".safetensors", ".ckpt")}
+DTYPES = {"keep": None, "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+POSITION_IDS = f"{TEXT_PREFIX}embeddings.position_ids"
+
+
+class Converted(Arrays):
+    """Arrays under the names of another family, made of canonical ones when they are asked for.
+
+    dtype: of the floating-point arrays, None for each its own. constants: further arrays, given as they are.
+    """
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        made: Mapping[str, Made],
+        dtype: np.dtype | None = None,
+        constants: Mapping[str, np.ndarray] | None = None,
+    ):
+        self._canonical, self._made, self._dtype = canonical, made, dtype
+        self._constants = constants or {}
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        if name in self._constants:
+            return self._constants[name].dtype, self._constants[name].shape
+        made = self._made[name]
+        specs = [self._canonical.spec(part) for part in made.names]
+        dtype = np.result_type(*(own for own, _ in specs))
+        if self._dtype is not None and dtype.kind == "f":
+            dtype = self._dtype
+        shape = specs[0][1] if len(specs) == 1 else (sum(own[0] for _, own in specs), *specs[0][1][1:])
+        return dtype, made.shape or shape
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._constants:
+            return self._constants[name]
+        dtype, shape = self.spec(name)
+        parts = [self._canonical[part] for part in self._made[name].names]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        with np.errstate(over="ignore"):
+            cast = array.reshape(shape).astype(dtype, copy=False)
+        if cast.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all() and np.isfinite(array).all():
+            raise UserError(f"{name} has values up to {np.abs(array).max():g}, too large for fp16: keep fp32 (--dtype)")
+        return cast
+
+    def release(self, name: str) -> None:
+        if name in self._made:
+            for part in self._made[name].names:
+                self._canonical.release(part)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._made
+        yield from self._constants
+
+    def __len__(self) -> int:
+        return len(self._made) + len(self._constants)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    form: str | None = None,
+    dtype: str = "keep",
+    ema: bool = False,
+    model_config: str | os.PathLike | None = None,
+    prediction_type: str | None = None,
+) -> LoadReport:
+    """Write the base model `source`, a file or folder of any form, to `target`; beside it a model YAML where the model
+    is none of configs/.
+
+    Args:
+        form: "ldm" (CompVis's and Stability AI's single file), "diffusers" (a folder), "mindone", "own" (this project's
+            names); None for the one that goes with the target's suffix, see FORM_OF.
+        dtype: "fp32" or "fp16" for all weights, "keep" for each as it is (bfloat16 becomes fp32).
+        ema: the UNet's moving averages in place of its weights.
+        model_config: the model YAML, where the source does not say enough.
+        prediction_type: "epsilon" or "v_prediction", where the source does not say it.
+
+    Returns:
+        What of the source was taken.
+
+    Raises:
+        UserError: the source is no complete base model or not known well enough, the target exists or its suffix is not
+            the form's, a value is too large for fp16, the disk refuses.
+    """
+    source, target = Path(source), Path(target)
+    form = _form(target, form)
+    checkpoint = open_base(source)
+    plan = plan_base(checkpoint, ema)
+    if model_config is not None:
+        found = [load_model_config(model_config)]
+        said = dict(model_metadata(checkpoint.metadata))
+        if prediction_type is not None and found[0].prediction_type != prediction_type:
+            raise UserError(f"--prediction_type {prediction_type} contradicts {model_config}, which has "
+                            f"{found[0].prediction_type}: leave it out, or choose another YAML")
+        check_base_metadata(said, found[0], source)
+    else:
+        found = fitting_models(checkpoint, plan, prediction_type)
+    if not found:
+        raise UserError(f"which model is {source}? {what_it_says(checkpoint, plan)}: add --model_config with its YAML")
+    if len(found) > 1 and form == "diffusers":
+        raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: "
+                        f"{what_it_says(checkpoint, plan)}: add --prediction_type epsilon or v_prediction")
+    model = found[0]
+    if form == "diffusers":
+        check_diffusers_form(model)
+
+    networks = build_model(model, random=False)
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
+    del networks
+    report = compare(checkpoint, plan, shapes, tuple(COMPONENTS))
+    if not report.ok:
+        raise UserError(refusal(checkpoint, report))
+    canonical = Canonical(checkpoint, plan, shapes)
+    metadata = {"architecture": model.architecture}
+    if len(found) == 1:
+        metadata["prediction_type"] = model.prediction_type
+
+    if form == "diffusers":
+        made = diffusers.layout(shapes, model)
+        parts = {
+            component: Converted(
+                canonical,
+                {name.partition("/")[2]: how for name, how in made.items() if name.startswith(f"{component}/")},
+                DTYPES[dtype],
+            )
+            for component in COMPONENTS
+        }
+        write_folder(target, model, parts)
+    else:
+        constants: dict[str, np.ndarray] = {}
+        if form == "ldm":
+            openclip = model.pad_token == "zero"
+            made = compvis.layout(shapes, openclip)
+            constants = compvis.schedule_buffers(model.linear_start, model.linear_end, model.timesteps)
+            if not openclip:
+                length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
+                constants[POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
+            if plan.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
+                kept = (name for name in plan.ignored if compvis.is_published(name))
+                constants.update({name: checkpoint[name] for name in kept})
+            metadata["format"] = "pt"
+        elif form == "mindone":
+            made = mindone.layout(shapes)
+        else:
+            made = {name: Made((name,)) for name in shapes}
+        write_checkpoint(target, Converted(canonical, made, DTYPES[dtype], constants), metadata)
+    if len(found) == 1 and known_path(model) is None:
+        _write_yaml(yaml_beside(target), model, source)
+    return report
+
+
+def check_diffusers_form(model: ModelConfig) -> None:
+    """Raise UserError for a model whose sizes diffusers' networks cannot have."""
+    unet, vae = model.unet, model.vae
+    if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
+        raise UserError(f"{model.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "
+                        "convolution is as wide as the first level; write ldm or own")
+    if vae["z_channels"] != vae["embed_dim"]:
+        raise UserError(f"{model.path}: z_channels {vae['z_channels']} and embed_dim {vae['embed_dim']} are one number "
+                        "in a diffusers folder; write ldm or own")
+
+
+def _form(target: Path, form: str | None) -> str:
+    suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
+    if form is None:
+        if suffix not in FORM_OF:
+            raise UserError(f"{target}: {suffix} is not written; give a .safetensors, a .ckpt or a folder")
+        form = FORM_OF[suffix]
+    wanted = SUFFIXES_OF.get(form, ("",))
+    if suffix not in wanted:
+        words = " or ".join(suffix or "a folder's name, without suffix" for suffix in wanted)
+        raise UserError(f"{target} is no name for the format {form}, which wants {words}")
+    if target.exists() and not (form == "diffusers" and target.is_dir() and not os.listdir(target)):
+        raise UserError(f"{target} exists: choose another name, or remove it first")
+    return form
+
+
+def _write_yaml(path: Path, model: ModelConfig, source: Path) -> None:
+    text = f"# The model of {source.name}, as it was converted.\n"
+    text += yaml.safe_dump(model_document(model), sort_keys=False, allow_unicode=True, width=120)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    assert same_model(model, load_model_config(path))
+    logger.info("%s: the model's YAML, for --config and --model_config", path)

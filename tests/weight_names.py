@@ -1,0 +1,45 @@
+"""Whole dictionaries of arrays under canonical names and diffusers', for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ldm.config.model import ModelConfig
+from ldm.errors import UserError
+from ldm.weights.diffusers import layout
+from ldm.weights.names import plan_names, take
+
+
+def to_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint under their canonical names; ignored keys are left out, unknown ones an error."""
+    plan = plan_names(arrays)
+    if plan.unknown:
+        raise UserError(f"{len(plan.unknown)} unknown names: {', '.join(plan.unknown[:3])}")
+    # diffusers has linear layers where the VAE's attention has 1x1 convolutions
+    found = {name: take(arrays, source) for name, source in plan.sources.items()}
+    return {
+        name: array.reshape(*array.shape, 1, 1) if ".attn_1." in name and array.ndim == 2 else array
+        for name, array in found.items()
+    }
+
+
+def to_diffusers(
+    weights: Mapping[str, np.ndarray], config: ModelConfig
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(unet, vae, text) state dictionaries of canonical `weights`, the text's with `text_model.` in front."""
+    parts: dict[str, dict[str, np.ndarray]] = {"unet": {}, "vae": {}, "text_encoder": {}}
+    for key, made in layout({name: array.shape for name, array in weights.items()}, config).items():
+        component, _, name = key.partition("/")
+        array = weights[made.names[0]]
+        parts[component][name] = array if made.shape is None else array.reshape(made.shape)
+    return parts["unet"], parts["vae"], parts["text_encoder"]
+
+
+def from_diffusers(
+    unet: Mapping[str, np.ndarray], vae: Mapping[str, np.ndarray], text: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The reverse; any of the three may be empty."""
+    parts = {"unet": unet, "vae": vae, "text_encoder": text}
+    return to_canonical({f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()})
