@@ -1,40 +1,184 @@
-"""LoRA files: one module a format, each with NAME, detect(names), read(checkpoint) and write(path, state)."""
+"""LoRA files: one module a format, each with detect(names), read(checkpoint, base) and write(path, state, base, dtype).
+
+A file is told by its keys. Everything is read into ldm.lora.state and written from there.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Optional, Union
 
 import numpy as np
 
+from ldm.config.model import ModelConfig
 from ldm.errors import UserError
-from ldm.lora.formats import mindone
+from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
+from ldm.lora.formats.modules import Base, fitting, known_bases
 from ldm.lora.state import LoRAState
 from ldm.weights.names import detect_family
-from ldm.weights.read import open_checkpoint
+from ldm.weights.read import Checkpoint, open_checkpoint
 
-FORMATS = (mindone,)
+DTYPES = ("fp32", "fp16", "bf16")
+DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+log = logging.getLogger(__name__)
+
+Detect = Callable[[list[str]], Union[bool, str, None]]
+Read = Callable[[Checkpoint, Optional[Base]], LoRAState]
+Write = Callable[[Path, LoRAState, Base, str], None]
 
 
-def read_lora(path: str | os.PathLike) -> LoRAState:
-    """Read a LoRA file of any known format, told by its names.
+@dataclass(frozen=True)
+class Format:
+    """A kind of file. detect: whether these are the names of one. suffixes: of what is written, () for a folder."""
 
-    Raises UserError if it cannot be read, is something else (which it says), or holds values that are not finite.
+    about: str
+    suffixes: tuple[str, ...]
+    detect: Callable[[list[str]], bool]
+    read: Read
+    write: Write
+
+
+def _form(detect: Detect, name: str) -> Callable[[list[str]], bool]:
+    return lambda names: detect(names) == name
+
+
+FORMATS: dict[str, Format] = {
+    "mindone": Format("this project's own, and mindone's", (".ckpt", ".safetensors"), mindone.detect,
+                      lambda checkpoint, base: mindone.read(checkpoint),
+                      lambda path, state, base, dtype: mindone.write(path, state, dtype)),
+    "kohya": Format("kohya's sd-scripts, A1111, ComfyUI", (".safetensors",), kohya.detect, kohya.read, kohya.write),
+    **{
+        name: Format(about, (".safetensors",), _form(diffusers.detect, name), diffusers.read,
+                     partial(diffusers.write, name=name))
+        for name, about in zip(
+            diffusers.NAMES,
+            ("diffusers today", "diffusers before PEFT", "diffusers, earlier", "diffusers, the UNet's attention"),
+        )
+    },
+    "peft": Format("PEFT: a folder with adapter_config.json", (), peft.detect, peft.read, peft.write),
+    "cloneofsimo": Format("cloneofsimo's lora", (".safetensors",), _form(cloneofsimo.detect, "cloneofsimo"),
+                          cloneofsimo.read, cloneofsimo.write),
+    "cloneofsimo-pt": Format("cloneofsimo's lora, first form", (".pt",), _form(cloneofsimo.detect, "cloneofsimo-pt"),
+                             cloneofsimo.read_list, cloneofsimo.write_list),
+}  # fmt: skip
+
+
+def lora_files(path: str | os.PathLike) -> list[Path]:
+    """The files with factors that `path` stands for: itself, or those in a folder of PEFT's or diffusers'.
+
+    Raises UserError for a folder that is neither.
     """
-    checkpoint = open_checkpoint(path)
-    names = list(checkpoint)
-    reader = next((format for format in FORMATS if format.detect(names)), None)
-    if reader is None:
-        raise UserError(f"{path} is {_describe(names)}")
-    state = reader.read(checkpoint)
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = peft.files(path) or [path / name for name in DIFFUSERS_FILES if (path / name).exists()][:1]
+    if not found:
+        raise UserError(
+            f"{path} is a folder without a LoRA in it: neither {peft.CONFIG} with {peft.WEIGHTS[0]} (also in unet/ and "
+            f"text_encoder/) nor {DIFFUSERS_FILES[0]}; name the file"
+        )
+    return found
+
+
+def detect_format(path: str | os.PathLike) -> str:
+    """A key of FORMATS. Raises UserError if the file cannot be read or is something else, which it says."""
+    return _opened(lora_files(path)[0])[0]
+
+
+def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoRAState:
+    """Read a LoRA of any known format, told by its keys; all-zero updates are warned of.
+
+    Args:
+        path: a file, or a folder of PEFT's (one network's, or with subfolders unet and text_encoder) or diffusers'.
+        config: of the base that it is for; None for SD1.x, SD2.x or the embedded model, told by its shapes. A LoRA of
+            other shapes than `config`'s is not refused here but by merge_lora.
+
+    Raises:
+        UserError: it cannot be read, is something else (which is said), does not fit, or holds values that are not
+            finite.
+    """
+    base = Base(config) if config else None
+    state = LoRAState({})
+    for file in lora_files(path):
+        name, checkpoint = _opened(file)
+        part = FORMATS[name].read(checkpoint, base)
+        twice = state.layers.keys() & part.layers.keys()
+        if twice:
+            raise UserError(f"{path}: {min(twice)} is in two of its files: take one of them out")
+        state.layers.update(part.layers)
+        state.metadata.update(part.metadata)
     for name, layer in state.layers.items():
         if not (np.isfinite(layer.down).all() and np.isfinite(layer.up).all() and np.isfinite(layer.alpha)):
             raise UserError(f"{path}: {name} holds values that are not finite: its training went wrong")
+    zeros = zero_layers(state)
+    if len(zeros) == len(state.layers):
+        log.warning("%s: the updates of all its %d layers are zero: it changes nothing", path, len(zeros))
+    elif zeros:
+        log.info("%s: the updates of %d of its %d layers are zero", path, len(zeros), len(state.layers))
     return state
 
 
-def write_lora(path: str | os.PathLike, state: LoRAState) -> None:
-    """Write this project's format, as .ckpt or .safetensors by the suffix of `path`. Raises UserError."""
-    mindone.write(path, state)
+def write_lora(
+    path: str | os.PathLike,
+    state: LoRAState,
+    format: str = "mindone",
+    config: ModelConfig | None = None,
+    dtype: str = "fp32",
+) -> None:
+    """Write one of FORMATS, by default this project's own.
+
+    Args:
+        config: of the base that it is for, which tells the layers' names; None for a known base, told by what the state
+            says of itself and by its shapes. This project's own format needs none.
+        dtype: of the factors, one of DTYPES.
+
+    Raises:
+        UserError: no layers, a suffix or folder that is not the format's, layers that are not the base's or have no
+            place in the format, values beyond fp16, or a disk that refuses.
+    """
+    path, kind = Path(path), FORMATS[format]
+    if not state.layers:
+        raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
+    if kind.suffixes and path.suffix not in kind.suffixes:
+        raise UserError(f"{path}: {format} is written as {' or '.join(kind.suffixes)}: name it so")
+    if not kind.suffixes and (path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")):
+        raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
+    if format == "mindone":
+        kind.write(path, state, None, dtype)
+        return
+    base = base_of(state, config, str(path))
+    layers = {name: pairs.conformed(layer, base.by_name[name].shape) for name, layer in state.layers.items()}
+    kind.write(path, LoRAState(layers, state.metadata), base, dtype)
+
+
+def base_of(state: LoRAState, config: ModelConfig | None = None, path: str = "the LoRA") -> Base:
+    """The base whose layers these are: that of `config`, or the first known one. Raises UserError if they are not."""
+    bases = (Base(config),) if config else known_bases()
+    found = fitting(state, bases)
+    if not found:
+        reasons = "; ".join(f"{base.label}: {base.why_not(state)}" for base in bases)
+        raise UserError(f"{path} does not fit {reasons}. Give the model YAML that it was made for")
+    return found[0]
+
+
+def zero_layers(state: LoRAState) -> list[str]:
+    """The layers whose update is nothing."""
+    return [name for name, layer in state.layers.items() if not (layer.alpha and layer.up.any() and layer.down.any())]
+
+
+def _opened(path: Path) -> tuple[str, Checkpoint]:
+    checkpoint = open_checkpoint(path)
+    names = list(checkpoint)
+    found = next((name for name, format in FORMATS.items() if format.detect(names)), None)
+    if found is None:
+        raise UserError(f"{path} is {_describe(names)}")
+    return found, checkpoint
 
 
 def _describe(names: list[str]) -> str:
@@ -45,22 +189,16 @@ def _describe(names: list[str]) -> str:
 
     if not names:
         return "a checkpoint without any arrays"
-    if some(".hada_w", ".lokr_w", ".hada_t", ".lokr_t"):
-        return "a LyCORIS file (LoHa or LoKr): its factors are no low-rank pairs, and are not supported"
-    if some("lora_unet_", "lora_te_", "lora_te1_"):
-        return "a kohya (A1111) LoRA, which is not read yet; this project's and mindone's .ckpt are"
-    if any(name.startswith("base_model.model.") for name in names):
-        return "a PEFT LoRA, which is not read yet; this project's and mindone's .ckpt are"
-    if some(".processor.", ".lora.down.", ".lora_linear_layer.", ".lora_A.", "_lora.down."):
-        return "a LoRA in diffusers' names, which are not read yet; this project's and mindone's .ckpt are"
-    if any(name.startswith(("unet:", "text_encoder:")) for name in names):
-        return "a LoRA of cloneofsimo's lora, which is not read yet; this project's and mindone's .ckpt are"
-    if some("emb_params", "string_to_param") or (len(names) <= 8 and all(name.startswith("<") for name in names)):
-        return "a textual-inversion embedding, not a LoRA"
-    if some(".lora_up."):
-        return "half a LoRA: it holds lora_up and no lora_down"
     if some("conditioner.embedders."):
         return "an SDXL base checkpoint, not a LoRA"
+    if pairs.named(names):
+        return pairs.named(names)
+    if some("emb_params", "string_to_param") or (
+        len(names) <= 8 and all(re.match(r"(string_to_\w+\.)?<|clip_[lg]$", name) for name in names)
+    ):
+        return "a textual-inversion embedding, not a LoRA"
+    if some("lora_up", "lora_down", "lora_A", "lora_B"):
+        return f"a LoRA with names that are not known here, such as {names[0]}: is it for another kind of model?"
     if detect_family(names) is not None or some("down_blocks.", "text_model.encoder."):
         return "base weights, not a LoRA: give it as --ckpt_path (generating) or --pretrained_model_path (training)"
     return f"not a LoRA: {len(names)} unknown names ({', '.join(names[:2])}, ...)"

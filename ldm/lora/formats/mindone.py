@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.lora.formats import pairs
 from ldm.lora.state import LoRALayer, LoRAState
 from ldm.weights import compvis, mindone
 from ldm.weights.names import component_of
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def detect(names: Iterable[str]) -> bool:
     """Whether these are the names of such a file."""
-    return any(".lora_down.weight" in name and component_of(name) != "other" for name in names)
+    return any(re.search(r"\.lora_(down|up)\.weight$", name) and component_of(name) != "other" for name in names)
 
 
 def read(checkpoint: Checkpoint) -> LoRAState:
@@ -61,6 +62,8 @@ def read(checkpoint: Checkpoint) -> LoRAState:
             if half not in pair:
                 raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
         down, up = pair["lora_down"].astype(np.float32), pair["lora_up"].astype(np.float32)
+        if not (down.ndim and up.ndim):
+            raise UserError(f"{path}: {module}: down {down.shape} and up {up.shape} are no pair of factors")
         for name, rows in _layers_of(path, module, up):
             alpha = float(pair["alpha"]) if "alpha" in pair else settings.get("lora_alpha", down.shape[0])
             try:
@@ -76,14 +79,17 @@ def read(checkpoint: Checkpoint) -> LoRAState:
     return state
 
 
-def write(path: str | os.PathLike, state: LoRAState) -> None:
-    """Write `state` as .ckpt or .safetensors. Raises UserError if it is empty or cannot be written."""
+def write(path: str | os.PathLike, state: LoRAState, dtype: str = "fp32") -> None:
+    """Write `state` as .ckpt or .safetensors, the factors as "fp32", "fp16" or "bf16".
+
+    Raises UserError if it is empty or cannot be written.
+    """
     if not state.layers:
         raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
     arrays: dict[str, np.ndarray] = {}
     for name, layer in state.layers.items():
-        arrays[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
-        arrays[f"{name}.lora_up.weight"] = layer.up.astype(np.float32)
+        for half, array in (("down", layer.down), ("up", layer.up)):
+            arrays[f"{name}.lora_{half}.weight"] = pairs.as_dtype(array, dtype, f"{path}: {name}")
     alphas = {layer.alpha for layer in state.layers.values()}
     if len(alphas) == 1:
         arrays["lora_alpha"] = np.array(alphas.pop(), np.float64)

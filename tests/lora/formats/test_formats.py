@@ -1,37 +1,361 @@
-"""What is not a LoRA that can be read is called by its name."""
+"""Every format: told by its keys alone, written and read back, converted into every other, and refused by name."""
+
+import itertools
+import json
+import logging
 
 import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora
-from ldm.weights.read import write_checkpoint
+from ldm.lora.formats import FORMATS, base_of, detect_format, lora_files, read_lora, write_lora, zero_layers
+from ldm.lora.formats.modules import Base, known_bases
+from ldm.lora.state import LoRALayer, LoRAState, match_shapes
+from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from tests.lora.formats.files import assert_same_updates, random_state
 
-UNET = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+CANONICAL = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 THEIRS = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 UNDERSCORED = THEIRS.replace(".", "_")
+KEEP_ALPHA = ("mindone", "kohya", "diffusers", "peft")
+# What each format cannot hold: the rest of a LoRA is written in its place.
+LEFT_OUT = {
+    "diffusers-oldest": lambda module: ".attn" not in module.path or module.component != "unet",
+    "cloneofsimo": lambda module: module.path in ("conv_in", "conv_out"),
+    "cloneofsimo-pt": lambda module: module.path in ("conv_in", "conv_out"),
+}
+
+
+def path_for(folder, name):
+    return folder / ("lora" + (FORMATS[name].suffixes or ("",))[0])
+
+
+def held(state, base, *formats):
+    """What of `state` all of `formats` can hold."""
+    layers = {
+        module.name: state.layers[module.name]
+        for module in base.modules
+        if module.name in state.layers and not any(LEFT_OUT.get(name, lambda module: False)(module) for name in formats)
+    }
+    return LoRAState(layers, dict(state.metadata))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config):
+    return Base(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """Every layer of the tiny model, ranks and alphas that differ."""
+    return random_state(base, rank=lambda i: 1 + i % 3, alpha=lambda i: 0.5 + i % 2, architecture="custom",
+                        prediction_type="epsilon")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, base, whole):
+    """format -> a file in it, with what it can hold of `whole`."""
+    paths = {}
+    for name in FORMATS:
+        paths[name] = path_for(tmp_path_factory.mktemp(name), name)
+        write_lora(paths[name], held(whole, base, name), name, base.config)
+    return paths
+
+
+class TestDetection:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_exactly_one_format_knows_a_file(self, written, name):
+        for file in lora_files(written[name]):
+            keys = list(open_checkpoint(file))
+            assert [other for other, format in FORMATS.items() if format.detect(keys)] == [name]
+        assert detect_format(written[name]) == name
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_one_pair_is_enough(self, base, tmp_path, name):
+        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        write_lora(path_for(tmp_path, name), state, name, base.config)
+        keys = list(open_checkpoint(lora_files(path_for(tmp_path, name))[0]))
+        assert [other for other, format in FORMATS.items() if format.detect(keys)] == [name]
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_updates_and_alphas(self, base, whole, written, name):
+        back, wanted = read_lora(written[name], base.config), held(whole, base, name)
+        assert_same_updates(back, wanted)
+        assert match_shapes(base.shapes, back).ok
+        for key, layer in wanted.layers.items():
+            if name in KEEP_ALPHA:
+                assert back.layers[key].alpha == pytest.approx(layer.alpha, rel=1e-6)
+                np.testing.assert_array_equal(back.layers[key].up.reshape(-1), layer.up.reshape(-1))
+            else:
+                assert back.layers[key].alpha == back.layers[key].rank
+            assert back.layers[key].down.ndim == layer.down.ndim
+            assert back.layers[key].rank == layer.rank
+        if name not in ("cloneofsimo-pt",):
+            assert back.metadata == wanted.metadata
+
+    @pytest.mark.parametrize("first, second", [pair for pair in itertools.permutations(FORMATS, 2)])
+    def test_through_another_format(self, base, whole, written, tmp_path, first, second):
+        """A file of the first, written as the second, read."""
+        source = held(read_lora(written[first], base.config), base, first, second)
+        write_lora(path_for(tmp_path, second), source, second, base.config)
+        back = read_lora(path_for(tmp_path, second), base.config)
+        wanted = held(whole, base, first, second)
+        assert_same_updates(back, wanted)
+        if {first, second} <= set(KEEP_ALPHA):
+            assert [back.layers[name].alpha for name in wanted.layers] == pytest.approx(
+                [layer.alpha for layer in wanted.layers.values()], rel=1e-6
+            )
+
+    @pytest.mark.parametrize("dtype, bits, limit", [("fp16", 11, 2e-3), ("bf16", 8, 2e-2)])
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_half_precision(self, base, tmp_path, name, dtype, bits, limit):
+        state = random_state(base, rank=2, alpha=2.0, only="attn1.to_q")
+        write_lora(path_for(tmp_path, name), state, name, base.config, dtype)
+        back = read_lora(path_for(tmp_path, name), base.config)
+        assert_same_updates(back, state, rtol=limit)
+        for layer in back.layers.values():
+            assert layer.down.dtype == np.float32
+            mantissa, _ = np.frexp(layer.down)
+            np.testing.assert_array_equal(mantissa * 2.0**bits, np.round(mantissa * 2.0**bits))
+        tags = {"fp16": (b'"F16"', b"Float16", b"HalfStorage"), "bf16": (b'"BF16"', b"BFloat16")}[dtype]
+        content = lora_files(path_for(tmp_path, name))[0].read_bytes()
+        assert any(tag in content for tag in tags) and b'"F32"' not in content.replace(b'.alpha":{"dtype":"F32"', b"")
+
+    @pytest.mark.parametrize("architecture", ["sd1", "sd2"])
+    @pytest.mark.parametrize("name", ["kohya", "diffusers", "diffusers-middle", "peft", "cloneofsimo"])
+    def test_every_layer_of_the_published_models(self, tmp_path, name, architecture):
+        base = next(base for base in known_bases() if base.config.architecture == architecture)
+        state = held(_thin_state(base), base, name)
+        write_lora(path_for(tmp_path, name), state, name)
+        back = read_lora(path_for(tmp_path, name))
+        assert back.layers.keys() == state.layers.keys()
+        for key, layer in state.layers.items():
+            assert back.layers[key].down.shape == layer.down.shape and back.layers[key].up.shape == layer.up.shape
+            np.testing.assert_array_equal(back.layers[key].down, layer.down)
+
+    def test_a_file_knows_its_base(self, tmp_path):
+        """By its shapes: no configuration is given, and none is noted."""
+        sd2 = known_bases()[1]
+        state = random_state(sd2, rank=1, only="0.transformer_blocks.0.attn2.to_k", component="unet")
+        write_lora(tmp_path / "lora.safetensors", state, "kohya")
+        back = read_lora(tmp_path / "lora.safetensors")
+        assert back.metadata == {} and base_of(back) is sd2
+
+
+def _thin_state(base):
+    """Every module, rank 1, values that differ from layer to layer and cost nothing."""
+    layers = {}
+    for i, module in enumerate(base.modules):
+        outgoing, incoming, *kernel = module.shape
+        layers[module.name] = LoRALayer(np.full((1, incoming, *kernel), 1 + i, np.float32),
+                                        np.ones((outgoing, 1, *(1 for _ in kernel)), np.float32), 1.0)
+    return LoRAState(layers)
+
+
+class TestWriting:
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_nothing_to_write(self, tmp_path, base, name):
+        with pytest.raises(UserError, match="no layers"):
+            write_lora(path_for(tmp_path, name), LoRAState({}), name, base.config)
+
+    @pytest.mark.parametrize("name, file", [
+        ("mindone", "lora.pt"), ("kohya", "lora.ckpt"), ("diffusers", "lora.bin"), ("diffusers", "folder"),
+        ("cloneofsimo", "lora.pt"), ("cloneofsimo-pt", "lora.safetensors"), ("peft", "lora.safetensors"),
+    ])  # fmt: skip
+    def test_another_suffix(self, tmp_path, base, whole, name, file):
+        with pytest.raises(UserError, match=f"{file}: {name} is written as "):
+            write_lora(tmp_path / file, whole, name, base.config)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name, layer", [("diffusers-oldest", "conv_in"), ("cloneofsimo", "conv_in"),
+                                             ("cloneofsimo-pt", "conv_out")])
+    def test_a_layer_without_a_place_is_named(self, tmp_path, base, name, layer):
+        with pytest.raises(UserError, match=layer):
+            write_lora(path_for(tmp_path, name), random_state(base, only=layer), name, base.config)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_values_beyond_fp16(self, tmp_path, base, name):
+        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        (layer,) = state.layers.values()
+        layer.up[0, 0] = 1e5
+        with pytest.raises(UserError, match="fp16 ends at 65504"):
+            write_lora(path_for(tmp_path, name), state, name, base.config, "fp16")
+
+    def test_a_base_that_is_not_known(self, tmp_path, whole):
+        with pytest.raises(UserError, match="does not fit SD1.x: .*; SD2.x: .*; the nano model: .*model YAML"):
+            write_lora(tmp_path / "lora.safetensors", whole, "kohya")
+
+    def test_layers_of_another_base(self, tmp_path, tiny_config):
+        state = random_state(known_bases()[0], rank=1, only="down_blocks.0.attentions.0.proj_in")
+        with pytest.raises(UserError, match="proj_in is .320, 320, 1, 1., there it is"):
+            write_lora(tmp_path / "lora.safetensors", state, "kohya", tiny_config)
+
+
+def keys_of(name):
+    return {
+        "mindone": (f"{CANONICAL}.lora_down.weight", f"{CANONICAL}.lora_up.weight"),
+        "kohya": tuple(f"lora_unet_{UNDERSCORED}_to_q.lora_{half}.weight" for half in ("down", "up")),
+        "diffusers": (f"unet.{THEIRS}.to_q.lora_A.weight", f"unet.{THEIRS}.to_q.lora_B.weight"),
+        "diffusers-newer": tuple(f"unet.{THEIRS}.to_q.lora.{half}.weight" for half in ("down", "up")),
+        "diffusers-middle": tuple(f"unet.{THEIRS}.processor.to_q_lora.{half}.weight" for half in ("down", "up")),
+        "diffusers-oldest": tuple(f"{THEIRS}.processor.to_q_lora.{half}.weight" for half in ("down", "up")),
+        "peft": tuple(f"base_model.model.{THEIRS}.to_q.lora_{half}.weight" for half in "AB"),
+    }[name]
+
+
+NAMED = ("mindone", "kohya", "diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest", "peft")
+
+
+def pair(name, rank=2, width=320):
+    down, up = keys_of(name)
+    return {down: np.ones((rank, width), np.float32), up: np.ones((width, rank), np.float32)}
+
+
+def save(folder, arrays, metadata=None, settings=None):
+    """A file of `arrays`; with PEFT's settings beside it, which hurt no other format."""
+    (folder / "adapter_config.json").write_text(json.dumps(settings or {"r": 2, "lora_alpha": 2}))
+    write_checkpoint(folder / "lora.safetensors", arrays, metadata)
+    return folder / "lora.safetensors"
+
+
+def refused(path, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        read_lora(path)
+    assert str(path.parent) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMED)
+class TestDamage:
+    """Each format that names its layers."""
+
+    def test_whole(self, tmp_path, name):
+        assert list(read_lora(save(tmp_path, pair(name))).layers) == [CANONICAL]
+
+    @pytest.mark.parametrize("half", [0, 1])
+    def test_half_a_pair(self, tmp_path, name, half):
+        arrays = pair(name)
+        del arrays[keys_of(name)[half]]
+        refused(save(tmp_path, arrays), f"lacks its (lora_)?{('down', 'up')[half]}, half of a pair")
+
+    def test_factors_of_different_ranks(self, tmp_path, name):
+        arrays = pair(name)
+        arrays[keys_of(name)[1]] = np.ones((320, 3), np.float32)
+        refused(save(tmp_path, arrays), "no pair of factors")
+
+    @pytest.mark.parametrize("shape", [(), (2,), (2, 3, 4), (0, 320)])
+    def test_a_factor_that_is_no_matrix(self, tmp_path, name, shape):
+        arrays = pair(name)
+        arrays[keys_of(name)[0]] = np.ones(shape, np.float32)
+        refused(save(tmp_path, arrays), "no pair of factors|must have 2 or 4 axes|rank")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("half", [0, 1])
+    def test_values_that_are_not_finite(self, tmp_path, name, value, half):
+        arrays = pair(name)
+        arrays[keys_of(name)[half]][0, 1] = value
+        refused(save(tmp_path, arrays), "values that are not finite")
+
+    def test_zero_updates_are_warned_of(self, tmp_path, name, caplog):
+        arrays = pair(name)
+        arrays[keys_of(name)[1]][:] = 0
+        with caplog.at_level(logging.WARNING):
+            state = read_lora(save(tmp_path, arrays))
+        assert zero_layers(state) == [CANONICAL] and "updates of all its 1 layers are zero" in caplog.text
+
+    def test_a_stray_key(self, tmp_path, name, caplog):
+        path = save(tmp_path, {**pair(name), f"{keys_of(name)[0][:-7]}.surplus": np.ones(3, np.float32)})
+        if name == "mindone":  # mindone's own files have frozen weights beside the factors
+            assert read_lora(path) and "1 arrays that are not LoRA's are left out" in caplog.text
+        else:
+            refused(path, "1 of its 3 keys belong to nothing in a LoRA")
+
+    @pytest.mark.parametrize("width, made_for", [(2048, "SDXL"), (768, ""), (1024, ""), (1280, "fits no known base")])
+    def test_a_context_of_another_base(self, tmp_path, name, width, made_for):
+        arrays = {key.replace("attn1", "attn2").replace("to_q", "to_k"): array for key, array in pair(name).items()}
+        arrays = {key: array if array.shape[0] != 2 else np.ones((2, width), np.float32)
+                  for key, array in arrays.items()}
+        if made_for and name != "mindone":
+            refused(save(tmp_path, arrays), made_for)
+        else:
+            assert len(read_lora(save(tmp_path, arrays)).layers) == 1
+
+    @pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
+    def test_a_cut_off_file(self, tmp_path, name, part):
+        path = save(tmp_path, pair(name))
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * part)])
+        refused(path, "cut off|cut-off")
+
+
+@pytest.mark.parametrize("name", NAMED[1:])
+class TestStrangers:
+    """Names are looked up in a base's; this project's own are compared with the network itself, by merge_lora."""
+
+    def test_a_layer_that_no_known_base_has(self, tmp_path, name):
+        arrays = {key.replace("blocks.0", "towers.0").replace("blocks_0", "towers_0"): array
+                  for key, array in pair(name).items()}
+        refused(save(tmp_path, arrays), "none of its 1 layers is one of SD1.x or SD2.x or the nano model")
+
+    def test_a_stray_layer(self, tmp_path, name):
+        stray = {key.replace("to_q", "to_z"): array for key, array in pair(name).items()}
+        refused(save(tmp_path, {**pair(name), **stray}), "belong to nothing in")
+
+    def test_for_a_base_that_lacks_its_layers(self, tmp_path, name, tiny_config):
+        arrays = {key.replace("attentions.0", "attentions.1").replace("attentions_0", "attentions_1"): array
+                  for key, array in pair(name).items()}
+        with pytest.raises(UserError, match="none of its 1 layers is one of the model of .*: it was made for SD1.x"):
+            read_lora(save(tmp_path, arrays), tiny_config)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-middle", "diffusers-oldest", "peft"])
+def test_a_layer_twice(tmp_path, name):
+    again = {key.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
+             .replace(".processor", ""): array for key, array in pair(name).items()}
+    refused(save(tmp_path, {**pair(name), **again}), "stand for the same layer")
+
 
 OTHERS = {
-    "kohya": (["lora_unet_X.lora_down.weight", "lora_unet_X.lora_up.weight", "lora_unet_X.alpha"], "kohya"),
-    "kohya's text encoder": (["lora_te_X.lora_down.weight", "lora_te_X.lora_up.weight"], "kohya"),
-    "diffusers, oldest": ([f"{THEIRS}.processor.to_q_lora.{half}.weight" for half in ("down", "up")], "diffusers"),
-    "diffusers, middle": ([f"text_encoder.layers.0.q_proj.lora_linear_layer.{half}.weight" for half in ("down", "up")],
-                          "diffusers"),
-    "diffusers, newer": ([f"unet.{THEIRS}.to_q.lora.{half}.weight" for half in ("down", "up")], "diffusers"),
-    "diffusers, newest": ([f"unet.{THEIRS}.to_q.lora_{half}.weight" for half in "AB"], "diffusers"),
-    "PEFT": ([f"base_model.model.{THEIRS}.to_q.lora_{half}.weight" for half in "AB"], "PEFT"),
-    "cloneofsimo": (["unet:0:up", "unet:0:down", "text_encoder:0:up", "text_encoder:0:down"], "cloneofsimo"),
-    "cloneofsimo with a token": (["unet:0:up", "unet:0:down", "<s1>", "<s2>"], "cloneofsimo"),
-    "LoHa": ([f"lora_unet_X.hada_w{i}_{half}" for i in (1, 2) for half in "ab"], "LyCORIS"),
-    "LoKr": (["lora_unet_X.lokr_w1", "lora_unet_X.lokr_w2", "lora_unet_X.alpha"], "LyCORIS"),
+    "LoHa": ([f"lora_unet_X_to_q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"], "LyCORIS"),
+    "LoHa with an alpha": (["lora_unet_X_to_q.hada_w1_a", "lora_unet_X_to_q.alpha"], "LyCORIS"),
+    "LoKr": (["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_q.lokr_w2", "lora_unet_X_to_q.alpha"], "LyCORIS"),
+    "LoKr beside pairs": (["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_k.lora_down.weight",
+                           "lora_unet_X_to_k.lora_up.weight"], "LyCORIS"),
+    "full layers": (["lora_unet_X_to_q.diff", "lora_unet_X_to_q.diff_b"], "LyCORIS"),
+    "norms": (["lora_unet_X_to_q.w_norm", "lora_unet_X_to_q.b_norm"], "LyCORIS"),
+    "DoRA of kohya": (["lora_unet_X_to_q.dora_scale", "lora_unet_X_to_q.lora_down.weight",
+                       "lora_unet_X_to_q.lora_up.weight"], "DoRA"),
+    "DoRA of diffusers": (["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight",
+                           "unet.Y.to_q.lora_magnitude_vector"], "DoRA"),
+    "DoRA of PEFT": (["base_model.model.Y.to_q.lora_A.weight", "base_model.model.Y.to_q.lora_B.weight",
+                      "base_model.model.Y.to_q.lora_magnitude_vector.weight"], "DoRA"),
+    "biases": (["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight", "unet.Y.to_q.lora_B.bias"], "with biases"),
+    "embedding": (["base_model.model.text_model.embeddings.token_embedding.lora_embedding_A",
+                   "base_model.model.text_model.embeddings.token_embedding.lora_A.weight"], "embedding table"),
+    "SDXL of kohya": (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+                       "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "SDXL"),
+    "SDXL's second text encoder": (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+                                    "lora_unet_X_to_q.lora_down.weight"], "SDXL"),
+    "SDXL's blocks": (["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"], "SDXL"),
+    "SDXL of diffusers": (["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+                           "unet.Y.to_q.lora_A.weight"], "SDXL"),
+    "SDXL's depth": (["unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_A.weight",
+                      "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_B.weight"], "SDXL"),
+    "Flux": (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+              "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"], "none of its 1 layers"),
+    "a language model": (["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                          "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"], "none of its 1 layers"),
+    "another project's mindone": (["blocks.0.to_q.lora_down.weight"], "another kind of model"),
     "textual inversion": (["emb_params"], "textual-inversion"),
     "textual inversion of diffusers": (["<cat-toy>"], "textual-inversion"),
-    "SDXL base": (["conditioner.embedders.0.x", f"{UNET}.weight"], "SDXL base"),
-    "base": ([f"{UNET}.weight", "first_stage_model.quant_conv.bias"], "base weights"),
+    "textual inversion of SDXL": (["clip_g", "clip_l"], "textual-inversion"),
+    "SDXL base": (["conditioner.embedders.0.x", f"{CANONICAL}.weight"], "SDXL base"),
+    "base": ([f"{CANONICAL}.weight", "first_stage_model.quant_conv.bias"], "base weights"),
     "mindone base": (["cond_stage_model.transformer.ln_final.gamma"], "base weights"),
-    "diffusers UNet": ([f"{THEIRS}.to_q.weight"], "base weights"),
+    "diffusers UNet": (["Y.to_q.weight"], "base weights"),
     "transformers text encoder": (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "base weights"),
-    "half a LoRA": ([f"{UNET}.lora_up.weight"], "half a LoRA"),
     "something else": (["fc1.weight", "fc1.bias"], "2 unknown names"),
     "nothing": ([], "without any arrays"),
 }
@@ -40,8 +364,8 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_checkpoints(tmp_path, kind):
     names, pattern = OTHERS[kind]
-    path = tmp_path / "lora.safetensors"
-    write_checkpoint(path, {name.replace("X", UNDERSCORED): np.zeros((2, 2), np.float32) for name in names})
+    names = [name.replace("X", UNDERSCORED).replace("Y", THEIRS) for name in names]
+    path = save(tmp_path, {name: np.ones((2, 2), np.float32) for name in names})
     with pytest.raises(UserError, match=pattern) as caught:
         read_lora(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -54,7 +378,7 @@ def test_other_checkpoints(tmp_path, kind):
         (b"<!doctype html><html></html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
         (b"\x80\x02}q\x00.", "pickle"),
-        (b"PK\x03\x04" + b"archive/data.pkl", "PyTorch file"),
+        (b"PK\x03\x04" + b"archive/data.pkl", "cut off or damaged"),
         (b"\x89PNG\r\n\x1a\n", "PNG"),
     ],
 )
@@ -65,8 +389,19 @@ def test_files_that_are_no_checkpoints(tmp_path, content, pattern):
         read_lora(path)
 
 
-def test_a_folder_and_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
+def test_a_folder_without_a_lora_and_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder without a LoRA in it"):
         read_lora(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_lora(tmp_path / "lora.ckpt")
+
+
+def test_a_folder_of_diffusers(tmp_path, base, whole):
+    write_lora(tmp_path / "pytorch_lora_weights.safetensors", whole, "diffusers", base.config)
+    assert_same_updates(read_lora(tmp_path, base.config), whole)
+
+
+def test_metadata_of_another_project_is_not_taken_for_ours(tmp_path):
+    path = save(tmp_path, pair("kohya"), {"architecture": "stable-diffusion-v1/lora", "prediction_type": "v"})
+    assert read_lora(path).metadata == {}
+    assert read_checkpoint(path)[1]["prediction_type"] == "v"

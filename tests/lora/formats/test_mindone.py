@@ -72,7 +72,7 @@ class TestRoundTrip:
     def test_nothing_to_write(self, tmp_path):
         with pytest.raises(UserError, match="no layers"):
             write_lora(tmp_path / "lora.ckpt", LoRAState({}))
-        with pytest.raises(UserError, match=".safetensors or .ckpt"):
+        with pytest.raises(UserError, match="written as .ckpt or .safetensors"):
             write_lora(tmp_path / "lora.pt", LoRAState({TO_Q: LoRALayer(normal(1, 8), normal(8, 1), 1.0)}))
         assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,283 @@
+"""cloneofsimo's lora: factors by number, in the order in which diffusers registers the layers that it looks into.
+
+A .safetensors has `unet:0:up`, `unet:0:down`, `unet:1:up`, ...; `text_encoder:...` likewise; the texts `unet` and
+`text_encoder` list the classes of diffusers whose layers were taken. Learned tokens lie beside them as `<name>`. A .pt
+is a list, up and down in turn, of the UNet alone; the text encoder's is in `<stem>.text_encoder.pt` beside it, and the
+classes are not noted. There is no alpha: `up` takes it over. A class has all of its layers in the file: those without a
+LoRA are written as zeros.
+
+diffusers registered a transformer block's feed-forward before its second attention until 0.17, and after it since.
+Published files have the earlier order, and so has what is written here; shapes tell which a file has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ldm.config.model import model_metadata
+from ldm.errors import UserError
+from ldm.lora.formats import pairs
+from ldm.lora.formats.modules import Base, Module, known_bases
+from ldm.lora.formats.torch_list import write_torch_list
+from ldm.lora.state import LoRALayer, LoRAState
+from ldm.weights.names import LABELS, same_up_to_1x1
+from ldm.weights.read import Checkpoint, open_checkpoint
+
+NAMES = ("cloneofsimo", "cloneofsimo-pt")
+COMPONENTS = ("unet", "text_encoder")
+# diffusers' and transformers' classes, and what the names of the layers within them contain.
+CLASSES = {
+    "unet": {
+        "CrossAttention": r"\.attn[12]\.",  # its name until diffusers 0.14
+        "Attention": r"\.attn[12]\.",
+        "GEGLU": r"\.ff\.net\.0\.",
+        "FeedForward": r"\.ff\.",
+        "BasicTransformerBlock": r"\.transformer_blocks\.",
+        "Transformer2DModel": r"\.attentions\.",
+        "ResnetBlock2D": r"\.resnets\.",
+        "Downsample2D": r"\.downsamplers\.",
+        "Upsample2D": r"\.upsamplers\.",
+        "TimestepEmbedding": r"time_embedding\.",
+    },
+    "text_encoder": {
+        "CLIPAttention": r"\.self_attn\.",
+        "CLIPMLP": r"\.mlp\.",
+        "CLIPEncoderLayer": r"\.layers\.",
+    },
+}
+# What a .pt without a note of its classes may have been made from, and what is written: the first that holds all.
+CHOICES = {
+    "unet": (
+        ("CrossAttention", "Attention"),
+        ("CrossAttention", "Attention", "GEGLU"),
+        ("ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"),
+        ("CrossAttention", "Attention", "FeedForward"),
+        ("ResnetBlock2D", "CrossAttention", "Attention", "FeedForward"),
+        ("Transformer2DModel",),
+        ("ResnetBlock2D", "Transformer2DModel"),
+        ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D"),
+        ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D", "TimestepEmbedding"),
+    ),
+    "text_encoder": (("CLIPAttention",), ("CLIPAttention", "CLIPMLP")),
+}
+_KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)$")
+
+log = logging.getLogger(__name__)
+
+
+def detect(names: Iterable[str]) -> str | None:
+    """The name of the form that these keys have: numbers alone are the places in a list."""
+    names = list(names)
+    if any(_KEY.match(name) for name in names):
+        return "cloneofsimo"
+    return "cloneofsimo-pt" if names and all(name.isdigit() for name in names) else None
+
+
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+    """Read an opened .safetensors.
+
+    Raises UserError for gaps in the numbers, half a pair, other keys than learned tokens (which are left out with a
+    warning), and factors that are not those of the noted classes in any known base, or in `base`.
+    """
+    path = checkpoint.path
+    factors: dict[str, dict[int, dict[str, str]]] = {}
+    tokens = []
+    for key in checkpoint:
+        found = _KEY.match(key)
+        if found:
+            component, index, half = found.groups()
+            factors.setdefault(component, {}).setdefault(int(index), {})[half] = key
+        elif key.startswith("<") and key.endswith(">"):
+            tokens.append(key)
+        else:
+            raise UserError(f"{path}: {key} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?")
+    if tokens:
+        log.warning(
+            "%s: %d learned tokens (%s) are left out: they are textual inversion, not LoRA, and prompts that name them "
+            "will not mean what they did", path, len(tokens), ", ".join(tokens),
+        )  # fmt: skip
+    rows = {}
+    for component, numbered in factors.items():
+        if sorted(numbered) != list(range(len(numbered))):
+            missing = next(i for i in range(max(numbered) + 1) if i not in numbered)
+            raise UserError(f"{path}: {component}:{missing} is missing, its layers go by number: the file is damaged")
+        for index, halves in numbered.items():
+            for half in ("up", "down"):
+                if half not in halves:
+                    raise UserError(f"{path}: {component}:{index} lacks its {half}, half of a pair: it is damaged")
+        rows[component] = [
+            _layer(path, f"{component}:{i}", checkpoint[numbered[i]["down"]], checkpoint[numbered[i]["up"]])
+            for i in range(len(numbered))
+        ]
+    classes = {component: _noted(checkpoint, component) for component in rows}
+    return LoRAState(_placed(path, rows, classes, base), model_metadata(checkpoint.metadata))
+
+
+def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+    """Read an opened .pt, and the text encoder's beside it where there is one. Raises UserError as `read`."""
+    path = Path(checkpoint.path)
+    beside = path.with_name(f"{path.stem}.text_encoder.pt")
+    rows = {"text_encoder" if path.name.endswith(".text_encoder.pt") else "unet": _row(checkpoint)}
+    if beside.exists():
+        log.info("%s: its text encoder is %s", path, beside.name)
+        rows["text_encoder"] = _row(open_checkpoint(beside))
+    layers: dict[str, LoRALayer] = {}
+    candidates = (base,) if base else known_bases()
+    for component, row in rows.items():
+        # A text encoder's file may have lost its name.
+        order = (component, *(other for other in COMPONENTS if other != component and other not in rows))
+        found = None
+        for choice in order:
+            for classes in CHOICES[choice]:
+                found = found or _place(row, choice, classes, candidates)
+        if found is None:
+            labels = " or ".join(candidate.label for candidate in candidates)
+            raise UserError(
+                f"{path}: its {len(row)} pairs for the {LABELS[component]} are in no order of layers of {labels} that "
+                "cloneofsimo's lora knows"
+            )
+        layers.update(found)
+    return LoRAState(layers, {})
+
+
+def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+    """Write a .safetensors. Raises UserError for layers that no class holds (the UNet's first and last convolution)."""
+    arrays, texts = {}, {}
+    for component, (classes, row) in _rows(path, state, base).items():
+        texts[component] = json.dumps(classes)
+        for i, layer in enumerate(row):
+            arrays[f"{component}:{i}:up"], arrays[f"{component}:{i}:down"] = layer.up, layer.down
+            texts[f"{component}:{i}:rank"] = str(layer.rank)
+    pairs.save(path, arrays, {**pairs.base_texts(state), **texts}, dtype)
+
+
+def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+    """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is. Raises as `write` does."""
+    path = Path(path)
+    for component, (_, row) in _rows(path, state, base).items():
+        beside = path.with_name(f"{path.stem}.text_encoder.pt")
+        flat = [array for layer in row for array in (layer.up, layer.down)]
+        write_torch_list(path if component == "unet" else beside, flat, dtype)
+
+
+def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
+    """The modules of a component within some classes, as cloneofsimo's lora walks them.
+
+    early: the order before diffusers 0.17, with the feed-forward between the two attentions.
+    """
+    within = [CLASSES[component][name] for name in classes]
+    chosen = [module for module in modules if any(re.search(part, module.path) for part in within)]
+    if not early:
+        return chosen
+    within_block = {"attn1": 0, "ff": 1, "attn2": 2}
+    first: dict[str, int] = {}
+
+    def place(item: tuple[int, Module]) -> tuple[int, int]:
+        index, module = item
+        block = re.match(r"(.+\.transformer_blocks\.\d+)\.(\w+)\.", module.path)
+        return (first.setdefault(block.group(1), index), within_block[block.group(2)]) if block else (index, 0)
+
+    return [module for _, module in sorted(enumerate(chosen), key=place)]
+
+
+def _layer(path, name: str, down: np.ndarray, up: np.ndarray) -> LoRALayer:
+    try:
+        return LoRALayer(down.astype(np.float32), up.astype(np.float32), float(down.shape[0] if down.ndim else 0))
+    except ValueError as error:
+        raise UserError(f"{path}: {name}: {error}") from error
+
+
+def _row(checkpoint: Checkpoint) -> list[LoRALayer]:
+    count = len(checkpoint)
+    if count % 2:
+        raise UserError(f"{checkpoint.path}: a list of {count} tensors, up and down in turn: half of a pair is missing")
+    pairs_of = [(checkpoint[str(i + 1)], checkpoint[str(i)]) for i in range(0, count, 2)]
+    return [_layer(checkpoint.path, f"pair {i}", down, up) for i, (down, up) in enumerate(pairs_of)]
+
+
+def _noted(checkpoint: Checkpoint, component: str) -> tuple[str, ...]:
+    """The classes that the file says a component was made from."""
+    text = checkpoint.metadata.get(component)
+    if text is None:
+        raise UserError(
+            f"{checkpoint.path} does not say which layers its {component}:0, :1, ... stand for: it has lost its "
+            "metadata (merged or saved again by another program?)"
+        )
+    try:
+        classes = tuple(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint.path}: its text {component} is {text!r}, which is no list of classes") from error
+    unknown = [name for name in classes if not isinstance(name, str) or name not in CLASSES[component]]
+    if unknown:
+        raise UserError(f"{checkpoint.path}: its {component} was made from {unknown[0]}, which is not known here")
+    return classes
+
+
+def _placed(path, rows, classes, base: Base | None) -> dict[str, LoRALayer]:
+    """The layers of all components, in one base."""
+    candidates = (base,) if base else known_bases()
+    for candidate in candidates:
+        parts = [_place(row, component, classes[component], (candidate,)) for component, row in rows.items()]
+        if all(part is not None for part in parts):
+            return {name: layer for part in parts for name, layer in part.items()}
+    counts = ", ".join(f"{len(row)} layers of the {LABELS[component]}" for component, row in rows.items())
+    raise UserError(
+        f"{path}: its {counts} ({', '.join(name for names in classes.values() for name in names)}) are not those of "
+        f"{' or '.join(candidate.label for candidate in candidates)}: it was made for another model"
+    )
+
+
+def _place(
+    row: list[LoRALayer], component: str, classes: Iterable[str], bases: Iterable[Base]
+) -> dict[str, LoRALayer] | None:
+    """Layers by canonical name, in the first base and order whose shapes are those of `row`; None if none has them."""
+    axes = {layer.down.ndim for layer in row}
+    for base in bases:
+        for early in (True, False):
+            # Without convolutions in the file, those of the classes were passed over, and the other way round.
+            modules = [m for m in in_order(base.of(component), classes, component, early) if len(m.shape) in axes]
+            if len(modules) == len(row) and all(_fits(layer, module) for layer, module in zip(row, modules)):
+                return {module.name: pairs.conformed(layer, module.shape) for layer, module in zip(row, modules)}
+    return None
+
+
+def _fits(layer: LoRALayer, module: Module) -> bool:
+    return same_up_to_1x1((layer.up.shape[0], *layer.down.shape[1:]), module.shape)
+
+
+def _rows(path, state: LoRAState, base: Base) -> dict[str, tuple[list[str], list[LoRALayer]]]:
+    """component -> (classes, layers in order, zeros for those that are not in `state`)."""
+    rows = {}
+    for component in COMPONENTS:
+        there = [module for module in base.of(component) if module.name in state.layers]
+        if not there:
+            continue
+        choices = {classes: in_order(base.of(component), classes, component) for classes in CHOICES[component]}
+        held = [classes for classes, modules in choices.items() if set(there) <= set(modules)]
+        if not held:
+            lone = next(m for m in there if m not in list(choices.values())[-1])
+            raise UserError(f"{path}: cloneofsimo's lora has no place for {lone.path}: write another format")
+        axes = {len(module.shape) for module in there}
+        modules = [module for module in choices[held[0]] if len(module.shape) in axes]
+        rank = max(state.only(component).ranks())
+        if len(modules) > len(there):
+            log.info("%s: %d layers of the %s without a LoRA are written as zeros", path, len(modules) - len(there),
+                     LABELS[component])
+        rows[component] = list(held[0]), [
+            pairs.folded(state.layers[module.name]) if module.name in state.layers else _zero(module, rank)
+            for module in modules
+        ]
+    return rows
+
+
+def _zero(module: Module, rank: int) -> LoRALayer:
+    ones = (1,) * (len(module.shape) - 2)
+    rank = min(rank, module.shape[0])
+    return LoRALayer(np.zeros((rank, *module.shape[1:]), np.float32),
+                     np.zeros((module.shape[0], rank, *ones), np.float32), float(rank))

@@ -1,0 +1,151 @@
+"""diffusers' LoRA files, `pytorch_lora_weights.safetensors`, in the four ways that it has named their keys.
+
+| | a key of the UNet | a key of the text encoder |
+| oldest | <attention>.processor.to_q_lora.down.weight | none |
+| middle | unet.<attention>.processor.to_q_lora.down.weight | text_encoder.<layer>.lora_linear_layer.down.weight |
+| newer | unet.<layer>.lora.down.weight | the same |
+| today's | unet.<layer>.lora_A.weight (A is down, B is up) | text_encoder.<layer>.lora_A.weight |
+
+Files mix them, so all are read at once. None of the first three has an alpha (`up` takes it over on writing); the last
+has it in a text of the file, `lora_adapter_metadata`, since 0.34: the arguments of PEFT's LoraConfig as JSON, each
+behind `unet.` or `text_encoder.`. An older diffusers takes alpha = rank, so for that, write "diffusers-newer".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+from ldm.config.model import model_metadata
+from ldm.errors import UserError
+from ldm.lora.formats import pairs
+from ldm.lora.formats.adapter import Adapter, adapter_of
+from ldm.lora.formats.modules import Base, Module
+from ldm.lora.state import LoRAState
+from ldm.weights.read import Checkpoint
+
+NAMES = ("diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest")
+METADATA = "lora_adapter_metadata"
+_PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
+_KEY = re.compile(
+    r"(.+)\.(?:"
+    r"lora_([AB])(?:\.(?!weight)[^.]+)?\.weight"  # PEFT puts an adapter's name before `weight`, and takes it out
+    r"|lora(?:_linear_layer)?\.(down|up)\.weight"
+    r"|(alpha))$"
+)
+_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+
+
+def detect(names: Iterable[str]) -> str | None:
+    """The name of the form that these keys have, None for keys that are not diffusers'."""
+    names = [name for name in names if not name.startswith(("base_model.model.", "lora_"))]
+    halves = [name for name in names if _ATTENTION.match(name) or _KEY.match(name) and not name.endswith(".alpha")]
+    if not halves:
+        return None
+    if any(".lora_A." in name or ".lora_B." in name for name in halves):
+        return "diffusers"
+    if any(_ATTENTION.match(name) for name in halves):
+        return "diffusers-middle" if any(_PREFIX.match(name) for name in halves) else "diffusers-oldest"
+    return "diffusers-newer"
+
+
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+    """Read an opened file, see pairs.read_pairs."""
+    adapters = _adapters(checkpoint)
+
+    def alpha(layer: str, rank: int) -> float:
+        component = "text_encoder" if layer.startswith("encoder.") else "unet"
+        return adapters[component].alpha(layer, rank) if component in adapters else rank
+
+    layers = pairs.read_pairs(checkpoint, parse, table, base, alpha)
+    return LoRAState(layers, model_metadata(checkpoint.metadata))
+
+
+def write(path, state: LoRAState, base: Base, dtype: str = "fp32", name: str = "diffusers") -> None:
+    """Write a .safetensors in one of NAMES.
+
+    Raises UserError for "diffusers-oldest" where there is more than the UNet's attention.
+    """
+    arrays, adapters = {}, {}
+    for component, layers in pairs.by_component(state, base).items():
+        for module, layer in layers.items():
+            kept = layer if name == "diffusers" else pairs.folded(layer)
+            down, up = _keys(component, module, name, str(path))
+            arrays[down], arrays[up] = kept.down, kept.up
+        adapters[component] = adapter_of(layers, base.of(component))
+    texts = {"format": "pt", **pairs.base_texts(state)}
+    if name == "diffusers":
+        arguments = {
+            f"{component}.{key}": value
+            for component, adapter in adapters.items()
+            for key, value in adapter.arguments().items()
+        }
+        texts[METADATA] = json.dumps(arguments, sort_keys=True)
+    pairs.save(path, arrays, texts, dtype)
+
+
+def parse(key: str) -> tuple[str, str] | None:
+    """(name of the layer as in Module.path, role) of a key with or without `unet.`, `text_encoder.`, `text_model.`."""
+    prefixed = _PREFIX.match(key)
+    name = prefixed.group(2) if prefixed else key
+    name = name[len("text_model.") :] if name.startswith("text_model.") else name
+    found = _ATTENTION.match(name)
+    if found:
+        module, part, half = found.groups()
+        if module.startswith("encoder."):
+            return f"{module}.{part}_proj", half
+        return f"{module}.to_{part}" + (".0" if part == "out" else ""), half
+    found = _KEY.match(name)
+    if found is None:
+        return None
+    module, letter, half, alpha = found.groups()
+    module += ".0" if module.endswith(".to_out") else ""
+    return module, {"A": "down", "B": "up"}.get(letter) or half or alpha
+
+
+def table(base: Base) -> dict[str, Module]:
+    """The modules of a base by the names that `parse` gives."""
+    return {module.path: module for module in base.modules}
+
+
+def _keys(component: str, module: str, name: str, path: str) -> tuple[str, str]:
+    """The keys of down and up."""
+    text = component == "text_encoder"
+    layer = f"text_encoder.text_model.{module}" if text else f"unet.{module}"
+    if name == "diffusers":
+        return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+    attention = re.match(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?$", module)
+    if name == "diffusers-oldest" and (text or not attention):
+        raise UserError(
+            f"{path}: diffusers-oldest holds the UNet's attention alone, not {layer}: write diffusers-middle"
+        )
+    if text:
+        layer += ".lora_linear_layer"
+    elif attention and name != "diffusers-newer":
+        prefix = "" if name == "diffusers-oldest" else "unet."
+        layer = f"{prefix}{attention.group(1)}.processor.to_{attention.group(2)}_lora"
+    else:
+        layer += ".lora"
+    return f"{layer}.down.weight", f"{layer}.up.weight"
+
+
+def _adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
+    """What `lora_adapter_metadata` says, by component; without a component's name in front it is the UNet's."""
+    text = checkpoint.metadata.get(METADATA)
+    if not text:
+        return {}
+    where = f"{checkpoint.path}: {METADATA}"
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"{where} is no JSON object")
+    parts: dict[str, dict] = {}
+    for key, value in arguments.items():
+        component, _, name = key.partition(".")
+        if component not in ("unet", "text_encoder"):
+            component, name = "unet", key
+        parts.setdefault(component, {})[name] = value
+    return {component: Adapter(part, where) for component, part in parts.items()}

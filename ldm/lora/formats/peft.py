@@ -1,0 +1,83 @@
+"""PEFT's adapters: a folder with adapter_config.json and adapter_model.safetensors, one folder a network.
+
+Keys are `base_model.model.<layer>.lora_A.weight` (A is down, B up); alpha is in the configuration alone, so a file
+without one is refused. A folder for both networks has subfolders `unet` and `text_encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ldm.atomic import atomic_path
+from ldm.config.model import model_metadata
+from ldm.errors import UserError
+from ldm.lora.formats import diffusers, pairs
+from ldm.lora.formats.adapter import Adapter, adapter_of
+from ldm.lora.formats.modules import Base
+from ldm.lora.state import LoRAState
+from ldm.weights.read import Checkpoint
+
+NAME = "peft"
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+PARTS = ("unet", "text_encoder")
+
+
+def detect(names: Iterable[str]) -> bool:
+    """Whether these are the names of such a file."""
+    return any(name.startswith(PREFIX) and (".lora_A." in name or ".lora_B." in name) for name in names)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files with the factors in an adapter's folder, or in its subfolders for each network; may be none."""
+    folders = [folder] if (folder / CONFIG).exists() else [folder / part for part in PARTS]
+    found = [[path / name for name in WEIGHTS if (path / name).exists()][:1] for path in folders]
+    return [path for paths in found for path in paths]
+
+
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+    """Read the opened file of one network, with the configuration beside it.
+
+    Raises UserError if that is missing or says another rank than the factors have; see also pairs.read_pairs.
+    """
+    where = checkpoint.path.parent / CONFIG
+    try:
+        settings = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint.path} is a PEFT adapter whose strength is in {CONFIG}, which is not beside it: fetch that too"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{where} is no JSON object")
+    layers = pairs.read_pairs(checkpoint, _parse, diffusers.table, base, Adapter(settings, str(where)).alpha)
+    return LoRAState(layers, model_metadata(checkpoint.metadata))
+
+
+def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+    """Write the folder `path`: of one network itself, of two with a subfolder each. alpha is kept, layer by layer."""
+    parts = pairs.by_component(state, base)
+    for component, layers in parts.items():
+        folder = Path(path) / component if len(parts) > 1 else Path(path)
+        inner = "text_model." if component == "text_encoder" else ""
+        arrays = {}
+        for module, layer in layers.items():
+            arrays[f"{PREFIX}{inner}{module}.lora_A.weight"] = layer.down
+            arrays[f"{PREFIX}{inner}{module}.lora_B.weight"] = layer.up
+        settings = {
+            "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "task_type": None,
+            **adapter_of(layers, base.of(component)).arguments(),
+        }  # fmt: skip
+        pairs.save(folder / WEIGHTS[0], arrays, {"format": "pt", **pairs.base_texts(state)}, dtype)
+        try:
+            with atomic_path(folder / CONFIG) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {folder / CONFIG}: {error.strerror or error}") from error
+
+
+def _parse(key: str) -> tuple[str, str] | None:
+    return diffusers.parse(key[len(PREFIX) :]) if key.startswith(PREFIX) else None
