@@ -10,6 +10,27 @@ from ldm.models.layers import Conv2d, Dense, LayerNorm
 from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
 
 
+def _form(text: tuple[int, int, int], vision: tuple[int, int, int, int, int], projection_dim: int,
+          activation: str = "quick_gelu") -> dict:
+    """CLIPModel's arguments from width, layers, heads of both towers, and the image tower's patch and image size."""
+    return {
+        "text": dict(zip(("width", "num_layers", "num_heads"), text), activation=activation),
+        "vision": dict(zip(("width", "num_layers", "num_heads", "patch_size", "image_size"), vision),
+                       activation=activation),
+        "projection_dim": projection_dim,
+    }
+
+
+# The published models that score pictures, and the embedded one (its text tower is that of configs/nano.yaml).
+FORMS = {
+    "ViT-B/32": _form((512, 12, 8), (768, 12, 12, 32, 224), 512),
+    "ViT-B/16": _form((512, 12, 8), (768, 12, 12, 16, 224), 512),
+    "ViT-L/14": _form((768, 12, 12), (1024, 24, 16, 14, 224), 768),
+    "ViT-H/14": _form((1024, 24, 16), (1280, 32, 16, 14, 224), 1024, "gelu"),
+    "nano": _form((96, 3, 3), (144, 4, 4, 8, 64), 96),
+}
+
+
 class VisionEmbeddings(nn.Cell):
     """Images (N, 3, S, S) -> class token and patches, with positions: (N, 1 + (S / patch)^2, width)."""
 
@@ -77,3 +98,25 @@ class CLIPModel(nn.Cell):
 
     def construct(self, images: Tensor, tokens: Tensor):
         return self.image_features(images), self.text_features(tokens)
+
+
+class ImageFeatures(nn.Cell):
+    """Images (N, 3, S, S) -> unit vectors (N, projection_dim), one graph."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__(auto_prefix=False)
+        self.clip = clip
+
+    def construct(self, images: Tensor) -> Tensor:
+        return self.clip.image_features(images)
+
+
+class TextFeatures(nn.Cell):
+    """Tokens (N, 77) int32 -> unit vectors (N, projection_dim), one graph."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__(auto_prefix=False)
+        self.clip = clip
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        return self.clip.text_features(tokens)

@@ -1,4 +1,4 @@
-"""The Inception network of the Fréchet distance: the 2015-12-05 graph, in the form of pytorch-fid's FIDInception blocks.
+"""The Inception network of the FID: the 2015-12-05 graph, in the form of pytorch-fid's FIDInception blocks.
 
 It is Inception v3 but for its poolings: the average poolings leave the padding out of their mean, and the last block
 takes the maximum. Only the 2,048 pooled features are computed. Each convolution holds the batch normalisation that

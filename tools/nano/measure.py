@@ -17,7 +17,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor
 from PIL import Image, ImageDraw
 
 from ldm.atomic import atomic_path
@@ -25,33 +24,13 @@ from ldm.config.model import load_model_config
 from ldm.data.dataset import read_image_text_csv
 from ldm.data.draws import draws
 from ldm.errors import run
-from ldm.models.clip import CLIPModel
+from ldm.metrics.networks import nano_clip
 from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
 from ldm.runtime import setup_runtime
-from ldm.weights.read import read_checkpoint
-from tools.nano.pictures import DATASETS, evenly, read_pictures, to_network
-from tools.nano.train_clip import PROJECTION, VISION, ImageFeatures
-from tools.nano.train_vae import CONFIG, in_batches, report
+from tools.nano.pictures import DATASETS, evenly, read_pictures
+from tools.nano.train_vae import CONFIG, report
 
 MODELS = CONFIG.parents[1] / "models" / "nano"
-
-
-def load_clip(folder: Path = MODELS) -> CLIPModel:
-    """The nano CLIP: image tower and projections from clip.safetensors, text tower from nano.safetensors."""
-    clip = CLIPModel(load_model_config(CONFIG).text, VISION, PROJECTION)
-    arrays, _ = read_checkpoint(folder / "clip.safetensors")
-    base, _ = read_checkpoint(folder / "nano.safetensors")
-    prefix = "cond_stage_model.transformer."
-    arrays.update({name[len(prefix):]: array for name, array in base.items() if name.startswith(prefix)})
-    for name, parameter in clip.parameters_dict().items():
-        parameter.set_data(Tensor(arrays[name].astype(np.float32)))
-    clip.set_train(False)
-    return clip
-
-
-def image_features(clip: CLIPModel, pixels: np.ndarray) -> np.ndarray:
-    """(N, 64, 64, 3) uint8 -> unit vectors (N, 96)."""
-    return in_batches(ImageFeatures(clip), to_network(pixels), 50)
 
 
 def thumbnails(pixels: np.ndarray) -> np.ndarray:
@@ -107,7 +86,7 @@ def main() -> None:
     setup_runtime("CPU")
     config = load_model_config(CONFIG)
     model = load_model(config, args.models / "nano.safetensors")
-    clip = load_clip(args.models)
+    clip = nano_clip(args.models)
     sampling = Sampling(steps=20, scale=args.scale, batch_size=20)
 
     def pictures_of(prompts: list[str]) -> np.ndarray:
@@ -127,7 +106,7 @@ def main() -> None:
         made = pictures_of(texts)
         result["captions"] = len(chosen)
         result["top5_pixels"] = own_among_nearest(thumbnails(made), thumbnails(real), chosen)
-        result["top5_image_tower"] = own_among_nearest(image_features(clip, made), image_features(clip, real), chosen)
+        result["top5_image_tower"] = own_among_nearest(clip.of_pixels(made), clip.of_pixels(real), chosen)
         sheet = grid(made[:64], 8, texts[:64])
     else:
         held_out = read_pictures("emoji_fluent_hc", "test")
@@ -139,9 +118,9 @@ def main() -> None:
         result["prompts"] = len(texts)
         result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)
         result["chroma_share"] = result["chroma_lora"] / result["chroma_base"]
-        features = image_features(clip, real)
-        result["nearer_base"] = nearer_than_another(image_features(clip, base), features, args.seed)
-        result["nearer_lora"] = nearer_than_another(image_features(clip, made), features, args.seed)
+        features = clip.of_pixels(real)
+        result["nearer_base"] = nearer_than_another(clip.of_pixels(base), features, args.seed)
+        result["nearer_lora"] = nearer_than_another(clip.of_pixels(made), features, args.seed)
         some = evenly(len(texts), 24)
         triples = np.stack([base[some], made[some], real[some]], axis=1).reshape(-1, 64, 64, 3)
         sheet = grid(triples, 12, [t for i in some for t in (texts[i], "with LoRA", "real")])

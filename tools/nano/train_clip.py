@@ -21,16 +21,13 @@ from mindspore import Tensor, nn, ops
 from ldm.config.model import load_model_config
 from ldm.data.draws import draws
 from ldm.errors import run
-from ldm.models.clip import CLIPModel
+from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.runtime import setup_runtime
 from ldm.tokenizer.tokenizer import Tokenizer
 from ldm.weights.read import write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.pictures import STYLES, blur, read_pictures, shift, to_network
 from tools.nano.train_vae import CONFIG, in_batches
-
-VISION = dict(width=144, num_layers=4, num_heads=4, image_size=64, patch_size=8)
-PROJECTION = 96
 
 
 class ContrastiveLoss(nn.Cell):
@@ -49,26 +46,6 @@ class ContrastiveLoss(nn.Cell):
         by_text = self.product(text, image) * scale
         loss = 0.5 * (ops.cross_entropy(by_image, self.labels) + ops.cross_entropy(by_text, self.labels))
         return loss, (by_text.argmax(1).astype(ms.int32) == self.labels).astype(ms.float32).mean()
-
-
-class ImageFeatures(nn.Cell):
-    """Images (N, 3, 64, 64) -> unit vectors (N, projection), one graph."""
-
-    def __init__(self, clip: CLIPModel):
-        super().__init__(auto_prefix=False)
-        self.clip = clip
-
-    def construct(self, images: Tensor) -> Tensor:
-        return self.clip.image_features(images)
-
-
-class TextFeatures(nn.Cell):
-    def __init__(self, clip: CLIPModel):
-        super().__init__(auto_prefix=False)
-        self.clip = clip
-
-    def construct(self, tokens: Tensor) -> Tensor:
-        return self.clip.text_features(tokens)
 
 
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
@@ -97,7 +74,7 @@ def main() -> None:
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
-    clip = CLIPModel(config.text, VISION, PROJECTION)
+    clip = CLIPModel(**FORMS["nano"])
     parameters = clip.parameters_dict()  # before an optimizer puts its own name before theirs
 
     concepts: dict[str, list] = {}

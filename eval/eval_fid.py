@@ -1,0 +1,14 @@
+"""The published path of tools/eval/eval_fid.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.errors import run  # noqa: E402
+from tools.eval.eval_fid import main  # noqa: E402
+
+if __name__ == "__main__":
+    run(main)

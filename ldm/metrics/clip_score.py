@@ -1,0 +1,42 @@
+"""The CLIP score (Hessel et al. 2021, in the scale of torchmetrics and of the published table): 100 max(cos, 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm.errors import UserError
+
+
+def clip_scores(features: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) scores of N pairs of feature vectors (N, D): of a picture and its text, or of two pictures.
+
+    The mean is taken over what is clamped, picture by picture; torchmetrics clamps the mean.
+    """
+    return 100.0 * np.maximum((_unit(features) * _unit(others)).sum(axis=1), 0.0)
+
+
+def mean_of_all_pairs(features: np.ndarray, others: np.ndarray) -> float:
+    """The mean of 100 cos over all N x M pairs, without a clamp: mindone's image-to-image score."""
+    return float(100.0 * (_unit(features).mean(axis=0) @ _unit(others).mean(axis=0)))
+
+
+def paired_prompts(prompts: Sequence[str], images: int) -> list[str]:
+    """The prompt of each picture: k pictures a prompt, in order, all of the first prompt first.
+
+    Raises UserError where the pictures do not divide by the prompts.
+    """
+    if not prompts:
+        raise UserError("no prompts are given")
+    if images % len(prompts):
+        raise UserError(
+            f"{images} pictures and {len(prompts)} prompts: there must be as many pictures for each prompt, in order "
+            "(a blank line counts as a prompt)"
+        )
+    return [prompt for prompt in prompts for _ in range(images // len(prompts))]
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

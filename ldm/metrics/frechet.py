@@ -1,0 +1,130 @@
+"""The Fréchet distance between the features of two sets of pictures (Heusel et al. 2017): the FID, with Inception's.
+
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
+
+The last trace is the sum of the singular values of F1 F2^T for any factors with Fi^T Fi = Si. They come from the
+symmetric matrices' eigenvalues, or from the features themselves: nothing becomes complex, and a covariance that is
+singular, as with fewer pictures than features, needs no number added to its diagonal.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm.atomic import atomic_path
+from ldm.errors import UserError
+from ldm.paths import writing
+
+
+class FeatureStatistics:
+    """Mean (D,) and covariance (D, D; divided by n - 1) of features that come in batches, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
+
+    def add(self, features: np.ndarray) -> None:
+        """Take in a batch (N, D). Batches are joined by their own means (Chan et al. 1983), so nothing cancels."""
+        features = features.astype(np.float64)
+        n = len(features)
+        if not self.count:
+            self.mean, self._scatter = np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2)
+        mean = features.mean(axis=0)
+        centred = features - mean
+        step = mean - self.mean
+        total = self.count + n
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(step, step) * (self.count * n / total)
+        self.mean = self.mean + step * (n / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Raises UserError for fewer than two pictures, which have none."""
+        if self.count < 2:
+            raise UserError("a Fréchet distance wants two pictures or more in each set: one has no covariance")
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
+    """Between two normal distributions, means (D,) and covariances (D, D); 0 or more up to rounding."""
+    root1, root2 = _factor(covariance1), _factor(covariance2)
+    return _distance(mean1, root1, mean2, root2)
+
+
+def frechet_of_features(features1: np.ndarray, features2: np.ndarray) -> float:
+    """The same from two sets of features (N, D), (M, D), without their covariances: fast where N and M are small."""
+    means, roots = [], []
+    for features in (features1, features2):
+        features = np.asarray(features, np.float64)
+        if len(features) < 2:
+            raise UserError("a Fréchet distance wants two pictures or more in each set: one has no covariance")
+        means.append(features.mean(axis=0))
+        roots.append(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r"))
+    return _distance(means[0], roots[0], means[1], roots[1])
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """F (rank, D) with F^T F = covariance. Eigenvalues that are rounding are left out: their roots would not be."""
+    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
+    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+
+
+def _distance(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np.ndarray) -> float:
+    step = np.asarray(mean1, np.float64) - mean2
+    product = root1 @ root2.T
+    shared = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
+    return float(step @ step + (root1**2).sum() + (root2**2).sum() - 2.0 * shared)
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """mu (D,) and sigma (D, D) as pytorch-fid saves them; `count` and `network` where this project saved them."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None = None
+    network: str | None = None
+
+
+def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
+    """Write an .npz that pytorch-fid reads, with the number of pictures and the network's identity beside."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")
+    with writing(path), atomic_path(path) as temporary:
+        np.savez_compressed(temporary, mu=statistics.mean, sigma=statistics.covariance, count=statistics.count,
+                            network=np.array(network))
+
+
+def read_statistics(path: str | os.PathLike) -> SavedStatistics:
+    """Read an .npz of `mu` and `sigma`. Raises UserError for anything else, and for values that cannot be."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "count", "network") if name in file}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a folder of pictures or statistics in an .npz") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "empty"
+        raise UserError(f"{path} is not an .npz file of numbers ({reason}): write it with --save_stats") from None
+    if "mu" not in arrays or "sigma" not in arrays:
+        raise UserError(f"{path} has no {'mu' if 'mu' not in arrays else 'sigma'}: write it with --save_stats")
+    mean, covariance = arrays["mu"], arrays["sigma"]
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise UserError(f"{path}: mu and sigma are {mean.dtype} and {covariance.dtype}, not real numbers")
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, wanted (D,) and (D, D)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds values that are not finite: compute the statistics anew")
+    largest = np.abs(covariance).max(initial=0.0)
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * largest or (np.diag(covariance) < 0).any():
+        raise UserError(f"{path}: sigma is no covariance (it is not symmetric, or negative on its diagonal)")
+    count = int(arrays["count"]) if arrays.get("count", np.zeros(1)).shape == () else None
+    return SavedStatistics(mean, covariance, count, str(arrays["network"]) if "network" in arrays else None)

@@ -1,0 +1,161 @@
+"""Picture files to the networks that score them: found in order, opened as their references open them, in batches."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.data.dataset import PICTURE_SUFFIXES
+from ldm.data.transforms import FORMATS, PICTURE_ERRORS, picture_fault
+from ldm.errors import UserError
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_PREPROCESSING = ("openai", "squash")
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """A picture, or the pictures of a folder sorted by name; of this project's output folder those in samples/.
+
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a picture or a folder of pictures")
+    if (path / "samples" / "prompts.txt").is_file():
+        path = path / "samples"
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    found = [path / name for name in names
+             if name.lower().endswith((*PICTURE_SUFFIXES, ".pgm")) and not name.startswith(".")]
+    if not found:
+        below = next((name for name in names if (path / name).is_dir() and any(
+            inner.suffix.lower() in PICTURE_SUFFIXES for inner in (path / name).iterdir())), None)
+        hint = f"; there are some in {path / below}" if below else f" ({', '.join(PICTURE_SUFFIXES)})"
+        raise UserError(f"{path} has no pictures in it{hint}")
+    return found
+
+
+def open_plain(path: str | Path) -> Image.Image:
+    """RGB as Pillow's own `convert` makes it, which is how pytorch-fid opens pictures: an alpha channel is dropped,
+    16 bits become 8 as the installed Pillow does it, and EXIF's orientation is not looked at.
+
+    Raises one of ldm.data.transforms.PICTURE_ERRORS.
+    """
+    with Image.open(path, formats=FORMATS) as file:
+        return file.convert("RGB")
+
+
+def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
+    """RGB -> (3, size, size) float32 in [-1, 1]: scaled bilinearly from / 255, as pytorch-fid does.
+
+    The scaling is torch's `interpolate(mode="bilinear", align_corners=False)`: two neighbours each way at any size, so
+    a picture that is made smaller is not smoothed before.
+    """
+    pixels = np.asarray(image, np.float32) / np.float32(255.0)
+    for axis in (0, 1):
+        pixels = _two_neighbours(pixels, size, axis)
+    return np.ascontiguousarray((2.0 * pixels - 1.0).transpose(2, 0, 1))
+
+
+def _two_neighbours(pixels: np.ndarray, size: int, axis: int) -> np.ndarray:
+    before = pixels.shape[axis]
+    # In float32 as torch computes it, so that even the weights' rounding is the same.
+    scale = np.float32(before) / np.float32(size)
+    at = np.maximum(scale * (np.arange(size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0.0))
+    low = np.minimum(at.astype(np.int64), before - 1)
+    high = np.minimum(low + 1, before - 1)
+    weight = (at - low.astype(np.float32)).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    return pixels.take(low, axis) * (np.float32(1.0) - weight) + pixels.take(high, axis) * weight
+
+
+def clip_input(image: Image.Image, size: int = 224, how: str = "openai") -> np.ndarray:
+    """RGB -> (3, size, size) float32, normalised by CLIP's mean and deviation.
+
+    how: "openai", the shorter side to `size` (bicubic, smoothed), then the middle square; "squash", the whole picture
+    to a square whatever its shape, as mindone does.
+    """
+    width, height = image.size
+    if how == "openai":
+        short = min(width, height)
+        width, height = (max(size, int(size * side / short)) for side in (width, height))
+    elif how == "squash":
+        width = height = size
+    else:
+        raise UserError(f"preprocessing '{how}' is unknown: choose from {', '.join(CLIP_PREPROCESSING)}")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # Python's rounding, half to even, as torchvision's crop has it.
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / np.float32(255.0)
+    return np.ascontiguousarray(((pixels - CLIP_MEAN) / CLIP_DEVIATION).transpose(2, 0, 1))
+
+
+def nano_input(image: Image.Image, size: int = 64) -> np.ndarray:
+    """RGB -> (3, size, size) float32 in [-1, 1], as the embedded CLIP was trained: squashed, bicubic."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1.0)
+
+
+@dataclass
+class ImageBatches:
+    """Iterates over (places in `paths` (n,), pictures (n, 3, S, S)); n is at most `batch_size`.
+
+    Pictures are opened by threads while the batch before is with the network, never more than two batches ahead, so
+    memory does not depend on how many there are. A broken picture is left out and noted in `broken` as (path, fault).
+    Raises UserError where none is left.
+    """
+
+    paths: Sequence[Path]
+    prepare: Callable[[Image.Image], np.ndarray]
+    batch_size: int
+    label: str = "pictures"
+    broken: list[tuple[Path, str]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        waiting: deque[tuple[int, Future]] = deque()
+        places, pictures, found = [], [], 0
+        following = iter(enumerate(self.paths))
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, tqdm(
+                total=len(self.paths), desc=self.label, unit="picture", delay=1) as bar:
+            while True:
+                while len(waiting) < 2 * self.batch_size and (job := next(following, None)) is not None:
+                    waiting.append((job[0], pool.submit(self._open, job[1])))
+                if not waiting:
+                    break
+                place, opened = waiting.popleft()
+                picture = opened.result()
+                bar.update()
+                if isinstance(picture, str):
+                    self.broken.append((self.paths[place], picture))
+                else:
+                    places.append(place)
+                    pictures.append(picture)
+                if pictures and (len(pictures) == self.batch_size or not waiting):
+                    found += len(pictures)
+                    yield np.array(places), np.stack(pictures)
+                    places, pictures = [], []
+        if not found:
+            path, fault = self.broken[0]
+            raise UserError(f"not one of {len(self.paths)} pictures can be read; {path} {fault}")
+
+    def _open(self, path: Path) -> np.ndarray | str:
+        """The prepared picture, or what is wrong with it."""
+        try:
+            return self.prepare(open_plain(path))
+        except PICTURE_ERRORS as error:
+            return picture_fault(path, error)

@@ -1,0 +1,57 @@
+"""What the evaluation scripts print and write beside a score: the network, the preprocessing, the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.atomic import atomic_path
+from ldm.errors import UserError
+from ldm.paths import writing
+
+if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings are checked
+    from ldm.metrics.networks import ImageNetwork
+
+# Below it the covariance of Inception's 2,048 features is singular, and the FID far from its limit.
+ENOUGH_IMAGES = 2048
+EMBEDDED = ("no weights given, so the embedded nano CLIP scores: these scores compare only with one another, never "
+            "with published ones")
+
+
+def print_network(network: ImageNetwork) -> None:
+    """The network, its hash and the preprocessing; before all else, where it is the embedded one, what that means."""
+    if network.embedded:
+        print(EMBEDDED)
+    print(f"network: {network.name}, sha256 {network.sha256[:16]}")
+    print(f"preprocessing: {network.preprocessing}")
+
+
+def describe_network(network: ImageNetwork) -> dict[str, Any]:
+    return {"network": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing,
+            "compares_only_with_itself": network.embedded}
+
+
+def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
+    """Name every picture that was left out, and count them."""
+    for path, fault in broken:
+        print(f"left out: {path} {fault}")
+    if broken:
+        print(f"{label}: {len(broken)} left out")
+
+
+def describe_broken(broken: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
+    return [{"file": str(path), "fault": fault} for path, fault in broken]
+
+
+def check_json(path: Path | None) -> None:
+    """Raise UserError where the JSON file `path` cannot be: before the work, not after it."""
+    if path is not None and path.is_dir():
+        raise UserError(f"--output {path} is a folder: name the JSON file")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises UserError where the disk refuses."""
+    with writing(path), atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,225 @@
+"""CLIP's weights, both towers: Hugging Face's names (canonical here), OpenAI's and OpenCLIP's, and mindone's."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from mindspore import Tensor
+
+from ldm.errors import UserError
+from ldm.models.clip import FORMS, CLIPModel
+from ldm.tokenizer.tokenizer import CONTEXT_LENGTH
+from ldm.weights.placing import TEXT_LAYER, Ignored, Place, split_rows
+from ldm.weights.read import open_checkpoint
+
+_TEXT, _VISION = "text_model.", "vision_model."
+# OpenAI's modules -> Hugging Face's.
+_MODULES = {
+    "visual.conv1": f"{_VISION}embeddings.patch_embedding",
+    "visual.ln_pre": f"{_VISION}pre_layrnorm",
+    "visual.ln_post": f"{_VISION}post_layernorm",
+    "token_embedding": f"{_TEXT}embeddings.token_embedding",
+    "ln_final": f"{_TEXT}final_layer_norm",
+}
+_PARAMETERS = {
+    "visual.class_embedding": f"{_VISION}embeddings.class_embedding",
+    "visual.positional_embedding": f"{_VISION}embeddings.position_embedding.weight",
+    "positional_embedding": f"{_TEXT}embeddings.position_embedding.weight",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+_TRANSPOSED = ("visual.proj", "text_projection")  # (width, projection) there, (projection, width) here
+_KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+_UNUSED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias|gamma|beta)$")
+
+_HUGGING_FACE = {
+    "openai/clip-vit-base-patch32": "ViT-B/32", "openai/clip-vit-base-patch16": "ViT-B/16",
+    "openai/clip-vit-large-patch14": "ViT-L/14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "ViT-H/14",
+}  # fmt: skip
+MODEL_NAMES = (*(name for name in FORMS if name != "nano"), *_HUGGING_FACE)
+
+
+@dataclass(frozen=True)
+class ClipWeights:
+    """Arrays by canonical name, the arguments of CLIPModel that they fit, the file they are from."""
+
+    arrays: dict[str, np.ndarray]
+    form: dict
+    name: str
+    path: Path
+
+
+def read_clip(
+    path: str | os.PathLike, config_path: str | os.PathLike | None = None, model_name: str | None = None
+) -> ClipWeights:
+    """Read a Hugging Face folder or a file with both towers.
+
+    Sizes come from the arrays. The number of heads and the activation, which no array shows, come from `config_path`
+    (a Hugging Face config.json or mindone's YAML), else from a config.json beside the weights, else from `model_name`
+    (one of MODEL_NAMES), else from the published model of these sizes.
+
+    Raises UserError for a file that is no whole CLIP, and where heads and activation are not known.
+    """
+    path = Path(path)
+    file = _weights_of_folder(path) if path.is_dir() else path
+    if config_path is None and (file.parent / "config.json").is_file():
+        config_path = file.parent / "config.json"
+    arrays = _canonical(open_checkpoint(file))
+    sizes = _sizes(file, arrays)
+    known = next((name for name, form in FORMS.items() if _same_sizes(form, sizes)), None)
+    if model_name is not None:
+        if model_name not in MODEL_NAMES:
+            raise UserError(f"model_name {model_name} is unknown: choose from {', '.join(MODEL_NAMES)}")
+        wanted = _HUGGING_FACE.get(model_name, model_name)
+        if not _same_sizes(FORMS[wanted], sizes):
+            raise UserError(f"{file} is not {model_name}: it has the sizes of {known or 'another model'}")
+    if config_path is not None:
+        form = _configured(Path(config_path), sizes)
+    elif known:
+        form = FORMS[known]
+    else:
+        raise UserError(
+            f"{file}: its sizes are those of no model known here, so its heads and activation are not known: give "
+            "--config with its config.json"
+        )
+    for tower in ("text", "vision"):
+        sizes[tower].update(num_heads=form[tower]["num_heads"], activation=form[tower]["activation"])
+    activation = sizes["vision"]["activation"]
+    return ClipWeights(arrays, sizes, f"CLIP {known or 'of other sizes'} ({activation})", file)
+
+
+def build_clip(weights: ClipWeights) -> CLIPModel:
+    """The network with its weights, for scoring. Raises UserError unless they are exactly its parameters."""
+    clip = CLIPModel(**weights.form)
+    parameters, arrays = clip.parameters_dict(), weights.arrays
+    missing = [name for name in parameters if name not in arrays]
+    unknown = [name for name in arrays if name not in parameters]
+    if missing or unknown:
+        raise UserError(f"{weights.path} is no whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
+                        f"({(missing or unknown)[0]}, ...)")
+    for name, parameter in parameters.items():
+        shape = tuple(parameter.shape)
+        if tuple(arrays[name].shape) not in (shape, shape or (1,)):
+            raise UserError(f"{weights.path}: {name} is {tuple(arrays[name].shape)}, wanted {shape}")
+        parameter.set_data(Tensor(arrays[name].astype(np.float32).reshape(shape)))
+    clip.set_train(False)
+    return clip
+
+
+def place(name: str) -> list[Place] | Ignored | None:
+    """Where a key of OpenAI's, OpenCLIP's or mindone's goes; None if it is not known."""
+    if name in _UNUSED:
+        return Ignored("constant")
+    if name in _PARAMETERS:
+        return [Place(_PARAMETERS[name])]
+    layer = _LAYER.match(name)
+    if layer:
+        visual, index, module, kind = layer.groups()
+        prefix = f"{_VISION if visual else _TEXT}encoder.layers.{index}."
+        if module == "attn.in_proj":
+            return split_rows(tuple(f"{prefix}self_attn.{part}_proj.{_KINDS[kind]}" for part in "qkv"))
+        module = module[len("mlp."):] if module.startswith("mlp.") else module
+        return [Place(f"{prefix}{TEXT_LAYER[module]}.{_KINDS[kind]}")] if module in TEXT_LAYER else None
+    module, _, kind = name.rpartition(".")
+    return [Place(f"{_MODULES[module]}.{_KINDS[kind]}")] if module in _MODULES and kind in _KINDS else None
+
+
+def _weights_of_folder(folder: Path) -> Path:
+    names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.safetensors",
+             "open_clip_pytorch_model.bin")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} holds no CLIP weights: it should hold one of {', '.join(names)}")
+    return found
+
+
+def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    file = checkpoint.path
+    if any(name.startswith((_TEXT, _VISION)) for name in checkpoint):
+        arrays = {name: checkpoint[name] for name in checkpoint if not name.endswith("position_ids")}
+        extra = [name for name in arrays if not name.startswith((_TEXT, _VISION, "visual_projection.",
+                                                                 "text_projection.", "logit_scale"))]
+    else:
+        arrays, extra = {}, []
+        for name in checkpoint:
+            placed = place(name)
+            if placed is None:
+                extra.append(name)
+            elif isinstance(placed, list):
+                array = checkpoint[name]
+                blocks = np.split(array, placed[0].parts) if len(array.shape) and not array.shape[0] % placed[
+                    0].parts else [array] * placed[0].parts
+                for at in placed:
+                    arrays[at.name] = blocks[at.part].T if name in _TRANSPOSED else blocks[at.part]
+    if extra:
+        raise UserError(f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown ({extra[0]}, ...)")
+    return arrays
+
+
+def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
+    """CLIPModel's arguments as far as the arrays show them."""
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in arrays or len(arrays[name].shape) != dimensions:
+            what = "has no" if name not in arrays else "has a wrong"
+            raise UserError(f"{file} {what} {name}: a CLIP score needs the whole CLIP, image tower, text tower and "
+                            "projections")
+        return arrays[name].shape
+
+    def layers(tower: str) -> int:
+        found = (re.match(rf"{tower}encoder\.layers\.(\d+)\.", name) for name in arrays)
+        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+
+    length = shape(f"{_TEXT}embeddings.position_embedding.weight", 2)[0]
+    if length != CONTEXT_LENGTH:
+        raise UserError(f"{file} reads texts of {length} tokens; CLIP's tokenizer makes {CONTEXT_LENGTH}")
+    patch = shape(f"{_VISION}embeddings.patch_embedding.weight", 4)
+    positions = shape(f"{_VISION}embeddings.position_embedding.weight", 2)[0]
+    vocabulary, width = shape(f"{_TEXT}embeddings.token_embedding.weight", 2)
+    return {
+        "text": {"width": width, "num_layers": layers(_TEXT), "vocab_size": vocabulary},
+        "vision": {"width": patch[0], "num_layers": layers(_VISION), "patch_size": patch[-1],
+                   "image_size": math.isqrt(positions - 1) * patch[-1]},
+        "projection_dim": shape("visual_projection.weight", 2)[0],
+    }
+
+
+def _same_sizes(form: dict, sizes: dict) -> bool:
+    shown = ("width", "num_layers", "patch_size", "image_size")
+    return form["projection_dim"] == sizes["projection_dim"] and all(
+        form[tower][key] == sizes[tower][key] for tower in ("text", "vision") for key in shown if key in form[tower])
+
+
+def _configured(path: Path, sizes: dict) -> dict:
+    """Heads and activation of both towers from a configuration, with Hugging Face's defaults."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the model's config.json, or leave --config out") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no JSON or YAML: {str(error).splitlines()[0]}") from None
+    towers = {}
+    for tower, heads in (("text", 8), ("vision", 12)):
+        found = content.get(f"{tower}_config") if isinstance(content, dict) else None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} has no {tower}_config: it is not the configuration of a CLIP")
+        heads, activation = found.get("num_attention_heads", heads), found.get("hidden_act", "quick_gelu")
+        width = found.get("hidden_size", sizes[tower]["width"])
+        if width != sizes[tower]["width"]:
+            raise UserError(f"{path} says that the {tower} tower is {width} wide, the weights {sizes[tower]['width']}: "
+                            "they do not belong together")
+        if not isinstance(heads, int) or heads < 1 or sizes[tower]["width"] % heads:
+            raise UserError(f"{path}: {tower}_config.num_attention_heads is {heads!r}, which does not divide the width")
+        if activation not in ("quick_gelu", "gelu"):
+            raise UserError(f"{path}: {tower}_config.hidden_act is {activation!r}; CLIP has quick_gelu or gelu")
+        towers[tower] = {"num_heads": heads, "activation": activation}
+    return towers

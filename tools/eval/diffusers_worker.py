@@ -1,0 +1,295 @@
+"""The diffusers side of compare_diffusers.py, in the environment that has PyTorch.
+
+    .venv-parity/bin/python tools/eval/diffusers_worker.py train JOB.json
+    .venv-parity/bin/python tools/eval/diffusers_worker.py generate JOB.json
+    .venv-parity/bin/python tools/eval/diffusers_worker.py plot JOB.json
+
+compare_diffusers.py writes the jobs. Networks, LoRA layers, optimizer, noising and sampler are diffusers', PEFT's and
+PyTorch's; the order of the rows, the pictures, the tokens, everything random and the learning rate of a step come from
+the very modules that train_text_to_image.py takes them from, none of which needs MindSpore.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
+
+from ldm.atomic import atomic_path  # noqa: E402
+from ldm.data.batches import BatchOrder  # noqa: E402
+from ldm.data.draws import augmentation_draws, step_draws  # noqa: E402
+from ldm.data.transforms import load_image  # noqa: E402
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.tokenizer import Tokenizer  # noqa: E402
+from ldm.training.reports import Metrics, MetricsFile  # noqa: E402
+from ldm.training.schedules import learning_rate  # noqa: E402
+
+EPSILON = 1e-8  # AdamW's, torch's default
+ENCODE_BATCH = 16
+
+
+class Networks:
+    """UNet, autoencoder and text encoder of a diffusers folder in fp32, frozen, and its noise schedule's settings."""
+
+    def __init__(self, folder: Path, pad_token: str):
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+        self.vae = load_vae(folder / "vae")
+        self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
+        self.schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer(pad=pad_token)
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def text_states(self, texts: list[str]) -> torch.Tensor:
+        """(N, 77, D): of the last layer, after the final norm."""
+        tokens = torch.from_numpy(self.tokenizer.encode(texts).astype(np.int64))
+        parts = [self.text_encoder(part).last_hidden_state for part in tokens.split(ENCODE_BATCH)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def moments(self, images: np.ndarray) -> torch.Tensor:
+        """(N, 2C, h, w): mean and log variance of the latents of images (N, 3, H, W) in [-1, 1]."""
+        distribution = self.vae.encode(torch.from_numpy(images)).latent_dist
+        return torch.cat([distribution.mean, distribution.logvar], dim=1)
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """diffusers' autoencoder. Its first convolution is as wide as its first level; where the file's is not (LDM's is
+    `ch` wide whatever ch_mult begins with, as in the embedded model), its own layers of that width take their place."""
+    config = AutoencoderKL.load_config(folder)
+    arrays = load_file(folder / "diffusion_pytorch_model.safetensors")
+    vae = AutoencoderKL.from_config(config)
+    width, level = arrays["encoder.conv_in.weight"].shape[0], config["block_out_channels"][0]
+    if width != level:
+        encoder = vae.encoder
+        encoder.conv_in = torch.nn.Conv2d(config["in_channels"], width, 3, padding=1)
+        encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
+            in_channels=width, out_channels=level, temb_channels=None, groups=config["norm_num_groups"], eps=1e-6
+        )
+    vae.load_state_dict(arrays)
+    return vae
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(job: dict) -> dict:
+    """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"]."""
+    networks = Networks(Path(job["base"]), job["pad_token"])
+    unet = networks.unet
+    unet.load_lora_adapter(job["lora"], prefix="unet", adapter_name="default")
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    if count != job["trained_parameters"]:
+        raise UserError(f"PEFT trains {count} parameters, {job['lora']} has {job['trained_parameters']}")
+    unet.train()
+    noising = DDPMScheduler.from_config(networks.schedule)
+    optimizer = torch.optim.AdamW(
+        trained, lr=job["start_learning_rate"], betas=tuple(job["betas"]), eps=EPSILON, weight_decay=job["weight_decay"]
+    )
+    batches = Batches(job, networks)
+    metrics_file = MetricsFile(Path(job["output"]) / "metrics.csv", 0)
+    for update in tqdm(range(job["updates"]), desc="training with diffusers", unit="step", smoothing=0.1):
+        begin = time.perf_counter()
+        rate = learning_rate(
+            update,
+            scheduler=job["scheduler"],
+            start=job["start_learning_rate"],
+            end=job["end_learning_rate"],
+            warmup_steps=job["warmup_steps"],
+            decay_steps=job["decay_steps"],
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for micro_step in range(update * job["micro_steps"], (update + 1) * job["micro_steps"]):
+            latents, noise, timesteps, states = batches(micro_step)
+            predicted = unet(noising.add_noise(latents, noise, timesteps), timesteps, states).sample
+            velocity = noising.config.prediction_type == "v_prediction"
+            target = noising.get_velocity(latents, noise, timesteps) if velocity else noise
+            micro_loss = F.mse_loss(predicted.float(), target.float()) / job["micro_steps"]
+            micro_loss.backward()
+            loss += micro_loss.item()
+        # an infinite norm clips nothing and is returned all the same
+        norm = torch.nn.utils.clip_grad_norm_(trained, job["max_grad_norm"] if job["clip_grad"] else float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - begin
+        metrics_file.write(Metrics(update + 1, loss, rate, 1.0, seconds, norm.item()))
+    metrics_file.close()
+    unet.save_lora_adapter(Path(job["output"]), adapter_name="default")
+    return {}
+
+
+class Batches:
+    """The batch of a micro-step: (latents, noise, timesteps, text states), as ldm.training.inputs.Inputs makes it."""
+
+    def __init__(self, job: dict, networks: Networks):
+        self.job, self.networks = job, networks
+        self.paths, self.texts = [row[0] for row in job["rows"]], [row[1] for row in job["rows"]]
+        self.order = BatchOrder(len(self.paths), job["batch_size"], job["seed"])
+        self.states = networks.text_states([*self.texts, ""]) if job["cache_text"] else None
+        self.moments = None
+        if job["cache_latents"] and not (job["random_crop"] or job["random_flip"]):
+            parts = []
+            for start in tqdm(range(0, len(self.paths), ENCODE_BATCH), desc="latents", unit="batch"):
+                images = [load_image(path, job["image_size"]) for path in self.paths[start : start + ENCODE_BATCH]]
+                parts.append(networks.moments(np.stack(images)))
+            self.moments = torch.cat(parts)
+
+    def __call__(self, micro_step: int) -> tuple[torch.Tensor, ...]:
+        job = self.job
+        rows = self.order.indices(micro_step)
+        mean, logvar = self._moments(rows, micro_step).chunk(2, dim=1)
+        drawn = step_draws(
+            job["seed"], micro_step, tuple(mean.shape), self.networks.schedule["num_train_timesteps"],
+            job["caption_dropout"],
+        )  # fmt: skip
+        latents = mean + torch.exp(0.5 * logvar) * torch.from_numpy(drawn.posterior)
+        latents = latents * self.networks.vae.config.scaling_factor
+        timesteps = torch.from_numpy(drawn.timesteps.astype(np.int64))
+        return latents, torch.from_numpy(drawn.noise), timesteps, self._states(rows, drawn.dropped)
+
+    def _states(self, rows: np.ndarray, dropped: np.ndarray) -> torch.Tensor:
+        if self.states is not None:
+            return self.states[np.where(dropped, len(self.texts), rows)]
+        return self.networks.text_states(["" if drop else self.texts[row] for row, drop in zip(rows, dropped)])
+
+    def _moments(self, rows: np.ndarray, micro_step: int) -> torch.Tensor:
+        if self.moments is not None:
+            return self.moments[rows]
+        job = self.job
+        images = [
+            load_image(
+                self.paths[row], job["image_size"], random_crop=job["random_crop"], random_flip=job["random_flip"],
+                rng=rng,
+            )
+            for row, rng in zip(rows, augmentation_draws(job["seed"], micro_step, len(rows)))
+        ]  # fmt: skip
+        return self.networks.moments(np.stack(images))
+
+
+# ---- generating ------------------------------------------------------------------------------------------------------
+
+
+def generate(job: dict) -> dict:
+    """Draw job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline, a LoRA fused where given."""
+    networks = Networks(Path(job["base"]), job["pad_token"])
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        networks.schedule, algorithm_type="dpmsolver++", timestep_spacing="linspace"
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=networks.vae, text_encoder=networks.text_encoder, tokenizer=None, unet=networks.unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    if job["lora"]:
+        pipeline.unet.load_lora_adapter(job["lora"], prefix=None, adapter_name="default")
+        pipeline.unet.fuse_lora()
+    starting = torch.from_numpy(np.load(job["latents"], allow_pickle=False))
+    prompts, size = job["prompts"], job["batch_size"]
+    folder = Path(job["output"]) / "samples"
+    with tqdm(total=len(prompts), desc="sampling with diffusers", unit="picture") as bar:
+        for start in range(0, len(prompts), size):
+            texts = prompts[start : start + size]
+            guided = job["scale"] != 1.0
+            states = networks.text_states([*texts, ""])
+            images = pipeline(
+                prompt_embeds=states[:-1],
+                negative_prompt_embeds=states[-1:].repeat(len(texts), 1, 1) if guided else None,
+                latents=starting[start : start + size],
+                height=job["image_size"],
+                width=job["image_size"],
+                num_inference_steps=job["sampling_steps"],
+                guidance_scale=job["scale"],
+                output_type="np",
+            ).images
+            for index, image in enumerate(images, start):
+                with atomic_path(folder / f"{index:05d}.png") as path:
+                    Image.fromarray(np.round(image * 255).astype(np.uint8)).save(path)
+            bar.update(len(texts))
+    return {}
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def plot(job: dict) -> dict:
+    """Draw the losses of both for each seed, and below them their relative difference at each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = job["runs"]
+    size = (5.5 * len(runs), 6)
+    figure, axes = pyplot.subplots(2, len(runs), figsize=size, squeeze=False, sharex="col", sharey="row")
+    for column, seed in enumerate(runs):
+        ours, theirs = (np.array(runs[seed][side]) for side in ("ours", "diffusers"))
+        steps = np.arange(1, len(ours) + 1)
+        upper, lower = axes[:, column]
+        for losses, label, colour, line in ((ours, "this project", "C0", "-"), (theirs, "diffusers", "C1", "--")):
+            upper.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            upper.plot(steps, running_mean(losses), color=colour, label=label, linestyle=line)
+        upper.set_title(f"seed {seed}")
+        lower.semilogy(steps, np.maximum(np.abs(ours - theirs) / np.abs(theirs), 1e-9), color="C2", linewidth=0.8)
+        lower.axhline(job["allowed"], color="grey", linestyle=":", label=f"{job['allowed']:.0%}")
+        lower.set_xlabel("step")
+    axes[0, 0].set_ylabel("loss (thin), running mean")
+    axes[1, 0].set_ylabel("relative difference of a step's loss")
+    axes[0, 0].legend()
+    axes[1, 0].legend()
+    figure.tight_layout()
+    with atomic_path(job["picture"]) as path:
+        figure.savefig(path, dpi=110)
+    return {}
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Over the tenth of the curve that ends at each step, or what there is of it."""
+    window = max(1, len(values) // 10)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    command, path = sys.argv[1:]
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    result = {"train": train, "generate": generate, "plot": plot}[command](job)
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
+                "diffusers": diffusers.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+    with atomic_path(job["result"]) as temporary:
+        temporary.write_text(json.dumps({**result, "versions": versions}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

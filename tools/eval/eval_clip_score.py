@@ -1,0 +1,130 @@
+"""CLIP score: how well pictures fit their prompts, 100 max(cos, 0) between the features of both, averaged.
+
+    python tools/eval/eval_clip_score.py --image_path_or_dir I --prompt_or_path P --ckpt_path C
+    python tools/eval/eval_clip_score.py --image_path_or_dir I --real_image_path_or_dir R --ckpt_path C
+
+I: a picture or a folder of them, sorted by name. P: a prompt, or a text file with one a line; k pictures a prompt are
+paired in order. Left out, it is the prompts.txt beside this project's samples. C: a Hugging Face folder, or OpenAI's,
+OpenCLIP's or mindone's file; left out, the embedded nano CLIP scores. With R the pictures are compared with real ones,
+in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md says what the scores can and cannot say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ldm.config.generate import _read_lines as read_lines  # noqa: E402
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
+from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
+from ldm.metrics.report import (  # noqa: E402
+    ENOUGH_IMAGES,
+    check_json,
+    describe_broken,
+    describe_network,
+    print_broken,
+    print_network,
+    write_json,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_path_or_dir", "--gen_image_path_or_dir", required=True,
+                        help="a picture, or a folder of pictures")
+    parser.add_argument("--prompt_or_path", help="a prompt, or a text file with one a line")
+    parser.add_argument("--real_image_path_or_dir", help="compare with these pictures instead of with prompts")
+    parser.add_argument("--ckpt_path", help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or "
+                                            ".ckpt file; without it the embedded nano CLIP scores")
+    parser.add_argument("--config", help="the model's config.json or mindone's YAML, where the weights are none "
+                                         "of the published models")
+    parser.add_argument("--model_name", help="refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or "
+                                             "Hugging Face's names of them")
+    parser.add_argument("--preprocessing", choices=CLIP_PREPROCESSING, default="openai",
+                        help="openai: shorter side to 224, centre crop (default); squash: to 224x224 whatever the "
+                             "shape, as mindone does. The embedded CLIP always squashes, to 64x64")
+    parser.add_argument("--output", "--result_path", type=Path, help="write the score and each image's to this JSON")
+    parser.add_argument("--batch_size", type=int, default=32, help="images a call of the network; default %(default)s")
+    parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
+    parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
+    return parser
+
+
+def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
+    """One prompt for each picture. Raises UserError where there are none, or they do not divide."""
+    if given is None:
+        beside = images[0].parent / "prompts.txt"
+        if not beside.is_file():
+            raise UserError(f"--prompt_or_path is missing, and {images[0].parent} has no prompts.txt: give a prompt, "
+                            "or a text file with one a line")
+        return paired_prompts(read_lines(str(beside), "prompts"), len(images))
+    is_file = os.path.exists(given) or given.endswith(".txt")
+    return paired_prompts(read_lines(given, "prompt_or_path") if is_file else [given], len(images))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    if args.backend != "ms":
+        raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms)")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: give 1 or more")
+    if args.real_image_path_or_dir is not None and args.prompt_or_path is not None:
+        raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
+    check_json(args.output)
+    images = find_images(args.image_path_or_dir)
+    real = find_images(args.real_image_path_or_dir) if args.real_image_path_or_dir is not None else []
+    prompts = [] if real else find_prompts(args.prompt_or_path, images)
+    batch_size = min(args.batch_size, max(len(images), len(real)))
+
+    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.
+    from ldm.runtime import setup_runtime
+
+    setup_runtime(args.device_target)
+    from ldm.metrics.evaluate import encode_pictures, prompt_scores
+    from ldm.metrics.networks import clip, nano_clip
+
+    network = (clip(args.ckpt_path, args.preprocessing, args.config, args.model_name) if args.ckpt_path is not None
+               else nano_clip())
+    print_network(network)
+    made = encode_pictures(images, network, batch_size)
+    print_broken(made.broken, "pictures")
+    result = {"images": len(made.places), "broken": describe_broken(made.broken)}
+    places = made.places
+    if real:
+        others = encode_pictures(real, network, batch_size, "real pictures")
+        print_broken(others.broken, "real pictures")
+        result.update(real_images=len(others.places), real_broken=describe_broken(others.broken),
+                      mean_of_all_pairs=mean_of_all_pairs(made.features, others.features))
+        scores = None
+        if len(images) == len(real):
+            places, ours, theirs = np.intersect1d(made.places, others.places, return_indices=True)
+            scores = clip_scores(made.features[ours], others.features[theirs])
+        print(f"images: {len(made.places)} generated, {len(others.places)} real")
+    else:
+        scores = prompt_scores(made, prompts, network, batch_size)
+        print(f"images: {len(made.places)} with {len(set(prompts))} different prompts")
+    if len(made.places) < ENOUGH_IMAGES:
+        print(f"warning: {len(made.places):,} images are fewer than {ENOUGH_IMAGES:,}: mind the mean's deviation")
+    if real:
+        print(f"CLIP image-to-image score, all with all: {result['mean_of_all_pairs']:.4f}")
+    if scores is not None:
+        deviation = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+        result.update(score=float(scores.mean()), score_deviation=deviation and float(deviation), scores=[
+            {"image": str(images[place]), **({"real": str(real[place])} if real else {"prompt": prompts[place]}),
+             "score": float(score)} for place, score in zip(places, scores)])
+        print(f"CLIP {'image-to-image score, in pairs' if real else 'score'}: {scores.mean():.4f}"
+              + (f" +- {deviation:.4f}" if deviation is not None else ""))
+    if args.output is not None:
+        write_json(args.output, {**result, **describe_network(network)})
+
+
+if __name__ == "__main__":
+    run(main)

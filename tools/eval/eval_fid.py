@@ -1,0 +1,115 @@
+"""FID and KID between a folder of real pictures and a folder of generated ones.
+
+    python tools/eval/eval_fid.py --real_dir R --gen_dir G --ckpt_path pt_inception-2015-12-05-6726825d.pth
+    python tools/eval/eval_fid.py --real_dir R --save_stats real.npz --ckpt_path ...
+    python tools/eval/eval_fid.py --real_dir real.npz --gen_dir G --ckpt_path ...
+
+Without --ckpt_path the embedded nano CLIP's image features take the place of Inception's. tools/eval/README.md says
+what the scores can and cannot say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.metrics.images import find_images  # noqa: E402
+from ldm.metrics.report import (  # noqa: E402
+    ENOUGH_IMAGES,
+    check_json,
+    describe_broken,
+    describe_network,
+    print_broken,
+    print_network,
+    write_json,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real_dir", required=True, help="folder of real pictures, or their statistics in an .npz")
+    parser.add_argument("--gen_dir", help="folder of generated pictures, or their statistics in an .npz; may be left "
+                                          "out where --save_stats is given")
+    parser.add_argument("--ckpt_path", help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
+                                            "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded nano CLIP scores")
+    parser.add_argument("--save_stats", type=Path, help="write the statistics of --real_dir to this .npz (mu and "
+                                                        "sigma, as pytorch-fid reads them)")
+    parser.add_argument("--output", type=Path, help="write the scores to this JSON file")
+    parser.add_argument("--batch_size", type=int, default=32, help="images a call of the network; default %(default)s")
+    parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
+    parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
+    return parser
+
+
+def check(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Raise UserError for what can be seen to be wrong before a network is built; the pictures of each side that is a
+    folder."""
+    if args.backend != "ms":
+        raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms), with pytorch-fid's result")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: give 1 or more")
+    if args.gen_dir is None and args.save_stats is None:
+        raise UserError("--gen_dir is missing: give the folder of generated pictures")
+    if args.save_stats is not None and args.real_dir.endswith(".npz"):
+        raise UserError("--save_stats wants a folder of pictures as --real_dir, not an .npz")
+    if args.save_stats is not None and args.save_stats.suffix != ".npz":
+        raise UserError(f"--save_stats {args.save_stats}: name an .npz file")
+    check_json(args.output)
+    return {path: find_images(path) for path in (args.real_dir, args.gen_dir)
+            if path is not None and not path.endswith(".npz")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    pictures = check(args)
+
+    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.
+    from ldm.runtime import setup_runtime
+
+    setup_runtime(args.device_target)
+    from ldm.metrics.evaluate import PictureSet, distances, measure_pictures, saved_pictures
+    from ldm.metrics.networks import inception, nano_clip
+
+    network = inception(args.ckpt_path) if args.ckpt_path else nano_clip()
+    print_network(network)
+    batch_size = min(args.batch_size, max(map(len, pictures.values()), default=1))
+
+    def picture_set(path: str, label: str, save_to: Path | None = None) -> PictureSet:
+        if path not in pictures:
+            return saved_pictures(path, network)
+        measured = measure_pictures(pictures[path], network, batch_size, label, save_to)
+        print_broken(measured.broken, label)
+        return measured
+
+    real = picture_set(args.real_dir, "real pictures", args.save_stats)
+    if args.save_stats is not None:
+        print(f"statistics of {real.count} pictures written to {args.save_stats}")
+    if args.gen_dir is None:
+        return
+    generated = picture_set(args.gen_dir, "generated pictures")
+
+    found = distances(real, generated)
+    counts = [side.count for side in (real, generated) if side.count is not None]
+    print(f"images: {real.count or 'unknown'} real, {generated.count or 'unknown'} generated")
+    if counts and min(counts) < ENOUGH_IMAGES:
+        print(f"warning: {min(counts):,} images are fewer than {ENOUGH_IMAGES:,}: this FID lies far above its limit "
+              "and compares only with FIDs of as many images; the KID's mean does not depend on their number")
+    print(f"FID: {found.fid:.6g}")
+    print("KID: only from pictures, four or more a side, not from statistics" if found.kid is None
+          else f"KID: {found.kid:.6g} +- {found.kid_deviation:.2g}")
+    if args.output is not None:
+        sides: dict[str, Any] = {
+            name: {"path": path, "images": side.count, "broken": describe_broken(side.broken)}
+            for name, path, side in (("real", args.real_dir, real), ("generated", args.gen_dir, generated))}
+        write_json(args.output, {"fid": found.fid, "kid": found.kid, "kid_deviation": found.kid_deviation, **sides,
+                                 **describe_network(network)})
+
+
+if __name__ == "__main__":
+    run(main)
