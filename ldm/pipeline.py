@@ -242,14 +242,15 @@ def apply_lora(
     unet: bool | None = None,
     text_encoder: bool | None = None,
 ) -> LoRAState:
-    """Merge a LoRA file into the weights and return what was merged; weight 0 leaves them as they are, bit for bit.
+    """Merge a LoRA of any known format into the weights and return what was merged; weight 0 leaves them as they are,
+    bit for bit.
 
     unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
 
     Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
     and where nothing is left to apply.
     """
-    state = read_lora(path)
+    state = read_lora(path, config)
     check_compatible(state, config, str(path))
     layers = {}
     for component, label, wanted, flag in (
