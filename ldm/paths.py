@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,25 @@ def under_root(path: str | Path) -> Path:
     given = Path(path)
     found = ROOT / given
     return found if not given.exists() and found.exists() else given
+
+
+def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
+    """`path`, `path:weight` or `path:weight:weight` -> the path and the weights given; what exists under the whole of
+    `text`, or more of it, wins.
+
+    name: of the setting, for errors. Raises UserError for a path that is not there and for weights that are no numbers.
+    """
+    for count in (0, 1, 2):
+        path, *words = text.rsplit(":", count)
+        if len(words) == count and path and os.path.exists(path):
+            try:
+                weights = tuple(float(word) for word in words)
+            except ValueError:
+                weights = (math.nan,)
+            if not all(math.isfinite(weight) for weight in weights):
+                raise UserError(f'{name} "{text}": "{":".join(words)}" after the path is no weight such as 0.7')
+            return Path(path), weights
+    raise UserError(f"{name} {text} does not exist: check the path")
 
 
 def check_folder(folder: Path, name: str) -> None:

@@ -1,0 +1,336 @@
+"""A LoRA and a base checkpoint on disk: folded in, put beside, taken out again, and found as the difference of two.
+
+Everything happens in the checkpoint's own names, whatever family they are of (ldm.weights.names), one array at a time:
+what a LoRA does not touch stays as it is, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.atomic import atomic_folder
+from ldm.config.model import model_metadata
+from ldm.errors import UserError
+from ldm.lora.algebra import Truncation, decompose
+from ldm.lora.formats import mindone
+from ldm.lora.spec import TARGETS, fits
+from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
+from ldm.weights.architecture import yaml_beside
+from ldm.weights.base import open_base, plan_base
+from ldm.weights.checkpoint import Arrays, Checkpoint
+from ldm.weights.convert import convert
+from ldm.weights.diffusers_folder import STEMS, DiffusersFolder
+from ldm.weights.names import LABELS, Canonical, Plan, component_of, taken_shape
+from ldm.weights.read import open_checkpoint, write_checkpoint
+
+# Ours and mindone's names for the parts of a layer's LoRA, then lora_wrapper's (A is down) and its soft convolutions'.
+_OURS = r"lora_down\.weight|lora_up\.weight|alpha"
+_WRAPPER = r"lora_A|lora_B|lora_scale|lora_A\.weight|lora_B\.weight"
+_PART = re.compile(rf"(.+)\.({_OURS}|{_WRAPPER})$")
+_WRAPPED = ("base_layer", "linear", "conv")  # where lora_wrapper and mindone move a wrapped layer's own parameters
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".index.json")
+
+
+class View(Arrays):
+    """Some arrays of another mapping, under names of one's own; `metadata` and `path` are the other's."""
+
+    def __init__(self, arrays: Arrays, names: Mapping[str, str]):
+        self.path, self.metadata = arrays.path, arrays.metadata
+        self._arrays, self._names = arrays, dict(names)
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        return self._arrays.spec(self._names[name])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[self._names[name]]
+
+    def release(self, name: str) -> None:
+        self._arrays.release(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Merged(View):
+    """A base's arrays with a LoRA's updates added, scale * (alpha / rank) * up @ down: summed in fp32 and cast to the
+    array's type, once for each array. A layer whose update is nothing keeps its array, bit for bit.
+
+    Raises UserError where a layer of the LoRA has no array of its shape in the base, and for an array that does not
+    hold the sum (fp16).
+    """
+
+    def __init__(self, base: Arrays, plan: Plan, state: LoRAState, scale: float = 1.0):
+        super().__init__(base, {name: name for name in base})
+        _check_fits(base, plan, state)
+        self._scale = scale
+        self._layers: dict[str, list[tuple[LoRALayer, int, int]]] = {}
+        for name, layer in state.layers.items():
+            source = plan.sources[f"{name}.weight"]
+            self._layers.setdefault(source.name, []).append((layer, source.part, source.parts))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = super().__getitem__(name)
+        merged = None
+        for layer, part, parts in self._layers.get(name, ()):
+            update = layer.update(self._scale)
+            if update.any():
+                merged = array.astype(np.float32) if merged is None else merged
+                rows = array.shape[0] // parts
+                block = merged[part * rows : (part + 1) * rows]
+                block += update.reshape(block.shape)
+        if merged is None:
+            return array
+        with np.errstate(over="ignore"):  # judged here, by name
+            merged = merged.astype(array.dtype)
+        if not np.isfinite(merged).all():
+            raise UserError(f"{name} with the LoRA is beyond {array.dtype}'s range: lower its weight")
+        return merged
+
+
+class Embedded(View):
+    """A base's arrays, and after them a LoRA's factors as `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and
+    `<layer>.alpha`, in fp32. Raises UserError where the LoRA does not fit the base."""
+
+    def __init__(self, base: Arrays, plan: Plan, state: LoRAState):
+        super().__init__(base, {name: name for name in base})
+        _check_fits(base, plan, state)
+        self._factors: dict[str, np.ndarray] = {}
+        for name, layer in state.layers.items():
+            self._factors[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
+            self._factors[f"{name}.lora_up.weight"] = layer.up.astype(np.float32)
+            self._factors[f"{name}.alpha"] = np.array(layer.alpha, np.float32)
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        factor = self._factors.get(name)
+        return super().spec(name) if factor is None else (factor.dtype, factor.shape)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._factors[name] if name in self._factors else super().__getitem__(name)
+
+    def release(self, name: str) -> None:
+        if name not in self._factors:
+            super().release(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._factors
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._factors)
+
+
+def split_embedded(checkpoint: Arrays) -> tuple[Arrays, LoRAState | None]:
+    """(the base's arrays, the LoRA that lies beside them); None where there is none.
+
+    Understood are what Embedded gives, mindone's network with LoRA in it, and lora_wrapper's embedded checkpoints but
+    for its soft convolutions, which no single kernel equals. The base's parameters get their own names back.
+
+    Raises UserError for half a pair, factors that do not go together, and lora_wrapper's soft convolutions.
+    """
+    parts = {name: found for name in checkpoint if (found := _PART.match(name)) and component_of(name) != "other"}
+    modules = {found.group(1) for found in parts.values()}
+    if not modules:
+        return checkpoint, None
+    wrapped = {
+        f"{module}.{inner}.{kind}": f"{module}.{kind}"
+        for module in modules for inner in _WRAPPED for kind in ("weight", "bias")
+    }  # fmt: skip
+    settings = ("lora_rank", "lora_alpha", "lora_scale")
+    base = {wrapped.get(name, name): name for name in checkpoint if name not in parts and name not in settings}
+    kinds = Counter(found.group(2).split(".")[0] for found in parts.values())
+    if kinds["lora_down"] or kinds["lora_up"]:
+        names = [name for name in checkpoint if name in parts or name in settings]
+        return View(checkpoint, base), mindone.read(View(checkpoint, {name: name for name in names}))
+    return View(checkpoint, base), LoRAState(
+        {module: _wrapper_layer(checkpoint, module) for module in sorted(modules)}, model_metadata(checkpoint.metadata)
+    )
+
+
+def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
+    path = checkpoint.path
+    if f"{module}.lora_A.weight" in checkpoint or f"{module}.lora_B.weight" in checkpoint:
+        raise UserError(
+            f"{path}: {module} is a soft convolution of lora_wrapper, two kernels in a row: no LoRA file and no single "
+            "kernel can hold it"
+        )
+    for half in ("lora_A", "lora_B"):
+        if f"{module}.{half}" not in checkpoint:
+            raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
+    down, up = (np.array(checkpoint[f"{module}.{half}"], np.float32) for half in ("lora_A", "lora_B"))
+    scale = float(checkpoint[f"{module}.lora_scale"]) if f"{module}.lora_scale" in checkpoint else 1.0
+    try:
+        return LoRALayer(down, up, down.shape[0] * scale)
+    except ValueError as error:
+        raise UserError(f"{path}: {module}: {error}") from error
+
+
+def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:
+    shapes = {name: taken_shape(base.shape(source.name), source) for name, source in plan.sources.items()}
+    match = match_shapes(shapes, state)
+    if not match.ok:
+        raise UserError(refusal(match, "the LoRA"))
+    known = model_metadata(base.metadata)
+    for key, text in state.metadata.items():
+        if known.get(key, text) != text:
+            raise UserError(f"the LoRA was made for a model whose {key} is {text}, {base.path} says {known[key]}")
+
+
+def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
+    """Write `arrays`, which have the names of `base`, in the form of `base`: a single file by the suffix of `path`, or
+    a diffusers folder with everything else that `base` has in it. Raises UserError where that cannot be."""
+    if not isinstance(base, DiffusersFolder):
+        write_checkpoint(path, arrays, base.metadata)
+        return
+    if path.exists():
+        raise UserError(f"{path} exists already: give the name of a folder to be made")
+    try:
+        with atomic_folder(path) as folder:
+            shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)
+            for component, place in base.places.items():
+                prefix = f"{component}/"
+                names = {name[len(prefix) :]: name for name in arrays if name.startswith(prefix)}
+                file = folder / place.relative_to(base.path) / f"{STEMS[component][0]}.safetensors"
+                write_checkpoint(file, View(arrays, names), {"format": "pt"})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _weights_of(base: DiffusersFolder):
+    """For copytree: what is not to be copied, since the weights that are written stand in its place."""
+    places = {str(place) for place in base.places.values()}
+    return lambda folder, names: [name for name in names if folder in places and name.endswith(_WEIGHT_SUFFIXES)]
+
+
+def write_published(path: Path, arrays: Arrays, base: Arrays) -> None:
+    """Write `arrays`, which have the names of `base`, as a single file in fp16: .safetensors in the published names,
+    .ckpt in mindone's. Raises UserError as ldm.weights.convert.convert."""
+    with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".merged") as folder:
+        merged = Path(folder) / ("merged" if isinstance(base, DiffusersFolder) else "merged.safetensors")
+        write_base(merged, arrays, base)
+        beside = yaml_beside(base.path)
+        convert(merged, path, dtype="fp16", model_config=beside if beside.is_file() else None)
+
+
+@contextmanager
+def as_single_file(path: Path, folder: Path) -> Iterator[Checkpoint]:
+    """Open a base checkpoint; a diffusers folder is written as one file in `folder` first, and removed in the end."""
+    if not path.is_dir():
+        yield open_checkpoint(path)
+        return
+    with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".single") as temporary:
+        file = Path(temporary) / "single.safetensors"
+        convert(path, file, form="own")
+        yield open_checkpoint(file)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass
+class Extraction:
+    """A LoRA between two checkpoints. left_out: component -> (arrays that differ and can or shall hold no LoRA, their
+    squared distance); truncation: see ldm.lora.algebra."""
+
+    state: LoRAState
+    truncation: Truncation
+    left_out: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [str(self.truncation)]
+        captured = sum(row[2] for row in self.truncation.layers.values())
+        for component, (count, squares) in self.left_out.items():
+            share = squares / (squares + captured)
+            lines.append(
+                f"left out: {count} other arrays of the {LABELS[component]} that differ (norms, biases, layers that "
+                f"hold no LoRA), {share:.2%} of the squared distance"
+            )
+        return "\n".join(lines)
+
+
+def extract_lora(
+    base_path: str | os.PathLike,
+    tuned_path: str | os.PathLike,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] = ("all",),
+    components: Sequence[str] = ("unet", "text_encoder"),
+) -> Extraction:
+    """The LoRA that makes of one checkpoint the other, by the SVD of the difference of each layer's weights, in fp32.
+
+    Args:
+        base_path, tuned_path: any form of base checkpoint, not of the same one.
+        rank, energy: see ldm.lora.algebra.resize.
+        targets: groups ("attention", "all"), last parts of layers' names, or patterns (ldm.lora.spec).
+        components: of which networks.
+
+    Raises UserError for checkpoints that cannot be read or are of different models, a target that matches nothing, and
+    two that are the same.
+    """
+    sides = []
+    for path in (base_path, tuned_path):
+        checkpoint = open_base(path)
+        sides.append(Canonical(checkpoint, plan_base(checkpoint)))
+    base, tuned = sides
+    names = [name for name in base if component_of(name) in components and name in tuned]
+    missing = [name for name in {*base} ^ {*tuned} if component_of(name) in components]
+    if not names or missing:
+        raise UserError(
+            f"{base_path} and {tuned_path} are not of one model: {len(missing)} arrays are in one alone, such as "
+            f"{min(missing, default='all')}"
+        )
+    for name in names:
+        if _plain(base.shape(name)) != _plain(tuned.shape(name)):
+            raise UserError(
+                f"{base_path} and {tuned_path} are not of one model: {name} is {base.shape(name)} and "
+                f"{tuned.shape(name)}"
+            )
+    patterns = [pattern for entry in targets for pattern in TARGETS.get(entry, (entry,))]
+    layers = {
+        name: name[: -len(".weight")]
+        for name in names
+        if name.endswith(".weight")
+        and len(base.shape(name)) in (2, 4)
+        and any(fits(pattern, name[: -len(".weight")]) for pattern in patterns)
+    }
+    for entry in targets:
+        if entry not in TARGETS and not any(fits(entry, layer) for layer in layers.values()):
+            raise UserError(f'the target "{entry}" matches no layer: give {" or ".join(TARGETS)}, or ends of names')
+    left_out: dict[str, tuple[int, float]] = {}
+
+    def updates() -> Iterator[tuple[str, np.ndarray]]:
+        for name in tqdm(names, desc="decomposing", unit="array"):
+            before = np.array(base[name], np.float32)
+            delta = np.array(tuned[name], np.float32).reshape(before.shape) - before
+            base.release(name)
+            tuned.release(name)
+            if name in layers:
+                yield layers[name], delta
+            elif delta.any():
+                count, squares = left_out.get(component_of(name), (0, 0.0))
+                left_out[component_of(name)] = (count + 1, squares + float(np.sum(np.square(delta, dtype=np.float64))))
+
+    state, truncation = decompose(updates(), rank, energy)
+    if not state.layers:
+        raise UserError(f"{base_path} and {tuned_path} differ in none of the layers: there is no LoRA between them")
+    state.metadata.update(model_metadata(open_base(tuned_path).metadata))
+    return Extraction(state, truncation, left_out)
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape

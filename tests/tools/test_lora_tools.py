@@ -1,0 +1,333 @@
+"""tools/lora: lora_add with the original's command line and meaning, cvtckpt's three modes, extract and resize."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.lora.algebra import difference, weighted_sum
+from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.state import LoRALayer, LoRAState
+from ldm.weights.read import read_checkpoint, write_checkpoint
+from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+TO_Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+Q = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+VAE = "first_stage_model.decoder.conv_in.weight"
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def lora(rank, seed, alpha=None):
+    alpha = float(rank if alpha is None else alpha)
+    return LoRAState({
+        TO_Q: LoRALayer(normal(rank, 6, seed=seed), normal(8, rank, seed=seed + 1), alpha),
+        Q: LoRALayer(normal(rank, 5, seed=seed + 2), normal(5, rank, seed=seed + 3), alpha),
+    })  # fmt: skip
+
+
+ONE, TWO, THREE = lora(2, 10, alpha=1.0), lora(2, 20), lora(3, 30)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(folder, paths of three LoRAs by name)."""
+    paths = {}
+    for name, state in (("one", ONE), ("two", TWO), ("three", THREE)):
+        paths[name] = str(tmp_path / f"{name}.ckpt")
+        write_lora(paths[name], state)
+    return tmp_path, paths
+
+
+@pytest.fixture
+def base(tmp_path):
+    arrays = {f"{TO_Q}.weight": normal(8, 6), f"{TO_Q}.bias": normal(8), f"{Q}.weight": normal(5, 5),
+              VAE: normal(4, 3, 3, 3)}  # fmt: skip
+    write_checkpoint(tmp_path / "base.ckpt", arrays, {"architecture": "custom", "prediction_type": "epsilon"})
+    return str(tmp_path / "base.ckpt"), arrays
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A diffusers folder with one layer in each network, and what else such a folder has."""
+    root = tmp_path / "folder"
+    arrays = {
+        "unet": {"conv_in.weight": normal(4, 4, 3, 3), "down_blocks.0.resnets.0.conv1.bias": normal(4),
+                 "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": normal(8, 6)},
+        "text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": normal(5, 5)},
+        "vae": {"decoder.conv_in.weight": normal(4, 3, 3, 3)},
+    }  # fmt: skip
+    for part in arrays:
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        write_checkpoint(root / part / f"{stem}.safetensors", arrays[part], {"format": "pt"})
+        (root / part / "config.json").write_text("{}")
+    write_checkpoint(root / "unet" / "diffusion_pytorch_model.fp16.safetensors", arrays["unet"])
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return root, arrays
+
+
+def assert_sum(path, *weighted):
+    assert difference(read_lora(path), weighted_sum(weighted)) < 1e-6
+
+
+class TestLoRAAndLoRA:
+    def test_two_are_mixed_as_the_original_mixes_them_unless_told_otherwise(self, files, capsys):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main(["--path_1", paths["one"], "--path_2", paths["two"], "--alpha", "0.3", "--output_path", out])
+        found = read_lora(out).layers[TO_Q]
+        one, two = ONE.layers[TO_Q], TWO.layers[TO_Q]
+        np.testing.assert_allclose(found.down, 0.3 * one.down + 0.7 * two.down, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.up, 0.3 * 0.5 * one.up + 0.7 * two.up, rtol=1e-5, atol=1e-6)
+        assert "away from it (--mode sum is exact)" in capsys.readouterr().out
+
+    def test_sum_is_exact(self, files):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.safetensors")
+        lora_add.main(["--path_1", paths["one"], "--path_2", paths["three"], "--mode", "sum", "--alpha", "0.3",
+                       "--output_path", out])  # fmt: skip
+        assert_sum(out, (ONE, 0.3), (THREE, 0.7))
+
+    def test_join_leaves_alpha_alone(self, files):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main(["--path_1", paths["one"], "--path_2", paths["three"], "--mode", "ljl", "--alpha", "0.1",
+                       "--output_path", out])  # fmt: skip
+        assert_sum(out, (ONE, 1.0), (THREE, 1.0))
+        assert read_lora(out).ranks() == [5]
+
+    def test_any_number_with_weights_of_their_own(self, files, capsys):
+        from ldm.lora.algebra import Weights
+
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main(["--paths", f"{paths['one']}:0.7", f"{paths['two']}:-0.5:0", paths["three"],
+                       "--output_path", out])  # fmt: skip
+        assert_sum(out, (ONE, 0.7), (TWO, Weights(-0.5, 0.0)), (THREE, 1.0))
+        assert "weight -0.5 (text encoder 0)" in capsys.readouterr().out
+
+    def test_the_originals_order_without_flags(self, files):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main([paths["one"], paths["two"], out, "0.25", "--mode", "sum"])
+        assert_sum(out, (ONE, 0.25), (TWO, 0.75))
+
+    def test_two_weights_as_in_later_versions(self, files):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main([paths["one"], paths["two"], out, "--alpha_1=0.9", "--alpha_2=0.8", "--mode", "sum"])
+        assert_sum(out, (ONE, 0.9), (TWO, 0.8))
+
+    def test_down_to_a_rank_with_its_error(self, files, capsys):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main(["--paths", paths["one"], paths["two"], "--output_path", out, "--rank", "2"])
+        assert read_lora(out).ranks() == [2]
+        off = difference(read_lora(out), weighted_sum([(ONE, 1.0), (TWO, 1.0)]))
+        assert off > 0.1 and f"all together {off:.2g}" in capsys.readouterr().out
+
+    def test_without_the_text_encoder(self, files):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main([paths["one"], paths["two"], out, "--mode", "sum", "--with_text_lora", "False"])
+        assert list(read_lora(out).layers) == [TO_Q]
+
+    @pytest.mark.parametrize(
+        "words, says",
+        [
+            (["{one}", "{three}", "{out}"], "same rank.*--mode sum"),
+            (["--paths", "{one}", "{two}", "{three}", "--mode", "lpl", "--output_path", "{out}"], "takes two"),
+            (["{one}:1:0", "{two}", "{out}"], "one weight for both networks"),
+            (["{one}", "nowhere.ckpt", "{out}"], "nowhere.ckpt does not exist"),
+            (["{one}:x", "{two}", "{out}"], "is no weight such as 0.7"),
+            (["{one}:nan", "{two}", "{out}"], "is no weight such as 0.7"),
+            (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
+            (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "rank is 0"),
+            (["--mode", "sum", "--output_path", "{out}"], "takes at least one"),
+            (["--mode", "upl", "--path_1", "{one}", "--path_2", "{two}", "--output_path", "{out}"], "is a LoRA file"),
+        ],
+    )
+    def test_mistakes(self, files, words, says):
+        tmp_path, paths = files
+        out = tmp_path / "out.ckpt"
+        with pytest.raises(UserError, match=says):
+            lora_add.main([word.format(**paths, out=out) for word in words])
+        assert not out.exists()
+
+    @pytest.mark.parametrize(
+        "words, says",
+        [
+            (["a", "b"], "--output_path is needed"),
+            (["a", "b", "c", "0.5", "d"], "5 places given"),
+            (["--mode", "upl", "--path_2", "b", "--output_path", "c"], "--path_1 is needed"),
+            (["--mode", "add", "a", "b", "c"], "invalid choice"),
+            (["a", "b", "c", "--with_text_lora", "perhaps"], "neither True nor False"),
+        ],
+    )
+    def test_mistakes_in_the_flags(self, words, says, capsys):
+        with pytest.raises(SystemExit) as ended:
+            lora_add.main(words)
+        assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+class TestBaseAndLoRA:
+    def test_alpha_is_the_weight(self, files, base):
+        tmp_path, paths = files
+        path, arrays = base
+        out = tmp_path / "merged.ckpt"
+        lora_add.main(["--path_1", path, "--path_2", paths["one"], "--mode", "upl", "--alpha", "0.6",
+                       "--output_path", str(out)])  # fmt: skip
+        merged, metadata = read_checkpoint(out)
+        assert merged.keys() == arrays.keys() and metadata["architecture"] == "custom"
+        for name in (TO_Q, Q):
+            wanted = arrays[f"{name}.weight"] + ONE.layers[name].update(0.6)
+            np.testing.assert_allclose(merged[f"{name}.weight"], wanted, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(merged[VAE], arrays[VAE])
+
+    def test_several(self, files, base):
+        tmp_path, paths = files
+        path, arrays = base
+        out = tmp_path / "merged.safetensors"
+        lora_add.main(["--path_1", path, "--paths", f"{paths['one']}:0.5", f"{paths['three']}:-1:2", "--mode", "upl",
+                       "--output_path", str(out)])  # fmt: skip
+        merged, _ = read_checkpoint(out)
+        for name, weights in ((TO_Q, (0.5, -1)), (Q, (0.5, 2))):
+            update = ONE.layers[name].update(weights[0]) + THREE.layers[name].update(weights[1])
+            wanted = arrays[f"{name}.weight"] + update
+            np.testing.assert_allclose(merged[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-5)
+
+    def test_a_diffusers_folder_stays_one(self, files, folder):
+        tmp_path, paths = files
+        root, arrays = folder
+        out = tmp_path / "merged"
+        lora_add.main([str(root), paths["one"], str(out), "1.0", "--mode", "upl"])
+        unet, _ = read_checkpoint(out / "unet" / "diffusion_pytorch_model.safetensors")
+        text, _ = read_checkpoint(out / "text_encoder" / "model.safetensors")
+        key = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+        np.testing.assert_allclose(unet[key], arrays["unet"][key] + ONE.layers[TO_Q].update(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(unet["conv_in.weight"], arrays["unet"]["conv_in.weight"])
+        key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+        wanted = arrays["text_encoder"][key] + ONE.layers[Q].update()
+        np.testing.assert_allclose(text[key], wanted, rtol=1e-5, atol=1e-5)
+        assert (out / "tokenizer" / "vocab.json").exists() and (out / "model_index.json").exists()
+        assert (out / "unet" / "config.json").exists()
+        # not the weights of the base in another type: a reader that prefers them would not see the LoRA
+        assert [path.name for path in (out / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+        with pytest.raises(UserError, match="exists already"):
+            lora_add.main([str(root), paths["one"], str(out), "1.0", "--mode", "upl"])
+
+    def test_a_rank_makes_no_sense(self, files, base):
+        tmp_path, paths = files
+        with pytest.raises(UserError, match="have no rank"):
+            lora_add.main([base[0], paths["one"], str(tmp_path / "o.ckpt"), "--mode", "upl", "--rank", "2"])
+
+
+class TestCvtckpt:
+    def run(self, mode, model, out, *others):
+        cvtckpt.main(["--mode", mode, "--model_ckpt", str(model), "--out_ckpt", str(out), *map(str, others)])
+
+    def test_embed_then_extract_gives_both_back(self, files, base):
+        tmp_path, paths = files
+        path, arrays = base
+        self.run("embed", path, tmp_path / "both.ckpt", "--lora_ckpt", paths["three"])
+        self.run("extract", tmp_path / "both.ckpt", tmp_path / "lora.safetensors",
+                 "--out_base", tmp_path / "alone.ckpt")  # fmt: skip
+        alone, metadata = read_checkpoint(tmp_path / "alone.ckpt")
+        assert alone.keys() == arrays.keys() and metadata["prediction_type"] == "epsilon"
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(alone[name], array)
+        found = read_lora(tmp_path / "lora.safetensors")
+        for name, layer in THREE.layers.items():
+            np.testing.assert_array_equal(found.layers[name].up, layer.up)
+            assert found.layers[name].alpha == layer.alpha
+
+    def test_several_are_embedded_as_their_sum(self, files, base):
+        tmp_path, paths = files
+        self.run("embed", base[0], tmp_path / "both.ckpt", "--lora_ckpt", f"{paths['one']}:0.5", paths["three"])
+        self.run("extract", tmp_path / "both.ckpt", tmp_path / "lora.ckpt")
+        assert_sum(tmp_path / "lora.ckpt", (ONE, 0.5), (THREE, 1.0))
+
+    @pytest.mark.parametrize("way", ["files", "embedded", "both"])
+    def test_merge(self, files, base, way):
+        tmp_path, paths = files
+        path, arrays = base
+        given = ["--lora_ckpt", f"{paths['one']}:0.5"]
+        if way == "embedded":
+            self.run("embed", path, tmp_path / "both.ckpt", *given)
+            path, given = tmp_path / "both.ckpt", []
+        elif way == "both":
+            self.run("embed", path, tmp_path / "both.ckpt", "--lora_ckpt", f"{paths['one']}:-0.5")
+            path, given = tmp_path / "both.ckpt", ["--lora_ckpt", paths["one"]]
+        self.run("merge", path, tmp_path / "merged.ckpt", *given)
+        merged, _ = read_checkpoint(tmp_path / "merged.ckpt")
+        assert merged.keys() == arrays.keys()
+        for name, layer in ONE.layers.items():
+            wanted = arrays[f"{name}.weight"] + layer.update(0.5)
+            np.testing.assert_allclose(merged[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-6)
+
+    def test_merging_and_merging_its_negative_is_the_base_within_rounding(self, files, base):
+        tmp_path, paths = files
+        self.run("merge", base[0], tmp_path / "a.ckpt", "--lora_ckpt", f"{paths['one']}:0.8")
+        self.run("merge", tmp_path / "a.ckpt", tmp_path / "b.ckpt", "--lora_ckpt", f"{paths['one']}:-0.8")
+        back, _ = read_checkpoint(tmp_path / "b.ckpt")
+        for name, array in base[1].items():
+            np.testing.assert_allclose(back[name], array, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "mode, model, others, says",
+        [
+            ("extract", "base", [], "has no LoRA beside its weights"),
+            ("merge", "base", [], "nothing to merge"),
+            ("embed", "base", [], "--lora_ckpt is needed"),
+            ("extract", "base", ["--lora_ckpt", "{one}"], "leave out --lora_ckpt"),
+            ("embed", "both", ["--lora_ckpt", "{one}"], "has LoRA in it already"),
+            ("merge", "one", ["--lora_ckpt", "{two}"], "not a Stable Diffusion checkpoint|LoRA"),
+            ("merge", "base", ["--lora_ckpt", "{one}:0"], "nothing is left"),
+        ],
+    )
+    def test_mistakes(self, files, base, mode, model, others, says):
+        tmp_path, paths = files
+        self.run("embed", base[0], tmp_path / "both.ckpt", "--lora_ckpt", paths["one"])
+        models = {"base": base[0], "both": tmp_path / "both.ckpt", "one": paths["one"]}
+        with pytest.raises(UserError, match=says):
+            self.run(mode, models[model], tmp_path / "out.ckpt", *(word.format(**paths) for word in others))
+        assert not (tmp_path / "out.ckpt").exists()
+
+
+class TestExtractAndResize:
+    def test_a_merged_lora_is_found_again(self, files, base, capsys):
+        tmp_path, paths = files
+        cvtckpt.main(["--mode", "merge", "--model_ckpt", base[0], "--lora_ckpt", paths["three"], "--out_ckpt",
+                      str(tmp_path / "tuned.safetensors")])  # fmt: skip
+        extract_lora.main(["--base_model", base[0], "--target_model", str(tmp_path / "tuned.safetensors"),
+                           "--rank", "3", "--save_path", str(tmp_path / "found.ckpt")])  # fmt: skip
+        assert "relative error" in capsys.readouterr().out
+        assert difference(read_lora(tmp_path / "found.ckpt"), THREE) < 1e-6
+
+    def test_resize_says_what_it_costs(self, files, capsys):
+        tmp_path, paths = files
+        resize_lora.main(["--source", paths["three"], "--target", str(tmp_path / "small.ckpt"), "--rank", "2"])
+        found = read_lora(tmp_path / "small.ckpt")
+        assert found.ranks() == [2]
+        assert f"all together {difference(found, THREE):.2g}" in capsys.readouterr().out
+
+    def test_resize_wants_a_size(self, files):
+        with pytest.raises(UserError, match="neither a rank nor an energy"):
+            resize_lora.main(["--source", files[1]["three"], "--target", "small.ckpt"])
+
+
+@pytest.mark.parametrize("tool", ["lora_add"])
+def test_a_tool_runs_from_anywhere_and_ends_with_one_line(tool, tmp_path):
+    words = [sys.executable, str(ROOT / "tools" / "lora" / f"{tool}.py"), "a.ckpt", "b.ckpt", "c.ckpt"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: LoRA a.ckpt does not exist: check the path"

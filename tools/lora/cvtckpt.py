@@ -1,0 +1,110 @@
+"""Base checkpoints with and without LoRA in them, as lora_wrapper's cvtckpt makes them of each other.
+
+    python tools/lora/cvtckpt.py --mode embed   --model_ckpt BASE --lora_ckpt LORA [LORA:0.5 ...] --out_ckpt BOTH.ckpt
+    python tools/lora/cvtckpt.py --mode extract --model_ckpt BOTH.ckpt --out_ckpt LORA.ckpt [--out_base BASE.ckpt]
+    python tools/lora/cvtckpt.py --mode merge   --model_ckpt BASE --lora_ckpt LORA [LORA:0.5 ...] --out_ckpt MERGED
+
+modes:
+  embed    put LoRA's factors beside the base's weights in one file; several LoRAs are joined to one, exactly
+  extract  take the LoRA out of such a file (also of lora_wrapper's and mindone's), and with --out_base the base
+  merge    add the LoRAs to the base's weights, W + weight * alpha / rank * up @ down, summed in fp32, and what the file
+           has embedded too; written in the base's own form and types
+
+A base is a single file of any kind that this project reads or a diffusers folder. FILE:0.7 takes 0.7 of a LoRA,
+FILE:0.7:0.3 0.3 of its text encoder's part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
+
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.lora.algebra import Weights, weighted_sum  # noqa: E402
+from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.lora.state import LoRAState  # noqa: E402
+from ldm.paths import weighted_path  # noqa: E402
+from ldm.weights.base import open_base, plan_base  # noqa: E402
+from ldm.weights.read import write_checkpoint  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
+
+
+def embed(args: argparse.Namespace) -> None:
+    state = read_loras(args.lora_ckpt)
+    with as_single_file(args.model_ckpt, args.out_ckpt.parent) as base:
+        if split_embedded(base)[1] is not None:
+            raise UserError(f"{args.model_ckpt} has LoRA in it already: merge adds to it, extract takes it out")
+        embedded = Embedded(base, plan_base(base), state)
+        write_checkpoint(args.out_ckpt, embedded, {**base.metadata, **state.metadata})
+    print(f"{args.out_ckpt}: {args.model_ckpt} and beside it {state}")
+
+
+def extract(args: argparse.Namespace) -> None:
+    if args.lora_ckpt:
+        raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
+    checkpoint = open_base(args.model_ckpt)
+    base, state = split_embedded(checkpoint)
+    if state is None:
+        raise UserError(
+            f"{args.model_ckpt} has no LoRA beside its weights; one that was merged into them is found by "
+            "tools/lora/extract_lora.py, given the base without it"
+        )
+    write_lora(args.out_ckpt, state, args.to, dtype=args.dtype)
+    print(f"{args.out_ckpt}: {state}")
+    if args.out_base:
+        write_checkpoint(args.out_base, base, checkpoint.metadata)
+        print(f"{args.out_base}: {len(base)} arrays without LoRA")
+
+
+def merge(args: argparse.Namespace) -> None:
+    checkpoint = open_base(args.model_ckpt)
+    base, inside = split_embedded(checkpoint)
+    if inside is None and not args.lora_ckpt:
+        raise UserError(f"{args.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge")
+    states = [(inside, Weights())] if inside is not None else []
+    if args.lora_ckpt:
+        states.append((read_loras(args.lora_ckpt), Weights()))
+    write_base(args.out_ckpt, Merged(base, plan_base(base), weighted_sum(states)), checkpoint)
+    print(f"{args.out_ckpt}: {args.model_ckpt} with {'the LoRA inside it and ' * (inside is not None)}"
+          f"{len(args.lora_ckpt)} LoRA files merged")  # fmt: skip
+
+
+def read_loras(texts: Sequence[str]) -> LoRAState:
+    """The weighted sum of the files, each said."""
+    if not texts:
+        raise UserError("--lora_ckpt is needed: one or several LoRAs")
+    states = []
+    for text in texts:
+        path, given = weighted_path(text, "lora_ckpt")
+        weights = Weights(*given) if len(given) == 2 else Weights(*(given or (1.0,)) * 2)
+        states.append((read_lora(path), weights))
+        print(f"{path}: {states[-1][0]}; weight {weights}")
+    return weighted_sum(states)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", required=True, choices=("embed", "extract", "merge"), help="see above")
+    parser.add_argument("--model_ckpt", required=True, type=Path, help="the base model, or for extract the file with "
+                        "LoRA in it")  # fmt: skip
+    parser.add_argument("--lora_ckpt", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+                        help="LoRAs of any format")
+    parser.add_argument("--out_ckpt", required=True, type=Path, help="what is written")
+    parser.add_argument("--out_base", type=Path, help="extract: write the base without the LoRA to this file as well")
+    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="extract: format of the LoRA [mindone, "
+                        "this project's own]")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="extract: of the LoRA's factors [fp32]")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

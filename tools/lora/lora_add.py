@@ -1,0 +1,162 @@
+"""Add LoRAs to each other, or to a base model: the command line of cloneofsimo's lora_add, for any LoRA file and base.
+
+    python tools/lora/lora_add.py --path_1 BASE --path_2 LORA --mode upl --alpha 1.0 --output_path OUT
+    python tools/lora/lora_add.py --path_1 A --path_2 B --mode sum --alpha 0.3 --output_path OUT.ckpt
+    python tools/lora/lora_add.py --paths A:0.7 B:0.5:0 C:-0.2 --output_path OUT.safetensors --to kohya --rank 8
+
+modes:
+  lpl          two LoRAs, as the original does it: their factors are mixed, (a U1 + b U2)(a D1 + b D2), a = alpha and
+               b = 1 - alpha. That is not the mean of what they do; how far it is from it is printed
+  sum          any number of LoRAs: the weighted sum of their updates, exact, with their ranks added; --rank or --energy
+               make it smaller, and print what that costs. Weights alpha and 1 - alpha of two, 1 of --paths
+  ljl          as sum, with weight 1 each: ranks joined side by side
+  upl          path_1 is a base model in any form, the rest are LoRAs: base + alpha * LoRA, in the base's own form (a
+               diffusers folder stays one)
+  upl-ckpt-v2  as upl, written as one file in fp16: .safetensors (the published names) or .ckpt (mindone's)
+
+A weight after a path (FILE:0.7) holds in the place of alpha, a second one (FILE:0.7:0.3) is the text encoder's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
+
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.lora.algebra import Weights, difference, mix_factors, resize, weighted_sum  # noqa: E402
+from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.lora.state import LoRAState  # noqa: E402
+from ldm.paths import weighted_path  # noqa: E402
+from ldm.weights.base import open_base, plan_base  # noqa: E402
+
+MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    bases = args.mode in ("upl", "upl-ckpt-v2")
+    texts = [text for text in (None if bases else args.path_1, args.path_2, *args.paths) if text]
+    if not texts or (args.mode == "lpl" and len(texts) != 2):
+        wanted = "two" if args.mode == "lpl" else "at least one"
+        raise UserError(f"mode {args.mode} takes {wanted}, {len(texts)} LoRAs are given: --path_1, --path_2, --paths")
+    weighted = [
+        (read(text, args.with_text_lora), weights)
+        for text, weights in zip(texts, _weights(texts, args))
+    ]
+    for text, (state, weights) in zip(texts, weighted):
+        print(f"{text}: {state}; weight {weights}")
+    if bases:
+        add_to_base(args, weighted)
+    else:
+        add_loras(args, weighted)
+
+
+def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
+    """LoRA and LoRA."""
+    if args.mode == "lpl":
+        (first, one), (second, two) = weighted
+        if one.unet != one.text_encoder or two.unet != two.text_encoder:
+            raise UserError("mode lpl has one weight for both networks: take --mode sum for weights of their own")
+        result = mix_factors(first, second, one.unet, two.unet)
+        print(f"mixed factors: {difference(result, weighted_sum(weighted)):.2g} of the norm of the exact weighted sum "
+              "away from it (--mode sum is exact)")  # fmt: skip
+    else:
+        result = weighted_sum(weighted)
+    if args.rank is not None or args.energy is not None:
+        result, report = resize(result, args.rank, args.energy)
+        print(report)
+    write_lora(args.output_path, result, args.to, dtype=args.dtype)
+    print(f"{args.output_path}: {result}")
+
+
+def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
+    """Base and LoRAs."""
+    if args.rank is not None or args.energy is not None:
+        raise UserError(f"mode {args.mode} adds to whole weights, which have no rank: leave out --rank and --energy")
+    base = open_base(args.path_1)
+    merged = Merged(base, plan_base(base), weighted_sum(weighted))
+    if args.mode == "upl":
+        write_base(args.output_path, merged, base)
+    else:
+        write_published(args.output_path, merged, base)
+    print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
+
+
+def read(text: str, with_text_lora: bool) -> LoRAState:
+    state = read_lora(weighted_path(text, "LoRA")[0])
+    return state if with_text_lora else state.only("unet")
+
+
+def _weights(texts: list[str], args: argparse.Namespace) -> list[Weights]:
+    """Of each LoRA: what is after its path, or else what the mode says."""
+    first = args.alpha if args.alpha_1 is None else args.alpha_1
+    second = (1 - args.alpha) if args.alpha_2 is None else args.alpha_2
+    if args.mode in ("upl", "upl-ckpt-v2"):
+        usual = [first] if args.path_2 else []
+    elif args.mode == "ljl" or not args.path_1:
+        usual = []
+    else:
+        usual = [first, second] if args.path_2 else [1.0]
+    usual += [1.0] * (len(texts) - len(usual))
+    weights = []
+    for text, weight in zip(texts, usual):
+        given = weighted_path(text, "LoRA")[1]
+        weights.append(Weights(*given) if len(given) == 2 else Weights(*(given or (weight,)) * 2))
+    return weights
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lora_add", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("places", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA]",
+                        help="the first flags without their names, as the original takes them")
+    parser.add_argument("--path_1", help="a LoRA, or in the modes upl and upl-ckpt-v2 the base model")
+    parser.add_argument("--path_2", help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'")
+    parser.add_argument("--paths", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="more LoRAs")
+    parser.add_argument("--output_path", type=Path, help="what is written")
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the LoRA (upl), or of the first of two; "
+                        "the second has 1 - alpha [0.5]")  # fmt: skip
+    parser.add_argument("--alpha_1", type=float, help="weight of the first alone, as in later versions of the original")
+    parser.add_argument("--alpha_2", type=float, help="weight of the second alone")
+    parser.add_argument("--mode", choices=MODES, help="see above [lpl for two LoRAs, sum with --paths]")
+    parser.add_argument("--with_text_lora", type=_truth, nargs="?", const=True, default=True, metavar="True|False",
+                        help="take the text encoder's LoRA too, where there is one [True]")
+    parser.add_argument("--rank", type=int, help="sum, ljl: cut the result down to this rank by SVD")
+    parser.add_argument("--energy", type=float, help="sum, ljl: cut each layer down to this share of its squared norm")
+    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format of the LoRA written [mindone, "
+                        "this project's own]")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the LoRA written [fp32]")
+    args = parser.parse_args(argv)
+    names = ("path_1", "path_2", "output_path", "alpha")
+    if len(args.places) > len(names):
+        parser.error(f"{len(args.places)} places given, there are {len(names)}; give further LoRAs as --paths")
+    for name, text in zip(names, args.places):
+        setattr(args, name, {"output_path": Path, "alpha": float}.get(name, str)(text))
+    if args.output_path is None:
+        parser.error("--output_path is needed: what is to be written")
+    if args.mode is None:
+        args.mode = "sum" if args.paths else "lpl"
+    if args.mode in ("upl", "upl-ckpt-v2") and not args.path_1:
+        parser.error(f"--path_1 is needed: the base model that mode {args.mode} adds to")
+    return args
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def command() -> None:
+    """The installed `lora_add`."""
+    run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,41 @@
+"""A LoRA of a smaller rank, by SVD of each layer's update.
+
+    python tools/lora/resize_lora.py --source LORA --target SMALLER.ckpt --rank 4
+    python tools/lora/resize_lora.py --source LORA --target SMALLER.safetensors --energy 0.9 --to kohya
+
+What is cut off is printed; a layer that has no larger rank keeps its factors, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
+
+from ldm.errors import run  # noqa: E402
+from ldm.lora.algebra import resize  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, type=Path, help="a LoRA of any format")
+    parser.add_argument("--target", required=True, type=Path, help="what is written")
+    parser.add_argument("--rank", type=int, help="largest rank of a layer")
+    parser.add_argument("--energy", type=float, help="share of each layer's squared norm that is kept, such as 0.9")
+    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
+    args = parser.parse_args(argv)
+    state = read_lora(args.source)
+    print(f"{args.source}: {state}")
+    smaller, report = resize(state, args.rank, args.energy)
+    print(report)
+    write_lora(args.target, smaller, args.to, dtype=args.dtype)
+    print(f"{args.target}: {smaller}")
+
+
+if __name__ == "__main__":
+    run(main)
