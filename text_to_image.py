@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
+    from ldm.lora.state import Weights  # isort: skip
     from ldm.pipeline import Pipeline, Sampling, apply_lora, check_sampling, load_model  # isort: skip
 
     height, width = config.H or job.model.image_size, config.W or job.model.image_size
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.ckpt_ema,
     )
     for file in job.loras:
-        applied = apply_lora(model, job.model, file.path, file.weight, config.lora_ft_unet, config.lora_ft_text_encoder)
+        weights = Weights(file.weight, file.weight if file.text_weight is None else file.text_weight)
+        applied = apply_lora(model, job.model, file.path, weights, config.lora_ft_unet, config.lora_ft_text_encoder)
         if config.lora_rank is not None and applied.ranks() != [config.lora_rank]:
             logger.warning("lora_rank %d is not used: %s is %s", config.lora_rank, file.path, applied)
 
@@ -122,7 +124,8 @@ def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
     if job.loras:
         parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
         texts["lora"] = [
-            {"file": file.path.name, "sha256": lora_hash(file.path), "weight": file.weight, **parts}
+            {"file": file.path.name, "sha256": lora_hash(file.path), "weight": file.weight,
+             **({} if file.text_weight is None else {"text_encoder_weight": file.text_weight}), **parts}
             for file in job.loras
         ]
     if config.init_latents is not None:

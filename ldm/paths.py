@@ -28,15 +28,20 @@ def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
     """
     for count in (0, 1, 2):
         path, *words = text.rsplit(":", count)
-        if len(words) == count and path and os.path.exists(path):
-            try:
-                weights = tuple(float(word) for word in words)
-            except ValueError:
-                weights = (math.nan,)
-            if not all(math.isfinite(weight) for weight in weights):
-                raise UserError(f'{name} "{text}": "{":".join(words)}" after the path is no weight such as 0.7')
-            return Path(path), weights
-    raise UserError(f"{name} {text} does not exist: check the path")
+        if path and os.path.exists(path):
+            return Path(path), tuple(_weight(word, text, name) for word in words)
+    path = text.rsplit(":", 1)[0] if ":" in text[1:] else text
+    raise UserError(f"{name} {path} does not exist: check the path")
+
+
+def _weight(word: str, text: str, name: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        raise UserError(f'{name} "{text}": "{word}" after the colon is no weight such as 0.7') from None
+    if not math.isfinite(weight):
+        raise UserError(f'{name} "{text}": the weight is not a finite number')
+    return weight
 
 
 def check_folder(folder: Path, name: str) -> None:

@@ -22,7 +22,7 @@ from ldm.diffusion.samplers.steps import check_steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
-from ldm.lora.state import LoRAState, check_compatible, merge_lora
+from ldm.lora.state import LoRAState, Weights, check_compatible, merge_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
@@ -238,13 +238,14 @@ def apply_lora(
     model: StableDiffusion,
     config: ModelConfig,
     path: str | Path,
-    weight: float = 1.0,
+    weight: float | Weights = 1.0,
     unet: bool | None = None,
     text_encoder: bool | None = None,
 ) -> LoRAState:
     """Merge a LoRA of any known format into the weights and return what was merged; weight 0 leaves them as they are,
     bit for bit.
 
+    weight: of the whole, or Weights with one for each network.
     unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
 
     Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
@@ -268,7 +269,7 @@ def apply_lora(
         raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
     applied = LoRAState(layers, state.metadata)
     match = merge_lora(model, applied, weight, str(path))
-    logger.info("%s: %s; weight %g", path, match, weight)
+    logger.info("%s: %s; weight %s", path, match, Weights.both(weight))
     return applied
 
 

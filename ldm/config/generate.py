@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple, Optional
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.parse import setting
 from ldm.errors import UserError
+from ldm.paths import weighted_path
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,10 @@ class GenerateConfig:
 
     use_lora: Optional[bool] = setting(None, "apply a LoRA; None: yes where lora_ckpt_path is given", group="LoRA")
     lora_ckpt_path: Optional[list[str]] = setting(
-        None, "LoRA file or files, each with a weight where wanted: a.ckpt b.ckpt:0.7", group="LoRA"
+        None,
+        "LoRA file or files, each with a weight where wanted, or with a second one for the text encoder: a.ckpt "
+        "b.ckpt:0.7 c.ckpt:0.7:0.3",
+        group="LoRA",
     )
     lora_scale: float = setting(1.0, "multiplies the weight of every LoRA; 0 is the base, bit for bit", group="LoRA")
     lora_ft_unet: Optional[bool] = setting(
@@ -176,10 +179,12 @@ class GenerateConfig:
 
 
 class LoRAFile(NamedTuple):
-    """A LoRA to apply, and how much of it (the file's own weight times lora_scale)."""
+    """A LoRA to apply, and how much of it (the file's own weight times lora_scale); text_weight: of its text encoder's
+    part, None for the same."""
 
     path: Path
     weight: float
+    text_weight: Optional[float] = None
 
 
 @dataclass
@@ -256,22 +261,12 @@ def plan(config: GenerateConfig) -> Plan:
 
 
 def parse_lora_path(text: str) -> LoRAFile:
-    """`path` or `path:weight`; a file whose whole name is `text` wins.
+    """`path`, `path:weight` or `path:weight:weight of the text encoder`; a file whose whole name is `text` wins.
 
     Raises UserError for a file that is not there and for a weight that is no number.
     """
-    if os.path.exists(text) or ":" not in text[1:]:
-        return LoRAFile(_existing(text, "lora_ckpt_path"), 1.0)
-    path, _, weight = text.rpartition(":")
-    try:
-        number = float(weight)
-    except ValueError:
-        raise UserError(
-            f'lora_ckpt_path "{text}": there is no such file, and "{weight}" after the colon is no weight such as 0.7'
-        ) from None
-    if not math.isfinite(number):
-        raise UserError(f'lora_ckpt_path "{text}": the weight is not a finite number')
-    return LoRAFile(_existing(path, "lora_ckpt_path"), number)
+    path, weights = weighted_path(text, "lora_ckpt_path")
+    return LoRAFile(path, *(weights or (1.0,)))
 
 
 def _check_text(text: str, name: str) -> None:
@@ -389,8 +384,8 @@ def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
         return []
     files = []
     for text in config.lora_ckpt_path:
-        path, weight = parse_lora_path(text)
-        files.append(LoRAFile(path, weight * config.lora_scale))
+        path, *weights = parse_lora_path(text)
+        files.append(LoRAFile(path, *(None if weight is None else weight * config.lora_scale for weight in weights)))
     return files
 
 

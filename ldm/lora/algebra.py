@@ -15,23 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRALayer, LoRAState, Weights
 from ldm.weights.names import LABELS, component_of
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How much of a LoRA is taken, of its UNet and of its text encoder; any finite numbers."""
-
-    unet: float = 1.0
-    text_encoder: float = 1.0
-
-    def of(self, layer: str) -> float:
-        return self.text_encoder if component_of(layer) == "text_encoder" else self.unet
-
-    def __str__(self) -> str:
-        both = f"{self.unet:g}"
-        return both if self.unet == self.text_encoder else f"{both} (text encoder {self.text_encoder:g})"
 
 
 @dataclass
@@ -72,10 +57,8 @@ def weighted_sum(states: Sequence[tuple[LoRAState, Weights | float]]) -> LoRASta
     """
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for state, weights in states:
-        weights = weights if isinstance(weights, Weights) else Weights(weights, weights)
-        for weight in (weights.unet, weights.text_encoder):
-            if not math.isfinite(weight):
-                raise UserError(f"a LoRA's weight is {weight}: it must be a finite number")
+        weights = Weights.both(weights)
+        weights.check("a LoRA")
         for name, layer in state.layers.items():
             if weights.of(name):
                 parts.setdefault(name, []).append((weights.of(name), layer))

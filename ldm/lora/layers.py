@@ -26,13 +26,14 @@ class Factor(nn.Cell):
 
 
 class StepDropout(nn.Cell):
-    """In training, x with a share `rate` of its values set to zero and the others divided by 1 - rate; else x.
+    """In a training step, x with a share `rate` of its values set to zero and the others divided by 1 - rate; else x.
 
     Which ones is a function of `key`, the layer's name and the place in x alone: no generator's state runs along, so
-    a resumed run drops what an uninterrupted one would. Two keys a row and two a column are hashed from `key`, and
+    a resumed run drops what an uninterrupted one would. Two numbers a row and two a column are hashed from `key`, and
     each value of x hashes its row's with its column's: x as (rows, its last axis), or (N * C, H * W) of pictures.
 
-    key: a parameter of shape (2,) int32, see `make_dropout_key`.
+    key: a parameter of shape (2,) int32, see `make_dropout_key`; nothing is dropped while it is zero. (`training` alone
+    would not do: MindSpore goes on with the graph that it made of this cell before set_train.)
     """
 
     def __init__(self, rate: float, name: str, key: Parameter):
@@ -40,8 +41,8 @@ class StepDropout(nn.Cell):
         self.insert_param_to_cell("key", key)
         salt = zlib.crc32(name.encode())
         self.salts = tuple(_int32(salt * odd) for odd in (1, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
-        self.threshold = _int32(round(rate * 2**32) - 2**31)
-        self.strength = 1.0 / (1.0 - rate)
+        self.lowest, self.share = _int32(-(2**31)), _int32(round(rate * 2**32))
+        self.extra = 1.0 / (1.0 - rate) - 1.0
         self.shift = Tensor(15, ms.int32)
         self.one = Tensor(1, ms.int32)
         self.odd = tuple(_int32(number) for number in (0x2C1B3C6D, 0x297A2D39, 0x61C88647))
@@ -53,13 +54,15 @@ class StepDropout(nn.Cell):
         return x * ops.stop_gradient(self.mask(x.size // columns, columns).astype(x.dtype).reshape(x.shape))
 
     def mask(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) fp32 of zeros and 1 / (1 - rate)."""
+        """(rows, columns) fp32 of zeros and 1 / (1 - rate); of ones where the key is zero."""
+        on = ops.not_equal(ops.bitwise_or(self.key[0], self.key[1]), 0)
         row, row2 = (self.hashed(rows, salt).reshape(rows, 1) for salt in self.salts[:2])
         column, column2 = (self.hashed(columns, salt).reshape(1, columns) for salt in self.salts[2:])
         # the comparison looks at the highest bits, which each product gathers from all below them
         mixed = ops.bitwise_xor(row, column) * self.odd[2]
         mixed = ops.bitwise_xor(mixed, row2) * ops.bitwise_or(column2, self.one)
-        return (mixed >= self.threshold).astype(ms.float32) * self.strength
+        kept = mixed >= self.lowest + on.astype(ms.int32) * self.share
+        return kept.astype(ms.float32) * (1.0 + on.astype(ms.float32) * self.extra)
 
     def hashed(self, count: int, salt: Tensor) -> Tensor:
         """(count,) int32, each bit like a coin's."""
@@ -163,7 +166,8 @@ LORA_CELLS = (LoRADense, LoRAConv, LoRAHardConv)
 
 
 def make_dropout_key() -> Parameter:
-    """The key that all of a network's StepDropouts share: whoever trains sets it anew for each step, by set_data."""
+    """The key that all of a network's StepDropouts share: whoever trains sets it for each step, by set_data, and back
+    to zero."""
     return Parameter(Tensor(np.zeros(2, np.int32)), name="lora_dropout.key", requires_grad=False)
 
 

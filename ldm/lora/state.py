@@ -85,6 +85,35 @@ class LoRAState:
         )
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How much of a LoRA is taken, of its UNet and of its text encoder; any finite numbers."""
+
+    unet: float = 1.0
+    text_encoder: float = 1.0
+
+    @classmethod
+    def both(cls, weight: float | Weights) -> Weights:
+        """One number for both networks, or what is two already."""
+        return weight if isinstance(weight, Weights) else cls(weight, weight)
+
+    def of(self, layer: str) -> float:
+        return self.text_encoder if component_of(layer) == "text_encoder" else self.unet
+
+    def check(self, path: str) -> None:
+        """Raise UserError, which calls the LoRA `path`, for a weight that is not finite."""
+        for weight in (self.unet, self.text_encoder):
+            if not math.isfinite(weight):
+                raise UserError(f"the scale of {path} is {weight}: it must be a finite number")
+
+    def __neg__(self) -> Weights:
+        return Weights(-self.unet, -self.text_encoder)
+
+    def __str__(self) -> str:
+        both = f"{self.unet:g}"
+        return both if self.unet == self.text_encoder else f"{both} (text encoder {self.text_encoder:g})"
+
+
 @dataclass
 class LoRAMatch:
     """How the layers of a LoRA fit a network; names by component ("unet", "vae", "text_encoder", "other")."""
@@ -183,7 +212,7 @@ def check_compatible(state: LoRAState, config: ModelConfig, path: str = "the LoR
             )
 
 
-def merge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0, path: str = "the LoRA") -> LoRAMatch:
+def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, path: str = "the LoRA") -> LoRAMatch:
     """Add scale * (alpha / rank) * up @ down to the weights of `net`, each layer of `state` to its own.
 
     The sum is formed in fp32 and cast to the weight's type. scale 0 leaves every weight as it is, bit for bit; a
@@ -191,30 +220,31 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0, path: str = "
 
     Args:
         net: a StableDiffusion or a part of one, with canonical parameter names; injected cells may be in it.
+        scale: one number, or Weights with one for each network.
         path: what to call the LoRA in an error.
 
     Raises:
         UserError: no layer, or not every layer, has a place of its shape in `net`; with the counts. `net` is unchanged.
     """
-    if not math.isfinite(scale):
-        raise UserError(f"the scale of {path} is {scale}: it must be a finite number")
+    scales = Weights.both(scale)
+    scales.check(path)
     match = match_lora(net, state)
     if not match.ok:
         raise UserError(refusal(match, path))
-    if scale == 0:
-        return match
     parameters = {parameter.name: parameter for parameter in net.get_parameters()}
     for name, layer in state.layers.items():
+        if not scales.of(name):
+            continue
         weight = parameters[f"{name}.weight"]
         base = weight.asnumpy()
-        merged = base.astype(np.float32) + layer.update(scale).reshape(base.shape)
+        merged = base.astype(np.float32) + layer.update(scales.of(name)).reshape(base.shape)
         weight.set_data(Tensor(merged.astype(base.dtype)))
     return match
 
 
-def unmerge_lora(net: nn.Cell, state: LoRAState, scale: float = 1.0) -> LoRAMatch:
+def unmerge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0) -> LoRAMatch:
     """Take out what merge_lora(net, state, scale) put in, within rounding of the weights' type."""
-    return merge_lora(net, state, -scale)
+    return merge_lora(net, state, -Weights.both(scale))
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -252,6 +252,7 @@ class TrainStep:
             norm, finite = self.finish(numbers).asnumpy()
             # read at the end: reading one waits for the device
             loss = np.mean([float(loss.asnumpy()) for loss in losses])
+        self._drop_by([np.zeros(2, np.int32)], 0)  # none where the network is used between steps
         return StepResult(float(loss), float(norm), bool(finite))
 
     def _drop_by(self, keys: Sequence[np.ndarray], i: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -30,6 +31,11 @@ def plan_base(checkpoint: Checkpoint | DiffusersFolder, ema: bool = False) -> Pl
     path = checkpoint.path
     if sum(any(mark in name for mark in _LORA_MARKS) for name in names) * 2 > len(names):
         raise UserError(f"{path} is a LoRA file, not a base checkpoint: give it as --lora_ckpt_path")
+    if any(re.search(r"\.(lora_down\.weight|lora_up\.weight|lora_[AB])$", name) for name in names):
+        raise UserError(
+            f"{path} has LoRA beside its weights: fold it in with tools/lora/cvtckpt.py --mode merge, or take it out "
+            "with --mode extract --out_base"
+        )
     if any(name.startswith(("conditioner.embedders.", "model.diffusion_model.label_emb.", "unet/add_embedding."))
            for name in names):
         raise UserError(f"{path} is an SDXL checkpoint; only SD1.x and SD2.x are supported")

@@ -357,8 +357,10 @@ def test_model_files_that_are_not_there_are_named(place, flags, words):
 
 def test_several_loras_each_with_its_weight_times_the_scale(place):
     (place / "b.ckpt").write_bytes(b"")
-    job = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 --lora_scale 0.5")
-    assert job.loras == [LoRAFile(Path("lora.ckpt"), 0.5), LoRAFile(Path("b.ckpt"), 0.35)]
+    job = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 b.ckpt:0.7:-2 --lora_scale 0.5")
+    assert job.loras == [
+        LoRAFile(Path("lora.ckpt"), 0.5), LoRAFile(Path("b.ckpt"), 0.35), LoRAFile(Path("b.ckpt"), 0.35, -1.0)
+    ]  # fmt: skip
 
 
 def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
@@ -367,12 +369,19 @@ def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
 
 
 @pytest.mark.parametrize(
-    ("text", "path", "weight"),
-    [("a.ckpt", "a.ckpt", 1.0), ("a.ckpt:0.7", "a.ckpt", 0.7), ("a.ckpt:-1", "a.ckpt", -1.0), ("a:b:2", "a:b", 2.0)],
+    ("text", "path", "weights"),
+    [
+        ("a.ckpt", "a.ckpt", (1.0,)),
+        ("a.ckpt:0.7", "a.ckpt", (0.7,)),
+        ("a.ckpt:-1", "a.ckpt", (-1.0,)),
+        ("a:b:2", "a:b", (2.0,)),
+        ("a.ckpt:0.7:0", "a.ckpt", (0.7, 0.0)),
+        ("a:1:2:3", "a:1", (2.0, 3.0)),
+    ],
 )
-def test_a_weight_stands_after_the_last_colon(place, text, path, weight):
+def test_weights_stand_after_the_last_colons(place, text, path, weights):
     (place / path).write_bytes(b"")
-    assert parse_lora_path(text) == LoRAFile(Path(path), weight)
+    assert parse_lora_path(text) == LoRAFile(Path(path), *weights)
 
 
 def test_a_file_with_a_colon_in_its_name_is_a_file(place):
@@ -387,6 +396,8 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(place):
         ("none.ckpt:0.5", "none.ckpt does not exist"),
         ("lora.ckpt:abc", '"abc" after the colon is no weight'),
         ("lora.ckpt:", '"" after the colon'),
+        ("lora.ckpt:1:x", '"x" after the colon'),
+        ("lora.ckpt:x:1", '"x" after the colon'),
         ("lora.ckpt:nan", "not a finite number"),
         ("lora.ckpt:inf", "not a finite number"),
         (":0.7", "does not exist"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.algebra import Weights, decompose, difference, mix_factors, resize, weighted_sum
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.algebra import decompose, difference, mix_factors, resize, weighted_sum
+from ldm.lora.state import LoRALayer, LoRAState, Weights
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 A, B, C = f"{UNET}middle_block.1.x.to_q", f"{UNET}input_blocks.1.0.in_layers.2", f"{TEXT}layers.0.q_proj"

@@ -40,7 +40,8 @@ def state():
 def arrays_of(family="ldm", dtype=np.float32):
     arrays = {f"{name}.weight": normal(*shape).astype(dtype) for name, shape in SHAPES.items()}
     arrays[f"{TO_Q}.bias"] = normal(8, seed=3).astype(dtype)
-    arrays["first_stage_model.decoder.conv_in.bias"] = normal(4, seed=4).astype(dtype)
+    for i in range(20):  # a LoRA beside them is not the most of it
+        arrays[f"first_stage_model.decoder.up.{i}.bias"] = normal(4, seed=i).astype(dtype)
     if family != "ldm":
         fused, fc = FUSED[family]
         parts = [arrays.pop(f"{TEXT}self_attn.{part}_proj.weight") for part in "qkv"]
@@ -132,6 +133,12 @@ class TestEmbedding:
             np.testing.assert_array_equal(lora.layers[name].down, layer.down)
             np.testing.assert_array_equal(lora.layers[name].up, layer.up)
             assert lora.layers[name].alpha == layer.alpha
+
+    def test_it_is_no_base_that_could_be_loaded(self, base, state, tmp_path):
+        path = tmp_path / f"both{base.path.suffix}"
+        write_checkpoint(path, Embedded(base, plan_base(base), state))
+        with pytest.raises(UserError, match="has LoRA beside its weights.*cvtckpt.py --mode merge"):
+            plan_base(open_checkpoint(path))
 
     def test_a_plain_base_holds_none(self, base):
         alone, lora = split_embedded(base)

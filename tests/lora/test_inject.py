@@ -10,8 +10,10 @@ from mindspore.common.initializer import initializer
 
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
-from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora
-from ldm.lora.layers import LoRAConv, LoRADense
+from ldm.lora.formats import write_lora
+from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora, remove_lora
+from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout
+from ldm.lora.state import LoRALayer, LoRAState, lora_state, merge_lora, unmerge_lora
 from ldm.models import layers
 from ldm.models.unet import UNetModel
 
@@ -126,8 +128,9 @@ class TestWhichLayers:
 
 
 class TestSD15:
-    def test_rank_4_trains_797184_parameters(self, monkeypatch):
-        # Shapes without values: SD1.5's UNet takes 3.4 GB otherwise.
+    @pytest.fixture
+    def model(self, monkeypatch):
+        """SD1's UNet: shapes without values, which take 3.4 GB otherwise."""
         monkeypatch.setattr(layers, "_uniform", lambda shape, fan_in: initializer("zeros", shape))
 
         class Model(nn.Cell):
@@ -140,11 +143,28 @@ class TestSD15:
         from mindspore.nn.utils import no_init_parameters
 
         with no_init_parameters():
-            model = Model(UNetModel(**load_model_config(ROOT / "configs" / "v1-inference.yaml").unet))
-            names = inject_lora(model, LoRASpec(rank=4))
+            yield Model(UNetModel(**load_model_config(ROOT / "configs" / "v1-inference.yaml").unet))
+
+    def test_rank_4_trains_797184_parameters(self, model):
+        names = inject_lora(model, LoRASpec(rank=4))
         assert len(names) == 128
         assert sum(np.prod(parameter.shape) for parameter in model.trainable_params()) == 797_184
         assert sum(np.prod(p.shape) for p in model.get_parameters() if not p.requires_grad) == 859_520_964
+
+    def test_rank_8_on_q_and_v_trains_797184_parameters_in_a_file_of_3_1_mb(self, model, tmp_path):
+        """lora_wrapper's published figures, from its configuration: 797K parameters, a file of 3.08 MB."""
+        entry = {"r": 8, "scale": 1, "trainable_scale": 0, "hard": 1}
+        spec = LoRASpec().with_config({"trainable_model": 0, "to_q": entry, "to_v": entry})
+        names = inject_lora(model, spec)
+        assert len(names) == 64 and {name.rpartition(".")[2] for name in names} == {"to_q", "to_v"}
+        assert sum(np.prod(parameter.shape) for parameter in model.trainable_params()) == 797_184
+        shapes = {parameter.name: parameter.shape for parameter in model.trainable_params()}
+        layers = {
+            name: LoRALayer(*(np.zeros(shapes[f"{name}.lora_{half}.weight"], np.float32) for half in ("down", "up")), 8)
+            for name in names
+        }
+        write_lora(tmp_path / "lora.ckpt", LoRAState(layers))
+        assert 3.18e6 < (tmp_path / "lora.ckpt").stat().st_size < 3.25e6  # 3.04 to 3.1 MiB
 
 
 class TestStart:
@@ -269,3 +289,149 @@ class TestBadSettings:
         inject_lora(small_net, LoRASpec())
         with pytest.raises(UserError, match="already"):
             inject_lora(small_net, LoRASpec())
+
+
+def modules(content, **settings):
+    return LoRASpec(**settings).with_config(content)
+
+
+PROJ_IN = f"{UNET}input_blocks.0.1.proj_in"
+TRANSFORMER = f"{UNET}input_blocks.0.1.transformer_blocks.0."
+
+
+class TestPerModule:
+    def test_ranks_alphas_and_scales_of_their_own(self, small_net, randomise):
+        names = inject_lora(small_net, modules({
+            "to_q": {"r": 2, "scale": 0.5},
+            "attn2.*": {"r": 3, "alpha": 6},
+            "in_layers.2": {"r": 1},
+            "ff.net.*": {"r": 4, "alpha": 1, "trainable_scale": 1},
+        }))  # fmt: skip
+        state = lora_state(small_net)
+        assert set(state.layers) == set(names)
+        found = {name.removeprefix(f"{UNET}input_blocks.0."): (e.rank, e.alpha) for name, e in state.layers.items()}
+        block = "1.transformer_blocks.0."
+        assert found == {
+            "0.in_layers.2": (1, 1.0),
+            f"{block}attn1.to_q": (2, 1.0),
+            f"{block}attn2.to_q": (3, 6.0), f"{block}attn2.to_k": (3, 6.0),
+            f"{block}attn2.to_v": (3, 6.0), f"{block}attn2.to_out.0": (3, 6.0),
+            f"{block}ff.net.0.proj": (4, 1.0), f"{block}ff.net.2": (4, 1.0),
+        }  # fmt: skip
+        scales = [parameter.name for parameter in small_net.trainable_params() if "lora_scale" in parameter.name]
+        assert scales == [f"{TRANSFORMER}ff.net.0.proj.lora_scale", f"{TRANSFORMER}ff.net.2.lora_scale"]
+
+    def test_of_several_names_the_last_holds_and_rank_0_leaves_out(self, small_net):
+        names = inject_lora(small_net, modules({"to_*": {"r": 2}, "attn1.to_k": {"r": 1}, "attn2.to_*": {"r": 0}}))
+        assert not any(".attn2." in name for name in names)
+        state = lora_state(small_net)
+        assert state.layers[f"{TRANSFORMER}attn1.to_k"].rank == 1 and state.layers[f"{TRANSFORMER}attn1.to_v"].rank == 2
+
+    def test_hard_and_soft_convolutions(self, small_net, small_inputs, randomise):
+        spec = modules({"proj_in": {"r": 2, "hard": 1}, "proj_out": {"r": 2}, "in_layers.2": {"r": 2}})
+        inject_lora(small_net, spec)
+        block = small_net.model.diffusion_model.input_blocks[0]
+        assert isinstance(block[1].proj_in, LoRAHardConv) and isinstance(block[1].proj_out, LoRAConv)
+        assert block[1].proj_in.lora_down.weight.shape == (2, 8)
+        state = lora_state(small_net)
+        assert state.layers[PROJ_IN].down.shape == (2, 8, 1, 1) and state.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
+
+    def test_hard_changes_nothing_for_dense_layers(self, small_net):
+        inject_lora(small_net, modules({"to_q": {"r": 2, "hard": 1}}))
+        transformer = small_net.model.diffusion_model.input_blocks[0][1].transformer_blocks[0]
+        assert isinstance(transformer.attn1.to_q, LoRADense)
+
+    def test_dropouts_share_one_key(self, small_net):
+        inject_lora(small_net, modules({"to_q": {"dropout": 0.5}, "to_k": {"dropout": 0.1}, "to_v": {}}))
+        dropouts = [cell for _, cell in small_net.cells_and_names() if isinstance(cell, StepDropout)]
+        assert len(dropouts) == 4 and len({id(cell.key) for cell in dropouts}) == 1
+        assert dropouts[0].key.name == "lora_dropout.key" and not dropouts[0].key.requires_grad
+
+    def test_the_rest_of_the_model_where_it_is_asked_for(self, small_net):
+        names = inject_lora(small_net, modules({"trainable_model": 1, "to_q": {"r": 2}}))
+        trainable = {parameter.name for parameter in small_net.trainable_params()}
+        for parameter in small_net.get_parameters():
+            of_lora = parameter.name.rpartition(".")[0] in names
+            wanted = parameter.name.startswith(UNET) and not of_lora
+            assert (parameter.name in trainable) == wanted, parameter.name
+        assert {f"{name}.lora_up.weight" for name in names} <= trainable
+
+    @pytest.mark.parametrize(
+        "content, settings, says",
+        [
+            ({"qkv_proj": {"r": 2}}, {}, "did you mean"),
+            ({"to_q": {"r": 2}, "to_qq": {"r": 2}}, {}, '"to_qq" .* matches no .*: did you mean to_q'),
+            ({"to_q": {"r": 2}, "attn3.*": {"r": 2}}, {}, '"attn3.\\*" .* matches no'),
+            ({"to_q": {"r": 2}, "q_proj": {"r": 2}}, {}, "text encoder alone.*lora_ft_text_encoder True"),
+            ({"q_proj": {"r": 2}}, dict(text_encoder=True), "match no layer of the UNet"),
+            ({"to_q": {"r": 2}}, dict(text_encoder=True), "match no layer of the text encoder"),
+            ({"attn1.to_q": {"r": 2}, "to_q": {"r": 3}}, {}, '"attn1.to_q" .* holds for no layer'),
+            ({"to_q": {"r": 0}}, {}, "leaves out every layer"),
+            ({"to_q": {"r": 9}}, {}, '"to_q": r 9 is more than the width 8'),
+            ({"in_layers.2": {"r": 2, "hard": 1}}, {}, "in_layers.2 is 3x3: set hard 0"),
+            ({"attn1": {"r": 2}}, {}, "match no layer|matches no"),
+        ],
+    )
+    def test_mistakes_are_named_and_change_nothing(self, small_net, content, settings, says):
+        before = list(small_net.parameters_dict())
+        with pytest.raises(UserError, match=says) as caught:
+            inject_lora(small_net, modules(content, **settings))
+        assert "\n" not in str(caught.value)
+        assert list(small_net.parameters_dict()) == before
+
+
+class TestRemoving:
+    EVERYTHING = {"to_*": {"r": 2, "dropout": 0.5}, "proj_in": {"r": 2, "hard": 1}, "in_layers.2": {"r": 1}}
+
+    def test_gives_the_layers_back(self, small_net, small_inputs, randomise):
+        class Fresh(nn.Cell):  # compiled anew
+            def __init__(self, net):
+                super().__init__(auto_prefix=False)
+                self.net = net
+
+            def construct(self, *inputs):
+                return self.net(*inputs)
+
+        before = Fresh(small_net)(*small_inputs).asnumpy()
+        cells = {name: cell for name, cell in small_net.cells_and_names()}
+        arrays = {parameter.name: parameter.asnumpy().copy() for parameter in small_net.get_parameters()}
+        names = inject_lora(small_net, modules(self.EVERYTHING))
+        randomise(small_net)
+        assert remove_lora(small_net) == names
+        assert {name: cell for name, cell in small_net.cells_and_names()} == cells
+        for parameter in small_net.get_parameters():
+            np.testing.assert_array_equal(parameter.asnumpy(), arrays.pop(parameter.name))
+        assert not arrays
+        np.testing.assert_array_equal(Fresh(small_net)(*small_inputs).asnumpy(), before)
+
+    def test_what_was_set_meanwhile_stays_set(self, small_net):
+        inject_lora(small_net, LoRASpec())
+        layers.set_compute_dtype(small_net, ms.float16)
+        small_net.set_train()
+        remove_lora(small_net)
+        layer = small_net.model.diffusion_model.input_blocks[0][1].transformer_blocks[0].attn1.to_q
+        assert layer.dtype == ms.float16 and layer.training
+
+    def test_inject_take_out_remove_merge_unmerge(self, small_net, randomise):
+        arrays = {parameter.name: parameter.asnumpy().copy() for parameter in small_net.get_parameters()}
+        inject_lora(small_net, modules({**self.EVERYTHING, "ff.net.2": {"r": 2, "trainable_scale": 1}}))
+        randomise(small_net)
+        state = lora_state(small_net)
+        remove_lora(small_net)
+        merge_lora(small_net, state, 0.0)
+        for parameter in small_net.get_parameters():
+            np.testing.assert_array_equal(parameter.asnumpy(), arrays[parameter.name])
+        merge_lora(small_net, state, 0.8)
+        unmerge_lora(small_net, state, 0.8)
+        for parameter in small_net.get_parameters():
+            size = np.abs(arrays[parameter.name]).max(initial=0) + 1
+            np.testing.assert_allclose(parameter.asnumpy(), arrays[parameter.name], rtol=0, atol=4e-7 * size)
+
+    def test_again_after_removing(self, small_net):
+        inject_lora(small_net, LoRASpec())
+        remove_lora(small_net)
+        assert inject_lora(small_net, LoRASpec(rank=2))
+
+    def test_nothing_injected(self, small_net):
+        with pytest.raises(UserError, match="nothing to remove"):
+            remove_lora(small_net)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.lora.layers import LoRAConv, LoRADense
+from ldm.data.draws import draws
+from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout, make_dropout_key
 from ldm.models.layers import Conv2d, Dense, set_compute_dtype
 
 RANDOM = np.random.RandomState(0)
@@ -139,3 +140,123 @@ class TestPrecision:
         gradients = Gradient(Loss(cell))(Tensor(normal(4, 7)))
         assert [gradient.dtype for gradient in gradients] == [ms.float32, ms.float32]
         assert all(np.abs(gradient.asnumpy()).max() > 0 for gradient in gradients)
+
+
+class Masked(nn.Cell):
+    """The mask of a StepDropout over ones, and what it makes of an input."""
+
+    def __init__(self, rate, name="net.layer", key=None):
+        super().__init__(auto_prefix=False)
+        self.key = make_dropout_key() if key is None else key
+        self.dropout = StepDropout(rate, name, self.key)
+        self.set_train()
+
+    def construct(self, x):
+        return self.dropout(x)
+
+    def at(self, step, x):
+        self.key.set_data(Tensor(draws(0, "lora_dropout", step).integers(-(2**31), 2**31, 2, dtype=np.int32)))
+        return self(Tensor(x)).asnumpy()
+
+
+class TestDropout:
+    @pytest.mark.parametrize("shape", [(300, 200), (6, 50, 200), (3, 20, 25, 40)])
+    def test_zeroes_the_share_and_lifts_the_rest(self, shape):
+        y = Masked(0.3).at(1, np.ones(shape, np.float32))
+        kept = y[y != 0]
+        np.testing.assert_allclose(kept, 1 / 0.7, rtol=1e-6)
+        # five standard deviations of so many coins
+        assert abs(1 - len(kept) / y.size - 0.3) < 5 * np.sqrt(0.21 / y.size)
+
+    def test_looks_like_independent_coins(self):
+        net, x = Masked(0.5), np.ones((400, 300), np.float32)
+        coins = [net.at(step, x) - 1.0 for step in range(3)]  # -1 or 1
+        first = coins[0]
+        limit = 5 / np.sqrt(first.size)
+        assert abs((coins[0] * coins[1]).mean()) < limit and abs((coins[1] * coins[2]).mean()) < limit
+        for axis in (0, 1):
+            for distance in (1, 2, 3, 8, 64):
+                assert abs((first * np.roll(first, distance, axis)).mean()) < limit, (axis, distance)
+        # four corners of a rectangle: what is left of any mask made of rows and columns alone
+        corners = first * np.roll(first, 1, 0) * np.roll(first, 1, 1) * np.roll(first, (1, 1), (0, 1))
+        assert abs(corners.mean()) < limit
+        for axis in (0, 1):  # no row and no column is dropped more than chance has it
+            assert 0.8 < first.mean(axis=axis).std() * np.sqrt(first.shape[axis]) < 1.25
+
+    def test_is_a_function_of_key_name_and_place(self):
+        x = np.ones((40, 30), np.float32)
+        key = make_dropout_key()
+        one, same, other = Masked(0.5, "a", key), Masked(0.5, "a"), Masked(0.5, "b", key)
+        first = one.at(1, x)
+        np.testing.assert_array_equal(same.at(1, x), first)
+        assert not np.array_equal(other.at(1, x), first)
+        assert not np.array_equal(one.at(2, x), first)
+        np.testing.assert_array_equal(one.at(1, x), first)
+
+    def test_outside_of_training_nothing_is_dropped(self):
+        net, x = Masked(0.9), normal(5, 6)
+        np.testing.assert_array_equal(net(Tensor(x)).asnumpy(), x)  # the key is zero
+        net = Masked(0.9)
+        net.set_train(False)
+        np.testing.assert_array_equal(net.at(1, x), x)
+
+    @pytest.mark.parametrize("kind", ["dense", "convolution"])
+    def test_acts_on_the_updates_inputs_alone(self, kind):
+        mask = Masked(0.5)
+        if kind == "dense":
+            base, x = Dense(7, 5), normal(4, 7)
+            cell = LoRADense(base, normal(RANK, 7), "net.layer", 1.0, dropout=mask.dropout)
+            cell.lora_up.weight.set_data(Tensor(normal(5, RANK)))
+        else:
+            base, x = Conv2d(4, 6, 3, 1, 1), normal(2, 4, 6, 6)
+            cell = LoRAConv(base, normal(RANK, 4, 3, 3), "net.layer", 1.0, dropout=mask.dropout)
+            cell.lora_up.weight.set_data(Tensor(normal(6, RANK, 1, 1)))
+        cell.set_train()
+        plain, whole = base(Tensor(x)).asnumpy(), cell(Tensor(x)).asnumpy()
+        seen = mask.at(1, x)
+        assert 0.2 < (seen == 0).mean() < 0.8
+        trained = cell(Tensor(x)).asnumpy()
+        mask.key.set_data(Tensor(np.zeros(2, np.int32)))
+        np.testing.assert_array_equal(cell(Tensor(x)).asnumpy(), whole)
+        wanted = plain + cell(Tensor(seen)).asnumpy() - base(Tensor(seen)).asnumpy()
+        np.testing.assert_allclose(trained, wanted, rtol=0, atol=1e-4)
+        assert not np.allclose(trained, whole, atol=1e-3)
+
+
+class TestHardConvolution:
+    @pytest.mark.parametrize("trainable_scale", [False, True])
+    def test_computes_what_the_soft_one_does(self, trainable_scale):
+        base, down, up = Conv2d(4, 6, 1), normal(RANK, 4), normal(6, RANK)
+        hard = LoRAHardConv(base, down, "a", 6.0, 0.5, trainable_scale=trainable_scale)
+        soft = LoRAConv(base, down[:, :, None, None], "b", 6.0, 0.5)
+        x = Tensor(normal(2, 4, 5, 5))
+        np.testing.assert_array_equal(hard(x).asnumpy(), base(x).asnumpy())
+        hard.lora_up.weight.set_data(Tensor(up))
+        soft.lora_up.weight.set_data(Tensor(up[:, :, None, None]))
+        np.testing.assert_allclose(hard(x).asnumpy(), soft(x).asnumpy(), rtol=1e-5, atol=1e-5)
+
+    def test_scale_zero_is_the_base_bit_for_bit(self):
+        base = Conv2d(4, 6, 1)
+        cell = LoRAHardConv(base, normal(RANK, 4), "a", 6.0, 0.0)
+        cell.lora_up.weight.set_data(Tensor(normal(6, RANK)))
+        x = Tensor(normal(2, 4, 5, 5))
+        np.testing.assert_array_equal(cell(x).asnumpy(), base(x).asnumpy())
+
+
+class TestTrainableScale:
+    @pytest.mark.parametrize("kind", [LoRADense, LoRAConv, LoRAHardConv])
+    def test_starts_at_scale_and_multiplies_the_update(self, kind):
+        if kind is LoRADense:
+            base, down, up, x = Dense(7, 5), normal(RANK, 7), normal(5, RANK), normal(4, 7)
+        else:
+            base, x = Conv2d(4, 6, 1), normal(2, 4, 5, 5)
+            tail = () if kind is LoRAHardConv else (1, 1)
+            down, up = normal(RANK, 4, *tail), normal(6, RANK, *tail)
+        fixed, trained = kind(base, down, "a", 6.0, 0.5), kind(base, down, "b", 6.0, 0.5, trainable_scale=True)
+        for cell in (fixed, trained):
+            cell.lora_up.weight.set_data(Tensor(up))
+        assert trained.lora_scale.name == "b.lora_scale" and trained.lora_scale.shape == (1,)
+        plain, one = base(Tensor(x)).asnumpy(), fixed(Tensor(x)).asnumpy()
+        np.testing.assert_allclose(trained(Tensor(x)).asnumpy(), one, rtol=1e-5, atol=1e-5)
+        trained.lora_scale.set_data(Tensor(np.array([-1.0], np.float32)))
+        np.testing.assert_allclose(trained(Tensor(x)).asnumpy() - plain, -2 * (one - plain), rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import (
     LoRALayer,
     LoRAState,
+    Weights,
     check_compatible,
     lora_state,
     match_lora,
@@ -170,6 +171,21 @@ class TestMerging:
         wanted = before + one.update(0.5) + two.update(-0.25)
         np.testing.assert_allclose(weights_of(small_net)[f"{TO_Q}.weight"], wanted, rtol=1e-6, atol=1e-6)
 
+    def test_networks_have_weights_of_their_own(self, small_net):
+        before = weights_of(small_net)
+        text = f"{TEXT}q_proj"
+        state = LoRAState({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 2.0),
+                           text: LoRALayer(normal(2, 6), normal(6, 2), 2.0)})  # fmt: skip
+        merge_lora(small_net, state, Weights(0.5, 0.0))
+        after = weights_of(small_net)
+        assert after[f"{text}.weight"].tobytes() == before[f"{text}.weight"].tobytes()
+        wanted = before[f"{TO_Q}.weight"] + state.layers[TO_Q].update(0.5)
+        np.testing.assert_array_equal(after[f"{TO_Q}.weight"], wanted)
+        merge_lora(small_net, state, Weights(-0.5, 0.25))
+        wanted = before[f"{text}.weight"] + state.layers[text].update(0.25)
+        np.testing.assert_array_equal(weights_of(small_net)[f"{text}.weight"], wanted)
+        np.testing.assert_allclose(weights_of(small_net)[f"{TO_Q}.weight"], before[f"{TO_Q}.weight"], atol=1e-6)
+
     def test_half_precision_weights_are_summed_in_fp32(self, small_net):
         weight = small_net.parameters_dict()[f"{TO_Q}.weight"]
         base = (normal(8, 8) * 100).astype(np.float16)
@@ -230,7 +246,7 @@ class TestRefusing:
         state = LoRAState({TO_K: LoRALayer(normal(2, width), normal(8, 2), 2.0)})
         assert f"it was made for {made_for}, the model is of context 6" in self.refused(small_net, state)
 
-    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), Weights(1.0, float("nan"))])
     def test_a_scale_that_is_no_number(self, trained, scale):
         net, state = trained
         assert "must be a finite number" in self.refused(net, state, scale=scale)

@@ -11,7 +11,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRALayer, LoRAState, Weights
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 
@@ -106,8 +106,6 @@ class TestLoRAAndLoRA:
         assert read_lora(out).ranks() == [5]
 
     def test_any_number_with_weights_of_their_own(self, files, capsys):
-        from ldm.lora.algebra import Weights
-
         tmp_path, paths = files
         out = str(tmp_path / "out.ckpt")
         lora_add.main(["--paths", f"{paths['one']}:0.7", f"{paths['two']}:-0.5:0", paths["three"],
@@ -149,7 +147,7 @@ class TestLoRAAndLoRA:
             (["{one}:1:0", "{two}", "{out}"], "one weight for both networks"),
             (["{one}", "nowhere.ckpt", "{out}"], "nowhere.ckpt does not exist"),
             (["{one}:x", "{two}", "{out}"], "is no weight such as 0.7"),
-            (["{one}:nan", "{two}", "{out}"], "is no weight such as 0.7"),
+            (["{one}:nan", "{two}", "{out}"], "not a finite number"),
             (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
             (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "rank is 0"),
             (["--mode", "sum", "--output_path", "{out}"], "takes at least one"),

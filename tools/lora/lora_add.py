@@ -27,10 +27,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
 from ldm.errors import UserError, run  # noqa: E402
-from ldm.lora.algebra import Weights, difference, mix_factors, resize, weighted_sum  # noqa: E402
+from ldm.lora.algebra import difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
-from ldm.lora.state import LoRAState  # noqa: E402
+from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.paths import weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 
