@@ -25,10 +25,6 @@ _FOREIGN = (
 )
 
 
-# The number that PyTorch put first, pickled, after two bytes of protocol.
-_OLD_TORCH = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-
-
 def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, read-only. Raises UserError if it is missing (naming the nearest), empty, or not readable."""
     if not path.exists():
@@ -52,9 +48,6 @@ def describe(path: Path, data: mmap.mmap) -> str:
             return name
     if head.startswith(b"PK"):
         return "a zip archive: unpack it first"
-    if head[2:].startswith(_OLD_TORCH):
-        return ("a PyTorch file of before 1.6, which is not read here: where PyTorch is, write it again with "
-                "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)")
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle, which could run code: convert it to .safetensors"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

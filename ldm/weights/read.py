@@ -15,6 +15,7 @@ from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.files import describe, looks_like_text, map_file
 from ldm.weights.mindspore_ckpt import open_ckpt, write_ckpt
 from ldm.weights.safetensors_file import open_safetensors, write_safetensors
+from ldm.weights.torch_legacy import is_torch_legacy, open_torch_legacy
 from ldm.weights.torch_zip import is_torch_zip, open_torch
 
 WRITERS = {".safetensors": write_safetensors, ".ckpt": write_ckpt}
@@ -31,6 +32,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     data = map_file(path)
     if is_torch_zip(data):
         return open_torch(path, data)
+    if is_torch_legacy(data):
+        return open_torch_legacy(path, data)
     if data[:1] == b"\n" and not looks_like_text(data[:512]):
         return open_ckpt(path, data)
     header_size = int.from_bytes(data[:8], "little")

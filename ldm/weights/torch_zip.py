@@ -104,18 +104,30 @@ KNOWN = {
 }  # fmt: skip
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The pickle names something that is not in the list."""
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """Runs a pickle that names nothing but what is in KNOWN. Raises Refused for another name, else one of DAMAGED."""
+
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            raise Refused(
+                "it is a TorchScript archive, a program with its weights (OpenAI's CLIP came so): get the weights "
+                "alone, as .safetensors or a Hugging Face folder"
+            )
         if f"{module}.{name}" not in KNOWN:
-            raise _Refused(f"{module}.{name}")
+            raise Refused(
+                f"its pickle wants to run {module}.{name}, which no checkpoint needs, so it may be malicious; get the "
+                "weights as .safetensors"
+            )
         return KNOWN[f"{module}.{name}"]
 
     def persistent_load(self, identity: Any) -> _Storage:
-        kind, dtype, key, _device, _count = identity
+        kind, dtype, key, _device, _count, *view = identity  # what a storage is a view of, in files of before 1.6
+        if any(part is not None for part in view):
+            raise pickle.UnpicklingError("a storage that is a part of another")
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
             raise pickle.UnpicklingError("an unknown kind of storage")
         return _Storage(dtype, key)
@@ -151,15 +163,12 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
     except NotImplementedError as error:  # encryption, or a compression that zipfile has not
         raise UserError(f"{path} is no PyTorch checkpoint: {error}") from error
     try:
-        content = _Unpickler(io.BytesIO(program), encoding="utf-8").load()
+        content = Unpickler(io.BytesIO(program), encoding="utf-8").load()
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        tensors = dict(_tensors(content, ""))
-    except _Refused as error:
-        raise UserError(
-            f"{path} is refused: its pickle wants to run {error}, which no checkpoint needs, so it may be malicious; "
-            "get the weights as .safetensors"
-        ) from None
+        tensors = dict(find_tensors(content, ""))
+    except Refused as error:
+        raise UserError(f"{path} is refused: {error}") from None
     except DAMAGED as error:
         raise UserError(f"{path} is a damaged PyTorch file ({type(error).__name__}: {error}): {again}") from error
     if not tensors and isinstance(content, dict) and "string_to_param" in content:
@@ -175,19 +184,19 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"{path} is a compressed zip; PyTorch writes uncompressed ones: {again}")
             starts[key] = _start(data, member), member.file_size
-        entry = _entry(tensor, *starts[key])
+        entry = entry_of(tensor, *starts[key])
         if entry is None or starts[key][0] + starts[key][1] > len(data):
             raise UserError(f"{path} is damaged: {name} {tensor.shape} does not lie within its data: {again}")
         entries[name] = entry
     return Checkpoint(path, "torch", data, entries, {})
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, _Tensor]]:
+def find_tensors(value: Any, name: str) -> Iterator[tuple[str, _Tensor]]:
     if isinstance(value, _Tensor):
         yield name, value
     elif isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
+            yield from find_tensors(inner, f"{name}.{key}" if name else str(key))
 
 
 def _start(data: mmap.mmap, member: zipfile.ZipInfo) -> int:
@@ -196,7 +205,7 @@ def _start(data: mmap.mmap, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + extra
 
 
-def _entry(tensor: _Tensor, start: int, size: int) -> Entry | None:
+def entry_of(tensor: _Tensor, start: int, size: int) -> Entry | None:
     """Where a tensor lies in the file; None if not within the `size` bytes of its storage at `start`."""
     itemsize = 2 if tensor.storage.dtype == "bf16" else np.dtype(tensor.storage.dtype).itemsize
     if len(tensor.shape) != len(tensor.stride) or min((0, tensor.offset, *tensor.shape, *tensor.stride)) < 0:

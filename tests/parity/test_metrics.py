@@ -50,7 +50,9 @@ def test_features_equal_pytorch_fids_with_the_same_weights(tmp_path):
     ms.set_context(mode=ms.GRAPH_MODE)
     arrays = inception_weights()
     network = reference_inception(arrays)
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "inception.pth")
+    # The published file is in the form of before 1.6.
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "inception.pth",
+               _use_new_zipfile_serialization=False)
     ours = inception(tmp_path / "inception.pth")
     path = write_odd_pictures(tmp_path)["odd.png"]
     with torch.no_grad():
