@@ -208,7 +208,12 @@ def test_a_unet_of_its_own_takes_the_place_of_the_checkpoints(folder, base, tmp_
 
 def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path, monkeypatch):
     networks = []
-    monkeypatch.setattr(ldm.pipeline, "build_model", lambda config: networks.append(build_model(config)) or networks[0])
+
+    def built(config, **options):
+        networks.append(build_model(config, **options))
+        return networks[0]
+
+    monkeypatch.setattr(ldm.pipeline, "build_model", built)
     half = drawn(folder, tmp_path, "--precision", "fp16")
     assert 0 < np.abs(half - base).max() < 0.02 * np.abs(base).max()
     (model,) = networks

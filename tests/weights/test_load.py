@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 
@@ -10,6 +11,8 @@ from ldm.errors import UserError
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
+from ldm.pipeline import Pipeline, load_model
+from ldm.weights.compvis import ema_name
 from ldm.weights.load import load_base
 from ldm.weights.read import write_checkpoint
 from tests.weight_names import to_diffusers
@@ -97,6 +100,22 @@ class TestLoading:
         assert report.ignored == {"noise schedule": 2, "EMA copy": 1}
         assert "2 (noise schedule)" in str(report)
 
+    def test_parameters_that_were_not_drawn_are_zeros_until_then(self, config, weights, tmp_path):
+        empty = build_model(config, random=False)
+        assert not arrays_of(empty)[TO_K].any() and arrays_of(empty)[TO_K].shape == weights[TO_K].shape
+        load_base(empty, save(tmp_path / "base.ckpt", weights))
+        for name, array in arrays_of(empty).items():
+            np.testing.assert_array_equal(array, weights[name])
+
+    def test_the_moving_averages_where_they_are_asked_for(self, model, weights, tmp_path):
+        averages = {ema_name(name): array + 1 for name, array in weights.items() if name.startswith("model.")}
+        path = save(tmp_path / "base.ckpt", {**weights, **averages})
+        report = load_base(model, path, ema=True)
+        assert report.ignored == {"weight that has an EMA copy": 286}
+        loaded = arrays_of(model)
+        np.testing.assert_array_equal(loaded[TO_K], weights[TO_K] + 1)
+        np.testing.assert_array_equal(loaded[QUANT], weights[QUANT])
+
     def test_one_component_alone(self, model, weights, tmp_path):
         before = arrays_of(model)
         report = load_base(model, save(tmp_path / "base.ckpt", weights), components=["unet"])
@@ -130,12 +149,22 @@ class TestLoading:
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
 
     def test_the_compute_type_does_not_change_the_parameters(self, config, weights, tmp_path):
-        import mindspore as ms
-
         model = build_model(config)
         set_compute_dtype(model, ms.float16)
         load_base(model, save(tmp_path / "base.ckpt", weights))
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
+
+
+class TestPrecision:
+    def test_the_vae_computes_in_fp32_where_the_rest_computes_in_fp16(self, config, weights, tmp_path):
+        name = "first_stage_model.decoder.conv_in.weight"
+        loud = save(tmp_path / "loud.ckpt", {**weights, name: weights[name] * 1e7})  # beyond fp16's 65504
+        latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+        half, full = (load_model(config, loud, dtype) for dtype in (ms.float16, ms.float32))
+        assert half.model.diffusion_model.time_embed[0].dtype == ms.float16
+        drawn = Pipeline(half, config).decode(latents)
+        np.testing.assert_array_equal(drawn, Pipeline(full, config).decode(latents))
+        assert drawn.std() > 1
 
 
 class TestRefusing:

@@ -1,0 +1,211 @@
+"""Which model a checkpoint is, its shapes tell and what is written in it; what they leave open is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ldm.config.model import load_model_config, model_document, parse_model_config
+from ldm.errors import UserError
+from ldm.paths import ROOT
+from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model
+from ldm.weights.base import plan_base
+from ldm.weights.checkpoint import Arrays
+from ldm.weights.diffusers_folder import DiffusersFolder
+from ldm.weights.write_folder import scheduler_config, text_config, unet_config, vae_config
+
+HERE = Path(__file__).parent
+V1, V2, V2_V, NANO = KNOWN
+
+
+@pytest.fixture(scope="module")
+def published():
+    return json.loads(gzip.decompress((HERE / "published_names.json.gz").read_bytes()))
+
+
+class Shapes(Arrays):
+    """A checkpoint of which nothing is there but names and shapes."""
+
+    path, metadata = Path("nowhere/model.safetensors"), {}
+
+    def __init__(self, shapes, **metadata):
+        self._shapes, self.metadata = shapes, metadata
+
+    def spec(self, name):
+        return np.dtype(np.float32), tuple(self._shapes[name])
+
+    def __getitem__(self, name):
+        raise AssertionError("nothing is read to tell what it is")
+
+    def __iter__(self):
+        return iter(self._shapes)
+
+    def __len__(self):
+        return len(self._shapes)
+
+
+class Folder(Shapes, DiffusersFolder):
+    """A diffusers folder of which nothing is there but names, shapes and settings."""
+
+    path = Path("nowhere/sd")
+
+    def __init__(self, published, version, settings):
+        parts = {"unet": f"diffusers_unet_sd{version}", "vae": "diffusers_vae_sd",
+                 "text_encoder": f"transformers_text_encoder_sd{version}"}
+        shapes = {f"{part}/{name}": shape for part, key in parts.items() for name, shape in published[key].items()}
+        said = settings.get("scheduler/scheduler_config.json", {}).get("prediction_type")
+        Shapes.__init__(self, shapes, **({"prediction_type": said} if said else {}))
+        self._settings = settings
+
+    def config(self, component):
+        return self._settings.get(f"{component}/config.json", {})
+
+    def read_json(self, name):
+        return self._settings.get(name, {})
+
+
+def settings_of(model, **changed):
+    """The settings of a folder of `model`; changed: component -> what differs, None for no file."""
+    settings = {
+        "unet/config.json": unet_config(model),
+        "vae/config.json": vae_config(model),
+        "text_encoder/config.json": text_config(model),
+        "scheduler/scheduler_config.json": scheduler_config(model),
+        "tokenizer/special_tokens_map.json": {"pad_token": "!" if model.pad_token == "zero" else "<|endoftext|>"},
+    }
+    for part, change in changed.items():
+        name = next(name for name in settings if name.startswith(part))
+        settings[name] = {} if change is None else {**settings[name], **change}
+    return settings
+
+
+def found(checkpoint, prediction_type=None):
+    return [Path(model.path).relative_to(ROOT).as_posix() if Path(model.path).is_absolute() else model.path
+            for model in fitting_models(checkpoint, plan_base(checkpoint), prediction_type)]
+
+
+class TestSingleFiles:
+    @pytest.mark.parametrize("kind", ["sd{}_ldm_ckpt_keys", "mindone_ckpt_names_v{}"])
+    def test_published_files(self, published, kind):
+        assert found(Shapes(published[kind.format(1)])) == [V1]
+        # Noise and velocity have the same shapes.
+        assert found(Shapes(published[kind.format(2)])) == [V2, V2_V]
+
+    @pytest.mark.parametrize("prediction_type, path", [("epsilon", V2), ("v_prediction", V2_V)])
+    def test_the_prediction_type_decides_among_sd2(self, published, prediction_type, path):
+        names = published["sd2_ldm_ckpt_keys"]
+        assert found(Shapes(names, prediction_type=prediction_type)) == [path]
+        assert found(Shapes(names), prediction_type) == [path]
+
+    def test_a_known_model_that_was_trained_to_predict_the_other_thing(self, published):
+        checkpoint = Shapes(published["sd1_ldm_ckpt_keys"])
+        (model,) = fitting_models(checkpoint, plan_base(checkpoint), "v_prediction")
+        assert model.prediction_type == "v_prediction" and model.architecture == "sd1" and known_path(model) is None
+
+    def test_the_embedded_model(self):
+        assert same_model(detect_model(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO))
+
+    def test_other_sizes_are_of_no_known_model(self, published):
+        names = dict(published["sd1_ldm_ckpt_keys"])
+        names["first_stage_model.post_quant_conv.weight"] = [16, 16, 1, 1]
+        assert found(Shapes(names)) == []
+
+    def test_one_component_is_judged_by_what_it_has(self, published):
+        names = published["sd1_ldm_ckpt_keys"]
+        for part in ("model.diffusion_model.", "cond_stage_model."):
+            assert found(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
+
+    def test_inpainting(self, published):
+        names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
+        with pytest.raises(UserError, match="is an inpainting checkpoint"):
+            found(Shapes(names))
+
+    def test_the_yaml_beside_it_says_the_rest(self, tmp_path, published):
+        checkpoint = Shapes(published["sd2_ldm_ckpt_keys"])
+        checkpoint.path = tmp_path / "mine.safetensors"
+        document = model_document(load_model_config(ROOT / V2_V))
+        document["model"]["params"]["timesteps"] = 500
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
+        (model,) = fitting_models(checkpoint, plan_base(checkpoint))
+        assert model.timesteps == 500 and model.prediction_type == "v_prediction"
+
+
+class TestDiffusersFolders:
+    @pytest.mark.parametrize("path", [V1, V2, V2_V])
+    def test_published_models(self, published, path):
+        model = load_model_config(ROOT / path)
+        version = {"sd1": 1, "sd2": 2}[model.architecture]
+        assert found(Folder(published, version, settings_of(model))) == [path]
+        # Without config.json the shapes tell, and the scheduler.
+        assert found(Folder(published, version, settings_of(model, vae=None))) == [path]
+
+    @pytest.mark.parametrize(
+        "changed, field, value",
+        [
+            ({"scheduler": {"beta_end": 0.02}}, "linear_end", 0.02),
+            ({"scheduler": {"prediction_type": "v_prediction"}}, "prediction_type", "v_prediction"),
+            ({"scheduler": {"num_train_timesteps": 500}}, "timesteps", 500),
+            ({"vae": {"scaling_factor": 0.13}}, "scale_factor", 0.13),
+            ({"unet": {"sample_size": 96}}, "image_size", 768),
+            ({"tokenizer": {"pad_token": {"content": "!"}}}, "pad_token", "zero"),
+        ],
+    )
+    def test_what_differs_makes_another_model(self, published, changed, field, value):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
+        (model,) = fitting_models(folder, plan_base(folder))
+        assert getattr(model, field) == value and model.architecture == "sd1" and known_path(model) is None
+
+    @pytest.mark.parametrize(
+        "changed, part, key, value",
+        [
+            ({"unet": {"attention_head_dim": 4}}, "unet", "num_heads", 4),
+            ({"unet": {"attention_head_dim": [5, 10, 20, 20]}}, "unet", "num_head_channels", 64),
+            ({"unet": {"num_attention_heads": 16}}, "unet", "num_heads", 16),
+            ({"unet": {"norm_num_groups": 16}}, "unet", "num_groups", 16),
+            ({"vae": {"norm_num_groups": 16}}, "vae", "num_groups", 16),
+            ({"text": {"hidden_act": "gelu"}}, "text", "activation", "gelu"),
+            ({"text": {"num_attention_heads": 8}}, "text", "num_heads", 8),
+        ],
+    )
+    def test_what_shapes_do_not_tell(self, published, changed, part, key, value):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
+        (model,) = fitting_models(folder, plan_base(folder))
+        assert getattr(model, part)[key] == value
+
+    @pytest.mark.parametrize(
+        "changed, words",
+        [
+            ({"unet": {"attention_head_dim": [5, 10, 10, 20]}}, "attention_head_dim"),
+            ({"unet": {"act_fn": "gelu"}}, "act_fn in unet/config.json is 'gelu'"),
+            ({"unet": {"class_embed_type": "timestep"}}, "class_embed_type"),
+            ({"unet": {"addition_embed_type": "text_time"}}, "addition_embed_type"),
+            ({"unet": {"dual_cross_attention": True}}, "dual_cross_attention"),
+            ({"vae": {"shift_factor": 0.1}}, "shift_factor"),
+            ({"scheduler": {"beta_schedule": "linear"}}, "beta_schedule"),
+            ({"scheduler": {"rescale_betas_zero_snr": True}}, "rescale_betas_zero_snr"),
+            ({"scheduler": {"prediction_type": "sample"}}, "prediction_type"),
+            ({"text": {"hidden_act": "relu"}}, "activation"),
+            ({"scheduler": {"beta_end": "big"}}, "linear_end"),
+            ({"unet": {"attention_head_dim": 7}}, "num_heads"),
+        ],
+    )
+    def test_settings_that_the_networks_here_do_not_have(self, published, changed, words):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
+        with pytest.raises(UserError, match=words) as caught:
+            fitting_models(folder, plan_base(folder))
+        assert "nowhere/sd" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", [*(ROOT / path for path in KNOWN), *sorted(ROOT.glob("tests/golden/*.yaml")),
+                                  ROOT / "tests" / "tiny.yaml"], ids=lambda path: path.stem)
+def test_a_model_written_as_yaml_reads_back_as_itself(path):
+    model = load_model_config(path)
+    document = yaml.safe_load(yaml.safe_dump(model_document(model)))
+    back = parse_model_config(document, path)
+    assert dataclasses.asdict(back) == dataclasses.asdict(model)

@@ -1,0 +1,157 @@
+"""Measure time and memory of loading and converting a full-size base model of random weights.
+
+    python tools/benchmark/load_checkpoint.py
+    python tools/benchmark/load_checkpoint.py --model_config configs/v2-inference.yaml --folder /tmp
+
+Needs 15 GB of disk in --folder (for Stable Diffusion 1.x), which it gives back, and 6 GB of memory. Each line is a
+process of its own. "Own memory" is what the system cannot take back (RssAnon), above what the process had before;
+"resident" adds the pages of mapped files (VmRSS), which it can. Both are the largest of samples taken every 5 ms, also
+given as multiples of the weights as the networks hold them, in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
+
+from ldm.errors import UserError, run  # noqa: E402
+
+
+def memory() -> dict[str, int]:
+    """RssAnon and VmRSS of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    return {name: int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
+
+
+def measured(work: Callable[[], None]) -> dict[str, float]:
+    """Seconds of `work`, and the largest growth of either kind of memory while it ran."""
+    before = memory()
+    most, done = dict(before), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            for name, size in memory().items():
+                most[name] = max(most[name], size)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        work()
+    finally:
+        seconds = time.perf_counter() - began
+        done.set()
+        watcher.join()
+    return {"seconds": seconds, **{name: most[name] - before[name] for name in most}}
+
+
+def write_random(config_path: str, target: Path) -> None:
+    """A single file of the model's shapes in fp32, one array at a time."""
+    import numpy as np
+
+    from ldm.config.model import load_model_config
+    from ldm.models.stable_diffusion import build_model
+    from ldm.weights.checkpoint import Arrays
+    from ldm.weights.read import write_checkpoint
+
+    config = load_model_config(config_path)
+    shapes = {p.name: tuple(p.shape) for p in build_model(config, random=False).get_parameters()}
+    generator = np.random.default_rng(0)
+
+    class Random(Arrays):
+        def spec(self, name):
+            return np.dtype("<f4"), shapes[name]
+
+        def __getitem__(self, name):
+            return generator.random(shapes[name], np.float32)
+
+        def __iter__(self):
+            return iter(shapes)
+
+        def __len__(self):
+            return len(shapes)
+
+    write_checkpoint(target, Random(), {"architecture": config.architecture, "prediction_type": config.prediction_type})
+
+
+def measure_load(config_path: str, source: str) -> dict[str, float]:
+    """What a script does before it draws or trains: networks built, checkpoint loaded into them."""
+    from ldm.config.model import load_model_config
+    from ldm.models.stable_diffusion import build_model
+    from ldm.weights.load import load_base
+
+    config = load_model_config(config_path)
+    held = []
+
+    def work() -> None:
+        held.append(build_model(config, random=False))
+        load_base(held[0], source)
+
+    found = measured(work)
+    return {**found, "weights": sum(p.nbytes for p in held[0].get_parameters())}
+
+
+def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
+    from ldm.weights.convert import convert
+
+    return measured(lambda: convert(source, target, dtype=dtype))
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """One measurement by a process of its own."""
+    result = subprocess.run([sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{' '.join(arguments)} ended with {result.returncode}: {result.stderr.strip()[-400:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", default=str(ROOT / "configs" / "v1-inference.yaml"),
+                        help="the model's YAML (default: Stable Diffusion 1.x)")
+    parser.add_argument("--folder", default=None, help="where the files are put meanwhile (default: the system's)")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        kind, *rest = args.measure
+        print(json.dumps({"load": measure_load, "convert": measure_convert}[kind](*rest)))
+        return
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        base, mindone, folder, half = (
+            Path(temporary) / name for name in ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")
+        )
+        print("writing random weights ...", file=sys.stderr, flush=True)
+        write_random(args.model_config, base)
+        rows, weights = [], 0
+        for source, target, dtype in ((base, mindone, "keep"), (mindone, folder, "keep"), (folder, half, "fp16"),
+                                      (half, None, "")):
+            rows.append((f"load {source.name}", in_a_process("load", args.model_config, str(source))))
+            weights = rows[-1][1]["weights"]
+            if target is not None:
+                what = f"convert {source.name} to {target.name}{', fp16' if dtype == 'fp16' else ''}"
+                rows.append((what, in_a_process("convert", str(source), str(target), dtype)))
+            print(rows[-1][0], file=sys.stderr, flush=True)
+        print(f"{Path(args.model_config).name}: {weights / 1e9:.2f} GB of weights in fp32\n")
+        print("| what | seconds | own memory, at most | resident, at most |\n| --- | --- | --- | --- |")
+        for what, found in rows:
+            own, resident = found["RssAnon"], found["VmRSS"]
+            print(f"| {what} | {found['seconds']:.1f} | {own / 1e9:.2f} GB, {own / weights:.2f}x | "
+                  f"{resident / 1e9:.2f} GB, {resident / weights:.2f}x |")
+
+
+if __name__ == "__main__":
+    run(main)
