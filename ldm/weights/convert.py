@@ -146,16 +146,7 @@ def convert(
         metadata["prediction_type"] = model.prediction_type
 
     if form == "diffusers":
-        made = diffusers.layout(shapes, model)
-        parts = {
-            component: Converted(
-                canonical,
-                {name.partition("/")[2]: how for name, how in made.items() if name.startswith(f"{component}/")},
-                DTYPES[dtype],
-            )
-            for component in COMPONENTS
-        }
-        write_folder(target, model, parts)
+        write_folder(target, model, diffusers_parts(canonical, shapes, model, DTYPES[dtype]))
     else:
         constants: dict[str, np.ndarray] = {}
         if form == "ldm":
@@ -177,6 +168,21 @@ def convert(
     if len(found) == 1 and known_path(model) is None:
         _write_yaml(yaml_beside(target), model, source)
     return report
+
+
+def diffusers_parts(
+    canonical: Canonical, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, dtype: np.dtype | None = None
+) -> dict[str, Converted]:
+    """The arrays of a diffusers folder's networks, for write_folder; `shapes` are those of the canonical ones."""
+    made = diffusers.layout(shapes, model)
+    return {
+        component: Converted(
+            canonical,
+            {name.partition("/")[2]: how for name, how in made.items() if name.startswith(f"{component}/")},
+            dtype,
+        )
+        for component in COMPONENTS
+    }
 
 
 def check_diffusers_form(model: ModelConfig) -> None:

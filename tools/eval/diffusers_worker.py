@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -92,6 +93,13 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return vae
 
 
+def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None:
+    """Put a LoRA file's layers into the UNet; prefix: what its keys begin with."""
+    # Unless it is told so, diffusers reads a .safetensors here without its texts, where lora_alpha is: silently, all
+    # alphas would be the rank.
+    unet.load_lora_adapter(path, prefix=prefix, adapter_name="default", use_safetensors=True)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +107,7 @@ def train(job: dict) -> dict:
     """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"]."""
     networks = Networks(Path(job["base"]), job["pad_token"])
     unet = networks.unet
-    unet.load_lora_adapter(job["lora"], prefix="unet", adapter_name="default")
+    load_lora(unet, job["lora"], "unet")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -208,7 +216,7 @@ def generate(job: dict) -> dict:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     if job["lora"]:
-        pipeline.unet.load_lora_adapter(job["lora"], prefix=None, adapter_name="default")
+        load_lora(pipeline.unet, job["lora"], None)
         pipeline.unet.fuse_lora()
     starting = torch.from_numpy(np.load(job["latents"], allow_pickle=False))
     prompts, size = job["prompts"], job["batch_size"]
@@ -286,7 +294,8 @@ def main() -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     result = {"train": train, "generate": generate, "plot": plot}[command](job)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
-                "diffusers": diffusers.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+                "diffusers": diffusers.__version__, "peft": metadata.version("peft"),
+                "threads": torch.get_num_threads()}  # fmt: skip
     with atomic_path(job["result"]) as temporary:
         temporary.write_text(json.dumps({**result, "versions": versions}), encoding="utf-8")
 

@@ -1,0 +1,590 @@
+"""Train the same LoRA here and with diffusers, draw the same held-out prompts with both, and score both by one code.
+
+    python tools/eval/compare_diffusers.py --train_config configs/train/train_config_lora_nano.yaml \\
+        --base models/nano/nano.safetensors --data datasets/emoji_fluent_hc --output_path output/compare
+
+Both start from the same base (written as a diffusers folder) and the same LoRA factors, see the same rows, latents'
+posterior draws, noise, timesteps and dropped captions at every step, train with AdamW at the same rates in fp32, and
+draw from the same starting latents with DPM-Solver++. What is left to differ is the two implementations.
+
+Any setting of train_text_to_image.py may follow, such as --max_steps 100; it wins over the recipe for both. A run that
+was interrupted, or one with more seeds, goes on from the stages that are done. docs/evaluation.md explains the results:
+
+    OUTPUT/table.md, table.json     scores, seconds, memory, and how far the losses are apart
+    OUTPUT/curves.png               the losses of both for each seed
+    OUTPUT/grid_seed1.png           prompt, real picture, base, LoRA of both
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ldm.atomic import atomic_path  # noqa: E402
+from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
+from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.config.parse import parse_config  # noqa: E402
+from ldm.config.train import TrainConfig  # noqa: E402
+from ldm.data.batches import BatchOrder  # noqa: E402
+from ldm.data.cache import content_key  # noqa: E402
+from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
+from ldm.data.draws import draws  # noqa: E402
+from ldm.data.transforms import load_image  # noqa: E402
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.paths import ROOT, check_folder, under_root, writing  # noqa: E402
+from ldm.training.plan import make_plan  # noqa: E402
+from ldm.weights.architecture import detect_model  # noqa: E402
+from ldm.weights.base import base_hash  # noqa: E402
+from ldm.weights.read import content_hash  # noqa: E402
+from tools.eval.compare_report import (  # noqa: E402
+    ALLOWED,
+    SIDES,
+    Scores,
+    compare_runs,
+    markdown,
+    read_metrics,
+    seconds_per_step,
+)
+from tools.grid import draw_grid  # noqa: E402
+from tools.nano.pictures import evenly  # noqa: E402
+
+WORKER = ROOT / "tools" / "eval" / "diffusers_worker.py"
+VENV = ROOT / ".venv-parity"
+NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "matplotlib", "PIL", "numpy", "ftfy", "tqdm")
+GRID_PROMPTS = 24
+# What the tool itself sets for both sides.
+OURS_TO_SET = ("data_path", "pretrained_model_path", "output_path", "resume", "seed", "precision", "device_target",
+               "use_parallel", "loss_scaler_type", "train_config")  # fmt: skip
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> TrainConfig:
+    """The recipe as both sides train it. Raises UserError for what diffusers' LoRA training has no counterpart of."""
+    for flag in flags:
+        name = flag[2:].partition("=")[0].replace("-", "_")
+        if flag.startswith("--") and name in OURS_TO_SET:
+            way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
+            raise UserError(f"--{name} cannot be given here: {way}")
+    config = parse_config(
+        TrainConfig,
+        ["--train_config", path, *flags, "--pretrained_model_path", base, "--seed", str(seed), "--precision", "fp32",
+         "--loss_scaler_type", "none"],
+        yaml_flag="train_config",
+    )  # fmt: skip
+    if not config.use_lora:
+        raise UserError(f"{path} trains the whole UNet: this comparison is of LoRA, add --use_lora True")
+    without = {
+        "lora_ft_text_encoder": "diffusers' script trains the UNet alone",
+        "use_ema": "diffusers' script keeps no moving average of a LoRA",
+        "image_filter_size": "leave small pictures out of the data set instead",
+        "lora_dropout": "its random masks differ between the two",
+        "unet_initialize_random": "both start from the base",
+        "pretrained_model_ema": "convert the base with its averages first (tools/model_conversion)",
+    }
+    for name, reason in without.items():
+        if getattr(config, name, None):
+            raise UserError(f"{name} is set, which cannot be compared: {reason}; add --{name} with its off value")
+    if getattr(config, "lora_config", None) is not None:
+        raise UserError("lora_config cannot be compared: PEFT has one rank and alpha for all; use lora_targets")
+    return config
+
+
+def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[list[Row], list[str], list[Row]]:
+    """(rows to train on, held-out prompts, the rows with their real pictures; none where test/ has prompts.txt alone).
+
+    prompts: how many of the held-out ones, evenly spread; None for all. Raises UserError.
+    """
+    columns = {"image_column": config.image_column, "text_column": config.caption_column}
+    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        raise UserError(
+            f"--data {folder} must hold the folders train and test, with img_txt.csv and pictures in each (test may "
+            "hold a prompts.txt alone): pictures that training has seen say nothing about what was learned"
+        )
+    train = read_image_text_csv(folder / "train", **columns).rows
+    lines = folder / "test" / "prompts.txt"
+    if lines.is_file() and not (folder / "test" / "img_txt.csv").is_file():
+        try:
+            texts = lines.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{lines} cannot be read as a UTF-8 text file ({error})") from None
+        test = []
+    else:
+        test = read_image_text_csv(folder / "test", **columns).rows
+        texts = [" ".join(row.text.splitlines()) for row in test]
+    if not texts:
+        raise UserError(f"{lines} is empty: write the held-out prompts into it, one a line")
+    chosen = evenly(len(texts), prompts or len(texts))
+    return train, [texts[i] for i in chosen], [test[i] for i in chosen] if test else []
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+class Stages:
+    """Parts of the experiment, each in a folder of its own, done once for the same settings.
+
+    A stage's done.json holds its settings and result; it is written last. Where the settings are others, or the stage
+    was broken off, its folder is made anew, unless it can go on from what is there.
+    """
+
+    def __init__(self, output: Path, count: int):
+        self.output, self.count, self.number = output, count, 0
+
+    def run(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        goes_on: bool = False,
+    ) -> dict[str, Any]:
+        """What `make(folder)` gives, or gave before. goes_on: `make` can take up a folder that was broken off."""
+        self.number += 1
+        label = f"[{self.number}/{self.count}] {name}"
+        folder, settings = self.output / name, json.loads(json.dumps(settings))
+        done, begun = folder / "done.json", folder / "begun.json"
+        earlier = _read_json(done)
+        if earlier is not None and earlier["settings"] == settings:
+            print(f"{label}: done already", flush=True)
+            return earlier["result"]
+        if folder.exists() and not (goes_on and not done.exists() and _read_json(begun) == settings):
+            shutil.rmtree(folder)
+        print(f"{label} ...", flush=True)
+        begin = time.time()
+        with writing(begun):
+            _write_json(begun, settings)
+        result = make(folder)
+        with writing(done):
+            _write_json(done, {"settings": settings, "result": result})
+        print(f"{label}: {time.time() - begin:.0f} s", flush=True)
+        return result
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def call(*command: str) -> dict[str, float | None]:
+    """Run a script, shown as one would type it: {"seconds", "peak_memory_mb"}. Its failure ends the comparison."""
+    print("$ " + " ".join(shlex.quote(part) for part in command), flush=True)
+    begin, peak = time.perf_counter(), None
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while process.poll() is None:
+            peak = _peak_memory(process.pid) or peak
+            time.sleep(0.1)
+    if process.returncode:
+        raise UserError(
+            f"{command[1]} ended with exit code {process.returncode}; its message is above. What is done is kept: the "
+            "same command goes on from there"
+        )
+    return {"seconds": time.perf_counter() - begin, "peak_memory_mb": peak}
+
+
+def _peak_memory(pid: int) -> float | None:
+    """The most memory that a process has held so far, in MB (VmHWM); None where the system does not say.
+
+    Of a child's resource usage the same number would include that of this process, which it was forked from.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return found[0] * 1024 / 1e6 if found else None
+
+
+class Worker:
+    """Calls diffusers_worker.py in the environment that has PyTorch."""
+
+    def __init__(self, python: Path):
+        self.python = python
+        self.versions: dict[str, Any] = {}
+
+    def __call__(self, command: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+        job = {**job, "output": str(folder), "result": str(folder / "result.json")}
+        with writing(folder):
+            _write_json(folder / "job.json", job)
+        spent = call(str(self.python), str(WORKER.relative_to(ROOT)), command, str(folder / "job.json"))
+        return {**_read_json(folder / "result.json"), **spent}
+
+
+def reference_python(given: str | None) -> Path:
+    """The interpreter with PyTorch: the given one, else that of .venv-parity, which `make` builds where it is missing
+    or older than its requirements. Raises UserError where something is missing in it."""
+    if given is None:
+        try:
+            code = subprocess.run(["make", "--silent", ".venv-parity/ready"], cwd=ROOT).returncode
+        except OSError:
+            raise UserError("make is not installed: build an environment from requirements-parity.txt and give its "
+                            "interpreter as --reference_python") from None
+        if code:
+            raise UserError("make .venv-parity/ready failed, its message is above: diffusers needs an environment of "
+                            "its own; give another one's interpreter as --reference_python")
+    python = VENV / "bin" / "python" if given is None else Path(given).absolute()
+    if not os.access(python, os.X_OK) or python.is_dir():
+        raise UserError(f"--reference_python {python} is no program: give the interpreter of an environment with "
+                        "requirements-parity.txt in it")
+    code = "import sys, importlib.util as i; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
+    asked = subprocess.run([str(python), "-c", code, *NEEDED], capture_output=True, text=True)
+    if asked.returncode:
+        raise UserError(f"{python} is no Python that works: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
+    if asked.stdout.split():
+        raise UserError(f"{python} has no {', '.join(asked.stdout.split())}: install requirements-parity.txt there "
+                        "(without --reference_python, make does it)")
+    return python
+
+
+# ---- the experiment --------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """One experiment. Raises UserError before any work for what can be known then."""
+
+    def __init__(self, args: argparse.Namespace, flags: Sequence[str]):
+        self.args, self.flags = args, list(flags)
+        self.base, self.output = Path(args.base), Path(args.output_path)
+        if not self.base.exists():
+            raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
+        config = self.recipe(args.seeds[0])
+        given = config.model_config
+        self.model = load_model_config(under_root(given)) if given else detect_model(
+            self.base, way_out="add --model_config with its YAML")  # fmt: skip
+        check_expressible(self.model)
+        self.rows, self.prompts, self.real = read_data(Path(args.data), config, args.prompts)
+        BatchOrder(len(self.rows), config.train_batch_size, 0)  # says where there are too few
+        self.image_size = config.image_size or self.model.image_size
+        self.scale = DEFAULT_SCALES.get(self.model.architecture, DEFAULT_SCALE) if args.scale is None else args.scale
+        check_folder(self.output, "output_path")
+        if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / "compared.json").exists():
+            raise UserError(f"--output_path {self.output} holds something else: choose a new folder")
+        self.worker = Worker(reference_python(args.reference_python))
+        self.batch_size = 16 if self.image_size <= 128 else 4
+        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.text)))
+        self.base_hash = base_hash(self.base)
+
+    def recipe(self, seed: int) -> TrainConfig:
+        return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
+
+    def run(self) -> None:
+        with writing(self.output):
+            _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
+        seeds = self.args.seeds
+        self.stages = Stages(self.output, 4 + 5 * len(seeds) + 1)
+        model = {**asdict(self.model), "path": ""}
+        self.stages.run("base", {"base": self.base_hash, "model": model}, self._write_base)
+        held_out = {"prompts": self.prompts, "image_size": self.image_size, "latents_seed": self.args.latents_seed,
+                    "real": content_key("real", *(row.path for row in self.real)), "model": model}  # fmt: skip
+        self.stages.run("held_out", held_out, self._write_held_out)
+        sampling = {"base": self.base_hash, "held_out": held_out, "steps": self.args.sampling_steps,
+                    "scale": self.scale}  # fmt: skip
+        drawn: dict[str, dict[str, Any]] = {
+            f"base_{side}": self.stages.run(f"base_{side}", sampling, draw)
+            for side, draw in zip(SIDES, (self._draw_ours(None), self._draw_diffusers(None)))
+        }
+        trained: dict[str, dict[str, Any]] = {}
+        for seed in seeds:
+            config, name = self.recipe(seed), f"seed{seed}"
+            settings = {"base": self.base_hash, "model": model, "data": self.data_hash, "recipe": _training(config)}
+            start = self.stages.run(f"{name}/start", settings, lambda folder, c=config: self._write_start(c, folder))
+            settings["start"] = start["sha256"]
+            runs = (
+                lambda folder, c=config: self._train_ours(c, folder),
+                lambda folder, c=config, s=start: self._train_diffusers(c, s, folder),
+            )
+            for side, make in zip(SIDES, runs):
+                trained[f"{name}/{side}"] = self.stages.run(
+                    f"{name}/train_{side}", settings, make, goes_on=side == "ours"
+                )
+            for side, draw in zip(SIDES, (self._draw_ours, self._draw_diffusers)):
+                lora = self.output / name / f"train_{side}" / trained[f"{name}/{side}"]["lora"]
+                drawn[f"{name}/{side}"] = self.stages.run(
+                    f"{name}/{side}", {**sampling, "lora": trained[f"{name}/{side}"]["sha256"]}, draw(lora)
+                )
+        scores = self.stages.run("scores", self._scoring(drawn), lambda folder: self._score(list(drawn)))
+        self._report(trained, drawn, scores)
+
+    # ---- stages' work ------------------------------------------------------------------------------------------------
+
+    def _write_base(self, folder: Path) -> dict[str, Any]:
+        write_diffusers_folder(self.base, self.model, folder / "diffusers")
+        return {}
+
+    def _write_held_out(self, folder: Path) -> dict[str, Any]:
+        shape = (self.model.latent_channels, *[self.image_size // self.model.vae_factor] * 2)
+        latents = [
+            draws(self.args.latents_seed, "starting latents", i).standard_normal(shape, np.float32)
+            for i in range(len(self.prompts))
+        ]
+        with atomic_path(folder / "latents.npy") as path:
+            np.save(path, np.stack(latents), allow_pickle=False)
+        with atomic_path(folder / "prompts.txt") as path:
+            path.write_text("".join(f"{prompt}\n" for prompt in self.prompts), encoding="utf-8")
+        for i, row in enumerate(self.real):  # framed as for training, so that a crop does not count as a difference
+            pixels = np.round((load_image(row.path, self.image_size) + 1.0) * 127.5).astype(np.uint8)
+            with atomic_path(folder / "real" / f"{i:05d}.png") as path:
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+        return {}
+
+    def _write_start(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
+        from ldm.lora.formats import write_lora
+        from ldm.lora.inject import inject_lora
+        from ldm.lora.state import lora_state
+        from ldm.models.stable_diffusion import build_model
+        from ldm.training.trainer import make_lora_spec
+
+        network = build_model(self.model, random=False)
+        inject_lora(network, make_lora_spec(config))
+        state = lora_state(network, self.model)
+        path = folder / "pytorch_lora_weights.safetensors"
+        write_lora(path, state, "diffusers", self.model)
+        size = sum(layer.down.size + layer.up.size for layer in state.layers.values())
+        return {"sha256": content_hash(path), "parameters": size}
+
+    def _train_ours(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
+        spent = call(
+            sys.executable, "train_text_to_image.py", "--train_config", str(self.args.train_config), *self.flags,
+            "--data_path", str(Path(self.args.data) / "train"), "--pretrained_model_path", str(self.base),
+            "--output_path", str(folder), "--seed", str(config.seed), "--precision", "fp32",
+            "--loss_scaler_type", "none", "--resume", "True",
+        )  # fmt: skip
+        return {**spent, **_trained(folder, "ckpt/lora.ckpt")}
+
+    def _train_diffusers(self, config: TrainConfig, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        order = BatchOrder(len(self.rows), config.train_batch_size, config.seed)
+        plan = make_plan(config, order.steps_per_epoch)
+        same = ("seed", "scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "betas",
+                "weight_decay", "clip_grad", "max_grad_norm", "caption_dropout", "cache_latents", "cache_text",
+                "random_crop", "random_flip")  # fmt: skip
+        job = {
+            **{name: getattr(config, name) for name in same},
+            "base": str(self.output / "base" / "diffusers"),
+            "pad_token": self.model.pad_token,
+            "lora": str(self.output / f"seed{config.seed}" / "start" / "pytorch_lora_weights.safetensors"),
+            "trained_parameters": start["parameters"],
+            "rows": [[str(row.path), row.text] for row in self.rows],
+            "image_size": self.image_size,
+            "batch_size": config.train_batch_size,
+            "micro_steps": config.gradient_accumulation_steps,
+            "updates": plan.updates,
+            "decay_steps": plan.decay_steps,
+        }
+        return {**self.worker("train", folder, job), **_trained(folder, "pytorch_lora_weights.safetensors")}
+
+    def _draw_ours(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
+        def draw(folder: Path) -> dict[str, Any]:
+            held_out = self.output / "held_out"
+            spent = call(
+                sys.executable, "text_to_image.py", "--config", self.model.path, "--ckpt_path", str(self.base),
+                "--data_path", str(held_out / "prompts.txt"), "--init_latents", str(held_out / "latents.npy"),
+                "--sampling_steps", str(self.args.sampling_steps), "--scale", str(self.scale),
+                "--H", str(self.image_size), "--W", str(self.image_size), "--precision", "fp32",
+                "--batch_size", str(self.batch_size), "--output_path", str(folder), "--skip_grid",
+                *(["--lora_ckpt_path", str(lora)] if lora else []),
+            )  # fmt: skip
+            return {**spent, "sha256": _pictures_hash(folder)}
+
+        return draw
+
+    def _draw_diffusers(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
+        def draw(folder: Path) -> dict[str, Any]:
+            job = {
+                "base": str(self.output / "base" / "diffusers"),
+                "pad_token": self.model.pad_token,
+                "lora": None if lora is None else str(lora),
+                "prompts": self.prompts,
+                "latents": str(self.output / "held_out" / "latents.npy"),
+                "sampling_steps": self.args.sampling_steps,
+                "scale": self.scale,
+                "image_size": self.image_size,
+                "batch_size": self.batch_size,
+            }
+            return {**self.worker("generate", folder, job), "sha256": _pictures_hash(folder)}
+
+        return draw
+
+    def _scoring(self, drawn: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What the scores depend on."""
+        networks = {name: str(path) and content_hash(path) for name, path in
+                    (("inception", self.args.inception_path), ("clip", self.args.clip_path)) if path}  # fmt: skip
+        embedded = {file: content_hash(ROOT / "models" / "nano" / file) for file in
+                    ("clip.safetensors", "nano.safetensors")} if len(networks) < 2 else {}  # fmt: skip
+        return {"pictures": {name: result["sha256"] for name, result in drawn.items()}, "prompts": self.prompts,
+                "real": content_key("real", *(row.path for row in self.real)), **networks, **embedded}  # fmt: skip
+
+    def _score(self, names: Sequence[str]) -> dict[str, Any]:
+        """Scores of every set, of the differences between the two sides, and the networks that gave them."""
+        from ldm.metrics.networks import clip, inception, nano_clip
+        from ldm.metrics.report import describe_network
+
+        args = self.args
+        text_network = clip(args.clip_path) if args.clip_path else nano_clip()
+        image_network = inception(args.inception_path) if args.inception_path else nano_clip()
+        found = Scores(self.prompts, self.real and self._pictures("held_out/real"), image_network, text_network)
+        sets = {name: found.add(name, self._pictures(f"{name}/samples")) for name in names}
+        pairs = {
+            name: found.difference(f"{name}{SIDES[0]}", f"{name}{SIDES[1]}")
+            for name in ["base_", *(f"seed{seed}/" for seed in args.seeds)]
+        }
+        return {"sets": sets, "pairs": pairs, "image_network": describe_network(image_network),
+                "text_network": describe_network(text_network)}  # fmt: skip
+
+    def _pictures(self, name: str) -> list[Path]:
+        return sorted((self.output / name).glob("*.png"))
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def _report(self, trained: Mapping[str, Any], drawn: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+        metrics = {
+            str(seed): {side: read_metrics(self.output / f"seed{seed}" / f"train_{side}") for side in SIDES}
+            for seed in self.args.seeds
+        }
+        curves = self.output / "curves"
+        losses = {seed: {side: run["loss"] for side, run in runs.items()} for seed, runs in metrics.items()}
+        self.worker("plot", curves, {"runs": losses, "allowed": ALLOWED, "picture": str(self.output / "curves.png")})
+        shutil.rmtree(curves)
+        chosen = evenly(len(self.prompts), min(GRID_PROMPTS, len(self.prompts)))
+        for seed in self.args.seeds:
+            columns = {"real": "held_out/real"} if self.real else {}
+            columns.update({"base": "base_ours/samples", "ours": f"seed{seed}/ours/samples",
+                            "diffusers": f"seed{seed}/diffusers/samples"})  # fmt: skip
+            files = {title: [self._pictures(name)[i] for i in chosen] for title, name in columns.items()}
+            draw_grid([self.prompts[i] for i in chosen], files, self.output / f"grid_seed{seed}.png")
+        config = self.recipe(self.args.seeds[0])
+        table = {
+            "base": {"file": self.base.name, "sha256": self.base_hash, "architecture": self.model.architecture},
+            "data": {"folder": Path(self.args.data).name, "rows": len(self.rows), "prompts": len(self.prompts)},
+            "seeds": self.args.seeds,
+            "recipe": {key: value for key, value in _training(config).items() if key != "seed"},
+            "updates": len(losses[str(self.args.seeds[0])]["ours"]),
+            "sampling": {"sampler": "DPM-Solver++", "steps": self.args.sampling_steps, "scale": self.scale,
+                         "latents_seed": self.args.latents_seed},
+            "scores": scores,
+            "losses": {seed: compare_runs(*(runs[side] for side in SIDES)) for seed, runs in metrics.items()},
+            "training": {
+                f"seed{seed}/{side}": {
+                    "seconds_per_step": seconds_per_step(run),
+                    **{key: trained[f"seed{seed}/{side}"][key] for key in ("seconds", "peak_memory_mb")},
+                }
+                for seed, runs in metrics.items() for side, run in runs.items()
+            },
+            "drawing": {name: {key: result[key] for key in ("seconds", "peak_memory_mb")}
+                        for name, result in drawn.items()},
+            "versions": trained[f"seed{self.args.seeds[0]}/diffusers"]["versions"],
+        }  # fmt: skip
+        command = " ".join(shlex.quote(part) for part in ["python", "tools/eval/compare_diffusers.py", *sys.argv[1:]])
+        text = markdown(table, command)
+        _write_json(self.output / "table.json", table)
+        with atomic_path(self.output / "table.md") as path:
+            path.write_text(text, encoding="utf-8")
+        print(f"\n{text}\n{self.output / 'table.md'}, table.json, curves.png, grid_seed{self.args.seeds[0]}.png")
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Raise UserError for a model that cannot be put together from diffusers' classes."""
+    if model.unet["channel_mult"][0] != 1:
+        raise UserError(f"{model.path}: channel_mult must begin with 1, as diffusers' UNet begins as wide as its first "
+                        "level; such a model cannot be compared")
+    if model.vae["z_channels"] != model.vae["embed_dim"] or not model.vae.get("double_z", True):
+        raise UserError(f"{model.path}: z_channels and embed_dim are one number in diffusers' autoencoder, and "
+                        "double_z is true; such a model cannot be compared")
+
+
+def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None:
+    """Write a base as a diffusers folder in fp32. Unlike ldm.weights.convert.convert it takes an encoder that begins
+    narrower than diffusers' own can, as the embedded model's; diffusers_worker.py knows what to do with it."""
+    from ldm.models.stable_diffusion import build_model
+    from ldm.weights.base import open_base, plan_base
+    from ldm.weights.convert import DTYPES, diffusers_parts
+    from ldm.weights.load import check_base_metadata, compare, refusal
+    from ldm.weights.names import COMPONENTS, Canonical
+    from ldm.weights.write_folder import write_folder
+
+    checkpoint = open_base(base)
+    check_base_metadata(checkpoint.metadata, model, base)
+    plan = plan_base(checkpoint)
+    shapes = {p.name: tuple(p.shape) for p in build_model(model, random=False).get_parameters()}
+    report = compare(checkpoint, plan, shapes, tuple(COMPONENTS))
+    if not report.ok:
+        raise UserError(refusal(checkpoint, report))
+    canonical = Canonical(checkpoint, plan, shapes)
+    write_folder(folder, model, diffusers_parts(canonical, shapes, model, DTYPES["fp32"]))
+
+
+def _training(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what is trained."""
+    left_out = ("train_config", "data_path", "output_path", "pretrained_model_path", "model_config", "resume",
+                "num_workers", "ckpt_save_interval", "step_mode", "ckpt_max_keep", "log_level", "device_target", "mode",
+                "jit_level", "compile_cache", "use_parallel", "enable_flash_attention", "dataset_sink_mode",
+                "lora_fp16")  # fmt: skip
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def _trained(folder: Path, lora: str) -> dict[str, Any]:
+    return {"lora": lora, "sha256": content_hash(folder / lora)}
+
+
+def _pictures_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((folder / "samples").glob("*.png")):
+        digest.update(np.asarray(Image.open(path)).tobytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--train_config", required=True, help="recipe of the LoRA, as for train_text_to_image.py")
+    parser.add_argument("--base", required=True, help="base checkpoint, a file or a diffusers folder")
+    parser.add_argument("--data", required=True, help="folder with train/ and test/, an img_txt.csv with pictures in "
+                                                      "each; test/ may hold a prompts.txt alone (no FID then)")
+    parser.add_argument("--output_path", required=True, help="folder for the results; a run that stopped goes on there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a training of each; default 1 2 3")
+    parser.add_argument("--prompts", type=int, help="so many of the held-out prompts, evenly spread; default all")
+    parser.add_argument("--sampling_steps", type=int, default=20, help="of DPM-Solver++; default %(default)s")
+    parser.add_argument("--scale", type=float, help="guidance; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)")
+    parser.add_argument("--latents_seed", type=int, default=1, help="of the starting latents; default %(default)s")
+    parser.add_argument("--inception_path", help="Inception weights for FID and KID; default: the embedded nano CLIP's "
+                                                 "image tower takes its place, whose scores compare only here")
+    parser.add_argument("--clip_path", help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP")
+    parser.add_argument("--reference_python", help="interpreter with requirements-parity.txt; default: .venv-parity, "
+                                                   "which is made where it is missing")
+    args, flags = parser.parse_known_args()
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones, 0 or more")
+    if args.prompts is not None and args.prompts < 2:
+        raise UserError(f"--prompts {args.prompts}: give 2 or more, one picture has no distribution")
+    if args.scale is not None and args.scale < 1:
+        raise UserError(f"--scale {args.scale:g}: give 1 (no guidance) or more, as diffusers does not guide below")
+    if args.sampling_steps < 1:
+        raise UserError(f"--sampling_steps {args.sampling_steps}: give 1 or more")
+    Comparison(args, flags).run()
+
+
+if __name__ == "__main__":
+    run(main)
