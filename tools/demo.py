@@ -3,7 +3,8 @@
     python -m tools.demo
 
 Runs the same scripts as a user would, printing each command, and leaves output/demo/grid.png: prompt, base, with LoRA,
-and the real picture, which no training has seen. A demo that was interrupted goes on where it was.
+and the real picture, which no training has seen. It ends with a table of scores before and after. A demo that was
+interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ldm.atomic import atomic_path
-from ldm.data.dataset import read_image_text_csv
+from ldm.data.dataset import Row, read_image_text_csv
 from ldm.errors import UserError, run
 from tools.grid import draw_grid
 from tools.nano.pictures import evenly
@@ -31,6 +36,42 @@ def call(*command: str) -> None:
     code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
+
+
+def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
+    """A table of the embedded CLIP's scores, before and after: Fréchet distance to the real pictures, CLIP score."""
+    # Here and not above: the demo's other work is done by scripts in processes of their own.
+    from ldm.runtime import setup_runtime
+
+    setup_runtime()
+    from ldm.metrics.bootstrap import bootstrap_deviation
+    from ldm.metrics.clip_score import clip_scores
+    from ldm.metrics.evaluate import encode_pictures
+    from ldm.metrics.frechet import frechet_of_features
+    from ldm.metrics.networks import nano_clip
+
+    clip = nano_clip()
+    real, before, after = (encode_pictures(paths, clip, len(rows)).features
+                           for paths in ([row.path for row in rows], base, lora))
+    texts = clip.of_texts([row.text for row in rows])
+
+    def distance(made: np.ndarray, i: np.ndarray) -> float:
+        return frechet_of_features(real[i], made[i])
+
+    def score(made: np.ndarray, i: np.ndarray) -> float:
+        return float(clip_scores(made[i], texts[i]).mean())
+
+    lines = [f"{'':34}{'base':>17}{'with LoRA':>17}{'difference':>18}{'real pictures':>17}"]
+    everything = np.arange(len(rows))
+    for name, measure in (("Fréchet distance to the real ones", distance), ("CLIP score", score)):
+        # All of them draw the same prompts again, so the difference is one of pairs.
+        columns = (partial(measure, before), partial(measure, after),
+                   lambda i, measure=measure: measure(after, i) - measure(before, i), partial(measure, real))
+        cells = [f"{column(everything):.2f} +- {bootstrap_deviation(column, len(rows)):.2f}" for column in columns]
+        if measure is distance:
+            cells[-1] = "0"
+        lines.append(f"{name:34}{cells[0]:>17}{cells[1]:>17}{cells[2]:>18}{cells[3]:>17}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -59,6 +100,10 @@ def main() -> None:
     draw_grid([row.text for row in rows], columns, output / "grid.png")
     print(f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
           f"({(time.time() - start) / 60:.1f} minutes)")
+    if len(rows) > 1:
+        print(f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with the deviations of drawing the prompts "
+              "again (bootstrap).\nSuch scores compare only with one another: what to come near is the real pictures'.\n\n"
+              + scores(rows, *pictures))
 
 
 if __name__ == "__main__":

@@ -214,9 +214,9 @@ def plan(config: GenerateConfig) -> Plan:
     """
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(config, name), name)
-    prompts = _read_lines(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
+    prompts = read_lines(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
     if config.negative_data_path is not None:
-        negative = _read_lines(config.negative_data_path, "negative_data_path")
+        negative = read_lines(config.negative_data_path, "negative_data_path")
         if len(negative) == 1:
             negative = negative * len(prompts)
         if len(negative) != len(prompts):
@@ -280,7 +280,7 @@ def _check_text(text: str, name: str) -> None:
         ) from None
 
 
-def _read_lines(path: str, name: str) -> list[str]:
+def read_lines(path: str, name: str) -> list[str]:
     """Lines of a UTF-8 text file, prompts without the empty ones at the end; only line feeds end a line."""
     if os.path.isdir(path):
         raise UserError(

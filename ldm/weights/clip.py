@@ -15,6 +15,7 @@ from mindspore import Tensor
 
 from ldm.errors import UserError
 from ldm.models.clip import FORMS, CLIPModel
+from ldm.models.layers import not_drawn
 from ldm.tokenizer.tokenizer import CONTEXT_LENGTH
 from ldm.weights.placing import TEXT_LAYER, Ignored, Place, split_rows
 from ldm.weights.read import open_checkpoint
@@ -99,7 +100,8 @@ def read_clip(
 
 def build_clip(weights: ClipWeights) -> CLIPModel:
     """The network with its weights, for scoring. Raises UserError unless they are exactly its parameters."""
-    clip = CLIPModel(**weights.form)
+    with not_drawn():
+        clip = CLIPModel(**weights.form)
     parameters, arrays = clip.parameters_dict(), weights.arrays
     missing = [name for name in parameters if name not in arrays]
     unknown = [name for name in arrays if name not in parameters]
