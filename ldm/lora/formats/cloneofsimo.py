@@ -158,12 +158,20 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 
 
 def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
-    """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is. Raises as `write` does."""
+    """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
+
+    Raises UserError as `write` does, and where the second would be one of an earlier LoRA.
+    """
     path = Path(path)
-    for component, (_, row) in _rows(path, state, base).items():
-        beside = path.with_name(f"{path.stem}.text_encoder.pt")
+    beside = path.with_name(f"{path.stem}.text_encoder.pt")
+    rows = _rows(path, state, base)
+    if "text_encoder" not in rows and beside.exists():
+        raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder: move it away")
+    for component, (_, row) in rows.items():
         flat = [array for layer in row for array in (layer.up, layer.down)]
         write_torch_list(path if component == "unet" else beside, flat, dtype)
+    if "text_encoder" in rows:
+        log.info("%s: its text encoder is %s", path, beside.name)
 
 
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:

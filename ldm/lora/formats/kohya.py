@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ldm.config.model import model_metadata
+from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRAState
@@ -22,7 +23,8 @@ from ldm.weights.read import Checkpoint
 NAME = "kohya"
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}  # ss_base_model_version; "_v" follows where velocity is predicted
-_KEY = re.compile(r"(lora_(?:unet|te)_[^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
+# diffusers writes `lora_te1_` for a lone text encoder too; beside `lora_te2_` it is the first of SDXL's.
+_KEY = re.compile(r"lora_(unet|te1?)_([^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
 
 
 def detect(names: Iterable[str]) -> bool:
@@ -31,9 +33,11 @@ def detect(names: Iterable[str]) -> bool:
 
 
 def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
-    """Read an opened file, see pairs.read_pairs."""
-    layers = pairs.read_pairs(checkpoint, _parse, _table, base)
+    """Read an opened file. Raises UserError for one of SDXL, and see pairs.read_pairs."""
     version = checkpoint.metadata.get("ss_base_model_version", "")
+    if version.startswith("sdxl"):
+        raise UserError(f"{checkpoint.path} is {pairs.SDXL}")
+    layers = pairs.read_pairs(checkpoint, _parse, _table, base)
     metadata = {}
     for architecture, text in VERSIONS.items():
         if version in (text, f"{text}_v"):
@@ -57,7 +61,10 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 
 def _parse(key: str) -> tuple[str, str] | None:
     found = _KEY.match(key)
-    return (found.group(1), found.group(2) or "alpha") if found else None
+    if found is None:
+        return None
+    network, layer, half, _ = found.groups()
+    return f"lora_{'unet' if network == 'unet' else 'te'}_{layer}", half or "alpha"
 
 
 def _table(base: Base) -> dict[str, Module]:

@@ -32,7 +32,7 @@ NOT_PAIRS = (
                                          "not supported"),
     (r"\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+|oft_blocks|boft_\w+|scalar)$", "a LyCORIS file (full, norm or "
      "OFT layers): these are no low-rank pairs, and are not supported"),
-    (r"lora_(te1|te2)_|text_encoder_2\.|lora_unet_(input|output)_blocks_|conditioner\.", SDXL),
+    (r"lora_te2_|text_encoder_2\.|lora_unet_(input|output)_blocks_|conditioner\.", SDXL),
     (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases, which have no place in a low-rank pair: not "
                                             "supported"),
     (r"lora_embedding_[AB]", "a LoRA of an embedding table: only dense layers and convolutions are supported"),

@@ -335,7 +335,7 @@ OTHERS = {
     "embedding": (["base_model.model.text_model.embeddings.token_embedding.lora_embedding_A",
                    "base_model.model.text_model.embeddings.token_embedding.lora_A.weight"], "embedding table"),
     "SDXL of kohya": (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-                       "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "SDXL"),
+                       "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "SDXL"),
     "SDXL's second text encoder": (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
                                     "lora_unet_X_to_q.lora_down.weight"], "SDXL"),
     "SDXL's blocks": (["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"], "SDXL"),

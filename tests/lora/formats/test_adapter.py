@@ -1,0 +1,192 @@
+"""PEFT's settings: ranks, alphas and their patterns, and adapters that are no plain LoRA."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.formats.adapter import Adapter, adapter_of
+from ldm.lora.formats.modules import known_bases
+from ldm.lora.state import LoRAState
+from ldm.weights.read import write_checkpoint
+from tests.lora.formats.files import random_state
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+LAYER = f"{BLOCK}.attn1.to_q"
+TEXT = "encoder.layers.3.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "settings, layer, rank, alpha",
+    [
+        ({}, LAYER, 8, 8),
+        ({"r": 4}, LAYER, 4, 8),
+        ({"r": 4, "lora_alpha": 16}, LAYER, 4, 16),
+        ({"r": 4, "lora_alpha": 16, "use_rslora": True}, LAYER, 4, 32),  # 16 / sqrt(4) = 32 / 4
+        ({"r": 9, "lora_alpha": 2, "use_rslora": True}, LAYER, 9, 6),
+        ({"r": 4, "lora_alpha": 1.5}, LAYER, 4, 1.5),
+        ({"rank_pattern": {"to_q": 2}}, LAYER, 2, 8),
+        ({"rank_pattern": {"to_k": 2}}, LAYER, 8, 8),
+        ({"rank_pattern": {"o_q": 2}}, LAYER, 8, 8),  # whole parts of a name
+        ({"rank_pattern": {LAYER: 2}, "alpha_pattern": {LAYER: 1}}, LAYER, 2, 1),
+        ({"alpha_pattern": {"attn1.to_q": 1, "to_q": 2}}, LAYER, 8, 1),
+        ({"alpha_pattern": {r".*\.attn[12]\.to_[qk]": 3}}, LAYER, 8, 3),
+        ({"alpha_pattern": {f"^{LAYER}": 3}}, LAYER, 8, 3),
+        ({"alpha_pattern": {"text_model.encoder.layers.3.self_attn.q_proj": 3}}, TEXT, 8, 3),
+        ({"alpha_pattern": {"encoder.layers.3.self_attn.q_proj": 3}}, TEXT, 8, 3),
+        ({"rank_pattern": None, "alpha_pattern": None, "peft_type": "LORA"}, LAYER, 8, 8),
+    ],
+)
+def test_alpha(settings, layer, rank, alpha):
+    assert Adapter(settings, "adapter_config.json").alpha(layer, rank) == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize(
+    "settings, pattern",
+    [
+        ({"peft_type": "LOHA"}, "peft_type is LOHA"),
+        ({"peft_type": "IA3"}, "peft_type is IA3"),
+        ({"use_dora": True}, "DoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 4]]}, "replicated"),
+        ({"init_lora_weights": "pissa"}, "base that was changed"),
+        ({"init_lora_weights": "pissa_niter_16"}, "base that was changed"),
+        ({"init_lora_weights": "olora"}, "base that was changed"),
+        ({"r": "four"}, "r is 'four'"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"rank_pattern": ["to_q"]}, "rank_pattern"),
+        ({"alpha_pattern": {"to_q": "1"}}, "to_q is '1'"),
+        ({"alpha_pattern": {"to_(q": 1}}, "no regular expression"),
+    ],
+)
+def test_refused(settings, pattern):
+    with pytest.raises(UserError, match=pattern) as caught:
+        Adapter(settings, "adapter_config.json")
+    assert "adapter_config.json" in str(caught.value)
+
+
+def test_a_rank_that_is_not_the_factors():
+    with pytest.raises(UserError, match="the rank of .*to_q is 8, but its factors have 4"):
+        Adapter({}, "adapter_config.json").alpha(LAYER, 4)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_starting_values_of_the_published_base(start):
+    assert Adapter({"init_lora_weights": start}, "x").alpha(LAYER, 8) == 8
+
+
+class TestWritten:
+    def settings(self, state, component="unet"):
+        base = known_bases()[2]
+        layers = {module.path: state.layers[module.name] for module in base.of(component)
+                  if module.name in state.layers}
+        return adapter_of(layers, base.of(component)).arguments()
+
+    def test_whole_kinds_of_layers_are_named_by_their_end(self):
+        base = known_bases()[2]
+        layers = {**random_state(base, only="to_q").layers, **random_state(base, only="to_out.0").layers}
+        assert self.settings(LoRAState(layers))["target_modules"] == ["to_out.0", "to_q"]
+
+    def test_single_layers_are_named_in_full(self):
+        found = self.settings(random_state(known_bases()[2], only="attn1.to_q"))["target_modules"]
+        assert len(found) == 10 and f"{BLOCK}.attn1.to_q" in found
+
+    @pytest.mark.parametrize("component", ["unet", "text_encoder"])
+    def test_targets_match_what_is_there_and_nothing_else(self, component):
+        base = known_bases()[2]
+        chosen = {m.path: m for i, m in enumerate(base.of(component)) if i % 3 or m.path.endswith("to_v")}
+        layers = random_state(base, rank=1).layers
+        adapter = adapter_of({path: layers[m.name] for path, m in chosen.items()}, base.of(component))
+        matched = {m.path for m in base.of(component)
+                   if any(f".{m.path}".endswith(f".{target}") for target in adapter.target_modules)}
+        assert matched == chosen.keys()
+
+    def test_patterns_hold_what_differs_from_the_most(self):
+        state = random_state(known_bases()[2], rank=lambda i: 4 if i == 40 else 2, alpha=lambda i: 3 if i == 41 else 1)
+        settings = self.settings(state)
+        assert settings["r"] == 2 and settings["lora_alpha"] == 1
+        assert list(settings["rank_pattern"].values()) == [4] and list(settings["alpha_pattern"].values()) == [3]
+
+
+class TestFolder:
+    def write(self, tmp_path, **settings):
+        nano = known_bases()[2]
+        write_lora(tmp_path / "lora", random_state(nano, rank=2, alpha=1.0, only="to_q"), "peft", nano.config)
+        path = tmp_path / "lora" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        return tmp_path / "lora"
+
+    def test_one_network_is_a_folder_two_are_subfolders(self, tmp_path):
+        nano = known_bases()[2]
+        assert sorted(path.name for path in self.write(tmp_path).iterdir()) == [
+            "adapter_config.json", "adapter_model.safetensors"]
+        write_lora(tmp_path / "both", random_state(nano, rank=1), "peft", nano.config)
+        assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["text_encoder", "unet"]
+
+    def test_what_the_configuration_says_holds(self, tmp_path):
+        state = read_lora(self.write(tmp_path, lora_alpha=5))
+        assert {layer.alpha for layer in state.layers.values()} == {5.0}
+        state = read_lora(self.write(tmp_path / "rs", use_rslora=True))
+        assert [layer.alpha for layer in state.layers.values()] == [pytest.approx(2**0.5)] * 20
+
+    def test_the_file_in_the_folder_stands_for_it(self, tmp_path):
+        assert len(read_lora(self.write(tmp_path) / "adapter_model.safetensors").layers) == 20
+
+    def test_without_a_configuration_the_strength_is_not_known(self, tmp_path):
+        folder = self.write(tmp_path)
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(UserError, match="strength is in adapter_config.json, which is not beside it"):
+            read_lora(folder / "adapter_model.safetensors")
+
+    @pytest.mark.parametrize("text, pattern", [("{", "cannot be read"), ("[]", "no JSON object"), ("", "cannot be")])
+    def test_a_broken_configuration(self, tmp_path, text, pattern):
+        folder = self.write(tmp_path)
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=pattern):
+            read_lora(folder)
+
+    def test_a_rank_that_is_not_the_factors(self, tmp_path):
+        with pytest.raises(UserError, match="is 3, but its factors have 2"):
+            read_lora(self.write(tmp_path, r=3))
+
+    def test_the_same_layer_in_both_subfolders(self, tmp_path):
+        for part in ("unet", "text_encoder"):
+            self.write(tmp_path / part)
+            (tmp_path / part / "lora").rename(tmp_path / f"{part}_")
+            (tmp_path / part).rmdir()
+            (tmp_path / f"{part}_").rename(tmp_path / part)
+        with pytest.raises(UserError, match="is in two of its files"):
+            read_lora(tmp_path)
+
+
+class TestDiffusersMetadata:
+    def read(self, tmp_path, text):
+        arrays = {f"unet.{LAYER}.lora_A.weight": np.ones((2, 320)), f"unet.{LAYER}.lora_B.weight": np.ones((320, 2))}
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        write_checkpoint(path, {name: array.astype(np.float32) for name, array in arrays.items()},
+                         {"lora_adapter_metadata": text} if text is not None else None)
+        (layer,) = read_lora(path).layers.values()
+        return layer.alpha
+
+    @pytest.mark.parametrize(
+        "settings, alpha",
+        [
+            (None, 2),
+            ({"unet.r": 2, "unet.lora_alpha": 6}, 6),
+            ({"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {LAYER: 5}}, 5),
+            ({"r": 2, "lora_alpha": 7}, 7),  # of unet.save_lora_adapter
+            ({"text_encoder.r": 4, "text_encoder.lora_alpha": 6}, 2),
+        ],
+    )
+    def test_alpha(self, tmp_path, settings, alpha):
+        assert self.read(tmp_path, None if settings is None else json.dumps(settings)) == alpha
+
+    @pytest.mark.parametrize("text", ["{", "[1]", '{"unet.r": 4}', '{"unet.use_dora": true}'])
+    def test_refused(self, tmp_path, text):
+        with pytest.raises(UserError, match="lora_adapter_metadata"):
+            self.read(tmp_path, text)

@@ -1,0 +1,67 @@
+"""LoRA files as people have published them, where they are at hand (../shared/lora)."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora, zero_layers
+from ldm.lora.formats.modules import fitting, known_bases
+from ldm.lora.state import match_shapes
+from ldm.weights.read import open_checkpoint
+
+FOLDER = Path(__file__).parents[4] / "shared" / "lora"
+SD1 = known_bases()[0]
+# file: (format, layers of the UNet, of the text encoder, rank, alpha, layers that are all zero)
+FILES = {
+    "cloneofsimo_analog_svd_rank4.safetensors": ("cloneofsimo", 144, 48, 4, 4.0, 0),
+    "cloneofsimo_lora_disney.safetensors": ("cloneofsimo", 144, 48, 1, 1.0, 0),
+    "diffusers-old-attnprocs_catundchat.safetensors": ("diffusers-oldest", 128, 0, 4, 4.0, 0),
+    "peft-text_encoder-sd15_hansjohn819.safetensors": ("peft", 0, 24, 8, 8.0, 0),
+    "peft-unet_hyper07.safetensors": ("peft", 128, 0, 4, 16.0, 32),
+}
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the published LoRA files are not at hand (../shared/lora)")
+
+
+def at_hand(name, folder):
+    """The path to read; PEFT's files as the folder that they were published as."""
+    if FILES[name][0] != "peft":
+        return FOLDER / name
+    shutil.copy(FOLDER / name, folder / "adapter_model.safetensors")
+    shutil.copy(FOLDER / name.replace(".safetensors", ".adapter_config.json"), folder / "adapter_config.json")
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+class TestPublished:
+    def test_is_read_whole(self, tmp_path, name, caplog):
+        path = at_hand(name, tmp_path)
+        kind, unet, text, rank, alpha, zeros = FILES[name]
+        assert detect_format(path) == kind
+        with caplog.at_level(logging.INFO):
+            state = read_lora(path)
+        assert len(state.only("unet").layers) == unet and len(state.only("text_encoder").layers) == text
+        assert state.ranks() == [rank] and {layer.alpha for layer in state.layers.values()} == {alpha}
+        assert match_shapes(SD1.shapes, state).ok and len(zero_layers(state)) == zeros
+        if unet:
+            assert fitting(state, known_bases()) == [SD1]
+        assert ("<s1>, <s2>" in caplog.text) == ("disney" in name)
+
+    def test_its_keys_are_those_of_one_format(self, tmp_path, name):
+        for file in lora_files(at_hand(name, tmp_path)):
+            keys = list(open_checkpoint(file))
+            assert [other for other, format in FORMATS.items() if format.detect(keys)] == [FILES[name][0]]
+
+    def test_goes_through_kohyas_format_bit_for_bit(self, tmp_path, name):
+        state = read_lora(at_hand(name, tmp_path))
+        write_lora(tmp_path / "kohya.safetensors", state, "kohya")
+        back = read_lora(tmp_path / "kohya.safetensors")
+        assert back.layers.keys() == state.layers.keys()
+        for key, layer in state.layers.items():
+            other = back.layers[key]
+            np.testing.assert_array_equal(layer.up, other.up)
+            np.testing.assert_array_equal(layer.down, other.down)
+            assert layer.alpha == other.alpha

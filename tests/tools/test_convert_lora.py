@@ -1,0 +1,118 @@
+"""tools/lora/convert_lora.py as it is run: the table, every format, and mistakes in one line with exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError, run
+from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
+from ldm.lora.formats.modules import known_bases
+from ldm.lora.state import LoRAState
+from tests.lora.formats.files import assert_same_updates, random_state
+from tools.lora.convert_lora import main
+
+ROOT = Path(__file__).parents[2]
+SD1, SD2, NANO = known_bases()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A LoRA on the attention of the embedded model, both networks."""
+    layers = {**random_state(NANO, rank=2, alpha=1.0, only="to_q").layers,
+              **random_state(NANO, rank=3, only="q_proj").layers}
+    write_lora(tmp_path / "source.ckpt", LoRAState(layers, {"architecture": "nano", "prediction_type": "v_prediction"}))
+    return tmp_path / "source.ckpt"
+
+
+def test_as_a_script_from_anywhere(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "lora" / "convert_lora.py", "--source", source, "--to", "kohya",
+         "--target", "style.safetensors"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert detect_format(tmp_path / "style.safetensors") == "kohya"
+
+
+def test_looking_alone_prints_the_table(source, capsys):
+    before = sorted(source.parent.iterdir())
+    main(["--source", str(source)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("source.ckpt: mindone (this project's own, and mindone's)")
+    assert "  architecture: nano" in lines and "  prediction_type: v_prediction" in lines
+    rows = [line.split("  ") for line in lines]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["UNet", "attention", "20", "2", "1", "20 of 20", "-"] in rows
+    assert ["text encoder", "attention", "3", "3", "3", "3 of 3", "-"] in rows
+    assert lines[-1] == "  made for the nano model, by the shapes"
+    assert sorted(source.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "diffusers-oldest"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_format(source, tmp_path, capsys, name, dtype):
+    target = tmp_path / ("out" + (FORMATS[name].suffixes or ("",))[-1])
+    main(["--source", str(source), "--target", str(target), "--to", name, "--dtype", dtype])
+    assert f"{target.name}: {name} (" in capsys.readouterr().out
+    assert detect_format(target if target.exists() else tmp_path / "out.text_encoder.pt") == name
+    assert_same_updates(read_lora(target), read_lora(source), rtol=1e-5 if dtype == "fp32" else 0.03)
+
+
+def test_the_text_encoder_has_no_place_in_the_oldest(source, tmp_path):
+    with pytest.raises(UserError, match="diffusers-oldest holds the UNet's attention alone"):
+        main(["--source", str(source), "--target", str(tmp_path / "x.safetensors"), "--to", "diffusers-oldest"])
+
+
+def test_shapes_that_fit_two_bases(tmp_path, capsys):
+    write_lora(tmp_path / "lora.safetensors", random_state(SD1, rank=1, only="attn1.to_q"), "kohya")
+    main(["--source", str(tmp_path / "lora.safetensors")])
+    assert "made for SD1.x or SD2.x, by the shapes" in capsys.readouterr().out
+
+
+def test_zero_layers_are_counted(tmp_path, capsys):
+    state = random_state(NANO, rank=1, only="to_q")
+    for layer in list(state.layers.values())[:5]:
+        layer.up[:] = 0
+    write_lora(tmp_path / "lora.ckpt", state)
+    main(["--source", str(tmp_path / "lora.ckpt")])
+    assert "20 of 20             5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, pattern",
+    [
+        (["--target", "x.ckpt"], "go together"),
+        (["--to", "kohya"], "go together"),
+        (["--to", "kohya", "--target", "x.ckpt"], "kohya is written as .safetensors"),
+        (["--to", "kohya", "--target", "SOURCE"], "is there already: --overwrite"),
+        (["--base", str(ROOT / "configs" / "v1-inference.yaml")], "its architecture is nano, the one of .* is sd1"),
+        (["--base", "nothing.yaml"], "nothing.yaml"),
+        (["--source", "nothing.ckpt"], "nothing.ckpt does not exist"),
+    ],
+)
+def test_mistakes(source, tmp_path, monkeypatch, flags, pattern):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=pattern):
+        main(["--source", str(source), *(flag.replace("SOURCE", str(source)) for flag in flags)])
+
+
+def test_a_lora_of_another_base_is_named(tmp_path):
+    write_lora(tmp_path / "lora.safetensors", random_state(SD1, rank=1, only="0.attn2.to_k"), "kohya")
+    with pytest.raises(UserError, match="does not fit SD2.x: .*attn2.to_k is .320, 768., there it is .320, 1024."):
+        main(["--source", str(tmp_path / "lora.safetensors"), "--base", str(ROOT / "configs" / "v2-inference.yaml")])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(source, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert_lora.py", "--source", str(source), "--to", "kohya"])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: --target and --to go together")
+
+
+def test_overwrite(source, tmp_path):
+    target = tmp_path / "out.safetensors"
+    for _ in range(2):
+        main(["--source", str(source), "--target", str(target), "--to", "kohya", "--overwrite"])
+    assert np.isfinite(next(iter(read_lora(target).layers.values())).up).all()
