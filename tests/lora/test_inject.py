@@ -163,8 +163,19 @@ class TestSD15:
             name: LoRALayer(*(np.zeros(shapes[f"{name}.lora_{half}.weight"], np.float32) for half in ("down", "up")), 8)
             for name in names
         }
+        assert spec.modules == LoRASpec().with_config(ROOT / "configs" / "lora" / "lora_wrapper.json").modules
         write_lora(tmp_path / "lora.ckpt", LoRAState(layers))
-        assert 3.18e6 < (tmp_path / "lora.ckpt").stat().st_size < 3.25e6  # 3.04 to 3.1 MiB
+        assert 3.188e6 < (tmp_path / "lora.ckpt").stat().st_size < 3.25e6  # 3.04 to 3.1 MiB
+
+
+    def test_the_example_with_ranks_by_block(self, model):
+        names = inject_lora(model, LoRASpec().with_config(ROOT / "configs" / "lora" / "by_block.yaml"))
+        ranks = {name: model.parameters_dict()[f"{name}.lora_down.weight"].shape[0] for name in names}
+        assert ranks[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn1.to_q"] == 4
+        assert ranks[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_q"] == 8
+        assert ranks[f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_out.0"] == 16
+        assert f"{UNET}input_blocks.2.0.in_layers.2" in ranks
+        assert not any(".input_blocks.1." in name and ".to_" in name for name in names)
 
 
 class TestStart:
