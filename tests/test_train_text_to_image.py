@@ -22,7 +22,10 @@ from ldm.config.model import load_model_config
 from ldm.config.parse import parse_config
 from ldm.config.train import TrainConfig
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora
+from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.inject import inject_lora
+from ldm.lora.spec import LoRASpec
+from ldm.lora.state import lora_state
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime import Runtime, setup_runtime
 from ldm.training.checkpoints import find_states, load_state
@@ -283,6 +286,24 @@ def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(base, data, empt
             np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
 
 
+def test_training_starts_from_a_given_lora_in_any_format(base, data, empty_run, tmp_path):
+    model_config = load_model_config(MICRO)
+    given = build_model(model_config)
+    inject_lora(given, LoRASpec(rank=2, alpha=6.0, seed=5))
+    for parameter in given.trainable_params():
+        parameter.set_data(ms.Tensor(np.random.standard_normal(parameter.shape).astype(np.float32)))
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_lora(path, lora_state(given, model_config), "diffusers", model_config)
+    trainer = Trainer(
+        settings(base, data, empty_run, use_lora=True, lora_rank=2, max_steps=2, lora_init_path=str(path))
+    )
+    begun, wanted = lora_state(trainer.model).layers, lora_state(given).layers
+    assert begun.keys() == wanted.keys()
+    for name, layer in begun.items():
+        assert layer.alpha == 2.0  # the run's own
+        np.testing.assert_allclose(layer.update(), wanted[name].update(), rtol=1e-5, atol=1e-5)
+
+
 def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(base, data, tmp_path):
     config = settings(
         base, data, tmp_path / "run", max_steps=4, use_lora=True, lora_rank=2, precision="fp16", random_flip=True,
@@ -411,6 +432,7 @@ def test_the_loss_scaler_is_the_one_asked_for(given, fp16, scale, dynamic):
         (dict(use_parallel=True), "msrun"),
         (dict(use_lora=True, lora_targets=["to_nowhere"]), "to_nowhere"),
         (dict(use_lora=True, lora_rank=1000), "lora_rank 1000"),
+        (dict(use_lora=True, lora_init_path="nowhere.ckpt"), "nowhere.ckpt"),
         (dict(loss_scaler_type="dynamic", drop_overflow_update=False), "drop_overflow_update False does not go"),
         (dict(precision="fp16", drop_overflow_update=False), "drop_overflow_update False does not go"),
         (dict(model_config=str(ROOT / "tests" / "tiny.yaml")), "does not fit"),

@@ -66,6 +66,12 @@ class TrainConfig:
     lora_dropout: float = setting(
         0.0, "share of a layer's inputs that LoRA does not see in a step", group=LORA, low=0, below=1
     )
+    lora_init_path: Optional[str] = setting(
+        None,
+        "LoRA file whose factors training starts from, of any known format; it must have the layers and ranks that are "
+        "trained here",
+        group=LORA,
+    )
     lora_fp16: bool = setting(
         True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32", group=LORA
     )
@@ -161,5 +167,7 @@ class TrainConfig:
             raise UserError("lora_config and lora_targets both say which layers: leave one of them out")
         if self.lora_config is not None and not self.use_lora:
             raise UserError("lora_config needs use_lora: without it the whole UNet is trained")
+        if self.lora_init_path is not None and not self.use_lora:
+            raise UserError("lora_init_path needs use_lora: without it the whole UNet is trained")
         if self.lora_ft_text_encoder and not self.use_lora:
             raise UserError("lora_ft_text_encoder needs use_lora: without it the UNet alone is trained")

@@ -174,6 +174,41 @@ def lora_state(
     return LoRAState(layers, base_metadata(config) if config else {})
 
 
+def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> None:
+    """Give the low-rank cells in `net` the factors of `state`, so that training goes on from there.
+
+    The cells keep their own alpha and scale: where those of `state` are others, `up` is scaled, and the update of every
+    layer is that of `state` within rounding.
+
+    Args:
+        path: what to call the LoRA in an error.
+
+    Raises:
+        UserError: the layers, ranks or shapes are not those of the cells. `net` is unchanged then.
+    """
+    cells = {cell.name: cell for _, cell in net.cells_and_names() if isinstance(cell, LORA_CELLS)}
+    extra, missing = sorted(state.layers.keys() - cells.keys()), sorted(cells.keys() - state.layers.keys())
+    if extra or missing:
+        raise UserError(
+            f"{path} does not fit what is trained: {len(extra)} of its layers get no LoRA here, {len(missing)} that do "
+            f"are not in it; for example {(extra or missing)[0]}. Set lora_targets, lora_ft_unet and "
+            "lora_ft_text_encoder as it was trained"
+        )
+    values = []
+    for name, layer in state.layers.items():
+        cell = cells[name]
+        if layer.rank != cell.rank:
+            raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
+        up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
+        for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
+            if not _fits(array.shape, tuple(parameter.shape)):
+                raise UserError(f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}; it was "
+                                "made for another model")
+            values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
+    for parameter, array in values:
+        parameter.set_data(Tensor(np.ascontiguousarray(array)))
+
+
 def match_lora(net: nn.Cell, state: LoRAState) -> LoRAMatch:
     """Compare the layers of `state` with the parameters of `net`, by name and shape; nothing is changed."""
     return match_shapes({p.name: tuple(p.shape) for p in net.get_parameters()}, state)

@@ -27,11 +27,11 @@ from ldm.data.draws import draws
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.lora.formats import mindone
+from ldm.lora.formats import mindone, read_lora
 from ldm.lora.inject import inject_lora
 from ldm.lora.layers import dropout_key
 from ldm.lora.spec import LoRASpec
-from ldm.lora.state import lora_state
+from ldm.lora.state import check_compatible, lora_state, start_from_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
@@ -119,6 +119,8 @@ class Trainer:
         self.model = self._build_model()
         self.trained_names: list[str] = []
         trainable = self._choose_trainable()
+        if state is None and config.lora_init_path is not None:
+            self._start_from_lora(config.lora_init_path)
         self.inputs = Inputs(
             config,
             self.model_config,
@@ -179,6 +181,12 @@ class Trainer:
             f", LoRA in {len(self.trained_names)} layers" if config.use_lora else "",
         )  # fmt: skip
         return trainable
+
+    def _start_from_lora(self, path: str) -> None:
+        lora = read_lora(path, self.model_config)
+        check_compatible(lora, self.model_config, path)
+        start_from_lora(self.model, lora, path)
+        logger.info("training starts from %s: %s", path, lora)
 
     def _build_step(self, trainable: list[Parameter]) -> TrainStep:
         config, model = self.config, self.model

@@ -75,6 +75,7 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
         (["--use_lora", "--lora_ft_unet", "False"], "nothing to train"),
         (["--use_lora", "--unet_initialize_random"], "unet_initialize_random"),
         (["--lora_ft_text_encoder"], "needs use_lora"),
+        (["--lora_init_path", "lora.ckpt"], "lora_init_path needs use_lora"),
         (["--lora_rank", "0"], "at least 1"),
         (["--scheduler", "cosinus"], '"cosine"'),
         (["--precision", "bf16"], "fp16"),

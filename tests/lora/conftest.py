@@ -64,13 +64,23 @@ class SmallNet(nn.Cell):
         return self.model.diffusion_model.out(x).astype(ms.float32)
 
 
-@pytest.fixture
-def small_net():
-    np.random.seed(0)
+def _small_net(seed):
+    np.random.seed(seed)
     net = SmallNet()
     for parameter in net.get_parameters():
         parameter.requires_grad = False
     return net
+
+
+@pytest.fixture
+def small_net():
+    return _small_net(0)
+
+
+@pytest.fixture
+def fresh_net():
+    """The same network with other weights."""
+    return _small_net(1)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from ldm.lora.state import (
     lora_state,
     match_lora,
     merge_lora,
+    start_from_lora,
     unmerge_lora,
 )
 
@@ -114,6 +115,54 @@ class TestTakingItOut:
         assert state.has("unet") and state.has("text_encoder")
         assert not unet.has("text_encoder") and not text.only("unet").layers
         assert "UNet: 8 layers, text encoder: 1 layers; rank 2; alpha 2" in str(state)
+
+
+class TestStartingFromIt:
+    @pytest.mark.parametrize("alpha, scale", [(None, 1.0), (3.0, 0.5), (1.0, 4.0)])
+    def test_every_layer_begins_at_its_update(self, trained, fresh_net, alpha, scale):
+        _, state = trained
+        inject_lora(fresh_net, LoRASpec(rank=2, alpha=alpha, scale=scale, targets="all", seed=9))
+        start_from_lora(fresh_net, state)
+        begun = lora_state(fresh_net)
+        assert begun.layers.keys() == state.layers.keys()
+        for name, layer in begun.layers.items():
+            np.testing.assert_array_equal(layer.down, state.layers[name].down)
+            np.testing.assert_allclose(layer.update(), state.layers[name].update(), rtol=1e-5, atol=1e-7)
+            assert layer.alpha == (alpha or 2) * scale
+
+    def test_a_hard_convolution_takes_its_kernels(self, small_net, randomise, fresh_net):
+        config = {"in_layers.2": {"r": 2}, "proj_in": {"r": 2, "hard": 1}}
+        for net in (small_net, fresh_net):
+            inject_lora(net, LoRASpec().with_config(config))
+        randomise(small_net)
+        state = lora_state(small_net)
+        start_from_lora(fresh_net, state)
+        for name, layer in lora_state(fresh_net).layers.items():
+            np.testing.assert_array_equal(layer.up, state.layers[name].up)
+
+    @pytest.mark.parametrize(
+        "spec, words",
+        [
+            (LoRASpec(rank=2), "of its layers get no LoRA here.*lora_targets"),
+            (LoRASpec(rank=2, targets="all", text_encoder=True), "0 of its layers.* 1 that do.*q_proj"),
+            (LoRASpec(rank=3, targets="all"), "has rank 2, here it is 3: set lora_rank 2"),
+        ],
+    )
+    def test_another_spec_is_refused(self, trained, fresh_net, spec, words):
+        inject_lora(fresh_net, spec)
+        before = weights_of(fresh_net)
+        with pytest.raises(UserError, match=f"mine.ckpt.*{words}"):
+            start_from_lora(fresh_net, trained[1], "mine.ckpt")
+        assert_unchanged(fresh_net, before)
+
+    def test_another_models_shapes_are_refused(self, trained, fresh_net):
+        inject_lora(fresh_net, LoRASpec(rank=2, targets="all"))
+        layer = trained[1].layers[TO_Q]
+        trained[1].layers[TO_Q] = LoRALayer(layer.down[:, :-1], layer.up, layer.alpha)
+        before = weights_of(fresh_net)
+        with pytest.raises(UserError, match="another model"):
+            start_from_lora(fresh_net, trained[1])
+        assert_unchanged(fresh_net, before)
 
 
 class TestMerging:
