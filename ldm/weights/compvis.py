@@ -33,6 +33,9 @@ OPENCLIP_NAMES = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
+TEXT_WITHOUT_MODEL = tuple(
+    f"cond_stage_model.transformer.{part}." for part in ("embeddings", "encoder", "final_layer_norm")
+)
 OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 conditions on the penultimate layer
 _LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)$")
 
@@ -41,10 +44,12 @@ def place(name: str) -> list[Place] | Ignored | None:
     """Where a key of a CompVis or Stability AI single file goes."""
     if name.startswith(OPENCLIP):
         return _place_openclip(name[len(OPENCLIP) :])
-    if name == f"{TEXT_PREFIX}embeddings.position_ids":
+    if name.startswith("cond_stage_model.transformer.") and name.endswith(".embeddings.position_ids"):
         return Ignored("position numbers")
     if name.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
         return [Place(name)]
+    if name.startswith(TEXT_WITHOUT_MODEL):  # as some tools that merge checkpoints write it
+        return [Place(TEXT_PREFIX + name[len("cond_stage_model.transformer.") :])]
     if name in SCHEDULE_BUFFERS:
         return Ignored("noise schedule")
     if name.startswith("model_ema."):

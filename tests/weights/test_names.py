@@ -62,6 +62,13 @@ class TestPublishedFiles:
         assert Counter(plan.ignored.values()) == {"noise schedule": 12, "position numbers": 1}
         assert len(plan.sources) + len(plan.ignored) == len(names) == 1143
 
+    def test_sd1_without_text_model_in_its_names(self, published):
+        names = published["sd1_ldm_ckpt_keys"]
+        shorter = [name.replace(".text_model.", ".") for name in names]
+        plan = plan_names(shorter)
+        assert shorter != list(names) and plan.sources.keys() == plan_names(names).sources.keys()
+        assert not plan.unknown and len(plan.ignored) == 13
+
     def test_sd2_places_every_key_once(self, published):
         names = published["sd2_ldm_ckpt_keys"]
         plan = plan_names(names)
