@@ -101,8 +101,8 @@ def main() -> None:
     print(f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
           f"({(time.time() - start) / 60:.1f} minutes)")
     if len(rows) > 1:
-        print(f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with the deviations of drawing the prompts "
-              "again (bootstrap).\nSuch scores compare only with one another: what to come near is the real pictures'.\n\n"
+        print(f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with deviations (bootstrap).\n"
+              "Such scores compare only with one another: near the real pictures' is what is wanted.\n\n"
               + scores(rows, *pictures))
 
 

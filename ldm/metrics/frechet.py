@@ -107,7 +107,10 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:
     """Read an .npz of `mu` and `sigma`. Raises UserError for anything else, and for values that cannot be."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is one array, an .npy")
+        with file:
             arrays = {name: file[name] for name in ("mu", "sigma", "count", "network") if name in file}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a folder of pictures or statistics in an .npz") from None

@@ -1,11 +1,14 @@
-"""pytorch-fid, with weights that are given instead of downloaded."""
+"""pytorch-fid with weights that are given instead of downloaded, and transformers' CLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from tests.metrics.named_networks import CLIP_FORM
 
 
 def import_torchvision() -> None:
@@ -45,3 +48,30 @@ def reference_inception(arrays: Mapping[str, np.ndarray]) -> torch.nn.Module:
         return inception.InceptionV3().eval()
     finally:
         inception.load_state_dict_from_url = download
+
+
+def reference_input(path: Path) -> np.ndarray:
+    """What pytorch-fid's network sees of a file: (3, 299, 299) in [-1, 1]."""
+    fid_score, _ = pytorch_fid()
+    pixels = fid_score.ImagePathDataset([path], fid_score.TF.ToTensor())[0][None]
+    pixels = torch.nn.functional.interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False)
+    return (2 * pixels - 1)[0].numpy()
+
+
+def reference_clip(arrays: Mapping[str, np.ndarray], activation: str) -> torch.nn.Module:
+    """transformers' CLIPModel of CLIP_FORM with these weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    towers = {}
+    for name in ("text", "vision"):
+        tower = CLIP_FORM[name]
+        towers[f"{name}_config"] = dict(
+            hidden_size=tower["width"], intermediate_size=4 * tower["width"], num_hidden_layers=tower["num_layers"],
+            num_attention_heads=tower["num_heads"], hidden_act=activation, projection_dim=CLIP_FORM["projection_dim"])
+    towers["text_config"]["eos_token_id"] = 2  # as in the published files: pooled at the largest token
+    towers["vision_config"].update({key: CLIP_FORM["vision"][key] for key in ("image_size", "patch_size")})
+    network = CLIPModel(CLIPConfig(**towers, projection_dim=CLIP_FORM["projection_dim"])).eval()
+    missing, unexpected = network.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in arrays.items()},
+                                                  strict=False)
+    assert not unexpected and all(name.endswith("position_ids") for name in missing), (missing, unexpected)
+    return network

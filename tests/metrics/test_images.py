@@ -1,0 +1,156 @@
+"""Pictures to networks: found in order, opened as pytorch-fid opens them, streamed in batches; broken ones named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.metrics import images
+from ldm.metrics.images import ImageBatches, clip_input, find_images, inception_input, nano_input, open_plain
+from tests.metrics.odd_pictures import write_odd_pictures
+
+CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def save(path, value=0, size=(4, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def test_pictures_are_found_sorted_by_name_whatever_their_kind(tmp_path):
+    for name in ("b.JPG", "a.png", "00010.webp", "00009.bmp", ".a.12.partial.png"):
+        save(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    assert [path.name for path in find_images(tmp_path)] == ["00009.bmp", "00010.webp", "a.png", "b.JPG"]
+
+
+def test_a_picture_alone_is_one(tmp_path):
+    assert find_images(save(tmp_path / "a.png")) == [tmp_path / "a.png"]
+
+
+def test_of_an_output_folder_the_samples_are_taken_not_the_grid(tmp_path):
+    save(tmp_path / "grid.png")
+    save(tmp_path / "samples" / "00000.png")
+    (tmp_path / "samples" / "prompts.txt").write_text("a\n")
+    assert find_images(tmp_path) == [tmp_path / "samples" / "00000.png"]
+
+
+def test_where_there_are_none_the_folder_that_has_some_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        find_images(tmp_path / "none")
+    with pytest.raises(UserError, match="has no pictures"):
+        find_images(tmp_path)
+    save(tmp_path / "train" / "a.png")
+    with pytest.raises(UserError, match="there are some in .*train"):
+        find_images(tmp_path)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    for name, path in write_odd_pictures(tmp_path).items():
+        image = open_plain(path)
+        assert image.mode == "RGB", name
+        prepared = inception_input(image)
+        assert prepared.shape == (3, 299, 299) and prepared.dtype == np.float32, name
+        assert -1 <= prepared.min() and prepared.max() <= 1, name
+
+
+def test_an_alpha_channel_is_dropped_and_not_laid_on_white(tmp_path):
+    Image.fromarray(np.full((2, 2, 4), (10, 20, 30, 0), np.uint8), "RGBA").save(tmp_path / "a.png")
+    assert np.asarray(open_plain(tmp_path / "a.png"))[0, 0].tolist() == [10, 20, 30]
+
+
+def test_exif_orientation_is_not_looked_at(tmp_path):
+    paths = write_odd_pictures(tmp_path)
+    assert open_plain(paths["turned.jpg"]).size == open_plain(paths["photo.jpg"]).size
+
+
+def test_bilinear_scaling_takes_two_neighbours_and_half_pixel_centres():
+    image = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("RGB")
+    row = inception_input(image, 4)[0, 0]
+    np.testing.assert_allclose((row + 1) / 2, [0, 0.25, 0.75, 1], atol=1e-6)
+    # made smaller it takes two of the nine pixels, not their mean
+    image = Image.fromarray(np.arange(9, dtype=np.uint8)[None] * 20).convert("RGB")
+    np.testing.assert_allclose((inception_input(image, 1)[0, 0] + 1) / 2, [80 / 255], atol=1e-6)
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (299, 299, 3), np.uint8)
+    prepared = inception_input(Image.fromarray(pixels))
+    np.testing.assert_allclose(prepared, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def clip_pixels(prepared):
+    return prepared * np.array(CLIP_DEVIATION).reshape(3, 1, 1) + np.array(CLIP_MEAN).reshape(3, 1, 1)
+
+
+def test_openais_preprocessing_cuts_the_middle_out_and_squash_keeps_all():
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 255
+    image = Image.fromarray(pixels)
+    np.testing.assert_allclose(clip_pixels(clip_input(image, 8))[:, :, 2:-2], 1, atol=0.01)
+    squashed = clip_pixels(clip_input(image, 9, "squash"))
+    np.testing.assert_allclose(squashed[:, :, [0, 8]], 0, atol=0.01)
+    np.testing.assert_allclose(squashed[:, :, 4], 1, atol=0.01)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 200), (31, 977), (1, 1), (5000, 3)])
+def test_clips_input_has_its_size_from_any_shape(size):
+    for how in images.CLIP_PREPROCESSING:
+        assert clip_input(Image.new("RGB", size), 24, how).shape == (3, 24, 24)
+
+
+def test_an_unknown_preprocessing_is_refused():
+    with pytest.raises(UserError, match="openai, squash"):
+        clip_input(Image.new("RGB", (4, 4)), 4, "stretch")
+
+
+def test_the_embedded_clips_input_is_what_it_was_trained_on():
+    from tools.nano.pictures import to_network
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    np.testing.assert_allclose(nano_input(Image.fromarray(pixels)), to_network(pixels[None])[0], atol=1e-6)
+
+
+def values(batches):
+    return [(places.tolist(), pictures.mean(axis=(1, 2, 3)).tolist()) for places, pictures in batches]
+
+
+def plain(image):
+    return np.asarray(image, np.float32).transpose(2, 0, 1)
+
+
+def test_batches_come_in_order_the_last_may_be_short(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(7)]
+    assert values(ImageBatches(paths, plain, 3)) == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6], [6])]
+
+
+def test_broken_pictures_are_named_and_left_out(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(6)]
+    paths[0].write_bytes(b"")
+    paths[3].write_bytes(paths[2].read_bytes()[:40])
+    paths[5].unlink()
+    batches = ImageBatches(paths, plain, 2)
+    assert values(batches) == [([1, 2], [1, 2]), ([4], [4])]
+    assert [path.name for path, _ in batches.broken] == ["0.png", "3.png", "5.png"]
+    assert "empty" in batches.broken[0][1] and "missing" in batches.broken[2][1]
+
+
+def test_where_all_are_broken_one_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="not one of 1 pictures.*a.png"):
+        list(ImageBatches([tmp_path / "a.png"], plain, 2))
+
+
+def test_no_more_than_two_batches_are_opened_ahead(tmp_path):
+    paths = [save(tmp_path / f"{i:03d}.png", i) for i in range(100)]
+    opened = []
+
+    def prepare(image):
+        opened.append(1)
+        return plain(image)
+
+    for number, _ in enumerate(ImageBatches(paths, prepare, 5), 1):
+        assert len(opened) <= (number + 2) * 5

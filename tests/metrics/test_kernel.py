@@ -1,0 +1,83 @@
+"""The kernel distance: its definition, without bias, with a standard error that is one."""
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.metrics import kernel
+from ldm.metrics.kernel import FeatureSample, kernel_distance
+
+
+def by_definition(x, y):
+    def k(a, b):
+        return (a @ b.T / x.shape[1] + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx, yy = k(x, x), k(y, y)
+    return ((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
+            - 2 * k(x, y).mean())
+
+
+def features(n, d=8, seed=0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1, (n, d)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n, m", [(40, 40), (13, 31), (4, 4)])
+def test_it_is_its_definition(n, m):
+    x, y = features(n), features(m, seed=1, shift=0.5)
+    assert kernel_distance(x, y)[0] == pytest.approx(by_definition(x.astype(float), y.astype(float)), rel=1e-9)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    x, y = features(50), features(45, seed=1)
+    whole = kernel_distance(x, y)
+    monkeypatch.setattr(kernel, "BLOCK", 7)
+    assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+def test_of_two_sets_of_the_same_kind_it_is_zero_within_its_deviation():
+    value, deviation = kernel_distance(features(300), features(300, seed=1))
+    assert abs(value) < 4 * deviation
+
+
+def test_it_does_not_depend_on_how_many_there_are():
+    small = np.mean([kernel_distance(features(20, seed=s), features(20, seed=s + 500, shift=0.5))[0]
+                     for s in range(60)])
+    large = np.mean([kernel_distance(features(400, seed=s), features(400, seed=s + 500, shift=0.5))[0]
+                     for s in range(4)])
+    assert small == pytest.approx(large, rel=0.15)
+
+
+def test_its_deviation_is_that_of_drawing_the_pictures_again():
+    pairs = [kernel_distance(features(80, seed=s), features(80, seed=s + 500, shift=0.5)) for s in range(60)]
+    spread = np.std([value for value, _ in pairs])
+    assert np.mean([deviation for _, deviation in pairs]) == pytest.approx(spread, rel=0.35)
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    x, y = features(20), features(20, seed=1)
+    assert kernel_distance(x, y, seed=3) == kernel_distance(x, y, seed=3)
+    assert kernel_distance(x, y, seed=3)[1] != kernel_distance(x, y, seed=4)[1]
+
+
+def test_three_pictures_have_none():
+    with pytest.raises(UserError, match="4 pictures"):
+        kernel_distance(features(3), features(10))
+
+
+def test_a_sample_is_everything_while_it_fits():
+    sample = FeatureSample(most=10)
+    sample.add(features(4))
+    sample.add(features(6, seed=1))
+    np.testing.assert_array_equal(sample.features, np.concatenate([features(4), features(6, seed=1)]))
+
+
+def test_a_sample_holds_no_more_than_it_may_and_each_row_is_as_likely():
+    counts = np.zeros(50)
+    for seed in range(300):
+        sample = FeatureSample(most=10, seed=seed)
+        for start in range(0, 50, 7):
+            sample.add(np.arange(start, min(50, start + 7), dtype=np.float32)[:, None])
+        assert len(sample.features) == 10
+        counts[sample.features[:, 0].astype(int)] += 1
+    assert counts.sum() == 3000 and 30 < counts.min() and counts.max() < 95
