@@ -1,0 +1,164 @@
+"""tools/eval: the published commands, what they print and write, and how they answer mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.metrics import networks
+from ldm.metrics.report import EMBEDDED
+from tools.eval import eval_clip_score, eval_fid
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def one_network(monkeypatch):
+    """The embedded CLIP, built once for all tests."""
+    if not hasattr(one_network, "found"):
+        one_network.found = networks.nano_clip()
+    monkeypatch.setattr(networks, "nano_clip", lambda: one_network.found)
+
+
+def pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        size = (40 + seed, 30 + i)  # no two sizes are the same
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def fid(*args) -> None:
+    eval_fid.main([*map(str, args), "--device_target", "CPU"])
+
+
+def clip_score(*args) -> None:
+    eval_clip_score.main([*map(str, args), "--device_target", "CPU"])
+
+
+def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
+    real, made = pictures(tmp_path / "real", 6), pictures(tmp_path / "made", 5, 1)
+    (made / "00009.png").write_bytes(b"broken")
+    fid("--real_dir", real, "--gen_dir", made, "--output", tmp_path / "fid.json", "--batch_size", 4)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == EMBEDDED
+    found = json.loads((tmp_path / "fid.json").read_text())
+    for text in ("images: 6 real, 5 generated", "fewer than 2,048", "00009.png is no picture",
+                 "generated pictures: 1 left", f"sha256 {found['sha256'][:16]}", found["preprocessing"], f"FID: {found['fid']:.6g}",
+                 f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}"):
+        assert text in printed
+    assert found["generated"]["broken"][0]["file"].endswith("00009.png")
+    assert (found["real"]["images"], found["generated"]["images"]) == (6, 5)
+    assert found["fid"] > 0 and found["compares_only_with_itself"]
+
+
+def test_statistics_take_the_place_of_their_pictures(tmp_path, capsys, one_network):
+    real, made = pictures(tmp_path / "real", 6), pictures(tmp_path / "made", 5, 1)
+    fid("--real_dir", real, "--save_stats", tmp_path / "real.npz")
+    fid("--real_dir", real, "--gen_dir", made)
+    fid("--real_dir", tmp_path / "real.npz", "--gen_dir", made)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("FID", "KID"))]
+    assert lines[0] == lines[2] and "only from pictures" in lines[3]
+
+
+def test_statistics_of_another_network_are_refused(tmp_path, one_network):
+    made = pictures(tmp_path / "made", 3)
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    with pytest.raises(UserError, match="2048 features"):
+        fid("--real_dir", tmp_path / "inception.npz", "--gen_dir", made)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(96), sigma=np.eye(96), count=7, network="another CLIP")
+    with pytest.raises(UserError, match="another CLIP"):
+        fid("--real_dir", tmp_path / "other.npz", "--gen_dir", made)
+
+
+def test_a_set_with_itself_has_no_distance(tmp_path, capsys, one_network):
+    real = pictures(tmp_path / "real", 5)
+    fid("--real_dir", real, "--gen_dir", real, "--output", tmp_path / "fid.json")
+    assert abs(json.loads((tmp_path / "fid.json").read_text())["fid"]) < 1e-9
+
+
+def test_clip_score_of_two_pictures_a_prompt(tmp_path, capsys, one_network):
+    made = pictures(tmp_path / "made", 4)
+    (tmp_path / "prompts.txt").write_text("a cat\nthe number six\n")
+    clip_score("--image_path_or_dir", made, "--prompt_or_path", tmp_path / "prompts.txt", "--output",
+               tmp_path / "clip.json")
+    found = json.loads((tmp_path / "clip.json").read_text())
+    assert [row["prompt"] for row in found["scores"]] == ["a cat", "a cat", "the number six", "the number six"]
+    assert found["score"] == pytest.approx(np.mean([row["score"] for row in found["scores"]]))
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == EMBEDDED and f"CLIP score: {found['score']:.4f} +- " in printed
+
+
+def test_a_broken_picture_takes_its_prompt_with_it(tmp_path, capsys, one_network):
+    made = pictures(tmp_path / "made", 3)
+    (made / "00001.png").write_bytes(b"")
+    (made / "prompts.txt").write_text("one\ntwo\nthree\n")  # as this project's samples have it
+    clip_score("--image_path_or_dir", made, "--output", tmp_path / "clip.json")
+    found = json.loads((tmp_path / "clip.json").read_text())
+    assert [row["prompt"] for row in found["scores"]] == ["one", "three"]
+    assert "00001.png is an empty file" in capsys.readouterr().out and len(found["broken"]) == 1
+
+
+def test_a_prompt_for_one_picture(tmp_path, capsys, one_network):
+    made = pictures(tmp_path / "made", 1)
+    clip_score("--image_path_or_dir", made / "00000.png", "--prompt_or_path", "a cat")
+    assert "images: 1 with 1 different" in capsys.readouterr().out
+
+
+def test_pictures_compared_with_pictures(tmp_path, capsys, one_network):
+    real = pictures(tmp_path / "real", 3)
+    clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", real, "--output", tmp_path / "clip.json")
+    found = json.loads((tmp_path / "clip.json").read_text())
+    assert found["score"] == pytest.approx(100) and found["mean_of_all_pairs"] < 100
+    assert "in pairs: 100.0" in capsys.readouterr().out
+    clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", pictures(tmp_path / "more", 4))
+    printed = capsys.readouterr().out
+    assert "all with all" in printed and "in pairs" not in printed
+
+
+MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
+
+
+@pytest.mark.parametrize("main, args, answer", [
+    (fid, REAL, "--gen_dir is missing"),
+    (fid, (*REAL, "--gen_dir", "nowhere"), "nowhere does not exist"),
+    (fid, ("--real_dir", "nowhere.npz", *MADE), "nowhere.npz does not exist"),
+    (fid, (*REAL, *MADE, "--backend", "pt"), "--backend pt"),
+    (fid, (*REAL, *MADE, "--batch_size", "0"), "--batch_size 0"),
+    (fid, (*REAL, "--save_stats", "real.txt"), "name an .npz"),
+    (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
+    (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
+    (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
+    (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG picture"),
+    (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "nowhere.txt"), "nowhere.txt does not exist"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 pictures and 2 prompts"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--backend", "pt"), "--backend pt"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--ckpt_path", "{two}"), "text file"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--batch_size", "-1"), "--batch_size"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--real_image_path_or_dir", "{made}"),
+     "give one of them"),
+])
+def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
+    made, two = pictures(tmp_path / "made", 3), tmp_path / "two.txt"
+    two.write_text("a\nb\n")
+    with pytest.raises(UserError, match=answer):
+        main(*(arg.format(made=made, two=two) for arg in args))
+
+
+@pytest.mark.parametrize("script", ["tools/eval/eval_fid.py", "eval/eval_fid.py", "tools/eval/eval_clip_score.py",
+                                    "eval/eval_clip_score.py"])
+def test_the_published_paths_answer_from_anywhere(tmp_path, script):
+    name = "--real_dir" if "fid" in script else "--image_path_or_dir"
+    found = subprocess.run([sys.executable, str(ROOT / script), name, "nowhere", "--gen_dir" if "fid" in script else
+                            "--prompt_or_path", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.startswith("error: nowhere does not exist") and not found.stdout
