@@ -191,10 +191,18 @@ def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:
 
 def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
     """Write `arrays`, which have the names of `base`, in the form of `base`: a single file by the suffix of `path`, or
-    a diffusers folder with everything else that `base` has in it. Raises UserError where that cannot be."""
-    if not isinstance(base, DiffusersFolder):
+    a diffusers folder with everything else that `base` has in it; and the model YAML where one lies beside `base`.
+    Raises UserError where that cannot be."""
+    if isinstance(base, DiffusersFolder):
+        _write_folder(path, arrays, base)
+    else:
         write_checkpoint(path, arrays, base.metadata)
-        return
+    settings, target = yaml_beside(base.path), yaml_beside(path)
+    if settings.is_file() and not target.exists():
+        shutil.copyfile(settings, target)
+
+
+def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
     if path.exists():
         raise UserError(f"{path} exists already: give the name of a folder to be made")
     try:
@@ -221,8 +229,7 @@ def write_published(path: Path, arrays: Arrays, base: Arrays) -> None:
     with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".merged") as folder:
         merged = Path(folder) / ("merged" if isinstance(base, DiffusersFolder) else "merged.safetensors")
         write_base(merged, arrays, base)
-        beside = yaml_beside(base.path)
-        convert(merged, path, dtype="fp16", model_config=beside if beside.is_file() else None)
+        convert(merged, path, dtype="fp16")
 
 
 @contextmanager

@@ -85,13 +85,15 @@ class TestMerging:
 
     @pytest.mark.parametrize("family", ["openclip", "mindone"])
     def test_fused_layers_get_their_rows(self, tmp_path, state, family):
+        state.layers[K] = layer(K, seed=5)
         arrays = arrays_of(family)
         write_checkpoint(tmp_path / "a.safetensors", arrays)
         base = open_checkpoint(tmp_path / "a.safetensors")
         merged = Merged(base, plan_base(base), state)
         fused, fc = FUSED[family]
         np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + state.layers[Q].update())
-        np.testing.assert_array_equal(merged[fused][6:], arrays[fused][6:])
+        np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + state.layers[K].update())
+        np.testing.assert_array_equal(merged[fused][12:], arrays[fused][12:])
         np.testing.assert_array_equal(merged[fc], arrays[fc] + state.layers[FC].update())
 
     def test_half_precision_is_summed_in_fp32(self, tmp_path, state):

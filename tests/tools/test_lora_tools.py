@@ -1,8 +1,10 @@
 """tools/lora: lora_add with the original's command line and meaning, cvtckpt's three modes, extract and resize."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from ldm.errors import UserError
 from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.state import LoRALayer, LoRAState, Weights
+from ldm.weights.base import open_base, plan_base
+from ldm.weights.names import Canonical
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 
@@ -329,3 +333,75 @@ def test_a_tool_runs_from_anywhere_and_ends_with_one_line(tool, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: LoRA a.ckpt does not exist: check the path"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
+    from ldm.config.model import load_model_config
+    from ldm.lora import LoRASpec, inject_lora, lora_state, merge_lora, remove_lora
+    from ldm.models.stable_diffusion import build_model
+    from ldm.weights.convert import convert
+
+    root = tmp_path_factory.mktemp("whole")
+    shutil.copy(ROOT / "tests" / "tiny.yaml", root / "base.yaml")
+    model = build_model(load_model_config(root / "base.yaml"))
+    arrays = {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()}
+    write_checkpoint(root / "base.safetensors", arrays)
+    convert(root / "base.safetensors", root / "folder", "diffusers")
+    inject_lora(model, LoRASpec(rank=2, targets="all", text_encoder=True))
+    state = lora_state(model)
+    for i, (name, layer) in enumerate(state.layers.items()):
+        state.layers[name] = replace(layer, up=0.1 * normal(*layer.up.shape, seed=i))
+    remove_lora(model)
+    write_lora(root / "lora.ckpt", state)
+    merge_lora(model, state, 0.5)
+    return root, state, {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()}
+
+
+class TestWholeModel:
+    """The tiny model as a published file, with its YAML beside it, and as a diffusers folder."""
+
+    @pytest.mark.parametrize("source", ["base.safetensors", "folder"])
+    @pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt"])
+    def test_upl_ckpt_v2_writes_one_file_in_fp16(self, whole, tmp_path, source, target):
+        root, _, merged = whole
+        lora_add.main([str(root / source), str(root / "lora.ckpt"), str(tmp_path / target), "0.5",
+                       "--mode", "upl-ckpt-v2"])  # fmt: skip
+        found = open_base(tmp_path / target)
+        found = Canonical(found, plan_base(found))
+        assert merged.keys() <= set(found)
+        for name, array in merged.items():
+            assert found[name].dtype == np.float16
+            np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-3, atol=1e-6, err_msg=name)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+    def test_upl_on_a_folder_is_one_that_holds_the_same(self, whole, tmp_path):
+        root, _, merged = whole
+        lora_add.main([str(root / "folder"), str(root / "lora.ckpt"), str(tmp_path / "out"), "0.5", "--mode", "upl"])
+        found = open_base(tmp_path / "out")
+        assert (tmp_path / "out.yaml").read_text() == (root / "folder.yaml").read_text()
+        found = Canonical(found, plan_base(found))
+        for name, array in merged.items():
+            np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-6, atol=1e-7, err_msg=name)
+
+    def test_a_folder_embedded_extracted_and_merged(self, whole, tmp_path):
+        root, state, merged = whole
+        both, lora = str(tmp_path / "both.ckpt"), str(tmp_path / "lora.ckpt")
+        cvtckpt.main(["--mode", "embed", "--model_ckpt", str(root / "folder"), "--lora_ckpt",
+                      f"{root / 'lora.ckpt'}:0.5", "--out_ckpt", both])  # fmt: skip
+        cvtckpt.main(["--mode", "extract", "--model_ckpt", both, "--out_ckpt", lora])
+        assert difference(read_lora(lora), weighted_sum([(state, 0.5)])) < 1e-6
+        cvtckpt.main(["--mode", "merge", "--model_ckpt", both, "--out_ckpt", str(tmp_path / "merged.ckpt")])
+        found, _ = read_checkpoint(tmp_path / "merged.ckpt")
+        for name, array in merged.items():
+            np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-6, atol=1e-7, err_msg=name)
+
+    def test_extracted_from_two_forms(self, whole, tmp_path):
+        root, state, _ = whole
+        lora_add.main([str(root / "folder"), str(root / "lora.ckpt"), str(tmp_path / "out"), "0.5", "--mode", "upl"])
+        extract_lora.main(["--base_model", str(root / "base.safetensors"), "--target_model", str(tmp_path / "out"),
+                           "--rank", "2", "--save_path", str(tmp_path / "found.ckpt")])  # fmt: skip
+        found = read_lora(tmp_path / "found.ckpt")
+        assert found.layers.keys() == state.layers.keys()
+        assert difference(found, weighted_sum([(state, 0.5)])) < 1e-4
