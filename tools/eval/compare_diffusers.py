@@ -64,13 +64,22 @@ from tools.eval.compare_report import (  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
 from tools.nano.pictures import evenly  # noqa: E402
 
-WORKER = ROOT / "tools" / "eval" / "diffusers_worker.py"
+WORKER = "tools/eval/diffusers_worker.py"
 VENV = ROOT / ".venv-parity"
 NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "matplotlib", "PIL", "numpy", "ftfy", "tqdm")
 GRID_PROMPTS = 24
-# What the tool itself sets for both sides.
-OURS_TO_SET = ("data_path", "pretrained_model_path", "output_path", "resume", "seed", "precision", "device_target",
-               "use_parallel", "loss_scaler_type", "train_config")  # fmt: skip
+# Settings that are the same for both sides, or their own, by what this script does.
+SET_HERE = ("train_config", "data_path", "pretrained_model_path", "output_path", "resume", "seed", "precision",
+            "loss_scaler_type", "lora_init_path", "use_parallel")  # fmt: skip
+# What diffusers' train_text_to_image_lora.py has no counterpart of: setting -> (how to turn it off, why).
+NOT_COMPARED = {
+    "lora_ft_text_encoder": ("False", "diffusers' script trains the UNet alone"),
+    "lora_config": ("None", "it may train scales and drop inputs, which diffusers' script does not; use lora_targets"),
+    "lora_dropout": ("0", "its masks are drawn differently"),
+    "use_ema": ("False", "diffusers' script keeps no moving average of a LoRA"),
+    "image_filter_size": ("0", "leave small pictures out of the data set instead"),
+    "pretrained_model_ema": ("False", "convert the base with --ema first"),
+}
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -80,7 +89,7 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
     """The recipe as both sides train it. Raises UserError for what diffusers' LoRA training has no counterpart of."""
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("-", "_")
-        if flag.startswith("--") and name in OURS_TO_SET:
+        if flag.startswith("--") and name in SET_HERE:
             way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
             raise UserError(f"--{name} cannot be given here: {way}")
     config = parse_config(
@@ -91,19 +100,9 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
     )  # fmt: skip
     if not config.use_lora:
         raise UserError(f"{path} trains the whole UNet: this comparison is of LoRA, add --use_lora True")
-    without = {
-        "lora_ft_text_encoder": "diffusers' script trains the UNet alone",
-        "use_ema": "diffusers' script keeps no moving average of a LoRA",
-        "image_filter_size": "leave small pictures out of the data set instead",
-        "lora_dropout": "its random masks differ between the two",
-        "unet_initialize_random": "both start from the base",
-        "pretrained_model_ema": "convert the base with its averages first (tools/model_conversion)",
-    }
-    for name, reason in without.items():
-        if getattr(config, name, None):
-            raise UserError(f"{name} is set, which cannot be compared: {reason}; add --{name} with its off value")
-    if getattr(config, "lora_config", None) is not None:
-        raise UserError("lora_config cannot be compared: PEFT has one rank and alpha for all; use lora_targets")
+    for name, (off, reason) in NOT_COMPARED.items():
+        if getattr(config, name):
+            raise UserError(f"{name} is set, which cannot be compared: {reason}; add --{name} {off}")
     return config
 
 
@@ -193,7 +192,7 @@ def call(*command: str) -> dict[str, float | None]:
     """Run a script, shown as one would type it: {"seconds", "peak_memory_mb"}. Its failure ends the comparison."""
     print("$ " + " ".join(shlex.quote(part) for part in command), flush=True)
     begin, peak = time.perf_counter(), None
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with subprocess.Popen(command) as process:
         while process.poll() is None:
             peak = _peak_memory(process.pid) or peak
             time.sleep(0.1)
@@ -218,6 +217,10 @@ def _peak_memory(pid: int) -> float | None:
     return found[0] * 1024 / 1e6 if found else None
 
 
+def _script(name: str) -> str:
+    return os.path.relpath(ROOT / name)
+
+
 class Worker:
     """Calls diffusers_worker.py in the environment that has PyTorch."""
 
@@ -229,7 +232,7 @@ class Worker:
         job = {**job, "output": str(folder), "result": str(folder / "result.json")}
         with writing(folder):
             _write_json(folder / "job.json", job)
-        spent = call(str(self.python), str(WORKER.relative_to(ROOT)), command, str(folder / "job.json"))
+        spent = call(str(self.python), _script(WORKER), command, str(folder / "job.json"))
         return {**_read_json(folder / "result.json"), **spent}
 
 
@@ -271,9 +274,12 @@ class Comparison:
         if not self.base.exists():
             raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
         config = self.recipe(args.seeds[0])
-        given = config.model_config
-        self.model = load_model_config(under_root(given)) if given else detect_model(
-            self.base, way_out="add --model_config with its YAML")  # fmt: skip
+        if config.model_config is None:
+            self.model = detect_model(self.base, way_out="add --model_config with its YAML")
+        else:
+            self.model = load_model_config(under_root(config.model_config))
+        self.model_flags = [] if config.model_config is None else ["--config", self.model.path]
+        self.model_flags += ["--device_target", config.device_target] if config.device_target else []
         check_expressible(self.model)
         self.rows, self.prompts, self.real = read_data(Path(args.data), config, args.prompts)
         BatchOrder(len(self.rows), config.train_batch_size, 0)  # says where there are too few
@@ -360,17 +366,20 @@ class Comparison:
         network = build_model(self.model, random=False)
         inject_lora(network, make_lora_spec(config))
         state = lora_state(network, self.model)
-        path = folder / "pytorch_lora_weights.safetensors"
+        path = self._start_of(config.seed)
         write_lora(path, state, "diffusers", self.model)
         size = sum(layer.down.size + layer.up.size for layer in state.layers.values())
         return {"sha256": content_hash(path), "parameters": size}
 
+    def _start_of(self, seed: int) -> Path:
+        return self.output / f"seed{seed}" / "start" / "pytorch_lora_weights.safetensors"
+
     def _train_ours(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
         spent = call(
-            sys.executable, "train_text_to_image.py", "--train_config", str(self.args.train_config), *self.flags,
+            sys.executable, _script("train_text_to_image.py"), "--train_config", self.args.train_config, *self.flags,
             "--data_path", str(Path(self.args.data) / "train"), "--pretrained_model_path", str(self.base),
             "--output_path", str(folder), "--seed", str(config.seed), "--precision", "fp32",
-            "--loss_scaler_type", "none", "--resume", "True",
+            "--loss_scaler_type", "none", "--lora_init_path", str(self._start_of(config.seed)), "--resume", "True",
         )  # fmt: skip
         return {**spent, **_trained(folder, "ckpt/lora.ckpt")}
 
@@ -384,7 +393,7 @@ class Comparison:
             **{name: getattr(config, name) for name in same},
             "base": str(self.output / "base" / "diffusers"),
             "pad_token": self.model.pad_token,
-            "lora": str(self.output / f"seed{config.seed}" / "start" / "pytorch_lora_weights.safetensors"),
+            "lora": str(self._start_of(config.seed)),
             "trained_parameters": start["parameters"],
             "rows": [[str(row.path), row.text] for row in self.rows],
             "image_size": self.image_size,
@@ -399,7 +408,7 @@ class Comparison:
         def draw(folder: Path) -> dict[str, Any]:
             held_out = self.output / "held_out"
             spent = call(
-                sys.executable, "text_to_image.py", "--config", self.model.path, "--ckpt_path", str(self.base),
+                sys.executable, _script("text_to_image.py"), *self.model_flags, "--ckpt_path", str(self.base),
                 "--data_path", str(held_out / "prompts.txt"), "--init_latents", str(held_out / "latents.npy"),
                 "--sampling_steps", str(self.args.sampling_steps), "--scale", str(self.scale),
                 "--H", str(self.image_size), "--W", str(self.image_size), "--precision", "fp32",
