@@ -80,13 +80,14 @@ def projected(name: str, update: np.ndarray) -> np.ndarray:
     return (rows @ named_input(name, rows.shape[1:])).astype(np.float32)
 
 
-def adapted(config: ModelConfig, unet: dict | None, text: dict | None, unused: int = 0) -> Reference:
-    """The reference networks with named weights, and PEFT's adapters of random values in them."""
-    base = Base(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).parameters_dict().items()
-              if not name.startswith("first_stage_model.")}
-    assert set(base.shapes) < set(shapes)
-    reference = Reference(config, {name: named_weight(name, shape) for name, shape in shapes.items()}, unused)
+def adapted(
+    config: ModelConfig, unet: dict | None, text: dict | None, weights: dict[str, np.ndarray] | None = None
+) -> Reference:
+    """The reference networks with `weights` or named ones, and PEFT's adapters of random values in them."""
+    if weights is None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config).parameters_dict().items()}
+        weights = {name: named_weight(name, shape) for name, shape in shapes.items()}
+    reference = Reference(config, {k: v for k, v in weights.items() if not k.startswith("first_stage_model.")})
     for network, settings in ((reference.unet, unet), (reference.text, text)):
         if settings:
             network.add_adapter(LoraConfig(**settings))
@@ -99,8 +100,9 @@ def randomise(network: torch.nn.Module) -> None:
     """Values of the size that training reaches, the same on every machine."""
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
-            values = named_weight(name, tuple(parameter.shape))
-            parameter.copy_(torch.from_numpy(values * (2.0 if "lora_B" in name else 5.0)))
+            shape = tuple(parameter.shape)
+            values = 0.4 * named_input(name, shape) / np.sqrt(np.prod(shape[1:]))
+            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
 def deltas(config: ModelConfig, reference: Reference) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ is a list, up and down in turn, of the UNet alone; the text encoder's is in `<st
 classes are not noted. There is no alpha: `up` takes it over. A class has all of its layers in the file: those without a
 LoRA are written as zeros.
 
-diffusers registered a transformer block's feed-forward before its second attention until 0.17, and after it since.
-Published files have the earlier order, and so has what is written here; shapes tell which a file has.
+diffusers registered a transformer block's feed-forward before its second attention at first, and does after it now.
+Published files have the first order, and so has what is written here; shapes tell which a file has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMPONENTS = ("unet", "text_encoder")
 # diffusers' and transformers' classes, and what the names of the layers within them contain.
 CLASSES = {
     "unet": {
-        "CrossAttention": r"\.attn[12]\.",  # its name until diffusers 0.14
+        "CrossAttention": r"\.attn[12]\.",  # what diffusers called it at first
         "Attention": r"\.attn[12]\.",
         "GEGLU": r"\.ff\.net\.0\.",
         "FeedForward": r"\.ff\.",
@@ -177,7 +177,7 @@ def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
     """The modules of a component within some classes, as cloneofsimo's lora walks them.
 
-    early: the order before diffusers 0.17, with the feed-forward between the two attentions.
+    early: diffusers' first order, with the feed-forward between the two attentions.
     """
     within = [CLASSES[component][name] for name in classes]
     chosen = [module for module in modules if any(re.search(part, module.path) for part in within)]
