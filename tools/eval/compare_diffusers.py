@@ -11,7 +11,7 @@ Any setting of train_text_to_image.py may follow, such as --max_steps 100; it wi
 was interrupted, or one with more seeds, goes on from the stages that are done. docs/evaluation.md explains the results:
 
     OUTPUT/table.md, table.json     scores, seconds, memory, and how far the losses are apart
-    OUTPUT/curves.png               the losses of both for each seed
+    OUTPUT/curves/losses.png        the losses of both for each seed
     OUTPUT/grid_seed1.png           prompt, real picture, base, LoRA of both
 """
 
@@ -300,7 +300,7 @@ class Comparison:
         with writing(self.output):
             _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
         seeds = self.args.seeds
-        self.stages = Stages(self.output, 4 + 5 * len(seeds) + 1)
+        self.stages = Stages(self.output, 4 + 5 * len(seeds) + 2)
         model = {**asdict(self.model), "path": ""}
         self.stages.run("base", {"base": self.base_hash, "model": model}, self._write_base)
         held_out = {"prompts": self.prompts, "image_size": self.image_size, "latents_seed": self.args.latents_seed,
@@ -472,10 +472,11 @@ class Comparison:
             str(seed): {side: read_metrics(self.output / f"seed{seed}" / f"train_{side}") for side in SIDES}
             for seed in self.args.seeds
         }
-        curves = self.output / "curves"
         losses = {seed: {side: run["loss"] for side, run in runs.items()} for seed, runs in metrics.items()}
-        self.worker("plot", curves, {"runs": losses, "allowed": ALLOWED, "picture": str(self.output / "curves.png")})
-        shutil.rmtree(curves)
+        self.stages.run(
+            "curves", {"losses": losses},
+            lambda folder: self.worker("plot", folder, {"runs": losses, "allowed": ALLOWED}),
+        )  # fmt: skip
         chosen = evenly(len(self.prompts), min(GRID_PROMPTS, len(self.prompts)))
         for seed in self.args.seeds:
             columns = {"real": "held_out/real"} if self.real else {}
@@ -510,7 +511,7 @@ class Comparison:
         _write_json(self.output / "table.json", table)
         with atomic_path(self.output / "table.md") as path:
             path.write_text(text, encoding="utf-8")
-        print(f"\n{text}\n{self.output / 'table.md'}, table.json, curves.png, grid_seed{self.args.seeds[0]}.png")
+        print(f"\n{text}\n{self.output / 'table.md'}, table.json, curves/losses.png, grid_seed{self.args.seeds[0]}.png")
 
 
 def check_expressible(model: ModelConfig) -> None:

@@ -163,6 +163,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
             " / ".join(f"{run['peak_memory_mb']:.0f}" if run["peak_memory_mb"] else "-" for run in runs),
         ])  # fmt: skip
     early = min(EARLY_STEPS, table["updates"])
+    batch = recipe["train_batch_size"] * recipe["gradient_accumulation_steps"]
     cached = "latents and text states cached by both" if recipe["cache_latents"] else "nothing cached by either"
     networks = [scores[name] for name in ("image_network", "text_network")]
     warnings = []
@@ -174,8 +175,8 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     return "\n".join([
         f"# {base['file']}, LoRA on {data['folder']}",
         "",
-        f"{table['updates']} steps of {recipe['train_batch_size']} x {recipe['gradient_accumulation_steps']} of "
-        f"{data['rows']} pictures, rank {recipe['lora_rank']}, learning rate {recipe['start_learning_rate']:g} "
+        f"{table['updates']} steps of {batch} of {data['rows']} pictures, rank {recipe['lora_rank']}, learning rate "
+        f"{recipe['start_learning_rate']:g} "
         f"({recipe['scheduler']}), fp32, {cached}. {data['prompts']} held-out prompts, {sampling['sampler']} "
         f"{sampling['steps']} steps, guidance {sampling['scale']:g}, the same starting latents for all sets.",
         "",
@@ -193,11 +194,11 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         *_table(["", f"losses and gradient norms apart, first {early} steps (relative)", "losses apart, all steps",
                  "mean loss of the last tenth", "seconds a step (median)", "peak memory, MB"], training),
         "",
-        "![losses](curves.png)",
+        "![losses](curves/losses.png)",
         "",
         *(f"![pictures](grid_seed{seed}.png)" for seed in seeds[:1]),
         "",
-        f"- {command}",
+        f"- `{command}`",
         f"- base: {base['file']}, sha256 {base['sha256'][:16]}, {base['architecture']}",
         *(f"- {what} by {network['network']}, sha256 {network['sha256'][:16]}; {network['preprocessing']}"
           for what, network in zip(("FID and KID", "CLIP score"), networks)),

@@ -272,7 +272,7 @@ def plot(job: dict) -> dict:
     axes[0, 0].legend()
     axes[1, 0].legend()
     figure.tight_layout()
-    with atomic_path(job["picture"]) as path:
+    with atomic_path(Path(job["output"]) / "losses.png") as path:
         figure.savefig(path, dpi=110)
     return {}
 
