@@ -282,10 +282,11 @@ def scored(tmp_path, monkeypatch):
 
 class TestScores:
     def test_nearer_pictures_score_better(self, scored):
-        _, found = scored
+        scores, found = scored
         assert found["same"]["fid"] == pytest.approx(0, abs=1e-6)
         assert found["near"]["fid"] == pytest.approx(3 * 5**2) and found["far"]["fid"] > 1000
         assert found["same"]["clip_score"] == pytest.approx(100) and found["far"]["clip_score"] < 99
+        assert scores.of_real() == found["same"]["clip_score"]
         assert all(found["far"][f"{key}_deviation"] > 0 for key in ("fid", "kid", "clip_score"))
 
     def test_a_difference_is_that_of_the_scores_and_paired(self, scored):
@@ -319,7 +320,8 @@ def a_table(seeds, fid=True):
         "recipe": {"train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 8, "start_learning_rate": 1e-4,
                    "scheduler": "cosine", "cache_latents": True},
         "sampling": {"sampler": "DPM-Solver++", "steps": 20, "scale": 7.5, "latents_seed": 1},
-        "scores": {"sets": sets, "pairs": pairs, "image_network": network, "text_network": network},
+        "scores": {"sets": sets, "pairs": pairs, "real_clip_score": 31.5 if fid else None,
+                   "image_network": network, "text_network": network},
         "losses": {str(seed): compare_runs(metrics([1.0] * 30), metrics([1.0] * 30)) for seed in seeds},
         "training": {f"seed{seed}/{side}": run for seed in seeds for side in compare_report.SIDES},
         "versions": {"torch": "2"},
@@ -354,6 +356,8 @@ class TestMarkdown:
     def test_it_says_what_the_scores_compare_with(self):
         text = markdown(a_table([1]), "python tools/eval/compare_diffusers.py --seeds 1")
         assert "fewer than 2,048" in text and "compare only with one another" in text
+        assert "CLIP score of the real pictures is 31.50" in text
+        assert "of the real pictures" not in markdown(a_table([1], fid=False), "")
         assert "sha256 abababababababab" in text and "--seeds 1" in text and "torch 2" in text
 
     def test_losses_that_disagree_are_marked(self):

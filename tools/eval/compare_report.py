@@ -33,6 +33,7 @@ class Scores:
         self.count = len(prompts)
         self.texts = text_network.of_texts(prompts, self.batch_size)
         self.real = self._features(real, image_network) if real else None
+        self.real_clip_scores = self._clip_scores(real) if real else None
         self.features: dict[str, np.ndarray] = {}
         self.clip_scores: dict[str, np.ndarray] = {}
         self.pixels: dict[str, np.ndarray] = {}
@@ -40,12 +41,11 @@ class Scores:
     def add(self, name: str, files: Sequence[Path]) -> dict[str, float | None]:
         """{"fid", "fid_deviation", "kid", "kid_deviation", "clip_score", "clip_score_deviation"} of one set."""
         from ldm.metrics.bootstrap import bootstrap_deviation
-        from ldm.metrics.clip_score import clip_scores
         from ldm.metrics.kernel import kernel_distance
 
         if len(files) != self.count:
             raise UserError(f"{name} has {len(files)} pictures for {self.count} prompts: remove it and run again")
-        self.clip_scores[name] = values = clip_scores(self._features(files, self.text_network), self.texts)
+        self.clip_scores[name] = values = self._clip_scores(files)
         self.pixels[name] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
         found: dict[str, float | None] = {
             "fid": None, "fid_deviation": None, "kid": None, "kid_deviation": None,
@@ -60,6 +60,10 @@ class Scores:
             if self.count >= 4:
                 found["kid"], found["kid_deviation"] = kernel_distance(self.real, self.features[name])
         return found
+
+    def of_real(self) -> float | None:
+        """The CLIP score of the real pictures: what generated ones can be expected to come near."""
+        return None if self.real_clip_scores is None else float(self.real_clip_scores.mean())
 
     def difference(self, name: str, other: str) -> dict[str, float | None]:
         """Scores of `name` less those of `other`, their deviations with the prompts drawn alike for both, and how far
@@ -86,6 +90,11 @@ class Scores:
         from ldm.metrics.frechet import frechet_of_features
 
         return frechet_of_features(self.real[indices], self.features[name][indices])
+
+    def _clip_scores(self, files: Sequence[Path]) -> np.ndarray:
+        from ldm.metrics.clip_score import clip_scores
+
+        return clip_scores(self._features(files, self.text_network), self.texts)
 
     def _features(self, files: Sequence[Path], network: Any) -> np.ndarray:
         return self.encode(files, network, self.batch_size).features
@@ -166,11 +175,13 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     batch = recipe["train_batch_size"] * recipe["gradient_accumulation_steps"]
     cached = "latents and text states cached by both" if recipe["cache_latents"] else "nothing cached by either"
     networks = [scores[name] for name in ("image_network", "text_network")]
-    warnings = []
+    notes = []
+    if scores["real_clip_score"] is not None:
+        notes.append(f"The CLIP score of the real pictures is {scores['real_clip_score']:.2f}.")
     if data["prompts"] < 2048:
-        warnings.append(f"{data['prompts']} pictures are fewer than 2,048: an FID compares only within this table.")
+        notes.append(f"{data['prompts']} pictures are fewer than 2,048: an FID compares only within this table.")
     if any(network["compares_only_with_itself"] for network in networks):
-        warnings.append("Scores by the embedded nano CLIP compare only with one another, never with published ones.")
+        notes.append("Scores by the embedded nano CLIP compare only with one another, never with published ones.")
     versions = ", ".join(f"{name} {value}" for name, value in table["versions"].items())
     return "\n".join([
         f"# {base['file']}, LoRA on {data['folder']}",
@@ -183,7 +194,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         *_table(["", *(f"{name} ({side})" for _, name, _ in COLUMNS for side in SIDES)], published),
         "",
         "+- is the bootstrap deviation over the prompts (KID: over random halves); of a mean, the deviation between "
-        f"the seeds. {' '.join(warnings)}".rstrip(),
+        f"the seeds. {' '.join(notes)}".rstrip(),
         "",
         "Ours less diffusers', with the same prompts drawn again for both:",
         "",

@@ -24,6 +24,7 @@ import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDPMScheduler,
@@ -291,10 +292,14 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     command, path = sys.argv[1:]
+    # of what neither side uses: image processors, folders of the hub, other precisions
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     result = {"train": train, "generate": generate, "plot": plot}[command](job)
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
-                "diffusers": diffusers.__version__, "peft": metadata.version("peft"),
+    packages = ("numpy", "torch", "diffusers", "transformers", "peft")
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages},
                 "threads": torch.get_num_threads()}  # fmt: skip
     with atomic_path(job["result"]) as temporary:
         temporary.write_text(json.dumps({**result, "versions": versions}), encoding="utf-8")
