@@ -19,7 +19,7 @@ import ldm.pipeline
 import text_to_image
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
-from ldm.lora.formats import write_lora
+from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import LoRAState, lora_state
 from ldm.models.stable_diffusion import build_model
@@ -186,6 +186,17 @@ def test_a_lora_changes_the_picture_and_halves_add_up(folder, base, tmp_path):
         folder, tmp_path, "--lora_ckpt_path", "FILES/both.ckpt:0.75", "FILES/both.ckpt:0.25", "--lora_rank", "4"
     )
     np.testing.assert_allclose(halves, whole, atol=1e-4 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("format, name", [("peft", "folder"), ("kohya", "lora.safetensors")])
+def test_a_lora_of_another_project_draws_the_same(folder, tiny_config, tmp_path, format, name):
+    write_lora(tmp_path / name, read_lora(folder / "both.ckpt"), format, tiny_config)
+    ours = drawn(folder, tmp_path, "--lora_ckpt_path", "FILES/both.ckpt")
+    theirs = drawn(folder, tmp_path, "--lora_ckpt_path", tmp_path / name)
+    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
+    run(folder, tmp_path, "--skip_grid", "--lora_ckpt_path", tmp_path / name)
+    (lora,) = json.loads(Image.open(next((tmp_path / "samples").glob("*.png"))).text["lora"])
+    assert lora["file"] == name and {len(digest) for digest in lora["sha256"].split()} == {64}
 
 
 def test_use_lora_false_leaves_it_out(folder, base, tmp_path):

@@ -7,8 +7,8 @@
 | today's | unet.<layer>.lora_A.weight (A is down, B is up) | text_encoder.<layer>.lora_A.weight |
 
 Files mix them, so all are read at once. None of the first three has an alpha (`up` takes it over on writing); the last
-has it in a text of the file, `lora_adapter_metadata`: the arguments of PEFT's LoraConfig as JSON, each behind `unet.` or
-`text_encoder.`. A diffusers that does not know it takes alpha = rank: for that, write "diffusers-newer".
+has it in a text of the file, `lora_adapter_metadata`: the arguments of PEFT's LoraConfig as JSON, each behind `unet.`
+or `text_encoder.`. A diffusers that does not know it takes alpha = rank: for that, write "diffusers-newer".
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ sometimes a third factor `lora_mid`, which is multiplied into down.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 
@@ -25,6 +26,8 @@ PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}  # ss_base_model_version; "_v" follows where velocity is predicted
 # diffusers writes `lora_te1_` for a lone text encoder too; beside `lora_te2_` it is the first of SDXL's.
 _KEY = re.compile(r"lora_(unet|te1?)_([^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
+
+log = logging.getLogger(__name__)
 
 
 def detect(names: Iterable[str]) -> bool:
@@ -48,7 +51,10 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
 
 
 def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
-    """Write a .safetensors; alpha is kept, layer by layer."""
+    """Write a .safetensors; alpha is kept, layer by layer, with a warning where diffusers would misread it."""
+    if len({layer.alpha for layer in state.layers.values()}) > 1:
+        log.warning("%s: its layers' alphas differ, and diffusers takes the commonest for all attention layers of a "
+                    "kohya file: for diffusers, write diffusers", path)
     arrays = {}
     for component, layers in pairs.by_component(state, base).items():
         for module, layer in layers.items():

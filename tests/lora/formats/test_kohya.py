@@ -95,6 +95,12 @@ def test_a_lone_first_text_encoder_is_the_text_encoder(tmp_path):
     ]
 
 
+def test_alphas_that_differ_are_warned_of(tmp_path, caplog):
+    state = random_state(known_bases()[2], rank=2, alpha=lambda i: 1 + i % 2, only="to_q")
+    write_lora(tmp_path / "lora.safetensors", state, "kohya")
+    assert "for diffusers, write diffusers" in caplog.text
+
+
 def test_what_is_written_for_other_programs(tmp_path):
     sd2 = known_bases()[1]
     state = LoRAState(
