@@ -459,8 +459,13 @@ class Comparison:
             name: found.difference(f"{name}{SIDES[0]}", f"{name}{SIDES[1]}")
             for name in ["base_", *(f"seed{seed}/" for seed in args.seeds)]
         }
-        return {"sets": sets, "pairs": pairs, "real_clip_score": found.of_real(),
-                "image_network": describe_network(image_network), "text_network": describe_network(text_network)}  # fmt: skip
+        return {
+            "sets": sets,
+            "pairs": pairs,
+            "real_clip_score": found.of_real(),
+            "image_network": describe_network(image_network),
+            "text_network": describe_network(text_network),
+        }
 
     def _pictures(self, name: str) -> list[Path]:
         return sorted((self.output / name).glob("*.png"))
