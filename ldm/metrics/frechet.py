@@ -20,36 +20,55 @@ from ldm.atomic import atomic_path
 from ldm.errors import UserError
 from ldm.paths import writing
 
+JOINED = 512  # features that wait before a covariance takes them in: each time costs a pass over all of its numbers
+
 
 class FeatureStatistics:
     """Mean (D,) and covariance (D, D; divided by n - 1) of features that come in batches, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = np.zeros(0)
-        self._scatter = np.zeros((0, 0))
+        self._joined = 0
+        self._mean: np.ndarray | None = None
+        self._scatter: np.ndarray | None = None
+        self._waiting: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Take in a batch (N, D). Batches are joined by their own means (Chan et al. 1983), so nothing cancels."""
-        features = features.astype(np.float64)
-        n = len(features)
-        if not self.count:
-            self.mean, self._scatter = np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2)
-        mean = features.mean(axis=0)
-        centred = features - mean
-        step = mean - self.mean
-        total = self.count + n
-        self._scatter += centred.T @ centred
-        self._scatter += np.outer(step, step) * (self.count * n / total)
-        self.mean = self.mean + step * (n / total)
-        self.count = total
+        """Take in a batch (N, D)."""
+        self._waiting.append(features.astype(np.float64))
+        self.count += len(features)
+        if self.count - self._joined >= JOINED:
+            self._join()
+
+    @property
+    def mean(self) -> np.ndarray:
+        self._join()
+        return self._mean
 
     @property
     def covariance(self) -> np.ndarray:
         """Raises UserError for fewer than two pictures, which have none."""
         if self.count < 2:
             raise UserError("a Fréchet distance wants two pictures or more in each set: one has no covariance")
+        self._join()
         return self._scatter / (self.count - 1)
+
+    def _join(self) -> None:
+        """What waits is joined by its own mean (Chan et al. 1983), so nothing cancels."""
+        if not self._waiting:
+            return
+        features = np.concatenate(self._waiting)
+        self._waiting = []
+        if self._mean is None:
+            self._mean, self._scatter = np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2)
+        mean = features.mean(axis=0)
+        step = mean - self._mean
+        share = len(features) / self.count
+        # The shift of the mean is one more row of the product.
+        rows = np.concatenate([features - mean, step[None] * np.sqrt(self._joined * share)])
+        self._scatter += rows.T @ rows
+        self._mean = self._mean + step * share
+        self._joined = self.count
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:

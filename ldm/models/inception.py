@@ -26,6 +26,7 @@ class Conv(NamedTuple):
     width: int = 1
     stride: int = 1
     pad: bool = True  # so that the size stays
+    pooled: bool = False  # by a 3x3 maximum of stride 2 after it
 
 
 class Branch(NamedTuple):
@@ -77,11 +78,10 @@ def _inception_e(name: str, pool: str) -> Block:
     ), pool, 192)
 
 
-# In the order of the network; "pool" is a 3x3 maximum of stride 2.
-STEM: tuple[Conv | str, ...] = (
+STEM = (
     Conv("Conv2d_1a_3x3", 32, 3, 3, 2, pad=False), Conv("Conv2d_2a_3x3", 32, 3, 3, pad=False),
-    Conv("Conv2d_2b_3x3", 64, 3, 3), "pool",
-    Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, 3, 3, pad=False), "pool",
+    Conv("Conv2d_2b_3x3", 64, 3, 3, pooled=True), Conv("Conv2d_3b_1x1", 80),
+    Conv("Conv2d_4a_3x3", 192, 3, 3, pad=False, pooled=True),
 )  # fmt: skip
 BLOCKS = (
     _inception_a("Mixed_5b", 32), _inception_a("Mixed_5c", 64), _inception_a("Mixed_5d", 64),
@@ -126,14 +126,20 @@ class Convolution(nn.Cell):
 
 
 class RectifiedConvolution(Convolution):
-    """The same, then max(x, 0)."""
+    """The same, then max(x, 0). A maximum over pixels that follows is taken first: it may change places with both, and
+    leaves a quarter of the pixels to them."""
 
     def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
         super().__init__(in_channels, conv, published)
+        self.pooled = conv.pooled
+        self.pool = ops.MaxPool(3, 2, "valid")
         self.relu = ops.ReLU()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.relu(self.bias_add(self.conv(x, self.weight), self.bias))
+        y = self.conv(x, self.weight)
+        if self.pooled:
+            y = self.pool(y)
+        return self.relu(self.bias_add(y, self.bias))
 
 
 class MixedBranch(nn.Cell):
@@ -220,12 +226,9 @@ class InceptionFeatures(nn.Cell):
     def __init__(self):
         super().__init__()
         cells, channels = [], 3
-        for step in STEM:
-            if isinstance(step, str):
-                cells.append(nn.MaxPool2d(3, 2))
-            else:
-                cells.append(RectifiedConvolution(channels, step, (step.name,)))
-                channels = step.channels
+        for conv in STEM:
+            cells.append(RectifiedConvolution(channels, conv, (conv.name,)))
+            channels = conv.channels
         for block in BLOCKS:
             cells.append(Mixed(block, channels))
             channels = out_channels(block, channels)

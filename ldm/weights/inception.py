@@ -30,10 +30,9 @@ def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
     """Every published convolution with its normalisation: PyTorch's name -> (mindone's name, shape of its kernel)."""
     modules, channels = {}, 3
     for conv in STEM:
-        if not isinstance(conv, str):
-            short = conv.name[: -len("_3x3")]
-            modules[conv.name] = (short, (conv.channels, channels, conv.height, conv.width))
-            channels = conv.channels
+        short = conv.name[: -len("_3x3")]
+        modules[conv.name] = (short, (conv.channels, channels, conv.height, conv.width))
+        channels = conv.channels
     for block in BLOCKS:
         for number, branch in enumerate(block.branches):
             width = channels

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.metrics import frechet
 from ldm.metrics.frechet import (
     FeatureStatistics,
     frechet_distance,
@@ -65,7 +66,8 @@ def test_of_constant_features_it_is_the_distance_of_the_means():
 
 
 @pytest.mark.parametrize("sizes", [(10,), (1, 9), (3, 3, 4), (9, 1), (1,) * 10])
-def test_statistics_are_those_of_all_batches_together(sizes):
+def test_statistics_are_those_of_all_batches_together(monkeypatch, sizes):
+    monkeypatch.setattr(frechet, "JOINED", 4)
     x = features(10, 5, scale=0.01, shift=1e4)  # the mean is a million deviations off: nothing may cancel
     gathered, start = FeatureStatistics(), 0
     for size in sizes:
@@ -76,12 +78,16 @@ def test_statistics_are_those_of_all_batches_together(sizes):
     assert gathered.count == 10
 
 
-def test_statistics_keep_nothing_of_the_pictures():
-    gathered = FeatureStatistics()
-    for seed in range(30):
-        gathered.add(features(64, 8, seed))
+def test_statistics_keep_nothing_of_the_pictures(monkeypatch):
+    monkeypatch.setattr(frechet, "JOINED", 100)
+    gathered, batches = FeatureStatistics(), [features(64, 8, seed) for seed in range(30)]
+    for batch in batches:
+        gathered.add(batch)
+        assert sum(map(len, gathered._waiting)) < 100
+    np.testing.assert_allclose(gathered.mean, np.concatenate(batches).mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(gathered.covariance, np.cov(np.concatenate(batches), rowvar=False), rtol=1e-10)
     held = sum(value.nbytes for value in vars(gathered).values() if isinstance(value, np.ndarray))
-    assert held == 8 * 8 * 8 + 8 * 8
+    assert held == 8 * 8 * 8 + 8 * 8 and not gathered._waiting
 
 
 def test_one_picture_has_no_distance():
