@@ -54,11 +54,14 @@ def make_pipeline(config: ModelConfig, place: Path) -> StableDiffusionPipeline:
 
 
 def draw_with_diffusers(
-    folder: Path, prompts: Sequence[str], negative: Sequence[str], latents: np.ndarray, steps: int, scale: float
+    folder: Path, prompts: Sequence[str], negative: Sequence[str], latents: np.ndarray, steps: int, scale: float,
+    lora: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Final latents and pictures (N, H, W, 3) uint8 of StableDiffusionPipeline.from_pretrained(folder)."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     settings = dict(prompt=list(prompts), negative_prompt=list(negative), num_inference_steps=steps,
                     guidance_scale=scale, output_type="latent")
     final = pipeline(latents=torch.from_numpy(latents), **settings).images

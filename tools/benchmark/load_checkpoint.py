@@ -37,7 +37,7 @@ def memory() -> dict[str, int]:
 
 
 def measured(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds of `work`, and the largest growth of either kind of memory while it ran."""
+    """Seconds of `work`, by the clock and of processor time, and the largest growth of either kind of memory."""
     before = memory()
     most, done = dict(before), threading.Event()
 
@@ -48,14 +48,14 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     try:
         work()
     finally:
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began, time.process_time() - used
         done.set()
         watcher.join()
-    return {"seconds": seconds, **{name: most[name] - before[name] for name in most}}
+    return {"seconds": seconds, "busy": busy, **{name: most[name] - before[name] for name in most}}
 
 
 def write_random(config_path: str, target: Path) -> None:
@@ -146,11 +146,11 @@ def main() -> None:
                 rows.append((what, in_a_process("convert", str(source), str(target), dtype)))
             print(rows[-1][0], file=sys.stderr, flush=True)
         print(f"{Path(args.model_config).name}: {weights / 1e9:.2f} GB of weights in fp32\n")
-        print("| what | seconds | own memory, at most | resident, at most |\n| --- | --- | --- | --- |")
+        print("| what | seconds | processor, s | own memory, at most | resident, at most |\n" + "| --- " * 5 + "|")
         for what, found in rows:
             own, resident = found["RssAnon"], found["VmRSS"]
-            print(f"| {what} | {found['seconds']:.1f} | {own / 1e9:.2f} GB, {own / weights:.2f}x | "
-                  f"{resident / 1e9:.2f} GB, {resident / weights:.2f}x |")
+            print(f"| {what} | {found['seconds']:.1f} | {found['busy']:.1f} | "
+                  f"{own / 1e9:.2f} GB, {own / weights:.2f}x | {resident / 1e9:.2f} GB, {resident / weights:.2f}x |")
 
 
 if __name__ == "__main__":
