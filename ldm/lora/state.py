@@ -298,7 +298,7 @@ def refusal(match: LoRAMatch, path: str) -> str:
     example = ""
     for wrong in match.wrong_shape.values():
         name, found, wanted = wrong[0]
-        widths = {768: "SD1.x", 1024: "SD2.x"}
+        widths = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
         if name.endswith(("attn2.to_k", "attn2.to_v")) and found[1] != wanted[1]:
             made = widths.get(found[1], f"a context of {found[1]}")
             example = f"; it was made for {made}, the model is {widths.get(wanted[1], f'of context {wanted[1]}')}"
