@@ -4,10 +4,10 @@
     python tools/benchmark/metrics.py --reference_python /somewhere/bin/python
 
 Each works in a process of its own on the same PNG files, from the file to the 2,048 features, with random weights (they
-cost the same). Pictures are laid out as torchvision's transforms and PyTorch's loader do it; as channels_last, which their
-users may choose, both references were 1.3 to 1.4 times as fast when this was written. The three take turns, so that a
-noisy machine is noisy for all, and their processors' seconds are counted as well, which other programs change less. A
-first round, in which graphs are compiled, is not counted. Cores: those that the process may use (taskset), for all three.
+cost the same). Pictures are laid out as torchvision's transforms and PyTorch's loader do it; as channels_last, which
+their users may choose, both references were 1.3 to 1.4 times as fast when this was written. The three take turns, so
+that a noisy machine is noisy for all, and their processors' seconds are counted as well, which other programs change
+less. A first round, in which graphs are compiled, is not counted. Cores: those that the process may use (taskset).
 """
 
 from __future__ import annotations
