@@ -1,0 +1,46 @@
+"""The inputs of the works, the same for both sides."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.config.model import ModelConfig
+from tools.benchmark.works import EPOCH_PICTURES, SEED, Work
+
+PROMPT = "a picture of the number"
+
+
+def draw_inputs(config: ModelConfig, work: Work) -> dict[str, np.ndarray]:
+    """latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77) int32."""
+    random = np.random.default_rng(SEED)
+    shape = (work.batch, config.latent_channels, work.size, work.size)
+    return {
+        "latents": random.standard_normal(shape, np.float32),
+        "noise": random.standard_normal(shape, np.float32),
+        "context": random.standard_normal((work.batch, 77, config.context_dim), np.float32),
+        "timesteps": random.integers(0, config.timesteps, work.batch, np.int32),
+        "tokens": draw_tokens(work.batch),
+    }
+
+
+def draw_tokens(count: int) -> np.ndarray:
+    """(count, 77) int32, the end token last: transformers looks for it."""
+    tokens = np.random.default_rng(SEED).integers(0, 49000, (count, 77), np.int32)
+    tokens[:, 0], tokens[:, -1] = 49406, 49407
+    return tokens
+
+
+def write_pictures(folder: Path, size: int) -> None:
+    """A data set of EPOCH_PICTURES PNGs of noise, each with its own caption."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(SEED)
+    with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("dir", "text"))
+        for i in range(EPOCH_PICTURES):
+            Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i}.png")
+            writer.writerow((f"{i}.png", f"{PROMPT} {i}"))

@@ -1,0 +1,175 @@
+"""This project's side of a work: python -m tools.benchmark.ours NAME (started by run.py)."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Callable
+
+from tools.benchmark.turns import Turns
+
+turns = Turns() if __name__ == "__main__" else None  # the tests import this
+
+import numpy as np  # noqa: E402
+
+from ldm.runtime import setup_runtime  # noqa: E402  isort: skip
+
+import mindspore as ms  # noqa: E402
+from mindspore import Tensor, nn  # noqa: E402
+
+from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.config.train import TrainConfig  # noqa: E402
+from ldm.data.batches import BatchOrder  # noqa: E402
+from ldm.data.dataset import read_image_text_csv  # noqa: E402
+from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
+from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
+from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
+from ldm.lora.state import lora_state, merge_lora  # noqa: E402
+from ldm.models.autoencoder import AutoencoderKL, VAEDecode  # noqa: E402
+from ldm.models.stable_diffusion import DiffusionWrapper, build_model  # noqa: E402
+from ldm.models.text_encoder import CLIPTextEncoder  # noqa: E402
+from ldm.models.unet import UNetModel  # noqa: E402
+from ldm.pipeline import Pipeline, Sampling  # noqa: E402
+from ldm.training.graph_cache import cached_graphs, graph_key  # noqa: E402
+from ldm.training.inputs import Inputs  # noqa: E402
+from ldm.training.optimizers import adamw_scalars  # noqa: E402
+from ldm.training.step import StepScalars, TrainStep  # noqa: E402
+from tools.benchmark import works  # noqa: E402
+from tools.benchmark.inputs import PROMPT, draw_inputs, write_pictures  # noqa: E402
+from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+
+
+class UNetAlone(nn.Cell):
+    """The UNet under its full names, which LoRA goes by."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.model = DiffusionWrapper(UNetModel(**config.unet))
+
+
+def frozen(net: nn.Cell) -> nn.Cell:
+    net.set_train(False)
+    for parameter in net.get_parameters():
+        parameter.requires_grad = False
+    return net
+
+
+def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
+    """The step that train_text_to_image.py would build for this work."""
+    if full:
+        trainable = list(unet.get_parameters())
+    else:
+        inject_lora(unet, LoRASpec(rank=works.RANK))
+        trainable = list(unet.trainable_params())
+    schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    return TrainStep(DiffusionLoss(unet, schedule, config.prediction_type), trainable, clip=True)
+
+
+def scalars(update: int) -> StepScalars:
+    return StepScalars(1.0, 1.0, 1.0, adamw_scalars(update, 1e-4, (0.9, 0.999), 1e-8, 0.01), 0.0)
+
+
+def unet(work: Work, config: ModelConfig) -> Callable:
+    net, given = frozen(UNetModel(**config.unet)), draw_inputs(config, work)
+    inputs = [Tensor(given[name]) for name in ("latents", "timesteps", "context")]
+    return lambda: net(*inputs).asnumpy()
+
+
+def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
+    unet = frozen(UNetAlone(config)).model.diffusion_model
+    step, given = train_step(config, unet, full), draw_inputs(config, work)
+    batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "context"))
+    updates = iter(range(1, 10**9))
+    return lambda: step([batch], scalars(next(updates)))
+
+
+def full(work: Work, config: ModelConfig) -> Callable:
+    return lora(work, config, full=True)
+
+
+def first_step(work: Work, config: ModelConfig) -> Callable:
+    return lora(work, config)
+
+
+def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable:
+    """The first call fills the cache of another process, or is taken from it."""
+    call, waits = lora(work, config), [True]
+
+    def cached() -> None:
+        with cached_graphs(folder, graph_key(work.name)) if waits.pop() else nullcontext():
+            call()
+
+    return cached
+
+
+def epoch(work: Work, config: ModelConfig) -> Callable:
+    """All that an epoch takes once the weights are there: reading and encoding the pictures and texts, compiling, one
+    step a picture."""
+    model, size = build_model(config), work.size * config.vae_factor
+
+    def run() -> None:
+        folder = Path(tempfile.mkdtemp())
+        write_pictures(folder / "data", size)
+        settings = TrainConfig(output_path=str(folder / "output"), train_batch_size=work.batch)
+        rows = read_image_text_csv(folder / "data").rows
+        order = BatchOrder(len(rows), work.batch, works.SEED)
+        step = train_step(config, model.model.diffusion_model, full=False)
+        inputs = Inputs(settings, config, model, rows, order, image_size=size, tokens_only=False)
+        for i in range(order.steps_per_epoch):
+            step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1))
+        shutil.rmtree(folder)
+
+    return run
+
+
+def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
+    """Prompts to pictures: text encoding, sampling, decoding."""
+    model, size = build_model(config), work.size * config.vae_factor
+    if merged:
+        source = build_model(config)
+        inject_lora(source, LoRASpec(rank=works.RANK))
+        merge_lora(model, lora_state(source, config), 1.0, "benchmark")
+    pipeline = Pipeline(model, config)
+    sampling = Sampling(steps=works.STEPS, scale=works.SCALE, batch_size=work.batch, height=size, width=size)
+    prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
+    return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))
+
+
+def merged(work: Work, config: ModelConfig) -> Callable:
+    return generate(work, config, merged=True)
+
+
+def decode(work: Work, config: ModelConfig) -> Callable:
+    net = VAEDecode(frozen(AutoencoderKL(**config.vae)))
+    latents = Tensor(draw_inputs(config, work)["latents"])
+    return lambda: net(latents).asnumpy()
+
+
+def text(work: Work, config: ModelConfig) -> Callable:
+    net, tokens = frozen(CLIPTextEncoder(**config.text)), Tensor(draw_inputs(config, work)["tokens"])
+    return lambda: net(tokens).asnumpy()
+
+
+KINDS = {"unet": unet, "lora": lora, "full": full, "epoch": epoch, "generate": generate, "merged": merged,
+         "decode": decode, "text": text, "first_step": first_step, "first_step_cached": first_step_cached}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--kind", help="instead of the work's own")
+    parser.add_argument("--graphs", type=Path, help="the folder of first_step_cached")
+    args = parser.parse_args()
+    setup_runtime("CPU", seed=works.SEED)
+    work = {**TABLE, **MEMORY_TABLE}[args.work]
+    extra = {"folder": args.graphs} if args.graphs else {}
+    call = KINDS[args.kind or work.kind](work, load_model_config(work.config), **extra)
+    turns.serve(call, {"mindspore": ms.__version__, "numpy": np.__version__})
+
+
+if __name__ == "__main__":
+    main()

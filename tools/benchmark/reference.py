@@ -1,0 +1,187 @@
+"""diffusers' side of a work: python -m tools.benchmark.reference NAME (started by run.py in the environment that has
+torch, diffusers and transformers; MindSpore is not needed there).
+
+Texts are tokens already: to split words takes no time worth measuring. LoRA is PEFT's arithmetic without its wrappers:
+x W^T + b + (x A^T) B^T * scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Callable
+
+from tools.benchmark.turns import Turns
+
+turns = Turns() if __name__ == "__main__" else None  # the tests import this
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+
+from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
+from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
+from tools.benchmark import works  # noqa: E402
+from tools.benchmark.inputs import draw_inputs, draw_tokens, write_pictures  # noqa: E402
+from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoRALinear(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x)) * 1.0
+
+
+def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
+    found = [name for name, module in unet.named_modules()
+             if isinstance(module, nn.Linear) and name.endswith(LORA_LAYERS) and "transformer_blocks" in name]
+    for name in found:
+        parent, _, last = name.rpartition(".")
+        layer = LoRALinear(unet.get_submodule(name), works.RANK)
+        setattr(unet.get_submodule(parent), last, layer)
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def scheduler(cls, config: ModelConfig, **settings):
+    return cls(num_train_timesteps=config.timesteps, beta_start=config.linear_start, beta_end=config.linear_end,
+               beta_schedule=config.beta_schedule, prediction_type=config.prediction_type, **settings)
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    net.requires_grad_(False)
+    return net.eval()
+
+
+class TrainStep:
+    """A step of diffusers' train_text_to_image(_lora).py: noise, prediction, loss, clipping, AdamW."""
+
+    def __init__(self, config: ModelConfig, full: bool):
+        self.unet = reference_unet(config).requires_grad_(full)
+        self.trained = list(self.unet.parameters()) if full else inject_lora(self.unet)
+        self.unet.train()
+        self.noise = scheduler(DDPMScheduler, config)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.01)
+
+    def __call__(self, latents, noise, timesteps, context) -> float:
+        noised = self.noise.add_noise(latents, noise, timesteps)
+        target = noise
+        if self.noise.config.prediction_type == "v_prediction":
+            target = self.noise.get_velocity(latents, noise, timesteps)
+        prediction = self.unet(noised, timesteps, context, return_dict=False)[0]
+        loss = nn.functional.mse_loss(prediction.float(), target.float(), reduction="mean")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def given(config: ModelConfig, work: Work, *names: str) -> list[torch.Tensor]:
+    inputs = draw_inputs(config, work)
+    return [torch.from_numpy(inputs[name]) for name in names]
+
+
+def unet(work: Work, config: ModelConfig) -> Callable:
+    net, inputs = frozen(reference_unet(config)), given(config, work, "latents", "timesteps", "context")
+    return torch.no_grad()(lambda: net(*inputs).sample)
+
+
+def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
+    step = TrainStep(config, full)
+    latents, noise, timesteps, context = given(config, work, "latents", "noise", "timesteps", "context")
+    return lambda: step(latents, noise, timesteps.long(), context)
+
+
+def full(work: Work, config: ModelConfig) -> Callable:
+    return lora(work, config, full=True)
+
+
+def epoch(work: Work, config: ModelConfig) -> Callable:
+    """train_text_to_image_lora.py's loop: every step encodes its picture and its text."""
+    vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
+    step, size = TrainStep(config, full=False), work.size * config.vae_factor
+
+    def picture(path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def run() -> None:
+        folder = Path(tempfile.mkdtemp())
+        write_pictures(folder / "data", size)
+        with open(folder / "data" / "img_txt.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        tokens = torch.from_numpy(draw_tokens(len(rows))).long()
+        order = torch.randperm(len(rows)).split(work.batch)
+        for batch in order:
+            pixels = torch.stack([picture(folder / "data" / rows[i]["dir"]) for i in batch])
+            with torch.no_grad():
+                latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
+                states = encoder(tokens[batch], return_dict=False)[0]
+            step(latents, torch.randn_like(latents), torch.randint(0, config.timesteps, (len(batch),)), states)
+        shutil.rmtree(folder)
+
+    return run
+
+
+def generate(work: Work, config: ModelConfig) -> Callable:
+    encoder, size = frozen(reference_text_encoder(config)), work.size * config.vae_factor
+    pipeline = StableDiffusionPipeline(
+        vae=frozen(reference_vae(config)), text_encoder=encoder, tokenizer=None, unet=frozen(reference_unet(config)),
+        scheduler=scheduler(DPMSolverMultistepScheduler, config, steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    # The empty text once, as ours: diffusers itself would encode it for every prompt.
+    tokens = torch.from_numpy(draw_tokens(work.batch + 1)).long()
+
+    @torch.no_grad()
+    def run() -> None:
+        states = encoder(tokens, return_dict=False)[0]
+        pipeline(prompt_embeds=states[:-1], negative_prompt_embeds=states[-1:].repeat(work.batch, 1, 1), height=size,
+                 width=size, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, output_type="np")
+
+    return run
+
+
+def decode(work: Work, config: ModelConfig) -> Callable:
+    net, (latents,) = frozen(reference_vae(config)), given(config, work, "latents")
+    return torch.no_grad()(lambda: net.decode(latents).sample)
+
+
+def text(work: Work, config: ModelConfig) -> Callable:
+    net, (tokens,) = frozen(reference_text_encoder(config)), given(config, work, "tokens")
+    return torch.no_grad()(lambda: net(tokens.long()).last_hidden_state)
+
+
+KINDS = {"unet": unet, "lora": lora, "full": full, "epoch": epoch, "generate": generate, "decode": decode, "text": text}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work")
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(works.SEED)
+    work = {**TABLE, **MEMORY_TABLE}[args.work]
+    call = KINDS[work.kind](work, load_model_config(work.config))
+    turns.serve(call, {"torch": torch.__version__, "diffusers": diffusers.__version__,
+                       "transformers": transformers.__version__})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Measure this project against diffusers on this machine: time, memory and compilation of each work, side by side.
+
+    python tools/benchmark/run.py                        # every line of the table
+    python tools/benchmark/run.py unet_256 lora_nano     # some of them
+    python tools/benchmark/run.py --list
+    python tools/benchmark/run.py --memory_table         # LoRA and full fine-tuning at several sizes and batches
+
+Both sides run the same shapes with random weights, each in a process of its own, one call of one side after one of the
+other, while the other process is stopped; of these calls the medians are compared. The first call, which compiles, is
+not among them. Memory is a process's largest resident size (VmHWM). Results go to OUTPUT.json and OUTPUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm  # noqa: E402
+
+from ldm.atomic import atomic_path  # noqa: E402
+from ldm.errors import UserError, run  # noqa: E402
+from tools.benchmark.report import markdown  # noqa: E402
+from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+
+WATCH_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class OverLimit(Exception):
+    """A worker took more memory than it may."""
+
+
+class WorkerFailed(Exception):
+    """A worker ended by itself; the message is the last line that it wrote."""
+
+
+@dataclass
+class Side:
+    """What one process showed: seconds of its calls after the first, of the first, and its largest memory."""
+
+    first: float
+    seconds: list[float]
+    cpu_seconds: list[float]
+    memory_gb: float
+    build_seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Worker:
+    """A process that does one call at a time, and is stopped in between."""
+
+    def __init__(self, command: list[str], cores: set[int], limit_gb: float):
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.log, env=environment(cores), preexec_fn=confine(cores))
+        self.over_limit, self.limit_gb = False, limit_gb
+        self.calls: list[dict] = []
+        threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.kill()
+            raise
+        self._signal(signal.SIGSTOP)
+
+    def call(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.process.stdin.write("call\n")
+        self.process.stdin.flush()
+        self.calls.append(self._answer())
+        self._signal(signal.SIGSTOP)
+
+    def end(self) -> Side:
+        peak = self._status("VmHWM")
+        self.kill()
+        first, *steady = self.calls
+        return Side(first["seconds"], [call["seconds"] for call in steady], [call["cpu_seconds"] for call in steady],
+                    peak, self.ready["build_seconds"], self.ready["versions"])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        if self.over_limit:
+            raise OverLimit
+        self.log.seek(0)
+        said = [text for text in self.log.read().splitlines() if text.strip()]
+        raise WorkerFailed(said[-1] if said else f"exit code {self.process.returncode}")
+
+    def _signal(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def _status(self, key: str) -> float:
+        """GB, of /proc/PID/status."""
+        with open(f"/proc/{self.process.pid}/status") as status:
+            return next((int(line.split()[1]) / 2**20 for line in status if line.startswith(key)), 0.0)
+
+    def _watch(self) -> None:
+        while self.process.poll() is None:
+            try:
+                over = self._status("VmRSS") > self.limit_gb
+            except OSError:
+                return
+            if over:
+                self.over_limit = True
+                self.process.kill()
+            time.sleep(WATCH_SECONDS)
+
+
+def environment(cores: set[int]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
+
+
+def confine(cores: set[int]) -> Callable[[], None]:
+    """What a child does before it starts: keep to the cores, and end with this process, even where it is stopped."""
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, cores)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return prepare
+
+
+def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Side -> the command of its worker."""
+    rest = [work.name, "--threads", str(len(args.cores))]
+    ours = [sys.executable, "-m", "tools.benchmark.ours", *rest]
+    if work.peer == "ours":
+        return {"ours": ours, "peer": [*ours, "--kind", "generate"]}
+    if work.peer == "reference" and args.reference_python:
+        return {"ours": ours, "peer": [args.reference_python, "-m", "tools.benchmark.reference", *rest]}
+    return {"ours": ours}
+
+
+def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
+    """Side -> what was measured, or why it was not."""
+    if work.kind == "script":
+        return {"ours": measure_script(args)}
+    if work.kind == "first_step_cached":
+        return {"ours": measure_cached(work, args)}
+    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + 1
+    sides = commands(work, args)
+    found: dict[str, Side | str] = {}
+    groups = [[name] for name in sides] if args.apart else [list(sides)]
+    for group in groups:
+        workers: dict[str, Worker] = {}
+        try:
+            for name in group:
+                try:
+                    workers[name] = Worker(sides[name], args.cores, args.memory_limit)
+                except (OverLimit, WorkerFailed) as error:
+                    found[name] = reason(error, args)
+            for _ in range(calls):
+                for name, worker in list(workers.items()):
+                    try:
+                        worker.call()
+                    except (OverLimit, WorkerFailed) as error:
+                        found[name] = reason(error, args)
+                        del workers[name]
+            found.update({name: worker.end() for name, worker in workers.items()})
+        finally:
+            for worker in workers.values():
+                worker.kill()
+    return found
+
+
+def reason(error: Exception, args: argparse.Namespace) -> str:
+    return f"over {args.memory_limit:g} GB" if isinstance(error, OverLimit) else f"failed: {error}"
+
+
+def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
+    """The first call of a second process; the first process has filled the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            worker = None
+            try:
+                worker = Worker([*commands(work, args)["ours"], "--graphs", folder], args.cores, args.memory_limit)
+                worker.call()
+                side = worker.end()
+            except (OverLimit, WorkerFailed) as error:
+                return reason(error, args)
+            finally:
+                if worker is not None:
+                    worker.kill()
+    return side
+
+
+def measure_script(args: argparse.Namespace) -> Side | str:
+    """text_to_image.py as a user starts it, from the start of the process to its end; the PNG is written last."""
+    command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
+    seconds, cpu_seconds, peak = [], [], 0.0
+    for _ in range(args.calls + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            process = subprocess.Popen([*command, folder], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL, env=environment(args.cores),
+                                       preexec_fn=confine(args.cores))
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds.append(time.perf_counter() - begin)
+            if status or not list(Path(folder).rglob("*.png")):
+                return f"failed: text_to_image.py ended with {os.waitstatus_to_exitcode(status)} and wrote no PNG"
+        cpu_seconds.append(usage.ru_utime + usage.ru_stime)
+        peak = max(peak, usage.ru_maxrss / 2**20)
+    return Side(seconds[0], seconds[1:], cpu_seconds[1:], peak, 0.0)
+
+
+def line_of(work: Work, found: list[dict[str, Side | str]]) -> dict:
+    """One work's medians and ratios, over all repeats, for the JSON and the table."""
+    line: dict = {"name": work.name, "title": work.title, "time": work.time, "memory": work.memory,
+                  "peer_is": work.peer}
+    for name in ("ours", "peer"):
+        sides = [sides[name] for sides in found if name in sides]
+        failed = [side for side in sides if isinstance(side, str)]
+        if failed or not sides:
+            line[name] = {"problem": failed[0] if failed else "none" if work.peer == "none" else "not measured"}
+            continue
+        once = not sides[0].seconds  # an epoch, a first step
+        line[name] = {
+            "seconds": statistics.median(s for side in sides for s in ([side.first] if once else side.seconds)),
+            "first_seconds": statistics.median(side.first for side in sides),
+            "cpu_seconds": None if once else statistics.median(s for side in sides for s in side.cpu_seconds),
+            "build_seconds": statistics.median(side.build_seconds for side in sides),
+            "memory_gb": statistics.median(side.memory_gb for side in sides),
+            "all_seconds": [[side.first, *side.seconds] for side in sides],
+            "versions": sides[0].versions,
+        }
+    ours, peer = line["ours"], line["peer"]
+    if "problem" not in ours and "problem" not in peer:
+        line["time_ratio"] = ours["seconds"] / peer["seconds"]
+        line["memory_ratio"] = ours["memory_gb"] / peer["memory_gb"]
+        if ours["cpu_seconds"] and peer["cpu_seconds"]:
+            line["cpu_ratio"] = ours["cpu_seconds"] / peer["cpu_seconds"]
+    return line
+
+
+def machine(args: argparse.Namespace) -> dict:
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {"cpu": model, "cores": sorted(args.cores), "memory_gb": round(memory), "system": platform.platform(),
+            "python": platform.python_version(), "load": os.getloadavg()[0]}
+
+
+def reference_python(path: Path) -> str | None:
+    """The interpreter, if it has what diffusers' side needs; None, and a word about it, if not."""
+    if path.is_file():
+        command = [str(path), "-c", "import torch, diffusers, transformers"]
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            return str(path)
+    print(f"{path} has no torch, diffusers and transformers: this project alone is measured (`make test-parity` makes "
+          ".venv-parity, or give --reference_python)", file=sys.stderr)
+    return None
+
+
+def chosen_works(args: argparse.Namespace) -> list[Work]:
+    known = {**TABLE, **MEMORY_TABLE}
+    for name in args.works:
+        if name not in known:
+            raise UserError(f"there is no work {name!r}: --list names them")
+    return [known[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", nargs="*", help="names of --list; none for the whole table")
+    parser.add_argument("--list", action="store_true", help="name the works and end")
+    parser.add_argument("--memory_table", action="store_true", help="the works of the memory table")
+    parser.add_argument("--repeats", type=int, default=2, help="pairs of processes a work (default 2)")
+    parser.add_argument("--calls", type=int, default=5, help="calls a process after the first (default 5)")
+    parser.add_argument("--cores", default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
+                        help="numbers of the cores to run on, with as many threads (default: all, %(default)s)")
+    parser.add_argument("--apart", action="store_true",
+                        help="one process after the other, not in turns: where memory does not hold both")
+    parser.add_argument("--memory_limit", type=float, default=20.0, help="end a process above so many GB (default 20)")
+    parser.add_argument("--reference_python", type=Path, default=ROOT / ".venv-parity" / "bin" / "python",
+                        help="the Python that has diffusers (default .venv-parity's)")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "benchmark",
+                        help="results go to OUTPUT.json and OUTPUT.md (default output/benchmark)")
+    args = parser.parse_args(argv)
+    try:
+        args.cores = {int(core) for core in args.cores.split(",")}
+    except ValueError:
+        parser.error(f"--cores wants numbers such as 0,1, not {args.cores}")
+    if not args.cores <= os.sched_getaffinity(0):
+        parser.error(f"--cores {sorted(args.cores)}: this process may use {sorted(os.sched_getaffinity(0))}")
+    if args.repeats < 1 or args.calls < 1:
+        parser.error("--repeats and --calls want 1 or more")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.list:
+        for work in {**TABLE, **MEMORY_TABLE}.values():
+            print(f"{work.name:16s} {work.title}")
+        return
+    works = chosen_works(args)
+    args.reference_python = reference_python(args.reference_python)
+    result = {"machine": machine(args), "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
+              "works": []}
+    with tqdm(works, unit="work") as bar:
+        for work in bar:
+            bar.set_postfix_str(work.name)
+            found = [measure(work, args) for _ in range(args.repeats)]
+            result["works"].append(line_of(work, found))
+            # After every work: a run that is broken off keeps what it has.
+            with atomic_path(args.output.with_suffix(".json")) as path:
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            with atomic_path(args.output.with_suffix(".md")) as path:
+                path.write_text(markdown(result), encoding="utf-8")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    run(main)

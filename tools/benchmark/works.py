@@ -1,0 +1,64 @@
+"""What is measured: the shapes that both sides run, and what must be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SD1, NANO = ROOT / "configs" / "v1-inference.yaml", ROOT / "configs" / "nano.yaml"
+
+SEED = 0
+STEPS, SCALE = 20, 7.5  # of the generation
+RANK = 4
+EPOCH_PICTURES = 64
+PUBLISHED_SIZES, PUBLISHED_BATCHES = (64, 32, 16), (1, 2, 4, 8, 16, 32)  # 512, 256 and 128 pixels
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the table.
+
+    kind: what a worker does (see `ours.py` and `reference.py`). size: height and width of the latents. time, memory:
+    (must, aim) as a ratio to the peer, or in seconds where `peer` is "none". peer: what it is compared with: diffusers
+    ("reference"), this project's other way ("ours"), or nothing.
+    """
+
+    name: str
+    title: str
+    kind: str
+    config: Path
+    batch: int
+    size: int
+    time: tuple[float, float] | None = None
+    memory: tuple[float, float] | None = None
+    peer: str = "reference"
+
+
+def _named(*works: Work) -> dict[str, Work]:
+    return {work.name: work for work in works}
+
+
+TABLE = _named(
+    Work("unet_512", "SD1.5 UNet forward, batch 2, 64x64 latents", "unet", SD1, 2, 64, (1.1, 0.8), (1.1, 1.0)),
+    Work("unet_256", "SD1.5 UNet forward, batch 2, 32x32 latents", "unet", SD1, 2, 32),
+    Work("lora_512", "SD1.5 LoRA step, rank 4, batch 1, 64x64 latents", "lora", SD1, 1, 64, (1.0, 0.7), (1.1, 0.9)),
+    Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
+    Work("lora_nano", "nano LoRA step, rank 4, batch 16", "lora", NANO, 16, 16, (1.0, 0.6)),
+    Work("epoch_256", "SD1.5 LoRA epoch, 64 pictures of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
+    Work("generate_nano", "nano generation, 20 steps of DPM-Solver++, guidance, batch 16", "generate", NANO, 16, 16,
+         (1.0, 0.6)),
+    Work("merged_nano", "the same with a merged LoRA, against the base", "merged", NANO, 16, 16, peer="ours"),
+    Work("decode_512", "SD1.5 VAE decode, 512 px", "decode", SD1, 1, 64, (1.1, 0.8)),
+    Work("text", "SD1.5 text encoding, batch 2", "text", SD1, 2, 64, (1.1, 0.8)),
+    Work("first_step", "first step of the SD1.5 LoRA graph, compile included", "first_step", SD1, 1, 64, (25.0, 10.0),
+         peer="none"),
+    Work("first_step_cached", "the same from the compile cache", "first_step_cached", SD1, 1, 64, (25.0, 5.0),
+         peer="none"),
+    Work("script_nano", "text_to_image.py nano, process start to PNG", "script", NANO, 1, 16, (20.0, 8.0), peer="none"),
+)
+MEMORY_TABLE = _named(*(
+    Work(f"{kind}_{8 * size}_b{batch}", f"SD1.5 {label} step, {8 * size} px, batch {batch}", kind, SD1, batch, size)
+    for kind, label in (("lora", "LoRA"), ("full", "full fine-tuning"))
+    for size in PUBLISHED_SIZES for batch in PUBLISHED_BATCHES
+))
