@@ -25,6 +25,7 @@ from typing import Callable
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -143,6 +144,7 @@ def main() -> None:
                     [python, __file__, "--serve", name, "--folder", folder, "--batch_size", str(args.batch_size)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                     env=environment)
+            bar = tqdm(total=(1 + args.rounds) * len(names), desc="rounds", unit="round")
             for _ in range(1 + args.rounds):
                 for name, server in servers.items():
                     server.stdin.write("\n")
@@ -153,6 +155,7 @@ def main() -> None:
                     if not answer:
                         sys.exit(f"{name} ended: run {server.args[0]} {__file__} --serve '{name}' --folder FOLDER")
                     rounds[name].append(json.loads(answer))
+                    bar.update()
         finally:
             for server in servers.values():
                 server.kill()
