@@ -324,7 +324,7 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(base,
 
 
 def fake_step(monkeypatch, trainer, result):
-    monkeypatch.setattr(trainer, "step", lambda batches, scalars: result)
+    monkeypatch.setattr(trainer, "step", lambda batches, scalars, dropout_keys: result)
     monkeypatch.setattr(trainer, "_save", lambda: None)
 
 
@@ -354,7 +354,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_an_fp32_run(base, data, emp
     ],
 )
 def test_too_little_memory_is_told_from_other_failures(base, data, empty_run, monkeypatch, message, kind, says):
-    def step(batches, scalars):
+    def step(batches, scalars, dropout_keys):
         raise RuntimeError(message)
 
     trainer = Trainer(settings(base, data, empty_run, **VANILLA))

@@ -48,7 +48,7 @@ class TestRecipe:
             (["--lora_ft_text_encoder", "True"], "trains the UNet alone.*--lora_ft_text_encoder False"),
             (["--use_ema"], "no moving average.*--use_ema False"),
             (["--lora_dropout", "0.1"], "lora_dropout is set.*--lora_dropout 0"),
-            (["--lora_config", "some.json"], "lora_targets.*--lora_config None"),
+            (["--lora_targets", "attention", "--lora_config", "some.json"], "lora_targets.*--lora_config None"),
             (["--image_filter_size", "64"], "leave small pictures out"),
             (["--pretrained_model_ema", "True"], "convert the base"),
             (["--seed", "3"], "--seed cannot be given here: use --seeds"),
