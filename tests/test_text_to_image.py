@@ -24,6 +24,7 @@ from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import LoRAState, lora_state
 from ldm.models.stable_diffusion import build_model
 from ldm.pipeline import apply_lora
+from ldm.weights.convert import convert
 from ldm.weights.read import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +171,18 @@ def drawn(folder, out, *flags):
 @pytest.fixture(scope="module")
 def base(folder, tmp_path_factory):
     return drawn(folder, tmp_path_factory.mktemp("base"))
+
+
+def test_a_diffusers_folder_is_drawn_from_as_it_is(folder, base, tmp_path):
+    convert(folder / "base.ckpt", tmp_path / "sd", model_config=TINY)
+    (tmp_path / "sd.yaml").unlink()  # the folder says itself which model it is
+    text_to_image.main(
+        ["--prompt", "a red cat", "--ckpt_path", str(tmp_path / "sd"), "--mode", "1", "--sampling_steps", "1"]
+        + ["--scale", "1", "--output_path", str(tmp_path), "--skip_grid", "--save_latents", str(tmp_path / "final.npy")]
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "final.npy"), base)
+    texts = Image.open(tmp_path / "samples" / "00000.png").text
+    assert texts["checkpoint"] == "sd" and len(texts["checkpoint_sha256"]) == 64
 
 
 @pytest.mark.parametrize(
