@@ -9,7 +9,8 @@ from ldm.models.autoencoder import AutoencoderKL, VAEEncode
 from tools.nano.assemble import half
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
-from tools.nano.pictures import categories, read_rows, shift, to_network, to_pixels, vary_colours
+from tools.nano.pictures import categories, line_art, read_rows, shift, to_network, to_pixels, turn, vary_colours
+from tools.nano.train_clip import StylesLoss
 from tools.nano.train_vae import fold_normalisation, in_batches, psnr
 
 
@@ -73,6 +74,51 @@ def test_varied_colours_are_the_same_channels_in_another_order():
     varied = [vary_colours(pixels, np.random.default_rng(i)) for i in range(20)]
     assert all((np.sort(v, axis=2) == np.sort(pixels, axis=2)).all() for v in varied)
     assert len({v.tobytes() for v in varied}) == 6
+
+
+def test_line_art_is_grey_lines_where_the_picture_has_edges():
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[16:48, 16:48] = (250, 180, 60)
+    for seed in range(8):
+        drawn = line_art(pixels, np.random.default_rng(seed)).astype(int)
+        assert (drawn == drawn[..., :1]).all()
+        assert drawn[16, 20:44].max() < 100  # the square's upper edge
+        assert drawn[4, 4, 0] == 255 and drawn[32, 32, 0] == 255  # outside, and inside: the orange is not dark
+
+
+def test_line_art_fills_dark_parts_at_times():
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[16:48, 16:48] = 20
+    insides = {int(line_art(pixels, np.random.default_rng(seed))[32, 32, 0]) for seed in range(8)}
+    assert insides == {0, 255}
+
+
+def test_a_turned_picture_keeps_its_centre_and_lets_white_in():
+    pixels = np.zeros((65, 65, 3), np.uint8)
+    pixels[30:35, 30:35] = 200
+    turned = [turn(pixels, np.random.default_rng(seed)) for seed in range(8)]
+    assert all(t.shape == pixels.shape and (t[32, 32] == 200).all() for t in turned)
+    assert any((t[0, 0] == 255).all() for t in turned) and len({t.tobytes() for t in turned}) == 8
+
+
+def test_the_image_towers_loss_counts_each_pair_of_views_and_text():
+    class Features(nn.Cell):
+        logit_scale = Tensor(np.float32(np.log(4.0)))
+
+        def image_features(self, images):
+            return images
+
+    one_hot, other = np.eye(3, dtype=np.float32), np.roll(np.eye(3, dtype=np.float32), 1, axis=0)
+    found = np.log(1 + 2 * np.exp(-4.0))
+    lost = found + 4.0
+    loss = StylesLoss(Features(), 3)
+    for first, second, text, expected, right in (
+        (one_hot, one_hot, one_hot, found, 1.0),
+        (one_hot, other, one_hot, (2 * found + 4 * lost) / 6, 0.0),
+        (one_hot, one_hot, other, (2 * found + 4 * lost) / 6, 0.0),
+    ):
+        value, share = loss(Tensor(np.concatenate([first, second])), Tensor(text))
+        assert value.asnumpy() == pytest.approx(expected, rel=1e-5) and share.asnumpy() == right
 
 
 def test_the_base_knows_every_concept_of_the_demo_and_at_least_600():

@@ -1,4 +1,4 @@
-"""Measure the embedded model, and what a LoRA makes of it.
+r"""Measure the embedded model, and what a LoRA makes of it.
 
     python -m tools.nano.measure --output_path output/nano/measure
     python -m tools.nano.measure --output_path output/nano/measure_lora \

@@ -70,3 +70,23 @@ def vary_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def blur(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A Gaussian blur of 0.3 to 1.5 pixels: what a small decoder does to a picture."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
+
+
+def line_art(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture as black lines on white: edges of random width and threshold, its dark parts filled at times."""
+    picture = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
+    low, high = (np.asarray(picture.filter(kind(3)), int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    black = (high - low).max(axis=2) > rng.uniform(20, 80)
+    if rng.random() < 0.5:
+        black |= np.asarray(picture.convert("L")) < rng.uniform(60, 130)
+    drawn = Image.fromarray(np.where(black, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
+    return np.repeat(np.asarray(drawn)[..., None], 3, axis=2)
+
+
+def turn(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture turned by up to 12 degrees and scaled by 0.85 to 1.15; white comes in at the edges."""
+    angle, scale, centre = np.deg2rad(rng.uniform(-12, 12)), 1 / rng.uniform(0.85, 1.15), (pixels.shape[0] - 1) / 2
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    matrix = (cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre)
+    return np.asarray(Image.fromarray(pixels).transform((pixels.shape[1], pixels.shape[0]), Image.AFFINE, matrix,
+                                                        Image.BILINEAR, fillcolor=(255, 255, 255)))

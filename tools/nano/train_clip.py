@@ -1,11 +1,17 @@
-"""Train the embedded model's small CLIP; its text tower becomes the text encoder, its image tower scores pictures.
+r"""Train the embedded model's small CLIP; its text tower becomes the text encoder, its image tower scores pictures.
 
     python -m tools.nano.train_clip --output_path output/nano/clip --steps 1500
+    python -m tools.nano.train_clip --output_path output/nano/clip_image --image_tower_only output/nano/clip \
+        --steps 2000 --batch_size 64
 
 Noto's pictures (both splits: the base knows its concepts) and the train splits of the two styles, with their captions;
 the held-out style pictures are read to measure only. Every batch holds different concepts, each in a random style.
 Pictures are moved and blurred, so that the image tower judges a small decoder's pictures as it does sharp ones;
 captions lose their article at times ("cat" for "a cat"), since people leave it out. The temperature is fixed.
+
+--image_tower_only goes on from a finished run with the text tower as it is, so that a UNet trained on it stays right:
+it teaches the image tower to know a concept in whatever style. Each concept of a batch is shown twice, the second time
+in another style or as line art made from its picture, and the two must find each other as well as their caption.
 """
 
 from __future__ import annotations
@@ -24,9 +30,9 @@ from ldm.errors import run
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.runtime import setup_runtime
 from ldm.tokenizer.tokenizer import Tokenizer
-from ldm.weights.read import write_checkpoint
+from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
-from tools.nano.pictures import STYLES, blur, read_pictures, shift, to_network
+from tools.nano.pictures import STYLES, blur, line_art, read_pictures, shift, to_network, turn
 from tools.nano.train_vae import CONFIG, in_batches
 
 
@@ -48,6 +54,33 @@ class ContrastiveLoss(nn.Cell):
         return loss, (by_text.argmax(1).astype(ms.int32) == self.labels).astype(ms.float32).mean()
 
 
+class StylesLoss(nn.Cell):
+    """ContrastiveLoss between each two of: pictures, the same concepts in another style, their frozen text features.
+
+    construct(images (2 N, 3, S, S): the pictures, then the other style's; text (N, D)) -> (loss, share of the captions
+    that picked right).
+    """
+
+    def __init__(self, clip: CLIPModel, batch_size: int):
+        super().__init__(auto_prefix=False)
+        self.clip = clip
+        self.batch_size = batch_size
+        self.scale = float(np.exp(clip.logit_scale.asnumpy()))
+        self.labels = Tensor(np.arange(batch_size, dtype=np.int32))
+        self.product = ops.MatMul(transpose_b=True)
+
+    def picks(self, a: Tensor, b: Tensor) -> Tensor:
+        return ops.cross_entropy(self.product(a, b) * self.scale, self.labels)
+
+    def construct(self, images: Tensor, text: Tensor):
+        features = self.clip.image_features(images)
+        first, second = features[:self.batch_size], features[self.batch_size:]
+        loss = (self.picks(first, second) + self.picks(second, first) + self.picks(first, text)
+                + self.picks(text, first) + self.picks(second, text) + self.picks(text, second)) / 6.0
+        right = (self.product(text, second).argmax(1).astype(ms.int32) == self.labels).astype(ms.float32).mean()
+        return loss, right
+
+
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
     """How often a caption's own picture is among the 5 nearest of its data set."""
     lines = []
@@ -59,6 +92,12 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
         rank = (scores > np.diag(scores)[:, None]).sum(axis=1)
         lines.append(f"{style} {'+'.join(splits)}: caption to picture, nearest {np.mean(rank == 0):.1%}, "
                      f"top 5 {np.mean(rank < 5):.1%} of {len(pictures)}")
+        if style == "emoji_noto":
+            noto = {picture.name: feature for picture, feature in zip(pictures, images)}
+        else:
+            between = np.stack([noto[p.name] for p in pictures]) @ images.T
+            nearer = (np.diag(between)[:, None] > between).sum() / (len(pictures) * (len(pictures) - 1))
+            lines.append(f"{style} test: Noto's picture of the concept is nearer than another {nearer:.1%}")
     return "\n".join(lines)
 
 
@@ -69,6 +108,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--image_tower_only", type=Path, metavar="FOLDER",
+                        help="folder of a finished run: train its image tower further")
     args = parser.parse_args()
 
     setup_runtime("CPU", seed=args.seed)
@@ -86,20 +127,38 @@ def main() -> None:
     captions = sorted(concepts)
     tokens = {text: tokenizer.encode([text, re.sub(r"^(a|an|the) ", "", text)]) for text in captions}
 
+    def picture_and_text(rng: np.random.Generator, text: str) -> tuple[np.ndarray, np.ndarray]:
+        picture = shift(concepts[text][rng.integers(len(concepts[text]))].pixels, rng, 4)
+        return blur(picture, rng) if rng.random() < 0.5 else picture, tokens[text][int(rng.random() < 0.25)]
+
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "clip", step)
-        images, texts = [], []
-        for i in rng.choice(len(captions), args.batch_size, replace=False):
-            styles = concepts[captions[i]]
-            picture = shift(styles[rng.integers(len(styles))].pixels, rng, 4)
-            images.append(blur(picture, rng) if rng.random() < 0.5 else picture)
-            texts.append(tokens[captions[i]][int(rng.random() < 0.25)])
-        return to_network(np.stack(images)), np.stack(texts)
+        drawn = [picture_and_text(rng, captions[i]) for i in rng.choice(len(captions), args.batch_size, replace=False)]
+        return to_network(np.stack([picture for picture, _ in drawn])), np.stack([text for _, text in drawn])
 
-    trainable = [p for p in clip.trainable_params() if p is not clip.logit_scale]
-    step = Step(ContrastiveLoss(clip, args.batch_size), trainable,
-                learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
-    settings = f"batch {args.batch_size}, seed {args.seed}"
+    def batch_of_styles(step: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = draws(args.seed, "styles", step)
+        chosen = rng.choice(len(captions), args.batch_size, replace=False)
+        first = [turn(picture_and_text(rng, captions[i])[0], rng) for i in chosen]
+        second = [turn(in_another_style(picture_and_text(rng, captions[i])[0], rng), rng) for i in chosen]
+        return to_network(np.stack(first + second)), text_features[chosen]
+
+    def in_another_style(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return line_art(picture, rng) if rng.random() < 0.6 else picture
+
+    if args.image_tower_only:
+        arrays, _ = read_checkpoint(args.image_tower_only / "clip.safetensors")
+        for name, parameter in parameters.items():
+            parameter.set_data(Tensor(arrays[name]))
+        text_features = in_batches(TextFeatures(clip), np.stack([tokens[text][0] for text in captions]), 96)
+        loss, batch = StylesLoss(clip, args.batch_size), batch_of_styles
+        trainable = [p for name, p in parameters.items() if name.startswith(("vision_model.", "visual_projection."))]
+    else:
+        loss = ContrastiveLoss(clip, args.batch_size)
+        trainable = [p for p in clip.trainable_params() if p is not clip.logit_scale]
+    step = Step(loss, trainable, learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
+    settings = (f"batch {args.batch_size}, seed {args.seed}"
+                + (f", image tower of {args.image_tower_only}" if args.image_tower_only else ""))
     train(step, batch, args.steps, args.output_path, ("loss", "right"), settings, save_every=100)
     clip.set_train(False)
     text = report(clip, tokenizer)
