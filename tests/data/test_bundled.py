@@ -68,3 +68,11 @@ def test_sources_and_licences_travel_with_the_pictures():
     assert all(f"| {style} |" in attribution for style in STYLES)
     licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
     assert {"Apache-2.0.txt", "CC-BY-4.0.txt", "MIT-fluent-emoji-Microsoft.txt", "Unicode-3.0.txt"} <= licences
+
+
+@pytest.mark.parametrize("style", ["emoji_twemoji", "emoji_fluent_hc"])
+def test_the_choice_beside_the_splits_is_of_training_pictures_whose_concepts_the_base_draws(style):
+    base = {row.path.name for row in read("emoji_noto", "").rows}
+    chosen, train = rows(style, ""), {(row.path.name, row.text) for row in rows(style, "train")}
+    assert {row.path.parent.name for row in chosen} == {"train"}
+    assert {(row.path.name, row.text) for row in chosen} == {(name, text) for name, text in train if name in base}

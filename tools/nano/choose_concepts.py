@@ -1,19 +1,22 @@
-"""Choose the concepts that the embedded base draws, and write datasets/emoji_noto/img_txt.csv.
+"""Choose the concepts that the embedded base draws, and write datasets/emoji_noto/img_txt.csv, and for each other style
+the img_txt.csv of its training pictures of these concepts.
 
     python -m tools.nano.choose_concepts
 
 All concepts of the test split of emoji_fluent_hc (the demo holds out their style, not the concept), and
 whole groups of what a person would ask for: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes,
-sports, things. Fewer concepts drawn well beat more of them drawn badly: two cores train this in hours.
+sports, things. Fewer concepts drawn well beat more of them drawn badly: two cores train this in hours. A LoRA learns a
+style from pictures of what its base knows: captions that mean nothing to the base teach it to draw none (docs/nano.md).
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.atomic import atomic_path
-from tools.nano.pictures import DATASETS, categories, read_rows
+from tools.nano.pictures import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
@@ -22,23 +25,32 @@ SUBCATEGORIES = (
 )
 
 
+def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
+    """Write datasets/<style>/img_txt.csv from (split/file, caption), sorted by file; returns the number of rows."""
+    ordered = sorted(rows, key=lambda row: Path(row[0]).name)
+    with atomic_path(DATASETS / style / "img_txt.csv") as path:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("dir", "text"))
+            writer.writerows(ordered)
+    return len(ordered)
+
+
 def main() -> None:
     held_out_style = {row.path.name for row in read_rows("emoji_fluent_hc", "test")}
     kind = categories()
-    chosen = []
+    chosen = {}
     for split in ("train", "test"):
         for row in read_rows("emoji_noto", split):
             category, subcategory = kind[row.path.name]
             if row.path.name in held_out_style or category in WHOLE_CATEGORIES or subcategory in SUBCATEGORIES:
-                chosen.append((f"{split}/{row.path.name}", row.text))
-    chosen.sort(key=lambda pair: Path(pair[0]).name)
-    with atomic_path(DATASETS / "emoji_noto" / "img_txt.csv") as path:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("dir", "text"))
-            writer.writerows(chosen)
-    print(f"{len(chosen)} concepts, {len({text for _, text in chosen})} different captions, "
+                chosen[row.path.name] = (f"{split}/{row.path.name}", row.text)
+    write_csv("emoji_noto", chosen.values())
+    print(f"{len(chosen)} concepts, {len({text for _, text in chosen.values()})} different captions, "
           f"{len(held_out_style)} of them with a held-out picture in another style")
+    for style in STYLES:
+        known = [(f"train/{row.path.name}", row.text) for row in read_rows(style, "train") if row.path.name in chosen]
+        print(f"{write_csv(style, known)} training pictures of {style} show one of them")
 
 
 if __name__ == "__main__":
