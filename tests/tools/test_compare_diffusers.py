@@ -14,7 +14,15 @@ from PIL import Image
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from tools.eval import compare_diffusers, compare_report
-from tools.eval.compare_diffusers import Comparison, Stages, check_expressible, read_data, read_recipe, reference_python
+from tools.eval.compare_diffusers import (
+    Comparison,
+    Stages,
+    check_expressible,
+    read_data,
+    read_recipe,
+    reference_python,
+    training_folder,
+)
 from tools.eval.compare_report import Scores, compare_runs, markdown
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +91,17 @@ class TestData:
     def test_a_line_break_in_a_caption_makes_no_second_prompt(self, data):
         (data / "test" / "img_txt.csv").write_text('dir,text\n0.png,"two\nlines"\n1.png,one\n')
         assert read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)[1] == ["two lines", "one"]
+
+    def test_a_csv_beside_the_parts_chooses_the_training_rows(self, data):
+        (data / "img_txt.csv").write_text("dir,text\ntrain/2.png,two\n")
+        train, prompts, _ = read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
+        assert [(row.path.name, row.text) for row in train] == [("2.png", "two")] and len(prompts) == 6
+        assert training_folder(data) == data
+
+    def test_a_held_out_picture_is_no_training_row(self, data):
+        (data / "img_txt.csv").write_text("dir,text\ntrain/2.png,two\ntest/3.png,three\n")
+        with pytest.raises(UserError, match="1 rows are held-out pictures of .*3.png"):
+            read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
 
     @pytest.mark.parametrize("missing", ["train", "test"])
     def test_data_without_a_part_is_refused(self, data, missing):

@@ -106,18 +106,24 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
     return config
 
 
+def training_folder(folder: Path) -> Path:
+    """Where the rows to train on are: `folder` itself where it has an img_txt.csv of its own (a choice of pictures, as
+    the bundled styles have), else its train/."""
+    return folder if (folder / "img_txt.csv").is_file() else folder / "train"
+
+
 def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[list[Row], list[str], list[Row]]:
     """(rows to train on, held-out prompts, the rows with their real pictures; none where test/ has prompts.txt alone).
 
     prompts: how many of the held-out ones, evenly spread; None for all. Raises UserError.
     """
     columns = {"image_column": config.image_column, "text_column": config.caption_column}
-    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+    if not training_folder(folder).is_dir() or not (folder / "test").is_dir():
         raise UserError(
             f"--data {folder} must hold the folders train and test, with img_txt.csv and pictures in each (test may "
             "hold a prompts.txt alone): pictures that training has seen say nothing about what was learned"
         )
-    train = read_image_text_csv(folder / "train", **columns).rows
+    train = read_image_text_csv(training_folder(folder), **columns).rows
     lines = folder / "test" / "prompts.txt"
     if lines.is_file() and not (folder / "test" / "img_txt.csv").is_file():
         try:
@@ -128,6 +134,10 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
     else:
         test = read_image_text_csv(folder / "test", **columns).rows
         texts = [" ".join(row.text.splitlines()) for row in test]
+        both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
+        if both:
+            raise UserError(f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out pictures of "
+                            f"{folder / 'test'} ({min(both).name}, ...): leave them out of the training rows")
     if not texts:
         raise UserError(f"{lines} is empty: write the held-out prompts into it, one a line")
     chosen = evenly(len(texts), prompts or len(texts))
@@ -377,7 +387,7 @@ class Comparison:
     def _train_ours(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
         spent = call(
             sys.executable, _script("train_text_to_image.py"), "--train_config", self.args.train_config, *self.flags,
-            "--data_path", str(Path(self.args.data) / "train"), "--pretrained_model_path", str(self.base),
+            "--data_path", str(training_folder(Path(self.args.data))), "--pretrained_model_path", str(self.base),
             "--output_path", str(folder), "--seed", str(config.seed), "--precision", "fp32",
             "--loss_scaler_type", "none", "--lora_init_path", str(self._start_of(config.seed)), "--resume", "True",
         )  # fmt: skip
@@ -577,7 +587,8 @@ def main() -> None:
     parser.add_argument("--train_config", required=True, help="recipe of the LoRA, as for train_text_to_image.py")
     parser.add_argument("--base", required=True, help="base checkpoint, a file or a diffusers folder")
     parser.add_argument("--data", required=True, help="folder with train/ and test/, an img_txt.csv with pictures in "
-                                                      "each; test/ may hold a prompts.txt alone (no FID then)")
+                                                      "each; test/ may hold a prompts.txt alone (no FID then); an "
+                                                      "img_txt.csv beside them chooses the training rows")
     parser.add_argument("--output_path", required=True, help="folder for the results; a run that stopped goes on there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a training of each; default 1 2 3")
     parser.add_argument("--prompts", type=int, help="so many of the held-out prompts, evenly spread; default all")
