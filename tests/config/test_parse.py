@@ -135,6 +135,8 @@ def test_wrong_flags_are_named(argv, says):
         ("epochs: [3", "line 1"),
         ("- epochs", "setting: value"),
         ("config: other.yaml", "unknown setting"),
+        ("? [epochs]\n: 3", "line 1 is not valid YAML"),
+        ("{{epochs: 3}: 4}", "line 1 is not valid YAML"),
         ("epochs: !!python/object/apply:os.system [true]", "not valid YAML"),
     ],
 )
