@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import shutil
 import sys
@@ -87,7 +88,7 @@ def parse_config(
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if "-h" in argv or "--help" in argv:
-        print(explain(cls, prog=prog, description=description))
+        _print(explain(cls, prog=prog, description=description))
         sys.exit(0)
 
     flags = _read_flags(argv, fields, hints)
@@ -145,6 +146,13 @@ def explain(cls: type, *, prog: str = "", description: str = "", width: int | No
             lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
     lines += ["", "In brackets: the default. A flag wins over the YAML file, the YAML file over the default."]
     return "\n".join(lines)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # read in part, as by `| head`; the rest goes nowhere, or Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -3,14 +3,20 @@
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Optional, Union
 
 import pytest
 
 from ldm.config.parse import parse_config, save_config, setting
 from ldm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -153,6 +159,17 @@ def test_help_explains_every_setting_with_its_default(capsys):
     assert stop.value.code == 0
     for word in ("--epochs", "passes over the data", "schedule:", "least 1", "[10]", '"adamw", "adam"', "[0.9, 0.99"):
         assert word in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe whose reader has gone")
+def test_help_that_is_read_in_part_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "text_to_image.py", "-h"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_saved_settings_are_read_back(tmp_path):
