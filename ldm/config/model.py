@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ldm.config.parse import nearest
+from ldm.config.parse import nearest, read_yaml
 from ldm.errors import UserError
 
 DIFFUSION_TARGETS = ("ldm.models.diffusion.ddpm.LatentDiffusion",)
@@ -101,14 +99,11 @@ def load_model_config(path: str | Path) -> ModelConfig:
         UserError: the file is missing or not YAML, a `target` is not in the table, a key is missing or unknown, a value
             is out of range or contradicts another.
     """
-    path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model configuration {path}: {error.strerror}; --model_config (or --config) wants a YAML such "
-                        "as configs/v1-inference.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"model configuration {path} is not YAML: {' '.join(str(error).split())}") from None
+        document = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"model configuration {error}; --model_config (or --config) wants one such as "
+                        "configs/v1-inference.yaml") from None
     return parse_model_config(document, path)
 
 
@@ -293,7 +288,7 @@ def _number(params: dict, key: str, path: Path, below: float = math.inf) -> floa
     if key not in params:
         raise UserError(f"model configuration {path}: the key {key} is missing in model.params")
     try:
-        # YAML reads 1e-4 as a word, and true as a number.
+        # A number in quotes is a word, and true is a number to Python.
         number = math.nan if isinstance(params[key], bool) else float(params[key])
     except (TypeError, ValueError, OverflowError):
         number = math.nan

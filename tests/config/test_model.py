@@ -171,6 +171,15 @@ def test_a_file_that_is_no_model_yaml(tmp_path, content):
         load_model_config(path)
 
 
+def test_a_key_given_twice_is_named_with_its_line(tmp_path):
+    """Plain YAML would take the second and say nothing."""
+    path = tmp_path / "twice.yaml"
+    text = (ROOT / "configs" / "nano.yaml").read_text()
+    path.write_text(text.replace("    timesteps:", "    image_size: 8\n    timesteps:"))
+    with pytest.raises(UserError, match='twice.yaml line [0-9]+ is not valid YAML: "image_size" is given twice'):
+        load_model_config(path)
+
+
 def test_a_missing_file_is_named_with_the_setting(tmp_path):
     with pytest.raises(UserError, match="--model_config"):
         load_model_config(tmp_path / "nowhere.yaml")
@@ -179,5 +188,5 @@ def test_a_missing_file_is_named_with_the_setting(tmp_path):
 def test_a_yaml_makes_no_objects(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("model: !!python/object/apply:os.system ['echo harm']\n")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_model_config(path)
