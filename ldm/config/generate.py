@@ -12,11 +12,10 @@ from typing import NamedTuple, Optional
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.parse import setting
 from ldm.errors import UserError
-from ldm.paths import weighted_path
+from ldm.paths import ROOT, check_folder, under_root, weighted_path
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MOST_IMAGES = 1_000_000
 
@@ -308,12 +307,6 @@ def read_lines(path: str, name: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _under_root(path: str) -> Path:
-    """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
-    given = Path(path)
-    return given if given.exists() or given.is_absolute() else ROOT / given
-
-
 def _existing(path: str, name: str) -> Path:
     if not os.path.exists(path):
         raise UserError(f"{name} {path} does not exist: check the path")
@@ -329,16 +322,16 @@ def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path, Optional[M
             return _detected(path)
         return config.version, path, None
     version = config.version or "nano"
-    path = _under_root(VERSIONS[version].checkpoint)
+    published = VERSIONS[version].checkpoint
+    path = under_root(published)
     if not path.exists():
-        published = VERSIONS[version].checkpoint
         if version == "nano":
             way = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
         else:
             way = (
-                f"put mindone's published file of that name into {path.parent}, or give --ckpt_path with any "
-                f"Stable Diffusion {version} checkpoint (.safetensors, .ckpt or a diffusers folder); "
-                "--version nano needs neither"
+                f"give --ckpt_path with any Stable Diffusion {version} checkpoint (.safetensors, .ckpt or a diffusers "
+                "folder), or make the file from one: python tools/model_conversion/convert_weights.py --source "
+                f"<checkpoint> --target {published}"
             )
         raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way}")
     return version, path, None
@@ -363,7 +356,7 @@ def _detected(path: Path) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
 def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig:
     if config.config is None:
         return load_model_config(ROOT / VERSIONS[version].config)
-    model = load_model_config(_under_root(config.config))
+    model = load_model_config(under_root(config.config))
     if version is not None and model.architecture != "custom":
         expected = load_model_config(ROOT / VERSIONS[version].config)
         for what in ("architecture", "prediction_type"):
@@ -390,24 +383,13 @@ def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
 
 
 def _check_outputs(config: GenerateConfig) -> None:
-    _check_folder(Path(config.output_path), "output_path")
+    check_folder(Path(config.output_path), "output_path")
     if config.save_latents is not None:
         target = Path(config.save_latents)
         if target.suffix != ".npy":
             raise UserError(f"save_latents {target} must end in .npy")
         if target.is_dir():
             raise UserError(f"save_latents {target} is a folder: give the path of a .npy file")
-        _check_folder(target.parent, "the folder of save_latents,")
+        check_folder(target.parent, "save_latents")
         if config.init_latents is not None and target.resolve() == Path(config.init_latents).resolve():
             raise UserError(f"save_latents would overwrite init_latents {target}: give another name")
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    """Raise UserError unless `folder` is one that can be written, or can be made."""
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"{name} {folder} cannot be a folder: {place} is a file")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(f"{name} {folder} cannot be written: no permission in {place}")
-            return

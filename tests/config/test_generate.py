@@ -221,16 +221,15 @@ def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
 def checkout(place, monkeypatch):
     """The project's folder without any checkpoint in models/."""
     monkeypatch.setattr(generate, "ROOT", place)
+    monkeypatch.setattr("ldm.paths.ROOT", place)
     (place / "configs").symlink_to(TINY.parents[1] / "configs")
     return place
 
 
 @pytest.mark.parametrize("version", [version for version in VERSIONS if version != "nano"])
 def test_a_version_names_its_published_checkpoint_where_it_is_missing(checkout, version):
-    words = (
-        f"{VERSIONS[version].checkpoint}.* does not exist: put.*published.*{checkout}/models, or give --ckpt_path.*"
-        "--version nano needs neither"
-    )
+    published = VERSIONS[version].checkpoint
+    words = f"{published}.* does not exist: give --ckpt_path .*convert_weights.py .*--target {published}$"
     with pytest.raises(UserError, match=words):
         plan(parse(f"--prompt x --version {version}"))
 
@@ -415,7 +414,7 @@ def test_lora_paths_that_are_none_are_named(place, text, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--output_path prompts.txt", "output_path prompts.txt cannot be a folder"),
+        ("--output_path prompts.txt", "output_path: prompts.txt cannot be a folder"),
         ("--output_path prompts.txt/out", "prompts.txt is a file"),
         ("--save_latents out.npz", "must end in .npy"),
         ("--save_latents out", "must end in .npy"),
