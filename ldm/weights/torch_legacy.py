@@ -10,8 +10,6 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-import numpy as np
-
 from ldm.errors import UserError
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.torch_zip import DAMAGED, Refused, Unpickler, entry_of, find_tensors
@@ -32,7 +30,8 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
     """
     try:
         with open(path, "rb") as file:
-            _magic, version, machine, content, keys = (Unpickler(file, encoding="utf-8").load() for _ in range(5))
+            parts = [Unpickler(file) for _ in range(5)]
+            _magic, version, machine, content, keys = (part.load() for part in parts)
             position = file.tell()
         if version != 1001 or not machine.get("little_endian", True):
             raise UserError(f"{path} is a PyTorch file of before 1.6 in a form that is not read here: save it anew as "
@@ -40,13 +39,10 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         tensors = dict(find_tensors(content, ""))
-        itemsizes = {}
-        for tensor in tensors.values():
-            dtype = tensor.storage.dtype
-            itemsizes[tensor.storage.key] = 2 if dtype == "bf16" else np.dtype(dtype).itemsize
+        storages = parts[3].storages  # those of an optimizer's state too, which lie between the weights'
         starts: dict[str, tuple[int, int]] = {}
         for key in keys:
-            size = int.from_bytes(data[position:position + 8], "little") * itemsizes[key]
+            size = int.from_bytes(data[position:position + 8], "little") * storages[key].itemsize
             starts[key] = position + 8, size
             position += 8 + size
         if position > len(data):

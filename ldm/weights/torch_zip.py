@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,6 +39,10 @@ DAMAGED = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, In
 class _Storage:
     dtype: str
     key: str
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,14 @@ class Refused(Exception):
 
 
 class Unpickler(pickle.Unpickler):
-    """Runs a pickle that names nothing but what is in KNOWN. Raises Refused for another name, else one of DAMAGED."""
+    """Runs a pickle that names nothing but what is in KNOWN. Raises Refused for another name, else one of DAMAGED.
+
+    `storages`: key -> every storage that the pickle named, whatever it did with it.
+    """
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -128,9 +139,10 @@ class Unpickler(pickle.Unpickler):
         kind, dtype, key, _device, _count, *view = identity  # what a storage is a view of, in files of before 1.6
         if any(part is not None for part in view):
             raise pickle.UnpicklingError("a storage that is a part of another")
-        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+        if kind != "storage" or dtype not in STORAGES.values() or not isinstance(key, str):
             raise pickle.UnpicklingError("an unknown kind of storage")
-        return _Storage(dtype, key)
+        self.storages[key] = _Storage(dtype, key)
+        return self.storages[key]
 
 
 def is_torch_zip(data: mmap.mmap) -> bool:
@@ -154,16 +166,20 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
                 raise UserError(f"{path} is a zip archive with {len(pickles)} PyTorch pickles, not a checkpoint")
             if members[pickles[0]].file_size > MOST_PICKLE:
                 raise UserError(f"{path} is no checkpoint: its pickle alone has {members[pickles[0]].file_size} bytes")
-            program = archive.read(pickles[0])
             root = pickles[0][: -len("data.pkl")]
+            # Before anything is unpacked: the tensors are read in place, and unpackers have errors of their own.
+            if any(member.compress_type != zipfile.ZIP_STORED for name, member in members.items()
+                   if name.startswith(root)):
+                raise UserError(f"{path} is a compressed zip; PyTorch writes uncompressed ones: {again}")
+            program = archive.read(pickles[0])
             if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path} was written on a big-endian machine, which is not read here")
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
-        raise UserError(f"{path} is a PyTorch file that is cut off or damaged ({error}): {again}") from error
-    except NotImplementedError as error:  # encryption, or a compression that zipfile has not
+    except RuntimeError as error:  # a password, or features of a zip that zipfile has not
         raise UserError(f"{path} is no PyTorch checkpoint: {error}") from error
+    except (zipfile.BadZipFile, OSError, *DAMAGED) as error:
+        raise UserError(f"{path} is a PyTorch file that is cut off or damaged ({error}): {again}") from error
     try:
-        content = Unpickler(io.BytesIO(program), encoding="utf-8").load()
+        content = Unpickler(io.BytesIO(program)).load()
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         tensors = dict(find_tensors(content, ""))
@@ -181,8 +197,6 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
             member = members.get(f"{root}data/{key}")
             if member is None:
                 raise UserError(f"{path} is damaged: the data of {name} is missing: {again}")
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path} is a compressed zip; PyTorch writes uncompressed ones: {again}")
             starts[key] = _start(data, member), member.file_size
         entry = entry_of(tensor, *starts[key])
         if entry is None or starts[key][0] + starts[key][1] > len(data):
@@ -201,13 +215,14 @@ def find_tensors(value: Any, name: str) -> Iterator[tuple[str, _Tensor]]:
 
 def _start(data: mmap.mmap, member: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin: after its own header, whose padding the list at the end does not know."""
-    name, extra = struct.unpack("<HH", data[member.header_offset + 26 : member.header_offset + 30])
-    return member.header_offset + 30 + name + extra
+    head = data[member.header_offset : member.header_offset + 30]
+    # A damaged list points anywhere: past the end then, as all is refused that does not lie within the file.
+    return member.header_offset + 30 + sum(struct.unpack("<HH", head[26:])) if len(head) == 30 else len(data) + 1
 
 
 def entry_of(tensor: _Tensor, start: int, size: int) -> Entry | None:
     """Where a tensor lies in the file; None if not within the `size` bytes of its storage at `start`."""
-    itemsize = 2 if tensor.storage.dtype == "bf16" else np.dtype(tensor.storage.dtype).itemsize
+    itemsize = tensor.storage.itemsize
     if len(tensor.shape) != len(tensor.stride) or min((0, tensor.offset, *tensor.shape, *tensor.stride)) < 0:
         return None
     count, in_order, step = 1, True, 1

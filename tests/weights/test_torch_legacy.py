@@ -45,9 +45,13 @@ def tensor(key: str, array: np.ndarray) -> bytes:
     return encode(Global("torch._utils", "_rebuild_tensor_v2")) + b"(" + storage + rest + b"tR"
 
 
-def legacy(arrays=ARRAYS, version=1001, machine=None, program: bytes | None = None) -> bytes:
-    """The bytes of a file."""
+def legacy(arrays=ARRAYS, version=1001, machine=None, program: bytes | None = None, beside=None) -> bytes:
+    """The bytes of a file; `beside`: arrays outside of its `state_dict`, which it has then."""
     content = b"}(" + b"".join(encode(name) + tensor(str(i), array) for i, (name, array) in enumerate(arrays.items()))
+    if beside:
+        outside = (tensor(str(len(arrays) + i), array) for i, array in enumerate(beside))
+        content = b"}(" + encode("state_dict") + content + b"u" + encode("optimizer") + b"(" + b"".join(outside) + b"t"
+        arrays = {**arrays, **dict(enumerate(beside))}
     machine = {"protocol_version": 1001, "little_endian": True} if machine is None else machine
     heads = b"".join(pickle.dumps(value, 2) for value in (MAGIC, version, machine))
     keys = [str(i) for i in range(len(arrays))]
@@ -66,6 +70,12 @@ def test_arrays_come_out_as_they_went_in(tmp_path):
     for name, array in ARRAYS.items():
         assert checkpoint[name].dtype == array.dtype
         np.testing.assert_array_equal(checkpoint[name], array)
+
+
+def test_tensors_beside_the_state_dict_are_left_out(tmp_path):
+    checkpoint = opened(tmp_path, legacy(beside=[np.ones(5, np.float32), np.ones(3, np.float16)]))
+    assert list(checkpoint) == list(ARRAYS)
+    np.testing.assert_array_equal(checkpoint["a.weight"], ARRAYS["a.weight"])
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60, 100, 200, 300, 400, 500])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 
@@ -172,6 +173,43 @@ class TestDamaged:
         with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
             archive.writestr("archive/data.pkl", program)
         assert "damaged PyTorch file" in refused(tmp_path / "x.pt")
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+    def test_a_compressed_zip_is_not_unpacked_damaged_or_not(self, tmp_path, compression):
+        content = bytearray(torch_bytes({"w": np.arange(400, dtype=np.float32)}, compression=compression))
+        content[60:90] = bytes(30)  # within the pickle
+        (tmp_path / "x.pt").write_bytes(content)
+        assert "compressed zip" in refused(tmp_path / "x.pt")
+
+    def test_a_list_of_members_that_points_before_the_file(self, tmp_path):
+        content = bytearray(torch_bytes({"w": np.ones(4, np.float32)}))
+        content[-6:-2] = b"\xff\xff\xff\x7f"  # where the list begins
+        (tmp_path / "x.pt").write_bytes(content)
+        assert "cut off or damaged" in refused(tmp_path / "x.pt")
+
+    def test_a_list_of_members_that_points_past_the_end(self, tmp_path):
+        content = bytearray(torch_bytes({"w": np.ones(4, np.float32)}))
+        entry = content.rindex(b"archive/data/0") - 46  # its entry in the list, which ends with the name
+        content[entry + 42 : entry + 46] = (len(content) + 7).to_bytes(4, "little")
+        (tmp_path / "x.pt").write_bytes(content)
+        assert "does not lie within its data" in refused(tmp_path / "x.pt")
+
+    def test_a_password(self, tmp_path):
+        content = bytearray(torch_bytes({"w": np.ones(4, np.float32)}))
+        for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.index(header) + flags] |= 1
+        (tmp_path / "x.pt").write_bytes(content)
+        assert "is encrypted" in refused(tmp_path / "x.pt")
+
+    @pytest.mark.parametrize("kind", ["O", "U8", "nonsense", "f4,f4"])
+    def test_an_element_type_that_pytorch_has_not(self, tmp_path, kind):
+        named = b"X" + struct.pack("<I", len(kind)) + kind.encode()
+        storage = b"(X\x07\0\0\0storage" + named + b"X\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\x04\x85K\x01\x85tR"
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}X\x01\0\0\0w" + tensor + b"s.")
+            archive.writestr("archive/data/0", bytes(64))
+        assert "unknown kind of storage" in refused(tmp_path / "x.pt")
 
     def test_two_pickles(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
