@@ -73,9 +73,10 @@ def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
 
 def _two_neighbours(pixels: np.ndarray, size: int, axis: int) -> np.ndarray:
     before = pixels.shape[axis]
-    # In float32 as torch computes it, so that even the weights' rounding is the same.
-    scale = np.float32(before) / np.float32(size)
-    at = np.maximum(scale * (np.arange(size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0.0))
+    # In float32 and rounded once, as torch's compiled form has it (a fused multiply-add): the product of two float32 is
+    # exact in float64. Rounded twice, a position is off by half a unit in its last place, and the pixel by 5e-6.
+    scale = np.float64(np.float32(before) / np.float32(size))
+    at = np.maximum((scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32), np.float32(0.0))
     low = np.minimum(at.astype(np.int64), before - 1)
     high = np.minimum(low + 1, before - 1)
     weight = (at - low.astype(np.float32)).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
