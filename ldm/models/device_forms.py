@@ -32,6 +32,16 @@ def broadcast_add():
     return ops.Add() if on_ascend() else BroadcastAdd()
 
 
+def group_norm(num_groups: int, eps: float):
+    """A callable (x (N, C, H, W), weight (C,), bias (C,)) -> x normalised within each group of channels; all fp32."""
+    return GroupNorm(num_groups, eps) if on_ascend() else ElementaryGroupNorm(num_groups, eps)
+
+
+def layer_norm(eps: float):
+    """A callable (x (rows, C), weight (C,), bias (C,)) -> x normalised within each row; all fp32."""
+    return LayerNorm(eps) if on_ascend() else ElementaryLayerNorm(eps)
+
+
 def gelu():
     """A callable x -> x * (1 + erf(x / sqrt 2)) / 2: the exact form, which Stable Diffusion uses."""
     return GELU() if on_ascend() else ErfGELU()
@@ -42,6 +52,124 @@ class GELU(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return ops.gelu(x, approximate="none")
+
+
+class GroupNorm(nn.Cell):
+    """MindSpore's own."""
+
+    def __init__(self, num_groups: int, eps: float):
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class LayerNorm(nn.Cell):
+    """MindSpore's own."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.norm(x, weight, bias)[0]
+
+
+class ElementaryLayerNorm(nn.Cell):
+    """Layer normalisation of x (rows, C) from additions, products and means, which are vectorised on the CPU while
+    MindSpore's own kernel is not: 0.9 ms against 1.4 forward, 1.8 against 4.5 with the backward pass (4096 x 64, one
+    core).
+
+    The backward pass computes the statistics again. With g = dy * weight and the normalised x^:
+    dx = (g - mean(g) - x^ mean(g x^)) / deviation. A number a row is spread by Tile: BroadcastTo takes four times as
+    long, and an operator that broadcasts by itself keeps memory (see BroadcastAdd).
+    """
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.mean, self.sqrt, self.tile = ops.ReduceMean(keep_dims=True), ops.Sqrt(), ops.Tile()
+        self.ones_like, self.product_tn, self.bias_add = ops.OnesLike(), ops.MatMul(transpose_a=True), ops.BiasAdd()
+
+    def normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x^, and 1 / deviation, both (rows, C)."""
+        columns = (1, x.shape[1])
+        centred = x - self.tile(self.mean(x, -1), columns)
+        inverse = self.tile(1.0 / self.sqrt(self.mean(centred * centred, -1) + self.eps), columns)
+        return centred * inverse, inverse
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y, _ = self.normalised(x)
+        return self.bias_add(y * ops.broadcast_to(weight.reshape(1, -1), x.shape), bias)
+
+    def bprop(self, x, weight, bias, out, dout):
+        columns = (1, x.shape[1])
+        y, inverse = self.normalised(x)
+        g = dout * ops.broadcast_to(weight.reshape(1, -1), x.shape)
+        dx = g - self.tile(self.mean(g, -1), columns) - y * self.tile(self.mean(g * y, -1), columns)
+        ones = self.ones_like(inverse[:, :1])
+        return (dx * inverse, self.product_tn(ones, dout * y).reshape(weight.shape),
+                self.product_tn(ones, dout).reshape(bias.shape))
+
+
+class ElementaryGroupNorm(nn.Cell):
+    """Group normalisation likewise: 0.9 ms against 2.6 forward, 1.8 against 4.7 with the backward pass (16 x 64 x 16 x
+    16, one core); 2.7 against 11.5 and 6.3 against 22 for 1 x 320 x 64 x 64.
+
+    All that differs by channel, the weight above all, is worked out on tensors of (N, groups, channels in a group)
+    before it is spread over the pixels.
+    """
+
+    def __init__(self, num_groups: int, eps: float):
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
+        self.sum_pictures, self.sqrt, self.tile = ops.ReduceSum(), ops.Sqrt(), ops.Tile()
+
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x less its group's mean (N C, H W), and 1 / deviation (N, groups, 1)."""
+        n, c, h, w = x.shape
+        values = c // self.num_groups * h * w
+        x = x.reshape(n * self.num_groups, values)
+        x = x - self.tile(self.mean(x, -1), (1, values))
+        inverse = 1.0 / self.sqrt(self.mean(x * x, -1) + self.eps)
+        return x.reshape(n * c, h * w), inverse.reshape(n, self.num_groups, 1)
+
+    def by_channel(self, values: Tensor, shape: tuple) -> Tensor:
+        """(N, groups, 1) or (1, groups, channels) -> (N, groups, channels)"""
+        return ops.broadcast_to(values, (shape[0], self.num_groups, shape[1] // self.num_groups))
+
+    def over_pixels(self, values: Tensor, shape: tuple) -> Tensor:
+        """(N, groups, channels) -> (N C, H W)"""
+        n, c, h, w = shape
+        return self.tile(values.reshape(n * c, 1), (1, h * w))
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        shape = x.shape
+        centred, inverse = self.centred(x)
+        scale = self.by_channel(inverse, shape) * self.by_channel(weight.reshape(1, self.num_groups, -1), shape)
+        shift = self.by_channel(bias.reshape(1, self.num_groups, -1), shape)
+        return (centred * self.over_pixels(scale, shape) + self.over_pixels(shift, shape)).reshape(shape)
+
+    def bprop(self, x, weight, bias, out, dout):
+        shape = x.shape
+        n, c, h, w = shape
+        in_group = c // self.num_groups
+        centred, inverse = self.centred(x)
+        dy = dout.reshape(n * c, h * w)
+        dy_sum = self.sum(dy, -1).reshape(n, self.num_groups, in_group)
+        dy_x_sum = self.sum(dy * centred, -1).reshape(n, self.num_groups, in_group)
+        weights = self.by_channel(weight.reshape(1, self.num_groups, -1), shape)
+        mean_of = inverse * (1.0 / (in_group * h * w))
+        shift = self.sum(dy_sum * weights, -1) * mean_of
+        slope = self.sum(dy_x_sum * weights, -1) * mean_of * inverse * inverse
+        inverse = self.by_channel(inverse, shape)
+        dx = (dy * self.over_pixels(inverse * weights, shape)
+              - centred * self.over_pixels(self.by_channel(slope, shape), shape)
+              - self.over_pixels(self.by_channel(shift, shape), shape))
+        return (dx.reshape(shape), self.sum_pictures(dy_x_sum * inverse, 0).reshape(weight.shape),
+                self.sum_pictures(dy_sum, 0).reshape(bias.shape))
 
 
 class RowBias(nn.Cell):

@@ -18,7 +18,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.models.device_forms import channel_bias, row_bias
+from ldm.models.device_forms import channel_bias, group_norm, layer_norm, row_bias
 
 _draws = contextvars.ContextVar("whether new parameters are drawn", default=True)
 
@@ -92,14 +92,14 @@ class GroupNorm(nn.Cell):
 
     def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5):
         super().__init__()
-        self.num_groups, self.eps = num_groups, eps
         self.dtype = ms.float32
         self.weight = Parameter(Tensor(np.ones(num_channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(num_channels, np.float32)), name="bias")
+        self.norm = group_norm(num_groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
-        return ops.group_norm(x.astype(ms.float32), self.num_groups, weight, bias, self.eps).astype(self.dtype)
+        y = self.norm(x.astype(ms.float32), self.weight.astype(ms.float32), self.bias.astype(ms.float32))
+        return y.astype(self.dtype)
 
 
 class LayerNorm(nn.Cell):
@@ -110,11 +110,12 @@ class LayerNorm(nn.Cell):
         self.dtype = ms.float32
         self.weight = Parameter(Tensor(np.ones(num_channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(num_channels, np.float32)), name="bias")
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+        self.norm = layer_norm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        y, _, _ = self.norm(x.astype(ms.float32), self.weight.astype(ms.float32), self.bias.astype(ms.float32))
-        return y.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(ms.float32)
+        y = self.norm(rows, self.weight.astype(ms.float32), self.bias.astype(ms.float32))
+        return y.reshape(x.shape).astype(self.dtype)
 
 
 class SiLU(nn.Cell):

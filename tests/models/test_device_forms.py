@@ -82,6 +82,59 @@ def test_gelu_is_the_exact_form(device):
     np.testing.assert_allclose(by_x, weight * (cumulative + wide * density), atol=1e-5)
 
 
+def plain_norm(x, weight, bias, groups):
+    """Normalisation of (N, C, ...) in groups of channels, in float64; its gradients come from differences."""
+    n, c = x.shape[:2]
+    rows = x.astype(np.float64).reshape(n, groups, -1)
+    y = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + 1e-5)
+    spread = (1, c) + (1,) * (x.ndim - 2)
+    return y.reshape(x.shape) * weight.reshape(spread) + bias.reshape(spread)
+
+
+def by_differences(function, inputs, weight, step=1e-5):
+    """Gradients of sum(function(*inputs) * weight), by central differences in float64."""
+    inputs = [x.astype(np.float64) for x in inputs]
+    found = []
+    for x in inputs:
+        gradient = np.empty_like(x)
+        for place in np.ndindex(x.shape):
+            kept, ends = x[place], []
+            for shift in (step, -step):
+                x[place] = kept + shift
+                ends.append((function(*inputs) * weight).sum())
+            x[place] = kept
+            gradient[place] = (ends[0] - ends[1]) / (2 * step)
+        found.append(gradient)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 3, 5, 1)], ids=str)
+def test_group_norm(device, shape):
+    """Far from zero, where a variance by E[x^2] - E[x]^2 would have lost its digits."""
+    groups = 3
+    x, bias, weight = 2 * normal(*shape) + 300, normal(shape[1], seed=1), normal(*shape, seed=2)
+    scale = 1 + 0.3 * normal(shape[1], seed=3)
+    y, found = value_and_gradients(device_forms.group_norm(groups, 1e-5), x, scale, bias, weight=weight)
+    np.testing.assert_allclose(y, plain_norm(x, scale, bias, groups), atol=2e-4)
+    expected = by_differences(lambda *xs: plain_norm(*xs, groups), (x, scale, bias), weight)
+    for ours, plain in zip(found, expected):
+        np.testing.assert_allclose(ours, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 3)], ids=str)
+def test_layer_norm(device, shape):
+    x, bias, weight = 2 * normal(*shape) + 300, normal(shape[1], seed=1), normal(*shape, seed=2)
+    scale = 1 + 0.3 * normal(shape[1], seed=3)
+
+    def plain(x, scale, bias):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+
+    y, found = value_and_gradients(device_forms.layer_norm(1e-5), x, scale, bias, weight=weight)
+    np.testing.assert_allclose(y, plain(x.astype(np.float64), scale, bias), atol=2e-4)
+    for ours, expected in zip(found, by_differences(plain, (x, scale, bias), weight)):
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
 def built(name: str, monkeypatch):
     monkeypatch.setattr(device_forms, "on_ascend", lambda: name == "Ascend")
     np.random.seed(3)
@@ -90,7 +143,8 @@ def built(name: str, monkeypatch):
 
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
-    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELU)
+    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELU,
+             device_forms.ElementaryGroupNorm, device_forms.ElementaryLayerNorm)
     kinds = {type(cell) for _, cell in of_cpu.cells_and_names()}
     assert kinds.issuperset(forms)
     assert not {type(cell) for _, cell in of_ascend.cells_and_names()}.intersection(forms)
