@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.device_forms import gelu
+from ldm.models.device_forms import gelu, swap_middle
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm
 
 
@@ -94,16 +94,17 @@ class CrossAttention(nn.Cell):
         self.to_v = Dense(context_dim, inner, has_bias=False)
         self.to_out = nn.SequentialCell([Dense(inner, query_dim), Identity()])
         self.attention = ScaledDotProductAttention(head_dim)
+        self.swap_middle = swap_middle()
 
     def split_heads(self, x: Tensor) -> Tensor:
         n, tokens, _ = x.shape
-        return x.reshape(n, tokens, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
+        return self.swap_middle(x.reshape(n, tokens, self.num_heads, self.head_dim))
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         out = self.attention(self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context)),
                              self.split_heads(self.to_v(context)))
         n, heads, tokens, head_dim = out.shape
-        return self.to_out(out.transpose(0, 2, 1, 3).reshape(n, tokens, heads * head_dim))
+        return self.to_out(self.swap_middle(out).reshape(n, tokens, heads * head_dim))
 
 
 class GEGLU(nn.Cell):
@@ -162,20 +163,21 @@ class SpatialTransformer(nn.Cell):
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(inner, num_heads, head_dim, context_dim) for _ in range(depth)])
         self.proj_out = Dense(inner, channels) if use_linear else Conv2d(inner, channels, 1)
+        self.swap_middle = swap_middle()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         n, c, h, w = x.shape
         y = self.norm(x)
         if not self.use_linear:
             y = self.proj_in(y)
-        y = y.reshape(n, y.shape[1], h * w).transpose(0, 2, 1)
+        y = self.swap_middle(y.reshape(n, y.shape[1], h * w, 1)).reshape(n, h * w, y.shape[1])
         if self.use_linear:
             y = self.proj_in(y)
         for block in self.transformer_blocks:
             y = block(y, context)
         if self.use_linear:
             y = self.proj_out(y)
-        y = y.transpose(0, 2, 1).reshape(n, y.shape[2], h, w)
+        y = self.swap_middle(y.reshape(n, h * w, y.shape[2], 1)).reshape(n, y.shape[2], h, w)
         if not self.use_linear:
             y = self.proj_out(y)
         return x + y

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.attention import ScaledDotProductAttention
-from ldm.models.device_forms import gelu
+from ldm.models.device_forms import gelu, swap_middle
 from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
 
 
@@ -26,15 +26,16 @@ class CLIPAttention(nn.Cell):
         self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
         self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
         self.attention = ScaledDotProductAttention(self.head_dim, causal_length)
+        self.swap_middle = swap_middle()
 
     def split_heads(self, x: Tensor) -> Tensor:
         n, tokens, _ = x.shape
-        return x.reshape(n, tokens, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
+        return self.swap_middle(x.reshape(n, tokens, self.num_heads, self.head_dim))
 
     def construct(self, x: Tensor) -> Tensor:
         out = self.attention(self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x)),
                              self.split_heads(self.v_proj(x)))
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
+        return self.out_proj(self.swap_middle(out).reshape(x.shape))
 
 
 class CLIPMLP(nn.Cell):

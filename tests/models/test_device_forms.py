@@ -135,6 +135,15 @@ def test_layer_norm(device, shape):
         np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 7, 2), (3, 4, 1, 1)], ids=str)
+def test_swap_middle(device, shape):
+    x = normal(*shape)
+    weight = normal(shape[0], shape[2], shape[1], shape[3], seed=1)
+    y, (by_x,) = value_and_gradients(device_forms.swap_middle(), x, weight=weight)
+    np.testing.assert_array_equal(y, x.swapaxes(1, 2))
+    np.testing.assert_array_equal(by_x, weight.swapaxes(1, 2))
+
+
 def built(name: str, monkeypatch):
     monkeypatch.setattr(device_forms, "on_ascend", lambda: name == "Ascend")
     np.random.seed(3)
@@ -144,7 +153,7 @@ def built(name: str, monkeypatch):
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
     forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELU,
-             device_forms.ElementaryGroupNorm, device_forms.ElementaryLayerNorm)
+             device_forms.ElementaryGroupNorm, device_forms.ElementaryLayerNorm, device_forms.GatheredSwap)
     kinds = {type(cell) for _, cell in of_cpu.cells_and_names()}
     assert kinds.issuperset(forms)
     assert not {type(cell) for _, cell in of_ascend.cells_and_names()}.intersection(forms)
