@@ -54,6 +54,16 @@ class Weighted(nn.Cell):
         return self.sum((self.cell(q, k, v) * self.weight).astype(ms.float32))
 
 
+@pytest.mark.parametrize("rows, elements_of_row, limit, expected", [
+    (9, 30, 1, 1), (9, 30, 120, 3), (9, 30, 240, 5), (9, 30, 270, 9), (9, 30, 10**9, 9), (4096, 8 * 4096, 2**24, 512),
+    (1024, 8 * 1024, 2**24, 1024), (9216, 2 * 5 * 9216, 2**24, 181), (1, 77, 1, 1),
+])
+def test_block_rows(rows, elements_of_row, limit, expected):
+    found = attention.block_rows(rows, elements_of_row, limit)
+    assert found == expected
+    assert found == 1 or found * elements_of_row <= limit
+
+
 @pytest.mark.usefixtures("graph_mode")
 class TestScaledDotProductAttention:
     @pytest.mark.parametrize("queries, keys", SHAPES)
@@ -79,6 +89,19 @@ class TestScaledDotProductAttention:
         by_each = ms.grad(Weighted(cell, weight), grad_position=(0, 1, 2))(Tensor(q), Tensor(k), Tensor(v))
         for ours, plain in zip(by_each, plain_gradients(q, k, v, weight, causal=True)):
             np.testing.assert_allclose(ours.asnumpy(), plain, atol=1e-5)
+
+    @pytest.mark.parametrize("elements", [1, 2 * 3 * 5 * 4, 2 * 3 * 5 * 8], ids=["a row each", "3 blocks", "2 blocks"])
+    def test_blocks_of_query_rows_change_nothing(self, elements):
+        """9 query rows: blocks of 1, of 3, and of 5 and 4."""
+        shape, keys = (2, 3, 9, 8), (2, 3, 5, 8)
+        q, k, v, weight = normal(*shape), normal(*keys, seed=1), normal(*keys, seed=2), normal(*shape, seed=3)
+        cell = ScaledDotProductAttention(8)
+        cell.block_elements = elements
+        found = ms.value_and_grad(Weighted(cell, weight), grad_position=(0, 1, 2))(Tensor(q), Tensor(k), Tensor(v))[1]
+        for ours, plain in zip(found, plain_gradients(q, k, v, weight)):
+            np.testing.assert_allclose(ours.asnumpy(), plain, atol=1e-5)
+        np.testing.assert_allclose(cell(Tensor(q), Tensor(k), Tensor(v)).asnumpy(), plain_attention(q, k, v)[1],
+                                   atol=1e-5)
 
     def test_softmax_is_in_fp32_where_the_products_are_in_fp16(self):
         cell = ScaledDotProductAttention(8)
