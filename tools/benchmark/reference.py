@@ -22,7 +22,7 @@ import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # noqa: E402
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -139,6 +139,8 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
 
 
 def generate(work: Work, config: ModelConfig) -> Callable:
+    from diffusers import StableDiffusionPipeline  # it imports much that the other works do without
+
     encoder, size = frozen(reference_text_encoder(config)), work.size * config.vae_factor
     pipeline = StableDiffusionPipeline(
         vae=frozen(reference_vae(config)), text_encoder=encoder, tokenizer=None, unet=frozen(reference_unet(config)),
