@@ -246,6 +246,10 @@ def plan(config: GenerateConfig) -> Plan:
     scale = config.scale
     if scale is None:
         scale = DEFAULT_SCALES.get(model.architecture, DEFAULT_SCALE)
+    if scale == 1 and any(negative):
+        logger.warning("scale 1 is without guidance: the negative prompts are not used")
+    if config.skip_save and config.skip_grid and config.save_latents is None:
+        logger.warning("skip_save and skip_grid without save_latents: nothing of this run is kept")
     return Plan(
         prompts=spread(prompts),
         negative_prompts=spread(negative),
@@ -371,6 +375,10 @@ def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig
 
 def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
     if not config.lora_ckpt_path:
+        settings = ("lora_scale", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank")
+        given = [name for name in settings if getattr(config, name) != getattr(GenerateConfig, name)]
+        if given and config.use_lora is None:
+            logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
         return []
     if config.use_lora is False:
         logger.warning("use_lora is False: lora_ckpt_path is not applied")

@@ -368,6 +368,21 @@ def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora_scale 0.5 --lora_ft_unet False", "no lora_ckpt_path is given: lora_scale, lora_ft_unet has no effect"),
+        ("--scale 1 --negative_prompt ugly", "scale 1 is without guidance: the negative prompts are not used"),
+        ("--skip_save --skip_grid", "skip_save and skip_grid without save_latents: nothing of this run is kept"),
+        ("--use_lora False --lora_rank 4 --scale 1 --skip_save --skip_grid --save_latents a.npy", ""),
+        ("--lora_ckpt_path lora.ckpt --lora_scale 0.5 --scale 2 --negative_prompt ugly --skip_save", ""),
+    ],
+)
+def test_settings_without_an_effect_are_said(place, caplog, flags, words):
+    planned(f"--prompt x {flags}")
+    assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+@pytest.mark.parametrize(
     ("text", "path", "weights"),
     [
         ("a.ckpt", "a.ckpt", (1.0,)),
