@@ -152,6 +152,8 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
         raise UserError(f"init_latents {path} does not exist: give a .npy file of {wanted} numbers") from None
     except (OSError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "empty"
+        if "pickle" in reason:  # which numpy takes every file for that it does not know
+            reason = "it holds Python objects, or something else altogether"
         raise UserError(f"init_latents {path} is not a .npy file of numbers: {reason}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"init_latents {path} is an .npz archive: give the .npy file with the latents alone")
