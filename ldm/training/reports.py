@@ -60,9 +60,11 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         kept = []
         if step and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1:]
-            kept = [row for row in rows if len(row) == len(Metrics._fields) and int(row[0]) <= step]
+            # by hand: csv and int would fail on what a crash may leave at its end
+            rows = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+            kept = [
+                row for row in rows if len(row) == len(Metrics._fields) and row[0].isdecimal() and int(row[0]) <= step
+            ]
         self.path = path
         with writing(path):
             with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

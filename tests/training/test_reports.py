@@ -36,6 +36,14 @@ def test_resuming_drops_what_was_written_beyond_the_state(tmp_path):
     assert len(read(path)) == 1
 
 
+def test_resuming_drops_lines_that_are_no_rows(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = b"step,loss,learning_rate,loss_scale,seconds,gradient_norm\n1,0.5,1e-4,1,0.1,1\n"
+    path.write_bytes(rows + b"\xff\x00" * 9 + b"\n,,,,,\nx,1,1,1,1,1\n" + b"\x00" * 99)
+    MetricsFile(path, 5).close()
+    assert [row[0] for row in read(path)] == ["step", "1"]
+
+
 def test_the_log_goes_to_file_and_screen_at_its_level(tmp_path, capsys):
     set_up_logging(tmp_path / "run" / "log.txt", "WARNING")
     try:
