@@ -27,6 +27,7 @@ from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.runtime import is_out_of_memory
 from ldm.tokenizer import Tokenizer
 from ldm.weights.base import open_base
 from ldm.weights.load import check_base_metadata, load_base
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 # Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
 # fp32 for this many.
 DECODE_PIXELS = 512 * 512
-
-# How MindSpore says that memory is short: in pynative mode, in graph mode (host and device), and from C++ itself.
-OUT_OF_MEMORY = ("allocate memory failed", "memory isn't enough", "memory not enough", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -316,10 +314,8 @@ def _memory_is_named(config: ModelConfig, shape: tuple[int, int, int], batch_siz
     """Turn a failed allocation, numpy's or MindSpore's, into a UserError; every other error goes on as it is."""
     try:
         yield
-    except MemoryError as error:
-        raise _out_of_memory(config, shape, batch_size) from error
-    except RuntimeError as error:
-        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise _out_of_memory(config, shape, batch_size) from error
 

@@ -26,6 +26,10 @@ DEVICES = ("Ascend", "CPU")
 PRECISIONS = ("auto", "fp16", "fp32")
 JIT_LEVELS = ("O0", "O1", "O2")
 
+# How MindSpore says that memory is short: in pynative mode, in graph mode (host and device), and from C++ itself.
+OUT_OF_MEMORY = ("allocate memory failed", "memory isn't enough", "memory not enough", "memory malloc failed",
+                 "out of memory", "bad_alloc")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -96,6 +100,11 @@ def check_flash_attention(enable: bool, runtime: Runtime) -> None:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
     if enable and not runtime.fp16:
         raise UserError("enable_flash_attention computes in fp16: use --precision fp16 (or auto)")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error, numpy's or MindSpore's, says that memory is short."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _has_ascend() -> bool:

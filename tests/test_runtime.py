@@ -11,7 +11,7 @@ import pytest
 
 from ldm import runtime
 from ldm.errors import UserError
-from ldm.runtime import Runtime, check_flash_attention, setup_runtime
+from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +113,19 @@ def test_flash_attention_is_ascends_and_fp16s():
         check_flash_attention(True, setup_runtime("CPU"))
     with pytest.raises(UserError, match="fp16"):
         check_flash_attention(True, ascend(ms.float32))
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError("Unable to allocate 1. TiB"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Allocate memory failed for size: 512"), True),
+        (RuntimeError("Device(id:0) memory isn't enough and alloc failed, alloc size: 512B"), True),
+        (RuntimeError("Malloc for kernel output failed, Memory isn't enough"), True),
+        (RuntimeError("The shapes do not fit"), False),
+        (ValueError("a memory of it"), False),
+    ],
+)
+def test_errors_that_say_that_memory_is_short(error, short):
+    assert is_out_of_memory(error) == short

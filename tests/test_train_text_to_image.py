@@ -350,6 +350,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_an_fp32_run(base, data, emp
     [
         ("Device(id:0) memory isn't enough and alloc failed, alloc size: 512B", UserError, "train_batch_size 2"),
         ("Allocate memory failed for size: 512", UserError, "train_batch_size 2 and image_size 16"),
+        ("std::bad_alloc", UserError, "train_batch_size 2"),
         ("The shapes do not fit", RuntimeError, "The shapes do not fit"),
     ],
 )

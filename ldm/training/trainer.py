@@ -36,7 +36,7 @@ from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.paths import check_folder, under_root, writing
-from ldm.runtime import Runtime, check_flash_attention, setup_runtime
+from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
 from ldm.training import checkpoints
 from ldm.training.checkpoints import TrainState
 from ldm.training.feed import check_sink, make_feed
@@ -57,8 +57,6 @@ logger = logging.getLogger(__name__)
 
 EPSILON = 1e-8  # torch's and diffusers' default
 UNET = "model.diffusion_model."
-# what MindSpore says, in small letters, when it cannot allocate
-MEMORY_SIGNS = ("memory isn't enough", "allocate memory failed", "memory malloc failed", "out of memory")
 
 # A resumed run must not differ in these: it would end with other weights than an uninterrupted one, or make no sense.
 # What else was changed (a longer run, another learning rate) is said and taken.
@@ -373,8 +371,8 @@ class Trainer:
         )
         try:
             result = self.step(batches, scalars, self._dropout_keys())
-        except RuntimeError as error:
-            if not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"the device's memory is not enough for a step with train_batch_size {config.train_batch_size} and "
