@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -335,6 +336,21 @@ def test_a_run_that_always_overflows_stops_loudly(base, data, empty_run, monkeyp
     with pytest.raises(UserError, match="overflowed at 50 steps in a row"):
         trainer.run()
     assert trainer.done == 50
+
+
+@pytest.mark.parametrize("state", [None, "state-00000009.safetensors"])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, caplog, state):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    run = SimpleNamespace(folder=tmp_path, done=10, plan=SimpleNamespace(updates=12), run=interrupted)
+    monkeypatch.setattr("ldm.training.trainer.Trainer", lambda config: run)
+    if state:
+        (tmp_path / state).touch()
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig())
+    way = f"--resume True goes on from {tmp_path / state}" if state else "nothing was saved yet"
+    assert f"interrupted after step 10 of 12; {way}" in caplog.text
 
 
 @pytest.mark.parametrize("loss", [float("nan"), 1.0])

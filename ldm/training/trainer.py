@@ -78,7 +78,14 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
     """
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    try:
+        return trainer.run()
+    except KeyboardInterrupt:
+        states = checkpoints.find_states(trainer.folder)
+        way = f"--resume True goes on from {states[0]}" if states else "nothing was saved yet"
+        logger.warning("interrupted after step %d of %d; %s", trainer.done, trainer.plan.updates, way)
+        raise
 
 
 class Trainer:
