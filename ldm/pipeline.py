@@ -164,6 +164,9 @@ class Pipeline:
         batch_size = max(1, min(sampling.batch_size, count))
         batches = [np.arange(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         guided = sampling.scale != 1.0
+        cut = self.tokenizer.cut_off(dict.fromkeys([*prompts, *(negative_prompts if guided else ())]))
+        if cut:
+            logger.warning('%d prompts are longer than 75 tokens and cut there; the first loses "%s"', len(cut), cut[0])
         texts = [
             [*(prompts[i] for i in indices), *(negative_prompts[i] for i in indices if guided)] for indices in batches
         ]

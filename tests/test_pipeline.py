@@ -51,6 +51,11 @@ def test_there_is_a_picture_for_each_prompt_at_the_models_size(drawn):
     assert np.isfinite(latents).all() and images.std() > 0
 
 
+def test_what_is_cut_off_a_long_prompt_is_said(pipeline, caplog):
+    next(pipeline.generate(["word " * 75 + "and a hat", "a cat"] * 2, replace(FEW, steps=1), 7, progress=False))
+    assert '1 prompts are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
+
+
 def test_batches_come_in_order_with_their_starting_latents(pipeline):
     batches = list(pipeline.generate(PROMPTS, FEW, 7, progress=False))
     assert [b.indices.tolist() for b in batches] == [[0, 1], [2]]

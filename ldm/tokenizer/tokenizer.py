@@ -75,6 +75,11 @@ class Tokenizer:
             row[: len(ids)] = ids
         return tokens
 
+    def cut_off(self, texts: Iterable[str]) -> list[str]:
+        """Of each text that `encode` cuts, what it leaves out, cleaned."""
+        ids = (self.tokenize(text) for text in texts)
+        return [self.decode(tokens[CONTEXT_LENGTH - 2 :]) for tokens in ids if len(tokens) > CONTEXT_LENGTH - 2]
+
     def tokenize(self, text: str) -> list[int]:
         """The ids of a whole text, however long, without start, end and padding."""
         return [token for word in WORDS.findall(clean_text(text)) for token in self._encode_word(word)]

@@ -78,6 +78,12 @@ class Inputs:
         self.pool = ThreadPoolExecutor(config.num_workers)
         tokenizer = Tokenizer(pad=model_config.pad_token)
         self.tokens = tokenizer.encode([row.text for row in rows])
+        cut = tokenizer.cut_off(row.text for row in rows)
+        if cut:
+            logger.warning(
+                '%d of %d captions are longer than 75 tokens and cut there; the first loses "%s"',
+                len(cut), len(rows), cut[0],
+            )  # fmt: skip
         self.empty_tokens = tokenizer.encode([""])
         cache = StateCache(Path(config.output_path) / "cache")
         self.moments = self._cached_moments(cache, model) if config.cache_latents and not self.augments else None

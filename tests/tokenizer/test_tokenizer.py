@@ -122,6 +122,11 @@ def test_a_long_text_is_cut_and_keeps_its_end_token(pad, words):
     assert row[kept + 1] == END_TOKEN
 
 
+def test_what_is_cut_off_is_given_of_the_texts_that_are_cut():
+    texts = ["a cat", "word " * 75, "word " * 75 + "in the END", "", "word " * 74 + "fox hen"]
+    assert Tokenizer().cut_off(texts) == ["in the end", "hen"]
+
+
 @pytest.mark.parametrize("pad", ["", "End", "77", "none"])
 def test_another_padding_rule_is_refused(pad):
     with pytest.raises(UserError, match="pad_token.*'end'.*'zero'"):

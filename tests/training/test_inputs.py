@@ -77,6 +77,11 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
+def test_captions_that_are_cut_are_counted(rows, tmp_path, caplog):
+    build([*rows[:3], rows[3]._replace(text="word " * 75 + "and a hat")], tmp_path)
+    assert '1 of 4 captions are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
+
+
 def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
     batch = build(rows, tmp_path).batch(0)
     assert batch.latents.shape == batch.noise.shape == (2, 4, 8, 8)
