@@ -134,7 +134,7 @@ class RunsCode:
 BAD_LATENTS = {
     "missing": (lambda path: None, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "not a .npy file"),
-    "text": (lambda path: path.write_text("hello"), "not a .npy file"),
+    "text": (lambda path: path.write_text("hello"), "not a .npy file of numbers: .* or something else"),
     "folder": (lambda path: path.mkdir(), "not a .npy file"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps(RunsCode())), "not a .npy file"),
     "pickled objects": (lambda path: np.save(path, np.array([RunsCode()], object)), "not a .npy file"),
