@@ -88,12 +88,12 @@ def open_folder(path: Path) -> DiffusersFolder:
     """Open a diffusers folder, or one component of it. Raises UserError for any other folder, and says what it is."""
     names = sorted(os.listdir(path))
     pipeline = str(_read_json(path / "model_index.json").get("_class_name", ""))
+    if "transformer" in names:  # first: Stable Diffusion 3 and Flux have several text encoders as well
+        raise UserError(f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
+                        "and SD2.x are supported")
     if "text_encoder_2" in names or "XL" in pipeline:
         raise UserError(f"{path} is an SDXL folder ({pipeline or 'text_encoder_2/'}); only SD1.x and SD2.x are "
                         "supported")
-    if "transformer" in names:
-        raise UserError(f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
-                        "and SD2.x are supported")
     if "Inpaint" in pipeline:
         raise UserError(f"{path} is an inpainting model's folder ({pipeline}), which is not supported; take a "
                         "text-to-image model's")
@@ -101,8 +101,9 @@ def open_folder(path: Path) -> DiffusersFolder:
     if places:
         return DiffusersFolder(path, places)
     config = _read_json(path / "config.json")
-    classes = [config.get("_class_name"), *(config.get("architectures") or ())]
-    own = [CLASSES[name] for name in classes if name in CLASSES]
+    listed = config.get("architectures")
+    classes = [config.get("_class_name"), *(listed if isinstance(listed, list) else ())]
+    own = [component for name, component in CLASSES.items() if name in classes]
     if own:
         return DiffusersFolder(path, {own[0]: path})
     if "adapter_config.json" in names or any("lora" in name and name.endswith(".safetensors") for name in names):
@@ -137,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # of JSON, of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8; a thousand brackets
         raise UserError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not settings: fetch it again")
