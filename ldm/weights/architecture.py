@@ -24,10 +24,10 @@ from ldm.config.model import (
 )
 from ldm.errors import UserError
 from ldm.paths import ROOT
-from ldm.weights.base import open_base, plan_base
+from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder
-from ldm.weights.names import COMPONENTS, Canonical, Plan
+from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
@@ -38,17 +38,16 @@ DEFAULTS = {
 }
 
 
-def detect_model(path: str | Path, prediction_type: str | None = None, way_out: str = "") -> ModelConfig:
+def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
     """The model that a checkpoint file or a diffusers folder is made for.
 
-    prediction_type: "epsilon" or "v_prediction", where it is known from elsewhere. way_out: what to do about a
-    checkpoint that does not say enough, for the error.
+    way_out: what to do about a checkpoint that does not say enough, for the error.
 
     Raises UserError where it is no base checkpoint or does not say which model it is.
     """
     checkpoint = open_base(path)
     plan = plan_base(checkpoint)
-    found = fitting_models(checkpoint, plan, prediction_type)
+    found = fitting_models(checkpoint, plan)
     if len(found) == 1:
         return found[0]
     raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan)}: {way_out}")
@@ -58,14 +57,19 @@ def fitting_models(
     checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None = None
 ) -> list[ModelConfig]:
     """The models that a checkpoint can be of: one; several where it does not say what it predicts; none where it is no
-    known one and does not say what its shapes leave open."""
+    known one and does not say what its shapes leave open.
+
+    prediction_type: "epsilon" or "v_prediction", where it is known from elsewhere; a YAML beside the checkpoint goes
+    before it. Raises UserError for models of another task, and for settings that the networks here do not have.
+    """
     beside = yaml_beside(checkpoint.path)
     if beside.is_file():
-        return [_predicting(load_model_config(beside), prediction_type)]
+        return [load_model_config(beside)]
     shapes = {name: Canonical(checkpoint, plan).shape(name) for name in plan.sources}
     sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
-    if sizes["unet"].get("in_channels") == 9:
-        raise UserError(f"{checkpoint.path} is an inpainting checkpoint (9 input channels), which is not supported")
+    channels = sizes["unet"].get("in_channels")
+    if channels in OTHER_TASKS and channels != sizes["unet"]["out_channels"]:
+        raise UserError(f"{checkpoint.path} is {other_task(channels)}")
     said = model_metadata(checkpoint.metadata)
     if prediction_type is not None:
         said["prediction_type"] = prediction_type
@@ -79,12 +83,15 @@ def fitting_models(
     known = [model for model in known if _has_sizes(model, sizes)]
     fitting = [model for model in known if all(getattr(model, key) == value for key, value in said.items())]
     if not fitting and prediction_type is not None:  # a known model that was trained to predict the other thing
-        fitting = [_predicting(model, prediction_type) for model in known[:1]]
+        fitting = [replace(model, prediction_type=prediction_type) for model in known[:1]]
     return fitting
 
 
 def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan) -> str:
     """One sentence for a checkpoint of which fitting_models does not find a single model."""
+    there = {component_of(name) for name in plan.sources}
+    if not there >= COMPONENTS.keys():
+        return f"It holds no {' and no '.join(LABELS[part] for part in COMPONENTS if part not in there)}"
     said = model_metadata(checkpoint.metadata)
     if said:
         return f"It says {' and '.join(f'{key} {value}' for key, value in said.items())}, and its shapes do not tell " \
@@ -104,9 +111,13 @@ def known_path(model: ModelConfig) -> str | None:
     return next((path for path in KNOWN if same_model(model, load_model_config(ROOT / path))), None)
 
 
-def yaml_beside(path: Path) -> Path:
-    """Where the model YAML of a checkpoint lies: `x.yaml` beside `x.safetensors`, `folder.yaml` beside `folder`."""
-    return path.parent / f"{path.name}.yaml" if path.is_dir() else path.with_suffix(".yaml")
+def yaml_beside(path: Path, is_folder: bool | None = None) -> Path:
+    """Where the model YAML of a checkpoint lies: `x.yaml` beside `x.safetensors`, `folder.yaml` beside `folder`.
+
+    is_folder: for a path that is not there yet.
+    """
+    is_folder = path.is_dir() if is_folder is None else is_folder
+    return path.parent / f"{path.name}.yaml" if is_folder else path.with_suffix(".yaml")
 
 
 def _complete(model: ModelConfig) -> dict[str, Any]:
@@ -115,10 +126,6 @@ def _complete(model: ModelConfig) -> dict[str, Any]:
         plain[part] = {**defaults, **plain[part]}
     plain["unet"]["attention_resolutions"] = sorted(plain["unet"]["attention_resolutions"])
     return plain
-
-
-def _predicting(model: ModelConfig, prediction_type: str | None) -> ModelConfig:
-    return model if prediction_type is None else replace(model, prediction_type=prediction_type)
 
 
 def _has_sizes(model: ModelConfig, sizes: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -239,7 +246,10 @@ def _from_folder(
     # diffusers' `attention_head_dim` counts heads, for historical reasons.
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
     per_level = heads if isinstance(heads, list) else [heads] * len(channels)
-    head_channels = {channel // count for channel, count in zip(channels, per_level) if count}
+    if len(per_level) != len(channels) or any(type(count) is not int or count < 1 for count in per_level):
+        raise UserError(f"{folder.path}: attention_head_dim in unet/config.json is {heads!r}; it must be a number, or "
+                        f"one for each of the {len(channels)} levels")
+    head_channels = {channel // count for channel, count in zip(channels, per_level)}
     model = {
         "unet": {**sizes["unet"], "num_groups": unet.get("norm_num_groups", NUM_GROUPS)},
         "vae": {**sizes["vae"], "double_z": True, "num_groups": vae.get("norm_num_groups", NUM_GROUPS)},
@@ -258,6 +268,9 @@ def _from_folder(
                         "one number of heads, or of channels a head, for all levels")
     vae_factor = 2 ** (len(sizes["vae"]["ch_mult"]) - 1)
     sample_size = unet.get("sample_size") or 64
+    sample_size = sample_size[0] if isinstance(sample_size, list) else sample_size
+    if type(sample_size) is not int:
+        raise UserError(f"{folder.path}: sample_size in unet/config.json is {sample_size!r}; it must be a number")
     config = ModelConfig(
         path=str(folder.path),
         architecture="custom",
@@ -267,7 +280,7 @@ def _from_folder(
         timesteps=scheduler.get("num_train_timesteps", 1000),
         beta_schedule="scaled_linear",
         scale_factor=vae.get("scaling_factor", 0.18215),
-        image_size=(sample_size if isinstance(sample_size, int) else sample_size[0]) * vae_factor,
+        image_size=sample_size * vae_factor,
         latent_channels=sizes["vae"]["embed_dim"],
         vae_factor=vae_factor,
         context_dim=sizes["unet"]["context_dim"],

@@ -17,6 +17,32 @@ _LORA_MARKS = (
     ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",
     ".lora_linear_layer.", ".hada_w", ".lokr_w", "unet:", "text_encoder:",
 )  # fmt: skip
+# How names begin that SD1.x and SD2.x have not, and whose they are. The first that is found counts.
+_OTHER_MODELS = {
+    "control_model.": "a ControlNet",
+    "controlnet_cond_embedding.": "a ControlNet",
+    "noise_augmentor.": "an unCLIP checkpoint",
+    "low_scale_model.": "an upscaler's checkpoint",
+    "conditioner.embedders.": "an SDXL checkpoint",
+    "model.diffusion_model.label_emb.": "an SDXL checkpoint",
+    "unet/add_embedding.": "an SDXL checkpoint",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint",
+    "double_blocks.": "a Flux checkpoint",
+}
+# A network in a file of its own: how its names begin.
+_ALONE = {
+    "down_blocks.": "the UNet of a diffusers folder",
+    "encoder.down_blocks.": "the VAE of a diffusers folder",
+    "text_model.": "the text encoder of a diffusers folder",
+    "embeddings.token_embedding.": "the text encoder of a diffusers folder",
+    "encoder.down.": "the VAE of a single file",
+}
+# Input channels of UNets that take more than noisy latents.
+OTHER_TASKS = {
+    5: "a depth-to-image checkpoint", 7: "an upscaler's checkpoint", 8: "an InstructPix2Pix checkpoint",
+    9: "an inpainting checkpoint",
+}  # fmt: skip
 
 
 def open_base(path: str | os.PathLike) -> Checkpoint | DiffusersFolder:
@@ -26,7 +52,7 @@ def open_base(path: str | os.PathLike) -> Checkpoint | DiffusersFolder:
 
 def plan_base(checkpoint: Checkpoint | DiffusersFolder, ema: bool = False) -> Plan:
     """The plan for a base checkpoint, judged by its names; `ema`: see plan_names. Raises UserError for anything else: a
-    LoRA, SDXL, a textual inversion, one component alone."""
+    LoRA, SDXL and other models, a textual inversion, one component alone."""
     names = list(checkpoint)
     path = checkpoint.path
     if sum(any(mark in name for mark in _LORA_MARKS) for name in names) * 2 > len(names):
@@ -36,18 +62,14 @@ def plan_base(checkpoint: Checkpoint | DiffusersFolder, ema: bool = False) -> Pl
             f"{path} has LoRA beside its weights: fold it in with tools/lora/cvtckpt.py --mode merge, or take it out "
             "with --mode extract --out_base"
         )
-    if any(name.startswith(("conditioner.embedders.", "model.diffusion_model.label_emb.", "unet/add_embedding."))
-           for name in names):
-        raise UserError(f"{path} is an SDXL checkpoint; only SD1.x and SD2.x are supported")
-    if any(name.startswith("control_model.") for name in names):
-        raise UserError(f"{path} is a ControlNet, not a base checkpoint")
+    other = _first_found(names, _OTHER_MODELS)
+    if other:
+        raise UserError(f"{path} is {other}; only SD1.x and SD2.x are supported")
     if detect_family(names) is None:
-        part = _diffusers_part(names)
+        part = _first_found(names, _ALONE)
         if part:
-            raise UserError(
-                f"{path} is the {part} of a diffusers folder alone, not a single-file checkpoint: "
-                "give the folder, which holds the whole model"
-            )
+            raise UserError(f"{path} is {part} alone, not a single-file checkpoint: give the folder or the file that "
+                            "holds the whole model")
         if names and all(name in ("emb_params", "string_to_param.*") or name.startswith("<") for name in names):
             raise UserError(f"{path} is a textual-inversion embedding, not a base checkpoint")
         shown = ", ".join(names[:2]) or "none"
@@ -68,11 +90,11 @@ def base_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _diffusers_part(names: list[str]) -> str | None:
-    if any(name.startswith("down_blocks.") for name in names):
-        return "UNet"
-    if any(name.startswith("encoder.down_blocks.") for name in names):
-        return "VAE"
-    if any(name.startswith("text_model.") for name in names):
-        return "text encoder"
-    return None
+def other_task(in_channels: int) -> str:
+    """The end of a sentence on a checkpoint whose UNet takes so many channels, one of OTHER_TASKS."""
+    return f"{OTHER_TASKS[in_channels]} ({in_channels} input channels), which is not supported"
+
+
+def _first_found(names: list[str], beginnings: dict[str, str]) -> str | None:
+    """What stands in `beginnings` for the first of its keys that a name begins with."""
+    return next((what for key, what in beginnings.items() if any(name.startswith(key) for name in names)), None)

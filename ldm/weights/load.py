@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 
 from ldm.config.model import ModelConfig, model_metadata
 from ldm.errors import UserError
-from ldm.weights.base import open_base, plan_base
+from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
@@ -22,16 +22,18 @@ CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
 
 @dataclass
 class ComponentReport:
-    """What of one network was found in a file; names are canonical, shapes are (in the file, in the network)."""
+    """What of one network was found in a file; names are canonical, shapes are (in the file, in the network), types
+    those of a file's arrays that are no floating-point numbers."""
 
     matched: int = 0
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    wrong_type: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.unexpected or self.wrong_shape)
+        return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_type)
 
     def __str__(self) -> str:
         counts = (
@@ -39,6 +41,7 @@ class ComponentReport:
             (len(self.missing), "missing"),
             (len(self.unexpected), "unexpected"),
             (len(self.wrong_shape), "of a wrong shape"),
+            (len(self.wrong_type), "of a wrong type"),
         )
         return ", ".join(f"{count} {label}" for count, label in counts if count) or "0 matched"
 
@@ -100,7 +103,7 @@ def load_base(
         raise UserError(refusal(checkpoint, report))
     if not any(component.matched for component in report.components.values()):
         raise UserError(f"{path}: none of its {len(checkpoint)} arrays fits the model ({report})")
-    wrong = {name for component in report.components.values() for name, _, _ in component.wrong_shape}
+    wrong = {name for part in report.components.values() for name, *_ in (*part.wrong_shape, *part.wrong_type)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in plan.sources and name not in wrong}
     canonical = Canonical(checkpoint, plan, shapes)
     for name in shapes:
@@ -136,8 +139,11 @@ def compare(
             report.missing.append(name)
             continue
         source = plan.sources[name]
-        found = taken_shape(checkpoint.shape(source.name), source)
-        if same_up_to_1x1(found, shape):
+        dtype, whole = checkpoint.spec(source.name)
+        found = taken_shape(whole, source)
+        if dtype.kind != "f":  # numbers of a quantised file, which mean nothing without their scales
+            report.wrong_type.append((name, dtype.name))
+        elif same_up_to_1x1(found, shape):
             report.matched += 1
         else:
             report.wrong_shape.append((name, found, shape))
@@ -159,9 +165,9 @@ def compare(
 def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str:
     """One line on why a file does not fit: what it is where that is known, the counts, an example."""
     why = _architecture_mismatch(report)
-    wrong, missing, unexpected = (
+    wrong, types, missing, unexpected = (
         [entry for component in report.components.values() for entry in getattr(component, kind)]
-        for kind in ("wrong_shape", "missing", "unexpected")
+        for kind in ("wrong_shape", "wrong_type", "missing", "unexpected")
     )
     empty = [LABELS[name] for name, found in report.components.items() if found.missing and not found.matched]
     if not why and empty and not wrong:
@@ -170,6 +176,8 @@ def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str
     if wrong:
         name, found, wanted = wrong[0]
         example = f"; for example {name} is {found}, wanted {wanted}"
+    elif types:
+        example = f"; for example {types[0][0]} is {types[0][1]}: take the file in fp32, fp16 or bf16"
     elif missing or unexpected:
         example = f"; for example {(missing or unexpected)[0]}"
     return f"{checkpoint.path} does not fit the model{f': {why}' if why else ''} ({report}{example})"
@@ -177,9 +185,9 @@ def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str
 
 def _architecture_mismatch(report: LoadReport) -> str:
     for component in report.components.values():
-        for name, found, _ in component.wrong_shape:
-            if name.endswith("input_blocks.0.0.weight") and len(found) == 4 and found[1] == 9:
-                return "it is an inpainting checkpoint (9 input channels), which is not supported"
+        for name, found, wanted in component.wrong_shape:
+            if name.endswith("input_blocks.0.0.weight") and len(found) == 4 and found[1] != wanted[1]:
+                return f"it is {other_task(found[1])}" if found[1] in OTHER_TASKS else ""
     for component in report.components.values():
         for name, found, wanted in component.wrong_shape:
             if name.endswith("attn2.to_k.weight") and found[-1] != wanted[-1]:

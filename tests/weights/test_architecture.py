@@ -14,7 +14,7 @@ import yaml
 from ldm.config.model import load_model_config, model_document, parse_model_config
 from ldm.errors import UserError
 from ldm.paths import ROOT
-from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model
+from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model, what_it_says
 from ldm.weights.base import plan_base
 from ldm.weights.checkpoint import Arrays
 from ldm.weights.diffusers_folder import DiffusersFolder
@@ -121,6 +121,19 @@ class TestSingleFiles:
         for part in ("model.diffusion_model.", "cond_stage_model."):
             assert found(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
 
+    @pytest.mark.parametrize("part, words", [("first_stage_model.", "holds no UNet and no text encoder"),
+                                             ("cond_stage_model.", "holds no UNet and no VAE")])
+    def test_what_is_missing_is_said_before_what_is_not_known(self, published, part, words):
+        names = published["sd2_ldm_ckpt_keys"]
+        checkpoint = Shapes({name: names[name] for name in names if name.startswith(part)})
+        assert words in what_it_says(checkpoint, plan_base(checkpoint))
+
+    def test_a_unet_of_eight_channels_on_both_sides_is_no_other_task(self, published):
+        names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 8, 3, 3]}
+        with pytest.raises(UserError, match="is an InstructPix2Pix checkpoint"):
+            found(Shapes(names))
+        assert found(Shapes({**names, "model.diffusion_model.out.2.weight": [8, 320, 3, 3]})) == []
+
     def test_inpainting(self, published):
         names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
         with pytest.raises(UserError, match="is an inpainting checkpoint"):
@@ -153,6 +166,7 @@ class TestDiffusersFolders:
             ({"scheduler": {"num_train_timesteps": 500}}, "timesteps", 500),
             ({"vae": {"scaling_factor": 0.13}}, "scale_factor", 0.13),
             ({"unet": {"sample_size": 96}}, "image_size", 768),
+            ({"unet": {"sample_size": [96, 96]}}, "image_size", 768),
             ({"tokenizer": {"pad_token": {"content": "!"}}}, "pad_token", "zero"),
         ],
     )
@@ -182,6 +196,12 @@ class TestDiffusersFolders:
         "changed, words",
         [
             ({"unet": {"attention_head_dim": [5, 10, 10, 20]}}, "attention_head_dim"),
+            ({"unet": {"attention_head_dim": "8"}}, "attention_head_dim in unet/config.json is '8'"),
+            ({"unet": {"attention_head_dim": [5, 10]}}, "one for each of the 4 levels"),
+            ({"unet": {"attention_head_dim": [8, 8, 8, "8"]}}, "one for each of the 4 levels"),
+            ({"unet": {"attention_head_dim": 0}}, "attention_head_dim"),
+            ({"unet": {"sample_size": "64"}}, "sample_size in unet/config.json is '64'"),
+            ({"unet": {"sample_size": {"height": 64}}}, "sample_size"),
             ({"unet": {"act_fn": "gelu"}}, "act_fn in unet/config.json is 'gelu'"),
             ({"unet": {"class_embed_type": "timestep"}}, "class_embed_type"),
             ({"unet": {"addition_embed_type": "text_time"}}, "addition_embed_type"),

@@ -190,6 +190,31 @@ class TestRefusing:
         inpainting = {**weights, CONV_IN: np.zeros((32, 9, 3, 3), np.float32)}
         assert "inpainting checkpoint (9 input channels)" in refused(model, save(tmp_path / "b.ckpt", inpainting))
 
+    @pytest.mark.parametrize(
+        "channels, words",
+        [(8, "an InstructPix2Pix checkpoint (8 input channels)"), (5, "a depth-to-image"), (7, "an upscaler's")],
+    )
+    def test_unets_of_other_tasks(self, model, weights, tmp_path, channels, words):
+        other = {**weights, CONV_IN: np.zeros((32, channels, 3, 3), np.float32)}
+        assert f"it is {words}" in refused(model, save(tmp_path / "b.ckpt", other))
+
+    def test_another_size_of_input_is_no_other_task(self, model, weights, tmp_path):
+        for size in ((32, 3, 3, 3), (64, 4, 3, 3)):
+            message = refused(model, save(tmp_path / "b.ckpt", {**weights, CONV_IN: np.zeros(size, np.float32)}))
+            assert "does not fit the model (UNet" in message
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool"])
+    def test_weights_that_are_no_floating_point_numbers(self, model, weights, tmp_path, dtype):
+        path = save(tmp_path / "b.safetensors", {**weights, TO_K: weights[TO_K].astype(dtype)})
+        message = refused(model, path)
+        assert "UNet: 285 matched, 1 of a wrong type" in message
+        assert f"{TO_K} is {dtype}: take the file in fp32, fp16 or bf16" in message
+
+    def test_partial_leaves_them_out(self, model, weights, tmp_path):
+        before = arrays_of(model)[TO_K]
+        load_base(model, save(tmp_path / "b.ckpt", {**weights, TO_K: weights[TO_K].astype(np.int8)}), partial=True)
+        np.testing.assert_array_equal(arrays_of(model)[TO_K], before)
+
     def test_sdxl(self, model, tmp_path):
         sdxl = {"conditioner.embedders.0.transformer.x": np.zeros(1), "model.diffusion_model.out.0.weight": np.zeros(1)}
         assert "SDXL" in refused(model, save(tmp_path / "b.safetensors", sdxl))
@@ -197,8 +222,31 @@ class TestRefusing:
     @pytest.mark.parametrize("part, label", [(0, "UNet"), (1, "VAE"), (2, "text encoder")])
     def test_a_component_of_a_diffusers_folder(self, config, model, weights, tmp_path, part, label):
         arrays = to_diffusers(weights, config)[part]
-        message = refused(model, save(tmp_path / "diffusion_pytorch_model.safetensors", arrays))
-        assert f"the {label} of a diffusers folder" in message
+        path = save(tmp_path / "diffusion_pytorch_model.safetensors", arrays)
+        assert f"is the {label} of a diffusers folder alone" in refused(model, path)
+        # as transformers 5 names it
+        shorter = {name.replace("text_model.", ""): array for name, array in arrays.items()}
+        assert f"is the {label} of a diffusers folder alone" in refused(model, save(path, shorter))
+
+    def test_a_vae_of_a_single_file(self, model, weights, tmp_path):
+        vae = {name[len("first_stage_model."):]: array for name, array in weights.items() if name.startswith("first_")}
+        assert "is the VAE of a single file alone" in refused(model, save(tmp_path / "b.safetensors", vae))
+
+    @pytest.mark.parametrize(
+        "names, words",
+        [
+            (["model.diffusion_model.joint_blocks.0.x.weight"], "a Stable Diffusion 3 checkpoint"),
+            (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
+            (["double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
+            (["model.diffusion_model.label_emb.0.0.weight", "noise_augmentor.betas"], "an unCLIP checkpoint"),
+            (["model.diffusion_model.label_emb.weight", "low_scale_model.betas"], "an upscaler's checkpoint"),
+            (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+            (["down_blocks.0.resnets.0.conv1.weight", "controlnet_cond_embedding.conv_in.bias"], "a ControlNet"),
+        ],
+    )
+    def test_other_models(self, model, tmp_path, names, words):
+        path = save(tmp_path / "b.safetensors", {name: np.zeros(1, np.float32) for name in names})
+        assert f"is {words}; only SD1.x and SD2.x are supported" in refused(model, path)
 
     @pytest.mark.parametrize(
         "names",
