@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -118,11 +119,6 @@ def convert(
     plan = plan_base(checkpoint, ema)
     if model_config is not None:
         found = [load_model_config(model_config)]
-        said = dict(model_metadata(checkpoint.metadata))
-        if prediction_type is not None and found[0].prediction_type != prediction_type:
-            raise UserError(f"--prediction_type {prediction_type} contradicts {model_config}, which has "
-                            f"{found[0].prediction_type}: leave it out, or choose another YAML")
-        check_base_metadata(said, found[0], source)
     else:
         found = fitting_models(checkpoint, plan, prediction_type)
     if not found:
@@ -131,8 +127,21 @@ def convert(
         raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: "
                         f"{what_it_says(checkpoint, plan)}: add --prediction_type epsilon or v_prediction")
     model = found[0]
+    if prediction_type is not None:
+        said = model_metadata(checkpoint.metadata).get("prediction_type", prediction_type)
+        for where, other in ((source, said), (model.path, model.prediction_type)):
+            if other != prediction_type:
+                raise UserError(f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
+                                "out, or choose another YAML")
+    if len(found) == 1:
+        check_base_metadata(checkpoint.metadata, model, source)
     if form == "diffusers":
         check_diffusers_form(model)
+    beside = yaml_beside(target, is_folder=form == "diffusers")
+    there = beside.is_file()
+    if there and not any(same_model(load_model_config(beside), other) for other in found):
+        raise UserError(f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
+                        "remove it first")
 
     networks = build_model(model, random=False)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
@@ -157,16 +166,17 @@ def convert(
                 length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
                 constants[POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
             if plan.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
-                kept = (name for name in plan.ignored if compvis.is_published(name))
+                kept = [name for name in plan.ignored if compvis.is_published(name)]
                 constants.update({name: checkpoint[name] for name in kept})
+                report.ignored = dict(Counter(report.ignored) - Counter(plan.ignored[name] for name in kept))
             metadata["format"] = "pt"
         elif form == "mindone":
             made = mindone.layout(shapes)
         else:
             made = {name: Made((name,)) for name in shapes}
         write_checkpoint(target, Converted(canonical, made, DTYPES[dtype], constants), metadata)
-    if len(found) == 1 and known_path(model) is None:
-        _write_yaml(yaml_beside(target), model, source)
+    if len(found) == 1 and known_path(model) is None and not there:
+        _write_yaml(beside, model, source)
     return report
 
 

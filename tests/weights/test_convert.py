@@ -130,9 +130,13 @@ class TestWhatIsWritten:
             "cond_stage_model.model.transformer.resblocks.23.ln_1.bias": np.ones(3, np.float32),
             "betas": np.full(1000, 0.5, np.float32),
         }
-        write_checkpoint(tmp_path / "full.safetensors", {**arrays, **more}, metadata)
-        convert(tmp_path / "full.safetensors", tmp_path / "y.safetensors", model_config=MODELS["sd2"], dtype="fp16")
+        unused = {"model_ema.decay": np.array(0.99, np.float32)}
+        write_checkpoint(tmp_path / "full.safetensors", {**arrays, **more, **unused}, metadata)
+        report = convert(
+            tmp_path / "full.safetensors", tmp_path / "y.safetensors", model_config=MODELS["sd2"], dtype="fp16"
+        )
         again, _ = read_checkpoint(tmp_path / "y.safetensors")
+        assert report.ignored == {"EMA copy": 1}
         assert again.keys() == arrays.keys() | more.keys()
         for name, array in more.items():
             np.testing.assert_array_equal(again[name], array)
@@ -277,6 +281,34 @@ class TestRefusing:
             path, tmp_path / "x.ckpt", model_config=MODELS["tiny"], prediction_type="v_prediction"
         )
         assert "contradicts" in message
+
+    def test_a_prediction_type_that_contradicts_what_the_source_says(self, tmp_path, source):
+        path = source(metadata={"prediction_type": "v_prediction"})
+        (tmp_path / "source.yaml").write_text(MODELS["tiny"].read_text() + "    parameterization: v\n")
+        assert convert(path, tmp_path / "good.ckpt", prediction_type="v_prediction").ok
+        message = self.refused(path, tmp_path / "x.ckpt", prediction_type="epsilon")
+        assert "--prediction_type epsilon contradicts" in message and "source.safetensors" in message
+        # the YAML beside the source says it alone
+        message = self.refused(source(), tmp_path / "x.ckpt", prediction_type="epsilon")
+        assert "--prediction_type epsilon contradicts" in message and "source.yaml" in message
+
+    def test_a_yaml_beside_the_source_that_contradicts_it(self, tmp_path, source):
+        path = source(metadata={"prediction_type": "v_prediction"})
+        (tmp_path / "source.yaml").write_text(MODELS["tiny"].read_text())
+        assert "says that its prediction_type is v_prediction" in self.refused(path, tmp_path / "x.ckpt")
+
+    @pytest.mark.parametrize("form", TARGETS)
+    def test_a_yaml_beside_the_target_that_is_of_another_model(self, tmp_path, source, form):
+        target = tmp_path / "out" / ("sd.v1" if form == "diffusers" else TARGETS[form])
+        target.parent.mkdir()
+        beside = target.parent / ("sd.v1.yaml" if form == "diffusers" else f"{target.stem}.yaml")
+        beside.write_text(MODELS["sd1"].read_text())
+        assert f"{beside} describes another model" in self.refused(source(), target, form=form,
+                                                                  model_config=MODELS["tiny"])
+        own = "# my own\n" + MODELS["tiny"].read_text()
+        beside.write_text(own)
+        convert(source(), target, form, model_config=MODELS["tiny"])
+        assert beside.read_text() == own
 
     @pytest.mark.parametrize(
         "name, form, words",
