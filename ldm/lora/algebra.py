@@ -3,7 +3,9 @@
 The update of a layer is dW = (alpha / rank) * up @ down. A weighted sum of updates is exact with the ranks joined side
 by side: up = [w1 a1/r1 up1, w2 a2/r2 up2, ...], down = [down1; down2; ...]. The best update of a lower rank is its
 singular value decomposition cut off (Eckart and Young 1936), which the factors give without their product being formed:
-with up = Qu Ru and down^T = Qd Rd the singular values are those of Ru Rd^T, a matrix of the rank's size.
+with up = Qu Ru and down^T = Qd Rd the singular values are those of Ru Rd^T, a matrix of the rank's size. For a whole
+weight's update D they come from the eigenvectors of D D^T or D^T D, the smaller of the two: its double precision holds
+all that the fp32 values of D do, and it takes a fraction of the time of D's own decomposition.
 """
 
 from __future__ import annotations
@@ -140,9 +142,8 @@ def decompose(
             raise UserError(f"the update of {name} holds values that are not finite: one of the checkpoints is broken")
         if not update.any():
             continue
-        factors = np.linalg.svd(update.reshape(update.shape[0], -1).astype(np.float64), full_matrices=False)
-        layers[name], squares, lost = _cut(factors, rank, energy, update.shape[1:])
-        report.layers[name] = (len(factors[1]), layers[name].rank, squares, lost)
+        layers[name], full, squares, lost = _cut_whole(update, rank, energy)
+        report.layers[name] = (full, layers[name].rank, squares, lost)
     return LoRAState(layers), report
 
 
@@ -211,16 +212,42 @@ def _cut(
     """(layer of the first singular values, squared norm of all, of the rest); shape: (in,) or (in, k, k)."""
     u, s, vt = factors
     squares = s**2
-    keep = len(s) if rank is None else min(rank, len(s))
-    if energy is not None:
-        # summed from the small end; a share of 1 leaves out what fp32 could not hold beside the rest
-        rest = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-        enough = int(np.argmax(rest <= max(1.0 - energy, 1e-14) * rest[0]))
-        keep = min(keep, max(1, enough))
+    keep = _enough(squares, rank, energy)
     root = np.sqrt(s[:keep])
-    up = (u[:, :keep] * root).astype(np.float32).reshape(-1, keep, *(1,) * (len(shape) - 1))
-    down = (root[:, None] * vt[:keep]).astype(np.float32).reshape(keep, *shape)
-    return LoRALayer(down, up, float(keep)), float(squares.sum()), float(squares[keep:].sum())
+    layer = _layer(u[:, :keep] * root, root[:, None] * vt[:keep], shape)
+    return layer, float(squares.sum()), float(squares[keep:].sum())
+
+
+def _cut_whole(update: np.ndarray, rank: int | None, energy: float | None) -> tuple[LoRALayer, int, float, float]:
+    """(layer of the first singular values, how many there are, squared norm of all, of the rest) of a weight's update,
+    (out, in) or (out, in, k, k)."""
+    matrix = update.reshape(update.shape[0], -1).astype(np.float64)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = np.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)  # ascending
+    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1]
+    keep = _enough(squares, rank, energy)
+    kept, root = vectors[:, :keep], squares[:keep] ** 0.25
+    root[root == 0] = 1.0
+    # the other factor by projection: the product is then right for the smallest values too, whatever `root` is
+    up, down = (kept * root, kept.T @ matrix / root[:, None]) if wide else (matrix @ kept / root, (kept * root).T)
+    return _layer(up, down, update.shape[1:]), len(squares), float(squares.sum()), float(squares[keep:].sum())
+
+
+def _enough(squares: np.ndarray, rank: int | None, energy: float | None) -> int:
+    """How many of the squared singular values, descending, are kept."""
+    keep = len(squares) if rank is None else min(rank, len(squares))
+    if energy is None:
+        return keep
+    # summed from the small end; a share of 1 leaves out what fp32 could not hold beside the rest
+    rest = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+    return min(keep, max(1, int(np.argmax(rest <= max(1.0 - energy, 1e-13) * rest[0]))))
+
+
+def _layer(up: np.ndarray, down: np.ndarray, shape: tuple[int, ...]) -> LoRALayer:
+    """The layer of up (out, rank) and down (rank, in or in * k * k), alpha = rank; shape: (in,) or (in, k, k)."""
+    rank = up.shape[1]
+    up = up.astype(np.float32).reshape(-1, rank, *(1,) * (len(shape) - 1))
+    return LoRALayer(down.astype(np.float32).reshape(rank, *shape), up, float(rank))
 
 
 def _check_cut(rank: int | None, energy: float | None) -> None:

@@ -226,6 +226,30 @@ class TestDecompose:
         assert report.error() == pytest.approx(np.linalg.norm(exact(state.layers[A]) - update) / np.linalg.norm(update),
                                                rel=1e-4)  # fmt: skip
 
+    @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (9, 4, 3, 3)])
+    @pytest.mark.parametrize("rank", [1, 4, 9])
+    def test_is_the_best_of_its_rank_for_any_update(self, shape, rank):
+        update = np.random.default_rng(rank).standard_normal(shape).astype(np.float32)
+        state, report = decompose([(A, update)], rank=rank)
+        u, s, vt = np.linalg.svd(update.reshape(shape[0], -1).astype(np.float64), full_matrices=False)
+        found, best = exact(state.layers[A]).reshape(shape[0], -1), (u[:, :rank] * s[:rank]) @ vt[:rank]
+        np.testing.assert_allclose(found, best, rtol=0, atol=2e-6 * s[0])
+        assert report.error() == pytest.approx(np.sqrt(np.sum(s[rank:] ** 2) / np.sum(s**2)), abs=1e-7)
+        up, down = state.layers[A].up, state.layers[A].down
+        assert np.linalg.norm(up) == pytest.approx(np.linalg.norm(down), rel=1e-5)
+
+    def test_values_far_apart_keep_their_digits(self):
+        """Products of an update with itself hold the squares of its singular values."""
+        q1, q2 = (np.linalg.qr(np.random.default_rng(i).standard_normal((12, 3)))[0] for i in (1, 2))
+        update = ((q1 * [1.0, 1e-3, 1e-6]) @ q2.T).astype(np.float32)
+        state, _ = decompose([(A, update)], rank=3)
+        np.testing.assert_allclose(exact(state.layers[A]), update, rtol=0, atol=2e-7)
+        small = decompose([(A, update * np.float32(1e-38))], rank=3)[0].layers[A]  # down to subnormal values
+        np.testing.assert_allclose(exact(small) * 1e38, update, rtol=0, atol=1e-6)
+
+    def test_energy_one_leaves_out_what_is_no_more_than_rounding(self):
+        assert decompose([(A, exact(layer((12, 10), 3)).astype(np.float32))], energy=1.0 - 1e-12)[0].ranks() == [3]
+
     def test_no_update_no_layer(self):
         assert decompose([(A, np.zeros((3, 3), np.float32))], rank=1)[0].layers == {}
 
