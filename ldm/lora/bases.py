@@ -23,7 +23,7 @@ from ldm.atomic import atomic_folder
 from ldm.config.model import model_metadata
 from ldm.errors import UserError
 from ldm.lora.algebra import Truncation, decompose
-from ldm.lora.formats import mindone
+from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
 from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
 from ldm.weights.architecture import yaml_beside
@@ -170,12 +170,11 @@ def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
     for half in ("lora_A", "lora_B"):
         if f"{module}.{half}" not in checkpoint:
             raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
-    down, up = (np.array(checkpoint[f"{module}.{half}"], np.float32) for half in ("lora_A", "lora_B"))
-    scale = float(checkpoint[f"{module}.lora_scale"]) if f"{module}.lora_scale" in checkpoint else 1.0
-    try:
-        return LoRALayer(down, up, down.shape[0] * scale)
-    except ValueError as error:
-        raise UserError(f"{path}: {module}: {error}") from error
+    down, up = (checkpoint[f"{module}.{half}"] for half in ("lora_A", "lora_B"))
+    layer = pairs.layer_of(path, module, down, up)
+    if f"{module}.lora_scale" not in checkpoint:
+        return layer
+    return pairs.layer_of(path, module, down, up, checkpoint[f"{module}.lora_scale"] * layer.rank)
 
 
 def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:

@@ -38,6 +38,8 @@ class LoRALayer:
             raise ValueError(f"down {self.down.shape} and up {self.up.shape} must have 2 or 4 axes")
         if self.down.shape[0] != self.up.shape[1] or any(size != 1 for size in self.up.shape[2:]):
             raise ValueError(f"down {self.down.shape} and up {self.up.shape} are no pair of factors")
+        if not self.rank:
+            raise ValueError(f"down {self.down.shape} and up {self.up.shape} are of rank 0: they hold nothing")
 
     @property
     def rank(self) -> int:

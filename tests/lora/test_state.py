@@ -74,7 +74,7 @@ class TestLayer:
 
     @pytest.mark.parametrize(
         "down, up",
-        [((2, 7), (5, 3)), ((2,), (5, 2)), ((2, 7), (5, 2, 3, 3)), ((2, 7, 3), (5, 2)), ((0,), (0,))],
+        [((2, 7), (5, 3)), ((2,), (5, 2)), ((2, 7), (5, 2, 3, 3)), ((2, 7, 3), (5, 2)), ((0,), (0,)), ((0, 7), (5, 0))],
     )
     def test_no_pair_of_factors(self, down, up):
         with pytest.raises(ValueError):

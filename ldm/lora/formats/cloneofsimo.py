@@ -112,7 +112,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
                 if half not in halves:
                     raise UserError(f"{path}: {component}:{index} lacks its {half}, half of a pair: it is damaged")
         rows[component] = [
-            _layer(path, f"{component}:{i}", checkpoint[numbered[i]["down"]], checkpoint[numbered[i]["up"]])
+            pairs.layer_of(path, f"{component}:{i}", checkpoint[numbered[i]["down"]], checkpoint[numbered[i]["up"]])
             for i in range(len(numbered))
         ]
     classes = {component: _noted(checkpoint, component) for component in rows}
@@ -194,19 +194,12 @@ def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, 
     return [module for _, module in sorted(enumerate(chosen), key=place)]
 
 
-def _layer(path, name: str, down: np.ndarray, up: np.ndarray) -> LoRALayer:
-    try:
-        return LoRALayer(down.astype(np.float32), up.astype(np.float32), float(down.shape[0] if down.ndim else 0))
-    except ValueError as error:
-        raise UserError(f"{path}: {name}: {error}") from error
-
-
 def _row(checkpoint: Checkpoint) -> list[LoRALayer]:
     count = len(checkpoint)
     if count % 2:
         raise UserError(f"{checkpoint.path}: a list of {count} tensors, up and down in turn: half of a pair is missing")
     pairs_of = [(checkpoint[str(i + 1)], checkpoint[str(i)]) for i in range(0, count, 2)]
-    return [_layer(checkpoint.path, f"pair {i}", down, up) for i, (down, up) in enumerate(pairs_of)]
+    return [pairs.layer_of(checkpoint.path, f"pair {i}", down, up) for i, (down, up) in enumerate(pairs_of)]
 
 
 def _noted(checkpoint: Checkpoint, component: str) -> tuple[str, ...]:

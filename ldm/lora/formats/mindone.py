@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,18 +62,14 @@ def read(checkpoint: Checkpoint) -> LoRAState:
         for half in ("lora_down", "lora_up"):
             if half not in pair:
                 raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
-        down, up = pair["lora_down"].astype(np.float32), pair["lora_up"].astype(np.float32)
+        down, up = pair["lora_down"], pair["lora_up"]
         if not (down.ndim and up.ndim):
             raise UserError(f"{path}: {module}: down {down.shape} and up {up.shape} are no pair of factors")
         for name, rows in _layers_of(path, module, up):
-            alpha = float(pair["alpha"]) if "alpha" in pair else settings.get("lora_alpha", down.shape[0])
-            try:
-                layer = LoRALayer(down, rows, alpha * settings.get("lora_scale", 1.0))
-            except ValueError as error:
-                raise UserError(f"{path}: {module}: {error}") from error
             if name in layers:
                 raise UserError(f"{path}: {name} is there twice, whole and in one with others")
-            layers[name] = layer
+            layer = pairs.layer_of(path, module, down, rows, pair.get("alpha", settings.get("lora_alpha")))
+            layers[name] = replace(layer, alpha=layer.alpha * settings.get("lora_scale", 1.0))
     state = LoRAState(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
     if "lora_rank" in settings and settings["lora_rank"] != max(state.ranks()):
         raise UserError(f"{path} says lora_rank {settings['lora_rank']:g}, but its factors are of {state.ranks()}")

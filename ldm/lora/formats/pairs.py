@@ -89,17 +89,35 @@ def read_pairs(
     return {modules[name].name: conformed(layer, modules[name].shape) for name, layer in found.items()}
 
 
+def layer_of(path, name: str, down: np.ndarray, up: np.ndarray, alpha: np.ndarray | float | None = None) -> LoRALayer:
+    """The layer `name` of a file's factors, made fp32; alpha: a number, also in an array of one; None for the rank.
+
+    Raises UserError for factors that do not go together or are whole numbers, and for an alpha that is no number.
+    """
+    for half, array in (("down", down), ("up", up)):
+        if array.dtype.kind != "f":
+            raise UserError(f"{path}: the {half} of {name} is of type {array.dtype}: quantised? Factors are fp32, fp16 "
+                            "or bf16")
+    with np.errstate(over="ignore"):  # values that are not finite are judged for all formats alike
+        down, up = down.astype(np.float32), up.astype(np.float32)
+    try:
+        if alpha is None:
+            alpha = down.shape[0] if down.ndim else 0
+        return LoRALayer(down, up, float(np.asarray(alpha).reshape(())))
+    except ValueError as error:
+        raise UserError(f"{path}: {name}: {error}") from error
+
+
 def conformed(layer: LoRALayer, shape: tuple[int, ...]) -> LoRALayer:
     """`layer` with as many axes as a weight of `shape` has, where only axes of 1 are between them; else as it is.
 
     kohya writes 4-D factors for some dense layers, and a projection is a convolution in SD1.x and dense in SD2.x.
     """
-    found = (layer.up.shape[0], *layer.down.shape[1:])
-    if len(found) == len(shape) or not same_up_to_1x1(found, shape):
+    if not same_up_to_1x1((layer.up.shape[0], *layer.down.shape[1:]), shape):
         return layer
     ones = (1,) * (len(shape) - 2)
     return replace(
-        layer, down=layer.down.reshape(*layer.down.shape[:2], *ones), up=layer.up.reshape(*layer.up.shape[:2], *ones)
+        layer, down=layer.down.reshape(layer.rank, *shape[1:]), up=layer.up.reshape(*layer.up.shape[:2], *ones)
     )
 
 
@@ -169,15 +187,14 @@ def _layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], alpha: A
     for half in ("down", "up"):
         if half not in parts:
             raise UserError(f"{path}: {name} lacks its {half}, half of a pair: the file is damaged")
-    down, up = (np.asarray(checkpoint[parts[half]], np.float32) for half in ("down", "up"))
-    try:
-        if "mid" in parts:  # LyCORIS's third factor (rank, rank, k, k) between the two: a convolution in three steps
-            down = np.einsum("rskl,si->rikl", checkpoint[parts["mid"]].astype(np.float32), down.reshape(len(down), -1))
-        rank = down.shape[0] if down.ndim else 0
-        value = float(checkpoint[parts["alpha"]].reshape(())) if "alpha" in parts else float(alpha(name, rank))
-        return LoRALayer(down, up, value)
-    except ValueError as error:
-        raise UserError(f"{path}: {name}: {error}") from error
+    down, up = (checkpoint[parts[half]] for half in ("down", "up"))
+    if "mid" in parts:  # LyCORIS's third factor (rank, rank, k, k) between the two: a convolution in three steps
+        mid = checkpoint[parts["mid"]]
+        if mid.ndim != 4 or down.ndim < 2 or mid.shape[1] != len(down):
+            raise UserError(f"{path}: {name}: mid {mid.shape} does not go with down {down.shape}: the file is damaged")
+        down = np.einsum("rskl,si->rikl", mid.astype(np.float32), down.reshape(len(down), -1).astype(np.float32))
+    rank = down.shape[0] if down.ndim else 0
+    return layer_of(path, name, down, up, checkpoint[parts["alpha"]] if "alpha" in parts else alpha(name, rank))
 
 
 def _nearest(path, found: dict[str, LoRALayer], candidates, base: Base | None) -> Mapping[str, Module]:

@@ -251,6 +251,28 @@ class TestDamage:
         arrays[keys_of(name)[0]] = np.ones(shape, np.float32)
         refused(save(tmp_path, arrays), "no pair of factors|must have 2 or 4 axes|rank")
 
+    def test_factors_of_no_rank(self, tmp_path, name):
+        refused(save(tmp_path, pair(name, rank=0), settings={"r": 0}), "rank 0")
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
+    def test_factors_that_are_whole_numbers(self, tmp_path, name, dtype):
+        arrays = pair(name)
+        arrays[keys_of(name)[1]] = arrays[keys_of(name)[1]].astype(dtype)
+        refused(save(tmp_path, arrays), "the up of .* is of type .*: quantised")
+
+    def test_factors_of_different_types(self, tmp_path, name):
+        arrays = pair(name)
+        arrays[keys_of(name)[0]] = arrays[keys_of(name)[0]].astype(np.float16)
+        arrays[keys_of(name)[1]] = arrays[keys_of(name)[1]].astype(np.float64)
+        (layer,) = read_lora(save(tmp_path, arrays)).layers.values()
+        assert layer.down.dtype == layer.up.dtype == np.float32
+
+    def test_values_beyond_fp32(self, tmp_path, name, recwarn):
+        arrays = pair(name)
+        arrays[keys_of(name)[1]] = np.full((320, 2), 1e300)
+        refused(save(tmp_path, arrays), "values that are not finite")
+        assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("half", [0, 1])
     def test_values_that_are_not_finite(self, tmp_path, name, value, half):

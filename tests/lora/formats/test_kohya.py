@@ -67,6 +67,26 @@ def test_a_convolution_in_three_steps(tmp_path):
     np.testing.assert_allclose(layer.update(), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("down, mid", [((), (2, 2, 3, 3)), ((2, 320), (2, 2)), ((2, 320), (2, 3, 3, 3))])
+def test_a_third_factor_that_does_not_fit(tmp_path, down, mid):
+    arrays = {f"{CONV}.lora_{half}.weight": np.ones(shape, np.float32)
+              for half, shape in (("down", down), ("mid", mid), ("up", (320, 2)))}
+    with pytest.raises(UserError, match="conv1: mid .* does not go with down"):
+        read(tmp_path, arrays)
+
+
+@pytest.mark.parametrize("name, down, up", [
+    ("lora_unet_down_blocks_1_resnets_0_conv_shortcut", (2, 320, 1, 1), (640, 2)),
+    ("lora_unet_down_blocks_1_resnets_0_conv_shortcut", (2, 320), (640, 2, 1, 1)),
+    ("lora_unet_down_blocks_1_resnets_0_conv_shortcut", (2, 320), (640, 2)),
+    ("lora_unet_down_blocks_1_resnets_0_conv1", (2, 320, 3, 3), (640, 2)),
+])  # fmt: skip
+def test_factors_of_a_convolution_with_axes_left_out(tmp_path, name, down, up):
+    arrays = {f"{name}.lora_down.weight": normal(*down), f"{name}.lora_up.weight": normal(*up)}
+    (layer,) = read(tmp_path, arrays).layers.values()
+    assert layer.down.ndim == 4 and layer.up.shape == (640, 2, 1, 1)
+
+
 @pytest.mark.parametrize(
     "version, metadata",
     [

@@ -140,6 +140,19 @@ class TestEntries:
             read_lora(tmp_path / "lora.ckpt")
 
 
+class TestAlphas:
+    @pytest.mark.parametrize("alpha", [np.array(2), np.array([2.0], np.float32), np.array([[2]], np.float16)])
+    def test_of_any_type(self, tmp_path, alpha):
+        write_checkpoint(tmp_path / "lora.ckpt", {**pair(TO_Q), f"{TO_Q}.alpha": alpha})
+        assert read_lora(tmp_path / "lora.ckpt").layers[TO_Q].alpha == 2.0
+
+    @pytest.mark.parametrize("alpha", [np.ones(2, np.float32), np.ones(0, np.float32)])
+    def test_that_is_no_number(self, tmp_path, alpha):
+        write_checkpoint(tmp_path / "lora.safetensors", {**pair(TO_Q), f"{TO_Q}.alpha": alpha})
+        with pytest.raises(UserError, match=f"lora.safetensors: {TO_Q}"):
+            read_lora(tmp_path / "lora.safetensors")
+
+
 class TestDamage:
     @pytest.mark.parametrize("half", ["lora_down", "lora_up"])
     def test_half_a_pair(self, tmp_path, half):
