@@ -193,9 +193,7 @@ def _describe(names: list[str]) -> str:
         return "an SDXL base checkpoint, not a LoRA"
     if pairs.named(names):
         return pairs.named(names)
-    if some("emb_params", "string_to_param") or (
-        len(names) <= 8 and all(re.match(r"(string_to_\w+\.)?<|clip_[lg]$", name) for name in names)
-    ):
+    if some("emb_params", "string_to_param") or all(re.match(r"<|clip_[lg]$", name) for name in names):
         return "a textual-inversion embedding, not a LoRA"
     if some("lora_up", "lora_down", "lora_A", "lora_B"):
         return f"a LoRA with names that are not known here, such as {names[0]}: is it for another kind of model?"

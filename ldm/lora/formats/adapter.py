@@ -22,6 +22,7 @@ R, LORA_ALPHA = 8, 8  # LoraConfig's own defaults
 REFUSED = {
     "use_dora": "a DoRA: it scales whole columns beside the low-rank pairs, which is not supported",
     "use_qalora": "a QALoRA, which pools the inputs: not supported",
+    "alora_invocation_tokens": "an activated LoRA, which acts from some words of a text on: not supported",
     "layer_replication": "for a model with replicated layers: not supported",
     "modules_to_save": "saved with whole layers (modules_to_save), which are no low-rank pairs: not supported",
 }
@@ -75,8 +76,8 @@ class Adapter:
 
     def _number(self, settings: Mapping[str, Any], key: str, default: float) -> float:
         value = settings.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"{self.where}: {key} is {value!r}; it must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise UserError(f"{self.where}: {key} is {str(value)[:40]!r}; it must be a finite number")
         return value
 
     def _pattern(self, settings: Mapping[str, Any], key: str) -> dict[str, float]:

@@ -212,8 +212,8 @@ def _noted(checkpoint: Checkpoint, component: str) -> tuple[str, ...]:
         )
     try:
         classes = tuple(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint.path}: its text {component} is {text!r}, which is no list of classes") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{checkpoint.path}: its text {component} is {text[:60]!r}, no list of classes") from error
     unknown = [name for name in classes if not isinstance(name, str) or name not in CLASSES[component]]
     if unknown:
         raise UserError(f"{checkpoint.path}: its {component} was made from {unknown[0]}, which is not known here")

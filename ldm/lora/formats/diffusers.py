@@ -138,7 +138,7 @@ def _adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
     where = f"{checkpoint.path}: {METADATA}"
     try:
         arguments = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise UserError(f"{where} is no JSON object")

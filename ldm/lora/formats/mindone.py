@@ -41,8 +41,9 @@ def detect(names: Iterable[str]) -> bool:
 def read(checkpoint: Checkpoint) -> LoRAState:
     """Read an opened file.
 
-    Raises UserError for half a pair, factors that do not go together, a lora_rank that is not the factors', and names
-    that are not canonical and not mindone's.
+    Other arrays are left out with a warning: mindone's files have frozen weights beside the factors. Raises UserError
+    for half a pair, factors that do not go together, a lora_rank that is not the factors', keys of what is no plain
+    LoRA (DoRA, LyCORIS), and names that are not canonical and not mindone's.
     """
     path = checkpoint.path
     settings = {key: _number(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
@@ -55,6 +56,8 @@ def read(checkpoint: Checkpoint) -> LoRAState:
         elif key not in _SETTINGS:
             others.append(key)
     if others:
+        if pairs.named(others):
+            raise UserError(f"{path} is {pairs.named(others)} (for example {others[0]})")
         log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), others[0])
 
     layers: dict[str, LoRALayer] = {}

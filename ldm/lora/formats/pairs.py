@@ -30,8 +30,9 @@ NOT_PAIRS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA: it scales whole columns beside the low-rank pairs, not supported"),
     (r"\.(hada_w|hada_t|lokr_w|lokr_t)", "a LyCORIS file (LoHa or LoKr): its factors are no low-rank pairs, and are "
                                          "not supported"),
-    (r"\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+|oft_blocks|boft_\w+|scalar)$", "a LyCORIS file (full, norm or "
-     "OFT layers): these are no low-rank pairs, and are not supported"),
+    (r"\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+|oft_blocks|boft_\w+|scalar)$|^lora_.*\.[ab][12]\.weight$",
+     "a LyCORIS file (full, norm, OFT or GLoRA layers): these are no low-rank pairs, and are not supported"),
+    (r"^bundle_emb\.", "a LoRA with textual-inversion embeddings bundled in it: not supported, take them out"),
     (r"lora_te2_|text_encoder_2\.|lora_unet_(input|output)_blocks_|conditioner\.", SDXL),
     (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases, which have no place in a low-rank pair: not "
                                             "supported"),

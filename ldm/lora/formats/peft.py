@@ -49,7 +49,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
         raise UserError(
             f"{checkpoint.path} is a PEFT adapter whose strength is in {CONFIG}, which is not beside it: fetch that too"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{where} is no JSON object")

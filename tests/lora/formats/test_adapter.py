@@ -56,9 +56,11 @@ def test_alpha(settings, layer, rank, alpha):
         ({"init_lora_weights": "pissa_niter_16"}, "base that was changed"),
         ({"init_lora_weights": "olora"}, "base that was changed"),
         ({"r": "four"}, "r is 'four'"),
-        ({"r": True}, "r is True"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": True}, "r is 'True'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
+        ({"lora_alpha": None}, "lora_alpha is 'None'"),
+        ({"r": 10**400}, "r is '1000"),
+        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
         ({"rank_pattern": ["to_q"]}, "rank_pattern"),
         ({"alpha_pattern": {"to_q": "1"}}, "to_q is '1'"),
         ({"alpha_pattern": {"to_(q": 1}}, "no regular expression"),
@@ -143,7 +145,8 @@ class TestFolder:
         with pytest.raises(UserError, match="strength is in adapter_config.json, which is not beside it"):
             read_lora(folder / "adapter_model.safetensors")
 
-    @pytest.mark.parametrize("text, pattern", [("{", "cannot be read"), ("[]", "no JSON object"), ("", "cannot be")])
+    @pytest.mark.parametrize("text, pattern", [("{", "cannot be read"), ("[]", "no JSON object"), ("", "cannot be"),
+                                               ("[" * 100_000, "cannot be read")])
     def test_a_broken_configuration(self, tmp_path, text, pattern):
         folder = self.write(tmp_path)
         (folder / "adapter_config.json").write_text(text)
@@ -186,7 +189,7 @@ class TestDiffusersMetadata:
     def test_alpha(self, tmp_path, settings, alpha):
         assert self.read(tmp_path, None if settings is None else json.dumps(settings)) == alpha
 
-    @pytest.mark.parametrize("text", ["{", "[1]", '{"unet.r": 4}', '{"unet.use_dora": true}'])
+    @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"unet.r": 4}', '{"unet.use_dora": true}'])
     def test_refused(self, tmp_path, text):
         with pytest.raises(UserError, match="lora_adapter_metadata"):
             self.read(tmp_path, text)

@@ -122,6 +122,7 @@ class TestDamage:
         (None, "lost its metadata"),
         ({"unet": "CrossAttention"}, "no list of classes"),
         ({"unet": "3"}, "no list of classes"),
+        ({"unet": "[" * 100_000}, "no list of classes"),
         ({"unet": '["Conv2d"]'}, "made from Conv2d, which is not known"),
         ({"unet": "[[1]]"}, "which is not known"),
         ({"unet": '["GEGLU"]'}, "are not those of SD1.x or SD2.x or the nano model"),
