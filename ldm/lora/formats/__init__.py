@@ -139,9 +139,13 @@ def write_lora(
         dtype: of the factors, one of DTYPES.
 
     Raises:
-        UserError: no layers, a suffix or folder that is not the format's, layers that are not the base's or have no
-            place in the format, values beyond fp16, or a disk that refuses.
+        UserError: no layers, an unknown format or dtype, a suffix or folder that is not the format's, layers that are
+            not the base's or have no place in the format, values that fp16 does not hold, or a disk that refuses.
     """
+    if format not in FORMATS or dtype not in DTYPES:
+        raise UserError(
+            f"{path}: {format} in {dtype} is not written: choose of {', '.join(FORMATS)}; {', '.join(DTYPES)}"
+        )
     path, kind = Path(path), FORMATS[format]
     if not state.layers:
         raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")

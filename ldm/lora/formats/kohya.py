@@ -51,13 +51,15 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
 
 
 def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
-    """Write a .safetensors; alpha is kept, layer by layer, with a warning where diffusers would misread it."""
+    """Write a .safetensors; an alpha above 0 is kept, layer by layer, with a warning where diffusers would misread it.
+    """
     if len({layer.alpha for layer in state.layers.values()}) > 1:
         log.warning("%s: its layers' alphas differ, and diffusers takes the commonest for all attention layers of a "
                     "kohya file: for diffusers, write diffusers", path)
     arrays = {}
     for component, layers in pairs.by_component(state, base).items():
         for module, layer in layers.items():
+            layer = layer if layer.alpha > 0 else pairs.folded(layer)  # an alpha of 0 means the rank to sd-scripts
             name = PREFIX[component] + module.replace(".", "_")
             arrays[f"{name}.lora_down.weight"] = layer.down
             arrays[f"{name}.lora_up.weight"] = layer.up

@@ -130,7 +130,7 @@ def folded(layer: LoRALayer) -> LoRALayer:
 
 
 def save(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], dtype: str) -> None:
-    """Write factors as "fp32", "fp16" or "bf16"; scalars stay fp32. Raises UserError where fp16 overflows."""
+    """Write factors as "fp32", "fp16" or "bf16"; scalars stay fp32. Raises UserError where fp16 does not hold them."""
     cast = {name: as_dtype(array, dtype, f"{path}: {name}") for name, array in arrays.items()}
     write_checkpoint(path, cast, metadata)
 
@@ -143,6 +143,8 @@ def as_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
         return array.astype(np.float32)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
+    if array.any() and not half.any():
+        raise UserError(f"{name} goes up to {np.abs(array).max():.3g}, which is 0 in fp16: write --dtype fp32 or bf16")
     if not np.isfinite(half).all():
         raise UserError(f"{name} goes up to {np.abs(array).max():.3g}, fp16 ends at 65504: write --dtype fp32 or bf16")
     return half

@@ -58,10 +58,20 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
 
 
 def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
-    """Write the folder `path`: of one network itself, of two with a subfolder each. alpha is kept, layer by layer."""
+    """Write the folder `path`: of one network itself, of two with a subfolder each. alpha is kept, layer by layer.
+
+    Raises UserError where an adapter of one network lies in the way of two, or of two in the way of one.
+    """
     parts = pairs.by_component(state, base)
+    folders = {component: Path(path) / component if len(parts) > 1 else Path(path) for component in parts}
+    for file in files(Path(path)):
+        if file.parent not in folders.values():
+            raise UserError(
+                f"{path}: {file.parent} holds another adapter, which would be read in its place: give a new folder, or "
+                "move it away"
+            )
     for component, layers in parts.items():
-        folder = Path(path) / component if len(parts) > 1 else Path(path)
+        folder = folders[component]
         inner = "text_model." if component == "text_encoder" else ""
         arrays = {}
         for module, layer in layers.items():

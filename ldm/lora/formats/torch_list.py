@@ -19,7 +19,7 @@ STORAGES = {"fp32": "FloatStorage", "fp16": "HalfStorage", "bf16": "BFloat16Stor
 
 
 def write_torch_list(path: Path, arrays: Sequence[np.ndarray], dtype: str) -> None:
-    """Write `arrays` as "fp32", "fp16" or "bf16". Raises UserError where fp16 overflows or the disk refuses."""
+    """Write `arrays` as "fp32", "fp16" or "bf16". Raises UserError where fp16 does not hold one or the disk refuses."""
     contents = [pairs.as_dtype(array, dtype, f"{path}: array {i}") for i, array in enumerate(arrays)]
     program = b"\x80\x02]" + b"(" + b"".join(
         _tensor(str(i), array.shape, STORAGES[dtype]) for i, array in enumerate(contents)

@@ -130,6 +130,16 @@ class TestFolder:
         write_lora(tmp_path / "both", random_state(nano, rank=1), "peft", nano.config)
         assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["text_encoder", "unet"]
 
+    @pytest.mark.parametrize("first, second", [("to_q", ""), ("", "to_q")])
+    def test_another_adapter_in_the_folder_would_be_read_in_its_place(self, tmp_path, first, second):
+        nano = known_bases()[2]
+        one, two = (random_state(nano, rank=1, only=only) for only in (first, second))
+        write_lora(tmp_path / "lora", one, "peft")
+        with pytest.raises(UserError, match="holds another adapter.*give a new folder"):
+            write_lora(tmp_path / "lora", two, "peft")
+        assert read_lora(tmp_path / "lora").layers.keys() == one.layers.keys()
+        write_lora(tmp_path / "lora", one, "peft")
+
     def test_what_the_configuration_says_holds(self, tmp_path):
         state = read_lora(self.write(tmp_path, lora_alpha=5))
         assert {layer.alpha for layer in state.layers.values()} == {5.0}

@@ -184,6 +184,27 @@ class TestWriting:
         with pytest.raises(UserError, match="fp16 ends at 65504"):
             write_lora(path_for(tmp_path, name), state, name, base.config, "fp16")
 
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_values_that_fp16_makes_zero(self, tmp_path, base, name):
+        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        (layer,) = state.layers.values()
+        layer.down[:] *= 1e-10
+        with pytest.raises(UserError, match="is 0 in fp16: write --dtype fp32"):
+            write_lora(path_for(tmp_path, name), state, name, base.config, "fp16")
+        write_lora(path_for(tmp_path, name), state, name, base.config, "bf16")
+
+    @pytest.mark.parametrize("alpha", [0.0, -3.0])
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_a_strength_that_is_not_positive(self, tmp_path, base, name, alpha):
+        state = random_state(base, rank=2, alpha=alpha, only="attn1.to_q")
+        write_lora(path_for(tmp_path, name), state, name, base.config)
+        assert_same_updates(read_lora(path_for(tmp_path, name), base.config), state)
+
+    @pytest.mark.parametrize("name, dtype", [("koyha", "fp32"), ("kohya", "float16"), ("mindone", "f32")])
+    def test_a_format_or_type_that_is_not_known(self, tmp_path, whole, name, dtype):
+        with pytest.raises(UserError, match="choose of mindone, kohya, .*; fp32, fp16, bf16"):
+            write_lora(tmp_path / "lora.safetensors", whole, name, dtype=dtype)
+
     def test_a_base_that_is_not_known(self, tmp_path, whole):
         with pytest.raises(UserError, match="does not fit SD1.x: .*; SD2.x: .*; the nano model: .*model YAML"):
             write_lora(tmp_path / "lora.safetensors", whole, "kohya")

@@ -115,6 +115,14 @@ def test_a_lone_first_text_encoder_is_the_text_encoder(tmp_path):
     ]
 
 
+def test_an_alpha_of_0_which_others_take_for_the_rank_is_not_written(tmp_path):
+    state = random_state(known_bases()[2], rank=2, alpha=0.0, only="attn1.to_q")
+    write_lora(tmp_path / "lora.safetensors", state, "kohya")
+    arrays, _ = read_checkpoint(tmp_path / "lora.safetensors")
+    assert {float(array) for name, array in arrays.items() if name.endswith(".alpha")} == {2.0}
+    assert not any(array.any() for name, array in arrays.items() if ".lora_up." in name)
+
+
 def test_alphas_that_differ_are_warned_of(tmp_path, caplog):
     state = random_state(known_bases()[2], rank=2, alpha=lambda i: 1 + i % 2, only="to_q")
     write_lora(tmp_path / "lora.safetensors", state, "kohya")
