@@ -18,7 +18,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.lora.state import LoRALayer, LoRAState, Weights
-from ldm.weights.names import LABELS, component_of
+from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 
 
 @dataclass
@@ -175,9 +175,7 @@ def _joined(name: str, parts: list[tuple[float, LoRALayer]]) -> LoRALayer:
 
 def _check_shapes(name: str, one: LoRALayer, two: LoRALayer) -> None:
     shapes = [(layer.up.shape[0], *layer.down.shape[1:]) for layer in (one, two)]
-    # a 1x1 convolution and a dense layer stand for each other
-    plain = [shape[:2] if all(size == 1 for size in shape[2:]) else shape for shape in shapes]
-    if plain[0] != plain[1]:
+    if not same_up_to_1x1(*shapes):
         raise UserError(f"the LoRAs are of different models: {name} is {shapes[0]} in one and {shapes[1]} in another")
 
 

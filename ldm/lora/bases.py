@@ -31,7 +31,7 @@ from ldm.weights.base import open_base, plan_base
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.convert import convert
 from ldm.weights.diffusers_folder import STEMS, DiffusersFolder
-from ldm.weights.names import LABELS, Canonical, Plan, component_of, taken_shape
+from ldm.weights.names import LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
 from ldm.weights.read import open_checkpoint, write_checkpoint
 
 # Ours and mindone's names for the parts of a layer's LoRA, then lora_wrapper's (A is down) and its soft convolutions'.
@@ -259,9 +259,9 @@ class Extraction:
 
     def __str__(self) -> str:
         lines = [str(self.truncation)]
-        captured = sum(row[2] for row in self.truncation.layers.values())
+        whole = sum(row[2] for row in self.truncation.layers.values()) + sum(row[1] for row in self.left_out.values())
         for component, (count, squares) in self.left_out.items():
-            share = squares / (squares + captured)
+            share = squares / whole
             lines.append(
                 f"left out: {count} other arrays of the {LABELS[component]} that differ (norms, biases, layers that "
                 f"hold no LoRA), {share:.2%} of the squared distance"
@@ -301,7 +301,7 @@ def extract_lora(
             f"{min(missing, default='all')}"
         )
     for name in names:
-        if _plain(base.shape(name)) != _plain(tuned.shape(name)):
+        if not same_up_to_1x1(base.shape(name), tuned.shape(name)):
             raise UserError(
                 f"{base_path} and {tuned_path} are not of one model: {name} is {base.shape(name)} and "
                 f"{tuned.shape(name)}"
@@ -337,6 +337,3 @@ def extract_lora(
     state.metadata.update(model_metadata(open_base(tuned_path).metadata))
     return Extraction(state, truncation, left_out)
 
-
-def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if all(size == 1 for size in shape[2:]) else shape

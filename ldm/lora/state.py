@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor, nn
 from ldm.config.model import ModelConfig
 from ldm.errors import UserError
 from ldm.lora.layers import LORA_CELLS, LoRAHardConv
-from ldm.weights.names import COMPONENTS, LABELS, component_of
+from ldm.weights.names import COMPONENTS, LABELS, component_of, same_up_to_1x1
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
         path: what to call the LoRA in an error.
 
     Raises:
-        UserError: the layers, ranks or shapes are not those of the cells. `net` is unchanged then.
+        UserError: the layers, ranks or shapes are not those of the cells, or their scale is 0. `net` is unchanged then.
     """
     cells = {cell.name: cell for _, cell in net.cells_and_names() if isinstance(cell, LORA_CELLS)}
     extra, missing = sorted(state.layers.keys() - cells.keys()), sorted(cells.keys() - state.layers.keys())
@@ -199,11 +199,13 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
     values = []
     for name, layer in state.layers.items():
         cell = cells[name]
+        if not cell.scale:
+            raise UserError(f"{path} cannot be gone on from at scale 0, where no LoRA has an effect: set lora_scale")
         if layer.rank != cell.rank:
             raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
         up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
         for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
-            if not _fits(array.shape, tuple(parameter.shape)):
+            if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
                 raise UserError(f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}; it was "
                                 "made for another model")
             values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
@@ -225,7 +227,7 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], state: LoRAState) -> LoR
         found = (layer.up.shape[0], *layer.down.shape[1:])
         if wanted is None:
             match.unmatched.setdefault(component, []).append(name)
-        elif _fits(found, wanted):
+        elif same_up_to_1x1(found, wanted):  # SD1 has 1x1 convolutions where SD2 has dense layers
             match.matched.setdefault(component, []).append(name)
         else:
             match.wrong_shape.setdefault(component, []).append((name, found, wanted))
@@ -282,15 +284,6 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
 def unmerge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0) -> LoRAMatch:
     """Take out what merge_lora(net, state, scale) put in, within rounding of the weights' type."""
     return merge_lora(net, state, -Weights.both(scale))
-
-
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    # A 1x1 convolution and a dense layer stand for each other: SD1 has one where SD2 has the other.
-    return _without_ones(found) == _without_ones(wanted)
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
 def refusal(match: LoRAMatch, path: str) -> str:

@@ -205,6 +205,16 @@ class TestExtracting:
         assert found.left_out == {"unet": (1, pytest.approx(8.0))}
         assert "left out: 1 other arrays of the UNet" in str(found)
 
+    def test_the_shares_are_of_the_whole_distance(self, pair, tmp_path):
+        arrays, metadata = read_checkpoint(pair[1])
+        arrays[f"{FC}.weight"] = read_checkpoint(tmp_path / "plain.ckpt")[0][f"{FC}.weight"] + 1
+        write_checkpoint(tmp_path / "more.ckpt", arrays, metadata)
+        found = extract_lora(pair[0], tmp_path / "more.ckpt", rank=2, targets=("attention",))
+        shares = [float(line.split("%")[0].rsplit(" ", 1)[1]) for line in str(found).splitlines()[1:]]
+        held = sum(row[2] for row in found.truncation.layers.values())
+        out = [found.left_out[part][1] for part in ("unet", "text_encoder")]
+        assert shares == pytest.approx([100 * one / (held + sum(out)) for one in out], abs=0.006)
+
     def test_says_what_a_rank_cuts_off(self, pair, state):
         found = extract_lora(*pair, rank=1)
         lost = sum(np.sum((found.state.layers[n].update() - e.update()) ** 2) for n, e in state.layers.items())

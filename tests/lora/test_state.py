@@ -155,6 +155,11 @@ class TestStartingFromIt:
             start_from_lora(fresh_net, trained[1], "mine.ckpt")
         assert_unchanged(fresh_net, before)
 
+    def test_a_scale_of_zero_is_refused(self, trained, fresh_net):
+        inject_lora(fresh_net, LoRASpec(rank=2, scale=0.0, targets="all"))
+        with pytest.raises(UserError, match="mine.ckpt.*at scale 0.*set lora_scale"):
+            start_from_lora(fresh_net, trained[1], "mine.ckpt")
+
     def test_another_models_shapes_are_refused(self, trained, fresh_net):
         inject_lora(fresh_net, LoRASpec(rank=2, targets="all"))
         layer = trained[1].layers[TO_Q]

@@ -29,7 +29,6 @@ from ldm.lora.state import LoRALayer, LoRAState
 from ldm.weights.names import LABELS, same_up_to_1x1
 from ldm.weights.read import Checkpoint, open_checkpoint
 
-NAMES = ("cloneofsimo", "cloneofsimo-pt")
 COMPONENTS = ("unet", "text_encoder")
 # diffusers' and transformers' classes, and what the names of the layers within them contain.
 CLASSES = {

@@ -21,7 +21,6 @@ from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRAState
 from ldm.weights.read import Checkpoint
 
-NAME = "kohya"
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}  # ss_base_model_version; "_v" follows where velocity is predicted
 # diffusers writes `lora_te1_` for a lone text encoder too; beside `lora_te2_` it is the first of SDXL's.

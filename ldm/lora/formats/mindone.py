@@ -25,7 +25,6 @@ from ldm.weights import compvis, mindone
 from ldm.weights.names import component_of
 from ldm.weights.read import Checkpoint, write_checkpoint
 
-NAME = "mindone"
 METADATA = ("architecture", "prediction_type")
 _SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")
 _FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)$")

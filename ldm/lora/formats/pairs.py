@@ -16,8 +16,7 @@ from ldm.weights.checkpoint import to_bfloat16
 from ldm.weights.names import same_up_to_1x1
 from ldm.weights.read import Checkpoint, write_checkpoint
 
-ROLES = ("down", "up", "mid", "alpha")
-# A key's layer, as the format calls it, and which of ROLES the array has there.
+# A key's layer, as the format calls it, and what the array is there: "down", "up", "mid" or "alpha".
 Parse = Callable[[str], Optional[tuple[str, str]]]
 # The modules of a base by the names that Parse gives.
 Table = Callable[[Base], Mapping[str, Module]]

@@ -19,7 +19,6 @@ from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRAState
 from ldm.weights.read import Checkpoint
 
-NAME = "peft"
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 PARTS = ("unet", "text_encoder")
