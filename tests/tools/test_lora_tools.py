@@ -12,11 +12,13 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.algebra import difference, weighted_sum
-from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.formats import detect_format, read_lora, write_lora
+from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRALayer, LoRAState, Weights
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.names import Canonical
 from ldm.weights.read import read_checkpoint, write_checkpoint
+from tests.lora.formats.files import random_state
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +125,19 @@ class TestLoRAAndLoRA:
         lora_add.main([paths["one"], paths["two"], out, "0.25", "--mode", "sum"])
         assert_sum(out, (ONE, 0.25), (TWO, 0.75))
 
+    def test_a_pt_is_written_as_the_originals(self, tmp_path):
+        nano = known_bases()[2]
+        paths = [tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out.pt"]
+        states = [random_state(nano, rank=2, only="to_q", component="unet", seed=seed) for seed in (1, 2)]
+        for path, state in zip(paths, states):
+            write_lora(path, state, "cloneofsimo-pt")
+        lora_add.main([*map(str, paths), "0.3"])
+        assert detect_format(paths[2]) == "cloneofsimo-pt"
+        found = read_lora(paths[2])
+        for name in states[0].layers:
+            one, two = (state.layers[name] for state in states)
+            np.testing.assert_allclose(found.layers[name].down, 0.3 * one.down + 0.7 * two.down, rtol=1e-5, atol=1e-6)
+
     def test_two_weights_as_in_later_versions(self, files):
         tmp_path, paths = files
         out = str(tmp_path / "out.ckpt")
@@ -227,10 +242,13 @@ class TestBaseAndLoRA:
         with pytest.raises(UserError, match="exists already"):
             lora_add.main([str(root), paths["one"], str(out), "1.0", "--mode", "upl"])
 
-    def test_a_rank_makes_no_sense(self, files, base):
+    @pytest.mark.parametrize("flag", [("--rank", "2"), ("--energy", "0.9"), ("--to", "kohya"), ("--dtype", "fp16")])
+    @pytest.mark.parametrize("mode", ["upl", "upl-ckpt-v2"])
+    def test_flags_of_a_lora_make_no_sense(self, files, base, mode, flag):
         tmp_path, paths = files
-        with pytest.raises(UserError, match="have no rank"):
-            lora_add.main([base[0], paths["one"], str(tmp_path / "o.ckpt"), "--mode", "upl", "--rank", "2"])
+        with pytest.raises(UserError, match=f"{flag[0]} is of a LoRA: leave it out, mode {mode} writes"):
+            lora_add.main([base[0], paths["one"], str(tmp_path / "o.ckpt"), "--mode", mode, *flag])
+        assert not (tmp_path / "o.ckpt").exists()
 
 
 class TestCvtckpt:
@@ -294,6 +312,9 @@ class TestCvtckpt:
             ("embed", "both", ["--lora_ckpt", "{one}"], "has LoRA in it already"),
             ("merge", "one", ["--lora_ckpt", "{two}"], "not a Stable Diffusion checkpoint|LoRA"),
             ("merge", "base", ["--lora_ckpt", "{one}:0"], "nothing is left"),
+            ("merge", "base", ["--lora_ckpt", "{one}", "--to", "kohya"], "--to belongs to --mode extract"),
+            ("embed", "base", ["--lora_ckpt", "{one}", "--dtype", "fp16"], "--dtype belongs to --mode extract"),
+            ("merge", "both", ["--out_base", "b.ckpt"], "--out_base belongs to --mode extract"),
         ],
     )
     def test_mistakes(self, files, base, mode, model, others, says):

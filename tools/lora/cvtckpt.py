@@ -35,6 +35,10 @@ from ldm.weights.read import write_checkpoint  # noqa: E402
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.mode != "extract":
+        for flag in ("out_base", "to", "dtype"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} belongs to --mode extract: leave it out of {args.mode}")
     {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
 
 
@@ -58,7 +62,7 @@ def extract(args: argparse.Namespace) -> None:
             f"{args.model_ckpt} has no LoRA beside its weights; one that was merged into them is found by "
             "tools/lora/extract_lora.py, given the base without it"
         )
-    write_lora(args.out_ckpt, state, args.to, dtype=args.dtype)
+    write_lora(args.out_ckpt, state, args.to or "mindone", dtype=args.dtype or "fp32")
     print(f"{args.out_ckpt}: {state}")
     if args.out_base:
         write_checkpoint(args.out_base, base, checkpoint.metadata)
@@ -100,9 +104,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="LoRAs of any format")
     parser.add_argument("--out_ckpt", required=True, type=Path, help="what is written")
     parser.add_argument("--out_base", type=Path, help="extract: write the base without the LoRA to this file as well")
-    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="extract: format of the LoRA [mindone, "
+    parser.add_argument("--to", choices=tuple(FORMATS), help="extract: format of the LoRA [mindone, "
                         "this project's own]")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="extract: of the LoRA's factors [fp32]")
+    parser.add_argument("--dtype", choices=DTYPES, help="extract: of the LoRA's factors [fp32]")
     return parser.parse_args(argv)
 
 

@@ -70,14 +70,16 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]
     if args.rank is not None or args.energy is not None:
         result, report = resize(result, args.rank, args.energy)
         print(report)
-    write_lora(args.output_path, result, args.to, dtype=args.dtype)
+    usual = "cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone"
+    write_lora(args.output_path, result, args.to or usual, dtype=args.dtype or "fp32")
     print(f"{args.output_path}: {result}")
 
 
 def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
     """Base and LoRAs."""
-    if args.rank is not None or args.energy is not None:
-        raise UserError(f"mode {args.mode} adds to whole weights, which have no rank: leave out --rank and --energy")
+    for flag in ("rank", "energy", "to", "dtype"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
     base = open_base(args.path_1)
     merged = Merged(base, plan_base(base), weighted_sum(weighted))
     if args.mode == "upl":
@@ -129,9 +131,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="take the text encoder's LoRA too, where there is one [True]")
     parser.add_argument("--rank", type=int, help="sum, ljl: cut the result down to this rank by SVD")
     parser.add_argument("--energy", type=float, help="sum, ljl: cut each layer down to this share of its squared norm")
-    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format of the LoRA written [mindone, "
-                        "this project's own]")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the LoRA written [fp32]")
+    parser.add_argument("--to", choices=tuple(FORMATS), help="format of the LoRA written [mindone, this project's "
+                        "own; of a .pt cloneofsimo-pt]")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the LoRA written [fp32]")
     args = parser.parse_args(argv)
     names = ("path_1", "path_2", "output_path", "alpha")
     if len(args.places) > len(names):
