@@ -88,7 +88,7 @@ def main() -> None:
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
     call("train_text_to_image.py", "--train_config", "configs/train/train_config_lora_nano.yaml",
-         "--data_path", str(STYLE.relative_to(ROOT) / "train"), "--output_path", str(output / "lora"),
+         "--data_path", str(STYLE.relative_to(ROOT)), "--output_path", str(output / "lora"),
          "--pretrained_model_path", "models/nano/nano.safetensors", "--resume", "True")
     lora = output / "lora" / "ckpt" / "lora.ckpt"
     drawing = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
