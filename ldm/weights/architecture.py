@@ -89,13 +89,13 @@ def fitting_models(
 
 def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan) -> str:
     """One sentence for a checkpoint of which fitting_models does not find a single model."""
-    there = {component_of(name) for name in plan.sources}
-    if not there >= COMPONENTS.keys():
-        return f"It holds no {' and no '.join(LABELS[part] for part in COMPONENTS if part not in there)}"
     said = model_metadata(checkpoint.metadata)
     if said:
         return f"It says {' and '.join(f'{key} {value}' for key, value in said.items())}, and its shapes do not tell " \
                "the rest"
+    there = {component_of(name) for name in plan.sources}
+    if not there >= COMPONENTS.keys():
+        return f"It holds no {' and no '.join(LABELS[part] for part in COMPONENTS if part not in there)}"
     if len(fitting_models(checkpoint, plan)) > 1:
         return "Its shapes do not tell whether it predicts noise or velocity"
     return "Its shapes do not tell"
