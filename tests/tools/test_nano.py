@@ -47,8 +47,14 @@ def test_nearer_than_another_is_one_for_equal_and_half_for_unrelated_features():
     features = noise(400, 32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     unrelated = noise(400, 32, seed=1)
-    assert nearer_than_another(features, features, 1) == 1.0
-    assert nearer_than_another(unrelated, features, 1) == pytest.approx(0.5, abs=0.1)
+    assert nearer_than_another(features, features) == 1.0
+    assert nearer_than_another(unrelated, features) == pytest.approx(0.5, abs=0.05)
+
+
+def test_nearer_than_another_counts_pairs():
+    real = np.eye(3)
+    made = np.array([[1, 0, 0], [0.6, 0.5, 0.4], [0.3, 0.2, 0.1]])  # nearer than 2, 1 and 0 of the 2 others
+    assert nearer_than_another(made, real) == 0.5
 
 
 def test_psnr_of_one_grey_level_off():

@@ -32,6 +32,7 @@ from ldm.runtime import setup_runtime
 from ldm.tokenizer.tokenizer import Tokenizer
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
+from tools.nano.measure import nearer_than_another
 from tools.nano.pictures import STYLES, blur, line_art, read_pictures, shift, to_network, turn
 from tools.nano.train_vae import CONFIG, in_batches
 
@@ -95,8 +96,7 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
         if style == "emoji_noto":
             noto = {picture.name: feature for picture, feature in zip(pictures, images)}
         else:
-            between = np.stack([noto[p.name] for p in pictures]) @ images.T
-            nearer = (np.diag(between)[:, None] > between).sum() / (len(pictures) * (len(pictures) - 1))
+            nearer = nearer_than_another(np.stack([noto[p.name] for p in pictures]), images)
             lines.append(f"{style} test: Noto's picture of the concept is nearer than another {nearer:.1%}")
     return "\n".join(lines)
 
