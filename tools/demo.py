@@ -1,6 +1,6 @@
 """The demo: LoRA fine-tuning of the embedded model on line-art emoji, and the held-out prompts before and after.
 
-    python -m tools.demo
+    python tools/demo.py
 
 Runs the same scripts as a user would, printing each command, and leaves output/demo/grid.png: prompt, base, with LoRA,
 and the real picture, which no training has seen. It ends with a table of scores before and after. A demo that was
@@ -10,6 +10,7 @@ interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.atomic import atomic_path
-from ldm.data.dataset import Row, read_image_text_csv
-from ldm.errors import UserError, run
-from tools.grid import draw_grid
-from tools.nano.pictures import evenly
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldm.atomic import atomic_path  # noqa: E402
+from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
+from ldm.errors import UserError, run  # noqa: E402
+from tools.grid import draw_grid  # noqa: E402
+from tools.nano.pictures import evenly  # noqa: E402
+
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
 
 
@@ -76,12 +79,14 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, default=Path("output/demo"))
-    parser.add_argument("--prompts", type=int, default=24, help="how many of the held-out prompts are drawn")
+    parser.add_argument("--output_path", type=Path, default=Path("output/demo"), help="default: output/demo")
+    parser.add_argument("--prompts", type=int, default=24, help="how many held-out prompts are drawn; default 24")
     args = parser.parse_args()
     if args.prompts < 1:
         parser.error("--prompts wants 1 or more")
-    start, output = time.time(), args.output_path
+    # The scripts run in the project's folder, wherever this was started: the paths that they are shown with hold there.
+    start, output = time.time(), Path(os.path.relpath(args.output_path, ROOT))
+    os.chdir(ROOT)
 
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), args.prompts)]
