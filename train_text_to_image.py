@@ -19,8 +19,9 @@ def main() -> None:
         TrainConfig, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
         description="Fine-tune Stable Diffusion on text-image pairs, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
-    # MindSpore comes after the settings: a wrong flag is answered at once
-    from ldm.training.trainer import train
+    # MindSpore comes after the settings: a wrong flag is answered at once. The runtime first: it quiets MindSpore.
+    import ldm.runtime  # noqa: F401, isort: skip
+    from ldm.training.trainer import train  # isort: skip
 
     train(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from ldm import runtime
 from ldm.errors import UserError
 from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +131,33 @@ def test_flash_attention_is_ascends_and_fp16s():
 )
 def test_errors_that_say_that_memory_is_short(error, short):
     assert is_out_of_memory(error) == short
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("text_to_image", ["--prompt", "x", "--W", "1"]),
+        ("train_text_to_image", ["--data_path", "nowhere", "--pretrained_model_path", "nowhere"]),
+    ],
+)
+def test_mindspores_warnings_are_turned_off_before_it_is_imported(script, flags):
+    """Later would be too late for those of its compiled parts."""
+    watch = f"""
+import os, sys, {script}
+from ldm.errors import UserError
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name == "mindspore":
+            print("GLOG_v is", os.environ.get("GLOG_v"))
+sys.meta_path.insert(0, Watch())
+sys.argv[1:] = {flags}
+try:
+    {script}.main()
+except UserError:
+    print("ended")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GLOG_v"}
+    done = subprocess.run(
+        [sys.executable, "-c", watch], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines() == ["GLOG_v is 3", "ended"], done.stderr
