@@ -50,7 +50,7 @@ def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
     found = fitting_models(checkpoint, plan)
     if len(found) == 1:
         return found[0]
-    raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan)}: {way_out}")
+    raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan, way_out)}")
 
 
 def fitting_models(
@@ -87,18 +87,20 @@ def fitting_models(
     return fitting
 
 
-def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan) -> str:
-    """One sentence for a checkpoint of which fitting_models does not find a single model."""
-    said = model_metadata(checkpoint.metadata)
+def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: str) -> str:
+    """One sentence for a checkpoint of which fitting_models does not find a single model; it ends with the way out, for
+    which `way_out` is one that adds what is not said."""
+    said = [f"says {key} {value}" for key, value in model_metadata(checkpoint.metadata).items()]
+    absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, plan.sources)]
+    if not said and absent and absent != [LABELS["unet"]]:  # a training may begin without a UNet
+        return f"It holds no {' and no '.join(absent)}: give the whole model"
+    if isinstance(checkpoint, DiffusersFolder):
+        said += [f"has no {part}/config.json" for part in COMPONENTS if not checkpoint.config(part)]
     if said:
-        return f"It says {' and '.join(f'{key} {value}' for key, value in said.items())}, and its shapes do not tell " \
-               "the rest"
-    there = {component_of(name) for name in plan.sources}
-    if not there >= COMPONENTS.keys():
-        return f"It holds no {' and no '.join(LABELS[part] for part in COMPONENTS if part not in there)}"
+        return f"It {' and '.join(said)}, and its shapes do not tell the rest: {way_out}"
     if len(fitting_models(checkpoint, plan)) > 1:
-        return "Its shapes do not tell whether it predicts noise or velocity"
-    return "Its shapes do not tell"
+        return f"Its shapes do not tell whether it predicts noise or velocity: {way_out}"
+    return f"Its shapes do not tell: {way_out}"
 
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:

@@ -122,10 +122,11 @@ def convert(
     else:
         found = fitting_models(checkpoint, plan, prediction_type)
     if not found:
-        raise UserError(f"which model is {source}? {what_it_says(checkpoint, plan)}: add --model_config with its YAML")
+        raise UserError(f"which model is {source}? "
+                        f"{what_it_says(checkpoint, plan, 'add --model_config with its YAML')}")
     if len(found) > 1 and form == "diffusers":
-        raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: "
-                        f"{what_it_says(checkpoint, plan)}: add --prediction_type epsilon or v_prediction")
+        says = what_it_says(checkpoint, plan, "add --prediction_type epsilon or v_prediction")
+        raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: {says}")
     model = found[0]
     if prediction_type is not None:
         said = model_metadata(checkpoint.metadata).get("prediction_type", prediction_type)

@@ -276,7 +276,10 @@ def test_a_checkpoint_under_a_published_name_needs_no_version(place):
 
 
 def context_file(path, width, metadata=None):
-    write_checkpoint(path, {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)}, metadata)
+    arrays = {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)}
+    for part in ("first_stage_model.", "cond_stage_model.transformer.text_model."):
+        arrays[part + "a.weight"] = np.zeros((1,), np.float32)
+    write_checkpoint(path, arrays, metadata)
 
 
 def test_a_checkpoint_whose_shapes_tell_needs_no_version(place):

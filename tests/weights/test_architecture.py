@@ -126,7 +126,13 @@ class TestSingleFiles:
     def test_what_is_missing_is_said_before_what_is_not_known(self, published, part, words):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if name.startswith(part)})
-        assert words in what_it_says(checkpoint, plan_base(checkpoint))
+        assert f"{words}: give the whole model" in what_it_says(checkpoint, plan_base(checkpoint), "say it")
+
+    def test_a_file_without_a_unet_may_be_what_training_begins_with(self, published):
+        names = published["sd2_ldm_ckpt_keys"]
+        checkpoint = Shapes({name: names[name] for name in names if not name.startswith("model.")})
+        said = what_it_says(checkpoint, plan_base(checkpoint), "say it")
+        assert said == "Its shapes do not tell whether it predicts noise or velocity: say it"
 
     def test_a_unet_of_eight_channels_on_both_sides_is_no_other_task(self, published):
         names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 8, 3, 3]}
@@ -157,6 +163,14 @@ class TestDiffusersFolders:
         assert found(Folder(published, version, settings_of(model))) == [path]
         # Without config.json the shapes tell, and the scheduler.
         assert found(Folder(published, version, settings_of(model, vae=None))) == [path]
+
+    def test_a_config_that_is_missing_is_named_where_the_shapes_are_of_no_known_model(self, published):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), unet=None))
+        folder._shapes = {**folder._shapes, "vae/post_quant_conv.weight": [16, 16, 1, 1]}
+        plan = plan_base(folder)
+        assert fitting_models(folder, plan) == []
+        said = what_it_says(folder, plan, "say it")
+        assert "has no unet/config.json, and its shapes do not tell the rest: say it" in said
 
     @pytest.mark.parametrize(
         "changed, field, value",
