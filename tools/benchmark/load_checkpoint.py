@@ -59,7 +59,7 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
 
 
 def write_random(config_path: str, target: Path) -> None:
-    """A single file of the model's shapes in fp32, one array at a time."""
+    """A single file of the model's shapes in fp32, one array at a time, and the model's YAML beside it."""
     import numpy as np
 
     from ldm.config.model import load_model_config
@@ -84,6 +84,7 @@ def write_random(config_path: str, target: Path) -> None:
         def __len__(self):
             return len(shapes)
 
+    target.with_suffix(".yaml").write_bytes(Path(config_path).read_bytes())
     write_checkpoint(target, Random(), {"architecture": config.architecture, "prediction_type": config.prediction_type})
 
 

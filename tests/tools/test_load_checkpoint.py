@@ -1,0 +1,70 @@
+"""tools/benchmark/load_checkpoint.py: what it measures; that loading holds the weights once, and converting one array.
+
+The processes of its own that the tool starts are calls here, but for the one whose memory is looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tools.benchmark import load_checkpoint
+
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+def test_every_form_is_loaded_and_converted_and_gets_a_row(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def here(kind, *arguments):
+        done.append((kind, [word.rpartition("/")[2] for word in arguments]))
+        return {"load": load_checkpoint.measure_load, "convert": load_checkpoint.measure_convert}[kind](*arguments)
+
+    monkeypatch.setattr(load_checkpoint, "in_a_process", here)
+    monkeypatch.setattr(sys, "argv", ["load_checkpoint", "--model_config", str(TINY), "--folder", str(tmp_path)])
+    load_checkpoint.main()
+    assert [kind for kind, _ in done] == ["load", "convert"] * 3 + ["load"]
+    assert done[5][1] == ["folder", "half.safetensors", "fp16"]
+    printed = capsys.readouterr().out
+    assert "tiny.yaml: 0.01 GB of weights in fp32" in printed
+    for row in ("load base.safetensors", "convert mindone.ckpt to folder", "convert folder to half.safetensors, fp16"):
+        assert f"| {row} | " in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_is_taken_and_given_back_is_counted():
+    def work():
+        np.ones(50_000_000 // 8).sum()
+
+    assert 40e6 < load_checkpoint.measured(work)["RssAnon"] < 80e6
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A model of 130 MB, beside which what MindSpore itself takes is little: its YAML, and a file of it."""
+    document = yaml.safe_load(TINY.read_text())
+    params = document["model"]["params"]
+    params["unet_config"]["params"]["model_channels"] = 160
+    path = tmp_path_factory.mktemp("larger") / "base.yaml"
+    path.write_text(yaml.safe_dump(document))
+    load_checkpoint.write_random(str(path), path.with_suffix(".safetensors"))
+    return path
+
+
+def test_loading_takes_no_more_than_1_25_times_the_weights(larger):
+    found = load_checkpoint.in_a_process("load", str(larger), str(larger.with_suffix(".safetensors")))
+    assert found["weights"] > 100e6
+    assert found["weights"] * 0.95 < found["RssAnon"] < found["weights"] * 1.25
+    assert found["VmRSS"] < found["weights"] * 1.25
+
+
+def test_converting_takes_a_fraction_of_the_weights(larger):
+    size = larger.with_suffix(".safetensors").stat().st_size
+    found = load_checkpoint.in_a_process(
+        "convert", str(larger.with_suffix(".safetensors")), str(larger.parent / "x.ckpt"), "fp16"
+    )
+    assert found["RssAnon"] < size / 4 and found["VmRSS"] < size / 2
