@@ -250,6 +250,13 @@ class TestDecompose:
     def test_energy_one_leaves_out_what_is_no_more_than_rounding(self):
         assert decompose([(A, exact(layer((12, 10), 3)).astype(np.float32))], energy=1.0 - 1e-12)[0].ranks() == [3]
 
+    def test_a_rank_beyond_the_updates_own(self):
+        update = np.zeros((12, 10), np.float32)
+        update[3] = np.arange(10)
+        state, report = decompose([(A, update)], rank=10)
+        np.testing.assert_allclose(exact(state.layers[A]), update, rtol=0, atol=1e-6)
+        assert report.error() < 1e-7
+
     def test_no_update_no_layer(self):
         assert decompose([(A, np.zeros((3, 3), np.float32))], rank=1)[0].layers == {}
 

@@ -165,6 +165,15 @@ class TestEmbedding:
         alone, lora = split_embedded(open_checkpoint(tmp_path / "a.ckpt"))
         assert set(alone) == set(arrays_of()) and lora.layers[TO_Q].alpha == 2.0
 
+    def test_settings_of_the_whole_file_are_the_loras(self, base, state, tmp_path):
+        path = tmp_path / f"both{base.path.suffix}"
+        both = Embedded(base, plan_base(base), state)
+        factors = {name: array for name, array in both.items() if not name.endswith(".alpha")}
+        settings = {"lora_rank": np.array(2), "lora_alpha": np.array(6.0), "lora_scale": np.array(0.5)}
+        write_checkpoint(path, {**factors, **settings})
+        alone, lora = split_embedded(open_checkpoint(path))
+        assert list(alone) == list(base) and {layer.alpha for layer in lora.layers.values()} == {3.0}
+
     @pytest.mark.parametrize(
         "extra, says",
         [

@@ -360,6 +360,14 @@ def test_a_layer_twice(tmp_path, name):
     refused(save(tmp_path, {**pair(name), **again}), "stand for the same layer")
 
 
+@pytest.mark.parametrize("form", ["to_out.lora.{}.weight", "to_out.0.lora.{}.weight", "to_out_lora.{}.weight",
+                                  "processor.to_out_lora.{}.weight"])
+def test_the_ways_to_call_the_output_projection(tmp_path, form):
+    arrays = {f"unet.{THEIRS}.{form.format(half)}": np.ones(shape, np.float32)
+              for half, shape in (("down", (2, 320)), ("up", (320, 2)))}
+    assert list(read_lora(save(tmp_path, arrays)).layers) == [CANONICAL.replace("to_q", "to_out.0")]
+
+
 OTHERS = {
     "LoHa": ([f"lora_unet_X_to_q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"], "LyCORIS"),
     "LoHa with an alpha": (["lora_unet_X_to_q.hada_w1_a", "lora_unet_X_to_q.alpha"], "LyCORIS"),
