@@ -197,7 +197,7 @@ class TestExtracting:
         write_checkpoint(tmp_path / "plain.ckpt", arrays_of())
         base = open_checkpoint(tmp_path / "plain.ckpt")
         tuned = dict(Merged(base, plan_base(base), state))
-        tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 1
+        tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 2
         write_checkpoint(tmp_path / "tuned.ckpt", tuned, {"architecture": "sd1", "prediction_type": "epsilon"})
         return tmp_path / "base.safetensors", tmp_path / "tuned.ckpt"
 
@@ -211,7 +211,7 @@ class TestExtracting:
 
     def test_says_what_no_lora_holds(self, pair):
         found = extract_lora(*pair, rank=2)
-        assert found.left_out == {"unet": (1, pytest.approx(8.0))}
+        assert found.left_out == {"unet": (1, pytest.approx(8 * 2.0**2))}
         assert "left out: 1 other arrays of the UNet" in str(found)
 
     def test_the_shares_are_of_the_whole_distance(self, pair, tmp_path):

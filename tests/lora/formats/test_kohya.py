@@ -47,6 +47,13 @@ def test_an_alpha_that_is_no_number(tmp_path):
         read(tmp_path, {**arrays, f"{LAYER}.alpha": np.ones(2)})
 
 
+@pytest.mark.parametrize("alpha", [np.nan, np.inf])
+def test_an_alpha_that_is_not_finite(tmp_path, alpha):
+    arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
+    with pytest.raises(UserError, match="to_q holds values that are not finite"):
+        read(tmp_path, {**arrays, f"{LAYER}.alpha": np.array(alpha)})
+
+
 def test_an_alpha_alone_is_half_a_pair(tmp_path):
     arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
     with pytest.raises(UserError, match="to_k lacks its down"):
