@@ -188,10 +188,10 @@ class TestMerging:
 
     def test_gives_the_outputs_of_the_injected_network(self, trained, small_inputs):
         net, state = trained
-        injected = Fresh(net)(*small_inputs).asnumpy()
+        compiled = Fresh(net)
+        injected = compiled(*small_inputs).asnumpy()
         for parameter in net.trainable_params():
             parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
-        compiled = Fresh(net)
         base = compiled(*small_inputs).asnumpy()
         merge_lora(net, state)
         merged = compiled(*small_inputs).asnumpy()  # a compiled graph sees the new weights
