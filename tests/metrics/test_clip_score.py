@@ -48,5 +48,6 @@ def test_the_bootstrap_of_a_mean_is_its_standard_error():
 def test_paired_scores_stay_paired():
     values = np.random.default_rng(0).normal(5, 2, 50)
     first, second = (bootstrap(lambda i, s=s: (values + s)[i].mean(), 50) for s in (0, 1))
+    assert len(first) == 200
     np.testing.assert_allclose(second - first, 1.0)
     assert not np.allclose(first, bootstrap(lambda i: values[i].mean(), 50, seed=1))

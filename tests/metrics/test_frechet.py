@@ -156,3 +156,11 @@ def test_statistics_that_are_not_there(tmp_path):
         read_statistics(tmp_path / "none.npz")
     with pytest.raises(UserError, match="written as .npz"):
         write_statistics(tmp_path / "real.txt", FeatureStatistics(), "")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    gathered = FeatureStatistics()
+    gathered.add(features(3, 2))
+    with pytest.raises(UserError, match="real.npz cannot be written"):
+        write_statistics(tmp_path / "file" / "real.npz", gathered, "")

@@ -72,6 +72,15 @@ def test_a_sample_is_everything_while_it_fits():
     np.testing.assert_array_equal(sample.features, np.concatenate([features(4), features(6, seed=1)]))
 
 
+def test_a_sample_does_not_change_with_the_batch_it_was_given():
+    """A row alone would keep its whole batch in memory, too."""
+    sample, batch = FeatureSample(most=4), features(8)
+    sample.add(batch)
+    held = sample.features
+    batch[:] = 0.0
+    np.testing.assert_array_equal(sample.features, held)
+
+
 def test_a_sample_holds_no_more_than_it_may_and_each_row_is_as_likely():
     counts = np.zeros(50)
     for seed in range(300):
