@@ -109,7 +109,22 @@ class TestData:
         with pytest.raises(UserError, match="must hold the folders train and test.*learned"):
             read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
 
-    @pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"\xff\xfe", "UTF-8")])
+    def test_prompts_are_the_lines_that_text_to_image_reads(self, data):
+        """One that splits, keeps or strips other lines would draw other prompts than the scores are told."""
+        (data / "test" / "img_txt.csv").unlink()
+        (data / "test" / "prompts.txt").write_bytes("\ufeff one \r\ntwo\u2028lines\n\n \n".encode())
+        assert read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)[1] == ["one", "two\u2028lines"]
+
+    @pytest.mark.parametrize("content, words", [("0.png,\n1.png,one\n", "prompt 1 is empty"),
+                                                ('0.png,one\n1.png," "\n', "prompt 2 is empty"),
+                                                ("0.png,one\n", "has one prompt")])  # fmt: skip
+    def test_held_out_pictures_that_cannot_be_scored_are_refused_before_training(self, data, content, words):
+        (data / "test" / "img_txt.csv").write_text(f"dir,text\n{content}")
+        with pytest.raises(UserError, match=words):
+            read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
+
+    @pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"\xff\xfe", "UTF-8"), (b"one\n\ntwo", "prompt 2"),
+                                                (b"one\n", "has one prompt")])  # fmt: skip
     def test_prompts_that_are_none_are_refused(self, data, content, words):
         (data / "test" / "img_txt.csv").unlink()
         (data / "test" / "prompts.txt").write_bytes(content)

@@ -37,7 +37,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.atomic import atomic_path  # noqa: E402
-from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
+from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES, read_lines  # noqa: E402
 from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.config.parse import parse_config  # noqa: E402
 from ldm.config.train import TrainConfig  # noqa: E402
@@ -126,20 +126,19 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
     train = read_image_text_csv(training_folder(folder), **columns).rows
     lines = folder / "test" / "prompts.txt"
     if lines.is_file() and not (folder / "test" / "img_txt.csv").is_file():
-        try:
-            texts = lines.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{lines} cannot be read as a UTF-8 text file ({error})") from None
-        test = []
+        texts, test = read_lines(str(lines), "data_path"), []
     else:
         test = read_image_text_csv(folder / "test", **columns).rows
-        texts = [" ".join(row.text.splitlines()) for row in test]
+        texts = [" ".join(row.text.split()) for row in test]
         both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
         if both:
             raise UserError(f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out pictures of "
                             f"{folder / 'test'} ({min(both).name}, ...): leave them out of the training rows")
-    if not texts:
-        raise UserError(f"{lines} is empty: write the held-out prompts into it, one a line")
+    if "" in texts:
+        raise UserError(f"{folder / 'test'}: held-out prompt {texts.index('') + 1} is empty, which nothing can be held "
+                        "against: write one, or take the line out")
+    if len(texts) < 2:
+        raise UserError(f"{folder / 'test'} has one prompt: give 2 or more, one picture has no distribution")
     chosen = evenly(len(texts), prompts or len(texts))
     return train, [texts[i] for i in chosen], [test[i] for i in chosen] if test else []
 
