@@ -16,7 +16,7 @@ import pytest
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
-from ldm.weights import compvis, mindone
+from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.names import component_of, detect_family, plan_names, same_up_to_1x1, take, taken_shape
 from ldm.weights.placing import Ignored
 from tests.weight_names import from_diffusers, to_canonical, to_diffusers
@@ -143,6 +143,80 @@ class TestPublishedFiles:
         canonical = from_diffusers({}, arrays_of(renamed), {})
         wanted = canonical_shapes(published, "1")
         assert shapes_of(canonical) == {k: v for k, v in wanted.items() if component_of(k) == "vae"}
+
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT_LAYER = "cond_stage_model.transformer.text_model.encoder.layers."
+# Names of arrays that shapes do not tell from each other, in their published form and in the canonical one.
+SAME_SHAPES = {
+    "diffusers": [
+        ("unet/time_embedding.linear_2.bias", f"{UNET}time_embed.2.bias"),
+        ("unet/down_blocks.1.resnets.1.norm1.weight", f"{UNET}input_blocks.5.0.in_layers.0.weight"),
+        ("unet/down_blocks.1.resnets.1.norm1.bias", f"{UNET}input_blocks.5.0.in_layers.0.bias"),
+        ("unet/down_blocks.1.resnets.1.norm2.weight", f"{UNET}input_blocks.5.0.out_layers.0.weight"),
+        ("unet/down_blocks.0.resnets.1.conv1.weight", f"{UNET}input_blocks.2.0.in_layers.2.weight"),
+        ("unet/down_blocks.0.resnets.1.conv2.weight", f"{UNET}input_blocks.2.0.out_layers.3.weight"),
+        ("unet/down_blocks.0.downsamplers.0.conv.weight", f"{UNET}input_blocks.3.0.op.weight"),
+        ("unet/down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q.weight",
+         f"{UNET}input_blocks.8.1.transformer_blocks.0.attn1.to_q.weight"),
+        ("unet/mid_block.resnets.0.conv1.weight", f"{UNET}middle_block.0.in_layers.2.weight"),
+        ("unet/mid_block.resnets.1.conv1.weight", f"{UNET}middle_block.2.in_layers.2.weight"),
+        ("unet/up_blocks.0.resnets.1.time_emb_proj.weight", f"{UNET}output_blocks.1.0.emb_layers.1.weight"),
+        ("unet/up_blocks.0.upsamplers.0.conv.weight", f"{UNET}output_blocks.2.1.conv.weight"),
+        ("unet/up_blocks.1.upsamplers.0.conv.weight", f"{UNET}output_blocks.5.2.conv.weight"),
+        ("unet/up_blocks.3.attentions.2.proj_out.weight", f"{UNET}output_blocks.11.1.proj_out.weight"),
+        *((f"vae/{half}.mid_block.attentions.0.{theirs}.weight", f"{VAE}{half}.mid.attn_1.{ours}.weight")
+          for half in ("encoder", "decoder")
+          for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))),
+        ("vae/decoder.mid_block.resnets.0.conv2.weight", f"{VAE}decoder.mid.block_1.conv2.weight"),
+        ("vae/encoder.down_blocks.3.resnets.1.norm2.bias", f"{VAE}encoder.down.3.block.1.norm2.bias"),
+        ("vae/decoder.up_blocks.0.resnets.2.norm2.bias", f"{VAE}decoder.up.3.block.2.norm2.bias"),
+        ("vae/decoder.up_blocks.1.resnets.0.conv1.weight", f"{VAE}decoder.up.2.block.0.conv1.weight"),
+        ("vae/decoder.up_blocks.0.upsamplers.0.conv.weight", f"{VAE}decoder.up.3.upsample.conv.weight"),
+    ],
+    "mindone": [
+        (f"{UNET}input_blocks.5.0.in_layers_norm.gamma", f"{UNET}input_blocks.5.0.in_layers.0.weight"),
+        (f"{UNET}input_blocks.5.0.in_layers_norm.beta", f"{UNET}input_blocks.5.0.in_layers.0.bias"),
+        (f"{UNET}input_blocks.5.0.out_layers_norm.gamma", f"{UNET}input_blocks.5.0.out_layers.0.weight"),
+        (f"{UNET}input_blocks.2.0.in_layers_conv.conv.weight", f"{UNET}input_blocks.2.0.in_layers.2.weight"),
+        (f"{UNET}input_blocks.2.0.out_layers_conv.conv.weight", f"{UNET}input_blocks.2.0.out_layers.3.weight"),
+        (f"{VAE}decoder.norm_out.gamma", f"{VAE}decoder.norm_out.weight"),
+        ("cond_stage_model.transformer.transformer_layer.resblocks.3.ln_1.gamma", f"{TEXT_LAYER}3.layer_norm1.weight"),
+        ("cond_stage_model.transformer.transformer_layer.resblocks.3.ln_2.beta", f"{TEXT_LAYER}3.layer_norm2.bias"),
+    ],
+    "openclip": [
+        ("cond_stage_model.model.transformer.resblocks.3.ln_1.weight", f"{TEXT_LAYER}3.layer_norm1.weight"),
+        ("cond_stage_model.model.transformer.resblocks.3.ln_2.weight", f"{TEXT_LAYER}3.layer_norm2.weight"),
+        ("cond_stage_model.model.transformer.resblocks.3.ln_2.bias", f"{TEXT_LAYER}3.layer_norm2.bias"),
+    ],
+}
+
+
+class TestNamesThatShapesDoNotTellApart:
+    @pytest.fixture
+    def tables(self, published):
+        """Family -> (its names, its layout)."""
+        parts = {"unet": "diffusers_unet_sd1", "vae": "diffusers_vae_sd"}
+        diffusers_names = [f"{part}/{name}" for part, key in parts.items() for name in published[key]]
+        sd1, sd2 = canonical_shapes(published, "1"), canonical_shapes(published, "2")
+        return {
+            "diffusers": (diffusers_names, diffusers.layout(sd1, SD)),
+            "mindone": (published["mindone_ckpt_names_v1"], mindone.layout(sd1)),
+            "openclip": (published["sd2_ldm_ckpt_keys"], compvis.layout(sd2, openclip=True)),
+        }
+
+    @pytest.mark.parametrize("family", SAME_SHAPES)
+    def test_go_to_their_places_and_back(self, tables, family):
+        names, layout = tables[family]
+        sources = plan_names(names).sources
+        for theirs, ours in SAME_SHAPES[family]:
+            assert theirs in names and sources[ours].name == theirs
+            assert layout[theirs].names == (ours,)
+
+    @pytest.mark.parametrize("theirs, ours", [("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")])
+    def test_the_autoencoders_older_names(self, theirs, ours):
+        names = [f"vae/encoder.mid_block.attentions.0.{theirs}.bias", "vae/encoder.down_blocks.0.resnets.0.conv1.bias"]
+        assert plan_names(names).sources[f"{VAE}encoder.mid.attn_1.{ours}.bias"].name == names[0]
 
 
 @pytest.fixture(scope="module", params=["tiny.yaml", "golden/small_sd1.yaml", "golden/small_sd2.yaml"])
