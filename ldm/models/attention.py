@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.device_forms import gelu, swap_middle
+from ldm.models.device_forms import gelu, one, swap_middle
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm
 
 # Elements of (query rows x key rows) over all heads and pictures that are held at a time: 64 MB in fp32.
@@ -140,7 +140,7 @@ class CrossAttention(nn.Cell):
         self.to_k = Dense(context_dim, inner, has_bias=False)
         self.to_v = Dense(context_dim, inner, has_bias=False)
         self.to_out = nn.SequentialCell([Dense(inner, query_dim), Identity()])
-        self.attention = ScaledDotProductAttention(head_dim)
+        self.attention = one(ScaledDotProductAttention, head_dim)
         self.swap_middle = swap_middle()
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -237,6 +237,6 @@ def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     for _, cell in net.cells_and_names():
         if isinstance(cell, CrossAttention):
             cell.attention = (FlashAttention(cell.head_dim, cell.num_heads) if enable
-                              else ScaledDotProductAttention(cell.head_dim))
+                              else one(ScaledDotProductAttention, cell.head_dim))
             count += 1
     return count

@@ -19,40 +19,49 @@ def on_ascend() -> bool:
     return ms.get_context("device_target") == "Ascend"
 
 
+@cache
+def one(cell: type, *settings):
+    """The one `cell(*settings)` of all layers that want it: the compiler reads and differentiates a cell once for
+    each cell. It must hold no parameters, nor anything else that changes. The training graph of three transformer
+    blocks compiles in 4.7 s instead of 6.0, their forward graph in 2.4 instead of 3.4 (one core).
+    """
+    return cell(*settings)
+
+
 def row_bias():
     """A callable (x (rows, C), bias (C,)) -> x + bias."""
-    return ops.BiasAdd() if on_ascend() else RowBias()
+    return ops.BiasAdd() if on_ascend() else one(RowBias)
 
 
 def channel_bias():
     """A callable (x (N, C, H, W), bias (C,)) -> x + bias."""
-    return ops.BiasAdd(data_format="NCHW") if on_ascend() else ChannelBias()
+    return ops.BiasAdd(data_format="NCHW") if on_ascend() else one(ChannelBias)
 
 
 def broadcast_add():
     """A callable (x, y) -> x + y, where y has ones in its shape."""
-    return ops.Add() if on_ascend() else BroadcastAdd()
+    return ops.Add() if on_ascend() else one(BroadcastAdd)
 
 
 def swap_middle():
     """A callable x (N, A, B, D) -> (N, B, A, D): how heads are split off the tokens and put back, and with D of 1 how
     pixels become tokens and tokens pixels."""
-    return TransposedSwap() if on_ascend() else GatheredSwap()
+    return one(TransposedSwap if on_ascend() else GatheredSwap)
 
 
 def group_norm(num_groups: int, eps: float):
     """A callable (x (N, C, H, W), weight (C,), bias (C,)) -> x normalised within each group of channels; all fp32."""
-    return GroupNorm(num_groups, eps) if on_ascend() else ElementaryGroupNorm(num_groups, eps)
+    return one(GroupNorm if on_ascend() else ElementaryGroupNorm, num_groups, eps)
 
 
 def layer_norm(eps: float):
     """A callable (x (rows, C), weight (C,), bias (C,)) -> x normalised within each row; all fp32."""
-    return LayerNorm(eps) if on_ascend() else ElementaryLayerNorm(eps)
+    return one(LayerNorm if on_ascend() else ElementaryLayerNorm, eps)
 
 
 def gelu():
     """A callable x -> x * (1 + erf(x / sqrt 2)) / 2: the exact form, which Stable Diffusion uses."""
-    return GELU() if on_ascend() else ErfGELU()
+    return one(GELU if on_ascend() else ErfGELU)
 
 
 class GELU(nn.Cell):

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.attention import ScaledDotProductAttention
-from ldm.models.device_forms import gelu, swap_middle
+from ldm.models.device_forms import gelu, one, swap_middle
 from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
 
 
@@ -25,7 +25,7 @@ class CLIPAttention(nn.Cell):
         self.num_heads, self.head_dim = num_heads, width // num_heads
         self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
         self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
-        self.attention = ScaledDotProductAttention(self.head_dim, causal_length)
+        self.attention = one(ScaledDotProductAttention, self.head_dim, causal_length)
         self.swap_middle = swap_middle()
 
     def split_heads(self, x: Tensor) -> Tensor:

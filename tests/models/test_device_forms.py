@@ -144,6 +144,49 @@ def test_swap_middle(device, shape):
     np.testing.assert_array_equal(by_x, weight.swapaxes(1, 2))
 
 
+def test_layers_that_want_the_same_form_share_a_cell(device):
+    assert device_forms.layer_norm(1e-5) is device_forms.layer_norm(1e-5)
+    assert device_forms.layer_norm(1e-5) is not device_forms.layer_norm(1e-6)
+    assert device_forms.gelu() is device_forms.gelu()
+
+
+def test_a_shared_cell_holds_no_parameters():
+    np.random.seed(3)
+    model = build_model(load_model_config(ROOT / "tests" / "tiny.yaml"))
+    owners = {}
+    for _, cell in model.cells_and_names():
+        for child in cell.cells():
+            owners.setdefault(id(child), (child, set()))[1].add(id(cell))
+    shared = [cell for cell, parents in owners.values() if len(parents) > 1]
+    assert len(shared) > 5
+    assert not [cell for cell in shared if list(cell.get_parameters())]
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
+def test_a_cell_used_twice_has_the_derivatives_of_both_uses(mode, device):
+    """A layer_norm of what it has normalised, with the same weights."""
+    ms.set_context(mode=mode)
+    norm, x = device_forms.layer_norm(1e-5), normal(3, 8)
+    scale, shift, weight = normal(8, seed=1), normal(8, seed=2), normal(3, 8, seed=3)
+
+    class Twice(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def construct(self, x, scale, shift):
+            return self.norm(self.norm(x, scale, shift), scale, shift)
+
+    def plain(x, scale, shift):
+        for _ in range(2):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + shift
+        return x
+
+    _, found = value_and_gradients(Twice(), x, scale, shift, weight=weight)
+    for ours, expected in zip(found, by_differences(plain, (x, scale, shift), weight)):
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
 def built(name: str, monkeypatch):
     monkeypatch.setattr(device_forms, "on_ascend", lambda: name == "Ascend")
     np.random.seed(3)
