@@ -31,7 +31,7 @@ from ldm.models.stable_diffusion import build_model
 from ldm.runtime import Runtime, setup_runtime
 from ldm.training.checkpoints import find_states, load_state
 from ldm.training.step import StepResult
-from ldm.training.trainer import Trainer, make_loss_scaler, train
+from ldm.training.trainer import Trainer, hear_ctrl_c, make_loss_scaler, train
 from ldm.weights.load import load_base
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
@@ -341,8 +341,11 @@ def test_a_run_that_always_overflows_stops_loudly(base, data, empty_run, monkeyp
 @pytest.mark.parametrize("state", [None, "state-00000009.safetensors"])
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, caplog, state):
     def interrupted():
-        raise KeyboardInterrupt
+        hear_ctrl_c()
+        os.kill(os.getpid(), signal.SIGTERM)  # what MindSpore makes of Ctrl-C
+        time.sleep(10)
 
+    before = signal.getsignal(signal.SIGTERM)
     run = SimpleNamespace(folder=tmp_path, done=10, plan=SimpleNamespace(updates=12), run=interrupted)
     monkeypatch.setattr("ldm.training.trainer.Trainer", lambda config: run)
     if state:
@@ -351,6 +354,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, caplog, sta
         train(TrainConfig())
     way = f"--resume True goes on from {tmp_path / state}" if state else "nothing was saved yet"
     assert f"interrupted after step 10 of 12; {way}" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("loss", [float("nan"), 1.0])

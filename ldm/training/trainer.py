@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -79,6 +81,7 @@ def train(config: TrainConfig) -> Path:
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
     """
     trainer = Trainer(config)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         return trainer.run()
     except KeyboardInterrupt:
@@ -86,6 +89,20 @@ def train(config: TrainConfig) -> Path:
         way = f"--resume True goes on from {states[0]}" if states else "nothing was saved yet"
         logger.warning("interrupted after step %d of %d; %s", trainer.done, trainer.plan.updates, way)
         raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _interrupt:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def hear_ctrl_c() -> None:
+    """Whenever MindSpore runs a graph it takes Ctrl-C from Python, and ends the process by SIGTERM, without a word: let
+    that interrupt as Ctrl-C does. To be called once all is compiled: Python hears nothing while MindSpore compiles."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 class Trainer:
@@ -319,6 +336,8 @@ class Trainer:
                 # nothing but the step may compile in here, so the batches, which may run the encoders, come first
                 with self._cached_graphs() if first else nullcontext():
                     metrics = self._one_update(batches, begin)
+                if first:
+                    hear_ctrl_c()
                 first = False
                 smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
                 bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
