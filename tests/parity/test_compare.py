@@ -27,8 +27,9 @@ from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.weights.load import load_base  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
 from tests.named_weights import named_weight, relative_error  # noqa: E402
+from tools.eval import diffusers_worker  # noqa: E402
 from tools.eval.compare_diffusers import write_diffusers_folder  # noqa: E402
-from tools.eval.compare_report import SIDES  # noqa: E402
+from tools.eval.compare_report import SIDES, read_metrics  # noqa: E402
 from tools.eval.diffusers_worker import Batches, Networks  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,33 @@ def test_a_second_call_runs_no_stage_again(experiment, compared):
     done = subprocess.run(command(experiment), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done already") == 11
+
+
+def test_a_training_with_diffusers_that_was_broken_off_goes_on_as_if_it_had_not_been(compared, tmp_path, monkeypatch):
+    whole = compared / "seed7" / "train_diffusers"
+    job = {**json.loads((whole / "job.json").read_text()), "output": str(tmp_path)}
+    monkeypatch.setattr(diffusers_worker, "SAVE_SECONDS", -1.0)
+    rate = diffusers_worker.learning_rate
+
+    def broken_off(update, **settings):
+        if update == 3:
+            raise KeyboardInterrupt
+        return rate(update, **settings)
+
+    monkeypatch.setattr(diffusers_worker, "learning_rate", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        diffusers_worker.train(job)
+    assert (tmp_path / "state.pt").exists()
+    asked = []
+    monkeypatch.setattr(diffusers_worker, "learning_rate",
+                        lambda update, **settings: asked.append(update) or rate(update, **settings))
+    diffusers_worker.train(job)
+    assert asked == list(range(3, STEPS))
+    expected, found = read_metrics(whole), read_metrics(tmp_path)
+    assert found["step"] == expected["step"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["gradient_norm"], expected["gradient_norm"], rtol=1e-4)
+    assert not (tmp_path / "state.pt").exists()
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -332,9 +332,7 @@ class Comparison:
                 lambda folder, c=config, s=start: self._train_diffusers(c, s, folder),
             )
             for side, make in zip(SIDES, runs):
-                trained[f"{name}/{side}"] = self.stages.run(
-                    f"{name}/train_{side}", settings, make, goes_on=side == "ours"
-                )
+                trained[f"{name}/{side}"] = self.stages.run(f"{name}/train_{side}", settings, make, goes_on=True)
             for side, draw in zip(SIDES, (self._draw_ours, self._draw_diffusers)):
                 lora = self.output / name / f"train_{side}" / trained[f"{name}/{side}"]["lora"]
                 drawn[f"{name}/{side}"] = self.stages.run(

@@ -49,6 +49,7 @@ from ldm.training.schedules import learning_rate  # noqa: E402
 
 EPSILON = 1e-8  # AdamW's, torch's default
 ENCODE_BATCH = 16
+SAVE_SECONDS = 300.0  # between two states of a training, from which it goes on when it was broken off
 
 
 class Networks:
@@ -105,7 +106,8 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 
 
 def train(job: dict) -> dict:
-    """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"]."""
+    """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"], or on from the
+    state that a run which was broken off left in job["output"]."""
     networks = Networks(Path(job["base"]), job["pad_token"])
     unet = networks.unet
     load_lora(unet, job["lora"], "unet")
@@ -121,8 +123,13 @@ def train(job: dict) -> dict:
         trained, lr=job["start_learning_rate"], betas=tuple(job["betas"]), eps=EPSILON, weight_decay=job["weight_decay"]
     )
     batches = Batches(job, networks)
-    metrics_file = MetricsFile(Path(job["output"]) / "metrics.csv", 0)
-    for update in tqdm(range(job["updates"]), desc="training with diffusers", unit="step", smoothing=0.1):
+    state = Path(job["output"]) / "state.pt"
+    done = load_state(state, trained, optimizer) if state.is_file() else 0
+    metrics_file = MetricsFile(Path(job["output"]) / "metrics.csv", done)
+    saved = time.perf_counter()
+    bar = tqdm(range(done, job["updates"]), desc="training with diffusers", unit="step", smoothing=0.1, initial=done,
+               total=job["updates"])  # fmt: skip
+    for update in bar:
         begin = time.perf_counter()
         rate = learning_rate(
             update,
@@ -149,9 +156,29 @@ def train(job: dict) -> dict:
         optimizer.zero_grad()
         seconds = time.perf_counter() - begin
         metrics_file.write(Metrics(update + 1, loss, rate, 1.0, seconds, norm.item()))
+        if time.perf_counter() - saved > SAVE_SECONDS:
+            save_state(state, trained, optimizer, update + 1)
+            saved = time.perf_counter()
     metrics_file.close()
     unet.save_lora_adapter(Path(job["output"]), adapter_name="default")
+    state.unlink(missing_ok=True)
     return {}
+
+
+def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
+    """All that the updates after `done` depend on: what is drawn for one is a function of its number."""
+    with atomic_path(path) as temporary:
+        torch.save({"done": done, "trained": [parameter.data for parameter in trained],
+                    "optimizer": optimizer.state_dict()}, temporary)
+
+
+def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Take over what save_state wrote: the number of updates done."""
+    state = torch.load(path, weights_only=True)
+    for parameter, values in zip(trained, state["trained"]):
+        parameter.data.copy_(values)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["done"]
 
 
 class Batches:
