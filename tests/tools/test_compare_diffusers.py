@@ -201,6 +201,17 @@ class TestSettings:
         check_expressible(load_model_config(ROOT / "configs" / "nano.yaml"))
 
 
+class TestShownCommand:
+    def test_it_names_no_place_of_this_machine(self):
+        shown = compare_diffusers.shown_command([
+            "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my pictures",
+            "--reference_python", "/opt/torch/bin/python", "--output_path", "/home/someone/out", "--scale", "4",
+            "--train_config", "configs/a.yaml"])  # fmt: skip
+        assert shown == ("python tools/eval/compare_diffusers.py --base models/nano/nano.safetensors "
+                         "'--data=my pictures' --output_path out --scale 4 --train_config configs/a.yaml")
+        assert compare_diffusers.shown_command(["--reference_python=/opt/python"]).endswith("compare_diffusers.py")
+
+
 class TestStages:
     def make(self, folder):
         (folder / "file").write_text("made")
@@ -352,13 +363,14 @@ def a_table(seeds, fid=True):
         "base": {"file": "b.ckpt", "sha256": "cd" * 32, "architecture": "sd1"},
         "data": {"folder": "emoji", "rows": 100, "prompts": 12}, "seeds": seeds, "updates": 30,
         "recipe": {"train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 8, "start_learning_rate": 1e-4,
-                   "scheduler": "cosine", "cache_latents": True},
+                   "scheduler": "cosine", "cache_latents": True, "cache_text": True, "random_crop": False,
+                   "random_flip": False},
         "sampling": {"sampler": "DPM-Solver++", "steps": 20, "scale": 7.5, "latents_seed": 1},
         "scores": {"sets": sets, "pairs": pairs, "real_clip_score": 31.5 if fid else None,
                    "image_network": network, "text_network": network},
         "losses": {str(seed): compare_runs(metrics([1.0] * 30), metrics([1.0] * 30)) for seed in seeds},
         "training": {f"seed{seed}/{side}": run for seed in seeds for side in compare_report.SIDES},
-        "versions": {"torch": "2"},
+        "versions": {"ours": {"mindspore": "1"}, "diffusers": {"torch": "2"}},
     }  # fmt: skip
 
 
@@ -392,7 +404,17 @@ class TestMarkdown:
         assert "fewer than 2,048" in text and "compare only with one another" in text
         assert "CLIP score of the real pictures is 31.50" in text
         assert "of the real pictures" not in markdown(a_table([1], fid=False), "")
-        assert "sha256 abababababababab" in text and "--seeds 1" in text and "torch 2" in text
+        assert "sha256 abababababababab" in text and "--seeds 1" in text and "torch 2" in text and "mindspore 1" in text
+
+    @pytest.mark.parametrize("changes, words", [
+        ({}, "latents and text states cached by both"), ({"random_flip": True}, "text states cached by both"),
+        ({"random_crop": True, "cache_text": False}, "nothing cached by either"),
+        ({"cache_text": False}, ", latents cached by both"), ({"cache_latents": False}, ", text states cached by both"),
+    ])  # fmt: skip
+    def test_it_says_what_was_cached(self, changes, words):
+        table = a_table([1])
+        table["recipe"].update(changes)
+        assert words in markdown(table, "")
 
     def test_losses_that_disagree_are_marked(self):
         table = a_table([1])

@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -516,14 +518,34 @@ class Comparison:
             },
             "drawing": {name: {key: result[key] for key in ("seconds", "peak_memory_mb")}
                         for name, result in drawn.items()},
-            "versions": trained[f"seed{self.args.seeds[0]}/diffusers"]["versions"],
+            "versions": {
+                "ours": {"python": platform.python_version(),
+                         **{name: metadata.version(name) for name in ("numpy", "mindspore")}},
+                "diffusers": trained[f"seed{self.args.seeds[0]}/diffusers"]["versions"],
+            },
         }  # fmt: skip
-        command = " ".join(shlex.quote(part) for part in ["python", "tools/eval/compare_diffusers.py", *sys.argv[1:]])
-        text = markdown(table, command)
+        text = markdown(table, shown_command(sys.argv[1:]))
         _write_json(self.output / "table.json", table)
         with atomic_path(self.output / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         print(f"\n{text}\n{self.output / 'table.md'}, table.json, curves/losses.png, grid_seed{self.args.seeds[0]}.png")
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """The command for the page that others read: this project's files as seen from its root, without the folders that
+    others on this machine lie in, and without the interpreter."""
+    parts = list(argv)
+    for i in reversed([i for i, part in enumerate(parts) if part.partition("=")[0] == "--reference_python"]):
+        del parts[i : i + (1 if "=" in parts[i] else 2)]
+
+    def shown(part: str) -> str:
+        flag, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
+        if not os.path.isabs(value):
+            return part
+        path = Path(value)
+        return flag + equals + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
+
+    return shlex.join(["python", "tools/eval/compare_diffusers.py", *map(shown, parts)])
 
 
 def check_expressible(model: ModelConfig) -> None:

@@ -173,7 +173,10 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         ])  # fmt: skip
     early = min(EARLY_STEPS, table["updates"])
     batch = recipe["train_batch_size"] * recipe["gradient_accumulation_steps"]
-    cached = "latents and text states cached by both" if recipe["cache_latents"] else "nothing cached by either"
+    kept = [what for what, is_kept in (
+        ("latents", recipe["cache_latents"] and not (recipe["random_crop"] or recipe["random_flip"])),
+        ("text states", recipe["cache_text"])) if is_kept]  # fmt: skip
+    cached = f"{' and '.join(kept)} cached by both" if kept else "nothing cached by either"
     networks = [scores[name] for name in ("image_network", "text_network")]
     notes = []
     if scores["real_clip_score"] is not None:
@@ -182,7 +185,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         notes.append(f"{data['prompts']} pictures are fewer than 2,048: an FID compares only within this table.")
     if any(network["compares_only_with_itself"] for network in networks):
         notes.append("Scores by the embedded nano CLIP compare only with one another, never with published ones.")
-    versions = ", ".join(f"{name} {value}" for name, value in table["versions"].items())
+    ours, theirs = (", ".join(f"{name} {value}" for name, value in table["versions"][side].items()) for side in SIDES)
     return "\n".join([
         f"# {base['file']}, LoRA on {data['folder']}",
         "",
@@ -213,7 +216,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         f"- base: {base['file']}, sha256 {base['sha256'][:16]}, {base['architecture']}",
         *(f"- {what} by {network['network']}, sha256 {network['sha256'][:16]}; {network['preprocessing']}"
           for what, network in zip(("FID and KID", "CLIP score"), networks)),
-        f"- diffusers' side: {versions}; tokens by this project's tokenizer on both sides",
+        f"- ours: {ours}; diffusers' side: {theirs}; tokens by this project's tokenizer on both sides",
         "",
     ])  # fmt: skip
 
