@@ -112,6 +112,8 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
         shape = tuple(parameter.shape)
         if tuple(arrays[name].shape) not in (shape, shape or (1,)):
             raise UserError(f"{weights.path}: {name} is {tuple(arrays[name].shape)}, wanted {shape}")
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{weights.path}: {name} holds values that are not finite: fetch the file again")
         parameter.set_data(Tensor(arrays[name].astype(np.float32).reshape(shape)))
     clip.set_train(False)
     return clip
@@ -186,11 +188,15 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
         raise UserError(f"{file} reads texts of {length} tokens; CLIP's tokenizer makes {CONTEXT_LENGTH}")
     patch = shape(f"{_VISION}embeddings.patch_embedding.weight", 4)
     positions = shape(f"{_VISION}embeddings.position_embedding.weight", 2)[0]
+    side = math.isqrt(max(positions - 1, 0))
+    if side < 1 or side**2 + 1 != positions:
+        raise UserError(f"{file} has {positions} positions in its image tower, wanted a square number of patches and "
+                        "one more")
     vocabulary, width = shape(f"{_TEXT}embeddings.token_embedding.weight", 2)
     return {
         "text": {"width": width, "num_layers": layers(_TEXT), "vocab_size": vocabulary},
         "vision": {"width": patch[0], "num_layers": layers(_VISION), "patch_size": patch[-1],
-                   "image_size": math.isqrt(positions - 1) * patch[-1]},
+                   "image_size": side * patch[-1]},
         "projection_dim": shape("visual_projection.weight", 2)[0],
     }
 
@@ -219,6 +225,10 @@ def _configured(path: Path, sizes: dict) -> dict:
         if width != sizes[tower]["width"]:
             raise UserError(f"{path} says that the {tower} tower is {width} wide, the weights {sizes[tower]['width']}: "
                             "they do not belong together")
+        layers = found.get("num_hidden_layers", sizes[tower]["num_layers"])
+        if layers != sizes[tower]["num_layers"]:
+            raise UserError(f"{path} says that the {tower} tower has {layers} layers, the weights have "
+                            f"{sizes[tower]['num_layers']}: they do not belong together, or the file is cut off")
         if not isinstance(heads, int) or heads < 1 or sizes[tower]["width"] % heads:
             raise UserError(f"{path}: {tower}_config.num_attention_heads is {heads!r}, which does not divide the width")
         if activation not in ("quick_gelu", "gelu"):

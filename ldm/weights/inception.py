@@ -81,6 +81,8 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: {sources[name]} is {array.shape}, wanted {shape}: this is another network")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {sources[name]} holds values that are not finite: fetch the file again")
+        if name.endswith("running_var") and (array < 0).any():
+            raise UserError(f"{path}: {sources[name]} is negative, which no variance is: fetch the file again")
         arrays[name] = array
     return arrays
 

@@ -78,7 +78,7 @@ def without(name):
     return lambda arrays: {key: array for key, array in arrays.items() if key != name}
 
 
-FIRST = "Conv2d_1a_3x3.conv.weight"
+FIRST, VARIANCE = "Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.bn.running_var"
 
 
 @pytest.mark.parametrize("change, answer", [
@@ -86,6 +86,7 @@ FIRST = "Conv2d_1a_3x3.conv.weight"
     (lambda a: {**a, "layer9.weight": np.zeros(3, np.float32)}, "1 are unknown"),
     (lambda a: {**a, FIRST: a[FIRST][:, :1]}, "another network"),
     (lambda a: {**a, FIRST: a[FIRST] * np.nan}, "not finite"),
+    (lambda a: {**a, VARIANCE: a[VARIANCE] - 5.0}, "negative"),
     (lambda a: {"unet.weight": np.zeros(3, np.float32)}, "470 of 470 arrays are missing"),
 ])
 def test_what_is_not_the_inception_is_refused(tmp_path, change, answer):
@@ -155,6 +156,10 @@ def test_a_long_text_keeps_its_end_token(tmp_path):
 SIZES = "its sizes are those of no model known here"
 
 
+POSITIONS = "vision_model.embeddings.position_embedding.weight"
+LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.items()}
+
+
 @pytest.mark.parametrize("change, config, answer", [
     (lambda a: a, None, SIZES),
     (without("text_projection.weight"), CONFIG, "1 arrays are missing"),
@@ -165,6 +170,12 @@ SIZES = "its sizes are those of no model known here"
     (lambda a: {**a, "vision_model.post_layernorm.weight": np.zeros(3, np.float32)}, CONFIG, "wanted"),
     (lambda a: {**a, "text_model.embeddings.position_embedding.weight": np.zeros((32, 32), np.float32)}, CONFIG,
      "32 tokens"),
+    (lambda a: {**a, "visual_projection.weight": a["visual_projection.weight"] * np.inf}, CONFIG, "not finite"),
+    (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "0 positions"),
+    (lambda a: {**a, POSITIONS: a[POSITIONS][:1]}, CONFIG, "1 positions"),
+    (lambda a: {**a, POSITIONS: a[POSITIONS][:16]}, CONFIG, "16 positions"),
+    (lambda a: {name: array for name, array in a.items() if ".layers.1." not in name}, LAYERS, "tower has 2 layers"),
+    (lambda a: {**a, "text_model.encoder.layers.0.other.weight": np.zeros(3, np.float32)}, CONFIG, "1 unknown"),
     (lambda a: a, {"text_config": {}}, "no vision_config"),
     (lambda a: a, [1], "no text_config"),
     (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 5}}, "does not divide"),
@@ -175,6 +186,30 @@ SIZES = "its sizes are those of no model known here"
 def test_what_is_not_a_whole_clip_is_refused(tmp_path, change, config, answer):
     with pytest.raises(UserError, match=answer):
         clip(hugging_face(tmp_path / "folder", change(clip_arrays()), config))
+
+
+def heads(weights) -> tuple[int, int]:
+    return weights.form["text"]["num_heads"], weights.form["vision"]["num_heads"]
+
+
+def test_heads_come_from_the_configuration_that_is_given_then_from_the_one_beside_the_weights(tmp_path):
+    folder = hugging_face(tmp_path / "folder", config={"text_config": {}, "vision_config": {}})
+    assert heads(read_clip(folder)) == (8, 12)  # Hugging Face leaves its defaults out
+    (tmp_path / "other.json").write_text(json.dumps(CONFIG))
+    assert heads(read_clip(folder, tmp_path / "other.json")) == (2, 3)
+
+
+def test_heads_of_a_published_model_are_known_by_its_sizes(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, "ViT-B/32", CLIP_FORM)
+    weights = read_clip(hugging_face(tmp_path / "folder", config=None))
+    assert heads(weights) == (2, 3) and "ViT-B/32" in weights.name
+    assert read_clip(weights.path, model_name="openai/clip-vit-base-patch32").form == weights.form
+
+
+def test_positions_that_older_files_count_out_are_passed_over(tmp_path):
+    counted = {f"{tower}_model.embeddings.position_ids": np.arange(3)[None] for tower in ("text", "vision")}
+    weights = read_clip(hugging_face(tmp_path / "folder", {**clip_arrays(), **counted}))
+    assert set(weights.arrays) == set(clip_arrays())
 
 
 def test_another_model_than_the_one_named_is_refused(tmp_path):
