@@ -23,8 +23,9 @@ def save(path, value=0, size=(4, 4)):
 def test_pictures_are_found_sorted_by_name_whatever_their_kind(tmp_path):
     for name in ("b.JPG", "a.png", "00010.webp", "00009.bmp", ".a.12.partial.png"):
         save(tmp_path / name)
+    Image.new("L", (4, 4)).save(tmp_path / "c.pgm")
     (tmp_path / "prompts.txt").write_text("a\n")
-    assert [path.name for path in find_images(tmp_path)] == ["00009.bmp", "00010.webp", "a.png", "b.JPG"]
+    assert [path.name for path in find_images(tmp_path)] == ["00009.bmp", "00010.webp", "a.png", "b.JPG", "c.pgm"]
 
 
 def test_a_picture_alone_is_one(tmp_path):
@@ -94,6 +95,32 @@ def test_openais_preprocessing_cuts_the_middle_out_and_squash_keeps_all():
     squashed = clip_pixels(clip_input(image, 9, "squash"))
     np.testing.assert_allclose(squashed[:, :, [0, 8]], 0, atol=0.01)
     np.testing.assert_allclose(squashed[:, :, 4], 1, atol=0.01)
+
+
+def test_the_middle_is_cut_out_of_tall_pictures_too_and_a_square_is_squashed_both_ways():
+    pixels = np.zeros((30, 10, 3), np.uint8)
+    pixels[10:20] = 255
+    image = Image.fromarray(pixels)
+    np.testing.assert_allclose(clip_pixels(clip_input(image, 8))[:, 2:-2], 1, atol=0.01)
+    squashed = clip_pixels(clip_input(image, 9, "squash"))
+    np.testing.assert_allclose(squashed[:, [0, 8]], 0, atol=0.01)
+    np.testing.assert_allclose(squashed[:, 4], 1, atol=0.01)
+
+
+def test_clips_pictures_are_scaled_bicubically():
+    """Which overshoots at an edge; bilinear scaling does not."""
+    pixels = np.full((4, 4, 3), 50, np.uint8)
+    pixels[:, 2:] = 200
+    scaled = clip_pixels(clip_input(Image.fromarray(pixels), 32)) * 255
+    assert scaled.min() < 45 and scaled.max() > 205
+
+
+def test_formats_that_start_a_program_are_not_opened(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "EPS"
+    with pytest.raises(Image.UnidentifiedImageError):
+        open_plain(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("size", [(224, 224), (300, 200), (31, 977), (1, 1), (5000, 3)])

@@ -56,6 +56,7 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
                  f"FID: {found['fid']:.6g}", f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}"):
         assert text in printed
     assert found["generated"]["broken"][0]["file"].endswith("00009.png")
+    assert "no picture" in found["generated"]["broken"][0]["fault"]
     assert (found["real"]["images"], found["generated"]["images"]) == (6, 5)
     assert found["fid"] > 0 and found["compares_only_with_itself"]
 
@@ -137,6 +138,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
     (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
     (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
     (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
+    (fid, (*REAL, *MADE, "--ckpt_path", ""), "is a folder"),  # of a variable that is not set: no other network instead
     (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG picture"),
     (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "nowhere.txt"), "nowhere.txt does not exist"),

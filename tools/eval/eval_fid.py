@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.metrics.evaluate import PictureSet, distances, measure_pictures, saved_pictures
     from ldm.metrics.networks import inception, nano_clip
 
-    network = inception(args.ckpt_path) if args.ckpt_path else nano_clip()
+    network = inception(args.ckpt_path) if args.ckpt_path is not None else nano_clip()
     print_network(network)
     batch_size = min(args.batch_size, max(map(len, pictures.values()), default=1))
 
