@@ -179,13 +179,14 @@ class Mixed(nn.Cell):
         self.shared = tuple((branch.chain[0].height, branch.chain[0].width) == (1, 1) for branch in block.branches)
         firsts = [branch.chain[0] for branch, shared in zip(block.branches, self.shared) if shared]
         edges = np.cumsum([0] + [conv.channels for conv in firsts])
-        self.slices = tuple((int(a), int(b)) for a, b in zip(edges, edges[1:]))
+        self.places = tuple((int(a), int(b - a)) for a, b in zip(edges, edges[1:]))
         self.rectified = int(edges[-1])
         names = [conv.name for conv in firsts]
         if block.pool == "average":
             names.append("branch_pool")
         merged = Conv("first", self.rectified + (block.pool_channels if block.pool == "average" else 0))
         self.first = Convolution(in_channels, merged, tuple(f"{block.name}.{name}" for name in names))
+        self.cut = ops.Slice()  # copies blocks, where indexing would go number by number
         self.rest = nn.CellList([
             MixedBranch(block.name, branch, branch.chain[0].channels if shared else in_channels,
                         branch.chain[1:] if shared else branch.chain)
@@ -202,17 +203,18 @@ class Mixed(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         first = self.first(x)
-        rectified = self.relu(first[:, : self.rectified])
+        n, channels, height, width = first.shape
         outputs, used = (), 0
         for i in range(len(self.shared)):
             taken = x
             if self.shared[i]:
-                begin, end = self.slices[used]
-                taken = rectified[:, begin:end]
+                begin, count = self.places[used]
+                taken = self.relu(self.cut(first, (0, begin, 0, 0), (n, count, height, width)))
                 used += 1
             outputs += (self.rest[i](taken),)
         if self.pool == "average":
-            pooled = self.relu(self.average(first[:, self.rectified:]))
+            size = (n, channels - self.rectified, height, width)
+            pooled = self.relu(self.average(self.cut(first, (0, self.rectified, 0, 0), size)))
         elif self.pool == "maximum":
             pooled = self.branch_pool(self.maximum(x))
         else:
