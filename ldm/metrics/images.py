@@ -21,6 +21,7 @@ from ldm.errors import UserError
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CLIP_PREPROCESSING = ("openai", "squash")
+STRIP = 20  # times as long as wide
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -92,6 +93,10 @@ def clip_input(image: Image.Image, size: int = 224, how: str = "openai") -> np.n
     width, height = image.size
     if how == "openai":
         short = min(width, height)
+        if max(width, height) > STRIP * short:
+            # Scaled whole, a strip of 1 x 20,000 pixels takes 4 GB. Its middle alone differs at the edges of the cut.
+            box = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
+            image, width, height = image.resize((size, size), Image.Resampling.BICUBIC, box=box), short, short
         width, height = (max(size, int(size * side / short)) for side in (width, height))
     elif how == "squash":
         width = height = size

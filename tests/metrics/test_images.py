@@ -115,6 +115,22 @@ def test_clips_pictures_are_scaled_bicubically():
     assert scaled.min() < 45 and scaled.max() > 205
 
 
+def test_a_strip_is_never_scaled_whole(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def watched(self, size, *args, **options):
+        sizes.append(size)
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    pixels = np.zeros((1, 2001, 3), np.uint8)
+    pixels[:, 1000] = 255
+    for strip in (pixels, pixels.transpose(1, 0, 2)):
+        prepared = clip_pixels(clip_input(Image.fromarray(np.ascontiguousarray(strip)), 8))
+        np.testing.assert_allclose(prepared, 1, atol=1e-6)  # the square in the middle
+    assert max(map(max, sizes)) <= 20 * 8
+
+
 def test_formats_that_start_a_program_are_not_opened(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
     with Image.open(tmp_path / "a.png") as image:
