@@ -94,7 +94,7 @@ def clip_input(image: Image.Image, size: int = 224, how: str = "openai") -> np.n
     if how == "openai":
         short = min(width, height)
         if max(width, height) > STRIP * short:
-            # Scaled whole, a strip of 1 x 20,000 pixels takes 4 GB. Its middle alone differs at the edges of the cut.
+            # The same by the middle alone: scaled whole, a strip of 1 x 20,000 pixels takes 4 GB.
             box = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
             image, width, height = image.resize((size, size), Image.Resampling.BICUBIC, box=box), short, short
         width, height = (max(size, int(size * side / short)) for side in (width, height))

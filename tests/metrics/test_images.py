@@ -123,12 +123,15 @@ def test_a_strip_is_never_scaled_whole(monkeypatch):
         return resize(self, size, *args, **options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    pixels = np.zeros((1, 2001, 3), np.uint8)
-    pixels[:, 1000] = 255
-    for strip in (pixels, pixels.transpose(1, 0, 2)):
-        prepared = clip_pixels(clip_input(Image.fromarray(np.ascontiguousarray(strip)), 8))
-        np.testing.assert_allclose(prepared, 1, atol=1e-6)  # the square in the middle
-    assert max(map(max, sizes)) <= 20 * 8
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 2001, 3), np.uint8)
+    for strip in (pixels, np.ascontiguousarray(pixels.transpose(1, 0, 2))):
+        image = Image.fromarray(strip)
+        prepared = clip_pixels(clip_input(image, 8))
+        assert max(map(max, sizes)) <= 20 * 8
+        left, top = (4 * (side - 1) for side in image.size)
+        whole = resize(image, (8 * image.width, 8 * image.height), Image.Resampling.BICUBIC)
+        expected = np.asarray(whole.crop((left, top, left + 8, top + 8)), np.float32).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(prepared, expected, atol=1.5 / 255)
 
 
 def test_formats_that_start_a_program_are_not_opened(tmp_path):
