@@ -19,6 +19,7 @@ class Turns:
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+        sys.stdout.reconfigure(line_buffering=True)  # else what was printed would follow the last error, at the end
         self.begin = time.perf_counter()
 
     def serve(self, call: Callable[[], Any], versions: dict[str, str]) -> None:
