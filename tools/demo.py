@@ -31,6 +31,7 @@ from tools.grid import draw_grid  # noqa: E402
 from tools.nano.pictures import evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
+LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes (docs/nano.md)
 
 
 def call(*command: str) -> None:
@@ -98,7 +99,8 @@ def main() -> None:
     lora = output / "lora" / "ckpt" / "lora.ckpt"
     drawing = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
     call(*drawing, "--output_path", str(output / "base"))
-    call(*drawing, "--output_path", str(output / "with_lora"), "--use_lora", "True", "--lora_ckpt_path", str(lora))
+    call(*drawing, "--output_path", str(output / "with_lora"), "--use_lora", "True", "--lora_ckpt_path", str(lora),
+         "--lora_scale", LORA_SCALE)
 
     pictures = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": pictures[0], "with LoRA": pictures[1], "the real picture": [row.path for row in rows]}

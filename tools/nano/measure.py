@@ -2,7 +2,7 @@ r"""Measure the embedded model, and what a LoRA makes of it.
 
     python -m tools.nano.measure --output_path output/nano/measure
     python -m tools.nano.measure --output_path output/nano/measure_lora \
-        --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt
+        --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt --lora_scale 0.8
 
 Without a LoRA: the autoencoder's PSNR on Noto's held-out pictures; for 200 captions of the base's concepts, how often
 the real picture is among the 5 nearest of all the base's pictures, by pixels (16x16 RGB, L2) and by the nano CLIP's
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, required=True, help="folder of the grid and measure.json")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of nano.safetensors and clip.safetensors")
     parser.add_argument("--lora_ckpt_path", type=Path, help="a LoRA for emoji_fluent_hc")
+    parser.add_argument("--lora_scale", type=float, default=1.0, help="its weight")
     parser.add_argument("--captions", type=int, help="how many are drawn; default 200, with a LoRA all held-out ones")
     parser.add_argument("--scale", type=float, default=4.0, help="guidance")
     parser.add_argument("--seed", type=int, default=1)
@@ -112,9 +113,9 @@ def main() -> None:
         held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         texts, real = [p.text for p in held_out], np.stack([p.pixels for p in held_out])
         base = pictures_of(texts)
-        apply_lora(model, config, args.lora_ckpt_path)
+        apply_lora(model, config, args.lora_ckpt_path, args.lora_scale)
         made = pictures_of(texts)
-        result["prompts"] = len(texts)
+        result["prompts"], result["lora_scale"] = len(texts), args.lora_scale
         result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)
         result["chroma_share"] = result["chroma_lora"] / result["chroma_base"]
         features = clip.of_pixels(real)
