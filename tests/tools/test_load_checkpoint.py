@@ -58,7 +58,8 @@ def larger(tmp_path_factory):
 def test_loading_takes_no_more_than_1_25_times_the_weights(larger):
     found = load_checkpoint.in_a_process("load", str(larger), str(larger.with_suffix(".safetensors")))
     assert found["weights"] > 100e6
-    assert found["weights"] * 0.95 < found["RssAnon"] < found["weights"] * 1.25
+    # the lower bound: that it was measured at all; some of the weights go where importing left room
+    assert found["weights"] * 0.8 < found["RssAnon"] < found["weights"] * 1.25
     assert found["VmRSS"] < found["weights"] * 1.25
 
 
