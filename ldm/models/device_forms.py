@@ -167,13 +167,21 @@ class ElementaryLayerNorm(nn.Cell):
                 self.product_tn(ones, dout).reshape(bias.shape))
 
 
+@ops.constexpr
+def greatest_common_divisor(a: int, b: int) -> int:
+    return math.gcd(a, b)
+
+
 class ElementaryGroupNorm(nn.Cell):
     """Group normalisation likewise: 0.9 ms against 2.6 forward, 1.8 against 4.7 with the backward pass (16 x 64 x 16 x
     16, one core); 2.7 against 11.5 and 6.3 against 22 for 1 x 320 x 64 x 64.
 
     All that differs by channel, the weight above all, is worked out on tensors of (N, groups, channels in a group)
-    before it is spread over the pixels.
+    before it is spread over the pixels. Means are taken in parts: in one piece a million squares, as in the autoencoder
+    at 512 pixels, are off by 2e-5, which made 7e-5 of the decoded picture; in parts by 1e-7.
     """
+
+    PART = 4096
 
     def __init__(self, num_groups: int, eps: float):
         super().__init__()
@@ -181,13 +189,19 @@ class ElementaryGroupNorm(nn.Cell):
         self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
         self.sum_pictures, self.sqrt, self.tile = ops.ReduceSum(), ops.Sqrt(), ops.Tile()
 
+    def mean_of_rows(self, x: Tensor) -> Tensor:
+        """(rows, values) -> (rows, 1)"""
+        rows, values = x.shape
+        part = greatest_common_divisor(values, self.PART)
+        return self.mean(self.mean(x.reshape(rows * values // part, part), -1).reshape(rows, values // part), -1)
+
     def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x less its group's mean (N C, H W), and 1 / deviation (N, groups, 1)."""
         n, c, h, w = x.shape
         values = c // self.num_groups * h * w
         x = x.reshape(n * self.num_groups, values)
-        x = x - self.tile(self.mean(x, -1), (1, values))
-        inverse = 1.0 / self.sqrt(self.mean(x * x, -1) + self.eps)
+        x = x - self.tile(self.mean_of_rows(x), (1, values))
+        inverse = 1.0 / self.sqrt(self.mean_of_rows(x * x) + self.eps)
         return x.reshape(n * c, h * w), inverse.reshape(n, self.num_groups, 1)
 
     def by_channel(self, values: Tensor, shape: tuple) -> Tensor:

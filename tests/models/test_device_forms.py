@@ -121,6 +121,15 @@ def test_group_norm(device, shape):
         np.testing.assert_allclose(ours, plain, atol=1e-3)
 
 
+def test_group_norm_of_a_large_picture_is_as_exact_as_of_a_small_one():
+    """A sum of a million squares, one after the other in fp32, would be off by 2e-5."""
+    x, ones, zeros = normal(1, 4, 512, 512) + 0.5, np.ones(4, np.float32), np.zeros(4, np.float32)
+    norm = device_forms.ElementaryGroupNorm(1, 1e-6)
+    y = norm(Tensor(x), Tensor(ones), Tensor(zeros)).asnumpy()
+    expected = (x - x.mean(dtype=np.float64)) / np.sqrt(x.var(dtype=np.float64) + 1e-6)
+    assert np.abs(y - expected).max() < 3e-6
+
+
 @pytest.mark.parametrize("shape", [(5, 8), (1, 3)], ids=str)
 def test_layer_norm(device, shape):
     x, bias, weight = 2 * normal(*shape) + 300, normal(shape[1], seed=1), normal(*shape, seed=2)
