@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 # Before MindSpore is imported, here or in a process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
@@ -13,6 +15,17 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+
+
+def dump_graphs(module: str, folder: Path) -> None:
+    """Run a module that compiles graphs and writes them into `folder`, in a process of its own."""
+    run = subprocess.run([sys.executable, "-m", module, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def validated_graphs(folder: Path) -> str:
+    """The text of the graphs there as they are after the compiler's last check."""
+    return "".join(path.read_text(errors="replace") for path in folder.glob("*_validate_*.ir"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ documentation string under "Supported Platforms". What has none is listed in doc
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mindspore
@@ -16,7 +14,7 @@ import pytest
 from mindspore import mint, nn, ops
 from mindspore.ops import auto_generate
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, dump_graphs, validated_graphs
 
 # How a graph is held together; no kernel stands behind these.
 STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Switch", "TupleGetItem", "UpdateState"}
@@ -28,13 +26,10 @@ PLUGINS = ("libmindspore_ops_ascend.so", "libmindspore_ascend.so.2", "ascend/lib
 def operators(tmp_path_factory):
     """Graph -> the names of its operators."""
     folder = tmp_path_factory.mktemp("graphs")
-    run = subprocess.run([sys.executable, "-m", "tests.ascend_graphs", str(folder)], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    dump_graphs("tests.ascend_graphs", folder)
     found = {}
     for graph in GRAPHS:
-        text = "".join(path.read_text(errors="replace") for path in (folder / graph).glob("*_validate_*.ir"))
-        names = re.findall(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(", text, re.M)
+        names = re.findall(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(", validated_graphs(folder / graph), re.M)
         found[graph] = set(names) - STRUCTURE
     return found
 

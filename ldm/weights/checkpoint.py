@@ -31,9 +31,6 @@ class Arrays(Mapping):
     def shape(self, name: str) -> tuple[int, ...]:
         return self.spec(name)[1]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self.shape(name) for name in self}
-
     def release(self, name: str) -> None:
         """Say that the memory which reading `name` took is not needed any more."""
 

@@ -50,7 +50,6 @@ class ComponentReport:
 class LoadReport:
     """What loading a file did: per component, with the keys that were left out counted by reason."""
 
-    path: str
     family: str
     components: dict[str, ComponentReport]
     ignored: dict[str, int]
@@ -159,7 +158,7 @@ def compare(
             ignored[f"{LABELS[component]}, not asked for"] += 1
         else:
             reports.setdefault(component, ComponentReport()).unexpected.append(name)
-    return LoadReport(str(checkpoint.path), plan.family, reports, dict(ignored))
+    return LoadReport(plan.family, reports, dict(ignored))
 
 
 def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str:

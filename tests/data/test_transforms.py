@@ -247,6 +247,6 @@ def test_a_damaged_picture_never_ends_in_an_unforeseen_error(tmp_path, monkeypat
             content[place] = rng.integers(256)
         path.write_bytes(content)
         try:
-            open_rgb(path)
+            assert open_rgb(path).mode == "RGB"
         except PICTURE_ERRORS:
             pass

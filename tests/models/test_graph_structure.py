@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import dump_graphs, validated_graphs
 
 # Transpose keeps twice its output, the exact and the default GELU four times.
 KEEPING = {"Transpose", "TransposeView", "GeLU", "GeLUGrad", "Gelu", "GeluGrad"}
@@ -45,11 +43,9 @@ def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tup
 def nodes(tmp_path_factory):
     """(operator, input shapes, output shapes) of every node of the LoRA training graph of the tiny UNet."""
     folder = tmp_path_factory.mktemp("graph")
-    run = subprocess.run([sys.executable, "-m", "tests.cpu_graph", str(folder)], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    text = "".join(path.read_text(errors="replace") for path in folder.glob("*_validate_*.ir"))
-    return [(name, shapes(inputs), shapes(outputs)) for name, inputs, outputs in LINE.findall(text)]
+    dump_graphs("tests.cpu_graph", folder)
+    lines = LINE.findall(validated_graphs(folder))
+    return [(name, shapes(inputs), shapes(outputs)) for name, inputs, outputs in lines]
 
 
 def test_the_graph_is_read(nodes):
