@@ -67,11 +67,7 @@ class Converted(Arrays):
         dtype, shape = self.spec(name)
         parts = [self._canonical[part] for part in self._made[name].names]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        with np.errstate(over="ignore"):
-            cast = array.reshape(shape).astype(dtype, copy=False)
-        if cast.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all() and np.isfinite(array).all():
-            raise UserError(f"{name} has values up to {np.abs(array).max():g}, too large for fp16: keep fp32 (--dtype)")
-        return cast
+        return _cast(name, array.reshape(shape), dtype)
 
     def release(self, name: str) -> None:
         if name in self._made:
@@ -84,6 +80,14 @@ class Converted(Arrays):
 
     def __len__(self) -> int:
         return len(self._made) + len(self._constants)
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if cast.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all() and np.isfinite(array).all():
+        raise UserError(f"{name} has values up to {np.abs(array).max():g}, too large for fp16: keep fp32 (--dtype)")
+    return cast
 
 
 def convert(
@@ -168,7 +172,10 @@ def convert(
                 constants[POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
             if plan.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
                 kept = [name for name in plan.ignored if compvis.is_published(name)]
-                constants.update({name: checkpoint[name] for name in kept})
+                for name in kept:
+                    array = checkpoint[name]
+                    is_weight = "." in name and array.dtype.kind == "f"  # the noise schedule's names have no dot
+                    constants[name] = _cast(name, array, DTYPES[dtype] or array.dtype) if is_weight else array
                 report.ignored = dict(Counter(report.ignored) - Counter(plan.ignored[name] for name in kept))
             metadata["format"] = "pt"
         elif form == "mindone":
