@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from ldm.config.model import load_model_config
 from ldm.lora.formats import detect_format, read_lora, write_lora
-from ldm.lora.formats.cloneofsimo import CLASSES, in_order
+from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
 from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRALayer, LoRAState, merge_lora
 from tests.golden import make_lora_formats as maker
@@ -141,6 +141,14 @@ class TestWrittenHere:
                 theirs = (loaded[2 * i].float() @ loaded[2 * i + 1].float()).numpy()
                 limit = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}[dtype]
                 assert relative_error(layer.update().reshape(theirs.shape), theirs) < limit
+
+    def test_pytorch_loads_the_embedding(self, tmp_path):
+        vectors = {f"<s{i}>": np.random.default_rng(i).standard_normal(768).astype(np.float32) for i in range(2)}
+        write_embedding(tmp_path / "tokens.pt", vectors)
+        loaded = torch.load(tmp_path / "tokens.pt", weights_only=True)
+        assert loaded.keys() == {"string_to_token", "string_to_param", "name"} and loaded["name"] == ""
+        assert loaded["string_to_token"]["*"] == torch.tensor(265)
+        np.testing.assert_array_equal(loaded["string_to_param"]["*"].numpy(), list(vectors.values()))
 
 
 class TestWrittenThere:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 ROOT = Path(__file__).resolve().parents[2]
 TO_Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 Q = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+NANO_BASE = str(ROOT / "models" / "nano" / "nano.safetensors")
 VAE = "first_stage_model.decoder.conv_in.weight"
 
 
@@ -424,3 +426,41 @@ class TestWholeModel:
         found = read_lora(tmp_path / "found.ckpt")
         assert found.layers.keys() == state.layers.keys()
         assert difference(found, weighted_sum([(state, 0.5)])) < 1e-4
+
+
+class TestLearnedTokens:
+    """upl-ckpt-v2 onto the embedded nano, of LoRAs of cloneofsimo's with textual inversion in them."""
+
+    def lora(self, target, **vectors):
+        write_lora(target, random_state(known_bases()[2], rank=2, only="to_q", component="unet"), "cloneofsimo")
+        arrays, metadata = read_checkpoint(target)
+        write_checkpoint(target, {**arrays, **{f"<{name}>": vector for name, vector in vectors.items()}}, metadata)
+        return str(target)
+
+    def test_are_written_as_an_embedding(self, tmp_path, capsys):
+        one = self.lora(tmp_path / "one.safetensors", s2=normal(8, seed=2), s1=normal(8, seed=1))
+        two = self.lora(tmp_path / "two.safetensors", fox=normal(8, seed=3))
+        lora_add.main([NANO_BASE, one, str(tmp_path / "out.safetensors"), "--paths", two, "--mode", "upl-ckpt-v2"])
+        assert "out.pt: <s1>, <s2>, <fox>, in this order" in capsys.readouterr().out
+        with zipfile.ZipFile(tmp_path / "out.pt") as archive:  # tests/parity reads it with torch.load
+            vectors = np.frombuffer(archive.read("archive/data/1"), np.float32).reshape(3, 8)
+        np.testing.assert_array_equal(vectors, [normal(8, seed=i) for i in (1, 2, 3)])
+        with pytest.raises(UserError, match="out.pt exists already, the learned tokens would go there"):
+            lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--mode", "upl-ckpt-v2"])
+        assert not (tmp_path / "out.ckpt").exists()
+
+    def test_are_not_written_by_upl(self, tmp_path):
+        one = self.lora(tmp_path / "one.safetensors", s1=normal(8))
+        lora_add.main([NANO_BASE, one, str(tmp_path / "out.safetensors"), "--mode", "upl"])
+        assert not list(tmp_path.glob("*.pt"))
+
+    @pytest.mark.parametrize("other, words", [
+        ({"s1": normal(8)}, "the token <s1> is in another of the LoRAs too"),
+        ({"s2": normal(9)}, "the token <s2> has another width than those before it"),
+    ])  # fmt: skip
+    def test_that_clash_are_refused(self, tmp_path, other, words):
+        one = self.lora(tmp_path / "one.safetensors", s1=normal(8))
+        two = self.lora(tmp_path / "two.safetensors", **other)
+        with pytest.raises(UserError, match=words):
+            lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--paths", two, "--mode", "upl-ckpt-v2"])
+        assert not list(tmp_path.glob("out*"))

@@ -12,7 +12,8 @@ modes:
   ljl          as sum, with weight 1 each: ranks joined side by side
   upl          path_1 is a base model in any form, the rest are LoRAs: base + alpha * LoRA, in the base's own form (a
                diffusers folder stays one)
-  upl-ckpt-v2  as upl, written as one file in fp16: .safetensors (the published names) or .ckpt (mindone's)
+  upl-ckpt-v2  as upl, written as one file in fp16: .safetensors (the published names) or .ckpt (mindone's). Tokens that
+               cloneofsimo's LoRAs learned go into a .pt of the same name, an embedding for A1111's web UI
 
 A weight after a path (FILE:0.7) holds in the place of alpha, a second one (FILE:0.7:0.3) is the text encoder's.
 """
@@ -24,15 +25,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
 from ldm.errors import UserError, run  # noqa: E402
 from ldm.lora.algebra import difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
-from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.paths import weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
+from ldm.weights.read import open_checkpoint  # noqa: E402
 
 MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
 
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for text, (state, weights) in zip(texts, weighted):
         print(f"{text}: {state}; weight {weights}")
     if bases:
-        add_to_base(args, weighted)
+        add_to_base(args, weighted, texts)
     else:
         add_loras(args, weighted)
 
@@ -75,18 +80,39 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]
     print(f"{args.output_path}: {result}")
 
 
-def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
-    """Base and LoRAs."""
+def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]], texts: list[str]) -> None:
+    """Base and LoRAs; `texts` are the LoRAs' paths as given."""
     for flag in ("rank", "energy", "to", "dtype"):
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
     base = open_base(args.path_1)
     merged = Merged(base, plan_base(base), weighted_sum(weighted))
-    if args.mode == "upl":
-        write_base(args.output_path, merged, base)
-    else:
+    tokens, beside = {}, args.output_path.with_suffix(".pt")
+    if args.mode == "upl-ckpt-v2":
+        tokens = tokens_of(texts)
+        if tokens and beside.exists():
+            raise UserError(f"{beside} exists already, the learned tokens would go there: choose another --output_path")
         write_published(args.output_path, merged, base)
+    else:
+        write_base(args.output_path, merged, base)
     print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
+    if tokens:
+        write_embedding(beside, tokens)
+        print(f"{beside}: {', '.join(tokens)}, in this order, as one embedding: its file name is its word in a prompt")
+
+
+def tokens_of(texts: list[str]) -> dict[str, np.ndarray]:
+    """The learned tokens that lie in the LoRAs' files, given by their paths: token -> vector."""
+    tokens: dict[str, np.ndarray] = {}
+    for file in (file for text in texts for file in lora_files(weighted_path(text, "LoRA")[0])):
+        for token, vector in learned_tokens(open_checkpoint(file)).items():
+            if token in tokens:
+                raise UserError(f"{file}: the token {token} is in another of the LoRAs too: add one of the two only")
+            if any(vector.shape != other.shape for other in tokens.values()):
+                raise UserError(f"{file}: the token {token} has another width than those before it: it is damaged, or "
+                                "made for another model")
+            tokens[token] = vector
+    return tokens
 
 
 def read(text: str, with_text_lora: bool) -> LoRAState:

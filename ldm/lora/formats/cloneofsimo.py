@@ -24,10 +24,10 @@ from ldm.config.model import model_metadata
 from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module, known_bases
-from ldm.lora.formats.torch_list import write_torch_list
 from ldm.lora.state import LoRALayer, LoRAState
 from ldm.weights.names import LABELS, same_up_to_1x1
 from ldm.weights.read import Checkpoint, open_checkpoint
+from ldm.weights.torch_writer import write_torch
 
 COMPONENTS = ("unet", "text_encoder")
 # diffusers' and transformers' classes, and what the names of the layers within them contain.
@@ -92,7 +92,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
         if found:
             component, index, half = found.groups()
             factors.setdefault(component, {}).setdefault(int(index), {})[half] = key
-        elif key.startswith("<") and key.endswith(">"):
+        elif _is_token(key):
             tokens.append(key)
         else:
             raise UserError(f"{path}: {key} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?")
@@ -168,9 +168,25 @@ def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
         raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder: move it away")
     for component, (_, row) in rows.items():
         flat = [array for layer in row for array in (layer.up, layer.down)]
-        write_torch_list(path if component == "unet" else beside, flat, dtype)
+        write_torch(
+            path if component == "unet" else beside,
+            [np.ascontiguousarray(pairs.as_dtype(array, dtype, f"{path}: array {i}")) for i, array in enumerate(flat)],
+        )
     if "text_encoder" in rows:
         log.info("%s: its text encoder is %s", path, beside.name)
+
+
+def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Textual inversion's vectors, (channels,) fp32 each, that lie beside a LoRA: token -> vector, in order of name."""
+    return {key: np.asarray(checkpoint[key], np.float32) for key in sorted(checkpoint) if _is_token(key)}
+
+
+def write_embedding(path: Path, tokens: dict[str, np.ndarray]) -> None:
+    """Write learned tokens as the original does for A1111's web UI: one embedding of as many vectors, in a .pt."""
+    token_of_star = np.array(265, np.int64)
+    write_torch(path, {
+        "string_to_token": {"*": token_of_star}, "string_to_param": {"*": np.stack(list(tokens.values()))}, "name": "",
+    })  # fmt: skip
 
 
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
@@ -191,6 +207,10 @@ def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, 
         return (first.setdefault(block.group(1), index), within_block[block.group(2)]) if block else (index, 0)
 
     return [module for _, module in sorted(enumerate(chosen), key=place)]
+
+
+def _is_token(key: str) -> bool:
+    return key.startswith("<") and key.endswith(">")
 
 
 def _row(checkpoint: Checkpoint) -> list[LoRALayer]:

@@ -12,9 +12,11 @@ from ldm.lora.formats.cloneofsimo import in_order
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRAState
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.torch_writer import write_torch
 from tests.lora.formats.files import assert_same_updates, random_state
 
 NANO = known_bases()[2]
+UP, DOWN = np.ones((64, 2), np.float32), np.ones((2, 64), np.float32)
 PUBLISHED = ("CrossAttention", "Attention", "GEGLU")
 
 
@@ -189,15 +191,11 @@ class TestWriting:
         assert checkpoint.spec("0")[0] == np.float16
 
     def test_a_list_of_an_odd_length(self, tmp_path):
-        from ldm.lora.formats.torch_list import write_torch_list
-
-        write_torch_list(tmp_path / "lora.pt", [np.ones((64, 2)), np.ones((2, 64)), np.ones((64, 2))], "fp32")
+        write_torch(tmp_path / "lora.pt", [UP, DOWN, UP])
         with pytest.raises(UserError, match="half of a pair is missing"):
             read_lora(tmp_path / "lora.pt")
 
     def test_a_list_in_no_known_order(self, tmp_path):
-        from ldm.lora.formats.torch_list import write_torch_list
-
-        write_torch_list(tmp_path / "lora.pt", [np.ones((64, 2)), np.ones((2, 64))], "fp32")
+        write_torch(tmp_path / "lora.pt", [UP, DOWN])
         with pytest.raises(UserError, match="its 1 pairs for the UNet are in no order of layers of SD1.x or SD2.x or"):
             read_lora(tmp_path / "lora.pt")
