@@ -56,6 +56,14 @@ def check_folder(folder: Path, name: str) -> None:
         return
 
 
+def check_free(path: str | Path) -> None:
+    """Raise UserError where `path` is there already: what a tool writes never takes the place of something else. An
+    empty folder is in nobody's way."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not os.listdir(path)):
+        raise UserError(f"{path} exists: choose another name, or remove it first")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the system refuses within the block (a full disk, a missing permission) into a UserError."""

@@ -26,6 +26,7 @@ from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
 from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
+from ldm.paths import check_free
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.checkpoint import Arrays, Checkpoint
@@ -202,8 +203,7 @@ def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
 
 
 def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
-    if path.exists():
-        raise UserError(f"{path} exists already: give the name of a folder to be made")
+    check_free(path)
     try:
         with atomic_folder(path) as folder:
             shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)

@@ -15,6 +15,7 @@ from ldm.atomic import atomic_path
 from ldm.config.model import ModelConfig, load_model_config, model_document, model_metadata
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
+from ldm.paths import check_free
 from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
 from ldm.weights.base import open_base, plan_base
@@ -224,8 +225,7 @@ def _form(target: Path, form: str | None) -> str:
     if suffix not in wanted:
         words = " or ".join(suffix or "a folder's name, without suffix" for suffix in wanted)
         raise UserError(f"{target} is no name for the format {form}, which wants {words}")
-    if target.exists() and not (form == "diffusers" and target.is_dir() and not os.listdir(target)):
-        raise UserError(f"{target} exists: choose another name, or remove it first")
+    check_free(target)
     return form
 
 

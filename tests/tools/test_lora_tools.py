@@ -241,7 +241,7 @@ class TestBaseAndLoRA:
         assert (out / "unet" / "config.json").exists()
         # not the weights of the base in another type: a reader that prefers them would not see the LoRA
         assert [path.name for path in (out / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="exists: choose another name"):
             lora_add.main([str(root), paths["one"], str(out), "1.0", "--mode", "upl"])
 
     @pytest.mark.parametrize("flag", [("--rank", "2"), ("--energy", "0.9"), ("--to", "kohya"), ("--dtype", "fp16")])
@@ -357,6 +357,25 @@ def test_a_tool_runs_from_anywhere_and_ends_with_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "error: LoRA a.ckpt does not exist: check the path"
 
 
+@pytest.mark.parametrize("tool, flags", [
+    (lora_add, "--path_1 IN --path_2 IN --output_path OUT"),
+    (lora_add, "--mode upl --path_1 BASE --path_2 IN --output_path OUT"),
+    (cvtckpt, "--mode embed --model_ckpt BASE --lora_ckpt IN --out_ckpt OUT"),
+    (cvtckpt, "--mode extract --model_ckpt BOTH --out_ckpt new.ckpt --out_base OUT"),
+    (cvtckpt, "--mode merge --model_ckpt BASE --lora_ckpt IN --out_ckpt OUT"),
+    (extract_lora, "--base_model BASE --target_model BASE --save_path OUT"),
+    (resize_lora, "--source IN --target OUT --rank 1"),
+])  # fmt: skip
+def test_nothing_takes_the_place_of_a_file(files, base, monkeypatch, tool, flags):
+    tmp_path, paths = files
+    monkeypatch.chdir(tmp_path)
+    Path("out.ckpt").write_text("dear")
+    places = {"IN": paths["one"], "BASE": base[0], "BOTH": base[0], "OUT": "out.ckpt"}
+    with pytest.raises(UserError, match="out.ckpt exists: choose another name, or remove it first"):
+        tool.main([str(places.get(word, word)) for word in flags.split()])
+    assert Path("out.ckpt").read_text() == "dear" and not Path("new.ckpt").exists()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
@@ -445,7 +464,7 @@ class TestLearnedTokens:
         with zipfile.ZipFile(tmp_path / "out.pt") as archive:  # tests/parity reads it with torch.load
             vectors = np.frombuffer(archive.read("archive/data/1"), np.float32).reshape(3, 8)
         np.testing.assert_array_equal(vectors, [normal(8, seed=i) for i in (1, 2, 3)])
-        with pytest.raises(UserError, match="out.pt exists already, the learned tokens would go there"):
+        with pytest.raises(UserError, match="out.pt exists: choose another name, or remove it first"):
             lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--mode", "upl-ckpt-v2"])
         assert not (tmp_path / "out.ckpt").exists()
 

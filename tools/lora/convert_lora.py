@@ -22,7 +22,7 @@ from ldm.errors import UserError, run  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
 from ldm.lora.state import LoRALayer, LoRAState, check_compatible, match_shapes  # noqa: E402
-from ldm.paths import under_root  # noqa: E402
+from ldm.paths import check_free, under_root  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
 
 # What a layer is for, by diffusers' name: the first that fits.
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  made for {' or '.join(base.label for base in fits)}, by the shapes")
     if options.target is None:
         return
-    if Path(options.target).exists() and not options.overwrite:
-        raise UserError(f"{options.target} is there already: --overwrite replaces it")
+    check_free(options.target)
     write_lora(options.target, state, options.to, config, options.dtype)
     print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
 
@@ -71,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors written (fp32)")
     made.add_argument("--base", metavar="YAML", help="model YAML of the base, for models other than SD1.x, SD2.x and "
                                                      "the embedded one, and where shapes do not tell SD1.x from SD2.x")
-    made.add_argument("--overwrite", action="store_true", help="replace what is at --target")
     return made
 
 

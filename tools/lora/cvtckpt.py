@@ -28,7 +28,7 @@ from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
-from ldm.paths import weighted_path  # noqa: E402
+from ldm.paths import check_free, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
 
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag in ("out_base", "to", "dtype"):
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} belongs to --mode extract: leave it out of {args.mode}")
+    for path in filter(None, (args.out_ckpt, args.out_base)):
+        check_free(path)
     {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
 
 

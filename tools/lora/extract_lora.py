@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's fo
 from ldm.errors import run  # noqa: E402
 from ldm.lora.bases import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
+from ldm.paths import check_free  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
     args = parser.parse_args(argv)
+    check_free(args.save_path)
     rank = 32 if args.rank is None and args.energy is None else args.rank
     found = extract_lora(args.base_model, args.target_model, rank, args.energy, args.targets, args.networks)
     print(found)

@@ -35,7 +35,7 @@ from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
-from ldm.paths import weighted_path  # noqa: E402
+from ldm.paths import check_free, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 from ldm.weights.read import open_checkpoint  # noqa: E402
 
@@ -44,6 +44,7 @@ MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    check_free(args.output_path)
     bases = args.mode in ("upl", "upl-ckpt-v2")
     texts = [text for text in (None if bases else args.path_1, args.path_2, *args.paths) if text]
     if not texts or (args.mode == "lpl" and len(texts) != 2):
@@ -90,8 +91,8 @@ def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weight
     tokens, beside = {}, args.output_path.with_suffix(".pt")
     if args.mode == "upl-ckpt-v2":
         tokens = tokens_of(texts)
-        if tokens and beside.exists():
-            raise UserError(f"{beside} exists already, the learned tokens would go there: choose another --output_path")
+        if tokens:
+            check_free(beside)
         write_published(args.output_path, merged, base)
     else:
         write_base(args.output_path, merged, base)

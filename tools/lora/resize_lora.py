@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's fo
 from ldm.errors import run  # noqa: E402
 from ldm.lora.algebra import resize  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.paths import check_free  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
     args = parser.parse_args(argv)
+    check_free(args.target)
     state = read_lora(args.source)
     print(f"{args.source}: {state}")
     smaller, report = resize(state, args.rank, args.energy)
