@@ -14,7 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.layers import Conv2d, Dense
+from ldm.models.device_forms import one
+from ldm.models.layers import Conv2d, Dense, Identity
 
 
 class Factor(nn.Cell):
@@ -72,6 +73,28 @@ class StepDropout(nn.Cell):
         return ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift))
 
 
+class LowRank(nn.Cell):
+    """What all LoRADense layers add to their base's y (..., out), in one cell: y + multiplier * x down^T (up scale)^T.
+
+    scale is the trained one, or None. fp16: compute in the type of y, otherwise in fp32.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.cast = ops.Cast()
+
+    def construct(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale, multiplier: float, fp16: bool) -> Tensor:
+        dtype = y.dtype if fp16 else ms.float32
+        hidden = self.matmul(self.cast(x.reshape(-1, down.shape[1]), dtype), self.cast(down, dtype))
+        if scale is None:
+            update = self.matmul(hidden, self.cast(up, dtype)) * multiplier
+        else:
+            # into the factor: the scale's gradient is then a sum over (out, rank) in fp32, not over the batch
+            update = self.matmul(hidden, self.cast(up * scale * multiplier, dtype))
+        return y + self.cast(update, y.dtype).reshape(y.shape)
+
+
 class LoRADense(Dense):
     """y = x W^T + b + scale * (alpha / rank) * x down^T up^T for x of shape (..., in_channels).
 
@@ -95,18 +118,12 @@ class LoRADense(Dense):
         up = np.zeros((self.out_channels, down.shape[0]))
         _add_factors(self, down, up, name, alpha, scale, fp16, trainable_scale, dropout)
 
+        self.low_rank = one(LowRank)
+
     def construct(self, x: Tensor) -> Tensor:
-        y = super().construct(x)
-        dtype = self.dtype if self.fp16 else ms.float32
-        if self.drops:
-            x = self.lora_dropout(x)
-        update = self.matmul(x.reshape(-1, self.in_channels).astype(dtype), self.lora_down.weight.astype(dtype))
-        if self.trainable_scale:
-            # into the factor: the scale's gradient is then a sum over (out, rank) in fp32, not over the batch
-            update = self.matmul(update, (self.lora_up.weight * self.lora_scale * self.multiplier).astype(dtype))
-        else:
-            update = self.matmul(update, self.lora_up.weight.astype(dtype)) * self.multiplier
-        return y + update.astype(y.dtype).reshape(y.shape)
+        y = self.linear(x, self.weight, self.bias, self.dtype)
+        return self.low_rank(y, self.lora_dropout(x), self.lora_down.weight, self.lora_up.weight, self.lora_scale,
+                             self.multiplier, self.fp16)
 
 
 class LoRAConv(Conv2d):
@@ -128,11 +145,9 @@ class LoRAConv(Conv2d):
         self.conv_up = ops.Conv2D(self.out_channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = super().construct(x)
+        y = self.convolution(x, self.weight, self.bias, self.dtype)
         dtype = self.dtype if self.fp16 else ms.float32
-        if self.drops:
-            x = self.lora_dropout(x)
-        update = self.conv_down(x.astype(dtype), self.lora_down.weight.astype(dtype))
+        update = self.conv_down(self.lora_dropout(x).astype(dtype), self.lora_down.weight.astype(dtype))
         if self.trainable_scale:
             update = self.conv_up(update, (self.lora_up.weight * self.lora_scale * self.multiplier).astype(dtype))
         else:
@@ -158,8 +173,7 @@ class LoRAHardConv(Conv2d):
             up = up * self.lora_scale
         kernel = self.weight.astype(ms.float32)
         kernel = kernel + self.product(up, self.lora_down.weight).reshape(kernel.shape)
-        y = self.conv(x.astype(self.dtype), kernel.astype(self.dtype))
-        return self.bias_add(y, self.bias.astype(self.dtype)) if self.has_bias else y
+        return self.convolution(x, kernel, self.bias, self.dtype)
 
 
 LORA_CELLS = (LoRADense, LoRAConv, LoRAHardConv)
@@ -196,7 +210,7 @@ def _share(cell: nn.Cell, base: nn.Cell) -> None:
 def _add_factors(cell: nn.Cell, down: np.ndarray, up: np.ndarray, name: str, alpha: float, scale: float, fp16: bool,
                  trainable_scale: bool, dropout: StepDropout | None):
     cell.name, cell.rank, cell.alpha, cell.scale, cell.fp16 = name, down.shape[0], float(alpha), float(scale), fp16
-    cell.trainable_scale, cell.drops = trainable_scale, dropout is not None
+    cell.trainable_scale = trainable_scale
     cell.multiplier = cell.alpha / cell.rank if trainable_scale else cell.scale * cell.alpha / cell.rank
     # Not through Cell.__setattr__, which would put the attribute's name before parameter names that are complete.
     cell.insert_child_to_cell("lora_down", Factor(down, f"{name}.lora_down.weight"))
@@ -204,8 +218,9 @@ def _add_factors(cell: nn.Cell, down: np.ndarray, up: np.ndarray, name: str, alp
     if trainable_scale:
         start = Tensor(np.array([scale], np.float32))
         cell.insert_param_to_cell("lora_scale", Parameter(start, name=f"{name}.lora_scale"))
-    if dropout is not None:
-        cell.insert_child_to_cell("lora_dropout", dropout)
+    else:
+        cell.lora_scale = None
+    cell.insert_child_to_cell("lora_dropout", one(Identity) if dropout is None else dropout)
 
 
 def _int32(number: int) -> Tensor:

@@ -151,7 +151,7 @@ class CrossAttention(nn.Cell):
         out = self.attention(self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context)),
                              self.split_heads(self.to_v(context)))
         n, heads, tokens, head_dim = out.shape
-        return self.to_out(self.swap_middle(out).reshape(n, tokens, heads * head_dim))
+        return self.to_out[0](self.swap_middle(out).reshape(n, tokens, heads * head_dim))
 
 
 class GEGLU(nn.Cell):
@@ -176,7 +176,7 @@ class FeedForward(nn.Cell):
         self.net = nn.SequentialCell([GEGLU(channels, 4 * channels), Identity(), Dense(4 * channels, channels)])
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(nn.Cell):

@@ -18,7 +18,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.models.device_forms import channel_bias, group_norm, layer_norm, row_bias
+from ldm.models.device_forms import channel_bias, group_norm, layer_norm, one, row_bias
+
+_cast = ops.Cast()  # Tensor.astype is two functions for the compiler to read, at each of its uses
 
 _draws = contextvars.ContextVar("whether new parameters are drawn", default=True)
 
@@ -46,24 +48,51 @@ def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
     return first_values(rng_shape, lambda: np.random.uniform(-bound, bound, rng_shape))
 
 
+class Linear(nn.Cell):
+    """What all Dense layers compute, in one cell (see `one`): (x (..., in), weight (out, in), bias (out,) or None,
+    dtype) -> x W^T + b."""
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = row_bias()
+
+    def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
+        shape, (out_channels, in_channels) = x.shape, weight.shape
+        y = self.matmul(_cast(x.reshape(-1, in_channels), dtype), _cast(weight, dtype))
+        if bias is not None:
+            y = self.bias_add(y, _cast(bias, dtype))
+        return y.reshape(shape[:-1] + (out_channels,))
+
+
 class Dense(nn.Cell):
     """y = x W^T + b for x of shape (..., in_channels); weight (out_channels, in_channels)."""
 
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True):
         super().__init__()
-        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.dtype = ms.float32
         self.weight = Parameter(_uniform((out_channels, in_channels), in_channels), name="weight")
         self.bias = Parameter(_uniform((out_channels,), in_channels), name="bias") if has_bias else None
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = row_bias()
+        self.linear = one(Linear)
 
     def construct(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        y = self.matmul(x.reshape(-1, self.in_channels).astype(self.dtype), self.weight.astype(self.dtype))
-        if self.has_bias:
-            y = self.bias_add(y, self.bias.astype(self.dtype))
-        return y.reshape(shape[:-1] + (self.out_channels,))
+        return self.linear(x, self.weight, self.bias, self.dtype)
+
+
+class Convolution(nn.Cell):
+    """What all Conv2d layers of these settings compute, likewise: (x, weight, bias or None, dtype)."""
+
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding):
+        super().__init__()
+        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+        self.bias_add = channel_bias()
+
+    def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
+        y = self.conv(_cast(x, dtype), _cast(weight, dtype))
+        if bias is not None:
+            y = self.bias_add(y, _cast(bias, dtype))
+        return y
 
 
 class Conv2d(nn.Cell):
@@ -73,18 +102,16 @@ class Conv2d(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
                  has_bias: bool = True):
         super().__init__()
-        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dtype = ms.float32
         fan_in = in_channels * kernel_size * kernel_size
         self.weight = Parameter(_uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
         self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias") if has_bias else None
-        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-        self.bias_add = channel_bias()
+        self.convolution = one(Convolution, out_channels, kernel_size, stride, padding)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.conv(x.astype(self.dtype), self.weight.astype(self.dtype))
-        return self.bias_add(y, self.bias.astype(self.dtype)) if self.has_bias else y
+        return self.convolution(x, self.weight, self.bias, self.dtype)
 
 
 class GroupNorm(nn.Cell):
@@ -98,8 +125,7 @@ class GroupNorm(nn.Cell):
         self.norm = group_norm(num_groups, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.norm(x.astype(ms.float32), self.weight.astype(ms.float32), self.bias.astype(ms.float32))
-        return y.astype(self.dtype)
+        return _cast(self.norm(_cast(x, ms.float32), self.weight, self.bias), self.dtype)
 
 
 class LayerNorm(nn.Cell):
@@ -113,9 +139,8 @@ class LayerNorm(nn.Cell):
         self.norm = layer_norm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).astype(ms.float32)
-        y = self.norm(rows, self.weight.astype(ms.float32), self.bias.astype(ms.float32))
-        return y.reshape(x.shape).astype(self.dtype)
+        rows = _cast(x.reshape(-1, x.shape[-1]), ms.float32)
+        return _cast(self.norm(rows, self.weight, self.bias).reshape(x.shape), self.dtype)
 
 
 class SiLU(nn.Cell):

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
-from ldm.models.device_forms import broadcast_add
+from ldm.models.device_forms import broadcast_add, one
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, SiLU, Upsample2x
 
 # Every member of a block takes (x, emb, context) and uses what it needs, so that a block is a plain walk over them.
@@ -25,19 +25,21 @@ class ResBlock(nn.Cell):
 
     def __init__(self, in_channels: int, emb_channels: int, out_channels: int, num_groups: int = 32):
         super().__init__()
+        self.silu = silu = one(SiLU)
         self.in_layers = nn.SequentialCell(
-            [GroupNorm(in_channels, num_groups), SiLU(), Conv2d(in_channels, out_channels, 3, padding=1)])
-        self.emb_layers = nn.SequentialCell([SiLU(), Dense(emb_channels, out_channels)])
+            [GroupNorm(in_channels, num_groups), silu, Conv2d(in_channels, out_channels, 3, padding=1)])
+        self.emb_layers = nn.SequentialCell([silu, Dense(emb_channels, out_channels)])
         self.out_layers = nn.SequentialCell(
-            [GroupNorm(out_channels, num_groups), SiLU(), Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
+            [GroupNorm(out_channels, num_groups), silu, Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
         self.add = broadcast_add()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        h = self.in_layers(x)
-        shift = self.emb_layers(emb)
+        # cell by cell: walking over a SequentialCell is three functions a cell for the compiler
+        h = self.in_layers[2](self.silu(self.in_layers[0](x)))
+        shift = self.emb_layers[1](self.silu(emb))
         h = self.add(h, shift.reshape(shift.shape + (1, 1)))
-        return self.skip_connection(x) + self.out_layers(h)
+        return self.skip_connection(x) + self.out_layers[3](self.silu(self.out_layers[0](h)))
 
 
 class Downsample(nn.Cell):
