@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.device_forms import one
+from ldm.models.device_forms import convolution, one
 from ldm.models.layers import Conv2d, Dense, Identity
 
 
@@ -141,7 +141,7 @@ class LoRAConv(Conv2d):
         rank = down.shape[0]
         up = np.zeros((self.out_channels, rank, 1, 1))
         _add_factors(self, down, up, name, alpha, scale, fp16, trainable_scale, dropout)
-        self.conv_down = ops.Conv2D(rank, self.kernel_size, pad_mode="pad", pad=self.padding, stride=self.stride)
+        self.conv_down = convolution(self.in_channels, rank, self.kernel_size, self.stride, self.padding)
         self.conv_up = ops.Conv2D(self.out_channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class ScaledDotProductAttention(nn.Cell):
         return self.concat_rows(blocks)
 
     def bprop(self, q, k, v, out, dout):
+        q, v = ops.depend(q, dout), ops.depend(v, dout)  # computed again now, not ahead of time and kept till now
         tokens, rows = q.shape[2], self.rows(q, k)
         delta = self.sum_last(dout * out, -1)
         v = self.concat_last((v, self.ones_like(v[..., :1])))

@@ -18,7 +18,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.models.device_forms import channel_bias, group_norm, layer_norm, one, row_bias
+from ldm.models.device_forms import channel_bias, convolution, group_norm, layer_norm, one, row_bias
 
 _cast = ops.Cast()  # Tensor.astype is two functions for the compiler to read, at each of its uses
 
@@ -83,9 +83,9 @@ class Dense(nn.Cell):
 class Convolution(nn.Cell):
     """What all Conv2d layers of these settings compute, likewise: (x, weight, bias or None, dtype)."""
 
-    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding):
         super().__init__()
-        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+        self.conv = convolution(in_channels, out_channels, kernel_size, stride, padding)
         self.bias_add = channel_bias()
 
     def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
@@ -108,7 +108,7 @@ class Conv2d(nn.Cell):
         fan_in = in_channels * kernel_size * kernel_size
         self.weight = Parameter(_uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
         self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias") if has_bias else None
-        self.convolution = one(Convolution, out_channels, kernel_size, stride, padding)
+        self.convolution = one(Convolution, in_channels, out_channels, kernel_size, stride, padding)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.convolution(x, self.weight, self.bias, self.dtype)

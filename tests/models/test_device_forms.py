@@ -71,6 +71,33 @@ def test_broadcast_add(device):
     np.testing.assert_allclose(by_shift, weight.sum((2, 3), keepdims=True), atol=1e-5)
 
 
+@pytest.mark.parametrize("pictures, channels, size, kernel, padding", [
+    (2, (6, 4), (5, 6), 3, 1),
+    (1, (3, 4), (6, 5), 5, 1),
+    (1, (2, 3), (4, 4), 3, 2),
+    (2, (3, 40), (4, 5), 3, 1),  # a weight larger than the picture
+])  # fmt: skip
+def test_convolution(device, pictures, channels, size, kernel, padding):
+    """Against sums of shifted products, and their gradients."""
+    x, kernels = normal(pictures, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
+    height, width = (side + 2 * padding - kernel + 1 for side in size)
+    weight = normal(pictures, channels[1], height, width, seed=2)
+    form = device_forms.convolution(*channels, kernel, 1, padding)
+    y, (by_x, by_kernels) = value_and_gradients(form, x, kernels, weight=weight)
+
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    expected, by_padded, by_expected = np.zeros_like(y), np.zeros_like(padded), np.zeros_like(kernels)
+    for i in range(kernel):
+        for j in range(kernel):
+            part = np.s_[:, :, i : i + height, j : j + width]
+            expected += np.einsum("nihw,oi->nohw", padded[part], kernels[:, :, i, j])
+            by_padded[part] += np.einsum("nohw,oi->nihw", weight, kernels[:, :, i, j])
+            by_expected[:, :, i, j] = np.einsum("nohw,nihw->oi", weight, padded[part])
+    by_expected_x = by_padded[:, :, padding : padding + size[0], padding : padding + size[1]]
+    for ours, theirs in ((y, expected), (by_x, by_expected_x), (by_kernels, by_expected)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_gelu_is_the_exact_form(device):
     """The form in tanh differs by up to 5e-4."""
     x, weight = np.linspace(-6, 6, 101, dtype=np.float32), normal(101)

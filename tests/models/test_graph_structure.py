@@ -36,6 +36,10 @@ def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tup
     if operator in ELEMENTWISE:
         tensors = [shape for shape in inputs if math.prod(shape) > 1]
         return len(set(tensors)) > 1
+    if operator == "Conv2DBackpropInput":
+        # k * k values for each of its output; strided ones are few, and a picture smaller than the weight keeps little
+        (_, out_channels, *size), (*_, kernel, _) = inputs[:2]
+        return kernel > 1 and tuple(size) == outputs[0][2:] and math.prod(size) >= out_channels
     return operator in KEEPING
 
 
@@ -72,6 +76,10 @@ def test_no_slow_form(nodes):
     ("Transpose", [(2, 64, 256)], [(2, 256, 64)], True),
     ("Transpose", [(4, 8)], [(8, 4)], False),
     ("Conv2D", [(2, 64, 16, 16), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
+    ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 3, 3)], [(2, 32, 16, 16)], True),
+    ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 1, 1)], [(2, 32, 16, 16)], False),
+    ("Conv2DBackpropInput", [(2, 64, 8, 8), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
+    ("Conv2DBackpropInput", [(2, 128, 8, 8), (128, 64, 3, 3)], [(2, 64, 8, 8)], False),
 ])
 def test_what_keeps_memory(operator, inputs, outputs, expected):
     assert keeps_memory(operator, inputs, outputs) is expected
