@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -258,6 +259,14 @@ class TestCalls:
         code = "x = bytearray(300_000_000); x[::4096] = b'1' * len(x[::4096]); del x; import time; time.sleep(0.5)"
         spent = compare_diffusers.call(sys.executable, "-c", code)
         assert 0.5 < spent["seconds"] < 60 and 300 < spent["peak_memory_mb"] < 450
+
+    def test_programs_do_not_inherit_what_mindspore_put_into_the_environment(self, tmp_path, monkeypatch):
+        """OMP_NUM_THREADS=1, for this process's children, without a word to os.environ."""
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        ctypes.CDLL(None).setenv(b"OMP_NUM_THREADS", b"1", 1)
+        code = f"import os; open({str(tmp_path / 'found')!r}, 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
+        compare_diffusers.call(sys.executable, "-c", code)
+        assert (tmp_path / "found").read_text() == "None"
 
     def test_a_failure_ends_the_comparison_and_says_that_it_can_go_on(self):
         with pytest.raises(UserError, match="exit code 3; its message is above.*goes on from there"):

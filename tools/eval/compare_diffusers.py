@@ -203,7 +203,9 @@ def call(*command: str) -> dict[str, float | None]:
     """Run a script, shown as one would type it: {"seconds", "peak_memory_mb"}. Its failure ends the comparison."""
     print("$ " + " ".join(shlex.quote(part) for part in command), flush=True)
     begin, peak = time.perf_counter(), None
-    with subprocess.Popen(command) as process:
+    # With os.environ as it was: MindSpore has set OMP_NUM_THREADS=1 behind Python's back, which would leave PyTorch one
+    # thread.
+    with subprocess.Popen(command, env=dict(os.environ)) as process:
         while process.poll() is None:
             peak = _peak_memory(process.pid) or peak
             time.sleep(0.1)

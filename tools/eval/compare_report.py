@@ -231,4 +231,6 @@ def _cell(found: Sequence[Mapping[str, float | None]], key: str, factor: float, 
     if any(value is None for value in values):
         return "-"
     mean, deviation = (values[0], found[0][f"{key}_deviation"]) if len(values) == 1 else spread(values)
-    return f"{mean * factor:{sign}.2f}" + (f" +- {deviation * factor:.2f}" if deviation is not None else "")
+    digits = 2 if deviation is None or deviation * factor >= 0.02 else 4  # the embedded network's FID is far below 1
+    spelt = "" if deviation is None else f" +- {deviation * factor:.{digits}f}"
+    return f"{mean * factor:{sign}.{digits}f}{spelt}"
