@@ -56,12 +56,20 @@ def check_folder(folder: Path, name: str) -> None:
         return
 
 
-def check_free(path: str | Path) -> None:
-    """Raise UserError where `path` is there already: what a tool writes never takes the place of something else. An
-    empty folder is in nobody's way."""
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not os.listdir(path)):
+def check_free(path: str | Path, empty_folder: bool = False) -> None:
+    """Raise UserError where `path` is there already: what a tool writes never takes the place of something else.
+
+    empty_folder: let an empty folder be in nobody's way.
+    """
+    if os.path.lexists(path) and not (empty_folder and _is_empty_folder(Path(path))):
         raise UserError(f"{path} exists: choose another name, or remove it first")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not any(path.iterdir())
+    except OSError:  # a file, or a folder that may not be read
+        return False
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
 
 
 def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
-    check_free(path)
+    check_free(path, empty_folder=True)
     try:
         with atomic_folder(path) as folder:
             shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)

@@ -117,7 +117,6 @@ class LoRADense(Dense):
         _share(self, base)
         up = np.zeros((self.out_channels, down.shape[0]))
         _add_factors(self, down, up, name, alpha, scale, fp16, trainable_scale, dropout)
-
         self.low_rank = one(LowRank)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class Dense(nn.Cell):
 
 
 class Convolution(nn.Cell):
-    """What all Conv2d layers of these settings compute, likewise: (x, weight, bias or None, dtype)."""
+    """What all Conv2d layers of these settings compute, likewise: (x (N, in, H, W), weight (out, in, k, k), bias (out,)
+    or None, dtype) -> (N, out, H', W')."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding):
         super().__init__()

@@ -225,7 +225,7 @@ def _form(target: Path, form: str | None) -> str:
     if suffix not in wanted:
         words = " or ".join(suffix or "a folder's name, without suffix" for suffix in wanted)
         raise UserError(f"{target} is no name for the format {form}, which wants {words}")
-    check_free(target)
+    check_free(target, empty_folder=form == "diffusers")
     return form
 
 

@@ -27,7 +27,7 @@ Value = Union[np.ndarray, str, Sequence["Value"], Mapping[str, "Value"]]
 def write_torch(path: Path, value: Value) -> None:
     """Write arrays (fp32, fp16, int64, or bfloat16's bits as `to_bfloat16` gives them) and texts, in lists and dicts.
 
-    Raises UserError where the disk refuses.
+    Raises UserError where the disk refuses, KeyError for arrays of other types.
     """
     arrays: list[np.ndarray] = []
     program = b"\x80\x02" + _made(value, arrays) + b"."

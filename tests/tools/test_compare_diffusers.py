@@ -403,6 +403,24 @@ class TestMarkdown:
         differences = markdown(a_table([1]), "").split("Ours less")[1]
         assert rows_of(differences)["LoRA, seed 1"][:2] == ["-2.00 +- 4.00", "+0.25 +- 0.50"]
 
+    def test_small_scores_have_four_decimals(self):
+        """The embedded network's FIDs."""
+        table = a_table([1])
+        for kind in ("sets", "pairs"):
+            table["scores"][kind] = {
+                name: {**found, "fid": found["fid"] / 1000, "fid_deviation": found["fid_deviation"] / 1000}
+                for name, found in table["scores"][kind].items()
+            }
+        published, differences = markdown(table, "").split("Ours less")
+        assert rows_of(published)["LoRA, seed 1"][:2] == ["0.0910 +- 0.0040", "0.0960 +- 0.0040"]
+        assert rows_of(published)["LoRA, seed 1"][4] == "30.00 +- 0.50"
+        assert rows_of(differences)["LoRA, seed 1"][0] == "-0.0020 +- 0.0040"
+
+    def test_zero_has_no_minus(self):
+        table = a_table([1])
+        table["scores"]["pairs"]["seed1/"]["fid"] = -1e-9
+        assert rows_of(markdown(table, "").split("Ours less")[1])["LoRA, seed 1"][0] == "+0.00 +- 4.00"
+
     def test_without_real_pictures_there_is_no_fid(self):
         published = markdown(a_table([1, 2], fid=False), "").split("Ours less")[0]
         assert rows_of(published)["LoRA, seed 1"][:5] == ["-", "-", "-", "-", "30.00 +- 0.50"]

@@ -25,6 +25,7 @@ from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 ROOT = Path(__file__).resolve().parents[2]
 TO_Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 Q = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+WIDTH = 96  # of the nano text encoder
 NANO_BASE = str(ROOT / "models" / "nano" / "nano.safetensors")
 VAE = "first_stage_model.decoder.conv_in.weight"
 
@@ -376,6 +377,20 @@ def test_nothing_takes_the_place_of_a_file(files, base, monkeypatch, tool, flags
     assert Path("out.ckpt").read_text() == "dear" and not Path("new.ckpt").exists()
 
 
+@pytest.mark.parametrize("base_name, words", [
+    ("x.ckpt", "--out_ckpt and --out_base are both x.ckpt"),
+    ("y.pt", "--out_base y.pt: a base is written as .safetensors or .ckpt"),
+])  # fmt: skip
+def test_a_base_that_cannot_be_written_is_refused_before_its_lora_is(files, base, monkeypatch, base_name, words):
+    tmp_path, paths = files
+    monkeypatch.chdir(tmp_path)
+    cvtckpt.main(["--mode", "embed", "--model_ckpt", base[0], "--lora_ckpt", paths["one"], "--out_ckpt", "both.ckpt"])
+    with pytest.raises(UserError, match=words):
+        cvtckpt.main(["--mode", "extract", "--model_ckpt", "both.ckpt", "--out_ckpt", "x.ckpt",
+                      "--out_base", base_name])  # fmt: skip
+    assert not Path("x.ckpt").exists()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
@@ -457,29 +472,30 @@ class TestLearnedTokens:
         return str(target)
 
     def test_are_written_as_an_embedding(self, tmp_path, capsys):
-        one = self.lora(tmp_path / "one.safetensors", s2=normal(8, seed=2), s1=normal(8, seed=1))
-        two = self.lora(tmp_path / "two.safetensors", fox=normal(8, seed=3))
+        one = self.lora(tmp_path / "one.safetensors", s2=normal(WIDTH, seed=2), s1=normal(WIDTH, seed=1))
+        two = self.lora(tmp_path / "two.safetensors", s1=normal(WIDTH, seed=3))
         lora_add.main([NANO_BASE, one, str(tmp_path / "out.safetensors"), "--paths", two, "--mode", "upl-ckpt-v2"])
-        assert "out.pt: <s1>, <s2>, <fox>, in this order" in capsys.readouterr().out
+        assert "out.pt: <s1>, <s2>, <s1>, in this order" in capsys.readouterr().out
         with zipfile.ZipFile(tmp_path / "out.pt") as archive:  # tests/parity reads it with torch.load
-            vectors = np.frombuffer(archive.read("archive/data/1"), np.float32).reshape(3, 8)
-        np.testing.assert_array_equal(vectors, [normal(8, seed=i) for i in (1, 2, 3)])
+            vectors = np.frombuffer(archive.read("archive/data/1"), np.float32).reshape(3, WIDTH)
+        np.testing.assert_array_equal(vectors, [normal(WIDTH, seed=i) for i in (1, 2, 3)])
         with pytest.raises(UserError, match="out.pt exists: choose another name, or remove it first"):
             lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--mode", "upl-ckpt-v2"])
         assert not (tmp_path / "out.ckpt").exists()
 
     def test_are_not_written_by_upl(self, tmp_path):
-        one = self.lora(tmp_path / "one.safetensors", s1=normal(8))
+        one = self.lora(tmp_path / "one.safetensors", s1=normal(WIDTH))
         lora_add.main([NANO_BASE, one, str(tmp_path / "out.safetensors"), "--mode", "upl"])
         assert not list(tmp_path.glob("*.pt"))
 
-    @pytest.mark.parametrize("other, words", [
-        ({"s1": normal(8)}, "the token <s1> is in another of the LoRAs too"),
-        ({"s2": normal(9)}, "the token <s2> has another width than those before it"),
+    @pytest.mark.parametrize("vector, words", [
+        (normal(WIDTH + 1), f"the learned token <s1> has {WIDTH + 1} numbers, the base's tokens have {WIDTH}"),
+        (np.full(WIDTH, np.nan, np.float32), "the learned token <s1> is no vector of finite numbers"),
+        (np.float32(1), "the learned token <s1> is no vector of finite numbers"),
+        (normal(1, WIDTH), "the learned token <s1> is no vector of finite numbers"),
     ])  # fmt: skip
-    def test_that_clash_are_refused(self, tmp_path, other, words):
-        one = self.lora(tmp_path / "one.safetensors", s1=normal(8))
-        two = self.lora(tmp_path / "two.safetensors", **other)
+    def test_that_are_none_are_refused(self, tmp_path, vector, words):
+        one = self.lora(tmp_path / "one.safetensors", s1=np.asarray(vector))
         with pytest.raises(UserError, match=words):
-            lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--paths", two, "--mode", "upl-ckpt-v2"])
+            lora_add.main([NANO_BASE, one, str(tmp_path / "out.ckpt"), "--mode", "upl-ckpt-v2"])
         assert not list(tmp_path.glob("out*"))

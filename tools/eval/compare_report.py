@@ -150,13 +150,18 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     if len(seeds) > 1:
         places.append((f"LoRA, mean of {len(seeds)} seeds", [f"seed{seed}/" for seed in seeds]))
 
+    # the embedded network's FID is far below 1
+    digits = {key: 2 if max(abs(found[key] or 0) * factor for found in scores["sets"].values()) >= 0.5 else 4
+              for key, _, factor in COLUMNS}  # fmt: skip
     published, differences = [], []
     for label, prefixes in places:
         sets = [[scores["sets"][prefix + side] for prefix in prefixes] for side in SIDES]
-        published.append([label, *(_cell(side, key, factor) for key, _, factor in COLUMNS for side in sets)])
+        published.append(
+            [label, *(_cell(side, key, digits[key], factor) for key, _, factor in COLUMNS for side in sets)]
+        )
         pairs = [scores["pairs"][prefix] for prefix in prefixes]
         pixels = f"{np.mean([pair['pixels'] for pair in pairs]):.3f}"
-        differences.append([label, *(_cell(pairs, key, 1, "+") for key in ("fid", "clip_score")), pixels])
+        differences.append([label, *(_cell(pairs, key, digits[key], 1, "+") for key in ("fid", "clip_score")), pixels])
 
     training = []
     for seed in seeds:
@@ -225,12 +230,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _cell(found: Sequence[Mapping[str, float | None]], key: str, factor: float, sign: str = "") -> str:
+def _cell(
+    found: Sequence[Mapping[str, float | None]], key: str, digits: int, factor: float, sign: str = ""
+) -> str:
     """A score with its deviation: the bootstrap's of one run, that between the runs of several."""
     values = [run[key] for run in found]
     if any(value is None for value in values):
         return "-"
     mean, deviation = (values[0], found[0][f"{key}_deviation"]) if len(values) == 1 else spread(values)
-    digits = 2 if deviation is None or deviation * factor >= 0.02 else 4  # the embedded network's FID is far below 1
+    mean = round(mean * factor, digits) + 0.0  # no -0.00
     spelt = "" if deviation is None else f" +- {deviation * factor:.{digits}f}"
-    return f"{mean * factor:{sign}.{digits}f}{spelt}"
+    return f"{mean:{sign}.{digits}f}{spelt}"

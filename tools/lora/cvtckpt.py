@@ -30,6 +30,7 @@ from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E40
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.paths import check_free, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
+from ldm.weights.convert import SUFFIXES_OF  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
 
 
@@ -39,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag in ("out_base", "to", "dtype"):
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} belongs to --mode extract: leave it out of {args.mode}")
+    if args.out_base and args.out_base.resolve() == args.out_ckpt.resolve():
+        raise UserError(f"--out_ckpt and --out_base are both {args.out_ckpt}: give each a name of its own")
     for path in filter(None, (args.out_ckpt, args.out_base)):
         check_free(path)
+    if args.out_base and args.out_base.suffix not in SUFFIXES_OF["own"]:
+        raise UserError(f"--out_base {args.out_base}: a base is written as {' or '.join(SUFFIXES_OF['own'])}")
     {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
 
 

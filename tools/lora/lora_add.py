@@ -37,8 +37,10 @@ from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.paths import check_free, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
+from ldm.weights.placing import TEXT_PREFIX  # noqa: E402
 from ldm.weights.read import open_checkpoint  # noqa: E402
 
+TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
 
 
@@ -87,10 +89,11 @@ def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weight
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
     base = open_base(args.path_1)
-    merged = Merged(base, plan_base(base), weighted_sum(weighted))
-    tokens, beside = {}, args.output_path.with_suffix(".pt")
+    plan = plan_base(base)
+    merged = Merged(base, plan, weighted_sum(weighted))
+    tokens, beside = [], args.output_path.with_suffix(".pt")
     if args.mode == "upl-ckpt-v2":
-        tokens = tokens_of(texts)
+        tokens = tokens_of(texts, base.shape(plan.sources[TOKEN_EMBEDDING].name)[1])
         if tokens:
             check_free(beside)
         write_published(args.output_path, merged, base)
@@ -98,21 +101,20 @@ def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weight
         write_base(args.output_path, merged, base)
     print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
     if tokens:
-        write_embedding(beside, tokens)
-        print(f"{beside}: {', '.join(tokens)}, in this order, as one embedding: its file name is its word in a prompt")
+        write_embedding(beside, np.stack([vector for _, vector in tokens]))
+        print(f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file name is "
+              "its word in a prompt")
 
 
-def tokens_of(texts: list[str]) -> dict[str, np.ndarray]:
-    """The learned tokens that lie in the LoRAs' files, given by their paths: token -> vector."""
-    tokens: dict[str, np.ndarray] = {}
+def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
+    """The learned tokens that lie in the LoRAs' files, given by their paths, LoRA by LoRA: (token, vector (width,))."""
+    tokens = []
     for file in (file for text in texts for file in lora_files(weighted_path(text, "LoRA")[0])):
         for token, vector in learned_tokens(open_checkpoint(file)).items():
-            if token in tokens:
-                raise UserError(f"{file}: the token {token} is in another of the LoRAs too: add one of the two only")
-            if any(vector.shape != other.shape for other in tokens.values()):
-                raise UserError(f"{file}: the token {token} has another width than those before it: it is damaged, or "
-                                "made for another model")
-            tokens[token] = vector
+            if vector.shape != (width,):
+                raise UserError(f"{file}: the learned token {token} has {len(vector)} numbers, the base's tokens have "
+                                f"{width}: it was made for another model (--mode upl leaves tokens out)")
+            tokens.append((token, vector))
     return tokens
 
 

@@ -98,8 +98,8 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
             raise UserError(f"{path}: {key} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?")
     if tokens:
         log.warning(
-            "%s: %d learned tokens (%s) are left out: they are textual inversion, not LoRA, and prompts that name them "
-            "will not mean what they did", path, len(tokens), ", ".join(tokens),
+            "%s: %d learned token(s), %s, are textual inversion and no part of the LoRA: without them prompts that "
+            "name them will not mean what they did", path, len(tokens), ", ".join(tokens),
         )  # fmt: skip
     rows = {}
     for component, numbered in factors.items():
@@ -159,34 +159,41 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
     """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
 
-    Raises UserError as `write` does, and where the second would be one of an earlier LoRA.
+    Raises UserError as `write` does, and where a second lies there already: it is another LoRA's.
     """
     path = Path(path)
     beside = path.with_name(f"{path.stem}.text_encoder.pt")
     rows = _rows(path, state, base)
-    if "text_encoder" not in rows and beside.exists():
-        raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder: move it away")
+    if beside.exists():
+        raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: "
+                        "move it away")
     for component, (_, row) in rows.items():
         flat = [array for layer in row for array in (layer.up, layer.down)]
         write_torch(
             path if component == "unet" else beside,
-            [np.ascontiguousarray(pairs.as_dtype(array, dtype, f"{path}: array {i}")) for i, array in enumerate(flat)],
+            [pairs.as_dtype(array, dtype, f"{path}: array {i}") for i, array in enumerate(flat)],
         )
     if "text_encoder" in rows:
         log.info("%s: its text encoder is %s", path, beside.name)
 
 
 def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Textual inversion's vectors, (channels,) fp32 each, that lie beside a LoRA: token -> vector, in order of name."""
-    return {key: np.asarray(checkpoint[key], np.float32) for key in sorted(checkpoint) if _is_token(key)}
+    """Textual inversion's vectors that lie beside a LoRA, fp32: token -> (channels,), in order of name.
+
+    Raises UserError for one that is no vector of finite numbers."""
+    tokens = {key: np.asarray(checkpoint[key], np.float32) for key in sorted(checkpoint) if _is_token(key)}
+    for token, vector in tokens.items():
+        if vector.ndim != 1 or not np.isfinite(vector).all():
+            raise UserError(f"{checkpoint.path}: the learned token {token} is no vector of finite numbers: it is "
+                            "damaged, or its training went wrong")
+    return tokens
 
 
-def write_embedding(path: Path, tokens: dict[str, np.ndarray]) -> None:
-    """Write learned tokens as the original does for A1111's web UI: one embedding of as many vectors, in a .pt."""
+def write_embedding(path: Path, vectors: np.ndarray) -> None:
+    """Write learned tokens (tokens, channels) fp32 as the original does for A1111's web UI: one embedding of as many
+    vectors, in a .pt. Raises UserError where the disk refuses."""
     token_of_star = np.array(265, np.int64)
-    write_torch(path, {
-        "string_to_token": {"*": token_of_star}, "string_to_param": {"*": np.stack(list(tokens.values()))}, "name": "",
-    })  # fmt: skip
+    write_torch(path, {"string_to_token": {"*": token_of_star}, "string_to_param": {"*": vectors}, "name": ""})
 
 
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:

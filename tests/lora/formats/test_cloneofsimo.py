@@ -94,7 +94,7 @@ class TestReading:
         arrays = {**numbered(whole, modules, "text_encoder"), "<s1>": np.ones(96, np.float32)}
         write_checkpoint(tmp_path / "lora.safetensors", arrays, {"text_encoder": '["CLIPAttention"]'})
         assert len(read_lora(tmp_path / "lora.safetensors").layers) == 12
-        assert "1 learned tokens (<s1>) are left out" in caplog.text
+        assert "1 learned token(s), <s1>, are textual inversion and no part of the LoRA" in caplog.text
 
 
 class TestDamage:
@@ -176,7 +176,12 @@ class TestWriting:
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
         with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it"):
             write_lora(tmp_path / "a.b.pt", unet, "cloneofsimo-pt")
-        write_lora(tmp_path / "a.b.pt", LoRAState({**text.layers, **unet.layers}), "cloneofsimo-pt")
+        both = LoRAState({**text.layers, **unet.layers})
+        with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it and .* or replaced: move it away"):
+            write_lora(tmp_path / "a.b.pt", both, "cloneofsimo-pt")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
+        (tmp_path / "a.b.text_encoder.pt").unlink()
+        write_lora(tmp_path / "a.b.pt", both, "cloneofsimo-pt")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.pt", "a.b.text_encoder.pt"]
         assert len(read_lora(tmp_path / "a.b.pt").layers) == 80 + 12
         (tmp_path / "a.b.text_encoder.pt").rename(tmp_path / "text.pt")  # told by its shapes as well
