@@ -6,6 +6,7 @@ possible before its first import. An exported GLOG_v is respected.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import logging
 import os
@@ -100,6 +101,13 @@ def check_flash_attention(enable: bool, runtime: Runtime) -> None:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
     if enable and not runtime.fp16:
         raise UserError("enable_flash_attention computes in fp16: use --precision fp16 (or auto)")
+
+
+def give_back_memory() -> None:
+    """Return to the system what this process has freed but holds for later, where the C library can (glibc's)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,8 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.device_forms import gelu, one, swap_middle
-from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm
+from ldm.models.device_forms import gelu_gate, one, swap_middle
+from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm, add
 
 # Elements of (query rows x key rows) over all heads and pictures that are held at a time: 64 MB in fp32.
 BLOCK_ELEMENTS = 2**24
@@ -129,9 +129,28 @@ class FlashAttention(nn.Cell):
         return out[:, :, :, : self.head_dim] if self.added else out
 
 
+class MultiHeadAttention(nn.Cell):
+    """What all attention layers of these settings compute between their projections, in one cell (see `one`): q
+    (N tokens, C), k and v (N key tokens, C), N -> (N tokens, C), each head on its own channels."""
+
+    def __init__(self, num_heads: int, head_dim: int, causal_length: int, flash: bool):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.attention = (FlashAttention(head_dim, num_heads) if flash
+                          else one(ScaledDotProductAttention, head_dim, causal_length))
+        self.swap_middle = swap_middle()
+
+    def split_heads(self, x: Tensor, n: int) -> Tensor:
+        return self.swap_middle(x.reshape(n, -1, self.num_heads, self.head_dim))
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        out = self.attention(self.split_heads(q, n), self.split_heads(k, n), self.split_heads(v, n))
+        return self.swap_middle(out).reshape(q.shape)
+
+
 class CrossAttention(nn.Cell):
-    """Multi-head attention from x (N, tokens, query_dim) to context (N, context tokens, context_dim), or to x itself
-    where no context is given. Published names: to_q, to_k, to_v (no bias), to_out.0."""
+    """Multi-head attention from x (N tokens, query_dim) to context (N context tokens, context_dim). Published names:
+    to_q, to_k, to_v (no bias), to_out.0."""
 
     def __init__(self, query_dim: int, context_dim: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -141,18 +160,10 @@ class CrossAttention(nn.Cell):
         self.to_k = Dense(context_dim, inner, has_bias=False)
         self.to_v = Dense(context_dim, inner, has_bias=False)
         self.to_out = nn.SequentialCell([Dense(inner, query_dim), Identity()])
-        self.attention = one(ScaledDotProductAttention, head_dim)
-        self.swap_middle = swap_middle()
+        self.attention = one(MultiHeadAttention, num_heads, head_dim, 0, False)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        n, tokens, _ = x.shape
-        return self.swap_middle(x.reshape(n, tokens, self.num_heads, self.head_dim))
-
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        out = self.attention(self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context)),
-                             self.split_heads(self.to_v(context)))
-        n, heads, tokens, head_dim = out.shape
-        return self.to_out[0](self.swap_middle(out).reshape(n, tokens, heads * head_dim))
+    def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
+        return self.to_out[0](self.attention(self.to_q(x), self.to_k(context), self.to_v(context), n))
 
 
 class GEGLU(nn.Cell):
@@ -161,12 +172,10 @@ class GEGLU(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.proj = Dense(in_channels, 2 * out_channels)
-        self.gelu = gelu()
-        self.out_channels = out_channels
+        self.gate = gelu_gate()
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.proj(x)
-        return y[..., : self.out_channels] * self.gelu(y[..., self.out_channels:])
+        return self.gate(self.proj(x))
 
 
 class FeedForward(nn.Cell):
@@ -181,7 +190,11 @@ class FeedForward(nn.Cell):
 
 
 class BasicTransformerBlock(nn.Cell):
-    """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each after a LayerNorm, each added."""
+    """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each after a LayerNorm, each added.
+
+    x (N tokens, channels), context (N context tokens, context_dim): a matrix for all pictures, which the dense layers
+    need anyway.
+    """
 
     def __init__(self, channels: int, num_heads: int, head_dim: int, context_dim: int):
         super().__init__()
@@ -190,45 +203,68 @@ class BasicTransformerBlock(nn.Cell):
         self.attn2 = CrossAttention(channels, context_dim, num_heads, head_dim)
         self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
 
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = add(x, self.attn1(normed, normed, n))
+        x = add(x, self.attn2(self.norm2(x), context, n))
+        return add(x, self.ff(self.norm3(x)))
+
+
+class PixelsToTokens(nn.Cell):
+    """(N, C, H, W) -> (N H W, C), in one cell for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.swap_middle = swap_middle()
+
+    def construct(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return self.swap_middle(x.reshape(n, c, h * w, 1)).reshape(-1, c)
+
+
+class TokensToPixels(nn.Cell):
+    """(N H W, C) and x of (N, any, H, W) -> (N, C, H, W), in one cell for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.swap_middle = swap_middle()
+
+    def construct(self, tokens: Tensor, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        return self.swap_middle(tokens.reshape(n, h * w, -1, 1)).reshape(n, -1, h, w)
+
+
+class AsPixels(nn.Cell):
+    """In the place of TokensToPixels where there are pixels already."""
+
+    def construct(self, pixels: Tensor, x: Tensor) -> Tensor:
+        return pixels
 
 
 class SpatialTransformer(nn.Cell):
-    """Transformer blocks over the pixels of (N, C, H, W), added to it. The projections before and after are 1x1
-    convolutions in SD1.x and linear layers in SD2.x (`use_linear`)."""
+    """Transformer blocks over the pixels of x (N, C, H, W), added to it; context (N tokens, context_dim). The
+    projections before and after are 1x1 convolutions in SD1.x, of pixels, and linear layers in SD2.x (`use_linear`), of
+    tokens."""
 
     def __init__(self, channels: int, num_heads: int, head_dim: int, depth: int, context_dim: int, use_linear: bool,
                  num_groups: int = 32):
         super().__init__()
         inner = num_heads * head_dim
-        self.use_linear = use_linear
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
         self.proj_in = Dense(channels, inner) if use_linear else Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(inner, num_heads, head_dim, context_dim) for _ in range(depth)])
         self.proj_out = Dense(inner, channels) if use_linear else Conv2d(inner, channels, 1)
-        self.swap_middle = swap_middle()
+        # No `if` in construct: each is three functions for the compiler, in each layer.
+        to_tokens, to_pixels = one(PixelsToTokens), one(TokensToPixels)
+        self.before_in, self.after_in = (to_tokens, one(Identity)) if use_linear else (one(Identity), to_tokens)
+        self.before_out, self.after_out = (one(AsPixels), to_pixels) if use_linear else (to_pixels, one(AsPixels))
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        y = self.norm(x)
-        if not self.use_linear:
-            y = self.proj_in(y)
-        y = self.swap_middle(y.reshape(n, y.shape[1], h * w, 1)).reshape(n, h * w, y.shape[1])
-        if self.use_linear:
-            y = self.proj_in(y)
+        y = self.after_in(self.proj_in(self.before_in(self.norm(x))))
         for block in self.transformer_blocks:
-            y = block(y, context)
-        if self.use_linear:
-            y = self.proj_out(y)
-        y = self.swap_middle(y.reshape(n, h * w, y.shape[2], 1)).reshape(n, y.shape[2], h, w)
-        if not self.use_linear:
-            y = self.proj_out(y)
-        return x + y
+            y = block(y, context, x.shape[0])
+        return add(x, self.after_out(self.proj_out(self.before_out(y, x)), x))
 
 
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
@@ -237,7 +273,6 @@ def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     count = 0
     for _, cell in net.cells_and_names():
         if isinstance(cell, CrossAttention):
-            cell.attention = (FlashAttention(cell.head_dim, cell.num_heads) if enable
-                              else one(ScaledDotProductAttention, cell.head_dim))
+            cell.attention = one(MultiHeadAttention, cell.num_heads, cell.head_dim, 0, enable)
             count += 1
     return count

@@ -12,8 +12,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.attention import ScaledDotProductAttention
-from ldm.models.device_forms import gelu, one, swap_middle
+from ldm.models.attention import MultiHeadAttention
+from ldm.models.device_forms import gelu, one
 from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
 
 
@@ -22,20 +22,12 @@ class CLIPAttention(nn.Cell):
 
     def __init__(self, width: int, num_heads: int, causal_length: int = 0):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, width // num_heads
         self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
         self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
-        self.attention = one(ScaledDotProductAttention, self.head_dim, causal_length)
-        self.swap_middle = swap_middle()
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        n, tokens, _ = x.shape
-        return self.swap_middle(x.reshape(n, tokens, self.num_heads, self.head_dim))
+        self.attention = one(MultiHeadAttention, num_heads, width // num_heads, causal_length, False)
 
     def construct(self, x: Tensor) -> Tensor:
-        out = self.attention(self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x)),
-                             self.split_heads(self.v_proj(x)))
-        return self.out_proj(self.swap_middle(out).reshape(x.shape))
+        return self.out_proj(self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), x.shape[0]))
 
 
 class CLIPMLP(nn.Cell):

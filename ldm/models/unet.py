@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
 from ldm.models.device_forms import broadcast_add, one
-from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, SiLU, Upsample2x
+from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, RepeatedCell, SiLU, Upsample2x, add
 
 # Every member of a block takes (x, emb, context) and uses what it needs, so that a block is a plain walk over them.
 
@@ -32,14 +32,14 @@ class ResBlock(nn.Cell):
         self.out_layers = nn.SequentialCell(
             [GroupNorm(out_channels, num_groups), silu, Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
-        self.add = broadcast_add()
+        self.add_shift = broadcast_add()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         # cell by cell: walking over a SequentialCell is three functions a cell for the compiler
         h = self.in_layers[2](self.silu(self.in_layers[0](x)))
         shift = self.emb_layers[1](self.silu(emb))
-        h = self.add(h, shift.reshape(shift.shape + (1, 1)))
-        return self.skip_connection(x) + self.out_layers[3](self.silu(self.out_layers[0](h)))
+        h = self.add_shift(h, shift.reshape(shift.shape + (1, 1)))
+        return add(self.skip_connection(x), self.out_layers[3](self.silu(self.out_layers[0](h))))
 
 
 class Downsample(nn.Cell):
@@ -66,12 +66,26 @@ class Upsample(nn.Cell):
 
 
 class Block(nn.SequentialCell):
-    """One entry of input_blocks, middle_block or output_blocks."""
+    """One entry of input_blocks, middle_block or output_blocks. Each number of members has its own class, because a
+    walk over them would be three functions a member for the compiler."""
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        for cell in self.cell_list:
-            x = cell(x, emb, context)
-        return x
+        return self.cell_list[0](x, emb, context)
+
+
+class BlockOfTwo(Block):
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return self.cell_list[1](self.cell_list[0](x, emb, context), emb, context)
+
+
+class BlockOfThree(Block):
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        x = self.cell_list[1](self.cell_list[0](x, emb, context), emb, context)
+        return self.cell_list[2](x, emb, context)
+
+
+def block(*members: nn.Cell) -> Block:
+    return (Block, BlockOfTwo, BlockOfThree)[len(members) - 1](list(members))
 
 
 class TimestepEmbedding(nn.Cell):
@@ -92,7 +106,7 @@ class TimestepEmbedding(nn.Cell):
         return self.concat((self.cos(angles), self.sin(angles)))
 
 
-class UNetModel(nn.Cell):
+class UNetModel(RepeatedCell):
     """Predicts noise or velocity from a noised latent.
 
     The parameters are those of `unet_config.params` in the published YAMLs. `num_heads` heads a layer (SD1.x), or
@@ -119,23 +133,23 @@ class UNetModel(nn.Cell):
         self.time_embed = nn.SequentialCell([Dense(model_channels, emb), SiLU(), Dense(emb, emb)])
 
         channels = model_channels
-        input_blocks, skips, downsampling = [Block([InputConv(in_channels, channels, 3, padding=1)])], [channels], 1
+        input_blocks, skips, downsampling = [block(InputConv(in_channels, channels, 3, padding=1))], [channels], 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 members = [ResBlock(channels, emb, mult * model_channels, num_groups)]
                 channels = mult * model_channels
                 if downsampling in attention_resolutions:
                     members.append(transformer(channels))
-                input_blocks.append(Block(members))
+                input_blocks.append(block(*members))
                 skips.append(channels)
             if level != len(channel_mult) - 1:
-                input_blocks.append(Block([Downsample(channels)]))
+                input_blocks.append(block(Downsample(channels)))
                 skips.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.CellList(input_blocks)
 
-        self.middle_block = Block([ResBlock(channels, emb, channels, num_groups), transformer(channels),
-                                   ResBlock(channels, emb, channels, num_groups)])
+        self.middle_block = block(ResBlock(channels, emb, channels, num_groups), transformer(channels),
+                                  ResBlock(channels, emb, channels, num_groups))
 
         output_blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -147,7 +161,7 @@ class UNetModel(nn.Cell):
                 if level and i == num_res_blocks:
                     members.append(Upsample(channels))
                     downsampling //= 2
-                output_blocks.append(Block(members))
+                output_blocks.append(block(*members))
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
@@ -156,7 +170,7 @@ class UNetModel(nn.Cell):
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         emb = self.time_embed(self.embed_timesteps(timesteps))
-        context = context.astype(self.dtype)
+        context = context.astype(self.dtype).reshape(-1, context.shape[-1])
         h = latents.astype(self.dtype)
         skips = ()
         for block in self.input_blocks:

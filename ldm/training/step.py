@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from ldm.models.layers import RepeatedCell
 from ldm.training.optimizers import AdamW, AdamWScalars
 
 _each = ops.HyperMap()
@@ -108,9 +109,10 @@ class _Update(nn.Cell):
         self.cast = ops.Cast()
 
     def construct(self, gradients, scalars):
+        """scalars: those of StepScalars, a tensor each."""
         if self.reduce is not None:
             gradients = self.reduce(gradients)
-        unscale, max_norm = scalars[1], scalars[2]
+        _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars
         norm = self.sqrt(self.add_n(_each(_half_square_sum, gradients)) * 2.0) * unscale
         factor = unscale
         if self.clip:
@@ -118,31 +120,31 @@ class _Update(nn.Cell):
         finite = self.is_finite(norm)
         if self.skip_overflow:
             if finite:
-                norm = ops.depend(norm, self.apply(gradients, factor, scalars))
+                norm = ops.depend(norm, self.apply(gradients, factor, rate, epsilon, decay, ema_rate))
         else:
-            norm = ops.depend(norm, self.apply(gradients, factor, scalars))
+            norm = ops.depend(norm, self.apply(gradients, factor, rate, epsilon, decay, ema_rate))
         return norm, self.cast(finite, ms.float32)
 
-    def apply(self, gradients, factor, scalars):
-        done = self.optimizer(gradients, factor, scalars[3], scalars[4], scalars[5], scalars[6])
-        return ops.depend(factor, done)
+    def apply(self, gradients, factor, rate, epsilon, decay, ema_rate):
+        return ops.depend(factor, self.optimizer(gradients, factor, rate, epsilon, decay, ema_rate))
 
 
-class _WholeStep(nn.Cell):
+class _WholeStep(RepeatedCell):
     """Gradients and update in one graph."""
 
     def __init__(self, gradients: _Gradients, update: _Update):
         super().__init__(auto_prefix=False)
         self.gradients, self.update = gradients, update
-        self.stack = ops.Stack()
+        self.stack, self.unstack = ops.Stack(), ops.Unstack()
 
     def construct(self, latents, noise, timesteps, condition, scalars):
+        scalars = self.unstack(scalars)
         loss, gradients = self.gradients(latents, noise, timesteps, condition, scalars[0])
         norm, finite = self.update(gradients, scalars)
         return self.stack((loss / scalars[0], norm, finite))
 
 
-class _MicroStep(nn.Cell):
+class _MicroStep(RepeatedCell):
     """Gradients added to the totals."""
 
     def __init__(self, gradients: _Gradients, totals: ParameterTuple):
@@ -160,10 +162,10 @@ class _TotalsStep(nn.Cell):
     def __init__(self, update: _Update, totals: ParameterTuple):
         super().__init__(auto_prefix=False)
         self.update, self.totals = update, totals
-        self.stack = ops.Stack()
+        self.stack, self.unstack = ops.Stack(), ops.Unstack()
 
     def construct(self, scalars):
-        result = self.stack(self.update(self.totals, scalars))
+        result = self.stack(self.update(self.totals, self.unstack(scalars)))
         return ops.depend(result, _each(_clear, ops.depend(self.totals, result)))
 
 

@@ -147,9 +147,9 @@ class TestFlashAttention:
     def test_goes_into_the_unets_attention_and_out_again(self, tiny_model):
         layers = [cell for _, cell in tiny_model.cells_and_names() if isinstance(cell, CrossAttention)]
         assert use_flash_attention(tiny_model, True) == len(layers) > 0
-        assert {type(layer.attention) for layer in layers} == {FlashAttention}
+        assert {type(layer.attention.attention) for layer in layers} == {FlashAttention}
         use_flash_attention(tiny_model, False)
-        assert {type(layer.attention) for layer in layers} == {ScaledDotProductAttention}
+        assert {type(layer.attention.attention) for layer in layers} == {ScaledDotProductAttention}
 
 
 @pytest.mark.usefixtures("graph_mode")

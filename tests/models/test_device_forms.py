@@ -109,6 +109,18 @@ def test_gelu_is_the_exact_form(device):
     np.testing.assert_allclose(by_x, weight * (cumulative + wide * density), atol=1e-5)
 
 
+def test_gelu_gate(device):
+    x, weight = 3 * normal(6, 10), normal(6, 5, seed=1)
+
+    def plain(x):
+        value, gate = np.split(x, 2, axis=-1)
+        return value * gate * (1 + erf(gate / math.sqrt(2))) / 2
+
+    y, (by_x,) = value_and_gradients(device_forms.gelu_gate(), x, weight=weight)
+    np.testing.assert_allclose(y, plain(x.astype(np.float64)), atol=1e-5)
+    np.testing.assert_allclose(by_x, by_differences(plain, (x,), weight)[0], atol=1e-4)
+
+
 def plain_norm(x, weight, bias, groups):
     """Normalisation of (N, C, ...) in groups of channels, in float64; its gradients come from differences."""
     n, c = x.shape[:2]
@@ -231,7 +243,7 @@ def built(name: str, monkeypatch):
 
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
-    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELU,
+    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELUGate,
              device_forms.ElementaryGroupNorm, device_forms.ElementaryLayerNorm, device_forms.GatheredSwap)
     kinds = {type(cell) for _, cell in of_cpu.cells_and_names()}
     assert kinds.issuperset(forms)

@@ -13,6 +13,7 @@ from ldm.models.layers import (
     GroupNorm,
     LayerNorm,
     QuickGELU,
+    RepeatedCell,
     SiLU,
     Upsample2x,
     set_compute_dtype,
@@ -103,3 +104,32 @@ class TestHalfPrecision:
         set_compute_dtype(tiny_model, ms.float16)
         types = {cell.dtype for _, cell in tiny_model.cells_and_names() if hasattr(cell, "dtype")}
         assert types == {ms.float16}
+
+
+class TestRepeatedCell:
+    @pytest.fixture
+    def cell(self):
+        class Outer(RepeatedCell):
+            def __init__(self):
+                super().__init__()
+                self.inner = SiLU()
+
+            def construct(self, x: Tensor) -> Tensor:
+                return self.inner(x)
+
+        return Outer()
+
+    def test_writes_the_graphs_name_into_the_cells_below_once(self, cell):
+        cell(Tensor(normal(2, 3)))
+        name = cell.inner.compile_phase
+        assert name == cell.compile_phase
+        cell.inner.compile_phase = "as it was left"
+        cell(Tensor(normal(2, 3, seed=1)))
+        assert cell.inner.compile_phase == "as it was left"
+
+    def test_and_again_for_another_graph(self, cell):
+        """Each shape is a graph."""
+        found = [cell(Tensor(normal(*shape))).asnumpy() for shape in ((2, 3), (4, 3), (2, 3))]
+        assert [y.shape for y in found] == [(2, 3), (4, 3), (2, 3)]
+        np.testing.assert_array_equal(found[0], found[2])
+        assert cell.inner.compile_phase == cell.compile_phase != ""

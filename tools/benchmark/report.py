@@ -20,8 +20,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, {len(machine['cores'])} cores and threads, {machine['memory_gb']} GB; load before it "
         f"{machine['load']:.1f}. Python {machine['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}; fp32. Medians of "
-        f"{settings['repeats']} x {settings['calls']} calls after the first, {order}. Memory: largest resident size of "
-        "the process."
+        f"{settings['repeats']} x {settings['calls']} calls after the first, of short ones more, {order}. Memory: "
+        "largest resident size of the process."
     )
     table = [COLUMNS, ("---",) * len(COLUMNS), *map(row, result["works"])]
     return head + "\n\n" + "".join("| " + " | ".join(cells) + " |\n" for cells in table)

@@ -160,7 +160,7 @@ def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
         return {"ours": measure_script(args)}
     if work.kind == "first_step_cached":
         return {"ours": measure_cached(work, args)}
-    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + 1
+    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + work.calls + 1
     sides = commands(work, args)
     found: dict[str, Side | str] = {}
     groups = [[name] for name in sides] if args.apart else [list(sides)]
@@ -288,7 +288,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the works and end")
     parser.add_argument("--memory_table", action="store_true", help="the works of the memory table")
     parser.add_argument("--repeats", type=int, default=2, help="pairs of processes a work (default 2)")
-    parser.add_argument("--calls", type=int, default=5, help="calls a process after the first (default 5)")
+    parser.add_argument("--calls", type=int, default=5,
+                        help="calls a process after the first, of short works more (default 5)")
     parser.add_argument("--cores", default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
                         help="numbers of the cores to run on, with as many threads (default: all, %(default)s)")
     parser.add_argument("--apart", action="store_true",
