@@ -10,6 +10,7 @@ import ctypes
 import glob
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,8 @@ def check_flash_attention(enable: bool, runtime: Runtime) -> None:
 
 
 def give_back_memory() -> None:
-    """Return to the system what this process has freed but holds for later, where the C library can (glibc's)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    """Return to the system what this process has freed but holds for later; Linux's usual C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 

@@ -232,4 +232,4 @@ def _replace(parent: nn.Cell, key: str, cell: nn.Cell) -> None:
     # Into the dictionary itself: assignment would put the parent's prefix before the parameters' names once more.
     parent._cells[key] = cell
     if isinstance(parent, nn.SequentialCell):
-        parent.cell_list = list(parent._cells.values())  # what its construct walks over
+        parent.cell_list = list(parent._cells.values())  # what it calls its members by

@@ -131,7 +131,7 @@ class FlashAttention(nn.Cell):
 
 class MultiHeadAttention(nn.Cell):
     """What all attention layers of these settings compute between their projections, in one cell (see `one`): q
-    (N tokens, C), k and v (N key tokens, C), N -> (N tokens, C), each head on its own channels."""
+    (N tokens, C), k and v (N key tokens, C), N -> like q, each head on its own channels. (N, tokens, C) will do too."""
 
     def __init__(self, num_heads: int, head_dim: int, causal_length: int, flash: bool):
         super().__init__()
@@ -234,11 +234,11 @@ class TokensToPixels(nn.Cell):
         return self.swap_middle(tokens.reshape(n, h * w, -1, 1)).reshape(n, -1, h, w)
 
 
-class AsPixels(nn.Cell):
-    """In the place of TokensToPixels where there are pixels already."""
+class First(nn.Cell):
+    """(y, x) -> y, where the other projection has TokensToPixels."""
 
-    def construct(self, pixels: Tensor, x: Tensor) -> Tensor:
-        return pixels
+    def construct(self, y: Tensor, x: Tensor) -> Tensor:
+        return y
 
 
 class SpatialTransformer(nn.Cell):
@@ -258,7 +258,7 @@ class SpatialTransformer(nn.Cell):
         # No `if` in construct: each is three functions for the compiler, in each layer.
         to_tokens, to_pixels = one(PixelsToTokens), one(TokensToPixels)
         self.before_in, self.after_in = (to_tokens, one(Identity)) if use_linear else (one(Identity), to_tokens)
-        self.before_out, self.after_out = (one(AsPixels), to_pixels) if use_linear else (to_pixels, one(AsPixels))
+        self.before_out, self.after_out = (one(First), to_pixels) if use_linear else (to_pixels, one(First))
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         y = self.after_in(self.proj_in(self.before_in(self.norm(x))))

@@ -4,8 +4,9 @@ built, by MindSpore's device target (`ldm.runtime` sets it before that).
 On the CPU the forms below go around kernels that are slow or that hold memory; what each bought stands beside it. On
 Ascend MindSpore's own operators are taken. Either gives the same numbers up to rounding.
 
-A backward pass that computes something of the forward pass again must wait for the gradient it is given (`depend`). The
-scheduler runs whatever has its inputs, and would compute it beside the forward pass and hold it till it is wanted.
+The scheduler runs whatever has its inputs, and holds the result till it is wanted. So a backward pass that computes
+something of the forward pass again must wait for the gradient it is given (`depend`), and what is made of a parameter
+alone, such as a bias spread over all pixels, for its layer's turn.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.operations import _grad_ops, nn_ops
 
-# Written as calls in the cells of which a network has many forms: of tensors, `x * y` is a function of its own for the
-# compiler to read, at each of its uses and for each shape.
+# For the forms that a network has in many shapes: `x * y` of tensors is a function of its own for the compiler to read,
+# at each of its uses and for each shape.
 _add, _sub, _mul = ops.Add(), ops.Sub(), ops.Mul()
 
 
@@ -236,14 +237,18 @@ class ElementaryLayerNorm(nn.Cell):
         inverse = self.tile(self.rsqrt(_add(self.mean(_mul(centred, centred), -1), self.eps)), columns)
         return _mul(centred, inverse), inverse
 
+    def to_rows(self, weight: Tensor, x: Tensor) -> Tensor:
+        """(C,) -> (rows, C)"""
+        return ops.broadcast_to(weight.reshape(1, -1), x.shape)
+
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y, _ = self.normalised(x)
-        return self.bias_add(_mul(y, ops.broadcast_to(weight.reshape(1, -1), x.shape)), bias)
+        return self.bias_add(_mul(y, self.to_rows(ops.depend(weight, y), x)), bias)
 
     def bprop(self, x, weight, bias, out, dout):
         columns = (1, x.shape[1])
         y, inverse = self.normalised(ops.depend(x, dout))
-        g = dout * ops.broadcast_to(weight.reshape(1, -1), x.shape)
+        g = dout * self.to_rows(ops.depend(weight, dout), x)
         dx = g - self.tile(self.mean(g, -1), columns) - y * self.tile(self.mean(g * y, -1), columns)
         ones = self.ones_like(inverse[:, :1])
         return (dx * inverse, self.product_tn(ones, dout * y).reshape(weight.shape),
@@ -302,7 +307,7 @@ class ElementaryGroupNorm(nn.Cell):
         centred, inverse = self.centred(x)
         inverse = self.tile(inverse, (1, c // self.num_groups))
         scale = self.over_pixels(_mul(inverse, self.by_channel(weight, n)), h * w)
-        shift = self.over_pixels(self.tile(bias, (n,)), h * w)
+        shift = self.over_pixels(self.tile(ops.depend(bias, inverse), (n,)), h * w)
         return _add(_mul(centred, scale), shift).reshape(x.shape)
 
     def bprop(self, x, weight, bias, out, dout):

@@ -53,7 +53,7 @@ def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
 class RepeatedCell(nn.Cell):
     """A cell that is called again and again as one graph. At each call MindSpore writes the graph's name into every
     cell below, one by one in Python: 4 ms for a nano UNet of 670 cells, where its graph takes 200. Here it is written
-    only where it is another.
+    only where it is another. (Cells that several graphs use have the name of the last one compiled.)
 
     What compiling it has left free goes back to the system before the graph takes its own memory: 0.15 GB of the
     largest memory of SD1.5's LoRA training.

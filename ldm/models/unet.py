@@ -12,7 +12,7 @@ from ldm.models.attention import SpatialTransformer
 from ldm.models.device_forms import broadcast_add, one
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, RepeatedCell, SiLU, Upsample2x, add
 
-# Every member of a block takes (x, emb, context) and uses what it needs, so that a block is a plain walk over them.
+# Every member of a block takes (x, emb, context) and uses what it needs, so that a block calls them all alike.
 
 
 class InputConv(Conv2d):
@@ -66,9 +66,11 @@ class Upsample(nn.Cell):
 
 
 class Block(nn.SequentialCell):
-    """One entry of input_blocks, middle_block or output_blocks. Each number of members has its own class, because a
-    walk over them would be three functions a member for the compiler."""
+    """One entry of input_blocks, middle_block or output_blocks; `block_of` makes it. Each number of members has its own
+    class, because a walk over them would be three functions a member for the compiler."""
 
+
+class BlockOfOne(Block):
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         return self.cell_list[0](x, emb, context)
 
@@ -84,8 +86,10 @@ class BlockOfThree(Block):
         return self.cell_list[2](x, emb, context)
 
 
-def block(*members: nn.Cell) -> Block:
-    return (Block, BlockOfTwo, BlockOfThree)[len(members) - 1](list(members))
+def block_of(*members: nn.Cell) -> Block:
+    """The block of one to three members."""
+    kinds = {1: BlockOfOne, 2: BlockOfTwo, 3: BlockOfThree}
+    return kinds[len(members)](list(members))
 
 
 class TimestepEmbedding(nn.Cell):
@@ -133,23 +137,23 @@ class UNetModel(RepeatedCell):
         self.time_embed = nn.SequentialCell([Dense(model_channels, emb), SiLU(), Dense(emb, emb)])
 
         channels = model_channels
-        input_blocks, skips, downsampling = [block(InputConv(in_channels, channels, 3, padding=1))], [channels], 1
+        input_blocks, skips, downsampling = [block_of(InputConv(in_channels, channels, 3, padding=1))], [channels], 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 members = [ResBlock(channels, emb, mult * model_channels, num_groups)]
                 channels = mult * model_channels
                 if downsampling in attention_resolutions:
                     members.append(transformer(channels))
-                input_blocks.append(block(*members))
+                input_blocks.append(block_of(*members))
                 skips.append(channels)
             if level != len(channel_mult) - 1:
-                input_blocks.append(block(Downsample(channels)))
+                input_blocks.append(block_of(Downsample(channels)))
                 skips.append(channels)
                 downsampling *= 2
         self.input_blocks = nn.CellList(input_blocks)
 
-        self.middle_block = block(ResBlock(channels, emb, channels, num_groups), transformer(channels),
-                                  ResBlock(channels, emb, channels, num_groups))
+        self.middle_block = block_of(ResBlock(channels, emb, channels, num_groups), transformer(channels),
+                                     ResBlock(channels, emb, channels, num_groups))
 
         output_blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -161,7 +165,7 @@ class UNetModel(RepeatedCell):
                 if level and i == num_res_blocks:
                     members.append(Upsample(channels))
                     downsampling //= 2
-                output_blocks.append(block(*members))
+                output_blocks.append(block_of(*members))
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
@@ -170,7 +174,8 @@ class UNetModel(RepeatedCell):
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         emb = self.time_embed(self.embed_timesteps(timesteps))
-        context = context.astype(self.dtype).reshape(-1, context.shape[-1])
+        # By the number of latents: a context for another number of pictures fails here.
+        context = context.astype(self.dtype).reshape(latents.shape[0] * context.shape[1], context.shape[2])
         h = latents.astype(self.dtype)
         skips = ()
         for block in self.input_blocks:

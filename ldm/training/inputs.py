@@ -26,7 +26,7 @@ from ldm.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as LDM's DiagonalGaussianDistribution
-CACHE_PIXELS = 4 * 512 * 512  # encoded at once: four pictures of 512 pixels, one of 768, 32 of 64
+CACHE_PIXELS = 512 * 512  # encoded at once: one picture of 512 pixels or more, 4 of 256, 32 of 64; 16 of 256 took 7 GB
 
 
 class Batch(NamedTuple):

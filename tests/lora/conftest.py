@@ -11,7 +11,7 @@ from ldm.config.model import load_model_config
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import Conv2d, Dense
 from ldm.models.stable_diffusion import build_model
-from ldm.models.unet import ResBlock, block
+from ldm.models.unet import ResBlock, block_of
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 
@@ -35,8 +35,8 @@ def tiny_model(tiny_config):
 class _Diffusion(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.input_blocks = nn.CellList([
-            block(ResBlock(8, 16, 8, num_groups=4), SpatialTransformer(8, 2, 4, 1, 6, use_linear=False, num_groups=4))])
+        transformer = SpatialTransformer(8, 2, 4, 1, 6, use_linear=False, num_groups=4)
+        self.input_blocks = nn.CellList([block_of(ResBlock(8, 16, 8, num_groups=4), transformer)])
         self.out = nn.SequentialCell([Conv2d(8, 4, 3, stride=2, padding=1)])
 
 
@@ -58,7 +58,7 @@ class SmallNet(nn.Cell):
         self.mean = ops.ReduceMean()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        context = self.cond_stage_model.q_proj(context)
+        context = self.cond_stage_model.q_proj(context).reshape(-1, context.shape[-1])
         for cell in self.model.diffusion_model.input_blocks:
             x = cell(x, emb, context)
         return self.model.diffusion_model.out(x).astype(ms.float32)

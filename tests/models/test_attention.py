@@ -11,6 +11,7 @@ from ldm.models import attention
 from ldm.models.attention import (
     CrossAttention,
     FlashAttention,
+    MultiHeadAttention,
     ScaledDotProductAttention,
     SpatialTransformer,
     use_flash_attention,
@@ -118,6 +119,34 @@ class TestScaledDotProductAttention:
             np.testing.assert_allclose(ours.asnumpy(), plain, atol=1e-2)
 
 
+@pytest.mark.usefixtures("graph_mode")
+def test_multi_head_attention_of_rows_and_its_derivative():
+    """Two pictures of 9 tokens, 5 of text, 3 heads of 8 channels; each picture and head by itself."""
+    shapes = (2, 9, 24), (2, 5, 24), (2, 5, 24), (2, 9, 24)
+    q, k, v, weight = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
+
+    def heads(x):
+        return x.reshape(*x.shape[:2], 3, 8).swapaxes(1, 2)
+
+    def rows(x):
+        return x.swapaxes(1, 2).reshape(-1, 24)
+
+    class OfRows(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.attention = MultiHeadAttention(3, 8, 0, False)
+
+        def construct(self, q, k, v):
+            return self.attention(q, k, v, 2)
+
+    given = [Tensor(x.reshape(-1, 24)) for x in (q, k, v)]
+    np.testing.assert_allclose(OfRows()(*given).asnumpy(), rows(plain_attention(heads(q), heads(k), heads(v))[1]),
+                               atol=1e-5)
+    found = ms.grad(Weighted(OfRows(), weight.reshape(-1, 24)), grad_position=(0, 1, 2))(*given)
+    for ours, plain in zip(found, plain_gradients(heads(q), heads(k), heads(v), heads(weight))):
+        np.testing.assert_allclose(ours.asnumpy(), rows(plain), atol=1e-5)
+
+
 class TestFlashAttention:
     """The operator exists on Ascend alone, so here it is replaced by its documented meaning and limits."""
 
@@ -159,5 +188,5 @@ def test_a_transformer_of_zero_projection_hands_its_input_on(use_linear):
     for parameter in (cell.proj_out.weight, cell.proj_out.bias):
         parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
     x = normal(2, 32, 3, 4)
-    found = cell(Tensor(x), Tensor(normal(2, 8)), Tensor(normal(2, 5, 24)))
+    found = cell(Tensor(x), Tensor(normal(2, 8)), Tensor(normal(2 * 5, 24)))
     np.testing.assert_array_equal(found.asnumpy(), x)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from ldm.models import layers
 from ldm.models.layers import (
     Conv2d,
     Dense,
@@ -126,6 +127,13 @@ class TestRepeatedCell:
         cell.inner.compile_phase = "as it was left"
         cell(Tensor(normal(2, 3, seed=1)))
         assert cell.inner.compile_phase == "as it was left"
+
+    def test_gives_back_memory_after_compiling_and_only_then(self, cell, monkeypatch):
+        given = []
+        monkeypatch.setattr(layers, "give_back_memory", lambda: given.append(len(given)))
+        for shape in ((2, 3), (2, 3), (4, 3), (2, 3)):
+            cell(Tensor(normal(*shape)))
+        assert given == [0, 1]
 
     def test_and_again_for_another_graph(self, cell):
         """Each shape is a graph."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from ldm.models.layers import set_compute_dtype
-from ldm.models.unet import TimestepEmbedding
+from ldm.models.unet import TimestepEmbedding, block_of
 from tests.named_weights import relative_error
 from tests.network_cases import inputs_for, model_with_named_weights, run_network
 
@@ -50,6 +50,30 @@ def test_each_picture_has_its_own_time_step_and_text(model, given, answer):
         found = run_network(model, "unet", changed)
         np.testing.assert_allclose(found[0], answer[0], atol=1e-6)
         assert np.abs(found[1] - answer[1]).max() > 1e-3, f"{name} changes nothing"
+
+
+def test_a_context_for_another_number_of_pictures_is_refused(model, given):
+    """Twice as many texts would else be twice as many tokens for each picture."""
+    with pytest.raises((ValueError, RuntimeError), match="(?i)shape"):
+        run_network(model, "unet", {**given, "context": np.concatenate([given["context"]] * 2)})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_block_runs_all_its_members(count):
+    class Scaled(nn.Cell):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def construct(self, x, emb, context):
+            return x * self.factor + emb + context
+
+    block = block_of(*(Scaled(2.0 + i) for i in range(count)))
+    found = block(Tensor(1.0), Tensor(0.25), Tensor(0.5)).asnumpy()
+    expected = 1.0
+    for i in range(count):
+        expected = expected * (2 + i) + 0.75
+    assert found == expected
 
 
 def test_fp16_is_near_fp32(tiny_config, given, answer):

@@ -86,6 +86,11 @@ class TestMeasuring:
             assert 0.005 < side.memory_gb < 1
             assert side.versions == {"fake": "1.0"}
 
+    def test_short_work_has_more_calls(self, arguments, commands):
+        log = commands("a", "b")
+        run.measure(dataclasses.replace(WORK, calls=2), arguments)
+        assert log.read_text() == "ab" * 6
+
     def test_or_run_apart(self, arguments, commands):
         log = commands("a", "b")
         arguments.apart = True
