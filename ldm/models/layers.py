@@ -55,8 +55,8 @@ class RepeatedCell(nn.Cell):
     cell below, one by one in Python: 4 ms for a nano UNet of 670 cells, where its graph takes 200. Here it is written
     only where it is another. (Cells that several graphs use have the name of the last one compiled.)
 
-    What compiling it has left free goes back to the system before the graph takes its own memory: 0.15 GB of the
-    largest memory of SD1.5's LoRA training.
+    What compiling it has left free goes back to the system before the graph takes its own memory: 0.13 GB where
+    SD1.5's LoRA training is compiled.
     """
 
     def compile(self, *args, **kwargs) -> None:
