@@ -8,7 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.device_forms import gelu_gate, one, swap_middle
+from ldm.models.device_forms import cast, gelu_gate, mindspores_own, one, swap_middle
+from ldm.models.kernels import kernel, like
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm, add
 
 # Elements of (query rows x key rows) over all heads and pictures that are held at a time: 64 MB in fp32.
@@ -130,8 +131,7 @@ class FlashAttention(nn.Cell):
 
 
 class MultiHeadAttention(nn.Cell):
-    """What all attention layers of these settings compute between their projections, in one cell (see `one`): q
-    (N tokens, C), k and v (N key tokens, C), N -> like q, each head on its own channels. (N, tokens, C) will do too."""
+    """What all attention layers of these settings compute between their projections, in one cell (see `one`)."""
 
     def __init__(self, num_heads: int, head_dim: int, causal_length: int, flash: bool):
         super().__init__()
@@ -148,6 +148,42 @@ class MultiHeadAttention(nn.Cell):
         return self.swap_middle(out).reshape(q.shape)
 
 
+class KernelAttention(nn.Cell):
+    """The same of the CPU, by kernels.c, of rows as they are: no head is split off, and no more than 512 KB of
+    probabilities is held by each thread."""
+
+    def __init__(self, num_heads: int, causal: bool):
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.attention = kernel("attention", like(0))
+        self.dx = kernel("attention_dx", like(0), like(1), like(2))
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        settings = kernel_settings(n, self.num_heads, self.causal)
+        fp32 = ms.float32
+        return cast(self.attention(cast(q, fp32), cast(k, fp32), cast(v, fp32), settings), q.dtype)
+
+    def bprop(self, q, k, v, n, out, dout):
+        settings = kernel_settings(n, self.num_heads, self.causal)
+        fp32 = ms.float32
+        dq, dk, dv = self.dx(cast(q, fp32), cast(k, fp32), cast(v, fp32), cast(out, fp32), cast(dout, fp32), settings)
+        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), 0
+
+
+@ops.constexpr
+def kernel_settings(n: int, num_heads: int, causal: bool) -> Tensor:
+    """A constant of the graph."""
+    return Tensor(np.array([n, num_heads, causal], np.float32))
+
+
+def multi_head_attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False):
+    """A callable (q (N tokens, C), k and v (N key tokens, C), N) -> like q, where each head attends on its own
+    channels; (N, tokens, C) will do too. The one place where the attention of a device is chosen."""
+    if flash or mindspores_own():
+        return one(MultiHeadAttention, num_heads, head_dim, causal_length, flash)
+    return one(KernelAttention, num_heads, causal_length > 0)
+
+
 class CrossAttention(nn.Cell):
     """Multi-head attention from x (N tokens, query_dim) to context (N context tokens, context_dim). Published names:
     to_q, to_k, to_v (no bias), to_out.0."""
@@ -160,7 +196,7 @@ class CrossAttention(nn.Cell):
         self.to_k = Dense(context_dim, inner, has_bias=False)
         self.to_v = Dense(context_dim, inner, has_bias=False)
         self.to_out = nn.SequentialCell([Dense(inner, query_dim), Identity()])
-        self.attention = one(MultiHeadAttention, num_heads, head_dim, 0, False)
+        self.attention = multi_head_attention(num_heads, head_dim)
 
     def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
         return self.to_out[0](self.attention(self.to_q(x), self.to_k(context), self.to_v(context), n))
@@ -273,6 +309,6 @@ def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     count = 0
     for _, cell in net.cells_and_names():
         if isinstance(cell, CrossAttention):
-            cell.attention = one(MultiHeadAttention, cell.num_heads, cell.head_dim, 0, enable)
+            cell.attention = multi_head_attention(cell.num_heads, cell.head_dim, flash=enable)
             count += 1
     return count

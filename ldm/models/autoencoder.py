@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from ldm.models.attention import ScaledDotProductAttention
-from ldm.models.layers import Conv2d, GroupNorm, Identity, SiLU, Upsample2x
+from ldm.models.attention import PixelsToTokens, TokensToPixels, multi_head_attention
+from ldm.models.device_forms import one, silu
+from ldm.models.layers import Conv2d, GroupNorm, Identity, Upsample2x
 
 
 class ResnetBlock(nn.Cell):
@@ -18,7 +19,7 @@ class ResnetBlock(nn.Cell):
         self.norm2 = GroupNorm(out_channels, num_groups, eps=1e-6)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
-        self.silu = SiLU()
+        self.silu = silu()
 
     def construct(self, x: Tensor) -> Tensor:
         h = self.conv1(self.silu(self.norm1(x)))
@@ -33,16 +34,13 @@ class AttnBlock(nn.Cell):
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
         self.q, self.k = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
         self.v, self.proj_out = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
-        self.attention = ScaledDotProductAttention(channels)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        return x.reshape(n, 1, c, h * w).transpose(0, 1, 3, 2)
+        self.attention = multi_head_attention(1, channels)
+        self.to_tokens, self.to_pixels = one(PixelsToTokens), one(TokensToPixels)
 
     def construct(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        out = self.attention(self.tokens(self.q(h)), self.tokens(self.k(h)), self.tokens(self.v(h)))
-        return x + self.proj_out(out.transpose(0, 1, 3, 2).reshape(x.shape))
+        q, k, v = self.to_tokens(self.q(h)), self.to_tokens(self.k(h)), self.to_tokens(self.v(h))
+        return x + self.proj_out(self.to_pixels(self.attention(q, k, v, x.shape[0]), x))
 
 
 class Middle(nn.Cell):
@@ -111,7 +109,7 @@ class Encoder(nn.Cell):
         self.mid = Middle(channels, num_groups)
         self.norm_out = GroupNorm(channels, num_groups, eps=1e-6)
         self.conv_out = Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
-        self.silu = SiLU()
+        self.silu = silu()
 
     def construct(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -139,7 +137,7 @@ class Decoder(nn.Cell):
         self.order = tuple(reversed(range(len(ch_mult))))
         self.norm_out = GroupNorm(channels, num_groups, eps=1e-6)
         self.conv_out = Conv2d(channels, out_ch, 3, padding=1)
-        self.silu = SiLU()
+        self.silu = silu()
 
     def construct(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

@@ -18,11 +18,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.models.device_forms import channel_bias, convolution, group_norm, layer_norm, one, row_bias
+from ldm.models.device_forms import cast, channel_bias, convolution, group_norm, layer_norm, one, row_bias
 from ldm.runtime import give_back_memory
 
-# Of tensors, `x + y` and `x.astype(t)` are one and two functions for the compiler to read, at each of their uses.
-add, _cast = ops.Add(), ops.Cast()
+# Of tensors, `x + y` is a function for the compiler to read, at each of its uses.
+add = ops.Add()
 
 _draws = contextvars.ContextVar("whether new parameters are drawn", default=True)
 
@@ -83,7 +83,7 @@ class Bias(nn.Cell):
         self.form = form()
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.form(x, _cast(bias, x.dtype))
+        return self.form(x, cast(bias, x.dtype))
 
 
 class NoBias(nn.Cell):
@@ -104,7 +104,7 @@ class Linear(nn.Cell):
 
     def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
         shape, (out_channels, in_channels) = x.shape, weight.shape
-        y = self.matmul(_cast(x.reshape(-1, in_channels), dtype), _cast(weight, dtype))
+        y = self.matmul(cast(x.reshape(-1, in_channels), dtype), cast(weight, dtype))
         return self.add_bias(y, bias).reshape(shape[:-1] + (out_channels,))
 
 
@@ -133,7 +133,7 @@ class Convolution(nn.Cell):
         self.add_bias = one(Bias, channel_bias) if has_bias else one(NoBias)
 
     def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
-        return self.add_bias(self.conv(_cast(x, dtype), _cast(weight, dtype)), bias)
+        return self.add_bias(self.conv(cast(x, dtype), cast(weight, dtype)), bias)
 
 
 class Conv2d(nn.Cell):
@@ -163,7 +163,7 @@ class GroupNormalisation(nn.Cell):
         self.norm = group_norm(num_groups, eps)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor, dtype) -> Tensor:
-        return _cast(self.norm(_cast(x, ms.float32), weight, bias), dtype)
+        return cast(self.norm(cast(x, ms.float32), weight, bias), dtype)
 
 
 class GroupNorm(nn.Cell):
@@ -188,8 +188,8 @@ class LayerNormalisation(nn.Cell):
         self.norm = layer_norm(eps)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor, dtype) -> Tensor:
-        rows = _cast(x.reshape(-1, x.shape[-1]), ms.float32)
-        return _cast(self.norm(rows, weight, bias).reshape(x.shape), dtype)
+        rows = cast(x.reshape(-1, x.shape[-1]), ms.float32)
+        return cast(self.norm(rows, weight, bias).reshape(x.shape), dtype)
 
 
 class LayerNorm(nn.Cell):
@@ -204,13 +204,6 @@ class LayerNorm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return self.normalisation(x, self.weight, self.bias, self.dtype)
-
-
-class SiLU(nn.Cell):
-    """x * sigmoid(x)."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return ops.silu(x)
 
 
 class Identity(nn.Cell):

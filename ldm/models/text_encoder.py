@@ -12,8 +12,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.attention import MultiHeadAttention
-from ldm.models.device_forms import gelu, one
+from ldm.models.attention import multi_head_attention
+from ldm.models.device_forms import gelu
 from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
 
 
@@ -24,7 +24,7 @@ class CLIPAttention(nn.Cell):
         super().__init__()
         self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
         self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
-        self.attention = one(MultiHeadAttention, num_heads, width // num_heads, causal_length, False)
+        self.attention = multi_head_attention(num_heads, width // num_heads, causal_length)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.out_proj(self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), x.shape[0]))

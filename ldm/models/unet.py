@@ -9,8 +9,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
-from ldm.models.device_forms import broadcast_add, one
-from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, RepeatedCell, SiLU, Upsample2x, add
+from ldm.models.device_forms import broadcast_add, silu
+from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, RepeatedCell, Upsample2x, add
 
 # Every member of a block takes (x, emb, context) and uses what it needs, so that a block calls them all alike.
 
@@ -25,12 +25,13 @@ class ResBlock(nn.Cell):
 
     def __init__(self, in_channels: int, emb_channels: int, out_channels: int, num_groups: int = 32):
         super().__init__()
-        self.silu = silu = one(SiLU)
+        self.silu = silu()
         self.in_layers = nn.SequentialCell(
-            [GroupNorm(in_channels, num_groups), silu, Conv2d(in_channels, out_channels, 3, padding=1)])
-        self.emb_layers = nn.SequentialCell([silu, Dense(emb_channels, out_channels)])
+            [GroupNorm(in_channels, num_groups), self.silu, Conv2d(in_channels, out_channels, 3, padding=1)])
+        self.emb_layers = nn.SequentialCell([self.silu, Dense(emb_channels, out_channels)])
         self.out_layers = nn.SequentialCell(
-            [GroupNorm(out_channels, num_groups), silu, Identity(), Conv2d(out_channels, out_channels, 3, padding=1)])
+            [GroupNorm(out_channels, num_groups), self.silu, Identity(),
+             Conv2d(out_channels, out_channels, 3, padding=1)])
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
         self.add_shift = broadcast_add()
 
@@ -134,7 +135,7 @@ class UNetModel(RepeatedCell):
         emb = 4 * model_channels
         self.dtype = ms.float32
         self.embed_timesteps = TimestepEmbedding(model_channels)
-        self.time_embed = nn.SequentialCell([Dense(model_channels, emb), SiLU(), Dense(emb, emb)])
+        self.time_embed = nn.SequentialCell([Dense(model_channels, emb), silu(), Dense(emb, emb)])
 
         channels = model_channels
         input_blocks, skips, downsampling = [block_of(InputConv(in_channels, channels, 3, padding=1))], [channels], 1
@@ -169,7 +170,7 @@ class UNetModel(RepeatedCell):
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
-            [GroupNorm(channels, num_groups), SiLU(), Conv2d(channels, out_channels, 3, padding=1)])
+            [GroupNorm(channels, num_groups), silu(), Conv2d(channels, out_channels, 3, padding=1)])
         self.concat_channels = ops.Concat(1)
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import mindspore as ms
 
+from ldm.models.kernels import library
+
 SOURCE = Path(__file__).resolve().parents[1]
 
 
 def graph_key(*parts: object) -> str:
-    """A hash of this project's source, the versions of MindSpore and Python, and `parts`."""
-    digest = hashlib.sha256(repr((ms.__version__, platform.python_version(), platform.machine(), parts)).encode())
+    """A hash of this project's source, the compiled kernels, the versions of MindSpore and Python, and `parts`."""
+    versions = ms.__version__, platform.python_version(), platform.machine(), library()
+    digest = hashlib.sha256(repr((versions, parts)).encode())
     for path in sorted(SOURCE.rglob("*.py")):
         digest.update(str(path.relative_to(SOURCE)).encode() + path.read_bytes())
     return digest.hexdigest()[:32]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.models import attention
+from ldm.models import attention, device_forms
 from ldm.models.attention import (
     CrossAttention,
     FlashAttention,
-    MultiHeadAttention,
     ScaledDotProductAttention,
     SpatialTransformer,
+    multi_head_attention,
     use_flash_attention,
 )
 from ldm.models.layers import set_compute_dtype
@@ -120,31 +120,56 @@ class TestScaledDotProductAttention:
 
 
 @pytest.mark.usefixtures("graph_mode")
-def test_multi_head_attention_of_rows_and_its_derivative():
-    """Two pictures of 9 tokens, 5 of text, 3 heads of 8 channels; each picture and head by itself."""
-    shapes = (2, 9, 24), (2, 5, 24), (2, 5, 24), (2, 9, 24)
-    q, k, v, weight = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
-
-    def heads(x):
-        return x.reshape(*x.shape[:2], 3, 8).swapaxes(1, 2)
+@pytest.mark.parametrize("device", ["CPU", "Ascend"])
+@pytest.mark.parametrize("n, heads, tokens, keys, causal, rank", [
+    pytest.param(2, 3, 9, 5, False, 2, id="two pictures to text"),
+    pytest.param(2, 3, 9, 9, True, 2, id="causal"),
+    pytest.param(2, 1, 1, 7, False, 2, id="one query"),
+    pytest.param(2, 3, 9, 9, True, 3, id="text in three axes"),
+    pytest.param(1, 2, 500, 300, False, 2, id="two blocks of queries"),
+    pytest.param(1, 2, 500, 500, True, 2, id="causal, two blocks"),
+    pytest.param(3, 4, 300, 300, False, 2, id="heads in threads"),
+])  # fmt: skip
+def test_multi_head_attention_of_rows_and_its_derivative(device, n, heads, tokens, keys, causal, rank, monkeypatch):
+    """Each picture and head by itself."""
+    monkeypatch.setattr(device_forms, "on_ascend", lambda: device == "Ascend")
+    q, k, v, weight = (normal(n, heads, length, 8, seed=i) for i, length in enumerate((tokens, keys, keys, tokens)))
 
     def rows(x):
-        return x.swapaxes(1, 2).reshape(-1, 24)
+        x = x.swapaxes(1, 2).reshape(n, -1, heads * 8)
+        return x if rank == 3 else x.reshape(-1, heads * 8)
 
     class OfRows(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.attention = MultiHeadAttention(3, 8, 0, False)
+            self.attention = multi_head_attention(heads, 8, keys if causal else 0)
 
         def construct(self, q, k, v):
-            return self.attention(q, k, v, 2)
+            return self.attention(q, k, v, n)
 
-    given = [Tensor(x.reshape(-1, 24)) for x in (q, k, v)]
-    np.testing.assert_allclose(OfRows()(*given).asnumpy(), rows(plain_attention(heads(q), heads(k), heads(v))[1]),
-                               atol=1e-5)
-    found = ms.grad(Weighted(OfRows(), weight.reshape(-1, 24)), grad_position=(0, 1, 2))(*given)
-    for ours, plain in zip(found, plain_gradients(heads(q), heads(k), heads(v), heads(weight))):
+    cell, given = OfRows(), [Tensor(rows(x)) for x in (q, k, v)]
+    np.testing.assert_allclose(cell(*given).asnumpy(), rows(plain_attention(q, k, v, causal)[1]), atol=1e-5)
+    found = ms.grad(Weighted(cell, rows(weight)), grad_position=(0, 1, 2))(*given)
+    for ours, plain in zip(found, plain_gradients(q, k, v, weight, causal)):
         np.testing.assert_allclose(ours.asnumpy(), rows(plain), atol=1e-5)
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_attention_of_numbers_that_are_not_numbers_is_none():
+    """An overflow must reach the loss, not vanish in a softmax."""
+    q, k, v = (normal(6, 8, seed=seed) for seed in range(3))
+    k[4, 0] = np.nan
+
+    class Attention(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.attention = multi_head_attention(2, 4)
+
+        def construct(self, q, k, v):
+            return self.attention(q, k, v, 1)
+
+    found = Attention()(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
+    assert np.isnan(found[:, :4]).all() and np.isfinite(found[:, 4:]).all()
 
 
 class TestFlashAttention:
@@ -174,11 +199,15 @@ class TestFlashAttention:
         np.testing.assert_allclose(found.asnumpy(), plain_attention(q, k, v)[1], atol=5e-3)
 
     def test_goes_into_the_unets_attention_and_out_again(self, tiny_model):
+        def kinds():
+            return {type(layer.attention) for layer in layers}
+
         layers = [cell for _, cell in tiny_model.cells_and_names() if isinstance(cell, CrossAttention)]
+        before = kinds()
         assert use_flash_attention(tiny_model, True) == len(layers) > 0
         assert {type(layer.attention.attention) for layer in layers} == {FlashAttention}
         use_flash_attention(tiny_model, False)
-        assert {type(layer.attention.attention) for layer in layers} == {ScaledDotProductAttention}
+        assert kinds() == before
 
 
 @pytest.mark.usefixtures("graph_mode")

@@ -160,11 +160,11 @@ def test_group_norm(device, shape):
         np.testing.assert_allclose(ours, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [512, 51, 50], ids=["a million", "10,404, in parts", "10,000, in one piece"])
+@pytest.mark.parametrize("size", [512, 51], ids=["a million", "10,404"])
 def test_group_norm_of_a_large_picture_is_as_exact_as_of_a_small_one(size):
     """A sum of a million squares, one after the other in fp32, would be off by 2e-5."""
     x, ones, zeros = normal(1, 4, size, size) + 0.5, np.ones(4, np.float32), np.zeros(4, np.float32)
-    norm = device_forms.ElementaryGroupNorm(1, 1e-6)
+    norm = device_forms.group_norm(1, 1e-6)
     y = norm(Tensor(x), Tensor(ones), Tensor(zeros)).asnumpy()
     expected = (x - x.mean(dtype=np.float64)) / np.sqrt(x.var(dtype=np.float64) + 1e-6)
     assert np.abs(y - expected).max() < 3e-6
@@ -244,11 +244,10 @@ def built(name: str, monkeypatch):
 
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
-    forms = (device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.ErfGELUGate,
-             device_forms.ElementaryGroupNorm, device_forms.ElementaryLayerNorm, device_forms.GatheredSwap)
-    kinds = {type(cell) for _, cell in of_cpu.cells_and_names()}
-    assert kinds.issuperset(forms)
-    assert not {type(cell) for _, cell in of_ascend.cells_and_names()}.intersection((*forms, device_forms.ErfGELU))
+    forms = {device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.KernelGroupNorm,
+             device_forms.KernelLayerNorm, device_forms.KernelPointwise, device_forms.KernelSwap}
+    assert forms <= {type(cell) for _, cell in of_cpu.cells_and_names()}
+    assert not forms & {type(cell) for _, cell in of_ascend.cells_and_names()}
     inputs = Tensor(normal(1, 4, 8, 8)), Tensor(np.array([500], np.int32)), Tensor(normal(1, 77, 32, seed=1))
     expected = of_cpu.model.diffusion_model(*inputs).asnumpy()
     found = of_ascend.model.diffusion_model(*inputs).asnumpy()

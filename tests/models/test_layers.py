@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor
 
 from ldm.models import layers
+from ldm.models.device_forms import silu
 from ldm.models.layers import (
     Conv2d,
     Dense,
@@ -15,7 +16,6 @@ from ldm.models.layers import (
     LayerNorm,
     QuickGELU,
     RepeatedCell,
-    SiLU,
     Upsample2x,
     set_compute_dtype,
 )
@@ -34,7 +34,7 @@ class TestForward:
 
     @pytest.mark.parametrize("cell, formula", [
         (QuickGELU(), lambda x: x / (1 + np.exp(-1.702 * x))),
-        (SiLU(), lambda x: x / (1 + np.exp(-x))),
+        (silu(), lambda x: x / (1 + np.exp(-x))),
     ])
     def test_activation(self, cell, formula):
         x = np.linspace(-6, 6, 101, dtype=np.float32)
@@ -113,7 +113,7 @@ class TestRepeatedCell:
         class Outer(RepeatedCell):
             def __init__(self):
                 super().__init__()
-                self.inner = SiLU()
+                self.inner = silu()
 
             def construct(self, x: Tensor) -> Tensor:
                 return self.inner(x)
