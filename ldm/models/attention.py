@@ -149,7 +149,7 @@ class MultiHeadAttention(nn.Cell):
 
 
 class KernelAttention(nn.Cell):
-    """The same of the CPU, by kernels.c, of rows as they are: no head is split off, and no more than 512 KB of
+    """The same of the CPU, by kernels.cc, of rows as they are: no head is split off, and no more than 1 MB of
     probabilities is held by each thread."""
 
     def __init__(self, num_heads: int, causal: bool):

@@ -30,7 +30,7 @@ def on_ascend() -> bool:
 
 
 def mindspores_own() -> bool:
-    """Whether MindSpore's own operators are taken where kernels.c has one."""
+    """Whether MindSpore's own operators are taken where kernels.cc has one."""
     return on_ascend() or not available()
 
 
@@ -132,7 +132,7 @@ class TransposedSwap(nn.Cell):
 
 
 class KernelSwap(nn.Cell):
-    """By kernels.c, and back likewise. MindSpore's Transpose keeps twice its output for the life of the process."""
+    """By kernels.cc, and back likewise. MindSpore's Transpose keeps twice its output for the life of the process."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +227,7 @@ class LayerNorm(nn.Cell):
 
 
 class KernelGroupNorm(nn.Cell):
-    """Group normalisation of x (N, C, H, W) by kernels.c, group by group, each of which the processor keeps near."""
+    """Group normalisation of x (N, C, H, W) by kernels.cc, group by group, each of which the processor keeps near."""
 
     def __init__(self, num_groups: int, eps: float):
         super().__init__()
@@ -261,7 +261,7 @@ class KernelLayerNorm(nn.Cell):
 
 
 class KernelPointwise(nn.Cell):
-    """x -> the function `name` of kernels.c, whose derivative is `name`_dx."""
+    """x -> the function `name` of kernels.cc, whose derivative is `name`_dx."""
 
     def __init__(self, name: str, out_shape: Callable):
         super().__init__()

@@ -1,6 +1,6 @@
-"""kernels.c as operators of MindSpore's graphs: compiled by this machine's C compiler, once.
+"""kernels.cc as operators of MindSpore's graphs: compiled by this machine's C++ compiler, once.
 
-MindSpore has such operators on Linux only, and a machine may have no C compiler. `available()` is False then, and
+MindSpore has such operators on Linux only, and a machine may have no C++ compiler. `available()` is False then, and
 ldm.models.device_forms takes MindSpore's own operators: the same numbers, slower and in more memory.
 """
 
@@ -22,15 +22,17 @@ from mindspore import ops
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
-MINDSPORE = Path(ms.__file__).parent / "lib"
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", "-pthread", str(SOURCE),
-         f"-L{MINDSPORE}", "-l:libdnnl.so.2", f"-Wl,-rpath,{MINDSPORE}", "-lm")  # fmt: skip
+SOURCE = Path(__file__).with_name("kernels.cc")
+LIBRARIES = Path(ms.__file__).parent / "lib"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", str(SOURCE),
+         f"-L{LIBRARIES}", f"-L{LIBRARIES / 'plugin'}", "-l:libmindspore_core.so", "-l:libmindspore_ops_cpu.so",
+         "-l:libdnnl.so.2", f"-Wl,-rpath,{LIBRARIES}:{LIBRARIES / 'plugin'}", "-Wl,--no-undefined",
+         "-Wl,--allow-shlib-undefined", "-lm")  # fmt: skip
 
 
 def kernel(name: str, *out_shapes: Callable) -> ops.Custom:
-    """The function `name` of kernels.c: float32 tensors -> a tensor for each of `out_shapes`, which give its shape from
-    those of the inputs."""
+    """The function `name` of kernels.cc: float32 tensors -> a tensor for each of `out_shapes`, which give its shape
+    from those of the inputs."""
     if len(out_shapes) == 1:
         return ops.Custom(f"{library()}:{name}", out_shapes[0], lambda *dtypes: dtypes[0], "aot")
     return ops.Custom(f"{library()}:{name}", lambda *shapes: tuple(of(*shapes) for of in out_shapes),
@@ -49,14 +51,14 @@ def available() -> bool:
 
 @cache
 def library() -> Path | None:
-    """kernels.c compiled for this processor; None, and a warning that says why, where that cannot be had.
+    """kernels.cc compiled for this processor; None, and a warning that says why, where that cannot be had.
 
-    $CC is the compiler, or else cc. The result stays in $XDG_CACHE_HOME (or ~/.cache), under a name that changes with
+    $CXX is the compiler, or else c++. The result stays in $XDG_CACHE_HOME (or ~/.cache), under a name that changes with
     the source, the compiler and the processor.
     """
     if sys.platform != "linux":
         return None
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         made_of = (SOURCE.read_bytes(), compiler, version, FLAGS, ms.__version__, processor())
@@ -68,8 +70,8 @@ def library() -> Path | None:
         return path
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or error
-        logger.warning("MindSpore's own operators are used, which are slower and take more memory: the C compiler %s "
-                       "is missing or fails (install gcc, or name another in CC): %s", shlex.join(compiler), reason)
+        logger.warning("MindSpore's own operators are used, which are slower and take more memory: the C++ compiler %s "
+                       "is missing or fails (install g++, or name another in CXX): %s", shlex.join(compiler), reason)
         return None
 
 

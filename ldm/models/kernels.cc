@@ -1,0 +1,468 @@
+// What the CPU computes in one operator where MindSpore 2.8 takes several, or one that is slow or keeps memory.
+//
+// Each function has the signature of MindSpore's custom operators of type "aot": `p` are the inputs and, after them, the
+// outputs, all float32 and contiguous; `shapes` are theirs. It returns 0, or 1 for another type or where memory is
+// short. ldm/models/kernels.py compiles this file; device_forms.py and attention.py use it.
+//
+// Long sums run over PART values in float32 and go on in double: a mean of a million squares in float32 alone is off by
+// 2e-5. No sum depends on the number of threads, so a resumed training repeats itself.
+#include <sched.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <numeric>
+#include <vector>
+
+// glibc has these for whole vectors, to 4 units in the last place, and declares so under -ffast-math alone.
+#if defined __x86_64__ && defined __GLIBC__
+#if __GLIBC_PREREQ(2, 35)
+#pragma omp declare simd notinbranch
+extern "C" float erff(float) noexcept;
+#pragma omp declare simd notinbranch
+extern "C" float expf(float) noexcept;
+#endif
+#endif
+
+// Of oneDNN, which MindSpore brings: C (M, N) = alpha A (M, K) B (K, N) + beta C, row after row, in this thread alone.
+extern "C" int dnnl_sgemm(char transpose_a, char transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
+                          const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
+
+// MindSpore's threads, which its own operators compute in: func(content, task, ...) for each task.
+namespace mindspore {
+class ThreadPool {
+ public:
+  int ParallelLaunch(const std::function<int(void *, int, float, float)> &func, void *content, int tasks);
+};
+namespace kernel {
+ThreadPool *GetActorMgrInnerThreadPool();
+}
+}  // namespace mindspore
+
+#define ARGUMENTS int count, float **p, int *ranks, int64_t **shapes, const char **types, void *, void *
+
+namespace {
+
+constexpr int64_t PART = 1024, COLUMNS = 64, TILE = 32, BLOCK = 1 << 18, VALUES_OF_A_THREAD = 1 << 15;
+
+int64_t product(const int64_t *shape, int rank) {
+  return std::accumulate(shape, shape + rank, int64_t(1), std::multiplies<int64_t>());
+}
+
+bool all_float32(int count, const char **types) {
+  return std::all_of(types, types + count, [](const char *type) { return std::strcmp(type, "float32") == 0; });
+}
+
+// `compute(first, end)` for all of `items`, in those threads of MindSpore's that have VALUES_OF_A_THREAD of the `values`
+// each. (Threads of our own would have to share a core with MindSpore's, which wait for work by turning.)
+template <typename Compute>
+int run(bool sound, int64_t items, int64_t values, const Compute &compute) {
+  if (!sound) return 1;
+  cpu_set_t processors;
+  int64_t threads = sched_getaffinity(0, sizeof processors, &processors) == 0 ? CPU_COUNT(&processors) : 1;
+  threads = std::max<int64_t>(1, std::min({threads, items, values / VALUES_OF_A_THREAD}));
+  auto share = [&](void *, int thread, float, float) {
+    try {
+      compute(items * thread / threads, items * (thread + 1) / threads);
+    } catch (const std::bad_alloc &) {
+      return 1;
+    }
+    return 0;
+  };
+  if (threads == 1) return share(nullptr, 0, 0, 0);
+  return mindspore::kernel::GetActorMgrInnerThreadPool()->ParallelLaunch(share, nullptr, int(threads));
+}
+
+// Memory for a thread to compute in, kept for the next time: what comes fresh from the system takes longer to be handed
+// out than to be computed in.
+float *scratch(int64_t values) {
+  static thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < values) memory.resize(values);
+  return memory.data();
+}
+
+double sum(const float *x, int64_t n) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += PART) {
+    float of_part = 0;
+    int64_t end = std::min(start + PART, n);
+#pragma omp simd reduction(+ : of_part)
+    for (int64_t i = start; i < end; i++) of_part += x[i];
+    total += of_part;
+  }
+  return total;
+}
+
+// The sum of (x - mean) * (y - shift).
+double sum_of_products(const float *x, float mean, const float *y, float shift, int64_t n) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += PART) {
+    float of_part = 0;
+    int64_t end = std::min(start + PART, n);
+#pragma omp simd reduction(+ : of_part)
+    for (int64_t i = start; i < end; i++) of_part += (x[i] - mean) * (y[i] - shift);
+    total += of_part;
+  }
+  return total;
+}
+
+struct Statistics {
+  float mean, inverse;  // 1 / deviation
+
+  Statistics(const float *x, int64_t n, double eps) {
+    mean = float(sum(x, n) / n);
+    inverse = float(1 / std::sqrt(sum_of_products(x, mean, x, mean, n) / n + eps));
+  }
+};
+
+// x (N, C, H, W) in groups of channels, the values of a group one after the other. settings: the number of groups, eps.
+struct Grouping {
+  int64_t pictures, pixels, groups, in_group, values;
+  double eps;
+
+  Grouping(const int64_t *shape, const float *settings)
+      : pictures(shape[0]), pixels(shape[2] * shape[3]), groups(int64_t(settings[0])), in_group(shape[1] / groups),
+        values(in_group * pixels), eps(settings[1]) {}
+
+  int64_t all() const { return pictures * groups * values; }
+};
+
+float cumulative(float x) { return 0.5f + 0.5f * erff(x * float(M_SQRT1_2)); }
+float density(float x) { return float(M_2_SQRTPI * M_SQRT1_2 / 2) * expf(-0.5f * x * x); }
+float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// q (N tokens, C) and k, v (N keys, C), or (N, tokens, C): each head on its own C / heads channels of a row. settings: N,
+// the number of heads, whether a token sees only those up to it. A block is as many rows of scores as come to BLOCK
+// values, 1 MB, which the processor keeps near.
+struct Heads {
+  int64_t pictures, heads, tokens, keys, channels, dim, rows, blocks;
+  bool causal;
+  float scale;
+
+  Heads(int *ranks, int64_t **shapes, const float *settings)
+      : pictures(int64_t(settings[0])), heads(int64_t(settings[1])), causal(settings[2] != 0) {
+    channels = shapes[0][ranks[0] - 1];
+    tokens = product(shapes[0], ranks[0]) / channels / pictures;
+    keys = product(shapes[1], ranks[1]) / channels / pictures;
+    dim = channels / heads;
+    scale = float(1 / std::sqrt(double(dim)));
+    rows = std::min(tokens, std::max<int64_t>(16, BLOCK / keys));
+    blocks = (tokens + rows - 1) / rows;
+  }
+
+  int64_t all() const { return pictures * heads * tokens * keys; }
+
+  // The place of a token of a head in q, and of its head's first in k.
+  int64_t of_token(int64_t picture, int64_t head, int64_t token) const {
+    return (picture * tokens + token) * channels + head * dim;
+  }
+  int64_t of_keys(int64_t picture, int64_t head) const { return picture * keys * channels + head * dim; }
+
+  // In place of the scores of `count` tokens (count, keys): exp(score - the row's largest), and 1 / each row's sum.
+  void exponentials(float *scores, float *inverse, int64_t first, int64_t count) const {
+    for (int64_t row = 0; row < count; row++) {
+      float *x = scores + row * keys, most = -INFINITY, total = 0;
+      int64_t seen = causal ? std::min(first + row + 1, keys) : keys;
+#pragma omp simd reduction(max : most)
+      for (int64_t i = 0; i < seen; i++) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < seen; i++) total += x[i] = expf(x[i] - most);
+      std::fill(x + seen, x + keys, 0.0f);
+      inverse[row] = 1 / total;
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// x, weight (C,), bias (C,), settings -> y
+int group_norm(ARGUMENTS) {
+  Grouping g(shapes[0], p[3]);
+  return run(all_float32(count, types), g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+    for (int64_t group = first; group < end; group++) {
+      const float *x = p[0] + group * g.values;
+      float *y = p[4] + group * g.values;
+      Statistics s(x, g.values, g.eps);
+      for (int64_t i = 0; i < g.in_group; i++, x += g.pixels, y += g.pixels) {
+        int64_t channel = group % g.groups * g.in_group + i;
+        float scale = s.inverse * p[1][channel], shift = p[2][channel];
+#pragma omp simd
+        for (int64_t k = 0; k < g.pixels; k++) y[k] = (x[k] - s.mean) * scale + shift;
+      }
+    }
+  });
+}
+
+// x, weight, dy, settings -> dx. With g = dy * weight and the normalised x^, over a group:
+// dx = (g - mean(g) - x^ mean(g x^)) / deviation
+int group_norm_dx(ARGUMENTS) {
+  Grouping g(shapes[0], p[3]);
+  return run(all_float32(count, types), g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+    for (int64_t group = first; group < end; group++) {
+      const float *weight = p[1] + group % g.groups * g.in_group;
+      const float *x = p[0] + group * g.values, *dy = p[2] + group * g.values;
+      float *dx = p[4] + group * g.values;
+      Statistics s(x, g.values, g.eps);
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t i = 0; i < g.in_group; i++) {
+        sum_g += weight[i] * sum(dy + i * g.pixels, g.pixels);
+        sum_gx += weight[i] * sum_of_products(x + i * g.pixels, s.mean, dy + i * g.pixels, 0, g.pixels);
+      }
+      float shift = float(sum_g / g.values * s.inverse);
+      float slope = float(sum_gx / g.values * s.inverse * s.inverse * s.inverse);
+      for (int64_t i = 0; i < g.in_group; i++, x += g.pixels, dy += g.pixels, dx += g.pixels) {
+        float scale = weight[i] * s.inverse;
+#pragma omp simd
+        for (int64_t k = 0; k < g.pixels; k++) dx[k] = dy[k] * scale - (x[k] - s.mean) * slope - shift;
+      }
+    }
+  });
+}
+
+// x, dy, settings -> dweight (C,), dbias (C,)
+int group_norm_dweight(ARGUMENTS) {
+  Grouping g(shapes[0], p[2]);
+  return run(all_float32(count, types), g.groups, g.all(), [&](int64_t first, int64_t end) {
+    for (int64_t group = first; group < end; group++) {
+      float *dweight = p[3] + group * g.in_group, *dbias = p[4] + group * g.in_group;
+      std::fill(dweight, dweight + g.in_group, 0.0f);
+      std::fill(dbias, dbias + g.in_group, 0.0f);
+      for (int64_t n = 0; n < g.pictures; n++) {
+        const float *x = p[0] + (n * g.groups + group) * g.values, *dy = p[1] + (n * g.groups + group) * g.values;
+        Statistics s(x, g.values, g.eps);
+        for (int64_t i = 0; i < g.in_group; i++, x += g.pixels, dy += g.pixels) {
+          dweight[i] += float(s.inverse * sum_of_products(x, s.mean, dy, 0, g.pixels));
+          dbias[i] += float(sum(dy, g.pixels));
+        }
+      }
+    }
+  });
+}
+
+// x (rows, C), weight (C,), bias (C,), settings: eps -> y
+int layer_norm(ARGUMENTS) {
+  int64_t rows = shapes[0][0], c = shapes[0][1];
+  return run(all_float32(count, types), rows, rows * c, [&](int64_t first, int64_t end) {
+    const float *weight = p[1], *bias = p[2];
+    for (int64_t row = first; row < end; row++) {
+      const float *x = p[0] + row * c;
+      float *y = p[4] + row * c;
+      Statistics s(x, c, p[3][0]);
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) y[i] = (x[i] - s.mean) * s.inverse * weight[i] + bias[i];
+    }
+  });
+}
+
+// x, weight, dy, settings -> dx: as group_norm_dx, over a row
+int layer_norm_dx(ARGUMENTS) {
+  int64_t rows = shapes[0][0], c = shapes[0][1];
+  return run(all_float32(count, types), rows, rows * c, [&](int64_t first, int64_t end) {
+    const float *weight = p[1];
+    for (int64_t row = first; row < end; row++) {
+      const float *x = p[0] + row * c, *dy = p[2] + row * c;
+      float *dx = p[4] + row * c;
+      Statistics s(x, c, p[3][0]);
+      float sum_g = 0, sum_gx = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+      for (int64_t i = 0; i < c; i++) {
+        sum_g += dy[i] * weight[i];
+        sum_gx += dy[i] * weight[i] * (x[i] - s.mean);
+      }
+      float shift = sum_g / c * s.inverse, slope = sum_gx / c * s.inverse * s.inverse * s.inverse;
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) dx[i] = dy[i] * weight[i] * s.inverse - (x[i] - s.mean) * slope - shift;
+    }
+  });
+}
+
+// x, dy, settings -> dweight (C,), dbias (C,)
+int layer_norm_dweight(ARGUMENTS) {
+  int64_t rows = shapes[0][0], c = shapes[0][1];
+  return run(all_float32(count, types), (c + COLUMNS - 1) / COLUMNS, rows * c, [&](int64_t first, int64_t end) {
+    float *mean = scratch(2 * rows), *inverse = mean + rows;
+    for (int64_t row = 0; row < rows; row++) {
+      Statistics s(p[0] + row * c, c, p[2][0]);
+      mean[row] = s.mean, inverse[row] = s.inverse;
+    }
+    for (int64_t start = first * COLUMNS; start < std::min(end * COLUMNS, c); start += COLUMNS) {
+      int64_t columns = std::min(COLUMNS, c - start);
+      double sum_dy[COLUMNS] = {0}, sum_dy_x[COLUMNS] = {0};
+      for (int64_t row = 0; row < rows; row++) {
+        const float *x = p[0] + row * c + start, *dy = p[1] + row * c + start;
+#pragma omp simd
+        for (int64_t i = 0; i < columns; i++) {
+          sum_dy[i] += dy[i];
+          sum_dy_x[i] += dy[i] * (x[i] - mean[row]) * inverse[row];
+        }
+      }
+      std::copy(sum_dy_x, sum_dy_x + columns, p[3] + start);
+      std::copy(sum_dy, sum_dy + columns, p[4] + start);
+    }
+  });
+}
+
+// x -> x * (1 + erf(x / sqrt 2)) / 2
+int gelu(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]);
+  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+    const float *x = p[0];
+    float *y = p[1];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) y[i] = x[i] * cumulative(x[i]);
+  });
+}
+
+// x, dy -> dx
+int gelu_dx(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]);
+  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+    const float *x = p[0], *dy = p[1];
+    float *dx = p[2];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) dx[i] = dy[i] * (cumulative(x[i]) + x[i] * density(x[i]));
+  });
+}
+
+// x (..., 2 C) -> y (..., C): its first half * gelu(its second half)
+int gelu_gate(ARGUMENTS) {
+  int64_t values = product(shapes[1], ranks[1]), c = shapes[1][ranks[1] - 1];
+  return run(all_float32(count, types), values / c, values, [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; row++) {
+      const float *value = p[0] + row * 2 * c, *gate = value + c;
+      float *y = p[1] + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) y[i] = value[i] * gate[i] * cumulative(gate[i]);
+    }
+  });
+}
+
+// x, dy (..., C) -> dx (..., 2 C)
+int gelu_gate_dx(ARGUMENTS) {
+  int64_t values = product(shapes[1], ranks[1]), c = shapes[1][ranks[1] - 1];
+  return run(all_float32(count, types), values / c, values, [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; row++) {
+      const float *value = p[0] + row * 2 * c, *gate = value + c, *dy = p[1] + row * c;
+      float *dvalue = p[2] + row * 2 * c, *dgate = dvalue + c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) {
+        float below = cumulative(gate[i]);
+        dvalue[i] = dy[i] * gate[i] * below;
+        dgate[i] = dy[i] * value[i] * (below + gate[i] * density(gate[i]));
+      }
+    }
+  });
+}
+
+// x -> x * sigmoid(x)
+int silu(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]);
+  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+    const float *x = p[0];
+    float *y = p[1];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) y[i] = x[i] * sigmoid(x[i]);
+  });
+}
+
+// x, dy -> dx
+int silu_dx(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]);
+  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+    const float *x = p[0], *dy = p[1];
+    float *dx = p[2];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) {
+      float open = sigmoid(x[i]);
+      dx[i] = dy[i] * open * (1 + x[i] * (1 - open));
+    }
+  });
+}
+
+// x (N, A, B, D) -> (N, B, A, D), in tiles: rows of one number would each miss the processor's cache.
+int swap_middle(ARGUMENTS) {
+  int64_t a = shapes[0][1], b = shapes[0][2], d = shapes[0][3], tiles = (b + TILE - 1) / TILE;
+  return run(all_float32(count, types), shapes[0][0] * tiles, product(shapes[0], 4), [&](int64_t first, int64_t end) {
+    for (int64_t item = first; item < end; item++) {
+      const float *x = p[0] + item / tiles * a * b * d;
+      float *y = p[1] + item / tiles * a * b * d;
+      int64_t j0 = item % tiles * TILE, j1 = std::min(j0 + TILE, b);
+      for (int64_t i0 = 0; i0 < a; i0 += TILE) {
+        int64_t i1 = std::min(i0 + TILE, a);
+        for (int64_t j = j0; j < j1; j++) {
+          if (d == 1) {
+            for (int64_t i = i0; i < i1; i++) y[j * a + i] = x[i * b + j];
+          } else {
+            for (int64_t i = i0; i < i1; i++) std::memcpy(y + (j * a + i) * d, x + (i * b + j) * d, d * sizeof *y);
+          }
+        }
+      }
+    }
+  });
+}
+
+// q, k, v, settings -> softmax(q k^T / sqrt(dim)) v like q
+int attention(ARGUMENTS) {
+  Heads h(ranks, shapes, p[3]);
+  return run(all_float32(count, types), h.pictures * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
+    float *scores = scratch(h.rows * h.keys + h.rows), *inverse = scores + h.rows * h.keys;
+    for (int64_t item = start; item < end; item++) {
+      int64_t head = item / h.blocks % h.heads, picture = item / h.blocks / h.heads;
+      int64_t first = item % h.blocks * h.rows, rows = std::min(h.rows, h.tokens - first), c = h.channels;
+      const float *q = p[0] + h.of_token(picture, head, first);
+      const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
+      float *out = p[4] + h.of_token(picture, head, first);
+      dnnl_sgemm('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.keys);
+      h.exponentials(scores, inverse, first, rows);
+      dnnl_sgemm('N', 'N', rows, h.dim, h.keys, 1, scores, h.keys, v, c, 0, out, c);
+      for (int64_t row = 0; row < rows; row++) {
+#pragma omp simd
+        for (int64_t i = 0; i < h.dim; i++) out[row * c + i] *= inverse[row];
+      }
+    }
+  });
+}
+
+// q, k, v, out, dout, settings -> dq, dk, dv. The derivative of the softmax p is p (dout v^T - delta) with
+// delta = sum(dout out), and p is computed again. dk and dv are sums over the blocks, so a head is one thread's.
+int attention_dx(ARGUMENTS) {
+  Heads h(ranks, shapes, p[5]);
+  return run(all_float32(count, types), h.pictures * h.heads, h.all(), [&](int64_t start, int64_t end) {
+    int64_t c = h.channels, keys = h.keys, dim = h.dim;
+    float *probabilities = scratch(2 * h.rows * keys + h.rows);
+    float *by_scores = probabilities + h.rows * keys, *inverse = by_scores + h.rows * keys;
+    for (int64_t item = start; item < end; item++) {
+      int64_t head = item % h.heads, picture = item / h.heads;
+      const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
+      float *dk = p[7] + h.of_keys(picture, head), *dv = p[8] + h.of_keys(picture, head);
+      for (int64_t first = 0; first < h.tokens; first += h.rows) {
+        int64_t rows = std::min(h.rows, h.tokens - first), place = h.of_token(picture, head, first);
+        const float *q = p[0] + place, *out = p[3] + place, *dout = p[4] + place;
+        float so_far = first ? 1 : 0;
+        dnnl_sgemm('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, keys);
+        h.exponentials(probabilities, inverse, first, rows);
+        dnnl_sgemm('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, by_scores, keys);
+        for (int64_t row = 0; row < rows; row++) {
+          float delta = 0, *probability = probabilities + row * keys, *by_score = by_scores + row * keys;
+#pragma omp simd reduction(+ : delta)
+          for (int64_t i = 0; i < dim; i++) delta += dout[row * c + i] * out[row * c + i];
+#pragma omp simd
+          for (int64_t i = 0; i < keys; i++) {
+            probability[i] *= inverse[row];
+            by_score[i] = probability[i] * (by_score[i] - delta);
+          }
+        }
+        dnnl_sgemm('T', 'N', keys, dim, rows, 1, probabilities, keys, dout, c, so_far, dv, c);
+        dnnl_sgemm('N', 'N', rows, dim, keys, h.scale, by_scores, keys, k, c, 0, p[6] + place, c);
+        dnnl_sgemm('T', 'N', keys, dim, rows, h.scale, by_scores, keys, q, c, so_far, dk, c);
+      }
+    }
+  });
+}
+
+}  // extern "C"
