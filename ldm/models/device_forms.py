@@ -1,12 +1,13 @@
-"""What has one form on the CPU and another on Ascend. The choice is made here and nowhere else, when a network is
-built, by MindSpore's device target (`ldm.runtime` sets it before that).
+"""What has one form on the CPU and another on Ascend. The choice is made here, and for attention in
+ldm.models.attention, when a network is built, by MindSpore's device target (`ldm.runtime` sets it before that).
 
-On the CPU the forms below go around kernels that are slow or that hold memory; what each bought stands beside it. On
-Ascend MindSpore's own operators are taken. Either gives the same numbers up to rounding.
+On the CPU the forms below go around kernels that are slow or that hold memory, most by one of kernels.cc (docs/
+performance.md has what each bought). On Ascend, or where kernels.cc cannot be compiled, MindSpore's own operators are
+taken. All give the same numbers up to rounding.
 
-The scheduler runs whatever has its inputs, and holds the result till it is wanted. So a backward pass that computes
-something of the forward pass again must wait for the gradient it is given (`depend`), and what is made of a parameter
-alone, such as a bias spread over all pixels, for its layer's turn.
+The scheduler runs whatever has its inputs, and holds the result till it is wanted. So what is made of a parameter alone
+must wait for its layer's turn, and a backward pass that computes something of the forward pass again, for the gradient
+it is given (`depend`), unless one operator does both.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def swapped(x):
     return x[0], x[2], x[1], x[3]
 
 
+def turned(weight):
+    return weight[1], weight[0], *weight[2:]
+
+
 def one(cell: type, *settings):
     """The one `cell(*settings)` of all layers that want it: the compiler reads and differentiates a cell once for
     each cell. It must hold no parameters, nor anything else that changes. The training graph of three transformer
@@ -76,7 +81,7 @@ def broadcast_add():
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, padding):
     """A callable (x (N, C, H, W), weight (O, C, k, k)) -> the convolution; `padding` as of ldm.models.layers.Conv2d."""
-    if on_ascend() or kernel_size == 1 or stride != 1 or not isinstance(padding, int) or padding >= kernel_size:
+    if mindspores_own() or kernel_size == 1 or stride != 1 or not isinstance(padding, int) or padding >= kernel_size:
         return ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
     return one(LeanConv2D, in_channels, out_channels, kernel_size, padding)
 
@@ -146,14 +151,13 @@ class KernelSwap(nn.Cell):
 
 
 class LeanConv2D(nn.Cell):
-    """A convolution of stride 1 whose gradient for x is a convolution too, by the weight with its channels swapped:
-    dx = reversed(conv(reversed(dy), weight')), the pixels in reversed order.
+    """A convolution of stride 1 whose gradient for x is a convolution too, by the weight with its channels swapped and
+    its pixels turned around.
 
     MindSpore's kernel for that gradient keeps k * k values for each of x's, for the life of the process: 44 MB a layer
-    of 320 channels at 64 x 64 pixels. Without, and with recomputation that waits (above), SD1.5's LoRA training at 512
-    pixels takes 7.2 GB instead of 8.6, in the same time (51 ms against 49 for that layer, one core). Where y has fewer
-    pixels than channels, MindSpore's is taken: it keeps little there, and swapping 1280 x 1280 channels would take
-    20 ms, longer than all of a convolution over 8 x 8 pixels.
+    of 320 channels at 64 x 64 pixels. Without, SD1.5's LoRA training at 512 pixels took 7.2 GB instead of 8.6, in the
+    same time. Where y has fewer pixels than channels, MindSpore's is taken: it keeps little there, and turning a large
+    weight would take longer than convolving a small picture.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int):
@@ -164,44 +168,17 @@ class LeanConv2D(nn.Cell):
         settings = (out_channels, (kernel_size, kernel_size), "pad", pads, pads)
         self.input_gradient = nn_ops.Conv2DBackpropInput(*settings)
         self.weight_gradient = _grad_ops.Conv2DBackpropFilter(*settings)
-        self.gather = ops.Gather()
-
-    def reversed_pixels(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        return self.gather(x.reshape(n * c, h * w), reversed_columns(h * w), 1).reshape(n, c, h, w)
+        self.turned_weight = kernel("turned_weight", turned)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.conv(x, weight)
 
     def bprop(self, x, weight, out, dout):
         dweight = self.weight_gradient(dout, x, weight.shape)  # where the weight is frozen, no graph computes it
-        out_channels, in_channels, height, width = weight.shape
-        if dout.shape[2] * dout.shape[3] < out_channels:
+        if dout.shape[2] * dout.shape[3] < weight.shape[0]:
             return self.input_gradient(dout, weight, x.shape), dweight
-        # which row goes where is worked out each time: a constant for each layer would be 100,000 numbers and more
-        shape = (in_channels, out_channels)
-        rows = (ops.broadcast_to(counted(in_channels, 1).reshape(-1, 1), shape)
-                + ops.broadcast_to(counted(out_channels, in_channels).reshape(1, -1), shape))
-        rows = ops.depend(rows.reshape(-1), dout)
-        swapped = self.gather(weight.reshape(-1, height * width), rows, 0)
-        swapped = swapped.reshape(in_channels, out_channels, height, width)
-        return self.reversed_pixels(self.conv_back(self.reversed_pixels(dout), swapped)), dweight
-
-
-@ops.constexpr
-def counted(count: int, step: int) -> Tensor:
-    return Tensor(np.arange(0, count * step, step, dtype=np.int32))
-
-
-@ops.constexpr
-def reversed_columns(count: int) -> Tensor:
-    """The last first: a constant of the graph, one array for all that want it."""
-    return _reversed_columns(count)
-
-
-@cache
-def _reversed_columns(count: int) -> Tensor:
-    return Tensor(np.arange(count - 1, -1, -1, dtype=np.int32))
+        turned = cast(self.turned_weight(cast(ops.depend(weight, dout), ms.float32)), weight.dtype)
+        return self.conv_back(dout, turned), dweight
 
 
 class GroupNorm(nn.Cell):

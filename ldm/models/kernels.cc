@@ -406,6 +406,23 @@ int swap_middle(ARGUMENTS) {
   });
 }
 
+// weight (O, I, k, k) -> (I, O, k, k), each k x k turned around, in tiles likewise: what the gradient of a convolution
+// for its input convolves with.
+int turned_weight(ARGUMENTS) {
+  int64_t out = shapes[0][0], in = shapes[0][1], area = shapes[0][2] * shapes[0][3], tiles = (in + TILE - 1) / TILE;
+  return run(all_float32(count, types), tiles, product(shapes[0], 4), [&](int64_t first, int64_t end) {
+    for (int64_t i0 = first * TILE; i0 < std::min(end * TILE, in); i0 += TILE) {
+      int64_t i1 = std::min(i0 + TILE, in);
+      for (int64_t o = 0; o < out; o++) {
+        for (int64_t i = i0; i < i1; i++) {
+          const float *from = p[0] + (o * in + i) * area;
+          std::reverse_copy(from, from + area, p[1] + (i * out + o) * area);
+        }
+      }
+    }
+  });
+}
+
 // q, k, v, settings -> softmax(q k^T / sqrt(dim)) v like q
 int attention(ARGUMENTS) {
   Heads h(ranks, shapes, p[3]);

@@ -23,11 +23,11 @@ from mindspore import ops
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cc")
-LIBRARIES = Path(ms.__file__).parent / "lib"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared", str(SOURCE),
-         f"-L{LIBRARIES}", f"-L{LIBRARIES / 'plugin'}", "-l:libmindspore_core.so", "-l:libmindspore_ops_cpu.so",
-         "-l:libdnnl.so.2", f"-Wl,-rpath,{LIBRARIES}:{LIBRARIES / 'plugin'}", "-Wl,--no-undefined",
-         "-Wl,--allow-shlib-undefined", "-lm")  # fmt: skip
+LIBRARIES, PLUGINS = Path(ms.__file__).parent / "lib", Path(ms.__file__).parent / "lib" / "plugin"
+COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
+# MindSpore's threads and oneDNN. What their libraries want in turn is there when MindSpore runs.
+LINK = (f"-L{LIBRARIES}", f"-L{PLUGINS}", "-l:libmindspore_core.so", "-l:libmindspore_ops_cpu.so", "-l:libdnnl.so.2",
+        f"-Wl,-rpath,{LIBRARIES}:{PLUGINS}", "-Wl,--no-undefined", "-Wl,--allow-shlib-undefined", "-lm")  # fmt: skip
 
 
 def kernel(name: str, *out_shapes: Callable) -> ops.Custom:
@@ -54,32 +54,34 @@ def library() -> Path | None:
     """kernels.cc compiled for this processor; None, and a warning that says why, where that cannot be had.
 
     $CXX is the compiler, or else c++. The result stays in $XDG_CACHE_HOME (or ~/.cache), under a name that changes with
-    the source, the compiler and the processor.
+    the source, the compiler, MindSpore and the processor.
     """
     if sys.platform != "linux":
         return None
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-        made_of = (SOURCE.read_bytes(), compiler, version, FLAGS, ms.__version__, processor())
-        name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mindspore-stable-diffusion-lora",
-                    f"kernels-{name}.so")  # fmt: skip
+        made_of = (SOURCE.read_bytes(), compiler, version, COMPILE, LINK, ms.__version__, processor())
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.so"
+        path = folder.absolute() / "mindspore-stable-diffusion-lora" / name
         if not path.exists():
-            compile_to(path, compiler)
+            _compile(compiler, path)
         return path
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or error
-        logger.warning("MindSpore's own operators are used, which are slower and take more memory: the C++ compiler %s "
-                       "is missing or fails (install g++, or name another in CXX): %s", shlex.join(compiler), reason)
-        return None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace").strip() or error
+    except OSError as error:
+        reason = error
+    logger.warning("slower operators that take more memory are used: %s could not be compiled with %s (install g++, or "
+                   "name another compiler in CXX): %s", SOURCE, shlex.join(compiler), reason)  # fmt: skip
+    return None
 
 
-def compile_to(path: Path, compiler: list[str]) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        subprocess.run([*compiler, *FLAGS, "-o", str(writing)], capture_output=True, check=True)
+        subprocess.run([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", str(writing)], capture_output=True, check=True)
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
