@@ -140,7 +140,7 @@ class LoRAConv(Conv2d):
         rank = down.shape[0]
         up = np.zeros((self.out_channels, rank, 1, 1))
         _add_factors(self, down, up, name, alpha, scale, fp16, trainable_scale, dropout)
-        self.conv_down = convolution(self.in_channels, rank, self.kernel_size, self.stride, self.padding)
+        self.conv_down = convolution(rank, self.kernel_size, self.stride, self.padding)
         self.conv_up = ops.Conv2D(self.out_channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -176,6 +176,128 @@ struct Heads {
   }
 };
 
+// A 3x3 convolution of x (N, in, H, W), with a pixel of zeros around it, by Winograd's F(2x2, 3x3) (Lavin and Gray 2016):
+// 2x2 of y come from 4x4 of x by 16 products for each pair of channels instead of 36. A tile is such a 4x4.
+struct Winograd {
+  int64_t pictures, in, out, height, width, down, across, tiles;
+
+  Winograd(const int64_t *x, int64_t out)
+      : pictures(x[0]), in(x[1]), out(out), height(x[2]), width(x[3]), down((height + 1) / 2), across((width + 1) / 2),
+        tiles(pictures * down * across) {}
+
+  // `turned`: the weight is (in, out, 3, 3) and convolves turned around, which gives the gradient for the input.
+  int convolve(bool sound, const float *x, const float *weight, bool turned, float *u, float *y) const {
+    if (run(sound, out, 16 * out * in, [&](int64_t first, int64_t end) { of_weight(weight, turned, first, end, u); }))
+      return 1;
+    int64_t chunk = std::min((tiles + 1) / 2, std::max<int64_t>(64, CHUNK / (16 * (in + out))));
+    return run(true, (tiles + chunk - 1) / chunk, 16 * tiles * in, [&](int64_t start, int64_t end) {
+      float *v = scratch(16 * chunk * (in + out) + line_values()), *m = v + 16 * chunk * in;
+      float *lines = m + 16 * chunk * out;
+      for (int64_t first = start * chunk; first < std::min(end * chunk, tiles); first += chunk) {
+        int64_t count = std::min(chunk, tiles - first);
+        of_x(x, first, count, lines, v);
+        for (int64_t k = 0; k < 16; k++)
+          dnnl_sgemm('N', 'N', out, count, in, 1, u + k * out * in, in, v + k * in * count, count, 0,
+                     m + k * out * count, count);
+        to_y(m, first, count, lines, y);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t CHUNK = 1 << 21;  // values of x's and y's tiles that a thread has at a time: 8 MB
+
+  int64_t line() const { return 2 * across + 2; }
+  int64_t line_values() const { return 4 * line() + width; }
+
+  // G g G^T of each 3x3 g, to u (16, out, in)
+  void of_weight(const float *weight, bool turned, int64_t first, int64_t end, float *u) const {
+    for (int64_t o = first; o < end; o++) {
+#pragma omp simd
+      for (int64_t i = 0; i < in; i++) {
+        const float *g = weight + (turned ? i * out + o : o * in + i) * 9;
+        float t[4][3];
+        for (int k = 0; k < 3; k++) {
+          float a = turned ? g[8 - k] : g[k], b = turned ? g[5 - k] : g[3 + k], c = turned ? g[2 - k] : g[6 + k];
+          t[0][k] = a, t[1][k] = (a + b + c) / 2, t[2][k] = (a - b + c) / 2, t[3][k] = c;
+        }
+        for (int k = 0; k < 4; k++) {
+          float *to = u + (4 * k * out + o) * in + i, a = t[k][0], b = t[k][1], c = t[k][2];
+          to[0] = a, to[out * in] = (a + b + c) / 2, to[2 * out * in] = (a - b + c) / 2, to[3 * out * in] = c;
+        }
+      }
+    }
+  }
+
+  // Calls each(offset, picture, row, column, some) for tiles that lie side by side, from first to first + count.
+  template <typename Each>
+  void for_strips(int64_t first, int64_t count, const Each &each) const {
+    for (int64_t offset = 0; offset < count;) {
+      int64_t tile = first + offset, column = tile % across, some = std::min(count - offset, across - column);
+      each(offset, tile / across / down, tile / across % down, column, some);
+      offset += some;
+    }
+  }
+
+  // B^T d B of each tile d, to v (16, in, count)
+  void of_x(const float *x, int64_t first, int64_t count, float *lines, float *v) const {
+    float *zeros = lines + 4 * line();
+    std::fill(zeros, zeros + width, 0.0f);
+    for (int64_t i = 0; i < in; i++) {
+      for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
+        const float *image = x + (picture * in + i) * height * width, *d[4];
+        for (int64_t k = 0; k < 4; k++) {
+          int64_t above = 2 * row - 1 + k;
+          d[k] = above < 0 || above >= height ? zeros : image + above * width;
+        }
+        std::fill(lines, zeros, 0.0f);
+        int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
+        float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
+        const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
+#pragma omp simd
+        for (int64_t k = from; k < end; k++) {
+          line0[k] = d0[k] - d2[k], line1[k] = d1[k] + d2[k], line2[k] = d2[k] - d1[k], line3[k] = d1[k] - d3[k];
+        }
+        int64_t step = in * count;
+        for (int64_t k = 0; k < 4; k++) {
+          const float *from_line = lines + k * line() + 2 * column;
+          float *to = v + (4 * k * in + i) * count + offset;
+#pragma omp simd
+          for (int64_t j = 0; j < some; j++) {
+            float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
+            to[j] = a - c, to[step + j] = b + c, to[2 * step + j] = c - b, to[3 * step + j] = b - e;
+          }
+        }
+      });
+    }
+  }
+
+  // A^T m A of each tile of m (16, out, count): 2x2 of y, or what of them lies within
+  void to_y(const float *m, int64_t first, int64_t count, float *lines, float *y) const {
+    int64_t step = out * count;
+    for (int64_t o = 0; o < out; o++) {
+      for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
+        float *upper = lines, *lower = lines + line();
+#pragma omp simd
+        for (int64_t j = 0; j < some; j++) {
+          const float *from = m + o * count + offset + j;
+          float above[4], below[4];
+          for (int64_t k = 0; k < 4; k++) {
+            float a = from[k * step], b = from[(4 + k) * step], c = from[(8 + k) * step], e = from[(12 + k) * step];
+            above[k] = a + b + c, below[k] = b - c - e;
+          }
+          upper[2 * j] = above[0] + above[1] + above[2], upper[2 * j + 1] = above[1] - above[2] - above[3];
+          lower[2 * j] = below[0] + below[1] + below[2], lower[2 * j + 1] = below[1] - below[2] - below[3];
+        }
+        float *to = y + ((picture * out + o) * height + 2 * row) * width + 2 * column;
+        int64_t within = std::min(2 * some, width - 2 * column);
+        std::copy(upper, upper + within, to);
+        if (2 * row + 1 < height) std::copy(lower, lower + within, to + width);
+      });
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -406,21 +528,16 @@ int swap_middle(ARGUMENTS) {
   });
 }
 
-// weight (O, I, k, k) -> (I, O, k, k), each k x k turned around, in tiles likewise: what the gradient of a convolution
-// for its input convolves with.
-int turned_weight(ARGUMENTS) {
-  int64_t out = shapes[0][0], in = shapes[0][1], area = shapes[0][2] * shapes[0][3], tiles = (in + TILE - 1) / TILE;
-  return run(all_float32(count, types), tiles, product(shapes[0], 4), [&](int64_t first, int64_t end) {
-    for (int64_t i0 = first * TILE; i0 < std::min(end * TILE, in); i0 += TILE) {
-      int64_t i1 = std::min(i0 + TILE, in);
-      for (int64_t o = 0; o < out; o++) {
-        for (int64_t i = i0; i < i1; i++) {
-          const float *from = p[0] + (o * in + i) * area;
-          std::reverse_copy(from, from + area, p[1] + (i * out + o) * area);
-        }
-      }
-    }
-  });
+// x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (16, out, in) of no further use
+int convolution(ARGUMENTS) {
+  Winograd w(shapes[0], shapes[2][1]);
+  return w.convolve(all_float32(count, types), p[0], p[1], false, p[3], p[2]);
+}
+
+// dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (16, in, out) of no further use
+int convolution_dx(ARGUMENTS) {
+  Winograd w(shapes[0], shapes[2][1]);
+  return w.convolve(all_float32(count, types), p[0], p[1], true, p[3], p[2]);
 }
 
 // q, k, v, settings -> softmax(q k^T / sqrt(dim)) v like q

@@ -127,9 +127,9 @@ class Convolution(nn.Cell):
     """What all Conv2d layers of these settings compute, likewise: (x (N, in, H, W), weight (out, in, k, k), bias (out,)
     or None, dtype) -> (N, out, H', W')."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding, has_bias: bool):
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding, has_bias: bool):
         super().__init__()
-        self.conv = convolution(in_channels, out_channels, kernel_size, stride, padding)
+        self.conv = convolution(out_channels, kernel_size, stride, padding)
         self.add_bias = one(Bias, channel_bias) if has_bias else one(NoBias)
 
     def construct(self, x: Tensor, weight: Tensor, bias, dtype) -> Tensor:
@@ -149,7 +149,7 @@ class Conv2d(nn.Cell):
         fan_in = in_channels * kernel_size * kernel_size
         self.weight = Parameter(_uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
         self.bias = Parameter(_uniform((out_channels,), fan_in), name="bias") if has_bias else None
-        self.convolution = one(Convolution, in_channels, out_channels, kernel_size, stride, padding, has_bias)
+        self.convolution = one(Convolution, out_channels, kernel_size, stride, padding, has_bias)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.convolution(x, self.weight, self.bias, self.dtype)

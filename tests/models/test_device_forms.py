@@ -73,6 +73,9 @@ def test_broadcast_add(device):
 
 @pytest.mark.parametrize("pictures, channels, size, kernel, padding", [
     (2, (6, 4), (5, 6), 3, 1),
+    (3, (5, 7), (9, 5), 3, 1),  # tiles that reach over both edges
+    (2, (64, 48), (16, 18), 3, 1),  # in several threads
+    (1, (40, 70), (1, 130), 3, 1),
     (1, (3, 4), (6, 5), 5, 1),
     (1, (2, 3), (4, 4), 3, 2),
     (2, (3, 40), (4, 5), 3, 1),  # a weight larger than the picture
@@ -82,7 +85,7 @@ def test_convolution(device, pictures, channels, size, kernel, padding):
     x, kernels = normal(pictures, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
     height, width = (side + 2 * padding - kernel + 1 for side in size)
     weight = normal(pictures, channels[1], height, width, seed=2)
-    form = device_forms.convolution(*channels, kernel, 1, padding)
+    form = device_forms.convolution(channels[1], kernel, 1, padding)
     y, (by_x, by_kernels) = value_and_gradients(form, x, kernels, weight=weight)
 
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))

@@ -37,9 +37,9 @@ def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tup
         tensors = [shape for shape in inputs if math.prod(shape) > 1]
         return len(set(tensors)) > 1
     if operator == "Conv2DBackpropInput":
-        # k * k values for each of its output; strided ones are few, and a picture smaller than the weight keeps little
-        (_, out_channels, *size), (*_, kernel, _) = inputs[:2]
-        return kernel > 1 and tuple(size) == outputs[0][2:] and math.prod(size) >= out_channels
+        # k * k values for each of its output; strided ones are few, and pictures smaller than the weight keep little
+        (n, out_channels, *size), (*_, kernel, _) = inputs[:2]
+        return kernel > 1 and tuple(size) == outputs[0][2:] and 2 * n * math.prod(size) >= 3 * out_channels
     return operator in KEEPING
 
 
