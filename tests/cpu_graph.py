@@ -33,9 +33,9 @@ def main() -> None:
     schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
     step = TrainStep(DiffusionLoss(model.model.diffusion_model, schedule, config.prediction_type),
                      list(model.trainable_params()), clip=True)
-    latents = Tensor(np.zeros((2, 4, 16, 16), np.float32))
-    context = Tensor(np.zeros((2, 77, config.context_dim), np.float32))
-    step.whole.compile(latents, latents, Tensor(np.zeros(2, np.int32)), context, Tensor(np.zeros(7, np.float32)))
+    latents = Tensor(np.zeros((4, 4, 16, 16), np.float32))
+    context = Tensor(np.zeros((4, 77, config.context_dim), np.float32))
+    step.whole.compile(latents, latents, Tensor(np.zeros(4, np.int32)), context, Tensor(np.zeros(7, np.float32)))
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ class MultiHeadAttention(nn.Cell):
 
 
 class KernelAttention(nn.Cell):
-    """The same of the CPU, by kernels.cc, of rows as they are: no head is split off, and no more than 1 MB of
-    probabilities is held by each thread."""
+    """MultiHeadAttention of the CPU, by one operator of kernels.cc, which reads the rows as they are: no head is split
+    off, and each thread holds 1 MB of probabilities at a time, twice that in the backward pass."""
 
     def __init__(self, num_heads: int, causal: bool):
         super().__init__()
@@ -166,6 +166,7 @@ class KernelAttention(nn.Cell):
     def bprop(self, q, k, v, n, out, dout):
         settings = kernel_settings(n, self.num_heads, self.causal)
         fp32 = ms.float32
+        q, k, v = ops.depend(q, dout), ops.depend(k, dout), ops.depend(v, dout)  # for fp16, which is cast again now
         dq, dk, dv = self.dx(cast(q, fp32), cast(k, fp32), cast(v, fp32), cast(out, fp32), cast(dout, fp32), settings)
         return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), 0
 

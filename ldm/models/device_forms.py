@@ -68,11 +68,11 @@ def one(cell: type, *settings):
     each cell. It must hold no parameters, nor anything else that changes. The training graph of three transformer
     blocks compiles in 4.7 s instead of 6.0, their forward graph in 2.4 instead of 3.4 (one core).
     """
-    return _one(cell, settings, on_ascend())
+    return _one(cell, settings, on_ascend(), mindspores_own())
 
 
 @cache
-def _one(cell: type, settings: tuple, _on_ascend: bool):  # what a cell holds may be of the device's form too
+def _one(cell: type, settings: tuple, *_forms: bool):  # what a cell holds may have several forms too
     return cell(*settings)
 
 
@@ -163,9 +163,9 @@ class KernelSwap(nn.Cell):
 
 
 class KernelConv2D(nn.Cell):
-    """A 3x3 convolution of stride 1 that keeps height and width, by kernels.cc where there are many pixels to a weight:
-    Winograd's algorithm needs 16 products where MindSpore's needs 36, but the weight transformed. Its rounding errors
-    are a few times as large, 4e-6 of numbers around 1.
+    """A 3x3 convolution of stride 1 that keeps height and width, by kernels.cc where that is faster: Winograd's
+    algorithm needs 16 products where MindSpore's needs 36, but the weight transformed. Its rounding errors are a few
+    times as large, 4e-6 of numbers around 1.
 
     The gradient for x is such a convolution too. MindSpore's kernel for it keeps k * k values for each of x's, for the
     life of the process: 44 MB a layer of 320 channels at 64 x 64 pixels, in sum 1.4 GB in SD1.5's LoRA training there.
@@ -181,22 +181,29 @@ class KernelConv2D(nn.Cell):
         self.winograd_dx = kernel("convolution_dx", convolved_back, transformed_back)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        if few_pixels(x.shape, weight.shape):
+        if few_pixels(x.shape) or few_channels(weight.shape):
             return self.conv(x, weight)
+        weight = ops.depend(weight, x)  # for fp16, which is cast: not at the start of the graph
         return cast(self.winograd(cast(x, ms.float32), cast(weight, ms.float32))[0], x.dtype)
 
     def bprop(self, x, weight, out, dout):
         dweight = self.weight_gradient(dout, x, weight.shape)  # where the weight is frozen, no graph computes it
-        if few_pixels(x.shape, weight.shape):
+        if few_pixels(x.shape):
             return self.input_gradient(dout, weight, x.shape), dweight
+        weight = ops.depend(weight, dout)
         return cast(self.winograd_dx(cast(dout, ms.float32), cast(weight, ms.float32))[0], x.dtype), dweight
 
 
 @ops.constexpr
-def few_pixels(x: tuple, weight: tuple) -> bool:
-    """Whether transforming the weight takes longer than it saves: 1,280 channels of 16 x 16 pixels, not 640 of 32 x 32.
-    """
-    return 2 * x[0] * x[2] * x[3] < 3 * weight[0]
+def few_pixels(x: tuple) -> bool:
+    """Whether transforming a weight takes longer than it saves, as with one picture of 16 x 16, not with four."""
+    return x[0] * x[2] * x[3] < 1024
+
+
+@ops.constexpr
+def few_channels(weight: tuple) -> bool:
+    """Whether transforming the pixels takes longer than it saves."""
+    return min(weight[:2]) < 16
 
 
 class GroupNorm(nn.Cell):
@@ -266,6 +273,7 @@ class KernelPointwise(nn.Cell):
         return cast(self.function(cast(x, ms.float32)), x.dtype)
 
     def bprop(self, x, out, dout):
+        x = ops.depend(x, dout)  # for fp16, which is cast again now
         return (cast(self.dx(cast(x, ms.float32), cast(dout, ms.float32)), x.dtype),)
 
 

@@ -1,11 +1,11 @@
 // What the CPU computes in one operator where MindSpore 2.8 takes several, or one that is slow or keeps memory.
 //
-// Each function has the signature of MindSpore's custom operators of type "aot": `p` are the inputs and, after them, the
-// outputs, all float32 and contiguous; `shapes` are theirs. It returns 0, or 1 for another type or where memory is
-// short. ldm/models/kernels.py compiles this file; device_forms.py and attention.py use it.
+// Each function has the signature of MindSpore's custom operators of type "aot": `p` are the inputs and, after them,
+// the outputs, all float32 and contiguous; `shapes` are theirs. It returns 0, or 1 for another type, for shapes that do
+// not fit or where memory is short. ldm/models/kernels.py compiles this file; device_forms.py and attention.py use it.
 //
-// Long sums run over PART values in float32 and go on in double: a mean of a million squares in float32 alone is off by
-// 2e-5. No sum depends on the number of threads, so a resumed training repeats itself.
+// Sums over pictures run over PART values in float32 and go on in double: a mean of a million squares in float32 alone
+// is off by 2e-5. Nothing depends on the number of threads, to the last bit, so a resumed training repeats itself.
 #include <sched.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <functional>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 // glibc has these for whole vectors, to 4 units in the last place, and declares so under -ffast-math alone.
@@ -27,7 +28,8 @@ extern "C" float expf(float) noexcept;
 #endif
 #endif
 
-// Of oneDNN, which MindSpore brings: C (M, N) = alpha A (M, K) B (K, N) + beta C, row after row, in this thread alone.
+// Of oneDNN, which MindSpore brings: C (M, N) = alpha A (M, K) B (K, N) + beta C, row after row, in this thread alone
+// (oneDNN has threads only where it is lent some, and nobody does here).
 extern "C" int dnnl_sgemm(char transpose_a, char transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
                           const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
 
@@ -56,8 +58,8 @@ bool all_float32(int count, const char **types) {
   return std::all_of(types, types + count, [](const char *type) { return std::strcmp(type, "float32") == 0; });
 }
 
-// `compute(first, end)` for all of `items`, in those threads of MindSpore's that have VALUES_OF_A_THREAD of the `values`
-// each. (Threads of our own would have to share a core with MindSpore's, which wait for work by turning.)
+// `compute(first, end)` for all of `items`, in so many threads of MindSpore's that each has VALUES_OF_A_THREAD of the
+// `values`. (Threads of our own would have to share a core with MindSpore's, which wait for work by turning.)
 template <typename Compute>
 int run(bool sound, int64_t items, int64_t values, const Compute &compute) {
   if (!sound) return 1;
@@ -76,12 +78,34 @@ int run(bool sound, int64_t items, int64_t values, const Compute &compute) {
   return mindspore::kernel::GetActorMgrInnerThreadPool()->ParallelLaunch(share, nullptr, int(threads));
 }
 
+// As run; an item is PART values, so that where a thread's share ends, and single values are computed otherwise than
+// whole vectors, does not depend on the number of threads.
+template <typename Compute>
+int run_parts(bool sound, int64_t values, const Compute &compute) {
+  return run(sound, (values + PART - 1) / PART, values, [&](int64_t first, int64_t end) {
+    compute(first * PART, std::min(end * PART, values));
+  });
+}
+
 // Memory for a thread to compute in, kept for the next time: what comes fresh from the system takes longer to be handed
-// out than to be computed in.
-float *scratch(int64_t values) {
-  static thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < values) memory.resize(values);
-  return memory.data();
+// out than to be computed in. While one Scratch has it, another in the same thread has its own.
+class Scratch {
+ public:
+  explicit Scratch(int64_t values) : memory(std::move(kept)) {
+    if (int64_t(memory.size()) < values) memory.resize(values);
+  }
+  ~Scratch() { kept = std::move(memory); }
+  float *data() { return memory.data(); }
+
+ private:
+  static thread_local std::vector<float> kept;
+  std::vector<float> memory;
+};
+thread_local std::vector<float> Scratch::kept;
+
+void multiply(char transpose_a, char transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
+              int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+  if (dnnl_sgemm(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc) != 0) throw std::bad_alloc();
 }
 
 double sum(const float *x, int64_t n) {
@@ -128,15 +152,16 @@ struct Grouping {
         values(in_group * pixels), eps(settings[1]) {}
 
   int64_t all() const { return pictures * groups * values; }
+  bool fits(const int64_t *shape) const { return groups * in_group == shape[1]; }
 };
 
 float cumulative(float x) { return 0.5f + 0.5f * erff(x * float(M_SQRT1_2)); }
 float density(float x) { return float(M_2_SQRTPI * M_SQRT1_2 / 2) * expf(-0.5f * x * x); }
 float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-// q (N tokens, C) and k, v (N keys, C), or (N, tokens, C): each head on its own C / heads channels of a row. settings: N,
-// the number of heads, whether a token sees only those up to it. A block is as many rows of scores as come to BLOCK
-// values, 1 MB, which the processor keeps near.
+// q (N tokens, C) and k, v (N keys, C), or (N, tokens, C): each head on its own C / heads channels of a row. settings:
+// N, the number of heads, whether a token sees only those up to it. A block is as many rows of scores as come to BLOCK
+// values, 1 MB, which the processor keeps near, or 16 rows.
 struct Heads {
   int64_t pictures, heads, tokens, keys, channels, dim, rows, blocks;
   bool causal;
@@ -149,11 +174,12 @@ struct Heads {
     keys = product(shapes[1], ranks[1]) / channels / pictures;
     dim = channels / heads;
     scale = float(1 / std::sqrt(double(dim)));
-    rows = std::min(tokens, std::max<int64_t>(16, BLOCK / keys));
-    blocks = (tokens + rows - 1) / rows;
+    rows = std::min(tokens, std::max<int64_t>(16, BLOCK / std::max<int64_t>(1, keys)));
+    blocks = rows == 0 ? 0 : (tokens + rows - 1) / rows;
   }
 
   int64_t all() const { return pictures * heads * tokens * keys; }
+  bool fit() const { return heads * dim == channels && keys > 0; }
 
   // The place of a token of a head in q, and of its head's first in k.
   int64_t of_token(int64_t picture, int64_t head, int64_t token) const {
@@ -176,8 +202,8 @@ struct Heads {
   }
 };
 
-// A 3x3 convolution of x (N, in, H, W), with a pixel of zeros around it, by Winograd's F(2x2, 3x3) (Lavin and Gray 2016):
-// 2x2 of y come from 4x4 of x by 16 products for each pair of channels instead of 36. A tile is such a 4x4.
+// A 3x3 convolution of x (N, in, H, W), with a pixel of zeros around it, by Winograd's F(2x2, 3x3) (Lavin and Gray
+// 2016): 2x2 of y come from 4x4 of x by 16 products for each pair of channels instead of 36. A tile is such a 4x4.
 struct Winograd {
   int64_t pictures, in, out, height, width, down, across, tiles;
 
@@ -189,23 +215,26 @@ struct Winograd {
   int convolve(bool sound, const float *x, const float *weight, bool turned, float *u, float *y) const {
     if (run(sound, out, 16 * out * in, [&](int64_t first, int64_t end) { of_weight(weight, turned, first, end, u); }))
       return 1;
-    int64_t chunk = std::min((tiles + 1) / 2, std::max<int64_t>(64, CHUNK / (16 * (in + out))));
-    return run(true, (tiles + chunk - 1) / chunk, 16 * tiles * in, [&](int64_t start, int64_t end) {
-      float *v = scratch(16 * chunk * (in + out) + line_values()), *m = v + 16 * chunk * in;
+    int64_t chunks = (tiles * 16 * (in + out) + CHUNK - 1) / CHUNK;
+    chunks = std::max<int64_t>(1, std::min(tiles / 64, (chunks + 3) / 4 * 4));  // alike for two threads or four
+    int64_t chunk = (tiles + chunks - 1) / chunks;
+    return run(true, chunks, 16 * tiles * in, [&](int64_t start, int64_t end) {
+      Scratch scratch(16 * chunk * (in + out) + line_values());
+      float *v = scratch.data(), *m = v + 16 * chunk * in;
       float *lines = m + 16 * chunk * out;
       for (int64_t first = start * chunk; first < std::min(end * chunk, tiles); first += chunk) {
         int64_t count = std::min(chunk, tiles - first);
         of_x(x, first, count, lines, v);
         for (int64_t k = 0; k < 16; k++)
-          dnnl_sgemm('N', 'N', out, count, in, 1, u + k * out * in, in, v + k * in * count, count, 0,
-                     m + k * out * count, count);
+          multiply('N', 'N', out, count, in, 1, u + k * out * in, in, v + k * in * count, count, 0,
+                   m + k * out * count, count);
         to_y(m, first, count, lines, y);
       }
     });
   }
 
  private:
-  static constexpr int64_t CHUNK = 1 << 21;  // values of x's and y's tiles that a thread has at a time: 8 MB
+  static constexpr int64_t CHUNK = 1 << 21;  // values of tiles that a thread has at a time, 8 MB, or 64 tiles
 
   int64_t line() const { return 2 * across + 2; }
   int64_t line_values() const { return 4 * line() + width; }
@@ -305,7 +334,8 @@ extern "C" {
 // x, weight (C,), bias (C,), settings -> y
 int group_norm(ARGUMENTS) {
   Grouping g(shapes[0], p[3]);
-  return run(all_float32(count, types), g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+  bool sound = all_float32(count, types) && g.fits(shapes[0]);
+  return run(sound, g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
     for (int64_t group = first; group < end; group++) {
       const float *x = p[0] + group * g.values;
       float *y = p[4] + group * g.values;
@@ -324,7 +354,8 @@ int group_norm(ARGUMENTS) {
 // dx = (g - mean(g) - x^ mean(g x^)) / deviation
 int group_norm_dx(ARGUMENTS) {
   Grouping g(shapes[0], p[3]);
-  return run(all_float32(count, types), g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+  bool sound = all_float32(count, types) && g.fits(shapes[0]);
+  return run(sound, g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
     for (int64_t group = first; group < end; group++) {
       const float *weight = p[1] + group % g.groups * g.in_group;
       const float *x = p[0] + group * g.values, *dy = p[2] + group * g.values;
@@ -349,7 +380,8 @@ int group_norm_dx(ARGUMENTS) {
 // x, dy, settings -> dweight (C,), dbias (C,)
 int group_norm_dweight(ARGUMENTS) {
   Grouping g(shapes[0], p[2]);
-  return run(all_float32(count, types), g.groups, g.all(), [&](int64_t first, int64_t end) {
+  bool sound = all_float32(count, types) && g.fits(shapes[0]);
+  return run(sound, g.groups, g.all(), [&](int64_t first, int64_t end) {
     for (int64_t group = first; group < end; group++) {
       float *dweight = p[3] + group * g.in_group, *dbias = p[4] + group * g.in_group;
       std::fill(dweight, dweight + g.in_group, 0.0f);
@@ -403,11 +435,12 @@ int layer_norm_dx(ARGUMENTS) {
   });
 }
 
-// x, dy, settings -> dweight (C,), dbias (C,)
+// x, dy, settings -> dweight (C,), dbias (C,). An item is COLUMNS columns; each thread takes the rows' statistics anew.
 int layer_norm_dweight(ARGUMENTS) {
   int64_t rows = shapes[0][0], c = shapes[0][1];
   return run(all_float32(count, types), (c + COLUMNS - 1) / COLUMNS, rows * c, [&](int64_t first, int64_t end) {
-    float *mean = scratch(2 * rows), *inverse = mean + rows;
+    Scratch scratch(2 * rows);
+    float *mean = scratch.data(), *inverse = mean + rows;
     for (int64_t row = 0; row < rows; row++) {
       Statistics s(p[0] + row * c, c, p[2][0]);
       mean[row] = s.mean, inverse[row] = s.inverse;
@@ -432,7 +465,7 @@ int layer_norm_dweight(ARGUMENTS) {
 // x -> x * (1 + erf(x / sqrt 2)) / 2
 int gelu(ARGUMENTS) {
   int64_t values = product(shapes[0], ranks[0]);
-  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
     const float *x = p[0];
     float *y = p[1];
 #pragma omp simd
@@ -443,7 +476,7 @@ int gelu(ARGUMENTS) {
 // x, dy -> dx
 int gelu_dx(ARGUMENTS) {
   int64_t values = product(shapes[0], ranks[0]);
-  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
     const float *x = p[0], *dy = p[1];
     float *dx = p[2];
 #pragma omp simd
@@ -484,7 +517,7 @@ int gelu_gate_dx(ARGUMENTS) {
 // x -> x * sigmoid(x)
 int silu(ARGUMENTS) {
   int64_t values = product(shapes[0], ranks[0]);
-  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
     const float *x = p[0];
     float *y = p[1];
 #pragma omp simd
@@ -495,7 +528,7 @@ int silu(ARGUMENTS) {
 // x, dy -> dx
 int silu_dx(ARGUMENTS) {
   int64_t values = product(shapes[0], ranks[0]);
-  return run(all_float32(count, types), values, values, [&](int64_t first, int64_t end) {
+  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
     const float *x = p[0], *dy = p[1];
     float *dx = p[2];
 #pragma omp simd
@@ -543,17 +576,19 @@ int convolution_dx(ARGUMENTS) {
 // q, k, v, settings -> softmax(q k^T / sqrt(dim)) v like q
 int attention(ARGUMENTS) {
   Heads h(ranks, shapes, p[3]);
-  return run(all_float32(count, types), h.pictures * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
-    float *scores = scratch(h.rows * h.keys + h.rows), *inverse = scores + h.rows * h.keys;
+  bool sound = all_float32(count, types) && h.fit();
+  return run(sound, h.pictures * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
+    Scratch scratch(h.rows * h.keys + h.rows);
+    float *scores = scratch.data(), *inverse = scores + h.rows * h.keys;
     for (int64_t item = start; item < end; item++) {
       int64_t head = item / h.blocks % h.heads, picture = item / h.blocks / h.heads;
       int64_t first = item % h.blocks * h.rows, rows = std::min(h.rows, h.tokens - first), c = h.channels;
       const float *q = p[0] + h.of_token(picture, head, first);
       const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
       float *out = p[4] + h.of_token(picture, head, first);
-      dnnl_sgemm('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.keys);
+      multiply('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.keys);
       h.exponentials(scores, inverse, first, rows);
-      dnnl_sgemm('N', 'N', rows, h.dim, h.keys, 1, scores, h.keys, v, c, 0, out, c);
+      multiply('N', 'N', rows, h.dim, h.keys, 1, scores, h.keys, v, c, 0, out, c);
       for (int64_t row = 0; row < rows; row++) {
 #pragma omp simd
         for (int64_t i = 0; i < h.dim; i++) out[row * c + i] *= inverse[row];
@@ -566,10 +601,12 @@ int attention(ARGUMENTS) {
 // delta = sum(dout out), and p is computed again. dk and dv are sums over the blocks, so a head is one thread's.
 int attention_dx(ARGUMENTS) {
   Heads h(ranks, shapes, p[5]);
-  return run(all_float32(count, types), h.pictures * h.heads, h.all(), [&](int64_t start, int64_t end) {
+  bool sound = all_float32(count, types) && h.fit();
+  return run(sound, h.pictures * h.heads, h.all(), [&](int64_t start, int64_t end) {
     int64_t c = h.channels, keys = h.keys, dim = h.dim;
-    float *probabilities = scratch(2 * h.rows * keys + h.rows);
-    float *by_scores = probabilities + h.rows * keys, *inverse = by_scores + h.rows * keys;
+    Scratch scratch(2 * h.rows * keys + h.rows);
+    float *probabilities = scratch.data(), *by_scores = probabilities + h.rows * keys;
+    float *inverse = by_scores + h.rows * keys;
     for (int64_t item = start; item < end; item++) {
       int64_t head = item % h.heads, picture = item / h.heads;
       const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
@@ -578,9 +615,9 @@ int attention_dx(ARGUMENTS) {
         int64_t rows = std::min(h.rows, h.tokens - first), place = h.of_token(picture, head, first);
         const float *q = p[0] + place, *out = p[3] + place, *dout = p[4] + place;
         float so_far = first ? 1 : 0;
-        dnnl_sgemm('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, keys);
+        multiply('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, keys);
         h.exponentials(probabilities, inverse, first, rows);
-        dnnl_sgemm('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, by_scores, keys);
+        multiply('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, by_scores, keys);
         for (int64_t row = 0; row < rows; row++) {
           float delta = 0, *probability = probabilities + row * keys, *by_score = by_scores + row * keys;
 #pragma omp simd reduction(+ : delta)
@@ -591,9 +628,9 @@ int attention_dx(ARGUMENTS) {
             by_score[i] = probability[i] * (by_score[i] - delta);
           }
         }
-        dnnl_sgemm('T', 'N', keys, dim, rows, 1, probabilities, keys, dout, c, so_far, dv, c);
-        dnnl_sgemm('N', 'N', rows, dim, keys, h.scale, by_scores, keys, k, c, 0, p[6] + place, c);
-        dnnl_sgemm('T', 'N', keys, dim, rows, h.scale, by_scores, keys, q, c, so_far, dk, c);
+        multiply('T', 'N', keys, dim, rows, 1, probabilities, keys, dout, c, so_far, dv, c);
+        multiply('N', 'N', rows, dim, keys, h.scale, by_scores, keys, k, c, 0, p[6] + place, c);
+        multiply('T', 'N', keys, dim, rows, h.scale, by_scores, keys, q, c, so_far, dk, c);
       }
     }
   });

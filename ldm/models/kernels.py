@@ -6,6 +6,7 @@ ldm.models.device_forms takes MindSpore's own operators: the same numbers, slowe
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Callable
@@ -58,33 +60,53 @@ def library() -> Path | None:
     """
     if sys.platform != "linux":
         return None
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = os.environ.get("CXX") or "c++"
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-        made_of = (SOURCE.read_bytes(), compiler, version, COMPILE, LINK, ms.__version__, processor())
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-        name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.so"
-        path = folder.absolute() / "mindspore-stable-diffusion-lora" / name
-        if not path.exists():
-            _compile(compiler, path)
-        return path
+        return _compiled(shlex.split(compiler))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip() or error
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = error
     logger.warning("slower operators that take more memory are used: %s could not be compiled with %s (install g++, or "
-                   "name another compiler in CXX): %s", SOURCE, shlex.join(compiler), reason)  # fmt: skip
+                   "name another compiler in CXX, or another folder in XDG_CACHE_HOME): %s", SOURCE, compiler,
+                   reason)  # fmt: skip
     return None
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    writing = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def _compiled(compiler: list[str]) -> Path:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    made_of = (SOURCE.read_bytes(), compiler, version, COMPILE, LINK, ms.__version__, processor())
+    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    folder /= "mindspore-stable-diffusion-lora"
+    if ":" in str(folder):
+        raise OSError(f"{folder}: MindSpore takes no library from a folder with a colon in its name")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise PermissionError(f"others can write to {folder}, and what is in it would run here")
+    path = folder / name
+    if not _loads(path):  # it is not there, or only a part of it, after a power cut
+        _compile(compiler, path)
+        ctypes.CDLL(str(path))
+    return path
+
+
+def _loads(path: Path) -> bool:
     try:
-        subprocess.run([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", str(writing)], capture_output=True, check=True)
+        ctypes.CDLL(str(path))
+        return True
+    except OSError:
+        return False
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    handle, writing = tempfile.mkstemp(".partial", path.name, path.parent)
+    os.close(handle)
+    try:
+        subprocess.run([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", writing], capture_output=True, check=True)
         os.replace(writing, path)
     finally:
-        writing.unlink(missing_ok=True)
+        Path(writing).unlink(missing_ok=True)
 
 
 def processor() -> str:

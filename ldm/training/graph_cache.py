@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mindspore as ms
 
+from ldm.models.device_forms import mindspores_own
 from ldm.models.kernels import library
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -25,7 +26,8 @@ SOURCE = Path(__file__).resolve().parents[1]
 
 def graph_key(*parts: object) -> str:
     """A hash of this project's source, the compiled kernels, the versions of MindSpore and Python, and `parts`."""
-    versions = ms.__version__, platform.python_version(), platform.machine(), library()
+    kernels = None if mindspores_own() else library()
+    versions = ms.__version__, platform.python_version(), platform.machine(), kernels
     digest = hashlib.sha256(repr((versions, parts)).encode())
     for path in sorted(SOURCE.rglob("*.py")):
         digest.update(str(path.relative_to(SOURCE)).encode() + path.read_bytes())

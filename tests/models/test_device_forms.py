@@ -10,11 +10,12 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.config.model import load_model_config
-from ldm.models import device_forms
+from ldm.models import device_forms, kernels
 from ldm.models.stable_diffusion import build_model
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
+needs_compiler = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler here")
 
 erf = np.vectorize(math.erf)
 
@@ -73,9 +74,10 @@ def test_broadcast_add(device):
 
 @pytest.mark.parametrize("pictures, channels, size, kernel, padding", [
     (2, (6, 4), (5, 6), 3, 1),
-    (3, (5, 7), (9, 5), 3, 1),  # tiles that reach over both edges
-    (2, (64, 48), (16, 18), 3, 1),  # in several threads
-    (1, (40, 70), (1, 130), 3, 1),
+    (4, (32, 20), (16, 17), 3, 1),  # in several threads
+    (1, (17, 16), (33, 35), 3, 1),
+    (2, (16, 3), (32, 32), 3, 1),  # few channels
+    (1024, (16, 16), (1, 1), 3, 1),
     (1, (3, 4), (6, 5), 5, 1),
     (1, (2, 3), (4, 4), 3, 2),
     (2, (3, 40), (4, 5), 3, 1),  # a weight larger than the picture
@@ -110,6 +112,32 @@ def test_gelu_is_the_exact_form(device):
     y, (by_x,) = value_and_gradients(device_forms.gelu(), x, weight=weight)
     np.testing.assert_allclose(y, wide * cumulative, atol=1e-6)
     np.testing.assert_allclose(by_x, weight * (cumulative + wide * density), atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form, shape, shape_y", [
+    ("silu", (4, 6), (4, 6)), ("gelu", (4, 6), (4, 6)), ("gelu_gate", (4, 6), (4, 3)),
+    ("swap_middle", (2, 3, 4, 5), (2, 4, 3, 5)),
+])  # fmt: skip
+def test_fp16_stays_fp16(form, shape, shape_y):
+    form, x, weight = getattr(device_forms, form)(), normal(*shape), normal(*shape_y, seed=1)
+    expected, (by_expected,) = value_and_gradients(form, x, weight=weight)
+    y, (by_x,) = value_and_gradients(form, x.astype(np.float16), weight=weight.astype(np.float16))
+    assert y.dtype == by_x.dtype == np.float16
+    np.testing.assert_allclose(y, expected, atol=5e-3)
+    np.testing.assert_allclose(by_x, by_expected, atol=1e-2)
+
+
+@needs_compiler
+def test_convolution_in_fp16():
+    x, kernels = normal(1, 16, 32, 32), normal(16, 16, 3, 3, seed=1) / 12
+    form, weight = device_forms.convolution(16, 3, 1, 1), normal(1, 16, 32, 32, seed=2)
+    expected = value_and_gradients(form, x, kernels, weight=weight)
+    y, found = value_and_gradients(form, *(given.astype(np.float16) for given in (x, kernels)),
+                                   weight=weight.astype(np.float16))
+    assert y.dtype == found[0].dtype == np.float16
+    np.testing.assert_allclose(y, expected[0], atol=2e-2)
+    np.testing.assert_allclose(found[0], expected[1][0], atol=2e-2)
 
 
 def test_gelu_gate(device):
@@ -245,6 +273,7 @@ def built(name: str, monkeypatch):
     return build_model(load_model_config(ROOT / "tests" / "tiny.yaml"))
 
 
+@needs_compiler
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
     forms = {device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.KernelGroupNorm,

@@ -11,13 +11,16 @@ import re
 
 import pytest
 
+from ldm.models import kernels
 from tests.conftest import dump_graphs, validated_graphs
+
+needs_compiler = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler here")
 
 # Transpose keeps twice its output, the exact and the default GELU four times.
 KEEPING = {"Transpose", "TransposeView", "GeLU", "GeLUGrad", "Gelu", "GeluGrad"}
 # These keep four times their output where the shapes differ and neither is a scalar.
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Minimum", "Pow"}
-STATED_BYTES = 4096  # the tiny UNet's activations are 32 KB to 256 KB; its rows, statistics and factors are below
+STATED_BYTES = 4096  # the tiny UNet's activations are 64 KB to 512 KB; its rows, statistics and factors are below
 # Correct, but several times slower than the forms that stand in for them (ldm/models/device_forms.py).
 SLOW = {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BiasAddGrad", "ResizeNearestNeighbor", "Erfc"}
 
@@ -37,9 +40,9 @@ def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tup
         tensors = [shape for shape in inputs if math.prod(shape) > 1]
         return len(set(tensors)) > 1
     if operator == "Conv2DBackpropInput":
-        # k * k values for each of its output; strided ones are few, and pictures smaller than the weight keep little
-        (n, out_channels, *size), (*_, kernel, _) = inputs[:2]
-        return kernel > 1 and tuple(size) == outputs[0][2:] and 2 * n * math.prod(size) >= 3 * out_channels
+        # k * k values for each of its output; strided ones are few, and few pixels keep little
+        (n, _, *size), (*_, kernel, _) = inputs[:2]
+        return kernel > 1 and tuple(size) == outputs[0][2:] and n * math.prod(size) >= 1024
     return operator in KEEPING
 
 
@@ -52,6 +55,7 @@ def nodes(tmp_path_factory):
     return [(name, shapes(inputs), shapes(outputs)) for name, inputs, outputs in lines]
 
 
+@needs_compiler
 def test_the_graph_is_read(nodes):
     """A change of MindSpore's file format would leave nothing to judge."""
     names = {name for name, _, _ in nodes}
@@ -59,11 +63,13 @@ def test_the_graph_is_read(nodes):
     assert max(4 * math.prod(shape) for _, _, outputs in nodes for shape in outputs) > 8 * STATED_BYTES
 
 
+@needs_compiler
 def test_no_kernel_keeps_memory(nodes):
     found = [node for node in nodes if keeps_memory(*node)]
     assert not found, f"{len(found)} operators, for example {found[0]}"
 
 
+@needs_compiler
 def test_no_slow_form(nodes):
     assert not {name for name, _, _ in nodes} & SLOW
 
@@ -76,7 +82,7 @@ def test_no_slow_form(nodes):
     ("Transpose", [(2, 64, 256)], [(2, 256, 64)], True),
     ("Transpose", [(4, 8)], [(8, 4)], False),
     ("Conv2D", [(2, 64, 16, 16), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
-    ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 3, 3)], [(2, 32, 16, 16)], True),
+    ("Conv2DBackpropInput", [(4, 64, 16, 16), (64, 32, 3, 3)], [(4, 32, 16, 16)], True),
     ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 1, 1)], [(2, 32, 16, 16)], False),
     ("Conv2DBackpropInput", [(2, 64, 8, 8), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
     ("Conv2DBackpropInput", [(2, 128, 8, 8), (128, 64, 3, 3)], [(2, 64, 8, 8)], False),

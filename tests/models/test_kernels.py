@@ -4,7 +4,9 @@ test_device_forms.py and test_attention.py."""
 from __future__ import annotations
 
 import logging
+import os
 import stat
+import subprocess
 import sys
 
 import mindspore as ms
@@ -14,6 +16,7 @@ from mindspore import Tensor, nn
 
 from ldm.config.model import load_model_config
 from ldm.models import device_forms, kernels
+from ldm.models.attention import multi_head_attention
 from ldm.models.stable_diffusion import build_model
 from tests.conftest import ROOT
 
@@ -52,6 +55,25 @@ class TestCompiling:
     def test_nobody_else_can_put_a_library_there(self, library):
         assert stat.S_IMODE(library().parent.stat().st_mode) == 0o700
 
+    def test_a_folder_that_others_can_write_to_is_not_used(self, library, tmp_path, caplog):
+        folder = tmp_path / "cache" / "mindspore-stable-diffusion-lora"
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        assert library() is None
+        assert "others can write" in caplog.text and not files(tmp_path)
+
+    @pytest.mark.parametrize("left", [b"", b"\x7fELF half"], ids=["empty", "half"])
+    def test_a_part_of_a_library_is_compiled_anew(self, library, left, monkeypatch):
+        """As a power cut leaves it."""
+        def cut(_, path):
+            path.write_bytes(left)
+            raise OSError("cut")
+
+        with monkeypatch.context() as context:
+            context.setattr(kernels, "_compile", cut)
+            assert library() is None
+        assert library().stat().st_size > 10_000
+
     def test_another_source_is_compiled_anew(self, library, tmp_path, monkeypatch):
         first = library()
         changed = tmp_path / "kernels.cc"
@@ -75,6 +97,19 @@ class TestWithoutACompiler:
     def test_none_is_there(self, library, monkeypatch, caplog):
         monkeypatch.setenv("CXX", "/nowhere/c++")
         assert "/nowhere/c++" in self.said(library, caplog)
+
+    def test_its_name_cannot_be_read(self, library, monkeypatch, caplog):
+        monkeypatch.setenv("CXX", 'g++ "-O2')
+        assert "No closing quotation" in self.said(library, caplog)
+
+    def test_what_it_makes_cannot_be_loaded(self, library, tmp_path, monkeypatch, caplog):
+        compiler(tmp_path, monkeypatch, '[ "$1" = --version ] && exit; for last; do :; done; echo half > "$last"')
+        assert "kernels-" in self.said(library, caplog)
+
+    def test_mindspore_takes_no_colon(self, library, tmp_path, monkeypatch, caplog):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a:b"))
+        compiler(tmp_path, monkeypatch, "exit 0")
+        assert "colon" in self.said(library, caplog)
 
     def test_it_fails(self, library, tmp_path, monkeypatch, caplog):
         compiler(tmp_path, monkeypatch, '[ "$1" = --version ] || { echo no such flag >&2; exit 1; }')
@@ -103,13 +138,56 @@ def tiny_unet(monkeypatch, compiled: bool):
     return build_model(load_model_config(ROOT / "tests" / "tiny.yaml")).model.diffusion_model
 
 
+def kernels_in(net: nn.Cell) -> set[str]:
+    return {type(cell).__name__ for _, cell in net.cells_and_names() if type(cell).__name__.startswith("Kernel")}
+
+
 @needs_compiler
 def test_a_network_computes_the_same_without(monkeypatch):
     given = [Tensor(np.random.default_rng(i).standard_normal(shape).astype(np.float32))
-             for i, shape in enumerate([(2, 4, 16, 16), (2, 77, 32)])]
-    found, plain = (tiny_unet(monkeypatch, compiled)(given[0], Tensor(np.array([500, 3], np.int32)), given[1]).asnumpy()
-                    for compiled in (True, False))
+             for i, shape in enumerate([(4, 4, 16, 16), (4, 77, 32)])]
+    timesteps = Tensor(np.array([500, 3, 0, 999], np.int32))
+    nets = tiny_unet(monkeypatch, True), tiny_unet(monkeypatch, False)
+    assert kernels_in(nets[0]) == {"KernelAttention", "KernelConv2D", "KernelGroupNorm", "KernelLayerNorm",
+                                   "KernelPointwise", "KernelSwap"}  # fmt: skip
+    assert not kernels_in(nets[1])
+    found, plain = (net(given[0], timesteps, given[1]).asnumpy() for net in nets)
     np.testing.assert_allclose(found, plain, atol=1e-5 * np.abs(plain).max())
+
+
+COMPUTE = """
+import sys
+import numpy as np
+import ldm.runtime
+ldm.runtime.setup_runtime("CPU")
+from mindspore import Tensor
+from ldm.models import device_forms
+from ldm.models.attention import multi_head_attention
+rng = np.random.default_rng(0)
+def normal(*shape):
+    return Tensor(rng.standard_normal(shape).astype(np.float32))
+results = [device_forms.silu()(normal(100_001)), device_forms.gelu()(normal(100_003)),
+           device_forms.gelu_gate()(normal(777, 302)), device_forms.group_norm(3, 1e-5)(
+               normal(3, 9, 65, 63), normal(9), normal(9)), device_forms.layer_norm(1e-5)(
+               normal(3001, 65), normal(65), normal(65)), device_forms.convolution(20, 3, 1, 1)(
+               normal(3, 17, 63, 65), normal(20, 17, 3, 3)), multi_head_attention(3, 5)(
+               normal(1400, 15), normal(1000, 15), normal(1000, 15), 2)]
+np.savez(sys.argv[1], *[result.asnumpy() for result in results])
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_nothing_depends_on_the_number_of_threads(tmp_path):
+    """To the last bit: a training that goes on elsewhere ends alike."""
+    one = min(os.sched_getaffinity(0))
+    for name, processors in (("one", {one}), ("all", os.sched_getaffinity(0))):
+        subprocess.run([sys.executable, "-c", COMPUTE, str(tmp_path / f"{name}.npz")], cwd=ROOT, check=True,
+                       preexec_fn=lambda processors=processors: os.sched_setaffinity(0, processors))  # fmt: skip
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "all.npz") as many:
+        assert len(one.files) == 7
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], many[name])
 
 
 @needs_compiler
@@ -138,3 +216,13 @@ def test_a_type_that_it_does_not_compute_in_is_refused():
     """Rather than read as another. No layer passes one on."""
     with pytest.raises(RuntimeError, match="function\\(silu\\) is 1"):
         kernels.kernel("silu", kernels.like(0))(Tensor(np.ones(4, np.float16))).asnumpy()
+
+
+@needs_compiler
+def test_channels_that_groups_or_heads_do_not_divide_are_refused():
+    x = Tensor(np.ones((1, 10, 2, 2), np.float32))
+    with pytest.raises(RuntimeError, match="group_norm"):
+        device_forms.group_norm(3, 1e-5)(x, x[0, :, 0, 0], x[0, :, 0, 0]).asnumpy()
+    rows = Tensor(np.ones((4, 10), np.float32))
+    with pytest.raises(RuntimeError, match="attention"):
+        multi_head_attention(3, 3)(rows, rows, rows, 1).asnumpy()
