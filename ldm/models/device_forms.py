@@ -13,6 +13,7 @@ it is given (`depend`), unless one operator does both.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Callable
 
 import mindspore as ms
@@ -20,7 +21,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.operations import _grad_ops, nn_ops
 
-from ldm.models.kernels import available, kernel, like
+from ldm.models.kernels import kernel, library, like
 
 # Of tensors, `x.astype(t)` is two functions for the compiler to read, at each of its uses.
 cast = ops.Cast()
@@ -30,9 +31,13 @@ def on_ascend() -> bool:
     return ms.get_context("device_target") == "Ascend"
 
 
+def kernels_in_use() -> Path | None:
+    """The library that kernels.cc was compiled to; None where MindSpore's own operators are taken."""
+    return None if on_ascend() else library()
+
+
 def mindspores_own() -> bool:
-    """Whether MindSpore's own operators are taken where kernels.cc has one."""
-    return on_ascend() or not available()
+    return kernels_in_use() is None
 
 
 def by_channel(x, *_):
@@ -106,12 +111,12 @@ def swap_middle():
 
 def group_norm(num_groups: int, eps: float):
     """A callable (x (N, C, H, W), weight (C,), bias (C,)) -> x normalised within each group of channels; all fp32."""
-    return one(GroupNorm if mindspores_own() else KernelGroupNorm, num_groups, eps)
+    return one(GroupNorm, num_groups, eps) if mindspores_own() else one(KernelNorm, "group_norm", num_groups, eps)
 
 
 def layer_norm(eps: float):
     """A callable (x (rows, C), weight (C,), bias (C,)) -> x normalised within each row; all fp32."""
-    return one(LayerNorm if mindspores_own() else KernelLayerNorm, eps)
+    return one(LayerNorm, eps) if mindspores_own() else one(KernelNorm, "layer_norm", eps)
 
 
 def gelu():
@@ -202,7 +207,8 @@ def few_pixels(x: tuple) -> bool:
 
 @ops.constexpr
 def few_channels(weight: tuple) -> bool:
-    """Whether transforming the pixels takes longer than it saves."""
+    """Whether transforming the pixels takes longer than it saves: of 64 x 64 pixels, from 4 channels to 320, 1.3 ms
+    instead of 0.8."""
     return min(weight[:2]) < 16
 
 
@@ -228,31 +234,15 @@ class LayerNorm(nn.Cell):
         return self.norm(x, weight, bias)[0]
 
 
-class KernelGroupNorm(nn.Cell):
-    """Group normalisation of x (N, C, H, W) by kernels.cc, group by group, each of which the processor keeps near."""
+class KernelNorm(nn.Cell):
+    """x (N, C, H, W) or (rows, C) normalised by `name` of kernels.cc, group by group or row by row, each of which the
+    processor keeps near."""
 
-    def __init__(self, num_groups: int, eps: float):
+    def __init__(self, name: str, *settings: float):
         super().__init__()
-        self.settings = Tensor(np.array([num_groups, eps], np.float32))
-        self.norm, self.dx = kernel("group_norm", like(0)), kernel("group_norm_dx", like(0))
-        self.dweight = kernel("group_norm_dweight", by_channel, by_channel)
-
-    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.norm(x, weight, bias, self.settings)
-
-    def bprop(self, x, weight, bias, out, dout):
-        dweight, dbias = self.dweight(x, dout, self.settings)
-        return self.dx(x, weight, dout, self.settings), dweight, dbias
-
-
-class KernelLayerNorm(nn.Cell):
-    """Layer normalisation of x (rows, C) likewise."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.settings = Tensor(np.array([eps], np.float32))
-        self.norm, self.dx = kernel("layer_norm", like(0)), kernel("layer_norm_dx", like(0))
-        self.dweight = kernel("layer_norm_dweight", by_channel, by_channel)
+        self.settings = Tensor(np.array(settings, np.float32))
+        self.norm, self.dx = kernel(name, like(0)), kernel(f"{name}_dx", like(0))
+        self.dweight = kernel(f"{name}_dweight", by_channel, by_channel)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.norm(x, weight, bias, self.settings)

@@ -159,6 +159,28 @@ float cumulative(float x) { return 0.5f + 0.5f * erff(x * float(M_SQRT1_2)); }
 float density(float x) { return float(M_2_SQRTPI * M_SQRT1_2 / 2) * expf(-0.5f * x * x); }
 float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
+// x -> `of` each value of x.
+template <typename Of>
+int pointwise(const Of &of, int count, float **p, int *ranks, int64_t **shapes, const char **types) {
+  return run_parts(all_float32(count, types), product(shapes[0], ranks[0]), [&](int64_t first, int64_t end) {
+    const float *x = p[0];
+    float *y = p[1];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) y[i] = of(x[i]);
+  });
+}
+
+// x, dy -> dy times the `slope` at each value of x.
+template <typename Slope>
+int pointwise_dx(const Slope &slope, int count, float **p, int *ranks, int64_t **shapes, const char **types) {
+  return run_parts(all_float32(count, types), product(shapes[0], ranks[0]), [&](int64_t first, int64_t end) {
+    const float *x = p[0], *dy = p[1];
+    float *dx = p[2];
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) dx[i] = dy[i] * slope(x[i]);
+  });
+}
+
 // q (N tokens, C) and k, v (N keys, C), or (N, tokens, C): each head on its own C / heads channels of a row. settings:
 // N, the number of heads, whether a token sees only those up to it. A block is as many rows of scores as come to BLOCK
 // values, 1 MB, which the processor keeps near, or 16 rows.
@@ -464,24 +486,26 @@ int layer_norm_dweight(ARGUMENTS) {
 
 // x -> x * (1 + erf(x / sqrt 2)) / 2
 int gelu(ARGUMENTS) {
-  int64_t values = product(shapes[0], ranks[0]);
-  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
-    const float *x = p[0];
-    float *y = p[1];
-#pragma omp simd
-    for (int64_t i = first; i < end; i++) y[i] = x[i] * cumulative(x[i]);
-  });
+  return pointwise([](float x) { return x * cumulative(x); }, count, p, ranks, shapes, types);
 }
 
 // x, dy -> dx
 int gelu_dx(ARGUMENTS) {
-  int64_t values = product(shapes[0], ranks[0]);
-  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
-    const float *x = p[0], *dy = p[1];
-    float *dx = p[2];
-#pragma omp simd
-    for (int64_t i = first; i < end; i++) dx[i] = dy[i] * (cumulative(x[i]) + x[i] * density(x[i]));
-  });
+  return pointwise_dx([](float x) { return cumulative(x) + x * density(x); }, count, p, ranks, shapes, types);
+}
+
+// x -> x * sigmoid(x)
+int silu(ARGUMENTS) {
+  return pointwise([](float x) { return x * sigmoid(x); }, count, p, ranks, shapes, types);
+}
+
+// x, dy -> dx
+int silu_dx(ARGUMENTS) {
+  auto slope = [](float x) {
+    float open = sigmoid(x);
+    return open * (1 + x * (1 - open));
+  };
+  return pointwise_dx(slope, count, p, ranks, shapes, types);
 }
 
 // x (..., 2 C) -> y (..., C): its first half * gelu(its second half)
@@ -510,31 +534,6 @@ int gelu_gate_dx(ARGUMENTS) {
         dvalue[i] = dy[i] * gate[i] * below;
         dgate[i] = dy[i] * value[i] * (below + gate[i] * density(gate[i]));
       }
-    }
-  });
-}
-
-// x -> x * sigmoid(x)
-int silu(ARGUMENTS) {
-  int64_t values = product(shapes[0], ranks[0]);
-  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
-    const float *x = p[0];
-    float *y = p[1];
-#pragma omp simd
-    for (int64_t i = first; i < end; i++) y[i] = x[i] * sigmoid(x[i]);
-  });
-}
-
-// x, dy -> dx
-int silu_dx(ARGUMENTS) {
-  int64_t values = product(shapes[0], ranks[0]);
-  return run_parts(all_float32(count, types), values, [&](int64_t first, int64_t end) {
-    const float *x = p[0], *dy = p[1];
-    float *dx = p[2];
-#pragma omp simd
-    for (int64_t i = first; i < end; i++) {
-      float open = sigmoid(x[i]);
-      dx[i] = dy[i] * open * (1 + x[i] * (1 - open));
     }
   });
 }

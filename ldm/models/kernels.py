@@ -1,6 +1,6 @@
 """kernels.cc as operators of MindSpore's graphs: compiled by this machine's C++ compiler, once.
 
-MindSpore has such operators on Linux only, and a machine may have no C++ compiler. `available()` is False then, and
+MindSpore has such operators on Linux only, and a machine may have no C++ compiler. `library()` is None then, and
 ldm.models.device_forms takes MindSpore's own operators: the same numbers, slower and in more memory.
 """
 
@@ -45,10 +45,6 @@ def kernel(name: str, *out_shapes: Callable) -> ops.Custom:
 def like(i: int) -> Callable:
     """The shape of input `i`."""
     return lambda *shapes: shapes[i]
-
-
-def available() -> bool:
-    return library() is not None
 
 
 @cache

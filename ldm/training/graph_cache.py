@@ -18,16 +18,14 @@ from pathlib import Path
 
 import mindspore as ms
 
-from ldm.models.device_forms import mindspores_own
-from ldm.models.kernels import library
+from ldm.models.device_forms import kernels_in_use
 
 SOURCE = Path(__file__).resolve().parents[1]
 
 
 def graph_key(*parts: object) -> str:
     """A hash of this project's source, the compiled kernels, the versions of MindSpore and Python, and `parts`."""
-    kernels = None if mindspores_own() else library()
-    versions = ms.__version__, platform.python_version(), platform.machine(), kernels
+    versions = ms.__version__, platform.python_version(), platform.machine(), kernels_in_use()
     digest = hashlib.sha256(repr((versions, parts)).encode())
     for path in sorted(SOURCE.rglob("*.py")):
         digest.update(str(path.relative_to(SOURCE)).encode() + path.read_bytes())

@@ -16,10 +16,13 @@ def context(monkeypatch):
     return calls
 
 
-def test_the_key_hangs_on_settings_source_and_version(monkeypatch, tmp_path):
+def test_the_key_hangs_on_settings_source_version_and_kernels(monkeypatch, tmp_path):
     key = graph_key({"lora_rank": 4})
     assert graph_key({"lora_rank": 4}) == key != graph_key({"lora_rank": 8})
     monkeypatch.setattr(ms, "__version__", "2.7.2")
+    assert graph_key({"lora_rank": 4}) != key
+    monkeypatch.undo()
+    monkeypatch.setattr(graph_cache, "kernels_in_use", lambda: tmp_path / "another.so")
     assert graph_key({"lora_rank": 4}) != key
     monkeypatch.undo()
     (tmp_path / "a.py").write_text("1")
