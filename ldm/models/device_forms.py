@@ -57,7 +57,7 @@ def convolved(x, weight):
 
 
 def transformed(_, weight):
-    return 16, weight[0], weight[1]
+    return weight[0], 16, weight[1]
 
 
 def convolved_back(dy, weight):
@@ -65,7 +65,7 @@ def convolved_back(dy, weight):
 
 
 def transformed_back(_, weight):
-    return 16, weight[1], weight[0]
+    return weight[1], 16, weight[0]
 
 
 def one(cell: type, *settings):
@@ -201,8 +201,8 @@ class KernelConv2D(nn.Cell):
 
 @ops.constexpr
 def few_pixels(x: tuple) -> bool:
-    """Whether transforming a weight takes longer than it saves, as with one picture of 16 x 16, not with four."""
-    return x[0] * x[2] * x[3] < 1024
+    """Whether transforming a weight takes longer than it saves, as with two pictures of 8 x 8, not with four."""
+    return x[0] * x[2] * x[3] < 256
 
 
 @ops.constexpr

@@ -183,9 +183,10 @@ int pointwise_dx(const Slope &slope, int count, float **p, int *ranks, int64_t *
 
 // q (N tokens, C) and k, v (N keys, C), or (N, tokens, C): each head on its own C / heads channels of a row. settings:
 // N, the number of heads, whether a token sees only those up to it. A block is as many rows of scores as come to BLOCK
-// values, 1 MB, which the processor keeps near, or 16 rows.
+// values, 1 MB, which the processor keeps near, or 16 rows. A row has room for whole vectors: text has 77 keys, and the
+// exponentials of the last 13, one by one, would take as long as those of all others.
 struct Heads {
-  int64_t pictures, heads, tokens, keys, channels, dim, rows, blocks;
+  int64_t pictures, heads, tokens, keys, width, channels, dim, rows, blocks;
   bool causal;
   float scale;
 
@@ -195,8 +196,9 @@ struct Heads {
     tokens = product(shapes[0], ranks[0]) / channels / pictures;
     keys = product(shapes[1], ranks[1]) / channels / pictures;
     dim = channels / heads;
+    width = (keys + 15) / 16 * 16;
     scale = float(1 / std::sqrt(double(dim)));
-    rows = std::min(tokens, std::max<int64_t>(16, BLOCK / std::max<int64_t>(1, keys)));
+    rows = std::min(tokens, std::max<int64_t>(16, BLOCK / std::max<int64_t>(1, width)));
     blocks = rows == 0 ? 0 : (tokens + rows - 1) / rows;
   }
 
@@ -209,23 +211,26 @@ struct Heads {
   }
   int64_t of_keys(int64_t picture, int64_t head) const { return picture * keys * channels + head * dim; }
 
-  // In place of the scores of `count` tokens (count, keys): exp(score - the row's largest), and 1 / each row's sum.
+  // In place of the scores of `count` tokens (count, width): exp(score - the row's largest), zeros where there is no key
+  // or none that is seen, and 1 / each row's sum.
   void exponentials(float *scores, float *inverse, int64_t first, int64_t count) const {
     for (int64_t row = 0; row < count; row++) {
-      float *x = scores + row * keys, most = -INFINITY, total = 0;
+      float *x = scores + row * width, most = -INFINITY, total = 0;
       int64_t seen = causal ? std::min(first + row + 1, keys) : keys;
+      std::fill(x + seen, x + width, -INFINITY);
 #pragma omp simd reduction(max : most)
-      for (int64_t i = 0; i < seen; i++) most = x[i] > most ? x[i] : most;
+      for (int64_t i = 0; i < width; i++) most = x[i] > most ? x[i] : most;
 #pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < seen; i++) total += x[i] = expf(x[i] - most);
-      std::fill(x + seen, x + keys, 0.0f);
+      for (int64_t i = 0; i < width; i++) total += x[i] = expf(x[i] - most);
       inverse[row] = 1 / total;
     }
   }
 };
 
 // A 3x3 convolution of x (N, in, H, W), with a pixel of zeros around it, by Winograd's F(2x2, 3x3) (Lavin and Gray
-// 2016): 2x2 of y come from 4x4 of x by 16 products for each pair of channels instead of 36. A tile is such a 4x4.
+// 2016): 2x2 of y come from 4x4 of x by 16 products for each pair of channels instead of 36. A tile is such a 4x4; its
+// 16 lie next to each other, as planes of a channel: 16 planes that are far apart are often a power of two apart, and
+// push each other out of the processor's cache.
 struct Winograd {
   int64_t pictures, in, out, height, width, down, across, tiles;
 
@@ -235,46 +240,52 @@ struct Winograd {
 
   // `turned`: the weight is (in, out, 3, 3) and convolves turned around, which gives the gradient for the input.
   int convolve(bool sound, const float *x, const float *weight, bool turned, float *u, float *y) const {
-    if (run(sound, out, 16 * out * in, [&](int64_t first, int64_t end) { of_weight(weight, turned, first, end, u); }))
-      return 1;
-    int64_t chunks = (tiles * 16 * (in + out) + CHUNK - 1) / CHUNK;
-    chunks = std::max<int64_t>(1, std::min(tiles / 64, (chunks + 3) / 4 * 4));  // alike for two threads or four
-    int64_t chunk = (tiles + chunks - 1) / chunks;
-    return run(true, chunks, 16 * tiles * in, [&](int64_t start, int64_t end) {
-      Scratch scratch(16 * chunk * (in + out) + line_values());
-      float *v = scratch.data(), *m = v + 16 * chunk * in;
-      float *lines = m + 16 * chunk * out;
-      for (int64_t first = start * chunk; first < std::min(end * chunk, tiles); first += chunk) {
-        int64_t count = std::min(chunk, tiles - first);
-        of_x(x, first, count, lines, v);
+    int failed = run(sound, out, 16 * out * in, [&](int64_t first, int64_t end) {
+      Scratch scratch(9 * in);
+      of_weight(weight, turned, first, end, scratch.data(), u);
+    });
+    if (failed) return failed;
+    // Few chunks of tiles are shared out by channels too.
+    int64_t chunks = (tiles + CHUNK - 1) / CHUNK, parts = chunks < 16 ? std::min<int64_t>(4, out) : 1;
+    return run(true, chunks * parts, 16 * tiles * in, [&](int64_t start, int64_t end) {
+      int64_t most = (out + parts - 1) / parts;
+      Scratch scratch(16 * CHUNK * (in + most) + line_values());
+      float *v = scratch.data(), *m = v + 16 * CHUNK * in;
+      float *lines = m + 16 * CHUNK * most;
+      for (int64_t item = start; item < end; item++) {
+        int64_t first = item / parts * CHUNK, part = item % parts, count = std::min(CHUNK, tiles - first);
+        int64_t channel = out * part / parts, channels = out * (part + 1) / parts - channel;
+        if (part == 0 || item == start) of_x(x, first, count, lines, v);
         for (int64_t k = 0; k < 16; k++)
-          multiply('N', 'N', out, count, in, 1, u + k * out * in, in, v + k * in * count, count, 0,
-                   m + k * out * count, count);
-        to_y(m, first, count, lines, y);
+          multiply('N', 'N', channels, count, in, 1, u + (16 * channel + k) * in, 16 * in, v + k * count, 16 * count, 0,
+                   m + k * count, 16 * count);
+        to_y(m, first, count, channel, channels, lines, y);
       }
     });
   }
 
  private:
-  static constexpr int64_t CHUNK = 1 << 21;  // values of tiles that a thread has at a time, 8 MB, or 64 tiles
+  static constexpr int64_t CHUNK = 96;  // tiles at a time: oneDNN multiplies by 48 columns, other numbers more slowly
 
   int64_t line() const { return 2 * across + 2; }
   int64_t line_values() const { return 4 * line() + width; }
 
-  // G g G^T of each 3x3 g, to u (16, out, in)
-  void of_weight(const float *weight, bool turned, int64_t first, int64_t end, float *u) const {
+  // G g G^T of each 3x3 g, to u (out, 16, in). `planes` has the nine of g apart, for whole vectors.
+  void of_weight(const float *weight, bool turned, int64_t first, int64_t end, float *planes, float *u) const {
     for (int64_t o = first; o < end; o++) {
+      const float *g = weight + (turned ? o : o * in) * 9;
+      for (int64_t i = 0; i < in; i++, g += turned ? out * 9 : 9)
+        for (int64_t k = 0; k < 9; k++) planes[(turned ? 8 - k : k) * in + i] = g[k];
 #pragma omp simd
       for (int64_t i = 0; i < in; i++) {
-        const float *g = weight + (turned ? i * out + o : o * in + i) * 9;
         float t[4][3];
-        for (int k = 0; k < 3; k++) {
-          float a = turned ? g[8 - k] : g[k], b = turned ? g[5 - k] : g[3 + k], c = turned ? g[2 - k] : g[6 + k];
+        for (int64_t k = 0; k < 3; k++) {
+          float a = planes[k * in + i], b = planes[(3 + k) * in + i], c = planes[(6 + k) * in + i];
           t[0][k] = a, t[1][k] = (a + b + c) / 2, t[2][k] = (a - b + c) / 2, t[3][k] = c;
         }
-        for (int k = 0; k < 4; k++) {
-          float *to = u + (4 * k * out + o) * in + i, a = t[k][0], b = t[k][1], c = t[k][2];
-          to[0] = a, to[out * in] = (a + b + c) / 2, to[2 * out * in] = (a - b + c) / 2, to[3 * out * in] = c;
+        for (int64_t k = 0; k < 4; k++) {
+          float *to = u + (16 * o + 4 * k) * in + i, a = t[k][0], b = t[k][1], c = t[k][2];
+          to[0] = a, to[in] = (a + b + c) / 2, to[2 * in] = (a - b + c) / 2, to[3 * in] = c;
         }
       }
     }
@@ -290,10 +301,10 @@ struct Winograd {
     }
   }
 
-  // B^T d B of each tile d, to v (16, in, count)
+  // B^T d B of each tile d, to v (in, 16, count)
   void of_x(const float *x, int64_t first, int64_t count, float *lines, float *v) const {
     float *zeros = lines + 4 * line();
-    std::fill(zeros, zeros + width, 0.0f);
+    std::fill(lines, zeros + width, 0.0f);  // what the loops below do not write stays zero: the pixels around x
     for (int64_t i = 0; i < in; i++) {
       for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
         const float *image = x + (picture * in + i) * height * width, *d[4];
@@ -301,7 +312,6 @@ struct Winograd {
           int64_t above = 2 * row - 1 + k;
           d[k] = above < 0 || above >= height ? zeros : image + above * width;
         }
-        std::fill(lines, zeros, 0.0f);
         int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
         float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
         const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
@@ -309,38 +319,37 @@ struct Winograd {
         for (int64_t k = from; k < end; k++) {
           line0[k] = d0[k] - d2[k], line1[k] = d1[k] + d2[k], line2[k] = d2[k] - d1[k], line3[k] = d1[k] - d3[k];
         }
-        int64_t step = in * count;
         for (int64_t k = 0; k < 4; k++) {
           const float *from_line = lines + k * line() + 2 * column;
-          float *to = v + (4 * k * in + i) * count + offset;
+          float *to = v + (16 * i + 4 * k) * count + offset;
 #pragma omp simd
           for (int64_t j = 0; j < some; j++) {
             float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
-            to[j] = a - c, to[step + j] = b + c, to[2 * step + j] = c - b, to[3 * step + j] = b - e;
+            to[j] = a - c, to[count + j] = b + c, to[2 * count + j] = c - b, to[3 * count + j] = b - e;
           }
         }
       });
     }
   }
 
-  // A^T m A of each tile of m (16, out, count): 2x2 of y, or what of them lies within
-  void to_y(const float *m, int64_t first, int64_t count, float *lines, float *y) const {
-    int64_t step = out * count;
-    for (int64_t o = 0; o < out; o++) {
+  // A^T m A of each tile of m (out, 16, count): 2x2 of y, or what of them lies within
+  void to_y(const float *m, int64_t first, int64_t count, int64_t channel, int64_t channels, float *lines,
+            float *y) const {
+    for (int64_t o = 0; o < channels; o++) {
       for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
         float *upper = lines, *lower = lines + line();
 #pragma omp simd
         for (int64_t j = 0; j < some; j++) {
-          const float *from = m + o * count + offset + j;
+          const float *from = m + 16 * o * count + offset + j;
           float above[4], below[4];
           for (int64_t k = 0; k < 4; k++) {
-            float a = from[k * step], b = from[(4 + k) * step], c = from[(8 + k) * step], e = from[(12 + k) * step];
+            float a = from[k * count], b = from[(4 + k) * count], c = from[(8 + k) * count], e = from[(12 + k) * count];
             above[k] = a + b + c, below[k] = b - c - e;
           }
           upper[2 * j] = above[0] + above[1] + above[2], upper[2 * j + 1] = above[1] - above[2] - above[3];
           lower[2 * j] = below[0] + below[1] + below[2], lower[2 * j + 1] = below[1] - below[2] - below[3];
         }
-        float *to = y + ((picture * out + o) * height + 2 * row) * width + 2 * column;
+        float *to = y + ((picture * out + channel + o) * height + 2 * row) * width + 2 * column;
         int64_t within = std::min(2 * some, width - 2 * column);
         std::copy(upper, upper + within, to);
         if (2 * row + 1 < height) std::copy(lower, lower + within, to + width);
@@ -560,13 +569,13 @@ int swap_middle(ARGUMENTS) {
   });
 }
 
-// x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (16, out, in) of no further use
+// x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (out, 16, in) of no further use
 int convolution(ARGUMENTS) {
   Winograd w(shapes[0], shapes[2][1]);
   return w.convolve(all_float32(count, types), p[0], p[1], false, p[3], p[2]);
 }
 
-// dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (16, in, out) of no further use
+// dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (in, 16, out) of no further use
 int convolution_dx(ARGUMENTS) {
   Winograd w(shapes[0], shapes[2][1]);
   return w.convolve(all_float32(count, types), p[0], p[1], true, p[3], p[2]);
@@ -577,17 +586,17 @@ int attention(ARGUMENTS) {
   Heads h(ranks, shapes, p[3]);
   bool sound = all_float32(count, types) && h.fit();
   return run(sound, h.pictures * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
-    Scratch scratch(h.rows * h.keys + h.rows);
-    float *scores = scratch.data(), *inverse = scores + h.rows * h.keys;
+    Scratch scratch(h.rows * h.width + h.rows);
+    float *scores = scratch.data(), *inverse = scores + h.rows * h.width;
     for (int64_t item = start; item < end; item++) {
       int64_t head = item / h.blocks % h.heads, picture = item / h.blocks / h.heads;
       int64_t first = item % h.blocks * h.rows, rows = std::min(h.rows, h.tokens - first), c = h.channels;
       const float *q = p[0] + h.of_token(picture, head, first);
       const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
       float *out = p[4] + h.of_token(picture, head, first);
-      multiply('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.keys);
+      multiply('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.width);
       h.exponentials(scores, inverse, first, rows);
-      multiply('N', 'N', rows, h.dim, h.keys, 1, scores, h.keys, v, c, 0, out, c);
+      multiply('N', 'N', rows, h.dim, h.keys, 1, scores, h.width, v, c, 0, out, c);
       for (int64_t row = 0; row < rows; row++) {
 #pragma omp simd
         for (int64_t i = 0; i < h.dim; i++) out[row * c + i] *= inverse[row];
@@ -602,10 +611,10 @@ int attention_dx(ARGUMENTS) {
   Heads h(ranks, shapes, p[5]);
   bool sound = all_float32(count, types) && h.fit();
   return run(sound, h.pictures * h.heads, h.all(), [&](int64_t start, int64_t end) {
-    int64_t c = h.channels, keys = h.keys, dim = h.dim;
-    Scratch scratch(2 * h.rows * keys + h.rows);
-    float *probabilities = scratch.data(), *by_scores = probabilities + h.rows * keys;
-    float *inverse = by_scores + h.rows * keys;
+    int64_t c = h.channels, keys = h.keys, width = h.width, dim = h.dim;
+    Scratch scratch(2 * h.rows * width + h.rows);
+    float *probabilities = scratch.data(), *by_scores = probabilities + h.rows * width;
+    float *inverse = by_scores + h.rows * width;
     for (int64_t item = start; item < end; item++) {
       int64_t head = item % h.heads, picture = item / h.heads;
       const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
@@ -614,22 +623,22 @@ int attention_dx(ARGUMENTS) {
         int64_t rows = std::min(h.rows, h.tokens - first), place = h.of_token(picture, head, first);
         const float *q = p[0] + place, *out = p[3] + place, *dout = p[4] + place;
         float so_far = first ? 1 : 0;
-        multiply('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, keys);
+        multiply('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, width);
         h.exponentials(probabilities, inverse, first, rows);
-        multiply('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, by_scores, keys);
+        multiply('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, by_scores, width);
         for (int64_t row = 0; row < rows; row++) {
-          float delta = 0, *probability = probabilities + row * keys, *by_score = by_scores + row * keys;
+          float delta = 0, *probability = probabilities + row * width, *by_score = by_scores + row * width;
 #pragma omp simd reduction(+ : delta)
           for (int64_t i = 0; i < dim; i++) delta += dout[row * c + i] * out[row * c + i];
 #pragma omp simd
-          for (int64_t i = 0; i < keys; i++) {
+          for (int64_t i = 0; i < width; i++) {
             probability[i] *= inverse[row];
             by_score[i] = probability[i] * (by_score[i] - delta);
           }
         }
-        multiply('T', 'N', keys, dim, rows, 1, probabilities, keys, dout, c, so_far, dv, c);
-        multiply('N', 'N', rows, dim, keys, h.scale, by_scores, keys, k, c, 0, p[6] + place, c);
-        multiply('T', 'N', keys, dim, rows, h.scale, by_scores, keys, q, c, so_far, dk, c);
+        multiply('T', 'N', keys, dim, rows, 1, probabilities, width, dout, c, so_far, dv, c);
+        multiply('N', 'N', rows, dim, keys, h.scale, by_scores, width, k, c, 0, p[6] + place, c);
+        multiply('T', 'N', keys, dim, rows, h.scale, by_scores, width, q, c, so_far, dk, c);
       }
     }
   });
