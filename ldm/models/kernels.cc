@@ -196,7 +196,7 @@ struct Heads {
     tokens = product(shapes[0], ranks[0]) / channels / pictures;
     keys = product(shapes[1], ranks[1]) / channels / pictures;
     dim = channels / heads;
-    width = (keys + 15) / 16 * 16;
+    width = whole(keys);
     scale = float(1 / std::sqrt(double(dim)));
     rows = std::min(tokens, std::max<int64_t>(16, BLOCK / std::max<int64_t>(1, width)));
     blocks = rows == 0 ? 0 : (tokens + rows - 1) / rows;
@@ -211,17 +211,28 @@ struct Heads {
   }
   int64_t of_keys(int64_t picture, int64_t head) const { return picture * keys * channels + head * dim; }
 
-  // In place of the scores of `count` tokens (count, width): exp(score - the row's largest), zeros where there is no key
-  // or none that is seen, and 1 / each row's sum.
+  // How many keys a token sees.
+  int64_t seen(int64_t token) const { return causal ? std::min(token + 1, keys) : keys; }
+
+  // `values` and as many more as fill the last vector.
+  static int64_t whole(int64_t values) { return (values + 15) / 16 * 16; }
+
+  // In place of the scores of `count` tokens (count, width): exp(score - the row's largest), zeros where there is no
+  // key or none that is seen, and 1 / each row's sum.
   void exponentials(float *scores, float *inverse, int64_t first, int64_t count) const {
+    // Ahead of the loop below: what was just stored one by one is slow to load as a vector.
+    for (int64_t row = 0; row < count; row++) {
+      int64_t values = seen(first + row);
+      std::fill(scores + row * width + values, scores + row * width + whole(values), -INFINITY);
+    }
     for (int64_t row = 0; row < count; row++) {
       float *x = scores + row * width, most = -INFINITY, total = 0;
-      int64_t seen = causal ? std::min(first + row + 1, keys) : keys;
-      std::fill(x + seen, x + width, -INFINITY);
+      int64_t values = whole(seen(first + row));  // not more: the exponential of -INFINITY takes 10 times as long
 #pragma omp simd reduction(max : most)
-      for (int64_t i = 0; i < width; i++) most = x[i] > most ? x[i] : most;
+      for (int64_t i = 0; i < values; i++) most = x[i] > most ? x[i] : most;
 #pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < width; i++) total += x[i] = expf(x[i] - most);
+      for (int64_t i = 0; i < values; i++) total += x[i] = expf(x[i] - most);
+      std::fill(x + values, x + width, 0.0f);
       inverse[row] = 1 / total;
     }
   }
@@ -572,13 +583,13 @@ int swap_middle(ARGUMENTS) {
 // x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (out, 16, in) of no further use
 int convolution(ARGUMENTS) {
   Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types), p[0], p[1], false, p[3], p[2]);
+  return w.convolve(all_float32(count, types) && shapes[1][1] == w.in, p[0], p[1], false, p[3], p[2]);
 }
 
 // dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (in, 16, out) of no further use
 int convolution_dx(ARGUMENTS) {
   Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types), p[0], p[1], true, p[3], p[2]);
+  return w.convolve(all_float32(count, types) && shapes[1][0] == w.in, p[0], p[1], true, p[3], p[2]);
 }
 
 // q, k, v, settings -> softmax(q k^T / sqrt(dim)) v like q

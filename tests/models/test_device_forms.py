@@ -74,6 +74,7 @@ def test_broadcast_add(device):
 
 @pytest.mark.parametrize("pictures, channels, size, kernel, padding", [
     (2, (6, 4), (5, 6), 3, 1),
+    (4, (17, 18), (8, 8), 3, 1),  # the fewest pixels that Winograd's form takes
     (4, (32, 20), (16, 17), 3, 1),  # shared out among threads by channels too
     (1, (17, 16), (33, 35), 3, 1),
     (2, (16, 18), (63, 60), 3, 1),  # shared out by pixels alone

@@ -42,7 +42,7 @@ def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tup
     if operator == "Conv2DBackpropInput":
         # k * k values for each of its output; strided ones are few, and few pixels keep little
         (n, _, *size), (*_, kernel, _) = inputs[:2]
-        return kernel > 1 and tuple(size) == outputs[0][2:] and n * math.prod(size) >= 1024
+        return kernel > 1 and tuple(size) == outputs[0][2:] and n * math.prod(size) >= 256
     return operator in KEEPING
 
 
@@ -86,6 +86,7 @@ def test_no_slow_form(nodes):
     ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 1, 1)], [(2, 32, 16, 16)], False),
     ("Conv2DBackpropInput", [(2, 64, 8, 8), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
     ("Conv2DBackpropInput", [(2, 128, 8, 8), (128, 64, 3, 3)], [(2, 64, 8, 8)], False),
+    ("Conv2DBackpropInput", [(4, 128, 8, 8), (128, 64, 3, 3)], [(4, 64, 8, 8)], True),
 ])
 def test_what_keeps_memory(operator, inputs, outputs, expected):
     assert keeps_memory(operator, inputs, outputs) is expected

@@ -220,10 +220,13 @@ def test_a_type_that_it_does_not_compute_in_is_refused():
 
 
 @needs_compiler
-def test_channels_that_groups_or_heads_do_not_divide_are_refused():
+def test_channels_that_do_not_fit_are_refused():
     x = Tensor(np.ones((1, 10, 2, 2), np.float32))
     with pytest.raises(RuntimeError, match="group_norm"):
         device_forms.group_norm(3, 1e-5)(x, x[0, :, 0, 0], x[0, :, 0, 0]).asnumpy()
+    x = Tensor(np.ones((1, 16, 16, 16), np.float32))
+    with pytest.raises(RuntimeError, match="convolution"):
+        device_forms.convolution(16, 3, 1, 1)(x, Tensor(np.ones((16, 32, 3, 3), np.float32))).asnumpy()
     rows = Tensor(np.ones((4, 10), np.float32))
     with pytest.raises(RuntimeError, match="attention"):
         multi_head_attention(3, 3)(rows, rows, rows, 1).asnumpy()
