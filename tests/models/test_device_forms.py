@@ -10,12 +10,12 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.config.model import load_model_config
-from ldm.models import device_forms, kernels
+from ldm.models import device_forms
 from ldm.models.stable_diffusion import build_model
 from tests.conftest import ROOT
+from tests.models.compiler import needs_compiler
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
-needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
 
 erf = np.vectorize(math.erf)
 

@@ -11,10 +11,8 @@ import re
 
 import pytest
 
-from ldm.models import kernels
 from tests.conftest import dump_graphs, validated_graphs
-
-needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
+from tests.models.compiler import needs_compiler
 
 # Transpose keeps twice its output, the exact and the default GELU four times.
 KEEPING = {"Transpose", "TransposeView", "GeLU", "GeLUGrad", "Gelu", "GeluGrad"}

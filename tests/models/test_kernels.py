@@ -19,9 +19,9 @@ from ldm.models import device_forms, kernels
 from ldm.models.attention import multi_head_attention
 from ldm.models.stable_diffusion import build_model
 from tests.conftest import ROOT
+from tests.models.compiler import needs_compiler
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
-needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture
