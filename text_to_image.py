@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ldm.script import progress, run, start
 
-from ldm.config.generate import GenerateConfig, Plan, plan
-from ldm.config.parse import parse_config
-from ldm.errors import run
-from ldm.samples import SampleWriter, read_latents, starting_latents_path, write_latents
-from ldm.weights.base import base_hash
-from ldm.weights.read import content_hash
+if __name__ == "__main__":  # before the imports that take seconds
+    start()
 
-logger = logging.getLogger("text_to_image")
+import numpy as np  # noqa: E402
+
+from ldm.config.generate import GenerateConfig, Plan, plan  # noqa: E402
+from ldm.config.parse import parse_config  # noqa: E402
+from ldm.logs import set_up_logging  # noqa: E402
+from ldm.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.samples import SampleWriter, read_latents, starting_latents_path, write_latents  # noqa: E402
+from ldm.weights.base import base_hash  # noqa: E402
+from ldm.weights.read import content_hash  # noqa: E402
+
+logger = logging.getLogger("ldm.text_to_image")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,10 +34,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="text_to_image.py",
         description="Draw images for prompts with Stable Diffusion, a LoRA merged into it where one is given.",
     )
-    logging.basicConfig(level=config.log_level, format="%(message)s", stream=sys.stderr, force=True)
-    logger.setLevel(config.log_level)
+    set_up_logging(config.log_level, prefix=False)
     job = plan(config)
+    latents = config.save_latents
+    starting = None if latents is None else starting_latents_path(latents)
+    with claim_folder(config.output_path, "output_path"), claim_file(latents, "save_latents"), claim_file(
+        starting, "save_latents"
+    ):
+        draw(config, job)
 
+
+def draw(config: GenerateConfig, job: Plan) -> None:
+    """Load the model and the LoRAs, draw the images of `job` and write them."""
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
     from ldm.lora.state import Weights  # isort: skip
@@ -87,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pngs=not config.skip_save,
         grid=not config.skip_grid,
     )
+    progress(lambda: f"after {writer.written} of {len(job.prompts)} images, which are in {writer.samples}")
     latents = []
     pipeline = Pipeline(model, job.model)
     for batch in pipeline.generate(job.prompts, sampling, config.seed, job.negative_prompts, starting):

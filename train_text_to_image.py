@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from ldm.errors import run
+from ldm.script import run
 
 
 def main() -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import run  # noqa: E402
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from tools.eval.eval_clip_score import main  # noqa: E402
 
 if __name__ == "__main__":

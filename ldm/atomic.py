@@ -8,23 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
+
+_temporaries: set[Path] = set()
+
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed onto `path` when the block ends without an error.
 
-    The temporary name keeps the suffix of `path`, since writers choose their format by it. Missing parent folders are
-    created. On any error the temporary file is removed and the error goes on.
+    A link is followed: what it leads to is replaced, the link stays. The temporary name keeps the suffix of `path`,
+    since writers choose their format by it. Missing parent folders are created. On any error the temporary file is
+    removed and the error goes on.
+
+    sync: wait until the disk has the file, so that a power cut leaves no file that is empty or cut off; for files that
+    carry no checksum of their own.
     """
-    path = Path(path)
+    path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = temporary_path(path)
+    _temporaries.add(temporary)
     try:
         yield temporary
+        if sync:
+            sync_to_disk(temporary)
         os.replace(temporary, path)
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+        _temporaries.discard(temporary)
 
 
 @contextmanager
@@ -33,13 +44,47 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     `path` must not exist, or be an empty folder. Raises OSError otherwise.
     """
-    path = Path(path)
+    path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.mkdir()
+    temporary = temporary_path(path)
+    _temporaries.add(temporary)
     try:
+        temporary.mkdir()
         yield temporary
         os.replace(temporary, path)
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _temporaries.discard(temporary)
+
+
+def resolved(path: str | Path) -> Path:
+    """Where a link leads; any other path as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def temporary_path(path: Path) -> Path:
+    """The hidden name beside `path` that it is written under; never longer than a name may be where that of `path` is
+    not."""
+    suffix = path.suffix if len(path.suffix) <= 16 else ""  # no writer's
+    stem, ending = path.stem, f".{os.getpid()}.partial{suffix}"
+    while len(os.fsencode(f".{stem}{ending}")) > LONGEST_NAME:
+        stem = stem[:-1]
+    return path.with_name(f".{stem}{ending}")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until the disk has what was written to the file or folder `path`."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries() -> None:
+    """Remove what is being written at this moment: for a process that ends without unwinding."""
+    for path in list(_temporaries):
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError:
+            continue

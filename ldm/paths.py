@@ -1,23 +1,39 @@
-"""Paths from settings: where they are looked for, and whether they can be written."""
+"""Paths from settings: where they are looked for, what is short for what, and whether they are free."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain, system_reason
+from ldm.files import is_there
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def expanded(text: str) -> str:
+    """A path as a shell would have it: `~` and `~name` at its beginning, `$NAME` and `${NAME}` anywhere.
+
+    What names no user and no variable stays as it is: a file may be called so. For YAML files and flags such as
+    `--x=~/y`, which no shell expands.
+    """
+    return os.path.expanduser(os.path.expandvars(text))
+
+
+def user_path(text: str) -> Path:
+    """`expanded` as a Path: the type of command-line flags that are paths."""
+    return Path(expanded(text))
 
 
 def under_root(path: str | Path) -> Path:
     """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
     given = Path(path)
     found = ROOT / given
-    return found if not given.exists() and found.exists() else given
+    return found if not is_there(given) and found.exists() else given
 
 
 def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
@@ -26,12 +42,13 @@ def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
 
     name: of the setting, for errors. Raises UserError for a path that is not there and for weights that are no numbers.
     """
+    text = expanded(text)
     for count in (0, 1, 2):
         path, *words = text.rsplit(":", count)
-        if path and os.path.exists(path):
+        if path and is_there(path, name):
             return Path(path), tuple(_weight(word, text, name) for word in words)
-    path = text.rsplit(":", 1)[0] if ":" in text[1:] else text
-    raise UserError(f"{name} {path} does not exist: check the path")
+    path = re.sub(r"(?::[-+.\w]*){1,2}$", "", text) or text  # an error names the file, without its weights
+    raise UserError(f"{name} {plain(path)} does not exist: check the path")
 
 
 def _weight(word: str, text: str, name: str) -> float:
@@ -44,25 +61,13 @@ def _weight(word: str, text: str, name: str) -> float:
     return weight
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """Raise UserError, which calls the folder `name`, unless `folder` can be written, or can be made."""
-    for place in (folder, *folder.absolute().parents):
-        if not place.exists():
-            continue
-        if not place.is_dir():
-            raise UserError(f"{name}: {folder} cannot be a folder, as {place} is a file; give another path")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(f"{name}: {folder} cannot be written, there is no permission in {place}; give another path")
-        return
-
-
 def check_free(path: str | Path, empty_folder: bool = False) -> None:
     """Raise UserError where `path` is there already: what a tool writes never takes the place of something else.
 
     empty_folder: let an empty folder be in nobody's way.
     """
     if os.path.lexists(path) and not (empty_folder and _is_empty_folder(Path(path))):
-        raise UserError(f"{path} exists: choose another name, or remove it first")
+        raise UserError(f"{plain(path)} exists: choose another name, or remove it first")
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -73,11 +78,9 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: str | Path) -> Iterator[None]:
     """Turn what the system refuses within the block (a full disk, a missing permission) into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): free space there, or choose another output_path"
-        ) from error
+        raise UserError(f"{plain(path)} cannot be written: {system_reason(error)}") from error

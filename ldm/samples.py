@@ -54,6 +54,7 @@ class SampleWriter:
         self.texts = dict(texts)
         self.pngs, self.grid = pngs, grid
         self.kept_as: list[Path] = []
+        self.written = 0
         self._grid_images: list[np.ndarray] = []
         self._started = False
 
@@ -75,6 +76,7 @@ class SampleWriter:
                         **self.texts,
                     }
                     write_png(self.samples / self.name(int(index)), image, texts)
+                    self.written += 1
                 if self.grid and len(self._grid_images) < GRID_IMAGES:
                     self._grid_images.append(image)
         except OSError as error:

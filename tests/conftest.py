@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 # Before MindSpore is imported, here or in a process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
@@ -31,6 +33,23 @@ def validated_graphs(folder: Path) -> str:
 @pytest.fixture(autouse=True)
 def fixed_seed():
     np.random.seed(0)
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder that an ordinary user owns, and the test running as that user: root may read everything."""
+    folder = Path(tempfile.mkdtemp(prefix="ordinary-user-"))
+    user = os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, 65534)
+        os.setegid(65534)
+        os.seteuid(65534)
+    yield folder
+    if user == 0:
+        os.seteuid(0)
+        os.setegid(0)
+    subprocess.run(["chmod", "-R", "u+rwx", str(folder)], check=False)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

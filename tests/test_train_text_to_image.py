@@ -31,7 +31,7 @@ from ldm.models.stable_diffusion import build_model
 from ldm.runtime import Runtime, setup_runtime
 from ldm.training.checkpoints import find_states, load_state
 from ldm.training.step import StepResult
-from ldm.training.trainer import Trainer, hear_ctrl_c, make_loss_scaler, train
+from ldm.training.trainer import Trainer, make_loss_scaler, train
 from ldm.weights.load import load_base
 from ldm.weights.read import read_checkpoint, write_checkpoint
 

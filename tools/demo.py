@@ -24,9 +24,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from ldm.atomic import atomic_path  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
 from tools.nano.pictures import evenly  # noqa: E402
 

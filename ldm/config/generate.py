@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.parse import setting
 from ldm.errors import UserError
-from ldm.paths import ROOT, check_folder, under_root, weighted_path
+from ldm.paths import ROOT, under_root, weighted_path
 
 logger = logging.getLogger(__name__)
 
@@ -391,13 +391,11 @@ def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
 
 
 def _check_outputs(config: GenerateConfig) -> None:
-    check_folder(Path(config.output_path), "output_path")
     if config.save_latents is not None:
         target = Path(config.save_latents)
         if target.suffix != ".npy":
             raise UserError(f"save_latents {target} must end in .npy")
         if target.is_dir():
             raise UserError(f"save_latents {target} is a folder: give the path of a .npy file")
-        check_folder(target.parent, "save_latents")
         if config.init_latents is not None and target.resolve() == Path(config.init_latents).resolve():
             raise UserError(f"save_latents would overwrite init_latents {target}: give another name")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config.parse import nearest, read_yaml
+from ldm.config.parse import nearest
+from ldm.documents import read_yaml
 from ldm.errors import UserError
 
 DIFFUSION_TARGETS = ("ldm.models.diffusion.ddpm.LatentDiffusion",)

@@ -29,6 +29,7 @@ from typing import Any, TypeVar, Union
 import yaml
 
 from ldm.atomic import atomic_path
+from ldm.documents import read_yaml
 from ldm.errors import UserError
 
 Config = TypeVar("Config")
@@ -222,45 +223,6 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
 
 
 # ---- the YAML file ---------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # a list or a section as a key, which PyYAML refuses
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'"{key_node.value}" is given twice', key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file without running anything in it; UserError names the file and line of a mistake."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a text file ({error})") from None
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line} is not valid YAML: {problem}") from None
 
 
 def _read_yaml_settings(

@@ -13,7 +13,6 @@ characters, dots too.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.config.parse import nearest, read_yaml
+from ldm.config.parse import nearest
+from ldm.documents import read_json, read_yaml
 from ldm.errors import UserError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -172,24 +172,8 @@ def _check(layer: LayerSpec, where: str, least: int = 1) -> None:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix != ".json":
-        return read_yaml(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _no_twins(pairs, path))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a JSON or YAML file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a text file ({error})") from None
-
-
-def _no_twins(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f'{path}: "{name}" is given twice')
-    return dict(pairs)
+    way = "give the path of a JSON or YAML file"
+    return read_json(path, way=way) if path.suffix == ".json" else read_yaml(path, way=way)
 
 
 def _flag(value: Any, where: str) -> bool:

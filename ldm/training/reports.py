@@ -1,13 +1,10 @@
-"""What a run tells: log.txt, metrics.csv, a progress bar."""
+"""metrics.csv, one row a step."""
 
 from __future__ import annotations
 
 import csv
-import logging
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from ldm.atomic import atomic_path
 from ldm.paths import writing
@@ -24,31 +21,6 @@ class Metrics(NamedTuple):
     loss_scale: float
     seconds: float  # of this step
     gradient_norm: float  # before clipping
-
-
-class _TqdmHandler(logging.StreamHandler):
-    """Writes above the progress bar, not through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-
-
-def set_up_logging(log_file: Path | None, level: str) -> None:
-    """Send the project's log to standard error and, where given, to the end of `log_file`."""
-    root = logging.getLogger("ldm")
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-    screen = _TqdmHandler()
-    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    root.addHandler(screen)
-    if log_file is not None:
-        with writing(log_file):
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        root.addHandler(file)
 
 
 class MetricsFile:

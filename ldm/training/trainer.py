@@ -6,8 +6,6 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -29,6 +27,7 @@ from ldm.data.draws import draws
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.logs import set_up_logging
 from ldm.lora.formats import mindone, read_lora
 from ldm.lora.inject import inject_lora
 from ldm.lora.layers import dropout_key
@@ -37,8 +36,10 @@ from ldm.lora.state import check_compatible, lora_state, start_from_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
-from ldm.paths import check_folder, under_root, writing
-from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
+from ldm.outputs import claim_folder
+from ldm.paths import under_root, writing
+from ldm.runtime import Runtime, check_flash_attention, is_first_process, is_out_of_memory, setup_runtime
+from ldm.script import progress
 from ldm.training import checkpoints
 from ldm.training.checkpoints import TrainState
 from ldm.training.feed import check_sink, make_feed
@@ -47,7 +48,7 @@ from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler
 from ldm.training.optimizers import adamw_scalars
 from ldm.training.plan import make_plan
-from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile, set_up_logging
+from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
 from ldm.weights.architecture import detect_model
@@ -80,29 +81,14 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
     """
-    trainer = Trainer(config)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return trainer.run()
-    except KeyboardInterrupt:
-        states = checkpoints.find_states(trainer.folder)
-        way = f"--resume True goes on from {states[0]}" if states else "nothing was saved yet"
-        logger.warning("interrupted after step %d of %d; %s", trainer.done, trainer.plan.updates, way)
-        raise
-    finally:
-        if signal.getsignal(signal.SIGTERM) is _interrupt:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def hear_ctrl_c() -> None:
-    """Whenever MindSpore runs a graph it takes Ctrl-C from Python, and ends the process by SIGTERM, without a word: let
-    that interrupt as Ctrl-C does. To be called once all is compiled: Python hears nothing while MindSpore compiles."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    first = is_first_process(config.use_parallel)
+    with claim_folder(config.output_path, "output_path") if first else nullcontext():
+        trainer = Trainer(config)
+        progress(trainer.what_is_done)
+        try:
+            return trainer.run()
+        finally:
+            progress(None)
 
 
 class Trainer:
@@ -113,7 +99,7 @@ class Trainer:
         self.output = Path(config.output_path)
         self.folder = self.output / "ckpt"
         _check_paths(config)
-        set_up_logging(None, config.log_level)
+        set_up_logging(config.log_level)
         self.runtime = setup_runtime(
             config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
         )
@@ -121,9 +107,9 @@ class Trainer:
         check_sink(config, self.runtime)
         self.is_first_rank = self.runtime.rank == 0
         if self.is_first_rank:
-            set_up_logging(self.output / "log.txt", config.log_level)
+            set_up_logging(config.log_level, self.output / "log.txt")
         else:
-            set_up_logging(None, "WARNING")  # the others would say the same
+            set_up_logging("WARNING")  # the others would say the same
         self.model_config = _model_config(config)
         self.image_size = _image_size(config, self.model_config)
         rows = self._read_rows()
@@ -336,8 +322,6 @@ class Trainer:
                 # nothing but the step may compile in here, so the batches, which may run the encoders, come first
                 with self._cached_graphs() if first else nullcontext():
                     metrics = self._one_update(batches, begin)
-                if first:
-                    hear_ctrl_c()
                 first = False
                 smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
                 bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
@@ -454,6 +438,12 @@ class Trainer:
         checkpoints.save_state(self.folder, state)
         logger.debug("saved %s", path)
 
+    def what_is_done(self) -> str:
+        """For the line that an interrupted run ends with."""
+        states = checkpoints.find_states(self.folder)
+        way = f"--resume True goes on from {states[0]}" if states else "nothing was saved yet"
+        return f"after step {self.done} of {self.plan.updates}; {way}"
+
     def _newest_link(self) -> Path:
         return self.folder / ("lora.ckpt" if self.config.use_lora else "model.ckpt")
 
@@ -491,7 +481,6 @@ def _check_paths(config: TrainConfig) -> None:
     if config.pretrained_model_ema and config.unet_initialize_random:
         raise UserError("pretrained_model_ema is of the UNet, which unet_initialize_random does not take from the file")
     folder = Path(config.output_path) / "ckpt"
-    check_folder(folder, "output_path")
     # Not overwritten: a forgotten --resume would cost what was trained so far.
     if not config.resume and checkpoints.find_states(folder):
         raise UserError(

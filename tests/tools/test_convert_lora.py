@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRAState
+from ldm.script import run
 from tests.lora.formats.files import assert_same_updates, random_state
 from tools.lora.convert_lora import main
 

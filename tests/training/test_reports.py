@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 
-from ldm.training.reports import Metrics, MetricsFile, set_up_logging
+from ldm.logs import set_up_logging
+from ldm.training.reports import Metrics, MetricsFile
 
 
 def read(path):
@@ -45,7 +46,7 @@ def test_resuming_drops_lines_that_are_no_rows(tmp_path):
 
 
 def test_the_log_goes_to_file_and_screen_at_its_level(tmp_path, capsys):
-    set_up_logging(tmp_path / "run" / "log.txt", "WARNING")
+    set_up_logging("WARNING", tmp_path / "run" / "log.txt")
     try:
         logging.getLogger("ldm.training.trainer").info("a small thing")
         logging.getLogger("ldm.training.trainer").warning("a large thing")

@@ -24,9 +24,14 @@ from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 
 
 def memory() -> dict[str, int]:

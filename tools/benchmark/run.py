@@ -31,10 +31,15 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from tqdm import tqdm  # noqa: E402
 
 from ldm.atomic import atomic_path  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 

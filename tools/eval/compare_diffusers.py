@@ -38,6 +38,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from ldm.atomic import atomic_path  # noqa: E402
 from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES, read_lines  # noqa: E402
 from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
@@ -48,8 +53,8 @@ from ldm.data.cache import content_key  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
-from ldm.paths import ROOT, check_folder, under_root, writing  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.paths import ROOT, under_root, writing  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
@@ -298,7 +303,6 @@ class Comparison:
         BatchOrder(len(self.rows), config.train_batch_size, 0)  # says where there are too few
         self.image_size = config.image_size or self.model.image_size
         self.scale = DEFAULT_SCALES.get(self.model.architecture, DEFAULT_SCALE) if args.scale is None else args.scale
-        check_folder(self.output, "output_path")
         if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / "compared.json").exists():
             raise UserError(f"--output_path {self.output} holds something else: choose a new folder")
         self.worker = Worker(reference_python(args.reference_python))

@@ -20,6 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -42,7 +47,7 @@ from ldm.atomic import atomic_path  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.draws import augmentation_draws, step_draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
 from ldm.training.reports import Metrics, MetricsFile  # noqa: E402
 from ldm.training.schedules import learning_rate  # noqa: E402

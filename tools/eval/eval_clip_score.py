@@ -21,8 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from ldm.config.generate import read_lines  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402

@@ -18,7 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
+from ldm.errors import UserError  # noqa: E402
 from ldm.metrics.images import find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,

@@ -17,8 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from ldm.config.model import load_model_config  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
 from ldm.lora.state import LoRALayer, LoRAState, check_compatible, match_shapes  # noqa: E402

@@ -23,7 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
+from ldm.errors import UserError  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402

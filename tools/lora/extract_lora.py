@@ -16,7 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.errors import run  # noqa: E402
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
 from ldm.lora.bases import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
 from ldm.paths import check_free  # noqa: E402

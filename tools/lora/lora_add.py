@@ -29,7 +29,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
+
+from ldm.errors import UserError  # noqa: E402
 from ldm.lora.algebra import difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402

@@ -17,9 +17,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ldm.script import run, start  # noqa: E402
+
+if __name__ == "__main__":
+    start()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
-from ldm.errors import run  # noqa: E402
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.errors import UserError, run
+from ldm.errors import UserError
+from ldm.script import run
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
 TEXT = "cond_stage_model.transformer."

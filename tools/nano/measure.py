@@ -23,10 +23,10 @@ from ldm.atomic import atomic_path
 from ldm.config.model import load_model_config
 from ldm.data.dataset import read_image_text_csv
 from ldm.data.draws import draws
-from ldm.errors import run
 from ldm.metrics.networks import nano_clip
 from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
 from ldm.runtime import setup_runtime
+from ldm.script import run
 from tools.nano.pictures import DATASETS, evenly, read_pictures
 from tools.nano.train_vae import CONFIG, report
 

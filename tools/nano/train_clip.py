@@ -26,9 +26,9 @@ from mindspore import Tensor, nn, ops
 
 from ldm.config.model import load_model_config
 from ldm.data.draws import draws
-from ldm.errors import run
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.runtime import setup_runtime
+from ldm.script import run
 from ldm.tokenizer.tokenizer import Tokenizer
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.nano.loop import Step, learning_rates, train

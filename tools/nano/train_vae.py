@@ -21,9 +21,10 @@ from mindspore import Tensor, nn, ops
 
 from ldm.config.model import load_model_config
 from ldm.data.draws import draws
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
 from ldm.runtime import setup_runtime
+from ldm.script import run
 from ldm.weights.read import read_checkpoint, write_checkpoint
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours
