@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from ldm.atomic import remove_temporaries
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
@@ -33,7 +34,9 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 GRACE = 5.0  # seconds
 
 _started: float | None = None
-_received = signal.SIGINT
+_received: int | None = None
+_screen = 2  # where the last line goes
+_after_a_bar = False  # it begins a new line then
 _describe: Callable[[], str] | None = None
 
 
@@ -67,11 +70,18 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # its reader has gone, as `| head` does; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.filename is None and error.errno is None:  # not an answer of the operating system
+        if error.errno is None:  # a library's own, not an answer of the operating system
             raise
         _fail(system_error(error))
     except MemoryError:
         _fail(UserError("this machine's memory is not enough: use smaller sizes or batches, or a smaller file"))
+    if _received is not None:
+        _conclude()
+    # What is left is Python's own end: a signal may simply end it.
+    for number in EXIT_CODES:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 
 def progress(describe: Callable[[], str] | None) -> None:
@@ -81,21 +91,30 @@ def progress(describe: Callable[[], str] | None) -> None:
 
 
 def _fail(error: Exception) -> None:
+    if _received is not None:  # what an interrupted library makes of it
+        _conclude()
     print(f"error: {plain(error, LONGEST_MESSAGE)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _listen(heard: set[int]) -> None:
-    global _received
-    _received = signal.sigwait(heard)
+    global _received, _screen, _after_a_bar
+    received = signal.sigwait(heard)
+    _after_a_bar = bool(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()))
+    # MindSpore reports an interrupted compilation as an error of many lines: nothing but the last line is shown.
+    _screen = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _received = received
     _thread.interrupt_main()
-    # A second signal means now.
-    signal.sigtimedwait(heard, GRACE)
+    patience = threading.Timer(GRACE, _conclude)
+    patience.daemon = True
+    patience.start()
+    signal.sigwait(heard)  # a second one means now
     _conclude()
 
 
-def _except(kind: type[BaseException], error: BaseException, traceback) -> None:
-    if issubclass(kind, KeyboardInterrupt):
+def _except(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if _received is not None or issubclass(kind, KeyboardInterrupt):
         _conclude()
     sys.__excepthook__(kind, error, traceback)
 
@@ -103,15 +122,15 @@ def _except(kind: type[BaseException], error: BaseException, traceback) -> None:
 def _conclude() -> None:
     """Say in one line what was done, leave nothing half-written, end the process. Python's own end is passed over: it
     waits for threads, and MindSpore's fails where its import was interrupted."""
-    done = f" {plain(_describe(), LONGEST_MESSAGE)}" if _describe is not None else ""
     try:
+        done = f" {plain(_describe(), LONGEST_MESSAGE)}" if _describe is not None else ""
+        line = "\n" * _after_a_bar + f"interrupted{done}\n"
         sys.stdout.flush()
-        os.write(2, f"interrupted{done}\n".encode("utf-8", "backslashreplace"))
-    except OSError:  # a closed terminal
-        pass
-    remove_temporaries()
-    _remove_compiler_notes()
-    os._exit(EXIT_CODES[signal.Signals(_received)])
+        os.write(_screen, line.encode("utf-8", "backslashreplace"))
+    finally:  # a closed terminal must not keep it from ending
+        remove_temporaries()
+        _remove_compiler_notes()
+        os._exit(EXIT_CODES[signal.SIGINT if _received is None else signal.Signals(_received)])
 
 
 def _remove_compiler_notes() -> None:
