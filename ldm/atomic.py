@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
 
-_temporaries: set[Path] = set()
+_temporaries: dict[Path, Callable[[Path], None]] = {}  # path -> what removes it
 
 
 @contextmanager
@@ -26,16 +26,11 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    _temporaries.add(temporary)
-    try:
+    with removed_at_end(temporary_path(path)) as temporary:
         yield temporary
         if sync:
             sync_to_disk(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        _temporaries.discard(temporary)
 
 
 @contextmanager
@@ -46,15 +41,43 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    _temporaries.add(temporary)
-    try:
+    with removed_at_end(temporary_path(path)) as temporary:
         temporary.mkdir()
         yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder on the disk of `path`, beside it, for what is needed while `path` is made. It is removed at
+    the end. Missing parent folders are created."""
+    path = resolved(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with removed_at_end(temporary_path(path.with_name(f"{path.stem}.parts"))) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iterator[Path]:
+    """Yield `path` and remove it at the end of the block, also where the process ends without unwinding. What `remove`
+    raises then as an OSError is passed over."""
+    _temporaries[path] = remove
+    try:
+        yield path
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _temporaries.discard(temporary)
+        try:
+            remove(path)
+        except OSError:
+            pass
+        _temporaries.pop(path, None)
 
 
 def resolved(path: str | Path) -> Path:
@@ -83,8 +106,8 @@ def sync_to_disk(path: Path) -> None:
 
 def remove_temporaries() -> None:
     """Remove what is being written at this moment: for a process that ends without unwinding."""
-    for path in list(_temporaries):
+    for path, remove in reversed(list(_temporaries.items())):
         try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
         except OSError:
             continue

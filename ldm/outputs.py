@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import socket
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ldm.atomic import LONGEST_NAME, resolved, temporary_path
+from ldm.atomic import LONGEST_NAME, removed_at_end, resolved, temporary_path
 from ldm.errors import UserError, plain, system_reason
 from ldm.files import is_folder, look
+from ldm.paths import check_free
 
 logger = logging.getLogger(__name__)
+
+_HOLDER = "process "  # how the text of a lock file begins
 
 
 @contextmanager
@@ -41,7 +46,7 @@ def claim_folder(path: str | Path, name: str) -> Iterator[None]:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise UserError(f"{name} {plain(folder)} cannot be written: {system_reason(error)}") from None
+            raise _refused(folder, name, error) from None
         with _locked(folder / ".lock", folder, name):
             yield
 
@@ -58,21 +63,30 @@ def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    file = Path(path)
-    check_file_target(file, name)
-    file = resolved(file)
-    with _made(file.parent, name):
-        trial = temporary_path(file)
-        try:
-            trial.touch()
-            trial.unlink()
-        except OSError as error:
-            raise UserError(f"{name} {plain(file)} cannot be written: {system_reason(error)}") from None
-        lock = f".{file.name}.lock"
-        if len(os.fsencode(lock)) > LONGEST_NAME:
-            lock = f"{trial.name[:100]}.lock".replace(f".{os.getpid()}", "")
-        with _locked(file.with_name(lock), file, name):
-            yield
+    check_file_target(Path(path), name)
+    with _held_beside(resolved(path), name):
+        yield
+
+
+@contextmanager
+def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[None]:
+    """Within the block, hold `path`, where nothing may be yet: a file, or a folder that is written beside and renamed.
+
+    folder: let an empty folder be in nobody's way. Raises UserError as `claim_file`, and where something is there.
+    """
+    look(path, name)
+    check_free(path, empty_folder=folder)
+    with _held_beside(resolved(path), name):
+        yield
+
+
+@contextmanager
+def claim_all(*claims) -> Iterator[None]:
+    """Hold several claims, made in their order."""
+    with ExitStack() as stack:
+        for claim in claims:
+            stack.enter_context(claim)
+        yield
 
 
 def check_file_target(path: Path, name: str) -> None:
@@ -83,8 +97,34 @@ def check_file_target(path: Path, name: str) -> None:
                         "remove the link, or give another path")
     if is_folder(path, name):
         raise UserError(f"{name} {plain(path)} is a folder: give the path of a file")
-    if found is not None and not os.path.isfile(path):
+    if found is not None and not stat.S_ISREG(found.st_mode):
         raise UserError(f"{name} {plain(path)} is no regular file (a device or a pipe): give another path")
+
+
+@contextmanager
+def _held_beside(target: Path, name: str) -> Iterator[None]:
+    """Try that `target` can be written beside and renamed, and hold it by a lock beside it."""
+    with _made(target.parent, name):
+        trial = temporary_path(target)
+        try:
+            trial.touch()
+            trial.unlink()
+            _check_replaceable(target)
+        except OSError as error:
+            raise _refused(target, name, error) from None
+        lock = f".{target.name}.lock"
+        if len(os.fsencode(lock)) > LONGEST_NAME:
+            lock = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}.lock"
+        with _locked(target.with_name(lock), target, name):
+            yield
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise OSError for another user's file in a folder like /tmp, where each may replace only his own."""
+    folder, user = os.stat(target.parent), os.geteuid()
+    if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid) and os.path.lexists(target):
+        if os.lstat(target).st_uid != user:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(target))
 
 
 @contextmanager
@@ -94,7 +134,7 @@ def _made(folder: Path, name: str) -> Iterator[None]:
     for place in (folder, *folder.absolute().parents):
         found = look(place, name)
         if found is not None:
-            if not is_folder(place, name):
+            if not stat.S_ISDIR(found.st_mode):
                 raise UserError(f"{name}: {plain(folder)} cannot be a folder, as {plain(place)} is a file: give "
                                 "another path")
             break
@@ -102,58 +142,102 @@ def _made(folder: Path, name: str) -> Iterator[None]:
             raise UserError(f"{name}: {plain(place)} is a link to {plain(os.readlink(place))}, which does not exist: "
                             "make that folder, or give another path")
         new.append(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{name} {plain(folder)} cannot be made: {system_reason(error)}") from None
-    try:
+    with ExitStack() as stack:
+        for place in reversed(new):
+            stack.enter_context(removed_at_end(place, os.rmdir))  # which refuses where results are in it
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{name} {plain(folder)} cannot be made: {system_reason(error)}") from None
         yield
-    finally:
-        for place in new:
-            try:
-                place.rmdir()
-            except OSError:  # not empty: the work's results are in it
-                break
 
 
 @contextmanager
 def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
     """Hold the lock file `lock` of `target`."""
     handle = _lock(lock, target, name)
-    try:
+    if handle is None:
         yield
+        return
+    try:
+        # Removed before it is let go: whoever opened it meanwhile finds that it is no longer there.
+        with removed_at_end(lock):
+            yield
     finally:
-        if handle is not None:
-            # Removed before it is let go: whoever waits with the old file finds that it is no longer there.
-            lock.unlink(missing_ok=True)
-            os.close(handle)
+        os.close(handle)
 
 
 def _lock(lock: Path, target: Path, name: str) -> int | None:
+    """The handle of the locked file, None where the file system has no locks."""
+    ours = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
     while True:
         try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            handle, foreign = _opened(lock)
         except OSError as error:
-            raise UserError(f"{name} {plain(target)} cannot be written: {system_reason(error)}") from None
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+                raise _not_ours(lock, target, name) from None
+            raise _refused(target, name, error) from None
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise _not_ours(lock, target, name)
+        holder = os.read(handle, 500).decode("utf-8", "replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(handle, 500).decode("utf-8", "replace")
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                if holder.startswith(f"{ours} "):
+                    raise UserError(f"{name} {plain(target)} is the place of two outputs of this run: give each a path "
+                                    "of its own") from None
                 raise UserError(f"{name} {plain(target)} is in use by {plain(holder) or 'another process'}: wait for "
                                 "it to end, or give another path") from None
+            if not holder:
+                lock.unlink(missing_ok=True)
             logger.warning("%s: this file system has no locks (%s): two runs at once would mix there", target,
                            error.strerror)  # fmt: skip
             return None
+        if holder and not holder.startswith(_HOLDER):
+            os.close(handle)
+            raise _not_ours(lock, target, name)
         try:
-            if os.stat(lock).st_ino == os.fstat(handle).st_ino:
+            same = os.path.samestat(os.lstat(lock), os.fstat(handle))
+            if same and foreign:  # its process was killed
+                lock.unlink()
+            elif same:
                 break
         except FileNotFoundError:
             pass
+        except OSError as error:
+            os.close(handle)
+            raise _refused(target, name, error) from None
         os.close(handle)  # its holder removed it between the two calls
-    os.ftruncate(handle, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name}, since {started})"
-             .encode("utf-8", "backslashreplace"))  # fmt: skip
+    text = f"{ours} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text, 0)
+    except OSError:  # a full disk: the lock holds without its text
+        pass
     return handle
+
+
+def _opened(lock: Path) -> tuple[int, bool]:
+    """(the handle of the lock file, whether it is another user's, who alone may write to it). No link is followed, as
+    it may lead to a file of worth. Raises OSError."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle, foreign = os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), False
+    except PermissionError:
+        if not os.path.lexists(lock):
+            raise
+        handle, foreign = os.open(lock, os.O_RDONLY | flags), True
+    return handle, foreign
+
+
+def _not_ours(lock: Path, target: Path, name: str) -> UserError:
+    return UserError(f"{name} {plain(target)} cannot be locked, since {plain(lock)} is another program's: give another "
+                     "path, or remove it")
+
+
+def _refused(target: Path, name: str, error: OSError) -> UserError:
+    return UserError(f"{name} {plain(target)} cannot be written: {system_reason(error)}")
