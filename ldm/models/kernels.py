@@ -12,15 +12,20 @@ import logging
 import os
 import platform
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Callable
 
 import mindspore as ms
 from mindspore import ops
+
+from ldm.atomic import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,10 @@ COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-sha
 # MindSpore's threads and oneDNN. What their libraries want in turn is there when MindSpore runs.
 LINK = (f"-L{LIBRARIES}", f"-L{PLUGINS}", "-l:libmindspore_core.so", "-l:libmindspore_ops_cpu.so", "-l:libdnnl.so.2",
         f"-Wl,-rpath,{LIBRARIES}:{PLUGINS}", "-Wl,--no-undefined", "-Wl,--allow-shlib-undefined", "-lm")  # fmt: skip
+SEAL_BYTES = 32
+WORKSHOP = ".compiling-"  # begins the names of the folders that are compiled in
+STALE_SECONDS = 3600.0
+PATIENCE = 0.1  # seconds until an interrupt is noticed
 
 
 def kernel(name: str, *out_shapes: Callable) -> ops.Custom:
@@ -52,7 +61,8 @@ def library() -> Path | None:
     """kernels.cc compiled for this processor; None, and a warning that says why, where that cannot be had.
 
     $CXX is the compiler, or else c++. The result stays in $XDG_CACHE_HOME (or ~/.cache), under a name that changes with
-    the source, the compiler, MindSpore and the processor.
+    the source, the compiler, MindSpore and the processor; it ends in a checksum, and one that does not match is
+    compiled again.
     """
     if sys.platform != "linux":
         return None
@@ -70,7 +80,7 @@ def library() -> Path | None:
 
 
 def _compiled(compiler: list[str]) -> Path:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    version = _output([*compiler, "--version"])
     made_of = (SOURCE.read_bytes(), compiler, version, COMPILE, LINK, ms.__version__, processor())
     name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
@@ -81,28 +91,64 @@ def _compiled(compiler: list[str]) -> Path:
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
         raise PermissionError(f"others can write to {folder}, and what is in it would run here")
     path = folder / name
-    if not _loads(path):  # it is not there, or only a part of it, after a power cut
+    if not _is_sound(path):
         _compile(compiler, path)
-        ctypes.CDLL(str(path))
+    ctypes.CDLL(str(path))
     return path
 
 
-def _loads(path: Path) -> bool:
+def _is_sound(path: Path) -> bool:
+    """Whether the library is there and whole. It is asked before the library is loaded: a file that is cut off or full
+    of zeros ends the process with SIGBUS, and one with a changed bit computes something else."""
     try:
-        ctypes.CDLL(str(path))
-        return True
-    except OSError:
+        raw = path.read_bytes()
+    except FileNotFoundError:
         return False
+    if raw[-SEAL_BYTES:] == _seal(path.name, raw[:-SEAL_BYTES]):
+        return True
+    logger.warning("the compiled library %s is damaged; compiling it again", path)
+    return False
+
+
+def _seal(name: str, body: bytes) -> bytes:
+    """Follows the library in its file, where the loader does not look."""
+    return hashlib.sha256(name.encode() + body).digest()
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    handle, writing = tempfile.mkstemp(".partial", path.name, path.parent)
-    os.close(handle)
+    """Compile kernels.cc to `path`. The compiler's temporary files lie in a folder beside it, which is removed."""
+    for left in path.parent.glob(f"{WORKSHOP}*"):  # of killed processes; younger ones may be at work
+        if time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=path.parent) as workshop:
+        made = Path(workshop) / path.name
+        _output([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", str(made)], {**os.environ, "TMPDIR": workshop})
+        body = made.read_bytes()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(body + _seal(path.name, body))
+
+
+def _output(command: list[str], environment: dict[str, str] | None = None) -> bytes:
+    """What a command prints. Its processes are killed where Python is interrupted meanwhile.
+
+    They are a session of their own, so that all can be killed: the compiler starts others. Ctrl-C reaches Python alone.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=environment, start_new_session=True)  # fmt: skip
     try:
-        subprocess.run([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", writing], capture_output=True, check=True)
-        os.replace(writing, path)
-    finally:
-        Path(writing).unlink(missing_ok=True)
+        while True:
+            try:
+                out, err = process.communicate(timeout=PATIENCE)
+                break
+            except subprocess.TimeoutExpired:  # Python takes notice of an interrupt between two waits only
+                continue
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out
 
 
 def processor() -> str:

@@ -3,11 +3,17 @@ test_device_forms.py and test_attention.py."""
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -31,12 +37,29 @@ def library(tmp_path, monkeypatch):
     return kernels.library.__wrapped__
 
 
+@pytest.fixture
+def ready(library, tmp_path) -> Path:
+    """The compiled library in that cache, without compiling it again."""
+    path = tmp_path / "cache" / "mindspore-stable-diffusion-lora" / kernels.library().name
+    path.parent.mkdir(parents=True, mode=0o700)
+    shutil.copyfile(kernels.library(), path)
+    return path
+
+
 def compiler(folder, monkeypatch, text: str) -> None:
     """Let CXX name a shell script."""
     path = folder / "compiler"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(path))
+
+
+def made(command: list[str], body: bytes) -> bytes:
+    """In the place of a compiler that is called by `command`."""
+    if command[-2] == "-o":
+        Path(command[-1]).write_bytes(body)
+        return b""
+    return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def files(folder):
@@ -49,11 +72,9 @@ class TestCompiling:
         first = library()
         assert first.parent == tmp_path / "cache" / "mindspore-stable-diffusion-lora"
         assert files(tmp_path) == [first.name]
-        made = first.stat().st_mtime_ns
-        assert library() == first and first.stat().st_mtime_ns == made
-
-    def test_nobody_else_can_put_a_library_there(self, library):
-        assert stat.S_IMODE(library().parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700, "nobody else can put a library there"
+        compiled = first.stat().st_mtime_ns
+        assert library() == first and first.stat().st_mtime_ns == compiled
 
     def test_a_folder_that_others_can_write_to_is_not_used(self, library, tmp_path, caplog):
         folder = tmp_path / "cache" / "mindspore-stable-diffusion-lora"
@@ -62,26 +83,51 @@ class TestCompiling:
         assert library() is None
         assert "others can write" in caplog.text and not files(tmp_path)
 
-    @pytest.mark.parametrize("left", [b"", b"\x7fELF half"], ids=["empty", "half"])
-    def test_a_part_of_a_library_is_compiled_anew(self, library, left, monkeypatch):
-        """As a power cut leaves it."""
-        def cut(_, path):
-            path.write_bytes(left)
-            raise OSError("cut")
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda raw: b"",
+            lambda raw: raw[: len(raw) // 2],
+            lambda raw: raw[:4096] + bytes(len(raw) - 4096),
+            lambda raw: raw[:-2000] + bytes([raw[-2000] ^ 1]) + raw[-1999:],
+            lambda raw: raw[:-32],
+        ],
+        ids=["empty", "half", "zeros inside", "a bit changed", "without its seal"],
+    )
+    def test_a_damaged_library_is_named_and_compiled_again_not_loaded(
+        self, library, ready, monkeypatch, caplog, damage
+    ):
+        """As a power cut leaves it. Loading it would end the process, or compute something else."""
+        assert library() == ready and not caplog.text
+        whole = ready.read_bytes()
+        ready.unlink()  # it stays loaded in this process
+        ready.write_bytes(damage(whole))
+        monkeypatch.setattr(kernels, "_output", lambda command, _=None: made(command, whole[:-32]))
+        assert library() == ready and ready.read_bytes() == whole
+        assert f"{ready} is damaged; compiling it again" in caplog.text
+        assert files(ready.parent) == [ready.name]
 
-        with monkeypatch.context() as context:
-            context.setattr(kernels, "_compile", cut)
-            assert library() is None
-        assert library().stat().st_size > 10_000
+    def test_what_a_killed_process_was_compiling_is_removed(self, library, ready, monkeypatch):
+        left, young = (ready.with_name(f"{kernels.WORKSHOP}{name}") for name in ("left", "young"))
+        left.mkdir()
+        young.mkdir()
+        os.utime(left, (0, 0))
+        body = ready.read_bytes()[:-32]
+        ready.unlink()
+        monkeypatch.setattr(kernels, "_output", lambda command, _=None: made(command, body))
+        library()
+        assert not left.exists() and young.exists()
 
-    def test_another_source_is_compiled_anew(self, library, tmp_path, monkeypatch):
+    def test_another_source_is_compiled_anew(self, library, ready, tmp_path, monkeypatch):
+        monkeypatch.setattr(kernels, "_output", lambda command, _=None: made(command, ready.read_bytes()[:-32]))
         first = library()
         changed = tmp_path / "kernels.cc"
         changed.write_bytes(kernels.SOURCE.read_bytes() + b"// changed\n")
         monkeypatch.setattr(kernels, "SOURCE", changed)
         assert library() != first and library().exists() and first.exists()
 
-    def test_another_processor_too(self, library, monkeypatch):
+    def test_another_processor_too(self, library, ready, monkeypatch):
+        monkeypatch.setattr(kernels, "_output", lambda command, _=None: made(command, ready.read_bytes()[:-32]))
         first = library()
         monkeypatch.setattr(kernels, "processor", lambda: "another")
         assert library() != first
@@ -126,6 +172,26 @@ class TestWithoutACompiler:
         (tmp_path / "cache").write_text("a file")
         compiler(tmp_path, monkeypatch, "exit 0")
         assert str(tmp_path / "cache") in self.said(library, caplog)
+
+    def test_an_interrupt_kills_it_and_leaves_nothing(self, library, tmp_path, monkeypatch):
+        started = tmp_path / "started"
+        compiler(tmp_path, monkeypatch, f'''[ "$1" = --version ] && exit
+            mktemp > "{started}.name"
+            sleep 60 & echo $! $$ > "{started}.part"; mv "{started}.part" "{started}"; wait''')
+
+        def interrupt():
+            while not started.exists():
+                time.sleep(0.01)
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            library()
+        for process in started.read_text().split():
+            status = Path(f"/proc/{process}/stat")
+            assert not status.exists() or status.read_text().split()[2] == "Z"
+        assert not Path(f"{started}.name").read_text().startswith(tempfile.gettempdir() + "/tmp.")
+        assert not list((tmp_path / "cache" / "mindspore-stable-diffusion-lora").iterdir())
 
     def test_other_systems_say_nothing(self, library, monkeypatch, caplog):
         monkeypatch.setattr(sys, "platform", "darwin")
