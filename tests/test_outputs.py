@@ -183,7 +183,10 @@ def test_a_new_folder_may_take_the_place_of_an_empty_one_only(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", [LONG, "字" * 85, "n" * 250 + ".json", "." + "x" * 254, os.fsdecode(b"\xb0\xa1" * 120)])
+NAMES = [LONG, "字" * 85, "n" * 250 + ".json", "." + "x" * 254, os.fsdecode(b"\xb0\xa1" * 120)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_255_bytes_is_claimed_and_written(tmp_path, name):
     with claim_file(tmp_path / name, "--output"):
         with pytest.raises(UserError, match="two outputs"), claim_file(tmp_path / name, "--output"):
