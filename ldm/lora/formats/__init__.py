@@ -149,16 +149,22 @@ def write_lora(
     path, kind = Path(path), FORMATS[format]
     if not state.layers:
         raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
-    if kind.suffixes and path.suffix not in kind.suffixes:
-        raise UserError(f"{path}: {format} is written as {' or '.join(kind.suffixes)}: name it so")
-    if not kind.suffixes and (path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")):
-        raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
+    check_lora_name(path, format)
     if format == "mindone":
         kind.write(path, state, None, dtype)
         return
     base = base_of(state, config, str(path))
     layers = {name: pairs.conformed(layer, base.by_name[name].shape) for name, layer in state.layers.items()}
     kind.write(path, LoRAState(layers, state.metadata), base, dtype)
+
+
+def check_lora_name(path: str | os.PathLike, format: str) -> None:
+    """Raise UserError for a suffix, or a file, that is not of the format."""
+    path, kind = Path(path), FORMATS[format]
+    if kind.suffixes and path.suffix not in kind.suffixes:
+        raise UserError(f"{path}: {format} is written as {' or '.join(kind.suffixes)}: name it so")
+    if not kind.suffixes and (path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")):
+        raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
 
 
 def base_of(state: LoRAState, config: ModelConfig | None = None, path: str = "the LoRA") -> Base:

@@ -121,7 +121,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
 def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
     """Read an opened .pt, and the text encoder's beside it where there is one. Raises UserError as `read`."""
     path = Path(checkpoint.path)
-    beside = path.with_name(f"{path.stem}.text_encoder.pt")
+    beside = text_encoder_path(path)
     rows = {"text_encoder" if path.name.endswith(".text_encoder.pt") else "unet": _row(checkpoint)}
     if beside.exists():
         log.info("%s: its text encoder is %s", path, beside.name)
@@ -156,13 +156,18 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
     pairs.save(path, arrays, {**pairs.base_texts(state), **texts}, dtype)
 
 
+def text_encoder_path(path: Path) -> Path:
+    """Where the text encoder's part lies beside a .pt of the UNet's."""
+    return path.with_name(f"{path.stem}.text_encoder.pt")
+
+
 def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
     """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
 
     Raises UserError as `write` does, and where a second lies there already: it is another LoRA's.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.stem}.text_encoder.pt")
+    beside = text_encoder_path(path)
     rows = _rows(path, state, base)
     if beside.exists():
         raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: "
