@@ -12,56 +12,122 @@ import yaml
 from ldm.errors import UserError, plain
 from ldm.files import read_text
 
-MOST_BYTES = 16 << 20
-MOST_ENTRIES = 1_000_000  # with what a YAML names twice (aliases) counted twice
+MOST_BYTES = 16 << 20  # of a JSON file
+MOST_YAML_BYTES = 256 << 10  # PyYAML reads some tens of thousands of words a second
+MOST_ENTRIES = 1_000_000  # aliases of a YAML counted as often as they stand, 32 characters of a text as one more
+MOST_DIGITS = 1000  # of a whole number
 
 # What the constructors of PyYAML and json raise for text that their scanners let through: `!!int x`, `!!bool x`, a
 # number of 5,000 digits, a hundred thousand brackets.
 _MALFORMED = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
+_MERGE, _VALUE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "str"))
+
+# Half of a UTF-16 pair, which no file can hold. \udc80 to \udcff are the bytes of a path that is not UTF-8.
+_NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4), a date is a text, and a key given twice is an
-    error."""
+    """Safe YAML 1.1 with what people mean by it: 1e-4 is a number (YAML 1.1 wants 1.0e-4); dates, 1:30 (90 there) and
+    010 (8 there) are texts; a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # a list or a section as a key, which PyYAML refuses
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'"{plain(key_node.value, 60)}" is given twice', key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: set[yaml.Node] = set()
+        self._merged = 0
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except _MALFORMED as error:
+            if isinstance(error, RecursionError) or not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = node.tag.rpartition(":")[2]
+            raise _refusal(node, f'"{plain(node.value, 60)}" is no !!{plain(kind, 20)}') from None
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        if len(self.construct_scalar(node)) > MOST_DIGITS:
+            raise _refusal(node, f"a number of more than {MOST_DIGITS} digits")
+        return super().construct_yaml_int(node)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the entries that `<<` names into `node`, each once: PyYAML's own copies double with every level."""
+        if node in self._flat:
+            return
+        self._flat.add(node)
+        own, merged = {}, {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                if key.tag == _VALUE:  # `=`
+                    key.tag = _TEXT
+                name = key.value if isinstance(key, yaml.ScalarNode) else key  # which PyYAML refuses later
+                if name in own:
+                    raise _refusal(key, f'"{plain(name, 60)}" is given twice')
+                own[name] = key, value
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise _refusal(value, "<< must name a section, or a list of sections")
+                self.flatten_mapping(source)
+                self._merged += len(source.value)
+                if self._merged > MOST_ENTRIES:
+                    raise _refusal(value, f"more than {MOST_ENTRIES:,} entries are merged (<<)")
+                for entry in source.value:
+                    merged.setdefault(entry[0].value if isinstance(entry[0], yaml.ScalarNode) else entry[0], entry)
+        node.value = list({**merged, **own}.values())
 
 
+def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+# A number of another form is a text, which the setting then refuses. Each pattern reads a text once: no backtracking.
+_DIGITS, _EXPONENT = r"[0-9][0-9_]*", r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    "tag:yaml.org,2002:float": rf"[-+]?(({_DIGITS}\.[0-9_]*|\.{_DIGITS})({_EXPONENT})?|{_DIGITS}{_EXPONENT})$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: quotes stand around a text that either takes for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {**yaml.SafeLoader.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
+}
 
 
 def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path of a YAML file") -> Any:
     """The content of a YAML file. Raises UserError for one that cannot be read (see ldm.files), is not YAML (with the
-    line), or is larger than MOST_BYTES or MOST_ENTRIES.
+    line), or is larger than MOST_YAML_BYTES or MOST_ENTRIES.
 
     name: of the setting, for errors; way: what to do about a file that is not there.
     """
-    text = read_text(path, name, way, MOST_BYTES)
+    text = read_text(path, name, way, MOST_YAML_BYTES)
     where = f"{name} {plain(os.fspath(path))}".strip()
     try:
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except _MALFORMED as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line} is not valid YAML: {_problem(error)}") from None
+        raise UserError(f"{where}{_line(error, text)} is not valid YAML: {_problem(error)}") from None
     _check_entries(content, where)
     return content
+
+
+def write_yaml(content: Any) -> str:
+    """The text of a YAML file that `read_yaml` reads as `content`."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path of a JSON file") -> Any:
@@ -74,7 +140,7 @@ def parse_json(text: str, where: str) -> Any:
     """The content of a JSON text; `where` names it in errors. Raises UserError where it is none, or gives a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_without_twins, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {error.lineno} is not valid JSON: {error.msg}") from None
     except _MALFORMED as error:
@@ -90,6 +156,21 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, at most {MOST_DIGITS} are read")
+    return int(digits)
+
+
+def _line(error: Exception, text: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f" line {mark.line + 1}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f" line {text.count(chr(10), 0, error.position) + 1}"
+    return ""
+
+
 def _problem(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
@@ -98,13 +179,20 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raise UserError where aliases make of a small file a large content: a message would print all of it."""
+    """Raise UserError where aliases make of a small file a large content (a message would print all of it), and for
+    texts that no file can hold."""
     sizes: dict[int, int] = {}
 
     def size(value: Any) -> int:
-        if not isinstance(value, (dict, list, tuple, set)):
+        if not isinstance(value, (dict, list, tuple, set, str, bytes)):
             return 1
-        if id(value) not in sizes:
+        if id(value) in sizes:
+            return sizes[id(value)]
+        if isinstance(value, (str, bytes)):
+            if isinstance(value, str) and (found := _NO_TEXT.search(value)):
+                raise UserError(f"{where}: {ascii(found.group())[1:-1]} in a text is no character: take it out")
+            sizes[id(value)] = 1 + len(value) // 32
+        else:
             sizes[id(value)] = MOST_ENTRIES  # of one that holds itself
             inner = [*value, *value.values()] if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(map(size, inner))

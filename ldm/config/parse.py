@@ -6,8 +6,8 @@
 
     config = parse_config(Config, sys.argv[1:], yaml_flag="train_config", prog="train.py")
 
-Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` is written
-`None` on the command line and `null` in YAML.
+Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` and `null`
+stand for None where a setting is Optional, on the command line and in YAML.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import math
 import os
 import re
 import shutil
+import struct
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
-import yaml
-
 from ldm.atomic import atomic_path
-from ldm.documents import read_yaml
-from ldm.errors import UserError
+from ldm.documents import read_yaml, write_yaml
+from ldm.errors import UserError, plain
+from ldm.paths import expanded, under_root
 
 Config = TypeVar("Config")
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NONE = ("none", "null")
+LONGEST_NAME = 100  # characters: comparing takes the square of them
 
 
 def setting(
@@ -49,11 +50,13 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     length: int | None = None,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with what `parse_config` needs to explain and check it.
 
     `choices` are the allowed values, `low` and `high` the range with its ends, `above` and `below` without them (for a
-    list: of each entry), `length` the number of entries of a list. A default is not checked.
+    list: of each entry), `length` the number of entries of a list. `path` says that the texts of this setting are
+    paths, in which `~` and `$NAME` are expanded. A default is neither checked nor expanded.
     """
     metadata = {
         "help": help,
@@ -64,6 +67,7 @@ def setting(
         "above": above,
         "below": below,
         "length": length,
+        "path": path,
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -84,7 +88,8 @@ def parse_config(
     bare `--flag`; lists as `--betas 0.9 0.98`; a value that begins with `--` as `--flag=--value`. `-h` or `--help`
     prints every setting with its default and exits. Checks between settings belong into `__post_init__` of `cls`.
 
-    Raises UserError for an unknown setting (naming the nearest), a wrong type, a value out of range, a broken file.
+    The YAML file is looked for under the project's folder too. Raises UserError for an unknown setting (naming the
+    nearest), a wrong type, a value out of range, a broken file.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -92,17 +97,17 @@ def parse_config(
         _print(explain(cls, prog=prog, description=description))
         sys.exit(0)
 
-    flags = _read_flags(argv, fields, hints)
+    flags = {
+        name: _accepted(value, fields[name], f"--{name}") for name, value in _read_flags(argv, fields, hints).items()
+    }
     values: dict[str, Any] = {}
     if yaml_flag is not None:
         path = flags.get(yaml_flag, fields[yaml_flag].default)
         if path is not None:
-            for name, (value, where) in _read_yaml_settings(path, fields, yaml_flag).items():
-                values[name] = _from_yaml(value, hints[name], f"{where}: {name}")
-                _check_range(values[name], fields[name], f"{where}: {name}")
-    for name, value in flags.items():
-        _check_range(value, fields[name], f"--{name}")
-        values[name] = value
+            for name, value in _read_yaml_settings(under_root(path), fields, yaml_flag).items():
+                where = f"{plain(path)}: {name}"
+                values[name] = _accepted(_from_yaml(value, hints[name], where), fields[name], where)
+    values.update(flags)
     return cls(**values)
 
 
@@ -114,14 +119,10 @@ def save_config(config: Any, path: str | Path, header: str = "", leave_out: Sequ
     settings = dataclasses.asdict(config)
     lines = header.splitlines()
     for name in leave_out:
-        lines += _dump({name: settings.pop(name)}).splitlines()
-    text = "".join(f"# {line}\n" for line in lines) + _dump(settings)
+        lines += write_yaml({name: settings.pop(name)}).splitlines()
+    text = "".join(f"# {line}\n" for line in lines) + write_yaml(settings)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _dump(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(cls: type, *, prog: str = "", description: str = "", width: int | None = None) -> str:
@@ -158,7 +159,7 @@ def _print(text: str) -> None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The known name most like `name`, for error messages."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.0)[0]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -171,11 +172,12 @@ def _read_flags(argv: Sequence[str], fields: dict[str, dataclasses.Field], hints
         token = argv[position]
         position += 1
         if not token.startswith("--"):
-            raise UserError(f'"{token}" does not belong to a setting: write --name value (-h lists the names)')
+            raise UserError(f'"{plain(token)}" does not belong to a setting: write --name value (-h lists the names)')
         name, equals, attached = token[2:].partition("=")
         name = name.replace("-", "_")
         if name not in fields:
-            raise UserError(f"unknown setting --{name}: did you mean --{nearest(name, list(fields))}? (-h lists all)")
+            near = nearest(name, list(fields))
+            raise UserError(f"unknown setting --{plain(name)}: did you mean --{near}? (-h lists all)")
         words = [attached] if equals else []
         hint = hints[name]
         if not equals:
@@ -219,32 +221,30 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
                 return number
     if str in kinds:
         return word
-    raise UserError(f'{where}: "{word}" is not {_wanted(hint)}')
+    raise UserError(f"{where}: {_show(word)} is not {_wanted(hint)}")
 
 
 # ---- the YAML file ---------------------------------------------------------------------------------------------------
 
 
-def _read_yaml_settings(
-    path: str, fields: dict[str, dataclasses.Field], yaml_flag: str
-) -> dict[str, tuple[Any, str]]:
-    content = read_yaml(path)
+def _read_yaml_settings(path: Path, fields: dict[str, dataclasses.Field], yaml_flag: str) -> dict[str, Any]:
+    content = read_yaml(path, yaml_flag)
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold lines of `setting: value`, not a {type(content).__name__}")
+        raise UserError(f"{plain(path)} must hold lines of `setting: value`, not a {type(content).__name__}")
     known = [name for name in fields if name != yaml_flag]
     for name in content:
         if name not in known:
             near = nearest(str(name), known)
-            raise UserError(f'{path}: unknown setting "{name}": did you mean "{near}"? (-h lists all)')
-    return {name: (value, str(path)) for name, value in content.items()}
+            raise UserError(f'{plain(path)}: unknown setting "{plain(name)}": did you mean "{near}"? (-h lists all)')
+    return content
 
 
 def _from_yaml(value: Any, hint: Any, where: str) -> Any:
     kinds = _alternatives(hint)
     item = _list_item(hint)
-    if value is None and type(None) in kinds:
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
         return None
     if item is not None:
         if isinstance(value, list):
@@ -258,9 +258,19 @@ def _from_yaml(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif isinstance(value, str) and str in kinds:
         return value
+    elif isinstance(value, str) and _reads_unquoted(value, hint):
+        raise UserError(f"{where}: {_show(value)} is a text, not {_wanted(hint)}: leave the quotes away")
     elif str in kinds and not isinstance(value, (list, dict)):
         raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
     raise UserError(f"{where}: {_show(value)} is not {_wanted(hint)}")
+
+
+def _reads_unquoted(text: str, hint: Any) -> bool:
+    try:
+        _from_word(text, hint, "")
+    except UserError:
+        return False
+    return True
 
 
 # ---- types and ranges ------------------------------------------------------------------------------------------------
@@ -303,6 +313,24 @@ def _limits(field: dataclasses.Field) -> str:
     return ", ".join(texts)
 
 
+def _accepted(value: Any, field: dataclasses.Field, where: str) -> Any:
+    """The value with its paths expanded. Raises UserError where it is out of range."""
+    if field.metadata.get("path"):
+        entries = [_path(entry, where) for entry in (value if isinstance(value, list) else [value])]
+        value = entries if isinstance(value, list) else entries[0]
+    _check_range(value, field, where)
+    return value
+
+
+def _path(value: Any, where: str) -> Any:
+    if not isinstance(value, str):  # None, or True where a setting is a path or a truth value
+        return value
+    path = expanded(value)
+    if not path:
+        raise UserError(f"{where}: {_show(value)} is no path: give one, or leave the setting out")
+    return path
+
+
 def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
     rules = field.metadata
     entries = value if isinstance(value, list) else [value]
@@ -310,21 +338,38 @@ def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
         if entry is None:
             continue
         wrong = rules.get("choices") and entry not in rules["choices"]
+        note = ""
         if isinstance(entry, (int, float)) and not isinstance(entry, bool):
-            wrong = wrong or (
-                (rules.get("low") is not None and entry < rules["low"])
-                or (rules.get("high") is not None and entry > rules["high"])
-                or (rules.get("above") is not None and entry <= rules["above"])
-                or (rules.get("below") is not None and entry >= rules["below"])
-            )
+            wrong = wrong or _is_outside(entry, rules)
+            rounded = _in_fp32(entry) if isinstance(entry, float) else entry
+            if not wrong and _is_outside(rounded, rules):
+                wrong, note = True, f" (in fp32, which is computed with, it is {rounded})"
         if wrong:
-            near = ""
             if rules.get("choices") and isinstance(entry, str):
-                near = f'; did you mean "{nearest(entry, [str(choice) for choice in rules["choices"]])}"?'
-            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(field)}{near}")
+                note = f'; did you mean "{nearest(entry, [str(choice) for choice in rules["choices"]])}"?'
+            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(field)}{note}")
+        if isinstance(entry, float) and math.isinf(rounded):
+            raise UserError(f"{where}: {entry} is not allowed: fp32, which is computed with, ends at 3.4e38")
     if rules.get("length") and isinstance(value, list) and len(value) != rules["length"]:
         raise UserError(f"{where}: {len(value)} values given, wanted {rules['length']}")
 
 
+def _is_outside(number: float, rules: Mapping[str, Any]) -> bool:
+    low, high, above, below = (rules.get(rule) for rule in ("low", "high", "above", "below"))
+    return (
+        (low is not None and number < low)
+        or (high is not None and number > high)
+        or (above is not None and number <= above)
+        or (below is not None and number >= below)
+    )
+
+
+def _in_fp32(number: float) -> float:
+    try:
+        return struct.unpack("f", struct.pack("f", number))[0]
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
 def _show(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{plain(value)}"' if isinstance(value, str) else plain(value)
