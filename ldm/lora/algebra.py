@@ -115,7 +115,7 @@ def resize(
 
     Raises UserError for a rank below 1, an energy outside (0, 1], or neither of them.
     """
-    _check_cut(rank, energy)
+    check_cut(rank, energy)
     layers, report = {}, Truncation()
     for name, layer in state.layers.items():
         if energy is None and layer.rank <= rank:
@@ -135,7 +135,7 @@ def decompose(
     rank, energy: as for `resize`. Exact, within fp32's rounding, for an update whose rank is no more. A layer without
     an update is left out. Raises UserError as `resize`, and for a value that is not finite.
     """
-    _check_cut(rank, energy)
+    check_cut(rank, energy)
     layers, report = {}, Truncation()
     for name, update in updates:
         if not np.isfinite(update).all():
@@ -248,7 +248,8 @@ def _layer(up: np.ndarray, down: np.ndarray, shape: tuple[int, ...]) -> LoRALaye
     return LoRALayer(down.astype(np.float32).reshape(rank, *shape), up, float(rank))
 
 
-def _check_cut(rank: int | None, energy: float | None) -> None:
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Raise UserError unless a rank or an energy is given, within its bounds."""
     if rank is None and energy is None:
         raise UserError("neither a rank nor an energy is given: say how small the LoRA may become")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1):

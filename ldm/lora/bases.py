@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm.atomic import atomic_folder
+from ldm.atomic import atomic_folder, temporary_folder
 from ldm.config.model import model_metadata
 from ldm.errors import UserError
+from ldm.files import is_folder
 from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
@@ -171,11 +171,10 @@ def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
     for half in ("lora_A", "lora_B"):
         if f"{module}.{half}" not in checkpoint:
             raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
-    down, up = (checkpoint[f"{module}.{half}"] for half in ("lora_A", "lora_B"))
-    layer = pairs.layer_of(path, module, down, up)
+    layer = pairs.read_factors(checkpoint, module, f"{module}.lora_A", f"{module}.lora_B")
     if f"{module}.lora_scale" not in checkpoint:
         return layer
-    return pairs.layer_of(path, module, down, up, checkpoint[f"{module}.lora_scale"] * layer.rank)
+    return replace(layer, alpha=pairs.read_number(checkpoint, module, f"{module}.lora_scale") * layer.rank)
 
 
 def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:
@@ -225,27 +224,23 @@ def _weights_of(base: DiffusersFolder):
 def write_published(path: Path, arrays: Arrays, base: Arrays) -> None:
     """Write `arrays`, which have the names of `base`, as a single file in fp16: .safetensors in the published names,
     .ckpt in mindone's. Raises UserError as ldm.weights.convert.convert."""
-    with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".merged") as folder:
-        merged = Path(folder) / ("merged" if isinstance(base, DiffusersFolder) else "merged.safetensors")
+    with temporary_folder(path) as folder:
+        merged = folder / ("merged" if isinstance(base, DiffusersFolder) else "merged.safetensors")
         write_base(merged, arrays, base)
         convert(merged, path, dtype="fp16")
 
 
 @contextmanager
-def as_single_file(path: Path, folder: Path) -> Iterator[Checkpoint]:
-    """Open a base checkpoint; a diffusers folder is written as one file in `folder` first, and removed in the end."""
-    if not path.is_dir():
+def as_single_file(path: Path, target: Path) -> Iterator[Checkpoint]:
+    """Open a base checkpoint; a diffusers folder is written as one file beside `target` first, and removed in the end.
+    """
+    if not is_folder(path):
         yield open_checkpoint(path)
         return
-    with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".single") as temporary:
-        file = Path(temporary) / "single.safetensors"
+    with temporary_folder(target) as folder:
+        file = folder / "single.safetensors"
         convert(path, file, form="own")
         yield open_checkpoint(file)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @dataclass

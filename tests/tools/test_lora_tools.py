@@ -16,6 +16,7 @@ from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRALayer, LoRAState, Weights
+from ldm.outputs import claim_new
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.names import Canonical
 from ldm.weights.read import read_checkpoint, write_checkpoint
@@ -171,7 +172,7 @@ class TestLoRAAndLoRA:
             (["{one}:x", "{two}", "{out}"], "is no weight such as 0.7"),
             (["{one}:nan", "{two}", "{out}"], "not a finite number"),
             (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
-            (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "rank is 0"),
+            (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "--rank: .0. is not a whole number"),
             (["--mode", "sum", "--output_path", "{out}"], "takes at least one"),
             (["--mode", "upl", "--path_1", "{one}", "--path_2", "{two}", "--output_path", "{out}"], "is a LoRA file"),
         ],
@@ -191,12 +192,14 @@ class TestLoRAAndLoRA:
             (["--mode", "upl", "--path_2", "b", "--output_path", "c"], "--path_1 is needed"),
             (["--mode", "add", "a", "b", "c"], "invalid choice"),
             (["a", "b", "c", "--with_text_lora", "perhaps"], "neither True nor False"),
+            (["a", "b", "c", "x"], '--alpha: "x" is not a number'),
+            (["a", "b", "c", "--alpha", "nan"], '--alpha: "nan" is not a number'),
+            (["--path1", "a", "b", "c"], "no flag --path1: did you mean --path_1?"),
         ],
     )
-    def test_mistakes_in_the_flags(self, words, says, capsys):
-        with pytest.raises(SystemExit) as ended:
+    def test_mistakes_in_the_flags(self, words, says):
+        with pytest.raises(UserError, match=says):
             lora_add.main(words)
-        assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
 class TestBaseAndLoRA:
@@ -377,9 +380,67 @@ def test_nothing_takes_the_place_of_a_file(files, base, monkeypatch, tool, flags
     assert Path("out.ckpt").read_text() == "dear" and not Path("new.ckpt").exists()
 
 
+TOOLS = [
+    (lora_add, "nowhere.ckpt nowhere.ckpt --output_path", ("kohya", "--to", "kohya")),
+    (lora_add, "nowhere.ckpt nowhere.ckpt --mode upl --output_path", ("base model",)),
+    (lora_add, "nowhere.ckpt nowhere.ckpt --mode upl-ckpt-v2 --output_path", ("base model",)),
+    (cvtckpt, "--mode embed --model_ckpt nowhere.ckpt --lora_ckpt nowhere.ckpt --out_ckpt", ("base model",)),
+    (cvtckpt, "--mode merge --model_ckpt nowhere.ckpt --lora_ckpt nowhere.ckpt --out_ckpt", ("base model",)),
+    (cvtckpt, "--mode extract --model_ckpt nowhere.ckpt --out_ckpt", ("kohya", "--to", "kohya")),
+    (cvtckpt, "--mode extract --model_ckpt nowhere.ckpt --out_ckpt x.ckpt --out_base", ("base model",)),
+    (extract_lora, "--base_model nowhere.ckpt --target_model nowhere.ckpt --save_path", ("kohya", "--to", "kohya")),
+    (resize_lora, "--source nowhere.ckpt --rank 1 --target", ("kohya", "--to", "kohya")),
+]
+
+
+@pytest.mark.parametrize("tool, flags, wrong", TOOLS)
+def test_an_output_that_cannot_be_is_refused_before_any_input_is_read(tmp_path, monkeypatch, tool, flags, wrong):
+    monkeypatch.chdir(tmp_path)
+    Path("dead").symlink_to("nowhere/else")
+    Path("file").touch()
+    for output, words in (
+        ("dead/out.ckpt", "dead is a link to nowhere/else, which does not exist"),
+        ("file/out.ckpt", "as .*file is a file"),
+        ("n" * 251 + ".ckpt", "File name too long: choose a shorter path"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tool.main([*flags.split(), output])
+    with pytest.raises(UserError, match=f"out.bin: .*{wrong[0]} is written as"):
+        tool.main([*flags.split(), "out.bin", *wrong[1:]])
+    with claim_new("out.ckpt", "another"), pytest.raises(UserError, match="out.ckpt is the place of two outputs"):
+        tool.main([*flags.split(), "out.ckpt"])
+    with pytest.raises(UserError, match="nowhere.ckpt does not exist|nowhere.ckpt.*No such file"):
+        tool.main([*flags.split(), "~/made/out.ckpt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dead", "file"]
+
+
+def test_what_lies_beside_an_output_is_tried_too(files, base, monkeypatch):
+    tmp_path, paths = files
+    monkeypatch.chdir(tmp_path)
+    Path("out.text_encoder.pt").symlink_to("nowhere/else")
+    with pytest.raises(UserError, match="out.text_encoder.pt exists"):
+        resize_lora.main(["--source", paths["one"], "--rank", "1", "--target", "out.pt", "--to", "cloneofsimo-pt"])
+    Path(base[0]).with_suffix(".yaml").write_text("model")
+    Path("merged.yaml").mkdir()
+    with pytest.raises(UserError, match="merged.yaml is a folder"):
+        cvtckpt.main(["--mode", "merge", "--model_ckpt", base[0], "--lora_ckpt", paths["one"], "--out_ckpt",
+                      "merged.ckpt"])  # fmt: skip
+    assert not Path("merged.ckpt").exists() and not Path("out.pt").exists()
+
+
+def test_permission_is_what_a_closed_folder_lacks(unprivileged):
+    (unprivileged / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match="closed/lora.ckpt.*Permission denied"):
+        resize_lora.main(["--source", str(unprivileged / "closed/lora.ckpt"), "--rank", "1", "--target",
+                          str(unprivileged / "out.ckpt")])  # fmt: skip
+    with pytest.raises(UserError, match="closed/base.*Permission denied"):
+        cvtckpt.main(["--mode", "merge", "--model_ckpt", str(unprivileged / "closed/base"), "--lora_ckpt", "x",
+                      "--out_ckpt", str(unprivileged / "out.ckpt")])  # fmt: skip
+
+
 @pytest.mark.parametrize("base_name, words", [
     ("x.ckpt", "--out_ckpt and --out_base are both x.ckpt"),
-    ("y.pt", "--out_base y.pt: a base is written as .safetensors or .ckpt"),
+    ("y.pt", "--out_base y.pt: a base model is written as .safetensors or .ckpt"),
 ])  # fmt: skip
 def test_a_base_that_cannot_be_written_is_refused_before_its_lora_is(files, base, monkeypatch, base_name, words):
     tmp_path, paths = files

@@ -22,12 +22,14 @@ from ldm.script import run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
-from ldm.config.model import load_model_config  # noqa: E402
+from ldm.command_line import Parser  # noqa: E402
+from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
 from ldm.lora.state import LoRALayer, LoRAState, check_compatible, match_shapes  # noqa: E402
-from ldm.paths import check_free, under_root  # noqa: E402
+from ldm.lora.targets import claim_lora  # noqa: E402
+from ldm.paths import expanded, under_root, user_path  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
 
 # What a layer is for, by diffusers' name: the first that fits.
@@ -47,6 +49,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr, force=True)
     if (options.target is None) != (options.to is None):
         raise UserError("--target and --to go together: where to write, and as what; neither only looks at --source")
+    if options.target is None:
+        look(options)
+    else:
+        with claim_lora(options.target, options.to, "--target"):
+            convert(options)
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write the LoRA in the other format."""
+    config, state = look(options)
+    write_lora(options.target, state, options.to, config, options.dtype)
+    print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
+
+
+def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRAState]:
+    """Say what the LoRA holds; the model that it is said to be for, and the LoRA."""
     config = load_model_config(under_root(options.base)) if options.base else None
     found = detect_format(options.source)
     state = read_lora(options.source, config)
@@ -58,22 +76,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"  {key}: {value}")
     print(table(state, base_of(state, config, options.source)))
     print(f"  made for {' or '.join(base.label for base in fits)}, by the shapes")
-    if options.target is None:
-        return
-    check_free(options.target)
-    write_lora(options.target, state, options.to, config, options.dtype)
-    print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
+    return config, state
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
-    layout = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser("convert_lora.py", description=__doc__, formatter_class=layout)
-    made.add_argument("--source", required=True, help="a LoRA of any known format: a file, or a folder of PEFT's")
-    made.add_argument("--target", help="where to write; without it the table is printed and that is all")
+    made = Parser(__doc__, "convert_lora.py")
+    made.add_argument("--source", type=expanded, required=True,
+                      help="a LoRA of any known format: a file, or a folder of PEFT's")
+    made.add_argument("--target", type=user_path,
+                      help="where to write; without it the table is printed and that is all")
     made.add_argument("--to", choices=FORMATS, metavar="FORMAT", help=f"what to write. {formats}")
     made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors written (fp32)")
-    made.add_argument("--base", metavar="YAML", help="model YAML of the base, for models other than SD1.x, SD2.x and "
+    made.add_argument("--base", type=expanded, metavar="YAML",
+                      help="model YAML of the base, for models other than SD1.x, SD2.x and "
                                                      "the embedded one, and where shapes do not tell SD1.x from SD2.x")
     return made
 

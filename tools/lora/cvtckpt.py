@@ -28,14 +28,16 @@ from ldm.script import run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
+from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
-from ldm.paths import check_free, weighted_path  # noqa: E402
+from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
+from ldm.outputs import claim_all  # noqa: E402
+from ldm.paths import user_path, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
-from ldm.weights.convert import SUFFIXES_OF  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
 
 
@@ -47,16 +49,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"--{flag} belongs to --mode extract: leave it out of {args.mode}")
     if args.out_base and args.out_base.resolve() == args.out_ckpt.resolve():
         raise UserError(f"--out_ckpt and --out_base are both {args.out_ckpt}: give each a name of its own")
-    for path in filter(None, (args.out_ckpt, args.out_base)):
-        check_free(path)
-    if args.out_base and args.out_base.suffix not in SUFFIXES_OF["own"]:
-        raise UserError(f"--out_base {args.out_base}: a base is written as {' or '.join(SUFFIXES_OF['own'])}")
-    {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
+    claims = {
+        "embed": lambda: claim_checkpoint(args.out_ckpt, "--out_ckpt"),
+        "merge": lambda: claim_base(args.out_ckpt, args.model_ckpt, "--out_ckpt"),
+        "extract": lambda: claim_all(
+            claim_lora(args.out_ckpt, args.to or "mindone", "--out_ckpt"),
+            *([claim_checkpoint(args.out_base, "--out_base")] if args.out_base else ()),
+        ),
+    }
+    with claims[args.mode]():
+        {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
 
 
 def embed(args: argparse.Namespace) -> None:
     state = read_loras(args.lora_ckpt)
-    with as_single_file(args.model_ckpt, args.out_ckpt.parent) as base:
+    with as_single_file(args.model_ckpt, args.out_ckpt) as base:
         if split_embedded(base)[1] is not None:
             raise UserError(f"{args.model_ckpt} has LoRA in it already: merge adds to it, extract takes it out")
         embedded = Embedded(base, plan_base(base), state)
@@ -108,14 +115,16 @@ def read_loras(texts: Sequence[str]) -> LoRAState:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--mode", required=True, choices=("embed", "extract", "merge"), help="see above")
-    parser.add_argument("--model_ckpt", required=True, type=Path, help="the base model, or for extract the file with "
+    parser.add_argument("--model_ckpt", required=True, type=user_path,
+                        help="the base model, or for extract the file with "
                         "LoRA in it")  # fmt: skip
     parser.add_argument("--lora_ckpt", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
                         help="LoRAs of any format")
-    parser.add_argument("--out_ckpt", required=True, type=Path, help="what is written")
-    parser.add_argument("--out_base", type=Path, help="extract: write the base without the LoRA to this file as well")
+    parser.add_argument("--out_ckpt", required=True, type=user_path, help="what is written")
+    parser.add_argument("--out_base", type=user_path,
+                        help="extract: write the base without the LoRA to this file as well")
     parser.add_argument("--to", choices=tuple(FORMATS), help="extract: format of the LoRA [mindone, "
                         "this project's own]")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="extract: of the LoRA's factors [fp32]")

@@ -9,7 +9,6 @@ cloneofsimo's svd_distill. It cuts off the factors' largest values as well; this
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +20,23 @@ from ldm.script import run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
+from ldm.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.lora.algebra import check_cut  # noqa: E402
 from ldm.lora.bases import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
-from ldm.paths import check_free  # noqa: E402
+from ldm.lora.targets import claim_lora  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, type=Path, help="what the fine-tune started from")
-    parser.add_argument("--target_model", required=True, type=Path, help="the fine-tune")
-    parser.add_argument("--save_path", required=True, type=Path, help="the LoRA")
-    parser.add_argument("--rank", type=int, help="largest rank of a layer [32, unless --energy is given]")
-    parser.add_argument("--energy", type=float, help="share of each layer's squared difference that is kept, such as "
+    parser = Parser(__doc__)
+    parser.add_argument("--base_model", required=True, type=user_path, help="what the fine-tune started from")
+    parser.add_argument("--target_model", required=True, type=user_path, help="the fine-tune")
+    parser.add_argument("--save_path", required=True, type=user_path, help="the LoRA")
+    parser.add_argument("--rank", type=whole_number(low=1),
+                        help="largest rank of a layer [32, unless --energy is given]")
+    parser.add_argument("--energy", type=number(low=0, high=1),
+                        help="share of each layer's squared difference that is kept, such as "
                         "0.95: the smallest rank that does, and no more than --rank")  # fmt: skip
     parser.add_argument("--targets", nargs="+", default=["all"], help="which layers: attention, all, or the last parts "
                         "of layers' names, * standing for anything [all]")  # fmt: skip
@@ -41,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
     args = parser.parse_args(argv)
-    check_free(args.save_path)
     rank = 32 if args.rank is None and args.energy is None else args.rank
-    found = extract_lora(args.base_model, args.target_model, rank, args.energy, args.targets, args.networks)
-    print(found)
-    write_lora(args.save_path, found.state, args.to, dtype=args.dtype)
+    check_cut(rank, args.energy)
+    with claim_lora(args.save_path, args.to, "--save_path"):
+        found = extract_lora(args.base_model, args.target_model, rank, args.energy, args.targets, args.networks)
+        print(found)
+        write_lora(args.save_path, found.state, args.to, dtype=args.dtype)
     print(f"{args.save_path}: {found.state}")
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,16 @@ from ldm.script import run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
+from ldm.command_line import Parser, number, truth, whole_number  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.lora.algebra import difference, mix_factors, resize, weighted_sum  # noqa: E402
+from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
-from ldm.paths import check_free, weighted_path  # noqa: E402
+from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
+from ldm.outputs import claim_new  # noqa: E402
+from ldm.paths import expanded, user_path, weighted_path  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 from ldm.weights.placing import TEXT_PREFIX  # noqa: E402
 from ldm.weights.read import open_checkpoint  # noqa: E402
@@ -51,22 +55,42 @@ MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    check_free(args.output_path)
     bases = args.mode in ("upl", "upl-ckpt-v2")
+    if bases:
+        for flag in ("rank", "energy", "to", "dtype"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
+    elif args.rank is not None or args.energy is not None:
+        check_cut(args.rank, args.energy)
     texts = [text for text in (None if bases else args.path_1, args.path_2, *args.paths) if text]
     if not texts or (args.mode == "lpl" and len(texts) != 2):
         wanted = "two" if args.mode == "lpl" else "at least one"
         raise UserError(f"mode {args.mode} takes {wanted}, {len(texts)} LoRAs are given: --path_1, --path_2, --paths")
-    weighted = [
-        (read(text, args.with_text_lora), weights)
-        for text, weights in zip(texts, _weights(texts, args))
-    ]
-    for text, (state, weights) in zip(texts, weighted):
-        print(f"{text}: {state}; weight {weights}")
-    if bases:
-        add_to_base(args, weighted, texts)
-    else:
-        add_loras(args, weighted)
+    with claim(args):
+        weighted = [
+            (read(text, args.with_text_lora), weights)
+            for text, weights in zip(texts, _weights(texts, args))
+        ]
+        for text, (state, weights) in zip(texts, weighted):
+            print(f"{text}: {state}; weight {weights}")
+        if bases:
+            add_to_base(args, weighted, texts)
+        else:
+            add_loras(args, weighted)
+
+
+def claim(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Hold what the mode writes."""
+    if args.mode == "upl":
+        return claim_base(args.output_path, Path(args.path_1), "--output_path")
+    if args.mode == "upl-ckpt-v2":
+        return claim_checkpoint(args.output_path, "--output_path")
+    return claim_lora(args.output_path, lora_format(args), "--output_path")
+
+
+def lora_format(args: argparse.Namespace) -> str:
+    """The format of the LoRA that is written: what --to says, else by the suffix."""
+    return args.to or ("cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone")
 
 
 def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
@@ -83,32 +107,26 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]
     if args.rank is not None or args.energy is not None:
         result, report = resize(result, args.rank, args.energy)
         print(report)
-    usual = "cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone"
-    write_lora(args.output_path, result, args.to or usual, dtype=args.dtype or "fp32")
+    write_lora(args.output_path, result, lora_format(args), dtype=args.dtype or "fp32")
     print(f"{args.output_path}: {result}")
 
 
 def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]], texts: list[str]) -> None:
     """Base and LoRAs; `texts` are the LoRAs' paths as given."""
-    for flag in ("rank", "energy", "to", "dtype"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
     base = open_base(args.path_1)
     plan = plan_base(base)
     merged = Merged(base, plan, weighted_sum(weighted))
     tokens, beside = [], args.output_path.with_suffix(".pt")
     if args.mode == "upl-ckpt-v2":
         tokens = tokens_of(texts, base.shape(plan.sources[TOKEN_EMBEDDING].name)[1])
+    with claim_new(beside, "--output_path") if tokens else nullcontext():
+        write = write_published if args.mode == "upl-ckpt-v2" else write_base
+        write(args.output_path, merged, base)
+        print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
         if tokens:
-            check_free(beside)
-        write_published(args.output_path, merged, base)
-    else:
-        write_base(args.output_path, merged, base)
-    print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
-    if tokens:
-        write_embedding(beside, np.stack([vector for _, vector in tokens]))
-        print(f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file name is "
-              "its word in a prompt")
+            write_embedding(beside, np.stack([vector for _, vector in tokens]))
+            print(f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file "
+                  "name is its word in a prompt")
 
 
 def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
@@ -147,24 +165,25 @@ def _weights(texts: list[str], args: argparse.Namespace) -> list[Weights]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lora_add", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, "lora_add")
     parser.add_argument("places", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA]",
                         help="the first flags without their names, as the original takes them")
-    parser.add_argument("--path_1", help="a LoRA, or in the modes upl and upl-ckpt-v2 the base model")
-    parser.add_argument("--path_2", help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'")
+    parser.add_argument("--path_1", type=expanded, help="a LoRA, or in the modes upl and upl-ckpt-v2 the base model")
+    parser.add_argument("--path_2", type=expanded,
+                        help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'")
     parser.add_argument("--paths", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="more LoRAs")
-    parser.add_argument("--output_path", type=Path, help="what is written")
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the LoRA (upl), or of the first of two; "
+    parser.add_argument("--output_path", type=user_path, help="what is written")
+    parser.add_argument("--alpha", type=number(), default=0.5, help="weight of the LoRA (upl), or of the first of two; "
                         "the second has 1 - alpha [0.5]")  # fmt: skip
-    parser.add_argument("--alpha_1", type=float, help="weight of the first alone, as in later versions of the original")
-    parser.add_argument("--alpha_2", type=float, help="weight of the second alone")
+    parser.add_argument("--alpha_1", type=number(),
+                        help="weight of the first alone, as in later versions of the original")
+    parser.add_argument("--alpha_2", type=number(), help="weight of the second alone")
     parser.add_argument("--mode", choices=MODES, help="see above [lpl for two LoRAs, sum with --paths]")
-    parser.add_argument("--with_text_lora", type=_truth, nargs="?", const=True, default=True, metavar="True|False",
+    parser.add_argument("--with_text_lora", type=truth, nargs="?", const=True, default=True, metavar="True|False",
                         help="take the text encoder's LoRA too, where there is one [True]")
-    parser.add_argument("--rank", type=int, help="sum, ljl: cut the result down to this rank by SVD")
-    parser.add_argument("--energy", type=float, help="sum, ljl: cut each layer down to this share of its squared norm")
+    parser.add_argument("--rank", type=whole_number(low=1), help="sum, ljl: cut the result down to this rank by SVD")
+    parser.add_argument("--energy", type=number(low=0, high=1),
+                        help="sum, ljl: cut each layer down to this share of its squared norm")
     parser.add_argument("--to", choices=tuple(FORMATS), help="format of the LoRA written [mindone, this project's "
                         "own; of a .pt cloneofsimo-pt]")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the LoRA written [fp32]")
@@ -172,8 +191,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ("path_1", "path_2", "output_path", "alpha")
     if len(args.places) > len(names):
         parser.error(f"{len(args.places)} places given, there are {len(names)}; give further LoRAs as --paths")
-    for name, text in zip(names, args.places):
-        setattr(args, name, {"output_path": Path, "alpha": float}.get(name, str)(text))
+    if args.places:
+        flags = zip(names, args.places)
+        parser.parse_args([f"--{name}={text}" for name, text in flags], args)
     if args.output_path is None:
         parser.error("--output_path is needed: what is to be written")
     if args.mode is None:
@@ -181,12 +201,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.mode in ("upl", "upl-ckpt-v2") and not args.path_1:
         parser.error(f"--path_1 is needed: the base model that mode {args.mode} adds to")
     return args
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 def command() -> None:
