@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.atomic import atomic_path
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
+from ldm.files import open_file
+from ldm.npy import NotNumpy, read_array, read_header
 
 # More pictures than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
 GRID_IMAGES = 64
@@ -100,8 +103,9 @@ class SampleWriter:
         self._started = True
         if self.pngs:
             with atomic_path(self.samples / "prompts.txt") as temporary:
-                # A prompt may hold line breaks; the line counts here, the PNG has the prompt as it was.
-                lines = [" ".join(prompt.splitlines()) for prompt in self.prompts]
+                # A prompt may hold line breaks; the line counts here, the PNG has the prompt as it was. An empty one is
+                # a space: ldm.prompts takes empty lines at the end for none.
+                lines = [" ".join(prompt.splitlines()) or " " for prompt in self.prompts]
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -147,25 +151,20 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     Raises UserError for a missing or foreign file, pickled or integer contents, another shape, values not finite.
     """
     wanted = " x ".join(map(str, shape))
-    try:
-        # Mapped, so that a header that promises more than the file holds is found out and not allocated.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"init_latents {path} does not exist: give a .npy file of {wanted} numbers") from None
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "empty"
-        if "pickle" in reason:  # which numpy takes every file for that it does not know
-            reason = "it holds Python objects, or something else altogether"
-        raise UserError(f"init_latents {path} is not a .npy file of numbers: {reason}") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"init_latents {path} is an .npz archive: give the .npy file with the latents alone")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"init_latents {path} holds {array.dtype}: latents are float32 (images x channels x h x w)")
-    if array.shape != tuple(shape):
-        raise UserError(
-            f"init_latents {path} is {' x '.join(map(str, array.shape))}, wanted {wanted} "
-            "(images x channels x height / factor x width / factor)"
-        )
+    way = f"give a .npy file of {wanted} numbers"
+    with open_file(path, "init_latents", way) as file:
+        try:
+            header = read_header(file, os.fstat(file.fileno()).st_size)
+            if header.dtype.kind != "f":
+                raise UserError(f"init_latents {path} holds {header.dtype}: latents are float32 (images x channels x h x w)")
+            if header.shape != tuple(shape):
+                raise UserError(
+                    f"init_latents {path} is {plain(' x '.join(map(str, header.shape)))}, wanted {wanted} "
+                    "(images x channels x height / factor x width / factor)"
+                )
+            array = read_array(file, header)
+        except NotNumpy as error:
+            raise UserError(f"init_latents {path} is not a .npy file of numbers ({error}): {way}") from None
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"init_latents {path} holds values that are not finite (NaN or infinite): write it anew")

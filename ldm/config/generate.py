@@ -11,8 +11,9 @@ from typing import NamedTuple, Optional
 
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.parse import setting
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.paths import ROOT, under_root, weighted_path
+from ldm.prompts import MOST_CHARACTERS, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,17 @@ class GenerateConfig:
     prompt: str = setting("", "the text to draw", group="what to draw")
     data_path: Optional[str] = setting(
         None,
-        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt",
+        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt, those at the end are "
+        "none (a line with a space is an empty prompt there too)",
         group="what to draw",
+        path=True,
     )
     negative_prompt: str = setting("", "what to keep away from, for all prompts", group="what to draw")
     negative_data_path: Optional[str] = setting(
-        None, "a text file of negative prompts: as many lines as prompts, or one for all", group="what to draw"
+        None,
+        "a text file of negative prompts, read as data_path is: as many as prompts, or one for all",
+        group="what to draw",
+        path=True,
     )
     n_iter: int = setting(1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1)
     n_samples: int = setting(1, "images a prompt and round", group="what to draw", low=1)
@@ -213,15 +219,16 @@ def plan(config: GenerateConfig) -> Plan:
     """
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(config, name), name)
-    prompts = read_lines(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
+    prompts = read_prompts(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
     if config.negative_data_path is not None:
-        negative = read_lines(config.negative_data_path, "negative_data_path")
+        negative = read_prompts(config.negative_data_path, "negative_data_path")
         if len(negative) == 1:
             negative = negative * len(prompts)
         if len(negative) != len(prompts):
             raise UserError(
-                f"{config.negative_data_path} has {len(negative)} negative prompts for {len(prompts)} prompts: "
-                "give as many, or one for all"
+                f"negative_data_path {plain(config.negative_data_path)} has {len(negative)} negative prompts for "
+                f"{len(prompts)} prompts: give as many, or one for all (empty lines at the end are none, a line with a "
+                "space is an empty prompt)"
             )
     else:
         negative = [config.negative_prompt] * len(prompts)
@@ -273,7 +280,13 @@ def parse_lora_path(text: str) -> LoRAFile:
 
 
 def _check_text(text: str, name: str) -> None:
-    """Raise UserError for a text that is not UTF-8: bytes that are none come from the command line as surrogates."""
+    """Raise UserError for a prompt that is too long, or not UTF-8: such bytes come from the command line as surrogates.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"--{name} has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read: shorten it, or give several "
+            "prompts in the file of --data_path"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -281,34 +294,6 @@ def _check_text(text: str, name: str) -> None:
             f"--{name} is not UTF-8 text (character {error.start + 1}, {text[error.start]!a}): type it anew, or set "
             "the terminal to UTF-8"
         ) from None
-
-
-def read_lines(path: str, name: str) -> list[str]:
-    """Lines of a UTF-8 text file, prompts without the empty ones at the end; only line feeds end a line."""
-    if os.path.isdir(path):
-        raise UserError(
-            f"{name} {path} is a folder: give a text file with one prompt a line, such as prompts.txt in it"
-        )
-    try:
-        # newline=None turns \r\n into \n; splitlines() would split at characters that may stand in a prompt.
-        with open(path, encoding="utf-8-sig", newline=None) as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise UserError(f"{name} {path} does not exist: give a text file with one prompt a line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name} {path} is not a UTF-8 text file: save it as one, with one prompt a line") from None
-    except OSError as error:
-        raise UserError(f"{name} {path} cannot be read: {error.strerror or error}") from None
-    if "\0" in text:
-        raise UserError(f"{name} {path} is not a text file: give one with one prompt a line")
-    # An empty negative prompt at the end belongs to the last prompts; an empty prompt there is a slip.
-    lines = text.rstrip().split("\n") if name == "data_path" else text.removesuffix("\n").split("\n")
-    if lines == [""]:
-        raise UserError(f"{name} {path} is empty: write one prompt a line")
-    empty = [i for i, line in enumerate(lines, 1) if not line.strip()]
-    if empty and name == "data_path":
-        logger.warning("%s: line %d is empty and drawn as an empty prompt (%d such lines)", path, empty[0], len(empty))
-    return [line.strip() for line in lines]
 
 
 def _existing(path: str, name: str) -> Path:

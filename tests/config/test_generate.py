@@ -164,8 +164,9 @@ def test_a_line_is_a_prompt_however_lines_end(place, content, prompts):
         (None, "p.txt does not exist"),
         (b"", "p.txt is empty"),
         (b"\n", "p.txt is empty"),
-        (b"\xff\xfe\x00a", "p.txt is not a UTF-8"),
-        (b"PK\x00\x00a\nb", "p.txt is not a text file"),
+        (b"\xff\xfe\x00a", "p.txt is UTF-16"),
+        (b"caf\xe9\n", "p.txt, line 1: not a UTF-8"),
+        (b"PK\x00\x00a\nb", "p.txt, line 1: not a text file"),
     ],
 )
 @pytest.mark.parametrize("flag", ["data_path", "negative_data_path"])

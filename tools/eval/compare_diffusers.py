@@ -44,7 +44,7 @@ if __name__ == "__main__":
     start()
 
 from ldm.atomic import atomic_path  # noqa: E402
-from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES, read_lines  # noqa: E402
+from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
 from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.config.parse import parse_config  # noqa: E402
 from ldm.config.train import TrainConfig  # noqa: E402
@@ -55,6 +55,7 @@ from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.paths import ROOT, under_root, writing  # noqa: E402
+from ldm.prompts import read_prompts  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
@@ -133,7 +134,7 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
     train = read_image_text_csv(training_folder(folder), **columns).rows
     lines = folder / "test" / "prompts.txt"
     if lines.is_file() and not (folder / "test" / "img_txt.csv").is_file():
-        texts, test = read_lines(str(lines), "data_path"), []
+        texts, test = read_prompts(lines, "data_path"), []
     else:
         test = read_image_text_csv(folder / "test", **columns).rows
         texts = [" ".join(row.text.split()) for row in test]

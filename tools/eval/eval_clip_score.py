@@ -26,8 +26,8 @@ from ldm.script import run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
-from ldm.config.generate import read_lines  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
+from ldm.files import is_there  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
@@ -39,6 +39,10 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
+from ldm.paths import expanded  # noqa: E402
+from ldm.prompts import read_prompts  # noqa: E402
+
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,12 +71,20 @@ def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
     """One prompt for each picture. Raises UserError where there are none, or they do not divide."""
     if given is None:
         beside = images[0].parent / "prompts.txt"
-        if not beside.is_file():
-            raise UserError(f"--prompt_or_path is missing, and {images[0].parent} has no prompts.txt: give a prompt, "
-                            "or a text file with one a line")
-        return paired_prompts(read_lines(str(beside), "prompts"), len(images))
-    is_file = os.path.exists(given) or given.endswith(".txt")
-    return paired_prompts(read_lines(given, "prompt_or_path") if is_file else [given], len(images))
+        if not is_there(beside):
+            raise UserError(f"--prompt_or_path is missing, and {plain(images[0].parent)} has no prompts.txt: give a "
+                            "prompt, or a text file with one a line")
+        return paired_prompts(read_prompts(beside, "prompts"), len(images))
+    path = expanded(given)
+    return paired_prompts(read_prompts(path, "prompt_or_path") if _names_file(path) else [given], len(images))
+
+
+def _names_file(text: str) -> bool:
+    """Whether a prompt_or_path is the path of a file; a prompt may be longer than a path can be."""
+    raw = os.fsencode(text)
+    if len(raw) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in raw.split(b"/")):
+        return False
+    return text.endswith(".txt") or is_there(text, "prompt_or_path")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
