@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.atomic import atomic_path
-from ldm.errors import UserError
 from ldm.paths import writing
+from ldm.texts import json_text
 
 if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings are checked
     from ldm.metrics.networks import ImageNetwork
@@ -45,13 +44,7 @@ def describe_broken(broken: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
     return [{"file": str(path), "fault": fault} for path, fault in broken]
 
 
-def check_json(path: Path | None) -> None:
-    """Raise UserError where the JSON file `path` cannot be: before the work, not after it."""
-    if path is not None and path.is_dir():
-        raise UserError(f"--output {path} is a folder: name the JSON file")
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Raises UserError where the disk refuses."""
     with writing(path), atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.metrics import networks
 from ldm.metrics.report import EMBEDDED
+from ldm.outputs import claim_file
 from tools.eval import eval_clip_score, eval_fid
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +135,10 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
     (fid, (*REAL, "--gen_dir", "nowhere"), "nowhere does not exist"),
     (fid, ("--real_dir", "nowhere.npz", *MADE), "nowhere.npz does not exist"),
     (fid, (*REAL, *MADE, "--backend", "pt"), "--backend pt"),
-    (fid, (*REAL, *MADE, "--batch_size", "0"), "--batch_size 0"),
+    (fid, (*REAL, *MADE, "--batch_size", "0"), '--batch_size: "0" is not a whole number'),
+    (fid, (*REAL, *MADE, "--batch_size", "1000000000"), "--batch_size: .* 4,096 or less"),
+    (fid, (*REAL, *MADE, "--gendir", "x"), "no flag --gendir: did you mean --gen_dir"),
+    (fid, MADE, "required: --real_dir"),
     (fid, (*REAL, "--save_stats", "real.txt"), "name an .npz"),
     (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
     (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
@@ -164,3 +169,57 @@ def test_the_published_paths_answer_from_anywhere(tmp_path, script):
     found = subprocess.run([sys.executable, str(ROOT / script), name, "nowhere", "--gen_dir" if "fid" in script else
                             "--prompt_or_path", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 2 and found.stderr.startswith("error: nowhere does not exist") and not found.stdout
+
+
+@pytest.mark.parametrize("main, args, flag", [
+    (fid, (*REAL, *MADE), "--output"),
+    (fid, REAL, "--save_stats"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a"), "--output"),
+])
+@pytest.mark.parametrize("output, answer", [
+    ("{tmp}", "is a folder"),
+    ("{tmp}/dead", "dead.npz is a link to nowhere/x.npz, whose folder does not exist"),
+    ("{tmp}/made/00000.png/x", "cannot be a folder, as .*00000.png is a file"),
+    ("{tmp}/" + "n" * 252, "File name too long"),
+    ("{tmp}/used", "used.npz is the place of two outputs"),
+    ("/dev", "is no regular file|is a folder|name an .npz"),
+])
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):
+    made = pictures(tmp_path / "made", 2)
+    (tmp_path / "dead.npz").symlink_to("nowhere/x.npz")
+    (tmp_path / "x.npz").mkdir()
+    output = output.format(tmp=tmp_path) + "/x" * output.endswith("}") + ".npz" * (output != "/dev")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(networks, "nano_clip", lambda: pytest.fail("the network was built"))
+    with claim_file(tmp_path / "used.npz", "another"), pytest.raises(UserError, match=answer):
+        main(*(arg.format(made=made) for arg in args), flag, output)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monkeypatch, one_network):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = pictures(tmp_path / "made", 2)
+    name = os.fsdecode(b"\xb7\xe7\xb8\xf1.png")  # GBK, as archives from Chinese Windows have it
+    (made / "00000.png").rename(made / name)
+    clip_score("--image_path_or_dir", "~/made", "--prompt_or_path", "a", "--output=$HOME/clip.json")
+    fid("--real_dir=~/made", "--gen_dir", made, "--output=~/fid.json", "--save_stats=~/real.npz")
+    found = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
+    assert str(made / name) in [row["image"] for row in found["scores"]]
+    assert json.loads((tmp_path / "fid.json").read_text())["real"]["images"] == 2 and (tmp_path / "real.npz").is_file()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main, flag, rest", [
+    (fid, "--real_dir", MADE), (fid, "--gen_dir", REAL), (fid, "--ckpt_path", (*REAL, *MADE)),
+    (fid, "--output", (*REAL, *MADE)), (fid, "--save_stats", REAL),
+    (clip_score, "--image_path_or_dir", ("--prompt_or_path", "a")),
+    (clip_score, "--prompt_or_path", ("--image_path_or_dir", "{made}")),
+    (clip_score, "--real_image_path_or_dir", ("--image_path_or_dir", "{made}")),
+    (clip_score, "--ckpt_path", ("--image_path_or_dir", "{made}", "--prompt_or_path", "a")),
+])
+def test_permission_is_what_a_closed_folder_lacks(unprivileged, main, flag, rest):
+    made = pictures(unprivileged / "made", 2)
+    (unprivileged / "closed").mkdir(mode=0)
+    place = unprivileged / "closed" / ("x.npz" if flag in ("--output", "--save_stats") else "x.txt")
+    with pytest.raises(UserError, match="closed.*Permission denied"):
+        main(*(arg.format(made=made) for arg in rest), flag, place)

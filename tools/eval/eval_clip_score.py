@@ -21,47 +21,53 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
+from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files import is_there  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
-    check_json,
     describe_broken,
     describe_network,
     print_broken,
     print_network,
     write_json,
 )
-from ldm.paths import expanded  # noqa: E402
+from ldm.outputs import claim_file  # noqa: E402
+from ldm.paths import expanded, user_path  # noqa: E402
 from ldm.prompts import read_prompts  # noqa: E402
 
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_path_or_dir", "--gen_image_path_or_dir", required=True,
-                        help="a picture, or a folder of pictures")
+def parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--image_path_or_dir", "--gen_image_path_or_dir", type=expanded, required=True,
+                        help="an image, or a folder of images")
     parser.add_argument("--prompt_or_path", help="a prompt, or a text file with one a line")
-    parser.add_argument("--real_image_path_or_dir", help="compare with these pictures instead of with prompts")
-    parser.add_argument("--ckpt_path", help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or "
-                                            ".ckpt file; without it the embedded nano CLIP scores")
-    parser.add_argument("--config", help="the model's config.json or mindone's YAML, where the weights are none "
-                                         "of the published models")
+    parser.add_argument("--real_image_path_or_dir", type=expanded,
+                        help="compare with these images instead of with prompts")
+    parser.add_argument("--ckpt_path", type=expanded,
+                        help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; without "
+                             "it the embedded nano CLIP scores")
+    parser.add_argument("--config", type=expanded,
+                        help="the model's config.json or mindone's YAML, where the weights are none of the published "
+                             "models")
     parser.add_argument("--model_name", help="refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or "
                                              "Hugging Face's names of them")
     parser.add_argument("--preprocessing", choices=CLIP_PREPROCESSING, default="openai",
                         help="openai: shorter side to 224, centre crop (default); squash: to 224x224 whatever the "
                              "shape, as mindone does. The embedded CLIP always squashes, to 64x64")
-    parser.add_argument("--output", "--result_path", type=Path, help="write the score and each image's to this JSON")
-    parser.add_argument("--batch_size", type=int, default=32, help="images a call of the network; default %(default)s")
+    parser.add_argument("--output", "--result_path", type=user_path,
+                        help="write the score and each image's to this JSON")
+    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32,
+                        help="images a call of the network; default %(default)s")
     parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
     parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
     return parser
@@ -91,14 +97,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     if args.backend != "ms":
         raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms)")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: give 1 or more")
     if args.real_image_path_or_dir is not None and args.prompt_or_path is not None:
         raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
-    check_json(args.output)
     images = find_images(args.image_path_or_dir)
     real = find_images(args.real_image_path_or_dir) if args.real_image_path_or_dir is not None else []
     prompts = [] if real else find_prompts(args.prompt_or_path, images)
+    with claim_file(args.output, "--output"):
+        score(args, images, real, prompts)
+
+
+def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompts: list[str]) -> None:
+    """Score the images against the real ones, or else the prompts; print the scores and write what is wanted."""
+    progress(lambda: "before there was a score")
     batch_size = min(args.batch_size, max(len(images), len(real)))
 
     # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.

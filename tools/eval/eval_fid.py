@@ -18,35 +18,40 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
+from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.metrics.images import find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
-    check_json,
     describe_broken,
     describe_network,
     print_broken,
     print_network,
     write_json,
 )
+from ldm.outputs import claim_file  # noqa: E402
+from ldm.paths import expanded, user_path  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real_dir", required=True, help="folder of real pictures, or their statistics in an .npz")
-    parser.add_argument("--gen_dir", help="folder of generated pictures, or their statistics in an .npz; may be left "
-                                          "out where --save_stats is given")
-    parser.add_argument("--ckpt_path", help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
-                                            "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded nano CLIP scores")
-    parser.add_argument("--save_stats", type=Path, help="write the statistics of --real_dir to this .npz (mu and "
-                                                        "sigma, as pytorch-fid reads them)")
-    parser.add_argument("--output", type=Path, help="write the scores to this JSON file")
-    parser.add_argument("--batch_size", type=int, default=32, help="images a call of the network; default %(default)s")
+def parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--real_dir", type=expanded, required=True,
+                        help="folder of real images, or their statistics in an .npz")
+    parser.add_argument("--gen_dir", type=expanded, help="folder of generated images, or their statistics in an .npz; "
+                                                         "may be left out where --save_stats is given")
+    parser.add_argument("--ckpt_path", type=expanded, help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
+                                                           "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded "
+                                                           "nano CLIP scores")
+    parser.add_argument("--save_stats", type=user_path, help="write the statistics of --real_dir to this .npz (mu and "
+                                                             "sigma, as pytorch-fid reads them)")
+    parser.add_argument("--output", type=user_path, help="write the scores to this JSON file")
+    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32,
+                        help="images a call of the network; default %(default)s")
     parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
     parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
     return parser
@@ -57,15 +62,12 @@ def check(args: argparse.Namespace) -> dict[str, list[Path]]:
     folder."""
     if args.backend != "ms":
         raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms), with pytorch-fid's result")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: give 1 or more")
     if args.gen_dir is None and args.save_stats is None:
         raise UserError("--gen_dir is missing: give the folder of generated pictures")
     if args.save_stats is not None and args.real_dir.endswith(".npz"):
         raise UserError("--save_stats wants a folder of pictures as --real_dir, not an .npz")
     if args.save_stats is not None and args.save_stats.suffix != ".npz":
         raise UserError(f"--save_stats {args.save_stats}: name an .npz file")
-    check_json(args.output)
     return {path: find_images(path) for path in (args.real_dir, args.gen_dir)
             if path is not None and not path.endswith(".npz")}
 
@@ -73,6 +75,13 @@ def check(args: argparse.Namespace) -> dict[str, list[Path]]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     pictures = check(args)
+    with claim_file(args.output, "--output"), claim_file(args.save_stats, "--save_stats"):
+        score(args, pictures)
+
+
+def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
+    """Measure the images of each folder, print the distances and write what is wanted."""
+    progress(lambda: "before there was a score")
 
     # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.
     from ldm.runtime import setup_runtime
@@ -85,9 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_network(network)
     batch_size = min(args.batch_size, max(map(len, pictures.values()), default=1))
 
+    # Before the pictures are measured, which takes long.
+    saved = {path: saved_pictures(path, network) for path in (args.real_dir, args.gen_dir)
+             if path is not None and path not in pictures}
+
     def picture_set(path: str, label: str, save_to: Path | None = None) -> PictureSet:
-        if path not in pictures:
-            return saved_pictures(path, network)
+        if path in saved:
+            return saved[path]
         measured = measure_pictures(pictures[path], network, batch_size, label, save_to)
         print_broken(measured.broken, label)
         return measured
@@ -95,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = picture_set(args.real_dir, "real pictures", args.save_stats)
     if args.save_stats is not None:
         print(f"statistics of {real.count} pictures written to {args.save_stats}")
+        progress(lambda: f"before there was a score; the statistics in {args.save_stats} are kept")
     if args.gen_dir is None:
         return
     generated = picture_set(args.gen_dir, "generated pictures")
