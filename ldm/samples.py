@@ -156,7 +156,9 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
         try:
             header = read_header(file, os.fstat(file.fileno()).st_size)
             if header.dtype.kind != "f":
-                raise UserError(f"init_latents {path} holds {header.dtype}: latents are float32 (images x channels x h x w)")
+                raise UserError(
+                    f"init_latents {path} holds {header.dtype}: latents are float32 (images x channels x h x w)"
+                )
             if header.shape != tuple(shape):
                 raise UserError(
                     f"init_latents {path} is {plain(' x '.join(map(str, header.shape)))}, wanted {wanted} "

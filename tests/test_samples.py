@@ -134,8 +134,8 @@ class RunsCode:
 BAD_LATENTS = {
     "missing": (lambda path: None, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "not a .npy file"),
-    "text": (lambda path: path.write_text("hello"), "not a .npy file of numbers: .* or something else"),
-    "folder": (lambda path: path.mkdir(), "not a .npy file"),
+    "text": (lambda path: path.write_text("hello"), "not a .npy file of numbers .it begins with .*hello"),
+    "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps(RunsCode())), "not a .npy file"),
     "pickled objects": (lambda path: np.save(path, np.array([RunsCode()], object)), "not a .npy file"),
     "cut off": (lambda path: path.write_bytes(npy(np.ones((2, 4, 3, 3)))[:-9]), "not a .npy file"),

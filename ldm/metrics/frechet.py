@@ -9,17 +9,20 @@ singular, as with fewer pictures than features, needs no number added to its dia
 
 from __future__ import annotations
 
+import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ldm.archives import Archive
 from ldm.atomic import atomic_path
 from ldm.errors import UserError
+from ldm.npy import NotNumpy, read_array, read_header
 from ldm.paths import writing
 
+MOST_BYTES = 128 << 20  # of an array of saved statistics: the covariance of 4096 features, Inception has 2048
 JOINED = 512  # features that wait before a covariance takes them in: each time costs a pass over all of its numbers
 
 
@@ -125,17 +128,17 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
 
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:
     """Read an .npz of `mu` and `sigma`. Raises UserError for anything else, and for values that cannot be."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it is one array, an .npy")
-        with file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "count", "network") if name in file}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder of pictures or statistics in an .npz") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "empty"
-        raise UserError(f"{path} is not an .npz file of numbers ({reason}): write it with --save_stats") from None
+    way = "give a folder of images or statistics in an .npz, such as --save_stats writes"
+    arrays = {}
+    with Archive(path, "an .npz file of numbers", way) as archive:
+        for name in ("mu", "sigma", "count", "network"):
+            if f"{name}.npy" in archive.members:
+                raw = archive.read(f"{name}.npy", MOST_BYTES)
+                file = io.BytesIO(raw)
+                try:
+                    arrays[name] = read_array(file, read_header(file, len(raw)))
+                except NotNumpy as error:
+                    raise UserError(f"{path} is not an .npz file of numbers ({name}: {error}): {way}") from None
     if "mu" not in arrays or "sigma" not in arrays:
         raise UserError(f"{path} has no {'mu' if 'mu' not in arrays else 'sigma'}: write it with --save_stats")
     mean, covariance = arrays["mu"], arrays["sigma"]

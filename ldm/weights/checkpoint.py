@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.errors import UserError, plain
+from ldm.npy import MOST_DIMENSIONS
+
 PAGE = mmap.PAGESIZE
+# Bounds of a file's content, far above every published Stable Diffusion checkpoint.
+MOST_TENSORS = 100_000
+MOST_ELEMENTS = 1 << 40  # of one tensor
+MOST_NAME = 1000  # characters
+# Tensors may lie in one storage, and be repetitions of a part: all together hold so many times the file's bytes, or
+# 64 MB in a small file. Weights that are tied in pairs make 2 of it.
+MOST_SHARED, SMALL = 8, 64 << 20
 # What stands for bfloat16 where arrays are written; numpy has none. Reading widens it to float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
@@ -63,6 +74,30 @@ class Checkpoint(Arrays):
         self.metadata = metadata
         self._data = data
         self._entries = entries
+        self._check_bounds()
+
+    def _check_bounds(self) -> None:
+        """Raise UserError for more than numpy or this machine's memory takes, before any array is made."""
+        damaged = f"{self.path} is damaged or no checkpoint"
+        again = "fetch or write it again"
+        if len(self._entries) > MOST_TENSORS:
+            raise UserError(f"{damaged}: it names {len(self._entries):,} tensors, at most {MOST_TENSORS:,}: {again}")
+        total = 0
+        for name, entry in self._entries.items():
+            if len(name) > MOST_NAME:
+                raise UserError(f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
+                                f"{MOST_NAME:,}: {again}")
+            if len(entry.shape) > MOST_DIMENSIONS:
+                raise UserError(f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most "
+                                f"{MOST_DIMENSIONS}: {again}")
+            # A size of 0 does not make the others smaller: numpy counts them.
+            if math.prod(size or 1 for size in entry.shape) > MOST_ELEMENTS:
+                raise UserError(f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} "
+                                f"elements: {again}")
+            total += math.prod(entry.shape) * self.spec(name)[0].itemsize
+        if total > max(MOST_SHARED * len(self._data), SMALL):
+            raise UserError(f"{damaged}: its tensors repeat one another, {total:,} bytes in a file of "
+                            f"{len(self._data):,}: {again}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]

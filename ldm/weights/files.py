@@ -7,7 +7,8 @@ import mmap
 import os
 from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
+from ldm.files import is_there, open_file
 
 # What a file begins with, and what to call it. Order matters: the first that fits names the file.
 _FOREIGN = (
@@ -27,17 +28,25 @@ _FOREIGN = (
 
 def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, read-only. Raises UserError if it is missing (naming the nearest), empty, or not readable."""
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1) if path.parent.is_dir() else []
-        hint = f": did you mean {near[0]}?" if near else ""
-        raise UserError(f"{path} does not exist{hint}")
-    try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise UserError(f"{path} is an empty file: a download or a run that stopped? Make it again")
+    if not is_there(path):
+        near = difflib.get_close_matches(path.name, _beside(path), 1)
+        hint = f"did you mean {near[0]}?" if near else "check the path"
+        raise UserError(f"{plain(path)} does not exist: {hint}")
+    with open_file(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise UserError(f"{plain(path)} is an empty file: a download or a run that stopped? Make it again")
+        try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # a file system that maps nothing; a file that has become empty
+            raise UserError(f"{plain(path)} cannot be mapped into memory: {error}: copy it to a local disk") from None
+
+
+def _beside(path: Path) -> list[str]:
+    """Names in a file's folder, at most 10,000: comparing them takes time. None where it cannot be read."""
+    try:
+        return os.listdir(path.parent)[:10_000]
+    except OSError:
+        return []
 
 
 def describe(path: Path, data: mmap.mmap) -> str:

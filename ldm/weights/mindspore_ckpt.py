@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.errors import UserError
-from ldm.weights.checkpoint import BFLOAT16, Arrays, Checkpoint, Entry
+from ldm.errors import UserError, plain
+from ldm.npy import MOST_DIMENSIONS
+from ldm.weights.checkpoint import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, Entry
 from ldm.weights.files import describe
 
 DTYPES = {
@@ -26,6 +27,7 @@ DTYPES = {
 DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
+MOST_TEXT = 64 << 20  # bytes of a text, four a character
 CRC_TAIL = 17  # b"crc_num" and a number of 10 bytes, which MindSpore appends when asked to
 
 
@@ -44,23 +46,26 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
         end -= CRC_TAIL
         _check_crc(path, data, end)
     entries: dict[str, Entry] = {}
-    last = None
+    last, values = None, 0
     try:
         for number, wire, start, stop in _fields(data, 0, end):
             if (number, wire) != (1, 2):
                 raise _NotACheckpoint(f"field {number} at byte {start}")
             name, entry = _parse_value(data, start, stop)
+            if values == MOST_TENSORS:
+                raise _NotACheckpoint(f"more than {MOST_TENSORS:,} tensors")
+            values += 1
             if name == last and entry.shape == entries[name].shape:  # a large tensor lies in several pieces, in order
                 entries[name].pieces += entry.pieces
             elif name in entries:
-                raise _NotACheckpoint(f"{name!r} twice")
+                raise _NotACheckpoint(f"{plain(name)!r} twice")
             else:
                 entries[name] = entry
             last = name
     except _CutOff as error:
         # A foreign file gives a nonsensical length at once; a cut-off one after at least a whole name.
         if entries or _starts_with_a_name(data, end):
-            after = f" after {last!r}" if last else ""
+            after = f" after {plain(last)!r}" if last else ""
             raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
         raise UserError(f"{path} is {describe(path, data)}") from error
     except (_NotACheckpoint, UnicodeDecodeError) as error:
@@ -71,20 +76,26 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     metadata = {}
     for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
         entry = entries.pop(name)
+        if entry.nbytes > MOST_TEXT:
+            raise UserError(f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MOST_TEXT:,} are "
+                            "read: write the file again without it")
         raw = b"".join(data[offset : offset + size] for offset, size in entry.pieces)
         try:
             metadata[name] = raw.decode("utf-32-le").rstrip("\0")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is a damaged MindSpore .ckpt (the text {name!r}): write it again") from error
+            message = f"{path} is a damaged MindSpore .ckpt (the text {plain(name)!r}): write it again"
+            raise UserError(message) from error
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            raise UserError(f"{path}: {name} is of type {entry.dtype}, which is not read here: save it as Float32")
+            raise UserError(f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which is not read here: save "
+                            "it as Float32")
         entry.dtype = DTYPES[entry.dtype]
         itemsize = 2 if entry.dtype == "bf16" else np.dtype(entry.dtype).itemsize
         if entry.shape == (0,) and entry.nbytes == itemsize:
             entry.shape = ()  # how older versions of MindSpore write a scalar
         if entry.nbytes != math.prod(entry.shape) * itemsize:
-            raise UserError(f"{path} is damaged: {name} {entry.shape} holds {entry.nbytes} bytes: write it again")
+            raise UserError(f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: "
+                            "write it again")
     return Checkpoint(path, "ckpt", data, entries, metadata)
 
 
@@ -128,29 +139,46 @@ def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int
 
 
 def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, Entry]:
-    name, dtype, shape, piece = None, None, [], None
+    """One Value. Each of its fields comes once: a file of fields given again would be walked through for hours."""
+    name = tensor = None
     for number, wire, first, last in _fields(data, start, end):
-        if (number, wire) == (1, 2):
-            name = data[first:last].decode("utf-8")
-        elif (number, wire) == (2, 2):
-            for inner, inner_wire, begin, stop in _fields(data, first, last):
-                if (inner, inner_wire) == (1, 0):
-                    shape.append(begin)
-                elif (inner, inner_wire) == (1, 2):  # packed
-                    while begin < stop:
-                        size, begin = _varint(data, begin, stop)
-                        shape.append(size)
-                elif (inner, inner_wire) == (2, 2):
-                    dtype = data[begin:stop].decode("utf-8")
-                elif (inner, inner_wire) == (3, 2):
-                    piece = (begin, stop - begin)
-                else:
-                    raise _NotACheckpoint(f"field {inner} of a tensor at byte {begin}")
+        if (number, wire) == (1, 2) and name is None:
+            name = _text(data, first, last)
+        elif (number, wire) == (2, 2) and tensor is None:
+            tensor = _parse_tensor(data, first, last)
         else:
             raise _NotACheckpoint(f"field {number} of a value at byte {first}")
-    if name is None or dtype is None or piece is None:
+    if name is None or tensor is None:
         raise _NotACheckpoint(f"an incomplete value at byte {start}")
-    return name, Entry(dtype, tuple(shape), [piece])
+    return name, tensor
+
+
+def _parse_tensor(data: mmap.mmap, start: int, end: int) -> Entry:
+    dtype, shape, piece = None, [], None
+    for number, wire, first, last in _fields(data, start, end):
+        if (number, wire) == (1, 0):
+            shape.append(first)
+        elif (number, wire) == (1, 2):  # packed
+            while first < last and len(shape) <= MOST_DIMENSIONS:
+                size, first = _varint(data, first, last)
+                shape.append(size)
+        elif (number, wire) == (2, 2) and dtype is None:
+            dtype = _text(data, first, last)
+        elif (number, wire) == (3, 2) and piece is None:
+            piece = (first, last - first)
+        else:
+            raise _NotACheckpoint(f"field {number} of a tensor at byte {first}")
+        if len(shape) > MOST_DIMENSIONS:
+            raise _NotACheckpoint(f"more than {MOST_DIMENSIONS} dimensions of a tensor at byte {start}")
+    if dtype is None or piece is None:
+        raise _NotACheckpoint(f"an incomplete tensor at byte {start}")
+    return Entry(dtype, tuple(shape), [piece])
+
+
+def _text(data: mmap.mmap, start: int, end: int) -> str:
+    if end - start > MOST_NAME:
+        raise _NotACheckpoint(f"a name of {end - start:,} bytes at byte {start}")
+    return data[start:end].decode("utf-8")
 
 
 def _starts_with_a_name(data: mmap.mmap, end: int) -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from ldm.atomic import atomic_path
-from ldm.errors import UserError
+from ldm.errors import UserError, plain, system_reason
+from ldm.files import is_folder, open_file
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.files import describe, looks_like_text, map_file
 from ldm.weights.mindspore_ckpt import open_ckpt, write_ckpt
-from ldm.weights.safetensors_file import open_safetensors, write_safetensors
+from ldm.weights.safetensors_file import is_safetensors, open_safetensors, write_safetensors
 from ldm.weights.torch_legacy import is_torch_legacy, open_torch_legacy
 from ldm.weights.torch_zip import is_torch_zip, open_torch
 
@@ -27,7 +28,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises UserError if the file is missing, empty, cut off, or something else, and says what it is.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         raise UserError(f"{path} is a folder: name the file in it ({' or '.join(WRITERS)})")
     data = map_file(path)
     if is_torch_zip(data):
@@ -36,8 +37,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return open_torch_legacy(path, data)
     if data[:1] == b"\n" and not looks_like_text(data[:512]):
         return open_ckpt(path, data)
-    header_size = int.from_bytes(data[:8], "little")
-    if len(data) >= 9 and data[8:9] == b"{" and header_size < 100_000_000:
+    if is_safetensors(data):
         return open_safetensors(path, data)
     raise UserError(f"{path} is {describe(path, data)}")
 
@@ -95,12 +95,11 @@ class _InMemory(Arrays):
 
 def content_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes in hexadecimal: the identity of weights in caches and in the PNGs' text fields."""
-    path = Path(path)
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
+    with open_file(path) as file:
+        try:
             for block in iter(lambda: file.read(1 << 20), b""):
                 digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except OSError as error:
+            raise UserError(f"{plain(os.fspath(path))} cannot be read: {system_reason(error)}") from None
     return digest.hexdigest()

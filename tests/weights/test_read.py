@@ -197,7 +197,7 @@ FOREIGN = {
     "XML": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "XML"),
     "PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 300, "PNG picture"),
     "JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 300, "JPEG picture"),
-    "torch zip": (torch_zip(), "wants to run fractions.Fraction"),
+    "torch zip": (torch_zip(), "names fractions.Fraction"),
     "pickle": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=2), "pickle"),
     "PyTorch before 1.6": (pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + b"\x80\x02M\xe9\x03.", "before 1.6"),
     "pickle protocol 5": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=5), "pickle"),
@@ -304,5 +304,5 @@ class TestWriting:
 def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
     content = np.random.default_rng(0).bytes(3_000_000)
     assert content_hash(write(tmp_path / "x", content)) == hashlib.sha256(content).hexdigest()
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="y does not exist"):
         content_hash(tmp_path / "y")
