@@ -10,7 +10,6 @@ grid.old1.png, and so on.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,8 @@ from ldm.atomic import atomic_path
 from ldm.errors import UserError, plain
 from ldm.files import open_file
 from ldm.npy import NotNumpy, read_array, read_header
+from ldm.paths import writing
+from ldm.texts import json_text, valid_text
 
 # More pictures than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
 GRID_IMAGES = 64
@@ -67,7 +68,7 @@ class SampleWriter:
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
         """Write pictures (N, H, W, 3) uint8 whose places in the order of the prompts are `indices`."""
-        try:
+        with writing(self.output_path):
             if not self._started:
                 self._start()
             for index, image in zip(indices, images):
@@ -82,8 +83,11 @@ class SampleWriter:
                     self.written += 1
                 if self.grid and len(self._grid_images) < GRID_IMAGES:
                     self._grid_images.append(image)
-        except OSError as error:
-            raise UserError(f"cannot write under {self.output_path}: {error.strerror or error}") from error
+
+    def progress(self) -> str:
+        """What is done and kept so far, for somebody who interrupts it."""
+        done = f"after {self.written:,} of {len(self.prompts):,} images"
+        return f"{done}, which are in {self.samples}" if self.written else f"{done}: nothing is kept"
 
     def finish(self) -> None:
         """Write the grid: a row a prompt where there are several images of each, else as square as it gets."""
@@ -91,11 +95,8 @@ class SampleWriter:
             return
         count = len(self._grid_images)
         columns = self.images_per_prompt if 1 < self.images_per_prompt < count else math.ceil(math.sqrt(count))
-        try:
-            with atomic_path(self.grid_path) as temporary:
-                Image.fromarray(tile(self._grid_images, min(columns, count))).save(temporary)
-        except OSError as error:
-            raise UserError(f"cannot write {self.grid_path}: {error.strerror or error}") from error
+        with writing(self.grid_path), atomic_path(self.grid_path) as temporary:
+            Image.fromarray(tile(self._grid_images, min(columns, count))).save(temporary)
 
     def _start(self) -> None:
         if self.pngs or self.grid:
@@ -129,7 +130,7 @@ def write_png(path: Path, image: np.ndarray, texts: Mapping[str, Any]) -> None:
     """Write (H, W, 3) uint8 as a PNG with text fields, beside and then renamed."""
     info = PngInfo()
     for key, value in texts.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        info.add_itxt(key, valid_text(value) if isinstance(value, str) else json_text(value))
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, pnginfo=info)
 
@@ -176,11 +177,8 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
 def write_latents(path: str | Path, starting: np.ndarray, final: np.ndarray) -> None:
     """Write final latents (N, C, h, w) to `path` and the starting ones to the same name with .init.npy."""
     for target, array in ((starting_latents_path(path), starting), (Path(path), final)):
-        try:
-            with atomic_path(target) as temporary:
-                np.save(temporary, np.ascontiguousarray(array, np.float32), allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+        with writing(target), atomic_path(target) as temporary:
+            np.save(temporary, np.ascontiguousarray(array, np.float32), allow_pickle=False)
 
 
 def starting_latents_path(path: str | Path) -> Path:

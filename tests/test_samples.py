@@ -50,6 +50,21 @@ def test_a_png_holds_its_prompt_its_settings_and_its_index(tmp_path):
     assert Image.open(tmp_path / "samples" / "00002.png").text["prompt"] == "two\nlines"
 
 
+def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
+    name = os.fsdecode(b"\xb7\xe7.ckpt")  # GBK
+    writer = SampleWriter(tmp_path, ["a"], [""], 1, {"checkpoint": name, "lora": [{"file": name, "weight": 1}]})
+    writer.add([0], pictures(1))
+    texts = Image.open(tmp_path / "samples" / "00000.png").text
+    assert texts["checkpoint"] == "\\udcb7\\udce7.ckpt" and json.loads(texts["lora"])[0]["file"] == name
+
+
+def test_what_is_kept_of_an_interrupted_run_is_said(tmp_path):
+    writer = SampleWriter(tmp_path, PROMPTS, NEGATIVE, 2, {})
+    assert writer.progress() == "after 0 of 4 images: nothing is kept"
+    writer.add([0, 1, 2], pictures(3))
+    assert writer.progress() == f"after 3 of 4 images, which are in {tmp_path / 'samples'}"
+
+
 def test_prompts_txt_has_a_line_for_each_png(tmp_path):
     write(tmp_path)
     lines = (tmp_path / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -106,7 +121,7 @@ def test_nothing_is_written_where_neither_pngs_nor_a_grid_are_wanted(tmp_path):
 
 def test_a_disk_that_refuses_is_named(tmp_path):
     (tmp_path / "out").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="cannot write under .*out"):
+    with pytest.raises(UserError, match="out cannot be written: .*: check the path"):
         write(tmp_path / "out")
 
 
