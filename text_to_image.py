@@ -49,8 +49,10 @@ def draw(config: GenerateConfig, job: Plan) -> None:
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
     from ldm.lora.state import Weights  # isort: skip
+    from ldm.weights.architecture import adapted_model  # isort: skip
     from ldm.pipeline import Pipeline, Sampling, apply_lora, check_sampling, load_model  # isort: skip
 
+    job.model = adapted_model(job.model, job.checkpoint)
     height, width = config.H or job.model.image_size, config.W or job.model.image_size
     sampling = Sampling(
         sampler=config.sampler,
@@ -75,6 +77,7 @@ def draw(config: GenerateConfig, job: Plan) -> None:
         job.unet_checkpoint,
         config.enable_flash_attention,
         config.ckpt_ema,
+        job.vae_checkpoint,
     )
     for file in job.loras:
         weights = Weights(file.weight, file.weight if file.text_weight is None else file.text_weight)
@@ -133,9 +136,10 @@ def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
     }
     if config.ckpt_ema:
         texts["checkpoint_ema"] = "True"
-    if job.unet_checkpoint is not None:
-        texts["unet_checkpoint"] = job.unet_checkpoint.name
-        texts["unet_checkpoint_sha256"] = base_hash(job.unet_checkpoint)
+    for name, path in (("unet_checkpoint", job.unet_checkpoint), ("vae_checkpoint", job.vae_checkpoint)):
+        if path is not None:
+            texts[name] = path.name
+            texts[f"{name}_sha256"] = base_hash(path)
     if job.loras:
         parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
         texts["lora"] = [

@@ -30,7 +30,8 @@ from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime import is_out_of_memory
 from ldm.tokenizer import Tokenizer
 from ldm.weights.base import open_base
-from ldm.weights.load import check_base_metadata, load_base
+from ldm.weights.load import check_base_metadata, load_base, load_network
+from ldm.weights.names import COMPONENTS
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Pipeline:
     def __init__(self, model: StableDiffusion, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
         self.schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
-        self.tokenizer = tokenizer or Tokenizer(pad=config.pad_token)
+        self.tokenizer = tokenizer or Tokenizer(config.pad_token, config.added_tokens)
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
@@ -210,24 +211,26 @@ def load_model(
     unet_checkpoint: str | Path | None = None,
     flash_attention: bool = False,
     ema: bool = False,
+    vae_checkpoint: str | Path | None = None,
 ) -> StableDiffusion:
     """The networks with a base checkpoint (a file or a diffusers folder) in them, UNet and text encoder computing in
     `compute_dtype`, the autoencoder in fp32 (in fp16 it is known to overflow).
 
-    unet_checkpoint: one whose UNet takes the place of the checkpoint's. flash_attention: Ascend's, in the UNet (see
-    ldm.runtime.check_flash_attention). ema: take the checkpoint's moving averages of the UNet.
+    unet_checkpoint, vae_checkpoint: whose UNet and VAE take the place of the checkpoint's, see load_network.
+    flash_attention: Ascend's, in the UNet (see ldm.runtime.check_flash_attention). ema: take the checkpoint's moving
+    averages of the UNet.
 
     Raises UserError for a file that does not fit the configuration or says that it was made for another, see
     ldm.weights.load.
     """
-    for path in (checkpoint, unet_checkpoint):
-        if path is not None:
-            check_base_metadata(open_base(path).metadata, config, path)
+    check_base_metadata(open_base(checkpoint).metadata, config, checkpoint)
     model = build_model(config, random=False)
-    report = load_base(model, checkpoint, ema=ema)
-    logger.info("%s: %s", checkpoint, report)
-    if unet_checkpoint is not None:
-        logger.info("%s: %s", unet_checkpoint, load_base(model, unet_checkpoint, components=("unet",)))
+    # A base may be without a VAE where another one is given.
+    components = [component for component in COMPONENTS if component != "vae" or vae_checkpoint is None]
+    logger.info("%s: %s", checkpoint, load_base(model, checkpoint, components, ema=ema))
+    for component, path in (("unet", unet_checkpoint), ("vae", vae_checkpoint)):
+        if path is not None:
+            logger.info("%s: %s", path, load_network(model, path, component, config))
     set_compute_dtype(model.model, compute_dtype)
     set_compute_dtype(model.cond_stage_model, compute_dtype)
     if flash_attention:

@@ -100,6 +100,13 @@ class GenerateConfig:
         None, "a UNet to put in the place of the checkpoint's, as training without LoRA saves it", group="model"
     )
 
+    vae_ckpt_path: Optional[str] = setting(
+        None,
+        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
+        "any base model",
+        group="model", path=True,
+    )
+
     use_lora: Optional[bool] = setting(None, "apply a LoRA; None: yes where lora_ckpt_path is given", group="LoRA")
     lora_ckpt_path: Optional[list[str]] = setting(
         None,
@@ -206,6 +213,7 @@ class Plan:
     version: Optional[str]
     checkpoint: Path
     unet_checkpoint: Optional[Path]
+    vae_checkpoint: Optional[Path]
     loras: list[LoRAFile]
     scale: float
 
@@ -240,9 +248,11 @@ def plan(config: GenerateConfig) -> Plan:
         )
 
     version, checkpoint, detected = _checkpoint(config)
-    unet_checkpoint = None
+    unet_checkpoint = vae_checkpoint = None
     if config.unet_ckpt_path is not None:
         unet_checkpoint = _existing(config.unet_ckpt_path, "unet_ckpt_path")
+    if config.vae_ckpt_path is not None:
+        vae_checkpoint = _existing(config.vae_ckpt_path, "vae_ckpt_path")
     model = detected or _model_config(config, version)
     loras = _lora_files(config)
     _check_outputs(config)
@@ -265,6 +275,7 @@ def plan(config: GenerateConfig) -> Plan:
         version=version,
         checkpoint=checkpoint,
         unet_checkpoint=unet_checkpoint,
+        vae_checkpoint=vae_checkpoint,
         loras=loras,
         scale=scale,
     )

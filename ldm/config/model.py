@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.config.parse import nearest
 from ldm.documents import read_yaml
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.tokenizer import AddedToken
 
 DIFFUSION_TARGETS = ("ldm.models.diffusion.ddpm.LatentDiffusion",)
 INPAINT_TARGET = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
@@ -84,6 +87,15 @@ class ModelConfig:
     unet: dict[str, Any]  # arguments of UNetModel
     vae: dict[str, Any]  # arguments of AutoencoderKL
     text: dict[str, Any]  # arguments of CLIPTextEncoder
+    added_tokens: tuple[AddedToken, ...] = ()  # of the checkpoint, see ldm.weights.tokens; a YAML has none
+
+    def content(self) -> dict[str, Any]:
+        """All that makes the model what it is, for hashes: not where it was read; the tokens only where there are any,
+        so that runs from before there were such resume."""
+        content = {**asdict(self), "path": ""}
+        if not self.added_tokens:
+            del content["added_tokens"]
+        return content
 
 
 def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

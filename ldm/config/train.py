@@ -32,6 +32,12 @@ class TrainConfig:
         False, "start from the moving averages of the UNet (EMA) that the checkpoint holds beside its weights",
         group=FILES,
     )
+    vae_ckpt_path: Optional[str] = setting(
+        None,
+        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
+        "any base model",
+        group=FILES, path=True,
+    )
     model_config: Optional[str] = setting(
         None, "YAML of the architecture; None: what the checkpoint is, by what it says and its shapes", group=FILES
     )

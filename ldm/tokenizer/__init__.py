@@ -1,5 +1,13 @@
 """CLIP's byte-pair encoding, and its vocabulary."""
 
-from ldm.tokenizer.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE, Tokenizer, clean_text
+from ldm.tokenizer.tokenizer import (
+    CONTEXT_LENGTH,
+    END_TOKEN,
+    START_TOKEN,
+    VOCABULARY_SIZE,
+    AddedToken,
+    Tokenizer,
+    clean_text,
+)
 
-__all__ = ["CONTEXT_LENGTH", "END_TOKEN", "START_TOKEN", "VOCABULARY_SIZE", "Tokenizer", "clean_text"]
+__all__ = ["CONTEXT_LENGTH", "END_TOKEN", "START_TOKEN", "VOCABULARY_SIZE", "AddedToken", "Tokenizer", "clean_text"]

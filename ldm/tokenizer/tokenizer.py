@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,22 +47,42 @@ def clean_text(text: str) -> str:
     return " ".join(ftfy.fix_text(text).split()).lower()
 
 
+class AddedToken(NamedTuple):
+    """A text that stands for one token of its own, such as the `<cat-toy>` that a textual inversion learns.
+
+    text, token: what is found in a prompt, and its id. normalized: upper and lower case are the same. single_word: it
+    is not found beside a letter, a digit or an underscore. The flags have the names of transformers' AddedToken; its
+    `lstrip` and `rstrip` take white space away, which has no token here.
+    """
+
+    text: str
+    token: int
+    normalized: bool = True
+    single_word: bool = False
+
+
 class Tokenizer:
     """Texts to (N, 77) int32 ids: start, up to 75 tokens, end, then padding.
 
+    Added tokens are found as CLIPTokenizer finds them: in the text as it is given, before it is cleaned, also within
+    words, the first and among those the longest; what lies between is cleaned and encoded by itself.
+
     Args:
         pad: "end" fills up with the end token (SD1.x), "zero" with 0 (SD2.x).
+        added_tokens: further tokens, with the ids that the text encoder's rows have.
 
     Raises:
         UserError: another padding rule, or a vocabulary file that is missing or not CLIP's.
     """
 
-    def __init__(self, pad: str = "end"):
+    def __init__(self, pad: str = "end", added_tokens: Sequence[AddedToken] = ()):
         if pad not in ("end", "zero"):
             raise UserError(f"pad_token '{pad}' is unknown: it is 'end' (SD1.x and nano) or 'zero' (SD2.x)")
         self.pad_id = END_TOKEN if pad == "end" else 0
         self._vocabulary = vocabulary()
         self._words: dict[str, tuple[int, ...]] = {START_TEXT: (START_TOKEN,), END_TEXT: (END_TOKEN,)}
+        self._added_texts = {added.token: added.text for added in added_tokens}
+        self._added_pattern, self._added_ids = _added_pattern(added_tokens)
 
     def encode(self, texts: Iterable[str]) -> np.ndarray:
         """Token ids (N, 77) int32 of N texts; a text of more than 75 tokens is cut and keeps its end token."""
@@ -82,21 +102,31 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a whole text, however long, without start, end and padding."""
-        return [token for word in WORDS.findall(clean_text(text)) for token in self._encode_word(word)]
+        tokens: list[int] = []
+        end = 0
+        for found in self._added_pattern.finditer(text) if self._added_ids else ():
+            tokens += self._tokenize_words(text[end : found.start()])
+            tokens.append(self._added_ids[found.lastindex - 1])
+            end = found.end()
+        return tokens + self._tokenize_words(text[end:])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The cleaned text of one row of ids, up to its end token; words come back parted by single spaces."""
         symbols = self._vocabulary.symbols
-        letters = []
-        for token in tokens:
+        byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        raw = b""
+        for token in map(int, tokens):
             if token == END_TOKEN:
                 break
-            if token != START_TOKEN:
-                letters.append(symbols[int(token)].replace(WORD_END, " "))
-        byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
-        # A space is no byte symbol: it stands for a word's end only.
-        raw = bytes(byte_of.get(letter, ord(" ")) for letter in "".join(letters))
-        return raw.decode("utf-8", errors="replace").strip()
+            if token in self._added_texts:
+                raw += f" {self._added_texts[token]} ".encode("utf-8", errors="replace")
+            elif token != START_TOKEN:
+                # A space is no byte symbol: it stands for a word's end only.
+                raw += bytes(byte_of.get(letter, ord(" ")) for letter in symbols[token].replace(WORD_END, " "))
+        return " ".join(part for part in raw.decode("utf-8", errors="replace").split(" ") if part)
+
+    def _tokenize_words(self, text: str) -> list[int]:
+        return [token for word in WORDS.findall(clean_text(text)) for token in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         known = self._words.get(word)
@@ -125,6 +155,18 @@ class Tokenizer:
                     place += 1
             parts = joined
         return parts
+
+
+def _added_pattern(added_tokens: Sequence[AddedToken]) -> tuple[regex.Pattern, list[int]]:
+    """(a pattern with a group for each way to write an added token, the ids in the order of the groups)."""
+    ways = [(added, False) for added in added_tokens] + [(added, True) for added in added_tokens if added.normalized]
+    # Alternatives are tried in order: the longest first, and what is written in the same case before what is not.
+    ways.sort(key=lambda way: (-len(way[0].text), way[1]))
+    groups = []
+    for added, any_case in ways:
+        group = f"(?i:{regex.escape(added.text)})" if any_case else regex.escape(added.text)
+        groups.append(rf"(?<!\w){group}(?!\w)" if added.single_word else group)
+    return regex.compile("|".join(f"({group})" for group in groups)), [added.token for added, _ in ways]
 
 
 @lru_cache(maxsize=1)

@@ -76,7 +76,7 @@ class Inputs:
         self.text_graph = model.cond_stage_model
         self.augments = config.random_crop or config.random_flip
         self.pool = ThreadPoolExecutor(config.num_workers)
-        tokenizer = Tokenizer(pad=model_config.pad_token)
+        tokenizer = Tokenizer(model_config.pad_token, model_config.added_tokens)
         self.tokens = tokenizer.encode([row.text for row in rows])
         cut = tokenizer.cut_off(row.text for row in rows)
         if cut:

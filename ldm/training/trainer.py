@@ -51,10 +51,11 @@ from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
-from ldm.weights.architecture import detect_model
+from ldm.weights.architecture import adapted_model, detect_model
 from ldm.weights.base import base_hash, open_base
-from ldm.weights.load import check_base_metadata, load_base
+from ldm.weights.load import check_base_metadata, load_base, load_network
 from ldm.weights.read import write_checkpoint
+from ldm.weights.tokens import tokens_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +169,12 @@ class Trainer:
         check_base_metadata(open_base(path).metadata, self.model_config, path)
         random_unet = self.config.unet_initialize_random
         model = build_model(self.model_config, random=random_unet)
-        components = ("vae", "text_encoder") if random_unet else ("unet", "vae", "text_encoder")
+        vae = self.config.vae_ckpt_path
+        components = [*(() if random_unet else ("unet",)), *(("vae",) if vae is None else ()), "text_encoder"]
         report = load_base(model, path, components, ema=self.config.pretrained_model_ema)
         logger.info("%s: %s", path, report)
+        if vae is not None:
+            logger.info("%s: %s", vae, load_network(model, vae, "vae", self.model_config))
         return model
 
     def _choose_trainable(self) -> list[Parameter]:
@@ -241,8 +245,8 @@ class Trainer:
         settings = asdict(self.config)
         settings.update(
             data=content_key("rows", *(part for row in rows for part in (row.path, row.text)))[:16],
-            model=content_key("model", repr({**asdict(self.model_config), "path": ""}))[:16],
-            base=base_hash(self.config.pretrained_model_path)[:16] + "-ema" * self.config.pretrained_model_ema,
+            model=content_key("model", repr(self.model_config.content()))[:16],
+            base=self._base_identity(),
             rank_size=self.runtime.rank_size,
             precision="fp16" if self.runtime.fp16 else "fp32",
             image_size=self.image_size,
@@ -250,6 +254,11 @@ class Trainer:
             lora_config=self._lora_layers()[:16] if self.config.lora_config else None,
         )
         return {name: settings[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
+
+    def _base_identity(self) -> str:
+        config = self.config
+        vae = "" if config.vae_ckpt_path is None else f"-vae-{base_hash(config.vae_ckpt_path)[:16]}"
+        return base_hash(config.pretrained_model_path)[:16] + "-ema" * config.pretrained_model_ema + vae
 
     def _lora_layers(self) -> str:
         """A hash of what lora_config says."""
@@ -356,7 +365,7 @@ class Trainer:
             "drop_overflow_update", "gradient_accumulation_steps", "enable_flash_attention", "jit_level", "mode",
         )  # fmt: skip
         key = graph_key(
-            {name: getattr(config, name) for name in names}, {**asdict(self.model_config), "path": ""},
+            {name: getattr(config, name) for name in names}, self.model_config.content(),
             self.image_size, self._scales_loss(), str(runtime), self._lora_layers(),
         )  # fmt: skip
         return cached_graphs(self.output / "cache" / "graphs" / f"rank{runtime.rank}", key)
@@ -457,6 +466,7 @@ class Trainer:
             "architecture": self.model_config.architecture,
             "prediction_type": self.model_config.prediction_type,
             "step": str(self.done),
+            **tokens_metadata(self.model_config.added_tokens),
         }
         write_checkpoint(path, arrays, metadata)
 
@@ -491,7 +501,7 @@ def _check_paths(config: TrainConfig) -> None:
 
 def _model_config(config: TrainConfig) -> ModelConfig:
     if config.model_config is not None:
-        return load_model_config(under_root(config.model_config))
+        return adapted_model(load_model_config(under_root(config.model_config)), config.pretrained_model_path)
     model = detect_model(
         config.pretrained_model_path,
         way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x",

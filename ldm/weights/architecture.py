@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,29 @@ from ldm.config.model import (
     model_metadata,
     parse_model_config,
 )
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
+from ldm.files import is_file, is_folder
 from ldm.paths import ROOT
+from ldm.tokenizer import VOCABULARY_SIZE
+from ldm.tokenizer.tokenizer import END_TEXT
 from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of
+from ldm.weights.tokens import tokens_of, with_tokens
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
     "unet": {"num_heads": -1, "num_head_channels": -1, "num_groups": NUM_GROUPS, "transformer_depth": 1,
              "use_linear_in_transformer": False},
     "vae": {"double_z": True, "num_groups": NUM_GROUPS},
-    "text": {"vocab_size": 49408, "length": 77},
+    "text": {"vocab_size": VOCABULARY_SIZE, "length": 77},
 }
+# The largest numbers that a folder's config.json files may give: of no model that is known.
+MOST_LATENT_PIXELS = 4096
+MOST_TIMESTEPS = 100_000
+MOST_HEADS = 1024
+MOST_GROUPS = 65_536
 
 
 def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
@@ -53,6 +62,13 @@ def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
     raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan, way_out)}")
 
 
+def adapted_model(model: ModelConfig, path: str | Path) -> ModelConfig:
+    """A model that is given by its YAML, with the tokens that the checkpoint at `path` adds. Raises UserError where it
+    is no base checkpoint, or its tokens do not fit it."""
+    checkpoint = open_base(path)
+    return with_tokens(model, checkpoint, plan_base(checkpoint))
+
+
 def fitting_models(
     checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None = None
 ) -> list[ModelConfig]:
@@ -62,8 +78,15 @@ def fitting_models(
     prediction_type: "epsilon" or "v_prediction", where it is known from elsewhere; a YAML beside the checkpoint goes
     before it. Raises UserError for models of another task, and for settings that the networks here do not have.
     """
+    return [with_tokens(model, checkpoint, plan) for model in _architectures(checkpoint, plan, prediction_type)]
+
+
+def _architectures(
+    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None
+) -> list[ModelConfig]:
+    """What fitting_models gives, without the tokens that the checkpoint adds."""
     beside = yaml_beside(checkpoint.path)
-    if beside.is_file():
+    if is_file(beside):
         return [load_model_config(beside)]
     shapes = {name: Canonical(checkpoint, plan).shape(name) for name in plan.sources}
     sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
@@ -92,7 +115,8 @@ def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: 
     which `way_out` is one that adds what is not said."""
     said = [f"says {key} {value}" for key, value in model_metadata(checkpoint.metadata).items()]
     absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, plan.sources)]
-    if not said and absent and absent != [LABELS["unet"]]:  # a training may begin without a UNet
+    # A training may begin without a UNet, and the VAE may come from elsewhere.
+    if not said and absent and absent not in ([LABELS["unet"]], [LABELS["vae"]]):
         return f"It holds no {' and no '.join(absent)}: give the whole model"
     if isinstance(checkpoint, DiffusersFolder):
         said += [f"has no {part}/config.json" for part in COMPONENTS if not checkpoint.config(part)]
@@ -113,21 +137,21 @@ def known_path(model: ModelConfig) -> str | None:
     return next((path for path in KNOWN if same_model(model, load_model_config(ROOT / path))), None)
 
 
-def yaml_beside(path: Path, is_folder: bool | None = None) -> Path:
+def yaml_beside(path: Path, as_folder: bool | None = None) -> Path:
     """Where the model YAML of a checkpoint lies: `x.yaml` beside `x.safetensors`, `folder.yaml` beside `folder`.
 
-    is_folder: for a path that is not there yet.
+    as_folder: whether `path` is one, None for what is there.
     """
-    is_folder = path.is_dir() if is_folder is None else is_folder
-    return path.parent / f"{path.name}.yaml" if is_folder else path.with_suffix(".yaml")
+    as_folder = is_folder(path) if as_folder is None else as_folder
+    return path.parent / f"{path.name}.yaml" if as_folder else path.with_suffix(".yaml")
 
 
 def _complete(model: ModelConfig) -> dict[str, Any]:
-    plain = {**asdict(model), "path": "", "architecture": ""}
+    content = {**model.content(), "architecture": ""}
     for part, defaults in DEFAULTS.items():
-        plain[part] = {**defaults, **plain[part]}
-    plain["unet"]["attention_resolutions"] = sorted(plain["unet"]["attention_resolutions"])
-    return plain
+        content[part] = {**defaults, **content[part]}
+    content["unet"]["attention_resolutions"] = sorted(content["unet"]["attention_resolutions"])
+    return content
 
 
 def _has_sizes(model: ModelConfig, sizes: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -202,7 +226,8 @@ def _text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if len(tokens) != 2 or len(positions) != 2:
         return {}
     layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
-    return dict(width=tokens[1], num_layers=layers, vocab_size=tokens[0], length=positions[0])
+    # The rows of `tokens` are CLIP's vocabulary and the tokens that were added to it, see ldm.weights.tokens.
+    return dict(width=tokens[1], num_layers=layers, length=positions[0])
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:
@@ -226,10 +251,18 @@ def _from_folder(
         return None
     scheduler = folder.read_json("scheduler/scheduler_config.json")
 
+    def refuse(where: str, key: str, value: Any, wanted: str) -> None:
+        raise UserError(f"{folder.path}: {key} in {where} is {plain(repr(value), 60)}{wanted}")
+
     def check(where: str, settings: Mapping[str, Any], key: str, *allowed: Any) -> None:
         if settings.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{folder.path}: {key} in {where} is {settings[key]!r}, which is not supported here "
-                            f"(only {' or '.join(map(str, allowed))})")
+            refuse(where, key, settings[key], f", which is not supported here (only {' or '.join(map(str, allowed))})")
+
+    def whole(where: str, settings: Mapping[str, Any], key: str, default: int, most: int, least: int = 1) -> int:
+        value = settings.get(key, default)
+        if type(value) is not int or not least <= value <= most:
+            refuse(where, key, value, f"; it must be a whole number from {least} to {most:,}")
+        return value
 
     check("unet/config.json", unet, "act_fn", "silu", "swish")
     check("unet/config.json", unet, "norm_eps", 1e-5)
@@ -246,18 +279,29 @@ def _from_folder(
 
     channels = [sizes["unet"]["model_channels"] * mult for mult in sizes["unet"].get("channel_mult", ())]
     # diffusers' `attention_head_dim` counts heads, for historical reasons.
-    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
+    key = "attention_head_dim" if unet.get("num_attention_heads") is None else "num_attention_heads"
+    heads = unet.get(key, 8)
     per_level = heads if isinstance(heads, list) else [heads] * len(channels)
-    if len(per_level) != len(channels) or any(type(count) is not int or count < 1 for count in per_level):
-        raise UserError(f"{folder.path}: attention_head_dim in unet/config.json is {heads!r}; it must be a number, or "
-                        f"one for each of the {len(channels)} levels")
+    if len(per_level) != len(channels) or any(
+        type(count) is not int or not 1 <= count <= MOST_HEADS for count in per_level
+    ):
+        refuse("unet/config.json", key, heads, f"; it must be a number from 1 to {MOST_HEADS:,}, or one for each of "
+                                               f"the {len(channels)} levels")
     head_channels = {channel // count for channel, count in zip(channels, per_level)}
     model = {
-        "unet": {**sizes["unet"], "num_groups": unet.get("norm_num_groups", NUM_GROUPS)},
-        "vae": {**sizes["vae"], "double_z": True, "num_groups": vae.get("norm_num_groups", NUM_GROUPS)},
+        "unet": {
+            **sizes["unet"],
+            "num_groups": whole("unet/config.json", unet, "norm_num_groups", NUM_GROUPS, MOST_GROUPS),
+        },
+        "vae": {
+            **sizes["vae"],
+            "double_z": True,
+            "num_groups": whole("vae/config.json", vae, "norm_num_groups", NUM_GROUPS, MOST_GROUPS),
+        },
         "text": {
             **sizes["text"],
-            "num_heads": text.get("num_attention_heads", 8),
+            "vocab_size": VOCABULARY_SIZE,
+            "num_heads": whole("text_encoder/config.json", text, "num_attention_heads", 8, MOST_HEADS),
             "activation": text.get("hidden_act", "quick_gelu"),
         },
     }
@@ -266,20 +310,21 @@ def _from_folder(
     elif len(head_channels) == 1:
         model["unet"]["num_head_channels"] = head_channels.pop()
     else:
-        raise UserError(f"{folder.path}: attention_head_dim in unet/config.json is {heads}; the networks here have "
-                        "one number of heads, or of channels a head, for all levels")
+        refuse("unet/config.json", key, heads, "; the networks here have one number of heads, or of channels a head, "
+                                               "for all levels")
     vae_factor = 2 ** (len(sizes["vae"]["ch_mult"]) - 1)
     sample_size = unet.get("sample_size") or 64
     sample_size = sample_size[0] if isinstance(sample_size, list) else sample_size
-    if type(sample_size) is not int:
-        raise UserError(f"{folder.path}: sample_size in unet/config.json is {sample_size!r}; it must be a number")
+    whole("unet/config.json", {"sample_size": sample_size}, "sample_size", 64, MOST_LATENT_PIXELS)
     config = ModelConfig(
         path=str(folder.path),
         architecture="custom",
         prediction_type=prediction_type or "epsilon",
         linear_start=scheduler.get("beta_start", 0.00085),
         linear_end=scheduler.get("beta_end", 0.012),
-        timesteps=scheduler.get("num_train_timesteps", 1000),
+        timesteps=whole(
+            "scheduler/scheduler_config.json", scheduler, "num_train_timesteps", 1000, MOST_TIMESTEPS, least=2
+        ),
         beta_schedule="scaled_linear",
         scale_factor=vae.get("scaling_factor", 0.18215),
         image_size=sample_size * vae_factor,
@@ -297,10 +342,14 @@ def _from_folder(
 
 def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
     """"zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
-    encoder's activation has it: OpenCLIP's is gelu."""
+    encoder's activation has it: OpenCLIP's is gelu. Raises UserError where it fills up with an added token."""
+    added = {token.text for token in tokens_of(folder)}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         token = folder.read_json(f"tokenizer/{file}").get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
+            if token in added:
+                raise UserError(f"{folder.path}: pad_token in tokenizer/{file} is {plain(token, 60)}, an added token; "
+                                f"only {END_TEXT} and ! are supported")
             return "zero" if token == "!" else "end"
     return "zero" if text.get("hidden_act") == "gelu" else "end"

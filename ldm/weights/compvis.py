@@ -26,6 +26,7 @@ SCHEDULE_BUFFERS = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
+POSITION_IDS = f"{TEXT_PREFIX}embeddings.position_ids"
 OPENCLIP = "cond_stage_model.model."
 OPENCLIP_NAMES = {
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -44,7 +45,7 @@ def place(name: str) -> list[Place] | Ignored | None:
     """Where a key of a CompVis or Stability AI single file goes."""
     if name.startswith(OPENCLIP):
         return _place_openclip(name[len(OPENCLIP) :])
-    if name.startswith("cond_stage_model.transformer.") and name.endswith(".embeddings.position_ids"):
+    if name == POSITION_IDS:
         return Ignored("position numbers")
     if name.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
         return [Place(name)]
@@ -52,8 +53,6 @@ def place(name: str) -> list[Place] | Ignored | None:
         return [Place(TEXT_PREFIX + name[len("cond_stage_model.transformer.") :])]
     if name in SCHEDULE_BUFFERS:
         return Ignored("noise schedule")
-    if name.startswith("model_ema."):
-        return Ignored("EMA copy")
     return None
 
 
@@ -78,7 +77,7 @@ def _place_openclip(name: str) -> list[Place] | Ignored | None:
 
 def is_published(name: str) -> bool:
     """Whether a key without use here belongs to the published files, other than as a moving average."""
-    return isinstance(place(name), Ignored) and not name.startswith("model_ema.")
+    return isinstance(place(name), Ignored)
 
 
 def layout(names: Iterable[str], openclip: bool) -> dict[str, Made]:

@@ -13,7 +13,8 @@ import yaml
 
 from ldm.atomic import atomic_path
 from ldm.config.model import ModelConfig, load_model_config, model_document, model_metadata
-from ldm.errors import UserError
+from ldm.errors import UserError, plain, system_reason
+from ldm.files import is_file
 from ldm.models.stable_diffusion import build_model
 from ldm.paths import check_free
 from ldm.weights import compvis, diffusers, mindone
@@ -24,6 +25,7 @@ from ldm.weights.load import LoadReport, check_base_metadata, compare, refusal
 from ldm.weights.names import COMPONENTS, Canonical
 from ldm.weights.placing import TEXT_PREFIX, Made
 from ldm.weights.read import write_checkpoint
+from ldm.weights.tokens import tokens_metadata, with_tokens, without_tokens
 from ldm.weights.write_folder import write_folder
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,6 @@ FORMS = ("ldm", "diffusers", "mindone", "own")
 FORM_OF = {".safetensors": "ldm", ".ckpt": "mindone", "": "diffusers"}
 SUFFIXES_OF = {"ldm": (".safetensors",), "mindone": (".ckpt",), "own": (".safetensors", ".ckpt")}
 DTYPES = {"keep": None, "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-POSITION_IDS = f"{TEXT_PREFIX}embeddings.position_ids"
 
 
 class Converted(Arrays):
@@ -123,7 +124,7 @@ def convert(
     checkpoint = open_base(source)
     plan = plan_base(checkpoint, ema)
     if model_config is not None:
-        found = [load_model_config(model_config)]
+        found = [with_tokens(load_model_config(model_config), checkpoint, plan)]
     else:
         found = fitting_models(checkpoint, plan, prediction_type)
     if not found:
@@ -143,9 +144,10 @@ def convert(
         check_base_metadata(checkpoint.metadata, model, source)
     if form == "diffusers":
         check_diffusers_form(model)
-    beside = yaml_beside(target, is_folder=form == "diffusers")
-    there = beside.is_file()
-    if there and not any(same_model(load_model_config(beside), other) for other in found):
+    beside = yaml_beside(target, as_folder=form == "diffusers")
+    there = is_file(beside)
+    architectures = [without_tokens(other) for other in found]  # the tokens are told by the checkpoint itself
+    if there and not any(same_model(load_model_config(beside), other) for other in architectures):
         raise UserError(f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
                         "remove it first")
 
@@ -156,7 +158,13 @@ def convert(
     if not report.ok:
         raise UserError(refusal(checkpoint, report))
     canonical = Canonical(checkpoint, plan, shapes)
-    metadata = {"architecture": model.architecture}
+    metadata = {"architecture": model.architecture, **tokens_metadata(model.added_tokens)}
+    if model.added_tokens and form in ("ldm", "mindone"):
+        logger.warning(
+            "%s holds %d added tokens (%s) for this project alone: other programs read no tokens from such a file, and "
+            "may refuse its token embedding; a diffusers folder holds them for all",
+            target, len(model.added_tokens), ", ".join(plain(added.text, 60) for added in model.added_tokens[:3]),
+        )  # fmt: skip
     if len(found) == 1:
         metadata["prediction_type"] = model.prediction_type
 
@@ -170,7 +178,7 @@ def convert(
             constants = compvis.schedule_buffers(model.linear_start, model.linear_end, model.timesteps)
             if not openclip:
                 length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
-                constants[POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
+                constants[compvis.POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
             if plan.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
                 kept = [name for name in plan.ignored if compvis.is_published(name)]
                 for name in kept:
@@ -184,8 +192,8 @@ def convert(
         else:
             made = {name: Made((name,)) for name in shapes}
         write_checkpoint(target, Converted(canonical, made, DTYPES[dtype], constants), metadata)
-    if len(found) == 1 and known_path(model) is None and not there:
-        _write_yaml(beside, model, source)
+    if len(found) == 1 and known_path(architectures[0]) is None and not there:
+        _write_yaml(beside, architectures[0], source)
     return report
 
 
@@ -236,6 +244,6 @@ def _write_yaml(path: Path, model: ModelConfig, source: Path) -> None:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
     assert same_model(model, load_model_config(path))
     logger.info("%s: the model's YAML, for --config and --model_config", path)

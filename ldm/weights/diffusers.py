@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 from ldm.config.model import ModelConfig
 from ldm.errors import UserError
-from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, rename
+from ldm.weights.placing import TEXT_PREFIX, Made, Place, rename
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -94,7 +94,7 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
     return table
 
 
-def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | Ignored | None]:
+def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | None]:
     """The function that says where a key of a diffusers folder (`component/name`) goes; `names` are all keys: they tell
     how many levels and layers the networks have."""
     names = list(names)
@@ -107,15 +107,13 @@ def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | Ignored |
         },
     }
 
-    def place(key: str) -> list[Place] | Ignored | None:
+    def place(key: str) -> list[Place] | None:
         component, _, name = key.partition("/")
-        if component != "text_encoder":
+        if component in tables:
             canonical = rename(name, tables[component])
             return None if canonical is None else [Place(canonical)]
-        if name.endswith("embeddings.position_ids"):
-            return Ignored("position numbers")
-        if name == "text_projection.weight":
-            return Ignored("text projection and scale of CLIP")
+        if component != "text_encoder":
+            return None
         return [Place(TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name))]
 
     return place

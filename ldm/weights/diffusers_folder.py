@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.errors import UserError
+from ldm.documents import read_json
+from ldm.errors import UserError, plain
+from ldm.files import is_file, is_folder, is_there, list_folder, read_text
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.read import open_checkpoint
+from ldm.weights.tokens import tokens_metadata, tokens_of_folder
 
 # Component -> the stems of its weights as .safetensors and as PyTorch's .bin.
 STEMS = {
@@ -20,6 +21,9 @@ STEMS = {
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
+# What stands in the names of files beside the stem: full precision first, and the moving averages before the weights
+# that they are of, as in the files without a variant.
+VARIANTS = ("", ".fp32", ".ema", ".non_ema", ".fp16", ".bf16")
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
 WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 
@@ -27,7 +31,9 @@ WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 class DiffusersFolder(Arrays):
     """The weights of a folder's components as one mapping, under `component/name`; see Checkpoint.
 
-    `files` holds the files that the weights come from; `metadata` the scheduler's prediction type where there is one.
+    `files` holds the files that the weights come from, `variants` what is in their names for each component, `notes`
+    what a user should know of the choice; `metadata` the scheduler's prediction type and the tokens that the tokenizer
+    adds, where there are any.
     """
 
     format = "diffusers"
@@ -36,6 +42,9 @@ class DiffusersFolder(Arrays):
         self.path = path
         self.places = places
         self.files: list[Path] = []
+        self.variants: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.has_averages = False  # whether the UNet's weights are known to be moving averages
         self._arrays: dict[str, tuple[Checkpoint, str]] = {}
         for component, place in places.items():
             for checkpoint in self._open(component, place):
@@ -43,19 +52,40 @@ class DiffusersFolder(Arrays):
                 self._arrays.update({f"{component}/{name}": (checkpoint, name) for name in checkpoint})
         prediction_type = self.read_json("scheduler/scheduler_config.json").get("prediction_type")
         self.metadata = {"prediction_type": prediction_type} if isinstance(prediction_type, str) else {}
+        if "text_encoder" in places and path not in places.values():
+            self.metadata.update(tokens_metadata(tokens_of_folder(self.read_json, path)))
 
     def _open(self, component: str, place: Path) -> list[Checkpoint]:
-        safe, torch = STEMS[component]
-        # Full precision first, then .safetensors before .bin.
-        for variant in ("", ".fp16"):
-            for stem, suffix in ((safe, ".safetensors"), (torch, ".bin")):
-                if (place / f"{stem}{variant}{suffix}").exists():
-                    return [open_checkpoint(place / f"{stem}{variant}{suffix}")]
-                index = place / f"{stem}{suffix}.index{variant}.json"
-                if index.exists():
-                    return _open_shards(index)
-        found = ", ".join(sorted(os.listdir(place))[:5]) or "nothing"
-        raise UserError(f"{place} holds no weights ({safe}.safetensors or {torch}.bin), but {found}")
+        names = list_folder(place)
+        found = [
+            (variant, name)
+            for variant in VARIANTS
+            # .safetensors before .bin
+            for stem, suffix in zip(STEMS[component], (".safetensors", ".bin"))
+            for name in (
+                f"{stem}{variant}{suffix}",
+                f"{stem}{suffix}.index{variant}.json",
+                f"{stem}{variant}{suffix}.index.json",
+            )
+            if name in names
+        ]
+        there = [(variant, name) for variant, name in found if is_there(place / name)]
+        if not there:
+            if found:
+                raise UserError(f"{place / found[0][1]} is a link to a file that is not there: a download that "
+                                "stopped? Fetch it again")
+            safe, torch = STEMS[component]
+            shown = ", ".join(plain(name, 60) for name in names[:5]) or "nothing"
+            raise UserError(f"{place} holds no weights ({safe}.safetensors or {torch}.bin), but {shown}")
+        variant, name = there[0]
+        self.variants[component] = variant[1:]
+        non_ema = next((other for other_variant, other in there if other_variant == ".non_ema"), None)
+        if variant in ("", ".fp32", ".ema") and non_ema is not None:
+            self.has_averages = self.has_averages or component == "unet"
+            self.notes.append(f"{component}/{name} is taken, the moving averages (EMA), and not {non_ema} beside it")
+        elif variant:
+            self.notes.append(f"{component}/{name} is taken, the variant {variant[1:]}, as there is none without")
+        return _open_shards(place / name) if name.endswith(".json") else [open_checkpoint(place / name)]
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json; empty where there is none."""
@@ -85,9 +115,13 @@ class DiffusersFolder(Arrays):
 
 
 def open_folder(path: Path) -> DiffusersFolder:
-    """Open a diffusers folder, or one component of it. Raises UserError for any other folder, and says what it is."""
-    names = sorted(os.listdir(path))
-    pipeline = str(_read_json(path / "model_index.json").get("_class_name", ""))
+    """Open a diffusers folder, one component of it, or a model's folder in the Hugging Face hub's cache.
+
+    Raises UserError for any other folder, and says what it is.
+    """
+    path = _snapshot(path)
+    names = list_folder(path)
+    pipeline = plain(_read_json(path / "model_index.json").get("_class_name", ""), 60)
     if "transformer" in names:  # first: Stable Diffusion 3 and Flux have several text encoders as well
         raise UserError(f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
                         "and SD2.x are supported")
@@ -97,7 +131,7 @@ def open_folder(path: Path) -> DiffusersFolder:
     if "Inpaint" in pipeline:
         raise UserError(f"{path} is an inpainting model's folder ({pipeline}), which is not supported; take a "
                         "text-to-image model's")
-    places = {component: path / component for component in STEMS if (path / component).is_dir()}
+    places = {component: path / component for component in STEMS if is_folder(path / component)}
     if places:
         return DiffusersFolder(path, places)
     config = _read_json(path / "config.json")
@@ -111,8 +145,35 @@ def open_folder(path: Path) -> DiffusersFolder:
     files = [name for name in names if name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))]
     if files:
         raise UserError(f"{path} is a folder, but no diffusers folder ({WHOLE}): name the file, such as "
-                        f"{path / files[0]}")
-    raise UserError(f"{path} {'is an empty folder' if not names else 'holds no checkpoint'}: {WHOLE}")
+                        f"{path / plain(files[0])}")
+    shown = ", ".join(plain(name, 60) for name in names[:3])
+    raise UserError(f"{path} {f'holds no checkpoint, but {shown}' if names else 'is an empty folder'}: {WHOLE}")
+
+
+def _snapshot(path: Path) -> Path:
+    """The folder itself; of a model's folder in the hub's cache the snapshot that refs/main names, else the only one.
+
+    Raises UserError where there are several or none, and for the whole cache.
+    """
+    names = list_folder(path)
+    models = [name for name in names if name.startswith("models--")]
+    if models and not any(component in names for component in STEMS):
+        raise UserError(f"{path} is the cache of the Hugging Face hub: name one of its models, such as "
+                        f"{path / plain(models[0])}")
+    if "snapshots" not in names or not ("refs" in names or "blobs" in names):
+        return path
+    snapshots = [name for name in list_folder(path / "snapshots") if is_folder(path / "snapshots" / name)]
+    reference = path / "refs" / "main"
+    revision = read_text(reference, most=1000).strip() if is_file(reference) else ""
+    if revision in snapshots:
+        return path / "snapshots" / revision
+    if len(snapshots) == 1:
+        return path / "snapshots" / snapshots[0]
+    if not snapshots:
+        raise UserError(f"{path} is a model's folder in the hub's cache with an empty snapshots/: download it again")
+    shown = ", ".join(plain(name, 60) for name in snapshots[:3])
+    raise UserError(f"{path} is a model's folder in the hub's cache with {len(snapshots)} snapshots, and refs/main "
+                    f"names none of them: give one of those in {path / 'snapshots'}, {shown}")
 
 
 def _open_shards(index: Path) -> list[Checkpoint]:
@@ -121,25 +182,20 @@ def _open_shards(index: Path) -> list[Checkpoint]:
         raise UserError(f"{index} has no weight_map: fetch it again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is no file beside it: fetch it again")
+            raise UserError(f"{index} names {plain(repr(file))}, which is no file beside it: fetch it again")
     shards = [open_checkpoint(index.parent / file) for file in sorted(set(weight_map.values()))]
     found = {name: shard.path.name for shard in shards for name in shard}
     if found != weight_map:
         wrong = sorted(name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name))
-        raise UserError(f"{index} and its files do not agree on {len(wrong)} arrays, such as {wrong[0]}: fetch them "
-                        "again")
+        raise UserError(f"{index} and its files do not agree on {len(wrong)} arrays, such as {plain(wrong[0])}: fetch "
+                        "them again")
     return shards
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_there(path):
         return {}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8; a thousand brackets
-        raise UserError(f"{path} is not JSON ({error}): fetch it again") from error
+    content = read_json(path, way="fetch it again")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not settings: fetch it again")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,13 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm.config.model import ModelConfig, model_metadata
-from ldm.errors import UserError
-from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base
-from ldm.weights.checkpoint import Checkpoint
+from ldm.errors import UserError, plain
+from ldm.weights.base import OTHER_TASKS, Prefixed, open_base, open_network, other_task, plan_base
+from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
+
+logger = logging.getLogger(__name__)
 
 CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
 
@@ -90,8 +93,34 @@ def load_base(
         UserError: the file cannot be read, is not a base checkpoint, or (unless `partial`) does not fit, with counts.
             The model is unchanged then.
     """
-    checkpoint = open_base(path)
+    return _load(model, open_base(path), components, partial, ema)
+
+
+def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
+    """Load one network, "unet" or "vae", in the place of the base's: from a file or folder that holds it alone, under
+    its own names, or from any base model. See load_base for the rest; raises UserError also where what the file says
+    contradicts the model configuration."""
+    checkpoint = open_network(path, component)
+    check_base_metadata(checkpoint.metadata, config, path)
+    if component == "vae" and isinstance(checkpoint, DiffusersFolder):
+        factor = checkpoint.config("vae").get("scaling_factor", config.scale_factor)
+        if factor != config.scale_factor:
+            raise UserError(f"{path} is a VAE with a scaling_factor of {plain(repr(factor))}, the model wants "
+                            f"{config.scale_factor}: take a VAE of SD1.x or SD2.x")
+    return _load(model, checkpoint, (component,))
+
+
+def _load(
+    model: nn.Cell,
+    checkpoint: Checkpoint | DiffusersFolder | Prefixed,
+    components: Sequence[str],
+    partial: bool = False,
+    ema: bool = False,
+) -> LoadReport:
     plan = plan_base(checkpoint, ema)
+    if isinstance(checkpoint, DiffusersFolder):
+        for note in checkpoint.notes:
+            logger.info("%s: %s", checkpoint.path, note)
     parameters = {
         parameter.name: parameter
         for parameter in model.get_parameters()
@@ -99,9 +128,10 @@ def load_base(
     }
     report = compare(checkpoint, plan, {name: tuple(p.shape) for name, p in parameters.items()}, components)
     if not report.ok and not partial:
-        raise UserError(refusal(checkpoint, report))
+        way = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
+        raise UserError(refusal(checkpoint, report) + way * (_absent(report) == ["vae"]))
     if not any(component.matched for component in report.components.values()):
-        raise UserError(f"{path}: none of its {len(checkpoint)} arrays fits the model ({report})")
+        raise UserError(f"{checkpoint.path}: none of its {len(checkpoint)} arrays fits the model ({report})")
     wrong = {name for part in report.components.values() for name, *_ in (*part.wrong_shape, *part.wrong_type)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in plan.sources and name not in wrong}
     canonical = Canonical(checkpoint, plan, shapes)
@@ -127,7 +157,7 @@ def check_base_metadata(metadata: Mapping[str, str], config: ModelConfig, path: 
 
 
 def compare(
-    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
+    checkpoint: Arrays, plan: Plan, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
 ) -> LoadReport:
     """Compare a file's plan with the shapes of the parameters that want to be filled; nothing is read but shapes."""
     reports = {component: ComponentReport() for component in components}
@@ -161,16 +191,16 @@ def compare(
     return LoadReport(plan.family, reports, dict(ignored))
 
 
-def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str:
+def refusal(checkpoint: Arrays, report: LoadReport) -> str:
     """One line on why a file does not fit: what it is where that is known, the counts, an example."""
     why = _architecture_mismatch(report)
     wrong, types, missing, unexpected = (
         [entry for component in report.components.values() for entry in getattr(component, kind)]
         for kind in ("wrong_shape", "wrong_type", "missing", "unexpected")
     )
-    empty = [LABELS[name] for name, found in report.components.items() if found.missing and not found.matched]
-    if not why and empty and not wrong:
-        why = f"it holds no {' and no '.join(empty)}"
+    absent = [LABELS[component] for component in _absent(report)]
+    if not why and absent and not wrong:
+        why = f"it holds no {' and no '.join(absent)}"
     example = ""
     if wrong:
         name, found, wanted = wrong[0]
@@ -178,8 +208,13 @@ def refusal(checkpoint: Checkpoint | DiffusersFolder, report: LoadReport) -> str
     elif types:
         example = f"; for example {types[0][0]} is {types[0][1]}: take the file in fp32, fp16 or bf16"
     elif missing or unexpected:
-        example = f"; for example {(missing or unexpected)[0]}"
+        example = f"; for example {plain((missing or unexpected)[0])}"
     return f"{checkpoint.path} does not fit the model{f': {why}' if why else ''} ({report}{example})"
+
+
+def _absent(report: LoadReport) -> list[str]:
+    """The components of which nothing was found."""
+    return [name for name, found in report.components.items() if found.missing and not found.matched]
 
 
 def _architecture_mismatch(report: LoadReport) -> str:

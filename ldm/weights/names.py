@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.checkpoint import Arrays
+from ldm.weights.leftovers import leftover
 from ldm.weights.placing import Ignored, Place
 
 COMPONENTS = {
@@ -54,7 +55,8 @@ class Plan:
         else:
             for place in placed:
                 if place.name in self.sources:
-                    raise UserError(f"{self.sources[place.name].name} and {key} both stand for {place.name}")
+                    raise UserError(f"{plain(self.sources[place.name].name)} and {plain(key)} both stand for "
+                                    f"{place.name}: the file is damaged")
                 self.sources[place.name] = Source(key, place.part, place.parts)
 
 
@@ -84,11 +86,11 @@ def plan_names(names: Iterable[str], ema: bool = False) -> Plan:
     names = list(names)
     family = detect_family(names)
     if family is None:
-        raise UserError(f"no Stable Diffusion parameter among {len(names)} names ({', '.join(names[:2])}, ...)")
+        raise UserError(f"no Stable Diffusion parameter among {len(names)} names ({plain(', '.join(names[:2]))}, ...)")
     plan = Plan(family)
     place = {"ldm": compvis.place, "mindone": mindone.place}.get(family) or diffusers.place_among(names)
     for name in names:
-        plan.add(name, place(name))
+        plan.add(name, leftover(name) or place(name))
     if ema:
         _take_averages(plan)
     return plan

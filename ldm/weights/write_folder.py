@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.atomic import atomic_folder
 from ldm.config.model import NUM_GROUPS, ModelConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, system_reason
 from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.checkpoint import Arrays
@@ -43,7 +43,7 @@ def write_folder(path: Path, model: ModelConfig, parts: Mapping[str, Arrays]) ->
             for component, arrays in parts.items():
                 write_safetensors(folder / component / FILES[component], arrays, {"format": "pt"})
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
 
 
 def _index() -> dict[str, Any]:
@@ -166,10 +166,21 @@ def _tokenizer(model: ModelConfig) -> dict[str, Any]:
     words = vocabulary()
     pad = END_TEXT if model.pad_token == "end" else words.symbols[0]
 
-    def special(text: str) -> dict[str, Any]:
-        return {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    def special(text: str, normalized: bool = True, single_word: bool = False) -> dict[str, Any]:
+        return {
+            "content": text, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": single_word,
+        }  # fmt: skip
 
+    added, listed = {}, {}
+    if model.added_tokens:
+        added["tokenizer/added_tokens.json"] = {text: token for text, token, *_ in model.added_tokens}
+        listed["added_tokens_decoder"] = {
+            str(START_TOKEN): {**special(START_TEXT), "special": True},
+            str(END_TOKEN): {**special(END_TEXT), "special": True},
+            **{str(token): {**special(text, *flags), "special": False} for text, token, *flags in model.added_tokens},
+        }
     return {
+        **added,
         "tokenizer/vocab.json": json.dumps(words.ids, ensure_ascii=False),
         "tokenizer/merges.txt": "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in words.ranks)]),
         "tokenizer/special_tokens_map.json": {
@@ -180,6 +191,7 @@ def _tokenizer(model: ModelConfig) -> dict[str, Any]:
         },
         "tokenizer/tokenizer_config.json": {
             "add_prefix_space": False,
+            **listed,
             "bos_token": START_TEXT,
             "do_lower_case": True,
             "eos_token": END_TEXT,

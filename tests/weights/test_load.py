@@ -177,8 +177,8 @@ class TestRefusing:
         assert "text encoder: 36 matched" in message
 
     def test_unknown_keys(self, model, weights, tmp_path):
-        message = refused(model, save(tmp_path / "base.ckpt", {**weights, "optimizer.step": np.zeros(1)}))
-        assert "other: 1 unexpected; for example optimizer.step" in message
+        message = refused(model, save(tmp_path / "base.ckpt", {**weights, "refiner.step": np.zeros(1)}))
+        assert "other: 1 unexpected; for example refiner.step" in message
 
     def test_another_architecture_is_named(self, model, weights, tmp_path):
         sd1 = {**weights, TO_K: np.zeros((32, 768), np.float32)}

@@ -302,7 +302,7 @@ class TestUnknownNames:
     @pytest.mark.parametrize(
         "name",
         [
-            "optimizer.state.0",
+            "refiner.state.0",
             "cond_stage_model.model.transformer.resblocks.0.ln_3.weight",
             "cond_stage_model.model.visual.proj",
             "cond_stage_model.transformer.transformer_layer.resblocks.0.ln_3.gamma",

@@ -1,0 +1,174 @@
+"""Tokens that a checkpoint adds to CLIP's vocabulary, as textual inversion does: where they stand, whether they fit.
+
+A diffusers folder tells them in its tokenizer's files, a single file written here in its texts. They belong to the
+checkpoint and not to the architecture: its text encoder has one row more for each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config.model import ModelConfig
+from ldm.documents import parse_json
+from ldm.errors import UserError, plain
+from ldm.tokenizer import VOCABULARY_SIZE, AddedToken
+from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
+from ldm.weights.checkpoint import Arrays
+from ldm.weights.names import Canonical, Plan
+from ldm.weights.placing import TEXT_PREFIX
+
+METADATA = "added_tokens"  # the key of a checkpoint's texts
+TOKEN_ROWS = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
+MOST_TOKENS = 100_000
+LONGEST_TEXT = 500
+# transformers lists these among the added tokens; "!" is what SD2's tokenizer fills up with.
+_OWN_TEXTS = (START_TEXT, END_TEXT, "!")
+
+
+def tokens_of_folder(read_json: Callable[[str], Mapping[str, Any]], path: Path) -> tuple[AddedToken, ...]:
+    """The tokens that the tokenizer of a diffusers folder adds, by id.
+
+    Args:
+        read_json: gives a file of the folder, empty where it is not there.
+        path: of the folder, for errors.
+
+    Raises:
+        UserError: the files contradict each other or CLIP's vocabulary, or the vocabulary is another one.
+    """
+    where = path / "tokenizer"
+    found: dict[str, AddedToken] = {}
+    for file, entries in _listed(read_json, where).items():
+        for text, token, flags in entries:
+            added = _added_token(text, token, flags, f"{where / file}")
+            other = found.setdefault(added.text, added)
+            if other.token != added.token:
+                raise UserError(f"{where / file} gives {plain(text, 60)} the id {added.token}, another file beside it "
+                                f"{other.token}: save the tokenizer again")
+    _check_vocabulary(read_json, where)
+    return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
+
+
+def tokens_of(checkpoint: Arrays) -> tuple[AddedToken, ...]:
+    """The tokens that a checkpoint adds, by id. Raises UserError for a file whose texts tell none that can be."""
+    text = checkpoint.metadata.get(METADATA)
+    if text is None:
+        return ()
+    where = f"{checkpoint.path}, {METADATA} in its metadata,"
+    entries = parse_json(text, where)
+    if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) == 4 for entry in entries):
+        raise UserError(f"{where} is no list of tokens: convert the checkpoint again")
+    tokens = [
+        _added_token(text, token, {"normalized": normalized, "single_word": single_word}, where)
+        for text, token, normalized, single_word in entries
+    ]
+    return _checked(tokens, where)
+
+
+def tokens_metadata(tokens: tuple[AddedToken, ...]) -> dict[str, str]:
+    """The tokens as a text of a checkpoint, which tokens_of reads; nothing where there are none."""
+    return {METADATA: json.dumps(tokens, ensure_ascii=False)} if tokens else {}
+
+
+def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConfig:
+    """The model with the tokens that a checkpoint adds, and its text encoder with as many rows.
+
+    Raises UserError where the tokens and the rows of the file's token embedding are not as many.
+    """
+    if TOKEN_ROWS not in plan.sources:
+        return model
+    tokens = tokens_of(checkpoint)
+    shape = Canonical(checkpoint, plan).shape(TOKEN_ROWS)
+    rows = shape[0] if shape else 0
+    learned = [added for added in tokens if added.token >= VOCABULARY_SIZE]
+    if not learned and rows <= model.text.get("vocab_size", VOCABULARY_SIZE):
+        return replace(model, added_tokens=tokens)  # where there are less, loading names the shapes
+    if rows != VOCABULARY_SIZE + len(learned):
+        raise UserError(
+            f"{checkpoint.path} adds {len(learned)} tokens to CLIP's {VOCABULARY_SIZE:,}{_shown(learned)}, but its "
+            f"text encoder's token embedding has {rows:,} rows: take tokenizer/ and text_encoder/ of one run, the "
+            "embedding resized to the tokenizer's length"
+        )
+    return replace(model, text={**model.text, "vocab_size": rows}, added_tokens=tokens)
+
+
+def without_tokens(model: ModelConfig) -> ModelConfig:
+    """The architecture alone: the reverse of with_tokens."""
+    text = {key: value for key, value in model.text.items() if key != "vocab_size"}
+    return replace(model, text=text, added_tokens=()) if model.added_tokens else model
+
+
+def _listed(read_json: Callable[[str], Mapping[str, Any]], where: Path) -> dict[str, list[tuple[Any, Any, dict]]]:
+    """File -> (text, id, flags) of each token that it lists. Raises UserError for lists of another form."""
+    decoder = read_json("tokenizer/tokenizer_config.json").get("added_tokens_decoder") or {}
+    whole = read_json("tokenizer/tokenizer.json").get("added_tokens") or []
+    plain_ids = read_json("tokenizer/added_tokens.json")
+    if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
+        raise UserError(f"{where / 'tokenizer_config.json'}: added_tokens_decoder is no list of tokens by id: save the "
+                        "tokenizer again")
+    if not isinstance(whole, list) or not all(isinstance(entry, dict) for entry in whole):
+        raise UserError(f"{where / 'tokenizer.json'}: added_tokens is no list of tokens: save the tokenizer again")
+    return {
+        "tokenizer_config.json": [
+            (entry.get("content"), int(token) if token.isdecimal() and len(token) < 10 else token, entry)
+            for token, entry in decoder.items()
+        ],
+        "tokenizer.json": [(entry.get("content"), entry.get("id"), entry) for entry in whole],
+        "added_tokens.json": [(text, token, {}) for text, token in plain_ids.items()],
+    }
+
+
+def _added_token(text: Any, token: Any, flags: Mapping[str, Any], where: str) -> AddedToken:
+    normalized, single_word = flags.get("normalized", True), flags.get("single_word", False)
+    if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TEXT or not text.strip():
+        raise UserError(f"{where} adds a token whose text is {plain(repr(text), 60)}: it must be a text of 1 to "
+                        f"{LONGEST_TEXT} characters")
+    if type(token) is not int or not 0 <= token < VOCABULARY_SIZE + MOST_TOKENS:
+        raise UserError(f"{where} gives {plain(text, 60)} the id {plain(repr(token), 60)}: it must be a whole number "
+                        f"below {VOCABULARY_SIZE + MOST_TOKENS:,}")
+    if type(normalized) is not bool or type(single_word) is not bool:
+        raise UserError(f"{where}: normalized and single_word of {plain(text, 60)} must be true or false")
+    return AddedToken(text, token, normalized, single_word)
+
+
+def _checked(tokens: list[AddedToken], where: str) -> tuple[AddedToken, ...]:
+    """The tokens by id. Raises UserError where two have one id, an id is left out, or CLIP has it for another text."""
+    tokens = sorted(tokens, key=lambda added: added.token)
+    symbols = vocabulary().symbols
+    expected = VOCABULARY_SIZE
+    for added in tokens:
+        if added.token < VOCABULARY_SIZE:
+            if symbols[added.token] != added.text:
+                raise UserError(f"{where} gives {plain(added.text, 60)} the id {added.token}, which is "
+                                f"{symbols[added.token]} in CLIP's vocabulary: only CLIP's tokenizer is supported")
+        elif added.token != expected:
+            raise UserError(f"{where} gives {plain(added.text, 60)} the id {added.token}, where {expected} is next: "
+                            "the ids of added tokens must follow each other")
+        else:
+            expected += 1
+    return tuple(tokens)
+
+
+def _check_vocabulary(read_json: Callable[[str], Mapping[str, Any]], where: Path) -> None:
+    """Raise UserError for another vocabulary than CLIP's, with which every prompt would mean something else."""
+    file, ids = "vocab.json", read_json("tokenizer/vocab.json")
+    if not ids:
+        model = read_json("tokenizer/tokenizer.json").get("model")
+        file, ids = "tokenizer.json", model.get("vocab") if isinstance(model, dict) else None
+    if not ids:
+        return
+    ours = vocabulary().ids
+    differing = [text for text, token in ours.items() if ids.get(text) != token] if isinstance(ids, dict) else ours
+    if differing:
+        raise UserError(f"{where / file} is not CLIP's vocabulary, {len(differing):,} of {len(ours):,} entries differ: "
+                        "only CLIP's tokenizer is supported")
+
+
+def _shown(tokens: list[AddedToken]) -> str:
+    if not tokens:
+        return ""
+    more = ", ..." if len(tokens) > 3 else ""
+    return f" ({', '.join(plain(added.text, 60) for added in tokens[:3])}{more})"
