@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from ldm.errors import UserError, plain, system_reason
 from ldm.files import is_there
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_STRENGTH = 1000  # of a LoRA, and its negative the least
 
 
 def expanded(text: str) -> str:
@@ -52,12 +52,13 @@ def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
 
 
 def _weight(word: str, text: str, name: str) -> float:
+    text, given = plain(text), plain(word, 40)
     try:
         weight = float(word)
     except ValueError:
-        raise UserError(f'{name} "{text}": "{word}" after the colon is no weight such as 0.7') from None
-    if not math.isfinite(weight):
-        raise UserError(f'{name} "{text}": the weight is not a finite number')
+        raise UserError(f'{name} "{text}": "{given}" after the colon is no weight such as 0.7') from None
+    if not abs(weight) <= MOST_STRENGTH:
+        raise UserError(f'{name} "{text}": the weight is not a finite number from -{MOST_STRENGTH} to {MOST_STRENGTH}')
     return weight
 
 

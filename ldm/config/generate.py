@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from ldm.config.model import ModelConfig, load_model_config
-from ldm.config.parse import setting
+from ldm.config.model import MOST_SIDE, MOST_TIMESTEPS, ModelConfig, load_model_config
+from ldm.config.parse import MOST_BATCH, MOST_RANK, setting
 from ldm.errors import UserError, plain
-from ldm.paths import ROOT, under_root, weighted_path
+from ldm.files import check_file, is_folder, is_there
+from ldm.paths import MOST_STRENGTH, ROOT, under_root, weighted_path
 from ldm.prompts import MOST_CHARACTERS, read_prompts
 
 logger = logging.getLogger(__name__)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MOST_IMAGES = 1_000_000
+MOST_GUIDANCE = 1000
 
 
 class Version(NamedTuple):
@@ -63,10 +65,16 @@ class GenerateConfig:
         group="what to draw",
         path=True,
     )
-    n_iter: int = setting(1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1)
-    n_samples: int = setting(1, "images a prompt and round", group="what to draw", low=1)
-    H: Optional[int] = setting(None, "height in pixels; None for the model's own", group="what to draw", low=1)
-    W: Optional[int] = setting(None, "width in pixels; None for the model's own", group="what to draw", low=1)
+    n_iter: int = setting(
+        1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1, high=MOST_IMAGES
+    )
+    n_samples: int = setting(1, "images a prompt and round", group="what to draw", low=1, high=MOST_IMAGES)
+    H: Optional[int] = setting(
+        None, "height in pixels; None for the model's own", group="what to draw", low=1, high=MOST_SIDE
+    )
+    W: Optional[int] = setting(
+        None, "width in pixels; None for the model's own", group="what to draw", low=1, high=MOST_SIDE
+    )
     seed: int = setting(
         42,
         "image i comes from (seed, i) alone, whatever the batch size; counted over all prompts",
@@ -78,6 +86,7 @@ class GenerateConfig:
         None,
         "start from these latents (.npy, float, images x channels x height x width) instead of the seed's",
         group="what to draw",
+        path=True,
     )
 
     version: Optional[str] = setting(
@@ -86,18 +95,22 @@ class GenerateConfig:
         group="model",
         choices=tuple(VERSIONS),
     )
-    config: Optional[str] = setting(None, "the model's YAML; None for the version's", group="model")
+    config: Optional[str] = setting(None, "the model's YAML; None for the version's", group="model", path=True)
     ckpt_path: Optional[str] = setting(
         None,
         "the base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for the "
         "version's, under models/",
         group="model",
+        path=True,
     )
     ckpt_ema: bool = setting(
         False, "take the moving averages of the UNet (EMA) that the checkpoint holds beside its weights", group="model"
     )
     unet_ckpt_path: Optional[str] = setting(
-        None, "a UNet to put in the place of the checkpoint's, as training without LoRA saves it", group="model"
+        None,
+        "a UNet to put in the place of the checkpoint's, as training without LoRA saves it",
+        group="model",
+        path=True,
     )
 
     vae_ckpt_path: Optional[str] = setting(
@@ -113,8 +126,15 @@ class GenerateConfig:
         "LoRA file or files, each with a weight where wanted, or with a second one for the text encoder: a.ckpt "
         "b.ckpt:0.7 c.ckpt:0.7:0.3",
         group="LoRA",
+        path=True,
     )
-    lora_scale: float = setting(1.0, "multiplies the weight of every LoRA; 0 is the base, bit for bit", group="LoRA")
+    lora_scale: float = setting(
+        1.0,
+        "multiplies the weight of every LoRA; 0 is the base, bit for bit",
+        group="LoRA",
+        low=-MOST_STRENGTH,
+        high=MOST_STRENGTH,
+    )
     lora_ft_unet: Optional[bool] = setting(
         None, "None: as the file has it; False: leave its UNet part out; True: it must have one", group="LoRA"
     )
@@ -122,19 +142,26 @@ class GenerateConfig:
         None, "None: as the file has it; False: leave its text encoder part out; True: it must have one", group="LoRA"
     )
     lora_rank: Optional[int] = setting(
-        None, "the rank is read from the file; given here, it is compared with it", group="LoRA", low=1
+        None, "the rank is read from the file; given here, it is compared with it", group="LoRA", low=1, high=MOST_RANK
     )
 
-    sampling_steps: int = setting(20, "network calls an image", group="sampling", low=1)
+    sampling_steps: int = setting(20, "network calls an image", group="sampling", low=1, high=MOST_TIMESTEPS)
     scale: Optional[float] = setting(
-        None, "guidance; 1 for none; None for 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", group="sampling", low=0
+        None,
+        "guidance; 1 for none; None for 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)",
+        group="sampling",
+        low=0,
+        high=MOST_GUIDANCE,
     )
     dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++", group="sampling")
     ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++", group="sampling")
     ddim_eta: float = setting(0.0, "DDIM's share of fresh noise", group="sampling", low=0, high=1)
 
     output_path: str = setting(
-        "output", "folder for samples/ and grid.png; an earlier run's are kept as samples.old1 ...", group="output"
+        "output",
+        "folder for samples/ and grid.png; an earlier run's are kept as samples.old1 ...",
+        group="output",
+        path=True,
     )
     skip_save: bool = setting(False, "write no PNGs", group="output")
     skip_grid: bool = setting(False, "write no grid", group="output")
@@ -142,6 +169,7 @@ class GenerateConfig:
         None,
         "write the final latents to this .npy and the starting ones to the same name with .init.npy",
         group="output",
+        path=True,
     )
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", group="output")
 
@@ -163,6 +191,7 @@ class GenerateConfig:
         "images a network call; None: n_samples, and 16 where they are small. The images are the same",
         group="runtime",
         low=1,
+        high=MOST_BATCH,
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +211,7 @@ class GenerateConfig:
             self.mode = self.ms_mode
         self.log_level = self.log_level.rpartition(".")[2].upper()  # "logging.INFO", as published, is INFO
         if self.log_level not in LOG_LEVELS:
-            raise UserError(f'log_level "{self.log_level}" is unknown: one of {", ".join(LOG_LEVELS)}')
+            raise UserError(f'log_level "{plain(self.log_level)}" is unknown: one of {", ".join(LOG_LEVELS)}')
 
     @property
     def sampler(self) -> str:
@@ -291,8 +320,7 @@ def parse_lora_path(text: str) -> LoRAFile:
 
 
 def _check_text(text: str, name: str) -> None:
-    """Raise UserError for a prompt that is too long, or not UTF-8: such bytes come from the command line as surrogates.
-    """
+    """Raise UserError for a prompt that is too long, or not UTF-8: its bytes come as surrogates then."""
     if len(text) > MOST_CHARACTERS:
         raise UserError(
             f"--{name} has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read: shorten it, or give several "
@@ -307,9 +335,10 @@ def _check_text(text: str, name: str) -> None:
         ) from None
 
 
-def _existing(path: str, name: str) -> Path:
-    if not os.path.exists(path):
-        raise UserError(f"{name} {path} does not exist: check the path")
+def _existing(path: str | Path, name: str) -> Path:
+    """The path of a file or folder. Raises UserError where it is neither, or is a file that may not be read."""
+    if not is_folder(path, name):
+        check_file(path, name)
     return Path(path)
 
 
@@ -324,7 +353,7 @@ def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path, Optional[M
     version = config.version or "nano"
     published = VERSIONS[version].checkpoint
     path = under_root(published)
-    if not path.exists():
+    if not is_there(path):
         if version == "nano":
             way = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
         else:
@@ -363,7 +392,7 @@ def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig
             ours, theirs = getattr(model, what), getattr(expected, what)
             if ours != theirs:
                 raise UserError(
-                    f"--config {config.config} has {what} {ours}, version {version} has {theirs}: "
+                    f"--config {plain(config.config)} has {what} {ours}, version {version} has {theirs}: "
                     f"use {VERSIONS[version].config}, or the version (or checkpoint) that belongs to your YAML"
                 )
     return model
@@ -382,6 +411,7 @@ def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
     files = []
     for text in config.lora_ckpt_path:
         path, *weights = parse_lora_path(text)
+        _existing(path, "lora_ckpt_path")
         files.append(LoRAFile(path, *(None if weight is None else weight * config.lora_scale for weight in weights)))
     return files
 
@@ -390,8 +420,8 @@ def _check_outputs(config: GenerateConfig) -> None:
     if config.save_latents is not None:
         target = Path(config.save_latents)
         if target.suffix != ".npy":
-            raise UserError(f"save_latents {target} must end in .npy")
-        if target.is_dir():
-            raise UserError(f"save_latents {target} is a folder: give the path of a .npy file")
-        if config.init_latents is not None and target.resolve() == Path(config.init_latents).resolve():
-            raise UserError(f"save_latents would overwrite init_latents {target}: give another name")
+            raise UserError(f"save_latents {plain(target)} must end in .npy")
+        if is_folder(target, "save_latents"):
+            raise UserError(f"save_latents {plain(target)} is a folder: give the path of a .npy file")
+        if config.init_latents is not None and os.path.realpath(target) == os.path.realpath(config.init_latents):
+            raise UserError(f"save_latents would overwrite init_latents {plain(target)}: give another name")

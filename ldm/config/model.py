@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.parse import nearest
+from ldm.config.size import check_size
 from ldm.documents import read_yaml
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 
 if TYPE_CHECKING:
     from ldm.tokenizer import AddedToken
@@ -64,6 +65,11 @@ PAD_TOKENS = ("end", "zero")
 ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # of a YAML's `parameterization`
 ACTIVATIONS = ("quick_gelu", "gelu")
+MOST_SIDE = 8192  # pixels
+MOST_TIMESTEPS = 100_000
+LEAST_BETA = 1e-8  # the first noise, its square root, is 1e-4
+LEAST_LEFT = 1e-16  # of the image's variance at the last time step; Stable Diffusion leaves 5e-3
+MOST_SCALE_FACTOR = 1000
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
 
 
@@ -126,8 +132,8 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     model = _section(document, "model", path)
     params = _section(model, "params", path, "model.")
     if model.get("target") == INPAINT_TARGET:
-        raise UserError(f"model configuration {path}: model.target is {INPAINT_TARGET}: inpainting models are not "
-                        "supported; take the YAML and the checkpoint of a text-to-image model")
+        raise _error(path, f"model.target is {INPAINT_TARGET}: inpainting models are not supported; take the YAML and "
+                     "the checkpoint of a text-to-image model")
     _target(model, DIFFUSION_TARGETS, path, "model")
     _known(model, MODEL_KEYS, MODEL_IGNORED, path, "model")
     _known(params, PARAMS_KEYS, PARAMS_IGNORED, path, "model.params")
@@ -146,15 +152,15 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     vae_params = dict(_section(vae_section, "params", path, "first_stage_config."))
     ddconfig = _section(vae_params, "ddconfig", path, "first_stage_config.params.")
     if ddconfig.get("attn_resolutions"):
-        raise UserError(f"model configuration {path}: first_stage_config.params.ddconfig.attn_resolutions must be "
-                        "empty, as in every published Stable Diffusion; attention inside the levels is not supported")
+        raise _error(path, "first_stage_config.params.ddconfig.attn_resolutions must be empty, as in every published "
+                     "Stable Diffusion; attention inside the levels is not supported")
     vae = _pick(ddconfig, DD_KEYS, DD_IGNORED, path, "ddconfig")
     vae["embed_dim"] = _pick(vae_params, VAE_KEYS, VAE_IGNORED, path, "first_stage_config")["embed_dim"]
     given = text_section.get("params")
     if given is None:
         given = {}
     if not isinstance(given, dict):
-        raise UserError(f"model configuration {path}: cond_stage_config.params is {given!r}; it must be a section")
+        raise _error(path, f"cond_stage_config.params is {_shown(given)}; it must be a section")
     text = _pick({**TEXT_TARGETS[text_target], **given}, TEXT_KEYS, TEXT_IGNORED, path, "cond_stage_config")
     if given.get("layer") == "penultimate":
         text["num_layers"] -= 1
@@ -166,21 +172,29 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     pad_token = _choice(model, "pad_token", "zero" if is_openclip else "end", PAD_TOKENS, path)
     context_dim = unet["context_dim"]
     derived = {768: "sd1", 1024: "sd2"}.get(context_dim, "custom") if unet["model_channels"] == 320 else "custom"
-    linear_start, linear_end = (_number(params, key, path, below=1) for key in ("linear_start", "linear_end"))
+    linear_start, linear_end = (
+        _number(params, key, path, below=1, low=LEAST_BETA) for key in ("linear_start", "linear_end")
+    )
+    # Samplers leave out the last time step and want one before it.
+    timesteps = _whole_number(params, "timesteps", path, low=2, high=MOST_TIMESTEPS)
     if linear_start > linear_end:
-        raise UserError(f"model configuration {path}: linear_start {linear_start} is above linear_end {linear_end}; "
-                        "they are the first and the last beta, which go up")
+        raise _error(path, f"linear_start {linear_start} is above linear_end {linear_end}; they are the first and the "
+                     "last beta, which go up")
+    left = _left_at_the_end(linear_start, linear_end, timesteps)
+    if left < LEAST_LEFT:
+        raise _error(path, f"after timesteps {timesteps} with linear_end {linear_end} only {left:.1g} of the image's "
+                     "variance is left; lower one of them")
     vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
     return ModelConfig(
         path=str(path),
         architecture=_choice(model, "architecture", derived, ARCHITECTURES, path),
         prediction_type=PREDICTION_TYPES[parameterization],
         linear_start=linear_start, linear_end=linear_end,
-        # Samplers leave out the last time step and want one before it.
-        timesteps=_whole_number(params, "timesteps", path, low=2), beta_schedule="scaled_linear",
-        scale_factor=_number(params, "scale_factor", path),
-        image_size=_whole_number(params, "image_size", path) * vae_factor, latent_channels=vae["embed_dim"],
-        vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token, unet=unet, vae=vae, text=text)
+        timesteps=timesteps, beta_schedule="scaled_linear",
+        scale_factor=_number(params, "scale_factor", path, low=1 / MOST_SCALE_FACTOR, high=MOST_SCALE_FACTOR),
+        image_size=_whole_number(params, "image_size", path, high=MOST_SIDE // vae_factor) * vae_factor,
+        latent_channels=vae["embed_dim"], vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token,
+        unet=unet, vae=vae, text=text)
 
 
 def model_document(config: ModelConfig) -> dict[str, Any]:
@@ -215,17 +229,19 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
     """Raise UserError where a size is not above 0, or does not go with the others."""
 
     def refuse(problem: str) -> None:
-        raise UserError(f"model configuration {path}: {problem}")
+        raise _error(path, problem)
 
+    check_size(unet, vae, text, f"model configuration {plain(path)}")
     for name, params in (("unet_config", unet), ("ddconfig", vae), ("cond_stage_config", text)):
         for key, value in params.items():
             # -1 is the published way to say that the other of the two counts.
             unset = key in ("num_heads", "num_head_channels") and name == "unet_config" and value == -1
             for number in value if isinstance(value, list) else [value]:
                 if type(number) is int and number < 1 and not unset:
-                    refuse(f"{key} in {name} is {value!r}; it must be above 0")
+                    refuse(f"{key} in {name} is {_shown(value)}; it must be above 0")
     if text["activation"] not in ACTIVATIONS:
-        refuse(f"activation in cond_stage_config is {text['activation']!r}; it must be {' or '.join(ACTIVATIONS)}")
+        refuse(f"activation in cond_stage_config is {_shown(text['activation'])}; it must be "
+               f"{' or '.join(ACTIVATIONS)}")
     if text["width"] % text["num_heads"]:
         refuse(f"the text encoder's width {text['width']} is not a multiple of its num_heads {text['num_heads']}")
     if text["width"] != unet["context_dim"]:
@@ -268,15 +284,15 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
 
 def _section(parent: Any, key: str, path: Path, prefix: str = "") -> dict:
     if not isinstance(parent, dict) or not isinstance(parent.get(key), dict):
-        raise UserError(f"model configuration {path}: there is no section {prefix}{key}; is this a model YAML such as "
-                        "configs/v1-inference.yaml?")
+        raise _error(path, f"there is no section {prefix}{key}; is this a model YAML such as "
+                     "configs/v1-inference.yaml?")
     return parent[key]
 
 
 def _target(section: dict, known, path: Path, name: str) -> str:
     target = section.get("target")
     if target not in tuple(known):  # not the table itself: a list in its place cannot be looked up
-        raise UserError(f"model configuration {path}: {name}.target is {target!r}; known: {', '.join(known)}")
+        raise _error(path, f"{name}.target is {_shown(target)}; known: {', '.join(known)}")
     return target
 
 
@@ -285,21 +301,22 @@ def _known(section: dict, keys, ignored, path: Path, name: str) -> None:
     for key in section:
         if key not in keys and key not in ignored:
             near = nearest(str(key), (*keys, *ignored))
-            raise UserError(f"model configuration {path}: unknown key {key} in {name}; did you mean {near}?")
+            raise _error(path, f"unknown key {plain(key, 60)} in {name}; did you mean {near}?")
 
 
 def _choice(section: dict, key: str, default: str, choices, path: Path) -> str:
     value = section.get(key, default)
     if value not in choices:
-        raise UserError(f"model configuration {path}: {key} is {value!r}; it must be "
-                        f"{', '.join(choices[:-1])} or {choices[-1]}")
+        raise _error(path, f"{key} is {_shown(value)}; it must be {', '.join(choices[:-1])} or {choices[-1]}")
     return value
 
 
-def _number(params: dict, key: str, path: Path, below: float = math.inf) -> float:
-    """A number above 0 and below `below`."""
+def _number(
+    params: dict, key: str, path: Path, below: float = math.inf, low: float = 0.0, high: float = math.inf
+) -> float:
+    """A number above 0 and below `below`, from `low` to `high`."""
     if key not in params:
-        raise UserError(f"model configuration {path}: the key {key} is missing in model.params")
+        raise _error(path, f"the key {key} is missing in model.params")
     try:
         # A number in quotes is a word, and true is a number to Python.
         number = math.nan if isinstance(params[key], bool) else float(params[key])
@@ -307,16 +324,33 @@ def _number(params: dict, key: str, path: Path, below: float = math.inf) -> floa
         number = math.nan
     if not 0 < number < below:
         limit = "" if below == math.inf else f" and below {below}"
-        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a number above 0{limit}")
+        raise _error(path, f"{key} is {_shown(params[key])}; it must be a number above 0{limit}")
+    if not low <= number <= high:
+        bound = f"{low} at least" if number < low else f"{high} at most"
+        raise _error(path, f"{key} is {_shown(params[key])}; it may be {bound}")
     return number
 
 
-def _whole_number(params: dict, key: str, path: Path, low: int = 1) -> int:
-    number = _number(params, key, path)
+def _whole_number(params: dict, key: str, path: Path, low: int = 1, high: float = math.inf) -> int:
+    number = _number(params, key, path, high=high)
     if number != int(number) or number < low:
-        raise UserError(f"model configuration {path}: {key} is {params[key]!r}; it must be a whole number, at least "
-                        f"{low}")
+        raise _error(path, f"{key} is {_shown(params[key])}; it must be a whole number, at least {low}")
     return int(number)
+
+
+def _left_at_the_end(linear_start: float, linear_end: float, timesteps: int) -> float:
+    """The share of the image's variance at the last time step of a scaled_linear schedule (ldm.diffusion.schedule)."""
+    first, last = linear_start**0.5, linear_end**0.5
+    steps = (first + (last - first) * i / (timesteps - 1) for i in range(timesteps))
+    return math.exp(sum(math.log1p(-step * step) for step in steps))
+
+
+def _error(path: Path, problem: str) -> UserError:
+    return UserError(f"model configuration {plain(path)}: {problem}")
+
+
+def _shown(value: Any) -> str:
+    return plain(repr(value), 80)
 
 
 def _pick(params: dict, kinds: dict[str, type], ignored, path: Path, name: str) -> dict:
@@ -325,12 +359,12 @@ def _pick(params: dict, kinds: dict[str, type], ignored, path: Path, name: str) 
     for key, kind in kinds.items():
         if key not in params:
             if key not in OPTIONAL:
-                raise UserError(f"model configuration {path}: the key {key} is missing in {name}")
+                raise _error(path, f"the key {key} is missing in {name}")
             continue
         value = params[key]
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if kind is list:
             fits = fits and bool(value) and all(type(entry) is int for entry in value)
         if not fits:
-            raise UserError(f"model configuration {path}: {key} in {name} is {value!r}; it must be {KINDS[kind]}")
+            raise _error(path, f"{key} in {name} is {_shown(value)}; it must be {KINDS[kind]}")
     return {key: params[key] for key in kinds if key in params}

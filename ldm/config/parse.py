@@ -38,6 +38,11 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NONE = ("none", "null")
 LONGEST_NAME = 100  # characters: comparing takes the square of them
 
+# Bounds of settings that several scripts have: what is beyond is a slip, and would fail late.
+MOST_COUNT = 1_000_000_000  # steps, epochs, files
+MOST_BATCH = 10_000
+MOST_RANK = 4096
+
 
 def setting(
     default: Any,
@@ -228,7 +233,7 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
 
 
 def _read_yaml_settings(path: Path, fields: dict[str, dataclasses.Field], yaml_flag: str) -> dict[str, Any]:
-    content = read_yaml(path, yaml_flag)
+    content = read_yaml(path, f"--{yaml_flag}")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -249,15 +254,11 @@ def _from_yaml(value: Any, hint: Any, where: str) -> Any:
     if item is not None:
         if isinstance(value, list):
             return [_from_yaml(entry, item, where) for entry in value]
-    elif isinstance(value, bool):  # a bool is an int to Python, not to a person
-        if bool in kinds:
-            return value
-    elif isinstance(value, int) and int in kinds:
+    # The exact type: a bool is an int to Python, not to a person.
+    elif type(value) in kinds and (type(value) is not float or math.isfinite(value)):
         return value
-    elif isinstance(value, (int, float)) and float in kinds and math.isfinite(value):
+    elif type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
         return float(value)
-    elif isinstance(value, str) and str in kinds:
-        return value
     elif isinstance(value, str) and _reads_unquoted(value, hint):
         raise UserError(f"{where}: {_show(value)} is a text, not {_wanted(hint)}: leave the quotes away")
     elif str in kinds and not isinstance(value, (list, dict)):

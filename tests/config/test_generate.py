@@ -109,6 +109,13 @@ def test_a_prompt_may_be_the_word_none():
         ("--prompt x --seed -1", "seed.*at least 0"),
         ("--prompt x --seed 4294967296", "seed.*at most"),
         ("--prompt x --batch_size 0", "batch_size.*at least 1"),
+        ("--prompt x --batch_size 1000000000", "batch_size.*at most 10000"),
+        ("--prompt x --H 1000000", "H.*at most 8192"),
+        ("--prompt x --n_iter 1000000000", "n_iter.*at most 1000000"),
+        ("--prompt x --sampling_steps 1000000000", "sampling_steps.*at most 100000"),
+        ("--prompt x --scale 1e300", "scale.*at most 1000"),
+        ("--prompt x --lora_scale -1e39", "lora_scale.*at least -1000"),
+        ("--prompt x --lora_rank 10000000", "lora_rank.*at most 4096"),
         ("--prompt x --version 3.0", "version.*2.0"),
         ("--prompt x --device_target GPU", "device_target.*CPU"),
         ("--prompt x --mode 2", "mode"),
@@ -342,6 +349,7 @@ def test_a_yaml_of_another_model_than_the_versions_is_refused(place, version, co
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--version 1.5 --ckpt_path lora.ckpt --save_latents x.npy --init_latents ./x.npy", "would overwrite init_lat"),
         ("--ckpt_path none.ckpt", "ckpt_path none.ckpt does not exist"),
         ("--ckpt_path base.safetensors --config none.yaml", "none.yaml"),
         ("--ckpt_path base.safetensors --config prompts.txt", "prompts.txt"),
@@ -419,7 +427,9 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(place):
         ("lora.ckpt:nan", "not a finite number"),
         ("lora.ckpt:inf", "not a finite number"),
         (":0.7", "does not exist"),
-        ('""', "does not exist"),
+        ("lora.ckpt:1001", "from -1000 to 1000"),
+        ("lora.ckpt:0.5:1e39", "from -1000 to 1000"),
+        ('""', '"" is no path'),
     ],
 )
 def test_lora_paths_that_are_none_are_named(place, text, words):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import yaml
 
-from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.model import DD_KEYS, TEXT_KEYS, UNET_KEYS, ModelConfig, load_model_config
+from ldm.config.size import MOST, text_parameters, unet_parameters, vae_parameters
 from ldm.diffusion.schedule import PREDICTION_TYPES
 from ldm.errors import UserError
 from tests.conftest import ROOT
@@ -140,11 +142,38 @@ def test_a_published_yaml_reads_unchanged(change):
     ("model.params.scale_factor", 0, "scale_factor is 0; it must be a number above 0"),
     ("model.params.linear_end", [1], "linear_end is [1]"),
     ("model.params.unet_config.params", 5, "no section unet_config.params"),
+    # more than any model has: named with the bound, before anything is built
+    ("model.params.timesteps", 10**12, "timesteps is 1000000000000; it may be 100000 at most"),
+    ("model.params.image_size", 10**6, "image_size is 1000000; it may be 1024 at most"),
+    ("model.params.scale_factor", 1e300, "scale_factor is 1e+300; it may be 1000 at most"),
+    ("model.params.scale_factor", 1e-30, "scale_factor is 1e-30; it may be 0.001 at least"),
+    ("model.params.linear_start", 1e-300, "linear_start is 1e-300; it may be 1e-08 at least"),
+    ("model.params.linear_end", 0.9999, "after timesteps 1000 with linear_end 0.9999 only"),
+    ("model.params.unet_config.params.num_res_blocks", 10**8, "num_res_blocks in unet_config is 100000000; it"),
+    ("model.params.unet_config.params.channel_mult", [1] * 10**4, "channel_mult in unet_config has 10,000 entries"),
+    ("model.params.unet_config.params.channel_mult", [1, 10**9], "channel_mult in unet_config is 1000000000; it"),
+    ("model.params.unet_config.params.attention_resolutions", [1] * 11, "it may have 10 at most"),
+    ("model.params.unet_config.params.model_channels", 10**300, "model_channels in unet_config is 1000000"),
+    ("model.params.unet_config.params.transformer_depth", 10**6, "transformer_depth in unet_config is 1000000;"),
+    ("model.params.unet_config.params.num_groups", 10**9, "num_groups in unet_config is 1000000000; it may be 8,192"),
+    ("model.params.unet_config.params.model_channels", 8192, "parameters; 5,000,000,000 is the most: lower"),
+    ("model.params.first_stage_config.params.ddconfig.ch", 10**9, "ch in ddconfig is 1000000000; it may be 4,096"),
+    ("model.params.first_stage_config.params.ddconfig.ch_mult", [1] * 11, "ch_mult in ddconfig has 11 entries"),
+    ("model.params.first_stage_config.params.ddconfig.z_channels", 10**9, "z_channels in ddconfig is 1000000000"),
+    ("model.params.first_stage_config.params.embed_dim", 10**9, "embed_dim in ddconfig is 1000000000"),
+    ("model.params.cond_stage_config.params", {"num_layers": 10**8}, "num_layers in cond_stage_config is 100000000"),
+    ("model.params.cond_stage_config.params", {"vocab_size": 10**12}, "vocab_size in cond_stage_config is 100000"),
+    ("model.params.cond_stage_config.params", {"length": 10**9}, "length in cond_stage_config is 1000000000;"),
+    # foreign text is cut out of the middle
+    ("model.params.parameterization", "x" * 10**5, "parameterization is 'xxx"),
+    ("model.params." + "x" * 10**5, 1, "unknown key xxx"),
+    ("model.params.cond_stage_config.params", ["x" * 10**5] * 2, "cond_stage_config.params is ['xxx"),
+    ("model.params.scale_factor", "1\x1b[2J", "scale_factor is '1"),
 ])
 def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says):
     with pytest.raises(UserError) as error:
         change(place, value)
-    assert says in str(error.value) and "model.yaml" in str(error.value)
+    assert says in str(error.value) and "model.yaml" in str(error.value) and len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("place, value", [
@@ -191,3 +220,36 @@ def test_a_yaml_makes_no_objects(tmp_path):
     path.write_text("model: !!python/object/apply:os.system ['echo harm']\n")
     with pytest.raises(UserError, match="not valid YAML"):
         load_model_config(path)
+
+
+def test_the_parameters_of_a_model_are_counted_before_it_is_built(tiny_config, tiny_model):
+    built = (tiny_model.model.diffusion_model, tiny_model.first_stage_model, tiny_model.cond_stage_model)
+    counted = (
+        unet_parameters(**tiny_config.unet), vae_parameters(**tiny_config.vae), text_parameters(**tiny_config.text)
+    )
+    assert counted == tuple(sum(parameter.size for parameter in net.get_parameters()) for net in built)
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "vae", "text"),
+    [
+        ("v1-inference", 859_520_964, 83_653_863, 123_060_480),
+        # the text encoder's are of 23 layers
+        ("v2-inference", 865_910_724, 83_653_863, 340_387_840),
+    ],
+)
+def test_the_published_models_have_the_published_numbers_of_parameters(name, unet, vae, text):
+    config = load_model_config(ROOT / "configs" / f"{name}.yaml")
+    counted = (unet_parameters(**config.unet), vae_parameters(**config.vae), text_parameters(**config.text))
+    assert counted == (unet, vae, text)
+
+
+def test_every_size_has_a_bound():
+    sizes = {key for kinds in (UNET_KEYS, DD_KEYS, TEXT_KEYS) for key, kind in kinds.items() if kind in (int, list)}
+    assert sizes | {"embed_dim"} == set(MOST)
+
+
+def test_a_pipe_is_no_model_yaml(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe.yaml is a pipe \(FIFO\), not a file.*--model_config"):
+        load_model_config(tmp_path / "pipe.yaml")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 
+from ldm.config.generate import GenerateConfig
 from ldm.config.model import load_model_config
 from ldm.config.parse import parse_config
 from ldm.config.train import TrainConfig
@@ -86,3 +88,52 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
 def test_contradictions_and_mistakes_are_named(argv, says):
     with pytest.raises(UserError, match=says):
         parse(*argv)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+def test_every_number_is_bounded(cls):
+    """What is beyond a bound would fail late, or work on nothing for ever."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kinds = {hints[field.name], *typing.get_args(hints[field.name])}
+        if kinds & {int, float} and bool not in kinds:
+            rules = field.metadata
+            lower = [rules[rule] for rule in ("low", "above") if rules[rule] is not None]
+            upper = [rules[rule] for rule in ("high", "below") if rules[rule] is not None]
+            assert rules["choices"] or (lower and upper), field.name
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+def test_every_path_is_known_as_one(cls):
+    """`~` and `$NAME` are expanded in these."""
+    words = ("path", "config", "resume", "latents")
+    for field in dataclasses.fields(cls):
+        named = any(word in field.name for word in words) and field.name != "cache_latents"
+        assert field.metadata["path"] == named, field.name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("num_workers", "1000000000"), ("epochs", "1" + "0" * 30), ("max_steps", "1" + "0" * 30),
+        ("train_batch_size", "1000000000"), ("gradient_accumulation_steps", "1000000000"), ("image_size", "1000000"),
+        ("lora_rank", "2147483648"), ("ckpt_max_keep", "1" + "0" * 30), ("warmup_steps", "1" + "0" * 30),
+        ("lora_scale", "1e300"), ("ema_decay", "0.99999999999"), ("init_loss_scale", "1e300"), ("seed", "-1"),
+        ("start_learning_rate", "1e-300"), ("weight_decay", "1e39"),
+    ],
+)  # fmt: skip
+def test_absurd_numbers_are_refused_with_their_range(flag, value):
+    with pytest.raises(UserError, match=f"^--{flag}: .* is not allowed: .*(at most|below|above|at least)"):
+        parse(f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("num_workers", "64"), ("max_steps", "10000000"), ("train_batch_size", "4096"), ("lora_rank", "1024"),
+        ("ckpt_max_keep", "1000000"), ("ema_decay", "0.999999"), ("init_loss_scale", "16777216"),
+        ("max_grad_norm", "1e9"), ("start_learning_rate", "1"), ("image_size", "2048"),
+    ],
+)  # fmt: skip
+def test_what_people_set_is_not_refused(flag, value):
+    parse(f"--{flag}", value)
