@@ -29,7 +29,9 @@ from ldm.lora.spec import LoRASpec
 from ldm.lora.state import lora_state
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime import Runtime, setup_runtime
-from ldm.training.checkpoints import find_states, load_state
+from ldm.training.checkpoints import load_state, save_state
+from ldm.training.inputs import Inputs
+from ldm.training.own_files import find_states
 from ldm.training.step import StepResult
 from ldm.training.trainer import Trainer, make_loss_scaler, train
 from ldm.weights.load import load_base
@@ -111,7 +113,7 @@ def test_a_run_leaves_its_log_metrics_arguments_and_checkpoints(vanilla):
     arguments = yaml.safe_load((vanilla / "train_args.yaml").read_text())
     assert arguments["ema_decay"] == 0.9 and arguments["max_steps"] == STEPS
     assert sorted(path.name for path in (vanilla / "ckpt").iterdir()) == [
-        "model-00000009.ckpt", "model-00000012.ckpt", "model.ckpt",
+        "files.json", "model-00000009.ckpt", "model-00000012.ckpt", "model.ckpt",
         "state-00000009.safetensors", "state-00000012.safetensors",
     ]  # fmt: skip
     newest = (vanilla / "ckpt" / "model-00000012.ckpt").read_bytes()
@@ -338,31 +340,203 @@ def test_a_run_that_always_overflows_stops_loudly(base, data, empty_run, monkeyp
     assert trainer.done == 50
 
 
-@pytest.mark.parametrize("state", [None, "state-00000009.safetensors"])
-def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, caplog, state):
-    def interrupted():
-        hear_ctrl_c()
-        os.kill(os.getpid(), signal.SIGTERM)  # what MindSpore makes of Ctrl-C
-        time.sleep(10)
+def test_an_interrupted_run_says_how_to_go_on(base, data, copy_of_vanilla, tmp_path, monkeypatch):
+    change = {**VANILLA, "max_steps": 14}
+    newest = find_states(copy_of_vanilla / "ckpt")[0]
+    said = []
 
-    before = signal.getsignal(signal.SIGTERM)
-    run = SimpleNamespace(folder=tmp_path, done=10, plan=SimpleNamespace(updates=12), run=interrupted)
-    monkeypatch.setattr("ldm.training.trainer.Trainer", lambda config: run)
-    if state:
-        (tmp_path / state).touch()
+    def interrupted(batches, scalars, dropout_keys):
+        said.append(trainer.what_is_done())
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        return StepResult(1.0, 1.0, True)
+
+    for output, resume in ((copy_of_vanilla, True), (tmp_path / "new", str(newest))):
+        said.clear()
+        trainer = Trainer(settings(base, data, output, **change, resume=resume))
+        monkeypatch.setattr(trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        way = f"--resume {resume} goes on from {newest}"
+        assert said == [f"while compiling the step; {way}", f"after step 13 of 14; {way}"]
+
+
+def test_a_run_that_is_interrupted_while_it_encodes_says_so(base, data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("ldm.training.trainer.progress", said.append)
+    monkeypatch.setattr("ldm.training.inputs.CACHE_PIXELS", 16 * 16)  # an image at a time
+    encode = Inputs._encode_images
+
+    def interrupted(inputs, places):
+        if places == [3]:
+            raise KeyboardInterrupt
+        return encode(inputs, places)
+
+    monkeypatch.setattr(Inputs, "_encode_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig())
-    way = f"--resume True goes on from {tmp_path / state}" if state else "nothing was saved yet"
-    assert f"interrupted after step 10 of 12; {way}" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) == before
+        Trainer(settings(base, data, tmp_path / "run"))
+    assert said[0]() == "after encoding 3 of 10 images; nothing was saved yet"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), 1.0])
 def test_a_loss_or_gradient_that_is_not_finite_stops_an_fp32_run(base, data, empty_run, monkeypatch, loss):
     trainer = Trainer(settings(base, data, empty_run, **VANILLA))
     fake_step(monkeypatch, trainer, StepResult(loss, float("nan"), False))
-    with pytest.raises(UserError, match="no longer finite at step 1"):
+    with pytest.raises(UserError, match="not finite at step 1 .*: lower start_learning_rate.*; nothing was saved yet"):
         trainer.run()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("what", ["latents", "text embeddings"])
+def test_inputs_that_are_not_finite_are_named_with_their_image(base, data, empty_run, monkeypatch, what, precision):
+    trainer = Trainer(settings(base, data, empty_run, **VANILLA, precision=precision))
+    row = trainer.order.indices(0)[1]
+    (trainer.inputs.moments if what == "latents" else trainer.inputs.states)[row].flat[5] = np.nan
+    trainer.inputs.config.caption_dropout = 0.0
+    fake_step(monkeypatch, trainer, StepResult(float("nan"), float("nan"), False))
+    with pytest.raises(UserError, match=f"the {what} of .*/{row}.png are not finite at step 1: look at that image"):
+        trainer.run()
+
+
+def test_weights_that_ran_away_before_are_said_with_their_state(copy_of_vanilla, base, data, monkeypatch):
+    newest = find_states(copy_of_vanilla / "ckpt")[0]
+    state = load_state(newest)
+    name = next(name for name in state.arrays if name.startswith("p."))
+    state.arrays[name] = np.full(state.arrays[name].shape, -1e10, np.float32)
+    save_state(newest.parent, state)
+    trainer = Trainer(settings(base, data, copy_of_vanilla, **{**VANILLA, "max_steps": 20}, resume=True))
+    fake_step(monkeypatch, trainer, StepResult(1.0, float("inf"), False))
+    with pytest.raises(UserError, match=f"weights were as large as 1e\\+10 in .*{newest.name} already: go on from a"):
+        trainer.run()
+
+
+def test_a_base_that_is_not_finite_is_said(base, data, empty_run, monkeypatch):
+    trainer = Trainer(settings(base, data, empty_run, use_lora=True))
+    bias = trainer.model.parameters_dict()[f"{UNET}out.2.bias"]
+    bias.set_data(ms.Tensor(np.full(bias.shape, np.nan, np.float32)))
+    fake_step(monkeypatch, trainer, StepResult(float("nan"), float("nan"), False))
+    with pytest.raises(UserError, match=f"{UNET}out.2.bias of .*micro.safetensors holds values that are not finite"):
+        trainer.run()
+
+
+def test_weights_that_are_not_finite_are_never_saved_over_good_ones(copy_of_vanilla, base, data):
+    trainer = Trainer(settings(base, data, copy_of_vanilla, **{**VANILLA, "max_steps": 20}, resume=True))
+    parameter = trainer.step.parameters[0]
+    parameter.set_data(ms.Tensor(np.full(parameter.shape, np.nan, np.float32)))
+    before = contents(copy_of_vanilla / "ckpt")
+    with pytest.raises(UserError, match=f"nothing is saved at step 12, .* not finite.*goes on from .*-{12:08d}.safet"):
+        trainer._save()
+    assert contents(copy_of_vanilla / "ckpt") == before
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def save_at(trainer, *steps) -> None:
+    for trainer.done in steps:
+        trainer._save()
+
+
+@pytest.mark.parametrize("file", ["lora-00000003.ckpt", "state-00000003.safetensors", "lora.ckpt", "files.json"])
+def test_a_full_disk_at_a_save_is_one_line_with_the_last_state(base, data, empty_run, monkeypatch, file):
+    trainer = Trainer(settings(base, data, empty_run, use_lora=True, lora_rank=2, max_steps=3))
+    trainer.done, trainer.last_state = 3, trainer.folder / "state-00000001.safetensors"
+    replace = os.replace
+
+    def full(old, new):
+        if Path(new).name == file:
+            raise OSError(28, "No space left on device", str(old))
+        replace(old, new)
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError) as caught:
+        trainer._save()
+    said = str(caught.value)
+    assert file in said and "No space left on device" in said and "\n" not in said
+    assert said.endswith(f"--resume True goes on from {trainer.folder}/state-00000001.safetensors")
+    assert not list(empty_run.rglob("*.partial*"))
+
+
+def test_a_user_s_own_files_stay(base, data, empty_run):
+    """Beside the run's, whatever they are named."""
+    folder = empty_run / "ckpt"
+    folder.mkdir()
+    names = ["lora-best.ckpt", "lora-mystyle-v1.ckpt", "lora-00000001.ckpt", "lora.ckpt", "lora-00000002.ckpt"]
+    for name in names:
+        (folder / name).write_text(name)
+    (folder / "state-00000003.safetensors").mkdir()
+    trainer = Trainer(settings(base, data, empty_run, use_lora=True, lora_rank=2, max_steps=3, ckpt_max_keep=1))
+    save_at(trainer, 1, 2, 3)
+    assert read_lora(folder / "lora.ckpt").layers
+    kept = {*names[:2], "lora-00000001-kept.ckpt", "lora-kept.ckpt", "lora-00000002-kept.ckpt"}
+    assert {path.name for path in folder.iterdir()} == {
+        *kept, "state-00000003-kept.safetensors", "lora.ckpt", "lora-00000003.ckpt", "state-00000002.safetensors",
+        "state-00000003.safetensors", "files.json",
+    }  # fmt: skip
+    assert {(folder / name).read_text() for name in kept} == set(names)
+
+
+def test_an_interrupted_save_is_written_again(base, data, empty_run, caplog):
+    """Killed between the LoRA of step 3 and its state, which is no other run."""
+    change = dict(use_lora=True, lora_rank=2, max_steps=3)
+    save_at(Trainer(settings(base, data, empty_run, **change)), 1, 2, 3)
+    folder = empty_run / "ckpt"
+    whole = contents(folder)
+    find_states(folder)[0].unlink()
+    trainer = Trainer(settings(base, data, empty_run, **change, resume=True))
+    assert trainer.done == 2
+    save_at(trainer, 3)
+    del whole["files.json"]
+    assert {**contents(folder), **whole} == contents(folder)
+    assert "got beyond" not in (empty_run / "log.txt").read_text()
+
+
+def test_a_state_that_does_not_fit_is_named_and_the_one_before_it_taken(copy_of_vanilla, base, data):
+    newest = find_states(copy_of_vanilla / "ckpt")[0]
+    state = load_state(newest)
+    state.arrays["p.another"] = np.zeros(3, np.float32)
+    save_state(newest.parent, state)
+    trainer = Trainer(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
+    assert trainer.done == 9
+    assert f"{newest.name} does not fit this run (1 arrays differ" in (copy_of_vanilla / "log.txt").read_text()
+    with pytest.raises(UserError, match=f"{newest.name} does not fit this run"):
+        Trainer(settings(base, data, copy_of_vanilla, **VANILLA, resume=str(newest)))
+
+
+def test_a_state_beyond_the_last_step_is_done(copy_of_vanilla, base, data):
+    train(settings(base, data, copy_of_vanilla, **{**VANILLA, "max_steps": 5}, resume=True))
+    assert "all 5 updates are done already, at step 12" in (copy_of_vanilla / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("file", ["log.txt", "metrics.csv", "train_args.yaml", "ckpt"])
+def test_what_cannot_be_written_is_found_before_the_data_is_encoded(base, data, tmp_path, file):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / file).symlink_to("nowhere/at/all")
+    with pytest.raises(UserError, match=f"output_path.* {output / file} is a link"):
+        train(settings(base, data, output))
+    assert not (output / "cache").exists()
+
+
+def test_two_trainings_do_not_share_a_folder_and_a_killed_one_lets_it_go(base, data, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from ldm.outputs import claim_folder\n"
+         "with claim_folder(sys.argv[1], 'output_path'): print('held', flush=True); time.sleep(60)", str(output)],
+        cwd=ROOT, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        for resume in (False, True):
+            with pytest.raises(UserError, match=f"output_path {output} is in use by process {holder.pid} on"):
+                train(settings(base, data, output, **VANILLA, resume=resume))
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.wait()
+    monkeypatch.setattr("ldm.training.trainer.Trainer", lambda config: SimpleNamespace(run=lambda: "done"))
+    assert train(settings(base, data, output)) == "done" and not list(output.iterdir())
 
 
 @pytest.mark.parametrize(

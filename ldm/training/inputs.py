@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +56,7 @@ class Inputs:
     """The batches of a run. Building it computes or reads the cached states, with progress bars.
 
     tokens_only: give tokens for the condition, as the text encoder is trained in the step.
+    note: told what is done so far.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Inputs:
         *,
         image_size: int,
         tokens_only: bool,
+        note: Callable[[str], None] = lambda text: None,
     ):
         self.config, self.model_config, self.rows, self.order = config, model_config, rows, order
-        self.image_size, self.tokens_only = image_size, tokens_only
+        self.image_size, self.tokens_only, self.note = image_size, tokens_only, note
         self.rank = order.rank
         self.encode_graph = VAEEncode(model.first_stage_model)
         self.text_graph = model.cond_stage_model
@@ -141,12 +143,16 @@ class Inputs:
         weights = network_hash(model.first_stage_model, self.model_config.vae)
         keys = [content_key("moments", weights, self.image_size, row.path) for row in self.rows]
 
-        def compute(places: list[int]) -> np.ndarray:
-            images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
-            return self.encode_graph(Tensor(np.stack(images))).asnumpy()
-
         batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
-        return cache.get_or_compute(keys, compute, batch_size, "latents")
+        side = self.image_size // self.model_config.vae_factor
+        shape = (2 * self.model_config.latent_channels, side, side)
+        return cache.get_or_compute(keys, self._encode_images, batch_size, "latents", shape)
+
+    def _encode_images(self, places: list[int]) -> np.ndarray:
+        images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
+        moments = self.encode_graph(Tensor(np.stack(images))).asnumpy()
+        self.note(f"after encoding {places[-1] + 1} of {len(self.rows)} images")
+        return moments
 
     def _cached_states(self, cache: StateCache, model: StableDiffusion) -> list[np.ndarray]:
         """The state of every row's caption and, after them, of the empty one."""
@@ -157,4 +163,5 @@ class Inputs:
         def compute(places: list[int]) -> np.ndarray:
             return self.text_graph(Tensor(tokens[places])).asnumpy()
 
-        return cache.get_or_compute(keys, compute, 16, "texts")
+        shape = (tokens.shape[1], self.model_config.context_dim)
+        return cache.get_or_compute(keys, compute, 16, "texts", shape)

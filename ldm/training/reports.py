@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from ldm.atomic import atomic_path
+from ldm.errors import system_reason
+from ldm.files import is_there, read_bytes
 from ldm.paths import writing
+
+logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps between two lines of log.txt
 
@@ -31,23 +37,36 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         kept = []
-        if step and path.exists():
+        if step and is_there(path):
             # by hand: csv and int would fail on what a crash may leave at its end
-            rows = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-            kept = [
-                row for row in rows if len(row) == len(Metrics._fields) and row[0].isdecimal() and int(row[0]) <= step
-            ]
+            text = read_bytes(path, "the metrics of this run").decode("utf-8", "replace")
+            rows = [line.split(",") for line in text.splitlines()]
+            kept = [row for row in rows if len(row) == len(Metrics._fields) and _is_step(row[0], step)]
         self.path = path
         with writing(path):
             with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([Metrics._fields, *kept])
-            self.file = open(path, "a", newline="", encoding="utf-8")
+            self.file: TextIO | None = open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file)
 
     def write(self, metrics: Metrics) -> None:
-        with writing(self.path):
+        """Write a row. Where the disk refuses, a warning says so once, and the run goes on without the file."""
+        if self.file is None:
+            return
+        try:
             self.writer.writerow([metrics.step, *(f"{value:.10g}" for value in metrics[1:])])
             self.file.flush()
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): it ends before step %d", self.path, system_reason(error),
+                           metrics.step)  # fmt: skip
+            self.close()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # of a row that the disk refused before
+                self.file.close()
+            self.file = None
+
+
+def _is_step(text: str, last: int) -> bool:
+    return text.isdecimal() and len(text) <= 12 and int(text) <= last

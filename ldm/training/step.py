@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from ldm.errors import plain
 from ldm.models.layers import RepeatedCell
 from ldm.training.optimizers import AdamW, AdamWScalars
 
@@ -267,11 +268,9 @@ class TrainStep:
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave, before the first step. Raises ValueError where names or shapes differ."""
-        wanted = {name: tuple(parameter.shape) for name, parameter in self._state.items()}
-        given = {name: array.shape for name, array in arrays.items()}
-        if wanted != given:
-            differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-            raise ValueError(f"{len(differ)} arrays differ in name or shape, the first is {differ[0]}")
+        differing = differing_shapes({name: tuple(p.shape) for name, p in self._state.items()}, arrays)
+        if differing:
+            raise ValueError(differing)
         for name, parameter in self._state.items():
             parameter.set_data(Tensor(np.ascontiguousarray(arrays[name], np.float32)))
 
@@ -280,3 +279,16 @@ class TrainStep:
         optimizer = self.update.optimizer
         chosen = optimizer.averages if optimizer.use_ema else self.parameters
         return {p.name: average.asnumpy().copy() for p, average in zip(self.parameters, chosen)}
+
+
+def state_shapes(parameters: Sequence[Parameter], use_ema: bool) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of TrainStep.state(), known before there is a TrainStep."""
+    parts = ("p", "m", "v", "ema") if use_ema else ("p", "m", "v")
+    return {f"{part}.{p.name}": tuple(p.shape) for part in parts for p in parameters}
+
+
+def differing_shapes(wanted: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> str:
+    """Which arrays are not the wanted ones by name and shape, "" for none."""
+    given = {name: array.shape for name, array in arrays.items()}
+    differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    return f"{len(differ)} arrays differ in name or shape, the first is {plain(differ[0], 80)}" if differ else ""

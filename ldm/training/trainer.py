@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from ldm.data.dataset import Row, read_image_text_csv
 from ldm.data.draws import draws
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
+from ldm.files import is_file, is_folder, is_there
 from ldm.logs import set_up_logging
 from ldm.lora.formats import mindone, read_lora
 from ldm.lora.inject import inject_lora
@@ -36,7 +38,7 @@ from ldm.lora.state import check_compatible, lora_state, start_from_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
-from ldm.outputs import claim_folder
+from ldm.outputs import check_file_target, claim_folder
 from ldm.paths import under_root, writing
 from ldm.runtime import Runtime, check_flash_attention, is_first_process, is_out_of_memory, setup_runtime
 from ldm.script import progress
@@ -47,20 +49,22 @@ from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler
 from ldm.training.optimizers import adamw_scalars
+from ldm.training.own_files import Numbered, OwnFiles, find_states
 from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile
 from ldm.training.schedules import ema_decay_at, learning_rate
-from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep
+from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep, differing_shapes, state_shapes
 from ldm.weights.architecture import adapted_model, detect_model
 from ldm.weights.base import base_hash, open_base
 from ldm.weights.load import check_base_metadata, load_base, load_network
-from ldm.weights.read import write_checkpoint
+from ldm.weights.read import read_checkpoint, write_checkpoint
 from ldm.weights.tokens import tokens_metadata
 
 logger = logging.getLogger(__name__)
 
 EPSILON = 1e-8  # torch's and diffusers' default
 UNET = "model.diffusion_model."
+HUGE = 1e4  # weights of a network that trains are below 100
 
 # A resumed run must not differ in these: it would end with other weights than an uninterrupted one, or make no sense.
 # What else was changed (a longer run, another learning rate) is said and taken.
@@ -82,14 +86,24 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
     """
-    first = is_first_process(config.use_parallel)
-    with claim_folder(config.output_path, "output_path") if first else nullcontext():
-        trainer = Trainer(config)
-        progress(trainer.what_is_done)
+    with _claimed(config):
         try:
-            return trainer.run()
+            return Trainer(config).run()
         finally:
             progress(None)
+
+
+@contextmanager
+def _claimed(config: TrainConfig) -> Iterator[None]:
+    """Hold the folders that the first process writes to, and try the files in them."""
+    if not is_first_process(config.use_parallel):
+        yield
+        return
+    output = Path(config.output_path)
+    with claim_folder(output, "output_path"), claim_folder(output / "ckpt", "output_path"):
+        for name in ("log.txt", "metrics.csv", "train_args.yaml"):
+            check_file_target(output / name, "output_path")
+        yield
 
 
 class Trainer:
@@ -99,6 +113,10 @@ class Trainer:
         self.config = config
         self.output = Path(config.output_path)
         self.folder = self.output / "ckpt"
+        self.done = 0  # updates
+        self.last_state: Path | None = None
+        self.phase = "before the first step"  # until there are updates
+        progress(self.what_is_done)
         _check_paths(config)
         set_up_logging(config.log_level)
         self.runtime = setup_runtime(
@@ -123,11 +141,14 @@ class Trainer:
         self.fingerprint = self._fingerprint(rows)
         if self.is_first_rank:
             checkpoints.remove_remains(self.folder)
+            checkpoints.remove_remains(self.output)
         # Whatever can be wrong is found before the data is encoded, which may take hours.
-        state = self._state_to_resume() if config.resume else None
         self.model = self._build_model()
         self.trained_names: list[str] = []
         trainable = self._choose_trainable()
+        state = self._state_to_resume(trainable) if config.resume else None
+        goes_on = config.resume is True or state is not None and self._is_below(state.path)
+        self.own_files = OwnFiles(self.folder, goes_on)
         if state is None and config.lora_init_path is not None:
             self._start_from_lora(config.lora_init_path)
         self.inputs = Inputs(
@@ -138,9 +159,11 @@ class Trainer:
             self.order,
             image_size=self.image_size,
             tokens_only=config.lora_ft_text_encoder,
+            note=self._note,
         )
         self.step = self._build_step(trainable)
-        self.done = self._take_over(state) if state is not None else 0
+        if state is not None:
+            self._take_over(state)
         self.began_at: int | None = self.done  # until the first save
         micro_steps = config.gradient_accumulation_steps
         self.feed = make_feed(
@@ -266,16 +289,34 @@ class Trainer:
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
-    def _state_to_resume(self) -> TrainState | None:
+    def _state_to_resume(self, trainable: list[Parameter]) -> TrainState | None:
         where = self.folder if self.config.resume is True else Path(self.config.resume)
-        if where.is_dir():
-            where = where / "ckpt" if (where / "ckpt").is_dir() else where
-        state = checkpoints.load_state(where) if where.is_file() else checkpoints.load_latest_state(where)
+        if is_folder(where, "resume"):
+            where = where / "ckpt" if is_folder(where / "ckpt", "resume") else where
+        wanted = state_shapes(trainable, self.config.use_ema)
+
+        def misfit(state: TrainState) -> str:
+            self._check_same_run(state)
+            found = differing_shapes(wanted, state.arrays)
+            return f"{state.path} does not fit this run ({found})" if found else ""
+
+        if is_file(where, "resume"):
+            state = checkpoints.load_state(where)
+            if fault := misfit(state):
+                raise UserError(fault)
+        else:
+            state = checkpoints.load_latest_state(where, misfit)
         if state is None:
             if self.config.resume is True:
                 logger.info("resume: %s holds no state yet, so this run starts from the beginning", where)
                 return None
-            raise UserError(f"resume: {where} holds no training state (state-<step>.safetensors)")
+            raise UserError(f"resume: {plain(where)} holds no training state (state-<step>.safetensors)")
+        for name, text in checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint).items():
+            if name not in FIXED_ON_RESUME:
+                logger.warning("resume: %s; the new value holds from here", text)
+        return state
+
+    def _check_same_run(self, state: TrainState) -> None:
         differences = checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint)
         fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
         if fixed:
@@ -283,18 +324,16 @@ class Trainer:
                 f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
                 "start afresh without --resume in another output_path"
             )
-        for text in differences.values():
-            logger.warning("resume: %s; the new value holds from here", text)
-        return state
 
-    def _take_over(self, state: TrainState) -> int:
-        try:
-            self.step.load_state(state.arrays)
-        except ValueError as error:
-            raise UserError(f"{state.path} does not fit this run ({error})") from None
+    def _is_below(self, path: Path) -> bool:
+        """Whether a state is of the run in this output_path."""
+        return self.folder.resolve() in path.resolve().parents
+
+    def _take_over(self, state: TrainState) -> None:
+        self.step.load_state(state.arrays)
         self.scaler = make_loss_scaler(self.config, self.runtime, state.scaler)
+        self.done, self.last_state = state.step, state.path
         logger.info("going on after step %d of %d, from %s", state.step, self.plan.updates, state.path)
-        return state.step
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -312,8 +351,9 @@ class Trainer:
             self.plan.updates / self.plan.steps_per_epoch, self.order.n_rows, self.runtime.device,
             "fp16" if self.runtime.fp16 else "fp32",
         )  # fmt: skip
+        self._note("while compiling the step")
         if self.done >= self.plan.updates:
-            logger.info("all %d updates are done already", self.plan.updates)
+            logger.info("all %d updates are done already, at step %d", self.plan.updates, self.done)
             if not self._newest_link().exists():
                 self._save()  # of a state from another folder, or one whose checkpoint was taken away
             return self._newest_link()
@@ -331,7 +371,7 @@ class Trainer:
                 # nothing but the step may compile in here, so the batches, which may run the encoders, come first
                 with self._cached_graphs() if first else nullcontext():
                     metrics = self._one_update(batches, begin)
-                first = False
+                first, self.phase = False, ""
                 smooth_loss = metrics.loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * metrics.loss
                 bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {smooth_loss:.4f}", refresh=False)
                 bar.update()
@@ -399,11 +439,12 @@ class Trainer:
             ) from error
         self.done += 1
         applied = result.finite or not (self._scales_loss() and config.drop_overflow_update)
+        if not result.finite:
+            self._check_inputs(batches)  # no smaller scale mends those
         if not math.isfinite(result.loss) and not self.runtime.fp16 or (applied and not result.finite):
-            sound = f"; the last state in {self.folder} is sound" if checkpoints.find_states(self.folder) else ""
             raise UserError(
-                f"the loss or its gradients are no longer finite at step {self.done} (loss {result.loss}): lower "
-                f"start_learning_rate, set clip_grad, or look at the data{sound}"
+                f"the loss or its gradients are not finite at step {self.done} (loss {result.loss}): "
+                f"{self._cause()}; {self._way_on()}"
             )
         used_scale = scaler.scale
         scaler.after_step(result.finite, applied)
@@ -411,6 +452,35 @@ class Trainer:
             logger.warning("step %d overflowed at loss scale %g; skipped, the scale is now %g", self.done, used_scale,
                            scaler.scale)
         return Metrics(self.done, result.loss, rate, used_scale, time.perf_counter() - begin, result.gradient_norm)
+
+    def _check_inputs(self, batches: list[tuple[Tensor, ...]]) -> None:
+        """Raise UserError where what an image or caption was encoded to is not finite."""
+        micro_steps = self.config.gradient_accumulation_steps
+        for i, (latents, _, _, condition) in enumerate(batches):
+            rows = self.order.indices((self.done - 1) * micro_steps + i)
+            for what, array in (("latents", latents.asnumpy()), ("text embeddings", condition.asnumpy())):
+                bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+                if len(bad):
+                    path = self.inputs.rows[rows[bad[0]]].path
+                    raise UserError(
+                        f"the {what} of {plain(path)} are not finite at step {self.done}: look at that image and its "
+                        f"caption, remove {self.output / 'cache'}, or try --precision fp32; {self._way_on()}"
+                    )
+
+    def _cause(self) -> str:
+        """Why a step from finite inputs may have a loss that is not finite, and what to do."""
+        for parameter in self.model.get_parameters():
+            if not parameter.requires_grad and not np.isfinite(parameter.asnumpy()).all():
+                return (f"{parameter.name} of {self.config.pretrained_model_path} holds values that are not finite: "
+                        "take another checkpoint")
+        if self.last_state is not None:
+            arrays, _ = read_checkpoint(self.last_state)
+            largest = max(np.abs(array).max() for name, array in arrays.items() if name.startswith("p."))
+            if not largest <= HUGE:  # not finite either
+                return (f"the weights were as large as {largest:.3g} in {self.last_state} already: go on from a state "
+                        "before it with a lower start_learning_rate, or start again")
+        others = ", or another process's inputs are not finite (see its log)" if self.runtime.rank_size > 1 else ""
+        return f"lower start_learning_rate, or set clip_grad{others}"
 
     def _dropout_keys(self) -> list[np.ndarray]:
         """One for each micro-step, a function of its number."""
@@ -427,31 +497,43 @@ class Trainer:
         """Write the weights, then the state: a state on disk has its weights beside it."""
         if not self.is_first_rank:
             return
-        if self.began_at is not None:
-            checkpoints.set_aside_later(self.folder, self.began_at)
-            self.began_at = None
-        kind = "lora" if self.config.use_lora else "model"
-        path = self.folder / f"{kind}-{self.done:08d}.ckpt"
-        if self.config.use_lora:
-            self._write_lora(path)
-        else:
-            self._write_model(path)
-        _link(path, self._newest_link())
-        checkpoints.prune(self.folder, f"{kind}-*.ckpt", self.config.ckpt_max_keep)
-        if self.lora_spec.trainable_model:  # the base that this LoRA belongs to
-            base = self.folder / f"model-{self.done:08d}.ckpt"
-            self._write_model(base)
-            _link(base, self.folder / "model.ckpt")
-            checkpoints.prune(self.folder, "model-*.ckpt", self.config.ckpt_max_keep)
         state = TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
-        checkpoints.save_state(self.folder, state)
-        logger.debug("saved %s", path)
+        try:
+            checkpoints.check_finite(state.arrays, f"nothing is saved at step {self.done}, as what was trained")
+            if self.began_at is not None:
+                self.own_files.set_aside_later(self.began_at)
+                self.began_at = None
+            self._write_files(state)
+        except UserError as error:
+            raise UserError(f"{error}; {self._way_on()}") from error
+        logger.debug("saved step %d in %s", self.done, self.folder)
+
+    def _write_files(self, state: TrainState) -> None:
+        writers = {"lora": self._write_lora} if self.config.use_lora else {"model": self._write_model}
+        if self.lora_spec.trainable_model:  # the base that this LoRA belongs to
+            writers["model"] = self._write_model
+        names = [Numbered(kind, self.done).name for kind in (*writers, "state")]
+        self.own_files.begin([*names, *(f"{kind}.ckpt" for kind in writers)])
+        for (kind, write), name in zip(writers.items(), names):
+            write(self.folder / name)
+            _link(self.folder / name, self.folder / f"{kind}.ckpt")
+        self.last_state = checkpoints.save_state(self.folder, state)
+        for kind in writers:
+            self.own_files.prune(kind, self.config.ckpt_max_keep)
+        self.own_files.prune("state", checkpoints.STATES_KEPT)
 
     def what_is_done(self) -> str:
         """For the line that an interrupted run ends with."""
-        states = checkpoints.find_states(self.folder)
-        way = f"--resume True goes on from {states[0]}" if states else "nothing was saved yet"
-        return f"after step {self.done} of {self.plan.updates}; {way}"
+        return f"{self.phase or f'after step {self.done} of {self.plan.updates}'}; {self._way_on()}"
+
+    def _note(self, phase: str) -> None:
+        self.phase = phase
+
+    def _way_on(self) -> str:
+        if self.last_state is None:
+            return "nothing was saved yet"
+        own = self.last_state.parent == self.folder
+        return f"--resume {True if own else self.last_state} goes on from {self.last_state}"
 
     def _newest_link(self) -> Path:
         return self.folder / ("lora.ckpt" if self.config.use_lora else "model.ckpt")
@@ -483,7 +565,7 @@ def _check_paths(config: TrainConfig) -> None:
     for name, way in ways.items():
         if getattr(config, name) is None:
             raise UserError(f"--{name} is needed: {way}, on the command line or in the YAML file of --train_config")
-    if not Path(config.pretrained_model_path).exists():
+    if not is_there(config.pretrained_model_path, "pretrained_model_path"):
         raise UserError(
             f"pretrained_model_path: {config.pretrained_model_path} does not exist: give the path of a Stable "
             "Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)"
@@ -492,7 +574,7 @@ def _check_paths(config: TrainConfig) -> None:
         raise UserError("pretrained_model_ema is of the UNet, which unet_initialize_random does not take from the file")
     folder = Path(config.output_path) / "ckpt"
     # Not overwritten: a forgotten --resume would cost what was trained so far.
-    if not config.resume and checkpoints.find_states(folder):
+    if not config.resume and find_states(folder):
         raise UserError(
             f"{folder} holds the training states of an earlier run: go on with --resume True, or choose another "
             "--output_path (or remove the folder)"

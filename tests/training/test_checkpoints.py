@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -10,37 +11,43 @@ import pytest
 from ldm.errors import UserError
 from ldm.training.checkpoints import (
     TrainState,
+    _checksum,
     compare_fingerprints,
-    find_states,
     load_latest_state,
     load_state,
-    prune,
     remove_remains,
     save_state,
-    set_aside_later,
 )
+from ldm.training.loss_scale import LossScaler
+from ldm.weights.read import read_checkpoint, write_checkpoint
 
 
 def state(step, value=1.0):
     arrays = {"p.a": np.full((2, 3), value, np.float32), "m.a": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    return TrainState(step, arrays, {"scale": 2.0, "updates": step}, {"seed": 1, "betas": [0.9, 0.99]})
+    return TrainState(step, arrays, LossScaler(2.0, False, updates=step).state(), {"seed": 1, "betas": [0.9, 0.99]})
 
 
 def test_a_state_is_read_back(tmp_path):
     path = save_state(tmp_path, state(7, 0.1))
     found = load_latest_state(tmp_path)
     assert (found.step, found.scaler, found.fingerprint, found.path) == (
-        7, {"scale": 2.0, "updates": 7}, {"seed": 1, "betas": [0.9, 0.99]}, path,
+        7, LossScaler(2.0, False, updates=7).state(), {"seed": 1, "betas": [0.9, 0.99]}, path,
     )  # fmt: skip
     for name, array in state(7, 0.1).arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
 
 
-def test_the_newest_are_kept_and_the_newest_is_taken(tmp_path):
-    for step in (5, 10, 100, 20):
-        save_state(tmp_path, state(step), keep=2)
-    assert [path.name for path in find_states(tmp_path)] == ["state-00000100.safetensors", "state-00000020.safetensors"]
+def test_the_newest_is_taken(tmp_path):
+    for step in (5, 100, 20):
+        save_state(tmp_path, state(step))
     assert load_latest_state(tmp_path).step == 100
+
+
+def test_one_that_does_not_fit_is_passed_over_and_named(tmp_path, caplog):
+    for step in (5, 10):
+        save_state(tmp_path, state(step))
+    found = load_latest_state(tmp_path, lambda state: "step 10 is not wanted" if state.step == 10 else "")
+    assert found.step == 5 and "step 10 is not wanted; going back" in caplog.text
 
 
 def test_no_state_is_no_error(tmp_path):
@@ -75,40 +82,64 @@ def test_if_all_are_damaged_it_says_so(tmp_path):
 
 
 def test_another_safetensors_file_is_no_state(tmp_path):
-    from ldm.weights.read import write_checkpoint
-
     write_checkpoint(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)})
     with pytest.raises(UserError, match="not a training state"):
         load_state(tmp_path / "a.safetensors")
 
 
-def test_pruning_goes_by_the_step_and_leaves_other_files(tmp_path):
-    for name in ("lora-00000009.ckpt", "lora-00000010.ckpt", "lora-00000100.ckpt", "lora.ckpt", "model-00000001.ckpt"):
-        (tmp_path / name).touch()
-    prune(tmp_path, "lora-*.ckpt", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "lora-00000010.ckpt", "lora-00000100.ckpt", "lora.ckpt", "model-00000001.ckpt",
-    ]  # fmt: skip
+def write(folder, **changed):
+    """A state whose texts are `changed`, with a checksum that matches. Returns its path."""
+    path = save_state(folder, state(10))
+    arrays, texts = read_checkpoint(path)
+    arrays.update(changed.pop("arrays", {}))
+    texts.update(changed)
+    del texts["checksum"]
+    write_checkpoint(path, arrays, {**texts, "checksum": _checksum(arrays, texts)})
+    return path
 
 
-def test_what_another_run_left_beyond_the_step_is_moved_aside_and_said(tmp_path, caplog):
-    for step in (200, 500, 600):
-        save_state(tmp_path, state(step), keep=3)
-        (tmp_path / f"lora-{step:08d}.ckpt").touch()
-    (tmp_path / "lora.ckpt").touch()
-    with caplog.at_level(logging.WARNING):
-        set_aside_later(tmp_path, 200)
-    later = {f"{kind}-00000{step}" for kind in ("lora", "state") for step in (500, 600)}
-    assert {path.stem for path in (tmp_path / "abandoned-after-00000200").iterdir()} == later
-    assert {path.stem for path in tmp_path.glob("*.*")} == {"lora", "lora-00000200", "state-00000200"}
-    assert "4 files" in caplog.text and "abandoned-after-00000200" in caplog.text
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (dict(step="ten"), "its step is 'ten'"),
+        (dict(step="-1"), "its step is '-1'"),
+        (dict(step="1" + "0" * 30), "its step is '1000"),
+        (dict(step="\u0661"), "its step is"),
+        (dict(step=""), "its step is ''"),
+        (dict(scaler="no JSON"), "not valid JSON"),
+        (dict(scaler="[" * 100_000), "nested too deeply"),
+        (dict(scaler="{}"), "its loss scaler is none"),
+        (dict(scaler=json.dumps({**LossScaler(2.0, False).state(), "updates": -1})), "its loss scaler is none"),
+        (dict(scaler=json.dumps({**LossScaler(2.0, False).state(), "updates": "9"})), "its loss scaler is none"),
+        (dict(scaler=json.dumps({**LossScaler(2.0, False).state(), "scale": 10**400})), "its loss scaler is none"),
+        (dict(scaler=json.dumps(LossScaler(float("nan"), False).state())), "its loss scaler is none"),
+        (dict(scaler=json.dumps({"scale": 2.0, "dynamic": False})), "its loss scaler is none"),
+        (dict(fingerprint="[1]"), "its settings are none"),
+        (dict(fingerprint='{"seed": {"a": {}}}'), "its settings are none"),
+        (dict(fingerprint='{"seed": 1, "seed": 2}'), "given twice"),
+        (dict(arrays={"p.a": np.zeros((2, 3), np.int8)}), "holds p.a as int8"),
+        (dict(arrays={"p.a": np.full((2, 3), np.inf, np.float32)}), "not finite, the first in p.a"),
+    ],
+)
+def test_an_absurd_state_is_named_and_the_one_before_it_taken(tmp_path, caplog, changed, says):
+    save_state(tmp_path, state(5))
+    path = write(tmp_path, **changed)
+    with pytest.raises(UserError, match=f"{path.name}.*{says}|{says}.*{path.name}"):
+        load_state(path)
+    assert load_latest_state(tmp_path).step == 5 and path.name in caplog.text
 
 
-def test_nothing_is_moved_where_nothing_lies_beyond_the_step(tmp_path, caplog):
-    set_aside_later(tmp_path / "missing", 0)
-    save_state(tmp_path, state(200))
-    set_aside_later(tmp_path, 200)
-    assert [path.name for path in tmp_path.iterdir()] == ["state-00000200.safetensors"] and not caplog.text
+def test_a_changed_text_does_not_match_the_checksum(tmp_path):
+    path = save_state(tmp_path, state(10))
+    path.write_bytes(path.read_bytes().replace(b'"step":"10"', b'"step":"11"'))
+    with pytest.raises(UserError, match="checksum"):
+        load_state(path)
+
+
+def test_a_state_of_the_first_format_is_read(tmp_path):
+    """Its checksum is over names and values alone."""
+    path = write(tmp_path, format="1")
+    assert load_state(path).step == 10
 
 
 def test_differences_between_runs_are_named():
@@ -119,8 +150,11 @@ def test_differences_between_runs_are_named():
     }
 
 
-def test_what_a_killed_process_left_is_taken_away(tmp_path):
-    for name in (".lora-00000009.77.partial.ckpt", "lora-00000009.ckpt"):
+def test_what_a_killed_process_left_is_taken_away_and_nothing_else(tmp_path):
+    left = (".lora-00000009.77.partial.ckpt", ".metrics.7.partial.csv", ".files.7.partial.json")
+    others = (".my.77.partial.ckpt", "lora-00000009.ckpt", ".lora-best.77.partial.ckpt")
+    for name in (*left, *others):
         (tmp_path / name).touch()
+    (tmp_path / ".state-00000009.7.partial.safetensors").mkdir()
     remove_remains(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["lora-00000009.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ".state-00000009.7.partial.safetensors"}

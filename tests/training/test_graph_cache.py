@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import mindspore as ms
 import pytest
 
@@ -52,3 +55,64 @@ def test_what_failed_what_was_killed_and_what_is_stale_is_removed(tmp_path, cont
     with pytest.raises(RuntimeError), cached_graphs(tmp_path, "key"):
         raise RuntimeError("a graph that does not run")
     assert not list(tmp_path.iterdir()) and context[-1] == {"enable_compile_cache": False}
+
+
+@pytest.fixture
+def kept(tmp_path, context):
+    """A folder with a compiled graph under "key"."""
+    with cached_graphs(tmp_path, "key"):
+        writing = tmp_path / context[-1]["compile_cache_path"]
+        (writing / "rank_0").mkdir()
+        (writing / "rank_0" / "graph.mindir").write_bytes(bytes(range(100)))
+        (writing / "weights.data").write_bytes(b"weights")
+    return tmp_path / "key"
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: flip(kept / "rank_0" / "graph.mindir"),
+        lambda kept: (kept / "weights.data").write_bytes(b""),
+        lambda kept: (kept / "weights.data").unlink(),
+        lambda kept: (kept / "rank_0" / "more").touch(),
+        lambda kept: (kept / "more").symlink_to("weights.data"),
+        lambda kept: os.mkfifo(kept / "more"),
+        lambda kept: flip(kept / graph_cache.SEAL),
+        lambda kept: (kept / graph_cache.SEAL).unlink(),
+        lambda kept: (kept / graph_cache.SEAL).write_text("[" * 10**5),
+        lambda kept: (shutil.rmtree(kept), kept.touch()),
+    ],
+    ids=["a bit", "cut off", "missing", "one more", "a link", "a pipe", "the seal", "no seal", "deep", "a file"],
+)
+def test_a_damaged_graph_is_named_and_compiled_again(tmp_path, kept, context, caplog, damage):
+    damage(kept)
+    with cached_graphs(tmp_path, "key") as found:
+        assert not found and context[-1]["compile_cache_path"] != str(kept)
+        (tmp_path / context[-1]["compile_cache_path"] / "new").touch()
+    assert f"{kept} is damaged" in caplog.text
+    with cached_graphs(tmp_path, "key") as found:
+        assert found and (kept / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(unprivileged, context, caplog):
+    unprivileged.chmod(0o555)
+    with cached_graphs(unprivileged / "graphs", "key") as found:
+        assert not found and not context
+    assert "cannot be made (Permission denied" in caplog.text
+
+
+def test_a_full_disk_is_done_without(tmp_path, context, caplog, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_text", full)
+        with cached_graphs(tmp_path, "key"):
+            pass
+    assert "No space left on device" in caplog.text and not list(tmp_path.iterdir())

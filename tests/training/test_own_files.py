@@ -1,0 +1,183 @@
+"""The files in ckpt/ that a run wrote itself: those alone are written over, pruned and moved."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.training.own_files import OwnFiles, find_states, numbered
+
+LORAS = [f"lora-{step:08d}.ckpt" for step in (3, 6, 9)]
+STATES = [f"state-{step:08d}.safetensors" for step in (3, 6, 9)]
+
+
+def save(own: OwnFiles, *names: str) -> None:
+    own.begin(names)
+    for name in names:
+        (own.folder / name).write_text("of the run")
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora-best.ckpt", "lora-mystyle-v1.ckpt", "lora-9.ckpt", "lora-000000009.ckpt", "lora-00000009.safetensors",
+     "state-99999999999999999999.safetensors", "lora-0000000\u0669.ckpt", "lora-00000009.ckpt.bak",
+     "lora-2024-05.ckpt"],
+)  # fmt: skip
+def test_only_the_exact_form_is_a_run_s_name(name):
+    assert numbered(name) is None
+    assert numbered("lora-00000009.ckpt") == ("lora", 9) and numbered("state-123456789.safetensors") == (
+        "state", 123456789
+    )  # fmt: skip
+
+
+def test_states_are_found_by_name_the_newest_first(tmp_path):
+    for name in (*STATES[:2], "state-100000000.safetensors", "state-99999999999999999999.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / STATES[2]).mkdir()
+    (tmp_path / "state-00000010.safetensors").symlink_to("nowhere")
+    assert [path.name for path in find_states(tmp_path)] == ["state-100000000.safetensors", *STATES[1::-1]]
+    assert find_states(tmp_path / "missing") == []
+
+
+def test_pruning_keeps_what_was_written_last_and_whatever_is_not_the_run_s(tmp_path):
+    users = {"lora-best.ckpt", "lora-mystyle-v1.ckpt", "lora-00000001.ckpt", "state-00000001.safetensors"}
+    for name in users:
+        (tmp_path / name).write_text("a user's")
+    own = OwnFiles(tmp_path, goes_on=False)
+    for lora, state in zip(LORAS, STATES):
+        save(own, lora, "lora.ckpt", state)
+        own.prune("lora", 2)
+        own.prune("state", 1)
+    assert names(tmp_path) == {*users, *LORAS[1:], "lora.ckpt", STATES[2], "files.json"}
+    assert {name for name in users if (tmp_path / name).read_text() == "a user's"} == users
+
+
+def test_the_record_is_there_before_the_files(tmp_path):
+    own = OwnFiles(tmp_path, goes_on=False)
+    own.begin([LORAS[0], STATES[0]])
+    assert json.loads((tmp_path / "files.json").read_text()) == {"files": [LORAS[0], STATES[0]]}
+    (tmp_path / LORAS[0]).touch()  # killed here
+    assert OwnFiles(tmp_path, goes_on=True).names == [LORAS[0]]
+
+
+@pytest.mark.parametrize("make", ["a file", "a folder", "a link", "a dead link"])
+@pytest.mark.parametrize("name", ["lora.ckpt", LORAS[0], STATES[0]])
+def test_what_is_in_the_way_and_not_the_run_s_is_moved_aside_and_said(tmp_path, caplog, name, make):
+    path, other = tmp_path / name, tmp_path / "best.bin"
+    other.write_text("a user's")
+    if make == "a file":
+        path.write_text("a user's")
+    elif make == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("best.bin" if make == "a link" else "nowhere")
+    (tmp_path / f"{path.stem}-kept{path.suffix}").write_text("of the time before")
+    save(OwnFiles(tmp_path, goes_on=False), name)
+    kept = tmp_path / f"{path.stem}-kept-2{path.suffix}"
+    assert path.read_text() == "of the run" and other.read_text() == "a user's"
+    assert kept.is_dir() if make == "a folder" else kept.is_symlink() == ("link" in make)
+    assert str(path) in caplog.text and kept.name in caplog.text
+
+
+def test_a_link_that_somebody_put_in_the_place_of_an_own_file_is_not_followed(tmp_path):
+    save(OwnFiles(tmp_path, goes_on=False), "lora.ckpt")
+    (tmp_path / "best.ckpt").write_text("a user's")
+    (tmp_path / "lora.ckpt").unlink()
+    (tmp_path / "lora.ckpt").symlink_to("best.ckpt")
+    save(OwnFiles(tmp_path, goes_on=True), "lora.ckpt")
+    assert (tmp_path / "best.ckpt").read_text() == "a user's" and (tmp_path / "lora-kept.ckpt").is_symlink()
+
+
+def test_a_run_from_before_the_record_has_the_files_of_its_form(tmp_path):
+    for name in (*LORAS, "lora-best.ckpt", "lora.ckpt"):
+        (tmp_path / name).touch()
+    assert OwnFiles(tmp_path, goes_on=True).names == []  # no state: whose they are is not known
+    (tmp_path / STATES[2]).touch()
+    assert OwnFiles(tmp_path, goes_on=True).names == [*LORAS[:2], LORAS[2], STATES[2], "lora.ckpt"]
+    assert OwnFiles(tmp_path, goes_on=False).names == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"files": {}}', b"\xff\xfe", b'{"files": ["lora-00000003.ckpt"', b"[" * 10**5]
+)
+def test_of_a_broken_record_nothing_is_taken_and_it_is_kept(tmp_path, caplog, content):
+    for name in (*LORAS, *STATES):
+        (tmp_path / name).touch()
+    (tmp_path / "files.json").write_bytes(content)
+    own = OwnFiles(tmp_path, goes_on=True)
+    assert own.names == [] and "files.json" in caplog.text
+    save(own, "lora-00000012.ckpt")
+    own.prune("lora", 1)
+    assert names(tmp_path) == {*LORAS, *STATES, "lora-00000012.ckpt", "files.json", "files-kept.json"}
+    assert (tmp_path / "files-kept.json").read_bytes() == content
+
+
+def test_a_record_names_nothing_outside_the_folder(tmp_path):
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (tmp_path / LORAS[0]).touch()
+    (folder / LORAS[1]).touch()
+    listed = [f"../{LORAS[0]}", str(tmp_path / LORAS[0]), LORAS[1], LORAS[1], LORAS[2], 7, None, ["x"], ".", ""]
+    (folder / "files.json").write_text(json.dumps({"files": listed}))
+    assert OwnFiles(folder, goes_on=True).names == [LORAS[1]]
+
+
+def test_what_cannot_be_removed_is_said_once(tmp_path, caplog, monkeypatch):
+    own = OwnFiles(tmp_path, goes_on=False)
+    for lora in LORAS:
+        save(own, lora)
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr("pathlib.Path.unlink", refuse)
+        own.prune("lora", 1)
+        own.prune("lora", 1)
+    assert caplog.text.count("cannot be removed (Permission denied") == 1
+    own.prune("lora", 1)
+    assert names(tmp_path) == {LORAS[2], "files.json"}
+
+
+def test_what_another_run_left_beyond_the_step_is_moved_aside_and_said(tmp_path, caplog):
+    save(OwnFiles(tmp_path, goes_on=False), *LORAS, *STATES, "lora.ckpt")
+    (tmp_path / "lora-00000012.ckpt").write_text("a user's")
+    (tmp_path / "abandoned-after-00000003").mkdir()  # of the time before
+    own = OwnFiles(tmp_path, goes_on=True)
+    with caplog.at_level(logging.WARNING):
+        own.set_aside_later(3)
+    aside = tmp_path / "abandoned-after-00000003-2"
+    assert names(aside) == {*LORAS[1:], *STATES[1:]}
+    assert own.names == [LORAS[0], STATES[0], "lora.ckpt"] and (tmp_path / "lora-00000012.ckpt").exists()
+    assert "4 files" in caplog.text and str(aside) in caplog.text
+
+
+def test_what_an_interrupted_save_left_is_not_taken_for_another_run_s(tmp_path, caplog):
+    """Killed between the LoRA of step 6 and its state: the run goes on from step 3 and writes it again."""
+    own = OwnFiles(tmp_path, goes_on=False)
+    save(own, LORAS[0], STATES[0])
+    own.begin([LORAS[1], STATES[1]])
+    (tmp_path / LORAS[1]).touch()
+    own = OwnFiles(tmp_path, goes_on=True)
+    own.set_aside_later(3)
+    save(own, "lora-00000005.ckpt")
+    own.prune("lora", 1)
+    assert not caplog.text and names(tmp_path) == {"lora-00000005.ckpt", STATES[0], "files.json"}
+
+
+def test_a_folder_that_refuses_is_named(unprivileged):
+    (unprivileged / "ckpt").mkdir()
+    own = OwnFiles(unprivileged / "ckpt", goes_on=False)
+    (unprivileged / "ckpt").chmod(0o555)
+    with pytest.raises(UserError, match="files.json cannot be written: Permission denied: give"):
+        own.begin([LORAS[0]])
+    (unprivileged / "ckpt").chmod(0)
+    with pytest.raises(UserError, match="ckpt cannot be"):
+        find_states(unprivileged / "ckpt")
