@@ -121,7 +121,8 @@ def read_text(path: str | os.PathLike, name: str = "", way: str = "check the pat
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{subject}, line {line}: not a UTF-8 text file: save it as UTF-8") from None
+        raise UserError(f"{subject}, line {line}: not a UTF-8 text file: save it as UTF-8"
+                        f"{_other_encoding(raw)}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{subject}, line {line}: not a text file, it holds a zero byte: {way}")
@@ -130,3 +131,16 @@ def read_text(path: str | os.PathLike, name: str = "", way: str = "check the pat
 
 def _named(path: str | os.PathLike, name: str) -> str:
     return f"{name} {plain(os.fspath(path))}".strip()
+
+
+def _other_encoding(raw: bytes) -> str:
+    """What a text that is not UTF-8 may be, for the end of a message."""
+    if b"\0" in raw:
+        return ""
+    for encoding, name in (("gb18030", "GBK"), ("cp1252", "Windows-1252")):
+        try:
+            raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return f" (it may be {name} now)"
+    return ""

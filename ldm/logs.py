@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from ldm.errors import plain
 from ldm.paths import writing
 
 LONGEST_LINE = 2000  # characters
+MOST_WARNINGS = 20  # of one kind
 
 
 class PlainFormatter(logging.Formatter):
@@ -65,3 +67,11 @@ def set_up_logging(level: str, log_file: Path | None = None, prefix: bool = True
             file = _File(log_file, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
+
+
+def warn_of_each(logger: logging.Logger, message: str, items: Sequence[str]) -> None:
+    """Warn of the first of many items, each on a line, and say how many more there are; log_level DEBUG names all."""
+    for place, item in enumerate(items):
+        logger.log(logging.WARNING if place < MOST_WARNINGS else logging.DEBUG, message, item)
+    if len(items) > MOST_WARNINGS:
+        logger.warning(message, f"{len(items) - MOST_WARNINGS:,} more (log_level DEBUG names all)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.atomic import atomic_path
-from ldm.errors import UserError
+from ldm.errors import UserError, plain, system_reason
+from ldm.files import is_there, open_file, read_bytes
+from ldm.logs import warn_of_each
 
 logger = logging.getLogger(__name__)
 
 SEAL_BYTES = 32
 STALE_SECONDS = 3600.0
+FLOATS = (np.float16, np.float32)  # what networks compute in
 
 
 def content_key(*parts: str | int | float | bytes | Path) -> str:
@@ -34,13 +38,13 @@ def content_key(*parts: str | int | float | bytes | Path) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            kind, raw = b"file", _file_bytes(part)
+            kind, part_digest = b"file", _file_digest(part)
         elif isinstance(part, bytes):
-            kind, raw = b"bytes", part
+            kind, part_digest = b"bytes", hashlib.sha256(part).digest()
         else:
-            kind, raw = b"value", repr(part).encode()
+            kind, part_digest = b"value", hashlib.sha256(repr(part).encode()).digest()
         # Each part by its own digest, so that no two lists of parts run together into the same bytes.
-        digest.update(kind + hashlib.sha256(raw).digest())
+        digest.update(kind + part_digest)
     return digest.hexdigest()
 
 
@@ -48,8 +52,8 @@ class StateCache:
     """Arrays by key, in memory and, given a folder, on disk, one file each.
 
     Files (.npy) are written beside and renamed, so a process killed in the middle leaves what it had finished; each
-    ends in a checksum, and one that does not match is named in a warning and computed again. It is always safe to
-    delete the folder.
+    ends in a checksum, and one that does not match, or holds another array than is asked for, is named in a warning and
+    computed again. It is always safe to delete the folder.
 
     Args:
         folder: where the files go (made when the first is written); None keeps them in memory alone.
@@ -59,7 +63,7 @@ class StateCache:
         self.folder = None if folder is None else Path(folder)
         self._arrays: dict[str, np.ndarray] = {}
         self._writes = self.folder is not None
-        if self.folder is not None and self.folder.is_dir():
+        if self.folder is not None and os.path.isdir(self.folder):
             self._remove_remains(self.folder)
 
     def get_or_compute(
@@ -68,6 +72,7 @@ class StateCache:
         compute_batch: Callable[[list[int]], Iterable[np.ndarray]],
         batch_size: int,
         desc: str,
+        shape: tuple[int, ...] | None = None,
     ) -> list[np.ndarray]:
         """The array of every key, computed where neither memory nor disk has it.
 
@@ -78,19 +83,25 @@ class StateCache:
                 shape only.
             batch_size: at least 1.
             desc: what is computed, for the progress bar and messages ("latents").
+            shape: of every array; None for any.
 
         Raises:
             UserError: an array that was computed is not finite.
         """
         places = {key: place for place, key in reversed(list(enumerate(keys)))}
         wanted = [key for key in dict.fromkeys(keys) if key not in self._arrays]
-        missing = []
+        missing, faults = [], []
         for key in tqdm(wanted, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
-            array = self._read(key)
+            try:
+                array = self._read(key, shape)
+            except UserError as error:
+                array = None
+                faults.append(str(error))
             if array is None:
                 missing.append(key)
             else:
                 self._arrays[key] = array
+        warn_of_each(logger, "the cache file %s; computing it again", faults)
         if missing:
             with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
                 for start in range(0, len(missing), batch_size):
@@ -108,22 +119,27 @@ class StateCache:
         # Two levels: some file systems slow down at a hundred thousand files in one folder.
         return self.folder / key[:2] / f"{key}.npy"
 
-    def _read(self, key: str) -> np.ndarray | None:
+    def _read(self, key: str, shape: tuple[int, ...] | None) -> np.ndarray | None:
+        """The array on disk, None where there is none. Raises UserError where its file cannot be used."""
         if self.folder is None:
             return None
         path = self._path(key)
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
+        if not is_there(path):
             return None
-        except OSError as error:
-            logger.warning("the cache file %s cannot be read (%s); computing it again", path, error.strerror)
-            return None
+        raw = read_bytes(path)
         body, seal = raw[:-SEAL_BYTES], raw[-SEAL_BYTES:]
         if seal != _seal(key, body):
-            logger.warning("the cache file %s is broken; computing it again", path)
-            return None
-        return np.load(io.BytesIO(body), allow_pickle=False)
+            raise UserError(f"{plain(path)} is broken")
+        # The seal says that the file is as it was written; an older or faulty version may have written it.
+        try:
+            array = np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+            raise UserError(f"{plain(path)} is broken ({plain(error)})") from None
+        if array.dtype not in FLOATS or (shape is not None and array.shape != shape):
+            raise UserError(f"{plain(path)} holds {array.dtype} of the shape {array.shape}, not what is asked for")
+        if not np.isfinite(array).all():
+            raise UserError(f"{plain(path)} holds values that are not finite")
+        return array
 
     def _store(self, key: str, array: np.ndarray, desc: str) -> None:
         if not np.isfinite(array).all():
@@ -135,7 +151,7 @@ class StateCache:
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
             body = buffer.getvalue()
-            with atomic_path(self._path(key)) as temporary:
+            with atomic_path(self._path(key), sync=False) as temporary:  # it carries its checksum
                 temporary.write_bytes(body + _seal(key, body))
         except OSError as error:
             self._writes = False
@@ -157,8 +173,12 @@ def _seal(key: str, body: bytes) -> bytes:
     return hashlib.sha256(key.encode() + body).digest()
 
 
-def _file_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check data_path") from None
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open_file(path, way="check data_path") as file:
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:
+            raise UserError(f"{plain(path)} cannot be read: {system_reason(error)}") from None
+    return digest.digest()

@@ -1,4 +1,4 @@
-"""A folder of pictures with an `img_txt.csv` that names and describes them."""
+"""A folder of images with an `img_txt.csv` that names and describes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import io
 import logging
 import os
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,18 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ldm.data.transforms import PICTURE_ERRORS, open_rgb, picture_fault
-from ldm.errors import UserError
+from ldm.data.transforms import BrokenImage, open_rgb
+from ldm.errors import UserError, plain
+from ldm.files import is_folder, is_there, read_text
+from ldm.logs import warn_of_each
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 # csv's own limit, held here too: MindSpore raises it for the whole process when some of its modules are imported.
 LONGEST_FIELD = 131_072
+MOST_ROWS = 1_000_000  # 1 GB
 
 
 class Row(NamedTuple):
@@ -54,15 +58,17 @@ def read_image_text_csv(
 ) -> ImageTextRows:
     """Read the rows of a data set, decoding every picture once so that training meets no broken one.
 
-    The CSV is UTF-8 (a byte-order mark is fine), with a header; other columns are ignored. Picture names are relative
-    to `folder`. A row whose picture is missing or broken, or with too few or too many fields, is logged by name and
-    left out. An empty caption is kept, as training without a caption is of use, and counted in a warning.
+    The CSV is UTF-8 (a byte-order mark is fine), with a header; other columns are ignored. Image names are relative to
+    `folder`; what they name may be a link to anywhere. Where no file has a name, the only one that differs from it in
+    case, Unicode form, kind of slash or encoding (GBK) is taken, and counted in a warning. A row whose image is missing
+    or broken, or with too few or too many fields, is left out; the first ones are logged by name, all are counted. An
+    empty caption is kept, as training without a caption is of use, and counted in a warning.
 
     Args:
         max_bad_fraction: the share of bad rows above which the data set is refused.
 
     Raises:
-        UserError: no folder, no CSV, not UTF-8, empty, no header, a column missing, a line that is no CSV, a picture
+        UserError: no folder, no CSV, not UTF-8, empty, no header, a column missing, a line that is no CSV, an image
             outside the folder, or too many bad rows.
     """
     folder = Path(folder)
@@ -71,27 +77,32 @@ def read_image_text_csv(
     for row in csv_rows:
         if not row.fault:
             _check_inside(folder, csv_path, row)
-    faults = _picture_faults(folder, [row.name for row in csv_rows if not row.fault])
+    images = _check_images(folder, list(dict.fromkeys(row.name for row in csv_rows if not row.fault)))
 
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
     for row in csv_rows:
-        fault = row.fault or faults[row.name]
+        path, fault = (None, row.fault) if row.fault else images[row.name]
         if fault:
             bad.append((row.name, f"line {row.line}: {fault}"))
         else:
-            rows.append(Row(folder / row.name, row.text))
-    for name, reason in bad:
-        logger.warning("left out: %s (%s)", name or "a row without a picture", reason)
+            rows.append(Row(path, row.text))
+    warn_of_each(logger, "left out: %s", [f"{name or 'a row without an image'} ({reason})" for name, reason in bad])
     if len(bad) > max_bad_fraction * len(csv_rows):
-        named = "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
+        named = "; ".join(f"{plain(name, 80)} ({reason})" for name, reason in bad[:3])
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"{csv_path}: {len(bad)} of {len(csv_rows)} rows are unusable, more than {max_bad_fraction:.0%}: "
-            f"{named}{more}. Mend the pictures or take out the rows"
+            f"{plain(csv_path)}: {len(bad)} of {len(csv_rows)} rows are unusable, more than {max_bad_fraction:.0%}: "
+            f"{named}{more}. Mend the images or take out the rows"
         )
     if bad:
         logger.warning("%s: %d of %d rows left out", csv_path, len(bad), len(csv_rows))
+    near = [(name, path) for name, (path, fault) in images.items() if not fault and path != _path(folder, name)]
+    if near:
+        logger.warning(
+            "%s: %d images are taken whose names differ in case, Unicode form, slashes or encoding, the first for %s: "
+            "%s", csv_path, len(near), *near[0],
+        )  # fmt: skip
     empty = sum(not row.text for row in rows)
     if empty:
         logger.warning("%s: %d of %d captions are empty and train as such", csv_path, empty, len(rows))
@@ -99,20 +110,25 @@ def read_image_text_csv(
 
 
 def _find_csv(folder: Path, csv_name: str) -> Path:
-    if not folder.exists():
-        raise UserError(f"the data folder {folder} does not exist: check data_path")
-    if not folder.is_dir():
-        raise UserError(f"data_path {folder} is not a folder: give the folder that holds {csv_name}")
+    name = f"data_path {plain(folder)}"
+    if not is_there(folder, "data_path"):
+        raise UserError(f"the data folder {plain(folder)} does not exist: check data_path")
+    if not is_folder(folder, "data_path"):
+        raise UserError(f"{name} is not a folder: give the folder that holds {csv_name}")
     csv_path = folder / csv_name
-    if not csv_path.is_file():
-        below = sorted(path.parent for path in folder.glob(f"*/{csv_name}"))
-        hint = f"; there is one in {below[0]}" if below else f": write one with the columns dir,text into {folder}"
-        raise UserError(f"the data folder {folder} has no {csv_name}{hint}")
+    if not is_there(csv_path):
+        try:
+            below = sorted(inner.path for inner in os.scandir(folder) if os.path.isfile(f"{inner.path}/{csv_name}"))
+        except OSError:  # the folder may be entered and not listed
+            below = []
+        hint = f"; there is one in {plain(below[0])}" if below else ": write one with the columns dir,text into it"
+        raise UserError(f"the data folder {plain(folder)} has no {csv_name}{hint}")
     return csv_path
 
 
 def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]:
-    reader = csv.reader(io.StringIO(_read_text(csv_path), newline=""), strict=True)
+    text = read_text(csv_path, way="write it as a UTF-8 CSV")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[_CsvRow] = []
     image_at = text_at = -1
     header: list[str] = []
@@ -128,84 +144,139 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
                 header = [name.strip() for name in fields]
                 image_at, text_at = _columns(csv_path, header, (image_column, text_column))
                 continue
-            name = fields[image_at].strip() if image_at < len(fields) else ""
+            if len(rows) == MOST_ROWS:
+                raise UserError(f"{plain(csv_path)} has more than {MOST_ROWS:,} rows: split it")
+            while len(fields) > len(header) and not fields[-1].strip():
+                fields.pop()
+            # Spreadsheets leave out the empty fields at a line's end.
+            name, caption = (fields[at].strip() if at < len(fields) else "" for at in (image_at, text_at))
             fault = ""
-            if len(fields) != len(header):
-                way_out = ": put captions that hold commas in double quotes" if len(fields) > len(header) else ""
-                fault = f"{len(fields)} fields where the header has {len(header)}{way_out}"
+            if len(fields) > len(header):
+                fault = (f"{len(fields)} fields where the header has {len(header)}: put captions that hold commas in "
+                         "double quotes")
             elif not name:
-                fault = "no picture is named"
-            rows.append(_CsvRow(start, name, "" if fault else fields[text_at].strip(), fault))
+                fault = "no image is named"
+            rows.append(_CsvRow(start, name, "" if fault else caption, fault))
     except csv.Error as error:
-        raise UserError(f"{csv_path}, line {max(line, reader.line_num)}: {error}; check its double quotes") from None
+        raise UserError(
+            f"{plain(csv_path)}, line {max(line, reader.line_num)}: {error}; check its double quotes"
+        ) from None
     if not rows:
-        raise UserError(f"{csv_path} has {'a header but no rows' if header else 'nothing in it'}: add pictures to it")
+        content = "a header but no rows" if header else "nothing in it"
+        raise UserError(f"{plain(csv_path)} has {content}: add images to it")
     return rows
 
 
-def _read_text(csv_path: Path) -> str:
-    try:
-        raw = csv_path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{csv_path} cannot be read ({error.strerror}): check its permissions") from None
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{csv_path} is UTF-16: save it as UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{csv_path}, line {line}: not UTF-8: save the file as UTF-8") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{csv_path}, line {line}: holds a zero byte, so it is no text file: write it as a UTF-8 CSV")
-    return text
-
-
 def _columns(csv_path: Path, header: list[str], wanted: tuple[str, str]) -> tuple[int, int]:
-    """Where the picture's and the caption's column are."""
+    """Where the image's and the caption's column are."""
     missing = [name for name in wanted if name not in header]
     if not missing:
         twice = [name for name in wanted if header.count(name) > 1]
         if twice:
-            raise UserError(f"{csv_path} has the column '{twice[0]}' twice: rename one")
+            raise UserError(f"{plain(csv_path)} has the column '{twice[0]}' twice: rename one")
         return header.index(wanted[0]), header.index(wanted[1])
     expected = ",".join(wanted)
-    if any(name.lower().endswith(PICTURE_SUFFIXES) for name in header):
-        raise UserError(f"{csv_path} has no header: make {expected} its first line")
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in header):
+        raise UserError(f"{plain(csv_path)} has no header: make {expected} its first line")
     if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        raise UserError(f"{csv_path} is not separated by commas (its first line is {header[0]!r}): save it with commas")
+        raise UserError(
+            f"{plain(csv_path)} is not separated by commas (it begins with {plain(header[0])!r}): save it with commas"
+        )
     near = {name.lower(): name for name in header}
     close = difflib.get_close_matches(missing[0].lower(), near, n=1, cutoff=0.5)
-    nearest = f" (nearest: '{near[close[0]]}')" if close else ""
-    found = ", ".join(f"'{name}'" for name in header[:8]) + (", ..." if len(header) > 8 else "")
+    nearest = f" (nearest: '{plain(near[close[0]], 40)}')" if close else ""
+    found = ", ".join(f"'{plain(name, 40)}'" for name in header[:8]) + (", ..." if len(header) > 8 else "")
     raise UserError(
-        f"{csv_path} has no column '{missing[0]}', only {found}{nearest}: its first line must name {expected}"
+        f"{plain(csv_path)} has no column '{missing[0]}', only {found}{nearest}: its first line must name {expected}"
     )
 
 
 def _check_inside(folder: Path, csv_path: Path, row: _CsvRow) -> None:
-    """Refuse a picture that is not below the folder, be it by name or through a link."""
-    root = os.path.realpath(folder)
-    place = os.path.realpath(os.path.join(root, row.name))
-    if os.path.isabs(row.name) or os.path.commonpath([root, place]) != root:
+    """Refuse a name that leads out of the folder; a link that lies in it is its owner's wish."""
+    inside = os.path.normpath(row.name)
+    if os.path.isabs(inside) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise UserError(
-            f"{csv_path}, line {row.line}: {row.name} is outside the folder: put the picture into {folder} "
-            "and name it relative to that"
+            f"{plain(csv_path)}, line {row.line}: {plain(row.name)} is outside the folder: put the image, or a link to "
+            f"it, into {plain(folder)} and name it relative to that"
         )
 
 
-def _picture_faults(folder: Path, names: list[str]) -> dict[str, str]:
-    """What is wrong with each named picture, "" for nothing. Decoding leaves Python's lock, so threads help."""
+def _path(folder: Path, name: str) -> Path:
+    # Without "..", which after a link would lead out of the folder.
+    return folder / os.path.normpath(name)
 
-    def fault(name: str) -> str:
+
+def _check_images(folder: Path, names: list[str]) -> dict[str, tuple[Path, str]]:
+    """The path of every named image and what is wrong with it, "" for nothing."""
+    near_names = _NearNames(folder)
+
+    def check(name: str) -> tuple[Path, str]:
+        path = _path(folder, name)
+        near = [] if _may_be_there(path) else near_names.find(name)
+        if len(near) > 1:
+            return path, f"the image does not exist, only {' and '.join(plain(other.name) for other in near[:2])}"
         try:
-            open_rgb(folder / name)
-        except PICTURE_ERRORS as error:
-            return f"the picture {picture_fault(folder / name, error)}"
-        return ""
+            path = near[0] if near else path
+            open_rgb(path)
+        except BrokenImage as error:
+            return path, f"the image {error.fault}"
+        return path, ""
 
-    unique = list(dict.fromkeys(names))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # Decoding leaves Python's lock, so threads help.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
         # The bar shows up only where the check takes longer than a second.
-        checked = tqdm(pool.map(fault, unique), total=len(unique), desc="checking pictures", unit="picture", delay=1)
-        return dict(zip(unique, checked))
+        checked = tqdm(pool.map(check, names), total=len(names), desc="checking images", unit="image", delay=1)
+        return dict(zip(names, checked))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether something is at `path`, a dead link too, or it cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):  # no permission, too long a name: opening it says so
+        return True
+    return True
+
+
+class _NearNames:
+    """Finds files whose names differ in case, Unicode form, kind of slash or encoding alone from those in a CSV."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._listed: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> list[Path]:
+        """The paths of all such files."""
+        places = [self._folder]
+        for part in os.path.normpath(name.replace("\\", "/")).split("/"):
+            if part == os.pardir:
+                return []
+            places = [place / near for place in places for near in self._names(place).get(_folded(part), ())]
+        return places
+
+    def _names(self, folder: Path) -> dict[str, list[str]]:
+        """Folded name -> the names in a folder that are so when folded."""
+        if folder not in self._listed:
+            names: dict[str, list[str]] = {}
+            try:
+                for name in sorted(os.listdir(folder)):
+                    names.setdefault(_folded(name), []).append(name)
+            except OSError:  # a file, or a folder that may not be listed
+                pass
+            self._listed[folder] = names
+        return self._listed[folder]
+
+
+def _folded(name: str) -> str:
+    """A file name without what systems and archives change in it."""
+    if not name.isprintable():
+        try:  # a name whose bytes are not UTF-8, as archives from Chinese Windows have them
+            name = os.fsencode(name).decode("gb18030")
+        except UnicodeError:
+            pass
+    return unicodedata.normalize("NFC", name.casefold())

@@ -1,8 +1,10 @@
-"""Picture files to the networks that score them: found in order, opened as their references open them, in batches."""
+"""Image files to the networks that score them: found in order, opened as their references open them, in batches."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +16,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.dataset import PICTURE_SUFFIXES
-from ldm.data.transforms import FORMATS, PICTURE_ERRORS, picture_fault
-from ldm.errors import UserError
+from ldm.data.dataset import IMAGE_SUFFIXES
+from ldm.data.transforms import BrokenImage, decoded
+from ldm.errors import UserError, plain
+from ldm.files import check_file, is_file, is_folder, is_there, list_folder
+
+logger = logging.getLogger(__name__)
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -25,39 +30,56 @@ STRIP = 20  # times as long as wide
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """A picture, or the pictures of a folder sorted by name; of this project's output folder those in samples/.
+    """An image, or the images of a folder sorted by name, numbers in names by their value; of this project's output
+    folder those in samples/.
 
     Raises UserError where there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if not is_there(path):
+        raise UserError(f"{plain(path)} does not exist: give an image or a folder of images")
+    if not is_folder(path):
+        check_file(path, way="give an image or a folder of images")
         return [path]
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a picture or a folder of pictures")
-    if (path / "samples" / "prompts.txt").is_file():
+    if is_file(path / "samples" / "prompts.txt"):
         path = path / "samples"
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    found = [path / name for name in names
-             if name.lower().endswith((*PICTURE_SUFFIXES, ".pgm")) and not name.startswith(".")]
+    names = list_folder(path)
+    found = [name for name in names
+             if name.lower().endswith((*IMAGE_SUFFIXES, ".pgm")) and not name.startswith(".")]
     if not found:
-        below = next((name for name in names if (path / name).is_dir() and any(
-            inner.suffix.lower() in PICTURE_SUFFIXES for inner in (path / name).iterdir())), None)
-        hint = f"; there are some in {path / below}" if below else f" ({', '.join(PICTURE_SUFFIXES)})"
-        raise UserError(f"{path} has no pictures in it{hint}")
-    return found
+        below = next((name for name in names if _has_images(path / name)), None)
+        hint = f"; there are some in {plain(path / below)}" if below else f" ({', '.join(IMAGE_SUFFIXES)})"
+        raise UserError(f"{plain(path)} has no images in it{hint}")
+    ordered = sorted(found, key=_by_numbers)
+    if ordered != found:
+        logger.warning("%s: the images are taken by the numbers in their names, %s before %s", path,
+                       *next(pair for pair in zip(ordered, ordered[1:]) if pair[0] > pair[1]))  # fmt: skip
+    return [path / name for name in ordered]
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """The key that sorts 2.png before 10.png."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)] + [(0, name)]
+
+
+def _has_images(folder: Path) -> bool:
+    try:
+        return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(folder))
+    except OSError:  # a file, or a folder that may not be read
+        return False
 
 
 def open_plain(path: str | Path) -> Image.Image:
-    """RGB as Pillow's own `convert` makes it, which is how pytorch-fid opens pictures: an alpha channel is dropped,
-    16 bits become 8 as the installed Pillow does it, and EXIF's orientation is not looked at.
+    """The whole image, decoded; see `plain_rgb`. Raises BrokenImage as ldm.data.transforms.decoded does."""
+    with decoded(path, plain_rgb) as image:
+        return image
 
-    Raises one of ldm.data.transforms.PICTURE_ERRORS.
-    """
-    with Image.open(path, formats=FORMATS) as file:
-        return file.convert("RGB")
+
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """RGB as Pillow's own `convert` makes it, which is how pytorch-fid opens images: an alpha channel is dropped,
+    16 bits become 8 as the installed Pillow does it, and EXIF's orientation is not looked at."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
@@ -66,22 +88,30 @@ def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
     The scaling is torch's `interpolate(mode="bilinear", align_corners=False)`: two neighbours each way at any size, so
     a picture that is made smaller is not smoothed before.
     """
-    pixels = np.asarray(image, np.float32) / np.float32(255.0)
-    for axis in (0, 1):
-        pixels = _two_neighbours(pixels, size, axis)
-    return np.ascontiguousarray((2.0 * pixels - 1.0).transpose(2, 0, 1))
+    pixels = np.asarray(image)
+    (above, below, down), (left, right, across) = (_two_neighbours(before, size) for before in pixels.shape[:2])
+
+    # The neighbours are taken before anything is calculated: of a large image, they are a small part.
+    def column(at: np.ndarray) -> np.ndarray:
+        upper, lower = (pixels[np.ix_(row, at)] / np.float32(255.0) for row in (above, below))
+        return _between(upper, lower, down[:, None, None])
+
+    scaled = _between(column(left), column(right), across[None, :, None])
+    return np.ascontiguousarray((2.0 * scaled - 1.0).transpose(2, 0, 1))
 
 
-def _two_neighbours(pixels: np.ndarray, size: int, axis: int) -> np.ndarray:
-    before = pixels.shape[axis]
+def _two_neighbours(before: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every one of `size` places: the two of `before` between which it lies, and the weight of the second."""
     # In float32 and rounded once, as torch's compiled form has it (a fused multiply-add): the product of two float32 is
     # exact in float64. Rounded twice, a position is off by half a unit in its last place, and the pixel by 5e-6.
     scale = np.float64(np.float32(before) / np.float32(size))
     at = np.maximum((scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32), np.float32(0.0))
     low = np.minimum(at.astype(np.int64), before - 1)
-    high = np.minimum(low + 1, before - 1)
-    weight = (at - low.astype(np.float32)).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-    return pixels.take(low, axis) * (np.float32(1.0) - weight) + pixels.take(high, axis) * weight
+    return low, np.minimum(low + 1, before - 1), at - low.astype(np.float32)
+
+
+def _between(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return low * (np.float32(1.0) - weight) + high * weight
 
 
 def clip_input(image: Image.Image, size: int = 224, how: str = "openai") -> np.ndarray:
@@ -157,11 +187,12 @@ class ImageBatches:
                     places, pictures = [], []
         if not found:
             path, fault = self.broken[0]
-            raise UserError(f"not one of {len(self.paths)} pictures can be read; {path} {fault}")
+            raise UserError(f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}")
 
     def _open(self, path: Path) -> np.ndarray | str:
         """The prepared picture, or what is wrong with it."""
         try:
-            return self.prepare(open_plain(path))
-        except PICTURE_ERRORS as error:
-            return picture_fault(path, error)
+            with decoded(path, plain_rgb) as image:
+                return self.prepare(image)
+        except BrokenImage as error:
+            return error.fault

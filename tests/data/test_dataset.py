@@ -156,11 +156,11 @@ def test_nothing_is_said_about_a_sound_data_set(folder, caplog):
         ('dir,text\n1.png,"never closed\n2.png,a dog\n', "line 3.*double quotes"),
         ('dir,text\n1.png,a\n2.png,"a dog" called Rex\n', "line 3.*double quotes"),
         ("dir,text\n1.png," + "x" * 200_000 + "\n", "line 2.*field"),
-        ("dir,text\n1.png,a\0cat\n", "line 2: holds a zero byte"),
-        ("dir,text\n1.png,a\n2.png,caf\xe9\n".encode("latin-1"), "line 3: not UTF-8: save the file as UTF-8"),
-        ("dir,text\n1.png,中国\n".encode("gb18030"), "line 2: not UTF-8"),
+        ("dir,text\n1.png,a\0cat\n", "line 2: not a text file, it holds a zero byte"),
+        ("dir,text\n1.png,a\n2.png,caf\xe9\n".encode("latin-1"), "line 3: not a UTF-8 text.*save it.*Windows-1252"),
+        ("dir,text\n1.png,中国\n".encode("gb18030"), "line 2: not a UTF-8 text file: save it as UTF-8.*GBK"),
         ("dir,text\n1.png,a\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not a UTF-8 text file"),
         (b"PK\x03\x04\0\0 an .xlsx", "zero byte"),
     ],
 )
@@ -180,15 +180,11 @@ def test_a_csv_that_is_none_is_refused(folder, content, said):
         "sub/../../outside.png",
         "/etc/hostname",
         "{folder}/1.png",
-        "link.png",
-        "linked/outside.png",
         "..",
         "../data2/1.png",
     ],
 )
 def test_a_picture_outside_the_folder_is_refused(folder, tmp_path, name):
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    (folder / "linked").symlink_to(tmp_path)
     (tmp_path / "data2").mkdir()
     (tmp_path / "data2" / "1.png").write_bytes(PICTURE)
     name = name.format(folder=folder)
@@ -223,15 +219,15 @@ def test_no_csv_here_but_in_a_folder_below(folder):
 
 
 BROKEN = {
-    "missing": (None, "is missing"),
+    "missing": (None, "does not exist"),
     "empty": (b"", "is an empty file"),
-    "text": (b"no picture, for all its name\n", "is no picture"),
+    "text": (b"no picture, for all its name\n", "is no image"),
     "truncated": (PICTURE[: len(PICTURE) // 2], "is broken"),
     "cut at the end": (PICTURE[:-100], "is broken"),
-    "header alone": (PICTURE[:33], "is no picture"),
+    "header alone": (PICTURE[:33], "is no image"),
     "truncated jpeg": (picture_bytes("JPEG")[:-150], "is broken"),
-    "html": (b"<!DOCTYPE html><title>404</title>", "is no picture"),
-    "zeros": (b"\0" * 500, "is no picture"),
+    "html": (b"<!DOCTYPE html><title>404</title>", "is no image"),
+    "zeros": (b"\0" * 500, "is no image"),
 }
 
 
@@ -253,13 +249,14 @@ def test_a_broken_picture_is_named_counted_and_left_out(folder, caplog, kind):
 @pytest.mark.parametrize(
     ("line", "name", "said"),
     [
-        ("7.png", "7.png", "1 fields where the header has 2"),
         ("7.png,red, white and blue", "7.png", "3 fields where the header has 2: put captions that hold commas in"),
-        (",a cat", "", "no picture is named"),
-        (" ,a cat", "", "no picture is named"),
+        (",a cat", "", "no image is named"),
+        (" ,a cat", "", "no image is named"),
         (".,a cat", ".", "is a folder"),
-        ("x" * 300 + ".png,a cat", "x" * 300 + ".png", "is broken"),
-        ("7.png\\,a cat", "7.png\\", "is missing"),
+        ("x" * 300 + ".png,a cat", "x" * 300 + ".png", "File name too long: choose a shorter path"),
+        ("x/" * 2500 + "x.png,a cat", "x/" * 2500 + "x.png", "File name too long"),
+        ("7.png/7.png,a cat", "7.png/7.png", "does not exist"),
+        ("7\\.png,a cat", "7\\.png", "does not exist"),
     ],
 )
 def test_a_row_that_is_wrong_itself_is_left_out(folder, line, name, said):
@@ -285,7 +282,7 @@ def test_more_than_a_tenth_broken_is_refused(folder, broken, refused):
     else:
         message = refusal(folder)
         assert f"{broken} of 20 rows are unusable, more than 10%" in message
-        assert "0.png (line 2: the picture is an empty file)" in message
+        assert "0.png (line 2: the image is an empty file)" in message
 
 
 def test_the_bound_can_be_set(folder):

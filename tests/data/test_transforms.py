@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import PICTURE_ERRORS, load_image, open_rgb
+from ldm.data import transforms
+from ldm.data.transforms import BrokenImage, load_image, open_rgb
 from ldm.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -196,14 +197,14 @@ def encoded(suffix):
     ("content", "said"),
     [
         (b"", "is an empty file"),
-        (b"this is text, called .png\n", "is no picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n", "is no picture"),
-        (encoded("PNG")[:8], "is no picture|is broken"),
+        (b"this is text, called .png\n", "is no image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) print\n", "is no image"),
+        (encoded("PNG")[:8], "is no image|is broken"),
         (encoded("PNG")[:60], "is broken"),
         (encoded("PNG")[: len(encoded("PNG")) // 2], "is broken"),
         (encoded("PNG")[:-200], "is broken"),
-        (encoded("JPEG")[:300], "is broken|is no picture"),
+        (encoded("JPEG")[:300], "is broken|is no image"),
         (encoded("JPEG")[: len(encoded("JPEG")) // 2], "is broken"),
         (encoded("WEBP")[: len(encoded("WEBP")) // 2], "is broken"),
         (encoded("GIF")[: len(encoded("GIF")) // 2], "is broken"),
@@ -231,7 +232,7 @@ def test_a_picture_of_a_billion_pixels_is_not_decoded(tmp_path):
 @pytest.mark.parametrize("name", ["gone.png", "folder.png"])
 def test_a_missing_picture_and_a_folder_are_said_to_be_that(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UserError, match="is missing" if name == "gone.png" else "is a folder"):
+    with pytest.raises(UserError, match="does not exist" if name == "gone.png" else "is a folder"):
         load_image(tmp_path / name, 8)
 
 
@@ -248,5 +249,5 @@ def test_a_damaged_picture_never_ends_in_an_unforeseen_error(tmp_path, monkeypat
         path.write_bytes(content)
         try:
             assert open_rgb(path).mode == "RGB"
-        except PICTURE_ERRORS:
+        except BrokenImage:
             pass

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError
 from ldm.metrics import images
 from ldm.metrics.images import ImageBatches, clip_input, find_images, inception_input, nano_input, open_plain
@@ -42,7 +43,7 @@ def test_of_an_output_folder_the_samples_are_taken_not_the_grid(tmp_path):
 def test_where_there_are_none_the_folder_that_has_some_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         find_images(tmp_path / "none")
-    with pytest.raises(UserError, match="has no pictures"):
+    with pytest.raises(UserError, match="has no images"):
         find_images(tmp_path)
     save(tmp_path / "train" / "a.png")
     with pytest.raises(UserError, match="there are some in .*train"):
@@ -138,7 +139,7 @@ def test_formats_that_start_a_program_are_not_opened(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "EPS"
-    with pytest.raises(Image.UnidentifiedImageError):
+    with pytest.raises(BrokenImage, match="no image in a known format"):
         open_plain(tmp_path / "a.png")
 
 
@@ -181,12 +182,12 @@ def test_broken_pictures_are_named_and_left_out(tmp_path):
     batches = ImageBatches(paths, plain, 2)
     assert values(batches) == [([1, 2], [1, 2]), ([4], [4])]
     assert [path.name for path, _ in batches.broken] == ["0.png", "3.png", "5.png"]
-    assert "empty" in batches.broken[0][1] and "missing" in batches.broken[2][1]
+    assert "empty" in batches.broken[0][1] and "does not exist" in batches.broken[2][1]
 
 
 def test_where_all_are_broken_one_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="not one of 1 pictures.*a.png"):
+    with pytest.raises(UserError, match="not one of 1 images.*a.png"):
         list(ImageBatches([tmp_path / "a.png"], plain, 2))
 
 

@@ -45,11 +45,11 @@ class Encoder(nn.Cell):
 
 
 class Text(nn.Cell):
-    """Stands for the text encoder: the tokens as numbers."""
+    """Stands for the text encoder: the tokens as numbers, each repeated to the width of its states."""
 
     def __init__(self):
         super().__init__()
-        self.scale = Parameter(Tensor(np.ones(1, np.float32)), name="scale")
+        self.scale = Parameter(Tensor(np.ones(MICRO.context_dim, np.float32)), name="scale")
 
     def construct(self, tokens):
         return tokens.astype(ms.float32).reshape(-1, 77, 1) * self.scale
@@ -85,7 +85,7 @@ def test_captions_that_are_cut_are_counted(rows, tmp_path, caplog):
 def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
     batch = build(rows, tmp_path).batch(0)
     assert batch.latents.shape == batch.noise.shape == (2, 4, 8, 8)
-    assert batch.condition.shape == (2, 77, 1)
+    assert batch.condition.shape == (2, 77, MICRO.context_dim)
     assert [array.dtype.name for array in batch] == ["float32", "float32", "int32", "float32"]
     assert batch.timesteps.shape == (2,)
 
@@ -146,12 +146,12 @@ def counted(monkeypatch, inputs_of):
     from ldm.training import inputs as module
 
     class Counting(module.StateCache):
-        def get_or_compute(self, keys, compute_batch, batch_size, desc):
+        def get_or_compute(self, keys, compute_batch, batch_size, desc, *shape):
             def compute(places):
                 calls["pictures" if desc == "latents" else "texts"] += len(set(places))
                 return compute_batch(places)
 
-            return super().get_or_compute(keys, compute, batch_size, desc)
+            return super().get_or_compute(keys, compute, batch_size, desc, *shape)
 
     monkeypatch.setattr(module, "StateCache", Counting)
     inputs_of()

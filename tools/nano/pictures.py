@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.data.dataset import Row, read_image_text_csv
+from ldm.data.transforms import open_rgb
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")
@@ -28,7 +29,7 @@ def read_rows(style: str, split: str) -> list[Row]:
 
 def read_pictures(style: str, split: str) -> list[Picture]:
     """The same with the pictures in memory."""
-    return [Picture(row.path.name, row.text, np.asarray(Image.open(row.path).convert("RGB")))
+    return [Picture(row.path.name, row.text, np.asarray(open_rgb(row.path)))
             for row in read_rows(style, split)]
 
 
