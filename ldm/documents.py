@@ -16,6 +16,7 @@ MOST_BYTES = 16 << 20  # of a JSON file
 MOST_YAML_BYTES = 256 << 10  # PyYAML reads some tens of thousands of words a second
 MOST_ENTRIES = 1_000_000  # aliases of a YAML counted as often as they stand, 32 characters of a text as one more
 MOST_DIGITS = 1000  # of a whole number
+MOST_DEPTH = 100  # of sections and lists in one another in a YAML
 
 # What the constructors of PyYAML and json raise for text that their scanners let through: `!!int x`, `!!bool x`, a
 # number of 5,000 digits, a hundred thousand brackets.
@@ -35,6 +36,15 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self._flat: set[yaml.Node] = set()
         self._merged = 0
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -137,8 +147,8 @@ def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The content of a JSON text; `where` names it in errors. Raises UserError where it is none, or gives a key twice.
-    """
+    """The content of a JSON text, which `where` names in errors. Raises UserError where it is none, or gives a key
+    twice."""
     try:
         return json.loads(text, object_pairs_hook=_without_twins, parse_int=_whole_number)
     except json.JSONDecodeError as error:
@@ -148,11 +158,11 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f'"{plain(twin, 60)}" is given twice')
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f'"{plain(name, 60)}" is given twice')
+        content[name] = value
     return content
 
 
@@ -179,28 +189,30 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raise UserError where aliases make of a small file a large content (a message would print all of it), and for
-    texts that no file can hold."""
-    sizes: dict[int, int] = {}
+    """Raise UserError where aliases make of a small file a large or deep content (a message would print all of it), and
+    for texts that no file can hold."""
+    sizes: dict[int, tuple[int, int]] = {}
 
-    def size(value: Any) -> int:
+    def measure(value: Any) -> tuple[int, int]:
+        """(entries, depth)"""
         if not isinstance(value, (dict, list, tuple, set, str, bytes)):
-            return 1
+            return 1, 0
         if id(value) in sizes:
             return sizes[id(value)]
         if isinstance(value, (str, bytes)):
             if isinstance(value, str) and (found := _NO_TEXT.search(value)):
                 raise UserError(f"{where}: {ascii(found.group())[1:-1]} in a text is no character: take it out")
-            sizes[id(value)] = 1 + len(value) // 32
+            sizes[id(value)] = 1 + len(value) // 32, 0
         else:
-            sizes[id(value)] = MOST_ENTRIES  # of one that holds itself
-            inner = [*value, *value.values()] if isinstance(value, dict) else value
-            sizes[id(value)] = 1 + sum(map(size, inner))
+            sizes[id(value)] = MOST_ENTRIES, 0  # of one that holds itself
+            inner = [measure(entry) for entry in ([*value, *value.values()] if isinstance(value, dict) else value)]
+            sizes[id(value)] = (
+                1 + sum(entries for entries, _ in inner),
+                1 + max((depth for _, depth in inner), default=0),
+            )
         return sizes[id(value)]
 
-    try:
-        entries = size(content)
-    except RecursionError:
-        raise UserError(f"{where} is not valid YAML: it is nested too deeply") from None
-    if entries > MOST_ENTRIES:
-        raise UserError(f"{where}: its aliases (&, *) stand for more than {MOST_ENTRIES:,} entries: write it without")
+    entries, depth = measure(content)
+    if entries > MOST_ENTRIES or depth > MOST_DEPTH:
+        most = f"{MOST_ENTRIES:,} entries" if entries > MOST_ENTRIES else f"{MOST_DEPTH} levels"
+        raise UserError(f"{where}: its aliases (&, *) stand for more than {most}: write it without")

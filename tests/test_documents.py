@@ -76,7 +76,7 @@ def test_what_editors_write_is_read(content, yaml_file):
         ("a: " + "9" * 5000, " line 1 is not valid YAML: a number of more than 1000 digits"),
         ("a: 0x" + "f" * 5000, "a number of more than 1000 digits"),
         ("a: !!int " + "1:" * 5000 + "1", "a number of more than 1000 digits"),
-        ("[" * 100_000, " is not valid YAML: it is nested too deeply"),
+        ("[" * 100_000, " line 1 is not valid YAML: it is nested too deeply"),
         ("{a: " * 60_000, "it is nested too deeply"),
         ("? [a]\n: b", " line 1 is not valid YAML: found unhashable key"),
         ("? {a: b}\n: c", " line 1 is not valid YAML: found unhashable key"),
@@ -114,7 +114,8 @@ def doubled(line):
     [
         pytest.param("x0: &x0 [1]\n" + doubled("[*x{0}, *x{0}]"), id="lists"),
         pytest.param(f"x: &x {'y' * 100_000}\nz: [{'*x, ' * 10_000}]\n", id="texts"),
-        pytest.param("x: &x [*x, *x]\n", id="a list in itself"),
+        pytest.param("x: &x [*x]\n", id="a list in itself"),
+        pytest.param("x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}]\n" for i in range(1, 3000)), id="depth"),
         pytest.param("x0: &x0 {a: 1}\n" + doubled("{{<<: [*x{0}, *x{0}]}}"), id="merges"),
         pytest.param(
             f"x: &x {{{', '.join(f'k{i}: 1' for i in range(3000))}}}\ny: {{<<: [{'*x, ' * 9000}]}}\n", id="a long merge"
