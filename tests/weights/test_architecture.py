@@ -111,6 +111,16 @@ class TestSingleFiles:
     def test_the_embedded_model(self):
         assert same_model(detect_model(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO))
 
+    def test_added_tokens_make_no_other_architecture(self, published):
+        name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+        names = {**published["sd1_ldm_ckpt_keys"], name: [49409, 768]}
+        checkpoint = Shapes(names, added_tokens='[["<cat-toy>", 49408, true, false]]')
+        assert found(checkpoint) == [V1]
+        (model,) = fitting_models(checkpoint, plan_base(checkpoint))
+        assert model.text["vocab_size"] == 49409 and [added.text for added in model.added_tokens] == ["<cat-toy>"]
+        with pytest.raises(UserError, match="adds 0 tokens to CLIP's 49,408, but .* 49,409 rows"):
+            found(Shapes(names))
+
     def test_other_sizes_are_of_no_known_model(self, published):
         names = dict(published["sd1_ldm_ckpt_keys"])
         names["first_stage_model.post_quant_conv.weight"] = [16, 16, 1, 1]
@@ -227,6 +237,27 @@ class TestDiffusersFolders:
             ({"text": {"hidden_act": "relu"}}, "activation"),
             ({"scheduler": {"beta_end": "big"}}, "linear_end"),
             ({"unet": {"attention_head_dim": 7}}, "num_heads"),
+            ({"unet": {"num_attention_heads": 10**9}}, "num_attention_heads in unet/config.json is 1000000000"),
+            ({"unet": {"num_attention_heads": -1}}, "num_attention_heads in unet/config.json is -1"),
+            ({"unet": {"attention_head_dim": [True] * 4}}, "attention_head_dim"),
+            ({"unet": {"attention_head_dim": "8" * 10_000}}, "attention_head_dim in unet/config.json is '888.* [.]{3} "),
+            ({"unet": {"sample_size": 10**9}}, "sample_size in unet/config.json is 1000000000"),
+            ({"unet": {"sample_size": -64}}, "sample_size in unet/config.json is -64"),
+            ({"unet": {"norm_num_groups": 0}}, "norm_num_groups in unet/config.json is 0"),
+            ({"vae": {"norm_num_groups": None}}, "norm_num_groups in vae/config.json is None"),
+            ({"vae": {"scaling_factor": "x"}}, "scale_factor"),
+            ({"text": {"num_attention_heads": 0}}, "num_attention_heads in text_encoder/config.json is 0"),
+            ({"text": {"num_attention_heads": -1}}, "num_attention_heads in text_encoder/config.json is -1"),
+            ({"text": {"num_attention_heads": 10**9}}, "num_attention_heads in text_encoder/config.json is 1000000000"),
+            ({"text": {"num_attention_heads": "8"}}, "num_attention_heads in text_encoder/config.json is '8'"),
+            ({"text": {"num_attention_heads": None}}, "num_attention_heads in text_encoder/config.json is None"),
+            ({"text": {"num_attention_heads": True}}, "num_attention_heads in text_encoder/config.json is True"),
+            ({"text": {"hidden_act": ["gelu"]}}, "activation"),
+            ({"scheduler": {"num_train_timesteps": 10**12}}, "num_train_timesteps .* is 1000000000000"),
+            ({"scheduler": {"num_train_timesteps": 1}}, "num_train_timesteps"),
+            ({"scheduler": {"num_train_timesteps": 1e3}}, "num_train_timesteps"),
+            ({"scheduler": {"prediction_type": ["epsilon"]}}, "prediction_type"),
+            ({"scheduler": {"beta_schedule": {}}}, "beta_schedule"),
         ],
     )
     def test_settings_that_the_networks_here_do_not_have(self, published, changed, words):
