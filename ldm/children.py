@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldm.script import EXIT_CODES
 
+TURN = 0.1  # seconds
 PATIENCE = 2.0  # seconds that a child has after either signal; both are less than ldm.script.GRACE
 
 
@@ -18,18 +19,20 @@ def hear_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 
-def call(command: Sequence[str], **options: Any) -> int:
+def call(command: Sequence[str], watch: Callable[[int], None] | None = None, **options: Any) -> int:
     """Run a program and return its exit code; the options are those of subprocess.Popen.
 
-    Where this process is interrupted, the child is told to end, and waited for: what it had in hand is not lost.
+    watch: called with the process's id every TURN seconds. Where this process is interrupted, the child is told to end,
+    and waited for: what it had in hand is not lost.
     """
     with subprocess.Popen(command, preexec_fn=hear_signals, **options) as child:
         try:
             while True:
                 try:  # in short turns: ldm.script's interrupt is no signal that would end a long wait
-                    return child.wait(1.0)
+                    return child.wait(TURN)
                 except subprocess.TimeoutExpired:
-                    continue
+                    if watch is not None:
+                        watch(child.pid)
         except KeyboardInterrupt:
             end(child)
             raise

@@ -120,7 +120,7 @@ def convert(
             the form's, a value is too large for fp16, the disk refuses.
     """
     source, target = Path(source), Path(target)
-    form = _form(target, form)
+    form = form_of(target, form)
     checkpoint = open_base(source)
     plan = plan_base(checkpoint, ema)
     if model_config is not None:
@@ -223,7 +223,9 @@ def check_diffusers_form(model: ModelConfig) -> None:
                         "in a diffusers folder; write ldm or own")
 
 
-def _form(target: Path, form: str | None) -> str:
+def form_of(target: Path, form: str | None) -> str:
+    """The form that `target` is written in: the one given, or the one of its suffix. Raises UserError for a suffix that
+    is not the form's, and where something is there."""
     suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
     if form is None:
         if suffix not in FORM_OF:

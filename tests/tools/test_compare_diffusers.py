@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
+from ldm.outputs import claim_folder
 from tools.eval import compare_diffusers, compare_report
 from tools.eval.compare_diffusers import (
     Comparison,
@@ -113,7 +114,7 @@ class TestData:
     def test_prompts_are_the_lines_that_text_to_image_reads(self, data):
         """One that splits, keeps or strips other lines would draw other prompts than the scores are told."""
         (data / "test" / "img_txt.csv").unlink()
-        (data / "test" / "prompts.txt").write_bytes("\ufeff one \r\ntwo\u2028lines\n\n \n".encode())
+        (data / "test" / "prompts.txt").write_bytes("\ufeff one \r\ntwo\u2028lines\n\n".encode())
         assert read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)[1] == ["one", "two\u2028lines"]
 
     @pytest.mark.parametrize("content, words", [("0.png,\n1.png,one\n", "prompt 1 is empty"),
@@ -159,14 +160,21 @@ class TestSettings:
             Comparison(self.arguments(data, tmp_path / "out", **changes), flags)
         assert not (tmp_path / "out").exists()
 
+    def test_an_output_that_another_run_holds_is_refused_before_an_environment_is_made(self, data, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".lock").touch()  # of a run that was killed
+        with claim_folder(tmp_path / "out", "another"), pytest.raises(UserError, match="out is the place of two"):
+            Comparison(self.arguments(data, tmp_path / "out"), ["--train_batch_size", "2"])
+
     @pytest.mark.parametrize(
         "flags, words",
         [
             (["--seeds", "1", "1"], "--seeds 1 1: give different ones"),
-            (["--seeds", "-1"], "--seeds -1"),
-            (["--prompts", "1"], "--prompts 1: give 2 or more"),
-            (["--scale", "0.5"], "diffusers does not guide below"),
-            (["--sampling_steps", "0"], "--sampling_steps 0"),
+            (["--seeds", "-1"], "--seeds: .-1. is not a whole number, 0 or more"),
+            (["--prompts", "1"], "--prompts: .1. is not a whole number, 2 or more"),
+            (["--scale", "0.5"], "--scale: .0.5. is not a number, 1 or more"),
+            (["--scale", "nan"], "--scale: .nan. is not a number"),
+            (["--sampling_steps", "0"], "--sampling_steps: .0. is not a whole number"),
         ],
     )
     def test_numbers_out_of_range_are_refused(self, monkeypatch, flags, words):

@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ldm.errors import UserError
+from ldm.outputs import claim_new
 from ldm.weights.read import open_checkpoint
+from tools.model_conversion.convert_weights import main
 
 ROOT = Path(__file__).parents[2]
 NANO = "models/nano/nano.safetensors"
@@ -27,10 +32,31 @@ def test_it_converts_and_says_what_of_the_source_was_taken(tmp_path):
 
 
 def test_mistakes_end_in_one_line_and_code_2(tmp_path):
-    result = run("--source", tmp_path, "--target", tmp_path / "x.ckpt")
+    (tmp_path / "empty").mkdir()
+    result = run("--source", tmp_path / "empty", "--target", tmp_path / "x.ckpt")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "is an empty folder" in result.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--target", "x.ckpt"], "required: --source"),
+    (["--source", "nowhere", "--target", "x.bin"], "x.bin: .bin is not written"),
+    (["--source", "nowhere", "--target", "x.ckpt", "--format", "ldm"], "x.ckpt is no name for the format ldm"),
+    (["--source", "nowhere", "--target", "dead/x.ckpt"], "dead is a link to nowhere/else, which does not exist"),
+    (["--source", "nowhere", "--target", "y.ckpt"], "--target y.yaml is a folder"),
+    (["--source", "nowhere", "--target", "used"], "--target used is the place of two outputs"),
+    (["--source", "nowhere", "--target", "n" * 256], "File name too long"),
+    (["--source", "nowhere", "--target", "~/a/b"], "nowhere does not exist|nowhere cannot be"),
+])
+def test_an_output_that_cannot_be_is_refused_before_any_input_is_read(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("dead").symlink_to("nowhere/else")
+    Path("y.yaml").mkdir()
+    with claim_new("used", "another"), pytest.raises(UserError, match=words):
+        main(flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dead", "y.yaml"]
 
 
 def test_help_explains_each_flag():

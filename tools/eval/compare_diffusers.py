@@ -38,12 +38,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
+from ldm import children  # noqa: E402
 from ldm.atomic import atomic_path  # noqa: E402
+from ldm.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
 from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.config.parse import parse_config  # noqa: E402
@@ -54,8 +56,11 @@ from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.paths import ROOT, under_root, writing  # noqa: E402
+from ldm.files import is_file, is_folder, is_there, list_folder  # noqa: E402
+from ldm.outputs import claim_folder  # noqa: E402
+from ldm.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.prompts import read_prompts  # noqa: E402
+from ldm.texts import json_text  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
@@ -117,7 +122,7 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
 def training_folder(folder: Path) -> Path:
     """Where the rows to train on are: `folder` itself where it has an img_txt.csv of its own (a choice of pictures, as
     the bundled styles have), else its train/."""
-    return folder if (folder / "img_txt.csv").is_file() else folder / "train"
+    return folder if is_file(folder / "img_txt.csv", "--data") else folder / "train"
 
 
 def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[list[Row], list[str], list[Row]]:
@@ -126,14 +131,14 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
     prompts: how many of the held-out ones, evenly spread; None for all. Raises UserError.
     """
     columns = {"image_column": config.image_column, "text_column": config.caption_column}
-    if not training_folder(folder).is_dir() or not (folder / "test").is_dir():
+    if not is_folder(training_folder(folder), "--data") or not is_folder(folder / "test", "--data"):
         raise UserError(
             f"--data {folder} must hold the folders train and test, with img_txt.csv and pictures in each (test may "
             "hold a prompts.txt alone): pictures that training has seen say nothing about what was learned"
         )
     train = read_image_text_csv(training_folder(folder), **columns).rows
     lines = folder / "test" / "prompts.txt"
-    if lines.is_file() and not (folder / "test" / "img_txt.csv").is_file():
+    if is_file(lines, "--data") and not is_file(folder / "test" / "img_txt.csv", "--data"):
         texts, test = read_prompts(lines, "data_path"), []
     else:
         test = read_image_text_csv(folder / "test", **columns).rows
@@ -202,25 +207,22 @@ def _read_json(path: Path) -> Any:
 
 def _write_json(path: Path, content: Any) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def call(*command: str) -> dict[str, float | None]:
     """Run a script, shown as one would type it: {"seconds", "peak_memory_mb"}. Its failure ends the comparison."""
     print("$ " + " ".join(shlex.quote(part) for part in command), flush=True)
-    begin, peak = time.perf_counter(), None
+    begin, peaks = time.perf_counter(), []
     # With os.environ as it was: MindSpore has set OMP_NUM_THREADS=1 behind Python's back, which would leave PyTorch one
     # thread.
-    with subprocess.Popen(command, env=dict(os.environ)) as process:
-        while process.poll() is None:
-            peak = _peak_memory(process.pid) or peak
-            time.sleep(0.1)
-    if process.returncode:
+    code = children.call(command, lambda process: peaks.append(_peak_memory(process)), env=dict(os.environ))
+    if code:
         raise UserError(
-            f"{command[1]} ended with exit code {process.returncode}; its message is above. What is done is kept: the "
+            f"{command[1]} ended with exit code {code}; its message is above. What is done is kept: the "
             "same command goes on from there"
         )
-    return {"seconds": time.perf_counter() - begin, "peak_memory_mb": peak}
+    return {"seconds": time.perf_counter() - begin, "peak_memory_mb": next(filter(None, reversed(peaks)), None)}
 
 
 def _peak_memory(pid: int) -> float | None:
@@ -260,7 +262,7 @@ def reference_python(given: str | None) -> Path:
     or older than its requirements. Raises UserError where something is missing in it."""
     if given is None:
         try:
-            code = subprocess.run(["make", "--silent", ".venv-parity/ready"], cwd=ROOT).returncode
+            code = children.call(["make", "--silent", ".venv-parity/ready"], cwd=ROOT)
         except OSError:
             raise UserError("make is not installed: build an environment from requirements-parity.txt and give its "
                             "interpreter as --reference_python") from None
@@ -290,7 +292,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, flags: Sequence[str]):
         self.args, self.flags = args, list(flags)
         self.base, self.output = Path(args.base), Path(args.output_path)
-        if not self.base.exists():
+        if not is_there(self.base, "--base"):
             raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
         config = self.recipe(args.seeds[0])
         if config.model_config is None:
@@ -304,8 +306,12 @@ class Comparison:
         BatchOrder(len(self.rows), config.train_batch_size, 0)  # says where there are too few
         self.image_size = config.image_size or self.model.image_size
         self.scale = DEFAULT_SCALES.get(self.model.architecture, DEFAULT_SCALE) if args.scale is None else args.scale
-        if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / "compared.json").exists():
-            raise UserError(f"--output_path {self.output} holds something else: choose a new folder")
+        if is_folder(self.output, "--output_path"):
+            names = [name for name in list_folder(self.output, "--output_path") if not name.startswith(".")]
+            if names and "compared.json" not in names:
+                raise UserError(f"--output_path {self.output} holds something else: choose a new folder")
+        with claim_folder(self.output, "--output_path"):  # tried here, before an environment is made; held in main
+            pass
         self.worker = Worker(reference_python(args.reference_python))
         self.batch_size = 16 if self.image_size <= 128 else 4
         self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.text)))
@@ -315,6 +321,7 @@ class Comparison:
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
 
     def run(self) -> None:
+        progress(lambda: f"; what is done is kept in {self.output}: the same command goes on from there")
         with writing(self.output):
             _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
         seeds = self.args.seeds
@@ -607,35 +614,39 @@ def _pictures_hash(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--train_config", required=True, help="recipe of the LoRA, as for train_text_to_image.py")
-    parser.add_argument("--base", required=True, help="base checkpoint, a file or a diffusers folder")
-    parser.add_argument("--data", required=True, help="folder with train/ and test/, an img_txt.csv with pictures in "
-                                                      "each; test/ may hold a prompts.txt alone (no FID then); an "
-                                                      "img_txt.csv beside them chooses the training rows")
-    parser.add_argument("--output_path", required=True, help="folder for the results; a run that stopped goes on there")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a training of each; default 1 2 3")
-    parser.add_argument("--prompts", type=int, help="so many of the held-out prompts, evenly spread; default all")
-    parser.add_argument("--sampling_steps", type=int, default=20, help="of DPM-Solver++; default %(default)s")
-    parser.add_argument("--scale", type=float, help="guidance; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)")
-    parser.add_argument("--latents_seed", type=int, default=1, help="of the starting latents; default %(default)s")
-    parser.add_argument("--inception_path", help="Inception weights for FID and KID; default: the embedded nano CLIP's "
-                                                 "image tower takes its place, whose scores compare only here")
-    parser.add_argument("--clip_path", help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP")
-    parser.add_argument("--reference_python", help="interpreter with requirements-parity.txt; default: .venv-parity, "
-                                                   "which is made where it is missing")
+    parser = Parser(__doc__)
+    parser.add_argument("--train_config", type=expanded, required=True,
+                        help="recipe of the LoRA, as for train_text_to_image.py")
+    parser.add_argument("--base", type=expanded, required=True, help="base checkpoint, a file or a diffusers folder")
+    parser.add_argument("--data", type=expanded, required=True,
+                        help="folder with train/ and test/, an img_txt.csv with images in each; test/ may hold a "
+                             "prompts.txt alone (no FID then); an img_txt.csv beside them chooses the training rows")
+    parser.add_argument("--output_path", type=expanded, required=True,
+                        help="folder for the results; a run that stopped goes on there")
+    parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", default=[1, 2, 3],
+                        help="a training of each; default 1 2 3")
+    parser.add_argument("--prompts", type=whole_number(2),
+                        help="so many of the held-out prompts, evenly spread; default all")
+    parser.add_argument("--sampling_steps", type=whole_number(1, 1000), default=20,
+                        help="of DPM-Solver++; default %(default)s")
+    parser.add_argument("--scale", type=number(1, 1000),
+                        help="guidance, 1 for none; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)")
+    parser.add_argument("--latents_seed", type=whole_number(0, 2**32 - 1), default=1,
+                        help="of the starting latents; default %(default)s")
+    parser.add_argument("--inception_path", type=expanded,
+                        help="Inception weights for FID and KID; default: the embedded nano CLIP's image tower takes "
+                             "its place, whose scores compare only here")
+    parser.add_argument("--clip_path", type=expanded,
+                        help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP")
+    parser.add_argument("--reference_python", type=expanded,
+                        help="interpreter with requirements-parity.txt; default: .venv-parity, which is made where "
+                             "it is missing")
     args, flags = parser.parse_known_args()
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones, 0 or more")
-    if args.prompts is not None and args.prompts < 2:
-        raise UserError(f"--prompts {args.prompts}: give 2 or more, one picture has no distribution")
-    if args.scale is not None and args.scale < 1:
-        raise UserError(f"--scale {args.scale:g}: give 1 (no guidance) or more, as diffusers does not guide below")
-    if args.sampling_steps < 1:
-        raise UserError(f"--sampling_steps {args.sampling_steps}: give 1 or more")
-    Comparison(args, flags).run()
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones")
+    comparison = Comparison(args, flags)
+    with claim_folder(comparison.output, "--output_path"):
+        comparison.run()
 
 
 if __name__ == "__main__":
