@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from ldm.config.model import ModelConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.lora.layers import LORA_CELLS, LoRAHardConv
 from ldm.weights.names import COMPONENTS, LABELS, component_of, same_up_to_1x1
 
@@ -34,12 +34,7 @@ class LoRALayer:
     alpha: float
 
     def __post_init__(self):
-        if self.down.ndim not in (2, 4) or self.up.ndim not in (2, 4):
-            raise ValueError(f"down {self.down.shape} and up {self.up.shape} must have 2 or 4 axes")
-        if self.down.shape[0] != self.up.shape[1] or any(size != 1 for size in self.up.shape[2:]):
-            raise ValueError(f"down {self.down.shape} and up {self.up.shape} are no pair of factors")
-        if not self.rank:
-            raise ValueError(f"down {self.down.shape} and up {self.up.shape} are of rank 0: they hold nothing")
+        update_shape(self.down.shape, self.up.shape)
 
     @property
     def rank(self) -> int:
@@ -52,6 +47,23 @@ class LoRALayer:
         ).astype(np.float32)
         product *= np.float32(scale * self.alpha / self.rank)
         return product.reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def largest(self, scale: float = 1.0) -> float:
+        """A bound for the values that `update(scale)` computes, told without the product of the factors."""
+        up, down = (float(np.abs(factor).max(initial=0.0)) for factor in (self.up, self.down))
+        return max(abs(scale * self.alpha / self.rank), up * down * max(self.rank, abs(scale * self.alpha)))
+
+
+def update_shape(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the update of two factors, given by their shapes. Raises ValueError where they are no pair."""
+    both = f"down {down} and up {up}"
+    if len(down) not in (2, 4) or len(up) not in (2, 4):
+        raise ValueError(f"{both} must have 2 or 4 axes")
+    if down[0] != up[1] or any(size != 1 for size in up[2:]):
+        raise ValueError(f"{both} are no pair of factors")
+    if not down[0]:
+        raise ValueError(f"{both} are of rank 0: they hold nothing")
+    return (up[0], *down[1:])
 
 
 @dataclass
@@ -204,6 +216,9 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
         if layer.rank != cell.rank:
             raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
         up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
+        if not np.isfinite(up).all():
+            raise UserError(f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are beyond "
+                            "fp32's range: set lora_alpha and lora_scale as it was trained")
         for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
             if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
                 raise UserError(f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}; it was "
@@ -263,7 +278,8 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
         path: what to call the LoRA in an error.
 
     Raises:
-        UserError: no layer, or not every layer, has a place of its shape in `net`; with the counts. `net` is unchanged.
+        UserError: no layer, or not every layer, has a place of its shape in `net`, with the counts; or a weight's type
+            does not hold the sum. `net` is unchanged.
     """
     scales = Weights.both(scale)
     scales.check(path)
@@ -271,13 +287,23 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
     if not match.ok:
         raise UserError(refusal(match, path))
     parameters = {parameter.name: parameter for parameter in net.get_parameters()}
-    for name, layer in state.layers.items():
-        if not scales.of(name):
-            continue
-        weight = parameters[f"{name}.weight"]
-        base = weight.asnumpy()
-        merged = base.astype(np.float32) + layer.update(scales.of(name)).reshape(base.shape)
-        weight.set_data(Tensor(merged.astype(base.dtype)))
+
+    def merged(name: str) -> np.ndarray:
+        base = parameters[f"{name}.weight"].asnumpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # judged here, by name
+            update = state.layers[name].update(scales.of(name)).reshape(base.shape)
+            return (base.astype(np.float32) + update).astype(base.dtype)
+
+    names = [name for name in state.layers if scales.of(name)]
+    for name in names:
+        base = parameters[f"{name}.weight"].asnumpy()
+        # Weights are small: below half of what their type holds, nothing need be computed twice.
+        small = state.layers[name].largest(scales.of(name)) < float(np.finfo(base.dtype).max) / 2
+        if not small and np.isfinite(base).all() and not np.isfinite(merged(name)).all():
+            raise UserError(f"{path} at scale {scales.of(name):g}: {plain(name)} with it is beyond {base.dtype}'s "
+                            "range: lower its weight")
+    for name in names:
+        parameters[f"{name}.weight"].set_data(Tensor(merged(name)))
     return match
 
 

@@ -16,15 +16,18 @@ from typing import Callable, Optional, Union
 import numpy as np
 
 from ldm.config.model import ModelConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
+from ldm.files import is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
 from ldm.lora.formats.modules import Base, fitting, known_bases
 from ldm.lora.state import LoRAState
 from ldm.weights.names import detect_family
-from ldm.weights.read import Checkpoint, open_checkpoint
+from ldm.weights.read import Checkpoint
 
 DTYPES = ("fp32", "fp16", "bf16")
 DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+FP32_END = float(np.finfo(np.float32).max)
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +78,10 @@ def lora_files(path: str | os.PathLike) -> list[Path]:
     Raises UserError for a folder that is neither.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path, "the LoRA"):
         return [path]
-    found = peft.files(path) or [path / name for name in DIFFUSERS_FILES if (path / name).exists()][:1]
+    list_folder(path, "the LoRA")  # one that may not be read is told from one without a LoRA in it
+    found = peft.files(path) or [path / name for name in DIFFUSERS_FILES if is_there(path / name)][:1]
     if not found:
         raise UserError(
             f"{path} is a folder without a LoRA in it: neither {peft.CONFIG} with {peft.WEIGHTS[0]} (also in unet/ and "
@@ -110,12 +114,17 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
         part = FORMATS[name].read(checkpoint, base)
         twice = state.layers.keys() & part.layers.keys()
         if twice:
-            raise UserError(f"{path}: {min(twice)} is in two of its files: take one of them out")
+            raise UserError(f"{path}: {plain(min(twice))} is in two of its files: take one of them out")
         state.layers.update(part.layers)
         state.metadata.update(part.metadata)
     for name, layer in state.layers.items():
         if not (np.isfinite(layer.down).all() and np.isfinite(layer.up).all() and np.isfinite(layer.alpha)):
-            raise UserError(f"{path}: {name} holds values that are not finite: its training went wrong")
+            raise UserError(f"{path}: {plain(name)} holds values that are not finite: its training went wrong")
+        if not layer.largest() < FP32_END:
+            raise UserError(
+                f"{path}: the update of {plain(name)}, with alpha {layer.alpha:g}, goes beyond what fp32 holds: its "
+                "training went wrong, or the file is damaged"
+            )
     zeros = zero_layers(state)
     if len(zeros) == len(state.layers):
         log.warning("%s: the updates of all its %d layers are zero: it changes nothing", path, len(zeros))
@@ -183,7 +192,7 @@ def zero_layers(state: LoRAState) -> list[str]:
 
 
 def _opened(path: Path) -> tuple[str, Checkpoint]:
-    checkpoint = open_checkpoint(path)
+    checkpoint = pairs.open_lora(path)
     names = list(checkpoint)
     found = next((name for name, format in FORMATS.items() if format.detect(names)), None)
     if found is None:
@@ -206,7 +215,8 @@ def _describe(names: list[str]) -> str:
     if some("emb_params", "string_to_param") or all(re.match(r"<|clip_[lg]$", name) for name in names):
         return "a textual-inversion embedding, not a LoRA"
     if some("lora_up", "lora_down", "lora_A", "lora_B"):
-        return f"a LoRA with names that are not known here, such as {names[0]}: is it for another kind of model?"
+        known = f"a LoRA with names that are not known here, such as {plain(names[0])}"
+        return f"{known}: is it for another kind of model?"
     if detect_family(names) is not None or some("down_blocks.", "text_model.encoder."):
         return "base weights, not a LoRA: give it as --ckpt_path (generating) or --pretrained_model_path (training)"
-    return f"not a LoRA: {len(names)} unknown names ({', '.join(names[:2])}, ...)"
+    return f"not a LoRA: {len(names)} unknown names ({plain(', '.join(names[:2]))}, ...)"

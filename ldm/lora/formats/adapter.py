@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 import re
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ldm.errors import UserError
+import regex
+
+from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Module
 from ldm.lora.state import LoRALayer
 
@@ -26,6 +30,12 @@ REFUSED = {
     "layer_replication": "for a model with replicated layers: not supported",
     "modules_to_save": "saved with whole layers (modules_to_save), which are no low-rank pairs: not supported",
 }
+# Bounds for the patterns of a file: how many, characters of one, repetitions within one ("{2,3}", multiplied), which
+# `regex` writes out, and seconds for all together.
+MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 8.0
+_REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
+# What `regex` reads otherwise than `re` does, with which PEFT compares: approximate matches and classes by name.
+_READ_OTHERWISE = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
 MODIFIED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -36,29 +46,33 @@ class Adapter:
         self.where = where
         kind = settings.get("peft_type") or "LORA"
         if str(kind).upper() != "LORA":
-            raise UserError(f"{where}: peft_type is {kind}: only LORA is a pair of low-rank factors")
+            raise UserError(f"{where}: peft_type is {plain(kind, 40)}: only LORA is a pair of low-rank factors")
         for key, what in REFUSED.items():
             if settings.get(key):
                 raise UserError(f"{where}: {key} is set: it is {what}")
         start = str(settings.get("init_lora_weights")).lower()
         if start.startswith(MODIFIED_BASE):
             raise UserError(
-                f"{where}: init_lora_weights is {start}: it belongs to a base that was changed with it; let PEFT write "
-                "it for the published base (path_initial_model_for_weight_conversion)"
+                f"{where}: init_lora_weights is {plain(start, 40)}: it belongs to a base that was changed with it; let "
+                "PEFT write it for the published base (path_initial_model_for_weight_conversion)"
             )
         self.r = self._number(settings, "r", R)
         self.lora_alpha = self._number(settings, "lora_alpha", LORA_ALPHA)
-        self.use_rslora = bool(settings.get("use_rslora"))
+        self.use_rslora = settings.get("use_rslora") or False
+        if not isinstance(self.use_rslora, bool):
+            raise UserError(f"{where}: use_rslora is {plain(self.use_rslora, 40)!r}; it must be true or false")
         self.target_modules = settings.get("target_modules")
         self.rank_pattern = self._pattern(settings, "rank_pattern")
         self.alpha_pattern = self._pattern(settings, "alpha_pattern")
+        self._seconds = MOST_SECONDS
+        self._ranks, self._alphas = (self._compiled(key) for key in ("rank_pattern", "alpha_pattern"))
 
     def alpha(self, module: str, rank: int) -> float:
         """The alpha of a layer by this project's formula. Raises UserError if its factors have another rank."""
-        said = self._of(self.rank_pattern, module, self.r)
+        said = self._of("rank_pattern", self._ranks, module, self.r)
         if said != rank:
             raise UserError(f"{self.where}: the rank of {module} is {said:g}, but its factors have {rank}")
-        alpha = self._of(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self._of("alpha_pattern", self._alphas, module, self.lora_alpha)
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
     def arguments(self) -> dict[str, Any]:
@@ -77,26 +91,71 @@ class Adapter:
     def _number(self, settings: Mapping[str, Any], key: str, default: float) -> float:
         value = settings.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise UserError(f"{self.where}: {key} is {str(value)[:40]!r}; it must be a finite number")
+            raise UserError(f"{self.where}: {plain(key)} is {plain(value, 40)!r}; it must be a finite number")
         return value
 
     def _pattern(self, settings: Mapping[str, Any], key: str) -> dict[str, float]:
         pattern = settings.get(key) or {}
         if not isinstance(pattern, dict):
-            raise UserError(f"{self.where}: {key} is {pattern!r}; it must be a mapping from layers to numbers")
-        for name in pattern:
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise UserError(f"{self.where}: {name!r} in {key} is no regular expression ({error})") from error
+            raise UserError(f"{self.where}: {key} is {plain(pattern)!r}; it must be a mapping from layers to numbers")
+        if len(pattern) > MOST_PATTERNS:
+            raise UserError(f"{self.where}: {key} holds {len(pattern):,} patterns, at most {MOST_PATTERNS:,} are read: "
+                            "more than a model has layers")
         return {name: self._number(pattern, name, 0) for name in pattern}
 
-    @staticmethod
-    def _of(pattern: Mapping[str, float], module: str, default: float) -> float:
+    def _compiled(self, key: str) -> list[tuple[Any, float]]:
+        """The patterns of a setting as PEFT compares them, for the end of a layer's name, each with its number.
+
+        `re` says whether they are regular expressions; `regex` compares, which stops after a time that is given.
+        """
+        compiled = []
+        start = time.perf_counter()
+        for pattern, value in getattr(self, key).items():
+            if len(pattern) > LONGEST_PATTERN:
+                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} has {len(pattern):,} characters, at "
+                                f"most {LONGEST_PATTERN:,} are read: name the layers")
+            repetitions = math.prod(int(count) for pair in _REPETITION.findall(pattern) for count in pair if count)
+            if repetitions > MOST_REPETITIONS:
+                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
+                                f"{MOST_REPETITIONS:,} times: name the layers")
+            if _READ_OTHERWISE.search(pattern):
+                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
+                                "has: name the layers")
+            if time.perf_counter() - start > self._seconds:
+                raise self._too_long(key, pattern)
+            whole = rf"(.*\.)?({pattern})$"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of forms that may mean something else one day
+                    re.compile(whole)
+                    compiled.append((regex.compile(whole, regex.VERSION0), value))
+            except (re.error, regex.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression "
+                                f"({plain(error, 80)})") from None
+        self._seconds -= time.perf_counter() - start
+        return compiled
+
+    def _too_long(self, key: str, pattern: str) -> UserError:
+        return UserError(f"{self.where}: {key} takes more than {MOST_SECONDS:g} s to compare with the layers' names, "
+                         f"now at {plain(pattern, 60)!r}: name the layers, without repetitions")
+
+    def _of(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
+        """What the first pattern that fits a layer says; of all comparisons, MOST_SECONDS together."""
         # transformers 4 has `text_model.` before the names of a text encoder, and a pattern may have it.
         names = (f"text_model.{module}", module)
-        found = (value for key, value in pattern.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
-        return next(found, default)
+        start = time.perf_counter()
+        for pattern, value in patterns:
+            left = self._seconds - (time.perf_counter() - start)
+            try:
+                if left <= 0:
+                    raise TimeoutError
+                if any(pattern.match(name, timeout=left) for name in names):
+                    default = value
+                    break
+            except TimeoutError:
+                raise self._too_long(key, pattern.pattern[len(r"(.*\.)?(") : -len(")$")]) from None
+        self._seconds -= time.perf_counter() - start
+        return default
 
 
 def adapter_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> Adapter:

@@ -7,26 +7,31 @@ classes are not noted. There is no alpha: `up` takes it over. A class has all of
 LoRA are written as zeros.
 
 diffusers registered a transformer block's feed-forward before its second attention at first, and does after it now.
-Published files have the first order, and so has what is written here; shapes tell which a file has.
+Published files have the first order, and so has what is written here; shapes tell which a file has. They tell the
+layers too where the classes are missing or have names that are not known here: transformers gave its attention others
+for a while, and any program may.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ldm.config.model import model_metadata
-from ldm.errors import UserError
+from ldm.documents import parse_json
+from ldm.errors import UserError, plain
+from ldm.files import is_there
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module, known_bases
 from ldm.lora.state import LoRALayer, LoRAState
 from ldm.weights.names import LABELS, same_up_to_1x1
-from ldm.weights.read import Checkpoint, open_checkpoint
+from ldm.weights.read import Checkpoint
 from ldm.weights.torch_writer import write_torch
 
 COMPONENTS = ("unet", "text_encoder")
@@ -46,11 +51,13 @@ CLASSES = {
     },
     "text_encoder": {
         "CLIPAttention": r"\.self_attn\.",
+        "CLIPSdpaAttention": r"\.self_attn\.",  # two names of the same, in transformers of 2024
+        "CLIPFlashAttention2": r"\.self_attn\.",
         "CLIPMLP": r"\.mlp\.",
         "CLIPEncoderLayer": r"\.layers\.",
     },
 }
-# What a .pt without a note of its classes may have been made from, and what is written: the first that holds all.
+# What a file without a note of its classes may have been made from, and what is written: the first that holds all.
 CHOICES = {
     "unet": (
         ("CrossAttention", "Attention"),
@@ -65,7 +72,9 @@ CHOICES = {
     ),
     "text_encoder": (("CLIPAttention",), ("CLIPAttention", "CLIPMLP")),
 }
-_KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)$")
+WIDEST = 1 << 16  # channels of a learned token
+_KEY = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,6}):(up|down)\Z")
+_PLACE = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +84,19 @@ def detect(names: Iterable[str]) -> str | None:
     names = list(names)
     if any(_KEY.match(name) for name in names):
         return "cloneofsimo"
-    return "cloneofsimo-pt" if names and all(name.isdigit() for name in names) else None
+    return "cloneofsimo-pt" if names and all(_PLACE.match(name) for name in names) else None
 
 
 def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
     """Read an opened .safetensors.
 
     Raises UserError for gaps in the numbers, half a pair, other keys than learned tokens (which are left out with a
-    warning), and factors that are not those of the noted classes in any known base, or in `base`.
+    warning), and factors that are not those of the noted classes in any known base, or in `base`. Where classes are
+    not known or not noted: for factors that are in no known order, or in two of them.
     """
     path = checkpoint.path
     factors: dict[str, dict[int, dict[str, str]]] = {}
-    tokens = []
+    tokens, others = [], []
     for key in checkpoint:
         found = _KEY.match(key)
         if found:
@@ -95,11 +105,16 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
         elif _is_token(key):
             tokens.append(key)
         else:
-            raise UserError(f"{path}: {key} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?")
+            others.append(key)
+    others = pairs.without_extras(path, others)
+    if others:
+        raise UserError(
+            f"{path}: {plain(others[0])} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?"
+        )
     if tokens:
         log.warning(
             "%s: %d learned token(s), %s, are textual inversion and no part of the LoRA: without them prompts that "
-            "name them will not mean what they did", path, len(tokens), ", ".join(tokens),
+            "name them will not mean what they did", path, len(tokens), plain(", ".join(tokens)),
         )  # fmt: skip
     rows = {}
     for component, numbered in factors.items():
@@ -111,11 +126,21 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
                 if half not in halves:
                     raise UserError(f"{path}: {component}:{index} lacks its {half}, half of a pair: it is damaged")
         rows[component] = [
-            pairs.layer_of(path, f"{component}:{i}", checkpoint[numbered[i]["down"]], checkpoint[numbered[i]["up"]])
+            pairs.read_factors(checkpoint, f"{component}:{i}", numbered[i]["down"], numbered[i]["up"])
             for i in range(len(numbered))
         ]
-    classes = {component: _noted(checkpoint, component) for component in rows}
-    return LoRAState(_placed(path, rows, classes, base), model_metadata(checkpoint.metadata))
+    notes = {component: _noted(checkpoint, component) for component in rows}
+    choices = {component: _choices(component, classes) for component, classes in notes.items()}
+    bases = (base,) if base else known_bases()
+    layers = _placed(path, rows, choices, bases)
+    if layers is None:
+        counts = ", ".join(f"{len(row)} layers of the {LABELS[component]}" for component, row in rows.items())
+        said = ", ".join(name for classes in notes.values() for name in classes or ("classes that are not noted",))
+        raise UserError(
+            f"{path}: its {counts} ({plain(said)}) are not those of {_labels(bases)}: it was made for another model, "
+            "or saved again by another program"
+        )
+    return LoRAState(layers, model_metadata(checkpoint.metadata))
 
 
 def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
@@ -123,25 +148,20 @@ def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
     path = Path(checkpoint.path)
     beside = text_encoder_path(path)
     rows = {"text_encoder" if path.name.endswith(".text_encoder.pt") else "unet": _row(checkpoint)}
-    if beside.exists():
+    if is_there(beside):
         log.info("%s: its text encoder is %s", path, beside.name)
-        rows["text_encoder"] = _row(open_checkpoint(beside))
-    layers: dict[str, LoRALayer] = {}
-    candidates = (base,) if base else known_bases()
-    for component, row in rows.items():
-        # A text encoder's file may have lost its name.
-        order = (component, *(other for other in COMPONENTS if other != component and other not in rows))
-        found = None
-        for choice in order:
-            for classes in CHOICES[choice]:
-                found = found or _place(row, choice, classes, candidates)
-        if found is None:
-            labels = " or ".join(candidate.label for candidate in candidates)
-            raise UserError(
-                f"{path}: its {len(row)} pairs for the {LABELS[component]} are in no order of layers of {labels} that "
-                "cloneofsimo's lora knows"
-            )
-        layers.update(found)
+        rows["text_encoder"] = _row(pairs.open_lora(beside))
+    choices = {component: _choices(component, None) for component in COMPONENTS}
+    bases = (base,) if base else known_bases()
+    layers = _placed(path, rows, choices, bases)
+    if layers is None and len(rows) == 1:  # a text encoder's file may have lost its name
+        ((component, row),) = rows.items()
+        layers = _placed(path, {other: row for other in COMPONENTS if other != component}, choices, bases)
+    if layers is None:
+        counts = " and ".join(f"{len(row)} pairs for the {LABELS[component]}" for component, row in rows.items())
+        raise UserError(
+            f"{path}: its {counts} are in no order of layers of {_labels(bases)} that cloneofsimo's lora knows"
+        )
     return LoRAState(layers, {})
 
 
@@ -169,7 +189,7 @@ def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
     path = Path(path)
     beside = text_encoder_path(path)
     rows = _rows(path, state, base)
-    if beside.exists():
+    if os.path.lexists(beside):
         raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: "
                         "move it away")
     for component, (_, row) in rows.items():
@@ -186,11 +206,14 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Textual inversion's vectors that lie beside a LoRA, fp32: token -> (channels,), in order of name.
 
     Raises UserError for one that is no vector of finite numbers."""
-    tokens = {key: np.asarray(checkpoint[key], np.float32) for key in sorted(checkpoint) if _is_token(key)}
-    for token, vector in tokens.items():
-        if vector.ndim != 1 or not np.isfinite(vector).all():
-            raise UserError(f"{checkpoint.path}: the learned token {token} is no vector of finite numbers: it is "
-                            "damaged, or its training went wrong")
+    tokens = {}
+    for token in sorted(filter(_is_token, checkpoint)):
+        dtype, shape = checkpoint.spec(token)
+        if len(shape) == 1 and shape[0] <= WIDEST and dtype.kind == "f":
+            tokens[token] = np.asarray(checkpoint[token], np.float32)
+        if token not in tokens or not np.isfinite(tokens[token]).all():
+            raise UserError(f"{checkpoint.path}: the learned token {plain(token)} is no vector of finite numbers: it "
+                            "is damaged, or its training went wrong")
     return tokens
 
 
@@ -229,54 +252,73 @@ def _row(checkpoint: Checkpoint) -> list[LoRALayer]:
     count = len(checkpoint)
     if count % 2:
         raise UserError(f"{checkpoint.path}: a list of {count} tensors, up and down in turn: half of a pair is missing")
-    pairs_of = [(checkpoint[str(i + 1)], checkpoint[str(i)]) for i in range(0, count, 2)]
-    return [pairs.layer_of(checkpoint.path, f"pair {i}", down, up) for i, (down, up) in enumerate(pairs_of)]
+    missing = next((i for i in range(count) if str(i) not in checkpoint), None)
+    if missing is not None:
+        raise UserError(f"{checkpoint.path}: its arrays go by number, and {missing} is missing: the file is damaged")
+    return [
+        pairs.read_factors(checkpoint, f"pair {i // 2}", down=str(i + 1), up=str(i)) for i in range(0, count, 2)
+    ]
 
 
-def _noted(checkpoint: Checkpoint, component: str) -> tuple[str, ...]:
-    """The classes that the file says a component was made from."""
+def _noted(checkpoint: Checkpoint, component: str) -> list[str] | None:
+    """The classes that the file says a component was made from; None where it does not say."""
     text = checkpoint.metadata.get(component)
     if text is None:
-        raise UserError(
-            f"{checkpoint.path} does not say which layers its {component}:0, :1, ... stand for: it has lost its "
-            "metadata (merged or saved again by another program?)"
-        )
-    try:
-        classes = tuple(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{checkpoint.path}: its text {component} is {text[:60]!r}, no list of classes") from error
-    unknown = [name for name in classes if not isinstance(name, str) or name not in CLASSES[component]]
-    if unknown:
-        raise UserError(f"{checkpoint.path}: its {component} was made from {unknown[0]}, which is not known here")
+        return None
+    classes = parse_json(text, f"{checkpoint.path}: its text {component}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{checkpoint.path}: its text {component} is {plain(text, 60)!r}, no list of classes")
     return classes
 
 
-def _placed(path, rows, classes, base: Base | None) -> dict[str, LoRALayer]:
-    """The layers of all components, in one base."""
-    candidates = (base,) if base else known_bases()
-    for candidate in candidates:
-        parts = [_place(row, component, classes[component], (candidate,)) for component, row in rows.items()]
+def _choices(component: str, noted: list[str] | None) -> tuple[tuple[str, ...], ...]:
+    """The classes that a component may have been made from: those noted, or where not all of them are known, every
+    usual choice and every class alone."""
+    if noted is not None and set(noted) <= CLASSES[component].keys():
+        return (tuple(noted),)
+    return CHOICES[component] + tuple((name,) for name in CLASSES[component])
+
+
+def _placed(
+    path, rows: Mapping[str, list[LoRALayer]], choices: Mapping[str, Iterable[tuple[str, ...]]], bases: Iterable[Base]
+) -> dict[str, LoRALayer] | None:
+    """The layers of all components, in the first base that has a place for all; None if none has."""
+    for base in bases:
+        parts = [_place(path, row, component, choices[component], base) for component, row in rows.items()]
         if all(part is not None for part in parts):
             return {name: layer for part in parts for name, layer in part.items()}
-    counts = ", ".join(f"{len(row)} layers of the {LABELS[component]}" for component, row in rows.items())
-    raise UserError(
-        f"{path}: its {counts} ({', '.join(name for names in classes.values() for name in names)}) are not those of "
-        f"{' or '.join(candidate.label for candidate in candidates)}: it was made for another model"
-    )
+    return None
 
 
 def _place(
-    row: list[LoRALayer], component: str, classes: Iterable[str], bases: Iterable[Base]
+    path, row: list[LoRALayer], component: str, choices: Iterable[tuple[str, ...]], base: Base
 ) -> dict[str, LoRALayer] | None:
-    """Layers by canonical name, in the first base and order whose shapes are those of `row`; None if none has them."""
+    """Layers by canonical name, in the classes and the order whose shapes are those of `row`; None if none has them.
+
+    Raises UserError where two have them that give the layers otherwise.
+    """
     axes = {layer.down.ndim for layer in row}
-    for base in bases:
+    found: dict[tuple[Module, ...], tuple[str, ...]] = {}
+    for classes in choices:
         for early in (True, False):
+            ordered = in_order(base.of(component), classes, component, early)
             # Without convolutions in the file, those of the classes were passed over, and the other way round.
-            modules = [m for m in in_order(base.of(component), classes, component, early) if len(m.shape) in axes]
+            modules = tuple(module for module in ordered if len(module.shape) in axes)
             if len(modules) == len(row) and all(_fits(layer, module) for layer, module in zip(row, modules)):
-                return {module.name: pairs.conformed(layer, module.shape) for layer, module in zip(row, modules)}
+                found.setdefault(modules, classes)
+    if len(found) > 1:
+        one, two = (" and ".join(classes) for classes in list(found.values())[:2])
+        raise UserError(
+            f"{path}: its {len(row)} layers of the {LABELS[component]} may be those of {one} or of {two}, and nothing "
+            "in it says which: take a file that notes its classes, or a LoRA in another format"
+        )
+    for modules in found:
+        return {module.name: pairs.conformed(layer, module.shape) for layer, module in zip(row, modules)}
     return None
+
+
+def _labels(bases: Iterable[Base]) -> str:
+    return " or ".join(base.label for base in bases)
 
 
 def _fits(layer: LoRALayer, module: Module) -> bool:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable
 
 from ldm.config.model import model_metadata
+from ldm.documents import parse_json
 from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
@@ -27,19 +28,22 @@ from ldm.weights.read import Checkpoint
 
 NAMES = ("diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest")
 METADATA = "lora_adapter_metadata"
+# The beginnings of other formats' names.
+OTHERS = ("base_model.model.", "lora_", "diffusion_model.", "text_encoders.", "model.diffusion_model.",
+          "cond_stage_model.")  # fmt: skip
 _PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
 _KEY = re.compile(
     r"(.+)\.(?:"
-    r"lora_([AB])(?:\.(?!weight)[^.]+)?\.weight"  # PEFT puts an adapter's name before `weight`, and takes it out
+    rf"{pairs.PEFT_HALF}"
     r"|lora(?:_linear_layer)?\.(down|up)\.weight"
-    r"|(alpha))$"
+    r"|(alpha))\Z"
 )
-_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight\Z")
 
 
 def detect(names: Iterable[str]) -> str | None:
     """The name of the form that these keys have, None for keys that are not diffusers'."""
-    names = [name for name in names if not name.startswith(("base_model.model.", "lora_"))]
+    names = [name for name in names if not name.startswith(OTHERS)]
     halves = [name for name in names if _ATTENTION.match(name) or _KEY.match(name) and not name.endswith(".alpha")]
     if not halves:
         return None
@@ -101,7 +105,7 @@ def parse(key: str) -> tuple[str, str] | None:
         return None
     module, letter, half, alpha = found.groups()
     module += ".0" if module.endswith(".to_out") else ""
-    return module, {"A": "down", "B": "up"}.get(letter) or half or alpha
+    return module, pairs.HALF_OF_LETTER.get(letter) or half or alpha
 
 
 def table(base: Base) -> dict[str, Module]:
@@ -136,10 +140,7 @@ def _adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
     if not text:
         return {}
     where = f"{checkpoint.path}: {METADATA}"
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+    arguments = parse_json(text, where)
     if not isinstance(arguments, dict):
         raise UserError(f"{where} is no JSON object")
     parts: dict[str, dict] = {}

@@ -1,8 +1,14 @@
-"""kohya's sd-scripts and A1111's web UI: `lora_unet_<diffusers' name, . as _>.lora_down.weight`, lora_up and alpha.
+"""kohya's sd-scripts, A1111's web UI and ComfyUI: `<layer>.lora_down.weight`, lora_up and alpha.
 
-Convolutions have a k x k down and a 1x1 up. The texts of the file (`ss_...`) hold how it was trained; of them the
-version of the base is read, and what describes the network is written. LyCORIS's LoCon files have these names too, and
-sometimes a third factor `lora_mid`, which is multiplied into down.
+| what names a layer | the UNet | the text encoder |
+| sd-scripts, which is written | lora_unet_<diffusers' name, . as _> | lora_te_text_model_<name, . as _> |
+| tools for published checkpoints | lora_unet_<the checkpoint's name, . as _> | the same |
+| ComfyUI's own | diffusion_model.<the checkpoint's name> | text_encoders.clip_l.transformer.text_model.<name> |
+
+Files mix them, so all are read at once; SDXL's names are the same, and its shapes are others. Convolutions have a k x k
+down and a 1x1 up. The texts of the file (`ss_...`) hold how it was trained; of them the version of the base is read,
+and what describes the network is written. LyCORIS's LoCon files have these names too, and sometimes a third factor
+`lora_mid`, which is multiplied into down.
 """
 
 from __future__ import annotations
@@ -19,19 +25,33 @@ from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRAState
+from ldm.weights.diffusers import UNET_PREFIX
 from ldm.weights.read import Checkpoint
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}  # ss_base_model_version; "_v" follows where velocity is predicted
-# diffusers writes `lora_te1_` for a lone text encoder too; beside `lora_te2_` it is the first of SDXL's.
-_KEY = re.compile(r"lora_(unet|te1?)_([^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
+# Other beginnings of names -> those in the table. diffusers writes `lora_te1_` for a lone text encoder too; beside
+# `lora_te2_` it is the first of SDXL's. `clip_l` is ComfyUI's word for SD1.x's text encoder, `clip_h` for SD2.x's.
+OTHER_PREFIXES = {
+    "lora_te1_": "lora_te_",
+    "model.diffusion_model.": "diffusion_model.",
+    "text_encoders.clip_l.transformer.": "text_encoder.",
+    "text_encoders.clip_h.transformer.": "text_encoder.",
+    "cond_stage_model.transformer.": "text_encoder.",
+}
+_FACTOR = re.compile(
+    rf"(.+)\.(?:lora_(down|up|mid)\.weight|{pairs.PEFT_HALF}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))\Z"
+)
+_TYPICAL = re.compile(r"lora_(unet|te|te1|te2)_[^.]+\.|(diffusion_model|text_encoders)\.")
+_CHECKPOINTS = re.compile(r"(model\.diffusion_model|cond_stage_model)\..+\.lora_[AB]\.")
 
 log = logging.getLogger(__name__)
 
 
 def detect(names: Iterable[str]) -> bool:
     """Whether these are the names of such a file."""
-    return any(re.match(r"lora_(unet|te|te1|te2)_[^.]+\.(lora_down|lora_up)\.weight$", name) for name in names)
+    factors = (name for name in names if not name.endswith(".alpha") and _FACTOR.match(name))
+    return any(_TYPICAL.match(name) or _CHECKPOINTS.match(name) for name in factors)
 
 
 def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
@@ -67,15 +87,27 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 
 
 def _parse(key: str) -> tuple[str, str] | None:
-    found = _KEY.match(key)
+    found = _FACTOR.match(key)
     if found is None:
         return None
-    network, layer, half, _ = found.groups()
-    return f"lora_{'unet' if network == 'unet' else 'te'}_{layer}", half or "alpha"
+    layer, half, letter, middle, alpha = found.groups()
+    for other, prefix in OTHER_PREFIXES.items():
+        if layer.startswith(other):
+            layer = prefix + layer[len(other) :]
+    return layer, half or pairs.HALF_OF_LETTER.get(letter) or middle or alpha
 
 
 def _table(base: Base) -> dict[str, Module]:
-    return {PREFIX[module.component] + module.path.replace(".", "_"): module for module in base.modules}
+    """The modules of a base by all of their names."""
+    table = {}
+    for module in base.modules:
+        table[PREFIX[module.component] + module.path.replace(".", "_")] = module
+        if module.component == "unet":
+            name = module.name[len(UNET_PREFIX) :]
+            table[PREFIX["unet"] + name.replace(".", "_")] = table[f"diffusion_model.{name}"] = module
+        else:
+            table[f"text_encoder.text_model.{module.path}"] = module
+    return table
 
 
 def _texts(state: LoRAState) -> dict[str, str]:

@@ -13,31 +13,33 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.lora.formats import pairs
 from ldm.lora.state import LoRALayer, LoRAState
 from ldm.weights import compvis, mindone
+from ldm.weights.checkpoint import Arrays
 from ldm.weights.names import component_of
-from ldm.weights.read import Checkpoint, write_checkpoint
+from ldm.weights.read import write_checkpoint
 
 METADATA = ("architecture", "prediction_type")
 _SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")
-_FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)$")
+_FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)\Z")
 
 log = logging.getLogger(__name__)
 
 
 def detect(names: Iterable[str]) -> bool:
     """Whether these are the names of such a file."""
-    return any(re.search(r"\.lora_(down|up)\.weight$", name) and component_of(name) != "other" for name in names)
+    factors = [name for name in names if name.endswith((".lora_down.weight", ".lora_up.weight"))]
+    return bool(factors) and all(component_of(name) != "other" for name in factors)
 
 
-def read(checkpoint: Checkpoint) -> LoRAState:
+def read(checkpoint: Arrays) -> LoRAState:
     """Read an opened file.
 
     Other arrays are left out with a warning: mindone's files have frozen weights beside the factors. Raises UserError
@@ -46,32 +48,33 @@ def read(checkpoint: Checkpoint) -> LoRAState:
     """
     path = checkpoint.path
     settings = {key: _number(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
-    factors: dict[str, dict[str, np.ndarray]] = {}
+    factors: dict[str, dict[str, str]] = {}
     others = []
     for key in checkpoint:
         found = _FACTOR.match(key)
         if found and component_of(key) != "other":
-            factors.setdefault(found.group(1), {})[found.group(2).split(".")[0]] = checkpoint[key]
+            factors.setdefault(found.group(1), {})[found.group(2).split(".")[0]] = key
         elif key not in _SETTINGS:
             others.append(key)
+    others = pairs.without_extras(path, others)
     if others:
         if pairs.named(others):
-            raise UserError(f"{path} is {pairs.named(others)} (for example {others[0]})")
-        log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), others[0])
+            raise UserError(f"{path} is {pairs.named(others)} (for example {plain(others[0])})")
+        log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), plain(others[0]))
 
     layers: dict[str, LoRALayer] = {}
     for module, pair in factors.items():
         for half in ("lora_down", "lora_up"):
             if half not in pair:
-                raise UserError(f"{path}: {module} lacks its {half}, half of a pair: the file is damaged")
-        down, up = pair["lora_down"], pair["lora_up"]
-        if not (down.ndim and up.ndim):
-            raise UserError(f"{path}: {module}: down {down.shape} and up {up.shape} are no pair of factors")
-        for name, rows in _layers_of(path, module, up):
+                raise UserError(f"{path}: {plain(module)} lacks its {half}, half of a pair: the file is damaged")
+        alpha = settings.get("lora_alpha")
+        if "alpha" in pair:
+            alpha = pairs.read_number(checkpoint, module, pair["alpha"])
+        whole = pairs.read_factors(checkpoint, module, pair["lora_down"], pair["lora_up"], alpha)
+        for name, rows in _layers_of(path, module, whole.up):
             if name in layers:
-                raise UserError(f"{path}: {name} is there twice, whole and in one with others")
-            layer = pairs.layer_of(path, module, down, rows, pair.get("alpha", settings.get("lora_alpha")))
-            layers[name] = replace(layer, alpha=layer.alpha * settings.get("lora_scale", 1.0))
+                raise UserError(f"{path}: {plain(name)} is there twice, whole and in one with others")
+            layers[name] = replace(whole, up=rows, alpha=whole.alpha * settings.get("lora_scale", 1.0))
     state = LoRAState(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
     if "lora_rank" in settings and settings["lora_rank"] != max(state.ranks()):
         raise UserError(f"{path} says lora_rank {settings['lora_rank']:g}, but its factors are of {state.ranks()}")
@@ -105,19 +108,22 @@ def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]
     # In the UNet mindone's names for attention are the canonical ones; of its text encoder's none is.
     places = (mindone.place(weight) if component_of(weight) == "text_encoder" else None) or compvis.place(weight)
     if not isinstance(places, list):
-        raise UserError(f"{path}: {module} is no layer of Stable Diffusion 1 or 2")
+        raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
     if up.shape[0] % len(places):
-        raise UserError(f"{path}: the {up.shape[0]} rows of {module} are not those of {len(places)} layers")
+        raise UserError(f"{path}: the {up.shape[0]} rows of {plain(module)} are not those of {len(places)} layers")
     rows = up.shape[0] // len(places)
     return [(place.name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, place in enumerate(places)]
 
 
-def _number(checkpoint: Checkpoint | Mapping, key: str) -> float:
-    value = checkpoint[key] if key in checkpoint else checkpoint.metadata[key]
-    try:
-        number = float(np.asarray(value).reshape(()))
-    except ValueError as error:
-        raise UserError(f"{checkpoint.path}: {key} is {value!r}, which is not a number") from error
+def _number(checkpoint: Arrays, key: str) -> float:
+    if key in checkpoint:
+        number = pairs.read_number(checkpoint, "the whole file", key)
+    else:
+        text = checkpoint.metadata[key]
+        try:
+            number = float(text)
+        except ValueError:
+            raise UserError(f"{checkpoint.path}: {key} is {plain(text)!r}, which is not a number") from None
     if not math.isfinite(number) or (number <= 0 and key == "lora_rank"):
         raise UserError(f"{checkpoint.path}: {key} is {number}, which makes no sense")
     return number

@@ -12,11 +12,14 @@ from pathlib import Path
 
 from ldm.atomic import atomic_path
 from ldm.config.model import model_metadata
+from ldm.documents import read_json
 from ldm.errors import UserError
+from ldm.files import is_there
 from ldm.lora.formats import diffusers, pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRAState
+from ldm.paths import writing
 from ldm.weights.read import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,8 +34,8 @@ def detect(names: Iterable[str]) -> bool:
 
 def files(folder: Path) -> list[Path]:
     """The files with the factors in an adapter's folder, or in its subfolders for each network; may be none."""
-    folders = [folder] if (folder / CONFIG).exists() else [folder / part for part in PARTS]
-    found = [[path / name for name in WEIGHTS if (path / name).exists()][:1] for path in folders]
+    folders = [folder] if is_there(folder / CONFIG) else [folder / part for part in PARTS]
+    found = [[path / name for name in WEIGHTS if is_there(path / name)][:1] for path in folders]
     return [path for paths in found for path in paths]
 
 
@@ -42,14 +45,11 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
     Raises UserError if that is missing or says another rank than the factors have; see also pairs.read_pairs.
     """
     where = checkpoint.path.parent / CONFIG
-    try:
-        settings = json.loads(where.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_there(where):
         raise UserError(
             f"{checkpoint.path} is a PEFT adapter whose strength is in {CONFIG}, which is not beside it: fetch that too"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
+        )
+    settings = read_json(where, way="fetch it again, with the factors beside it")
     if not isinstance(settings, dict):
         raise UserError(f"{where} is no JSON object")
     layers = pairs.read_pairs(checkpoint, _parse, diffusers.table, base, Adapter(settings, str(where)).alpha)
@@ -81,11 +81,8 @@ def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
             **adapter_of(layers, base.of(component)).arguments(),
         }  # fmt: skip
         pairs.save(folder / WEIGHTS[0], arrays, {"format": "pt", **pairs.base_texts(state)}, dtype)
-        try:
-            with atomic_path(folder / CONFIG) as temporary:
-                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {folder / CONFIG}: {error.strerror or error}") from error
+        with writing(folder / CONFIG), atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _parse(key: str) -> tuple[str, str] | None:

@@ -1,11 +1,15 @@
 """PEFT's settings: ranks, alphas and their patterns, and adapters that are no plain LoRA."""
 
 import json
+import os
+import re
+import warnings
 
 import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.lora.formats import adapter as adapters
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import known_bases
@@ -57,6 +61,11 @@ def test_alpha(settings, layer, rank, alpha):
         ({"init_lora_weights": "olora"}, "base that was changed"),
         ({"r": "four"}, "r is 'four'"),
         ({"r": True}, "r is 'True'"),
+        ({"r": [8]}, r"r is '\[8\]'"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; it must be true or false"),
+        ({"alpha_pattern": {"a{99999999999999999999}": 1}}, "in alpha_pattern"),
+        ({"alpha_pattern": {"(" * 400 + "a" + ")" * 400 + "*" * 9: 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(?i)to_q": 1}}, "no regular expression"),  # in PEFT too: it is not at the beginning
         ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
         ({"lora_alpha": None}, "lora_alpha is 'None'"),
         ({"r": 10**400}, "r is '1000"),
@@ -70,6 +79,54 @@ def test_refused(settings, pattern):
     with pytest.raises(UserError, match=pattern) as caught:
         Adapter(settings, "adapter_config.json")
     assert "adapter_config.json" in str(caught.value)
+
+
+class TestPatterns:
+    """Regular expressions of anybody: compared as PEFT compares them, within a time."""
+
+    @pytest.mark.parametrize("pattern", [
+        "to_q", r".*\.attn[12]\.to_[qk]", r"(down|up)_blocks\.\d+\.attentions\.0.*", r"(\w+\.)*to_v", "[[a]", "",
+        r"(?!.*attn2).*to_k", r".*blocks\.[0-1]\..{2,40}proj", "x|to_out.0", r"[^.]+\.0", r"(?P<a>attn)\d.*", r"to_q\b",
+        r".{3}_blocks.*",
+    ])  # fmt: skip
+    def test_matches_as_re_does(self, pattern):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter = Adapter({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
+            for module in known_bases()[0].modules:
+                names = (module.path, f"text_model.{module.path}")
+                fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+                assert adapter.alpha(module.path, 8) == (1 if fits else 8), module.path
+
+    @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+    def test_one_that_never_ends_is_given_up(self, monkeypatch, key):
+        monkeypatch.setattr(adapters, "MOST_SECONDS", 0.1)
+        settings = {key: {"((a?){31}){31}": 8}}
+        with pytest.raises(UserError, match=rf"adapter_config.json: {key} takes more than 0.1 s .*31.*name the layers"):
+            adapter = Adapter(settings, "adapter_config.json")
+            for module in known_bases()[0].modules:
+                adapter.alpha(module.path, 8)
+
+    @pytest.mark.parametrize("pattern", [r"(a+)+", r"([a-z_.0-9]+)+!", r"(.*)*!", r"(\w|\w|\w|\.)*!", ".*" * 20 + "!"])
+    def test_the_usual_ones_that_never_end(self, pattern):
+        adapter = Adapter({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
+        assert all(adapter.alpha(module.path, 8) == 8 for module in known_bases()[0].modules)
+
+    @pytest.mark.parametrize("patterns, says", [
+        ({"(((a?){99}){99}){99}": 1}, "repeats more than 1,000 times"),
+        ({"a" * 1001: 1}, "has 1,001 characters, at most 1,000 are read"),
+        ({str(i): 1 for i in range(4097)}, "holds 4,097 patterns, at most 4,096 are read"),
+        ({"to_q{e<=2}": 1}, "holds a bracket that no layer's name has"),
+    ])  # fmt: skip
+    def test_bounds(self, patterns, says):
+        with pytest.raises(UserError, match=says) as caught:
+            Adapter({"rank_pattern": patterns}, "adapter_config.json")
+        assert "adapter_config.json" in str(caught.value) and len(str(caught.value)) < 300
+
+    def test_one_for_each_layer_of_a_model(self):
+        paths = [module.path for module in known_bases()[0].modules]
+        adapter = Adapter({"alpha_pattern": {path: i for i, path in enumerate(paths)}}, "adapter_config.json")
+        assert [adapter.alpha(path, 8) for path in paths] == list(range(len(paths)))
 
 
 def test_a_rank_that_is_not_the_factors():
@@ -155,13 +212,42 @@ class TestFolder:
         with pytest.raises(UserError, match="strength is in adapter_config.json, which is not beside it"):
             read_lora(folder / "adapter_model.safetensors")
 
-    @pytest.mark.parametrize("text, pattern", [("{", "cannot be read"), ("[]", "no JSON object"), ("", "cannot be"),
-                                               ("[" * 100_000, "cannot be read")])
-    def test_a_broken_configuration(self, tmp_path, text, pattern):
+    @pytest.mark.parametrize("content, pattern", [
+        (b"{", "is not valid JSON"), (b"[]", "no JSON object"), (b"", "is not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"), (b'{"r": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"r": 2, "r": 3}', '"r" is given twice'), (b"\xff\xfe{\0}\0", "is UTF-16: save it as UTF-8"),
+        (b'{"r": "\xff"}', "line 1: not a UTF-8 text file"),
+    ])  # fmt: skip
+    def test_a_broken_configuration(self, tmp_path, content, pattern):
         folder = self.write(tmp_path)
-        (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match=pattern):
+        (folder / "adapter_config.json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"adapter_config\.json.*{pattern}") as caught:
             read_lora(folder)
+        assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+    def test_a_configuration_with_a_byte_order_mark(self, tmp_path):
+        folder = self.write(tmp_path, lora_alpha=5)
+        path = folder / "adapter_config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert {layer.alpha for layer in read_lora(folder).layers.values()} == {5.0}
+
+    @pytest.mark.parametrize("kind", ["a pipe (FIFO)", "a folder"])
+    def test_something_else_in_the_place_of_the_configuration(self, tmp_path, kind):
+        folder = self.write(tmp_path)
+        (folder / "adapter_config.json").unlink()
+        (os.mkfifo if "FIFO" in kind else os.mkdir)(folder / "adapter_config.json")
+        with pytest.raises(UserError, match=rf"adapter_config\.json is {re.escape(kind)}, not a file: fetch it again"):
+            read_lora(folder)
+
+    @pytest.mark.parametrize("mode", [0o000, 0o100])
+    def test_a_folder_of_another_user(self, unprivileged, mode):
+        folder = unprivileged / "style"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(UserError, match="the LoRA .*style cannot be read: Permission denied: give this user"):
+            read_lora(folder)
+        with pytest.raises(UserError, match="style.* cannot be (seen|read): Permission denied: give this user"):
+            read_lora(folder / "inner" if mode == 0 else folder)
 
     def test_a_rank_that_is_not_the_factors(self, tmp_path):
         with pytest.raises(UserError, match="is 3, but its factors have 2"):

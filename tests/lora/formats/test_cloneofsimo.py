@@ -1,5 +1,6 @@
 """cloneofsimo's files: factors by number, so the order of the layers is everything."""
 
+import dataclasses
 import json
 import logging
 
@@ -9,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora, zero_layers
 from ldm.lora.formats.cloneofsimo import in_order
-from ldm.lora.formats.modules import known_bases
+from ldm.lora.formats.modules import Base, known_bases
 from ldm.lora.state import LoRAState
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.torch_writer import write_torch
@@ -89,6 +90,48 @@ class TestReading:
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": '["ResnetBlock2D", "GEGLU"]'})
         assert read_lora(path).layers.keys() == {module.name for module in modules}
 
+    @pytest.mark.parametrize("noted", [
+        {}, {"unet": '["Attn", "Proj"]'}, {"unet": '["CrossAttention", "GEGLUv2"]'}, {"unet": '["", "\\u0000"]'},
+    ])  # fmt: skip
+    @pytest.mark.parametrize("early", [True, False])
+    def test_the_shapes_tell_where_the_classes_are_not_known(self, tmp_path, whole, noted, early):
+        modules = in_order(NANO.of("unet"), PUBLISHED, "unet", early)
+        write_checkpoint(tmp_path / "lora.safetensors", numbered(whole, modules, "unet"), noted)
+        state = read_lora(tmp_path / "lora.safetensors")
+        assert state.layers.keys() == {module.name for module in modules}
+        for name, layer in state.layers.items():
+            np.testing.assert_array_equal(layer.down, whole.layers[name].down)
+
+    @pytest.mark.parametrize("attention", ["CLIPSdpaAttention", "CLIPFlashAttention2", "AttentionOfTomorrow"])
+    def test_a_text_encoder_of_any_attention(self, tmp_path, whole, attention):
+        modules = in_order(NANO.of("text_encoder"), ("CLIPAttention",), "text_encoder")
+        path = tmp_path / "lora.safetensors"
+        write_checkpoint(path, numbered(whole, modules, "text_encoder"), {"text_encoder": json.dumps([attention])})
+        assert list(read_lora(path).layers) == [module.name for module in modules]
+
+    def test_classes_that_are_not_known_and_two_that_fit(self, tmp_path):
+        """Of a model with the same width at every level, the convolutions down and up have the same shapes."""
+        config = dataclasses.replace(NANO.config, unet={**NANO.config.unet, "channel_mult": [1, 1, 1]})
+        base = Base(config)
+        state = random_state(base, rank=1)
+        modules = in_order(base.of("unet"), ("Downsample2D",), "unet")
+        path = tmp_path / "lora.safetensors"
+        write_checkpoint(path, numbered(state, modules, "unet"), {"unet": '["Resampling"]'})
+        with pytest.raises(UserError, match="2 layers of the UNet may be those of Downsample2D or of Upsample2D"):
+            read_lora(path, config)
+        write_checkpoint(path, numbered(state, modules, "unet"), {"unet": '["Downsample2D"]'})
+        assert list(read_lora(path, config).layers) == [module.name for module in modules]
+
+    def test_classes_that_are_not_known_and_nothing_that_fits(self, tmp_path, whole):
+        modules = in_order(NANO.of("unet"), PUBLISHED, "unet")[:-1]
+        path = tmp_path / "lora.safetensors"
+        write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": '["Attn\\n", "Attn2"]'})
+        with pytest.raises(UserError, match=r"its 89 layers of the UNet \(Attn , Attn2\) are not those of SD1.x or"):
+            read_lora(path)
+        write_checkpoint(path, numbered(whole, modules, "unet"))
+        with pytest.raises(UserError, match=r"89 layers of the UNet \(classes that are not noted\) .* saved again by"):
+            read_lora(path)
+
     def test_learned_tokens_are_left_out_with_a_warning(self, tmp_path, whole, caplog):
         modules = in_order(NANO.of("text_encoder"), ("CLIPAttention",), "text_encoder")
         arrays = {**numbered(whole, modules, "text_encoder"), "<s1>": np.ones(96, np.float32)}
@@ -121,16 +164,25 @@ class TestDamage:
         self.refused(tmp_path, arrays, {"unet": json.dumps(PUBLISHED)}, "89 layers of the UNet .* are not those of SD1")
 
     @pytest.mark.parametrize("metadata, pattern", [
-        (None, "lost its metadata"),
-        ({"unet": "CrossAttention"}, "no list of classes"),
+        ({"unet": "CrossAttention"}, "its text unet .*not valid JSON"),
         ({"unet": "3"}, "no list of classes"),
-        ({"unet": "[" * 100_000}, "no list of classes"),
-        ({"unet": '["Conv2d"]'}, "made from Conv2d, which is not known"),
-        ({"unet": "[[1]]"}, "which is not known"),
+        ({"unet": '"CrossAttention"'}, "no list of classes"),
+        ({"unet": "[" * 100_000}, "its text unet is not valid JSON: it is nested too deeply"),
+        ({"unet": "[" + "9" * 5000 + "]"}, "its text unet is not valid JSON"),
+        ({"unet": "[[1]]"}, "no list of classes"),
         ({"unet": '["GEGLU"]'}, "are not those of SD1.x or SD2.x or the nano model"),
     ])  # fmt: skip
     def test_its_classes(self, tmp_path, arrays, metadata, pattern):
         self.refused(tmp_path, arrays, metadata, pattern)
+
+    @pytest.mark.parametrize("key", ["unet:00:up", "unet:٣:up", "unet:-1:up", "unet:99999999:up", "unet:1:up\n"])
+    def test_a_number_that_is_none(self, tmp_path, arrays, key):
+        arrays[key] = np.ones((64, 2), np.float32)
+        self.refused(tmp_path, arrays, {"unet": json.dumps(PUBLISHED)}, "belongs to nothing in a LoRA of cloneofsimo's")
+
+    def test_a_number_that_no_model_reaches(self, tmp_path, arrays):
+        arrays["unet:9999999:up"] = np.ones((64, 2), np.float32)
+        self.refused(tmp_path, arrays, {"unet": json.dumps(PUBLISHED)}, "unet:90 is missing")
 
     def test_a_stray_key(self, tmp_path, arrays):
         arrays["unet:0:alpha"] = np.ones(1, np.float32)
@@ -199,6 +251,12 @@ class TestWriting:
         write_torch(tmp_path / "lora.pt", [UP, DOWN, UP])
         with pytest.raises(UserError, match="half of a pair is missing"):
             read_lora(tmp_path / "lora.pt")
+
+    @pytest.mark.parametrize("names", [("5", "7"), ("0", "2"), ("00", "1"), ("²", "1")])
+    def test_numbers_that_are_no_list(self, tmp_path, names):
+        write_checkpoint(tmp_path / "lora.safetensors", dict(zip(names, (UP, DOWN))))
+        with pytest.raises(UserError, match="go by number, and [01] is missing|not a LoRA: 2 unknown names"):
+            read_lora(tmp_path / "lora.safetensors")
 
     def test_a_list_in_no_known_order(self, tmp_path):
         write_torch(tmp_path / "lora.pt", [UP, DOWN])

@@ -1,15 +1,17 @@
 """What kohya's files have beyond pairs: squeezed axes, a third factor, what they say of their base."""
 
+import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.formats import FORMATS, base_of, detect_format, kohya, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRAState
-from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_state
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -106,6 +108,146 @@ def test_factors_of_a_convolution_with_axes_left_out(tmp_path, name, down, up):
 def test_the_version_of_the_base(tmp_path, version, metadata):
     arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
     assert read(tmp_path, arrays, {"ss_base_model_version": version}).metadata == metadata
+
+
+@pytest.fixture(scope="module")
+def published():
+    with gzip.open(Path(__file__).parents[2] / "weights" / "published_names.json.gz", "rt") as file:
+        return json.load(file)
+
+
+class TestCheckpointsNames:
+    """The UNet by the names of the published checkpoints, which SDXL's files have too."""
+
+    STYLES = {
+        "underscored": lambda name: "lora_unet_" + name.replace(".", "_"),
+        "dotted": lambda name: f"diffusion_model.{name}",
+        "whole": lambda name: f"model.diffusion_model.{name}",
+    }
+    TEXT = {
+        "underscored": lambda name: "lora_te_text_model_" + name.replace(".", "_"),
+        "dotted": lambda name: f"text_encoders.clip_l.transformer.text_model.{name}",
+        "whole": lambda name: f"cond_stage_model.transformer.text_model.{name}",
+    }
+    HALVES = {"underscored": ("lora_down", "lora_up"), "dotted": ("lora_down", "lora_up"),
+              "whole": ("lora_A", "lora_B")}  # fmt: skip
+
+    def arrays(self, layers, style, halves=None, text=()):
+        """Rank 1, values that differ from layer to layer; layers: (name, shape)."""
+        down, up = halves or self.HALVES[style]
+        arrays = {}
+        for names, chosen in ((self.STYLES[style], layers), (self.TEXT[style], text)):
+            for i, (name, shape) in enumerate(chosen):
+                outgoing, incoming, *kernel = shape
+                arrays[f"{names(name)}.{down}.weight"] = np.full((1, incoming, *kernel), i + 1, np.float16)
+                arrays[f"{names(name)}.{up}.weight"] = np.ones((outgoing, 1, *(1 for _ in kernel)), np.float16)
+        return arrays
+
+    @pytest.mark.parametrize("style", STYLES)
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_every_layer_of_the_published_models(self, tmp_path, published, version, style):
+        prefix = "model.diffusion_model."
+        keys = published[f"sd{version}_ldm_ckpt_keys"]
+        layers = [(name[len(prefix) : -len(".weight")], tuple(shape)) for name, shape in keys.items()
+                  if name.startswith(prefix) and name.endswith(".weight") and len(shape) > 1]
+        path = tmp_path / "lora.safetensors"
+        write_checkpoint(path, self.arrays(layers, style))
+        assert detect_format(path) == "kohya"
+        names = list(open_checkpoint(path))
+        assert [other for other, format in FORMATS.items() if format.detect(names)] == ["kohya"]
+        state = read_lora(path)
+        assert state.layers.keys() == {prefix + name for name, _ in layers}
+        for i, (name, shape) in enumerate(layers):
+            assert (state.layers[prefix + name].down == i + 1).all()
+            assert state.layers[prefix + name].down.shape == (1, *shape[1:])
+        assert base_of(state) is known_bases()[version - 1]
+
+    @pytest.mark.parametrize("key, layer, down, up", [
+        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+         "input_blocks.1.1.transformer_blocks.0.attn1.to_q", (2, 320), (320, 2)),
+        ("lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj",
+         "middle_block.1.transformer_blocks.0.ff.net.0.proj", (2, 1280), (10240, 2)),
+        ("lora_unet_output_blocks_3_1_proj_in", "output_blocks.3.1.proj_in", (2, 1280, 1, 1), (1280, 2, 1, 1)),
+        ("lora_unet_input_blocks_1_0_in_layers_2", "input_blocks.1.0.in_layers.2", (2, 320, 3, 3), (320, 2, 1, 1)),
+        ("lora_unet_input_blocks_1_0_emb_layers_1", "input_blocks.1.0.emb_layers.1", (2, 1280), (320, 2)),
+        ("lora_unet_input_blocks_1_0_out_layers_3", "input_blocks.1.0.out_layers.3", (2, 320, 3, 3), (320, 2, 1, 1)),
+        ("lora_unet_input_blocks_4_0_skip_connection", "input_blocks.4.0.skip_connection", (2, 320, 1, 1),
+         (640, 2, 1, 1)),
+        ("lora_unet_input_blocks_3_0_op", "input_blocks.3.0.op", (2, 320, 3, 3), (320, 2, 1, 1)),
+        ("lora_unet_output_blocks_2_1_conv", "output_blocks.2.1.conv", (2, 1280, 3, 3), (1280, 2, 1, 1)),
+        ("lora_unet_time_embed_0", "time_embed.0", (2, 320), (1280, 2)),
+        ("lora_unet_input_blocks_0_0", "input_blocks.0.0", (2, 4, 3, 3), (320, 2, 1, 1)),
+        ("lora_unet_out_2", "out.2", (2, 320, 3, 3), (4, 2, 1, 1)),
+        ("diffusion_model.input_blocks.1.1.proj_out", "input_blocks.1.1.proj_out", (2, 320), (320, 2)),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("halves", ["lora_down lora_up", "lora_A lora_B", "lora_A.default lora_B.default",
+                                        "lora.down lora.up"])
+    def test_a_name(self, tmp_path, key, layer, down, up, halves):
+        one, two = halves.split()
+        arrays = {f"{key}.{one}.weight": normal(*down), f"{key}.{two}.weight": normal(*up), f"{key}.alpha": np.array(1)}
+        state = read(tmp_path, arrays)
+        assert {name: layer.alpha for name, layer in state.layers.items()} == {f"model.diffusion_model.{layer}": 1.0}
+
+    @pytest.mark.parametrize("unet", STYLES)
+    @pytest.mark.parametrize("text", [*TEXT.values(),
+                                      lambda name: f"text_encoders.clip_h.transformer.text_model.{name}"])
+    def test_a_text_encoder_beside_it(self, tmp_path, unet, text):
+        """Also where the UNet's part alone would be this project's own format."""
+        layer = "encoder.layers.1.self_attn.q_proj"
+        arrays = {f"{text(layer)}.lora_down.weight": normal(2, 768), f"{text(layer)}.lora_up.weight": normal(768, 2)}
+        names = self.STYLES[unet]("input_blocks.1.1.transformer_blocks.0.attn1.to_q")
+        arrays |= {f"{names}.lora_down.weight": normal(2, 320), f"{names}.lora_up.weight": normal(320, 2)}
+        assert {name.rpartition(".")[2] for name in read(tmp_path, arrays).layers} == {"to_q", "q_proj"}
+
+    def test_a_layer_by_two_of_its_names(self, tmp_path):
+        other = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+        arrays = {f"{name}.lora_{half}.weight": normal(*shape) for name in (LAYER, other)
+                  for half, shape in (("down", (2, 320)), ("up", (320, 2)))}
+        with pytest.raises(UserError, match=f"{LAYER}.* and {other}.* stand for the same layer"):
+            read(tmp_path, arrays)
+
+    def test_names_do_not_meet(self):
+        for base in known_bases():
+            table = kohya._table(base)
+            assert len(table) == sum(3 if module.component == "unet" else 2 for module in base.modules)
+
+    @pytest.mark.parametrize("style", STYLES)
+    @pytest.mark.parametrize("layers", [
+        [("input_blocks.4.1.transformer_blocks.0.attn2.to_k", (640, 2048))],
+        [("input_blocks.4.1.transformer_blocks.1.attn1.to_k", (640, 640))],
+        [("input_blocks.4.1.proj_in", (640, 640)), ("middle_block.1.transformer_blocks.9.attn1.to_q", (1280, 1280))],
+        [("output_blocks.0.1.transformer_blocks.0.attn1.to_q", (1280, 1280)),  # SD1.x has no attention there
+         ("output_blocks.0.1.transformer_blocks.0.attn2.to_v", (1280, 2048))],
+        [("label_emb.0.0", (1280, 2816))],
+    ])  # fmt: skip
+    def test_sdxl_by_its_shapes_and_layers(self, tmp_path, style, layers):
+        with pytest.raises(UserError, match="is an SDXL LoRA"):
+            read(tmp_path, self.arrays(layers, style))
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (0,), (1,) * 9])
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_])
+def test_an_alpha_that_is_not_one_number(tmp_path, shape, dtype):
+    arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
+    with pytest.raises(UserError, match="to_q: alpha is of shape .* not one number"):
+        read(tmp_path, {**arrays, f"{LAYER}.alpha": np.ones(shape, dtype)})
+
+
+@pytest.mark.parametrize("alpha", [1e300, -1e39, 1e38])
+def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
+    arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
+    with pytest.raises(UserError, match="to_q, with alpha .* goes beyond what fp32 holds"):
+        read(tmp_path, {**arrays, f"{LAYER}.alpha": np.array(alpha)})
+
+
+def test_a_third_factor_of_another_model(tmp_path):
+    """It is not multiplied out: its product may be any number of times as large as the file."""
+    arrays = {f"{CONV}.lora_down.weight": normal(1, 20_000), f"{CONV}.lora_mid.weight": normal(16_000, 1, 3, 3),
+              f"{CONV}.lora_up.weight": normal(320, 16_000)}
+    for config in (None, known_bases()[0].config):
+        with pytest.raises(UserError, match=r"conv1 is \(320, 20000, 3, 3\), in .* \(320, 320, 3, 3\)"):
+            write_checkpoint(tmp_path / "lora.safetensors", arrays)
+            read_lora(tmp_path / "lora.safetensors", config)
 
 
 def test_sdxl_by_what_it_says(tmp_path):
