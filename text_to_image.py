@@ -46,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(config: GenerateConfig, job: Plan) -> None:
     """Load the model and the LoRAs, draw the images of `job` and write them."""
+    progress(lambda: "before the first image")
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
     from ldm.lora.state import Weights  # isort: skip
     from ldm.weights.architecture import adapted_model  # isort: skip
-    from ldm.pipeline import Pipeline, Sampling, apply_lora, check_sampling, load_model  # isort: skip
+    from ldm.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
 
     job.model = adapted_model(job.model, job.checkpoint)
     height, width = config.H or job.model.image_size, config.W or job.model.image_size
@@ -70,6 +71,11 @@ def draw(config: GenerateConfig, job: Plan) -> None:
 
     runtime = setup_runtime(config.device_target, config.mode, config.jit_level, config.precision, config.seed)
     check_flash_attention(config.enable_flash_attention, runtime)
+    # Before the base, which takes longer to read.
+    chosen = [choose_lora(job.model, file.path, config.lora_ft_unet, config.lora_ft_text_encoder) for file in job.loras]
+    for file, lora in zip(job.loras, chosen):
+        if config.lora_rank is not None and lora.ranks() != [config.lora_rank]:
+            logger.warning("lora_rank %d is not used: %s is %s", config.lora_rank, file.path, lora)
     model = load_model(
         job.model,
         job.checkpoint,
@@ -79,11 +85,9 @@ def draw(config: GenerateConfig, job: Plan) -> None:
         config.ckpt_ema,
         job.vae_checkpoint,
     )
-    for file in job.loras:
+    for file, lora in zip(job.loras, chosen):
         weights = Weights(file.weight, file.weight if file.text_weight is None else file.text_weight)
-        applied = apply_lora(model, job.model, file.path, weights, config.lora_ft_unet, config.lora_ft_text_encoder)
-        if config.lora_rank is not None and applied.ranks() != [config.lora_rank]:
-            logger.warning("lora_rank %d is not used: %s is %s", config.lora_rank, file.path, applied)
+        apply_chosen(model, lora, file.path, weights)
 
     settings = {
         "sampler": sampling.sampler,
@@ -104,7 +108,7 @@ def draw(config: GenerateConfig, job: Plan) -> None:
         pngs=not config.skip_save,
         grid=not config.skip_grid,
     )
-    progress(lambda: f"after {writer.written} of {len(job.prompts)} images, which are in {writer.samples}")
+    progress(writer.progress)
     latents = []
     pipeline = Pipeline(model, job.model)
     for batch in pipeline.generate(job.prompts, sampling, config.seed, job.negative_prompts, starting):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,17 @@ from ldm.config.model import ModelConfig
 from ldm.data.draws import draws
 from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.samplers.steps import check_steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
-from ldm.lora.state import LoRAState, Weights, check_compatible, merge_lora
+from ldm.lora.formats.modules import Base
+from ldm.lora.state import LoRAState, Weights, check_compatible, match_shapes, merge_lora, refusal
 from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime import is_out_of_memory
+from ldm.sampling import Sampling, check_sampling, out_of_memory
 from ldm.tokenizer import Tokenizer
 from ldm.weights.base import open_base
 from ldm.weights.load import check_base_metadata, load_base, load_network
@@ -38,24 +38,6 @@ logger = logging.getLogger(__name__)
 # Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
 # fp32 for this many.
 DECODE_PIXELS = 512 * 512
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are sampled.
-
-    sampler: a name in ldm.diffusion.samplers.SAMPLERS. steps: network calls a picture. scale: guidance, 1 for none.
-    eta: DDIM's share of fresh noise. height, width: pixels, None for the model's own. batch_size: pictures a call of
-    the network (twice as many rows with guidance); it changes nothing but speed and memory.
-    """
-
-    sampler: str = "dpm_solver_pp"
-    steps: int = 20
-    scale: float = 7.5
-    eta: float = 0.0
-    height: int | None = None
-    width: int | None = None
-    batch_size: int = 4
 
 
 @dataclass(frozen=True)
@@ -252,6 +234,24 @@ def apply_lora(
     weight: of the whole, or Weights with one for each network.
     unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
 
+    Raises UserError as choose_lora.
+    """
+    chosen = choose_lora(config, path, unet, text_encoder)
+    apply_chosen(model, chosen, path, weight)
+    return chosen
+
+
+def apply_chosen(model: StableDiffusion, chosen: LoRAState, path: str | Path, weight: float | Weights = 1.0) -> None:
+    """Merge what choose_lora found at `path`."""
+    match = merge_lora(model, chosen, weight, str(path))
+    logger.info("%s: %s; weight %s", path, match, Weights.both(weight))
+
+
+def choose_lora(
+    config: ModelConfig, path: str | Path, unet: bool | None = None, text_encoder: bool | None = None
+) -> LoRAState:
+    """What of a LoRA file is applied to a model; see apply_lora.
+
     Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
     and where nothing is left to apply.
     """
@@ -271,43 +271,11 @@ def apply_lora(
             layers.update(part)
     if not layers:
         raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
-    applied = LoRAState(layers, state.metadata)
-    match = merge_lora(model, applied, weight, str(path))
-    logger.info("%s: %s; weight %s", path, match, Weights.both(weight))
-    return applied
-
-
-def check_sampling(sampling: Sampling, config: ModelConfig) -> tuple[int, int, int]:
-    """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model, and
-    for a picture (3 x H x W in fp32) that does not fit into this machine's memory."""
-    shape = latent_shape(config, sampling.height, sampling.width)
-    # Linux promises memory that it does not have and ends the process that uses it: no exception would come.
-    picture = 3 * 4 * shape[1] * shape[2] * config.vae_factor**2
-    if picture > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise _out_of_memory(config, shape, sampling.batch_size)
-    check_steps(sampling.steps, config.timesteps)
-    return shape
-
-
-def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of pictures of height x width pixels, None for the model's own size.
-
-    Raises UserError for a size that the networks cannot halve as often as they must.
-    """
-    multiple = size_multiple(config)
-    sizes = []
-    for name, size in (("H", height), ("W", width)):
-        size = config.image_size if size is None else size
-        if size < multiple or size % multiple:
-            near = max(multiple, round(size / multiple) * multiple)
-            raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
-        sizes.append(size // config.vae_factor)
-    return config.latent_channels, sizes[0], sizes[1]
-
-
-def size_multiple(config: ModelConfig) -> int:
-    """Height and width in pixels must be multiples of this: the autoencoder's factor times the UNet's halvings."""
-    return config.vae_factor * 2 ** (len(config.unet["channel_mult"]) - 1)
+    chosen = LoRAState(layers, state.metadata)
+    match = match_shapes(Base(config).shapes, chosen)
+    if not match.ok:
+        raise UserError(refusal(match, str(path)))
+    return chosen
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -323,12 +291,7 @@ def _memory_is_named(config: ModelConfig, shape: tuple[int, int, int], batch_siz
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _out_of_memory(config, shape, batch_size) from error
-
-
-def _out_of_memory(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> UserError:
-    height, width = (size * config.vae_factor for size in shape[1:])
-    return UserError(f"not enough memory for batch_size {batch_size}, H {height}, W {width}: lower one of them")
+        raise out_of_memory(config, shape, batch_size) from error
 
 
 def _noise_of_pictures(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:

@@ -23,6 +23,7 @@ from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import LoRAState, lora_state
 from ldm.models.stable_diffusion import build_model
+from ldm.outputs import claim_file, claim_folder
 from ldm.pipeline import apply_lora
 from ldm.weights.convert import convert
 from ldm.weights.read import write_checkpoint
@@ -335,7 +336,7 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
         (["--data_path", "FILES/empty.txt"], "empty.txt is empty"),
         (["--prompt", "x", "--W", "36"], "W is 36.*multiples of 8"),
         (["--prompt", "x", "--H", "4"], "H is 4.*8 is nearest"),
-        (["--prompt", "x", "--H", "4000000", "--W", "4000000"], "memory for batch_size 1, H 4000000, W 4000000"),
+        (["--prompt", "x", "--H", "4000000", "--W", "4000000"], "--H: 4000000 is not allowed"),
         (["--prompt", "x", "--sampling_steps", "1000"], "sampling_steps is 1000.*1 to 999"),
         (["--prompt", "x", "--init_latents", "FILES/none.npy"], "none.npy does not exist"),
         (["--prompt", "x", "--init_latents", "FILES/nan.npy"], "nan.npy holds values that are not finite"),
@@ -365,6 +366,52 @@ def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, flags, word
         run(folder, tmp_path / "out", *flags, prompt=None)
     assert list(tmp_path.iterdir()) == []
     assert len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("lora", ["sd1_lora", "elsewhere_lora", "wide_lora", "base", "cut"])
+def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch, lora):
+    monkeypatch.setattr(ldm.pipeline, "load_model", lambda *arguments: pytest.fail("the base was read"))
+    with pytest.raises(UserError, match=lora):
+        run(folder, tmp_path / "out", "--lora_ckpt_path", f"FILES/{lora}.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output_path", "DIR/dead"], "output_path.*dead is a link to nowhere/x, which does not exist"),
+        (["--output_path", "DIR/file/out"], "output_path.*out cannot be a folder, as .*file is a file"),
+        (["--output_path", "DIR/" + "n" * 256], "output_path .*File name too long"),
+        (["--output_path", "DIR/used"], "output_path .*used is the place of two outputs"),
+        (["--save_latents", "DIR/dead.npy"], "save_latents .*dead.npy is a link to nowhere/x"),
+        (["--save_latents", "DIR/" + "n" * 251 + ".npy"], "save_latents .*init.npy cannot be seen: File name too long"),
+        (["--save_latents", "DIR/x.npy"], "save_latents .*x.init.npy is a folder"),
+        (["--save_latents", "DIR/used.npy"], "save_latents .*used.npy is the place of two outputs"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(text_to_image, "draw", lambda *arguments: pytest.fail("it was drawn"))
+    for name in ("dead", "dead.npy"):
+        (tmp_path / name).symlink_to("nowhere/x")
+    (tmp_path / "file").touch()
+    (tmp_path / "x.init.npy").mkdir()
+    with claim_folder(tmp_path / "used", "another"), claim_file(tmp_path / "used.npy", "another"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=words):
+            run(folder, tmp_path / "out", *(flag.replace("DIR", str(tmp_path)) for flag in flags))
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["data_path", "negative_data_path", "config", "ckpt_path", "unet_ckpt_path",
+                                  "lora_ckpt_path", "init_latents", "output_path", "save_latents"])  # fmt: skip
+@pytest.mark.parametrize("mode", [0, 0o400])
+def test_permission_is_what_a_closed_folder_lacks(unprivileged, flag, mode):
+    (unprivileged / "closed").mkdir()
+    (unprivileged / "closed").chmod(mode)
+    prompt = [] if flag == "data_path" else ["--prompt", "x"]
+    with pytest.raises(UserError, match="closed/x.npy.*Permission denied"):
+        text_to_image.main([*prompt, "--output_path", str(unprivileged / "out"), f"--{flag}",
+                            str(unprivileged / "closed" / "x.npy")])  # fmt: skip
+    assert [path.name for path in unprivileged.iterdir()] == ["closed"]
 
 
 def test_a_mistake_ends_the_process_with_2_and_one_line(tmp_path):
