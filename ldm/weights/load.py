@@ -101,7 +101,8 @@ def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config
     its own names, or from any base model. See load_base for the rest; raises UserError also where what the file says
     contradicts the model configuration."""
     checkpoint = open_network(path, component)
-    check_base_metadata(checkpoint.metadata, config, path)
+    if component == "unet":  # what it predicts, and for which text embeddings
+        check_base_metadata(checkpoint.metadata, config, path)
     if component == "vae" and isinstance(checkpoint, DiffusersFolder):
         factor = checkpoint.config("vae").get("scaling_factor", config.scale_factor)
         if factor != config.scale_factor:

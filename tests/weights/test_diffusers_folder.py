@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def folder(path, **files):
     return path
 
 
-def sharded(place, suffix=".safetensors", variant=""):
+def sharded(place, suffix=".safetensors", variant="", index=None):
     """UNET in two files and their index."""
     files = [f"diffusion_pytorch_model{variant}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     for file, (name, array) in zip(files, UNET.items()):
@@ -51,8 +52,8 @@ def sharded(place, suffix=".safetensors", variant=""):
             write_checkpoint(place / file, {name: array})
         else:
             write_torch(place / file, {name: array})
-    index = {"metadata": {"total_size": 28}, "weight_map": dict(zip(UNET, files))}
-    write_json(place / f"diffusion_pytorch_model{suffix}.index{variant}.json", index)
+    content = {"metadata": {"total_size": 28}, "weight_map": dict(zip(UNET, files))}
+    write_json(place / (index or f"diffusion_pytorch_model{suffix}.index{variant}.json"), content)
 
 
 class TestForms:
@@ -66,6 +67,10 @@ class TestForms:
             sharded,
             lambda place: sharded(place, ".bin"),
             lambda place: sharded(place, variant=".fp16"),
+            lambda place: write_checkpoint(place / "diffusion_pytorch_model.non_ema.safetensors", UNET),
+            lambda place: write_torch(place / "diffusion_pytorch_model.bf16.bin", UNET),
+            lambda place: sharded(place, variant=".bf16"),
+            lambda place: sharded(place, variant=".non_ema", index="diffusion_pytorch_model.non_ema.bin.index.json"),
         ],
     )
     def test_the_unets_files(self, tmp_path, write):
@@ -93,6 +98,41 @@ class TestForms:
         with pytest.raises(UserError, match="holds no weights .*but nothing"):
             open_folder(path)
 
+    @pytest.mark.parametrize("variant", ["non_ema", "bf16", "fp16"])
+    def test_a_variant_is_taken_where_there_is_nothing_else_and_said(self, tmp_path, variant):
+        def write(place):
+            write_checkpoint(place / f"diffusion_pytorch_model.{variant}.safetensors", UNET)
+
+        (note,) = open_folder(folder(tmp_path / "sd", unet=write)).notes
+        assert note == (
+            f"unet/diffusion_pytorch_model.{variant}.safetensors is taken, the variant {variant}, as there is none "
+            "without"
+        )
+
+    def test_full_precision_goes_before_half_and_averages_before_what_they_are_of(self, tmp_path):
+        def write(place):
+            for number, variant in enumerate((".fp16", "", ".bf16", ".non_ema")):
+                arrays = {"conv_in.weight": np.full(1, number, np.float32)}
+                write_checkpoint(place / f"diffusion_pytorch_model{variant}.safetensors", arrays)
+
+        path = folder(tmp_path / "sd", unet=write)
+        (note,) = open_folder(path).notes
+        assert "the moving averages (EMA), and not diffusion_pytorch_model.non_ema.safetensors beside it" in note
+        for taken in (1, 3, 0, 2):
+            checkpoint = open_folder(path)
+            assert checkpoint["unet/conv_in.weight"] == taken
+            checkpoint.files[0].unlink()
+
+    def test_asking_for_averages_takes_what_they_are_in(self, tmp_path):
+        def write(place):
+            write_checkpoint(place / "diffusion_pytorch_model.non_ema.safetensors", UNET)
+
+        path = folder(tmp_path / "sd", unet=write)
+        with pytest.raises(UserError, match="non_ema.: leave out the flag that asks for EMA"):
+            plan_base(open_folder(path), ema=True)
+        write_checkpoint(path / "unet" / "diffusion_pytorch_model.safetensors", UNET)
+        assert plan_base(open_folder(path), ema=True) == plan_base(open_folder(path))
+
     def test_one_component_alone(self, tmp_path):
         path = folder(tmp_path / "sd") / "unet"
         write_json(path / "config.json", {"_class_name": "UNet2DConditionModel"})
@@ -115,12 +155,68 @@ class TestForms:
         assert base_hash(a) == base_hash(b) != base_hash(c)
 
 
+class TestTheHubsCache:
+    """models--<owner>--<name>/ with refs/, blobs/ and snapshots/, whose files are links into blobs/."""
+
+    def cached(self, place, *revisions, main=None):
+        for revision in revisions:
+            path = folder(place / "snapshots" / revision)
+            for file in path.rglob("*.safetensors"):
+                blob = place / "blobs" / f"{revision}{file.parent.name}"
+                blob.parent.mkdir(exist_ok=True)
+                file.rename(blob)
+                file.symlink_to(f"../../../blobs/{blob.name}")
+        (place / "refs").mkdir(parents=True)
+        if main is not None:
+            (place / "refs" / "main").write_text(main)
+        return place
+
+    def test_the_snapshot_of_the_main_branch(self, tmp_path):
+        path = self.cached(tmp_path / "models--runwayml--sd", "aaa", "bbb", main="bbb\n")
+        checkpoint = open_base(path)
+        assert checkpoint.path == path / "snapshots" / "bbb" and sorted(checkpoint) == NAMES
+        assert base_hash(path) == base_hash(path / "snapshots" / "bbb")
+
+    @pytest.mark.parametrize("main", [None, "ccc", "../../elsewhere", ""])
+    def test_else_the_only_one(self, tmp_path, main):
+        path = self.cached(tmp_path / "models--runwayml--sd", "aaa", main=main)
+        assert open_base(path).path == path / "snapshots" / "aaa"
+
+    def test_of_several_one_is_asked_for(self, tmp_path):
+        path = self.cached(tmp_path / "models--runwayml--sd", "aaa", "bbb", main="ccc")
+        with pytest.raises(UserError, match="2 snapshots, and refs/main names none .*/snapshots, aaa, bbb"):
+            open_base(path)
+
+    def test_without_a_snapshot(self, tmp_path):
+        path = self.cached(tmp_path / "models--runwayml--sd")
+        (path / "snapshots").mkdir()
+        with pytest.raises(UserError, match="with an empty snapshots/: download it again"):
+            open_base(path)
+
+    def test_a_download_that_stopped(self, tmp_path):
+        path = self.cached(tmp_path / "models--runwayml--sd", "aaa", main="aaa")
+        (path / "blobs" / "aaaunet").unlink()
+        with pytest.raises(UserError, match="unet/diffusion_pytorch_model.safetensors is a link .*Fetch it again"):
+            open_base(path)
+
+    def test_the_whole_cache(self, tmp_path):
+        self.cached(tmp_path / "models--runwayml--sd", "aaa", main="aaa")
+        with pytest.raises(UserError, match="is the cache of the Hugging Face hub.*models--runwayml--sd"):
+            open_base(tmp_path)
+
+
 class TestOtherFolders:
     @pytest.mark.parametrize(
         "files, words",
         [
             ({}, "is an empty folder: a diffusers folder has unet/"),
             ({"notes.txt": "x"}, "holds no checkpoint"),
+            ({"README.md": "# A model"}, "holds no checkpoint, but README.md: a diffusers folder has unet/"),
+            ({"unet/diffusion_pytorch_model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0"},
+             "is a git-lfs pointer, not the file itself"),
+            ({"unet/diffusion_pytorch_model.fp8.safetensors": "x"}, "holds no weights .*but .*fp8.safetensors"),
+            ({"model_index.json": '{"a": 1, "a": 2}'}, 'model_index.json is not valid JSON: "a" is given twice'),
+            ({"model_index.json": "9" * 5000 + "}"}, "model_index.json is not valid JSON"),
             ({"model.safetensors": "x"}, "no diffusers folder .*name the file, such as .*model.safetensors"),
             ({"pytorch_lora_weights.safetensors": "x"}, "holds a LoRA"),
             ({"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, "holds a LoRA"),
@@ -166,3 +262,28 @@ class TestOtherFolders:
         path = folder(tmp_path / "sd", unet=lambda place: write_torch(place / "diffusion_pytorch_model.bin", evil))
         with pytest.raises(UserError, match="wants to run os.system"):
             open_folder(path)
+
+    @pytest.mark.parametrize("part", ["", "unet", "tokenizer"])
+    def test_a_folder_of_another_user(self, unprivileged, part):
+        path = folder(unprivileged / "sd")
+        write_json(path / "tokenizer" / "added_tokens.json", {})
+        closed = path / part
+        closed.chmod(0)
+        try:
+            with pytest.raises(UserError, match=f"{closed}.*Permission denied: give this user the permission"):
+                open_base(path)
+        finally:
+            closed.chmod(0o700)
+
+    @pytest.mark.parametrize(
+        "name", ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+                 "unet/diffusion_pytorch_model.safetensors"]
+    )  # fmt: skip
+    @pytest.mark.parametrize("kind", ["a pipe", "a folder"])
+    def test_something_else_in_the_place_of_a_file(self, tmp_path, name, kind):
+        path = folder(tmp_path / "sd") / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "a pipe" else path.mkdir()
+        with pytest.raises(UserError, match=f"{path} is {kind}"):
+            open_base(tmp_path / "sd")

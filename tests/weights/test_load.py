@@ -12,10 +12,12 @@ from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
 from ldm.pipeline import Pipeline, load_model
+from ldm.weights import mindone
 from ldm.weights.compvis import ema_name
-from ldm.weights.load import load_base
+from ldm.weights.load import load_base, load_network
 from ldm.weights.read import write_checkpoint
 from tests.weight_names import to_diffusers
+from tests.weights.torch_files import write_torch
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 QUANT = "first_stage_model.quant_conv.bias"
@@ -153,6 +155,100 @@ class TestLoading:
         set_compute_dtype(model, ms.float16)
         load_base(model, save(tmp_path / "base.ckpt", weights))
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
+
+
+VAE = "first_stage_model."
+
+
+class TestAVAEOfItsOwn:
+    """vae_ckpt_path: in the place of the base's VAE, or where the base has none."""
+
+    @pytest.fixture
+    def bare(self, weights, tmp_path):
+        """A base without a VAE."""
+        arrays = {name: array for name, array in weights.items() if not name.startswith(VAE)}
+        return save(tmp_path / "bare.safetensors", arrays)
+
+    @pytest.fixture(params=["single file", "its training's file", "of a folder", "folder", "whole model", "mindone's"])
+    def other(self, request, weights, config, tmp_path):
+        """(a file or folder with another VAE, that VAE's parameters)"""
+        parameters = {name: array + 1 for name, array in weights.items() if name.startswith(VAE)}
+        single = {name[len(VAE) :]: array for name, array in parameters.items()}
+        if request.param == "single file":
+            path = save(tmp_path / "vae.safetensors", single)
+        elif request.param == "its training's file":  # such as vae-ft-mse-840000-ema-pruned.ckpt
+            more = {"loss.logvar": np.zeros(1), "loss.discriminator.main.0.weight": np.zeros(1), "model_ema.decay":
+                    np.zeros(1)}  # fmt: skip
+            path = tmp_path / "vae.ckpt"
+            write_torch(path, {"epoch": 1, "state_dict": {**single, **more}})
+        elif request.param == "of a folder":
+            path = save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(parameters, config)[1])
+        elif request.param == "folder":
+            path = tmp_path / "vae"
+            path.mkdir()
+            (path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+            save(path / "diffusion_pytorch_model.safetensors", to_diffusers(parameters, config)[1])
+        elif request.param == "whole model":
+            said = {"architecture": "sd2", "prediction_type": "v_prediction"}  # of its UNet, which is not taken
+            path = save(tmp_path / "other.safetensors", {**weights, **parameters}, said)
+        else:
+            made = mindone.layout({name: array.shape for name, array in {**weights, **parameters}.items()})
+            arrays = {name: np.concatenate([{**weights, **parameters}[part] for part in how.names])
+                      for name, how in made.items()}  # fmt: skip
+            path = save(tmp_path / "other.ckpt", arrays)
+        return path, parameters
+
+    def test_is_put_into_a_base_without_one(self, config, weights, bare, other):
+        path, parameters = other
+        loaded = arrays_of(load_model(config, bare, vae_checkpoint=path))
+        for name, array in {**weights, **parameters}.items():
+            np.testing.assert_array_equal(loaded[name], array)
+
+    def test_takes_the_place_of_the_bases(self, config, weights, tmp_path):
+        single = {name[len(VAE) :]: array + 1 for name, array in weights.items() if name.startswith(VAE)}
+        base, vae = save(tmp_path / "base.safetensors", weights), save(tmp_path / "vae.safetensors", single)
+        loaded = arrays_of(load_model(config, base, vae_checkpoint=vae))
+        np.testing.assert_array_equal(loaded[QUANT], weights[QUANT] + 1)
+        np.testing.assert_array_equal(loaded[TO_K], weights[TO_K])
+
+    def test_is_asked_for_where_there_is_none(self, config, bare):
+        with pytest.raises(UserError, match="it holds no VAE .*; give --vae_ckpt_path with one, such as vae-ft-mse"):
+            load_model(config, bare)
+
+    @pytest.mark.parametrize("component", ["unet", "vae"])
+    def test_a_file_with_another_network(self, model, config, weights, tmp_path, component):
+        unet, vae, _ = to_diffusers(weights, config)
+        path = save(tmp_path / "x.safetensors", vae if component == "unet" else unet)
+        label = {"unet": "UNet", "vae": "VAE"}[component]
+        with pytest.raises(UserError, match=f"x.safetensors holds no {label}: give a file or folder with one"):
+            load_network(model, path, component, config)
+
+    @pytest.mark.parametrize("changed, words", [({"encoder.conv_in.bias": None}, "VAE: 151 matched, 1 missing"),
+                                                ({"refiner.bias": np.zeros(1)}, "1 unexpected"),
+                                                ({"encoder.conv_in.bias": np.zeros(7)}, "1 of a wrong shape")])
+    def test_loading_is_strict(self, model, config, weights, tmp_path, changed, words):
+        single = {name[len(VAE) :]: array for name, array in weights.items() if name.startswith(VAE)}
+        single = {name: array for name, array in {**single, **changed}.items() if array is not None}
+        with pytest.raises(UserError, match=words):
+            load_network(model, save(tmp_path / "x.safetensors", single), "vae", config)
+
+    def test_one_whose_latents_have_another_scale(self, model, config, weights, tmp_path):
+        (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}')
+        save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[1])
+        with pytest.raises(UserError, match="a VAE with a scaling_factor of 0.13025, the model wants 0.5"):
+            load_network(model, tmp_path, "vae", config)
+
+
+class TestAUNetOfItsOwn:
+    def test_comes_from_a_diffusers_file_too(self, model, config, weights, tmp_path):
+        path = save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[0])
+        assert load_network(model, path, "unet", config).ok
+        np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
+
+    def test_predicts_what_the_model_predicts(self, model, config, weights, tmp_path):
+        path = save(tmp_path / "unet.safetensors", weights, {"prediction_type": "v_prediction"})
+        with pytest.raises(UserError, match="unet.safetensors says that its prediction_type is v_prediction"):
+            load_network(model, path, "unet", config)
 
 
 class TestPrecision:

@@ -17,6 +17,7 @@ from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
 from ldm.weights import compvis, diffusers, mindone
+from ldm.weights.leftovers import leftover
 from ldm.weights.names import component_of, detect_family, plan_names, same_up_to_1x1, take, taken_shape
 from ldm.weights.placing import Ignored
 from tests.weight_names import from_diffusers, to_canonical, to_diffusers
@@ -342,3 +343,62 @@ class TestUnknownNames:
         name = "model.diffusion_model.input_blocks.12.0.in_layers.0.weight"
         with pytest.raises(UserError, match="1 names do not fit .*v1-inference.yaml"):
             to_diffusers({name: np.zeros(1)}, SD)
+
+
+class TestLeftovers:
+    """Keys without use: what is known to do no harm is told with the reason, in every family of names."""
+
+    KNOWN = {
+        "cond_stage_model.logit_scale": "text projection and scale of CLIP",
+        "cond_stage_model.text_projection": "text projection and scale of CLIP",
+        "cond_stage_model.transformer.text_projection.weight": "text projection and scale of CLIP",
+        "cond_stage_model.transformer.vision_model.post_layernorm.bias": "image tower of CLIP",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": "position numbers",
+        "cond_stage_model.transformer.embeddings.position_ids": "position numbers",
+        "denoiser.sigmas": "noise schedule",
+        "denoiser.log_sigmas": "noise schedule",
+        "model.denoiser.sigmas": "noise schedule",
+        "logvar": "noise schedule",
+        "model_ema.decay": "EMA copy",
+        "model_ema.num_updates": "EMA copy",
+        "first_stage_model.model_ema.encoderconv_inweight": "EMA copy",
+        "first_stage_model.loss.logvar": "losses of the VAE's training",
+        "first_stage_model.loss.discriminator.main.0.weight": "losses of the VAE's training",
+        "first_stage_model.loss.perceptual_loss.net.slice1.0.weight": "losses of the VAE's training",
+        "loss.logvar": "losses of the VAE's training",
+        "embedding_manager.string_to_param_dict.*": "a textual inversion's own words, which are not used",
+        "global_step": "counters of training",
+        "epoch": "counters of training",
+        "pytorch-lightning_version": "counters of training",
+        "optimizer_states.0.state.0.exp_avg": "training state",
+        "adam_m.model.diffusion_model.out.2.bias": "training state",
+        "checkpoint_merge_recipe": "notes of other programs",
+        "sd_merge_models.a": "notes of other programs",
+    }
+    UNKNOWN = (
+        "cond_stage_model.logit_scale.weight", "first_stage_model.lossy.weight", "v_pred", "global_step.weight",
+        "model.diffusion_model_ema.decay", "encoder.loss.logvar", "first_stage_model.loss.encoder.conv_in.weight",
+        "cond_stage_model.logit_scale\n",
+    )  # fmt: skip
+    BASES = ("model.diffusion_model.out.0.weight", "model.diffusion_model.out.0.gamma", "unet/conv_out.weight")
+
+    @pytest.mark.parametrize("base", BASES)
+    @pytest.mark.parametrize("name", KNOWN)
+    def test_known_ones(self, name, base):
+        plan = plan_names([base, name])
+        assert plan.ignored == {name: self.KNOWN[name]} and len(plan.sources) == 1 and not plan.unknown
+
+    @pytest.mark.parametrize("name", ["text_encoder/logit_scale", "text_encoder/vision_model.x.weight",
+                                      "text_encoder/text_model.embeddings.position_ids", "vae/loss.logvar",
+                                      "vae/model_ema.decay"])  # fmt: skip
+    def test_those_of_a_diffusers_folder(self, name):
+        assert list(plan_names(["unet/conv_out.weight", name]).ignored) == [name]
+
+    @pytest.mark.parametrize("name", UNKNOWN)
+    def test_unknown_ones_are_told_apart(self, name):
+        plan = plan_names([self.BASES[0], name])
+        assert not plan.ignored and (name in plan.unknown or name in plan.sources)
+
+    def test_published_weights_are_none(self, published):
+        for names in published.values():
+            assert not [name for name in names if leftover(name) and not name.endswith("position_ids")]

@@ -176,7 +176,7 @@ class TestAreRefused:
             ({"tokenizer.json": {"added_tokens": [{}]}}, "whose text is None"),
             ({"tokenizer.json": {"added_tokens": [{"id": 49408, "content": "<x>", "normalized": 1}]}},
              "must be true or false"),
-            ({"tokenizer_config.json": {"added_tokens_decoder": [5]}}, "added_tokens_decoder is no list of tokens by id"),
+            ({"tokenizer_config.json": {"added_tokens_decoder": [5]}}, "added_tokens_decoder is no list of tokens"),
             ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<x>"}}}}, "the id 'x'"),
             ({"vocab.json": {"a": 0}}, "vocab.json is not CLIP's vocabulary, 49,408 of 49,408 entries differ"),
             ({"tokenizer.json": {"model": {"vocab": [1]}}}, "tokenizer.json is not CLIP's vocabulary"),
