@@ -146,7 +146,26 @@ class RunsCode:
         return (os.mkdir, ("ran",))
 
 
+def header(shape, descr="<f4"):
+    """An .npy with a header and no data."""
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text
+
+
 BAD_LATENTS = {
+    "fifo": (lambda path: os.mkfifo(path), "is a pipe"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "folder behind a link": (lambda path: path.symlink_to(path.parent), "is a folder, not a file"),
+    "promises": (lambda path: path.write_bytes(header((10**12,))), "ends before its data"),
+    "zero of many": (lambda path: path.write_bytes(header((0, 2**62, 2**62))), "larger than any"),
+    "50 axes": (lambda path: path.write_bytes(header((1,) * 50) + b"1234"), "larger than any"),
+    "negative": (lambda path: path.write_bytes(header((-1,))), r"its shape is \(-1,\)"),
+    "shape of text": (lambda path: path.write_bytes(header("xx")), "its shape is xx"),
+    "fields": (lambda path: path.write_bytes(header((1,), [("a", "<f4")]) + b"1234"), "not plain numbers"),
+    "long type": (lambda path: path.write_bytes(header((1,), "<V99999")), "not plain numbers"),
+    "long header": (lambda path: path.write_bytes(b"\x93NUMPY\2\0\0\0\0\x80" + b"(" * 9999), "at most 1,024"),
+    "nested header": (lambda path: path.write_bytes(b"\x93NUMPY\1\0\0\4" + b"-" * 1024), "cut off or damaged"),
+    "header of a list": (lambda path: path.write_bytes(b"\x93NUMPY\1\0\2\0[]"), "its header is damaged"),
     "missing": (lambda path: None, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "not a .npy file"),
     "text": (lambda path: path.write_text("hello"), "not a .npy file of numbers .it begins with .*hello"),

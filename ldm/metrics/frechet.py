@@ -151,5 +151,10 @@ def read_statistics(path: str | os.PathLike) -> SavedStatistics:
     largest = np.abs(covariance).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * largest or (np.diag(covariance) < 0).any():
         raise UserError(f"{path}: sigma is no covariance (it is not symmetric, or negative on its diagonal)")
-    count = int(arrays["count"]) if arrays.get("count", np.zeros(1)).shape == () else None
-    return SavedStatistics(mean, covariance, count, str(arrays["network"]) if "network" in arrays else None)
+    count, network = arrays.get("count"), arrays.get("network")
+    return SavedStatistics(
+        mean,
+        covariance,
+        int(count) if count is not None and count.shape == () and count.dtype.kind in "iu" else None,
+        str(network) if network is not None and network.shape == () and network.dtype.kind == "U" else None,
+    )

@@ -69,7 +69,7 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
             raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
         raise UserError(f"{path} is {describe(path, data)}") from error
     except (_NotACheckpoint, UnicodeDecodeError) as error:
-        if entries:
+        if entries or _starts_with_a_name(data, end):
             raise UserError(f"{path} is a damaged MindSpore .ckpt ({error}): fetch or write it again") from error
         raise UserError(f"{path} is {describe(path, data)}") from error
 

@@ -59,8 +59,9 @@ INERT = {
 # Packages whose names in a pickle are there to run something.
 PROGRAMS = {
     "builtins", "__builtin__", "os", "posix", "nt", "io", "sys", "subprocess", "shutil", "socket", "ctypes",
-    "importlib", "runpy", "pty", "commands", "webbrowser", "operator", "functools", "types", "code", "pip", "asyncio", "timeit",
-    "multiprocessing", "pickle", "cloudpickle", "dill", "pdb", "bdb", "profile", "cProfile", "doctest", "urllib",
+    "importlib", "runpy", "pty", "commands", "webbrowser", "operator", "functools", "types", "code", "pip", "asyncio",
+    "timeit", "multiprocessing", "pickle", "cloudpickle", "dill", "pdb", "bdb", "profile", "cProfile", "doctest",
+    "urllib",
 }  # fmt: skip
 
 

@@ -1,8 +1,12 @@
 """The Fréchet distance: equal to its definition, never complex or negative, whatever the covariances."""
 
+import os
+import zipfile
+
 import numpy as np
 import pytest
 
+from ldm import archives
 from ldm.errors import UserError
 from ldm.metrics import frechet
 from ldm.metrics.frechet import (
@@ -143,6 +147,56 @@ def test_files_that_are_no_statistics_are_refused(tmp_path, content):
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(UserError, match="not an .npz"):
         read_statistics(tmp_path / "bad.npz")
+
+
+def zipped(path, content, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("mu.npy", content)
+    return path
+
+
+def test_statistics_that_inflate_to_gigabytes_are_not_unpacked(tmp_path):
+    path = zipped(tmp_path / "bomb.npz", bytes(2 << 20))
+    content = path.read_bytes()  # the list of members stands at the end: the size before packing at byte 24
+    place = content.rindex(b"PK\x01\x02") + 24
+    path.write_bytes(content[:place] + (4_000_000_000).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(UserError, match="mu.npy in it has 4,000,000,000 bytes, at most 134,217,728 are read"):
+        read_statistics(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_statistics_compressed_so_that_a_chunk_has_no_largest_size(tmp_path, compression):
+    with pytest.raises(UserError, match="compressed in a way that is not read here"):
+        read_statistics(zipped(tmp_path / "x.npz", bytes(1000), compression))
+
+
+def test_a_list_of_a_million_members_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MOST_LIST", 200)
+    np.savez(tmp_path / "x.npz", **{f"array{i}": np.zeros(1) for i in range(9)})
+    with pytest.raises(UserError, match="the list of its members has .* bytes, at most 200 are read"):
+        read_statistics(tmp_path / "x.npz")
+
+
+def test_a_member_that_promises_more_than_it_holds(tmp_path):
+    text = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}\n"
+    zipped(tmp_path / "x.npz", b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(UserError, match="mu: it ends before its data"):
+        read_statistics(tmp_path / "x.npz")
+
+
+def test_statistics_that_are_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo.npz")
+    (tmp_path / "device.npz").symlink_to("/dev/zero")
+    for name, words in (("fifo.npz", "is a pipe"), ("device.npz", "is a device"), (".", "is a folder")):
+        with pytest.raises(UserError, match=words):
+            read_statistics(tmp_path / name)
+
+
+@pytest.mark.parametrize("count, network", [(np.nan, 1), (np.inf, 1.5), ("many", np.zeros(2)), (np.zeros(2), ["a"])])
+def test_a_count_or_network_of_another_kind_is_unknown(tmp_path, count, network):
+    np.savez(tmp_path / "x.npz", **GOOD, count=count, network=network)
+    saved = read_statistics(tmp_path / "x.npz")
+    assert saved.count is None and saved.network is None
 
 
 def test_an_array_alone_is_no_statistics(tmp_path):

@@ -15,8 +15,10 @@ import pytest
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from ldm.errors import UserError
-from ldm.weights import mindspore_ckpt
+from ldm.weights import checkpoint, mindspore_ckpt, safetensors_file
 from ldm.weights.read import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
+from tests.weights.legacy_files import legacy
+from tests.weights.torch_files import torch_bytes
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -227,6 +229,18 @@ def ckpt(*values) -> bytes:
     return message.SerializeToString()
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A field of protobuf's wire format that has a length."""
+    size, length = len(content), b""
+    while size > 127:
+        length += bytes([size & 127 | 128])
+        size >>= 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+
+FLOAT32 = field(2, b"Float32")
+
+
 class TestDamagedCkpt:
     @pytest.mark.parametrize(
         "values, pattern",
@@ -243,9 +257,104 @@ class TestDamagedCkpt:
         with pytest.raises(UserError, match=pattern):
             read_checkpoint(write(tmp_path / "x.ckpt", ckpt(*values)))
 
+    @pytest.mark.parametrize(
+        "tensor, words",
+        [
+            (b"\x08\x01" * 33 + FLOAT32 + field(3, b"1234"), "more than 32 dimensions"),
+            (b"\x08\x01" * 100_000 + FLOAT32 + field(3, b"1234"), "more than 32 dimensions"),
+            (field(1, b"\x01" * 100_000) + FLOAT32 + field(3, b"1234"), "more than 32 dimensions"),
+            ((b"\x08" + b"\xff" * 8 + b"\x7f") * 2 + FLOAT32 + field(3, b"1234"), "w .*holds 4 bytes"),
+            (b"\x08\0" + (b"\x08" + b"\xff" * 8 + b"\x7f") * 2 + FLOAT32 + field(3, b""), "1,099,511,627,776 elements"),
+            (b"\x08\x01" + FLOAT32 * 2 + field(3, b"1234"), "field 2 of a tensor"),
+            (b"\x08\x01" + FLOAT32 + field(3, b"1234") * 2, "field 3 of a tensor"),
+            (b"\x08\x01" + field(2, b"F" * 5000) + field(3, b"1234"), "a name of 5,000 bytes"),
+            (b"\x08\x01" + FLOAT32, "an incomplete tensor"),
+            (field(2, b"str") + b"\x08\0" + field(3, bytes(4 * 200)), "the text 'w' has 800 bytes, at most 400"),
+        ],
+    )
+    def test_no_number_is_believed(self, tmp_path, monkeypatch, tensor, words):
+        monkeypatch.setattr(mindspore_ckpt, "MOST_TEXT", 400)
+        with pytest.raises(UserError, match=words):
+            open_checkpoint(write(tmp_path / "x.ckpt", field(1, field(1, b"w") + field(2, tensor))))
+
+    def test_a_value_has_one_name_and_one_tensor(self, tmp_path):
+        tensor = field(2, b"\x08\x01" + FLOAT32 + field(3, b"1234"))
+        for value in (field(1, b"w") + field(1, b"w") + tensor, field(1, b"w") + tensor + tensor):
+            with pytest.raises(UserError, match="of a value"):
+                open_checkpoint(write(tmp_path / "x.ckpt", field(1, value)))
+
+    def test_pieces_are_counted_as_tensors(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(mindspore_ckpt, "MOST_TENSORS", 10)
+        content = ckpt(("w", [1], "Float32", b"")) * 12
+        with pytest.raises(UserError, match="more than 10 tensors"):
+            open_checkpoint(write(tmp_path / "x.ckpt", content))
+
     def test_a_scalar_of_older_versions(self, tmp_path):
         path = write(tmp_path / "x.ckpt", ckpt(("step", [0], "Int64", (7).to_bytes(8, "little"))))
         assert read_checkpoint(path)[0]["step"] == 7 and open_checkpoint(path).shape("step") == ()
+
+
+def safetensors_of(header: bytes, data: bytes = b"1234") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+class TestDamagedSafetensors:
+    @pytest.mark.parametrize(
+        "shape, size, words",
+        [
+            ([1] * 50, 4, "w has 50 dimensions, at most 32"),
+            ([1] * 100_000, 4, "w has 100,000 dimensions, at most 32"),
+            ([0, 1 << 62, 1 << 62], 0, "more than 1,099,511,627,776 elements"),
+            ([1 << 63, 2], 4, "damaged or cut-off"),
+            ([-1], 4, "damaged or cut-off"),
+        ],
+    )
+    def test_no_shape_is_believed(self, tmp_path, shape, size, words):
+        header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+        with pytest.raises(UserError, match=words):
+            open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(header, bytes(size))))
+
+    def test_a_long_name(self, tmp_path):
+        header = json.dumps({"w" * 5000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        with pytest.raises(UserError, match="has 5,000 characters, at most 1,000") as caught:
+            open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(header)))
+        assert len(str(caught.value)) < 500
+
+    def test_a_large_header(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(safetensors_file, "MOST_HEADER", 1000)
+        with pytest.raises(UserError, match="its header has 1,002 bytes, at most 1,000"):
+            open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(b"{" + b" " * 1000 + b"}")))
+
+    def test_more_tensors_than_any_model_has(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoint, "MOST_TENSORS", 10)
+        entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        header = json.dumps({str(i): entry for i in range(11)}).encode()
+        with pytest.raises(UserError, match="names 11 tensors, at most 10"):
+            open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(header, b"")))
+
+    def test_a_name_given_twice(self, tmp_path):
+        entry = b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+        with pytest.raises(UserError, match='"w" is given twice'):
+            open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(b"{" + entry + b"," + entry + b"}")))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "torch", "legacy"])
+def test_a_flipped_bit_is_answered_or_changes_a_number(tmp_path, kind):
+    arrays = {"a.weight": ARRAYS["a.weight"], "half": ARRAYS["half"], "nothing": ARRAYS["nothing"]}
+    if kind in ("safetensors", "ckpt"):
+        write_checkpoint(tmp_path / f"x.{kind}", arrays, TEXTS)
+        content = (tmp_path / f"x.{kind}").read_bytes()
+    else:
+        content = torch_bytes({"state_dict": arrays}) if kind == "torch" else legacy(arrays)
+    rng = np.random.default_rng(0)
+    for place, bit in zip(rng.integers(0, len(content), 150), rng.integers(0, 8, 150)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        try:
+            for array in open_checkpoint(write(tmp_path / "flipped", bytes(flipped))).values():
+                array.sum()
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
 
 
 class TestForeignFiles:
@@ -270,6 +379,22 @@ class TestForeignFiles:
     def test_a_folder(self, tmp_path):
         with pytest.raises(UserError, match="is a folder"):
             read_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize("linked", [False, True])
+    @pytest.mark.parametrize("kind, words", [("fifo", "is a pipe"), ("device", "is a device")])
+    def test_what_is_no_regular_file_is_not_opened(self, tmp_path, kind, words, linked):
+        path = tmp_path / "model.safetensors"
+        if kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/dev/zero")
+        if linked:
+            path = path.rename(tmp_path / "other")
+            (tmp_path / "model.safetensors").symlink_to(path)
+            path = tmp_path / "model.safetensors"
+        for read in (open_checkpoint, content_hash):
+            with pytest.raises(UserError, match=words):
+                read(path)
 
     def test_a_missing_file_names_the_nearest(self, tmp_path, suffix):
         whole_file(tmp_path, suffix)
