@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from mindspore import nn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.lora.layers import (
     LORA_CELLS,
     LoRAConv,
@@ -168,7 +168,7 @@ def _find(
         if layer_spec.rank:
             _check_layer(name, layer, layer_spec, fitting[-1] if spec.modules else None)
             found.append((name, parent, place, layer, layer_spec))
-    what = "names of the LoRA configuration" if spec.modules else f"LoRA targets {spec.targets}"
+    what = "names of the LoRA configuration" if spec.modules else f"LoRA targets {plain(spec.targets)}"
     for component, asked in wanted.items():
         if asked and component not in components:
             raise UserError(
@@ -183,8 +183,8 @@ def _find(
     for entry in rules if spec.modules else ():
         if entry not in holding:
             raise UserError(
-                f'"{entry}" of the LoRA configuration holds for no layer: later names fit all of its layers too, and '
-                "the last one holds; put the more general name first"
+                f'"{plain(entry)}" of the LoRA configuration holds for no layer: later names fit all of its layers '
+                "too, and the last one holds; put the more general name first"
             )
     if not found:
         raise UserError("the LoRA configuration leaves out every layer (r 0): there is nothing to train")
@@ -193,14 +193,14 @@ def _find(
 
 def _check_layer(name: str, layer: nn.Cell, spec: LayerSpec, entry: str | None) -> None:
     """entry: the name in the configuration, None where the settings hold for all layers."""
-    setting = "lora_rank" if entry is None else f'"{entry}": r'
+    setting = "lora_rank" if entry is None else f'"{plain(entry)}": r'
     narrowest = min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
     if spec.rank > narrowest:
-        raise UserError(f"{setting} {spec.rank} is more than the width {narrowest} of {name}: lower it")
+        raise UserError(f"{setting} {plain(spec.rank, 40)} is more than the width {narrowest} of {name}: lower it")
     if spec.hard and isinstance(layer, Conv2d) and layer.kernel_size != 1:
         size = layer.kernel_size
         raise UserError(
-            f'"{entry}": hard is for 1x1 convolutions, the kernel of {name} is {size}x{size}: set hard 0 there'
+            f'"{plain(entry)}": hard is for 1x1 convolutions, the kernel of {name} is {size}x{size}: set hard 0 there'
         )
 
 
@@ -209,16 +209,16 @@ def _refuse_unmatched(entry: str, spec: LoRASpec, layers: list) -> None:
     if elsewhere and spec.modules:
         component = elsewhere.pop()
         raise UserError(
-            f'"{entry}" of the LoRA configuration matches layers of the {LABELS[component]} alone, which is not '
+            f'"{plain(entry)}" of the LoRA configuration matches layers of the {LABELS[component]} alone, which is not '
             f"trained: set lora_ft_{component} True, or leave the name out"
         )
     if spec.modules:
         raise UserError(
-            f'"{entry}" of the LoRA configuration matches no dense layer or convolution'
+            f'"{plain(entry)}" of the LoRA configuration matches no dense layer or convolution'
             + _unmatched_hint(entry, layers)
         )
     raise UserError(
-        f"LoRA target {entry!r} matches no dense layer or convolution: give {' or '.join(TARGETS)}, "
+        f"LoRA target {plain(entry)!r} matches no dense layer or convolution: give {' or '.join(TARGETS)}, "
         "or the last parts of layers' names, such as to_q"
     )
 

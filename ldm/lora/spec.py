@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 
 from ldm.config.parse import nearest
 from ldm.documents import read_json, read_yaml
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
@@ -33,6 +35,8 @@ RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "o
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL}
 
 TRAINABLE_MODEL = "trainable_model"
+# Bounds: names in a configuration, characters of one; the size of an alpha or a scale, and its inverse.
+MOST_NAMES, LONGEST_NAME, LARGEST = 4096, 200, 1e9
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class LoRASpec:
         whole = _flag(content.pop(TRAINABLE_MODEL, 0), f"{where}: {TRAINABLE_MODEL}")
         if not content:
             raise UserError(f'{where} names no layer: give entries such as "to_q": {{"r": 8}}')
-        modules = {str(name): self._layer(entry, f"{where}: {name}") for name, entry in content.items()}
+        _check_names(content, where)
+        modules = {str(name): self._layer(entry, f"{where}: {plain(name)}") for name, entry in content.items()}
         return replace(self, modules=modules, trainable_model=whole)
 
     def layer_specs(self) -> dict[str, LayerSpec]:
@@ -105,13 +110,17 @@ class LoRASpec:
         if not (self.unet or self.text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: there is nothing to train, set one")
         if self.modules:
+            _check_names(self.modules, "the LoRA configuration")
             for name, layer in self.modules.items():
-                _check(layer, f'"{name}": ', least=0)
+                _check(layer, f'"{plain(name)}": ', least=0)
             return dict(self.modules)
         if isinstance(self.targets, str) and self.targets not in TARGETS:
-            raise UserError(f"LoRA targets {self.targets!r}: choose one of {', '.join(TARGETS)}, or give layer names")
+            raise UserError(
+                f"LoRA targets {plain(self.targets)!r}: choose one of {', '.join(TARGETS)}, or give layer names"
+            )
         if not self.targets:
             raise UserError(f"lora_targets is empty: give {', '.join(TARGETS)}, or the last parts of layers' names")
+        _check_names(self.targets, "lora_targets")
         layer = LayerSpec(self.rank, self.alpha, self.scale, dropout=self.dropout)
         _check(layer, "lora_")
         return {name: layer for entry in self.target_list() for name in TARGETS.get(entry, (entry,))}
@@ -121,13 +130,14 @@ class LoRASpec:
 
     def _layer(self, entry: Any, where: str) -> LayerSpec:
         if not isinstance(entry, Mapping):
-            raise UserError(f'{where}: {entry!r} is no module\'s setting: write {{"r": 8}}')
+            raise UserError(f'{where}: {plain(repr(entry))} is no module\'s setting: write {{"r": 8}}')
         readers = {"r": _whole, "alpha": _number, "scale": _number, "trainable_scale": _flag, "hard": _flag,
                    "dropout": _number}  # fmt: skip
         for key in entry:
             if key not in readers:
+                key = plain(key, 60)
                 raise UserError(
-                    f'{where}: unknown setting "{key}": did you mean "{nearest(str(key), list(readers))}"? '
+                    f'{where}: unknown setting "{key}": did you mean "{nearest(key, list(readers))}"? '
                     f"({', '.join(readers)})"
                 )
         given = {key: readers[key](value, f"{where}: {key}") for key, value in entry.items()}
@@ -141,7 +151,14 @@ class LoRASpec:
 def fits(pattern: str, name: str) -> bool:
     """Whether `pattern` is the name of a layer or its last dotted parts, `*`, `?` and `[...]` standing for characters.
     """
-    return fnmatchcase(f".{name}", f"*.{pattern}")
+    return bool(_pattern(pattern).match(f".{name}"))
+
+
+@lru_cache(maxsize=MOST_NAMES)
+def _pattern(pattern: str) -> re.Pattern[str]:
+    # Not fnmatchcase, which keeps fewer patterns than a model has layers. What `translate` makes of many `*` does not
+    # go back over what an earlier one has matched, so its time grows with the name's length times their number.
+    return re.compile(translate(f"*.{pattern}"))
 
 
 def near_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -151,15 +168,32 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
 
 
+def _check_names(names: Iterable[Any], where: str) -> None:
+    """Raise UserError for more names than a model has layers, or longer ones."""
+    names = list(names)
+    if len(names) > MOST_NAMES:
+        raise UserError(f"{where} holds {len(names):,} names, at most {MOST_NAMES:,} are read: use * for several")
+    long = next((name for name in map(str, names) if len(name) > LONGEST_NAME), None)
+    if long is not None:
+        raise UserError(f'{where}: the name "{plain(long, 60)}" has {len(long):,} characters, at most {LONGEST_NAME} '
+                        "are read: give the last parts of a layer's name, such as to_q")
+
+
 def _check(layer: LayerSpec, where: str, least: int = 1) -> None:
     """`where` comes before the setting's name in an error."""
     rank = layer.rank
     name = "r" if where != "lora_" else "rank"
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < least:
-        raise UserError(f"{where}{name} is {rank}: it must be a whole number, {least} or more (4 is usual)")
+        raise UserError(
+            f"{where}{name} is {plain(rank, 40)}: it must be a whole number, {least} or more (4 is usual)"
+        )
     for setting, value in (("alpha", layer.alpha), ("scale", layer.scale), ("dropout", layer.dropout)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{where}{setting} is {value}: it must be a finite number")
+    for setting, value in (("alpha", layer.alpha), ("scale", layer.scale)):
+        if value and not 1 / LARGEST <= abs(value) <= LARGEST:
+            raise UserError(f"{where}{setting} is {value:g}: it must be between {1 / LARGEST:g} and {LARGEST:g} (1 is "
+                            "usual)")
     if layer.alpha is not None and layer.alpha <= 0:
         raise UserError(f"{where}alpha is {layer.alpha}: it must be above 0 (leave it out for alpha = rank)")
     if not 0 <= layer.dropout < 1:
@@ -178,17 +212,20 @@ def _read(path: Path) -> Any:
 
 def _flag(value: Any, where: str) -> bool:
     if value not in (0, 1):  # False and True are equal to these
-        raise UserError(f"{where}: {value!r} is neither 0 nor 1")
+        raise UserError(f"{where}: {plain(repr(value))} is neither 0 nor 1")
     return bool(value)
 
 
 def _whole(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: {value!r} is not a whole number")
+        raise UserError(f"{where}: {plain(repr(value))} is not a whole number")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where}: {value!r} is not a number")
-    return float(value)
+        raise UserError(f"{where}: {plain(repr(value))} is not a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf

@@ -19,6 +19,8 @@ from ldm.errors import UserError, plain
 from ldm.lora.layers import LORA_CELLS, LoRAHardConv
 from ldm.weights.names import COMPONENTS, LABELS, component_of, same_up_to_1x1
 
+FP16_END = 65504.0
+
 
 @dataclass(frozen=True)
 class LoRALayer:
@@ -215,7 +217,8 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
             raise UserError(f"{path} cannot be gone on from at scale 0, where no LoRA has an effect: set lora_scale")
         if layer.rank != cell.rank:
             raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
-        up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
+        with np.errstate(over="ignore", invalid="ignore"):  # judged here, by name
+            up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
         if not np.isfinite(up).all():
             raise UserError(f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are beyond "
                             "fp32's range: set lora_alpha and lora_scale as it was trained")
@@ -296,12 +299,12 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
 
     names = [name for name in state.layers if scales.of(name)]
     for name in names:
-        base = parameters[f"{name}.weight"].asnumpy()
-        # Weights are small: below half of what their type holds, nothing need be computed twice.
-        small = state.layers[name].largest(scales.of(name)) < float(np.finfo(base.dtype).max) / 2
-        if not small and np.isfinite(base).all() and not np.isfinite(merged(name)).all():
-            raise UserError(f"{path} at scale {scales.of(name):g}: {plain(name)} with it is beyond {base.dtype}'s "
-                            "range: lower its weight")
+        # Weights are small, and few updates can be large: only those are computed twice.
+        if not state.layers[name].largest(scales.of(name)) < FP16_END / 2:
+            weight = parameters[f"{name}.weight"]
+            if np.isfinite(weight.asnumpy()).all() and not np.isfinite(merged(name)).all():
+                raise UserError(f"{path} at scale {scales.of(name):g}: {plain(name)} with it is beyond the range of "
+                                f"{weight.dtype}: lower its weight")
     for name in names:
         parameters[f"{name}.weight"].set_data(Tensor(merged(name)))
     return match

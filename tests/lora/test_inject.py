@@ -277,6 +277,14 @@ class TestBadSettings:
             (dict(rank=2.5), "lora_rank is 2.5"),
             (dict(rank=True), "lora_rank is True"),
             (dict(rank=9), "lora_rank 9 is more than the width 8"),
+            (dict(rank=2**31), "lora_rank 2147483648 is more than the width 8"),
+            (dict(rank=2**100), "lora_rank 1267650600228229401496703205376 is more than the width 8"),
+            (dict(alpha=1e300), r"lora_alpha is 1e\+300: it must be between 1e-09 and 1e\+09"),
+            (dict(scale=-1e-300), "lora_scale is -1e-300: it must be between"),
+            (dict(targets="to_q" * 100), "LoRA targets 'to_q.* ... .*choose one of"),
+            (dict(targets=("x." * 500_000,)), "lora_targets: the name .* has 1,000,000 characters, at most 200"),
+            (dict(targets=("*" * 200,), text_encoder=False, unet=False), "nothing to train"),
+            (dict(targets=("*a" * 99 + "b",)), "match no layer of the UNet"),
             (dict(alpha=0.0), "lora_alpha is 0"),
             (dict(alpha=-1.0), "lora_alpha is -1"),
             (dict(alpha=float("nan")), "lora_alpha is nan"),
@@ -294,6 +302,12 @@ class TestBadSettings:
         with pytest.raises(UserError, match=pattern):
             inject_lora(small_net, LoRASpec(**setting))
         assert list(small_net.parameters_dict()) == before
+
+    @pytest.mark.parametrize("name", ["to_qq", "x\n\x1b[2J", "*a" * 99 + "b", "[" * 200])
+    def test_a_name_of_the_configuration_that_matches_nothing(self, small_net, name):
+        with pytest.raises(UserError, match="LoRA configuration (match|holds)") as caught:
+            inject_lora(small_net, LoRASpec().with_config({"to_q": {}, name: {}}))
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
     def test_injecting_twice(self, small_net):
         inject_lora(small_net, LoRASpec())

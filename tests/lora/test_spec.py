@@ -1,6 +1,8 @@
 """Which layers get LoRA, and of what kind: the per-module configuration in lora_wrapper's form."""
 
 import json
+import os
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -61,6 +63,15 @@ class TestReading:
             ({"to_q": {"dropout": 1}}, "to_q: dropout is 1"),
             ({"to_q": {"dropout": -0.1}}, "to_q: dropout is -0.1"),
             ({"to_q": {"hard": 1, "dropout": 0.5}}, "hard and dropout do not go together"),
+            ({"to_q": {"scale": 10**400}}, "to_q: scale is inf: it must be a finite number"),
+            ({"to_q": {"alpha": 1e38}}, "to_q: alpha is 1e+38: it must be between 1e-09 and 1e+09"),
+            ({"to_q": {"r": -(10**400)}}, "to_q: r is -1000000"),
+            ({"to_q": {"r": [[[1]] * 10_000]}}, "to_q: r: [[[1], [1]"),
+            ({"to_q": {"s\n" * 100_000: 1}}, 'to_q: unknown setting "s s s s'),
+            ({"to_q": "x" * 100_000}, "to_q: 'xxxxx"),
+            ({"\x1b[2J\n" * 10: 3}, "\\x1b[2J \\x1b[2J "),
+            ({"q." * 500_000: {}}, 'the name "q.q.q.'),
+            ({f"layer{i}": {} for i in range(4097)}, "holds 4,097 names, at most 4,096 are read: use * for several"),
         ],
     )
     def test_mistakes_are_named_with_file_and_place(self, tmp_path, content, says):
@@ -68,7 +79,8 @@ class TestReading:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError) as caught:
             LoRASpec().with_config(path)
-        assert says in str(caught.value) and "lora.json" in str(caught.value) and "\n" not in str(caught.value)
+        assert says in str(caught.value) and "lora.json" in str(caught.value) and str(caught.value).isprintable()
+        assert len(str(caught.value)) < 700
 
     @pytest.mark.parametrize(
         "name, text, says",
@@ -81,12 +93,26 @@ class TestReading:
             ("a.json", '{"to_q": {"scale": NaN}}', "must be a finite number"),
             ("a.yaml", "to_q: !!python/object:os.system {}", "not valid YAML"),
             ("a.yaml", "", "must hold entries"),
+            ("a.yaml", "to_q: {r: 2020-13-45}", "'2020-13-45' is not a whole number"),
+            ("a.yaml", f"to_q: {{r: {'9' * 5000}}}", "line 1 is not valid YAML"),
+            ("a.json", f'{{"to_q": {{"r": {"9" * 5000}}}}}', "is not valid JSON"),
+            ("a.yaml", "[" * 100_000, "nested too deeply"),
+            ("a.json", "[" * 100_000, "nested too deeply"),
         ],
     )
     def test_broken_files(self, tmp_path, name, text, says):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=says):
             LoRASpec().with_config(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.json", "a.yaml"])
+    def test_a_pipe_and_a_byte_order_mark(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is a pipe .*, not a file: give the path of a JSON or YAML file"):
+            LoRASpec().with_config(tmp_path / name)
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"to_q": {"r": 3}}')
+        assert LoRASpec().with_config(tmp_path / name).modules == {"to_q": LayerSpec(3)}
 
     @pytest.mark.parametrize("name", ["none.json", "none.yaml"])
     def test_a_missing_file(self, tmp_path, name):
@@ -110,6 +136,11 @@ class TestNames:
     )
     def test_parts_of_words_other_places_and_other_cases_do_not(self, pattern):
         assert not fits(pattern, f"{BLOCK}attn1.to_q")
+
+    @pytest.mark.parametrize("pattern", ["*a" * 99 + "b", "*" * 199, "*_*" * 66, "?*" * 99 + "!", "[a-z]*" * 33 + "!"])
+    def test_many_stars_end(self, pattern):
+        names = [f"{BLOCK}attn1.to_q", "a" * 1000]
+        assert [fits(pattern, name) for name in names] == [fnmatchcase(f".{name}", f"*.{pattern}") for name in names]
 
     @pytest.mark.parametrize(
         "pattern, near",

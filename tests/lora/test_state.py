@@ -155,6 +155,14 @@ class TestStartingFromIt:
             start_from_lora(fresh_net, trained[1], "mine.ckpt")
         assert_unchanged(fresh_net, before)
 
+    def test_factors_beyond_fp32_are_refused(self, trained, fresh_net, recwarn):
+        _, state = trained
+        inject_lora(fresh_net, LoRASpec(rank=2, alpha=1e-9, scale=1e-9, targets="all"))
+        layers = {name: replace(layer, alpha=1e30) for name, layer in state.layers.items()}
+        with pytest.raises(UserError, match="at alpha 1e-18 are beyond fp32's range: set lora_alpha and lora_scale"):
+            start_from_lora(fresh_net, LoRAState(layers))
+        assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
     def test_a_scale_of_zero_is_refused(self, trained, fresh_net):
         inject_lora(fresh_net, LoRASpec(rank=2, scale=0.0, targets="all"))
         with pytest.raises(UserError, match="mine.ckpt.*at scale 0.*set lora_scale"):
@@ -304,6 +312,20 @@ class TestRefusing:
     def test_a_scale_that_is_no_number(self, trained, scale):
         net, state = trained
         assert "must be a finite number" in self.refused(net, state, scale=scale)
+
+    @pytest.mark.parametrize("scale", [1e300, -1e42])
+    def test_a_scale_beyond_fp32(self, trained, scale, recwarn):
+        net, state = trained
+        assert "lower its weight" in self.refused(net, state, scale=scale)
+        assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+    def test_a_sum_beyond_a_weights_type(self, small_net):
+        weight = small_net.parameters_dict()[f"{TO_K}.weight"]
+        weight.set_dtype(ms.float16)
+        weight.set_data(Tensor(weight.asnumpy().astype(np.float16)))
+        one, two = (LoRALayer(normal(2, width), normal(8, 2), 2.0) for width in (8, 6))
+        message = self.refused(small_net, LoRAState({TO_Q: one, TO_K: replace(two, alpha=1e6)}))
+        assert f"{TO_K} with it is beyond the range of Float16: lower its weight" in message
 
     def test_matching_alone_changes_nothing_and_counts(self, trained):
         net, state = trained

@@ -1,4 +1,4 @@
-"""LoRA files as people have published them, where they are at hand (../shared/lora)."""
+"""LoRA files as people have published them, where they are at hand (../shared/lora, ../shared/lora_more)."""
 
 import logging
 import shutil
@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora, zero_layers
 from ldm.lora.formats.modules import fitting, known_bases
 from ldm.lora.state import match_shapes
 from ldm.weights.read import open_checkpoint
 
 FOLDER = Path(__file__).parents[4] / "shared" / "lora"
+MORE = FOLDER.with_name("lora_more")
 SD1 = known_bases()[0]
 # file: (format, layers of the UNet, of the text encoder, rank, alpha, layers that are all zero)
 FILES = {
@@ -23,7 +25,8 @@ FILES = {
     "peft-unet_hyper07.safetensors": ("peft", 128, 0, 4, 16.0, 32),
 }
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the published LoRA files are not at hand (../shared/lora)")
+def needs(folder):
+    return pytest.mark.skipif(not folder.is_dir(), reason=f"the published LoRA files are not at hand ({folder.name})")
 
 
 def at_hand(name, folder):
@@ -35,6 +38,24 @@ def at_hand(name, folder):
     return folder
 
 
+@needs(MORE)
+class TestMore:
+    def test_a_text_encoder_by_the_class_of_newer_transformers(self, caplog):
+        state = read_lora(MORE / "cloneofsimo-rank1-fp16_TedLee109.safetensors")
+        assert len(state.only("unet").layers) == 144 and len(state.only("text_encoder").layers) == 48
+        assert state.ranks() == [1] and fitting(state, known_bases()) == [SD1] and "<s1>, <s2>" in caplog.text
+
+    @pytest.mark.parametrize("name", [f"lycoris-lokr{factor}_KohakuBlueleaf.safetensors" for factor in (4, 8)])
+    def test_lycoris(self, name):
+        with pytest.raises(UserError, match=f"{name} is a LyCORIS file"):
+            read_lora(MORE / name)
+
+    def test_a_learned_token(self):
+        with pytest.raises(UserError, match="a textual-inversion embedding, not a LoRA"):
+            read_lora(MORE / "textual-inversion_fastai.bin")
+
+
+@needs(FOLDER)
 @pytest.mark.parametrize("name", FILES)
 class TestPublished:
     def test_is_read_whole(self, tmp_path, name, caplog):
