@@ -14,7 +14,8 @@ from ldm.config.model import load_model_config
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
-from ldm.pipeline import Pipeline, Sampling, latent_shape, size_multiple, to_uint8
+from ldm.pipeline import Pipeline, Sampling, to_uint8
+from ldm.sampling import latent_shape, size_multiple
 from tests.named_weights import relative_error
 from tests.network_cases import model_with_named_weights
 from tests.pipeline_cases import NEGATIVE_PROMPTS, PREDICTION_TYPES, SCALE, STEPS, starting_latents

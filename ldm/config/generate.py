@@ -15,6 +15,7 @@ from ldm.errors import UserError, plain
 from ldm.files import check_file, is_folder, is_there
 from ldm.paths import MOST_STRENGTH, ROOT, under_root, weighted_path
 from ldm.prompts import MOST_CHARACTERS, read_prompts
+from ldm.sampling import Sampling, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,11 @@ def plan(config: GenerateConfig) -> Plan:
         vae_checkpoint = _existing(config.vae_ckpt_path, "vae_ckpt_path")
     model = detected or _model_config(config, version)
     loras = _lora_files(config)
+    size = Sampling(steps=config.sampling_steps, height=config.H, width=config.W, batch_size=config.batch_size or 1)
+    check_sampling(size, model)
     _check_outputs(config)
+    if config.init_latents is not None:
+        check_file(config.init_latents, "init_latents", "give a .npy file of numbers")
 
     def spread(texts: list[str]) -> list[str]:
         return [text for text in texts for _ in range(images_per_prompt)]
