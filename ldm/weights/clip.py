@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from mindspore import Tensor
 
-from ldm.errors import UserError
+from ldm.documents import read_yaml
+from ldm.errors import UserError, plain
+from ldm.files import is_file, is_folder
 from ldm.models.clip import FORMS, CLIPModel
 from ldm.models.layers import not_drawn
-from ldm.tokenizer.tokenizer import CONTEXT_LENGTH
+from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from ldm.weights.placing import TEXT_LAYER, Ignored, Place, split_rows
 from ldm.weights.read import open_checkpoint
 
@@ -71,8 +72,8 @@ def read_clip(
     Raises UserError for a file that is no whole CLIP, and where heads and activation are not known.
     """
     path = Path(path)
-    file = _weights_of_folder(path) if path.is_dir() else path
-    if config_path is None and (file.parent / "config.json").is_file():
+    file = _weights_of_folder(path) if is_folder(path) else path
+    if config_path is None and is_file(file.parent / "config.json"):
         config_path = file.parent / "config.json"
     arrays = _canonical(open_checkpoint(file))
     sizes = _sizes(file, arrays)
@@ -107,7 +108,7 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
     unknown = [name for name in arrays if name not in parameters]
     if missing or unknown:
         raise UserError(f"{weights.path} is no whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
-                        f"({(missing or unknown)[0]}, ...)")
+                        f"({plain((missing or unknown)[0])}, ...)")
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape)
         if tuple(arrays[name].shape) not in (shape, shape or (1,)):
@@ -140,7 +141,7 @@ def place(name: str) -> list[Place] | Ignored | None:
 def _weights_of_folder(folder: Path) -> Path:
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.safetensors",
              "open_clip_pytorch_model.bin")
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in names if is_file(folder / name)), None)
     if found is None:
         raise UserError(f"{folder} holds no CLIP weights: it should hold one of {', '.join(names)}")
     return found
@@ -165,7 +166,8 @@ def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 for at in placed:
                     arrays[at.name] = blocks[at.part].T if name in _TRANSPOSED else blocks[at.part]
     if extra:
-        raise UserError(f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown ({extra[0]}, ...)")
+        raise UserError(f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown "
+                        f"({plain(extra[0])}, ...)")
     return arrays
 
 
@@ -173,26 +175,34 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
     """CLIPModel's arguments as far as the arrays show them."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in arrays or len(arrays[name].shape) != dimensions:
+        if name not in arrays or len(arrays[name].shape) != dimensions or not all(arrays[name].shape):
             what = "has no" if name not in arrays else "has a wrong"
             raise UserError(f"{file} {what} {name}: a CLIP score needs the whole CLIP, image tower, text tower and "
                             "projections")
         return arrays[name].shape
 
     def layers(tower: str) -> int:
-        found = (re.match(rf"{tower}encoder\.layers\.(\d+)\.", name) for name in arrays)
-        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+        found = (re.match(rf"{tower}encoder\.layers\.(\d{{1,9}})\.", name) for name in arrays)
+        numbers = {int(match.group(1)) for match in found if match}
+        if numbers != set(range(len(numbers))):
+            raise UserError(f"{file} has {len(numbers)} layers of {tower[:-1]}, but one is numbered {max(numbers)}: "
+                            "the file is damaged")
+        return len(numbers)
 
     length = shape(f"{_TEXT}embeddings.position_embedding.weight", 2)[0]
     if length != CONTEXT_LENGTH:
         raise UserError(f"{file} reads texts of {length} tokens; CLIP's tokenizer makes {CONTEXT_LENGTH}")
     patch = shape(f"{_VISION}embeddings.patch_embedding.weight", 4)
+    if patch[1:] != (3, patch[-1], patch[-1]):
+        raise UserError(f"{file}: the kernel of the image tower's patches is {patch}, wanted (width, 3, size, size)")
     positions = shape(f"{_VISION}embeddings.position_embedding.weight", 2)[0]
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
         raise UserError(f"{file} has {positions} positions in its image tower, wanted a square number of patches and "
                         "one more")
     vocabulary, width = shape(f"{_TEXT}embeddings.token_embedding.weight", 2)
+    if vocabulary < VOCABULARY_SIZE:
+        raise UserError(f"{file} knows {vocabulary:,} tokens; CLIP's tokenizer makes {VOCABULARY_SIZE:,}")
     return {
         "text": {"width": width, "num_layers": layers(_TEXT), "vocab_size": vocabulary},
         "vision": {"width": patch[0], "num_layers": layers(_VISION), "patch_size": patch[-1],
@@ -209,12 +219,7 @@ def _same_sizes(form: dict, sizes: dict) -> bool:
 
 def _configured(path: Path, sizes: dict) -> dict:
     """Heads and activation of both towers from a configuration, with Hugging Face's defaults."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the model's config.json, or leave --config out") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no JSON or YAML: {str(error).splitlines()[0]}") from None
+    content = read_yaml(path, way="give the model's config.json, or leave --config out")
     towers = {}
     for tower, heads in (("text", 8), ("vision", 12)):
         found = content.get(f"{tower}_config") if isinstance(content, dict) else None
@@ -223,15 +228,17 @@ def _configured(path: Path, sizes: dict) -> dict:
         heads, activation = found.get("num_attention_heads", heads), found.get("hidden_act", "quick_gelu")
         width = found.get("hidden_size", sizes[tower]["width"])
         if width != sizes[tower]["width"]:
-            raise UserError(f"{path} says that the {tower} tower is {width} wide, the weights {sizes[tower]['width']}: "
-                            "they do not belong together")
+            raise UserError(f"{path} says that the {tower} tower is {plain(width, 60)} wide, the weights "
+                            f"{sizes[tower]['width']}: they do not belong together")
         layers = found.get("num_hidden_layers", sizes[tower]["num_layers"])
         if layers != sizes[tower]["num_layers"]:
-            raise UserError(f"{path} says that the {tower} tower has {layers} layers, the weights have "
+            raise UserError(f"{path} says that the {tower} tower has {plain(layers, 60)} layers, the weights have "
                             f"{sizes[tower]['num_layers']}: they do not belong together, or the file is cut off")
-        if not isinstance(heads, int) or heads < 1 or sizes[tower]["width"] % heads:
-            raise UserError(f"{path}: {tower}_config.num_attention_heads is {heads!r}, which does not divide the width")
+        if type(heads) is not int or heads < 1 or sizes[tower]["width"] % heads:
+            raise UserError(f"{path}: {tower}_config.num_attention_heads is {plain(repr(heads), 60)}, which does not "
+                            f"divide the width {sizes[tower]['width']}")
         if activation not in ("quick_gelu", "gelu"):
-            raise UserError(f"{path}: {tower}_config.hidden_act is {activation!r}; CLIP has quick_gelu or gelu")
+            raise UserError(f"{path}: {tower}_config.hidden_act is {plain(repr(activation), 60)}; CLIP has quick_gelu "
+                            "or gelu")
         towers[tower] = {"num_heads": heads, "activation": activation}
     return towers

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from mindspore import Tensor
 
-from ldm.errors import UserError
+from ldm.errors import UserError, plain
 from ldm.models.inception import BLOCKS, STEM, Convolution, InceptionFeatures, out_channels
 from ldm.weights.read import open_checkpoint
 
@@ -71,7 +71,7 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is not the Inception network of the FID: {len(missing)} of {len(wanted)} arrays are missing"
             + (f" ({missing[0]}, ...)" if missing else "")
-            + (f", {len(unknown)} are unknown ({unknown[0]}, ...)" if unknown else "")
+            + (f", {len(unknown)} are unknown ({plain(unknown[0])}, ...)" if unknown else "")
             + f"; give {PUBLISHED['6726825d']} or {PUBLISHED['9ec6dfe4']}"
         )
     arrays = {}

@@ -157,6 +157,8 @@ SIZES = "its sizes are those of no model known here"
 
 
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
+PATCHES = "vision_model.embeddings.patch_embedding.weight"
+TOKENS = "text_model.embeddings.token_embedding.weight"
 LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.items()}
 
 
@@ -171,12 +173,19 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
     (lambda a: {**a, "text_model.embeddings.position_embedding.weight": np.zeros((32, 32), np.float32)}, CONFIG,
      "32 tokens"),
     (lambda a: {**a, "visual_projection.weight": a["visual_projection.weight"] * np.inf}, CONFIG, "not finite"),
-    (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "0 positions"),
+    (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "wrong .*position_embedding"),
     (lambda a: {**a, POSITIONS: a[POSITIONS][:1]}, CONFIG, "1 positions"),
     (lambda a: {**a, POSITIONS: a[POSITIONS][:16]}, CONFIG, "16 positions"),
     (lambda a: {name: array for name, array in a.items() if ".layers.1." not in name}, LAYERS, "tower has 2 layers"),
     (lambda a: {**a, "text_model.encoder.layers.0.other.weight": np.zeros(3, np.float32)}, CONFIG, "1 unknown"),
+    (lambda a: {**a, "text_model.encoder.layers.999999999.other.weight": np.zeros(3, np.float32)}, CONFIG,
+     "has 3 layers of text_model, but one is numbered 999999999"),
+    (lambda a: {**a, PATCHES: np.zeros((24, 3, 1, 100_000), np.float32)}, CONFIG, "wanted .width, 3, size, size"),
+    (lambda a: {**a, TOKENS: np.zeros((100, 32), np.float32)}, CONFIG, "knows 100 tokens"),
     (lambda a: a, {"text_config": {}}, "no vision_config"),
+    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 10**30}}, "does not divide"),
+    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": -1}}, "does not divide"),
+    (lambda a: a, {**CONFIG, "text_config": {"hidden_size": "x" * 10_000}}, "do not belong together"),
     (lambda a: a, [1], "no text_config"),
     (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 5}}, "does not divide"),
     (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": "2"}}, "does not divide"),

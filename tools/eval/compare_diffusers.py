@@ -62,7 +62,7 @@ from ldm.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.prompts import read_prompts  # noqa: E402
 from ldm.texts import json_text  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
-from ldm.weights.architecture import detect_model  # noqa: E402
+from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
 from ldm.weights.read import content_hash  # noqa: E402
 from tools.eval.compare_report import (  # noqa: E402
@@ -92,6 +92,7 @@ NOT_COMPARED = {
     "use_ema": ("False", "diffusers' script keeps no moving average of a LoRA"),
     "image_filter_size": ("0", "leave small pictures out of the data set instead"),
     "pretrained_model_ema": ("False", "convert the base with --ema first"),
+    "vae_ckpt_path": ("None", "give a diffusers folder with that VAE in it as --base"),
 }
 
 
@@ -298,7 +299,7 @@ class Comparison:
         if config.model_config is None:
             self.model = detect_model(self.base, way_out="add --model_config with its YAML")
         else:
-            self.model = load_model_config(under_root(config.model_config))
+            self.model = adapted_model(load_model_config(under_root(config.model_config)), self.base)
         self.model_flags = [] if config.model_config is None else ["--config", self.model.path]
         self.model_flags += ["--device_target", config.device_target] if config.device_target else []
         check_expressible(self.model)
@@ -326,7 +327,7 @@ class Comparison:
             _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
         seeds = self.args.seeds
         self.stages = Stages(self.output, 4 + 5 * len(seeds) + 2)
-        model = {**asdict(self.model), "path": ""}
+        model = self.model.content()
         self.stages.run("base", {"base": self.base_hash, "model": model}, self._write_base)
         held_out = {"prompts": self.prompts, "image_size": self.image_size, "latents_seed": self.args.latents_seed,
                     "real": content_key("real", *(row.path for row in self.real)), "model": model}  # fmt: skip
@@ -416,6 +417,7 @@ class Comparison:
             **{name: getattr(config, name) for name in same},
             "base": str(self.output / "base" / "diffusers"),
             "pad_token": self.model.pad_token,
+            "added_tokens": self.model.added_tokens,
             "lora": str(self._start_of(config.seed)),
             "trained_parameters": start["parameters"],
             "rows": [[str(row.path), row.text] for row in self.rows],
@@ -447,6 +449,7 @@ class Comparison:
             job = {
                 "base": str(self.output / "base" / "diffusers"),
                 "pad_token": self.model.pad_token,
+                "added_tokens": self.model.added_tokens,
                 "lora": None if lora is None else str(lora),
                 "prompts": self.prompts,
                 "latents": str(self.output / "held_out" / "latents.npy"),
@@ -598,7 +601,7 @@ def _training(config: TrainConfig) -> dict[str, Any]:
     left_out = ("train_config", "data_path", "output_path", "pretrained_model_path", "model_config", "resume",
                 "num_workers", "ckpt_save_interval", "step_mode", "ckpt_max_keep", "log_level", "device_target", "mode",
                 "jit_level", "compile_cache", "use_parallel", "enable_flash_attention", "dataset_sink_mode",
-                "lora_fp16")  # fmt: skip
+                "lora_fp16", "vae_ckpt_path")  # fmt: skip
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 

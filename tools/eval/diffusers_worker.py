@@ -48,7 +48,7 @@ from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.draws import augmentation_draws, step_draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.tokenizer import Tokenizer  # noqa: E402
+from ldm.tokenizer import AddedToken, Tokenizer  # noqa: E402
 from ldm.training.reports import Metrics, MetricsFile  # noqa: E402
 from ldm.training.schedules import learning_rate  # noqa: E402
 
@@ -60,12 +60,12 @@ SAVE_SECONDS = 300.0  # between two states of a training, from which it goes on 
 class Networks:
     """UNet, autoencoder and text encoder of a diffusers folder in fp32, frozen, and its noise schedule's settings."""
 
-    def __init__(self, folder: Path, pad_token: str):
+    def __init__(self, folder: Path, pad_token: str, added_tokens: list):
         self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
         self.vae = load_vae(folder / "vae")
         self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
         self.schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer(pad=pad_token)
+        self.tokenizer = Tokenizer(pad_token, [AddedToken(*added) for added in added_tokens])
         for network in (self.unet, self.vae, self.text_encoder):
             network.requires_grad_(False).eval()
 
@@ -113,7 +113,7 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 def train(job: dict) -> dict:
     """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"], or on from the
     state that a run which was broken off left in job["output"]."""
-    networks = Networks(Path(job["base"]), job["pad_token"])
+    networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     unet = networks.unet
     load_lora(unet, job["lora"], "unet")
     for name, parameter in unet.named_parameters():
@@ -239,7 +239,7 @@ class Batches:
 
 def generate(job: dict) -> dict:
     """Draw job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline, a LoRA fused where given."""
-    networks = Networks(Path(job["base"]), job["pad_token"])
+    networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     scheduler = DPMSolverMultistepScheduler.from_config(
         networks.schedule, algorithm_type="dpmsolver++", timestep_spacing="linspace"
     )
