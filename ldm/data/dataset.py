@@ -265,7 +265,8 @@ class _NearNames:
             names: dict[str, list[str]] = {}
             try:
                 for name in sorted(os.listdir(folder)):
-                    names.setdefault(_folded(name), []).append(name)
+                    for form in {_folded(name), _folded(_from_gbk(name))}:
+                        names.setdefault(form, []).append(name)
             except OSError:  # a file, or a folder that may not be listed
                 pass
             self._listed[folder] = names
@@ -273,10 +274,13 @@ class _NearNames:
 
 
 def _folded(name: str) -> str:
-    """A file name without what systems and archives change in it."""
-    if not name.isprintable():
-        try:  # a name whose bytes are not UTF-8, as archives from Chinese Windows have them
-            name = os.fsencode(name).decode("gb18030")
-        except UnicodeError:
-            pass
+    """A file name without what systems change in it."""
     return unicodedata.normalize("NFC", name.casefold())
+
+
+def _from_gbk(name: str) -> str:
+    """A file name whose bytes are GBK, as archives from Chinese Windows have them; by chance they may be UTF-8 too."""
+    try:
+        return os.fsencode(name).decode("gb18030")
+    except UnicodeError:
+        return name

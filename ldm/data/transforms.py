@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -35,6 +36,7 @@ STRIP_PIXELS = 1 << 20  # images that take part in a longer calculation go throu
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 # What Pillow finds odd in a file that it reads all the same; what it cannot read raises an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # What Pillow raises on damaged files: of 6,800 of them, changed at random, all were among the first five; the others
 # are what its decoders and its EXIF reader are built on.
@@ -211,6 +213,8 @@ def _faults(path: str | Path, size: int) -> Iterator[None]:
     except _DECODER_ERRORS as error:
         # Errors of the operating system name the path again in their long form.
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if "MAX_TEXT" in detail:  # how Pillow names its bounds
+            detail = "more text or colour profile than is read: save it without"
         raise BrokenImage(path, f"is broken ({plain(detail)})") from None
 
 

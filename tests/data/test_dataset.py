@@ -3,13 +3,17 @@
 import csv
 import io
 import logging
+import os
+import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.data.dataset import read_image_text_csv
+from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError
+from ldm.logs import PlainFormatter
 
 
 def picture_bytes(suffix="PNG"):
@@ -193,10 +197,88 @@ def test_a_picture_outside_the_folder_is_refused(folder, tmp_path, name):
     assert "line 5" in message and name in message and "outside the folder" in message
 
 
-def test_a_link_to_a_picture_within_the_folder_is_fine(folder):
-    (folder / "again.png").symlink_to(folder / "1.png")
-    write(folder, "dir,text\nagain.png,a cat\n")
-    assert captions(folder) == ["a cat"]
+@pytest.mark.parametrize("name", ["again.png", "link.png", "linked/outside.png"])
+def test_a_link_in_the_folder_may_lead_anywhere(folder, tmp_path, name, caplog):
+    (folder / "again.png").symlink_to("1.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "linked").symlink_to(tmp_path)
+    write(folder, f"dir,text\n{name},a cat\n")
+    assert captions(folder) == ["a cat"] and caplog.text == ""
+
+
+def test_no_name_leads_out_of_the_folder_through_a_link(folder, tmp_path):
+    (tmp_path / "deep").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "deep")
+    write(folder, lines(line5="linked/../outside.png,a cat"))
+    assert "does not exist" in read_image_text_csv(folder).bad[0][1]
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "name"),
+    [
+        ("cat.PNG", "cat.png"),
+        ("Cats/Cat.png", "cats/cat.PNG"),
+        ("cats/cat.png", "cats\\cat.png"),
+        ("cats/cat.png", ".\\cats\\CAT.png"),
+        (unicodedata.normalize("NFD", "größe 1.png"), unicodedata.normalize("NFC", "größe 1.png")),
+        (unicodedata.normalize("NFC", "größe/é.png"), unicodedata.normalize("NFD", "größe/é.png")),
+        (os.fsdecode("猫.png".encode("gbk")), "猫.png"),
+        (os.fsdecode("猫/狗.png".encode("gbk")), "猫\\狗.png"),
+    ],
+)
+def test_the_only_file_with_nearly_the_name_is_taken_and_said_once(folder, on_disk, name, caplog):
+    (folder / on_disk).parent.mkdir(exist_ok=True)
+    (folder / on_disk).write_bytes(PICTURE)
+    write(folder, lines(line5=f"{name},a cat", line6=f"{name},a dog"))
+    found = read_image_text_csv(folder)
+    assert [row.path for row in found.rows[3:5]] == [folder / on_disk] * 2 and found.bad == []
+    [record] = caplog.records
+    assert "1 images are taken whose names differ" in record.getMessage() and name in record.getMessage()
+    PlainFormatter("%(message)s").format(record).encode("utf-8")  # a log and a terminal take it
+
+
+def test_an_exact_name_wins_and_of_several_near_ones_none_is_taken(folder):
+    for name in ("CAT.png", "cat.png", "Dog.png", "DOG.png"):
+        (folder / name).write_bytes(PICTURE)
+    write(folder, lines(line5="cat.png,a cat", line6="dog.png,a dog"))
+    found = read_image_text_csv(folder)
+    assert found.rows[3].path == folder / "cat.png"
+    assert found.bad == [("dog.png", "line 6: the image does not exist, only DOG.png and Dog.png")]
+
+
+@pytest.mark.parametrize("name", ["..\\outside.png", "sub\\..\\..\\outside.png", "C:\\images\\1.png", "C:\\1.png"])
+def test_a_near_name_does_not_lead_out_of_the_folder_either(folder, name):
+    write(folder, lines(line5=f"{name},a cat"))
+    assert "does not exist" in read_image_text_csv(folder).bad[0][1]
+
+
+def test_a_picture_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
+    name = os.fsdecode("狗.png".encode("gbk"))
+    (folder / name).write_bytes(b"")
+    write(folder, lines(line5="狗.png,a dog"))
+    assert read_image_text_csv(folder).bad == [("狗.png", "line 5: the image is an empty file")]
+    assert "left out: 狗.png" in caplog.text
+    assert "\\xb9\\xb7.png is an empty file" in str(BrokenImage(folder / name, "is an empty file"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("dir,text,note\n1.png,a cat\n2.png,a dog,nice\n", ["a cat", "a dog"]),
+        ("dir,text,note\n1.png\n2.png,a dog\n", ["", "a dog"]),
+        ("dir,text\n1.png,a cat,,\n2.png,a dog, , \n", ["a cat", "a dog"]),
+        ("dir,text,,\n1.png,a cat,,\n2.png,a dog\n", ["a cat", "a dog"]),
+    ],
+)
+def test_empty_columns_at_the_end_may_be_there_or_not(folder, content, expected):
+    write(folder, content)
+    found = read_image_text_csv(folder)
+    assert [row.text for row in found.rows] == expected and found.bad == []
+
+
+def test_a_row_that_ends_before_its_image_is_left_out(folder):
+    write(folder, "text,dir\n" + "".join(f"picture {index},{index}.png\n" for index in range(19)) + "a cat\n")
+    assert read_image_text_csv(folder).bad == [("", "line 21: no image is named")]
 
 
 def test_no_folder(tmp_path):
@@ -206,6 +288,39 @@ def test_no_folder(tmp_path):
 def test_a_file_instead_of_a_folder(folder):
     write(folder, lines())
     assert "is not a folder" in refusal(folder / "img_txt.csv")
+
+
+@pytest.mark.parametrize("place", ["fifo", "/dev/zero", "/dev/stdin", "folder"])
+def test_a_csv_that_is_no_file_is_never_waited_for(folder, place):
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "img_txt.csv").symlink_to(place)
+    if place == "/dev/stdin":
+        reader, writer = os.pipe()
+        (folder / "img_txt.csv").unlink()
+        (folder / "img_txt.csv").symlink_to(f"/dev/fd/{reader}")
+    message = refusal(folder)
+    assert "img_txt.csv is a" in message and "not a file" in message
+    if place == "/dev/stdin":
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("closed", [".", "img_txt.csv", "sub", "1.png"])
+def test_what_another_user_closed_is_named_as_that(unprivileged, closed):
+    (unprivileged / "sub").mkdir()
+    for index in range(20):
+        (unprivileged / f"{index}.png").write_bytes(PICTURE)
+    (unprivileged / "sub" / "a.png").write_bytes(PICTURE)
+    write(unprivileged, lines(line5="sub/a.png,a cat"))
+    (unprivileged / closed).chmod(0)
+    if closed in ("sub", "1.png"):
+        [(name, reason)] = read_image_text_csv(unprivileged).bad
+        assert name == ("1.png" if closed == "1.png" else "sub/a.png")
+    else:
+        reason = refusal(unprivileged)
+        assert str(unprivileged) in reason
+    assert "Permission denied: give this user the permission" in reason
 
 
 def test_no_csv(folder):
@@ -298,3 +413,17 @@ def test_all_bad_rows_are_logged_even_where_the_data_set_is_refused(folder, capl
     with caplog.at_level(logging.WARNING):
         refusal(folder)
     assert all(f"left out: {index}.png" in caplog.text for index in range(20))
+
+
+def test_of_many_bad_rows_the_first_are_logged_and_all_are_counted(folder, caplog):
+    (folder / "img_txt.csv").write_text("dir,text\n" + "".join(f"gone{index}.png,a\n" for index in range(1_000)))
+    with caplog.at_level(logging.WARNING):
+        message = refusal(folder)
+    assert len(caplog.records) == 21 and "left out: 980 more" in caplog.text and len(message) < 1_000
+    assert "1000 of 1000 rows are unusable" in message
+
+
+def test_a_csv_of_too_many_rows_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("ldm.data.dataset.MOST_ROWS", 19)
+    write(folder, lines())
+    assert "has more than 19 rows: split it" in refusal(folder)

@@ -1,14 +1,20 @@
 """Every common kind of picture file comes out as the picture a person sees, on white, square, in [-1, 1]."""
 
 import io
+import os
+import struct
+import threading
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.data import transforms
 from ldm.data.transforms import BrokenImage, load_image, open_rgb
 from ldm.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest puts its own filters in place of the module's
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -127,6 +133,53 @@ def test_exif_orientation_is_followed(tmp_path, orientation, corner):
     assert pixel(path, *corner) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.mpo", "a.png", "a.webp", "a.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_followed_as_pillow_does_it(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    settings = {"a.mpo": {"save_all": True, "append_images": [Image.new("RGB", (9, 6))]}, "a.webp": {"lossless": True}}
+    path = saved(tmp_path, Image.fromarray(values), name, exif=exif, **settings.get(name, {}))
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert (np.asarray(open_rgb(path)) == expected).all()
+
+
+def exif_block(*entries):
+    """An EXIF block of (tag, type, count, 4 bytes of value or offset)."""
+    tags = b"".join(struct.pack("<HHL", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)) + tags + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("block", "turned"),
+    [
+        (exif_block(TURNED, (0x010F, 5, 1, b"\x1a\0\0\0")), True),  # the maker as a fraction
+        (exif_block(TURNED, (0x0100, 1, 1, bytes(4))), True),  # the width as bytes
+        (exif_block(TURNED, (0x0128, 4, 1, b"\xff\xff\xff\xff")), True),
+        (exif_block(TURNED, (0x011A, 11, 1, b"\xff\xff\xff\xff")), True),  # the resolution is no number
+        (exif_block(TURNED, (0x8769, 6, 1, b"\xff\xff\xff\xff")), True),  # more tags, at -1
+        (exif_block(TURNED, (0x8825, 4, 1, b"\xff\xff\xff\xff")), True),
+        (exif_block(TURNED, (0x9C9C, 99, 1 << 31, bytes(4))), True),
+        (exif_block((0x0112, 2, 4, b"six\0")), False),
+        (exif_block((0x0112, 3, 1, b"\x63\0\0\0")), False),
+        (exif_block((0x0112, 3, 900, b"\x08\0\0\0")), False),
+        (exif_block(TURNED)[:20], False),
+        (b"Exif\0\0II*\0\xff\xff\xff\xff", False),
+        (b"Exif\0\0no tags at all", False),
+        (b"Exif\0\0", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_of_exif_the_orientation_alone_counts(tmp_path, name, block, turned):
+    path = saved(tmp_path, Image.new("RGB", (9, 6)), name, exif=block)
+    assert open_rgb(path).size == ((6, 9) if turned else (9, 6))
+
+
 def test_a_wide_picture_gives_its_middle(tmp_path):
     values = np.full((8, 24, 3), 255, np.uint8)
     values[:, 8:16] = RED
@@ -220,12 +273,169 @@ def test_a_broken_picture_is_named_with_what_is_wrong(tmp_path, content, said):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_picture_of_a_billion_pixels_is_not_decoded(tmp_path):
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, *chunks, rows=None):
+    """A grey PNG that says it has this size; black where `rows` are not given."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    content = zlib.compress(bytes(width * height + height) if rows is None else rows)
+    parts = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", content), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bmp(width, height):
     content = bytearray(encoded("BMP"))
-    content[18:26] = (60_000).to_bytes(4, "little") * 2
+    content[18:26] = struct.pack("<ii", width, height)
+    return bytes(content)
+
+
+def gif(width, height):
+    """Its screen is of one pixel, its first frame is larger."""
+    content = bytearray(encoded("GIF"))
+    content[6:10] = struct.pack("<HH", 1, 1)
+    place = content.index(b"\x2c\0\0\0\0\x20\0\x20\0")
+    content[place + 5 : place + 9] = struct.pack("<HH", width, height)
+    return bytes(content)
+
+
+def webp(width, height):
+    """A canvas of this size around an image of another one."""
+    image = encoded("WEBP")[12:]
+    canvas = b"VP8X\x0a\0\0\0" + bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 4 + len(canvas) + len(image)) + b"WEBP" + canvas + image
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bmp(60_000, 60_000), "too many pixels, at most 120,000,000"),
+        (bmp(13_300, 13_300), "13,300 x 13,300 pixels, at most 120,000,000 are read: scale it down"),
+        (png(13_300, 13_300, rows=b""), "13,300 x 13,300 pixels, at most 120,000,000 are read"),
+        (gif(60_000, 60_000), "too many pixels, at most 120,000,000"),
+        (gif(13_300, 13_300), "13,300 x 13,300 pixels"),
+        (webp(13_300, 13_300), "13,300 x 13,300 pixels, at most 90,000,000 of a WebP|is broken"),
+        (png(1, 100_000_000, rows=b""), "1 x 100,000,000 pixels, at most 100,000 a side"),
+        (png(100_000_000, 1, rows=b""), "100,000,000 x 1 pixels, at most 100,000 a side"),
+        (b"P6 13300 13300 255\n", "13,300 x 13,300 pixels"),
+    ],
+    ids=["bmp", "below Pillow's bound", "png", "gif", "gif below", "webp", "column", "row", "ppm"],
+)
+def test_an_image_of_too_many_pixels_is_not_decoded_and_the_bound_is_named(tmp_path, content, said):
     path = tmp_path / "bomb.bmp"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="too many pixels"):
+    with pytest.raises(UserError, match=said) as caught:
+        load_image(path, 8)
+    assert str(path) in str(caught.value)
+
+
+def test_an_image_of_a_hundred_megapixels_is_within_the_bounds():
+    assert transforms.MOST_MEMORY // transforms.BYTES_A_PIXEL > 11_648 * 8_736 < transforms.MOST_BYTES // 6
+
+
+def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("PNG"))
+    os.truncate(path, 100 << 30)  # sparse
+    with pytest.raises(UserError, match="has 107,374,182,400 bytes, at most 720,000,000 are read"):
+        load_image(path, 8)
+
+
+def test_threads_share_a_bound_and_what_is_larger_is_alone():
+    budget, inside, seen = transforms._Budget(10), [], []
+
+    def work(units):
+        with budget.hold(units):
+            inside.append(units)
+            seen.append(tuple(inside))
+            inside.remove(units)
+
+    threads = [threading.Thread(target=work, args=(units,)) for units in (4, 30, 5, 6, 30, 1, 9) * 20]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(seen) == len(threads)
+    assert all(sum(units) <= 10 or len(units) == 1 for units in seen)
+
+
+def test_images_take_their_part_of_the_memory_while_they_are_decoded(tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(transforms._memory, "hold", lambda units: held.append(units) or transforms._Budget(1).hold(1))
+    for suffix in ("PNG", "WEBP"):
+        (tmp_path / suffix).write_bytes(encoded(suffix))
+        load_image(tmp_path / suffix, 8)
+    assert held == [32 * 32 * 12, 32 * 32 * 16]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
+def test_images_that_go_through_in_strips_come_out_the_same(tmp_path, monkeypatch, mode):
+    values = np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8)
+    image = {
+        "RGBA": lambda: Image.fromarray(values),
+        "LA": lambda: Image.merge("LA", [Image.fromarray(values[..., 0]), Image.fromarray(values[..., 1])]),
+        "P": lambda: Image.fromarray(values[..., :3]).quantize(40),
+        "I;16": lambda: Image.fromarray(values[..., 0].astype(np.uint16) * 200),
+        "F": lambda: Image.fromarray(values[..., 0].astype(np.float32)),
+    }[mode]()
+    settings = {"transparency": bytes(range(100, 140))} if mode == "P" else {}
+    path = saved(tmp_path, image, "a.tif" if mode == "F" else "a.png", **settings)
+    whole = np.asarray(open_rgb(path))
+    monkeypatch.setattr(transforms, "STRIP_PIXELS", 50)
+    assert (np.asarray(open_rgb(path)) == whole).all()
+
+
+def colour_profile(size):
+    return chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(size)))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [colour_profile(3_000_000)],
+        [chunk(b"zTXt", b"note\0\0" + zlib.compress(b"x" * 3_000_000))],
+        [chunk(b"iTXt", b"note\0\1\0\0\0" + zlib.compress(b"x" * 3_000_000))],
+        [chunk(b"tEXt", b"note\0" + b"x" * 3_000_000)],
+    ],
+    ids=["colour profile", "compressed", "international", "plain"],
+)
+def test_a_png_with_much_beside_its_pixels_is_read(tmp_path, chunks):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(8, 8, *chunks, rows=(b"\0" + b"\x64" * 8) * 8))
+    assert pixel(path) == (100, 100, 100)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [colour_profile(300_000_000)],
+        [chunk(b"iTXt", b"%d\0\1\0\0\0" % k + zlib.compress(b"x" * 15_000_000)) for k in range(20)],
+    ],
+    ids=["colour profile", "texts"],
+)
+def test_a_png_that_inflates_beside_its_pixels_is_refused(tmp_path, chunks):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(8, 8, *chunks))
+    with pytest.raises(UserError, match="is broken.*save it without"):
+        load_image(path, 8)
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "fifo", "link to a fifo", "link to nothing"])
+def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, place):
+    os.mkfifo(tmp_path / "fifo")
+    path = tmp_path / "a.png"
+    path.symlink_to({"link to a fifo": tmp_path / "fifo", "link to nothing": "gone"}.get(place, place))
+    path = tmp_path / place if place == "fifo" else path
+    kind = "does not exist" if place == "link to nothing" else "is a device|is a pipe"
+    with pytest.raises(UserError, match=f"{path} ({kind})"):
+        load_image(path, 8)
+
+
+def test_an_image_of_another_user_is_named_with_its_permission(unprivileged):
+    path = saved(unprivileged, Image.new("RGB", (8, 8)))
+    path.chmod(0)
+    with pytest.raises(UserError, match="picture.png.*Permission denied: give this user the permission"):
         load_image(path, 8)
 
 
