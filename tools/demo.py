@@ -9,10 +9,8 @@ interrupted goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +22,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
+from ldm import children  # noqa: E402
 from ldm.atomic import atomic_path  # noqa: E402
+from ldm.command_line import Parser, whole_number  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
 from tools.nano.pictures import evenly  # noqa: E402
 
@@ -42,7 +44,7 @@ LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes
 def call(*command: str) -> None:
     """Run one of the project's scripts, shown as a user would type it; its failure ends the demo."""
     print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    code = children.call([sys.executable, *command], cwd=ROOT)
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
 
@@ -83,19 +85,27 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, default=Path("output/demo"), help="default: output/demo")
-    parser.add_argument("--prompts", type=int, default=24, help="how many held-out prompts are drawn; default 24")
-    args = parser.parse_args()
-    if args.prompts < 1:
-        parser.error("--prompts wants 1 or more")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_path", type=user_path, default=Path("output/demo"), help="default: output/demo")
+    parser.add_argument("--prompts", type=whole_number(1), default=24,
+                        help="how many held-out prompts are drawn; default 24")
+    args = parser.parse_args(argv)
     # The scripts run in the project's folder, wherever this was started: the paths that they are shown with hold there.
-    start, output = time.time(), Path(os.path.relpath(args.output_path, ROOT))
+    output = Path(os.path.relpath(args.output_path, ROOT))
     os.chdir(ROOT)
+    with claim_folder(output, "--output_path"), claim_file(output / "grid.png", "--output_path"), claim_file(
+        output / "prompts.txt", "--output_path"
+    ):
+        progress(lambda: f"; what is done is kept in {output}: the same command goes on from there")
+        demonstrate(output, args.prompts)
 
+
+def demonstrate(output: Path, prompts: int) -> None:
+    """Train, draw `prompts` held-out prompts before and after, and show them in `output`."""
+    start = time.time()
     rows = read_image_text_csv(STYLE / "test").rows
-    rows = [rows[i] for i in evenly(len(rows), args.prompts)]
+    rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
     call("train_text_to_image.py", "--train_config", "configs/train/train_config_lora_nano.yaml",

@@ -209,10 +209,15 @@ class TestChoosing:
 
     @pytest.mark.parametrize("argv", [["--cores", "x"], ["--cores", "999"], ["--cores", ""], ["--repeats", "0"],
                                       ["--calls", "0"], ["--memory_limit", "much"]])
-    def test_settings_that_make_no_sense(self, argv, capsys):
-        with pytest.raises(SystemExit):
+    def test_settings_that_make_no_sense(self, argv):
+        with pytest.raises(UserError, match=argv[0]):
             run.parse(argv)
-        assert "usage" in capsys.readouterr().err
+
+    def test_an_output_that_cannot_be_is_refused_before_the_work(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run, "measure_all", lambda *arguments: pytest.fail("it began"))
+        (tmp_path / "out.md").mkdir()
+        with pytest.raises(UserError, match="--output .*out.md is a folder"):
+            run.main(["text", "--output", str(tmp_path / "out")])
 
     def test_no_python_with_diffusers(self, tmp_path, capsys):
         assert run.reference_python(tmp_path / "python") is None

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from ldm.errors import UserError
+from ldm.outputs import claim_folder
 from tests.conftest import ROOT
 from tools import demo
 
@@ -33,3 +37,18 @@ def test_from_another_folder_its_scripts_find_the_paths(tmp_path, monkeypatch):
         given = command[command.index(flag) + 1]
         assert (ROOT / given).resolve() == tmp_path / "here" / place  # the scripts run in ROOT
     assert (ROOT / train[train.index("--data_path") + 1] / "img_txt.csv").is_file()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prompts", "0"], '--prompts: "0" is not a whole number, 1 or more'),
+    (["--output_path", "file"], "cannot be a folder, as .*file is a file"),
+    (["--output_path", "used"], "--output_path .*used is the place of two outputs"),
+    (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),
+])
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(demo, "demonstrate", lambda *arguments: pytest.fail("it began"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "kept" / "grid.png").mkdir(parents=True)
+    with claim_folder(tmp_path / "used", "another"), pytest.raises(UserError, match=words):
+        demo.main(flags)

@@ -6,6 +6,7 @@ from mindspore import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
+from tools.nano import assemble, measure, train_clip, train_vae
 from tools.nano.assemble import half
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
@@ -231,3 +232,16 @@ def test_the_grid_holds_every_picture():
     sheet = np.asarray(grid(pixels, 2, ["one", "two", "three", "four", "five"]))
     assert (sheet[2 * (128 + 18) + 60, 60] == (255, 0, 0)).all()
     assert Tensor(sheet).shape == (3 * (128 + 14 + 4), 2 * 132, 3)
+
+
+@pytest.mark.parametrize("tool, flags, file", [
+    (train_vae, [], "vae.safetensors"), (train_clip, [], "clip.safetensors"), (measure, [], "grid.png"),
+    (measure, [], "measure.json"), (assemble, ["--vae", "x", "--clip", "x"], "clip.safetensors"),
+])
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, tool, flags, file):
+    monkeypatch.setattr(tool, "setup_runtime", lambda *arguments, **more: pytest.fail("it began"), raising=False)
+    (tmp_path / "file").touch()
+    (tmp_path / "kept" / file).mkdir(parents=True)
+    for place, words in (("file", "as .*file is a file"), ("kept", f"--output_path .*{file} is a folder")):
+        with pytest.raises(UserError, match=words):
+            tool.main([*flags, "--output_path", str(tmp_path / place)])

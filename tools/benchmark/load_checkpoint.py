@@ -31,7 +31,11 @@ if __name__ == "__main__":
     start()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
+from ldm.atomic import temporary_folder  # noqa: E402
+from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import check_file, is_folder  # noqa: E402
+from ldm.paths import expanded, user_path  # noqa: E402
 
 
 def memory() -> dict[str, int]:
@@ -125,10 +129,11 @@ def in_a_process(*arguments: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_config", default=str(ROOT / "configs" / "v1-inference.yaml"),
+    parser = Parser(__doc__)
+    parser.add_argument("--model_config", type=expanded, default=str(ROOT / "configs" / "v1-inference.yaml"),
                         help="the model's YAML (default: Stable Diffusion 1.x)")
-    parser.add_argument("--folder", default=None, help="where the files are put meanwhile (default: the system's)")
+    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()),
+                        help="where the files are put meanwhile (default: the system's)")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -136,9 +141,12 @@ def main() -> None:
         print(json.dumps({"load": measure_load, "convert": measure_convert}[kind](*rest)))
         return
 
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+    check_file(args.model_config, "--model_config")
+    if not is_folder(args.folder, "--folder"):
+        raise UserError(f"--folder {args.folder} is no folder: give one with 15 GB of free disk")
+    with temporary_folder(args.folder / "load_checkpoint") as temporary:
         base, mindone, folder, half = (
-            Path(temporary) / name for name in ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")
+            temporary / name for name in ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")
         )
         print("writing random weights ...", file=sys.stderr, flush=True)
         write_random(args.model_config, base)

@@ -30,6 +30,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ldm.atomic import temporary_folder  # noqa: E402
+from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.paths import expanded, user_path  # noqa: E402
+from ldm.script import run  # noqa: E402
+
 NAMES = ("this project", "pytorch-fid", "torchmetrics")
 
 
@@ -117,31 +123,33 @@ def processor_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference_python", help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity")
-    parser.add_argument("--images", type=int, default=64, help="pictures a round; default %(default)s")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side; default %(default)s")
-    parser.add_argument("--batch_size", type=int, default=32, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count; default %(default)s")
+    parser = Parser(__doc__)
+    parser.add_argument("--reference_python", type=expanded,
+                        help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity")
+    parser.add_argument("--images", type=whole_number(1, 100_000), default=64,
+                        help="pictures a round; default %(default)s")
+    parser.add_argument("--size", type=whole_number(1, 8192), default=256, help="pixels a side; default %(default)s")
+    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32, help="default %(default)s")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds that count; default %(default)s")
     parser.add_argument("--serve", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=user_path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve, args.folder, args.batch_size)
     names = NAMES if args.reference_python else NAMES[:1]
     cores = len(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(Path(tempfile.gettempdir()) / "metrics") as folder:
         rng = np.random.default_rng(0)
         for i in range(args.images):
             coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(Path(folder) / f"{i:05d}.png")
+            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.png")
         servers, rounds = {}, {name: [] for name in names}
         try:
             for name in names:
                 python = sys.executable if name == NAMES[0] else args.reference_python
                 servers[name] = subprocess.Popen(
-                    [python, __file__, "--serve", name, "--folder", folder, "--batch_size", str(args.batch_size)],
+                    [python, __file__, "--serve", name, "--folder", str(folder), "--batch_size", str(args.batch_size)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                     env=environment)
             bar = tqdm(total=(1 + args.rounds) * len(names), desc="rounds", unit="round")
@@ -153,7 +161,8 @@ def main() -> None:
                     while answer and not answer.startswith("{"):
                         answer = server.stdout.readline()
                     if not answer:
-                        sys.exit(f"{name} ended: run {server.args[0]} {__file__} --serve '{name}' --folder FOLDER")
+                        raise UserError(f"{name} ended: run {server.args[0]} {__file__} --serve '{name}' --folder "
+                                        "FOLDER")
                     rounds[name].append(json.loads(answer))
                     bar.update()
         finally:
@@ -171,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

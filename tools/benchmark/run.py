@@ -31,18 +31,24 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
 from tqdm import tqdm  # noqa: E402
 
-from ldm.atomic import atomic_path  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
+from ldm.atomic import atomic_path, temporary_folder  # noqa: E402
+from ldm.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
+from ldm.files import is_file  # noqa: E402
+from ldm.outputs import claim_file  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
+from ldm.texts import json_text  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 
+SCRATCH = Path(tempfile.gettempdir()) / "benchmark"
 WATCH_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -197,11 +203,11 @@ def reason(error: Exception, args: argparse.Namespace) -> str:
 
 def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
     """The first call of a second process; the first process has filled the cache."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(SCRATCH) as folder:
         for _ in range(2):
             worker = None
             try:
-                worker = Worker([*commands(work, args)["ours"], "--graphs", folder], args.cores, args.memory_limit)
+                worker = Worker([*commands(work, args)["ours"], "--graphs", str(folder)], args.cores, args.memory_limit)
                 worker.call()
                 side = worker.end()
             except (OverLimit, WorkerFailed) as error:
@@ -217,14 +223,14 @@ def measure_script(args: argparse.Namespace) -> Side | str:
     command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
     seconds, cpu_seconds, peak = [], [], 0.0
     for _ in range(args.calls + 1):
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder(SCRATCH) as folder:
             begin = time.perf_counter()
-            process = subprocess.Popen([*command, folder], cwd=ROOT, stdout=subprocess.DEVNULL,
+            process = subprocess.Popen([*command, str(folder)], cwd=ROOT, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL, env=environment(args.cores),
                                        preexec_fn=confine(args.cores))
             _, status, usage = os.wait4(process.pid, 0)
             seconds.append(time.perf_counter() - begin)
-            if status or not list(Path(folder).rglob("*.png")):
+            if status or not list(folder.rglob("*.png")):
                 return f"failed: text_to_image.py ended with {os.waitstatus_to_exitcode(status)} and wrote no PNG"
         cpu_seconds.append(usage.ru_utime + usage.ru_stime)
         peak = max(peak, usage.ru_maxrss / 2**20)
@@ -270,7 +276,7 @@ def machine(args: argparse.Namespace) -> dict:
 
 def reference_python(path: Path) -> str | None:
     """The interpreter, if it has what diffusers' side needs; None, and a word about it, if not."""
-    if path.is_file():
+    if is_file(path, "--reference_python"):
         command = [str(path), "-c", "import torch, diffusers, transformers"]
         if subprocess.run(command, capture_output=True).returncode == 0:
             return str(path)
@@ -283,58 +289,67 @@ def chosen_works(args: argparse.Namespace) -> list[Work]:
     known = {**TABLE, **MEMORY_TABLE}
     for name in args.works:
         if name not in known:
-            raise UserError(f"there is no work {name!r}: --list names them")
+            raise UserError(f"there is no work '{plain(name)}': --list names them")
     return [known[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("works", nargs="*", help="names of --list; none for the whole table")
     parser.add_argument("--list", action="store_true", help="name the works and end")
     parser.add_argument("--memory_table", action="store_true", help="the works of the memory table")
-    parser.add_argument("--repeats", type=int, default=2, help="pairs of processes a work (default 2)")
-    parser.add_argument("--calls", type=int, default=5,
+    parser.add_argument("--repeats", type=whole_number(1), default=2, help="pairs of processes a work (default 2)")
+    parser.add_argument("--calls", type=whole_number(1), default=5,
                         help="calls a process after the first, of short works more (default 5)")
     parser.add_argument("--cores", default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
                         help="numbers of the cores to run on, with as many threads (default: all, %(default)s)")
     parser.add_argument("--apart", action="store_true",
                         help="one process after the other, not in turns: where memory does not hold both")
-    parser.add_argument("--memory_limit", type=float, default=20.0, help="end a process above so many GB (default 20)")
-    parser.add_argument("--reference_python", type=Path, default=ROOT / ".venv-parity" / "bin" / "python",
+    parser.add_argument("--memory_limit", type=number(0.1), default=20.0,
+                        help="end a process above so many GB (default 20)")
+    parser.add_argument("--reference_python", type=user_path, default=ROOT / ".venv-parity" / "bin" / "python",
                         help="the Python that has diffusers (default .venv-parity's)")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "benchmark",
+    parser.add_argument("--output", type=user_path, default=ROOT / "output" / "benchmark",
                         help="results go to OUTPUT.json and OUTPUT.md (default output/benchmark)")
     args = parser.parse_args(argv)
     try:
         args.cores = {int(core) for core in args.cores.split(",")}
     except ValueError:
         parser.error(f"--cores wants numbers such as 0,1, not {args.cores}")
+    if not args.output.name:
+        parser.error(f"--output {args.output} is a folder: give a name in it")
     if not args.cores <= os.sched_getaffinity(0):
         parser.error(f"--cores {sorted(args.cores)}: this process may use {sorted(os.sched_getaffinity(0))}")
-    if args.repeats < 1 or args.calls < 1:
-        parser.error("--repeats and --calls want 1 or more")
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     if args.list:
         for work in {**TABLE, **MEMORY_TABLE}.values():
             print(f"{work.name:16s} {work.title}")
         return
     works = chosen_works(args)
+    results = [args.output.with_suffix(suffix) for suffix in (".json", ".md")]
+    with claim_file(results[0], "--output"), claim_file(results[1], "--output"):
+        measure_all(works, args, *results)
+
+
+def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, table: Path) -> None:
+    """Measure the works one after another, and write what there is after each."""
     args.reference_python = reference_python(args.reference_python)
     result = {"machine": machine(args), "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
               "works": []}
+    progress(lambda: f"after {len(result['works'])} of {len(works)} works, which are in {table}")
     with tqdm(works, unit="work") as bar:
         for work in bar:
             bar.set_postfix_str(work.name)
             found = [measure(work, args) for _ in range(args.repeats)]
             result["works"].append(line_of(work, found))
             # After every work: a run that is broken off keeps what it has.
-            with atomic_path(args.output.with_suffix(".json")) as path:
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            with atomic_path(args.output.with_suffix(".md")) as path:
+            with atomic_path(numbers) as path:
+                path.write_text(json_text(result, indent=1) + "\n", encoding="utf-8")
+            with atomic_path(table) as path:
                 path.write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
 

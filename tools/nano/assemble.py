@@ -11,15 +11,23 @@ the first is what the training of the UNet starts from.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
+from ldm.script import run, start
 
-from ldm.errors import UserError
-from ldm.script import run
-from ldm.weights.read import read_checkpoint, write_checkpoint
+if __name__ == "__main__":
+    start()
+
+import numpy as np  # noqa: E402
+
+from ldm.command_line import Parser  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.outputs import claim_all, claim_file  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
+from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
 
 TEXT = "cond_stage_model.transformer."
+FILES = ("nano.safetensors", "clip.safetensors")
 
 
 def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -32,14 +40,20 @@ def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rounded
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="output folder of train_vae")
-    parser.add_argument("--clip", type=Path, required=True, help="output folder of train_clip")
-    parser.add_argument("--unet", type=Path, help="checkpoint of train_text_to_image.py with the vanilla nano recipe")
-    parser.add_argument("--output_path", type=Path, required=True, help="folder of the two files")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--vae", type=user_path, required=True, help="output folder of train_vae")
+    parser.add_argument("--clip", type=user_path, required=True, help="output folder of train_clip")
+    parser.add_argument("--unet", type=user_path,
+                        help="checkpoint of train_text_to_image.py with the vanilla nano recipe")
+    parser.add_argument("--output_path", type=user_path, required=True, help="folder of the two files")
+    args = parser.parse_args(argv)
+    with claim_all(*(claim_file(args.output_path / name, "--output_path") for name in FILES)):
+        assemble(args)
 
+
+def assemble(args: argparse.Namespace) -> None:
+    """Write the two files."""
     base, _ = read_checkpoint(args.vae / "vae.safetensors")
     clip, _ = read_checkpoint(args.clip / "clip.safetensors")
     base.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})
@@ -48,7 +62,7 @@ def main() -> None:
         base.update({name: array for name, array in unet.items() if name.startswith("model.diffusion_model.")})
     rest = {name: array for name, array in clip.items() if not name.startswith("text_model.")}
     metadata = {"architecture": "nano", "licence": "see NOTICE", "prediction_type": "v_prediction"}
-    for path, arrays in (("nano.safetensors", base), ("clip.safetensors", rest)):
+    for path, arrays in zip(FILES, (base, rest)):
         write_checkpoint(args.output_path / path, half(arrays), metadata)
         size = (args.output_path / path).stat().st_size
         print(f"{args.output_path / path}: {len(arrays)} arrays, {size / 1e6:.1f} MB")

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.atomic import atomic_path
+from ldm.outputs import claim_all, claim_file
 from tools.nano.pictures import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
@@ -37,6 +38,12 @@ def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def main() -> None:
+    with claim_all(*(claim_file(DATASETS / style / "img_txt.csv", "the list") for style in ("emoji_noto", *STYLES))):
+        choose()
+
+
+def choose() -> None:
+    """Write the lists, and say how long they are."""
     held_out_style = {row.path.name for row in read_rows("emoji_fluent_hc", "test")}
     kind = categories()
     chosen = {}

@@ -16,6 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from tqdm import tqdm
 
 from ldm.errors import UserError
+from ldm.script import progress
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
 # The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.
@@ -71,6 +72,8 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
                 raise UserError(f"{state} is of another run: {name} does not fit; choose another --output_path")
             parameter.set_data(Tensor(arrays[name].astype(parameter.asnumpy().dtype)))
     step.set_train()
+    done = kept = first
+    progress(lambda: f"after step {done} of {steps}; step {kept} is kept: the same command goes on from there")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, mininterval=5)
     for i in bar:
         values = step(*[Tensor(array) for array in batch(i)])
@@ -82,3 +85,5 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
         if (i + 1) % save_every == 0 or i == steps - 1:
             write_checkpoint(state, {name: p.asnumpy() for name, p in step.parameters_dict().items()},
                              {"step": str(i + 1), "settings": settings})
+            kept = i + 1
+        done = i + 1

@@ -14,21 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-from PIL import Image, ImageDraw
+from ldm.script import progress, run, start
 
-from ldm.atomic import atomic_path
-from ldm.config.model import load_model_config
-from ldm.data.dataset import read_image_text_csv
-from ldm.data.draws import draws
-from ldm.metrics.networks import nano_clip
-from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model
-from ldm.runtime import setup_runtime
-from ldm.script import run
-from tools.nano.pictures import DATASETS, evenly, read_pictures
-from tools.nano.train_vae import CONFIG, report
+if __name__ == "__main__":
+    start()
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+from ldm.atomic import atomic_path  # noqa: E402
+from ldm.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.config.model import load_model_config  # noqa: E402
+from ldm.data.dataset import read_image_text_csv  # noqa: E402
+from ldm.data.draws import draws  # noqa: E402
+from ldm.metrics.networks import nano_clip  # noqa: E402
+from ldm.outputs import claim_file  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
+from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model  # noqa: E402
+from ldm.runtime import setup_runtime  # noqa: E402
+from tools.nano.pictures import DATASETS, evenly, read_pictures  # noqa: E402
+from tools.nano.train_vae import CONFIG, report  # noqa: E402
 
 MODELS = CONFIG.parents[1] / "models" / "nano"
 
@@ -72,17 +79,26 @@ def grid(pixels: np.ndarray, columns: int, texts: list[str] | None = None, zoom:
     return sheet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, required=True, help="folder of the grid and measure.json")
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of nano.safetensors and clip.safetensors")
-    parser.add_argument("--lora_ckpt_path", type=Path, help="a LoRA for emoji_fluent_hc")
-    parser.add_argument("--lora_scale", type=float, default=1.0, help="its weight")
-    parser.add_argument("--captions", type=int, help="how many are drawn; default 200, with a LoRA all held-out ones")
-    parser.add_argument("--scale", type=float, default=4.0, help="guidance")
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_path", type=user_path, required=True, help="folder of the grid and measure.json")
+    parser.add_argument("--models", type=user_path, default=MODELS,
+                        help="folder of nano.safetensors and clip.safetensors")
+    parser.add_argument("--lora_ckpt_path", type=user_path, help="a LoRA for emoji_fluent_hc")
+    parser.add_argument("--lora_scale", type=number(), default=1.0, help="its weight")
+    parser.add_argument("--captions", type=whole_number(2),
+                        help="how many are drawn; default 200, with a LoRA all held-out ones")
+    parser.add_argument("--scale", type=number(1), default=4.0, help="guidance")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
+    args = parser.parse_args(argv)
+    grid_path, json_path = (args.output_path / name for name in ("grid.png", "measure.json"))
+    with claim_file(grid_path, "--output_path"), claim_file(json_path, "--output_path"):
+        measure(args)
 
+
+def measure(args: argparse.Namespace) -> None:
+    """Draw, measure, and write the grid and the numbers."""
+    progress(lambda: "before there was a result")
     setup_runtime("CPU")
     config = load_model_config(CONFIG)
     model = load_model(config, args.models / "nano.safetensors")

@@ -18,23 +18,30 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor, nn, ops
+from ldm.script import run, start
 
-from ldm.config.model import load_model_config
-from ldm.data.draws import draws
-from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
-from ldm.runtime import setup_runtime
-from ldm.script import run
-from ldm.tokenizer.tokenizer import Tokenizer
-from ldm.weights.read import read_checkpoint, write_checkpoint
-from tools.nano.loop import Step, learning_rates, train
-from tools.nano.measure import nearer_than_another
-from tools.nano.pictures import STYLES, blur, line_art, read_pictures, shift, to_network, turn
-from tools.nano.train_vae import CONFIG, in_batches
+if __name__ == "__main__":
+    start()
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+from mindspore import Tensor, nn, ops  # noqa: E402
+
+from ldm.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
+from ldm.config.model import load_model_config  # noqa: E402
+from ldm.data.draws import draws  # noqa: E402
+from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures  # noqa: E402
+from ldm.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
+from ldm.runtime import setup_runtime  # noqa: E402
+from ldm.tokenizer.tokenizer import Tokenizer  # noqa: E402
+from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from tools.nano.loop import Step, learning_rates, train  # noqa: E402
+from tools.nano.measure import nearer_than_another  # noqa: E402
+from tools.nano.pictures import STYLES, blur, line_art, read_pictures, shift, to_network, turn  # noqa: E402
+from tools.nano.train_vae import CONFIG, in_batches  # noqa: E402
 
 
 class ContrastiveLoss(nn.Cell):
@@ -101,17 +108,24 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, required=True, help="folder of clip.safetensors, log and state")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch_size", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--image_tower_only", type=Path, metavar="FOLDER",
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_path", type=user_path, required=True,
+                        help="folder of clip.safetensors, log and state")
+    parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=1500)
+    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=96)
+    parser.add_argument("--learning_rate", type=number(0), default=1e-3)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
+    parser.add_argument("--image_tower_only", type=user_path, metavar="FOLDER",
                         help="folder of a finished run: train its image tower further")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    weights = args.output_path / "clip.safetensors"
+    with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
+        train_clip(args)
 
+
+def train_clip(args: argparse.Namespace) -> None:
+    """Train, say how good it is, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)

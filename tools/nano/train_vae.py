@@ -14,20 +14,28 @@ quant_conv and post_quant_conv, so that the diffusion model sees zero mean and u
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from mindspore import Tensor, nn, ops
+from ldm.script import run, start
 
-from ldm.config.model import load_model_config
-from ldm.data.draws import draws
-from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL, VAEEncode
-from ldm.runtime import setup_runtime
-from ldm.script import run
-from ldm.weights.read import read_checkpoint, write_checkpoint
-from tools.nano.loop import Step, learning_rates, train
-from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours
+if __name__ == "__main__":
+    start()
+
+import numpy as np  # noqa: E402
+from mindspore import Tensor, nn, ops  # noqa: E402
+
+from ldm.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
+from ldm.config.model import load_model_config  # noqa: E402
+from ldm.data.draws import draws  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
+from ldm.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.paths import user_path  # noqa: E402
+from ldm.runtime import setup_runtime  # noqa: E402
+from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from tools.nano.loop import Step, learning_rates, train  # noqa: E402
+from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano.yaml"
 
@@ -67,8 +75,8 @@ def psnr(real: np.ndarray, made: np.ndarray) -> np.ndarray:
 def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
     """Run a cell over (N, ...) in equal batches (the last is filled up, so that one graph is compiled)."""
     out = []
-    for start in range(0, len(images), size):
-        part = images[start:start + size]
+    for first in range(0, len(images), size):
+        part = images[first:first + size]
         filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
         out.append(cell(Tensor(filled)).asnumpy()[: len(part)])
     return np.concatenate(out)
@@ -101,17 +109,24 @@ def report(vae: AutoencoderKL) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, required=True, help="folder of vae.safetensors, the log, the state")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--kl_weight", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--decoder_only", type=Path, help="folder of a finished run: train its decoder further")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_path", type=user_path, required=True,
+                        help="folder of vae.safetensors, the log, the state")
+    parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=3000)
+    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=16)
+    parser.add_argument("--learning_rate", type=number(0), default=2e-3)
+    parser.add_argument("--kl_weight", type=number(0), default=1e-4)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
+    parser.add_argument("--decoder_only", type=user_path, help="folder of a finished run: train its decoder further")
+    args = parser.parse_args(argv)
+    weights = args.output_path / "vae.safetensors"
+    with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
+        train_vae(args)
 
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Train, say how good it is, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)
