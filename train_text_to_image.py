@@ -14,11 +14,13 @@ from ldm.script import run
 def main() -> None:
     from ldm.config.parse import parse_config
     from ldm.config.train import TrainConfig
+    from ldm.training.checks import check_settings
 
     config = parse_config(
         TrainConfig, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
         description="Fine-tune Stable Diffusion on text-image pairs, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
+    check_settings(config)
     # MindSpore comes after the settings: a wrong flag is answered at once. The runtime first: it quiets MindSpore.
     import ldm.runtime  # noqa: F401, isort: skip
     from ldm.training.trainer import train  # isort: skip

@@ -28,7 +28,7 @@ from ldm.data.draws import draws
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder, is_there
+from ldm.files import is_file, is_folder
 from ldm.logs import set_up_logging
 from ldm.lora.formats import mindone, read_lora
 from ldm.lora.inject import inject_lora
@@ -44,6 +44,7 @@ from ldm.runtime import Runtime, check_flash_attention, is_first_process, is_out
 from ldm.script import progress
 from ldm.training import checkpoints
 from ldm.training.checkpoints import TrainState
+from ldm.training.checks import check_settings, image_size
 from ldm.training.feed import check_sink, make_feed
 from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.inputs import Inputs
@@ -117,7 +118,8 @@ class Trainer:
         self.last_state: Path | None = None
         self.phase = "before the first step"  # until there are updates
         progress(self.what_is_done)
-        _check_paths(config)
+        check_settings(config)
+        _check_nothing_is_lost(config)
         set_up_logging(config.log_level)
         self.runtime = setup_runtime(
             config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
@@ -130,7 +132,7 @@ class Trainer:
         else:
             set_up_logging("WARNING")  # the others would say the same
         self.model_config = _model_config(config)
-        self.image_size = _image_size(config, self.model_config)
+        self.image_size = image_size(config, self.model_config)
         rows = self._read_rows()
         self.order = BatchOrder(
             len(rows), config.train_batch_size, config.seed, self.runtime.rank, self.runtime.rank_size
@@ -557,21 +559,7 @@ class Trainer:
         mindone.write(path, lora_state(self.model, self.model_config, self.step.averages()))
 
 
-def _check_paths(config: TrainConfig) -> None:
-    ways = {
-        "data_path": "give the folder with the pictures and img_txt.csv",
-        "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
-    }
-    for name, way in ways.items():
-        if getattr(config, name) is None:
-            raise UserError(f"--{name} is needed: {way}, on the command line or in the YAML file of --train_config")
-    if not is_there(config.pretrained_model_path, "pretrained_model_path"):
-        raise UserError(
-            f"pretrained_model_path: {config.pretrained_model_path} does not exist: give the path of a Stable "
-            "Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)"
-        )
-    if config.pretrained_model_ema and config.unet_initialize_random:
-        raise UserError("pretrained_model_ema is of the UNet, which unet_initialize_random does not take from the file")
+def _check_nothing_is_lost(config: TrainConfig) -> None:
     folder = Path(config.output_path) / "ckpt"
     # Not overwritten: a forgotten --resume would cost what was trained so far.
     if not config.resume and find_states(folder):
@@ -590,15 +578,6 @@ def _model_config(config: TrainConfig) -> ModelConfig:
     )
     logger.info("%s is a model of %s", config.pretrained_model_path, model.path)
     return model
-
-
-def _image_size(config: TrainConfig, model_config: ModelConfig) -> int:
-    size = config.image_size or model_config.image_size
-    # each level of the UNet halves the latent once more
-    step = model_config.vae_factor * 2 ** (len(model_config.unet["channel_mult"]) - 1)
-    if size % step:
-        raise UserError(f"image_size {size} must be a multiple of {step} for {model_config.path}")
-    return size
 
 
 def _shorter_side(path: Path) -> int:

@@ -1,0 +1,44 @@
+"""What can be said of a run's settings without MindSpore, whose import takes seconds."""
+
+from __future__ import annotations
+
+from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.train import TrainConfig
+from ldm.errors import UserError, plain
+from ldm.files import check_file, is_folder, is_there
+from ldm.paths import under_root
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raise UserError for a setting that is missing, a file that is not there, a model YAML that cannot be read and a
+    size that is not the model's."""
+    ways = {
+        "data_path": "give the folder with the pictures and img_txt.csv",
+        "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
+    }
+    for name, way in ways.items():
+        path = getattr(config, name)
+        if path is None:
+            raise UserError(f"--{name} is needed: {way}, on the command line or in the YAML file of --train_config")
+        if not is_there(path, name):
+            raise UserError(f"{name} {plain(path)} does not exist: {way}")
+    for name in ("pretrained_model_path", "vae_ckpt_path", "lora_init_path"):
+        path = getattr(config, name)
+        if path is not None and not is_folder(path, name):
+            check_file(path, name)
+    if config.lora_config is not None:
+        check_file(under_root(config.lora_config), "lora_config", "give the path of a JSON or YAML file")
+    if config.pretrained_model_ema and config.unet_initialize_random:
+        raise UserError("pretrained_model_ema is of the UNet, which unet_initialize_random does not take from the file")
+    if config.model_config is not None:
+        image_size(config, load_model_config(under_root(config.model_config)))
+
+
+def image_size(config: TrainConfig, model: ModelConfig) -> int:
+    """Pixels of a side. Raises UserError for a size that the UNet cannot halve as often as it must."""
+    size = config.image_size or model.image_size
+    # each level of the UNet halves the latent once more
+    step = model.vae_factor * 2 ** (len(model.unet["channel_mult"]) - 1)
+    if size % step:
+        raise UserError(f"image_size {size} must be a multiple of {step} for {plain(model.path)}")
+    return size
