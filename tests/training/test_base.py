@@ -1,0 +1,111 @@
+"""What training takes from its base: added tokens, a VAE of its own, and both in what identifies the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import text_to_image
+from ldm.config.model import load_model_config
+from ldm.config.train import TrainConfig
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import build_model
+from ldm.runtime import setup_runtime
+from ldm.tokenizer import AddedToken
+from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
+from ldm.weights.base import open_base
+from ldm.weights.convert import convert
+from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.tokens import TOKEN_ROWS, tokens_metadata, tokens_of
+
+MICRO = Path(__file__).with_name("micro.yaml")
+VAE = "first_stage_model."
+TOKEN = AddedToken("<cat-toy>", 49408)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """token/: a diffusers folder with a learned token; bare.safetensors: the base without token and VAE; a.safetensors
+    and b.safetensors: two VAEs; data/."""
+    folder = tmp_path_factory.mktemp("files")
+    setup_runtime("CPU", seed=3)
+    arrays = {p.name: p.asnumpy() for p in build_model(load_model_config(MICRO)).get_parameters()}
+    vae = {name[len(VAE) :]: array for name, array in arrays.items() if name.startswith(VAE)}
+    write_checkpoint(folder / "a.safetensors", vae)
+    write_checkpoint(folder / "b.safetensors", {name: array * 1.5 for name, array in vae.items()})
+    bare = {name: array for name, array in arrays.items() if not name.startswith(VAE)}
+    write_checkpoint(folder / "bare.safetensors", bare)
+    learned = np.concatenate([arrays[TOKEN_ROWS], 3 * np.ones((1, 32), np.float32)])
+    write_checkpoint(folder / "one.safetensors", {**arrays, TOKEN_ROWS: learned}, tokens_metadata((TOKEN,)))
+    convert(folder / "one.safetensors", folder / "token", model_config=MICRO)
+    (folder / "token.yaml").unlink()
+    (folder / "data").mkdir()
+    rows = ["dir,text"]
+    for i, text in enumerate(("a <cat-toy>", "a cat toy", "<cat-toy> in snow", "snow")):
+        Image.new("RGB", (16, 16), (60 * i, 99, 9)).save(folder / "data" / f"{i}.png")
+        rows.append(f"{i}.png,{text}")
+    (folder / "data" / "img_txt.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def settings(files, output, base, **others) -> TrainConfig:
+    return TrainConfig(**{
+        "pretrained_model_path": str(files / base), "data_path": str(files / "data"), "output_path": str(output),
+        "image_size": 16, "train_batch_size": 2, "max_steps": 1, "device_target": "CPU", "log_level": "WARNING",
+        "model_config": str(MICRO), "mode": 1, **others,
+    })  # fmt: skip
+
+
+def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_path):
+    trainer = Trainer(settings(files, tmp_path / "run", "token", model_config=None))
+    assert trainer.model_config.added_tokens == (TOKEN,)
+    assert (trainer.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
+    trainer._write_model(tmp_path / "model.ckpt")
+    assert tokens_of(open_base(tmp_path / "model.ckpt")) == (TOKEN,)
+    text_to_image.main([
+        "--prompt", "a <cat-toy>", "--ckpt_path", str(tmp_path / "model.ckpt"), "--config", str(MICRO), "--H", "16",
+        "--W", "16", "--sampling_steps", "1", "--scale", "1", "--output_path", str(tmp_path / "out"), "--skip_grid",
+        "--mode", "1",
+    ])  # fmt: skip
+
+
+def test_a_vae_of_its_own_is_trained_with_and_part_of_what_is_resumed(files, tmp_path):
+    trainers = {
+        name: Trainer(settings(files, tmp_path / name, "bare.safetensors", vae_ckpt_path=str(files / name)))
+        for name in ("a.safetensors", "b.safetensors")
+    }
+    for name, trainer in trainers.items():
+        parameters = trainer.model.parameters_dict()
+        for array, values in read_checkpoint(files / name)[0].items():
+            np.testing.assert_array_equal(parameters[VAE + array].asnumpy(), values)
+    a, b = (trainer.fingerprint["base"] for trainer in trainers.values())
+    assert a != b and "base" in FIXED_ON_RESUME
+    assert any((x != y).any() for x, y in zip(*(trainer.inputs.moments for trainer in trainers.values())))
+
+
+def test_a_base_without_a_vae_asks_for_one(files, tmp_path):
+    with pytest.raises(UserError, match="bare.safetensors does not fit .*holds no VAE .*give --vae_ckpt_path"):
+        train(settings(files, tmp_path / "run", "bare.safetensors"))
+
+
+def test_generation_takes_a_vae_of_its_own_and_says_so_in_the_png(files, tmp_path):
+    drawn = {}
+    for name in ("a", "b"):
+        text_to_image.main([
+            "--prompt", "x", "--ckpt_path", str(files / "bare.safetensors"), "--config", str(MICRO), "--H", "16",
+            "--W", "16", "--vae_ckpt_path", str(files / f"{name}.safetensors"), "--sampling_steps", "1", "--scale", "1",
+            "--mode", "1", "--skip_grid", "--output_path", str(tmp_path / name),
+        ])  # fmt: skip
+        image = Image.open(tmp_path / name / "samples" / "00000.png")
+        assert image.text["vae_checkpoint"] == f"{name}.safetensors" and len(image.text["vae_checkpoint_sha256"]) == 64
+        drawn[name] = np.asarray(image)
+    assert (drawn["a"] != drawn["b"]).any()
+
+
+def test_the_folder_and_its_single_file_tell_one_token(files):
+    told = json.loads((files / "token" / "tokenizer" / "added_tokens.json").read_text())
+    assert told == {"<cat-toy>": 49408} and tokens_of(open_base(files / "one.safetensors")) == (TOKEN,)
