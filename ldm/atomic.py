@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,12 +20,15 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
     A link is followed: what it leads to is replaced, the link stays. The temporary name keeps the suffix of `path`,
     since writers choose their format by it. Missing parent folders are created. On any error the temporary file is
-    removed and the error goes on.
+    removed and the error goes on. Raises OSError at once where a device or a pipe is in the file's place: a process of
+    root would replace it.
 
     sync: wait until the disk has the file, so that a power cut leaves no file that is empty or cut off; for files that
     carry no checksum of their own.
     """
     path = resolved(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EEXIST, "It is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_at_end(temporary_path(path)) as temporary:
         yield temporary

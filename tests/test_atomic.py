@@ -57,3 +57,13 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
     with pytest.raises(OSError), atomic_folder(tmp_path / "new"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["new"] and os.listdir(tmp_path / "new") == ["model"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, name):
+    """As root, a link to a device would have the device itself renamed over."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(OSError, match="no regular file"), atomic_path(tmp_path / name):
+        pytest.fail("nothing is written")
+    assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.atomic import LONGEST_NAME
 from ldm.data.dataset import IMAGE_SUFFIXES
 from ldm.data.transforms import BrokenImage, decoded
 from ldm.errors import UserError, plain
@@ -57,10 +58,9 @@ def find_images(path: str | Path) -> list[Path]:
     return [path / name for name in ordered]
 
 
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """The key that sorts 2.png before 10.png."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)] + [(0, name)]
+def _by_numbers(name: str) -> tuple[str, str]:
+    """The key that sorts 2.png before 10.png, and all else as text is sorted."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(LONGEST_NAME), name), name
 
 
 def _has_images(folder: Path) -> bool:

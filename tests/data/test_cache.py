@@ -1,7 +1,10 @@
 """What was computed once is not computed again, and what is broken is."""
 
+import hashlib
+import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.cache import StateCache, content_key
+from ldm.data.cache import StateCache, _seal, content_key
 from ldm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +116,71 @@ def test_a_broken_file_is_named_and_computed_again(tmp_path, caplog, damage):
     assert again.asked == [] and caplog.text == ""
 
 
+def npy(array, **settings):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (npy(np.array([np.nan, 1], np.float32)), "holds values that are not finite"),
+        (npy(np.array([np.inf, 1], np.float32)), "holds values that are not finite"),
+        (npy(np.zeros(3, np.float32)), r"holds float32 of the shape \(3,\)"),
+        (npy(np.zeros(2, np.int64)), "holds int64"),
+        (npy(np.array(["a", "b"])), "holds <U1"),
+        (npy(np.array([{}, 1], object), allow_pickle=True), "is broken"),
+        (npy(np.zeros(2, np.float32))[:-3], "is broken"),
+        (npy(np.zeros(2, np.float32)).replace(b"(2,)", b"(9,)"), "is broken"),
+        (npy(np.zeros(2, np.float32)).replace(b"(2,), }", b"(9**9)}"), "is broken"),
+        (npy(np.zeros(2, np.float32)).replace(b"'<f4'", b"'<f9'"), "is broken"),
+        (b"PK\x03\x04 an archive", "is broken"),
+        (b"", "is broken"),
+    ],
+)
+def test_what_a_faulty_version_sealed_is_named_and_computed_again(tmp_path, caplog, body, said):
+    cache = StateCache(tmp_path)
+    cache.get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    [path] = tmp_path.rglob(f"{keys(2)[1]}*")
+    path.write_bytes(body + _seal(keys(2)[1], body))
+    arrays = StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=1, desc="numbers", shape=(2,))
+    assert [array.tolist() for array in arrays] == [[0, 1], [2, 1]]
+    assert re.search(f"{path} {said}.*; computing it again", caplog.text)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_a_cache_file_that_is_no_file_is_not_waited_for(tmp_path, caplog, kind):
+    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    [path] = files(tmp_path)
+    path.unlink()
+    os.mkfifo(tmp_path / "elsewhere")
+    {"fifo": os.mkfifo, "link": lambda place: place.symlink_to(tmp_path / "elsewhere"), "folder": os.mkdir}[kind](path)
+    arrays = StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    assert arrays[0].tolist() == [0, 1]
+    assert f"{path} is a" in caplog.text and "computing it again" in caplog.text
+    assert (tmp_path / "elsewhere").is_fifo() and not path.is_file()  # nothing but a file is ever replaced
+
+
+@pytest.mark.parametrize("closed", ["cache", "file"])
+def test_a_cache_that_another_user_closed_is_computed_again_in_memory(unprivileged, caplog, closed):
+    folder = unprivileged / "cache"
+    StateCache(folder).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
+    [file] = folder.rglob(f"{keys(3)[1]}*")
+    (folder if closed == "cache" else file).chmod(0)
+    arrays = StateCache(folder).get_or_compute(keys(3), Doubler(), batch_size=1, desc="numbers")
+    assert [array[0] for array in arrays] == [0, 2, 4]
+    assert "Permission denied" in caplog.text
+
+
+def test_of_many_broken_files_the_first_are_named_and_all_are_counted(tmp_path, caplog):
+    StateCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
+    for path in files(tmp_path):
+        path.write_bytes(b"")
+    StateCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
+    assert len(caplog.records) == 21 and "20 more" in caplog.text
+
+
 def test_no_flipped_byte_changes_an_array_unnoticed(tmp_path):
     StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
     [path] = files(tmp_path)
@@ -153,7 +221,7 @@ def test_an_interrupted_computation_keeps_what_it_had(tmp_path):
 def test_a_killed_process_leaves_a_sound_cache(tmp_path):
     script = f"""
 import numpy as np
-from ldm.data.cache import StateCache, content_key
+from ldm.data.cache import StateCache, _seal, content_key
 def compute(places):
     print(places[0], flush=True)
     return np.full((1, 20_000), places[0], np.float32)
@@ -246,3 +314,20 @@ def test_a_file_counts_by_content_not_by_name(tmp_path):
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match="gone.png"):
         content_key(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero", "folder"])
+def test_what_is_no_file_has_no_key(tmp_path, target):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.png").symlink_to(target)
+    with pytest.raises(UserError, match="a.png is a (pipe|device|folder).*not a file: check data_path"):
+        content_key(tmp_path / "a.png")
+
+
+def test_the_key_of_a_file_is_that_of_its_bytes(tmp_path):
+    """However large the pieces are that it is read in: keys of earlier versions hold."""
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "a").write_bytes(content)
+    expected = hashlib.sha256(b"file" + hashlib.sha256(content).digest()).hexdigest()
+    assert content_key(tmp_path / "a") == expected

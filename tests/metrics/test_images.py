@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,8 @@ from ldm.errors import UserError
 from ldm.metrics import images
 from ldm.metrics.images import ImageBatches, clip_input, find_images, inception_input, nano_input, open_plain
 from tests.metrics.odd_pictures import write_odd_pictures
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest puts its own filters in place of the module's
 
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,6 +31,47 @@ def test_pictures_are_found_sorted_by_name_whatever_their_kind(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "c.pgm")
     (tmp_path / "prompts.txt").write_text("a\n")
     assert [path.name for path in find_images(tmp_path)] == ["00009.bmp", "00010.webp", "a.png", "b.JPG", "c.pgm"]
+
+
+def test_numbers_in_names_are_sorted_by_their_value_and_that_is_said_once(tmp_path, caplog):
+    names = [f"{number}.png" for number in range(12)]
+    for name in names:
+        save(tmp_path / name)
+    assert [path.name for path in find_images(tmp_path)] == names
+    [record] = caplog.records
+    assert "9.png before 10.png" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["00000.png", "00001.png", "00010.png"],
+        ["a.png", "a1.png", "b.png"],
+        ["0a1f.png", "0b2.png"],
+        ["1.png", "2.png"],
+    ],
+)
+def test_names_that_are_sorted_either_way_need_no_word(tmp_path, caplog, names):
+    for name in names:
+        save(tmp_path / name)
+    assert [path.name for path in find_images(tmp_path)] == names
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero", "link"])
+def test_what_is_no_image_and_no_folder_is_not_waited_for(tmp_path, target):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    with pytest.raises(UserError, match="is a (pipe|device).*: give an image or a folder of images"):
+        find_images(tmp_path / target)
+
+
+@pytest.mark.parametrize("closed", [".", "images", "images/samples"])
+def test_a_folder_of_another_user_is_named_with_its_permission(unprivileged, closed):
+    save(unprivileged / "images" / "samples" / "a.png")
+    (unprivileged / closed).chmod(0)
+    with pytest.raises(UserError, match="Permission denied: give this user the permission"):
+        find_images(unprivileged / "images")
 
 
 def test_a_picture_alone_is_one(tmp_path):
@@ -183,6 +228,18 @@ def test_broken_pictures_are_named_and_left_out(tmp_path):
     assert values(batches) == [([1, 2], [1, 2]), ([4], [4])]
     assert [path.name for path, _ in batches.broken] == ["0.png", "3.png", "5.png"]
     assert "empty" in batches.broken[0][1] and "does not exist" in batches.broken[2][1]
+
+
+def test_what_is_no_file_and_what_is_too_large_is_left_out_too(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(4)]
+    paths[0].unlink()
+    os.mkfifo(paths[0])
+    paths[1].unlink()
+    paths[1].symlink_to("/dev/zero")
+    paths[2].write_bytes(b"P6 13300 13300 255\n")
+    batches = ImageBatches(find_images(tmp_path), plain, 2)
+    assert values(batches) == [([3], [3])]
+    assert [fault[:13] for _, fault in batches.broken] == ["is a pipe (FI", "is a device, ", "has 13,300 x "]
 
 
 def test_where_all_are_broken_one_is_named(tmp_path):
