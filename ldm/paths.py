@@ -33,7 +33,7 @@ def under_root(path: str | Path) -> Path:
     """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
     given = Path(path)
     found = ROOT / given
-    return found if not is_there(given) and found.exists() else given
+    return found if not is_there(given) and is_there(found) else given
 
 
 def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:

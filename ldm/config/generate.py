@@ -58,6 +58,7 @@ class GenerateConfig:
         "none (a line with a space is an empty prompt there too)",
         group="what to draw",
         path=True,
+        project=True,
     )
     negative_prompt: str = setting("", "what to keep away from, for all prompts", group="what to draw")
     negative_data_path: Optional[str] = setting(
@@ -65,6 +66,7 @@ class GenerateConfig:
         "a text file of negative prompts, read as data_path is: as many as prompts, or one for all",
         group="what to draw",
         path=True,
+        project=True,
     )
     n_iter: int = setting(
         1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1, high=MOST_IMAGES
@@ -96,13 +98,16 @@ class GenerateConfig:
         group="model",
         choices=tuple(VERSIONS),
     )
-    config: Optional[str] = setting(None, "the model's YAML; None for the version's", group="model", path=True)
+    config: Optional[str] = setting(
+        None, "the model's YAML; None for the version's", group="model", path=True, project=True
+    )
     ckpt_path: Optional[str] = setting(
         None,
         "the base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for the "
         "version's, under models/",
         group="model",
         path=True,
+        project=True,
     )
     ckpt_ema: bool = setting(
         False, "take the moving averages of the UNet (EMA) that the checkpoint holds beside its weights", group="model"
@@ -112,13 +117,16 @@ class GenerateConfig:
         "a UNet to put in the place of the checkpoint's, as training without LoRA saves it",
         group="model",
         path=True,
+        project=True,
     )
 
     vae_ckpt_path: Optional[str] = setting(
         None,
         "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
         "any base model",
-        group="model", path=True,
+        group="model",
+        path=True,
+        project=True,
     )
 
     use_lora: Optional[bool] = setting(None, "apply a LoRA; None: yes where lora_ckpt_path is given", group="LoRA")

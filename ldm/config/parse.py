@@ -56,12 +56,14 @@ def setting(
     below: float | None = None,
     length: int | None = None,
     path: bool = False,
+    project: bool = False,
 ) -> Any:
     """A dataclass field with what `parse_config` needs to explain and check it.
 
     `choices` are the allowed values, `low` and `high` the range with its ends, `above` and `below` without them (for a
     list: of each entry), `length` the number of entries of a list. `path` says that the texts of this setting are
-    paths, in which `~` and `$NAME` are expanded. A default is neither checked nor expanded.
+    paths, in which `~` and `$NAME` are expanded; `project` that what is not there is looked for under the project's
+    folder, so that scripts run from anywhere. A default is neither checked nor expanded.
     """
     metadata = {
         "help": help,
@@ -73,6 +75,7 @@ def setting(
         "below": below,
         "length": length,
         "path": path,
+        "project": project,
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -93,8 +96,7 @@ def parse_config(
     bare `--flag`; lists as `--betas 0.9 0.98`; a value that begins with `--` as `--flag=--value`. `-h` or `--help`
     prints every setting with its default and exits. Checks between settings belong into `__post_init__` of `cls`.
 
-    The YAML file is looked for under the project's folder too. Raises UserError for an unknown setting (naming the
-    nearest), a wrong type, a value out of range, a broken file.
+    Raises UserError for an unknown setting (naming the nearest), a wrong type, a value out of range, a broken file.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -109,7 +111,7 @@ def parse_config(
     if yaml_flag is not None:
         path = flags.get(yaml_flag, fields[yaml_flag].default)
         if path is not None:
-            for name, value in _read_yaml_settings(under_root(path), fields, yaml_flag).items():
+            for name, value in _read_yaml_settings(path, fields, yaml_flag).items():
                 where = f"{plain(path)}: {name}"
                 values[name] = _accepted(_from_yaml(value, hints[name], where), fields[name], where)
     values.update(flags)
@@ -232,7 +234,7 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
 # ---- the YAML file ---------------------------------------------------------------------------------------------------
 
 
-def _read_yaml_settings(path: Path, fields: dict[str, dataclasses.Field], yaml_flag: str) -> dict[str, Any]:
+def _read_yaml_settings(path: str, fields: dict[str, dataclasses.Field], yaml_flag: str) -> dict[str, Any]:
     content = read_yaml(path, f"--{yaml_flag}")
     if content is None:
         return {}
@@ -317,19 +319,20 @@ def _limits(field: dataclasses.Field) -> str:
 def _accepted(value: Any, field: dataclasses.Field, where: str) -> Any:
     """The value with its paths expanded. Raises UserError where it is out of range."""
     if field.metadata.get("path"):
-        entries = [_path(entry, where) for entry in (value if isinstance(value, list) else [value])]
+        project = field.metadata["project"]
+        entries = [_path(entry, project, where) for entry in (value if isinstance(value, list) else [value])]
         value = entries if isinstance(value, list) else entries[0]
     _check_range(value, field, where)
     return value
 
 
-def _path(value: Any, where: str) -> Any:
+def _path(value: Any, project: bool, where: str) -> Any:
     if not isinstance(value, str):  # None, or True where a setting is a path or a truth value
         return value
     path = expanded(value)
     if not path:
         raise UserError(f"{where}: {_show(value)} is no path: give one, or leave the setting out")
-    return path
+    return str(under_root(path)) if project else path
 
 
 def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:

@@ -22,9 +22,11 @@ LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and 
 @dataclass
 class TrainConfig:
     train_config: Optional[str] = setting(
-        None, "YAML file with any of these settings; flags win over it", group=FILES, path=True
+        None, "YAML file with any of these settings; flags win over it", group=FILES, path=True, project=True
     )
-    data_path: Optional[str] = setting(None, "folder with the pictures and img_txt.csv", group=FILES, path=True)
+    data_path: Optional[str] = setting(
+        None, "folder with the pictures and img_txt.csv", group=FILES, path=True, project=True
+    )
     output_path: str = setting("output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True)
     pretrained_model_path: Optional[str] = setting(
         None,
@@ -32,6 +34,7 @@ class TrainConfig:
         "folder",
         group=FILES,
         path=True,
+        project=True,
     )
     pretrained_model_ema: bool = setting(
         False,
@@ -44,18 +47,14 @@ class TrainConfig:
         "any base model",
         group=FILES,
         path=True,
-    )
-    vae_ckpt_path: Optional[str] = setting(
-        None,
-        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
-        "any base model",
-        group=FILES, path=True,
+        project=True,
     )
     model_config: Optional[str] = setting(
         None,
         "YAML of the architecture; None: what the checkpoint is, by what it says and its shapes",
         group=FILES,
         path=True,
+        project=True,
     )
     resume: Union[bool, str] = setting(
         False,
@@ -88,6 +87,7 @@ class TrainConfig:
         "place of lora_targets (docs/lora_toolbox.md); what it leaves out is taken from the settings here",
         group=LORA,
         path=True,
+        project=True,
     )
     lora_dropout: float = setting(
         0.0, "share of a layer's inputs that LoRA does not see in a step", group=LORA, low=0, below=1

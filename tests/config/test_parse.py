@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Config:
-    config: Optional[str] = setting(None, "a YAML file", path=True)
+    config: Optional[str] = setting(None, "a YAML file", path=True, project=True)
     epochs: int = setting(10, "passes over the data", group="schedule", low=1)
     rate: float = setting(1e-5, "learning rate", group="schedule", above=0)
     name: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
@@ -31,6 +31,7 @@ class Config:
     files: Optional[list[str]] = setting(None, "LoRA files")
     resume: Union[bool, str] = setting(False, "go on", path=True)
     folder: Optional[str] = setting(None, "a folder", path=True)
+    data: Optional[str] = setting(None, "a folder that may be the project's", path=True, project=True)
     loras: Optional[list[str]] = setting(None, "files with weights", path=True)
     prompt: str = setting("", "a text")
     decay: float = setting(0.9, "of an average", low=0, below=1)
@@ -242,6 +243,15 @@ def test_the_yaml_file_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("TESTS", "tests")
     with pytest.raises(UserError, match=re.escape(f"{ROOT}/tests/tiny.yaml: unknown setting")):
         parse("--config", "$TESTS/tiny.yaml")  # a file of the project, though none with settings
+
+
+def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse("--folder", "configs", text="data: configs/train\n", tmp_path=tmp_path)
+    assert (config.folder, config.data) == ("configs", str(ROOT / "configs" / "train"))
+    (tmp_path / "configs" / "train").mkdir(parents=True)
+    assert parse("--data", "configs/train").data == "configs/train"
+    assert parse("--data", "configs/nowhere").data == "configs/nowhere"
 
 
 @pytest.mark.parametrize("text", ["1e5", "010", "1:30", "None", "yes", "\udce9", "a: b", "2020-01-01", " x "])
