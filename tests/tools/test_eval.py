@@ -53,12 +53,12 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == EMBEDDED
     found = json.loads((tmp_path / "fid.json").read_text())
-    for text in ("images: 6 real, 5 generated", "fewer than 2,048", "00009.png is no picture",
+    for text in ("images: 6 real, 5 generated", "fewer than 2,048", "00009.png is no image",
                  "generated pictures: 1 left", f"sha256 {found['sha256'][:16]}", found["preprocessing"],
                  f"FID: {found['fid']:.6g}", f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}"):
         assert text in printed
     assert found["generated"]["broken"][0]["file"].endswith("00009.png")
-    assert "no picture" in found["generated"]["broken"][0]["fault"]
+    assert "no image" in found["generated"]["broken"][0]["fault"]
     assert (found["real"]["images"], found["generated"]["images"]) == (6, 5)
     assert found["fid"] > 0 and found["compares_only_with_itself"]
 

@@ -80,7 +80,7 @@ def folder(tmp_path):
         (root / part / "config.json").write_text("{}")
     write_checkpoint(root / "unet" / "diffusion_pytorch_model.fp16.safetensors", arrays["unet"])
     (root / "tokenizer").mkdir()
-    (root / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (root / "tokenizer" / "notes.txt").write_text('{"a": 0}')
     (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return root, arrays
 
@@ -241,7 +241,7 @@ class TestBaseAndLoRA:
         key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
         wanted = arrays["text_encoder"][key] + ONE.layers[Q].update()
         np.testing.assert_allclose(text[key], wanted, rtol=1e-5, atol=1e-5)
-        assert (out / "tokenizer" / "vocab.json").exists() and (out / "model_index.json").exists()
+        assert (out / "tokenizer" / "notes.txt").exists() and (out / "model_index.json").exists()
         assert (out / "unet" / "config.json").exists()
         # not the weights of the base in another type: a reader that prefers them would not see the LoRA
         assert [path.name for path in (out / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
