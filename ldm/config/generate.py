@@ -54,8 +54,8 @@ class GenerateConfig:
     prompt: str = setting("", "the text to draw", group="what to draw")
     data_path: Optional[str] = setting(
         None,
-        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt, those at the end are "
-        "none (a line with a space is an empty prompt there too)",
+        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt, but empty lines at "
+        "the end do not count (a line with a space does)",
         group="what to draw",
         path=True,
         project=True,
@@ -273,8 +273,8 @@ def plan(config: GenerateConfig) -> Plan:
         if len(negative) != len(prompts):
             raise UserError(
                 f"negative_data_path {plain(config.negative_data_path)} has {len(negative)} negative prompts for "
-                f"{len(prompts)} prompts: give as many, or one for all (empty lines at the end are none, a line with a "
-                "space is an empty prompt)"
+                f"{len(prompts)} prompts: give as many, or one for all (empty lines at the end do not count, a line "
+                "with a space does)"
             )
     else:
         negative = [config.negative_prompt] * len(prompts)
