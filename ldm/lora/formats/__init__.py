@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm.config.model import ModelConfig
 from ldm.errors import UserError, plain
-from ldm.files import is_folder, is_there, list_folder
+from ldm.files import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
 from ldm.lora.formats.modules import Base, fitting, known_bases
 from ldm.lora.state import LoRAState
@@ -172,7 +172,7 @@ def check_lora_name(path: str | os.PathLike, format: str) -> None:
     path, kind = Path(path), FORMATS[format]
     if kind.suffixes and path.suffix not in kind.suffixes:
         raise UserError(f"{path}: {format} is written as {' or '.join(kind.suffixes)}: name it so")
-    if not kind.suffixes and (path.is_file() or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")):
+    if not kind.suffixes and (is_file(path) or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin")):
         raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
 
 

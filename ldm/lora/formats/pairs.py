@@ -313,7 +313,8 @@ def _layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], alpha: A
     down, up = (checkpoint[parts[half]] for half in ("down", "up"))
     if "mid" in parts:  # LyCORIS's third factor (rank, rank, k, k) between the two: a convolution in three steps
         mid, inner = checkpoint[parts["mid"]], down.reshape(len(down), -1)
-        down = np.einsum("rskl,si->rikl", mid.astype(np.float32), inner.astype(np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            down = np.einsum("rskl,si->rikl", mid.astype(np.float32), inner.astype(np.float32))
     said = read_number(checkpoint, name, parts["alpha"]) if "alpha" in parts else alpha(name, len(down))
     return layer_of(checkpoint.path, name, down, up, said)
 

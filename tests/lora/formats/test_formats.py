@@ -4,12 +4,24 @@ import itertools
 import json
 import logging
 import re
+import time
 
 import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import FORMATS, base_of, detect_format, lora_files, pairs, read_lora, write_lora, zero_layers
+from ldm.lora.formats import (
+    FORMATS,
+    base_of,
+    detect_format,
+    diffusers,
+    kohya,
+    lora_files,
+    pairs,
+    read_lora,
+    write_lora,
+    zero_layers,
+)
 from ldm.lora.formats.modules import Base, known_bases
 from ldm.lora.state import LoRALayer, LoRAState, match_shapes
 from ldm.weights.checkpoint import Checkpoint
@@ -491,6 +503,20 @@ def test_other_checkpoints(tmp_path, kind):
         read_lora(path)
     message = str(caught.value)
     assert str(path) in message and re.search(pattern, message.replace(str(path), "")) and "\n" not in message
+
+
+@pytest.mark.parametrize("part", [".", "_", ".lora_A", ".lora_A.x", "lora_B.x", ".oft_a", "lora_", ".processor",
+                                  "unet:", "transformer_blocks_", ".to_q_lora", "bundle_emb."])
+def test_a_name_of_any_length_is_looked_at_once(part):
+    """Going back over what was matched would take minutes for these."""
+    start = time.perf_counter()
+    for head, tail in (("", ""), ("lora_unet_", ".lora_down.weight"), ("unet.", ".bias"), ("diffusion_model.", "!")):
+        names = [head + part * (50_000 // len(part)) + tail]
+        for format in FORMATS.values():
+            format.detect(names)
+        pairs.named(names), pairs.without_extras("lora", names)
+        kohya._parse(names[0]), diffusers.parse(names[0])
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize(
