@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim_folder(output, "--output_path"), claim_file(output / "grid.png", "--output_path"), claim_file(
         output / "prompts.txt", "--output_path"
     ):
-        progress(lambda: f"; what is done is kept in {output}: the same command goes on from there")
+        progress(lambda: f"before the end; what is done is kept in {output}: the same command goes on from there")
         demonstrate(output, args.prompts)
 
 

@@ -150,6 +150,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 pictures and 2 prompts"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--backend", "pt"), "--backend pt"),
+    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "\udcb7\udce7"), "is not UTF-8 text"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--ckpt_path", "{two}"), "text file"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--batch_size", "-1"), "--batch_size"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--real_image_path_or_dir", "{made}"),

@@ -322,7 +322,7 @@ class Comparison:
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
 
     def run(self) -> None:
-        progress(lambda: f"; what is done is kept in {self.output}: the same command goes on from there")
+        progress(lambda: f"before the end; what is done is kept in {self.output}: the same command goes on from there")
         with writing(self.output):
             _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
         seeds = self.args.seeds

@@ -42,6 +42,7 @@ from ldm.metrics.report import (  # noqa: E402
 from ldm.outputs import claim_file  # noqa: E402
 from ldm.paths import expanded, user_path  # noqa: E402
 from ldm.prompts import read_prompts  # noqa: E402
+from ldm.texts import valid_text  # noqa: E402
 
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
@@ -102,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = find_images(args.image_path_or_dir)
     real = find_images(args.real_image_path_or_dir) if args.real_image_path_or_dir is not None else []
     prompts = [] if real else find_prompts(args.prompt_or_path, images)
+    if any(valid_text(prompt) != prompt for prompt in prompts):
+        raise UserError(f"--prompt_or_path {plain(args.prompt_or_path)} is not UTF-8 text: type it anew, or set the "
+                        "terminal to UTF-8")
     with claim_file(args.output, "--output"):
         score(args, images, real, prompts)
 
