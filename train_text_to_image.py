@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import sys
 
+from ldm.processes import first_speaks
 from ldm.script import run
 
 
 def main() -> None:
+    with first_speaks():
+        _main()
+
+
+def _main() -> None:
     from ldm.config.parse import parse_config
     from ldm.config.train import TrainConfig
     from ldm.training.checks import check_settings

@@ -104,13 +104,6 @@ def check_flash_attention(enable: bool, runtime: Runtime) -> None:
         raise UserError("enable_flash_attention computes in fp16: use --precision fp16 (or auto)")
 
 
-def is_first_process(use_parallel: bool) -> bool:
-    """Whether this is the process that writes, of those that `msrun` or `mpirun` started; known before they meet."""
-    if not use_parallel:
-        return True
-    return next((os.environ[name] for name in ("RANK_ID", "OMPI_COMM_WORLD_RANK") if name in os.environ), "0") == "0"
-
-
 def give_back_memory() -> None:
     """Return to the system what this process has freed but holds for later; Linux's usual C library can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -40,7 +40,8 @@ from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.outputs import check_file_target, claim_folder
 from ldm.paths import under_root, writing
-from ldm.runtime import Runtime, check_flash_attention, is_first_process, is_out_of_memory, setup_runtime
+from ldm.processes import own_log
+from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
 from ldm.script import progress
 from ldm.training import checkpoints
 from ldm.training.checkpoints import TrainState
@@ -87,20 +88,28 @@ def train(config: TrainConfig) -> Path:
 
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
     """
-    with _claimed(config):
+    runtime = begin(config)
+    output = Path(config.output_path)
+    with _claimed(output) if runtime.rank == 0 else own_log(output / f"log-{runtime.rank}.txt"):
         try:
-            return Trainer(config).run()
+            return Trainer(config, runtime).run()
         finally:
             progress(None)
 
 
+def begin(config: TrainConfig) -> Runtime:
+    """Look at the settings, which all processes do alike, and let the processes meet."""
+    check_settings(config)
+    _check_nothing_is_lost(config)
+    set_up_logging(config.log_level)
+    return setup_runtime(
+        config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
+    )
+
+
 @contextmanager
-def _claimed(config: TrainConfig) -> Iterator[None]:
+def _claimed(output: Path) -> Iterator[None]:
     """Hold the folders that the first process writes to, and try the files in them."""
-    if not is_first_process(config.use_parallel):
-        yield
-        return
-    output = Path(config.output_path)
     with claim_folder(output, "output_path"), claim_folder(output / "ckpt", "output_path"):
         for name in ("log.txt", "metrics.csv", "train_args.yaml"):
             check_file_target(output / name, "output_path")
@@ -108,9 +117,12 @@ def _claimed(config: TrainConfig) -> Iterator[None]:
 
 
 class Trainer:
-    """Builds everything that a run needs; `run` goes through its updates."""
+    """Builds everything that a run needs; `run` goes through its updates.
 
-    def __init__(self, config: TrainConfig):
+    runtime: of `begin`; None calls it.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime | None = None):
         self.config = config
         self.output = Path(config.output_path)
         self.folder = self.output / "ckpt"
@@ -118,12 +130,8 @@ class Trainer:
         self.last_state: Path | None = None
         self.phase = "before the first step"  # until there are updates
         progress(self.what_is_done)
-        check_settings(config)
-        _check_nothing_is_lost(config)
-        set_up_logging(config.log_level)
-        self.runtime = setup_runtime(
-            config.device_target, config.mode, config.jit_level, config.precision, config.seed, config.use_parallel
-        )
+        self.runtime = runtime or begin(config)
+        _check_nothing_is_lost(config)  # again, as the folder is this run's own now
         check_flash_attention(config.enable_flash_attention, self.runtime)
         check_sink(config, self.runtime)
         self.is_first_rank = self.runtime.rank == 0
