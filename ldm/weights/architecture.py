@@ -116,8 +116,9 @@ def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: 
     said = [f"says {key} {value}" for key, value in model_metadata(checkpoint.metadata).items()]
     absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, plan.sources)]
     # A training may begin without a UNet, and the VAE may come from elsewhere.
-    if not said and absent and absent not in ([LABELS["unet"]], [LABELS["vae"]]):
+    if absent and absent not in ([LABELS["unet"]], [LABELS["vae"]]):
         return f"It holds no {' and no '.join(absent)}: give the whole model"
+    said += [f"holds no {part}" for part in absent if said]
     if isinstance(checkpoint, DiffusersFolder):
         said += [f"has no {part}/config.json" for part in COMPONENTS if not checkpoint.config(part)]
     if said:

@@ -38,7 +38,7 @@ TEXT_WITHOUT_MODEL = tuple(
     f"cond_stage_model.transformer.{part}." for part in ("embeddings", "encoder", "final_layer_norm")
 )
 OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 conditions on the penultimate layer
-_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)$")
+_LAYER = re.compile(r"transformer\.resblocks\.([0-9]{1,4})\.(.+?)[._](weight|bias)$")
 
 
 def place(name: str) -> list[Place] | Ignored | None:

@@ -29,6 +29,8 @@ UNET_RESNET = {
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 VAE_ATTENTION_BEFORE_2023 = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+# Of a level or a layer: at most 63, a name with a larger number has no place.
+_NUMBER = r"([0-9]|[1-5][0-9]|6[0-3])"
 
 
 def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
@@ -120,27 +122,27 @@ def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | None]:
 
 
 def _unet_structure(names: list[str]) -> dict[str, Any]:
-    levels = _count(names, r"unet/down_blocks\.(\d+)\.")
-    attends = {int(m[1]) for m in (re.match(r"unet/down_blocks\.(\d+)\.attentions\.", name) for name in names) if m}
+    levels = _count(names, rf"unet/down_blocks\.{_NUMBER}\.")
+    attention = re.compile(rf"unet/down_blocks\.{_NUMBER}\.attentions\.")
+    attends = {int(found[1]) for found in map(attention.match, names) if found}
     return {
         "channel_mult": [1] * levels,
-        "num_res_blocks": _count(names, r"unet/down_blocks\.0\.resnets\.(\d+)\."),
+        "num_res_blocks": _count(names, rf"unet/down_blocks\.0\.resnets\.{_NUMBER}\."),
         "attention_resolutions": [2**level for level in attends],
     }
 
 
 def _vae_structure(names: list[str]) -> dict[str, Any]:
     return {
-        "ch_mult": [1] * _count(names, r"vae/encoder\.down_blocks\.(\d+)\."),
-        "num_res_blocks": _count(names, r"vae/encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "ch_mult": [1] * _count(names, rf"vae/encoder\.down_blocks\.{_NUMBER}\."),
+        "num_res_blocks": _count(names, rf"vae/encoder\.down_blocks\.0\.resnets\.{_NUMBER}\."),
     }
 
 
 def _count(names: list[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the beginning of a name, at most 64."""
+    """One more than the largest number that `pattern` finds at the beginning of a name."""
     found = re.compile(pattern)
-    numbers = (int(match[1]) for match in map(found.match, names) if match)
-    return min(max(numbers, default=-1) + 1, 64)
+    return max((int(match[1]) for match in map(found.match, names) if match), default=-1) + 1
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Made]:

@@ -88,8 +88,8 @@ def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConf
         return replace(model, added_tokens=tokens)  # where there are less, loading names the shapes
     if rows != VOCABULARY_SIZE + len(learned):
         raise UserError(
-            f"{checkpoint.path} adds {len(learned)} tokens to CLIP's {VOCABULARY_SIZE:,}{_shown(learned)}, but its "
-            f"text encoder's token embedding has {rows:,} rows: take tokenizer/ and text_encoder/ of one run, the "
+            f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
+            f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and text_encoder/ of one run, the "
             "embedding resized to the tokenizer's length"
         )
     return replace(model, text={**model.text, "vocab_size": rows}, added_tokens=tokens)

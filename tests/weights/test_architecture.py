@@ -174,6 +174,13 @@ class TestDiffusersFolders:
         # Without config.json the shapes tell, and the scheduler.
         assert found(Folder(published, version, settings_of(model, vae=None))) == [path]
 
+    @pytest.mark.parametrize("part, words", [("text_encoder", "It holds no text encoder: give the whole model"),
+                                             ("vae", "and holds no VAE and has no vae/config.json")])  # fmt: skip
+    def test_a_network_that_is_missing_is_named(self, published, part, words):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **{part.split("_")[0]: None}))
+        folder._shapes = {name: shape for name, shape in folder._shapes.items() if not name.startswith(part)}
+        assert words in what_it_says(folder, plan_base(folder), "say it")
+
     def test_a_config_that_is_missing_is_named_where_the_shapes_are_of_no_known_model(self, published):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), unet=None))
         folder._shapes = {**folder._shapes, "vae/post_quant_conv.weight": [16, 16, 1, 1]}

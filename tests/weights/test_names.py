@@ -345,6 +345,26 @@ class TestUnknownNames:
             to_diffusers({name: np.zeros(1)}, SD)
 
 
+class TestNumbersWithoutBounds:
+    """A name with a number that no model has is unknown, and costs nothing."""
+
+    LARGE = ("64", "999999999", "9" * 6000, "²")
+
+    @pytest.mark.parametrize("number", LARGE)
+    @pytest.mark.parametrize("name", ["unet/down_blocks.{}.attentions.0.norm.weight", "unet/up_blocks.{}.x.weight",
+                                      "unet/down_blocks.0.resnets.{}.conv1.weight",
+                                      "vae/encoder.down_blocks.{}.resnets.0.conv1.weight",
+                                      "vae/encoder.down_blocks.0.resnets.{}.conv1.weight"])  # fmt: skip
+    def test_of_a_diffusers_folder(self, name, number):
+        plan = plan_names(["unet/conv_out.weight", name.format(number)])
+        assert plan.unknown == [name.format(number)] and len(plan.sources) == 1
+
+    @pytest.mark.parametrize("number", ["9" * 6000, "²"])
+    def test_of_openclips_layers(self, number):
+        name = f"cond_stage_model.model.transformer.resblocks.{number}.ln_1.weight"
+        assert plan_names(["model.diffusion_model.out.2.bias", name]).unknown == [name]
+
+
 class TestLeftovers:
     """Keys without use: what is known to do no harm is told with the reason, in every family of names."""
 
