@@ -89,8 +89,8 @@ def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConf
     if rows != VOCABULARY_SIZE + len(learned):
         raise UserError(
             f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
-            f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and text_encoder/ of one run, the "
-            "embedding resized to the tokenizer's length"
+            f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and "
+            "text_encoder/ of one run, the embedding resized to the tokenizer's length"
         )
     return replace(model, text={**model.text, "vocab_size": rows}, added_tokens=tokens)
 
