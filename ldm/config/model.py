@@ -231,7 +231,6 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
     def refuse(problem: str) -> None:
         raise _error(path, problem)
 
-    check_size(unet, vae, text, f"model configuration {plain(path)}")
     for name, params in (("unet_config", unet), ("ddconfig", vae), ("cond_stage_config", text)):
         for key, value in params.items():
             # -1 is the published way to say that the other of the two counts.
@@ -239,6 +238,7 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
             for number in value if isinstance(value, list) else [value]:
                 if type(number) is int and number < 1 and not unset:
                     refuse(f"{key} in {name} is {_shown(value)}; it must be above 0")
+    check_size(unet, vae, text, f"model configuration {plain(path)}")
     if text["activation"] not in ACTIVATIONS:
         refuse(f"activation in cond_stage_config is {_shown(text['activation'])}; it must be "
                f"{' or '.join(ACTIVATIONS)}")

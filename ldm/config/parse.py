@@ -224,7 +224,7 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
                 number = kind(word)
             except ValueError:
                 continue
-            if math.isfinite(number):
+            if kind is int or math.isfinite(number):
                 return number
     if str in kinds:
         return word

@@ -135,6 +135,7 @@ def test_yaml_is_read(text, name, value, tmp_path):
         (["--decay", "0.99999999"], "below 1 (in fp32, which is computed with, it is 1.0)"),
         (["--betas", "0.9", "0.99999999"], "2 values (in fp32, which is computed with, it is 1.0)"),
         (["--epochs", "9" * 5000], "is not a whole number"),
+        (["--epochs", "-" + "9" * 900], "at least 1"),
         (["--" + "a" * 5000], "unknown setting --aaa"),
         (["a" * 5000], '" does not belong'),
         (["--rate", "\x1b[2J\udce9"], '"\\x1b[2J\\xe9" is not a number'),
