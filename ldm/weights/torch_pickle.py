@@ -42,7 +42,8 @@ STORAGES = {
 INERT = {
     "_codecs.encode", "argparse.Namespace", "typing.Any", "pathlib.PosixPath", "pathlib.WindowsPath",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
-        "set", "frozenset", "complex", "bytearray", "slice", "range", "dict", "list", "int", "float", "str", "bool")),
+        "set", "frozenset", "complex", "bytearray", "slice", "range", "xrange", "dict", "list", "tuple", "int", "long",
+        "float", "str", "unicode", "bytes", "bool")),
     "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "numpy.core.numeric._frombuffer",
     "numpy._core.numeric._frombuffer",
@@ -239,8 +240,11 @@ class _Machine:
         else:
             self.push(_CALLS[function.text](arguments) if function.text in _CALLS else _NOTHING)
 
-    def _storage(self) -> None:
+    def _persistent(self) -> None:
         identity = self.stack.pop()
+        if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+            self.push(identity[1])  # files of before 1.6 have the source of a module's class beside its name
+            return
         if not (isinstance(identity, tuple) and 5 <= len(identity) <= 6 and identity[0] == "storage"):
             raise Damaged("an unknown kind of storage")
         _, kind, key, _device, _count, *view = identity  # what a storage is a view of, in files of before 1.6
@@ -283,7 +287,7 @@ _ON_TOP = {
     "NEWOBJ": _Machine._call,
     "NEWOBJ_EX": lambda machine: machine._call(3),
     "BUILD": _Machine._build,
-    "BINPERSID": _Machine._storage,
+    "BINPERSID": _Machine._persistent,
 }
 
 
@@ -301,8 +305,8 @@ def _refusal(module: str, name: str) -> str:
     if module.split(".")[0] in PROGRAMS:
         return (f"its pickle wants to run {name}, which no weights need, so it may be malicious: get the weights as "
                 ".safetensors")
-    return (f"its pickle names {name}, which is unknown here and is not run: save its state_dict alone, or get the "
-            "weights as .safetensors")
+    return (f"its pickle names {name}, which is unknown here and is not run: save its state_dict alone, of plain "
+            "tensors, or get the weights as .safetensors")
 
 
 def _tensor(arguments: tuple[Any, ...]) -> Tensor:

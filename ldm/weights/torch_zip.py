@@ -38,8 +38,10 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
         if len(pickles) != 1:
             raise UserError(f"{path} is a zip archive with {len(pickles)} PyTorch pickles, not a checkpoint")
         root = pickles[0][: -len("data.pkl")]
-        # Before anything is unpacked: the tensors are read in place, and unpackers have errors of their own.
-        if any(member.compress_type != zipfile.ZIP_STORED for name, member in members.items() if name.startswith(root)):
+        # Before anything is unpacked: the tensors are read in place, and unpackers have errors of their own. Only the
+        # code of a TorchScript archive is compressed, which is not read.
+        read = (name for name in members if name in pickles or name.startswith(f"{root}data/"))
+        if any(members[name].compress_type != zipfile.ZIP_STORED for name in read):
             raise UserError(f"{path} is a compressed zip; PyTorch writes uncompressed ones: {again}")
         program = archive.read(pickles[0], MOST_PICKLE)
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder", MOST_ORDER) != b"little":

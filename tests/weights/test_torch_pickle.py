@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -86,6 +87,17 @@ class TestNames:
         names = b"\x8c\x0bcollections\x94\x8c\x0bOrderedDict\x94\x93\x94)R\x94"
         (value,), _ = run(io.BytesIO(b"\x80\x04\x95\0\0\0\0\0\0\0\0" + names + b"\x8c\x01aK\x01s\x8f(K\x01\x90\x86."))
         assert value[0] == {"a": 1}
+
+    def test_a_program_with_its_weights_is_called_so(self, tmp_path):
+        path = write_torch(tmp_path / "x.pt", Call("__torch__.torch.nn", "Module"))
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/code/__torch__.py", "x = 1\n" * 100)
+        with pytest.raises(UserError, match="TorchScript archive"):
+            open_checkpoint(path)
+
+    def test_a_modules_class_with_its_source_as_before_1_6(self):
+        module = b"(" + text("module") + b"ctorch.nn.modules.container\nParameterDict\n" + text("x.py") + text("...")
+        assert list(tensors(b"](" + module + b"tQ)\x81}b" + tensor() + b"e")) == ["1"]
 
     def test_attributes_change_no_storage(self):
         # A storage's type once could be set so after it had been checked.
