@@ -489,8 +489,10 @@ class Trainer:
             if not largest <= HUGE:  # not finite either
                 return (f"the weights were as large as {largest:.3g} in {self.last_state} already: go on from a state "
                         "before it with a lower start_learning_rate, or start again")
-        others = ", or another process's inputs are not finite (see its log)" if self.runtime.rank_size > 1 else ""
-        return f"lower start_learning_rate, or set clip_grad{others}"
+        way = "lower start_learning_rate, or set clip_grad"
+        if self.runtime.rank_size > 1:
+            way += f", or see {self.output}/log-*.txt: another process's inputs may be at fault"
+        return way
 
     def _dropout_keys(self) -> list[np.ndarray]:
         """One for each micro-step, a function of its number."""
