@@ -31,8 +31,8 @@ REFUSED = {
     "modules_to_save": "saved with whole layers (modules_to_save), which are no low-rank pairs: not supported",
 }
 # Bounds for the patterns of a file: how many, characters of one, repetitions within one ("{2,3}", multiplied), which
-# `regex` writes out, and seconds for all together.
-MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 8.0
+# `regex` writes out, and seconds of computing for all together: its own clock is that too.
+MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 5.0
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
 # What `regex` reads otherwise than `re` does, with which PEFT compares: approximate matches and classes by name.
 _READ_OTHERWISE = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
@@ -109,7 +109,7 @@ class Adapter:
         `re` says whether they are regular expressions; `regex` compares, which stops after a time that is given.
         """
         compiled = []
-        start = time.perf_counter()
+        start = time.process_time()
         for pattern, value in getattr(self, key).items():
             if len(pattern) > LONGEST_PATTERN:
                 raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} has {len(pattern):,} characters, at "
@@ -121,7 +121,7 @@ class Adapter:
             if _READ_OTHERWISE.search(pattern):
                 raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
                                 "has: name the layers")
-            if time.perf_counter() - start > self._seconds:
+            if time.process_time() - start > self._seconds:
                 raise self._too_long(key, pattern)
             whole = rf"(.*\.)?({pattern})$"
             try:
@@ -132,7 +132,7 @@ class Adapter:
             except (re.error, regex.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression "
                                 f"({plain(error, 80)})") from None
-        self._seconds -= time.perf_counter() - start
+        self._seconds -= time.process_time() - start
         return compiled
 
     def _too_long(self, key: str, pattern: str) -> UserError:
@@ -143,9 +143,9 @@ class Adapter:
         """What the first pattern that fits a layer says; of all comparisons, MOST_SECONDS together."""
         # transformers 4 has `text_model.` before the names of a text encoder, and a pattern may have it.
         names = (f"text_model.{module}", module)
-        start = time.perf_counter()
+        start = time.process_time()
         for pattern, value in patterns:
-            left = self._seconds - (time.perf_counter() - start)
+            left = self._seconds - (time.process_time() - start)
             try:
                 if left <= 0:
                     raise TimeoutError
@@ -154,7 +154,7 @@ class Adapter:
                     break
             except TimeoutError:
                 raise self._too_long(key, pattern.pattern[len(r"(.*\.)?(") : -len(")$")]) from None
-        self._seconds -= time.perf_counter() - start
+        self._seconds -= time.process_time() - start
         return default
 
 

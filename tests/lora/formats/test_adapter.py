@@ -99,11 +99,14 @@ class TestPatterns:
                 assert adapter.alpha(module.path, 8) == (1 if fits else 8), module.path
 
     @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-    def test_one_that_never_ends_is_given_up(self, monkeypatch, key):
+    @pytest.mark.parametrize("pattern", [
+        "((a?){31}){31}",  # 0.2 s for each name
+        "(?:.*(?!q)){1,31}[A-Z]",  # more than minutes for one
+    ])  # fmt: skip
+    def test_one_that_never_ends_is_given_up(self, monkeypatch, key, pattern):
         monkeypatch.setattr(adapters, "MOST_SECONDS", 0.1)
-        settings = {key: {"((a?){31}){31}": 8}}
         with pytest.raises(UserError, match=rf"adapter_config.json: {key} takes more than 0.1 s .*31.*name the layers"):
-            adapter = Adapter(settings, "adapter_config.json")
+            adapter = Adapter({key: {pattern: 8}}, "adapter_config.json")
             for module in known_bases()[0].modules:
                 adapter.alpha(module.path, 8)
 
