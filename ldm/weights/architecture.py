@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config.model import (
+    MOST_SIDE,
+    MOST_TIMESTEPS,
     NUM_GROUPS,
     ModelConfig,
     load_model_config,
@@ -40,9 +42,7 @@ DEFAULTS = {
     "vae": {"double_z": True, "num_groups": NUM_GROUPS},
     "text": {"vocab_size": VOCABULARY_SIZE, "length": 77},
 }
-# The largest numbers that a folder's config.json files may give: of no model that is known.
-MOST_LATENT_PIXELS = 4096
-MOST_TIMESTEPS = 100_000
+# The largest numbers that a folder's config.json files may give, beside those of a model YAML.
 MOST_HEADS = 1024
 MOST_GROUPS = 65_536
 
@@ -316,7 +316,7 @@ def _from_folder(
     vae_factor = 2 ** (len(sizes["vae"]["ch_mult"]) - 1)
     sample_size = unet.get("sample_size") or 64
     sample_size = sample_size[0] if isinstance(sample_size, list) else sample_size
-    whole("unet/config.json", {"sample_size": sample_size}, "sample_size", 64, MOST_LATENT_PIXELS)
+    whole("unet/config.json", {"sample_size": sample_size}, "sample_size", 64, MOST_SIDE // vae_factor)
     config = ModelConfig(
         path=str(folder.path),
         architecture="custom",

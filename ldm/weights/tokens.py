@@ -40,15 +40,17 @@ def tokens_of_folder(read_json: Callable[[str], Mapping[str, Any]], path: Path) 
         UserError: the files contradict each other or CLIP's vocabulary, or the vocabulary is another one.
     """
     where = path / "tokenizer"
+    names = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "vocab.json")
+    files = {name: read_json(f"tokenizer/{name}") for name in names}
     found: dict[str, AddedToken] = {}
-    for file, entries in _listed(read_json, where).items():
+    for file, entries in _listed(files, where).items():
         for text, token, flags in entries:
             added = _added_token(text, token, flags, f"{where / file}")
             other = found.setdefault(added.text, added)
             if other.token != added.token:
                 raise UserError(f"{where / file} gives {plain(text, 60)} the id {added.token}, another file beside it "
                                 f"{other.token}: save the tokenizer again")
-    _check_vocabulary(read_json, where)
+    _check_vocabulary(files, where)
     return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
 
 
@@ -101,11 +103,10 @@ def without_tokens(model: ModelConfig) -> ModelConfig:
     return replace(model, text=text, added_tokens=()) if model.added_tokens else model
 
 
-def _listed(read_json: Callable[[str], Mapping[str, Any]], where: Path) -> dict[str, list[tuple[Any, Any, dict]]]:
+def _listed(files: Mapping[str, Mapping[str, Any]], where: Path) -> dict[str, list[tuple[Any, Any, dict]]]:
     """File -> (text, id, flags) of each token that it lists. Raises UserError for lists of another form."""
-    decoder = read_json("tokenizer/tokenizer_config.json").get("added_tokens_decoder") or {}
-    whole = read_json("tokenizer/tokenizer.json").get("added_tokens") or []
-    plain_ids = read_json("tokenizer/added_tokens.json")
+    decoder = files["tokenizer_config.json"].get("added_tokens_decoder") or {}
+    whole = files["tokenizer.json"].get("added_tokens") or []
     if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
         raise UserError(f"{where / 'tokenizer_config.json'}: added_tokens_decoder is no list of tokens by id: save the "
                         "tokenizer again")
@@ -117,7 +118,7 @@ def _listed(read_json: Callable[[str], Mapping[str, Any]], where: Path) -> dict[
             for token, entry in decoder.items()
         ],
         "tokenizer.json": [(entry.get("content"), entry.get("id"), entry) for entry in whole],
-        "added_tokens.json": [(text, token, {}) for text, token in plain_ids.items()],
+        "added_tokens.json": [(text, token, {}) for text, token in files["added_tokens.json"].items()],
     }
 
 
@@ -152,11 +153,11 @@ def _checked(tokens: list[AddedToken], where: str) -> tuple[AddedToken, ...]:
     return tuple(tokens)
 
 
-def _check_vocabulary(read_json: Callable[[str], Mapping[str, Any]], where: Path) -> None:
+def _check_vocabulary(files: Mapping[str, Mapping[str, Any]], where: Path) -> None:
     """Raise UserError for another vocabulary than CLIP's, with which every prompt would mean something else."""
-    file, ids = "vocab.json", read_json("tokenizer/vocab.json")
+    file, ids = "vocab.json", files["vocab.json"]
     if not ids:
-        model = read_json("tokenizer/tokenizer.json").get("model")
+        model = files["tokenizer.json"].get("model")
         file, ids = "tokenizer.json", model.get("vocab") if isinstance(model, dict) else None
     if not ids:
         return
