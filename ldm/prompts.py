@@ -13,6 +13,7 @@ from ldm.files import read_text
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 128 << 20  # of a file: a million prompts of 130 characters
+MOST_PROMPTS = 1_000_000
 MOST_CHARACTERS = 10_000  # of one prompt; the text encoder sees about 300 of them
 LINES_NAMED = 5  # in a warning
 WAY = "give a text file with one prompt a line"
@@ -32,11 +33,15 @@ def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
         name: of the setting, for messages.
 
     Raises:
-        UserError: the file cannot be read (see ldm.files), holds no text, or is larger than MOST_BYTES or
-            MOST_CHARACTERS a line.
+        UserError: the file cannot be read (see ldm.files), holds no text, or has more than MOST_BYTES, MOST_PROMPTS or
+            MOST_CHARACTERS a prompt.
     """
     where = f"{name} {plain(os.fspath(path))}"
-    lines = [line.strip() for line in read_text(path, name, WAY, MOST_BYTES).rstrip("\n").split("\n")]
+    text = read_text(path, name, WAY, MOST_BYTES).rstrip("\n")
+    count = text.count("\n") + 1
+    if count > MOST_PROMPTS:
+        raise UserError(f"{where} has {count:,} lines, at most {MOST_PROMPTS:,} are read: split it into several files")
+    lines = [line.strip() for line in text.split("\n")]
     if not any(lines):
         raise UserError(f"{where} is empty: write one prompt a line")
     for number, line in enumerate(lines, 1):

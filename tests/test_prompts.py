@@ -101,6 +101,7 @@ def test_ordinary_prompts_are_not_warned_of(content, prompts, caplog):
     [
         (b"\n \n\n", "is empty: write one prompt a line"),
         (b"a\n" + b"x" * (MOST_CHARACTERS + 1), f"line 2: a prompt of 10,001 characters, at most {MOST_CHARACTERS:,}"),
+        (b"a\n" * 1_000_001, "has 1,000,001 lines, at most 1,000,000 are read: split it"),
         (b"a cat\n\xb0\xa1\n", "line 2: not a UTF-8 text file"),
         ("a cat\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (b"PK\3\4\0\0", "line 1: not a text file"),
