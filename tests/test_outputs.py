@@ -272,13 +272,12 @@ def test_a_full_disk_keeps_the_text_of_a_lock_back_not_the_lock(tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["text", "link", "folder", "pipe"])
 def test_what_another_program_calls_its_lock_is_left_alone(tmp_path, kind):
-    worth, lock = tmp_path / "worth", tmp_path / "out" / ".lock"
-    worth.write_text("of worth")
+    elsewhere, lock = tmp_path / "elsewhere", tmp_path / "out" / ".lock"
     lock.parent.mkdir()
-    {"text": lambda: lock.write_text("pid 7"), "link": lambda: lock.symlink_to(worth), "folder": lock.mkdir,
+    {"text": lambda: lock.write_text("pid 7"), "link": lambda: lock.symlink_to(elsewhere), "folder": lock.mkdir,
      "pipe": lambda: os.mkfifo(lock)}[kind]()  # fmt: skip
     with pytest.raises(UserError, match="out cannot be locked, since .*lock is another program's"):
         with claim_folder(tmp_path / "out", "output_path"):
             pass
-    assert worth.read_text() == "of worth" and os.path.lexists(lock)
+    assert not elsewhere.exists() and os.path.lexists(lock)
     assert kind != "text" or lock.read_text() == "pid 7"
