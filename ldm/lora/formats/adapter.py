@@ -32,7 +32,7 @@ REFUSED = {
 }
 # Bounds for the patterns of a file: how many, characters of one, repetitions within one ("{2,3}", multiplied), which
 # `regex` writes out, and seconds of computing for all together: its own clock is that too.
-MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 5.0
+MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 3.0
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
 # What `regex` reads otherwise than `re` does, with which PEFT compares: approximate matches and classes by name.
 _READ_OTHERWISE = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
