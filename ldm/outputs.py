@@ -30,6 +30,7 @@ from ldm.paths import check_free
 
 logger = logging.getLogger(__name__)
 
+MOST_TRIES = 100  # each after another process removed the lock file between two calls
 _HOLDER = "process "  # how the text of a lock file begins
 
 
@@ -170,7 +171,7 @@ def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
 def _lock(lock: Path, target: Path, name: str) -> int | None:
     """The handle of the locked file, None where the file system has no locks."""
     ours = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
-    while True:
+    for _ in range(MOST_TRIES):
         try:
             handle, foreign = _opened(lock)
         except OSError as error:
@@ -211,6 +212,10 @@ def _lock(lock: Path, target: Path, name: str) -> int | None:
             os.close(handle)
             raise _refused(target, name, error) from None
         os.close(handle)  # its holder removed it between the two calls
+    else:
+        logger.warning("%s: the file system gives its lock another number each time: two runs at once would mix there",
+                       target)  # fmt: skip
+        return None
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{ours} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
     try:

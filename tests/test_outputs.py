@@ -260,6 +260,12 @@ def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch
     assert "has no locks" in caplog.text and names(tmp_path) == []
 
 
+def test_a_file_system_without_lasting_inode_numbers_is_warned_of_and_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
+    with claim_folder(tmp_path, "output_path"):
+        assert "another number each time" in caplog.text
+
+
 def test_a_full_disk_keeps_the_text_of_a_lock_back_not_the_lock(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
