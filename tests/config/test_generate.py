@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ldm.errors import UserError
 from ldm.weights.read import write_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
+codecs.lookup("utf-8-sig")  # Python's own files may not be another user's to read
 
 
 def parse(command):
@@ -331,6 +333,19 @@ def test_a_checkpoint_whose_shapes_do_not_tell_needs_a_version(place, width):
     context_file(place / "mine.safetensors", width)
     with pytest.raises(UserError, match="which model is mine.safetensors.*--version.*--config"):
         plan(parse("--prompt x --ckpt_path mine.safetensors"))
+
+
+@pytest.mark.parametrize("flag", ["data_path", "ckpt_path", "unet_ckpt_path", "lora_ckpt_path", "config", "init_latents"]
+                         )  # fmt: skip
+@pytest.mark.parametrize("kind", ["a file", "a folder on the way"])
+def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, kind):
+    closed = unprivileged / "closed"
+    closed.mkdir()
+    (closed / "file").write_text("x")
+    (closed / "file" if kind == "a file" else closed).chmod(0)
+    prompt = [] if flag == "data_path" else ["--prompt", "x"]
+    with pytest.raises(UserError, match="closed/file.* Permission denied: give this user the permission"):
+        plan(parse_config(GenerateConfig, [*prompt, f"--{flag}", str(closed / "file"), "--version", "nano"]))
 
 
 @pytest.mark.parametrize(
