@@ -335,8 +335,9 @@ def test_a_checkpoint_whose_shapes_do_not_tell_needs_a_version(place, width):
         plan(parse("--prompt x --ckpt_path mine.safetensors"))
 
 
-@pytest.mark.parametrize("flag", ["data_path", "ckpt_path", "unet_ckpt_path", "lora_ckpt_path", "config", "init_latents"]
-                         )  # fmt: skip
+@pytest.mark.parametrize(
+    "flag", ["data_path", "ckpt_path", "unet_ckpt_path", "lora_ckpt_path", "config", "init_latents"]
+)
 @pytest.mark.parametrize("kind", ["a file", "a folder on the way"])
 def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, kind):
     closed = unprivileged / "closed"
