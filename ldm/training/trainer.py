@@ -91,10 +91,9 @@ def train(config: TrainConfig) -> Path:
     runtime = begin(config)
     output = Path(config.output_path)
     with _claimed(output) if runtime.rank == 0 else own_log(output / f"log-{runtime.rank}.txt"):
-        try:
-            return Trainer(config, runtime).run()
-        finally:
-            progress(None)
+        path = Trainer(config, runtime).run()
+        progress(None)  # not after an interrupt, which is said when this has unwound
+        return path
 
 
 def begin(config: TrainConfig) -> Runtime:
