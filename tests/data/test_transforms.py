@@ -334,6 +334,10 @@ def test_an_image_of_a_hundred_megapixels_is_within_the_bounds():
     assert transforms.MOST_MEMORY // transforms.BYTES_A_PIXEL > 11_648 * 8_736 < transforms.MOST_BYTES // 6
 
 
+def test_the_memory_of_a_large_image_goes_back_to_the_system():
+    assert Image.core.get_block_size() > 32 << 20  # glibc keeps what is smaller
+
+
 def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encoded("PNG"))
