@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.npy import NotNumpy, read_array, read_header
 from ldm.paths import writing
 
-MOST_BYTES = 128 << 20  # of an array of saved statistics: the covariance of 4096 features, Inception has 2048
+MOST_BYTES = 129 << 20  # of an array of saved statistics: the covariance of 4096 features; Inception has 2048
 JOINED = 512  # features that wait before a covariance takes them in: each time costs a pass over all of its numbers
 
 
