@@ -251,11 +251,9 @@ class _NearNames:
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> list[Path]:
-        """The paths of all such files."""
+        """The paths of all such files; ".." is in no listing, so all are in the folder."""
         places = [self._folder]
         for part in os.path.normpath(name.replace("\\", "/")).split("/"):
-            if part == os.pardir:
-                return []
             places = [place / near for place in places for near in self._names(place).get(_folded(part), ())]
         return places
 

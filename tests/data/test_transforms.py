@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -353,6 +354,7 @@ def test_threads_share_a_bound_and_what_is_larger_is_alone():
         with budget.hold(units):
             inside.append(units)
             seen.append(tuple(inside))
+            time.sleep(0.001)
             inside.remove(units)
 
     threads = [threading.Thread(target=work, args=(units,)) for units in (4, 30, 5, 6, 30, 1, 9) * 20]
