@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm.script import EXIT_CODES
+from ldm.script import EXIT_CODES, ignored
 
 TURN = 0.1  # seconds
 PATIENCE = 2.0  # seconds that a child has after either signal; both are less than ldm.script.GRACE
@@ -15,7 +15,9 @@ PATIENCE = 2.0  # seconds that a child has after either signal; both are less th
 
 def hear_signals() -> None:
     """For `preexec_fn` of programs that are not this project's: ldm.script blocks the signals in its own threads, a
-    child inherits that, and could be ended by nothing but SIGKILL."""
+    child inherits that, and could be ended by nothing but SIGKILL. What was ignored from the beginning stays so."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 

@@ -34,6 +34,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 GRACE = 5.0  # seconds
 
 _started: float | None = None
+ignored: set[int] = set()
 _received: int | None = None
 _screen = 2  # where the last line goes
 _after_a_bar = False  # it begins a new line then
@@ -49,12 +50,13 @@ def start() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a stream of a test or a notebook may have no such method
             stream.reconfigure(errors="backslashreplace")
-    # `nohup` and shells that start a process in the background ignore some: they stay ignored.
+    # `nohup` and shells that start a process in the background ignore some: those are blocked and never waited for.
     heard = {number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN}
+    ignored.update(EXIT_CODES.keys() - heard)
     if not heard:
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which interrupt_main calls
     threading.Thread(target=_listen, args=(heard,), daemon=True, name="signals").start()
     sys.excepthook = _except
 
@@ -79,8 +81,7 @@ def run(main: Callable[[], None]) -> None:
         _conclude()
     # What is left is Python's own end: a signal may simply end it.
     for number in EXIT_CODES:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 

@@ -60,6 +60,14 @@ def test_ctrl_c_in_a_terminal_reaches_both():
     assert sorted(err.splitlines()) == ["interrupted as the child", "interrupted as the parent"]
 
 
+def test_what_the_parent_ignores_its_children_ignore():
+    child = "import time; print('ready', flush=True); time.sleep(0.3)"
+    process = parent(child, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+
+
 def test_the_exit_code_is_the_childs():
     process = parent("raise SystemExit(7)")
     process.communicate(timeout=30)

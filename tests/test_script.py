@@ -82,10 +82,11 @@ def test_nothing_half_written_stays_even_where_the_main_thread_never_unwinds(tmp
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "rank_1"]
 
 
-def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(tmp_path):
-    """As `nohup` has it."""
-    code = "import time\nprint('ready')\ntime.sleep(0.3)\nprint('done')"
-    result = interrupted(code, signal.SIGHUP, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_path):
+    """As `nohup` has it, and a shell script that starts a process in the background."""
+    code = "import time\ndef main():\n    print('ready')\n    time.sleep(0.3)\n    print('done')\nrun(main)"
+    result = interrupted(code, number, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert result == (0, "done\n", "")
 
 
