@@ -535,7 +535,7 @@ def test_two_trainings_do_not_share_a_folder_and_a_killed_one_lets_it_go(base, d
     finally:
         holder.kill()
         holder.wait()
-    monkeypatch.setattr("ldm.training.trainer.Trainer", lambda config: SimpleNamespace(run=lambda: "done"))
+    monkeypatch.setattr("ldm.training.trainer.Trainer", lambda *_: SimpleNamespace(run=lambda: "done"))
     assert train(settings(base, data, output)) == "done" and not list(output.iterdir())
 
 

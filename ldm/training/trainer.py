@@ -160,6 +160,11 @@ class Trainer:
         self.own_files = OwnFiles(self.folder, goes_on)
         if state is None and config.lora_init_path is not None:
             self._start_from_lora(config.lora_init_path)
+        if self.is_first_rank:
+            path = self.output / "train_args.yaml"
+            with writing(path):
+                # of this start alone: the file holds all settings itself, and a new run has nothing to resume
+                save_config(config, path, leave_out=("train_config", "resume"))
         self.inputs = Inputs(
             config,
             self.model_config,
@@ -349,11 +354,6 @@ class Trainer:
     def run(self) -> Path:
         """Go through the updates that are left."""
         config = self.config
-        if self.is_first_rank:
-            path = self.output / "train_args.yaml"
-            with writing(path):
-                # of this start alone: the file holds all settings itself, and a new run has nothing to resume
-                save_config(config, path, leave_out=("train_config", "resume"))
         logger.info(
             "%d updates of %d x %d x %d pictures (%.1f epochs of %d rows) on %s in %s",
             self.plan.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
