@@ -26,7 +26,7 @@ from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
 from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
-from ldm.paths import check_free
+from ldm.paths import check_free, writing
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.checkpoint import Arrays, Checkpoint
@@ -203,16 +203,13 @@ def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
 
 def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
     check_free(path, empty_folder=True)
-    try:
-        with atomic_folder(path) as folder:
-            shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)
-            for component, place in base.places.items():
-                prefix = f"{component}/"
-                names = {name[len(prefix) :]: name for name in arrays if name.startswith(prefix)}
-                file = folder / place.relative_to(base.path) / f"{STEMS[component][0]}.safetensors"
-                write_checkpoint(file, View(arrays, names), {"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path), atomic_folder(path) as folder:
+        shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)
+        for component, place in base.places.items():
+            prefix = f"{component}/"
+            names = {name[len(prefix) :]: name for name in arrays if name.startswith(prefix)}
+            file = folder / place.relative_to(base.path) / f"{STEMS[component][0]}.safetensors"
+            write_checkpoint(file, View(arrays, names), {"format": "pt"})
 
 
 def _weights_of(base: DiffusersFolder):

@@ -13,10 +13,10 @@ import yaml
 
 from ldm.atomic import atomic_path
 from ldm.config.model import ModelConfig, load_model_config, model_document, model_metadata
-from ldm.errors import UserError, plain, system_reason
+from ldm.errors import UserError, plain
 from ldm.files import is_file
 from ldm.models.stable_diffusion import build_model
-from ldm.paths import check_free
+from ldm.paths import check_free, writing
 from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
 from ldm.weights.base import open_base, plan_base
@@ -242,10 +242,7 @@ def form_of(target: Path, form: str | None) -> str:
 def _write_yaml(path: Path, model: ModelConfig, source: Path) -> None:
     text = f"# The model of {source.name}, as it was converted.\n"
     text += yaml.safe_dump(model_document(model), sort_keys=False, allow_unicode=True, width=120)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
+    with writing(path), atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     assert same_model(model, load_model_config(path))
     logger.info("%s: the model's YAML, for --config and --model_config", path)

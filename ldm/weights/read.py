@@ -12,6 +12,7 @@ import numpy as np
 from ldm.atomic import atomic_path
 from ldm.errors import UserError, plain, system_reason
 from ldm.files import is_folder, open_file
+from ldm.paths import writing
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.files import describe, looks_like_text, map_file
 from ldm.weights.mindspore_ckpt import open_ckpt, write_ckpt
@@ -66,11 +67,8 @@ def write_checkpoint(
     for name, text in metadata.items():
         if not isinstance(text, str):
             raise TypeError(f"metadata {name!r} is {type(text).__name__}, only str is written")
-    try:
-        with atomic_path(path) as temporary:
-            WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _InMemory(arrays), metadata)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path), atomic_path(path) as temporary:
+        WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _InMemory(arrays), metadata)
 
 
 class _InMemory(Arrays):

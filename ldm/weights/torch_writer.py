@@ -13,7 +13,7 @@ from typing import Union
 import numpy as np
 
 from ldm.atomic import atomic_path
-from ldm.errors import UserError
+from ldm.paths import writing
 from ldm.weights.checkpoint import BFLOAT16
 
 STORAGES = {
@@ -31,15 +31,13 @@ def write_torch(path: Path, value: Value) -> None:
     """
     arrays: list[np.ndarray] = []
     program = b"\x80\x02" + _made(value, arrays) + b"."
-    try:
-        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with writing(path), atomic_path(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("archive/data.pkl", program)
             archive.writestr("archive/byteorder", "little")
             for i, array in enumerate(arrays):
                 archive.writestr(f"archive/data/{i}", array.tobytes())
             archive.writestr("archive/version", "3\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _made(value: Value, arrays: list[np.ndarray]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.atomic import atomic_folder
 from ldm.config.model import NUM_GROUPS, ModelConfig
-from ldm.errors import UserError, system_reason
+from ldm.paths import writing
 from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.checkpoint import Arrays
@@ -34,16 +34,13 @@ def write_folder(path: Path, model: ModelConfig, parts: Mapping[str, Arrays]) ->
         "scheduler/scheduler_config.json": scheduler_config(model),
         **_tokenizer(model),
     }
-    try:
-        with atomic_folder(path) as folder:
-            for name, content in texts.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (folder / name).write_text(text, encoding="utf-8")
-            for component, arrays in parts.items():
-                write_safetensors(folder / component / FILES[component], arrays, {"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
+    with writing(path), atomic_folder(path) as folder:
+        for name, content in texts.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        for component, arrays in parts.items():
+            write_safetensors(folder / component / FILES[component], arrays, {"format": "pt"})
 
 
 def _index() -> dict[str, Any]:

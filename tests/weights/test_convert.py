@@ -346,7 +346,7 @@ class TestRefusing:
     def test_a_place_that_cannot_be_written(self, tmp_path, source):
         (tmp_path / "file").write_text("x")
         for name in ("file/x.ckpt", "file/folder"):
-            with pytest.raises(UserError, match="cannot write"):
+            with pytest.raises(UserError, match="cannot be written"):
                 convert(source(), tmp_path / name, model_config=MODELS["tiny"])
 
     def test_a_disk_that_fills_up_leaves_nothing(self, tmp_path, source, monkeypatch):

@@ -418,7 +418,7 @@ class TestWriting:
 
     def test_a_place_that_cannot_be_written_is_named(self, tmp_path, suffix):
         write(tmp_path / "file", b"")
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="cannot be written"):
             write_checkpoint(tmp_path / "file" / f"x{suffix}", ARRAYS)
 
     def test_metadata_is_text(self, tmp_path, suffix):
