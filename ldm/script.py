@@ -18,12 +18,15 @@ process itself. Everything is written beside and renamed, so this is safe at any
 from __future__ import annotations
 
 import _thread
+import glob
+import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +35,7 @@ from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 GRACE = 5.0  # seconds
+LAST_WORD = 1.0  # seconds that the last line may take
 
 _started: float | None = None
 ignored: set[int] = set()
@@ -39,6 +43,18 @@ _received: int | None = None
 _screen = 2  # where the last line goes
 _after_a_bar = False  # it begins a new line then
 _describe: Callable[[], str] | None = None
+_concluding = threading.Lock()
+
+
+class _Screen(io.FileIO):
+    """Standard error, which drops what is refused (a full disk behind `2> file`, a terminal or a reader that has gone):
+    the work goes on without it."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def start() -> None:
@@ -47,9 +63,7 @@ def start() -> None:
     if _started is not None:
         return
     _started = time.time()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a stream of a test or a notebook may have no such method
-            stream.reconfigure(errors="backslashreplace")
+    _open_streams()
     # `nohup` and shells that start a process in the background ignore some: those are blocked and never waited for.
     heard = {number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN}
     ignored.update(EXIT_CODES.keys() - heard)
@@ -65,8 +79,9 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's `main`, and end the process as the module's first lines say."""
     start()
     try:
-        main()
-        sys.stdout.flush()
+        with _concluded():
+            main()
+            sys.stdout.flush()
     except UserError as error:
         _fail(error)
     except BrokenPipeError:  # its reader has gone, as `| head` does; what is left goes nowhere
@@ -77,8 +92,6 @@ def run(main: Callable[[], None]) -> None:
         _fail(system_error(error))
     except MemoryError:
         _fail(UserError("this machine's memory is not enough: use smaller sizes or batches, or a smaller file"))
-    if _received is not None:
-        _conclude()
     # What is left is Python's own end: a signal may simply end it.
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
@@ -91,9 +104,38 @@ def progress(describe: Callable[[], str] | None) -> None:
     _describe = describe
 
 
-def _fail(error: Exception) -> None:
-    if _received is not None:  # what an interrupted library makes of it
+def _open_streams() -> None:
+    """Let every text be printed, wherever standard output and error lead."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would have its number, and be printed into
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)
+    if sys.stderr is sys.__stderr__:  # not a test's or a notebook's
+        encoding = getattr(sys.stderr, "encoding", "utf-8")
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Screen(2, "w", closefd=False)), encoding, line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stream of a test or a notebook may have no such method
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _concluded() -> Iterator[None]:
+    """End the process with the block where it was interrupted, whatever the interrupted libraries raise. sys.excepthook
+    is not enough for that: MindSpore sets its own when it compiles with a cache or meets other processes."""
+    try:
+        yield
+    except BaseException as error:
+        if _received is not None or isinstance(error, KeyboardInterrupt):
+            _conclude()
+        raise
+    if _received is not None:
         _conclude()
+
+
+def _fail(error: Exception) -> None:
     print(f"error: {plain(error, LONGEST_MESSAGE)}", file=sys.stderr)
     sys.exit(2)
 
@@ -121,22 +163,30 @@ def _except(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 
 def _conclude() -> None:
-    """Say in one line what was done, leave nothing half-written, end the process. Python's own end is passed over: it
+    """Leave nothing half-written, say in one line what was done, end the process. Python's own end is passed over: it
     waits for threads, and MindSpore's fails where its import was interrupted."""
+    code = EXIT_CODES[signal.SIGINT if _received is None else signal.Signals(_received)]
+    if not _concluding.acquire(timeout=LAST_WORD):  # another thread does it, and is stuck
+        os._exit(code)
     try:
+        remove_temporaries()
+        _remove_compiler_notes()
+        # Who reads these streams may have stopped reading without closing them, as `less` does.
+        patience = threading.Timer(LAST_WORD, os._exit, [code])
+        patience.daemon = True
+        patience.start()
         done = f" {plain(_describe(), LONGEST_MESSAGE)}" if _describe is not None else ""
         line = "\n" * _after_a_bar + f"interrupted{done}\n"
         sys.stdout.flush()
         os.write(_screen, line.encode("utf-8", "backslashreplace"))
     finally:  # a closed terminal must not keep it from ending
-        remove_temporaries()
-        _remove_compiler_notes()
-        os._exit(EXIT_CODES[signal.SIGINT if _received is None else signal.Signals(_received)])
+        os._exit(code)
 
 
 def _remove_compiler_notes() -> None:
     """Take away what MindSpore writes into the working directory when its compiler is interrupted."""
-    for file in Path().glob("rank_*/om/analyze_fail.ir"):
+    for name in glob.glob("rank_*/om/analyze_fail.ir"):  # unlike Path.glob, it passes over what vanishes meanwhile
+        file = Path(name)
         try:
             if file.stat().st_mtime >= (_started or 0) - 1:
                 file.unlink()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 # Before MindSpore is imported, here or in a process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
@@ -37,19 +39,25 @@ def fixed_seed():
 
 @pytest.fixture
 def unprivileged():
-    """A folder that an ordinary user owns, and the test running as that user: root may read everything."""
+    """A folder, and the test running without root's right to read and write everything: as an ordinary user's."""
     folder = Path(tempfile.mkdtemp(prefix="ordinary-user-"))
-    user = os.geteuid()
-    if user == 0:
-        os.chown(folder, 65534, 65534)
-        os.setegid(65534)
-        os.seteuid(65534)
+    restore = _drop_file_rights() if os.geteuid() == 0 else lambda: None
     yield folder
-    if user == 0:
-        os.seteuid(0)
-        os.setegid(0)
+    restore()
     subprocess.run(["chmod", "-R", "u+rwx", str(folder)], check=False)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_file_rights() -> Callable[[], None]:
+    """Take CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH from this thread (see `man capset`); the result gives them back."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 of each
+    libc.capget(header, before)
+    without = (ctypes.c_uint32 * 6)(*before)
+    without[0] &= ~0b110
+    assert libc.capset(header, without) == 0, os.strerror(ctypes.get_errno())
+    return lambda: libc.capset(header, before)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -222,8 +224,26 @@ class TestWithoutPermission:
             with claim_folder(unprivileged / "closed", "output_path"):
                 pass
 
-    def test_another_users_file_in_a_shared_folder(self, unprivileged):
-        shared = unprivileged / "shared"
+
+
+@pytest.fixture
+def nobody():
+    """A folder of the user nobody, as whom the test runs; it may become root again. For tests with two users."""
+    if os.geteuid() != 0:
+        pytest.skip("another user's files can be made by root alone")
+    folder = Path(tempfile.mkdtemp(prefix="nobody-"))
+    os.chown(folder, 65534, 65534)
+    os.setegid(65534)
+    os.seteuid(65534)
+    yield folder
+    os.seteuid(0)
+    os.setegid(0)
+    shutil.rmtree(folder)
+
+
+class TestWithAnotherUser:
+    def test_another_users_file_in_a_shared_folder(self, nobody):
+        shared = nobody / "shared"
         os.seteuid(0)
         shared.mkdir()
         (shared / "theirs.json").touch()
@@ -234,19 +254,19 @@ class TestWithoutPermission:
                 pass
         assert names(shared) == ["theirs.json"]
 
-    def test_another_users_lock_is_told_while_it_is_held_and_removed_afterwards(self, unprivileged):
+    def test_another_users_lock_is_told_while_it_is_held_and_removed_afterwards(self, nobody):
         os.seteuid(0)
-        lock = unprivileged / ".lock"
+        lock = nobody / ".lock"
         lock.write_text("process 7 on another")
         lock.chmod(0o644)
         with open(lock) as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             os.seteuid(65534)
-            with pytest.raises(UserError, match="in use by process 7 on another"), claim_folder(unprivileged, "output"):
+            with pytest.raises(UserError, match="in use by process 7 on another"), claim_folder(nobody, "output"):
                 pass
-        with claim_folder(unprivileged, "output"):
+        with claim_folder(nobody, "output"):
             assert lock.owner() == "nobody"
-        assert names(unprivileged) == []
+        assert names(nobody) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])

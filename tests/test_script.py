@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,40 @@ DEAF = "import time, ldm.script\nldm.script.GRACE = 0.2\n{}print('ready')\ntime.
 def test_a_signal_ends_a_script_with_one_line_and_its_code(number, code, where, tmp_path):
     lines = {"while importing": BUSY, "in main": IN_MAIN}.get(where, DEAF.format(""))
     assert interrupted(lines, number, tmp_path) == (code, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("number, code", ENDS)
+def test_a_library_that_sets_its_own_excepthook_changes_nothing(number, code, tmp_path):
+    """As MindSpore does when it compiles with a cache."""
+    own = "sys.excepthook = lambda *error: print('a hundred lines')\n"
+    assert interrupted(own + IN_MAIN, number, tmp_path) == (code, "", "interrupted\n")
+
+
+def test_a_second_signal_ends_it_at_once_with_the_same_one_line(tmp_path):
+    again = "import os, signal, threading, time\nthreading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+    code = again + "print('ready')\ntime.sleep(20)"
+    started = time.monotonic()
+    assert interrupted(code, signal.SIGINT, tmp_path) == (130, "", "interrupted\n")
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(stream, tmp_path):
+    """As `less` does; the main thread is held up in its write."""
+    code = (
+        "import os, ldm.script\nldm.script.GRACE = 0.1\nos.write(1, b'ready\\n')\n"
+        f"while True: os.write({stream}, b'x' * 65536)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        assert os.read(process.stdout.fileno(), 6) == b"ready\n"
+        time.sleep(0.2)
+        process.terminate()
+        assert process.wait(timeout=10) == 143
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_the_line_says_what_is_done(tmp_path):
@@ -132,3 +167,29 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a reader that has gone"])
+def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    main = "from tqdm import tqdm\nfor i in tqdm(range(3)): print(i, file=sys.stderr)\nopen('done', 'w').close()"
+    target = open("/dev/full", "w") if full else writer
+    body = "".join(f"    {line}\n" for line in main.splitlines())
+    done = subprocess.run([sys.executable, "-c", f"{START}def main():\n{body}run(main)"], stderr=target, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_nothing_is_printed_into_a_file_where_the_streams_are_closed(tmp_path):
+    main = (
+        "import os\nwith open('result', 'wb', buffering=0) as file:\n    file.write(b'sound')\n"
+        "    print('a')\n    print('b', file=sys.stderr)\n    os.write(1, b'c')\n    os.write(2, b'd')\n"
+        "    sys.stdout.flush()\n    raise UserError('e')"
+    )
+    body = "".join(f"    {line}\n" for line in main.splitlines())
+    (tmp_path / "script.py").write_text(f"{START}def main():\n{body}run(main)\n")
+    done = subprocess.run(f"'{sys.executable}' script.py <&- >&- 2>&-", shell=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    assert done.returncode == 2 and (tmp_path / "result").read_bytes() == b"sound"

@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.atomic import LONGEST_NAME
 from ldm.data.dataset import IMAGE_SUFFIXES
 from ldm.data.transforms import BrokenImage, decoded
 from ldm.errors import UserError, plain
@@ -28,11 +27,12 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 CLIP_PREPROCESSING = ("openai", "squash")
 STRIP = 20  # times as long as wide
+_COUNTED = re.compile(r"(.*?)([0-9]+)\.[A-Za-z]+")
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """An image, or the images of a folder sorted by name, numbers in names by their value; of this project's output
-    folder those in samples/.
+    """An image, or the images of a folder sorted by name (see `_in_order`); of this project's output folder those in
+    samples/.
 
     Raises UserError where there is none.
     """
@@ -51,16 +51,20 @@ def find_images(path: str | Path) -> list[Path]:
         below = next((name for name in names if _has_images(path / name)), None)
         hint = f"; there are some in {plain(path / below)}" if below else f" ({', '.join(IMAGE_SUFFIXES)})"
         raise UserError(f"{plain(path)} has no images in it{hint}")
-    ordered = sorted(found, key=_by_numbers)
+    ordered = _in_order(found)
     if ordered != found:
         logger.warning("%s: the images are taken by the numbers in their names, %s before %s", path,
                        *next(pair for pair in zip(ordered, ordered[1:]) if pair[0] > pair[1]))  # fmt: skip
     return [path / name for name in ordered]
 
 
-def _by_numbers(name: str) -> tuple[str, str]:
-    """The key that sorts 2.png before 10.png, and all else as text is sorted."""
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(LONGEST_NAME), name), name
+def _in_order(names: list[str]) -> list[str]:
+    """Names that differ in a number at their end alone by that number, as their writer counted (2.png before 10.png);
+    others as text is sorted, which is what lists of prompts go by."""
+    counted = [_COUNTED.fullmatch(name) for name in names]
+    if not all(counted) or len({match[1] for match in counted}) > 1:
+        return names
+    return sorted(names, key=lambda name: (int(_COUNTED.fullmatch(name)[2]), name))
 
 
 def _has_images(folder: Path) -> bool:
@@ -187,7 +191,8 @@ class ImageBatches:
                     places, pictures = [], []
         if not found:
             path, fault = self.broken[0]
-            raise UserError(f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}")
+            raise UserError(f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}: "
+                            "give other images")
 
     def _open(self, path: Path) -> np.ndarray | str:
         """The prepared picture, or what is wrong with it."""

@@ -89,8 +89,9 @@ def run_filled(network: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:
 
 def inception(path: str | Path) -> ImageNetwork:
     """The FID's Inception from the PyTorch or MindSpore file at `path`. Raises UserError if it is another file."""
+    weights = read_inception(path)
     network = InceptionFeatures()
-    load_inception(network, read_inception(path))
+    load_inception(network, weights)
     network.set_train(False)
     sha256 = content_hash(path)
     published = PUBLISHED.get(sha256[:8])

@@ -13,7 +13,7 @@ def check_settings(config: TrainConfig) -> None:
     """Raise UserError for a setting that is missing, a file that is not there, a model YAML that cannot be read and a
     size that is not the model's."""
     ways = {
-        "data_path": "give the folder with the pictures and img_txt.csv",
+        "data_path": "give the folder with the images and img_txt.csv",
         "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
     }
     for name, way in ways.items():
@@ -26,6 +26,8 @@ def check_settings(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path is not None and not is_folder(path, name):
             check_file(path, name)
+    if isinstance(config.resume, str) and not is_folder(config.resume, "resume"):
+        check_file(config.resume, "resume", "give a training state (state-<step>.safetensors) or the folder of a run")
     if config.lora_config is not None:
         check_file(under_root(config.lora_config), "lora_config", "give the path of a JSON or YAML file")
     if config.pretrained_model_ema and config.unet_initialize_random:

@@ -21,9 +21,9 @@ STEMS = {
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
-# What stands in the names of files beside the stem: full precision first, and the moving averages before the weights
-# that they are of, as in the files without a variant.
-VARIANTS = ("", ".fp32", ".ema", ".non_ema", ".fp16", ".bf16")
+# What stands in the names of files beside the stem: full precision first. Published files without a variant and in half
+# precision are the moving averages; the weights that they are of come last.
+VARIANTS = ("", ".fp32", ".ema", ".fp16", ".bf16", ".non_ema")
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
 WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 
@@ -80,7 +80,7 @@ class DiffusersFolder(Arrays):
         variant, name = there[0]
         self.variants[component] = variant[1:]
         non_ema = next((other for other_variant, other in there if other_variant == ".non_ema"), None)
-        if variant in ("", ".fp32", ".ema") and non_ema is not None:
+        if variant != ".non_ema" and non_ema is not None:
             self.has_averages = self.has_averages or component == "unet"
             self.notes.append(f"{component}/{name} is taken, the moving averages (EMA), and not {non_ema} beside it")
         elif variant:

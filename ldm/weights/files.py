@@ -13,12 +13,12 @@ from ldm.files import is_there, open_file
 # What a file begins with, and what to call it. Order matters: the first that fits names the file.
 _FOREIGN = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` or download it again"),
-    (b"\x89PNG", "a PNG picture, not a checkpoint"),
-    (b"\xff\xd8\xff", "a JPEG picture, not a checkpoint"),
-    (b"GIF8", "a GIF picture, not a checkpoint"),
+    (b"\x89PNG", "a PNG image, not a checkpoint"),
+    (b"\xff\xd8\xff", "a JPEG image, not a checkpoint"),
+    (b"GIF8", "a GIF image, not a checkpoint"),
     (b"\x93NUMPY", "a numpy .npy file, not a checkpoint"),
     (b"\x89HDF", "an HDF5 file (Keras?), not a checkpoint"),
-    (b"GGUF", "a GGUF file, not a checkpoint that can be read here"),
+    (b"GGUF", "a GGUF file, not a checkpoint"),
     (b"%PDF", "a PDF, not a checkpoint"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
@@ -50,8 +50,12 @@ def _beside(path: Path) -> list[str]:
 
 
 def describe(path: Path, data: mmap.mmap) -> str:
-    """What a file that is no checkpoint of ours is, by its first bytes."""
-    head = data[:512]
+    """What a file that is no checkpoint of ours is, by its first bytes, and the way out."""
+    found = _kind(path, data[:512])
+    return found if ":" in found else f"{found}: give a .safetensors or a .ckpt"
+
+
+def _kind(path: Path, head: bytes) -> str:
     for magic, name in _FOREIGN:
         if head.startswith(magic):
             return name

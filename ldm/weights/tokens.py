@@ -25,6 +25,8 @@ METADATA = "added_tokens"  # the key of a checkpoint's texts
 TOKEN_ROWS = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MOST_TOKENS = 100_000
 LONGEST_TEXT = 500
+# transformers can fill the embedding up with rows of no token, to a multiple that suits a device (8, 64, 128).
+ROWS_MULTIPLE, MOST_FILLING = 8, 128
 # transformers lists these among the added tokens; "!" is what SD2's tokenizer fills up with.
 _OWN_TEXTS = (START_TEXT, END_TEXT, "!")
 
@@ -78,7 +80,8 @@ def tokens_metadata(tokens: tuple[AddedToken, ...]) -> dict[str, str]:
 def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConfig:
     """The model with the tokens that a checkpoint adds, and its text encoder with as many rows.
 
-    Raises UserError where the tokens and the rows of the file's token embedding are not as many.
+    Raises UserError where the rows of the file's token embedding are not as many as the tokens, nor filled up to a
+    multiple of ROWS_MULTIPLE.
     """
     if TOKEN_ROWS not in plan.sources:
         return model
@@ -88,7 +91,9 @@ def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConf
     learned = [added for added in tokens if added.token >= VOCABULARY_SIZE]
     if not learned and rows <= model.text.get("vocab_size", VOCABULARY_SIZE):
         return replace(model, added_tokens=tokens)  # where there are less, loading names the shapes
-    if rows != VOCABULARY_SIZE + len(learned):
+    expected = VOCABULARY_SIZE + len(learned)
+    filled_up = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MOST_FILLING
+    if rows != expected and not filled_up:
         raise UserError(
             f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
             f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and "

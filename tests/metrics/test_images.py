@@ -33,13 +33,14 @@ def test_pictures_are_found_sorted_by_name_whatever_their_kind(tmp_path):
     assert [path.name for path in find_images(tmp_path)] == ["00009.bmp", "00010.webp", "a.png", "b.JPG", "c.pgm"]
 
 
-def test_numbers_in_names_are_sorted_by_their_value_and_that_is_said_once(tmp_path, caplog):
-    names = [f"{number}.png" for number in range(12)]
+@pytest.mark.parametrize("beginning", ["", "img_v2_"])
+def test_names_that_count_are_in_the_order_of_their_numbers_and_that_is_said_once(tmp_path, caplog, beginning):
+    names = [f"{beginning}{number}.png" for number in range(12)]
     for name in names:
         save(tmp_path / name)
     assert [path.name for path in find_images(tmp_path)] == names
     [record] = caplog.records
-    assert "9.png before 10.png" in record.getMessage()
+    assert f"{beginning}9.png before {beginning}10.png" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,12 @@ def test_numbers_in_names_are_sorted_by_their_value_and_that_is_said_once(tmp_pa
         ["a.png", "a1.png", "b.png"],
         ["0a1f.png", "0b2.png"],
         ["1.png", "2.png"],
+        ["1f9d1-200d-1f37c.png", "1f9d1-200d-1f9b1.png", "1f9d1.png"],  # emoji's code points, which are hexadecimal
+        ["a1_10.png", "a1_9.png", "b1_2.png"],
+        ["1.png", "10.png", "2.png", "cover.png"],
     ],
 )
-def test_names_that_are_sorted_either_way_need_no_word(tmp_path, caplog, names):
+def test_other_names_are_in_the_order_of_text_without_a_word(tmp_path, caplog, names):
     for name in names:
         save(tmp_path / name)
     assert [path.name for path in find_images(tmp_path)] == names
@@ -244,7 +248,7 @@ def test_what_is_no_file_and_what_is_too_large_is_left_out_too(tmp_path):
 
 def test_where_all_are_broken_one_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="not one of 1 images.*a.png"):
+    with pytest.raises(UserError, match="not one of 1 images.*a.png.*: give other images"):
         list(ImageBatches([tmp_path / "a.png"], plain, 2))
 
 

@@ -144,7 +144,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
     (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
     (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
     (fid, (*REAL, *MADE, "--ckpt_path", ""), "is a folder"),  # of a variable that is not set: no other network instead
-    (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG picture"),
+    (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG image"),
     (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "nowhere.txt"), "nowhere.txt does not exist"),
     (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),

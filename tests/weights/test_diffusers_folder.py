@@ -118,7 +118,7 @@ class TestForms:
         path = folder(tmp_path / "sd", unet=write)
         (note,) = open_folder(path).notes
         assert "the moving averages (EMA), and not diffusion_pytorch_model.non_ema.safetensors beside it" in note
-        for taken in (1, 3, 0, 2):
+        for taken in (1, 0, 2, 3):
             checkpoint = open_folder(path)
             assert checkpoint["unet/conv_in.weight"] == taken
             checkpoint.files[0].unlink()
