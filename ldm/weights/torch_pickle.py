@@ -40,7 +40,10 @@ STORAGES = {
 # What stands beside the weights in files of PyTorch Lightning, of textual inversion and of trainers; nothing of it is
 # needed, and nothing of it is made.
 INERT = {
-    "_codecs.encode", "argparse.Namespace", "typing.Any", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "_codecs.encode", "argparse.Namespace", "collections.deque", "typing.Any",
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in (  # the second is Python 3.13's
+        "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
         "set", "frozenset", "complex", "bytearray", "slice", "range", "xrange", "dict", "list", "tuple", "int", "long",
         "float", "str", "unicode", "bytes", "bool")),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import OrderedDict, deque
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -79,6 +83,15 @@ class TestNames:
     )
     def test_tensors_are_found_in_every_kind_of_dictionary(self, new):
         assert list(tensors(new + text("w") + tensor() + b"s")) == ["w"]
+
+    @pytest.mark.parametrize("protocol", [2, 4])
+    def test_what_trainers_note_beside_the_weights_is_passed_over(self, protocol):
+        notes = [
+            datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc), datetime.timedelta(1), PurePosixPath("x"),
+            PureWindowsPath("x"), Path("x"), deque([1.0]), Namespace(lr=1e-5), {1}, np.float64(1), np.arange(3),
+        ]  # fmt: skip
+        (value,), _ = run(io.BytesIO(pickle.dumps({"notes": notes, "step": 7}, protocol)))
+        assert value["step"] == 7 and find_tensors(value) == {}
 
     def test_python_2_gives_an_ordered_dictionary_its_items_as_a_list(self):
         assert list(tensors(b"ccollections\nOrderedDict\n](](" + text("w") + tensor() + b"ee\x85R")) == ["w"]
