@@ -268,7 +268,9 @@ def plan(config: GenerateConfig) -> Plan:
     prompts = read_prompts(config.data_path, "data_path") if config.data_path is not None else [config.prompt]
     if config.negative_data_path is not None:
         negative = read_prompts(config.negative_data_path, "negative_data_path")
-        if len(negative) == 1:
+        if len(negative) == 1 < len(prompts):
+            logger.info("negative_data_path %s: its only line is for all %d prompts",
+                        plain(config.negative_data_path), len(prompts))  # fmt: skip
             negative = negative * len(prompts)
         if len(negative) != len(prompts):
             raise UserError(

@@ -144,10 +144,12 @@ def test_images_go_by_prompt_first(place):
     assert job.negative_prompts == ["blurry"] * 6 and job.images_per_prompt == 2
 
 
-def test_negative_prompts_are_one_for_all_or_one_each(place):
-    (place / "one.txt").write_text("blurry\n")
+def test_negative_prompts_are_one_for_all_or_one_each(place, caplog):
+    caplog.set_level("INFO")
+    (place / "one.txt").write_text("blurry\n\n")
     (place / "three.txt").write_text("blurry\n\ngrey\n")
     assert planned("--data_path prompts.txt --negative_data_path one.txt").negative_prompts == ["blurry"] * 3
+    assert "negative_data_path one.txt: its only line is for all 3 prompts" in caplog.text
     assert planned("--data_path prompts.txt --negative_data_path three.txt").negative_prompts == ["blurry", "", "grey"]
 
 
