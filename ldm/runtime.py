@@ -19,7 +19,7 @@ os.environ.setdefault("GLOG_v", "3")
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ldm.errors import UserError  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,14 @@ def _join_ranks() -> tuple[int, int]:
             "use_parallel wants one process a device: start it with "
             "msrun --worker_num=8 --local_worker_num=8 --join=True train_text_to_image.py ..."
         )
-    communication.init()
+    try:
+        communication.init()  # msrun's scheduler stays in here until the others have ended
+    except RuntimeError as error:
+        reason = plain(str(error).strip().partition("\n")[0])
+        raise UserError(
+            f"a process of this run did not come or has ended ({reason}): its own error is above, or in the launcher's "
+            "log of that process"
+        ) from None
     rank, rank_size = communication.get_rank(), communication.get_group_size()
     ms.set_auto_parallel_context(
         parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=rank_size
