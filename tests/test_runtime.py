@@ -110,12 +110,13 @@ def test_parallel_without_msrun_says_how_to_start_it(monkeypatch):
 
 def test_a_process_that_has_ended_is_no_traceback_of_the_others(monkeypatch):
     """Least of all of msrun's scheduler, whose output comes last."""
+
     def init():
         raise RuntimeError("The total number of timed out node is 1\n\n- C++ Call Stack:\nmeta_server_node.cc:550")
 
     monkeypatch.setenv("MS_ROLE", "MS_SCHED")
     monkeypatch.setattr(ms.communication, "init", init)
-    with pytest.raises(UserError, match=r"has ended \(The total number of timed out node is 1\): its own error is above"):
+    with pytest.raises(UserError, match=r"has ended \(The total number of timed out node is 1\): its own error"):
         setup_runtime("CPU", use_parallel=True)
 
 
