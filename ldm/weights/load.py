@@ -210,7 +210,8 @@ def refusal(checkpoint: Arrays, report: LoadReport) -> str:
         example = f"; for example {types[0][0]} is {types[0][1]}: take the file in fp32, fp16 or bf16"
     elif missing or unexpected:
         example = f"; for example {plain((missing or unexpected)[0])}"
-    return f"{checkpoint.path} does not fit the model{f': {why}' if why else ''} ({report}{example})"
+    way = "" if wrong or types or missing else ": take out of the file what no network here has"
+    return f"{checkpoint.path} does not fit the model{f': {why}' if why else ''} ({report}{example}){way}"
 
 
 def _absent(report: LoadReport) -> list[str]:
