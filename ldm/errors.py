@@ -56,11 +56,9 @@ def system_reason(error: OSError) -> str:
     return f"{reason}: {way}"
 
 
-def system_error(error: OSError, name: str = "") -> UserError:
-    """The UserError for an answer of the operating system; `name` is what the setting or file is called, None for what
-    the error itself names."""
-    path = error.filename if error.filename is not None else ""
+def system_error(error: OSError) -> UserError:
+    """The UserError for an answer of the operating system, with the file that it names."""
+    path = "standard output, or a file that is open," if error.filename is None else error.filename
     if isinstance(path, bytes):
         path = path.decode("utf-8", "surrogateescape")
-    subject = " ".join(str(part) for part in (name, path) if part != "")
-    return UserError(f"{subject or 'a file'} cannot be used: {system_reason(error)}")
+    return UserError(f"{path} cannot be used: {system_reason(error)}")

@@ -340,6 +340,10 @@ def test_a_run_that_always_overflows_stops_loudly(base, data, empty_run, monkeyp
     assert trainer.done == 50
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_says_how_to_go_on(base, data, copy_of_vanilla, tmp_path, monkeypatch):
     change = {**VANILLA, "max_steps": 14}
     newest = find_states(copy_of_vanilla / "ckpt")[0]
@@ -376,6 +380,21 @@ def test_a_run_that_is_interrupted_while_it_encodes_says_so(base, data, tmp_path
     with pytest.raises(KeyboardInterrupt):
         Trainer(settings(base, data, tmp_path / "run"))
     assert said[0]() == "after encoding 3 of 10 images; nothing was saved yet"
+
+
+def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsaved(
+    base, data, copy_of_vanilla, monkeypatch
+):
+    said = []
+    monkeypatch.setattr("ldm.training.trainer.progress", said.append)
+    newest = find_states(copy_of_vanilla / "ckpt")[0]
+    ways = {"load_base": "what was saved before stays", "Inputs": f"--resume True goes on from {newest}"}
+    for place, way in ways.items():
+        with monkeypatch.context() as context:
+            context.setattr(f"ldm.training.trainer.{place}", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                Trainer(settings(base, data, copy_of_vanilla, **VANILLA, resume=True))
+        assert said[-1]() == f"before the first step; {way}"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), 1.0])

@@ -6,6 +6,7 @@ ldm.models.device_forms takes MindSpore's own operators: the same numbers, slowe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -118,8 +119,9 @@ def _seal(name: str, body: bytes) -> bytes:
 def _compile(compiler: list[str], path: Path) -> None:
     """Compile kernels.cc to `path`. The compiler's temporary files lie in a folder beside it, which is removed."""
     for left in path.parent.glob(f"{WORKSHOP}*"):  # of killed processes; younger ones may be at work
-        if time.time() - left.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # its process has just removed it
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=WORKSHOP, dir=path.parent) as workshop:
         made = Path(workshop) / path.name
         _output([*compiler, *COMPILE, str(SOURCE), *LINK, "-o", str(made)], {**os.environ, "TMPDIR": workshop})

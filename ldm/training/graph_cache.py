@@ -67,9 +67,7 @@ def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
     sound = False
     try:
         yield found
-        if not found:
-            sound = _keep(writing, final)
-        sound = found or sound
+        sound = found or _keep(writing, final)
     finally:
         ms.set_context(enable_compile_cache=False)
         for path in folder.iterdir():

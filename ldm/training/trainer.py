@@ -156,6 +156,8 @@ class Trainer:
         self.trained_names: list[str] = []
         trainable = self._choose_trainable()
         state = self._state_to_resume(trainable) if config.resume else None
+        if state is not None:
+            self.last_state = state.path
         goes_on = config.resume is True or state is not None and self._is_below(state.path)
         self.own_files = OwnFiles(self.folder, goes_on)
         if state is None and config.lora_init_path is not None:
@@ -346,7 +348,7 @@ class Trainer:
     def _take_over(self, state: TrainState) -> None:
         self.step.load_state(state.arrays)
         self.scaler = make_loss_scaler(self.config, self.runtime, state.scaler)
-        self.done, self.last_state = state.step, state.path
+        self.done = state.step
         logger.info("going on after step %d of %d, from %s", state.step, self.plan.updates, state.path)
 
     # ---- running -----------------------------------------------------------------------------------------------------
@@ -542,7 +544,7 @@ class Trainer:
 
     def _way_on(self) -> str:
         if self.last_state is None:
-            return "nothing was saved yet"
+            return "what was saved before stays" if self.config.resume else "nothing was saved yet"
         own = self.last_state.parent == self.folder
         return f"--resume {True if own else self.last_state} goes on from {self.last_state}"
 

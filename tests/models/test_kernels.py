@@ -112,10 +112,11 @@ class TestCompiling:
         left.mkdir()
         young.mkdir()
         os.utime(left, (0, 0))
+        ready.with_name(f"{kernels.WORKSHOP}gone").symlink_to("nowhere")  # as one that is removed at this moment
         body = ready.read_bytes()[:-32]
         ready.unlink()
         monkeypatch.setattr(kernels, "_output", lambda command, _=None: made(command, body))
-        library()
+        assert library() == ready
         assert not left.exists() and young.exists()
 
     def test_another_source_is_compiled_anew(self, library, ready, tmp_path, monkeypatch):
