@@ -262,7 +262,9 @@ def _from_yaml(value: Any, hint: Any, where: str) -> Any:
     elif type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
         return float(value)
     elif isinstance(value, str) and _reads_unquoted(value, hint):
-        raise UserError(f"{where}: {_show(value)} is a text, not {_wanted(hint)}: leave the quotes away")
+        # A number with a zero before it is none in a YAML: some read it as octal.
+        zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""
+        raise UserError(f"{where}: {_show(value)} is a text, not {_wanted(hint)}: leave the quotes away{zeros}")
     elif str in kinds and not isinstance(value, (list, dict)):
         raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
     raise UserError(f"{where}: {_show(value)} is not {_wanted(hint)}")
