@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 # csv's own limit, held here too: MindSpore raises it for the whole process when some of its modules are imported.
 LONGEST_FIELD = 131_072
 MOST_ROWS = 1_000_000  # 1 GB
+MOST_BYTES = 128 << 20  # of the CSV: as many rows of 130 characters
 
 
 class Row(NamedTuple):
@@ -127,8 +128,9 @@ def _find_csv(folder: Path, csv_name: str) -> Path:
 
 
 def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]:
-    text = read_text(csv_path, way="write it as a UTF-8 CSV")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    way = "write it as a UTF-8 CSV, a large one in parts"
+    # The text itself is not kept: StringIO copies it.
+    reader = csv.reader(io.StringIO(read_text(csv_path, way=way, most=MOST_BYTES), newline=""), strict=True)
     rows: list[_CsvRow] = []
     image_at = text_at = -1
     header: list[str] = []

@@ -427,3 +427,5 @@ def test_a_csv_of_too_many_rows_is_refused(folder, monkeypatch):
     monkeypatch.setattr("ldm.data.dataset.MOST_ROWS", 19)
     write(folder, lines())
     assert "has more than 19 rows: split it" in refusal(folder)
+    monkeypatch.setattr("ldm.data.dataset.MOST_BYTES", 50)
+    assert "at most 50 are read: write it as a UTF-8 CSV, a large one in parts" in refusal(folder)
