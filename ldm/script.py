@@ -21,6 +21,7 @@ import _thread
 import glob
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -84,7 +85,10 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except UserError as error:
         _fail(error)
-    except BrokenPipeError:  # its reader has gone, as `| head` does; what is left goes nowhere
+    except BrokenPipeError as error:
+        if not _has_lost_its_reader(sys.stdout.fileno()):  # but that of another process
+            _fail(system_error(error))
+        # What is left goes nowhere: so `| head` has it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno is None:  # a library's own, not an answer of the operating system
@@ -133,6 +137,12 @@ def _concluded() -> Iterator[None]:
         raise
     if _received is not None:
         _conclude()
+
+
+def _has_lost_its_reader(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(error: Exception) -> None:

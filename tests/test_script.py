@@ -169,6 +169,12 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_another_process_that_goes_away_is_an_error(tmp_path):
+    """Not to be taken for a reader of standard output."""
+    done = ended("import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')", tmp_path)
+    assert done.returncode == 2 and "Broken pipe" in done.stderr
+
+
 @pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a reader that has gone"])
 def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
     reader, writer = os.pipe()
