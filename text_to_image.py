@@ -25,6 +25,8 @@ from ldm.weights.read import content_hash  # noqa: E402
 
 logger = logging.getLogger("ldm.text_to_image")
 
+CALL_PIXELS = 8 * 512 * 512  # of a network call where batch_size is not given
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check everything that can be checked without a network, then draw."""
@@ -123,10 +125,12 @@ def draw(config: GenerateConfig, job: Plan) -> None:
 
 
 def batch_size(config: GenerateConfig, height: int, width: int) -> int:
-    """Images a network call: as asked for; else n_samples as published, and at least 16 where they are small."""
+    """Images a network call: as asked for; else n_samples as published, at least 16 where they are small, and no more
+    than CALL_PIXELS hold: a thousand at once would end in the system's killing the process."""
     if config.batch_size is not None:
         return config.batch_size
-    return max(config.n_samples, 16) if height * width <= 128 * 128 else config.n_samples
+    wanted = max(config.n_samples, 16) if height * width <= 128 * 128 else config.n_samples
+    return max(1, min(wanted, CALL_PIXELS // (height * width)))
 
 
 def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:

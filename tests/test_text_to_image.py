@@ -17,7 +17,9 @@ from PIL import Image
 
 import ldm.pipeline
 import text_to_image
+from ldm.config.generate import GenerateConfig
 from ldm.config.model import load_model_config
+from ldm.config.parse import parse_config
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
@@ -431,3 +433,20 @@ def test_help_explains_every_setting(capsys):
     assert not ended.value.code
     for flag in ("prompt", "version", "lora_ckpt_path", "dpm_solver", "ddim_eta", "save_latents", "W", "H"):
         assert f"--{flag} " in text
+
+
+@pytest.mark.parametrize(
+    "flags, side, size",
+    [
+        ("--n_samples 4", 512, 4),
+        ("--n_samples 4", 64, 16),
+        ("--n_samples 100", 64, 100),
+        ("--n_samples 1000", 512, 8),
+        ("--n_samples 1000", 768, 3),
+        ("--n_samples 1000", 4096, 1),
+        ("--n_samples 1000 --batch_size 20", 512, 20),
+    ],
+)
+def test_a_call_of_the_network_takes_as_many_images_as_memory_is_likely_to_hold(flags, side, size):
+    config = parse_config(GenerateConfig, ["--prompt", "x", *flags.split()])
+    assert text_to_image.batch_size(config, side, side) == size
