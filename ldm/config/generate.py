@@ -197,8 +197,8 @@ class GenerateConfig:
     enable_flash_attention: bool = setting(False, "fused attention, on Ascend only", group="runtime")
     batch_size: Optional[int] = setting(
         None,
-        "images a network call; None: n_samples, 16 where they are small, at most 8 of 512 x 512 pixels. The images are "
-        "the same",
+        "images a network call; None: n_samples, 16 where they are small, at most 8 of 512 x 512 pixels. The images "
+        "are the same",
         group="runtime",
         low=1,
         high=MOST_BATCH,
