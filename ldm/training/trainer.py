@@ -25,6 +25,7 @@ from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
 from ldm.data.dataset import Row, read_image_text_csv
 from ldm.data.draws import draws
+from ldm.data.transforms import FORMATS
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
@@ -592,7 +593,7 @@ def _model_config(config: TrainConfig) -> ModelConfig:
 
 
 def _shorter_side(path: Path) -> int:
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return min(image.size)
 
 
