@@ -44,6 +44,7 @@ def first_speaks() -> Iterator[None]:
     if is_scheduler() or process_number() == 0:
         yield
         return
+    before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
@@ -52,6 +53,10 @@ def first_speaks() -> Iterator[None]:
         if isinstance(error, UserError):
             raise UserError(f"process {process_number()}: {error}") from None
         raise
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
 
 
 @contextmanager

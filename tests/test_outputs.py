@@ -231,7 +231,7 @@ def nobody():
     """A folder of the user nobody, as whom the test runs; it may become root again. For tests with two users."""
     if os.geteuid() != 0:
         pytest.skip("another user's files can be made by root alone")
-    folder = Path(tempfile.mkdtemp(prefix="nobody-"))
+    folder = Path(tempfile.mkdtemp(prefix="nobody-", dir="/tmp"))  # not in $TMPDIR, which may be root's alone
     os.chown(folder, 65534, 65534)
     os.setegid(65534)
     os.seteuid(65534)

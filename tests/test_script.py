@@ -27,6 +27,7 @@ def ended(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
 
 def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, str, str]:
     """Run code until it prints "ready", send the signal, and give its exit code, standard output and error."""
+    options.setdefault("preexec_fn", lambda: [signal.signal(number, signal.SIG_DFL) for number, _ in ENDS])
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
