@@ -261,8 +261,8 @@ def plan(config: GenerateConfig) -> Plan:
     """Find the prompts, the model and the files.
 
     Raises UserError for a file that is missing or cannot be read, for prompts that are not UTF-8, for prompts and
-    negative prompts that do not pair, for a model that is not known or not the checkpoint's, for an output path that
-    cannot be written.
+    negative prompts that do not pair, for a model that is not known or not the checkpoint's, for a size or a number of
+    steps that is not the model's, and for a save_latents that is no name for latents. ldm.outputs tries the outputs.
     """
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(config, name), name)

@@ -136,4 +136,4 @@ def test_absurd_numbers_are_refused_with_their_range(flag, value):
     ],
 )  # fmt: skip
 def test_what_people_set_is_not_refused(flag, value):
-    parse(f"--{flag}", value)
+    assert getattr(parse(f"--{flag}", value), flag) == float(value)
