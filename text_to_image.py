@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = plan(config)
     latents = config.save_latents
     starting = None if latents is None else starting_latents_path(latents)
-    with claim_folder(config.output_path, "output_path"), claim_file(latents, "save_latents"), claim_file(
-        starting, "save_latents"
+    with (
+        claim_folder(config.output_path, "output_path"),
+        claim_file(latents, "save_latents"),
+        claim_file(starting, "save_latents"),
     ):
         draw(config, job)
 
@@ -151,8 +153,13 @@ def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
     if job.loras:
         parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
         texts["lora"] = [
-            {"file": file.path.name, "sha256": lora_hash(file.path), "weight": file.weight,
-             **({} if file.text_weight is None else {"text_encoder_weight": file.text_weight}), **parts}
+            {
+                "file": file.path.name,
+                "sha256": lora_hash(file.path),
+                "weight": file.weight,
+                **({} if file.text_weight is None else {"text_encoder_weight": file.text_weight}),
+                **parts,
+            }
             for file in job.loras
         ]
     if config.init_latents is not None:

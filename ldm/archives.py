@@ -57,12 +57,16 @@ class Archive:
         """The content of a member. Raises UserError for more than `most` bytes and for what cannot be unpacked."""
         member = self.members[name]
         if member.file_size > most:
-            raise UserError(f"{self._path} is refused: {plain(name)} in it has {member.file_size:,} bytes, at most "
-                            f"{most:,} are read: {self._way}")
+            raise UserError(
+                f"{self._path} is refused: {plain(name)} in it has {member.file_size:,} bytes, at most "
+                f"{most:,} are read: {self._way}"
+            )
         # The others unpack a chunk as a whole, however much it becomes.
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{self._path} is refused: {plain(name)} in it is compressed in a way that is not read "
-                            f"here: {self._way}")
+            raise UserError(
+                f"{self._path} is refused: {plain(name)} in it is compressed in a way that is not read "
+                f"here: {self._way}"
+            )
         try:
             with self._archive.open(name) as file:
                 return b"".join(iter(lambda: file.read(CHUNK), b""))

@@ -1,9 +1,9 @@
 """The command lines of the tools: argparse with mistakes answered in one line.
 
-    parser = Parser(__doc__)
-    parser.add_argument("--source", type=user_path, required=True, help="...")
-    parser.add_argument("--rank", type=whole_number(low=1), help="...")
-    args = parser.parse_args(argv)
+parser = Parser(__doc__)
+parser.add_argument("--source", type=user_path, required=True, help="...")
+parser.add_argument("--rank", type=whole_number(low=1), help="...")
+args = parser.parse_args(argv)
 """
 
 from __future__ import annotations

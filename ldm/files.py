@@ -93,9 +93,7 @@ def check_file(path: str | os.PathLike, name: str = "", way: str = "check the pa
     open_file(path, name, way).close()
 
 
-def read_bytes(
-    path: str | os.PathLike, name: str = "", way: str = "check the path", most: int | None = None
-) -> bytes:
+def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int | None = None) -> bytes:
     """The content of a regular file; see `open_file`. Raises UserError for more than `most` bytes too."""
     subject = _named(path, name)
     with open_file(path, name, way) as file:
@@ -121,8 +119,9 @@ def read_text(path: str | os.PathLike, name: str = "", way: str = "check the pat
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{subject}, line {line}: not a UTF-8 text file: save it as UTF-8"
-                        f"{_other_encoding(raw)}") from None
+        raise UserError(
+            f"{subject}, line {line}: not a UTF-8 text file: save it as UTF-8{_other_encoding(raw)}"
+        ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{subject}, line {line}: not a text file, it holds a zero byte: {way}")

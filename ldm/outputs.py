@@ -94,8 +94,10 @@ def check_file_target(path: Path, name: str) -> None:
     """Raise UserError where something that is no file, or a link that leads nowhere, stands in its place."""
     found = look(path, name)
     if found is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise UserError(f"{name} {plain(path)} is a link to {plain(os.readlink(path))}, whose folder does not exist: "
-                        "remove the link, or give another path")
+        raise UserError(
+            f"{name} {plain(path)} is a link to {plain(os.readlink(path))}, whose folder does not exist: "
+            "remove the link, or give another path"
+        )
     if is_folder(path, name):
         raise UserError(f"{name} {plain(path)} is a folder: give the path of a file")
     if found is not None and not stat.S_ISREG(found.st_mode):
@@ -136,12 +138,15 @@ def _made(folder: Path, name: str) -> Iterator[None]:
         found = look(place, name)
         if found is not None:
             if not stat.S_ISDIR(found.st_mode):
-                raise UserError(f"{name}: {plain(folder)} cannot be a folder, as {plain(place)} is a file: give "
-                                "another path")
+                raise UserError(
+                    f"{name}: {plain(folder)} cannot be a folder, as {plain(place)} is a file: give another path"
+                )
             break
         if os.path.islink(place):
-            raise UserError(f"{name}: {plain(place)} is a link to {plain(os.readlink(place))}, which does not exist: "
-                            "make that folder, or give another path")
+            raise UserError(
+                f"{name}: {plain(place)} is a link to {plain(os.readlink(place))}, which does not exist: "
+                "make that folder, or give another path"
+            )
         new.append(place)
     with ExitStack() as stack:
         for place in reversed(new):
@@ -188,10 +193,13 @@ def _lock(lock: Path, target: Path, name: str) -> int | None:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 if holder.startswith(f"{ours} "):
-                    raise UserError(f"{name} {plain(target)} is the place of two outputs of this run: give each a path "
-                                    "of its own") from None
-                raise UserError(f"{name} {plain(target)} is in use by {plain(holder) or 'another process'}: wait for "
-                                "it to end, or give another path") from None
+                    raise UserError(
+                        f"{name} {plain(target)} is the place of two outputs of this run: give each a path of its own"
+                    ) from None
+                raise UserError(
+                    f"{name} {plain(target)} is in use by {plain(holder) or 'another process'}: wait for "
+                    "it to end, or give another path"
+                ) from None
             if not holder:
                 lock.unlink(missing_ok=True)
             logger.warning("%s: this file system has no locks (%s): two runs at once would mix there", target,
@@ -240,8 +248,10 @@ def _opened(lock: Path) -> tuple[int, bool]:
 
 
 def _not_ours(lock: Path, target: Path, name: str) -> UserError:
-    return UserError(f"{name} {plain(target)} cannot be locked, since {plain(lock)} is another program's: give another "
-                     "path, or remove it")
+    return UserError(
+        f"{name} {plain(target)} cannot be locked, since {plain(lock)} is another program's: give another "
+        "path, or remove it"
+    )
 
 
 def _refused(target: Path, name: str, error: OSError) -> UserError:

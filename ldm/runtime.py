@@ -138,7 +138,5 @@ def _join_ranks() -> tuple[int, int]:
             "log of that process"
         ) from None
     rank, rank_size = communication.get_rank(), communication.get_group_size()
-    ms.set_auto_parallel_context(
-        parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=rank_size
-    )
+    ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=rank_size)
     return rank, rank_size

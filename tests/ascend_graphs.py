@@ -57,8 +57,14 @@ def graphs(config: ModelConfig):
     inject_lora(model, LoRASpec(rank=2, text_encoder=True, targets="all", dropout=0.1))
     schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
     loss = DiffusionLoss(model.model.diffusion_model, schedule, "v_prediction")
-    step = TrainStep(TextConditionedLoss(loss, model.cond_stage_model), list(model.trainable_params()), clip=True,
-                     use_ema=True, skip_overflow=True, micro_steps=2)
+    step = TrainStep(
+        TextConditionedLoss(loss, model.cond_stage_model),
+        list(model.trainable_params()),
+        clip=True,
+        use_ema=True,
+        skip_overflow=True,
+        micro_steps=2,
+    )
     yield "train", step.micro, (latents, latents, timesteps, tokens, scalars)
     yield "update", step.finish, (scalars,)
 

@@ -31,8 +31,11 @@ def main() -> None:
     model = build_model(config)
     inject_lora(model, LoRASpec(rank=2))
     schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
-    step = TrainStep(DiffusionLoss(model.model.diffusion_model, schedule, config.prediction_type),
-                     list(model.trainable_params()), clip=True)
+    step = TrainStep(
+        DiffusionLoss(model.model.diffusion_model, schedule, config.prediction_type),
+        list(model.trainable_params()),
+        clip=True,
+    )
     latents = Tensor(np.zeros((4, 4, 16, 16), np.float32))
     context = Tensor(np.zeros((4, 77, config.context_dim), np.float32))
     step.whole.compile(latents, latents, Tensor(np.zeros(4, np.int32)), context, Tensor(np.zeros(7, np.float32)))

@@ -225,7 +225,6 @@ class TestWithoutPermission:
                 pass
 
 
-
 @pytest.fixture
 def nobody():
     """A folder of the user nobody, as whom the test runs; it may become root again. For tests with two users."""

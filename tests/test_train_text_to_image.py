@@ -603,8 +603,9 @@ def test_a_unet_from_nothing_needs_no_unet_in_the_checkpoint(base, data, empty_r
         model = Trainer(config).model.parameters_dict()
         drawn.append(model[f"{UNET}out.2.weight"].asnumpy())
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
-    np.testing.assert_array_equal(model["first_stage_model.quant_conv.weight"].asnumpy(),
-                                  arrays["first_stage_model.quant_conv.weight"])
+    np.testing.assert_array_equal(
+        model["first_stage_model.quant_conv.weight"].asnumpy(), arrays["first_stage_model.quant_conv.weight"]
+    )
     with pytest.raises(UserError, match="UNet"):
         Trainer(settings(parts, data, empty_run))
 

@@ -62,8 +62,9 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     from ldm.metrics.networks import nano_clip
 
     clip = nano_clip()
-    real, before, after = (encode_pictures(paths, clip, len(rows)).features
-                           for paths in ([row.path for row in rows], base, lora))
+    real, before, after = (
+        encode_pictures(paths, clip, len(rows)).features for paths in ([row.path for row in rows], base, lora)
+    )
     texts = clip.of_texts([row.text for row in rows])
 
     def distance(made: np.ndarray, i: np.ndarray) -> float:
@@ -76,8 +77,12 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     everything = np.arange(len(rows))
     for name, measure in (("Fréchet distance to the real ones", distance), ("CLIP score", score)):
         # All of them draw the same prompts again, so the difference is one of pairs.
-        columns = (partial(measure, before), partial(measure, after),
-                   lambda i, measure=measure: measure(after, i) - measure(before, i), partial(measure, real))
+        columns = (
+            partial(measure, before),
+            partial(measure, after),
+            lambda i, measure=measure: measure(after, i) - measure(before, i),
+            partial(measure, real),
+        )
         cells = [f"{column(everything):.2f} +- {bootstrap_deviation(column, len(rows)):.2f}" for column in columns]
         if measure is distance:
             cells[-1] = "0"
@@ -88,14 +93,17 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output_path", type=user_path, default=Path("output/demo"), help="default: output/demo")
-    parser.add_argument("--prompts", type=whole_number(1), default=24,
-                        help="how many held-out prompts are drawn; default 24")
+    parser.add_argument(
+        "--prompts", type=whole_number(1), default=24, help="how many held-out prompts are drawn; default 24"
+    )
     args = parser.parse_args(argv)
     # The scripts run in the project's folder, wherever this was started: the paths that they are shown with hold there.
     output = Path(os.path.relpath(args.output_path, ROOT))
     os.chdir(ROOT)
-    with claim_folder(output, "--output_path"), claim_file(output / "grid.png", "--output_path"), claim_file(
-        output / "prompts.txt", "--output_path"
+    with (
+        claim_folder(output, "--output_path"),
+        claim_file(output / "grid.png", "--output_path"),
+        claim_file(output / "prompts.txt", "--output_path"),
     ):
         progress(lambda: f"before the end; what is done is kept in {output}: the same command goes on from there")
         demonstrate(output, args.prompts)
@@ -108,24 +116,47 @@ def demonstrate(output: Path, prompts: int) -> None:
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
-    call("train_text_to_image.py", "--train_config", "configs/train/train_config_lora_nano.yaml",
-         "--data_path", str(STYLE.relative_to(ROOT)), "--output_path", str(output / "lora"),
-         "--pretrained_model_path", "models/nano/nano.safetensors", "--resume", "True")
+    call(
+        "train_text_to_image.py",
+        "--train_config",
+        "configs/train/train_config_lora_nano.yaml",
+        "--data_path",
+        str(STYLE.relative_to(ROOT)),
+        "--output_path",
+        str(output / "lora"),
+        "--pretrained_model_path",
+        "models/nano/nano.safetensors",
+        "--resume",
+        "True",
+    )
     lora = output / "lora" / "ckpt" / "lora.ckpt"
     drawing = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
     call(*drawing, "--output_path", str(output / "base"))
-    call(*drawing, "--output_path", str(output / "with_lora"), "--use_lora", "True", "--lora_ckpt_path", str(lora),
-         "--lora_scale", LORA_SCALE)
+    call(
+        *drawing,
+        "--output_path",
+        str(output / "with_lora"),
+        "--use_lora",
+        "True",
+        "--lora_ckpt_path",
+        str(lora),
+        "--lora_scale",
+        LORA_SCALE,
+    )
 
     pictures = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": pictures[0], "with LoRA": pictures[1], "the real picture": [row.path for row in rows]}
     draw_grid([row.text for row in rows], columns, output / "grid.png")
-    print(f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
-          f"({(time.time() - start) / 60:.1f} minutes)")
+    print(
+        f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
+        f"({(time.time() - start) / 60:.1f} minutes)"
+    )
     if len(rows) > 1:
-        print(f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with deviations (bootstrap).\n"
-              "Such scores compare only with one another: near the real pictures' is what is wanted.\n\n"
-              + scores(rows, *pictures))
+        print(
+            f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with deviations (bootstrap).\n"
+            "Such scores compare only with one another: near the real pictures' is what is wanted.\n\n"
+            + scores(rows, *pictures)
+        )
 
 
 if __name__ == "__main__":

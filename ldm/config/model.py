@@ -35,32 +35,101 @@ TEXT_TARGETS = {
 
 MODEL_KEYS = ("architecture", "target", "pad_token", "params")
 MODEL_IGNORED = ("base_learning_rate",)
-PARAMS_KEYS = ("linear_start", "linear_end", "timesteps", "image_size", "scale_factor", "parameterization",
-               "unet_config", "first_stage_config", "cond_stage_config")
+PARAMS_KEYS = (
+    "linear_start",
+    "linear_end",
+    "timesteps",
+    "image_size",
+    "scale_factor",
+    "parameterization",
+    "unet_config",
+    "first_stage_config",
+    "cond_stage_config",
+)
 # Settings of published YAMLs that this project has no use for: they choose memory tricks, steer another training, or
 # repeat the only choice.
-PARAMS_IGNORED = ("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "cond_stage_trainable",
-                  "channels", "conditioning_key", "monitor", "use_ema", "scheduler_config", "finetune_keys",
-                  "use_fp16", "ckpt_path", "ignore_keys", "load_only_unet", "clip_denoised")
+PARAMS_IGNORED = (
+    "num_timesteps_cond",
+    "log_every_t",
+    "first_stage_key",
+    "cond_stage_key",
+    "cond_stage_trainable",
+    "channels",
+    "conditioning_key",
+    "monitor",
+    "use_ema",
+    "scheduler_config",
+    "finetune_keys",
+    "use_fp16",
+    "ckpt_path",
+    "ignore_keys",
+    "load_only_unet",
+    "clip_denoised",
+)
 SECTION_KEYS = ("target", "params")
-UNET_IGNORED = ("image_size", "use_checkpoint", "legacy", "use_spatial_transformer", "use_fp16", "dropout",
-                "conv_resample", "dims", "num_classes", "use_scale_shift_norm", "resblock_updown",
-                "use_new_attention_order", "enable_flash_attention", "enable_fa_with_pad")
+UNET_IGNORED = (
+    "image_size",
+    "use_checkpoint",
+    "legacy",
+    "use_spatial_transformer",
+    "use_fp16",
+    "dropout",
+    "conv_resample",
+    "dims",
+    "num_classes",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "use_new_attention_order",
+    "enable_flash_attention",
+    "enable_fa_with_pad",
+)
 VAE_IGNORED = ("lossconfig", "monitor", "ckpt_path")
 DD_IGNORED = ("resolution", "attn_resolutions", "dropout")
 TEXT_IGNORED = ("freeze", "layer", "device", "max_length", "version", "arch", "use_fp16")
 
-UNET_KEYS = {"in_channels": int, "model_channels": int, "out_channels": int, "num_res_blocks": int,
-             "attention_resolutions": list, "channel_mult": list, "num_heads": int, "num_head_channels": int,
-             "transformer_depth": int, "context_dim": int, "use_linear_in_transformer": bool, "num_groups": int}
+UNET_KEYS = {
+    "in_channels": int,
+    "model_channels": int,
+    "out_channels": int,
+    "num_res_blocks": int,
+    "attention_resolutions": list,
+    "channel_mult": list,
+    "num_heads": int,
+    "num_head_channels": int,
+    "transformer_depth": int,
+    "context_dim": int,
+    "use_linear_in_transformer": bool,
+    "num_groups": int,
+}
 VAE_KEYS = {"embed_dim": int, "ddconfig": dict}
-DD_KEYS = {"double_z": bool, "z_channels": int, "in_channels": int, "out_ch": int, "ch": int, "ch_mult": list,
-           "num_res_blocks": int, "num_groups": int}
+DD_KEYS = {
+    "double_z": bool,
+    "z_channels": int,
+    "in_channels": int,
+    "out_ch": int,
+    "ch": int,
+    "ch_mult": list,
+    "num_res_blocks": int,
+    "num_groups": int,
+}
 TEXT_KEYS = {"width": int, "num_layers": int, "num_heads": int, "activation": str, "vocab_size": int, "length": int}
-OPTIONAL = ("num_heads", "num_head_channels", "transformer_depth", "use_linear_in_transformer", "num_groups",
-            "double_z", "vocab_size", "length")
-KINDS = {int: "a whole number", bool: "true or false", list: "a list of whole numbers", str: "a word",
-         dict: "a section"}
+OPTIONAL = (
+    "num_heads",
+    "num_head_channels",
+    "transformer_depth",
+    "use_linear_in_transformer",
+    "num_groups",
+    "double_z",
+    "vocab_size",
+    "length",
+)
+KINDS = {
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list of whole numbers",
+    str: "a word",
+    dict: "a section",
+}
 PAD_TOKENS = ("end", "zero")
 ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # of a YAML's `parameterization`
@@ -121,8 +190,9 @@ def load_model_config(path: str | Path) -> ModelConfig:
     try:
         document = read_yaml(path)
     except UserError as error:
-        raise UserError(f"model configuration {error}; --model_config (or --config) wants one such as "
-                        "configs/v1-inference.yaml") from None
+        raise UserError(
+            f"model configuration {error}; --model_config (or --config) wants one such as configs/v1-inference.yaml"
+        ) from None
     return parse_model_config(document, path)
 
 
@@ -132,8 +202,11 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     model = _section(document, "model", path)
     params = _section(model, "params", path, "model.")
     if model.get("target") == INPAINT_TARGET:
-        raise _error(path, f"model.target is {INPAINT_TARGET}: inpainting models are not supported; take the YAML and "
-                     "the checkpoint of a text-to-image model")
+        raise _error(
+            path,
+            f"model.target is {INPAINT_TARGET}: inpainting models are not supported; take the YAML and "
+            "the checkpoint of a text-to-image model",
+        )
     _target(model, DIFFUSION_TARGETS, path, "model")
     _known(model, MODEL_KEYS, MODEL_IGNORED, path, "model")
     _known(params, PARAMS_KEYS, PARAMS_IGNORED, path, "model.params")
@@ -144,16 +217,22 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     _target(unet_section, UNET_TARGETS, path, "unet_config")
     _target(vae_section, VAE_TARGETS, path, "first_stage_config")
     text_target = _target(text_section, TEXT_TARGETS, path, "cond_stage_config")
-    for name, section in (("unet_config", unet_section), ("first_stage_config", vae_section),
-                          ("cond_stage_config", text_section)):
+    for name, section in (
+        ("unet_config", unet_section),
+        ("first_stage_config", vae_section),
+        ("cond_stage_config", text_section),
+    ):
         _known(section, SECTION_KEYS, (), path, name)
 
     unet = _pick(_section(unet_section, "params", path, "unet_config."), UNET_KEYS, UNET_IGNORED, path, "unet_config")
     vae_params = dict(_section(vae_section, "params", path, "first_stage_config."))
     ddconfig = _section(vae_params, "ddconfig", path, "first_stage_config.params.")
     if ddconfig.get("attn_resolutions"):
-        raise _error(path, "first_stage_config.params.ddconfig.attn_resolutions must be empty, as in every published "
-                     "Stable Diffusion; attention inside the levels is not supported")
+        raise _error(
+            path,
+            "first_stage_config.params.ddconfig.attn_resolutions must be empty, as in every published "
+            "Stable Diffusion; attention inside the levels is not supported",
+        )
     vae = _pick(ddconfig, DD_KEYS, DD_IGNORED, path, "ddconfig")
     vae["embed_dim"] = _pick(vae_params, VAE_KEYS, VAE_IGNORED, path, "first_stage_config")["embed_dim"]
     given = text_section.get("params")
@@ -178,23 +257,37 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     # Samplers leave out the last time step and want one before it.
     timesteps = _whole_number(params, "timesteps", path, low=2, high=MOST_TIMESTEPS)
     if linear_start > linear_end:
-        raise _error(path, f"linear_start {linear_start} is above linear_end {linear_end}; they are the first and the "
-                     "last beta, which go up")
+        raise _error(
+            path,
+            f"linear_start {linear_start} is above linear_end {linear_end}; they are the first and the "
+            "last beta, which go up",
+        )
     left = _left_at_the_end(linear_start, linear_end, timesteps)
     if left < LEAST_LEFT:
-        raise _error(path, f"after timesteps {timesteps} with linear_end {linear_end} only {left:.1g} of the image's "
-                     "variance is left; lower one of them")
+        raise _error(
+            path,
+            f"after timesteps {timesteps} with linear_end {linear_end} only {left:.1g} of the image's "
+            "variance is left; lower one of them",
+        )
     vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
     return ModelConfig(
         path=str(path),
         architecture=_choice(model, "architecture", derived, ARCHITECTURES, path),
         prediction_type=PREDICTION_TYPES[parameterization],
-        linear_start=linear_start, linear_end=linear_end,
-        timesteps=timesteps, beta_schedule="scaled_linear",
+        linear_start=linear_start,
+        linear_end=linear_end,
+        timesteps=timesteps,
+        beta_schedule="scaled_linear",
         scale_factor=_number(params, "scale_factor", path, low=1 / MOST_SCALE_FACTOR, high=MOST_SCALE_FACTOR),
         image_size=_whole_number(params, "image_size", path, high=MOST_SIDE // vae_factor) * vae_factor,
-        latent_channels=vae["embed_dim"], vae_factor=vae_factor, context_dim=context_dim, pad_token=pad_token,
-        unet=unet, vae=vae, text=text)
+        latent_channels=vae["embed_dim"],
+        vae_factor=vae_factor,
+        context_dim=context_dim,
+        pad_token=pad_token,
+        unet=unet,
+        vae=vae,
+        text=text,
+    )
 
 
 def model_document(config: ModelConfig) -> dict[str, Any]:
@@ -240,18 +333,23 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
                     refuse(f"{key} in {name} is {_shown(value)}; it must be above 0")
     check_size(unet, vae, text, f"model configuration {plain(path)}")
     if text["activation"] not in ACTIVATIONS:
-        refuse(f"activation in cond_stage_config is {_shown(text['activation'])}; it must be "
-               f"{' or '.join(ACTIVATIONS)}")
+        refuse(
+            f"activation in cond_stage_config is {_shown(text['activation'])}; it must be {' or '.join(ACTIVATIONS)}"
+        )
     if text["width"] % text["num_heads"]:
         refuse(f"the text encoder's width {text['width']} is not a multiple of its num_heads {text['num_heads']}")
     if text["width"] != unet["context_dim"]:
         refuse(f"the text encoder's width {text['width']} is not the UNet's context_dim {unet['context_dim']}")
     if unet["in_channels"] == 9:
-        refuse("in_channels in unet_config is 9, an inpainting model's; inpainting is not supported, "
-               "take the YAML and the checkpoint of a text-to-image model")
+        refuse(
+            "in_channels in unet_config is 9, an inpainting model's; inpainting is not supported, "
+            "take the YAML and the checkpoint of a text-to-image model"
+        )
     if not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
-        refuse(f"the UNet's in_channels {unet['in_channels']} and out_channels {unet['out_channels']} and the "
-               f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels")
+        refuse(
+            f"the UNet's in_channels {unet['in_channels']} and out_channels {unet['out_channels']} and the "
+            f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels"
+        )
     if not (vae["in_channels"] == vae["out_ch"] == 3):
         refuse(f"in_channels {vae['in_channels']} and out_ch {vae['out_ch']} in ddconfig must be 3, of an RGB picture")
     if vae.get("double_z") is False:
@@ -265,27 +363,34 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
     for mult in (1, *unet["channel_mult"]):
         channels = mult * unet["model_channels"]
         if channels % groups:
-            refuse(f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
-                   f"a multiple of num_groups {groups}")
+            refuse(
+                f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
+                f"a multiple of num_groups {groups}"
+            )
     # Attention stands at the levels of attention_resolutions, and always in the middle block.
     levels = enumerate(unet["channel_mult"])
     attended = [mult for level, mult in levels if 2**level in unet["attention_resolutions"]]
     for mult in (*attended, unet["channel_mult"][-1]):
         channels = mult * unet["model_channels"]
         if channels % divisor:
-            refuse(f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
-                   f"a multiple of {key} {divisor}")
+            refuse(
+                f"{channels} channels (model_channels {unet['model_channels']} x {mult}) in unet_config are not "
+                f"a multiple of {key} {divisor}"
+            )
     groups = vae.get("num_groups", NUM_GROUPS)
     for mult in (1, *vae["ch_mult"]):
         if mult * vae["ch"] % groups:
-            refuse(f"{mult * vae['ch']} channels (ch {vae['ch']} x {mult}) in ddconfig are not a multiple of "
-                   f"num_groups {groups}")
+            refuse(
+                f"{mult * vae['ch']} channels (ch {vae['ch']} x {mult}) in ddconfig are not a multiple of "
+                f"num_groups {groups}"
+            )
 
 
 def _section(parent: Any, key: str, path: Path, prefix: str = "") -> dict:
     if not isinstance(parent, dict) or not isinstance(parent.get(key), dict):
-        raise _error(path, f"there is no section {prefix}{key}; is this a model YAML such as "
-                     "configs/v1-inference.yaml?")
+        raise _error(
+            path, f"there is no section {prefix}{key}; is this a model YAML such as configs/v1-inference.yaml?"
+        )
     return parent[key]
 
 

@@ -154,8 +154,10 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
             name, caption = (fields[at].strip() if at < len(fields) else "" for at in (image_at, text_at))
             fault = ""
             if len(fields) > len(header):
-                fault = (f"{len(fields)} fields where the header has {len(header)}: put captions that hold commas in "
-                         "double quotes")
+                fault = (
+                    f"{len(fields)} fields where the header has {len(header)}: put captions that hold commas in "
+                    "double quotes"
+                )
             elif not name:
                 fault = "no image is named"
             rows.append(_CsvRow(start, name, "" if fault else caption, fault))

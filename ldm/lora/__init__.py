@@ -1,12 +1,12 @@
 """LoRA: put it into a network, take it out, merge it, read and write any format of it, add and shrink it.
 
-    from ldm.lora import LoRASpec, inject_lora, lora_state, merge_lora, read_lora, remove_lora, write_lora
+from ldm.lora import LoRASpec, inject_lora, lora_state, merge_lora, read_lora, remove_lora, write_lora
 
-    names = inject_lora(model, LoRASpec(rank=8, targets=("to_q", "to_v")))   # trainable, everything else frozen
-    state = lora_state(model)                                                # layer name -> down, up, alpha
-    remove_lora(model)
-    merge_lora(model, state, 0.7)                                            # W += 0.7 * alpha / rank * up @ down
-    write_lora("mine.safetensors", state, "kohya")
+names = inject_lora(model, LoRASpec(rank=8, targets=("to_q", "to_v")))   # trainable, everything else frozen
+state = lora_state(model)                                                # layer name -> down, up, alpha
+remove_lora(model)
+merge_lora(model, state, 0.7)                                            # W += 0.7 * alpha / rank * up @ down
+write_lora("mine.safetensors", state, "kohya")
 """
 
 from ldm.lora.algebra import decompose, difference, resize, weighted_sum

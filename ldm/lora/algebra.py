@@ -100,9 +100,7 @@ def mix_factors(first: LoRAState, second: LoRAState, weight1: float, weight2: fl
     return LoRAState(layers, metadata)
 
 
-def resize(
-    state: LoRAState, rank: int | None = None, energy: float | None = None
-) -> tuple[LoRAState, Truncation]:
+def resize(state: LoRAState, rank: int | None = None, energy: float | None = None) -> tuple[LoRAState, Truncation]:
     """The best LoRA of a lower rank.
 
     Args:
@@ -256,4 +254,3 @@ def check_cut(rank: int | None, energy: float | None) -> None:
         raise UserError(f"rank is {rank}: it must be a whole number, 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is {energy}: it must be above 0 and at most 1, such as 0.95")
-

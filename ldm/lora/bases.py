@@ -229,8 +229,7 @@ def write_published(path: Path, arrays: Arrays, base: Arrays) -> None:
 
 @contextmanager
 def as_single_file(path: Path, target: Path) -> Iterator[Checkpoint]:
-    """Open a base checkpoint; a diffusers folder is written as one file beside `target` first, and removed in the end.
-    """
+    """Open a base checkpoint. A diffusers folder is first written as one file beside `target`, removed at the end."""
     if not is_folder(path):
         yield open_checkpoint(path)
         return
@@ -328,4 +327,3 @@ def extract_lora(
         raise UserError(f"{base_path} and {tuned_path} differ in none of the layers: there is no LoRA between them")
     state.metadata.update(model_metadata(open_base(tuned_path).metadata))
     return Extraction(state, truncation, left_out)
-

@@ -111,8 +111,17 @@ class LoRADense(Dense):
         dropout: on the update's inputs.
     """
 
-    def __init__(self, base: Dense, down: np.ndarray, name: str, alpha: float, scale: float = 1.0, fp16: bool = True,
-                 trainable_scale: bool = False, dropout: StepDropout | None = None):
+    def __init__(
+        self,
+        base: Dense,
+        down: np.ndarray,
+        name: str,
+        alpha: float,
+        scale: float = 1.0,
+        fp16: bool = True,
+        trainable_scale: bool = False,
+        dropout: StepDropout | None = None,
+    ):
         nn.Cell.__init__(self)  # not Dense's: it would draw a weight of its own
         _share(self, base)
         up = np.zeros((self.out_channels, down.shape[0]))
@@ -121,8 +130,15 @@ class LoRADense(Dense):
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.linear(x, self.weight, self.bias, self.dtype)
-        return self.low_rank(y, self.lora_dropout(x), self.lora_down.weight, self.lora_up.weight, self.lora_scale,
-                             self.multiplier, self.fp16)
+        return self.low_rank(
+            y,
+            self.lora_dropout(x),
+            self.lora_down.weight,
+            self.lora_up.weight,
+            self.lora_scale,
+            self.multiplier,
+            self.fp16,
+        )
 
 
 class LoRAConv(Conv2d):
@@ -133,8 +149,17 @@ class LoRAConv(Conv2d):
     "soft", but gives up the kernel's size as well, which no single kernel could replace; kohya's and LoCon's up is 1x1.
     """
 
-    def __init__(self, base: Conv2d, down: np.ndarray, name: str, alpha: float, scale: float = 1.0, fp16: bool = True,
-                 trainable_scale: bool = False, dropout: StepDropout | None = None):
+    def __init__(
+        self,
+        base: Conv2d,
+        down: np.ndarray,
+        name: str,
+        alpha: float,
+        scale: float = 1.0,
+        fp16: bool = True,
+        trainable_scale: bool = False,
+        dropout: StepDropout | None = None,
+    ):
         nn.Cell.__init__(self)
         _share(self, base)
         rank = down.shape[0]
@@ -158,8 +183,16 @@ class LoRAHardConv(Conv2d):
     """A 1x1 convolution by W + scale * (alpha / rank) * up down, "hard" in lora_wrapper: one convolution, where
     LoRAConv has three. down is (rank, in_channels), up (out_channels, rank); the sum is formed in fp32."""
 
-    def __init__(self, base: Conv2d, down: np.ndarray, name: str, alpha: float, scale: float = 1.0, fp16: bool = True,
-                 trainable_scale: bool = False):
+    def __init__(
+        self,
+        base: Conv2d,
+        down: np.ndarray,
+        name: str,
+        alpha: float,
+        scale: float = 1.0,
+        fp16: bool = True,
+        trainable_scale: bool = False,
+    ):
         nn.Cell.__init__(self)
         _share(self, base)
         up = np.zeros((self.out_channels, down.shape[0]))
@@ -206,8 +239,17 @@ def _share(cell: nn.Cell, base: nn.Cell) -> None:
     vars(cell)["replaced"] = (base,)  # not through Cell.__setattr__: it is no part of the network any more
 
 
-def _add_factors(cell: nn.Cell, down: np.ndarray, up: np.ndarray, name: str, alpha: float, scale: float, fp16: bool,
-                 trainable_scale: bool, dropout: StepDropout | None):
+def _add_factors(
+    cell: nn.Cell,
+    down: np.ndarray,
+    up: np.ndarray,
+    name: str,
+    alpha: float,
+    scale: float,
+    fp16: bool,
+    trainable_scale: bool,
+    dropout: StepDropout | None,
+):
     cell.name, cell.rank, cell.alpha, cell.scale, cell.fp16 = name, down.shape[0], float(alpha), float(scale), fp16
     cell.trainable_scale = trainable_scale
     cell.multiplier = cell.alpha / cell.rank if trainable_scale else cell.scale * cell.alpha / cell.rank

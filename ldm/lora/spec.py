@@ -149,8 +149,7 @@ class LoRASpec:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether `pattern` is the name of a layer or its last dotted parts, `*`, `?` and `[...]` standing for characters.
-    """
+    """Whether `pattern` is the name of a layer or its last dotted parts; `*`, `?` and `[...]` match characters."""
     return bool(_pattern(pattern).match(f".{name}"))
 
 
@@ -175,8 +174,10 @@ def _check_names(names: Iterable[Any], where: str) -> None:
         raise UserError(f"{where} holds {len(names):,} names, at most {MOST_NAMES:,} are read: use * for several")
     long = next((name for name in map(str, names) if len(name) > LONGEST_NAME), None)
     if long is not None:
-        raise UserError(f'{where}: the name "{plain(long, 60)}" has {len(long):,} characters, at most {LONGEST_NAME} '
-                        "are read: give the last parts of a layer's name, such as to_q")
+        raise UserError(
+            f'{where}: the name "{plain(long, 60)}" has {len(long):,} characters, at most {LONGEST_NAME} '
+            "are read: give the last parts of a layer's name, such as to_q"
+        )
 
 
 def _check(layer: LayerSpec, where: str, least: int = 1) -> None:
@@ -184,16 +185,15 @@ def _check(layer: LayerSpec, where: str, least: int = 1) -> None:
     rank = layer.rank
     name = "r" if where != "lora_" else "rank"
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < least:
-        raise UserError(
-            f"{where}{name} is {plain(rank, 40)}: it must be a whole number, {least} or more (4 is usual)"
-        )
+        raise UserError(f"{where}{name} is {plain(rank, 40)}: it must be a whole number, {least} or more (4 is usual)")
     for setting, value in (("alpha", layer.alpha), ("scale", layer.scale), ("dropout", layer.dropout)):
         if value is not None and not math.isfinite(value):
             raise UserError(f"{where}{setting} is {value}: it must be a finite number")
     for setting, value in (("alpha", layer.alpha), ("scale", layer.scale)):
         if value and not 1 / LARGEST <= abs(value) <= LARGEST:
-            raise UserError(f"{where}{setting} is {value:g}: it must be between {1 / LARGEST:g} and {LARGEST:g} (1 is "
-                            "usual)")
+            raise UserError(
+                f"{where}{setting} is {value:g}: it must be between {1 / LARGEST:g} and {LARGEST:g} (1 is usual)"
+            )
     if layer.alpha is not None and layer.alpha <= 0:
         raise UserError(f"{where}alpha is {layer.alpha}: it must be above 0 (leave it out for alpha = rank)")
     if not 0 <= layer.dropout < 1:

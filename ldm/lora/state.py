@@ -220,12 +220,16 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
         with np.errstate(over="ignore", invalid="ignore"):  # judged here, by name
             up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
         if not np.isfinite(up).all():
-            raise UserError(f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are beyond "
-                            "fp32's range: set lora_alpha and lora_scale as it was trained")
+            raise UserError(
+                f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are beyond "
+                "fp32's range: set lora_alpha and lora_scale as it was trained"
+            )
         for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
             if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
-                raise UserError(f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}; it was "
-                                "made for another model")
+                raise UserError(
+                    f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}; it was "
+                    "made for another model"
+                )
             values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
     for parameter, array in values:
         parameter.set_data(Tensor(np.ascontiguousarray(array)))
@@ -303,8 +307,10 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
         if not state.layers[name].largest(scales.of(name)) < FP16_END / 2:
             weight = parameters[f"{name}.weight"]
             if np.isfinite(weight.asnumpy()).all() and not np.isfinite(merged(name)).all():
-                raise UserError(f"{path} at scale {scales.of(name):g}: {plain(name)} with it is beyond the range of "
-                                f"{weight.dtype}: lower its weight")
+                raise UserError(
+                    f"{path} at scale {scales.of(name):g}: {plain(name)} with it is beyond the range of "
+                    f"{weight.dtype}: lower its weight"
+                )
     for name in names:
         parameters[f"{name}.weight"].set_data(Tensor(merged(name)))
     return match

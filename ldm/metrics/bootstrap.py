@@ -19,7 +19,8 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: i
     return np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
 
 
-def bootstrap_deviation(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200,
-                        seed: int = 0) -> float:
+def bootstrap_deviation(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0
+) -> float:
     """The standard deviation of `bootstrap`."""
     return float(bootstrap(statistic, count, resamples, seed).std(ddof=1))

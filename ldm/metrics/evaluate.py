@@ -88,9 +88,7 @@ def distances(real: PictureSet, generated: PictureSet) -> Distances:
     return Distances(fid, *kernel_distance(real.sample.features, generated.sample.features))
 
 
-def encode_pictures(
-    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "pictures"
-) -> Encoded:
+def encode_pictures(paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "pictures") -> Encoded:
     """The features of pictures, in order: 2 to 8 kB a picture. Raises UserError where none can be read."""
     batches = ImageBatches(paths, network.prepare, batch_size, label)
     places, features = zip(*network.features(batches))

@@ -122,8 +122,13 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")
     with writing(path), atomic_path(path) as temporary:
-        np.savez_compressed(temporary, mu=statistics.mean, sigma=statistics.covariance, count=statistics.count,
-                            network=np.array(network))
+        np.savez_compressed(
+            temporary,
+            mu=statistics.mean,
+            sigma=statistics.covariance,
+            count=statistics.count,
+            network=np.array(network),
+        )
 
 
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:

@@ -45,8 +45,7 @@ def find_images(path: str | Path) -> list[Path]:
     if is_file(path / "samples" / "prompts.txt"):
         path = path / "samples"
     names = list_folder(path)
-    found = [name for name in names
-             if name.lower().endswith((*IMAGE_SUFFIXES, ".pgm")) and not name.startswith(".")]
+    found = [name for name in names if name.lower().endswith((*IMAGE_SUFFIXES, ".pgm")) and not name.startswith(".")]
     if not found:
         below = next((name for name in names if _has_images(path / name)), None)
         hint = f"; there are some in {plain(path / below)}" if below else f" ({', '.join(IMAGE_SUFFIXES)})"
@@ -170,8 +169,10 @@ class ImageBatches:
         waiting: deque[tuple[int, Future]] = deque()
         places, pictures, found = [], [], 0
         following = iter(enumerate(self.paths))
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, tqdm(
-                total=len(self.paths), desc=self.label, unit="picture", delay=1) as bar:
+        with (
+            ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+            tqdm(total=len(self.paths), desc=self.label, unit="picture", delay=1) as bar,
+        ):
             while True:
                 while len(waiting) < 2 * self.batch_size and (job := next(following, None)) is not None:
                     waiting.append((job[0], pool.submit(self._open, job[1])))
@@ -191,8 +192,9 @@ class ImageBatches:
                     places, pictures = [], []
         if not found:
             path, fault = self.broken[0]
-            raise UserError(f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}: "
-                            "give other images")
+            raise UserError(
+                f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}: give other images"
+            )
 
     def _open(self, path: Path) -> np.ndarray | str:
         """The prepared picture, or what is wrong with it."""

@@ -63,7 +63,7 @@ def _choices(rng: np.random.Generator, count: int, halves: int) -> np.ndarray:
     """(count, 1 + halves) of zeros and ones: everything, then random halves."""
     chosen = np.ones((count, 1 + halves))
     for i in range(halves):
-        chosen[rng.permutation(count)[count // 2:], 1 + i] = 0.0
+        chosen[rng.permutation(count)[count // 2 :], 1 + i] = 0.0
     return chosen
 
 
@@ -72,9 +72,9 @@ def _sums(x: np.ndarray, y: np.ndarray, rows: np.ndarray, columns: np.ndarray) -
     total = np.zeros(rows.shape[1])
     transposed = np.asarray(y, np.float64).T
     for start in range(0, len(x), BLOCK):
-        block = np.asarray(x[start:start + BLOCK], np.float64)
+        block = np.asarray(x[start : start + BLOCK], np.float64)
         kernel = (block @ transposed / x.shape[1] + 1.0) ** 3
         if x is y:
             kernel[np.arange(len(block)), start + np.arange(len(block))] = 0.0
-        total += (rows[start:start + BLOCK] * (kernel @ columns)).sum(axis=0)
+        total += (rows[start : start + BLOCK] * (kernel @ columns)).sum(axis=0)
     return total

@@ -57,8 +57,9 @@ class ImageNetwork:
         """Features (N, D) of pictures in memory, (N, H, W, 3) uint8."""
         prepared = np.stack([self.prepare(Image.fromarray(picture)) for picture in pixels])
         size = min(batch_size, len(prepared))
-        return np.concatenate([run_filled(self.image_features, prepared[i:i + size], size)
-                               for i in range(0, len(prepared), size)])
+        return np.concatenate(
+            [run_filled(self.image_features, prepared[i : i + size], size) for i in range(0, len(prepared), size)]
+        )
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class ClipNetwork(ImageNetwork):
     text_features: nn.Cell
 
     def of_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Unit vectors (N, D); a text of more than 77 tokens is cut and keeps its end token; doubles are encoded once.
-        """
+        """Unit vectors (N, D). A text of more than 77 tokens is cut and keeps its end token."""
         distinct = list(dict.fromkeys(texts))
         tokens = Tokenizer().encode(distinct)
         size = min(batch_size, len(distinct))
-        found = np.concatenate([run_filled(self.text_features, tokens[i:i + size], size)
-                                for i in range(0, len(distinct), size)])
+        found = np.concatenate(
+            [run_filled(self.text_features, tokens[i : i + size], size) for i in range(0, len(distinct), size)]
+        )
         place = {text: i for i, text in enumerate(distinct)}
         return found[[place[text] for text in texts]]
 
@@ -95,14 +96,23 @@ def inception(path: str | Path) -> ImageNetwork:
     network.set_train(False)
     sha256 = content_hash(path)
     published = PUBLISHED.get(sha256[:8])
-    name = "Inception 2015-12-05" + (f" ({published}, as published)" if published else
-                                     f" ({Path(path).name}, not one of the published files)")
-    return ImageNetwork(name, sha256, f"RGB / 255, bilinear to {SIZE}x{SIZE} without smoothing, 2x - 1 (pytorch-fid's)",
-                        FEATURES, False, partial(inception_input, size=SIZE), network)
+    name = "Inception 2015-12-05" + (
+        f" ({published}, as published)" if published else f" ({Path(path).name}, not one of the published files)"
+    )
+    return ImageNetwork(
+        name,
+        sha256,
+        f"RGB / 255, bilinear to {SIZE}x{SIZE} without smoothing, 2x - 1 (pytorch-fid's)",
+        FEATURES,
+        False,
+        partial(inception_input, size=SIZE),
+        network,
+    )
 
 
-def clip(path: str | Path, preprocessing: str = "openai", config: str | Path | None = None,
-         model_name: str | None = None) -> ClipNetwork:
+def clip(
+    path: str | Path, preprocessing: str = "openai", config: str | Path | None = None, model_name: str | None = None
+) -> ClipNetwork:
     """A CLIP from a Hugging Face folder or a file: see ldm.weights.clip.read_clip, which raises UserError."""
     weights = read_clip(path, config, model_name)
     size = weights.form["vision"]["image_size"]
@@ -112,17 +122,32 @@ def clip(path: str | Path, preprocessing: str = "openai", config: str | Path | N
     }
     prepare = partial(clip_input, size=size, how=preprocessing)
     network = build_clip(weights)
-    return ClipNetwork(weights.name, content_hash(weights.path), words[preprocessing], weights.form["projection_dim"],
-                       False, prepare, ImageFeatures(network), TextFeatures(network))
+    return ClipNetwork(
+        weights.name,
+        content_hash(weights.path),
+        words[preprocessing],
+        weights.form["projection_dim"],
+        False,
+        prepare,
+        ImageFeatures(network),
+        TextFeatures(network),
+    )
 
 
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
     """The embedded CLIP: image tower and projections from clip.safetensors, text tower from nano.safetensors."""
     network, arrays = load_nano_clip(folder)
     size = FORMS["nano"]["vision"]["image_size"]
-    return ClipNetwork("the embedded nano CLIP", _hash(arrays), f"RGB, {size}x{size} bicubic whatever the shape, "
-                       "[-1, 1]", FORMS["nano"]["projection_dim"], True, partial(nano_input, size=size),
-                       ImageFeatures(network), TextFeatures(network))
+    return ClipNetwork(
+        "the embedded nano CLIP",
+        _hash(arrays),
+        f"RGB, {size}x{size} bicubic whatever the shape, [-1, 1]",
+        FORMS["nano"]["projection_dim"],
+        True,
+        partial(nano_input, size=size),
+        ImageFeatures(network),
+        TextFeatures(network),
+    )
 
 
 def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray]]:
@@ -130,7 +155,7 @@ def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray
     arrays = dict(open_checkpoint(folder / "clip.safetensors"))
     base = open_checkpoint(folder / "nano.safetensors")
     prefix = TEXT_PREFIX[: -len("text_model.")]
-    arrays.update({name[len(prefix):]: base[name] for name in base if name.startswith(prefix)})
+    arrays.update({name[len(prefix) :]: base[name] for name in base if name.startswith(prefix)})
     return build_clip(ClipWeights(arrays, FORMS["nano"], "nano", folder / "clip.safetensors")), arrays
 
 

@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings
 
 # Below it the covariance of Inception's 2,048 features is singular, and the FID far from its limit.
 ENOUGH_IMAGES = 2048
-EMBEDDED = ("no weights given, so the embedded nano CLIP scores: these scores compare only with one another, never "
-            "with published ones")
+EMBEDDED = (
+    "no weights given, so the embedded nano CLIP scores: these scores compare only with one another, never "
+    "with published ones"
+)
 
 
 def print_network(network: ImageNetwork) -> None:
@@ -28,8 +30,12 @@ def print_network(network: ImageNetwork) -> None:
 
 
 def describe_network(network: ImageNetwork) -> dict[str, Any]:
-    return {"network": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing,
-            "compares_only_with_itself": network.embedded}
+    return {
+        "network": network.name,
+        "sha256": network.sha256,
+        "preprocessing": network.preprocessing,
+        "compares_only_with_itself": network.embedded,
+    }
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:

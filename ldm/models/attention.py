@@ -125,8 +125,9 @@ class FlashAttention(nn.Cell):
         return self.concat_last((x, self.zeros(x.shape[:-1] + (self.added,), x.dtype))) if self.added else x
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = ops.flash_attention_score(self.pad(q), self.pad(k), self.pad(v), self.num_heads,
-                                        scalar_value=self.scale, input_layout="BNSD")
+        out = ops.flash_attention_score(
+            self.pad(q), self.pad(k), self.pad(v), self.num_heads, scalar_value=self.scale, input_layout="BNSD"
+        )
         return out[:, :, :, : self.head_dim] if self.added else out
 
 
@@ -136,8 +137,9 @@ class MultiHeadAttention(nn.Cell):
     def __init__(self, num_heads: int, head_dim: int, causal_length: int, flash: bool):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.attention = (FlashAttention(head_dim, num_heads) if flash
-                          else one(ScaledDotProductAttention, head_dim, causal_length))
+        self.attention = (
+            FlashAttention(head_dim, num_heads) if flash else one(ScaledDotProductAttention, head_dim, causal_length)
+        )
         self.swap_middle = swap_middle()
 
     def split_heads(self, x: Tensor, n: int) -> Tensor:
@@ -283,14 +285,23 @@ class SpatialTransformer(nn.Cell):
     projections before and after are 1x1 convolutions in SD1.x, of pixels, and linear layers in SD2.x (`use_linear`), of
     tokens."""
 
-    def __init__(self, channels: int, num_heads: int, head_dim: int, depth: int, context_dim: int, use_linear: bool,
-                 num_groups: int = 32):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        head_dim: int,
+        depth: int,
+        context_dim: int,
+        use_linear: bool,
+        num_groups: int = 32,
+    ):
         super().__init__()
         inner = num_heads * head_dim
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
         self.proj_in = Dense(channels, inner) if use_linear else Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.CellList(
-            [BasicTransformerBlock(inner, num_heads, head_dim, context_dim) for _ in range(depth)])
+            [BasicTransformerBlock(inner, num_heads, head_dim, context_dim) for _ in range(depth)]
+        )
         self.proj_out = Dense(inner, channels) if use_linear else Conv2d(inner, channels, 1)
         # No `if` in construct: each is three functions for the compiler, in each layer.
         to_tokens, to_pixels = one(PixelsToTokens), one(TokensToPixels)

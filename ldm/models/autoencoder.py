@@ -94,8 +94,9 @@ class Level(nn.Cell):
 class Encoder(nn.Cell):
     """Images (N, in_channels, H, W) -> moments before quant_conv, (N, 2 z_channels, H/f, W/f)."""
 
-    def __init__(self, in_channels: int, ch: int, ch_mult, num_res_blocks: int, z_channels: int, double_z: bool,
-                 num_groups: int):
+    def __init__(
+        self, in_channels: int, ch: int, ch_mult, num_res_blocks: int, z_channels: int, double_z: bool, num_groups: int
+    ):
         super().__init__()
         self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
         channels, down = ch, []
@@ -150,8 +151,18 @@ class AutoencoderKL(nn.Cell):
     """Encoder and decoder with their 1x1 convolutions; the parameters are `first_stage_config.params` of the published
     YAMLs. Call it through `VAEEncode` and `VAEDecode`, which are one graph each."""
 
-    def __init__(self, embed_dim: int, in_channels: int, out_ch: int, ch: int, ch_mult, num_res_blocks: int,
-                 z_channels: int, double_z: bool = True, num_groups: int = 32):
+    def __init__(
+        self,
+        embed_dim: int,
+        in_channels: int,
+        out_ch: int,
+        ch: int,
+        ch_mult,
+        num_res_blocks: int,
+        z_channels: int,
+        double_z: bool = True,
+        num_groups: int = 32,
+    ):
         super().__init__()
         self.encoder = Encoder(in_channels, ch, ch_mult, num_res_blocks, z_channels, double_z, num_groups)
         self.decoder = Decoder(out_ch, ch, ch_mult, num_res_blocks, z_channels, num_groups)

@@ -10,13 +10,18 @@ from ldm.models.layers import Conv2d, Dense, LayerNorm
 from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
 
 
-def _form(text: tuple[int, int, int], vision: tuple[int, int, int, int, int], projection_dim: int,
-          activation: str = "quick_gelu") -> dict:
+def _form(
+    text: tuple[int, int, int],
+    vision: tuple[int, int, int, int, int],
+    projection_dim: int,
+    activation: str = "quick_gelu",
+) -> dict:
     """CLIPModel's arguments from width, layers, heads of both towers, and the image tower's patch and image size."""
     return {
         "text": dict(zip(("width", "num_layers", "num_heads"), text), activation=activation),
-        "vision": dict(zip(("width", "num_layers", "num_heads", "patch_size", "image_size"), vision),
-                       activation=activation),
+        "vision": dict(
+            zip(("width", "num_layers", "num_heads", "patch_size", "image_size"), vision), activation=activation
+        ),
         "projection_dim": projection_dim,
     }
 
@@ -38,8 +43,9 @@ class VisionEmbeddings(nn.Cell):
         super().__init__()
         tokens = (image_size // patch_size) ** 2 + 1
         self.width = width
-        self.class_embedding = Parameter(Tensor(np.random.normal(0, 0.02, width).astype(np.float32)),
-                                         name="class_embedding")
+        self.class_embedding = Parameter(
+            Tensor(np.random.normal(0, 0.02, width).astype(np.float32)), name="class_embedding"
+        )
         self.patch_embedding = Conv2d(3, width, patch_size, stride=patch_size, has_bias=False)
         self.position_embedding = Embedding(tokens, width)
         self.positions = Tensor(np.arange(tokens, dtype=np.int32))
@@ -57,8 +63,15 @@ class VisionEmbeddings(nn.Cell):
 class CLIPVisionTransformer(nn.Cell):
     """Images (N, 3, S, S), normalised as the model was trained -> pooled features (N, width): the class token."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, image_size: int, patch_size: int,
-                 activation: str = "quick_gelu"):
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        image_size: int,
+        patch_size: int,
+        activation: str = "quick_gelu",
+    ):
         super().__init__()
         self.embeddings = VisionEmbeddings(width, image_size, patch_size)
         self.pre_layrnorm = LayerNorm(width)  # spelt as published

@@ -50,32 +50,55 @@ class Block(NamedTuple):
 
 
 def _inception_a(name: str, pool_channels: int) -> Block:
-    return Block(name, (
-        Branch((Conv("branch1x1", 64),)),
-        Branch((Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5))),
-        Branch((Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3))),
-    ), "average", pool_channels)
+    return Block(
+        name,
+        (
+            Branch((Conv("branch1x1", 64),)),
+            Branch((Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5))),
+            Branch((Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3))),
+        ),
+        "average",
+        pool_channels,
+    )
 
 
 def _inception_c(name: str, channels: int) -> Block:
-    return Block(name, (
-        Branch((Conv("branch1x1", 192),)),
-        Branch((Conv("branch7x7_1", channels), Conv("branch7x7_2", channels, 1, 7), Conv("branch7x7_3", 192, 7, 1))),
-        Branch((
-            Conv("branch7x7dbl_1", channels), Conv("branch7x7dbl_2", channels, 7, 1),
-            Conv("branch7x7dbl_3", channels, 1, 7), Conv("branch7x7dbl_4", channels, 7, 1),
-            Conv("branch7x7dbl_5", 192, 1, 7),
-        )),
-    ), "average", 192)
+    return Block(
+        name,
+        (
+            Branch((Conv("branch1x1", 192),)),
+            Branch(
+                (Conv("branch7x7_1", channels), Conv("branch7x7_2", channels, 1, 7), Conv("branch7x7_3", 192, 7, 1))
+            ),
+            Branch(
+                (
+                    Conv("branch7x7dbl_1", channels),
+                    Conv("branch7x7dbl_2", channels, 7, 1),
+                    Conv("branch7x7dbl_3", channels, 1, 7),
+                    Conv("branch7x7dbl_4", channels, 7, 1),
+                    Conv("branch7x7dbl_5", 192, 1, 7),
+                )
+            ),
+        ),
+        "average",
+        192,
+    )
 
 
 def _inception_e(name: str, pool: str) -> Block:
-    return Block(name, (
-        Branch((Conv("branch1x1", 320),)),
-        Branch((Conv("branch3x3_1", 384),), (Conv("branch3x3_2a", 384, 1, 3), Conv("branch3x3_2b", 384, 3, 1))),
-        Branch((Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, 3, 3)),
-               (Conv("branch3x3dbl_3a", 384, 1, 3), Conv("branch3x3dbl_3b", 384, 3, 1))),
-    ), pool, 192)
+    return Block(
+        name,
+        (
+            Branch((Conv("branch1x1", 320),)),
+            Branch((Conv("branch3x3_1", 384),), (Conv("branch3x3_2a", 384, 1, 3), Conv("branch3x3_2b", 384, 3, 1))),
+            Branch(
+                (Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, 3, 3)),
+                (Conv("branch3x3dbl_3a", 384, 1, 3), Conv("branch3x3dbl_3b", 384, 3, 1)),
+            ),
+        ),
+        pool,
+        192,
+    )
 
 
 STEM = (
@@ -152,8 +175,9 @@ class MixedBranch(nn.Cell):
             cells.append(RectifiedConvolution(in_channels, conv, (f"{block}.{conv.name}",)))
             in_channels = conv.channels
         self.chain = nn.CellList(cells)
-        self.fork = nn.CellList([RectifiedConvolution(in_channels, conv, (f"{block}.{conv.name}",))
-                                 for conv in branch.fork])
+        self.fork = nn.CellList(
+            [RectifiedConvolution(in_channels, conv, (f"{block}.{conv.name}",)) for conv in branch.fork]
+        )
         self.forks = bool(branch.fork)
         self.concat = ops.Concat(1)
 
@@ -187,17 +211,25 @@ class Mixed(nn.Cell):
         merged = Conv("first", self.rectified + (block.pool_channels if block.pool == "average" else 0))
         self.first = Convolution(in_channels, merged, tuple(f"{block.name}.{name}" for name in names))
         self.cut = ops.Slice()  # copies blocks, where indexing would go number by number
-        self.rest = nn.CellList([
-            MixedBranch(block.name, branch, branch.chain[0].channels if shared else in_channels,
-                        branch.chain[1:] if shared else branch.chain)
-            for branch, shared in zip(block.branches, self.shared)])
+        self.rest = nn.CellList(
+            [
+                MixedBranch(
+                    block.name,
+                    branch,
+                    branch.chain[0].channels if shared else in_channels,
+                    branch.chain[1:] if shared else branch.chain,
+                )
+                for branch, shared in zip(block.branches, self.shared)
+            ]
+        )
         self.average = ops.AvgPool(3, 1, "same")  # a mean over the pixels that are there
         self.maximum = ops.MaxPool(3, 1, "same")
         self.stride = ops.MaxPool(3, 2, "valid")
         self.branch_pool = None
         if block.pool == "maximum":
-            self.branch_pool = RectifiedConvolution(in_channels, Conv("branch_pool", block.pool_channels),
-                                                    (f"{block.name}.branch_pool",))
+            self.branch_pool = RectifiedConvolution(
+                in_channels, Conv("branch_pool", block.pool_channels), (f"{block.name}.branch_pool",)
+            )
         self.relu = ops.ReLU()
         self.concat = ops.Concat(1)
 

@@ -140,8 +140,9 @@ class Conv2d(nn.Cell):
     """Convolution over (N, C, H, W); weight (out_channels, in_channels, k, k). `padding` is one number for all sides,
     or (top, bottom, left, right)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
-                 has_bias: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0, has_bias: bool = True
+    ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding

@@ -55,11 +55,13 @@ class CLIPEncoderLayer(nn.Cell):
 
 
 class CLIPEncoder(nn.Cell):
-    def __init__(self, width: int, num_layers: int, num_heads: int, hidden: int, activation: str,
-                 causal_length: int = 0):
+    def __init__(
+        self, width: int, num_layers: int, num_heads: int, hidden: int, activation: str, causal_length: int = 0
+    ):
         super().__init__()
         self.layers = nn.CellList(
-            [CLIPEncoderLayer(width, num_heads, hidden, activation, causal_length) for _ in range(num_layers)])
+            [CLIPEncoderLayer(width, num_heads, hidden, activation, causal_length) for _ in range(num_layers)]
+        )
 
     def construct(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -94,8 +96,15 @@ class TextEmbeddings(nn.Cell):
 class CLIPTextTransformer(nn.Cell):
     """Tokens (N, length) int32 -> last hidden states after the final LayerNorm (N, length, width)."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, activation: str = "quick_gelu",
-                 vocab_size: int = 49408, length: int = 77):
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        activation: str = "quick_gelu",
+        vocab_size: int = 49408,
+        length: int = 77,
+    ):
         super().__init__()
         self.embeddings = TextEmbeddings(vocab_size, length, width)
         self.encoder = CLIPEncoder(width, num_layers, num_heads, 4 * width, activation, causal_length=length)

@@ -27,11 +27,17 @@ class ResBlock(nn.Cell):
         super().__init__()
         self.silu = silu()
         self.in_layers = nn.SequentialCell(
-            [GroupNorm(in_channels, num_groups), self.silu, Conv2d(in_channels, out_channels, 3, padding=1)])
+            [GroupNorm(in_channels, num_groups), self.silu, Conv2d(in_channels, out_channels, 3, padding=1)]
+        )
         self.emb_layers = nn.SequentialCell([self.silu, Dense(emb_channels, out_channels)])
         self.out_layers = nn.SequentialCell(
-            [GroupNorm(out_channels, num_groups), self.silu, Identity(),
-             Conv2d(out_channels, out_channels, 3, padding=1)])
+            [
+                GroupNorm(out_channels, num_groups),
+                self.silu,
+                Identity(),
+                Conv2d(out_channels, out_channels, 3, padding=1),
+            ]
+        )
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
         self.add_shift = broadcast_add()
 
@@ -100,14 +106,16 @@ class TimestepEmbedding(nn.Cell):
         super().__init__()
         half = dim // 2
         self.half = half
-        self.frequencies = Tensor(np.exp(-math.log(10000.0) * np.arange(half, dtype=np.float64) / half)
-                                  .astype(np.float32).reshape(1, half))
+        self.frequencies = Tensor(
+            np.exp(-math.log(10000.0) * np.arange(half, dtype=np.float64) / half).astype(np.float32).reshape(1, half)
+        )
         self.cos, self.sin, self.concat = ops.Cos(), ops.Sin(), ops.Concat(-1)
 
     def construct(self, timesteps: Tensor) -> Tensor:
         shape = (timesteps.shape[0], self.half)
-        angles = (ops.broadcast_to(timesteps.astype(ms.float32).reshape(-1, 1), shape)
-                  * ops.broadcast_to(self.frequencies, shape))
+        angles = ops.broadcast_to(timesteps.astype(ms.float32).reshape(-1, 1), shape) * ops.broadcast_to(
+            self.frequencies, shape
+        )
         return self.concat((self.cos(angles), self.sin(angles)))
 
 
@@ -121,16 +129,34 @@ class UNetModel(RepeatedCell):
     (N, out_channels, h, w).
     """
 
-    def __init__(self, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
-                 attention_resolutions, channel_mult=(1, 2, 4, 8), num_heads: int = -1, num_head_channels: int = -1,
-                 transformer_depth: int = 1, context_dim: int | None = None,
-                 use_linear_in_transformer: bool = False, num_groups: int = 32):
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions,
+        channel_mult=(1, 2, 4, 8),
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        use_linear_in_transformer: bool = False,
+        num_groups: int = 32,
+    ):
         super().__init__()
 
         def transformer(channels: int) -> SpatialTransformer:
             head_dim = num_head_channels if num_head_channels > 0 else channels // num_heads
-            return SpatialTransformer(channels, channels // head_dim, head_dim, transformer_depth, context_dim,
-                                      use_linear_in_transformer, num_groups)
+            return SpatialTransformer(
+                channels,
+                channels // head_dim,
+                head_dim,
+                transformer_depth,
+                context_dim,
+                use_linear_in_transformer,
+                num_groups,
+            )
 
         emb = 4 * model_channels
         self.dtype = ms.float32
@@ -153,8 +179,11 @@ class UNetModel(RepeatedCell):
                 downsampling *= 2
         self.input_blocks = nn.CellList(input_blocks)
 
-        self.middle_block = block_of(ResBlock(channels, emb, channels, num_groups), transformer(channels),
-                                     ResBlock(channels, emb, channels, num_groups))
+        self.middle_block = block_of(
+            ResBlock(channels, emb, channels, num_groups),
+            transformer(channels),
+            ResBlock(channels, emb, channels, num_groups),
+        )
 
         output_blocks = []
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -170,7 +199,8 @@ class UNetModel(RepeatedCell):
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = nn.SequentialCell(
-            [GroupNorm(channels, num_groups), silu(), Conv2d(channels, out_channels, 3, padding=1)])
+            [GroupNorm(channels, num_groups), silu(), Conv2d(channels, out_channels, 3, padding=1)]
+        )
         self.concat_channels = ops.Concat(1)
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:

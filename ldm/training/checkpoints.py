@@ -28,9 +28,7 @@ STATES_KEPT = 2  # the last, and one to fall back on: a state is three to four t
 _FORMATS = ("1", "2")
 _MOST = 10**12  # steps and other counts
 _COUNTS = ("good_steps", "overflows_in_a_row", "overflows", "updates")  # of LossScaler
-_REMAINS = re.compile(
-    r"\.(?:(?:lora|model|state)(?:-[0-9]+)?|files|metrics|train_args)\.[0-9]+\.partial(?:\.\w+)?"
-)
+_REMAINS = re.compile(r"\.(?:(?:lora|model|state)(?:-[0-9]+)?|files|metrics|train_args)\.[0-9]+\.partial(?:\.\w+)?")
 
 
 @dataclass
@@ -78,8 +76,10 @@ def load_latest_state(folder: Path, misfit: Callable[[TrainState], str] = lambda
                 return state
         logger.warning("%s; going back to the state before it", fault)
     if paths:
-        raise UserError(f"{folder}: none of its {len(paths)} training states can be read; start again without --resume "
-                        "in another output_path")
+        raise UserError(
+            f"{folder}: none of its {len(paths)} training states can be read; start again without --resume "
+            "in another output_path"
+        )
     return None
 
 

@@ -75,9 +75,7 @@ class AdamW(nn.Cell):
         """gradients: one fp32 tensor a parameter, multiplied by `factor` first; rate, epsilon, decay: of
         `adamw_scalars`; ema_rate: 1 - EMA's decay. All of these are fp32 scalars."""
         if self.use_ema:
-            update = ops.partial(
-                _update_and_average, rate, self.beta1, self.beta2, epsilon, decay, ema_rate, factor
-            )
+            update = ops.partial(_update_and_average, rate, self.beta1, self.beta2, epsilon, decay, ema_rate, factor)
             return _each(update, self.parameters, self.m, self.v, self.averages, gradients)
         update = ops.partial(_update, rate, self.beta1, self.beta2, epsilon, decay, factor)
         return _each(update, self.parameters, self.m, self.v, gradients)

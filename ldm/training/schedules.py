@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(
-    step: int, *, scheduler: str, start: float, end: float, warmup_steps: int, decay_steps: int
-) -> float:
+def learning_rate(step: int, *, scheduler: str, start: float, end: float, warmup_steps: int, decay_steps: int) -> float:
     """The rate of the `step`-th update, counted from 0.
 
     It rises linearly over `warmup_steps` updates (the first one at start / warmup_steps, the last one at `start`), then

@@ -45,9 +45,7 @@ class StepScalars(NamedTuple):
     ema_rate: float  # 1 - EMA's decay
 
     def tensor(self) -> Tensor:
-        return Tensor(
-            np.array([self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate], np.float32)
-        )
+        return Tensor(np.array([self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate], np.float32))
 
 
 class StepResult(NamedTuple):

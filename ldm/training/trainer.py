@@ -461,8 +461,9 @@ class Trainer:
         used_scale = scaler.scale
         scaler.after_step(result.finite, applied)
         if not result.finite:
-            logger.warning("step %d overflowed at loss scale %g; skipped, the scale is now %g", self.done, used_scale,
-                           scaler.scale)
+            logger.warning(
+                "step %d overflowed at loss scale %g; skipped, the scale is now %g", self.done, used_scale, scaler.scale
+            )
         return Metrics(self.done, result.loss, rate, used_scale, time.perf_counter() - begin, result.gradient_norm)
 
     def _check_inputs(self, batches: list[tuple[Tensor, ...]]) -> None:
@@ -483,14 +484,18 @@ class Trainer:
         """Why a step from finite inputs may have a loss that is not finite, and what to do."""
         for parameter in self.model.get_parameters():
             if not parameter.requires_grad and not np.isfinite(parameter.asnumpy()).all():
-                return (f"{parameter.name} of {self.config.pretrained_model_path} holds values that are not finite: "
-                        "take another checkpoint")
+                return (
+                    f"{parameter.name} of {self.config.pretrained_model_path} holds values that are not finite: "
+                    "take another checkpoint"
+                )
         if self.last_state is not None:
             arrays, _ = read_checkpoint(self.last_state)
             largest = max(np.abs(array).max() for name, array in arrays.items() if name.startswith("p."))
             if not largest <= HUGE:  # not finite either
-                return (f"the weights were as large as {largest:.3g} in {self.last_state} already: go on from a state "
-                        "before it with a lower start_learning_rate, or start again")
+                return (
+                    f"the weights were as large as {largest:.3g} in {self.last_state} already: go on from a state "
+                    "before it with a lower start_learning_rate, or start again"
+                )
         way = "lower start_learning_rate, or set clip_grad"
         if self.runtime.rank_size > 1:
             way += f", or see {self.output}/log-*.txt: another process's inputs may be at fault"
@@ -500,8 +505,9 @@ class Trainer:
         """One for each micro-step, a function of its number."""
         micro_steps = self.config.gradient_accumulation_steps
         return [
-            draws(self.config.seed, "lora_dropout", self.done * micro_steps + i, self.runtime.rank)
-            .integers(-(2**31), 2**31, 2, dtype=np.int32)
+            draws(self.config.seed, "lora_dropout", self.done * micro_steps + i, self.runtime.rank).integers(
+                -(2**31), 2**31, 2, dtype=np.int32
+            )
             for i in range(micro_steps)
         ]
 

@@ -37,8 +37,13 @@ from ldm.weights.tokens import tokens_of, with_tokens
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
-    "unet": {"num_heads": -1, "num_head_channels": -1, "num_groups": NUM_GROUPS, "transformer_depth": 1,
-             "use_linear_in_transformer": False},
+    "unet": {
+        "num_heads": -1,
+        "num_head_channels": -1,
+        "num_groups": NUM_GROUPS,
+        "transformer_depth": 1,
+        "use_linear_in_transformer": False,
+    },
     "vae": {"double_z": True, "num_groups": NUM_GROUPS},
     "text": {"vocab_size": VOCABULARY_SIZE, "length": 77},
 }
@@ -286,8 +291,12 @@ def _from_folder(
     if len(per_level) != len(channels) or any(
         type(count) is not int or not 1 <= count <= MOST_HEADS for count in per_level
     ):
-        refuse("unet/config.json", key, heads, f"; it must be a number from 1 to {MOST_HEADS:,}, or one for each of "
-                                               f"the {len(channels)} levels")
+        refuse(
+            "unet/config.json",
+            key,
+            heads,
+            f"; it must be a number from 1 to {MOST_HEADS:,}, or one for each of the {len(channels)} levels",
+        )
     head_channels = {channel // count for channel, count in zip(channels, per_level)}
     model = {
         "unet": {
@@ -311,8 +320,12 @@ def _from_folder(
     elif len(head_channels) == 1:
         model["unet"]["num_head_channels"] = head_channels.pop()
     else:
-        refuse("unet/config.json", key, heads, "; the networks here have one number of heads, or of channels a head, "
-                                               "for all levels")
+        refuse(
+            "unet/config.json",
+            key,
+            heads,
+            "; the networks here have one number of heads, or of channels a head, for all levels",
+        )
     vae_factor = 2 ** (len(sizes["vae"]["ch_mult"]) - 1)
     sample_size = unet.get("sample_size") or 64
     sample_size = sample_size[0] if isinstance(sample_size, list) else sample_size
@@ -342,7 +355,7 @@ def _from_folder(
 
 
 def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
-    """"zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
+    """ "zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
     encoder's activation has it: OpenCLIP's is gelu. Raises UserError where it fills up with an added token."""
     added = {token.text for token in tokens_of(folder)}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -350,7 +363,9 @@ def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             if token in added:
-                raise UserError(f"{folder.path}: pad_token in tokenizer/{file} is {plain(token, 60)}, an added token; "
-                                f"only {END_TEXT} and ! are supported")
+                raise UserError(
+                    f"{folder.path}: pad_token in tokenizer/{file} is {plain(token, 60)}, an added token; "
+                    f"only {END_TEXT} and ! are supported"
+                )
             return "zero" if token == "!" else "end"
     return "zero" if text.get("hidden_act") == "gelu" else "end"

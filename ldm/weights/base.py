@@ -113,16 +113,20 @@ def plan_base(checkpoint: Checkpoint | DiffusersFolder | Prefixed, ema: bool = F
     if detect_family(names) is None:
         alone = _first_found(names, _ALONE)
         if alone:
-            raise UserError(f"{path} is {alone[0]} alone, not a single-file checkpoint: give the folder or the file "
-                            "that holds the whole model")
+            raise UserError(
+                f"{path} is {alone[0]} alone, not a single-file checkpoint: give the folder or the file "
+                "that holds the whole model"
+            )
         if names and all(name in ("emb_params", "string_to_param.*") or name.startswith("<") for name in names):
             raise UserError(f"{path} is a textual-inversion embedding, not a base checkpoint")
         shown = plain(", ".join(names[:2])) or "none"
         raise UserError(f"{path} is not a Stable Diffusion checkpoint: {len(names)} unknown names ({shown}, ...)")
     if ema and isinstance(checkpoint, DiffusersFolder):
         if checkpoint.variants.get("unet") == "non_ema":
-            raise UserError(f"{path} holds the UNet without its moving averages alone (non_ema): leave out the flag "
-                            "that asks for EMA, or fetch the file without non_ema in its name")
+            raise UserError(
+                f"{path} holds the UNet without its moving averages alone (non_ema): leave out the flag "
+                "that asks for EMA, or fetch the file without non_ema in its name"
+            )
         ema = not checkpoint.has_averages  # what the folder gives are the averages already
     try:
         return plan_names(names, ema)

@@ -85,19 +85,24 @@ class Checkpoint(Arrays):
         total = 0
         for name, entry in self._entries.items():
             if len(name) > MOST_NAME:
-                raise UserError(f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
-                                f"{MOST_NAME:,}: {again}")
+                raise UserError(
+                    f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
+                    f"{MOST_NAME:,}: {again}"
+                )
             if len(entry.shape) > MOST_DIMENSIONS:
-                raise UserError(f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most "
-                                f"{MOST_DIMENSIONS}: {again}")
+                raise UserError(
+                    f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MOST_DIMENSIONS}: {again}"
+                )
             # A size of 0 does not make the others smaller: numpy counts them.
             if math.prod(size or 1 for size in entry.shape) > MOST_ELEMENTS:
-                raise UserError(f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} "
-                                f"elements: {again}")
+                raise UserError(
+                    f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} elements: {again}"
+                )
             total += math.prod(entry.shape) * self.spec(name)[0].itemsize
         if total > max(MOST_SHARED * len(self._data), SMALL):
-            raise UserError(f"{damaged}: its tensors repeat one another, {total:,} bytes in a file of "
-                            f"{len(self._data):,}: {again}")
+            raise UserError(
+                f"{damaged}: its tensors repeat one another, {total:,} bytes in a file of {len(self._data):,}: {again}"
+            )
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]

@@ -107,8 +107,10 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
     missing = [name for name in parameters if name not in arrays]
     unknown = [name for name in arrays if name not in parameters]
     if missing or unknown:
-        raise UserError(f"{weights.path} is no whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
-                        f"({plain((missing or unknown)[0])}, ...)")
+        raise UserError(
+            f"{weights.path} is no whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
+            f"({plain((missing or unknown)[0])}, ...)"
+        )
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape)
         if tuple(arrays[name].shape) not in (shape, shape or (1,)):
@@ -132,15 +134,19 @@ def place(name: str) -> list[Place] | Ignored | None:
         prefix = f"{_VISION if visual else _TEXT}encoder.layers.{index}."
         if module == "attn.in_proj":
             return split_rows(tuple(f"{prefix}self_attn.{part}_proj.{_KINDS[kind]}" for part in "qkv"))
-        module = module[len("mlp."):] if module.startswith("mlp.") else module
+        module = module[len("mlp.") :] if module.startswith("mlp.") else module
         return [Place(f"{prefix}{TEXT_LAYER[module]}.{_KINDS[kind]}")] if module in TEXT_LAYER else None
     module, _, kind = name.rpartition(".")
     return [Place(f"{_MODULES[module]}.{_KINDS[kind]}")] if module in _MODULES and kind in _KINDS else None
 
 
 def _weights_of_folder(folder: Path) -> Path:
-    names = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.safetensors",
-             "open_clip_pytorch_model.bin")
+    names = (
+        "model.safetensors",
+        "pytorch_model.bin",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+    )
     found = next((folder / name for name in names if is_file(folder / name)), None)
     if found is None:
         raise UserError(f"{folder} holds no CLIP weights: it should hold one of {', '.join(names)}")
@@ -151,8 +157,11 @@ def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     file = checkpoint.path
     if any(name.startswith((_TEXT, _VISION)) for name in checkpoint):
         arrays = {name: checkpoint[name] for name in checkpoint if not name.endswith("position_ids")}
-        extra = [name for name in arrays if not name.startswith((_TEXT, _VISION, "visual_projection.",
-                                                                 "text_projection.", "logit_scale"))]
+        extra = [
+            name
+            for name in arrays
+            if not name.startswith((_TEXT, _VISION, "visual_projection.", "text_projection.", "logit_scale"))
+        ]
     else:
         arrays, extra = {}, []
         for name in checkpoint:
@@ -161,13 +170,17 @@ def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 extra.append(name)
             elif isinstance(placed, list):
                 array = checkpoint[name]
-                blocks = np.split(array, placed[0].parts) if len(array.shape) and not array.shape[0] % placed[
-                    0].parts else [array] * placed[0].parts
+                blocks = (
+                    np.split(array, placed[0].parts)
+                    if len(array.shape) and not array.shape[0] % placed[0].parts
+                    else [array] * placed[0].parts
+                )
                 for at in placed:
                     arrays[at.name] = blocks[at.part].T if name in _TRANSPOSED else blocks[at.part]
     if extra:
-        raise UserError(f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown "
-                        f"({plain(extra[0])}, ...)")
+        raise UserError(
+            f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown ({plain(extra[0])}, ...)"
+        )
     return arrays
 
 
@@ -177,16 +190,19 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in arrays or len(arrays[name].shape) != dimensions or not all(arrays[name].shape):
             what = "has no" if name not in arrays else "has a wrong"
-            raise UserError(f"{file} {what} {name}: a CLIP score needs the whole CLIP, image tower, text tower and "
-                            "projections")
+            raise UserError(
+                f"{file} {what} {name}: a CLIP score needs the whole CLIP, image tower, text tower and projections"
+            )
         return arrays[name].shape
 
     def layers(tower: str) -> int:
         found = (re.match(rf"{tower}encoder\.layers\.(\d{{1,9}})\.", name) for name in arrays)
         numbers = {int(match.group(1)) for match in found if match}
         if numbers != set(range(len(numbers))):
-            raise UserError(f"{file} has {len(numbers)} layers of {tower[:-1]}, but one is numbered {max(numbers)}: "
-                            "the file is damaged")
+            raise UserError(
+                f"{file} has {len(numbers)} layers of {tower[:-1]}, but one is numbered {max(numbers)}: "
+                "the file is damaged"
+            )
         return len(numbers)
 
     length = shape(f"{_TEXT}embeddings.position_embedding.weight", 2)[0]
@@ -198,15 +214,20 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
     positions = shape(f"{_VISION}embeddings.position_embedding.weight", 2)[0]
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
-        raise UserError(f"{file} has {positions} positions in its image tower, wanted a square number of patches and "
-                        "one more")
+        raise UserError(
+            f"{file} has {positions} positions in its image tower, wanted a square number of patches and one more"
+        )
     vocabulary, width = shape(f"{_TEXT}embeddings.token_embedding.weight", 2)
     if vocabulary < VOCABULARY_SIZE:
         raise UserError(f"{file} knows {vocabulary:,} tokens; CLIP's tokenizer makes {VOCABULARY_SIZE:,}")
     return {
         "text": {"width": width, "num_layers": layers(_TEXT), "vocab_size": vocabulary},
-        "vision": {"width": patch[0], "num_layers": layers(_VISION), "patch_size": patch[-1],
-                   "image_size": side * patch[-1]},
+        "vision": {
+            "width": patch[0],
+            "num_layers": layers(_VISION),
+            "patch_size": patch[-1],
+            "image_size": side * patch[-1],
+        },
         "projection_dim": shape("visual_projection.weight", 2)[0],
     }
 
@@ -214,7 +235,8 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
 def _same_sizes(form: dict, sizes: dict) -> bool:
     shown = ("width", "num_layers", "patch_size", "image_size")
     return form["projection_dim"] == sizes["projection_dim"] and all(
-        form[tower][key] == sizes[tower][key] for tower in ("text", "vision") for key in shown if key in form[tower])
+        form[tower][key] == sizes[tower][key] for tower in ("text", "vision") for key in shown if key in form[tower]
+    )
 
 
 def _configured(path: Path, sizes: dict) -> dict:
@@ -228,17 +250,24 @@ def _configured(path: Path, sizes: dict) -> dict:
         heads, activation = found.get("num_attention_heads", heads), found.get("hidden_act", "quick_gelu")
         width = found.get("hidden_size", sizes[tower]["width"])
         if width != sizes[tower]["width"]:
-            raise UserError(f"{path} says that the {tower} tower is {plain(width, 60)} wide, the weights "
-                            f"{sizes[tower]['width']}: they do not belong together")
+            raise UserError(
+                f"{path} says that the {tower} tower is {plain(width, 60)} wide, the weights "
+                f"{sizes[tower]['width']}: they do not belong together"
+            )
         layers = found.get("num_hidden_layers", sizes[tower]["num_layers"])
         if layers != sizes[tower]["num_layers"]:
-            raise UserError(f"{path} says that the {tower} tower has {plain(layers, 60)} layers, the weights have "
-                            f"{sizes[tower]['num_layers']}: they do not belong together, or the file is cut off")
+            raise UserError(
+                f"{path} says that the {tower} tower has {plain(layers, 60)} layers, the weights have "
+                f"{sizes[tower]['num_layers']}: they do not belong together, or the file is cut off"
+            )
         if type(heads) is not int or heads < 1 or sizes[tower]["width"] % heads:
-            raise UserError(f"{path}: {tower}_config.num_attention_heads is {plain(repr(heads), 60)}, which does not "
-                            f"divide the width {sizes[tower]['width']}")
+            raise UserError(
+                f"{path}: {tower}_config.num_attention_heads is {plain(repr(heads), 60)}, which does not "
+                f"divide the width {sizes[tower]['width']}"
+            )
         if activation not in ("quick_gelu", "gelu"):
-            raise UserError(f"{path}: {tower}_config.hidden_act is {plain(repr(activation), 60)}; CLIP has quick_gelu "
-                            "or gelu")
+            raise UserError(
+                f"{path}: {tower}_config.hidden_act is {plain(repr(activation), 60)}; CLIP has quick_gelu or gelu"
+            )
         towers[tower] = {"num_heads": heads, "activation": activation}
     return towers

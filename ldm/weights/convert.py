@@ -128,8 +128,9 @@ def convert(
     else:
         found = fitting_models(checkpoint, plan, prediction_type)
     if not found:
-        raise UserError(f"which model is {source}? "
-                        f"{what_it_says(checkpoint, plan, 'add --model_config with its YAML')}")
+        raise UserError(
+            f"which model is {source}? {what_it_says(checkpoint, plan, 'add --model_config with its YAML')}"
+        )
     if len(found) > 1 and form == "diffusers":
         says = what_it_says(checkpoint, plan, "add --prediction_type epsilon or v_prediction")
         raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: {says}")
@@ -138,8 +139,10 @@ def convert(
         said = model_metadata(checkpoint.metadata).get("prediction_type", prediction_type)
         for where, other in ((source, said), (model.path, model.prediction_type)):
             if other != prediction_type:
-                raise UserError(f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
-                                "out, or choose another YAML")
+                raise UserError(
+                    f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
+                    "out, or choose another YAML"
+                )
     if len(found) == 1:
         check_base_metadata(checkpoint.metadata, model, source)
     if form == "diffusers":
@@ -148,8 +151,10 @@ def convert(
     there = is_file(beside)
     architectures = [without_tokens(other) for other in found]  # the tokens are told by the checkpoint itself
     if there and not any(same_model(load_model_config(beside), other) for other in architectures):
-        raise UserError(f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
-                        "remove it first")
+        raise UserError(
+            f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
+            "remove it first"
+        )
 
     networks = build_model(model, random=False)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
@@ -216,11 +221,15 @@ def check_diffusers_form(model: ModelConfig) -> None:
     """Raise UserError for a model whose sizes diffusers' networks cannot have."""
     unet, vae = model.unet, model.vae
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
-        raise UserError(f"{model.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "
-                        "convolution is as wide as the first level; write ldm or own")
+        raise UserError(
+            f"{model.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "
+            "convolution is as wide as the first level; write ldm or own"
+        )
     if vae["z_channels"] != vae["embed_dim"]:
-        raise UserError(f"{model.path}: z_channels {vae['z_channels']} and embed_dim {vae['embed_dim']} are one number "
-                        "in a diffusers folder; write ldm or own")
+        raise UserError(
+            f"{model.path}: z_channels {vae['z_channels']} and embed_dim {vae['embed_dim']} are one number "
+            "in a diffusers folder; write ldm or own"
+        )
 
 
 def form_of(target: Path, form: str | None) -> str:

@@ -155,7 +155,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
     made, unknown = {}, []
     for name, shape in shapes.items():
         if name.startswith(TEXT_PREFIX):
-            made[f"text_encoder/{TEXT_MODEL}{name[len(TEXT_PREFIX):]}"] = Made((name,))
+            made[f"text_encoder/{TEXT_MODEL}{name[len(TEXT_PREFIX) :]}"] = Made((name,))
             continue
         component = "unet" if name.startswith(UNET_PREFIX) else "vae"
         prefix, table = tables[component]

@@ -72,8 +72,10 @@ class DiffusersFolder(Arrays):
         there = [(variant, name) for variant, name in found if is_there(place / name)]
         if not there:
             if found:
-                raise UserError(f"{place / found[0][1]} is a link to a file that is not there: a download that "
-                                "stopped? Fetch it again")
+                raise UserError(
+                    f"{place / found[0][1]} is a link to a file that is not there: a download that "
+                    "stopped? Fetch it again"
+                )
             safe, torch = STEMS[component]
             shown = ", ".join(plain(name, 60) for name in names[:5]) or "nothing"
             raise UserError(f"{place} holds no weights ({safe}.safetensors or {torch}.bin), but {shown}")
@@ -123,14 +125,18 @@ def open_folder(path: Path) -> DiffusersFolder:
     names = list_folder(path)
     pipeline = plain(_read_json(path / "model_index.json").get("_class_name", ""), 60)
     if "transformer" in names:  # first: Stable Diffusion 3 and Flux have several text encoders as well
-        raise UserError(f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
-                        "and SD2.x are supported")
+        raise UserError(
+            f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
+            "and SD2.x are supported"
+        )
     if "text_encoder_2" in names or "XL" in pipeline:
-        raise UserError(f"{path} is an SDXL folder ({pipeline or 'text_encoder_2/'}); only SD1.x and SD2.x are "
-                        "supported")
+        raise UserError(
+            f"{path} is an SDXL folder ({pipeline or 'text_encoder_2/'}); only SD1.x and SD2.x are supported"
+        )
     if "Inpaint" in pipeline:
-        raise UserError(f"{path} is an inpainting model's folder ({pipeline}), which is not supported; take a "
-                        "text-to-image model's")
+        raise UserError(
+            f"{path} is an inpainting model's folder ({pipeline}), which is not supported; take a text-to-image model's"
+        )
     places = {component: path / component for component in STEMS if is_folder(path / component)}
     if places:
         return DiffusersFolder(path, places)
@@ -144,8 +150,9 @@ def open_folder(path: Path) -> DiffusersFolder:
         raise UserError(f"{path} holds a LoRA, not a base model ({WHOLE}): give its file as --lora_ckpt_path")
     files = [name for name in names if name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))]
     if files:
-        raise UserError(f"{path} is a folder, but no diffusers folder ({WHOLE}): name the file, such as "
-                        f"{path / plain(files[0])}")
+        raise UserError(
+            f"{path} is a folder, but no diffusers folder ({WHOLE}): name the file, such as {path / plain(files[0])}"
+        )
     shown = ", ".join(plain(name, 60) for name in names[:3])
     raise UserError(f"{path} {f'holds no checkpoint, but {shown}' if names else 'is an empty folder'}: {WHOLE}")
 
@@ -158,8 +165,9 @@ def _snapshot(path: Path) -> Path:
     names = list_folder(path)
     models = [name for name in names if name.startswith("models--")]
     if models and not any(component in names for component in STEMS):
-        raise UserError(f"{path} is the cache of the Hugging Face hub: name one of its models, such as "
-                        f"{path / plain(models[0])}")
+        raise UserError(
+            f"{path} is the cache of the Hugging Face hub: name one of its models, such as {path / plain(models[0])}"
+        )
     if "snapshots" not in names or not ("refs" in names or "blobs" in names):
         return path
     snapshots = [name for name in list_folder(path / "snapshots") if is_folder(path / "snapshots" / name)]
@@ -172,8 +180,10 @@ def _snapshot(path: Path) -> Path:
     if not snapshots:
         raise UserError(f"{path} is a model's folder in the hub's cache with an empty snapshots/: download it again")
     shown = ", ".join(plain(name, 60) for name in snapshots[:3])
-    raise UserError(f"{path} is a model's folder in the hub's cache with {len(snapshots)} snapshots, and refs/main "
-                    f"names none of them: give one of those in {path / 'snapshots'}, {shown}")
+    raise UserError(
+        f"{path} is a model's folder in the hub's cache with {len(snapshots)} snapshots, and refs/main "
+        f"names none of them: give one of those in {path / 'snapshots'}, {shown}"
+    )
 
 
 def _open_shards(index: Path) -> list[Checkpoint]:
@@ -187,8 +197,9 @@ def _open_shards(index: Path) -> list[Checkpoint]:
     found = {name: shard.path.name for shard in shards for name in shard}
     if found != weight_map:
         wrong = sorted(name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name))
-        raise UserError(f"{index} and its files do not agree on {len(wrong)} arrays, such as {plain(wrong[0])}: fetch "
-                        "them again")
+        raise UserError(
+            f"{index} and its files do not agree on {len(wrong)} arrays, such as {plain(wrong[0])}: fetch them again"
+        )
     return shards
 
 

@@ -39,14 +39,20 @@ def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
             for place, conv in enumerate(branch.chain):
                 theirs = f"branch{number}" + (f".{place}" if len(branch.chain) > 1 else "")
                 modules[f"{block.name}.{conv.name}"] = (
-                    f"{block.name}.{theirs}", (conv.channels, width, conv.height, conv.width))
+                    f"{block.name}.{theirs}",
+                    (conv.channels, width, conv.height, conv.width),
+                )
                 width = conv.channels
             for letter, conv in zip("ab", branch.fork):
                 modules[f"{block.name}.{conv.name}"] = (
-                    f"{block.name}.branch{number}_{letter}", (conv.channels, width, conv.height, conv.width))
+                    f"{block.name}.branch{number}_{letter}",
+                    (conv.channels, width, conv.height, conv.width),
+                )
         if block.pool_channels:
             modules[f"{block.name}.branch_pool"] = (
-                f"{block.name}.branch_pool.1", (block.pool_channels, channels, 1, 1))
+                f"{block.name}.branch_pool.1",
+                (block.pool_channels, channels, 1, 1),
+            )
         channels = out_channels(block, channels)
     return modules
 
@@ -59,14 +65,21 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     checkpoint = open_checkpoint(path)
     modules = published_modules()
-    mindone = {f"{theirs}.{kind}": f"{ours}.{_kind}" for ours, (theirs, _) in modules.items()
-               for _kind, kind in _KINDS.items()}
-    wanted = {f"{name}.{kind}": shape if kind == "conv.weight" else shape[:1]
-              for name, (_, shape) in modules.items() for kind in _KINDS}
+    mindone = {
+        f"{theirs}.{kind}": f"{ours}.{_kind}" for ours, (theirs, _) in modules.items() for _kind, kind in _KINDS.items()
+    }
+    wanted = {
+        f"{name}.{kind}": shape if kind == "conv.weight" else shape[:1]
+        for name, (_, shape) in modules.items()
+        for kind in _KINDS
+    }
     sources = {mindone.get(name, name): name for name in checkpoint}
     missing = [name for name in wanted if name not in sources]
-    unknown = [name for name in sources if name not in wanted and not name.startswith(UNUSED)
-               and not name.endswith("num_batches_tracked")]
+    unknown = [
+        name
+        for name in sources
+        if name not in wanted and not name.startswith(UNUSED) and not name.endswith("num_batches_tracked")
+    ]
     if missing or unknown:
         raise UserError(
             f"{path} is not the Inception network of the FID: {len(missing)} of {len(wanted)} arrays are missing"

@@ -106,8 +106,10 @@ def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config
     if component == "vae" and isinstance(checkpoint, DiffusersFolder):
         factor = checkpoint.config("vae").get("scaling_factor", config.scale_factor)
         if factor != config.scale_factor:
-            raise UserError(f"{path} is a VAE with a scaling_factor of {plain(repr(factor))}, the model wants "
-                            f"{config.scale_factor}: take a VAE of SD1.x or SD2.x")
+            raise UserError(
+                f"{path} is a VAE with a scaling_factor of {plain(repr(factor))}, the model wants "
+                f"{config.scale_factor}: take a VAE of SD1.x or SD2.x"
+            )
     return _load(model, checkpoint, (component,))
 
 

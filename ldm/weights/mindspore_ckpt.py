@@ -77,8 +77,10 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
         entry = entries.pop(name)
         if entry.nbytes > MOST_TEXT:
-            raise UserError(f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MOST_TEXT:,} are "
-                            "read: write the file again without it")
+            raise UserError(
+                f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MOST_TEXT:,} are "
+                "read: write the file again without it"
+            )
         raw = b"".join(data[offset : offset + size] for offset, size in entry.pieces)
         try:
             metadata[name] = raw.decode("utf-32-le").rstrip("\0")
@@ -87,15 +89,17 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
             raise UserError(message) from error
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            raise UserError(f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which is not read here: save "
-                            "it as Float32")
+            raise UserError(
+                f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which is not read here: save it as Float32"
+            )
         entry.dtype = DTYPES[entry.dtype]
         itemsize = 2 if entry.dtype == "bf16" else np.dtype(entry.dtype).itemsize
         if entry.shape == (0,) and entry.nbytes == itemsize:
             entry.shape = ()  # how older versions of MindSpore write a scalar
         if entry.nbytes != math.prod(entry.shape) * itemsize:
-            raise UserError(f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: "
-                            "write it again")
+            raise UserError(
+                f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: write it again"
+            )
     return Checkpoint(path, "ckpt", data, entries, metadata)
 
 

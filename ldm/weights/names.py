@@ -55,19 +55,21 @@ class Plan:
         else:
             for place in placed:
                 if place.name in self.sources:
-                    raise UserError(f"{plain(self.sources[place.name].name)} and {plain(key)} both stand for "
-                                    f"{place.name}: the file is damaged")
+                    raise UserError(
+                        f"{plain(self.sources[place.name].name)} and {plain(key)} both stand for "
+                        f"{place.name}: the file is damaged"
+                    )
                 self.sources[place.name] = Source(key, place.part, place.parts)
 
 
 def component_of(name: str) -> str:
-    """"unet", "vae" or "text_encoder" for a canonical name or a diffusers folder's, "other" for anything else."""
+    """ "unet", "vae" or "text_encoder" for a canonical name or a diffusers folder's, "other" for anything else."""
     prefixes = zip(COMPONENTS.items(), FOLDERS)
     return next((part for (part, prefix), folder in prefixes if name.startswith((prefix, folder))), "other")
 
 
 def detect_family(names: Iterable[str]) -> str | None:
-    """"ldm" (CompVis, Stability AI and this project's own), "mindone", "diffusers" (a folder's `component/name`), or
+    """ "ldm" (CompVis, Stability AI and this project's own), "mindone", "diffusers" (a folder's `component/name`), or
     None for none of them."""
     names = list(names)
     if any(name.startswith(FOLDERS) for name in names):

@@ -35,8 +35,10 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
     again = "fetch or write it again"
     size = _header_size(data)
     if size > MOST_HEADER:
-        raise UserError(f"{path} is damaged or no checkpoint: its header has {size:,} bytes, at most {MOST_HEADER:,} "
-                        f"are read: {again}")
+        raise UserError(
+            f"{path} is damaged or no checkpoint: its header has {size:,} bytes, at most {MOST_HEADER:,} "
+            f"are read: {again}"
+        )
     try:
         # The library checks the header: lengths, overlaps, coverage of the file.
         with safetensors.safe_open(path, framework="np"):
@@ -50,8 +52,9 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
     for name, info in header.items():
         dtype, (first, last) = info["dtype"], info["data_offsets"]
         if dtype not in DTYPES:
-            raise UserError(f"{path}: {plain(name)} is of type {plain(dtype)}, which is not read here: convert it to "
-                            "F16 or F32")
+            raise UserError(
+                f"{path}: {plain(name)} is of type {plain(dtype)}, which is not read here: convert it to F16 or F32"
+            )
         entries[name] = Entry(DTYPES[dtype], tuple(info["shape"]), [(start + first, last - first)])
     return Checkpoint(path, "safetensors", data, entries, metadata)
 

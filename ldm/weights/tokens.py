@@ -50,8 +50,10 @@ def tokens_of_folder(read_json: Callable[[str], Mapping[str, Any]], path: Path) 
             added = _added_token(text, token, flags, f"{where / file}")
             other = found.setdefault(added.text, added)
             if other.token != added.token:
-                raise UserError(f"{where / file} gives {plain(text, 60)} the id {added.token}, another file beside it "
-                                f"{other.token}: save the tokenizer again")
+                raise UserError(
+                    f"{where / file} gives {plain(text, 60)} the id {added.token}, another file beside it "
+                    f"{other.token}: save the tokenizer again"
+                )
     _check_vocabulary(files, where)
     return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
 
@@ -113,8 +115,10 @@ def _listed(files: Mapping[str, Mapping[str, Any]], where: Path) -> dict[str, li
     decoder = files["tokenizer_config.json"].get("added_tokens_decoder") or {}
     whole = files["tokenizer.json"].get("added_tokens") or []
     if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
-        raise UserError(f"{where / 'tokenizer_config.json'}: added_tokens_decoder is no list of tokens by id: save the "
-                        "tokenizer again")
+        raise UserError(
+            f"{where / 'tokenizer_config.json'}: added_tokens_decoder is no list of tokens by id: save the "
+            "tokenizer again"
+        )
     if not isinstance(whole, list) or not all(isinstance(entry, dict) for entry in whole):
         raise UserError(f"{where / 'tokenizer.json'}: added_tokens is no list of tokens: save the tokenizer again")
     return {
@@ -130,11 +134,15 @@ def _listed(files: Mapping[str, Mapping[str, Any]], where: Path) -> dict[str, li
 def _added_token(text: Any, token: Any, flags: Mapping[str, Any], where: str) -> AddedToken:
     normalized, single_word = flags.get("normalized", True), flags.get("single_word", False)
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TEXT or not text.strip():
-        raise UserError(f"{where} adds a token whose text is {plain(repr(text), 60)}: it must be a text of 1 to "
-                        f"{LONGEST_TEXT} characters")
+        raise UserError(
+            f"{where} adds a token whose text is {plain(repr(text), 60)}: it must be a text of 1 to "
+            f"{LONGEST_TEXT} characters"
+        )
     if type(token) is not int or not 0 <= token < VOCABULARY_SIZE + MOST_TOKENS:
-        raise UserError(f"{where} gives {plain(text, 60)} the id {plain(repr(token), 60)}: it must be a whole number "
-                        f"below {VOCABULARY_SIZE + MOST_TOKENS:,}")
+        raise UserError(
+            f"{where} gives {plain(text, 60)} the id {plain(repr(token), 60)}: it must be a whole number "
+            f"below {VOCABULARY_SIZE + MOST_TOKENS:,}"
+        )
     if type(normalized) is not bool or type(single_word) is not bool:
         raise UserError(f"{where}: normalized and single_word of {plain(text, 60)} must be true or false")
     return AddedToken(text, token, normalized, single_word)
@@ -148,11 +156,15 @@ def _checked(tokens: list[AddedToken], where: str) -> tuple[AddedToken, ...]:
     for added in tokens:
         if added.token < VOCABULARY_SIZE:
             if symbols[added.token] != added.text:
-                raise UserError(f"{where} gives {plain(added.text, 60)} the id {added.token}, which is "
-                                f"{symbols[added.token]} in CLIP's vocabulary: only CLIP's tokenizer is supported")
+                raise UserError(
+                    f"{where} gives {plain(added.text, 60)} the id {added.token}, which is "
+                    f"{symbols[added.token]} in CLIP's vocabulary: only CLIP's tokenizer is supported"
+                )
         elif added.token != expected:
-            raise UserError(f"{where} gives {plain(added.text, 60)} the id {added.token}, where {expected} is next: "
-                            "the ids of added tokens must follow each other")
+            raise UserError(
+                f"{where} gives {plain(added.text, 60)} the id {added.token}, where {expected} is next: "
+                "the ids of added tokens must follow each other"
+            )
         else:
             expected += 1
     return tuple(tokens)
@@ -169,8 +181,10 @@ def _check_vocabulary(files: Mapping[str, Mapping[str, Any]], where: Path) -> No
     ours = vocabulary().ids
     differing = [text for text, token in ours.items() if ids.get(text) != token] if isinstance(ids, dict) else ours
     if differing:
-        raise UserError(f"{where / file} is not CLIP's vocabulary, {len(differing):,} of {len(ours):,} entries differ: "
-                        "only CLIP's tokenizer is supported")
+        raise UserError(
+            f"{where / file} is not CLIP's vocabulary, {len(differing):,} of {len(ours):,} entries differ: "
+            "only CLIP's tokenizer is supported"
+        )
 
 
 def _shown(tokens: list[AddedToken]) -> str:

@@ -37,13 +37,14 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
         if not all(isinstance(key, str) and key in storages for key in keys):
             raise Damaged("a storage that no tensor has")
         if version != 1001 or not machine.get("little_endian", True):
-            raise UserError(f"{path} is a PyTorch file of before 1.6 in a form that is not read here: save it anew as "
-                            ".safetensors")
+            raise UserError(
+                f"{path} is a PyTorch file of before 1.6 in a form that is not read here: save it anew as .safetensors"
+            )
         tensors = find_tensors(content)
         position = file.tell()
         starts: dict[str, tuple[int, int]] = {}
         for key in keys:  # those of an optimizer's state too, which lie between the weights'
-            size = int.from_bytes(data[position:position + 8], "little") * storages[key].itemsize
+            size = int.from_bytes(data[position : position + 8], "little") * storages[key].itemsize
             starts[key] = position + 8, size
             position += 8 + size
         if position > len(data):

@@ -302,14 +302,20 @@ def _flat(items: dict | list) -> list[Any]:
 
 def _refusal(module: str, name: str) -> str:
     if module.startswith("__torch__"):
-        return ("it is a TorchScript archive, a program with its weights (OpenAI's CLIP came so): get the weights "
-                "alone, as .safetensors or a Hugging Face folder")
+        return (
+            "it is a TorchScript archive, a program with its weights (OpenAI's CLIP came so): get the weights "
+            "alone, as .safetensors or a Hugging Face folder"
+        )
     name = plain(name, 100)
     if module.split(".")[0] in PROGRAMS:
-        return (f"its pickle wants to run {name}, which no weights need, so it may be malicious: get the weights as "
-                ".safetensors")
-    return (f"its pickle names {name}, which is unknown here and is not run: save its state_dict alone, of plain "
-            "tensors, or get the weights as .safetensors")
+        return (
+            f"its pickle wants to run {name}, which no weights need, so it may be malicious: get the weights as "
+            ".safetensors"
+        )
+    return (
+        f"its pickle names {name}, which is unknown here and is not run: save its state_dict alone, of plain "
+        "tensors, or get the weights as .safetensors"
+    )
 
 
 def _tensor(arguments: tuple[Any, ...]) -> Tensor:
@@ -333,7 +339,7 @@ def _tensor_of_type(arguments: tuple[Any, ...]) -> Tensor:
     kind = arguments[6] if len(arguments) > 6 else None
     if not isinstance(kind, _Name):
         raise Damaged("a tensor without a type")
-    dtype = DTYPES.get(kind.text[len("torch."):])
+    dtype = DTYPES.get(kind.text[len("torch.") :])
     if dtype is None:
         raise Refused(f"it holds tensors of type {kind.text}, which is not read here: convert it to float16 or float32")
     return Tensor(Storage(dtype, tensor.storage.key), tensor.offset, tensor.shape, tensor.stride)
@@ -381,8 +387,10 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for values, (name, tensor) in enumerate(_walk(content, "", 0)):
         if values >= MOST_VALUES or len(tensors) > MOST_TENSORS:
-            raise Refused(f"it holds more than {MOST_VALUES:,} values or {MOST_TENSORS:,} tensors: get the weights as "
-                          ".safetensors")
+            raise Refused(
+                f"it holds more than {MOST_VALUES:,} values or {MOST_TENSORS:,} tensors: get the weights as "
+                ".safetensors"
+            )
         if tensor is not None:
             tensors[name] = tensor
     return tensors
@@ -393,8 +401,9 @@ def _walk(value: Any, name: str, level: int) -> Iterator[tuple[str, Tensor | Non
     yield name, value if isinstance(value, Tensor) else None
     if isinstance(value, (dict, list, tuple)):
         if level == MOST_LEVELS:
-            raise Refused(f"its lists hold one another, over more than {MOST_LEVELS} levels: get the weights as "
-                          ".safetensors")
+            raise Refused(
+                f"its lists hold one another, over more than {MOST_LEVELS} levels: get the weights as .safetensors"
+            )
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if len(name) + (len(key) if isinstance(key, str) else 0) > MOST_NAME:
                 raise Refused(f"a name in it has more than {MOST_NAME:,} characters: get the weights as .safetensors")

@@ -270,4 +270,3 @@ def test_saved_settings_are_read_back(tmp_path):
     again = parse("--config", str(tmp_path / "args.yaml"))
     assert not again.resume
     assert asdict(again) == {**asdict(config), "config": str(tmp_path / "args.yaml"), "resume": False}
-

@@ -36,9 +36,7 @@ def test_every_setting_is_explained():
 
 def test_there_is_a_recipe_for_each_model_and_way():
     assert [path.stem for path in RECIPES] == [
-        f"train_config_{way}_{model}"
-        for way in ("lora", "vanilla")
-        for model in ("nano", "v1", "v2", "v2_vpred")
+        f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in ("nano", "v1", "v2", "v2_vpred")
     ]
 
 

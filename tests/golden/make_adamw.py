@@ -1,6 +1,6 @@
 """Write tests/golden/adamw.npz: 20 updates of torch.optim.AdamW on known gradients, the rate changing every step.
 
-    python tests/golden/make_adamw.py        (torch 2.13.0)
+python tests/golden/make_adamw.py        (torch 2.13.0)
 """
 
 from __future__ import annotations

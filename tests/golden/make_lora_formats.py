@@ -30,8 +30,13 @@ UNET_TARGETS = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to
                 "down_blocks.1.attentions.0.proj_in", "mid_block.resnets.0.conv1", "mid_block.resnets.0.time_emb_proj",
                 "down_blocks.0.downsamplers.0.conv"]  # fmt: skip
 TEXT_TARGETS = ["layers.0.self_attn.q_proj", "layers.1.self_attn.out_proj", "layers.1.mlp.fc1"]
-UNET = dict(r=2, lora_alpha=3, target_modules=UNET_TARGETS, rank_pattern={"mid_block.resnets.0.conv1": 4},
-            alpha_pattern={"attn2.to_k": 0.5, "conv1": 10})
+UNET = dict(
+    r=2,
+    lora_alpha=3,
+    target_modules=UNET_TARGETS,
+    rank_pattern={"mid_block.resnets.0.conv1": 4},
+    alpha_pattern={"attn2.to_k": 0.5, "conv1": 10},
+)
 TEXT = dict(r=3, lora_alpha=1, target_modules=TEXT_TARGETS)
 
 
@@ -55,14 +60,18 @@ def main() -> None:
     save_kohya(reference, FOLDER / "kohya.safetensors")
     updates["kohya"] = deltas(config, reference)
 
-    reference = adapted(config, {**plain, "target_modules": UNET_TARGETS[:3]},
-                        {**plain, "target_modules": TEXT_TARGETS[:2]})
+    reference = adapted(
+        config, {**plain, "target_modules": UNET_TARGETS[:3]}, {**plain, "target_modules": TEXT_TARGETS[:2]}
+    )
     save_older(reference, FOLDER / "older.safetensors")
     updates["older"] = deltas(config, reference)
 
     # Every linear layer of three classes, in the order that today's diffusers has.
-    reference = adapted(config, {**plain, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]},
-                        {**plain, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]})
+    reference = adapted(
+        config,
+        {**plain, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]},
+        {**plain, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]},
+    )
     torch.save(numbered(reference.unet), FOLDER / "cloneofsimo.pt")
     torch.save(numbered(reference.text), FOLDER / "cloneofsimo.text_encoder.pt")
     updates["cloneofsimo"] = deltas(config, reference)
@@ -136,8 +145,9 @@ def save_peft(reference: Reference, folder: Path) -> None:
     for part, network in (("unet", reference.unet), ("text_encoder", reference.text)):
         settings = network.peft_config["default"]
         values = get_peft_model_state_dict(network)
-        model = get_peft_model(type(network).from_config(network.config) if part == "unet"
-                               else type(network)(network.config), settings)
+        model = get_peft_model(
+            type(network).from_config(network.config) if part == "unet" else type(network)(network.config), settings
+        )
         named = {name.replace(".weight", ".default.weight"): value for name, value in values.items()}
         missing = model.base_model.model.load_state_dict(named, strict=False)
         assert not missing.unexpected_keys
@@ -158,8 +168,11 @@ def save_older(reference: Reference, path: Path) -> None:
 
 def numbered(network: torch.nn.Module) -> list[torch.Tensor]:
     """up, down, up, ... in the order in which cloneofsimo's lora walks, in half precision as it saves them."""
-    pairs = [(layer.lora_B["default"].weight, layer.lora_A["default"].weight)
-             for _, layer in network.named_modules() if hasattr(layer, "lora_A")]
+    pairs = [
+        (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
+        for _, layer in network.named_modules()
+        if hasattr(layer, "lora_A")
+    ]
     return [factor.detach().half() for pair in pairs for factor in pair]
 
 

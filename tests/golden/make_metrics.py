@@ -37,11 +37,17 @@ def answers() -> dict[str, np.ndarray]:
         shapes = {name: tuple(p.shape) for name, p in CLIPModel(**CLIP_FORM).parameters_dict().items()}
         clip = reference_clip(clip_weights(shapes), "quick_gelu")
         images = np.random.RandomState(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-        output = clip(input_ids=torch.from_numpy(Tokenizer().encode(TEXTS)).long(),
-                      pixel_values=torch.from_numpy(images))
-        found.update({"clip texts": np.array(TEXTS), "clip images": images,
-                      "clip text features": output.text_embeds.numpy(),
-                      "clip image features": output.image_embeds.numpy()})
+        output = clip(
+            input_ids=torch.from_numpy(Tokenizer().encode(TEXTS)).long(), pixel_values=torch.from_numpy(images)
+        )
+        found.update(
+            {
+                "clip texts": np.array(TEXTS),
+                "clip images": images,
+                "clip text features": output.text_embeds.numpy(),
+                "clip image features": output.image_embeds.numpy(),
+            }
+        )
     return found
 
 

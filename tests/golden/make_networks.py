@@ -21,7 +21,7 @@ from tests.parity.reference import Reference
 
 
 def answers() -> dict[str, np.ndarray]:
-    """"form.network" -> the reference's output."""
+    """ "form.network" -> the reference's output."""
     found = {}
     for form, unused in FORMS.items():
         config = load_model_config(Path(__file__).with_name(f"{form}.yaml"))

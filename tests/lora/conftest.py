@@ -86,8 +86,9 @@ def fresh_net():
 @pytest.fixture
 def small_inputs():
     random = np.random.RandomState(0)
-    return tuple(Tensor(random.standard_normal(shape).astype(np.float32))
-                 for shape in ((2, 8, 4, 4), (2, 16), (2, 5, 6)))
+    return tuple(
+        Tensor(random.standard_normal(shape).astype(np.float32)) for shape in ((2, 8, 4, 4), (2, 16), (2, 5, 6))
+    )
 
 
 @pytest.fixture

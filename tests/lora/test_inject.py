@@ -90,9 +90,16 @@ class TestWhichLayers:
     def test_all_takes_every_layer_of_the_blocks(self, tiny_model):
         names = inject_lora(tiny_model, LoRASpec(targets="all"))
         block = f"{UNET}input_blocks.3.0."
-        for name in (f"{block}in_layers.2", f"{block}emb_layers.1", f"{block}out_layers.3", f"{block}skip_connection",
-                     f"{UNET}input_blocks.2.0.op", f"{UNET}output_blocks.1.2.conv",
-                     f"{UNET}middle_block.1.proj_in", f"{UNET}middle_block.1.transformer_blocks.0.ff.net.2"):
+        for name in (
+            f"{block}in_layers.2",
+            f"{block}emb_layers.1",
+            f"{block}out_layers.3",
+            f"{block}skip_connection",
+            f"{UNET}input_blocks.2.0.op",
+            f"{UNET}output_blocks.1.2.conv",
+            f"{UNET}middle_block.1.proj_in",
+            f"{UNET}middle_block.1.transformer_blocks.0.ff.net.2",
+        ):
             assert name in names
         for name in (f"{UNET}input_blocks.0.0", f"{UNET}out.2", f"{UNET}time_embed.0"):
             assert name not in names
@@ -166,7 +173,6 @@ class TestSD15:
         assert spec.modules == LoRASpec().with_config(ROOT / "configs" / "lora" / "lora_wrapper.json").modules
         write_lora(tmp_path / "lora.ckpt", LoRAState(layers))
         assert 3.188e6 < (tmp_path / "lora.ckpt").stat().st_size < 3.25e6  # 3.04 to 3.1 MiB
-
 
     def test_the_example_with_ranks_by_block(self, model):
         names = inject_lora(model, LoRASpec().with_config(ROOT / "configs" / "lora" / "by_block.yaml"))

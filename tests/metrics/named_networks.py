@@ -11,8 +11,14 @@ from tests.named_weights import named_weight
 
 CLIP_FORM = {
     "text": {"width": 32, "num_layers": 2, "num_heads": 2, "activation": "quick_gelu", "vocab_size": 49408},
-    "vision": {"width": 48, "num_layers": 2, "num_heads": 3, "patch_size": 8, "image_size": 32,
-               "activation": "quick_gelu"},
+    "vision": {
+        "width": 48,
+        "num_layers": 2,
+        "num_heads": 3,
+        "patch_size": 8,
+        "image_size": 32,
+        "activation": "quick_gelu",
+    },
     "projection_dim": 24,
 }
 
@@ -22,8 +28,12 @@ def inception_weights() -> dict[str, np.ndarray]:
     arrays = {}
     for module, (_, shape) in published_modules().items():
         arrays[f"{module}.conv.weight"] = _uniform(f"{module}.conv.weight", shape, np.sqrt(6.0 / np.prod(shape[1:])))
-        for kind, middle, spread in (("weight", 1.0, 0.3), ("bias", 0.0, 0.3), ("running_mean", 0.0, 0.3),
-                                     ("running_var", 1.0, 0.4)):
+        for kind, middle, spread in (
+            ("weight", 1.0, 0.3),
+            ("bias", 0.0, 0.3),
+            ("running_mean", 0.0, 0.3),
+            ("running_var", 1.0, 0.4),
+        ):
             name = f"{module}.bn.{kind}"
             arrays[name] = (middle + _uniform(name, shape[:1], spread)).astype(np.float32)
     return arrays
@@ -36,10 +46,18 @@ def clip_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def mindone_inception(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same under the names of mindone's .ckpt."""
-    kinds = {"bn.weight": "bn.gamma", "bn.bias": "bn.beta", "bn.running_mean": "bn.moving_mean",
-             "bn.running_var": "bn.moving_variance", "conv.weight": "conv.weight"}
-    return {f"{theirs}.{kinds[kind]}": arrays[f"{ours}.{kind}"]
-            for ours, (theirs, _) in published_modules().items() for kind in kinds}
+    kinds = {
+        "bn.weight": "bn.gamma",
+        "bn.bias": "bn.beta",
+        "bn.running_mean": "bn.moving_mean",
+        "bn.running_var": "bn.moving_variance",
+        "conv.weight": "conv.weight",
+    }
+    return {
+        f"{theirs}.{kinds[kind]}": arrays[f"{ours}.{kind}"]
+        for ours, (theirs, _) in published_modules().items()
+        for kind in kinds
+    }
 
 
 def openai_clip(arrays: dict[str, np.ndarray], mindone: bool = False) -> dict[str, np.ndarray]:
@@ -51,23 +69,30 @@ def openai_clip(arrays: dict[str, np.ndarray], mindone: bool = False) -> dict[st
             for kind in ("weight", "bias"):
                 fused = np.concatenate([arrays[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"])
                 found[f"{block}attn.in_proj{'.' if mindone else '_'}{kind}"] = fused
-                for old, new in (("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
-                                 ("mlp.fc2", "mlp.c_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2")):
+                for old, new in (
+                    ("self_attn.out_proj", "attn.out_proj"),
+                    ("mlp.fc1", "mlp.c_fc"),
+                    ("mlp.fc2", "mlp.c_proj"),
+                    ("layer_norm1", "ln_1"),
+                    ("layer_norm2", "ln_2"),
+                ):
                     found[f"{block}{new}.{kind}"] = arrays[f"{layer}{old}.{kind}"]
     for kind in ("weight", "bias"):
         found[f"visual.ln_pre.{kind}"] = arrays[f"vision_model.pre_layrnorm.{kind}"]
         found[f"visual.ln_post.{kind}"] = arrays[f"vision_model.post_layernorm.{kind}"]
         found[f"ln_final.{kind}"] = arrays[f"text_model.final_layer_norm.{kind}"]
-    found.update({
-        "visual.class_embedding": arrays["vision_model.embeddings.class_embedding"],
-        "visual.conv1.weight": arrays["vision_model.embeddings.patch_embedding.weight"],
-        "visual.positional_embedding": arrays["vision_model.embeddings.position_embedding.weight"],
-        "visual.proj": np.ascontiguousarray(arrays["visual_projection.weight"].T),
-        "token_embedding.weight": arrays["text_model.embeddings.token_embedding.weight"],
-        "positional_embedding": arrays["text_model.embeddings.position_embedding.weight"],
-        "text_projection": np.ascontiguousarray(arrays["text_projection.weight"].T),
-        "logit_scale": arrays["logit_scale"],
-    })
+    found.update(
+        {
+            "visual.class_embedding": arrays["vision_model.embeddings.class_embedding"],
+            "visual.conv1.weight": arrays["vision_model.embeddings.patch_embedding.weight"],
+            "visual.positional_embedding": arrays["vision_model.embeddings.position_embedding.weight"],
+            "visual.proj": np.ascontiguousarray(arrays["visual_projection.weight"].T),
+            "token_embedding.weight": arrays["text_model.embeddings.token_embedding.weight"],
+            "positional_embedding": arrays["text_model.embeddings.position_embedding.weight"],
+            "text_projection": np.ascontiguousarray(arrays["text_projection.weight"].T),
+            "logit_scale": arrays["logit_scale"],
+        }
+    )
     if not mindone:
         return found
     renamed = {}

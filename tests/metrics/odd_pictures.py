@@ -17,7 +17,8 @@ def write_odd_pictures(folder: Path) -> dict[str, Path]:
         y, x = np.mgrid[:height, :width].astype(np.float64)
         waves = [np.sin(x / (3 + 5 * c) + y / (7 + 2 * c)) for c in range(channels)]
         return np.clip(127 + 90 * np.stack(waves, -1) + rng.normal(0, 20, (height, width, channels)), 0, 255).astype(
-            np.uint8)
+            np.uint8
+        )
 
     colours = Image.fromarray(smooth(61, 83, 3))
     sixteen = (smooth(40, 50, 1)[..., 0].astype(np.uint16) * 257) ^ 0x55
@@ -44,8 +45,11 @@ def write_odd_pictures(folder: Path) -> dict[str, Path]:
     }
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by a quarter; pytorch-fid does not look at it
-    options = {"palette_transparent.png": {"transparency": 3}, "turned.jpg": {"exif": turned},
-               "picture.webp": {"lossless": True}}
+    options = {
+        "palette_transparent.png": {"transparency": 3},
+        "turned.jpg": {"exif": turned},
+        "picture.webp": {"lossless": True},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(folder / name, **options.get(name, {}))

@@ -75,7 +75,7 @@ def test_statistics_are_those_of_all_batches_together(monkeypatch, sizes):
     x = features(10, 5, scale=0.01, shift=1e4)  # the mean is a million deviations off: nothing may cancel
     gathered, start = FeatureStatistics(), 0
     for size in sizes:
-        gathered.add(x[start:start + size].astype(np.float64))
+        gathered.add(x[start : start + size].astype(np.float64))
         start += size
     np.testing.assert_allclose(gathered.mean, x.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(gathered.covariance, np.cov(x, rowvar=False), rtol=1e-6)
@@ -122,20 +122,23 @@ def test_pytorch_fids_statistics_say_nothing_of_count_and_network(tmp_path):
 GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
 
 
-@pytest.mark.parametrize("arrays, answer", [
-    ({"mu": np.zeros(3)}, "no sigma"),
-    ({"sigma": np.eye(3)}, "no mu"),
-    ({**GOOD, "mu": np.zeros(4)}, "wanted"),
-    ({**GOOD, "mu": np.zeros((3, 1))}, "wanted"),
-    ({**GOOD, "sigma": np.zeros((3, 2))}, "wanted"),
-    ({**GOOD, "mu": np.zeros(3, int)}, "not real numbers"),
-    ({**GOOD, "sigma": np.eye(3).astype(complex)}, "not real numbers"),
-    ({**GOOD, "mu": np.array([0, np.nan, 0])}, "not finite"),
-    ({**GOOD, "sigma": np.diag([1, np.inf, 1])}, "not finite"),
-    ({**GOOD, "sigma": np.triu(np.ones((3, 3)))}, "no covariance"),
-    ({**GOOD, "sigma": -np.eye(3)}, "no covariance"),
-    ({**GOOD, "mu": np.array([None] * 3, object)}, "not an .npz"),
-])
+@pytest.mark.parametrize(
+    "arrays, answer",
+    [
+        ({"mu": np.zeros(3)}, "no sigma"),
+        ({"sigma": np.eye(3)}, "no mu"),
+        ({**GOOD, "mu": np.zeros(4)}, "wanted"),
+        ({**GOOD, "mu": np.zeros((3, 1))}, "wanted"),
+        ({**GOOD, "sigma": np.zeros((3, 2))}, "wanted"),
+        ({**GOOD, "mu": np.zeros(3, int)}, "not real numbers"),
+        ({**GOOD, "sigma": np.eye(3).astype(complex)}, "not real numbers"),
+        ({**GOOD, "mu": np.array([0, np.nan, 0])}, "not finite"),
+        ({**GOOD, "sigma": np.diag([1, np.inf, 1])}, "not finite"),
+        ({**GOOD, "sigma": np.triu(np.ones((3, 3)))}, "no covariance"),
+        ({**GOOD, "sigma": -np.eye(3)}, "no covariance"),
+        ({**GOOD, "mu": np.array([None] * 3, object)}, "not an .npz"),
+    ],
+)
 def test_statistics_that_cannot_be_are_refused(tmp_path, arrays, answer):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=answer):

@@ -14,8 +14,7 @@ def by_definition(x, y):
 
     n, m = len(x), len(y)
     xx, yy = k(x, x), k(y, y)
-    return ((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
-            - 2 * k(x, y).mean())
+    return (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * k(x, y).mean()
 
 
 def features(n, d=8, seed=0, shift=0.0):
@@ -41,10 +40,12 @@ def test_of_two_sets_of_the_same_kind_it_is_zero_within_its_deviation():
 
 
 def test_it_does_not_depend_on_how_many_there_are():
-    small = np.mean([kernel_distance(features(20, seed=s), features(20, seed=s + 500, shift=0.5))[0]
-                     for s in range(60)])
-    large = np.mean([kernel_distance(features(400, seed=s), features(400, seed=s + 500, shift=0.5))[0]
-                     for s in range(4)])
+    small = np.mean(
+        [kernel_distance(features(20, seed=s), features(20, seed=s + 500, shift=0.5))[0] for s in range(60)]
+    )
+    large = np.mean(
+        [kernel_distance(features(400, seed=s), features(400, seed=s + 500, shift=0.5))[0] for s in range(4)]
+    )
     assert small == pytest.approx(large, rel=0.15)
 
 

@@ -23,8 +23,10 @@ from tests.metrics.odd_pictures import write_odd_pictures
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
-CONFIG = {"text_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"},
-          "vision_config": {"num_attention_heads": 3, "hidden_act": "quick_gelu"}}
+CONFIG = {
+    "text_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"},
+    "vision_config": {"num_attention_heads": 3, "hidden_act": "quick_gelu"},
+}
 
 
 @functools.cache
@@ -38,8 +40,9 @@ def test_inceptions_features_are_pytorch_fids(tmp_path):
     network = inception(tmp_path / "inception.safetensors")
     assert "not one of the published files" in network.name and not network.embedded
     prepared = network.prepare(open_plain(write_odd_pictures(tmp_path)["odd.png"]))
-    np.testing.assert_allclose(network.image_features(Tensor(prepared[None])).asnumpy()[0], golden["features"],
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        network.image_features(Tensor(prepared[None])).asnumpy()[0], golden["features"], atol=1e-4
+    )
 
 
 def test_preprocessing_is_pytorch_fids(tmp_path):
@@ -81,14 +84,17 @@ def without(name):
 FIRST, VARIANCE = "Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.bn.running_var"
 
 
-@pytest.mark.parametrize("change, answer", [
-    (without(FIRST), "1 of 470 arrays are missing"),
-    (lambda a: {**a, "layer9.weight": np.zeros(3, np.float32)}, "1 are unknown"),
-    (lambda a: {**a, FIRST: a[FIRST][:, :1]}, "another network"),
-    (lambda a: {**a, FIRST: a[FIRST] * np.nan}, "not finite"),
-    (lambda a: {**a, VARIANCE: a[VARIANCE] - 5.0}, "negative"),
-    (lambda a: {"unet.weight": np.zeros(3, np.float32)}, "470 of 470 arrays are missing"),
-])
+@pytest.mark.parametrize(
+    "change, answer",
+    [
+        (without(FIRST), "1 of 470 arrays are missing"),
+        (lambda a: {**a, "layer9.weight": np.zeros(3, np.float32)}, "1 are unknown"),
+        (lambda a: {**a, FIRST: a[FIRST][:, :1]}, "another network"),
+        (lambda a: {**a, FIRST: a[FIRST] * np.nan}, "not finite"),
+        (lambda a: {**a, VARIANCE: a[VARIANCE] - 5.0}, "negative"),
+        (lambda a: {"unet.weight": np.zeros(3, np.float32)}, "470 of 470 arrays are missing"),
+    ],
+)
 def test_what_is_not_the_inception_is_refused(tmp_path, change, answer):
     write_checkpoint(tmp_path / "file.safetensors", change(inception_weights()))
     with pytest.raises(UserError, match=answer):
@@ -96,8 +102,11 @@ def test_what_is_not_the_inception_is_refused(tmp_path, change, answer):
 
 
 def test_what_follows_the_features_is_not_needed(tmp_path):
-    extra = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32),
-             "Conv2d_1a_3x3.bn.num_batches_tracked": np.array(0, np.int64)}
+    extra = {
+        "fc.weight": np.zeros((1008, 2048), np.float32),
+        "fc.bias": np.zeros(1008, np.float32),
+        "Conv2d_1a_3x3.bn.num_batches_tracked": np.array(0, np.int64),
+    }
     write_checkpoint(tmp_path / "file.safetensors", {**inception_weights(), **extra})
     assert not set(extra) & set(read_inception(tmp_path / "file.safetensors"))
 
@@ -162,36 +171,53 @@ TOKENS = "text_model.embeddings.token_embedding.weight"
 LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.items()}
 
 
-@pytest.mark.parametrize("change, config, answer", [
-    (lambda a: a, None, SIZES),
-    (without("text_projection.weight"), CONFIG, "1 arrays are missing"),
-    (without("visual_projection.weight"), CONFIG, "needs the whole CLIP"),
-    (lambda a: {k: v for k, v in a.items() if k.startswith("text_model.")}, CONFIG, "needs the whole CLIP"),
-    (lambda a: {**a, "unet.weight": np.zeros(3, np.float32)}, CONFIG, "1 of .* names are unknown"),
-    (lambda a: {"lora.weight": np.zeros(3, np.float32)}, CONFIG, "is no CLIP"),
-    (lambda a: {**a, "vision_model.post_layernorm.weight": np.zeros(3, np.float32)}, CONFIG, "wanted"),
-    (lambda a: {**a, "text_model.embeddings.position_embedding.weight": np.zeros((32, 32), np.float32)}, CONFIG,
-     "32 tokens"),
-    (lambda a: {**a, "visual_projection.weight": a["visual_projection.weight"] * np.inf}, CONFIG, "not finite"),
-    (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "wrong .*position_embedding"),
-    (lambda a: {**a, POSITIONS: a[POSITIONS][:1]}, CONFIG, "1 positions"),
-    (lambda a: {**a, POSITIONS: a[POSITIONS][:16]}, CONFIG, "16 positions"),
-    (lambda a: {name: array for name, array in a.items() if ".layers.1." not in name}, LAYERS, "tower has 2 layers"),
-    (lambda a: {**a, "text_model.encoder.layers.0.other.weight": np.zeros(3, np.float32)}, CONFIG, "1 unknown"),
-    (lambda a: {**a, "text_model.encoder.layers.999999999.other.weight": np.zeros(3, np.float32)}, CONFIG,
-     "has 3 layers of text_model, but one is numbered 999999999"),
-    (lambda a: {**a, PATCHES: np.zeros((24, 3, 1, 100_000), np.float32)}, CONFIG, "wanted .width, 3, size, size"),
-    (lambda a: {**a, TOKENS: np.zeros((100, 32), np.float32)}, CONFIG, "knows 100 tokens"),
-    (lambda a: a, {"text_config": {}}, "no vision_config"),
-    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 10**30}}, "does not divide"),
-    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": -1}}, "does not divide"),
-    (lambda a: a, {**CONFIG, "text_config": {"hidden_size": "x" * 10_000}}, "do not belong together"),
-    (lambda a: a, [1], "no text_config"),
-    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 5}}, "does not divide"),
-    (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": "2"}}, "does not divide"),
-    (lambda a: a, {**CONFIG, "vision_config": {"num_attention_heads": 3, "hidden_act": "relu"}}, "quick_gelu or gelu"),
-    (lambda a: a, {**CONFIG, "vision_config": {"hidden_size": 768}}, "do not belong together"),
-])
+@pytest.mark.parametrize(
+    "change, config, answer",
+    [
+        (lambda a: a, None, SIZES),
+        (without("text_projection.weight"), CONFIG, "1 arrays are missing"),
+        (without("visual_projection.weight"), CONFIG, "needs the whole CLIP"),
+        (lambda a: {k: v for k, v in a.items() if k.startswith("text_model.")}, CONFIG, "needs the whole CLIP"),
+        (lambda a: {**a, "unet.weight": np.zeros(3, np.float32)}, CONFIG, "1 of .* names are unknown"),
+        (lambda a: {"lora.weight": np.zeros(3, np.float32)}, CONFIG, "is no CLIP"),
+        (lambda a: {**a, "vision_model.post_layernorm.weight": np.zeros(3, np.float32)}, CONFIG, "wanted"),
+        (
+            lambda a: {**a, "text_model.embeddings.position_embedding.weight": np.zeros((32, 32), np.float32)},
+            CONFIG,
+            "32 tokens",
+        ),
+        (lambda a: {**a, "visual_projection.weight": a["visual_projection.weight"] * np.inf}, CONFIG, "not finite"),
+        (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "wrong .*position_embedding"),
+        (lambda a: {**a, POSITIONS: a[POSITIONS][:1]}, CONFIG, "1 positions"),
+        (lambda a: {**a, POSITIONS: a[POSITIONS][:16]}, CONFIG, "16 positions"),
+        (
+            lambda a: {name: array for name, array in a.items() if ".layers.1." not in name},
+            LAYERS,
+            "tower has 2 layers",
+        ),
+        (lambda a: {**a, "text_model.encoder.layers.0.other.weight": np.zeros(3, np.float32)}, CONFIG, "1 unknown"),
+        (
+            lambda a: {**a, "text_model.encoder.layers.999999999.other.weight": np.zeros(3, np.float32)},
+            CONFIG,
+            "has 3 layers of text_model, but one is numbered 999999999",
+        ),
+        (lambda a: {**a, PATCHES: np.zeros((24, 3, 1, 100_000), np.float32)}, CONFIG, "wanted .width, 3, size, size"),
+        (lambda a: {**a, TOKENS: np.zeros((100, 32), np.float32)}, CONFIG, "knows 100 tokens"),
+        (lambda a: a, {"text_config": {}}, "no vision_config"),
+        (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 10**30}}, "does not divide"),
+        (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": -1}}, "does not divide"),
+        (lambda a: a, {**CONFIG, "text_config": {"hidden_size": "x" * 10_000}}, "do not belong together"),
+        (lambda a: a, [1], "no text_config"),
+        (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": 5}}, "does not divide"),
+        (lambda a: a, {**CONFIG, "text_config": {"num_attention_heads": "2"}}, "does not divide"),
+        (
+            lambda a: a,
+            {**CONFIG, "vision_config": {"num_attention_heads": 3, "hidden_act": "relu"}},
+            "quick_gelu or gelu",
+        ),
+        (lambda a: a, {**CONFIG, "vision_config": {"hidden_size": 768}}, "do not belong together"),
+    ],
+)
 def test_what_is_not_a_whole_clip_is_refused(tmp_path, change, config, answer):
     with pytest.raises(UserError, match=answer):
         clip(hugging_face(tmp_path / "folder", change(clip_arrays()), config))
@@ -234,10 +260,16 @@ def test_a_folder_without_weights_says_what_it_should_hold(tmp_path):
 
 
 def test_the_published_forms_have_their_published_sizes():
-    assert {name: (form["text"]["width"], form["vision"]["width"], form["projection_dim"])
-            for name, form in FORMS.items() if name != "nano"} == {
-        "ViT-B/32": (512, 768, 512), "ViT-B/16": (512, 768, 512), "ViT-L/14": (768, 1024, 768),
-        "ViT-H/14": (1024, 1280, 1024)}
+    assert {
+        name: (form["text"]["width"], form["vision"]["width"], form["projection_dim"])
+        for name, form in FORMS.items()
+        if name != "nano"
+    } == {
+        "ViT-B/32": (512, 768, 512),
+        "ViT-B/16": (512, 768, 512),
+        "ViT-L/14": (768, 1024, 768),
+        "ViT-H/14": (1024, 1280, 1024),
+    }
     assert [form["text"]["activation"] for form in FORMS.values()] == ["quick_gelu"] * 3 + ["gelu", "quick_gelu"]
 
 
@@ -246,8 +278,7 @@ def test_the_embedded_clip_knows_its_captions():
 
     network = nano_clip()
     pictures = read_pictures("emoji_noto", "test")[:40]
-    scores = network.of_pixels(np.stack([p.pixels for p in pictures])) @ network.of_texts(
-        [p.text for p in pictures]).T
+    scores = network.of_pixels(np.stack([p.pixels for p in pictures])) @ network.of_texts([p.text for p in pictures]).T
     assert network.embedded
     assert (scores.argmax(axis=0) == np.arange(40)).mean() > 0.7
 

@@ -55,10 +55,20 @@ class Weighted(nn.Cell):
         return self.sum((self.cell(q, k, v) * self.weight).astype(ms.float32))
 
 
-@pytest.mark.parametrize("rows, elements_of_row, limit, expected", [
-    (9, 30, 1, 1), (9, 30, 120, 3), (9, 30, 240, 5), (9, 30, 270, 9), (9, 30, 10**9, 9), (4096, 8 * 4096, 2**24, 512),
-    (1024, 8 * 1024, 2**24, 1024), (9216, 2 * 5 * 9216, 2**24, 181), (1, 77, 1, 1),
-])
+@pytest.mark.parametrize(
+    "rows, elements_of_row, limit, expected",
+    [
+        (9, 30, 1, 1),
+        (9, 30, 120, 3),
+        (9, 30, 240, 5),
+        (9, 30, 270, 9),
+        (9, 30, 10**9, 9),
+        (4096, 8 * 4096, 2**24, 512),
+        (1024, 8 * 1024, 2**24, 1024),
+        (9216, 2 * 5 * 9216, 2**24, 181),
+        (1, 77, 1, 1),
+    ],
+)
 def test_block_rows(rows, elements_of_row, limit, expected):
     found = attention.block_rows(rows, elements_of_row, limit)
     assert found == expected
@@ -101,8 +111,9 @@ class TestScaledDotProductAttention:
         found = ms.value_and_grad(Weighted(cell, weight), grad_position=(0, 1, 2))(Tensor(q), Tensor(k), Tensor(v))[1]
         for ours, plain in zip(found, plain_gradients(q, k, v, weight)):
             np.testing.assert_allclose(ours.asnumpy(), plain, atol=1e-5)
-        np.testing.assert_allclose(cell(Tensor(q), Tensor(k), Tensor(v)).asnumpy(), plain_attention(q, k, v)[1],
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+            cell(Tensor(q), Tensor(k), Tensor(v)).asnumpy(), plain_attention(q, k, v)[1], atol=1e-5
+        )
 
     def test_softmax_is_in_fp32_where_the_products_are_in_fp16(self):
         cell = ScaledDotProductAttention(8)

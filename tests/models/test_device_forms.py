@@ -135,8 +135,9 @@ def test_convolution_in_fp16():
     x, kernels = normal(1, 16, 32, 32), normal(16, 16, 3, 3, seed=1) / 12
     form, weight = device_forms.convolution(16, 3, 1, 1), normal(1, 16, 32, 32, seed=2)
     expected = value_and_gradients(form, x, kernels, weight=weight)
-    y, found = value_and_gradients(form, *(given.astype(np.float16) for given in (x, kernels)),
-                                   weight=weight.astype(np.float16))
+    y, found = value_and_gradients(
+        form, *(given.astype(np.float16) for given in (x, kernels)), weight=weight.astype(np.float16)
+    )
     assert y.dtype == found[0].dtype == np.float16
     np.testing.assert_allclose(y, expected[0], atol=2e-2)
     np.testing.assert_allclose(found[0], expected[1][0], atol=2e-2)
@@ -278,8 +279,14 @@ def built(name: str, monkeypatch):
 @needs_compiler
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
-    forms = {device_forms.RowBias, device_forms.ChannelBias, device_forms.BroadcastAdd, device_forms.KernelNorm,
-             device_forms.KernelPointwise, device_forms.KernelSwap}
+    forms = {
+        device_forms.RowBias,
+        device_forms.ChannelBias,
+        device_forms.BroadcastAdd,
+        device_forms.KernelNorm,
+        device_forms.KernelPointwise,
+        device_forms.KernelSwap,
+    }
     assert forms <= {type(cell) for _, cell in of_cpu.cells_and_names()}
     assert not forms & {type(cell) for _, cell in of_ascend.cells_and_names()}
     inputs = Tensor(normal(1, 4, 8, 8)), Tensor(np.array([500], np.int32)), Tensor(normal(1, 77, 32, seed=1))

@@ -26,8 +26,10 @@ LINE = re.compile(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(.*\n\s*: \((.*)\) -> \((.*)\
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:
-    return [tuple(int(size) for size in re.findall(r"\d+", found))
-            for found in re.findall(r"Tensor\[\w+\][^()]*, \(([\d, ]*)\)", text)]
+    return [
+        tuple(int(size) for size in re.findall(r"\d+", found))
+        for found in re.findall(r"Tensor\[\w+\][^()]*, \(([\d, ]*)\)", text)
+    ]
 
 
 def keeps_memory(operator: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> bool:
@@ -72,24 +74,29 @@ def test_no_slow_form(nodes):
     assert not {name for name, _, _ in nodes} & SLOW
 
 
-@pytest.mark.parametrize("operator, inputs, outputs, expected", [
-    ("Add", [(2, 64, 16, 16), (2, 64, 1, 1)], [(2, 64, 16, 16)], True),
-    ("Add", [(2, 64, 16, 16), (2, 64, 16, 16)], [(2, 64, 16, 16)], False),
-    ("Mul", [(2, 64, 16, 16), ()], [(2, 64, 16, 16)], False),
-    ("Mul", [(4, 4), (4, 1)], [(4, 4)], False),
-    ("Transpose", [(2, 64, 256)], [(2, 256, 64)], True),
-    ("Transpose", [(4, 8)], [(8, 4)], False),
-    ("Conv2D", [(2, 64, 16, 16), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
-    ("Conv2DBackpropInput", [(4, 64, 16, 16), (64, 32, 3, 3)], [(4, 32, 16, 16)], True),
-    ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 1, 1)], [(2, 32, 16, 16)], False),
-    ("Conv2DBackpropInput", [(2, 64, 8, 8), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
-    ("Conv2DBackpropInput", [(2, 128, 8, 8), (128, 64, 3, 3)], [(2, 64, 8, 8)], False),
-    ("Conv2DBackpropInput", [(4, 128, 8, 8), (128, 64, 3, 3)], [(4, 64, 8, 8)], True),
-])
+@pytest.mark.parametrize(
+    "operator, inputs, outputs, expected",
+    [
+        ("Add", [(2, 64, 16, 16), (2, 64, 1, 1)], [(2, 64, 16, 16)], True),
+        ("Add", [(2, 64, 16, 16), (2, 64, 16, 16)], [(2, 64, 16, 16)], False),
+        ("Mul", [(2, 64, 16, 16), ()], [(2, 64, 16, 16)], False),
+        ("Mul", [(4, 4), (4, 1)], [(4, 4)], False),
+        ("Transpose", [(2, 64, 256)], [(2, 256, 64)], True),
+        ("Transpose", [(4, 8)], [(8, 4)], False),
+        ("Conv2D", [(2, 64, 16, 16), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
+        ("Conv2DBackpropInput", [(4, 64, 16, 16), (64, 32, 3, 3)], [(4, 32, 16, 16)], True),
+        ("Conv2DBackpropInput", [(2, 64, 16, 16), (64, 32, 1, 1)], [(2, 32, 16, 16)], False),
+        ("Conv2DBackpropInput", [(2, 64, 8, 8), (64, 64, 3, 3)], [(2, 64, 16, 16)], False),
+        ("Conv2DBackpropInput", [(2, 128, 8, 8), (128, 64, 3, 3)], [(2, 64, 8, 8)], False),
+        ("Conv2DBackpropInput", [(4, 128, 8, 8), (128, 64, 3, 3)], [(4, 64, 8, 8)], True),
+    ],
+)
 def test_what_keeps_memory(operator, inputs, outputs, expected):
     assert keeps_memory(operator, inputs, outputs) is expected
 
 
 def test_shapes_are_read_from_the_dump():
     assert shapes("<Tensor[Float32], (2, 4, 16, 16)>, <Int64, NoShape>, <Ref[Tensor[Float32]], (7,)>") == [
-        (2, 4, 16, 16), (7,)]
+        (2, 4, 16, 16),
+        (7,),
+    ]

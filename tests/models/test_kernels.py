@@ -164,8 +164,9 @@ class TestWithoutACompiler:
         assert files(tmp_path / "cache") == []
 
     def test_it_is_stopped(self, library, tmp_path, monkeypatch, caplog):
-        compiler(tmp_path, monkeypatch,
-                 '[ "$1" = --version ] && exit; for last; do :; done; echo half > "$last"; kill -9 $$')
+        compiler(
+            tmp_path, monkeypatch, '[ "$1" = --version ] && exit; for last; do :; done; echo half > "$last"; kill -9 $$'
+        )
         self.said(library, caplog)
         assert files(tmp_path / "cache") == []
 
@@ -176,9 +177,13 @@ class TestWithoutACompiler:
 
     def test_an_interrupt_kills_it_and_leaves_nothing(self, library, tmp_path, monkeypatch):
         started = tmp_path / "started"
-        compiler(tmp_path, monkeypatch, f'''[ "$1" = --version ] && exit
+        compiler(
+            tmp_path,
+            monkeypatch,
+            f'''[ "$1" = --version ] && exit
             mktemp > "{started}.name"
-            sleep 60 & echo $! $$ > "{started}.part"; mv "{started}.part" "{started}"; wait''')
+            sleep 60 & echo $! $$ > "{started}.part"; mv "{started}.part" "{started}"; wait''',
+        )
 
         def interrupt():
             while not started.exists():
@@ -211,8 +216,10 @@ def kernels_in(net: nn.Cell) -> set[str]:
 
 @needs_compiler
 def test_a_network_computes_the_same_without(monkeypatch):
-    given = [Tensor(np.random.default_rng(i).standard_normal(shape).astype(np.float32))
-             for i, shape in enumerate([(4, 4, 16, 16), (4, 77, 32)])]
+    given = [
+        Tensor(np.random.default_rng(i).standard_normal(shape).astype(np.float32))
+        for i, shape in enumerate([(4, 4, 16, 16), (4, 77, 32)])
+    ]
     timesteps = Tensor(np.array([500, 3, 0, 999], np.int32))
     nets = tiny_unet(monkeypatch, True), tiny_unet(monkeypatch, False)
     assert kernels_in(nets[0]) == {"KernelAttention", "KernelConv2D", "KernelNorm", "KernelPointwise",

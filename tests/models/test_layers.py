@@ -22,6 +22,7 @@ from ldm.models.layers import (
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
+
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -32,10 +33,13 @@ class TestForward:
         expected = x @ dense.weight.asnumpy().T + dense.bias.asnumpy()
         np.testing.assert_allclose(dense(Tensor(x)).asnumpy(), expected, atol=1e-6)
 
-    @pytest.mark.parametrize("cell, formula", [
-        (QuickGELU(), lambda x: x / (1 + np.exp(-1.702 * x))),
-        (silu(), lambda x: x / (1 + np.exp(-x))),
-    ])
+    @pytest.mark.parametrize(
+        "cell, formula",
+        [
+            (QuickGELU(), lambda x: x / (1 + np.exp(-1.702 * x))),
+            (silu(), lambda x: x / (1 + np.exp(-x))),
+        ],
+    )
     def test_activation(self, cell, formula):
         x = np.linspace(-6, 6, 101, dtype=np.float32)
         np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), formula(x.astype(np.float64)), atol=1e-6)
@@ -62,7 +66,7 @@ class TestForward:
         conv.bias.set_data(Tensor(np.zeros(1, np.float32)))
         x = normal(1, 1, 4, 4)
         padded = np.pad(x[0, 0], ((0, 1), (0, 1)))
-        expected = [[(padded[i: i + 3, j: j + 3] * np.arange(9).reshape(3, 3)).sum() for j in (0, 2)] for i in (0, 2)]
+        expected = [[(padded[i : i + 3, j : j + 3] * np.arange(9).reshape(3, 3)).sum() for j in (0, 2)] for i in (0, 2)]
         np.testing.assert_allclose(conv(Tensor(x)).asnumpy()[0, 0], expected, rtol=1e-5)
 
 
@@ -77,10 +81,13 @@ class TestHalfPrecision:
         assert cell.weight.dtype == cell.bias.dtype == ms.float32
         assert cell(Tensor(x)).dtype == ms.float16
 
-    @pytest.mark.parametrize("make, shape", [
-        (lambda: GroupNorm(8, num_groups=2), (1, 8, 4, 4)),
-        (lambda: LayerNorm(8), (4, 8)),
-    ])
+    @pytest.mark.parametrize(
+        "make, shape",
+        [
+            (lambda: GroupNorm(8, num_groups=2), (1, 8, 4, 4)),
+            (lambda: LayerNorm(8), (4, 8)),
+        ],
+    )
     def test_norms_compute_in_fp32_and_hand_on_fp16(self, make, shape):
         # Squares of these overflow fp16 (65504): in fp16 the result would be 0 or not a number.
         x = (1000 * normal(*shape)).astype(np.float16)
@@ -89,10 +96,13 @@ class TestHalfPrecision:
         assert found.dtype == ms.float16
         np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)
 
-    @pytest.mark.parametrize("make, shape", [
-        (lambda: GroupNorm(8, num_groups=2), (1, 8, 1, 1)),
-        (lambda: LayerNorm(8), (1, 8)),
-    ])
+    @pytest.mark.parametrize(
+        "make, shape",
+        [
+            (lambda: GroupNorm(8, num_groups=2), (1, 8, 1, 1)),
+            (lambda: LayerNorm(8), (1, 8)),
+        ],
+    )
     def test_norms_apply_their_parameters_in_fp32(self, make, shape):
         """Weights and biases of 100,000, infinite in fp16, that cancel."""
         cell, signs = self.half(make()), np.float32([1, -1] * 4)

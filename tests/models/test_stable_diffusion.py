@@ -30,11 +30,14 @@ def without_weights(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("path, published", [
-    ("configs/v1-inference.yaml", "sd1_ldm_ckpt_keys"),
-    ("configs/v2-inference.yaml", "sd2_ldm_ckpt_keys"),
-    ("configs/v2-vpred-inference.yaml", "sd2_ldm_ckpt_keys"),
-])
+@pytest.mark.parametrize(
+    "path, published",
+    [
+        ("configs/v1-inference.yaml", "sd1_ldm_ckpt_keys"),
+        ("configs/v2-inference.yaml", "sd2_ldm_ckpt_keys"),
+        ("configs/v2-vpred-inference.yaml", "sd2_ldm_ckpt_keys"),
+    ],
+)
 def test_names_and_shapes_are_the_published_ones(without_weights, path, published):
     names = json.loads(gzip.decompress((ROOT / "tests/weights/published_names.json.gz").read_bytes()))[published]
     canonical = to_canonical({name: np.broadcast_to(np.float32(0), shape) for name, shape in names.items()})

@@ -66,12 +66,18 @@ def reference_clip(arrays: Mapping[str, np.ndarray], activation: str) -> torch.n
     for name in ("text", "vision"):
         tower = CLIP_FORM[name]
         towers[f"{name}_config"] = dict(
-            hidden_size=tower["width"], intermediate_size=4 * tower["width"], num_hidden_layers=tower["num_layers"],
-            num_attention_heads=tower["num_heads"], hidden_act=activation, projection_dim=CLIP_FORM["projection_dim"])
+            hidden_size=tower["width"],
+            intermediate_size=4 * tower["width"],
+            num_hidden_layers=tower["num_layers"],
+            num_attention_heads=tower["num_heads"],
+            hidden_act=activation,
+            projection_dim=CLIP_FORM["projection_dim"],
+        )
     towers["text_config"]["eos_token_id"] = 2  # as in the published files: pooled at the largest token
     towers["vision_config"].update({key: CLIP_FORM["vision"][key] for key in ("image_size", "patch_size")})
     network = CLIPModel(CLIPConfig(**towers, projection_dim=CLIP_FORM["projection_dim"])).eval()
-    missing, unexpected = network.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in arrays.items()},
-                                                  strict=False)
+    missing, unexpected = network.load_state_dict(
+        {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}, strict=False
+    )
     assert not unexpected and all(name.endswith("position_ids") for name in missing), (missing, unexpected)
     return network

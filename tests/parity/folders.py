@@ -36,8 +36,9 @@ def make_pipeline(config: ModelConfig, place: Path) -> StableDiffusionPipeline:
     words = vocabulary()
     place.mkdir(parents=True)
     (place / "vocab.json").write_text(json.dumps(words.ids), encoding="utf-8")
-    (place / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in words.ranks),
-                                      encoding="utf-8")
+    (place / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in words.ranks), encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer(
         str(place / "vocab.json"), str(place / "merges.txt"), bos_token=START_TEXT, eos_token=END_TEXT,
         unk_token=END_TEXT, pad_token=END_TEXT if config.pad_token == "end" else "!", model_max_length=77,
@@ -54,7 +55,12 @@ def make_pipeline(config: ModelConfig, place: Path) -> StableDiffusionPipeline:
 
 
 def draw_with_diffusers(
-    folder: Path, prompts: Sequence[str], negative: Sequence[str], latents: np.ndarray, steps: int, scale: float,
+    folder: Path,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    latents: np.ndarray,
+    steps: int,
+    scale: float,
     lora: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Final latents and pictures (N, H, W, 3) uint8 of StableDiffusionPipeline.from_pretrained(folder)."""
@@ -62,8 +68,13 @@ def draw_with_diffusers(
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
-    settings = dict(prompt=list(prompts), negative_prompt=list(negative), num_inference_steps=steps,
-                    guidance_scale=scale, output_type="latent")
+    settings = dict(
+        prompt=list(prompts),
+        negative_prompt=list(negative),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        output_type="latent",
+    )
     final = pipeline(latents=torch.from_numpy(latents), **settings).images
     with torch.no_grad():
         decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample
@@ -74,8 +85,14 @@ def draw_with_diffusers(
 
 
 def draw_with_ours(
-    folder: Path, prompts: Sequence[str], negative: Sequence[str], latents: np.ndarray, steps: int, scale: float,
-    output: Path, *more: str,
+    folder: Path,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    latents: np.ndarray,
+    steps: int,
+    scale: float,
+    output: Path,
+    *more: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same by text_to_image.py, from the folder as it is."""
     output.mkdir(parents=True)

@@ -24,8 +24,12 @@ from tests.network_cases import inputs_for, model_with_named_weights, run_networ
 from tests.parity.reference import Reference
 
 BOUND = 1e-4
-COMPONENT = {"unet": "model.", "encode": "first_stage_model.", "decode": "first_stage_model.",
-             "text": "cond_stage_model."}
+COMPONENT = {
+    "unet": "model.",
+    "encode": "first_stage_model.",
+    "decode": "first_stage_model.",
+    "text": "cond_stage_model.",
+}
 PUBLISHED_UNUSED_LAYERS = {"sd1": 0, "sd2": 1}
 
 
@@ -44,8 +48,11 @@ def main() -> int:
     worst = 0.0
     for network in arguments.networks:
         # The arrays of ours are given to theirs, not copied.
-        weights = {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()
-                   if name.startswith(COMPONENT[network])}
+        weights = {
+            name: parameter.asnumpy()
+            for name, parameter in model.parameters_dict().items()
+            if name.startswith(COMPONENT[network])
+        }
         reference = Reference(config, weights, PUBLISHED_UNUSED_LAYERS[config.architecture])
         start = time.time()
         theirs = reference.run(network, given)
@@ -56,9 +63,12 @@ def main() -> int:
         ours = run_network(model, network, given)
         error = relative_error(ours, theirs)
         worst = max(worst, error)
-        print(f"  {network:6s} {sum(array.size for array in weights.values()):>11,} weights, output {ours.shape}: "
-              f"relative error {error:.1e}, largest value {np.abs(theirs).max():.3f} "
-              f"(reference {theirs_seconds:.1f} s, ours {time.time() - start:.1f} s with compiling)", flush=True)
+        print(
+            f"  {network:6s} {sum(array.size for array in weights.values()):>11,} weights, output {ours.shape}: "
+            f"relative error {error:.1e}, largest value {np.abs(theirs).max():.3f} "
+            f"(reference {theirs_seconds:.1f} s, ours {time.time() - start:.1f} s with compiling)",
+            flush=True,
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"  largest relative error {worst:.1e}, bound {BOUND:.0e}; peak memory {peak:.1f} GB")
     return int(worst > BOUND)

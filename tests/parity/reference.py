@@ -34,7 +34,7 @@ class Reference:
     def _load_text(self, text: Mapping[str, np.ndarray], layers_used: int) -> None:
         # transformers 5 has no `text_model.` in front of the names any more.
         if not any(name.startswith("text_model.") for name, _ in self.text.named_parameters()):
-            text = {name[len("text_model."):]: array for name, array in text.items()}
+            text = {name[len("text_model.") :]: array for name, array in text.items()}
         missing, unexpected = self.text.load_state_dict(_tensors(text), strict=False)
         may_miss = ["position_ids"] + [f"layers.{layers_used + i}." for i in range(self.text_layers_unused)]
         missing = [name for name in missing if not any(part in name for part in may_miss)]
@@ -51,8 +51,9 @@ class Reference:
 
     @torch.no_grad()
     def denoise(self, latents: np.ndarray, timesteps: np.ndarray, context: np.ndarray) -> np.ndarray:
-        return self.unet(torch.from_numpy(latents), torch.from_numpy(timesteps),
-                         encoder_hidden_states=torch.from_numpy(context)).sample.numpy()
+        return self.unet(
+            torch.from_numpy(latents), torch.from_numpy(timesteps), encoder_hidden_states=torch.from_numpy(context)
+        ).sample.numpy()
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -114,15 +115,17 @@ def reference_vae(config: ModelConfig) -> AutoencoderKL:
 
 def reference_text_encoder(config: ModelConfig, layers_unused: int = 0) -> CLIPTextModel:
     text = config.text
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=text.get("vocab_size", 49408),
-        hidden_size=text["width"],
-        intermediate_size=4 * text["width"],
-        num_hidden_layers=text["num_layers"] + layers_unused,
-        num_attention_heads=text["num_heads"],
-        max_position_embeddings=text.get("length", 77),
-        hidden_act=text["activation"],
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=text.get("vocab_size", 49408),
+            hidden_size=text["width"],
+            intermediate_size=4 * text["width"],
+            num_hidden_layers=text["num_layers"] + layers_unused,
+            num_attention_heads=text["num_heads"],
+            max_position_embeddings=text.get("length", 77),
+            hidden_act=text["activation"],
+        )
+    )
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -136,8 +136,9 @@ def test_a_training_with_diffusers_that_was_broken_off_goes_on_as_if_it_had_not_
         diffusers_worker.train(job)
     assert (tmp_path / "state.pt").exists()
     asked = []
-    monkeypatch.setattr(diffusers_worker, "learning_rate",
-                        lambda update, **settings: asked.append(update) or rate(update, **settings))
+    monkeypatch.setattr(
+        diffusers_worker, "learning_rate", lambda update, **settings: asked.append(update) or rate(update, **settings)
+    )
     diffusers_worker.train(job)
     assert asked == list(range(3, STEPS))
     expected, found = read_metrics(whole), read_metrics(tmp_path)

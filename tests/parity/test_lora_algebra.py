@@ -25,9 +25,7 @@ def adapters():
     """(PEFT's model with adapters "0" and "1" of random values, their states)."""
     torch.manual_seed(0)
     targets = ["dense", "conv", "point"]
-    configs = [
-        peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets) for rank, alpha in zip(RANKS, ALPHAS)
-    ]
+    configs = [peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets) for rank, alpha in zip(RANKS, ALPHAS)]
     model = peft.get_peft_model(Net(), configs[0], adapter_name="0")
     model.add_adapter("1", configs[1])
     states = []

@@ -153,8 +153,9 @@ class TestWrittenHere:
 class TestWrittenThere:
     def test_diffusers_with_its_metadata(self, case, tmp_path):
         targets = ["to_q", "to_out.0", "net.0.proj", "proj_in", "conv1", "conv_shortcut", "time_emb_proj"]
-        unet = dict(r=4, lora_alpha=6, target_modules=targets, rank_pattern={"to_q": 2},
-                    alpha_pattern={"attn1.to_out.0": 1})
+        unet = dict(
+            r=4, lora_alpha=6, target_modules=targets, rank_pattern={"to_q": 2}, alpha_pattern={"attn1.to_out.0": 1}
+        )
         text = dict(r=3, lora_alpha=1, target_modules=["q_proj", "fc1"], use_rslora=True)
         reference = case.reference(unet, text)
         maker.save_diffusers(reference, tmp_path)
@@ -179,16 +180,19 @@ class TestWrittenThere:
         case.agree(case.ours(read_lora(tmp_path / "lora.safetensors", case.config)), reference)
 
     def test_pickled_by_diffusers(self, case, tmp_path):
-        reference = case.reference(dict(r=2, lora_alpha=2, target_modules=["to_q"]),
-                                   dict(r=2, lora_alpha=2, target_modules=["q_proj"]))
+        reference = case.reference(
+            dict(r=2, lora_alpha=2, target_modules=["to_q"]), dict(r=2, lora_alpha=2, target_modules=["q_proj"])
+        )
         layers = {**maker._prefixed(reference.unet, "unet"), **maker._prefixed(reference.text, "text_encoder")}
         torch.save(layers, tmp_path / "pytorch_lora_weights.bin")
         case.agree(case.ours(read_lora(tmp_path, case.config)), reference)
 
     def test_a_list_in_the_order_of_todays_diffusers(self, case, tmp_path):
         targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
-        reference = case.reference(dict(r=2, lora_alpha=2, target_modules=targets),
-                                   dict(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]))
+        reference = case.reference(
+            dict(r=2, lora_alpha=2, target_modules=targets),
+            dict(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]),
+        )
         torch.save([factor.float() for factor in maker.numbered(reference.unet)], tmp_path / "lora.pt")
         torch.save([factor.float() for factor in maker.numbered(reference.text)], tmp_path / "lora.text_encoder.pt")
         state = read_lora(tmp_path / "lora.pt", case.config)
@@ -202,15 +206,19 @@ def test_the_classes_hold_the_layers_that_they_hold_there(case):
     the order of their modules."""
     reference = case.reference()
     for component, network in (("unet", reference.unet), ("text_encoder", reference.text)):
-        layers = {name for name, module in network.named_modules()
-                  if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+        layers = {
+            name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        }
         ordered = [name.replace("text_model.", "") for name, _ in network.named_modules() if name in layers]
         assert ordered == [module.path for module in case.base.of(component)]
         for name in CLASSES[component]:
-            theirs = [f"{outer}.{inner}".strip(".").replace("text_model.", "")
-                      for outer, ancestor in network.named_modules() if type(ancestor).__name__ == name
-                      for inner, module in ancestor.named_modules()
-                      if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+            theirs = [
+                f"{outer}.{inner}".strip(".").replace("text_model.", "")
+                for outer, ancestor in network.named_modules()
+                if type(ancestor).__name__ == name
+                for inner, module in ancestor.named_modules()
+                if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+            ]
             found = [module.path for module in in_order(case.base.of(component), [name], component, early=False)]
             if theirs:
                 assert [path for path in theirs if path in ordered] == found, name

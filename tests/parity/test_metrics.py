@@ -31,8 +31,10 @@ needs_fid = pytest.mark.skipif(importlib.util.find_spec("pytorch_fid") is None, 
 
 @needs_fid
 def test_every_kind_of_picture_is_prepared_as_pytorch_fid_does(tmp_path):
-    differences = {name: np.abs(inception_input(open_plain(path)) - reference_input(path)).max()
-                   for name, path in write_odd_pictures(tmp_path).items()}
+    differences = {
+        name: np.abs(inception_input(open_plain(path)) - reference_input(path)).max()
+        for name, path in write_odd_pictures(tmp_path).items()
+    }
     assert max(differences.values()) < 1e-6, differences  # of 2; a grey level is 8e-3
 
 
@@ -42,8 +44,11 @@ def test_features_equal_pytorch_fids_with_the_same_weights(tmp_path):
     arrays = inception_weights()
     network = reference_inception(arrays)
     # The published file is in the form of before 1.6.
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "inception.pth",
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {name: torch.from_numpy(array) for name, array in arrays.items()},
+        tmp_path / "inception.pth",
+        _use_new_zipfile_serialization=False,
+    )
     ours = inception(tmp_path / "inception.pth")
     path = write_odd_pictures(tmp_path)["odd.png"]
     with torch.no_grad():
@@ -99,8 +104,9 @@ def test_clip_equals_transformers(tmp_path, activation):
     with torch.no_grad():
         found = reference(input_ids=torch.from_numpy(tokens).long(), pixel_values=torch.from_numpy(images))
     np.testing.assert_allclose(network.of_texts(texts), found.text_embeds.numpy(), atol=2e-6)
-    np.testing.assert_allclose(network.image_features(ms.Tensor(images)).asnumpy(), found.image_embeds.numpy(),
-                               atol=2e-6)
+    np.testing.assert_allclose(
+        network.image_features(ms.Tensor(images)).asnumpy(), found.image_embeds.numpy(), atol=2e-6
+    )
 
 
 @needs_fid
@@ -111,8 +117,13 @@ def test_clip_preprocessing_equals_openais(tmp_path, name):
     pytorch_fid()
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-    theirs = Compose([
-        Resize(224, interpolation=InterpolationMode.BICUBIC), CenterCrop(224), ToTensor(),
-        Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))])
+    theirs = Compose(
+        [
+            Resize(224, interpolation=InterpolationMode.BICUBIC),
+            CenterCrop(224),
+            ToTensor(),
+            Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
     image = Image.open(write_odd_pictures(tmp_path)[name]).convert("RGB")
     np.testing.assert_allclose(clip_input(image), theirs(image).numpy(), atol=2e-6)

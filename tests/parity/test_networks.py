@@ -29,13 +29,21 @@ def narrow(path: str, **changes) -> ModelConfig:
 
 
 def sd1_narrow() -> ModelConfig:
-    return narrow("configs/v1-inference.yaml", unet=dict(model_channels=32, context_dim=96), vae=dict(ch=32),
-                  text=dict(width=96, num_heads=6))
+    return narrow(
+        "configs/v1-inference.yaml",
+        unet=dict(model_channels=32, context_dim=96),
+        vae=dict(ch=32),
+        text=dict(width=96, num_heads=6),
+    )
 
 
 def sd2_narrow() -> ModelConfig:
-    return narrow("configs/v2-inference.yaml", unet=dict(model_channels=64, context_dim=128, transformer_depth=2),
-                  vae=dict(ch=32), text=dict(width=128, num_heads=2))
+    return narrow(
+        "configs/v2-inference.yaml",
+        unet=dict(model_channels=64, context_dim=128, transformer_depth=2),
+        vae=dict(ch=32),
+        text=dict(width=128, num_heads=2),
+    )
 
 
 def nano() -> ModelConfig:
@@ -56,8 +64,11 @@ def case(name: str):
     make, unused, networks, size = CASES[name]
     config = make()
     model = model_with_named_weights(config)
-    weights = {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()
-               if "decode" in networks or not name.startswith("first_stage_model.")}
+    weights = {
+        name: parameter.asnumpy()
+        for name, parameter in model.parameters_dict().items()
+        if "decode" in networks or not name.startswith("first_stage_model.")
+    }
     return model, Reference(config, weights, unused), inputs_for(config, **size)
 
 
@@ -77,8 +88,10 @@ def test_time_steps_may_be_fractional(name):
 @pytest.mark.parametrize("make", [sd1_narrow, sd2_narrow])
 def test_reference_names_become_exactly_ours(make):
     config = make()
-    theirs = [network.state_dict() for network in
-              (reference_unet(config), reference_vae(config), reference_text_encoder(config))]
+    theirs = [
+        network.state_dict()
+        for network in (reference_unet(config), reference_vae(config), reference_text_encoder(config))
+    ]
     canonical = from_diffusers(*({name: value.numpy() for name, value in state.items()} for state in theirs))
     ours = build_model(config).parameters_dict()
     assert {name: array.shape for name, array in canonical.items()} == {name: p.shape for name, p in ours.items()}

@@ -164,8 +164,19 @@ class TestPictures:
         start = starting_latents(config)
         theirs = draw_with_diffusers(tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE)
         height, width = (size * config.vae_factor for size in start.shape[2:])
-        ours = draw_with_ours(tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE, tmp_path / "out",
-                              "--H", str(height), "--W", str(width))
+        ours = draw_with_ours(
+            tmp_path / "sd",
+            PROMPTS,
+            NEGATIVE_PROMPTS,
+            start,
+            8,
+            SCALE,
+            tmp_path / "out",
+            "--H",
+            str(height),
+            "--W",
+            str(width),
+        )
         assert relative_error(ours[0], theirs[0]) < 1e-3
         assert largest_pixel_difference(ours[1], theirs[1]) <= 2
         assert theirs[1].std() > 5  # pictures, not one colour
@@ -190,8 +201,11 @@ class TestPictures:
 
         start = starting_latents(config)
         given = (tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE)
-        size = [flag for flag, pixels in zip(("--H", "--W"), start.shape[2:])
-                for flag in (flag, str(pixels * config.vae_factor))]
+        size = [
+            flag
+            for flag, pixels in zip(("--H", "--W"), start.shape[2:])
+            for flag in (flag, str(pixels * config.vae_factor))
+        ]
         without, theirs = draw_with_diffusers(*given), draw_with_diffusers(*given, lora)
         ours = draw_with_ours(*given, tmp_path / "out", "--lora_ckpt_path", str(trained), *size)
         assert relative_error(without[0], theirs[0]) > 0.05  # it does something

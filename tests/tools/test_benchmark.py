@@ -52,8 +52,9 @@ def fake(kind, log):
 
 @pytest.fixture
 def arguments():
-    return argparse.Namespace(cores=os.sched_getaffinity(0), memory_limit=4.0, calls=3, apart=False,
-                              reference_python=None, repeats=1)
+    return argparse.Namespace(
+        cores=os.sched_getaffinity(0), memory_limit=4.0, calls=3, apart=False, reference_python=None, repeats=1
+    )
 
 
 @pytest.fixture
@@ -128,9 +129,11 @@ class TestMeasuring:
             Worker(["/no/such/python"], os.sched_getaffinity(0), 4.0)
 
     def test_the_processes_end_with_the_runner_even_while_stopped(self, tmp_path):
-        program = (f"import os, sys, time; from tools.benchmark.run import Worker; "
-                   f"worker = Worker({fake('a', tmp_path / 'log')!r}, os.sched_getaffinity(0), 4.0); "
-                   f"print(worker.process.pid, flush=True); time.sleep(60)")
+        program = (
+            f"import os, sys, time; from tools.benchmark.run import Worker; "
+            f"worker = Worker({fake('a', tmp_path / 'log')!r}, os.sched_getaffinity(0), 4.0); "
+            f"print(worker.process.pid, flush=True); time.sleep(60)"
+        )
         runner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         pid = int(runner.stdout.readline())
         assert os.path.exists(f"/proc/{pid}")
@@ -150,8 +153,10 @@ def side(*seconds, memory=1.0, first=9.0):
 
 class TestTheTable:
     def test_medians_over_all_calls_and_their_ratios(self):
-        found = [{"ours": side(1, 2, memory=2), "peer": side(4, 4, memory=1)},
-                 {"ours": side(3, 100, memory=3), "peer": side(5, 6, memory=2)}]
+        found = [
+            {"ours": side(1, 2, memory=2), "peer": side(4, 4, memory=1)},
+            {"ours": side(3, 100, memory=3), "peer": side(5, 6, memory=2)},
+        ]
         line = line_of(WORK, found)
         assert line["ours"]["seconds"] == 2.5
         assert line["peer"]["seconds"] == 4.5
@@ -176,16 +181,22 @@ class TestTheTable:
 
     def test_markdown(self):
         alone = dataclasses.replace(WORK, title="alone", peer="none", time=(20.0, 8.0), memory=None)
-        result = {"machine": {"cpu": "a CPU", "cores": [0, 1], "memory_gb": 24, "load": 0.1, "python": "3.11"},
-                  "settings": {"repeats": 2, "calls": 5, "apart": False},
-                  "works": [line_of(WORK, [{"ours": side(0.5), "peer": side(20, memory=2)}]),
-                            line_of(alone, [{"ours": side(12.3)}])]}
+        result = {
+            "machine": {"cpu": "a CPU", "cores": [0, 1], "memory_gb": 24, "load": 0.1, "python": "3.11"},
+            "settings": {"repeats": 2, "calls": 5, "apart": False},
+            "works": [
+                line_of(WORK, [{"ours": side(0.5), "peer": side(20, memory=2)}]),
+                line_of(alone, [{"ours": side(12.3)}]),
+            ],
+        }
         text = markdown(result)
         head, _, table = text.partition("\n\n")
         assert "a CPU" in head and "2 cores" in head and "numpy 1" in head
         lines = table.splitlines()
-        assert lines[2] == ("| a fake work | 500 ms | 20.0 s | 0.03 | 0.03 | 1, 0.5 | 1.00 GB | 2.00 GB | 0.50 | "
-                            "1.1, 0.9 | 9.00 s | 9.00 s |")
+        assert lines[2] == (
+            "| a fake work | 500 ms | 20.0 s | 0.03 | 0.03 | 1, 0.5 | 1.00 GB | 2.00 GB | 0.50 | "
+            "1.1, 0.9 | 9.00 s | 9.00 s |"
+        )
         assert lines[3] == "| alone | 12.3 s | none |  |  | 20 s, 8 s | 1.00 GB |  |  |  | 9.00 s |  |"
         assert {line.count("|") for line in lines} == {13}
 
@@ -196,10 +207,16 @@ class TestChoosing:
         assert all(work.config.is_file() for work in {**TABLE, **MEMORY_TABLE}.values())
         assert all(name == work.name for name, work in {**TABLE, **MEMORY_TABLE}.items())
 
-    @pytest.mark.parametrize("argv, expected", [
-        ([], list(TABLE)), (["text"], ["text"]), (["text", "lora_256"], ["text", "lora_256"]),
-        (["--memory_table"], list(MEMORY_TABLE)), (["lora_256_b4"], ["lora_256_b4"]),
-    ])
+    @pytest.mark.parametrize(
+        "argv, expected",
+        [
+            ([], list(TABLE)),
+            (["text"], ["text"]),
+            (["text", "lora_256"], ["text", "lora_256"]),
+            (["--memory_table"], list(MEMORY_TABLE)),
+            (["lora_256_b4"], ["lora_256_b4"]),
+        ],
+    )
     def test_names(self, argv, expected):
         assert [work.name for work in run.chosen_works(run.parse(argv))] == expected
 
@@ -207,8 +224,17 @@ class TestChoosing:
         with pytest.raises(UserError, match="no work 'textt'.*--list"):
             run.chosen_works(run.parse(["textt"]))
 
-    @pytest.mark.parametrize("argv", [["--cores", "x"], ["--cores", "999"], ["--cores", ""], ["--repeats", "0"],
-                                      ["--calls", "0"], ["--memory_limit", "much"]])
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--cores", "x"],
+            ["--cores", "999"],
+            ["--cores", ""],
+            ["--repeats", "0"],
+            ["--calls", "0"],
+            ["--memory_limit", "much"],
+        ],
+    )
     def test_settings_that_make_no_sense(self, argv):
         with pytest.raises(UserError, match=argv[0]):
             run.parse(argv)
@@ -234,8 +260,12 @@ class TestInputs:
         config = load_model_config(work.config)
         first, second = inputs.draw_inputs(config, work), inputs.draw_inputs(config, work)
         assert {name: array.shape for name, array in first.items()} == {
-            "latents": (16, 4, 16, 16), "noise": (16, 4, 16, 16), "context": (16, 77, 96), "timesteps": (16,),
-            "tokens": (16, 77)}
+            "latents": (16, 4, 16, 16),
+            "noise": (16, 4, 16, 16),
+            "context": (16, 77, 96),
+            "timesteps": (16,),
+            "tokens": (16, 77),
+        }
         assert all(np.array_equal(first[name], second[name]) for name in first)
 
     def test_the_epochs_pictures_are_a_data_set(self, tmp_path):

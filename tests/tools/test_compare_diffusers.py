@@ -216,8 +216,10 @@ class TestShownCommand:
             "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my pictures",
             "--reference_python", "/opt/torch/bin/python", "--output_path", "/home/someone/out", "--scale", "4",
             "--train_config", "configs/a.yaml"])  # fmt: skip
-        assert shown == ("python tools/eval/compare_diffusers.py --base models/nano/nano.safetensors "
-                         "'--data=my pictures' --output_path out --scale 4 --train_config configs/a.yaml")
+        assert shown == (
+            "python tools/eval/compare_diffusers.py --base models/nano/nano.safetensors "
+            "'--data=my pictures' --output_path out --scale 4 --train_config configs/a.yaml"
+        )
         assert compare_diffusers.shown_command(["--reference_python=/opt/python"]).endswith("compare_diffusers.py")
 
 

@@ -21,8 +21,10 @@ SD1, SD2, NANO = known_bases()
 @pytest.fixture
 def source(tmp_path):
     """A LoRA on the attention of the embedded model, both networks."""
-    layers = {**random_state(NANO, rank=2, alpha=1.0, only="to_q").layers,
-              **random_state(NANO, rank=3, only="q_proj").layers}
+    layers = {
+        **random_state(NANO, rank=2, alpha=1.0, only="to_q").layers,
+        **random_state(NANO, rank=3, only="q_proj").layers,
+    }
     write_lora(tmp_path / "source.ckpt", LoRAState(layers, {"architecture": "nano", "prediction_type": "v_prediction"}))
     return tmp_path / "source.ckpt"
 

@@ -19,8 +19,9 @@ NANO = "models/nano/nano.safetensors"
 
 def run(*arguments, folder=ROOT):
     script = ROOT / "tools" / "model_conversion" / "convert_weights.py"
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=folder, capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], cwd=folder, capture_output=True, text=True
+    )
 
 
 def test_it_converts_and_says_what_of_the_source_was_taken(tmp_path):
@@ -39,16 +40,19 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
     assert "is an empty folder" in result.stderr
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--target", "x.ckpt"], "required: --source"),
-    (["--source", "nowhere", "--target", "x.bin"], "x.bin: .bin is not written"),
-    (["--source", "nowhere", "--target", "x.ckpt", "--format", "ldm"], "x.ckpt is no name for the format ldm"),
-    (["--source", "nowhere", "--target", "dead/x.ckpt"], "dead is a link to nowhere/else, which does not exist"),
-    (["--source", "nowhere", "--target", "y.ckpt"], "--target y.yaml is a folder"),
-    (["--source", "nowhere", "--target", "used"], "--target used is the place of two outputs"),
-    (["--source", "nowhere", "--target", "n" * 256], "File name too long"),
-    (["--source", "nowhere", "--target", "~/a/b"], "nowhere does not exist|nowhere cannot be"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--target", "x.ckpt"], "required: --source"),
+        (["--source", "nowhere", "--target", "x.bin"], "x.bin: .bin is not written"),
+        (["--source", "nowhere", "--target", "x.ckpt", "--format", "ldm"], "x.ckpt is no name for the format ldm"),
+        (["--source", "nowhere", "--target", "dead/x.ckpt"], "dead is a link to nowhere/else, which does not exist"),
+        (["--source", "nowhere", "--target", "y.ckpt"], "--target y.yaml is a folder"),
+        (["--source", "nowhere", "--target", "used"], "--target used is the place of two outputs"),
+        (["--source", "nowhere", "--target", "n" * 256], "File name too long"),
+        (["--source", "nowhere", "--target", "~/a/b"], "nowhere does not exist|nowhere cannot be"),
+    ],
+)
 def test_an_output_that_cannot_be_is_refused_before_any_input_is_read(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

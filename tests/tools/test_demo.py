@@ -39,12 +39,15 @@ def test_from_another_folder_its_scripts_find_the_paths(tmp_path, monkeypatch):
     assert (ROOT / train[train.index("--data_path") + 1] / "img_txt.csv").is_file()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--prompts", "0"], '--prompts: "0" is not a whole number, 1 or more'),
-    (["--output_path", "file"], "cannot be a folder, as .*file is a file"),
-    (["--output_path", "used"], "--output_path .*used is the place of two outputs"),
-    (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompts", "0"], '--prompts: "0" is not a whole number, 1 or more'),
+        (["--output_path", "file"], "cannot be a folder, as .*file is a file"),
+        (["--output_path", "used"], "--output_path .*used is the place of two outputs"),
+        (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),
+    ],
+)
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(demo, "demonstrate", lambda *arguments: pytest.fail("it began"))
     monkeypatch.chdir(tmp_path)

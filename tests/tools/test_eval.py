@@ -53,9 +53,16 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == EMBEDDED
     found = json.loads((tmp_path / "fid.json").read_text())
-    for text in ("images: 6 real, 5 generated", "fewer than 2,048", "00009.png is no image",
-                 "generated pictures: 1 left", f"sha256 {found['sha256'][:16]}", found["preprocessing"],
-                 f"FID: {found['fid']:.6g}", f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}"):
+    for text in (
+        "images: 6 real, 5 generated",
+        "fewer than 2,048",
+        "00009.png is no image",
+        "generated pictures: 1 left",
+        f"sha256 {found['sha256'][:16]}",
+        found["preprocessing"],
+        f"FID: {found['fid']:.6g}",
+        f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}",
+    ):
         assert text in printed
     assert found["generated"]["broken"][0]["file"].endswith("00009.png")
     assert "no image" in found["generated"]["broken"][0]["fault"]
@@ -91,8 +98,9 @@ def test_a_set_with_itself_has_no_distance(tmp_path, capsys, one_network):
 def test_clip_score_of_two_pictures_a_prompt(tmp_path, capsys, one_network):
     made = pictures(tmp_path / "made", 4)
     (tmp_path / "prompts.txt").write_text("a cat\nthe number six\n")
-    clip_score("--image_path_or_dir", made, "--prompt_or_path", tmp_path / "prompts.txt", "--output",
-               tmp_path / "clip.json")
+    clip_score(
+        "--image_path_or_dir", made, "--prompt_or_path", tmp_path / "prompts.txt", "--output", tmp_path / "clip.json"
+    )
     found = json.loads((tmp_path / "clip.json").read_text())
     assert [row["prompt"] for row in found["scores"]] == ["a cat", "a cat", "the number six", "the number six"]
     assert found["score"] == pytest.approx(np.mean([row["score"] for row in found["scores"]]))
@@ -130,32 +138,46 @@ def test_pictures_compared_with_pictures(tmp_path, capsys, one_network):
 MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
 
 
-@pytest.mark.parametrize("main, args, answer", [
-    (fid, REAL, "--gen_dir is missing"),
-    (fid, (*REAL, "--gen_dir", "nowhere"), "nowhere does not exist"),
-    (fid, ("--real_dir", "nowhere.npz", *MADE), "nowhere.npz does not exist"),
-    (fid, (*REAL, *MADE, "--backend", "pt"), "--backend pt"),
-    (fid, (*REAL, *MADE, "--batch_size", "0"), '--batch_size: "0" is not a whole number'),
-    (fid, (*REAL, *MADE, "--batch_size", "1000000000"), "--batch_size: .* 4,096 or less"),
-    (fid, (*REAL, *MADE, "--gendir", "x"), "no flag --gendir: did you mean --gen_dir"),
-    (fid, MADE, "required: --real_dir"),
-    (fid, (*REAL, "--save_stats", "real.txt"), "name an .npz"),
-    (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
-    (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
-    (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
-    (fid, (*REAL, *MADE, "--ckpt_path", ""), "is a folder"),  # of a variable that is not set: no other network instead
-    (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG image"),
-    (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "nowhere.txt"), "nowhere.txt does not exist"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 pictures and 2 prompts"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--backend", "pt"), "--backend pt"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "\udcb7\udce7"), "is not UTF-8 text"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--ckpt_path", "{two}"), "text file"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--batch_size", "-1"), "--batch_size"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--real_image_path_or_dir", "{made}"),
-     "give one of them"),
-])
+@pytest.mark.parametrize(
+    "main, args, answer",
+    [
+        (fid, REAL, "--gen_dir is missing"),
+        (fid, (*REAL, "--gen_dir", "nowhere"), "nowhere does not exist"),
+        (fid, ("--real_dir", "nowhere.npz", *MADE), "nowhere.npz does not exist"),
+        (fid, (*REAL, *MADE, "--backend", "pt"), "--backend pt"),
+        (fid, (*REAL, *MADE, "--batch_size", "0"), '--batch_size: "0" is not a whole number'),
+        (fid, (*REAL, *MADE, "--batch_size", "1000000000"), "--batch_size: .* 4,096 or less"),
+        (fid, (*REAL, *MADE, "--gendir", "x"), "no flag --gendir: did you mean --gen_dir"),
+        (fid, MADE, "required: --real_dir"),
+        (fid, (*REAL, "--save_stats", "real.txt"), "name an .npz"),
+        (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
+        (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
+        (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
+        (
+            fid,
+            (*REAL, *MADE, "--ckpt_path", ""),
+            "is a folder",
+        ),  # of a variable that is not set: no other network instead
+        (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG image"),
+        (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
+        (
+            clip_score,
+            ("--image_path_or_dir", "{made}", "--prompt_or_path", "nowhere.txt"),
+            "nowhere.txt does not exist",
+        ),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 pictures and 2 prompts"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--backend", "pt"), "--backend pt"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "\udcb7\udce7"), "is not UTF-8 text"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--ckpt_path", "{two}"), "text file"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--batch_size", "-1"), "--batch_size"),
+        (
+            clip_score,
+            ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--real_image_path_or_dir", "{made}"),
+            "give one of them",
+        ),
+    ],
+)
 def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
     made, two = pictures(tmp_path / "made", 3), tmp_path / "two.txt"
     two.write_text("a\nb\n")
@@ -163,28 +185,46 @@ def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
         main(*(arg.format(made=made, two=two) for arg in args))
 
 
-@pytest.mark.parametrize("script", ["tools/eval/eval_fid.py", "eval/eval_fid.py", "tools/eval/eval_clip_score.py",
-                                    "eval/eval_clip_score.py"])
+@pytest.mark.parametrize(
+    "script", ["tools/eval/eval_fid.py", "eval/eval_fid.py", "tools/eval/eval_clip_score.py", "eval/eval_clip_score.py"]
+)
 def test_the_published_paths_answer_from_anywhere(tmp_path, script):
     name = "--real_dir" if "fid" in script else "--image_path_or_dir"
-    found = subprocess.run([sys.executable, str(ROOT / script), name, "nowhere", "--gen_dir" if "fid" in script else
-                            "--prompt_or_path", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / script),
+            name,
+            "nowhere",
+            "--gen_dir" if "fid" in script else "--prompt_or_path",
+            "nowhere",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 2 and found.stderr.startswith("error: nowhere does not exist") and not found.stdout
 
 
-@pytest.mark.parametrize("main, args, flag", [
-    (fid, (*REAL, *MADE), "--output"),
-    (fid, REAL, "--save_stats"),
-    (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a"), "--output"),
-])
-@pytest.mark.parametrize("output, answer", [
-    ("{tmp}", "is a folder"),
-    ("{tmp}/dead", "dead.npz is a link to nowhere/x.npz, whose folder does not exist"),
-    ("{tmp}/made/00000.png/x", "cannot be a folder, as .*00000.png is a file"),
-    ("{tmp}/" + "n" * 252, "File name too long"),
-    ("{tmp}/used", "used.npz is the place of two outputs"),
-    ("/dev", "is no regular file|is a folder|name an .npz"),
-])
+@pytest.mark.parametrize(
+    "main, args, flag",
+    [
+        (fid, (*REAL, *MADE), "--output"),
+        (fid, REAL, "--save_stats"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a"), "--output"),
+    ],
+)
+@pytest.mark.parametrize(
+    "output, answer",
+    [
+        ("{tmp}", "is a folder"),
+        ("{tmp}/dead", "dead.npz is a link to nowhere/x.npz, whose folder does not exist"),
+        ("{tmp}/made/00000.png/x", "cannot be a folder, as .*00000.png is a file"),
+        ("{tmp}/" + "n" * 252, "File name too long"),
+        ("{tmp}/used", "used.npz is the place of two outputs"),
+        ("/dev", "is no regular file|is a folder|name an .npz"),
+    ],
+)
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):
     made = pictures(tmp_path / "made", 2)
     (tmp_path / "dead.npz").symlink_to("nowhere/x.npz")
@@ -210,14 +250,20 @@ def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monk
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("main, flag, rest", [
-    (fid, "--real_dir", MADE), (fid, "--gen_dir", REAL), (fid, "--ckpt_path", (*REAL, *MADE)),
-    (fid, "--output", (*REAL, *MADE)), (fid, "--save_stats", REAL),
-    (clip_score, "--image_path_or_dir", ("--prompt_or_path", "a")),
-    (clip_score, "--prompt_or_path", ("--image_path_or_dir", "{made}")),
-    (clip_score, "--real_image_path_or_dir", ("--image_path_or_dir", "{made}")),
-    (clip_score, "--ckpt_path", ("--image_path_or_dir", "{made}", "--prompt_or_path", "a")),
-])
+@pytest.mark.parametrize(
+    "main, flag, rest",
+    [
+        (fid, "--real_dir", MADE),
+        (fid, "--gen_dir", REAL),
+        (fid, "--ckpt_path", (*REAL, *MADE)),
+        (fid, "--output", (*REAL, *MADE)),
+        (fid, "--save_stats", REAL),
+        (clip_score, "--image_path_or_dir", ("--prompt_or_path", "a")),
+        (clip_score, "--prompt_or_path", ("--image_path_or_dir", "{made}")),
+        (clip_score, "--real_image_path_or_dir", ("--image_path_or_dir", "{made}")),
+        (clip_score, "--ckpt_path", ("--image_path_or_dir", "{made}", "--prompt_or_path", "a")),
+    ],
+)
 def test_permission_is_what_a_closed_folder_lacks(unprivileged, main, flag, rest):
     made = pictures(unprivileged / "made", 2)
     (unprivileged / "closed").mkdir(mode=0)

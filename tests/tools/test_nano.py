@@ -138,8 +138,9 @@ def test_the_base_knows_every_concept_of_the_demo_and_at_least_600():
 
 def test_folding_makes_latents_standard_and_keeps_the_reconstruction():
     np.random.seed(0)
-    vae = AutoencoderKL(embed_dim=4, in_channels=3, out_ch=3, ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4,
-                        num_groups=4)
+    vae = AutoencoderKL(
+        embed_dim=4, in_channels=3, out_ch=3, ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, num_groups=4
+    )
     vae.set_train(False)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     before = in_batches(vae, to_network(pixels), 3)
@@ -234,10 +235,16 @@ def test_the_grid_holds_every_picture():
     assert Tensor(sheet).shape == (3 * (128 + 14 + 4), 2 * 132, 3)
 
 
-@pytest.mark.parametrize("tool, flags, file", [
-    (train_vae, [], "vae.safetensors"), (train_clip, [], "clip.safetensors"), (measure, [], "grid.png"),
-    (measure, [], "measure.json"), (assemble, ["--vae", "x", "--clip", "x"], "clip.safetensors"),
-])
+@pytest.mark.parametrize(
+    "tool, flags, file",
+    [
+        (train_vae, [], "vae.safetensors"),
+        (train_clip, [], "clip.safetensors"),
+        (measure, [], "grid.png"),
+        (measure, [], "measure.json"),
+        (assemble, ["--vae", "x", "--clip", "x"], "clip.safetensors"),
+    ],
+)
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, tool, flags, file):
     monkeypatch.setattr(tool, "setup_runtime", lambda *arguments, **more: pytest.fail("it began"), raising=False)
     (tmp_path / "file").touch()

@@ -127,9 +127,7 @@ def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):
 def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, share, cache_text):
     inputs = build(rows, tmp_path, caption_dropout=share, cache_text=cache_text)
     empty = Tokenizer(pad="end").encode([""])[0]
-    dropped = [
-        np.array_equal(state[:, 0], empty) for step in range(100) for state in inputs.batch(step).condition
-    ]
+    dropped = [np.array_equal(state[:, 0], empty) for step in range(100) for state in inputs.batch(step).condition]
     assert abs(np.mean(dropped) - share) <= (0.1 if 0 < share < 1 else 0)
 
 

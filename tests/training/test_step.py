@@ -115,9 +115,7 @@ def test_the_loss_scale_cancels_out():
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_steps):
     loss = Linear()
-    step = TrainStep(
-        loss, [loss.w], use_ema=True, skip_overflow=True, micro_steps=micro_steps
-    )
+    step = TrainStep(loss, [loss.w], use_ema=True, skip_overflow=True, micro_steps=micro_steps)
     latents, noise = numbers()
     spoilt = latents.copy()
     spoilt[0, 0] = np.inf

@@ -56,8 +56,11 @@ class Folder(Shapes, DiffusersFolder):
     path = Path("nowhere/sd")
 
     def __init__(self, published, version, settings):
-        parts = {"unet": f"diffusers_unet_sd{version}", "vae": "diffusers_vae_sd",
-                 "text_encoder": f"transformers_text_encoder_sd{version}"}
+        parts = {
+            "unet": f"diffusers_unet_sd{version}",
+            "vae": "diffusers_vae_sd",
+            "text_encoder": f"transformers_text_encoder_sd{version}",
+        }
         shapes = {f"{part}/{name}": shape for part, key in parts.items() for name, shape in published[key].items()}
         said = settings.get("scheduler/scheduler_config.json", {}).get("prediction_type")
         Shapes.__init__(self, shapes, **({"prediction_type": said} if said else {}))
@@ -86,8 +89,10 @@ def settings_of(model, **changed):
 
 
 def found(checkpoint, prediction_type=None):
-    return [Path(model.path).relative_to(ROOT).as_posix() if Path(model.path).is_absolute() else model.path
-            for model in fitting_models(checkpoint, plan_base(checkpoint), prediction_type)]
+    return [
+        Path(model.path).relative_to(ROOT).as_posix() if Path(model.path).is_absolute() else model.path
+        for model in fitting_models(checkpoint, plan_base(checkpoint), prediction_type)
+    ]
 
 
 class TestSingleFiles:
@@ -131,8 +136,13 @@ class TestSingleFiles:
         for part in ("model.diffusion_model.", "cond_stage_model."):
             assert found(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
 
-    @pytest.mark.parametrize("part, words", [("first_stage_model.", "holds no UNet and no text encoder"),
-                                             ("cond_stage_model.", "holds no UNet and no VAE")])
+    @pytest.mark.parametrize(
+        "part, words",
+        [
+            ("first_stage_model.", "holds no UNet and no text encoder"),
+            ("cond_stage_model.", "holds no UNet and no VAE"),
+        ],
+    )
     def test_what_is_missing_is_said_before_what_is_not_known(self, published, part, words):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if name.startswith(part)})
@@ -274,8 +284,11 @@ class TestDiffusersFolders:
         assert "nowhere/sd" in str(caught.value)
 
 
-@pytest.mark.parametrize("path", [*(ROOT / path for path in KNOWN), *sorted(ROOT.glob("tests/golden/*.yaml")),
-                                  ROOT / "tests" / "tiny.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / path for path in KNOWN), *sorted(ROOT.glob("tests/golden/*.yaml")), ROOT / "tests" / "tiny.yaml"],
+    ids=lambda path: path.stem,
+)
 def test_a_model_written_as_yaml_reads_back_as_itself(path):
     model = load_model_config(path)
     document = yaml.safe_load(yaml.safe_dump(model_document(model)))

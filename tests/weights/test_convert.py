@@ -278,9 +278,7 @@ class TestRefusing:
         path = source(metadata={"prediction_type": "v_prediction"})
         assert "says that its prediction_type" in self.refused(path, tmp_path / "x.ckpt", model_config=MODELS["tiny"])
         path = source(name="b.safetensors")
-        message = self.refused(
-            path, tmp_path / "x.ckpt", model_config=MODELS["tiny"], prediction_type="v_prediction"
-        )
+        message = self.refused(path, tmp_path / "x.ckpt", model_config=MODELS["tiny"], prediction_type="v_prediction")
         assert "contradicts" in message
 
     def test_a_prediction_type_that_contradicts_what_the_source_says(self, tmp_path, source):
@@ -304,8 +302,9 @@ class TestRefusing:
         target.parent.mkdir()
         beside = target.parent / ("sd.v1.yaml" if form == "diffusers" else f"{target.stem}.yaml")
         beside.write_text(MODELS["sd1"].read_text())
-        assert f"{beside} describes another model" in self.refused(source(), target, form=form,
-                                                                  model_config=MODELS["tiny"])
+        assert f"{beside} describes another model" in self.refused(
+            source(), target, form=form, model_config=MODELS["tiny"]
+        )
         own = "# my own\n" + MODELS["tiny"].read_text()
         beside.write_text(own)
         convert(source(), target, form, model_config=MODELS["tiny"])

@@ -20,8 +20,9 @@ UNET = {
 }
 VAE = {"quant_conv.bias": np.arange(3, dtype=np.float32)}
 TEXT = {"text_model.final_layer_norm.bias": np.full(2, 5, np.float32)}
-NAMES = sorted(f"{part}/{name}" for part, arrays in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT))
-               for name in arrays)
+NAMES = sorted(
+    f"{part}/{name}" for part, arrays in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)) for name in arrays
+)
 
 
 def write_json(path, content):
@@ -212,8 +213,12 @@ class TestOtherFolders:
             ({}, "is an empty folder: a diffusers folder has unet/"),
             ({"notes.txt": "x"}, "holds no checkpoint"),
             ({"README.md": "# A model"}, "holds no checkpoint, but README.md: a diffusers folder has unet/"),
-            ({"unet/diffusion_pytorch_model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0"},
-             "is a git-lfs pointer, not the file itself"),
+            (
+                {
+                    "unet/diffusion_pytorch_model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0"  # noqa: E501
+                },
+                "is a git-lfs pointer, not the file itself",
+            ),
             ({"unet/diffusion_pytorch_model.fp8.safetensors": "x"}, "holds no weights .*but .*fp8.safetensors"),
             ({"model_index.json": '{"a": 1, "a": 2}'}, 'model_index.json is not valid JSON: "a" is given twice'),
             ({"model_index.json": "9" * 5000 + "}"}, "model_index.json is not valid JSON"),
@@ -224,8 +229,15 @@ class TestOtherFolders:
             ({"text_encoder_2/config.json": "{}"}, "is an SDXL folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusionInpaintPipeline"}'}, "inpainting model's folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}', "transformer/x": ""}, "transformer"),
-            ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}', "transformer/x": "",
-              "text_encoder_2/x": "", "text_encoder/x": ""}, r"diffusion transformer \(StableDiffusion3Pipeline\)"),
+            (
+                {
+                    "model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}',
+                    "transformer/x": "",
+                    "text_encoder_2/x": "",
+                    "text_encoder/x": "",
+                },
+                r"diffusion transformer \(StableDiffusion3Pipeline\)",
+            ),
             ({"text_encoder_2/x": "", "unet/x": ""}, "is an SDXL folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}', "unet/x": ""}, "is an SDXL folder"),
             ({"config.json": '{"architectures": 5, "_class_name": ["UNet2DConditionModel"]}'}, "holds no checkpoint"),
@@ -235,10 +247,14 @@ class TestOtherFolders:
             ({"unet/config.json": "{}"}, "unet holds no weights .*but config.json"),
             ({"unet/diffusion_pytorch_model.safetensors": "<html>401"}, "is an HTML page"),
             ({"unet/diffusion_pytorch_model.safetensors.index.json": "{}"}, "has no weight_map"),
-            ({"unet/diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "../x"}}'},
-             "names '../x', which is no file beside it"),
-            ({"unet/diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "gone.safetensors"}}'},
-             "gone.safetensors does not exist"),
+            (
+                {"unet/diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "../x"}}'},
+                "names '../x', which is no file beside it",
+            ),
+            (
+                {"unet/diffusion_pytorch_model.safetensors.index.json": '{"weight_map": {"a": "gone.safetensors"}}'},
+                "gone.safetensors does not exist",
+            ),
         ],
     )
     def test_is_called_what_it_is(self, tmp_path, files, words):

@@ -223,9 +223,14 @@ class TestAVAEOfItsOwn:
         with pytest.raises(UserError, match=f"x.safetensors holds no {label}: give a file or folder with one"):
             load_network(model, path, component, config)
 
-    @pytest.mark.parametrize("changed, words", [({"encoder.conv_in.bias": None}, "VAE: 151 matched, 1 missing"),
-                                                ({"refiner.bias": np.zeros(1)}, "1 unexpected"),
-                                                ({"encoder.conv_in.bias": np.zeros(7)}, "1 of a wrong shape")])
+    @pytest.mark.parametrize(
+        "changed, words",
+        [
+            ({"encoder.conv_in.bias": None}, "VAE: 151 matched, 1 missing"),
+            ({"refiner.bias": np.zeros(1)}, "1 unexpected"),
+            ({"encoder.conv_in.bias": np.zeros(7)}, "1 of a wrong shape"),
+        ],
+    )
     def test_loading_is_strict(self, model, config, weights, tmp_path, changed, words):
         single = {name[len(VAE) :]: array for name, array in weights.items() if name.startswith(VAE)}
         single = {name: array for name, array in {**single, **changed}.items() if array is not None}
@@ -325,7 +330,7 @@ class TestRefusing:
         assert f"is the {label} of a diffusers folder alone" in refused(model, save(path, shorter))
 
     def test_a_vae_of_a_single_file(self, model, weights, tmp_path):
-        vae = {name[len("first_stage_model."):]: array for name, array in weights.items() if name.startswith("first_")}
+        vae = {name[len("first_stage_model.") :]: array for name, array in weights.items() if name.startswith("first_")}
         assert "is the VAE of a single file alone" in refused(model, save(tmp_path / "b.safetensors", vae))
 
     @pytest.mark.parametrize(

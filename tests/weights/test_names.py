@@ -158,17 +158,21 @@ SAME_SHAPES = {
         ("unet/down_blocks.0.resnets.1.conv1.weight", f"{UNET}input_blocks.2.0.in_layers.2.weight"),
         ("unet/down_blocks.0.resnets.1.conv2.weight", f"{UNET}input_blocks.2.0.out_layers.3.weight"),
         ("unet/down_blocks.0.downsamplers.0.conv.weight", f"{UNET}input_blocks.3.0.op.weight"),
-        ("unet/down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q.weight",
-         f"{UNET}input_blocks.8.1.transformer_blocks.0.attn1.to_q.weight"),
+        (
+            "unet/down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q.weight",
+            f"{UNET}input_blocks.8.1.transformer_blocks.0.attn1.to_q.weight",
+        ),
         ("unet/mid_block.resnets.0.conv1.weight", f"{UNET}middle_block.0.in_layers.2.weight"),
         ("unet/mid_block.resnets.1.conv1.weight", f"{UNET}middle_block.2.in_layers.2.weight"),
         ("unet/up_blocks.0.resnets.1.time_emb_proj.weight", f"{UNET}output_blocks.1.0.emb_layers.1.weight"),
         ("unet/up_blocks.0.upsamplers.0.conv.weight", f"{UNET}output_blocks.2.1.conv.weight"),
         ("unet/up_blocks.1.upsamplers.0.conv.weight", f"{UNET}output_blocks.5.2.conv.weight"),
         ("unet/up_blocks.3.attentions.2.proj_out.weight", f"{UNET}output_blocks.11.1.proj_out.weight"),
-        *((f"vae/{half}.mid_block.attentions.0.{theirs}.weight", f"{VAE}{half}.mid.attn_1.{ours}.weight")
-          for half in ("encoder", "decoder")
-          for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))),
+        *(
+            (f"vae/{half}.mid_block.attentions.0.{theirs}.weight", f"{VAE}{half}.mid.attn_1.{ours}.weight")
+            for half in ("encoder", "decoder")
+            for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
+        ),
         ("vae/decoder.mid_block.resnets.0.conv2.weight", f"{VAE}decoder.mid.block_1.conv2.weight"),
         ("vae/encoder.down_blocks.3.resnets.1.norm2.bias", f"{VAE}encoder.down.3.block.1.norm2.bias"),
         ("vae/decoder.up_blocks.0.resnets.2.norm2.bias", f"{VAE}decoder.up.3.block.2.norm2.bias"),

@@ -248,8 +248,10 @@ class TestDamagedCkpt:
             ([("w", [2, 2], "Float32", b"\0" * 12)], r"damaged: w \(2, 2\) holds 12 bytes"),
             ([("w", [2], "Float32", b"\0" * 16)], "damaged: w"),
             ([("w", [8], "Int4", b"\0" * 4)], "w is of type Int4"),
-            ([("w", [1], "Float32", b"\0" * 4), ("v", [1], "Float32", b"\0" * 4), ("w", [1], "Float32", b"\0" * 4)],
-             "'w' twice"),
+            (
+                [("w", [1], "Float32", b"\0" * 4), ("v", [1], "Float32", b"\0" * 4), ("w", [1], "Float32", b"\0" * 4)],
+                "'w' twice",
+            ),
             ([("t", [0], "str", b"\xff\xff\xff\xff")], "the text 't'"),
         ],
     )

@@ -38,16 +38,20 @@ def test_a_cut_off_file_is_answered(tmp_path, cut):
 FLAT = tensor("0", np.ones((1,) * 30, np.float32))
 
 
-@pytest.mark.parametrize("content, answer", [
-    (legacy(program=b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR."), "wants to run os.system"),
-    (legacy(version=1000), "in a form that is not read here"),
-    (legacy(machine={"little_endian": False}), "in a form that is not read here"),
-    (legacy(machine=[]), "damaged"),
-    (legacy(program=b"\x80\x02K\x05."), "damaged"),
-    (legacy({}, program=b"\x80\x02]q\0h\0a."), "lists hold one another"),
-    (legacy(program=b"\x80\x02}" + encode("w") + FLAT.replace(b"K\x01" * 30, b"K\x01" * 50) + b"s."), "at most 32"),
-    (legacy().replace(b"X\x01\0\0\x000", b"X\x01\0\0\x009", 1), "damaged"),
-], ids=["code", "version", "big-endian", "machine", "no tensors", "a list in itself", "50 dimensions", "storage"])
+@pytest.mark.parametrize(
+    "content, answer",
+    [
+        (legacy(program=b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR."), "wants to run os.system"),
+        (legacy(version=1000), "in a form that is not read here"),
+        (legacy(machine={"little_endian": False}), "in a form that is not read here"),
+        (legacy(machine=[]), "damaged"),
+        (legacy(program=b"\x80\x02K\x05."), "damaged"),
+        (legacy({}, program=b"\x80\x02]q\0h\0a."), "lists hold one another"),
+        (legacy(program=b"\x80\x02}" + encode("w") + FLAT.replace(b"K\x01" * 30, b"K\x01" * 50) + b"s."), "at most 32"),
+        (legacy().replace(b"X\x01\0\0\x000", b"X\x01\0\0\x009", 1), "damaged"),
+    ],
+    ids=["code", "version", "big-endian", "machine", "no tensors", "a list in itself", "50 dimensions", "storage"],
+)
 def test_other_contents_are_answered(tmp_path, content, answer):
     with pytest.raises(UserError, match=answer):
         opened(tmp_path, content)

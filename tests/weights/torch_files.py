@@ -12,8 +12,17 @@ from typing import Any
 
 import numpy as np
 
-STORAGES = {"<f8": "Double", "<f4": "Float", "<f2": "Half", "<i8": "Long", "<i4": "Int", "<i2": "Short", "|i1": "Char",
-            "|u1": "Byte", "|b1": "Bool"}
+STORAGES = {
+    "<f8": "Double",
+    "<f4": "Float",
+    "<f2": "Half",
+    "<i8": "Long",
+    "<i4": "Int",
+    "<i2": "Short",
+    "|i1": "Char",
+    "|u1": "Byte",
+    "|b1": "Bool",
+}
 
 
 @dataclass

@@ -130,10 +130,18 @@ def in_a_process(*arguments: str) -> dict[str, float]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--model_config", type=expanded, default=str(ROOT / "configs" / "v1-inference.yaml"),
-                        help="the model's YAML (default: Stable Diffusion 1.x)")
-    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()),
-                        help="where the files are put meanwhile (default: the system's)")
+    parser.add_argument(
+        "--model_config",
+        type=expanded,
+        default=str(ROOT / "configs" / "v1-inference.yaml"),
+        help="the model's YAML (default: Stable Diffusion 1.x)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=user_path,
+        default=Path(tempfile.gettempdir()),
+        help="where the files are put meanwhile (default: the system's)",
+    )
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -151,8 +159,12 @@ def main() -> None:
         print("writing random weights ...", file=sys.stderr, flush=True)
         write_random(args.model_config, base)
         rows, weights = [], 0
-        for source, target, dtype in ((base, mindone, "keep"), (mindone, folder, "keep"), (folder, half, "fp16"),
-                                      (half, None, "")):
+        for source, target, dtype in (
+            (base, mindone, "keep"),
+            (mindone, folder, "keep"),
+            (folder, half, "fp16"),
+            (half, None, ""),
+        ):
             rows.append((f"load {source.name}", in_a_process("load", args.model_config, str(source))))
             weights = rows[-1][1]["weights"]
             if target is not None:
@@ -163,8 +175,10 @@ def main() -> None:
         print("| what | seconds | processor, s | own memory, at most | resident, at most |\n" + "| --- " * 5 + "|")
         for what, found in rows:
             own, resident = found["RssAnon"], found["VmRSS"]
-            print(f"| {what} | {found['seconds']:.1f} | {found['busy']:.1f} | "
-                  f"{own / 1e9:.2f} GB, {own / weights:.2f}x | {resident / 1e9:.2f} GB, {resident / weights:.2f}x |")
+            print(
+                f"| {what} | {found['seconds']:.1f} | {found['busy']:.1f} | "
+                f"{own / 1e9:.2f} GB, {own / weights:.2f}x | {resident / 1e9:.2f} GB, {resident / weights:.2f}x |"
+            )
 
 
 if __name__ == "__main__":

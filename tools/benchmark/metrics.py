@@ -97,7 +97,7 @@ def torchmetrics(paths: list[Path], batch_size: int) -> Callable[[], None]:
     def work() -> None:
         metric.reset()
         for start in range(0, len(paths), batch_size):
-            batch = [np.asarray(Image.open(path).convert("RGB")) for path in paths[start:start + batch_size]]
+            batch = [np.asarray(Image.open(path).convert("RGB")) for path in paths[start : start + batch_size]]
             # As torchvision's transforms and PyTorch's loader lay a batch out.
             metric.update(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous(), real=True)
 
@@ -111,8 +111,11 @@ def serve(name: str, folder: Path, batch_size: int) -> None:
     for _ in sys.stdin:
         start, processor = time.perf_counter(), processor_seconds()
         work()
-        found = {"seconds": time.perf_counter() - start, "processor": processor_seconds() - processor,
-                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        found = {
+            "seconds": time.perf_counter() - start,
+            "processor": processor_seconds() - processor,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
         print(json.dumps(found), flush=True)
 
 
@@ -124,10 +127,12 @@ def processor_seconds() -> float:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--reference_python", type=expanded,
-                        help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity")
-    parser.add_argument("--images", type=whole_number(1, 100_000), default=64,
-                        help="pictures a round; default %(default)s")
+    parser.add_argument(
+        "--reference_python", type=expanded, help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity"
+    )
+    parser.add_argument(
+        "--images", type=whole_number(1, 100_000), default=64, help="pictures a round; default %(default)s"
+    )
     parser.add_argument("--size", type=whole_number(1, 8192), default=256, help="pixels a side; default %(default)s")
     parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32, help="default %(default)s")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds that count; default %(default)s")
@@ -150,8 +155,12 @@ def main() -> None:
                 python = sys.executable if name == NAMES[0] else args.reference_python
                 servers[name] = subprocess.Popen(
                     [python, __file__, "--serve", name, "--folder", str(folder), "--batch_size", str(args.batch_size)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                    env=environment)
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=environment,
+                )
             bar = tqdm(total=(1 + args.rounds) * len(names), desc="rounds", unit="round")
             for _ in range(1 + args.rounds):
                 for name, server in servers.items():
@@ -161,22 +170,27 @@ def main() -> None:
                     while answer and not answer.startswith("{"):
                         answer = server.stdout.readline()
                     if not answer:
-                        raise UserError(f"{name} ended: run {server.args[0]} {__file__} --serve '{name}' --folder "
-                                        "FOLDER")
+                        raise UserError(
+                            f"{name} ended: run {server.args[0]} {__file__} --serve '{name}' --folder FOLDER"
+                        )
                     rounds[name].append(json.loads(answer))
                     bar.update()
         finally:
             for server in servers.values():
                 server.kill()
-    print(f"{args.images} PNG files of {args.size}x{args.size}, batches of {args.batch_size}, {cores} core(s), "
-          f"best and median of {args.rounds} rounds in turns")
+    print(
+        f"{args.images} PNG files of {args.size}x{args.size}, batches of {args.batch_size}, {cores} core(s), "
+        f"best and median of {args.rounds} rounds in turns"
+    )
     print("| | images/s, best | images/s, median | images per processor second, best | first round, s | peak MB |")
     print("|---|---|---|---|---|---|")
     for name in names:
         seconds, processor = ([found[kind] for found in rounds[name][1:]] for kind in ("seconds", "processor"))
-        print(f"| {name} | {args.images / min(seconds):.2f} | {args.images / float(np.median(seconds)):.2f} | "
-              f"{args.images / min(processor):.2f} | {rounds[name][0]['seconds']:.1f} | "
-              f"{rounds[name][-1]['peak_mb']:.0f} |")
+        print(
+            f"| {name} | {args.images / min(seconds):.2f} | {args.images / float(np.median(seconds)):.2f} | "
+            f"{args.images / min(processor):.2f} | {rounds[name][0]['seconds']:.1f} | "
+            f"{rounds[name][-1]['peak_mb']:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -153,8 +153,18 @@ def text(work: Work, config: ModelConfig) -> Callable:
     return lambda: net(tokens).asnumpy()
 
 
-KINDS = {"unet": unet, "lora": lora, "full": full, "epoch": epoch, "generate": generate, "merged": merged,
-         "decode": decode, "text": text, "first_step": first_step, "first_step_cached": first_step_cached}
+KINDS = {
+    "unet": unet,
+    "lora": lora,
+    "full": full,
+    "epoch": epoch,
+    "generate": generate,
+    "merged": merged,
+    "decode": decode,
+    "text": text,
+    "first_step": first_step,
+    "first_step_cached": first_step_cached,
+}
 
 
 def main() -> None:

@@ -48,8 +48,11 @@ class LoRALinear(nn.Module):
 
 
 def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
-    found = [name for name, module in unet.named_modules()
-             if isinstance(module, nn.Linear) and name.endswith(LORA_LAYERS) and "transformer_blocks" in name]
+    found = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(LORA_LAYERS) and "transformer_blocks" in name
+    ]
     for name in found:
         parent, _, last = name.rpartition(".")
         layer = LoRALinear(unet.get_submodule(name), works.RANK)
@@ -58,8 +61,14 @@ def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
 
 
 def scheduler(cls, config: ModelConfig, **settings):
-    return cls(num_train_timesteps=config.timesteps, beta_start=config.linear_start, beta_end=config.linear_end,
-               beta_schedule=config.beta_schedule, prediction_type=config.prediction_type, **settings)
+    return cls(
+        num_train_timesteps=config.timesteps,
+        beta_start=config.linear_start,
+        beta_end=config.linear_end,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        **settings,
+    )
 
 
 def frozen(net: nn.Module) -> nn.Module:
@@ -143,9 +152,15 @@ def generate(work: Work, config: ModelConfig) -> Callable:
 
     encoder, size = frozen(reference_text_encoder(config)), work.size * config.vae_factor
     pipeline = StableDiffusionPipeline(
-        vae=frozen(reference_vae(config)), text_encoder=encoder, tokenizer=None, unet=frozen(reference_unet(config)),
-        scheduler=scheduler(DPMSolverMultistepScheduler, config, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        vae=frozen(reference_vae(config)),
+        text_encoder=encoder,
+        tokenizer=None,
+        unet=frozen(reference_unet(config)),
+        scheduler=scheduler(DPMSolverMultistepScheduler, config, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     # The empty text once, as ours: diffusers itself would encode it for every prompt.
     tokens = torch.from_numpy(draw_tokens(work.batch + 1)).long()
@@ -153,8 +168,15 @@ def generate(work: Work, config: ModelConfig) -> Callable:
     @torch.no_grad()
     def run() -> None:
         states = encoder(tokens, return_dict=False)[0]
-        pipeline(prompt_embeds=states[:-1], negative_prompt_embeds=states[-1:].repeat(work.batch, 1, 1), height=size,
-                 width=size, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, output_type="np")
+        pipeline(
+            prompt_embeds=states[:-1],
+            negative_prompt_embeds=states[-1:].repeat(work.batch, 1, 1),
+            height=size,
+            width=size,
+            num_inference_steps=works.STEPS,
+            guidance_scale=works.SCALE,
+            output_type="np",
+        )
 
     return run
 
@@ -181,8 +203,9 @@ def main() -> None:
     torch.manual_seed(works.SEED)
     work = {**TABLE, **MEMORY_TABLE}[args.work]
     call = KINDS[work.kind](work, load_model_config(work.config))
-    turns.serve(call, {"torch": torch.__version__, "diffusers": diffusers.__version__,
-                       "transformers": transformers.__version__})
+    turns.serve(
+        call, {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    )
 
 
 if __name__ == "__main__":

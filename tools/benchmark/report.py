@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = ("work", "time, this project", "diffusers", "ratio", "CPU time's ratio", "must, aim", "memory, this project",
-           "diffusers", "ratio", "must, aim", "first call, this project", "diffusers")
+COLUMNS = (
+    "work",
+    "time, this project",
+    "diffusers",
+    "ratio",
+    "CPU time's ratio",
+    "must, aim",
+    "memory, this project",
+    "diffusers",
+    "ratio",
+    "must, aim",
+    "first call, this project",
+    "diffusers",
+)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -78,8 +78,16 @@ class Worker:
 
     def __init__(self, command: list[str], cores: set[int], limit_gb: float):
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.log, env=environment(cores), preexec_fn=confine(cores))
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=environment(cores),
+            preexec_fn=confine(cores),
+        )
         self.over_limit, self.limit_gb = False, limit_gb
         self.calls: list[dict] = []
         threading.Thread(target=self._watch, daemon=True).start()
@@ -101,8 +109,14 @@ class Worker:
         peak = self._status("VmHWM")
         self.kill()
         first, *steady = self.calls
-        return Side(first["seconds"], [call["seconds"] for call in steady], [call["cpu_seconds"] for call in steady],
-                    peak, self.ready["build_seconds"], self.ready["versions"])
+        return Side(
+            first["seconds"],
+            [call["seconds"] for call in steady],
+            [call["cpu_seconds"] for call in steady],
+            peak,
+            self.ready["build_seconds"],
+            self.ready["versions"],
+        )
 
     def kill(self) -> None:
         self.process.kill()
@@ -225,9 +239,14 @@ def measure_script(args: argparse.Namespace) -> Side | str:
     for _ in range(args.calls + 1):
         with temporary_folder(SCRATCH) as folder:
             begin = time.perf_counter()
-            process = subprocess.Popen([*command, str(folder)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL, env=environment(args.cores),
-                                       preexec_fn=confine(args.cores))
+            process = subprocess.Popen(
+                [*command, str(folder)],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment(args.cores),
+                preexec_fn=confine(args.cores),
+            )
             _, status, usage = os.wait4(process.pid, 0)
             seconds.append(time.perf_counter() - begin)
             if status or not list(folder.rglob("*.png")):
@@ -239,8 +258,13 @@ def measure_script(args: argparse.Namespace) -> Side | str:
 
 def line_of(work: Work, found: list[dict[str, Side | str]]) -> dict:
     """One work's medians and ratios, over all repeats, for the JSON and the table."""
-    line: dict = {"name": work.name, "title": work.title, "time": work.time, "memory": work.memory,
-                  "peer_is": work.peer}
+    line: dict = {
+        "name": work.name,
+        "title": work.title,
+        "time": work.time,
+        "memory": work.memory,
+        "peer_is": work.peer,
+    }
     for name in ("ours", "peer"):
         sides = [sides[name] for sides in found if name in sides]
         failed = [side for side in sides if isinstance(side, str)]
@@ -270,8 +294,14 @@ def machine(args: argparse.Namespace) -> dict:
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {"cpu": model, "cores": sorted(args.cores), "memory_gb": round(memory), "system": platform.platform(),
-            "python": platform.python_version(), "load": os.getloadavg()[0]}
+    return {
+        "cpu": model,
+        "cores": sorted(args.cores),
+        "memory_gb": round(memory),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def reference_python(path: Path) -> str | None:
@@ -280,8 +310,11 @@ def reference_python(path: Path) -> str | None:
         command = [str(path), "-c", "import torch, diffusers, transformers"]
         if subprocess.run(command, capture_output=True).returncode == 0:
             return str(path)
-    print(f"{path} has no torch, diffusers and transformers: this project alone is measured (`make test-parity` makes "
-          ".venv-parity, or give --reference_python)", file=sys.stderr)
+    print(
+        f"{path} has no torch, diffusers and transformers: this project alone is measured (`make test-parity` makes "
+        ".venv-parity, or give --reference_python)",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -299,18 +332,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the works and end")
     parser.add_argument("--memory_table", action="store_true", help="the works of the memory table")
     parser.add_argument("--repeats", type=whole_number(1), default=2, help="pairs of processes a work (default 2)")
-    parser.add_argument("--calls", type=whole_number(1), default=5,
-                        help="calls a process after the first, of short works more (default 5)")
-    parser.add_argument("--cores", default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
-                        help="numbers of the cores to run on, with as many threads (default: all, %(default)s)")
-    parser.add_argument("--apart", action="store_true",
-                        help="one process after the other, not in turns: where memory does not hold both")
-    parser.add_argument("--memory_limit", type=number(0.1), default=20.0,
-                        help="end a process above so many GB (default 20)")
-    parser.add_argument("--reference_python", type=user_path, default=ROOT / ".venv-parity" / "bin" / "python",
-                        help="the Python that has diffusers (default .venv-parity's)")
-    parser.add_argument("--output", type=user_path, default=ROOT / "output" / "benchmark",
-                        help="results go to OUTPUT.json and OUTPUT.md (default output/benchmark)")
+    parser.add_argument(
+        "--calls",
+        type=whole_number(1),
+        default=5,
+        help="calls a process after the first, of short works more (default 5)",
+    )
+    parser.add_argument(
+        "--cores",
+        default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        help="numbers of the cores to run on, with as many threads (default: all, %(default)s)",
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="one process after the other, not in turns: where memory does not hold both",
+    )
+    parser.add_argument(
+        "--memory_limit", type=number(0.1), default=20.0, help="end a process above so many GB (default 20)"
+    )
+    parser.add_argument(
+        "--reference_python",
+        type=user_path,
+        default=ROOT / ".venv-parity" / "bin" / "python",
+        help="the Python that has diffusers (default .venv-parity's)",
+    )
+    parser.add_argument(
+        "--output",
+        type=user_path,
+        default=ROOT / "output" / "benchmark",
+        help="results go to OUTPUT.json and OUTPUT.md (default output/benchmark)",
+    )
     args = parser.parse_args(argv)
     try:
         args.cores = {int(core) for core in args.cores.split(",")}
@@ -338,8 +390,11 @@ def main(argv: list[str] | None = None) -> None:
 def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, table: Path) -> None:
     """Measure the works one after another, and write what there is after each."""
     args.reference_python = reference_python(args.reference_python)
-    result = {"machine": machine(args), "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
-              "works": []}
+    result = {
+        "machine": machine(args),
+        "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
+        "works": [],
+    }
     progress(lambda: f"after {len(result['works'])} of {len(works)} works, which are in {table}")
     with tqdm(works, unit="work") as bar:
         for work in bar:

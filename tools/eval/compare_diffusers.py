@@ -146,11 +146,15 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
         texts = [" ".join(row.text.split()) for row in test]
         both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
         if both:
-            raise UserError(f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out pictures of "
-                            f"{folder / 'test'} ({min(both).name}, ...): leave them out of the training rows")
+            raise UserError(
+                f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out pictures of "
+                f"{folder / 'test'} ({min(both).name}, ...): leave them out of the training rows"
+            )
     if "" in texts:
-        raise UserError(f"{folder / 'test'}: held-out prompt {texts.index('') + 1} is empty, which nothing can be held "
-                        "against: write one, or take the line out")
+        raise UserError(
+            f"{folder / 'test'}: held-out prompt {texts.index('') + 1} is empty, which nothing can be held "
+            "against: write one, or take the line out"
+        )
     if len(texts) < 2:
         raise UserError(f"{folder / 'test'} has one prompt: give 2 or more, one picture has no distribution")
     chosen = evenly(len(texts), prompts or len(texts))
@@ -265,22 +269,30 @@ def reference_python(given: str | None) -> Path:
         try:
             code = children.call(["make", "--silent", ".venv-parity/ready"], cwd=ROOT)
         except OSError:
-            raise UserError("make is not installed: build an environment from requirements-parity.txt and give its "
-                            "interpreter as --reference_python") from None
+            raise UserError(
+                "make is not installed: build an environment from requirements-parity.txt and give its "
+                "interpreter as --reference_python"
+            ) from None
         if code:
-            raise UserError("make .venv-parity/ready failed, its message is above: diffusers needs an environment of "
-                            "its own; give another one's interpreter as --reference_python")
+            raise UserError(
+                "make .venv-parity/ready failed, its message is above: diffusers needs an environment of "
+                "its own; give another one's interpreter as --reference_python"
+            )
     python = VENV / "bin" / "python" if given is None else Path(given).absolute()
     if not os.access(python, os.X_OK) or python.is_dir():
-        raise UserError(f"--reference_python {python} is no program: give the interpreter of an environment with "
-                        "requirements-parity.txt in it")
+        raise UserError(
+            f"--reference_python {python} is no program: give the interpreter of an environment with "
+            "requirements-parity.txt in it"
+        )
     code = "import sys, importlib.util as i; print(*(n for n in sys.argv[1:] if i.find_spec(n) is None))"
     asked = subprocess.run([str(python), "-c", code, *NEEDED], capture_output=True, text=True)
     if asked.returncode:
         raise UserError(f"{python} is no Python that works: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
     if asked.stdout.split():
-        raise UserError(f"{python} has no {', '.join(asked.stdout.split())}: install requirements-parity.txt there "
-                        "(without --reference_python, make does it)")
+        raise UserError(
+            f"{python} has no {', '.join(asked.stdout.split())}: install requirements-parity.txt there "
+            "(without --reference_python, make does it)"
+        )
     return python
 
 
@@ -568,11 +580,15 @@ def shown_command(argv: Sequence[str]) -> str:
 def check_expressible(model: ModelConfig) -> None:
     """Raise UserError for a model that cannot be put together from diffusers' classes."""
     if model.unet["channel_mult"][0] != 1:
-        raise UserError(f"{model.path}: channel_mult must begin with 1, as diffusers' UNet begins as wide as its first "
-                        "level; such a model cannot be compared")
+        raise UserError(
+            f"{model.path}: channel_mult must begin with 1, as diffusers' UNet begins as wide as its first "
+            "level; such a model cannot be compared"
+        )
     if model.vae["z_channels"] != model.vae["embed_dim"] or not model.vae.get("double_z", True):
-        raise UserError(f"{model.path}: z_channels and embed_dim are one number in diffusers' autoencoder, and "
-                        "double_z is true; such a model cannot be compared")
+        raise UserError(
+            f"{model.path}: z_channels and embed_dim are one number in diffusers' autoencoder, and "
+            "double_z is true; such a model cannot be compared"
+        )
 
 
 def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None:
@@ -618,32 +634,56 @@ def _pictures_hash(folder: Path) -> str:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--train_config", type=expanded, required=True,
-                        help="recipe of the LoRA, as for train_text_to_image.py")
+    parser.add_argument(
+        "--train_config", type=expanded, required=True, help="recipe of the LoRA, as for train_text_to_image.py"
+    )
     parser.add_argument("--base", type=expanded, required=True, help="base checkpoint, a file or a diffusers folder")
-    parser.add_argument("--data", type=expanded, required=True,
-                        help="folder with train/ and test/, an img_txt.csv with images in each; test/ may hold a "
-                             "prompts.txt alone (no FID then); an img_txt.csv beside them chooses the training rows")
-    parser.add_argument("--output_path", type=expanded, required=True,
-                        help="folder for the results; a run that stopped goes on there")
-    parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", default=[1, 2, 3],
-                        help="a training of each; default 1 2 3")
-    parser.add_argument("--prompts", type=whole_number(2),
-                        help="so many of the held-out prompts, evenly spread; default all")
-    parser.add_argument("--sampling_steps", type=whole_number(1, 1000), default=20,
-                        help="of DPM-Solver++; default %(default)s")
-    parser.add_argument("--scale", type=number(1, 1000),
-                        help="guidance, 1 for none; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)")
-    parser.add_argument("--latents_seed", type=whole_number(0, 2**32 - 1), default=1,
-                        help="of the starting latents; default %(default)s")
-    parser.add_argument("--inception_path", type=expanded,
-                        help="Inception weights for FID and KID; default: the embedded nano CLIP's image tower takes "
-                             "its place, whose scores compare only here")
-    parser.add_argument("--clip_path", type=expanded,
-                        help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP")
-    parser.add_argument("--reference_python", type=expanded,
-                        help="interpreter with requirements-parity.txt; default: .venv-parity, which is made where "
-                             "it is missing")
+    parser.add_argument(
+        "--data",
+        type=expanded,
+        required=True,
+        help="folder with train/ and test/, an img_txt.csv with images in each; test/ may hold a "
+        "prompts.txt alone (no FID then); an img_txt.csv beside them chooses the training rows",
+    )
+    parser.add_argument(
+        "--output_path", type=expanded, required=True, help="folder for the results; a run that stopped goes on there"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(0, 2**32 - 1),
+        nargs="+",
+        default=[1, 2, 3],
+        help="a training of each; default 1 2 3",
+    )
+    parser.add_argument(
+        "--prompts", type=whole_number(2), help="so many of the held-out prompts, evenly spread; default all"
+    )
+    parser.add_argument(
+        "--sampling_steps", type=whole_number(1, 1000), default=20, help="of DPM-Solver++; default %(default)s"
+    )
+    parser.add_argument(
+        "--scale", type=number(1, 1000), help="guidance, 1 for none; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)"
+    )
+    parser.add_argument(
+        "--latents_seed",
+        type=whole_number(0, 2**32 - 1),
+        default=1,
+        help="of the starting latents; default %(default)s",
+    )
+    parser.add_argument(
+        "--inception_path",
+        type=expanded,
+        help="Inception weights for FID and KID; default: the embedded nano CLIP's image tower takes "
+        "its place, whose scores compare only here",
+    )
+    parser.add_argument(
+        "--clip_path", type=expanded, help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP"
+    )
+    parser.add_argument(
+        "--reference_python",
+        type=expanded,
+        help="interpreter with requirements-parity.txt; default: .venv-parity, which is made where it is missing",
+    )
     args, flags = parser.parse_known_args()
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones")

@@ -79,6 +79,7 @@ class Scores:
             "pixels": float(pixels.mean()),
         }  # fmt: skip
         if self.real is not None:
+
             def fid(i: np.ndarray) -> float:
                 return self._fid(name, i) - self._fid(other, i)
 
@@ -230,9 +231,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _cell(
-    found: Sequence[Mapping[str, float | None]], key: str, digits: int, factor: float, sign: str = ""
-) -> str:
+def _cell(found: Sequence[Mapping[str, float | None]], key: str, digits: int, factor: float, sign: str = "") -> str:
     """A score with its deviation: the bootstrap's of one run, that between the runs of several."""
     values = [run[key] for run in found]
     if any(value is None for value in values):

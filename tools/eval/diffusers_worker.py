@@ -173,8 +173,10 @@ def train(job: dict) -> dict:
 def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
     """All that the updates after `done` depend on: what is drawn for one is a function of its number."""
     with atomic_path(path) as temporary:
-        torch.save({"done": done, "trained": [parameter.data for parameter in trained],
-                    "optimizer": optimizer.state_dict()}, temporary)
+        torch.save(
+            {"done": done, "trained": [parameter.data for parameter in trained], "optimizer": optimizer.state_dict()},
+            temporary,
+        )
 
 
 def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:

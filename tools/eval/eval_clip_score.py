@@ -49,26 +49,48 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
 def parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--image_path_or_dir", "--gen_image_path_or_dir", type=expanded, required=True,
-                        help="an image, or a folder of images")
+    parser.add_argument(
+        "--image_path_or_dir",
+        "--gen_image_path_or_dir",
+        type=expanded,
+        required=True,
+        help="an image, or a folder of images",
+    )
     parser.add_argument("--prompt_or_path", help="a prompt, or a text file with one a line")
-    parser.add_argument("--real_image_path_or_dir", type=expanded,
-                        help="compare with these images instead of with prompts")
-    parser.add_argument("--ckpt_path", type=expanded,
-                        help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; without "
-                             "it the embedded nano CLIP scores")
-    parser.add_argument("--config", type=expanded,
-                        help="the model's config.json or mindone's YAML, where the weights are none of the published "
-                             "models")
-    parser.add_argument("--model_name", help="refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or "
-                                             "Hugging Face's names of them")
-    parser.add_argument("--preprocessing", choices=CLIP_PREPROCESSING, default="openai",
-                        help="openai: shorter side to 224, centre crop (default); squash: to 224x224 whatever the "
-                             "shape, as mindone does. The embedded CLIP always squashes, to 64x64")
-    parser.add_argument("--output", "--result_path", type=user_path,
-                        help="write the score and each image's to this JSON")
-    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32,
-                        help="images a call of the network; default %(default)s")
+    parser.add_argument(
+        "--real_image_path_or_dir", type=expanded, help="compare with these images instead of with prompts"
+    )
+    parser.add_argument(
+        "--ckpt_path",
+        type=expanded,
+        help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; without "
+        "it the embedded nano CLIP scores",
+    )
+    parser.add_argument(
+        "--config",
+        type=expanded,
+        help="the model's config.json or mindone's YAML, where the weights are none of the published models",
+    )
+    parser.add_argument(
+        "--model_name",
+        help="refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or Hugging Face's names of them",
+    )
+    parser.add_argument(
+        "--preprocessing",
+        choices=CLIP_PREPROCESSING,
+        default="openai",
+        help="openai: shorter side to 224, centre crop (default); squash: to 224x224 whatever the "
+        "shape, as mindone does. The embedded CLIP always squashes, to 64x64",
+    )
+    parser.add_argument(
+        "--output", "--result_path", type=user_path, help="write the score and each image's to this JSON"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=whole_number(1, MOST_BATCH),
+        default=32,
+        help="images a call of the network; default %(default)s",
+    )
     parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
     parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
     return parser
@@ -79,8 +101,10 @@ def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
     if given is None:
         beside = images[0].parent / "prompts.txt"
         if not is_there(beside):
-            raise UserError(f"--prompt_or_path is missing, and {plain(images[0].parent)} has no prompts.txt: give a "
-                            "prompt, or a text file with one a line")
+            raise UserError(
+                f"--prompt_or_path is missing, and {plain(images[0].parent)} has no prompts.txt: give a "
+                "prompt, or a text file with one a line"
+            )
         return paired_prompts(read_prompts(beside, "prompts"), len(images))
     path = expanded(given)
     return paired_prompts(read_prompts(path, "prompt_or_path") if _names_file(path) else [given], len(images))
@@ -104,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = find_images(args.real_image_path_or_dir) if args.real_image_path_or_dir is not None else []
     prompts = [] if real else find_prompts(args.prompt_or_path, images)
     if any(valid_text(prompt) != prompt for prompt in prompts):
-        raise UserError(f"--prompt_or_path {plain(args.prompt_or_path)} is not UTF-8 text: type it anew, or set the "
-                        "terminal to UTF-8")
+        raise UserError(
+            f"--prompt_or_path {plain(args.prompt_or_path)} is not UTF-8 text: type it anew, or set the "
+            "terminal to UTF-8"
+        )
     with claim_file(args.output, "--output"):
         score(args, images, real, prompts)
 
@@ -122,8 +148,11 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
     from ldm.metrics.evaluate import encode_pictures, prompt_scores
     from ldm.metrics.networks import clip, nano_clip
 
-    network = (clip(args.ckpt_path, args.preprocessing, args.config, args.model_name) if args.ckpt_path is not None
-               else nano_clip())
+    network = (
+        clip(args.ckpt_path, args.preprocessing, args.config, args.model_name)
+        if args.ckpt_path is not None
+        else nano_clip()
+    )
     print_network(network)
     made = encode_pictures(images, network, batch_size)
     print_broken(made.broken, "pictures")
@@ -132,8 +161,11 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
     if real:
         others = encode_pictures(real, network, batch_size, "real pictures")
         print_broken(others.broken, "real pictures")
-        result.update(real_images=len(others.places), real_broken=describe_broken(others.broken),
-                      mean_of_all_pairs=mean_of_all_pairs(made.features, others.features))
+        result.update(
+            real_images=len(others.places),
+            real_broken=describe_broken(others.broken),
+            mean_of_all_pairs=mean_of_all_pairs(made.features, others.features),
+        )
         scores = None
         if len(images) == len(real):
             places, ours, theirs = np.intersect1d(made.places, others.places, return_indices=True)
@@ -148,11 +180,22 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
         print(f"CLIP image-to-image score, all with all: {result['mean_of_all_pairs']:.4f}")
     if scores is not None:
         deviation = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
-        result.update(score=float(scores.mean()), score_deviation=deviation and float(deviation), scores=[
-            {"image": str(images[place]), **({"real": str(real[place])} if real else {"prompt": prompts[place]}),
-             "score": float(score)} for place, score in zip(places, scores)])
-        print(f"CLIP {'image-to-image score, in pairs' if real else 'score'}: {scores.mean():.4f}"
-              + (f" +- {deviation:.4f}" if deviation is not None else ""))
+        result.update(
+            score=float(scores.mean()),
+            score_deviation=deviation and float(deviation),
+            scores=[
+                {
+                    "image": str(images[place]),
+                    **({"real": str(real[place])} if real else {"prompt": prompts[place]}),
+                    "score": float(score),
+                }
+                for place, score in zip(places, scores)
+            ],
+        )
+        print(
+            f"CLIP {'image-to-image score, in pairs' if real else 'score'}: {scores.mean():.4f}"
+            + (f" +- {deviation:.4f}" if deviation is not None else "")
+        )
     if args.output is not None:
         write_json(args.output, {**result, **describe_network(network)})
 

@@ -40,18 +40,33 @@ from ldm.paths import expanded, user_path  # noqa: E402
 
 def parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--real_dir", type=expanded, required=True,
-                        help="folder of real images, or their statistics in an .npz")
-    parser.add_argument("--gen_dir", type=expanded, help="folder of generated images, or their statistics in an .npz; "
-                                                         "may be left out where --save_stats is given")
-    parser.add_argument("--ckpt_path", type=expanded, help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
-                                                           "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded "
-                                                           "nano CLIP scores")
-    parser.add_argument("--save_stats", type=user_path, help="write the statistics of --real_dir to this .npz (mu and "
-                                                             "sigma, as pytorch-fid reads them)")
+    parser.add_argument(
+        "--real_dir", type=expanded, required=True, help="folder of real images, or their statistics in an .npz"
+    )
+    parser.add_argument(
+        "--gen_dir",
+        type=expanded,
+        help="folder of generated images, or their statistics in an .npz; may be left out where --save_stats is given",
+    )
+    parser.add_argument(
+        "--ckpt_path",
+        type=expanded,
+        help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
+        "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded "
+        "nano CLIP scores",
+    )
+    parser.add_argument(
+        "--save_stats",
+        type=user_path,
+        help="write the statistics of --real_dir to this .npz (mu and sigma, as pytorch-fid reads them)",
+    )
     parser.add_argument("--output", type=user_path, help="write the scores to this JSON file")
-    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32,
-                        help="images a call of the network; default %(default)s")
+    parser.add_argument(
+        "--batch_size",
+        type=whole_number(1, MOST_BATCH),
+        default=32,
+        help="images a call of the network; default %(default)s",
+    )
     parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
     parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
     return parser
@@ -68,8 +83,11 @@ def check(args: argparse.Namespace) -> dict[str, list[Path]]:
         raise UserError("--save_stats wants a folder of pictures as --real_dir, not an .npz")
     if args.save_stats is not None and args.save_stats.suffix != ".npz":
         raise UserError(f"--save_stats {args.save_stats}: name an .npz file")
-    return {path: find_images(path) for path in (args.real_dir, args.gen_dir)
-            if path is not None and not path.endswith(".npz")}
+    return {
+        path: find_images(path)
+        for path in (args.real_dir, args.gen_dir)
+        if path is not None and not path.endswith(".npz")
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,8 +113,11 @@ def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
     batch_size = min(args.batch_size, max(map(len, pictures.values()), default=1))
 
     # Before the pictures are measured, which takes long.
-    saved = {path: saved_pictures(path, network) for path in (args.real_dir, args.gen_dir)
-             if path is not None and path not in pictures}
+    saved = {
+        path: saved_pictures(path, network)
+        for path in (args.real_dir, args.gen_dir)
+        if path is not None and path not in pictures
+    }
 
     def picture_set(path: str, label: str, save_to: Path | None = None) -> PictureSet:
         if path in saved:
@@ -117,17 +138,31 @@ def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
     counts = [side.count for side in (real, generated) if side.count is not None]
     print(f"images: {real.count or 'unknown'} real, {generated.count or 'unknown'} generated")
     if counts and min(counts) < ENOUGH_IMAGES:
-        print(f"warning: {min(counts):,} images are fewer than {ENOUGH_IMAGES:,}: this FID lies far above its limit "
-              "and compares only with FIDs of as many images; the KID's mean does not depend on their number")
+        print(
+            f"warning: {min(counts):,} images are fewer than {ENOUGH_IMAGES:,}: this FID lies far above its limit "
+            "and compares only with FIDs of as many images; the KID's mean does not depend on their number"
+        )
     print(f"FID: {found.fid:.6g}")
-    print("KID: only from pictures, four or more a side, not from statistics" if found.kid is None
-          else f"KID: {found.kid:.6g} +- {found.kid_deviation:.2g}")
+    print(
+        "KID: only from pictures, four or more a side, not from statistics"
+        if found.kid is None
+        else f"KID: {found.kid:.6g} +- {found.kid_deviation:.2g}"
+    )
     if args.output is not None:
         sides: dict[str, Any] = {
             name: {"path": path, "images": side.count, "broken": describe_broken(side.broken)}
-            for name, path, side in (("real", args.real_dir, real), ("generated", args.gen_dir, generated))}
-        write_json(args.output, {"fid": found.fid, "kid": found.kid, "kid_deviation": found.kid_deviation, **sides,
-                                 **describe_network(network)})
+            for name, path, side in (("real", args.real_dir, real), ("generated", args.gen_dir, generated))
+        }
+        write_json(
+            args.output,
+            {
+                "fid": found.fid,
+                "kid": found.kid,
+                "kid_deviation": found.kid_deviation,
+                **sides,
+                **describe_network(network),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -82,15 +82,21 @@ def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRAState]:
 def parser() -> Parser:
     formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
     made = Parser(__doc__, "convert_lora.py")
-    made.add_argument("--source", type=expanded, required=True,
-                      help="a LoRA of any known format: a file, or a folder of PEFT's")
-    made.add_argument("--target", type=user_path,
-                      help="where to write; without it the table is printed and that is all")
+    made.add_argument(
+        "--source", type=expanded, required=True, help="a LoRA of any known format: a file, or a folder of PEFT's"
+    )
+    made.add_argument(
+        "--target", type=user_path, help="where to write; without it the table is printed and that is all"
+    )
     made.add_argument("--to", choices=FORMATS, metavar="FORMAT", help=f"what to write. {formats}")
     made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors written (fp32)")
-    made.add_argument("--base", type=expanded, metavar="YAML",
-                      help="model YAML of the base, for models other than SD1.x, SD2.x and "
-                                                     "the embedded one, and where shapes do not tell SD1.x from SD2.x")
+    made.add_argument(
+        "--base",
+        type=expanded,
+        metavar="YAML",
+        help="model YAML of the base, for models other than SD1.x, SD2.x and "
+        "the embedded one, and where shapes do not tell SD1.x from SD2.x",
+    )
     return made
 
 

@@ -120,11 +120,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_ckpt", required=True, type=user_path,
                         help="the base model, or for extract the file with "
                         "LoRA in it")  # fmt: skip
-    parser.add_argument("--lora_ckpt", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
-                        help="LoRAs of any format")
+    parser.add_argument(
+        "--lora_ckpt", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="LoRAs of any format"
+    )
     parser.add_argument("--out_ckpt", required=True, type=user_path, help="what is written")
-    parser.add_argument("--out_base", type=user_path,
-                        help="extract: write the base without the LoRA to this file as well")
+    parser.add_argument(
+        "--out_base", type=user_path, help="extract: write the base without the LoRA to this file as well"
+    )
     parser.add_argument("--to", choices=tuple(FORMATS), help="extract: format of the LoRA [mindone, "
                         "this project's own]")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="extract: of the LoRA's factors [fp32]")

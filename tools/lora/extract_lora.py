@@ -33,15 +33,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base_model", required=True, type=user_path, help="what the fine-tune started from")
     parser.add_argument("--target_model", required=True, type=user_path, help="the fine-tune")
     parser.add_argument("--save_path", required=True, type=user_path, help="the LoRA")
-    parser.add_argument("--rank", type=whole_number(low=1),
-                        help="largest rank of a layer [32, unless --energy is given]")
+    parser.add_argument(
+        "--rank", type=whole_number(low=1), help="largest rank of a layer [32, unless --energy is given]"
+    )
     parser.add_argument("--energy", type=number(low=0, high=1),
                         help="share of each layer's squared difference that is kept, such as "
                         "0.95: the smallest rank that does, and no more than --rank")  # fmt: skip
     parser.add_argument("--targets", nargs="+", default=["all"], help="which layers: attention, all, or the last parts "
                         "of layers' names, * standing for anything [all]")  # fmt: skip
-    parser.add_argument("--networks", nargs="+", choices=("unet", "text_encoder"), default=["unet", "text_encoder"],
-                        help="of which networks [both]")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=("unet", "text_encoder"),
+        default=["unet", "text_encoder"],
+        help="of which networks [both]",
+    )
     parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
     args = parser.parse_args(argv)

@@ -67,10 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = "two" if args.mode == "lpl" else "at least one"
         raise UserError(f"mode {args.mode} takes {wanted}, {len(texts)} LoRAs are given: --path_1, --path_2, --paths")
     with claim(args):
-        weighted = [
-            (read(text, args.with_text_lora), weights)
-            for text, weights in zip(texts, _weights(texts, args))
-        ]
+        weighted = [(read(text, args.with_text_lora), weights) for text, weights in zip(texts, _weights(texts, args))]
         for text, (state, weights) in zip(texts, weighted):
             print(f"{text}: {state}; weight {weights}")
         if bases:
@@ -125,8 +122,10 @@ def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weight
         print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
         if tokens:
             write_embedding(beside, np.stack([vector for _, vector in tokens]))
-            print(f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file "
-                  "name is its word in a prompt")
+            print(
+                f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file "
+                "name is its word in a prompt"
+            )
 
 
 def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
@@ -135,8 +134,10 @@ def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
     for file in (file for text in texts for file in lora_files(weighted_path(text, "LoRA")[0])):
         for token, vector in learned_tokens(open_checkpoint(file)).items():
             if vector.shape != (width,):
-                raise UserError(f"{file}: the learned token {token} has {len(vector)} numbers, the base's tokens have "
-                                f"{width}: it was made for another model (--mode upl leaves tokens out)")
+                raise UserError(
+                    f"{file}: the learned token {token} has {len(vector)} numbers, the base's tokens have "
+                    f"{width}: it was made for another model (--mode upl leaves tokens out)"
+                )
             tokens.append((token, vector))
     return tokens
 
@@ -166,24 +167,38 @@ def _weights(texts: list[str], args: argparse.Namespace) -> list[Weights]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, "lora_add")
-    parser.add_argument("places", nargs="*", metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA]",
-                        help="the first flags without their names, as the original takes them")
+    parser.add_argument(
+        "places",
+        nargs="*",
+        metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA]",
+        help="the first flags without their names, as the original takes them",
+    )
     parser.add_argument("--path_1", type=expanded, help="a LoRA, or in the modes upl and upl-ckpt-v2 the base model")
-    parser.add_argument("--path_2", type=expanded,
-                        help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'")
+    parser.add_argument(
+        "--path_2", type=expanded, help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'"
+    )
     parser.add_argument("--paths", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="more LoRAs")
     parser.add_argument("--output_path", type=user_path, help="what is written")
     parser.add_argument("--alpha", type=number(), default=0.5, help="weight of the LoRA (upl), or of the first of two; "
                         "the second has 1 - alpha [0.5]")  # fmt: skip
-    parser.add_argument("--alpha_1", type=number(),
-                        help="weight of the first alone, as in later versions of the original")
+    parser.add_argument(
+        "--alpha_1", type=number(), help="weight of the first alone, as in later versions of the original"
+    )
     parser.add_argument("--alpha_2", type=number(), help="weight of the second alone")
     parser.add_argument("--mode", choices=MODES, help="see above [lpl for two LoRAs, sum with --paths]")
-    parser.add_argument("--with_text_lora", type=truth, nargs="?", const=True, default=True, metavar="True|False",
-                        help="take the text encoder's LoRA too, where there is one [True]")
+    parser.add_argument(
+        "--with_text_lora",
+        type=truth,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="True|False",
+        help="take the text encoder's LoRA too, where there is one [True]",
+    )
     parser.add_argument("--rank", type=whole_number(low=1), help="sum, ljl: cut the result down to this rank by SVD")
-    parser.add_argument("--energy", type=number(low=0, high=1),
-                        help="sum, ljl: cut each layer down to this share of its squared norm")
+    parser.add_argument(
+        "--energy", type=number(low=0, high=1), help="sum, ljl: cut each layer down to this share of its squared norm"
+    )
     parser.add_argument("--to", choices=tuple(FORMATS), help="format of the LoRA written [mindone, this project's "
                         "own; of a .pt cloneofsimo-pt]")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the LoRA written [fp32]")

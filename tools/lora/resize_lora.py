@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", required=True, type=user_path, help="a LoRA of any format")
     parser.add_argument("--target", required=True, type=user_path, help="what is written")
     parser.add_argument("--rank", type=whole_number(low=1), help="largest rank of a layer")
-    parser.add_argument("--energy", type=number(low=0, high=1),
-                        help="share of each layer's squared norm that is kept, such as 0.9")
+    parser.add_argument(
+        "--energy", type=number(low=0, high=1), help="share of each layer's squared norm that is kept, such as 0.9"
+    )
     parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
     args = parser.parse_args(argv)

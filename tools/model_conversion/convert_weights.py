@@ -33,17 +33,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--source", type=user_path, required=True, help="the base model: a file or a diffusers folder")
     parser.add_argument("--target", type=user_path, required=True, help="what to write; it must not exist yet")
-    parser.add_argument("--format", choices=("ldm", "diffusers", "mindone", "own"),
-                        help="of the target: ldm, the published single file (the default for .safetensors); mindone "
-                        "(.ckpt); diffusers (a folder); own, this project's names (.safetensors or .ckpt)")
-    parser.add_argument("--dtype", choices=("keep", "fp32", "fp16"), default="keep",
-                        help="of the weights; keep leaves each as it is, bfloat16 becoming fp32 (default: keep)")
+    parser.add_argument(
+        "--format",
+        choices=("ldm", "diffusers", "mindone", "own"),
+        help="of the target: ldm, the published single file (the default for .safetensors); mindone "
+        "(.ckpt); diffusers (a folder); own, this project's names (.safetensors or .ckpt)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "fp32", "fp16"),
+        default="keep",
+        help="of the weights; keep leaves each as it is, bfloat16 becoming fp32 (default: keep)",
+    )
     parser.add_argument("--ema", action="store_true", help="take the UNet's moving averages that the file holds")
-    parser.add_argument("--model_config", type=expanded,
-                        help="the model's YAML, where the source does not say which model it is")
-    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"),
-                        help="what the UNet predicts, where the source does not say it: shapes do not tell the base "
-                        "versions of SD2.x (epsilon) from the 768 versions (v_prediction)")
+    parser.add_argument(
+        "--model_config", type=expanded, help="the model's YAML, where the source does not say which model it is"
+    )
+    parser.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        help="what the UNet predicts, where the source does not say it: shapes do not tell the base "
+        "versions of SD2.x (epsilon) from the 768 versions (v_prediction)",
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
 

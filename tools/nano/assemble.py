@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--vae", type=user_path, required=True, help="output folder of train_vae")
     parser.add_argument("--clip", type=user_path, required=True, help="output folder of train_clip")
-    parser.add_argument("--unet", type=user_path,
-                        help="checkpoint of train_text_to_image.py with the vanilla nano recipe")
+    parser.add_argument(
+        "--unet", type=user_path, help="checkpoint of train_text_to_image.py with the vanilla nano recipe"
+    )
     parser.add_argument("--output_path", type=user_path, required=True, help="folder of the two files")
     args = parser.parse_args(argv)
     with claim_all(*(claim_file(args.output_path / name, "--output_path") for name in FILES)):

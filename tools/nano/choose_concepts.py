@@ -21,8 +21,20 @@ from tools.nano.pictures import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
-    "face-smiling", "face-affection", "face-tongue", "face-hat", "face-glasses", "cat-face", "monkey-face",
-    "musical-instrument", "transport-water", "transport-air", "sport", "phone", "science", "light & video",
+    "face-smiling",
+    "face-affection",
+    "face-tongue",
+    "face-hat",
+    "face-glasses",
+    "cat-face",
+    "monkey-face",
+    "musical-instrument",
+    "transport-water",
+    "transport-air",
+    "sport",
+    "phone",
+    "science",
+    "light & video",
 )
 
 
@@ -53,8 +65,10 @@ def choose() -> None:
             if row.path.name in held_out_style or category in WHOLE_CATEGORIES or subcategory in SUBCATEGORIES:
                 chosen[row.path.name] = (f"{split}/{row.path.name}", row.text)
     write_csv("emoji_noto", chosen.values())
-    print(f"{len(chosen)} concepts, {len({text for _, text in chosen.values()})} different captions, "
-          f"{len(held_out_style)} of them with a held-out picture in another style")
+    print(
+        f"{len(chosen)} concepts, {len({text for _, text in chosen.values()})} different captions, "
+        f"{len(held_out_style)} of them with a held-out picture in another style"
+    )
     for style in STYLES:
         known = [(f"train/{row.path.name}", row.text) for row in read_rows(style, "train") if row.path.name in chosen]
         print(f"{write_csv(style, known)} training pictures of {style} show one of them")

@@ -41,12 +41,21 @@ class Step(nn.Cell):
 
 def learning_rates(peak: float, steps: int, warmup: int) -> list[float]:
     """Linear warm-up, then a cosine down to 1 % of the peak."""
-    return [peak * min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / steps)))
-            for i in range(steps)]
+    return [
+        peak * min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / steps)))
+        for i in range(steps)
+    ]
 
 
-def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int, folder: Path, names: tuple[str, ...],
-          settings: str = "", save_every: int = 200) -> None:
+def train(
+    step: Step,
+    batch: Callable[[int], tuple[np.ndarray, ...]],
+    steps: int,
+    folder: Path,
+    names: tuple[str, ...],
+    settings: str = "",
+    save_every: int = 200,
+) -> None:
     """Run `steps` steps, resuming from `folder`/state.safetensors where there is one.
 
     Args:
@@ -63,8 +72,10 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
         arrays, metadata = read_checkpoint(state)
         first = int(metadata["step"])
         if metadata.get("settings") != settings:
-            raise UserError(f"{state} is of a run with {metadata.get('settings')}, this one has {settings}; "
-                            "use the same, or another --output_path")
+            raise UserError(
+                f"{state} is of a run with {metadata.get('settings')}, this one has {settings}; "
+                "use the same, or another --output_path"
+            )
         for name, parameter in step.parameters_dict().items():
             if name == SCHEDULE:
                 continue
@@ -83,7 +94,10 @@ def train(step: Step, batch: Callable[[int], tuple[np.ndarray, ...]], steps: int
             with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 log.write(f"step {i} {text}\n")
         if (i + 1) % save_every == 0 or i == steps - 1:
-            write_checkpoint(state, {name: p.asnumpy() for name, p in step.parameters_dict().items()},
-                             {"step": str(i + 1), "settings": settings})
+            write_checkpoint(
+                state,
+                {name: p.asnumpy() for name, p in step.parameters_dict().items()},
+                {"step": str(i + 1), "settings": settings},
+            )
             kept = i + 1
         done = i + 1

@@ -82,12 +82,14 @@ def grid(pixels: np.ndarray, columns: int, texts: list[str] | None = None, zoom:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output_path", type=user_path, required=True, help="folder of the grid and measure.json")
-    parser.add_argument("--models", type=user_path, default=MODELS,
-                        help="folder of nano.safetensors and clip.safetensors")
+    parser.add_argument(
+        "--models", type=user_path, default=MODELS, help="folder of nano.safetensors and clip.safetensors"
+    )
     parser.add_argument("--lora_ckpt_path", type=user_path, help="a LoRA for emoji_fluent_hc")
     parser.add_argument("--lora_scale", type=number(), default=1.0, help="its weight")
-    parser.add_argument("--captions", type=whole_number(2),
-                        help="how many are drawn; default 200, with a LoRA all held-out ones")
+    parser.add_argument(
+        "--captions", type=whole_number(2), help="how many are drawn; default 200, with a LoRA all held-out ones"
+    )
     parser.add_argument("--scale", type=number(1), default=4.0, help="guidance")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
     args = parser.parse_args(argv)

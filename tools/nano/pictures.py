@@ -29,8 +29,7 @@ def read_rows(style: str, split: str) -> list[Row]:
 
 def read_pictures(style: str, split: str) -> list[Picture]:
     """The same with the pictures in memory."""
-    return [Picture(row.path.name, row.text, np.asarray(open_rgb(row.path)))
-            for row in read_rows(style, split)]
+    return [Picture(row.path.name, row.text, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)]
 
 
 def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
@@ -60,7 +59,7 @@ def shift(pixels: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray
     padded = np.full((size + 2 * most, size + 2 * most, 3), 255, np.uint8)
     padded[most:-most, most:-most] = pixels
     y, x = rng.integers(0, 2 * most + 1, 2)
-    return padded[y:y + size, x:x + size]
+    return padded[y : y + size, x : x + size]
 
 
 def vary_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -89,5 +88,8 @@ def turn(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle, scale, centre = np.deg2rad(rng.uniform(-12, 12)), 1 / rng.uniform(0.85, 1.15), (pixels.shape[0] - 1) / 2
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     matrix = (cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre)
-    return np.asarray(Image.fromarray(pixels).transform((pixels.shape[1], pixels.shape[0]), Image.AFFINE, matrix,
-                                                        Image.BILINEAR, fillcolor=(255, 255, 255)))
+    return np.asarray(
+        Image.fromarray(pixels).transform(
+            (pixels.shape[1], pixels.shape[0]), Image.AFFINE, matrix, Image.BILINEAR, fillcolor=(255, 255, 255)
+        )
+    )

@@ -82,9 +82,15 @@ class StylesLoss(nn.Cell):
 
     def construct(self, images: Tensor, text: Tensor):
         features = self.clip.image_features(images)
-        first, second = features[:self.batch_size], features[self.batch_size:]
-        loss = (self.picks(first, second) + self.picks(second, first) + self.picks(first, text)
-                + self.picks(text, first) + self.picks(second, text) + self.picks(text, second)) / 6.0
+        first, second = features[: self.batch_size], features[self.batch_size :]
+        loss = (
+            self.picks(first, second)
+            + self.picks(second, first)
+            + self.picks(first, text)
+            + self.picks(text, first)
+            + self.picks(second, text)
+            + self.picks(text, second)
+        ) / 6.0
         right = (self.product(text, second).argmax(1).astype(ms.int32) == self.labels).astype(ms.float32).mean()
         return loss, right
 
@@ -98,8 +104,10 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
         texts = in_batches(TextFeatures(clip), tokenizer.encode([p.text for p in pictures]), 96)
         scores = texts @ images.T
         rank = (scores > np.diag(scores)[:, None]).sum(axis=1)
-        lines.append(f"{style} {'+'.join(splits)}: caption to picture, nearest {np.mean(rank == 0):.1%}, "
-                     f"top 5 {np.mean(rank < 5):.1%} of {len(pictures)}")
+        lines.append(
+            f"{style} {'+'.join(splits)}: caption to picture, nearest {np.mean(rank == 0):.1%}, "
+            f"top 5 {np.mean(rank < 5):.1%} of {len(pictures)}"
+        )
         if style == "emoji_noto":
             noto = {picture.name: feature for picture, feature in zip(pictures, images)}
         else:
@@ -110,14 +118,19 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--output_path", type=user_path, required=True,
-                        help="folder of clip.safetensors, log and state")
+    parser.add_argument(
+        "--output_path", type=user_path, required=True, help="folder of clip.safetensors, log and state"
+    )
     parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=1500)
     parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=96)
     parser.add_argument("--learning_rate", type=number(0), default=1e-3)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
-    parser.add_argument("--image_tower_only", type=user_path, metavar="FOLDER",
-                        help="folder of a finished run: train its image tower further")
+    parser.add_argument(
+        "--image_tower_only",
+        type=user_path,
+        metavar="FOLDER",
+        help="folder of a finished run: train its image tower further",
+    )
     args = parser.parse_args(argv)
     weights = args.output_path / "clip.safetensors"
     with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
@@ -171,8 +184,9 @@ def train_clip(args: argparse.Namespace) -> None:
         loss = ContrastiveLoss(clip, args.batch_size)
         trainable = [p for p in clip.trainable_params() if p is not clip.logit_scale]
     step = Step(loss, trainable, learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
-    settings = (f"batch {args.batch_size}, seed {args.seed}"
-                + (f", image tower of {args.image_tower_only}" if args.image_tower_only else ""))
+    settings = f"batch {args.batch_size}, seed {args.seed}" + (
+        f", image tower of {args.image_tower_only}" if args.image_tower_only else ""
+    )
     train(step, batch, args.steps, args.output_path, ("loss", "right"), settings, save_every=100)
     clip.set_train(False)
     text = report(clip, tokenizer)

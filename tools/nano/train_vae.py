@@ -51,12 +51,13 @@ class ReconstructionLoss(nn.Cell):
         moments = self.vae.encode(images)
         if self.decoder_only:
             moments = ops.stop_gradient(moments)
-        mean, logvar = moments[:, : self.z], ops.clamp(moments[:, self.z:], -30.0, 20.0)
+        mean, logvar = moments[:, : self.z], ops.clamp(moments[:, self.z :], -30.0, 20.0)
         kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
         error = self.vae.decode(mean + ops.exp(0.5 * logvar) * eps) - images
         l1, mse = error.abs().mean(), (error * error).mean()
-        edges = ((error[:, :, 1:] - error[:, :, :-1]).abs().mean()
-                 + (error[:, :, :, 1:] - error[:, :, :, :-1]).abs().mean())
+        edges = (error[:, :, 1:] - error[:, :, :-1]).abs().mean() + (
+            error[:, :, :, 1:] - error[:, :, :, :-1]
+        ).abs().mean()
         colour = (error[:, :2] - error[:, 1:]).abs().mean()
         loss = l1 + 2.0 * mse + 0.5 * edges + 0.5 * colour
         if self.decoder_only:  # the logarithm of a picture's error is what a mean PSNR is made of
@@ -69,14 +70,14 @@ class ReconstructionLoss(nn.Cell):
 def psnr(real: np.ndarray, made: np.ndarray) -> np.ndarray:
     """Decibels a picture, of (N, H, W, 3) uint8."""
     error = ((real.astype(np.float64) - made) ** 2).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255.0 ** 2 / np.maximum(error, 1e-9))
+    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-9))
 
 
 def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
     """Run a cell over (N, ...) in equal batches (the last is filled up, so that one graph is compiled)."""
     out = []
     for first in range(0, len(images), size):
-        part = images[first:first + size]
+        part = images[first : first + size]
         filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
         out.append(cell(Tensor(filled)).asnumpy()[: len(part)])
     return np.concatenate(out)
@@ -93,8 +94,12 @@ def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[
     post_weight, post_bias = vae.post_quant_conv.weight.asnumpy().copy(), vae.post_quant_conv.bias.asnumpy().copy()
     post_bias += (post_weight[:, :, 0, 0] * mean).sum(axis=1)
     post_weight *= std.reshape(1, -1, 1, 1)
-    for parameter, array in ((vae.quant_conv.weight, quant_weight), (vae.quant_conv.bias, quant_bias),
-                             (vae.post_quant_conv.weight, post_weight), (vae.post_quant_conv.bias, post_bias)):
+    for parameter, array in (
+        (vae.quant_conv.weight, quant_weight),
+        (vae.quant_conv.bias, quant_bias),
+        (vae.post_quant_conv.weight, post_weight),
+        (vae.post_quant_conv.bias, post_bias),
+    ):
         parameter.set_data(Tensor(array))
     return mean, std
 
@@ -111,8 +116,9 @@ def report(vae: AutoencoderKL) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--output_path", type=user_path, required=True,
-                        help="folder of vae.safetensors, the log, the state")
+    parser.add_argument(
+        "--output_path", type=user_path, required=True, help="folder of vae.safetensors, the log, the state"
+    )
     parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=3000)
     parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=16)
     parser.add_argument("--learning_rate", type=number(0), default=2e-3)
@@ -135,8 +141,11 @@ def train_vae(args: argparse.Namespace) -> None:
         arrays, _ = read_checkpoint(args.decoder_only / "vae.safetensors")
         for name, parameter in parameters.items():
             parameter.set_data(Tensor(arrays["first_stage_model." + name]))
-    trainable = [p for name, p in parameters.items()
-                 if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))]
+    trainable = [
+        p
+        for name, p in parameters.items()
+        if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))
+    ]
     if not trainable:
         raise UserError("there is nothing to train in this autoencoder")
     pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_pictures(style, "train")])
@@ -166,8 +175,10 @@ def train_vae(args: argparse.Namespace) -> None:
     text += report(vae)
     print(text)
     (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
-    write_checkpoint(args.output_path / "vae.safetensors",
-                     {"first_stage_model." + name: p.asnumpy() for name, p in parameters.items()})
+    write_checkpoint(
+        args.output_path / "vae.safetensors",
+        {"first_stage_model." + name: p.asnumpy() for name, p in parameters.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -99,8 +99,10 @@ class Adapter:
         if not isinstance(pattern, dict):
             raise UserError(f"{self.where}: {key} is {plain(pattern)!r}; it must be a mapping from layers to numbers")
         if len(pattern) > MOST_PATTERNS:
-            raise UserError(f"{self.where}: {key} holds {len(pattern):,} patterns, at most {MOST_PATTERNS:,} are read: "
-                            "more than a model has layers")
+            raise UserError(
+                f"{self.where}: {key} holds {len(pattern):,} patterns, at most {MOST_PATTERNS:,} are read: "
+                "more than a model has layers"
+            )
         return {name: self._number(pattern, name, 0) for name in pattern}
 
     def _compiled(self, key: str) -> list[tuple[Any, float]]:
@@ -112,15 +114,21 @@ class Adapter:
         start = time.process_time()
         for pattern, value in getattr(self, key).items():
             if len(pattern) > LONGEST_PATTERN:
-                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} has {len(pattern):,} characters, at "
-                                f"most {LONGEST_PATTERN:,} are read: name the layers")
+                raise UserError(
+                    f"{self.where}: {plain(pattern, 60)!r} in {key} has {len(pattern):,} characters, at "
+                    f"most {LONGEST_PATTERN:,} are read: name the layers"
+                )
             repetitions = math.prod(int(count) for pair in _REPETITION.findall(pattern) for count in pair if count)
             if repetitions > MOST_REPETITIONS:
-                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
-                                f"{MOST_REPETITIONS:,} times: name the layers")
+                raise UserError(
+                    f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
+                    f"{MOST_REPETITIONS:,} times: name the layers"
+                )
             if _READ_OTHERWISE.search(pattern):
-                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
-                                "has: name the layers")
+                raise UserError(
+                    f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
+                    "has: name the layers"
+                )
             if time.process_time() - start > self._seconds:
                 raise self._too_long(key, pattern)
             whole = rf"(.*\.)?({pattern})$"
@@ -130,14 +138,17 @@ class Adapter:
                     re.compile(whole)
                     compiled.append((regex.compile(whole, regex.VERSION0), value))
             except (re.error, regex.error, OverflowError, RecursionError) as error:
-                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression "
-                                f"({plain(error, 80)})") from None
+                raise UserError(
+                    f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression ({plain(error, 80)})"
+                ) from None
         self._seconds -= time.process_time() - start
         return compiled
 
     def _too_long(self, key: str, pattern: str) -> UserError:
-        return UserError(f"{self.where}: {key} takes more than {MOST_SECONDS:g} s to compare with the layers' names, "
-                         f"now at {plain(pattern, 60)!r}: name the layers, without repetitions")
+        return UserError(
+            f"{self.where}: {key} takes more than {MOST_SECONDS:g} s to compare with the layers' names, "
+            f"now at {plain(pattern, 60)!r}: name the layers, without repetitions"
+        )
 
     def _of(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
         """What the first pattern that fits a layer says; of all comparisons, MOST_SECONDS together."""

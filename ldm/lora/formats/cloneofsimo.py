@@ -190,8 +190,9 @@ def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
     beside = text_encoder_path(path)
     rows = _rows(path, state, base)
     if os.path.lexists(beside):
-        raise UserError(f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: "
-                        "move it away")
+        raise UserError(
+            f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: move it away"
+        )
     for component, (_, row) in rows.items():
         flat = [array for layer in row for array in (layer.up, layer.down)]
         write_torch(
@@ -212,8 +213,10 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         if len(shape) == 1 and shape[0] <= WIDEST and dtype.kind == "f":
             tokens[token] = np.asarray(checkpoint[token], np.float32)
         if token not in tokens or not np.isfinite(tokens[token]).all():
-            raise UserError(f"{checkpoint.path}: the learned token {plain(token)} is no vector of finite numbers: it "
-                            "is damaged, or its training went wrong")
+            raise UserError(
+                f"{checkpoint.path}: the learned token {plain(token)} is no vector of finite numbers: it "
+                "is damaged, or its training went wrong"
+            )
     return tokens
 
 
@@ -255,9 +258,7 @@ def _row(checkpoint: Checkpoint) -> list[LoRALayer]:
     missing = next((i for i in range(count) if str(i) not in checkpoint), None)
     if missing is not None:
         raise UserError(f"{checkpoint.path}: its arrays go by number, and {missing} is missing: the file is damaged")
-    return [
-        pairs.read_factors(checkpoint, f"pair {i // 2}", down=str(i + 1), up=str(i)) for i in range(0, count, 2)
-    ]
+    return [pairs.read_factors(checkpoint, f"pair {i // 2}", down=str(i + 1), up=str(i)) for i in range(0, count, 2)]
 
 
 def _noted(checkpoint: Checkpoint, component: str) -> list[str] | None:
@@ -341,17 +342,27 @@ def _rows(path, state: LoRAState, base: Base) -> dict[str, tuple[list[str], list
         modules = [module for module in choices[held[0]] if len(module.shape) in axes]
         rank = max(state.only(component).ranks())
         if len(modules) > len(there):
-            log.info("%s: %d layers of the %s without a LoRA are written as zeros", path, len(modules) - len(there),
-                     LABELS[component])
-        rows[component] = list(held[0]), [
-            pairs.folded(state.layers[module.name]) if module.name in state.layers else _zero(module, rank)
-            for module in modules
-        ]
+            log.info(
+                "%s: %d layers of the %s without a LoRA are written as zeros",
+                path,
+                len(modules) - len(there),
+                LABELS[component],
+            )
+        rows[component] = (
+            list(held[0]),
+            [
+                pairs.folded(state.layers[module.name]) if module.name in state.layers else _zero(module, rank)
+                for module in modules
+            ],
+        )
     return rows
 
 
 def _zero(module: Module, rank: int) -> LoRALayer:
     ones = (1,) * (len(module.shape) - 2)
     rank = min(rank, module.shape[0])
-    return LoRALayer(np.zeros((rank, *module.shape[1:]), np.float32),
-                     np.zeros((module.shape[0], rank, *ones), np.float32), float(rank))
+    return LoRALayer(
+        np.zeros((rank, *module.shape[1:]), np.float32),
+        np.zeros((module.shape[0], rank, *ones), np.float32),
+        float(rank),
+    )

@@ -70,11 +70,13 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
 
 
 def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
-    """Write a .safetensors; an alpha above 0 is kept, layer by layer, with a warning where diffusers would misread it.
-    """
+    """Write a .safetensors. An alpha above 0 is kept per layer, with a warning where diffusers would misread it."""
     if len({layer.alpha for layer in state.layers.values()}) > 1:
-        log.warning("%s: its layers' alphas differ, and diffusers takes the commonest for all attention layers of a "
-                    "kohya file: for diffusers, write diffusers", path)
+        log.warning(
+            "%s: its layers' alphas differ, and diffusers takes the commonest for all attention layers of a "
+            "kohya file: for diffusers, write diffusers",
+            path,
+        )
     arrays = {}
     for component, layers in pairs.by_component(state, base).items():
         for module, layer in layers.items():

@@ -45,9 +45,7 @@ class Base:
         table = unet_modules(config.unet)
         self.modules = [
             Module(f"{UNET_PREFIX}{rename(path, table)}", "unet", path, shape) for path, shape in _unet(config.unet)
-        ] + [
-            Module(f"{TEXT_PREFIX}{path}", "text_encoder", path, shape) for path, shape in _text_encoder(config.text)
-        ]
+        ] + [Module(f"{TEXT_PREFIX}{path}", "text_encoder", path, shape) for path, shape in _text_encoder(config.text)]
         self.by_name = {module.name: module for module in self.modules}
         self.shapes = {f"{module.name}.weight": module.shape for module in self.modules}
 

@@ -141,8 +141,9 @@ def read_pairs(
         if module.name in layers:  # by two of its names
             raise UserError(f"{path}: {_twins(sources[module.name], parts['down'])}")
         if "mid" in parts and not same_up_to_1x1(shapes[layer], module.shape):
-            raise UserError(f"{path}: {layer} is {shapes[layer]}, in the model {module.shape}: it was made for another "
-                            "model")
+            raise UserError(
+                f"{path}: {layer} is {shapes[layer]}, in the model {module.shape}: it was made for another model"
+            )
         layers[module.name] = conformed(_layer(checkpoint, layer, parts, alpha), module.shape)
         sources[module.name] = parts["down"]
     return layers
@@ -178,23 +179,28 @@ def check_types(checkpoint: Arrays, name: str, parts: Mapping[str, str]) -> None
     for half, key in parts.items():
         dtype = checkpoint.spec(key)[0]
         if dtype.kind != "f":
-            raise UserError(f"{checkpoint.path}: the {half} of {plain(name)} is of type {dtype}: quantised? Factors "
-                            "are fp32, fp16 or bf16")
+            raise UserError(
+                f"{checkpoint.path}: the {half} of {plain(name)} is of type {dtype}: quantised? Factors "
+                "are fp32, fp16 or bf16"
+            )
 
 
 def check_rank(path, name: str, rank: int) -> None:
     """Raise UserError for a rank that no LoRA has."""
     if rank > MOST_RANK:
-        raise UserError(f"{path}: {plain(name)} is of rank {rank:,}, at most {MOST_RANK:,} is read: is the file "
-                        "damaged?")
+        raise UserError(
+            f"{path}: {plain(name)} is of rank {rank:,}, at most {MOST_RANK:,} is read: is the file damaged?"
+        )
 
 
 def read_number(checkpoint: Arrays, name: str, key: str) -> float:
     """The number that is in an array of one. Raises UserError for one of several, before it is made."""
     dtype, shape = checkpoint.spec(key)
     if len(shape) > 4 or math.prod(shape) != 1 or dtype.kind not in "fiu":
-        raise UserError(f"{checkpoint.path}: {plain(name)}: {plain(key.rpartition('.')[2])} is of shape {plain(shape)} "
-                        f"and type {dtype}, not one number")
+        raise UserError(
+            f"{checkpoint.path}: {plain(name)}: {plain(key.rpartition('.')[2])} is of shape {plain(shape)} "
+            f"and type {dtype}, not one number"
+        )
     return float(checkpoint[key].reshape(()))
 
 
@@ -280,8 +286,9 @@ def _with_all(
     fits = next((other.label for other in known_bases() if keys.keys() <= table(other).keys()), None)
     made_for = f"it was made for {fits}" if fits else "it was made for another model"
     if len(missing) == len(keys):
-        raise UserError(f"{path}: none of its {len(keys)} layers is one of {labels}, such as {plain(missing[0])}: "
-                        f"{made_for}")
+        raise UserError(
+            f"{path}: none of its {len(keys)} layers is one of {labels}, such as {plain(missing[0])}: {made_for}"
+        )
     raise UserError(
         f"{path}: {len(missing)} of its {len(keys)} layers belong to nothing in {best.label}, such as "
         f"{plain(missing[0])}: {made_for}"
@@ -330,8 +337,11 @@ def _of_sdxl(checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> b
 
 
 def _nearest(
-    checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]], shapes: dict[str, tuple[int, ...]],
-    candidates: Mapping[Base, Mapping[str, Module]], base: Base | None,
+    checkpoint: Checkpoint,
+    keys: Mapping[str, Mapping[str, str]],
+    shapes: dict[str, tuple[int, ...]],
+    candidates: Mapping[Base, Mapping[str, Module]],
+    base: Base | None,
 ) -> Mapping[str, Module]:
     """The table whose shapes are those of the layers; with `base`, its table: what does not fit is for merge_lora."""
     if base:

@@ -145,8 +145,9 @@ def test_starting_values_of_the_published_base(start):
 class TestWritten:
     def settings(self, state, component="unet"):
         base = known_bases()[2]
-        layers = {module.path: state.layers[module.name] for module in base.of(component)
-                  if module.name in state.layers}
+        layers = {
+            module.path: state.layers[module.name] for module in base.of(component) if module.name in state.layers
+        }
         return adapter_of(layers, base.of(component)).arguments()
 
     def test_whole_kinds_of_layers_are_named_by_their_end(self):
@@ -164,8 +165,11 @@ class TestWritten:
         chosen = {m.path: m for i, m in enumerate(base.of(component)) if i % 3 or m.path.endswith("to_v")}
         layers = random_state(base, rank=1).layers
         adapter = adapter_of({path: layers[m.name] for path, m in chosen.items()}, base.of(component))
-        matched = {m.path for m in base.of(component)
-                   if any(f".{m.path}".endswith(f".{target}") for target in adapter.target_modules)}
+        matched = {
+            m.path
+            for m in base.of(component)
+            if any(f".{m.path}".endswith(f".{target}") for target in adapter.target_modules)
+        }
         assert matched == chosen.keys()
 
     def test_patterns_hold_what_differs_from_the_most(self):
@@ -186,7 +190,9 @@ class TestFolder:
     def test_one_network_is_a_folder_two_are_subfolders(self, tmp_path):
         nano = known_bases()[2]
         assert sorted(path.name for path in self.write(tmp_path).iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors"]
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
         write_lora(tmp_path / "both", random_state(nano, rank=1), "peft", nano.config)
         assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["text_encoder", "unet"]
 
@@ -270,8 +276,11 @@ class TestDiffusersMetadata:
     def read(self, tmp_path, text):
         arrays = {f"unet.{LAYER}.lora_A.weight": np.ones((2, 320)), f"unet.{LAYER}.lora_B.weight": np.ones((320, 2))}
         path = tmp_path / "pytorch_lora_weights.safetensors"
-        write_checkpoint(path, {name: array.astype(np.float32) for name, array in arrays.items()},
-                         {"lora_adapter_metadata": text} if text is not None else None)
+        write_checkpoint(
+            path,
+            {name: array.astype(np.float32) for name, array in arrays.items()},
+            {"lora_adapter_metadata": text} if text is not None else None,
+        )
         (layer,) = read_lora(path).layers.values()
         return layer.alpha
 

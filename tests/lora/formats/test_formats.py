@@ -62,8 +62,9 @@ def base(tiny_config):
 @pytest.fixture(scope="module")
 def whole(base):
     """Every layer of the tiny model, ranks and alphas that differ."""
-    return random_state(base, rank=lambda i: 1 + i % 3, alpha=lambda i: 0.5 + i % 2, architecture="custom",
-                        prediction_type="epsilon")
+    return random_state(
+        base, rank=lambda i: 1 + i % 3, alpha=lambda i: 0.5 + i % 2, architecture="custom", prediction_type="epsilon"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +164,11 @@ def _thin_state(base):
     layers = {}
     for i, module in enumerate(base.modules):
         outgoing, incoming, *kernel = module.shape
-        layers[module.name] = LoRALayer(np.full((1, incoming, *kernel), 1 + i, np.float32),
-                                        np.ones((outgoing, 1, *(1 for _ in kernel)), np.float32), 1.0)
+        layers[module.name] = LoRALayer(
+            np.full((1, incoming, *kernel), 1 + i, np.float32),
+            np.ones((outgoing, 1, *(1 for _ in kernel)), np.float32),
+            1.0,
+        )
     return LoRAState(layers)
 
 
@@ -183,8 +187,9 @@ class TestWriting:
             write_lora(tmp_path / file, whole, name, base.config)
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("name, layer", [("diffusers-oldest", "conv_in"), ("cloneofsimo", "conv_in"),
-                                             ("cloneofsimo-pt", "conv_out")])
+    @pytest.mark.parametrize(
+        "name, layer", [("diffusers-oldest", "conv_in"), ("cloneofsimo", "conv_in"), ("cloneofsimo-pt", "conv_out")]
+    )
     def test_a_layer_without_a_place_is_named(self, tmp_path, base, name, layer):
         with pytest.raises(UserError, match=layer):
             write_lora(path_for(tmp_path, name), random_state(base, only=layer), name, base.config)
@@ -265,8 +270,9 @@ def pretend(monkeypatch, shapes):
         return read(self, name)
 
     monkeypatch.setattr(Checkpoint, "__getitem__", get)
-    monkeypatch.setattr(Checkpoint, "spec", lambda self, name: (spec(self, name)[0],
-                                                                shapes.get(name, spec(self, name)[1])))
+    monkeypatch.setattr(
+        Checkpoint, "spec", lambda self, name: (spec(self, name)[0], shapes.get(name, spec(self, name)[1]))
+    )
 
 
 def refused(path, pattern):
@@ -330,8 +336,15 @@ class TestDamage:
         refused(save(tmp_path, arrays), "the update of .* goes beyond what fp32 holds")
         assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
 
-    @pytest.mark.parametrize("key", ["lora_te_text_model_embeddings_position_ids", "global_step", "epoch",
-                                     "text_encoder.text_model.embeddings.position_ids"])
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "lora_te_text_model_embeddings_position_ids",
+            "global_step",
+            "epoch",
+            "text_encoder.text_model.embeddings.position_ids",
+        ],
+    )
     def test_what_training_leaves_beside_the_factors(self, tmp_path, name, key):
         path = save(tmp_path, {**pair(name), key: np.arange(1, dtype=np.int64)})
         assert list(read_lora(path).layers) == [CANONICAL]
@@ -386,8 +399,9 @@ class TestDamage:
     @pytest.mark.parametrize("width, made_for", [(2048, "SDXL"), (768, ""), (1024, ""), (1280, "fits no known base")])
     def test_a_context_of_another_base(self, tmp_path, name, width, made_for):
         arrays = {key.replace("attn1", "attn2").replace("to_q", "to_k"): array for key, array in pair(name).items()}
-        arrays = {key: array if array.shape[0] != 2 else np.ones((2, width), np.float32)
-                  for key, array in arrays.items()}
+        arrays = {
+            key: array if array.shape[0] != 2 else np.ones((2, width), np.float32) for key, array in arrays.items()
+        }
         if made_for and name != "mindone":
             refused(save(tmp_path, arrays), made_for)
         else:
@@ -406,8 +420,10 @@ class TestStrangers:
     """Names are looked up in a base's; this project's own are compared with the network itself, by merge_lora."""
 
     def test_a_layer_that_no_known_base_has(self, tmp_path, name):
-        arrays = {key.replace("blocks.0", "towers.0").replace("blocks_0", "towers_0"): array
-                  for key, array in pair(name).items()}
+        arrays = {
+            key.replace("blocks.0", "towers.0").replace("blocks_0", "towers_0"): array
+            for key, array in pair(name).items()
+        }
         refused(save(tmp_path, arrays), "none of its 1 layers is one of SD1.x or SD2.x or the nano model")
 
     def test_a_stray_layer(self, tmp_path, name):
@@ -415,24 +431,32 @@ class TestStrangers:
         refused(save(tmp_path, {**pair(name), **stray}), "belong to nothing in")
 
     def test_for_a_base_that_lacks_its_layers(self, tmp_path, name, tiny_config):
-        arrays = {key.replace("attentions.0", "attentions.1").replace("attentions_0", "attentions_1"): array
-                  for key, array in pair(name).items()}
+        arrays = {
+            key.replace("attentions.0", "attentions.1").replace("attentions_0", "attentions_1"): array
+            for key, array in pair(name).items()
+        }
         with pytest.raises(UserError, match="none of its 1 layers is one of the model of .*: it was made for SD1.x"):
             read_lora(save(tmp_path, arrays), tiny_config)
 
 
 @pytest.mark.parametrize("name", ["diffusers", "diffusers-middle", "diffusers-oldest", "peft"])
 def test_a_layer_twice(tmp_path, name):
-    again = {key.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
-             .replace(".processor", ""): array for key, array in pair(name).items()}
+    again = {
+        key.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default").replace(".processor", ""): array
+        for key, array in pair(name).items()
+    }
     refused(save(tmp_path, {**pair(name), **again}), "stand for the same layer")
 
 
-@pytest.mark.parametrize("form", ["to_out.lora.{}.weight", "to_out.0.lora.{}.weight", "to_out_lora.{}.weight",
-                                  "processor.to_out_lora.{}.weight"])
+@pytest.mark.parametrize(
+    "form",
+    ["to_out.lora.{}.weight", "to_out.0.lora.{}.weight", "to_out_lora.{}.weight", "processor.to_out_lora.{}.weight"],
+)
 def test_the_ways_to_call_the_output_projection(tmp_path, form):
-    arrays = {f"unet.{THEIRS}.{form.format(half)}": np.ones(shape, np.float32)
-              for half, shape in (("down", (2, 320)), ("up", (320, 2)))}
+    arrays = {
+        f"unet.{THEIRS}.{form.format(half)}": np.ones(shape, np.float32)
+        for half, shape in (("down", (2, 320)), ("up", (320, 2)))
+    }
     assert list(read_lora(save(tmp_path, arrays)).layers) == [CANONICAL.replace("to_q", "to_out.0")]
 
 
@@ -440,45 +464,107 @@ OTHERS = {
     "LoHa": ([f"lora_unet_X_to_q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"], "LyCORIS"),
     "LoHa with an alpha": (["lora_unet_X_to_q.hada_w1_a", "lora_unet_X_to_q.alpha"], "LyCORIS"),
     "LoKr": (["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_q.lokr_w2", "lora_unet_X_to_q.alpha"], "LyCORIS"),
-    "LoKr beside pairs": (["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_k.lora_down.weight",
-                           "lora_unet_X_to_k.lora_up.weight"], "LyCORIS"),
+    "LoKr beside pairs": (
+        ["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_k.lora_down.weight", "lora_unet_X_to_k.lora_up.weight"],
+        "LyCORIS",
+    ),
     "GLoRA": ([f"lora_unet_X_to_q.{half}{i}.weight" for half in "ab" for i in (1, 2)], "LyCORIS.*GLoRA"),
-    "DoRA in mindone's names": ([f"{CANONICAL}.dora_scale", f"{CANONICAL}.lora_down.weight",
-                                 f"{CANONICAL}.lora_up.weight"], "DoRA"),
-    "LoHa in mindone's names": ([f"{CANONICAL}.hada_w1_a", f"{CANONICAL}.lora_down.weight",
-                                 f"{CANONICAL}.lora_up.weight"], "LyCORIS"),
+    "DoRA in mindone's names": (
+        [f"{CANONICAL}.dora_scale", f"{CANONICAL}.lora_down.weight", f"{CANONICAL}.lora_up.weight"],
+        "DoRA",
+    ),
+    "LoHa in mindone's names": (
+        [f"{CANONICAL}.hada_w1_a", f"{CANONICAL}.lora_down.weight", f"{CANONICAL}.lora_up.weight"],
+        "LyCORIS",
+    ),
     "full layers": (["lora_unet_X_to_q.diff", "lora_unet_X_to_q.diff_b"], "LyCORIS"),
     "norms": (["lora_unet_X_to_q.w_norm", "lora_unet_X_to_q.b_norm"], "LyCORIS"),
-    "DoRA of kohya": (["lora_unet_X_to_q.dora_scale", "lora_unet_X_to_q.lora_down.weight",
-                       "lora_unet_X_to_q.lora_up.weight"], "DoRA"),
-    "DoRA of diffusers": (["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight",
-                           "unet.Y.to_q.lora_magnitude_vector"], "DoRA"),
-    "DoRA of PEFT": (["base_model.model.Y.to_q.lora_A.weight", "base_model.model.Y.to_q.lora_B.weight",
-                      "base_model.model.Y.to_q.lora_magnitude_vector.weight"], "DoRA"),
+    "DoRA of kohya": (
+        ["lora_unet_X_to_q.dora_scale", "lora_unet_X_to_q.lora_down.weight", "lora_unet_X_to_q.lora_up.weight"],
+        "DoRA",
+    ),
+    "DoRA of diffusers": (
+        ["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight", "unet.Y.to_q.lora_magnitude_vector"],
+        "DoRA",
+    ),
+    "DoRA of PEFT": (
+        [
+            "base_model.model.Y.to_q.lora_A.weight",
+            "base_model.model.Y.to_q.lora_B.weight",
+            "base_model.model.Y.to_q.lora_magnitude_vector.weight",
+        ],
+        "DoRA",
+    ),
     "biases": (["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight", "unet.Y.to_q.lora_B.bias"], "with biases"),
-    "embedding": (["base_model.model.text_model.embeddings.token_embedding.lora_embedding_A",
-                   "base_model.model.text_model.embeddings.token_embedding.lora_A.weight"], "embedding table"),
-    "SDXL of kohya": (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-                       "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "SDXL"),
-    "SDXL's second text encoder": (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-                                    "lora_unet_X_to_q.lora_down.weight"], "SDXL"),
+    "embedding": (
+        [
+            "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A",
+            "base_model.model.text_model.embeddings.token_embedding.lora_A.weight",
+        ],
+        "embedding table",
+    ),
+    "SDXL of kohya": (
+        [
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        ],
+        "SDXL",
+    ),
+    "SDXL's second text encoder": (
+        ["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "lora_unet_X_to_q.lora_down.weight"],
+        "SDXL",
+    ),
     "SDXL's second text encoder in ComfyUI's names": (
-        ["text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight",
-         "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight"], "SDXL"),
-    "SDXL's labels": (["diffusion_model.label_emb.0.0.lora_A.weight", "diffusion_model.label_emb.0.0.lora_B.weight"],
-                      "SDXL"),
-    "SDXL of diffusers": (["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-                           "unet.Y.to_q.lora_A.weight"], "SDXL"),
-    "SDXL's depth": (["unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_A.weight",
-                      "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_B.weight"], "SDXL"),
-    "Flux": (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
-              "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight"], "none of its 1 layers"),
-    "Flux's many blocks": ([f"transformer.{kind}transformer_blocks.7.attn.to_q.lora_{half}.weight"
-                            for kind in ("single_", "") for half in "AB"], "none of its 2 layers"),
-    "Flux in ComfyUI's names": (["diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight",
-                                 "diffusion_model.double_blocks.7.img_attn.qkv.lora_B.weight"], "none of its 1 layers"),
-    "a language model": (["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-                          "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"], "none of its 1 layers"),
+        [
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight",
+            "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight",
+        ],
+        "SDXL",
+    ),
+    "SDXL's labels": (
+        ["diffusion_model.label_emb.0.0.lora_A.weight", "diffusion_model.label_emb.0.0.lora_B.weight"],
+        "SDXL",
+    ),
+    "SDXL of diffusers": (
+        ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "unet.Y.to_q.lora_A.weight"],
+        "SDXL",
+    ),
+    "SDXL's depth": (
+        [
+            "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_A.weight",
+            "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_B.weight",
+        ],
+        "SDXL",
+    ),
+    "Flux": (
+        [
+            "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+            "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
+        ],
+        "none of its 1 layers",
+    ),
+    "Flux's many blocks": (
+        [
+            f"transformer.{kind}transformer_blocks.7.attn.to_q.lora_{half}.weight"
+            for kind in ("single_", "")
+            for half in "AB"
+        ],
+        "none of its 2 layers",
+    ),
+    "Flux in ComfyUI's names": (
+        [
+            "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight",
+            "diffusion_model.double_blocks.7.img_attn.qkv.lora_B.weight",
+        ],
+        "none of its 1 layers",
+    ),
+    "a language model": (
+        [
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+        ],
+        "none of its 1 layers",
+    ),
     "another project's mindone": (["blocks.0.to_q.lora_down.weight"], "another kind of model"),
     "textual inversion": (["emb_params"], "textual-inversion"),
     "textual inversion of diffusers": (["<cat-toy>"], "textual-inversion"),
@@ -505,8 +591,23 @@ def test_other_checkpoints(tmp_path, kind):
     assert str(path) in message and re.search(pattern, message.replace(str(path), "")) and "\n" not in message
 
 
-@pytest.mark.parametrize("part", [".", "_", ".lora_A", ".lora_A.x", "lora_B.x", ".oft_a", "lora_", ".processor",
-                                  "unet:", "transformer_blocks_", ".to_q_lora", "bundle_emb."])
+@pytest.mark.parametrize(
+    "part",
+    [
+        ".",
+        "_",
+        ".lora_A",
+        ".lora_A.x",
+        "lora_B.x",
+        ".oft_a",
+        "lora_",
+        ".processor",
+        "unet:",
+        "transformer_blocks_",
+        ".to_q_lora",
+        "bundle_emb.",
+    ],
+)
 def test_a_name_of_any_length_is_looked_at_once(part):
     """Going back over what was matched would take minutes for these."""
     start = time.perf_counter()

@@ -78,8 +78,10 @@ def test_a_convolution_in_three_steps(tmp_path):
 
 @pytest.mark.parametrize("down, mid", [((), (2, 2, 3, 3)), ((2, 320), (2, 2)), ((2, 320), (2, 3, 3, 3))])
 def test_a_third_factor_that_does_not_fit(tmp_path, down, mid):
-    arrays = {f"{CONV}.lora_{half}.weight": np.ones(shape, np.float32)
-              for half, shape in (("down", down), ("mid", mid), ("up", (320, 2)))}
+    arrays = {
+        f"{CONV}.lora_{half}.weight": np.ones(shape, np.float32)
+        for half, shape in (("down", down), ("mid", mid), ("up", (320, 2)))
+    }
     with pytest.raises(UserError, match="conv1: mid .* does not go with down"):
         read(tmp_path, arrays)
 
@@ -148,8 +150,11 @@ class TestCheckpointsNames:
     def test_every_layer_of_the_published_models(self, tmp_path, published, version, style):
         prefix = "model.diffusion_model."
         keys = published[f"sd{version}_ldm_ckpt_keys"]
-        layers = [(name[len(prefix) : -len(".weight")], tuple(shape)) for name, shape in keys.items()
-                  if name.startswith(prefix) and name.endswith(".weight") and len(shape) > 1]
+        layers = [
+            (name[len(prefix) : -len(".weight")], tuple(shape))
+            for name, shape in keys.items()
+            if name.startswith(prefix) and name.endswith(".weight") and len(shape) > 1
+        ]
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, self.arrays(layers, style))
         assert detect_format(path) == "kohya"
@@ -180,8 +185,9 @@ class TestCheckpointsNames:
         ("lora_unet_out_2", "out.2", (2, 320, 3, 3), (4, 2, 1, 1)),
         ("diffusion_model.input_blocks.1.1.proj_out", "input_blocks.1.1.proj_out", (2, 320), (320, 2)),
     ])  # fmt: skip
-    @pytest.mark.parametrize("halves", ["lora_down lora_up", "lora_A lora_B", "lora_A.default lora_B.default",
-                                        "lora.down lora.up"])
+    @pytest.mark.parametrize(
+        "halves", ["lora_down lora_up", "lora_A lora_B", "lora_A.default lora_B.default", "lora.down lora.up"]
+    )
     def test_a_name(self, tmp_path, key, layer, down, up, halves):
         one, two = halves.split()
         arrays = {f"{key}.{one}.weight": normal(*down), f"{key}.{two}.weight": normal(*up), f"{key}.alpha": np.array(1)}
@@ -189,8 +195,9 @@ class TestCheckpointsNames:
         assert {name: layer.alpha for name, layer in state.layers.items()} == {f"model.diffusion_model.{layer}": 1.0}
 
     @pytest.mark.parametrize("unet", STYLES)
-    @pytest.mark.parametrize("text", [*TEXT.values(),
-                                      lambda name: f"text_encoders.clip_h.transformer.text_model.{name}"])
+    @pytest.mark.parametrize(
+        "text", [*TEXT.values(), lambda name: f"text_encoders.clip_h.transformer.text_model.{name}"]
+    )
     def test_a_text_encoder_beside_it(self, tmp_path, unet, text):
         """Also where the UNet's part alone would be this project's own format."""
         layer = "encoder.layers.1.self_attn.q_proj"
@@ -201,8 +208,11 @@ class TestCheckpointsNames:
 
     def test_a_layer_by_two_of_its_names(self, tmp_path):
         other = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
-        arrays = {f"{name}.lora_{half}.weight": normal(*shape) for name in (LAYER, other)
-                  for half, shape in (("down", (2, 320)), ("up", (320, 2)))}
+        arrays = {
+            f"{name}.lora_{half}.weight": normal(*shape)
+            for name in (LAYER, other)
+            for half, shape in (("down", (2, 320)), ("up", (320, 2)))
+        }
         with pytest.raises(UserError, match=f"{LAYER}.* and {other}.* stand for the same layer"):
             read(tmp_path, arrays)
 
@@ -242,8 +252,11 @@ def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
 
 def test_a_third_factor_of_another_model(tmp_path):
     """It is not multiplied out: its product may be any number of times as large as the file."""
-    arrays = {f"{CONV}.lora_down.weight": normal(1, 20_000), f"{CONV}.lora_mid.weight": normal(16_000, 1, 3, 3),
-              f"{CONV}.lora_up.weight": normal(320, 16_000)}
+    arrays = {
+        f"{CONV}.lora_down.weight": normal(1, 20_000),
+        f"{CONV}.lora_mid.weight": normal(16_000, 1, 3, 3),
+        f"{CONV}.lora_up.weight": normal(320, 16_000),
+    }
     for config in (None, known_bases()[0].config):
         with pytest.raises(UserError, match=r"conv1 is \(320, 20000, 3, 3\), in .* \(320, 320, 3, 3\)"):
             write_checkpoint(tmp_path / "lora.safetensors", arrays)
@@ -259,9 +272,7 @@ def test_sdxl_by_what_it_says(tmp_path):
 def test_a_lone_first_text_encoder_is_the_text_encoder(tmp_path):
     name = "lora_te1_text_model_encoder_layers_3_mlp_fc1"
     arrays = {f"{name}.lora_down.weight": normal(4, 768), f"{name}.lora_up.weight": normal(3072, 4)}
-    assert list(read(tmp_path, arrays).layers) == [
-        "cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc1"
-    ]
+    assert list(read(tmp_path, arrays).layers) == ["cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc1"]
 
 
 def test_an_alpha_of_0_which_others_take_for_the_rank_is_not_written(tmp_path):

@@ -47,10 +47,12 @@ class TestRoundTrip:
         assert match_lora(tiny_model, back).ok
 
     def test_layers_with_ranks_and_alphas_of_their_own(self, tmp_path):
-        state = LoRAState({
-            TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 1.0),
-            f"{TEXT_LAYER}q_proj": LoRALayer(normal(5, 6), normal(6, 5), 10.0),
-        })
+        state = LoRAState(
+            {
+                TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 1.0),
+                f"{TEXT_LAYER}q_proj": LoRALayer(normal(5, 6), normal(6, 5), 10.0),
+            }
+        )
         write_lora(tmp_path / "lora.ckpt", state)
         same(read_lora(tmp_path / "lora.ckpt"), state)
 
@@ -58,8 +60,15 @@ class TestRoundTrip:
         metadata = {"architecture": "sd2", "prediction_type": "v_prediction"}
         write_lora(tmp_path / "lora.ckpt", LoRAState({TO_Q: LoRALayer(normal(4, 8), normal(8, 4), 2.0)}, metadata))
         loaded = ms.load_checkpoint(str(tmp_path / "lora.ckpt"))
-        assert set(loaded) == {f"{TO_Q}.lora_down.weight", f"{TO_Q}.lora_up.weight", "lora_rank", "lora_alpha",
-                               "lora_scale", "architecture", "prediction_type"}
+        assert set(loaded) == {
+            f"{TO_Q}.lora_down.weight",
+            f"{TO_Q}.lora_up.weight",
+            "lora_rank",
+            "lora_alpha",
+            "lora_scale",
+            "architecture",
+            "prediction_type",
+        }
         assert [float(loaded[key]) for key in ("lora_rank", "lora_alpha", "lora_scale")] == [4.0, 2.0, 1.0]
         assert loaded["architecture"] == "sd2" and loaded["prediction_type"] == "v_prediction"
 

@@ -25,6 +25,7 @@ FILES = {
     "peft-unet_hyper07.safetensors": ("peft", 128, 0, 4, 16.0, 32),
 }
 
+
 def needs(folder):
     return pytest.mark.skipif(not folder.is_dir(), reason=f"the published LoRA files are not at hand ({folder.name})")
 
