@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.script import progress, run, start
+from ldm.runtime.script import progress, run, start
 
 if __name__ == "__main__":  # before the imports that take seconds
     start()
 
 import numpy as np  # noqa: E402
 
-from ldm.config.generate import GenerateConfig, Plan, plan  # noqa: E402
-from ldm.config.parse import parse_config  # noqa: E402
-from ldm.logs import set_up_logging  # noqa: E402
-from ldm.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.samples import SampleWriter, read_latents, starting_latents_path, write_latents  # noqa: E402
+from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.generation.image_files import SampleWriter, read_latents, starting_latents_path, write_latents  # noqa: E402
+from ldm.runtime.logs import set_up_logging  # noqa: E402
+from ldm.settings.generate import GenerateConfig, Plan, plan  # noqa: E402
+from ldm.settings.read import parse_config  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
 from ldm.weights.read import content_hash  # noqa: E402
 
@@ -52,10 +52,10 @@ def draw(config: GenerateConfig, job: Plan) -> None:
     """Load the model and the LoRAs, draw the images of `job` and write them."""
     progress(lambda: "before the first image")
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
-    from ldm.runtime import check_flash_attention, setup_runtime  # isort: skip
+    from ldm.runtime.device import check_flash_attention, setup_runtime  # isort: skip
     from ldm.lora.state import Weights  # isort: skip
     from ldm.weights.architecture import adapted_model  # isort: skip
-    from ldm.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
+    from ldm.generation.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
 
     job.model = adapted_model(job.model, job.checkpoint)
     height, width = config.H or job.model.image_size, config.W or job.model.image_size

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from ldm.processes import first_speaks
-from ldm.script import run
+from ldm.runtime.processes import first_speaks
+from ldm.runtime.script import run
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
 
 
 def _main() -> None:
-    from ldm.config.parse import parse_config
-    from ldm.config.train import TrainConfig
+    from ldm.settings.read import parse_config
+    from ldm.settings.train import TrainConfig
     from ldm.training.checks import check_settings
 
     config = parse_config(
@@ -28,7 +28,7 @@ def _main() -> None:
     )  # fmt: skip
     check_settings(config)
     # MindSpore comes after the settings: a wrong flag is answered at once. The runtime first: it quiets MindSpore.
-    import ldm.runtime  # noqa: F401, isort: skip
+    import ldm.runtime.device  # noqa: F401, isort: skip
     from ldm.training.trainer import train  # isort: skip
 
     train(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()

@@ -18,7 +18,6 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
-from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
@@ -26,6 +25,7 @@ from ldm.models import device_forms  # noqa: E402
 from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
 from ldm.models.layers import set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
+from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.training.step import TextConditionedLoss, TrainStep  # noqa: E402
 
 

@@ -67,7 +67,7 @@ def _drop_file_rights() -> Callable[[], None]:
 @pytest.fixture(scope="session")
 def tiny_config():
     """tests/tiny.yaml: 32 pixels, two levels, attention at both."""
-    from ldm.config.model import load_model_config
+    from ldm.settings.model import load_model_config
 
     return load_model_config(ROOT / "tests" / "tiny.yaml")
 

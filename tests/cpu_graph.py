@@ -16,11 +16,11 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
-from ldm.config.model import load_model_config  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
+from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.training.step import TrainStep  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor
 
-from ldm.config.model import ModelConfig
 from ldm.models.autoencoder import VAEDecode, VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.settings.model import ModelConfig
 from tests.named_weights import named_input, named_weight
 
 # The YAMLs beside the golden file, and how many text layers of the published network are left unused.

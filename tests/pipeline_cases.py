@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.config.model import ModelConfig
+from ldm.settings.model import ModelConfig
 from tests.named_weights import named_input
 
 PROMPTS = ["a watercolour of a fox in the snow", "three ripe lemons on a blue plate"]

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ldm.pipeline
+import ldm.generation.pipeline
 import text_to_image
-from ldm.config.generate import GenerateConfig
-from ldm.config.model import load_model_config
-from ldm.config.parse import parse_config
 from ldm.errors import UserError
+from ldm.files.outputs import claim_file, claim_folder
+from ldm.generation.pipeline import apply_lora
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import LoRAState, lora_state
 from ldm.models.stable_diffusion import build_model
-from ldm.outputs import claim_file, claim_folder
-from ldm.pipeline import apply_lora
+from ldm.settings.generate import GenerateConfig
+from ldm.settings.model import load_model_config
+from ldm.settings.read import parse_config
 from ldm.weights.convert import convert
 from ldm.weights.read import write_checkpoint
 
@@ -240,7 +240,7 @@ def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path,
         networks.append(build_model(config, **options))
         return networks[0]
 
-    monkeypatch.setattr(ldm.pipeline, "build_model", built)
+    monkeypatch.setattr(ldm.generation.pipeline, "build_model", built)
     half = drawn(folder, tmp_path, "--precision", "fp16")
     assert 0 < np.abs(half - base).max() < 0.02 * np.abs(base).max()
     (model,) = networks
@@ -372,7 +372,7 @@ def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, flags, word
 
 @pytest.mark.parametrize("lora", ["sd1_lora", "elsewhere_lora", "wide_lora", "base", "cut"])
 def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr(ldm.pipeline, "load_model", lambda *arguments: pytest.fail("the base was read"))
+    monkeypatch.setattr(ldm.generation.pipeline, "load_model", lambda *arguments: pytest.fail("the base was read"))
     with pytest.raises(UserError, match=lora):
         run(folder, tmp_path / "out", "--lora_ckpt_path", f"FILES/{lora}.ckpt")
 

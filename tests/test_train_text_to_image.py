@@ -19,16 +19,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.config.model import load_model_config
-from ldm.config.parse import parse_config
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import inject_lora
 from ldm.lora.spec import LoRASpec
 from ldm.lora.state import lora_state
 from ldm.models.stable_diffusion import build_model
-from ldm.runtime import Runtime, setup_runtime
+from ldm.runtime.device import Runtime, setup_runtime
+from ldm.settings.model import load_model_config
+from ldm.settings.read import parse_config
+from ldm.settings.train import TrainConfig
 from ldm.training.checkpoints import load_state, save_state
 from ldm.training.inputs import Inputs
 from ldm.training.own_files import find_states
@@ -541,7 +541,7 @@ def test_what_cannot_be_written_is_found_before_the_data_is_encoded(base, data, 
 def test_two_trainings_do_not_share_a_folder_and_a_killed_one_lets_it_go(base, data, tmp_path, monkeypatch):
     output = tmp_path / "run"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from ldm.outputs import claim_folder\n"
+        [sys.executable, "-c", "import sys, time; from ldm.files.outputs import claim_folder\n"
          "with claim_folder(sys.argv[1], 'output_path'): print('held', flush=True); time.sleep(60)", str(output)],
         cwd=ROOT, stdout=subprocess.PIPE,
     )  # fmt: skip

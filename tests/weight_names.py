@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ldm.config.model import ModelConfig
 from ldm.errors import UserError
+from ldm.settings.model import ModelConfig
 from ldm.weights.diffusers import layout
 from ldm.weights.names import plan_names, take
 

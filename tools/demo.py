@@ -22,18 +22,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
 from ldm import children  # noqa: E402
-from ldm.atomic import atomic_path  # noqa: E402
-from ldm.command_line import Parser, whole_number  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
+from ldm.files.atomic import atomic_path  # noqa: E402
+from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
+from ldm.settings.command_line import Parser, whole_number  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
 from tools.nano.pictures import evenly  # noqa: E402
 
@@ -52,7 +52,7 @@ def call(*command: str) -> None:
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
     """A table of the embedded CLIP's scores, before and after: Fréchet distance to the real pictures, CLIP score."""
     # Here and not above: the demo's other work is done by scripts in processes of their own.
-    from ldm.runtime import setup_runtime
+    from ldm.runtime.device import setup_runtime
 
     setup_runtime()
     from ldm.metrics.bootstrap import bootstrap_deviation

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.atomic import atomic_path
+from ldm.files.atomic import atomic_path
 
 SIZE, GAP, TEXT_WIDTH = 128, 8, 300
 

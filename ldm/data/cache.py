@@ -14,10 +14,10 @@ from typing import Callable
 import numpy as np
 from tqdm import tqdm
 
-from ldm.atomic import atomic_path
 from ldm.errors import UserError, plain, system_reason
-from ldm.files import is_there, open_file, read_bytes
-from ldm.logs import warn_of_each
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_there, open_file, read_bytes
+from ldm.runtime.logs import warn_of_each
 
 logger = logging.getLogger(__name__)
 

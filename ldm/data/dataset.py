@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ldm.data.transforms import BrokenImage, open_rgb
 from ldm.errors import UserError, plain
-from ldm.files import is_folder, is_there, read_text
-from ldm.logs import warn_of_each
+from ldm.files.inputs import is_folder, is_there, read_text
+from ldm.runtime.logs import warn_of_each
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm.errors import UserError, plain
-from ldm.files import open_file
+from ldm.files.inputs import open_file
 
 # What is opened at all. Pillow knows more, one of which (EPS) starts an interpreter on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

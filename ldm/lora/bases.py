@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.atomic import atomic_folder, temporary_folder
-from ldm.config.model import model_metadata
 from ldm.errors import UserError
-from ldm.files import is_folder
+from ldm.files.atomic import atomic_folder, temporary_folder
+from ldm.files.inputs import is_folder
+from ldm.files.paths import check_free, writing
 from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
 from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
-from ldm.paths import check_free, writing
+from ldm.settings.model import model_metadata
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.checkpoint import Arrays, Checkpoint

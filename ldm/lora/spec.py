@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm.config.parse import nearest
-from ldm.documents import read_json, read_yaml
 from ldm.errors import UserError, plain
+from ldm.files.documents import read_json, read_yaml
+from ldm.settings.read import nearest
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from ldm.config.model import ModelConfig
 from ldm.errors import UserError, plain
 from ldm.lora.layers import LORA_CELLS, LoRAHardConv
+from ldm.settings.model import ModelConfig
 from ldm.weights.names import COMPONENTS, LABELS, component_of, same_up_to_1x1
 
 FP16_END = 65504.0

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder
+from ldm.files.inputs import is_file, is_folder
+from ldm.files.outputs import claim_all, claim_file, claim_new
 from ldm.lora.formats import check_lora_name
 from ldm.lora.formats.cloneofsimo import text_encoder_path
-from ldm.outputs import claim_all, claim_file, claim_new
-from ldm.script import progress
+from ldm.runtime.script import progress
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.read import WRITERS
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.archives import Archive
-from ldm.atomic import atomic_path
 from ldm.errors import UserError
-from ldm.npy import NotNumpy, read_array, read_header
-from ldm.paths import writing
+from ldm.files.archives import Archive
+from ldm.files.atomic import atomic_path
+from ldm.files.npy import NotNumpy, read_array, read_header
+from ldm.files.paths import writing
 
 MOST_BYTES = 129 << 20  # of an array of saved statistics: the covariance of 4096 features; Inception has 2048
 JOINED = 512  # features that wait before a covariance takes them in: each time costs a pass over all of its numbers

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ldm.data.dataset import IMAGE_SUFFIXES
 from ldm.data.transforms import BrokenImage, decoded
 from ldm.errors import UserError, plain
-from ldm.files import check_file, is_file, is_folder, is_there, list_folder
+from ldm.files.inputs import check_file, is_file, is_folder, is_there, list_folder
 
 logger = logging.getLogger(__name__)
 

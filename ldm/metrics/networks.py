@@ -13,10 +13,10 @@ import numpy as np
 from mindspore import Tensor, nn
 from PIL import Image
 
+from ldm.files.paths import ROOT
 from ldm.metrics.images import ImageBatches, clip_input, inception_input, nano_input
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
-from ldm.paths import ROOT
 from ldm.tokenizer import Tokenizer
 from ldm.weights.clip import ClipWeights, build_clip, read_clip
 from ldm.weights.inception import PUBLISHED, load_inception, read_inception

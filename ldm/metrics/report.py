@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.atomic import atomic_path
-from ldm.paths import writing
-from ldm.texts import json_text
+from ldm.files.atomic import atomic_path
+from ldm.files.paths import writing
+from ldm.files.texts import json_text
 
 if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings are checked
     from ldm.metrics.networks import ImageNetwork

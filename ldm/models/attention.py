@@ -317,7 +317,7 @@ class SpatialTransformer(nn.Cell):
 
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     """Put Ascend's fused attention into every CrossAttention of `net` (or take it out); returns how many were changed.
-    On the CPU the operator does not exist: `ldm.runtime` decides, the graph compiler refuses."""
+    On the CPU the operator does not exist: `ldm.runtime.device` decides, the graph compiler refuses."""
     count = 0
     for _, cell in net.cells_and_names():
         if isinstance(cell, CrossAttention):

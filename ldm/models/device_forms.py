@@ -1,5 +1,5 @@
 """What has one form on the CPU and another on Ascend. The choice is made here, and for attention in
-ldm.models.attention, when a network is built, by MindSpore's device target (`ldm.runtime` sets it before that).
+ldm.models.attention, when a network is built, by MindSpore's device target (`ldm.runtime.device` sets it before that).
 
 On the CPU the forms below go around kernels that are slow or that hold memory, most by one of kernels.cc (docs/
 performance.md has what each bought). On Ascend, or where kernels.cc cannot be compiled, MindSpore's own operators are

@@ -26,7 +26,7 @@ from typing import Callable
 import mindspore as ms
 from mindspore import ops
 
-from ldm.atomic import atomic_path
+from ldm.files.atomic import atomic_path
 
 logger = logging.getLogger(__name__)
 

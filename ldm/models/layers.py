@@ -19,7 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from ldm.models.device_forms import cast, channel_bias, convolution, group_norm, layer_norm, one, row_bias
-from ldm.runtime import give_back_memory
+from ldm.runtime.device import give_back_memory
 
 # Of tensors, `x + y` is a function for the compiler to read, at each of its uses.
 add = ops.Add()
@@ -45,7 +45,7 @@ def first_values(shape: tuple[int, ...], draw: Callable[[], np.ndarray]) -> Tens
 
 def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), the default of the published networks' layers; drawn from numpy's global state,
-    which `ldm.runtime` seeds."""
+    which `ldm.runtime.device` seeds."""
     bound = 1.0 / math.sqrt(fan_in)
     return first_values(rng_shape, lambda: np.random.uniform(-bound, bound, rng_shape))
 

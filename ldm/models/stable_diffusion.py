@@ -6,11 +6,11 @@ from contextlib import nullcontext
 
 from mindspore import Tensor, nn
 
-from ldm.config.model import ModelConfig
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.layers import not_drawn
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
+from ldm.settings.model import ModelConfig
 
 
 class DiffusionWrapper(nn.Cell):

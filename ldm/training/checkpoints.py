@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.documents import parse_json
 from ldm.errors import UserError, plain
+from ldm.files.documents import parse_json
 from ldm.training.own_files import Numbered, find_states
 from ldm.weights.read import read_checkpoint, write_checkpoint
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ldm.config.model import ModelConfig, load_model_config
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError, plain
-from ldm.files import check_file, is_folder, is_there
-from ldm.paths import under_root
+from ldm.files.inputs import check_file, is_folder, is_there
+from ldm.files.paths import under_root
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.train import TrainConfig
 
 
 def check_settings(config: TrainConfig) -> None:

@@ -7,9 +7,9 @@ from typing import Callable
 import mindspore as ms
 from mindspore import Tensor, dataset
 
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError
-from ldm.runtime import Runtime
+from ldm.runtime.device import Runtime
+from ldm.settings.train import TrainConfig
 from ldm.training.inputs import Batch, Inputs
 
 # A call gives the next micro-step's (latents, noise, timesteps, condition) as tensors.

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import mindspore as ms
 
-from ldm.documents import read_json
 from ldm.errors import UserError, system_reason
+from ldm.files.documents import read_json
 from ldm.models.device_forms import kernels_in_use
 from ldm.weights.read import content_hash
 

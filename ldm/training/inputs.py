@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor, nn
 
-from ldm.config.model import ModelConfig
-from ldm.config.train import TrainConfig
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import StateCache, content_key
 from ldm.data.dataset import Row
@@ -21,6 +19,8 @@ from ldm.data.draws import augmentation_draws, step_draws
 from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.settings.model import ModelConfig
+from ldm.settings.train import TrainConfig
 from ldm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

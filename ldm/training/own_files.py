@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.atomic import atomic_path
-from ldm.documents import read_json
 from ldm.errors import UserError, plain, system_reason
-from ldm.files import is_folder, list_folder
-from ldm.paths import writing
+from ldm.files.atomic import atomic_path
+from ldm.files.documents import read_json
+from ldm.files.inputs import is_folder, list_folder
+from ldm.files.paths import writing
 
 logger = logging.getLogger(__name__)
 

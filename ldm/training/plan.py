@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.config.train import TrainConfig
+from ldm.settings.train import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import logging
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from ldm.atomic import atomic_path
 from ldm.errors import system_reason
-from ldm.files import is_there, read_bytes
-from ldm.paths import writing
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_there, read_bytes
+from ldm.files.paths import writing
 
 logger = logging.getLogger(__name__)
 

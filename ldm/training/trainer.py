@@ -17,10 +17,6 @@ from mindspore import Parameter, Tensor
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.atomic import atomic_path
-from ldm.config.model import ModelConfig, load_model_config
-from ldm.config.parse import save_config
-from ldm.config.train import TrainConfig
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
 from ldm.data.dataset import Row, read_image_text_csv
@@ -29,8 +25,10 @@ from ldm.data.transforms import FORMATS
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder
-from ldm.logs import set_up_logging
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_file, is_folder
+from ldm.files.outputs import check_file_target, claim_folder
+from ldm.files.paths import under_root, writing
 from ldm.lora.formats import mindone, read_lora
 from ldm.lora.inject import inject_lora
 from ldm.lora.layers import dropout_key
@@ -39,11 +37,13 @@ from ldm.lora.state import check_compatible, lora_state, start_from_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
-from ldm.outputs import check_file_target, claim_folder
-from ldm.paths import under_root, writing
-from ldm.processes import own_log
-from ldm.runtime import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
-from ldm.script import progress
+from ldm.runtime.device import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
+from ldm.runtime.logs import set_up_logging
+from ldm.runtime.processes import own_log
+from ldm.runtime.script import progress
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.read import save_config
+from ldm.settings.train import TrainConfig
 from ldm.training import checkpoints
 from ldm.training.checkpoints import TrainState
 from ldm.training.checks import check_settings, image_size

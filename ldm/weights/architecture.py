@@ -14,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.config.model import (
+from ldm.errors import UserError, plain
+from ldm.files.inputs import is_file, is_folder
+from ldm.files.paths import ROOT
+from ldm.settings.model import (
     MOST_SIDE,
     MOST_TIMESTEPS,
     NUM_GROUPS,
@@ -24,9 +27,6 @@ from ldm.config.model import (
     model_metadata,
     parse_model_config,
 )
-from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder
-from ldm.paths import ROOT
 from ldm.tokenizer import VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT
 from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base

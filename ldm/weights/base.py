@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.files import is_folder
+from ldm.files.inputs import is_folder
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder, open_folder
 from ldm.weights.names import COMPONENTS, LABELS, Plan, component_of, detect_family, plan_names

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.npy import MOST_DIMENSIONS
+from ldm.files.npy import MOST_DIMENSIONS
 
 PAGE = mmap.PAGESIZE
 # Bounds of a file's content, far above every published Stable Diffusion checkpoint.

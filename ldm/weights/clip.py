@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from ldm.documents import read_yaml
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder
+from ldm.files.documents import read_yaml
+from ldm.files.inputs import is_file, is_folder
 from ldm.models.clip import FORMS, CLIPModel
 from ldm.models.layers import not_drawn
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE

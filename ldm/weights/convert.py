@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ldm.atomic import atomic_path
-from ldm.config.model import ModelConfig, load_model_config, model_document, model_metadata
 from ldm.errors import UserError, plain
-from ldm.files import is_file
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_file
+from ldm.files.paths import check_free, writing
 from ldm.models.stable_diffusion import build_model
-from ldm.paths import check_free, writing
+from ldm.settings.model import ModelConfig, load_model_config, model_document, model_metadata
 from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
 from ldm.weights.base import open_base, plan_base

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable
 
-from ldm.config.model import ModelConfig
 from ldm.errors import UserError
+from ldm.settings.model import ModelConfig
 from ldm.weights.placing import TEXT_PREFIX, Made, Place, rename
 
 UNET_PREFIX = "model.diffusion_model."

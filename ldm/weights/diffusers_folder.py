@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm.documents import read_json
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder, is_there, list_folder, read_text
+from ldm.files.documents import read_json
+from ldm.files.inputs import is_file, is_folder, is_there, list_folder, read_text
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.read import open_checkpoint
 from ldm.weights.tokens import tokens_metadata, tokens_of_folder

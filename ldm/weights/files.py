@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ldm.errors import UserError, plain
-from ldm.files import is_there, open_file
+from ldm.files.inputs import is_there, open_file
 
 # What a file begins with, and what to call it. Order matters: the first that fits names the file.
 _FOREIGN = (

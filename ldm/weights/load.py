@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Tensor, nn
 
-from ldm.config.model import ModelConfig, model_metadata
 from ldm.errors import UserError, plain
+from ldm.settings.model import ModelConfig, model_metadata
 from ldm.weights.base import OTHER_TASKS, Prefixed, open_base, open_network, other_task, plan_base
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.diffusers_folder import DiffusersFolder

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.npy import MOST_DIMENSIONS
+from ldm.files.npy import MOST_DIMENSIONS
 from ldm.weights.checkpoint import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, Entry
 from ldm.weights.files import describe
 

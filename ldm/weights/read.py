@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.atomic import atomic_path
 from ldm.errors import UserError, plain, system_reason
-from ldm.files import is_folder, open_file
-from ldm.paths import writing
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_folder, open_file
+from ldm.files.paths import writing
 from ldm.weights.checkpoint import Arrays, Checkpoint
 from ldm.weights.files import describe, looks_like_text, map_file
 from ldm.weights.mindspore_ckpt import open_ckpt, write_ckpt

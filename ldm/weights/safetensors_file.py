@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from ldm.documents import parse_json
 from ldm.errors import UserError, plain
+from ldm.files.documents import parse_json
 from ldm.weights.checkpoint import BFLOAT16, Arrays, Checkpoint, Entry
 
 # Element types by the format's names; bfloat16, which numpy lacks, is widened to float32.

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.config.model import ModelConfig
-from ldm.documents import parse_json
 from ldm.errors import UserError, plain
+from ldm.files.documents import parse_json
+from ldm.settings.model import ModelConfig
 from ldm.tokenizer import VOCABULARY_SIZE, AddedToken
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.checkpoint import Arrays

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ldm.errors import plain
-from ldm.npy import MOST_DIMENSIONS
+from ldm.files.npy import MOST_DIMENSIONS
 from ldm.weights.checkpoint import MOST_ELEMENTS, MOST_NAME, MOST_TENSORS
 
 MOST_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB

@@ -12,8 +12,8 @@ from typing import Union
 
 import numpy as np
 
-from ldm.atomic import atomic_path
-from ldm.paths import writing
+from ldm.files.atomic import atomic_path
+from ldm.files.paths import writing
 from ldm.weights.checkpoint import BFLOAT16
 
 STORAGES = {

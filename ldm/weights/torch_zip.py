@@ -12,8 +12,8 @@ import struct
 import zipfile
 from pathlib import Path
 
-from ldm.archives import Archive
 from ldm.errors import UserError, plain
+from ldm.files.archives import Archive
 from ldm.weights.checkpoint import Checkpoint, Entry
 from ldm.weights.torch_pickle import MOST_PICKLE, Damaged, Refused, Tensor, find_tensors, run
 

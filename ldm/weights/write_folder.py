@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.atomic import atomic_folder
-from ldm.config.model import NUM_GROUPS, ModelConfig
-from ldm.paths import writing
+from ldm.files.atomic import atomic_folder
+from ldm.files.paths import writing
+from ldm.settings.model import NUM_GROUPS, ModelConfig
 from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.checkpoint import Arrays

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.data.dataset import read_image_text_csv
 from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError
-from ldm.logs import PlainFormatter
+from ldm.runtime.logs import PlainFormatter
 
 
 def picture_bytes(suffix="PNG"):

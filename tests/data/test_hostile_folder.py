@@ -35,7 +35,7 @@ def test_a_folder_of_hostile_files_ends_in_one_line_within_bounds(tmp_path):
     script = f"""
 from pathlib import Path
 from ldm.data.dataset import read_image_text_csv
-from ldm.script import run
+from ldm.runtime.script import run
 def main():
     try:
         read_image_text_csv(Path({str(tmp_path)!r}))

@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ldm.config.model import ModelConfig, load_model_config
 from ldm.lora.formats.modules import Base
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import ModelConfig, load_model_config
 from tests.named_weights import named_input, named_weight
 from tests.parity.reference import Reference
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-from ldm.config.model import load_model_config
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from tests.named_weights import named_weight
 from tests.network_cases import FORMS, NETWORKS, inputs_for
 from tests.parity.reference import Reference

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from ldm.config.model import ModelConfig, load_model_config
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import ModelConfig, load_model_config
 from ldm.tokenizer import Tokenizer
 from tests.named_weights import named_weight
 from tests.network_cases import FORMS

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.config.model import load_model_config
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import Conv2d, Dense
 from ldm.models.stable_diffusion import build_model
 from ldm.models.unet import ResBlock, block_of
+from ldm.settings.model import load_model_config
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 

@@ -8,7 +8,6 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.lora.formats import write_lora
 from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora, remove_lora
@@ -16,6 +15,7 @@ from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout
 from ldm.lora.state import LoRALayer, LoRAState, lora_state, merge_lora, unmerge_lora
 from ldm.models import layers
 from ldm.models.unet import UNetModel
+from ldm.settings.model import load_model_config
 
 ROOT = Path(__file__).parent.parent.parent
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."

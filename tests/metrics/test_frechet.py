@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ldm import archives
 from ldm.errors import UserError
+from ldm.files import archives
 from ldm.metrics import frechet
 from ldm.metrics.frechet import (
     FeatureStatistics,

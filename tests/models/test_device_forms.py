@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.config.model import load_model_config
 from ldm.models import device_forms
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tests.models.compiler import needs_compiler
 

@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
+from ldm.settings.model import load_model_config
 from tests.named_weights import relative_error
 from tests.network_cases import FORMS, NETWORKS, inputs_for, model_with_named_weights, run_network
 

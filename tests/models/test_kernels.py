@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from ldm.config.model import load_model_config
 from ldm.models import device_forms, kernels
 from ldm.models.attention import multi_head_attention
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tests.models.compiler import needs_compiler
 
@@ -232,8 +232,8 @@ def test_a_network_computes_the_same_without(monkeypatch):
 COMPUTE = """
 import sys
 import numpy as np
-import ldm.runtime
-ldm.runtime.setup_runtime("CPU")
+import ldm.runtime.device
+ldm.runtime.device.setup_runtime("CPU")
 from mindspore import Tensor
 from ldm.models import device_forms
 from ldm.models.attention import multi_head_attention

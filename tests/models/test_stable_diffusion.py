@@ -10,9 +10,9 @@ import pytest
 from mindspore.common.initializer import initializer
 from mindspore.nn.utils import no_init_parameters
 
-from ldm.config.model import load_model_config
 from ldm.models import layers, text_encoder
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tests.weight_names import to_canonical
 

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import text_to_image
-from ldm.config.model import ModelConfig
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import ModelConfig
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from tests.named_weights import named_weight
 from tests.parity.reference import Reference

@@ -18,7 +18,7 @@ import time
 import mindspore as ms
 import numpy as np
 
-from ldm.config.model import load_model_config
+from ldm.settings.model import load_model_config
 from tests.named_weights import relative_error
 from tests.network_cases import inputs_for, model_with_named_weights, run_network
 from tests.parity.reference import Reference

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm.config.model import load_model_config
+from ldm.settings.model import load_model_config
 from tests.named_weights import relative_error
 from tests.parity.folders import draw_with_diffusers, draw_with_ours, largest_pixel_difference, make_pipeline
 from tests.pipeline_cases import NEGATIVE_PROMPTS, PROMPTS, SCALE, starting_latents

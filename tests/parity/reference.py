@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.config.model import ModelConfig
+from ldm.settings.model import ModelConfig
 from tests.weight_names import to_diffusers
 
 

@@ -17,12 +17,12 @@ from PIL import Image
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from ldm.config.model import load_model_config  # noqa: E402
-from ldm.config.train import TrainConfig  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
+from ldm.settings.model import load_model_config  # noqa: E402
+from ldm.settings.train import TrainConfig  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.weights.load import load_base  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402

@@ -13,11 +13,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-from ldm.config.model import load_model_config
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
 from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRALayer, LoRAState, merge_lora
+from ldm.settings.model import load_model_config
 from tests.golden import make_lora_formats as maker
 from tests.named_weights import named_input, relative_error
 from tests.network_cases import FORMS, inputs_for, model_with_named_weights, run_network

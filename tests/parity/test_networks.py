@@ -10,8 +10,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.config.model import ModelConfig, load_model_config
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import ModelConfig, load_model_config
 from tests.named_weights import relative_error
 from tests.network_cases import NETWORKS, inputs_for, model_with_named_weights, run_network
 from tests.parity.reference import Reference, reference_text_encoder, reference_unet, reference_vae

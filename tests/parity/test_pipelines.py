@@ -8,8 +8,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
-from ldm.pipeline import Pipeline, Sampling
+from ldm.generation.pipeline import Pipeline, Sampling
+from ldm.settings.model import load_model_config
 from tests.golden.make_pipelines import SCHEDULERS, answers, draw, reference_for
 from tests.named_weights import relative_error
 from tests.network_cases import model_with_named_weights

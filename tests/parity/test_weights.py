@@ -12,11 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ldm.config.model import load_model_config
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
+from ldm.settings.train import TrainConfig
 from ldm.tokenizer import Tokenizer
 from ldm.training.trainer import train
 from ldm.weights.architecture import detect_model, same_model

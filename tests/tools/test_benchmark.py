@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
+from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tools.benchmark import inputs, run, works
 from tools.benchmark.report import markdown

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
-from ldm.outputs import claim_folder
+from ldm.files.outputs import claim_folder
+from ldm.settings.model import load_model_config
 from tools.eval import compare_diffusers, compare_report
 from tools.eval.compare_diffusers import (
     Comparison,

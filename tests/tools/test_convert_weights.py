@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.outputs import claim_new
+from ldm.files.outputs import claim_new
 from ldm.weights.read import open_checkpoint
 from tools.model_conversion.convert_weights import main
 

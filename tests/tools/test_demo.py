@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ldm.errors import UserError
-from ldm.outputs import claim_folder
+from ldm.files.outputs import claim_folder
 from tests.conftest import ROOT
 from tools import demo
 

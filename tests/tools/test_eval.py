@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.files.outputs import claim_file
 from ldm.metrics import networks
 from ldm.metrics.report import EMBEDDED
-from ldm.outputs import claim_file
 from tools.eval import eval_clip_score, eval_fid
 
 ROOT = Path(__file__).parents[2]

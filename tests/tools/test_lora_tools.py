@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.files.outputs import claim_new
 from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRALayer, LoRAState, Weights
-from ldm.outputs import claim_new
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.names import Canonical
 from ldm.weights.read import read_checkpoint, write_checkpoint
@@ -455,9 +455,9 @@ def test_a_base_that_cannot_be_written_is_refused_before_its_lora_is(files, base
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
-    from ldm.config.model import load_model_config
     from ldm.lora import LoRASpec, inject_lora, lora_state, merge_lora, remove_lora
     from ldm.models.stable_diffusion import build_model
+    from ldm.settings.model import load_model_config
     from ldm.weights.convert import convert
 
     root = tmp_path_factory.mktemp("whole")

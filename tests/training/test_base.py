@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 import text_to_image
-from ldm.config.model import load_model_config
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
-from ldm.runtime import setup_runtime
+from ldm.runtime.device import setup_runtime
+from ldm.settings.model import load_model_config
+from ldm.settings.train import TrainConfig
 from ldm.tokenizer import AddedToken
 from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
 from ldm.weights.base import open_base

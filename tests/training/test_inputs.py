@@ -11,13 +11,13 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
-from ldm.config.model import load_model_config
-from ldm.config.train import TrainConfig
 from ldm.data.batches import BatchOrder
 from ldm.data.dataset import Row
 from ldm.data.transforms import load_image
 from ldm.errors import UserError
-from ldm.runtime import Runtime
+from ldm.runtime.device import Runtime
+from ldm.settings.model import load_model_config
+from ldm.settings.train import TrainConfig
 from ldm.tokenizer import Tokenizer
 from ldm.training import feed
 from ldm.training.inputs import Inputs, sample_latents

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.runtime import setup_runtime
+from ldm.runtime.device import setup_runtime
 from ldm.training.step import TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.config.model import load_model_config
-from ldm.config.train import TrainConfig
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.models.stable_diffusion import build_model
-from ldm.runtime import setup_runtime
+from ldm.runtime.device import setup_runtime
+from ldm.settings.model import load_model_config
+from ldm.settings.train import TrainConfig
 from ldm.training.checkpoints import load_state
 from ldm.training.trainer import Trainer, train
 from ldm.weights.load import load_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.config.train import TrainConfig
+from ldm.settings.train import TrainConfig
 from ldm.training.plan import make_plan
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.logs import set_up_logging
+from ldm.runtime.logs import set_up_logging
 from ldm.training.reports import Metrics, MetricsFile
 
 

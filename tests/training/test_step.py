@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.runtime import setup_runtime
+from ldm.runtime.device import setup_runtime
 from ldm.training.step import TextConditionedLoss, TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 

@@ -9,7 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime import setup_runtime  # noqa: E402
+from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.training.step import TrainStep  # noqa: E402
 from tests.training.toy import Linear, batch, numbers, scalars  # noqa: E402
 

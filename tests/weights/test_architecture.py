@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from ldm.config.model import load_model_config, model_document, parse_model_config
 from ldm.errors import UserError
-from ldm.paths import ROOT
+from ldm.files.paths import ROOT
+from ldm.settings.model import load_model_config, model_document, parse_model_config
 from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model, what_it_says
 from ldm.weights.base import plan_base
 from ldm.weights.checkpoint import Arrays

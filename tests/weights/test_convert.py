@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from ldm.tokenizer import Tokenizer
 from ldm.weights import convert as convert_module
 from ldm.weights import mindone

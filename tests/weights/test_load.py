@@ -6,12 +6,12 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
+from ldm.generation.pipeline import Pipeline, load_model
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
-from ldm.pipeline import Pipeline, load_model
+from ldm.settings.model import load_model_config
 from ldm.weights import mindone
 from ldm.weights.compvis import ema_name
 from ldm.weights.load import load_base, load_network

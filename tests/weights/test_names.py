@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from ldm.weights import compvis, diffusers, mindone
 from ldm.weights.leftovers import leftover
 from ldm.weights.names import component_of, detect_family, plan_names, same_up_to_1x1, take, taken_shape

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.errors import UserError
+from ldm.files.paths import ROOT
+from ldm.generation.pipeline import Pipeline, load_model
 from ldm.models.stable_diffusion import build_model
-from ldm.paths import ROOT
-from ldm.pipeline import Pipeline, load_model
+from ldm.settings.model import load_model_config
 from ldm.tokenizer import AddedToken
 from ldm.tokenizer.tokenizer import vocabulary
 from ldm.weights.architecture import adapted_model, detect_model, same_model

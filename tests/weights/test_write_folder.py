@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.config.model import load_model_config
-from ldm.paths import ROOT
+from ldm.files.paths import ROOT
+from ldm.settings.model import load_model_config
 from ldm.weights.write_folder import scheduler_config, text_config, unet_config, vae_config
 
 SD1 = {

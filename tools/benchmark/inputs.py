@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.config.model import ModelConfig
+from ldm.settings.model import ModelConfig
 from tools.benchmark.works import EPOCH_PICTURES, SEED, Work
 
 PROMPT = "a picture of the number"

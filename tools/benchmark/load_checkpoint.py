@@ -25,17 +25,17 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
-from ldm.atomic import temporary_folder  # noqa: E402
-from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.files import check_file, is_folder  # noqa: E402
-from ldm.paths import expanded, user_path  # noqa: E402
+from ldm.files.atomic import temporary_folder  # noqa: E402
+from ldm.files.inputs import check_file, is_folder  # noqa: E402
+from ldm.files.paths import expanded, user_path  # noqa: E402
+from ldm.settings.command_line import Parser  # noqa: E402
 
 
 def memory() -> dict[str, int]:
@@ -71,8 +71,8 @@ def write_random(config_path: str, target: Path) -> None:
     """A single file of the model's shapes in fp32, one array at a time, and the model's YAML beside it."""
     import numpy as np
 
-    from ldm.config.model import load_model_config
     from ldm.models.stable_diffusion import build_model
+    from ldm.settings.model import load_model_config
     from ldm.weights.checkpoint import Arrays
     from ldm.weights.read import write_checkpoint
 
@@ -99,8 +99,8 @@ def write_random(config_path: str, target: Path) -> None:
 
 def measure_load(config_path: str, source: str) -> dict[str, float]:
     """What a script does before it draws or trains: networks built, checkpoint loaded into them."""
-    from ldm.config.model import load_model_config
     from ldm.models.stable_diffusion import build_model
+    from ldm.settings.model import load_model_config
     from ldm.weights.load import load_base
 
     config = load_model_config(config_path)

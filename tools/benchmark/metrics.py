@@ -30,17 +30,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.atomic import temporary_folder  # noqa: E402
-from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.paths import expanded, user_path  # noqa: E402
-from ldm.script import run  # noqa: E402
+from ldm.files.atomic import temporary_folder  # noqa: E402
+from ldm.files.paths import expanded, user_path  # noqa: E402
+from ldm.runtime.script import run  # noqa: E402
+from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 
 NAMES = ("this project", "pytorch-fid", "torchmetrics")
 
 
 def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
-    from ldm.runtime import setup_runtime
+    from ldm.runtime.device import setup_runtime
 
     setup_runtime("CPU")
     from ldm.metrics.evaluate import measure_pictures

@@ -15,24 +15,24 @@ turns = Turns() if __name__ == "__main__" else None  # the tests import this
 
 import numpy as np  # noqa: E402
 
-from ldm.runtime import setup_runtime  # noqa: E402  isort: skip
+from ldm.runtime.device import setup_runtime  # noqa: E402  isort: skip
 
 import mindspore as ms  # noqa: E402
 from mindspore import Tensor, nn  # noqa: E402
 
-from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
-from ldm.config.train import TrainConfig  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
+from ldm.generation.pipeline import Pipeline, Sampling  # noqa: E402
 from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
 from ldm.lora.state import lora_state, merge_lora  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEDecode  # noqa: E402
 from ldm.models.stable_diffusion import DiffusionWrapper, build_model  # noqa: E402
 from ldm.models.text_encoder import CLIPTextEncoder  # noqa: E402
 from ldm.models.unet import UNetModel  # noqa: E402
-from ldm.pipeline import Pipeline, Sampling  # noqa: E402
+from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.settings.train import TrainConfig  # noqa: E402
 from ldm.training.graph_cache import cached_graphs, graph_key  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402

@@ -26,7 +26,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
-from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
 from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import draw_inputs, draw_tokens, write_pictures  # noqa: E402

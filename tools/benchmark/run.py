@@ -31,20 +31,20 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
 from tqdm import tqdm  # noqa: E402
 
-from ldm.atomic import atomic_path, temporary_folder  # noqa: E402
-from ldm.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.errors import UserError, plain  # noqa: E402
-from ldm.files import is_file  # noqa: E402
-from ldm.outputs import claim_file  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
-from ldm.texts import json_text  # noqa: E402
+from ldm.files.atomic import atomic_path, temporary_folder  # noqa: E402
+from ldm.files.inputs import is_file  # noqa: E402
+from ldm.files.outputs import claim_file  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
+from ldm.files.texts import json_text  # noqa: E402
+from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 

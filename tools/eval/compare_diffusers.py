@@ -38,29 +38,29 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
 from ldm import children  # noqa: E402
-from ldm.atomic import atomic_path  # noqa: E402
-from ldm.command_line import Parser, number, whole_number  # noqa: E402
-from ldm.config.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
-from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
-from ldm.config.parse import parse_config  # noqa: E402
-from ldm.config.train import TrainConfig  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.cache import content_key  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.files import is_file, is_folder, is_there, list_folder  # noqa: E402
-from ldm.outputs import claim_folder  # noqa: E402
-from ldm.paths import ROOT, expanded, under_root, writing  # noqa: E402
-from ldm.prompts import read_prompts  # noqa: E402
-from ldm.texts import json_text  # noqa: E402
+from ldm.files.atomic import atomic_path  # noqa: E402
+from ldm.files.inputs import is_file, is_folder, is_there, list_folder  # noqa: E402
+from ldm.files.outputs import claim_folder  # noqa: E402
+from ldm.files.paths import ROOT, expanded, under_root, writing  # noqa: E402
+from ldm.files.prompts import read_prompts  # noqa: E402
+from ldm.files.texts import json_text  # noqa: E402
+from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
+from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.settings.read import parse_config  # noqa: E402
+from ldm.settings.train import TrainConfig  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402

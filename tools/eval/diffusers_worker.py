@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
@@ -43,11 +43,11 @@ from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
-from ldm.atomic import atomic_path  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.draws import augmentation_draws, step_draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.tokenizer import AddedToken, Tokenizer  # noqa: E402
 from ldm.training.reports import Metrics, MetricsFile  # noqa: E402
 from ldm.training.schedules import learning_rate  # noqa: E402

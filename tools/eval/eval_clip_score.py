@@ -21,14 +21,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 from ldm.errors import UserError, plain  # noqa: E402
-from ldm.files import is_there  # noqa: E402
+from ldm.files.inputs import is_there  # noqa: E402
+from ldm.files.outputs import claim_file  # noqa: E402
+from ldm.files.paths import expanded, user_path  # noqa: E402
+from ldm.files.prompts import read_prompts  # noqa: E402
+from ldm.files.texts import valid_text  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
@@ -39,10 +42,7 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
-from ldm.outputs import claim_file  # noqa: E402
-from ldm.paths import expanded, user_path  # noqa: E402
-from ldm.prompts import read_prompts  # noqa: E402
-from ldm.texts import valid_text  # noqa: E402
+from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
@@ -141,8 +141,8 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
     progress(lambda: "before there was a score")
     batch_size = min(args.batch_size, max(len(images), len(real)))
 
-    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.
-    from ldm.runtime import setup_runtime
+    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
+    from ldm.runtime.device import setup_runtime
 
     setup_runtime(args.device_target)
     from ldm.metrics.evaluate import encode_pictures, prompt_scores

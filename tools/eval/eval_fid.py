@@ -18,13 +18,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.outputs import claim_file  # noqa: E402
+from ldm.files.paths import expanded, user_path  # noqa: E402
 from ldm.metrics.images import find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
@@ -34,8 +35,7 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
-from ldm.outputs import claim_file  # noqa: E402
-from ldm.paths import expanded, user_path  # noqa: E402
+from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 
 
 def parser() -> Parser:
@@ -101,8 +101,8 @@ def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
     """Measure the images of each folder, print the distances and write what is wanted."""
     progress(lambda: "before there was a score")
 
-    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime quiets it.
-    from ldm.runtime import setup_runtime
+    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
+    from ldm.runtime.device import setup_runtime
 
     setup_runtime(args.device_target)
     from ldm.metrics.evaluate import PictureSet, distances, measure_pictures, saved_pictures

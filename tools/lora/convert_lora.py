@@ -17,19 +17,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import Parser  # noqa: E402
-from ldm.config.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.paths import expanded, under_root, user_path  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
 from ldm.lora.state import LoRALayer, LoRAState, check_compatible, match_shapes  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
-from ldm.paths import expanded, under_root, user_path  # noqa: E402
+from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
 
 # What a layer is for, by diffusers' name: the first that fits.

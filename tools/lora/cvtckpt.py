@@ -23,20 +23,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.outputs import claim_all  # noqa: E402
+from ldm.files.paths import user_path, weighted_path  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
-from ldm.outputs import claim_all  # noqa: E402
-from ldm.paths import user_path, weighted_path  # noqa: E402
+from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
 

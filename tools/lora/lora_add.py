@@ -30,21 +30,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import Parser, number, truth, whole_number  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.outputs import claim_new  # noqa: E402
+from ldm.files.paths import expanded, user_path, weighted_path  # noqa: E402
 from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.state import LoRAState, Weights  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
-from ldm.outputs import claim_new  # noqa: E402
-from ldm.paths import expanded, user_path, weighted_path  # noqa: E402
+from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
 from ldm.weights.placing import TEXT_PREFIX  # noqa: E402
 from ldm.weights.read import open_checkpoint  # noqa: E402

@@ -14,16 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.script import run, start  # noqa: E402
+from ldm.runtime.script import run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 
-from ldm.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
 from ldm.lora.algebra import check_cut, resize  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
+from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,15 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import progress, run, start  # noqa: E402
 
 if __name__ == "__main__":
     start()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
-from ldm.command_line import Parser  # noqa: E402
-from ldm.outputs import claim_file, claim_new  # noqa: E402
-from ldm.paths import expanded, user_path  # noqa: E402
+from ldm.files.outputs import claim_file, claim_new  # noqa: E402
+from ldm.files.paths import expanded, user_path  # noqa: E402
+from ldm.settings.command_line import Parser  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ldm.script import run, start
+from ldm.runtime.script import run, start
 
 if __name__ == "__main__":
     start()
 
 import numpy as np  # noqa: E402
 
-from ldm.command_line import Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.outputs import claim_all, claim_file  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
+from ldm.files.outputs import claim_all, claim_file  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
+from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
 
 TEXT = "cond_stage_model.transformer."

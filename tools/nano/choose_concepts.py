@@ -15,8 +15,8 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.atomic import atomic_path
-from ldm.outputs import claim_all, claim_file
+from ldm.files.atomic import atomic_path
+from ldm.files.outputs import claim_all, claim_file
 from tools.nano.pictures import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")

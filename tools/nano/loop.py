@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.script import progress
+from ldm.runtime.script import progress
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
 # The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.

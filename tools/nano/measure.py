@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from ldm.script import progress, run, start
+from ldm.runtime.script import progress, run, start
 
 if __name__ == "__main__":
     start()
@@ -24,16 +24,16 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from ldm.atomic import atomic_path  # noqa: E402
-from ldm.command_line import Parser, number, whole_number  # noqa: E402
-from ldm.config.model import load_model_config  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
+from ldm.files.atomic import atomic_path  # noqa: E402
+from ldm.files.outputs import claim_file  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
+from ldm.generation.pipeline import Pipeline, Sampling, apply_lora, load_model  # noqa: E402
 from ldm.metrics.networks import nano_clip  # noqa: E402
-from ldm.outputs import claim_file  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
-from ldm.pipeline import Pipeline, Sampling, apply_lora, load_model  # noqa: E402
-from ldm.runtime import setup_runtime  # noqa: E402
+from ldm.runtime.device import setup_runtime  # noqa: E402
+from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.model import load_model_config  # noqa: E402
 from tools.nano.pictures import DATASETS, evenly, read_pictures  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
 

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.script import run, start
+from ldm.runtime.script import run, start
 
 if __name__ == "__main__":
     start()
@@ -25,14 +25,14 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
 
-from ldm.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
-from ldm.config.model import load_model_config  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
+from ldm.files.paths import user_path  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
-from ldm.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.paths import user_path  # noqa: E402
-from ldm.runtime import setup_runtime  # noqa: E402
+from ldm.runtime.device import setup_runtime  # noqa: E402
+from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
+from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.loop import Step, learning_rates, train  # noqa: E402
 from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours  # noqa: E402

@@ -15,12 +15,12 @@ from typing import Callable, Optional, Union
 
 import numpy as np
 
-from ldm.config.model import ModelConfig
 from ldm.errors import UserError, plain
-from ldm.files import is_file, is_folder, is_there, list_folder
+from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
 from ldm.lora.formats.modules import Base, fitting, known_bases
 from ldm.lora.state import LoRAState
+from ldm.settings.model import ModelConfig
 from ldm.weights.names import detect_family
 from ldm.weights.read import Checkpoint
 

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.config.model import model_metadata
-from ldm.documents import parse_json
 from ldm.errors import UserError, plain
-from ldm.files import is_there
+from ldm.files.documents import parse_json
+from ldm.files.inputs import is_there
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module, known_bases
 from ldm.lora.state import LoRALayer, LoRAState
+from ldm.settings.model import model_metadata
 from ldm.weights.names import LABELS, same_up_to_1x1
 from ldm.weights.read import Checkpoint
 from ldm.weights.torch_writer import write_torch

@@ -17,13 +17,13 @@ import json
 import re
 from collections.abc import Iterable
 
-from ldm.config.model import model_metadata
-from ldm.documents import parse_json
 from ldm.errors import UserError
+from ldm.files.documents import parse_json
 from ldm.lora.formats import pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRAState
+from ldm.settings.model import model_metadata
 from ldm.weights.read import Checkpoint
 
 NAMES = ("diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest")

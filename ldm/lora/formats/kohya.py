@@ -20,11 +20,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.config.model import model_metadata
 from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRAState
+from ldm.settings.model import model_metadata
 from ldm.weights.diffusers import UNET_PREFIX
 from ldm.weights.read import Checkpoint
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ldm.config.model import ModelConfig, load_model_config
+from ldm.files.paths import ROOT
 from ldm.lora.state import LoRAState, match_shapes
-from ldm.paths import ROOT
+from ldm.settings.model import ModelConfig, load_model_config
 from ldm.weights.diffusers import UNET_PREFIX, unet_modules
 from ldm.weights.names import LABELS
 from ldm.weights.placing import TEXT_PREFIX, rename

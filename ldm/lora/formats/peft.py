@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.atomic import atomic_path
-from ldm.config.model import model_metadata
-from ldm.documents import read_json
 from ldm.errors import UserError
-from ldm.files import is_there
+from ldm.files.atomic import atomic_path
+from ldm.files.documents import read_json
+from ldm.files.inputs import is_there
+from ldm.files.paths import writing
 from ldm.lora.formats import diffusers, pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRAState
-from ldm.paths import writing
+from ldm.settings.model import model_metadata
 from ldm.weights.read import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config.model import load_model_config
 from ldm.lora.formats.modules import KNOWN, Base, fitting, known_bases
 from ldm.lora.state import LoRAState
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
 from tests.lora.formats.files import random_state
 
 TESTS = Path(__file__).parents[2]

@@ -1,0 +1,222 @@
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
+"""The settings of train_text_to_image.py, under the names of the published recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+from ldm.errors import UserError
+from ldm.files.paths import MOST_STRENGTH
+from ldm.settings.model import MOST_SIDE
+from ldm.settings.read import MOST_BATCH, MOST_COUNT, MOST_RANK, setting
+
+SCHEDULERS = ("constant", "linear", "cosine")
+# the names in mindone's recipes
+ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear"}
+
+FILES, NETWORK, LORA, DATA = "files", "network", "LoRA", "data"
+LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and loss scale", "saving", "device"
+
+
+@dataclass
+class TrainConfig:
+    train_config: Optional[str] = setting(
+        None, "YAML file with any of these settings; flags win over it", group=FILES, path=True, project=True
+    )
+    data_path: Optional[str] = setting(
+        None, "folder with the pictures and img_txt.csv", group=FILES, path=True, project=True
+    )
+    output_path: str = setting("output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True)
+    pretrained_model_path: Optional[str] = setting(
+        None,
+        "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers "
+        "folder",
+        group=FILES,
+        path=True,
+        project=True,
+    )
+    pretrained_model_ema: bool = setting(
+        False,
+        "start from the moving averages of the UNet (EMA) that the checkpoint holds beside its weights",
+        group=FILES,
+    )
+    vae_ckpt_path: Optional[str] = setting(
+        None,
+        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
+        "any base model",
+        group=FILES,
+        path=True,
+        project=True,
+    )
+    model_config: Optional[str] = setting(
+        None,
+        "YAML of the architecture; None: what the checkpoint is, by what it says and its shapes",
+        group=FILES,
+        path=True,
+        project=True,
+    )
+    resume: Union[bool, str] = setting(
+        False,
+        "go on from the last state in output_path (True), or from that state file or folder",
+        group=FILES,
+        path=True,
+    )
+
+    unet_initialize_random: bool = setting(
+        False, "start from a random UNet and take the VAE and the text encoder alone from the checkpoint", group=NETWORK
+    )
+
+    use_lora: bool = setting(False, "train low-rank updates instead of the whole UNet", group=LORA)
+    lora_ft_unet: bool = setting(True, "put LoRA into the UNet", group=LORA)
+    lora_ft_text_encoder: bool = setting(False, "put LoRA into the text encoder", group=LORA)
+    lora_rank: int = setting(4, "rank: larger learns more, and makes a larger file", group=LORA, low=1, high=MOST_RANK)
+    lora_alpha: Optional[float] = setting(
+        None, "the update is scaled by lora_alpha / lora_rank; None: by 1", group=LORA, above=0, high=1e6
+    )
+    lora_scale: float = setting(1.0, "a further factor on the update", group=LORA, above=0, high=MOST_STRENGTH)
+    lora_targets: list[str] = setting(
+        ["attention"],
+        "which layers: attention (q, k, v and out), all (also feed-forward, projections and convolutions), or the last "
+        "parts of layers' names, such as to_q to_v",
+        group=LORA,
+    )
+    lora_config: Optional[str] = setting(
+        None,
+        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, in the "
+        "place of lora_targets (docs/lora_toolbox.md); what it leaves out is taken from the settings here",
+        group=LORA,
+        path=True,
+        project=True,
+    )
+    lora_dropout: float = setting(
+        0.0, "share of a layer's inputs that LoRA does not see in a step", group=LORA, low=0, below=1
+    )
+    lora_init_path: Optional[str] = setting(
+        None,
+        "LoRA file whose factors training starts from, of any known format; it must have the layers and ranks that are "
+        "trained here",
+        group=LORA,
+        path=True,
+    )
+    lora_fp16: bool = setting(
+        True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32", group=LORA
+    )
+
+    image_column: str = setting("dir", "column of img_txt.csv with the picture's file name", group=DATA)
+    caption_column: str = setting("text", "column of img_txt.csv with the caption", group=DATA)
+    image_size: Optional[int] = setting(
+        None, "pixels of a side; None: the model's own", group=DATA, low=8, high=MOST_SIDE
+    )
+    image_filter_size: int = setting(
+        0, "leave out pictures with a side shorter than this", group=DATA, low=0, high=100_000
+    )
+    random_crop: bool = setting(
+        False, "take a square anywhere in the picture, not its middle; latents are then not cached", group=DATA
+    )
+    random_flip: bool = setting(False, "mirror half of the pictures; latents are then not cached", group=DATA)
+    caption_dropout: float = setting(
+        0.0, "share of captions replaced by the empty one, for guidance", group=DATA, low=0, high=1
+    )
+    cache_latents: bool = setting(True, "encode each picture once and keep it under output_path/cache", group=DATA)
+    cache_text: bool = setting(True, "encode each caption once and keep it under output_path/cache", group=DATA)
+    num_workers: int = setting(1, "threads that load pictures", group=DATA, low=1, high=256)
+
+    epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
+    max_steps: Optional[int] = setting(None, "updates in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT)
+    train_batch_size: int = setting(4, "pictures a step and device", group=LENGTH, low=1, high=MOST_BATCH)
+    gradient_accumulation_steps: int = setting(
+        1, "batches that one update is the mean over", group=LENGTH, low=1, high=MOST_BATCH
+    )
+
+    optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",))
+    betas: list[float] = setting([0.9, 0.999], "AdamW's decay rates", group=RATE, low=0, below=1, length=2)
+    weight_decay: float = setting(
+        0.01, "AdamW's weight decay, of every trained parameter", group=RATE, low=0, high=1000
+    )
+    scheduler: str = setting(
+        "constant",
+        "course of the learning rate after the warm-up",
+        group=RATE,
+        choices=(*SCHEDULERS, *ALIASES),
+    )
+    start_learning_rate: float = setting(1e-5, "learning rate after the warm-up", group=RATE, above=0, high=100)
+    end_learning_rate: float = setting(
+        1e-7, "learning rate at the end of linear and cosine", group=RATE, low=0, high=100
+    )
+    warmup_steps: int = setting(0, "updates of linear warm-up", group=RATE, low=0, high=MOST_COUNT)
+    decay_steps: int = setting(
+        0, "updates from start to end rate; 0: all after the warm-up", group=RATE, low=0, high=MOST_COUNT
+    )
+
+    clip_grad: bool = setting(False, "scale gradients down to max_grad_norm", group=GRADIENTS)
+    max_grad_norm: float = setting(1.0, "largest global norm of the gradients", group=GRADIENTS, above=0, high=1e30)
+    loss_scaler_type: str = setting(
+        "auto",
+        "auto: dynamic in fp16, none in fp32",
+        group=GRADIENTS,
+        choices=("auto", "dynamic", "static", "none"),
+    )
+    init_loss_scale: float = setting(
+        65536.0, "first loss scale (static: the only one)", group=GRADIENTS, above=0, high=2**32
+    )
+    loss_scale_factor: float = setting(
+        2.0,
+        "dynamic: divides the scale on overflow, multiplies it after scale_window",
+        group=GRADIENTS,
+        above=1,
+        high=65536,
+    )
+    scale_window: int = setting(
+        1000, "dynamic: steps without overflow before the scale grows", group=GRADIENTS, low=1, high=MOST_COUNT
+    )
+    drop_overflow_update: bool = setting(True, "skip the update of a step that overflows", group=GRADIENTS)
+
+    use_ema: bool = setting(
+        False, "keep a moving average of what is trained; it is what the checkpoints hold", group=SAVING
+    )
+    ema_decay: float = setting(0.9999, "the average's decay a step", group=SAVING, low=0, below=1)
+    ckpt_save_interval: int = setting(
+        1, "save every this many epochs (step_mode: steps)", group=SAVING, low=1, high=MOST_COUNT
+    )
+    step_mode: bool = setting(False, "count ckpt_save_interval in steps, not epochs", group=SAVING)
+    ckpt_max_keep: int = setting(10, "checkpoints to keep, the newest ones", group=SAVING, low=1, high=MOST_COUNT)
+    log_level: str = setting(
+        "INFO", "what log.txt and the screen show", group=SAVING, choices=("DEBUG", "INFO", "WARNING", "ERROR")
+    )
+
+    device_target: Optional[str] = setting(
+        None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
+    )
+    mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", group=DEVICE, choices=(0, 1))
+    jit_level: Optional[str] = setting(
+        None, "how much Ascend's graph compiler optimises", group=DEVICE, choices=("O0", "O1", "O2")
+    )
+    precision: str = setting(
+        "auto", "auto: fp16 on Ascend, fp32 on the CPU", group=DEVICE, choices=("auto", "fp16", "fp32")
+    )
+    seed: int = setting(42, "of everything that is drawn", group=DEVICE, low=0, below=2**32)
+    compile_cache: bool = setting(
+        False, "keep the compiled step under output_path/cache, so that resuming starts sooner", group=DEVICE
+    )
+    use_parallel: bool = setting(False, "data parallel over the processes that msrun started", group=DEVICE)
+    enable_flash_attention: bool = setting(False, "Ascend's fused attention (Ascend only)", group=DEVICE)
+    dataset_sink_mode: bool = setting(
+        False, "feed batches through Ascend's data queue while the step runs (Ascend only)", group=DEVICE
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that contradict each other."""
+        self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
+        if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
+            raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
+        if self.use_lora and self.unet_initialize_random:
+            raise UserError("unet_initialize_random trains a UNet from nothing; that is not for use_lora")
+        if self.lora_config is not None and self.lora_targets != ["attention"]:
+            raise UserError("lora_config and lora_targets both say which layers: leave one of them out")
+        if self.lora_config is not None and not self.use_lora:
+            raise UserError("lora_config needs use_lora: without it the whole UNet is trained")
+        if self.lora_init_path is not None and not self.use_lora:
+            raise UserError("lora_init_path needs use_lora: without it the whole UNet is trained")
+        if self.lora_ft_text_encoder and not self.use_lora:
+            raise UserError("lora_ft_text_encoder needs use_lora: without it the UNet alone is trained")

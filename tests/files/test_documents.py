@@ -1,0 +1,183 @@
+"""YAML and JSON that anybody may have written: read as people mean them, or refused on one line, at once."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.files.documents import MOST_BYTES, MOST_YAML_BYTES, read_json, read_yaml, write_yaml
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Write a YAML file and return its path."""
+
+    def write(content):
+        path = tmp_path / "a.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5E+3", 1500.0),
+        ("-.5", -0.5),
+        ("3.", 3.0),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("+7", 7),
+        ("yes", True),
+        ("Off", False),
+        ("~", None),
+        ("", None),
+        # what YAML 1.1 takes for numbers and dates, and people for texts
+        ("1:30", "1:30"),
+        ("12:30:45.5", "12:30:45.5"),
+        ("010", "010"),
+        ("2020-01-01", "2020-01-01"),
+        ("2020-13-45", "2020-13-45"),
+        ("1e", "1e"),
+        ("-", [None]),
+        ("٣", "٣"),
+    ],
+)
+def test_a_scalar_is_what_people_mean(text, value, yaml_file):
+    read = read_yaml(yaml_file(text))
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("content", ["\ufeffa: 1\n", "a: 1\r\n", "%YAML 1.2\n---\na: 1\n", '{"a": 1}'])
+def test_what_editors_write_is_read(content, yaml_file):
+    assert read_yaml(yaml_file(content)) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a: 1\nb: !!int x", ' line 2 is not valid YAML: "x" is no !!int'),
+        ("a: !!float x", ' line 1 is not valid YAML: "x" is no !!float'),
+        ("a: !!bool x", ' line 1 is not valid YAML: "x" is no !!bool'),
+        ("a: !!timestamp x", ' line 1 is not valid YAML: "x" is no !!timestamp'),
+        ("a: !!timestamp 2020-13-45", '"2020-13-45" is no !!timestamp'),
+        ("a: !!binary x", " line 1 is not valid YAML: failed to decode"),
+        ("a: !!int [1]", " line 1 is not valid YAML"),
+        ("a: !!int", ' line 1 is not valid YAML: "" is no !!int'),
+        ("a: !!set [1]", " line 1 is not valid YAML"),
+        ("a: !!python/object/apply:os.system [true]", " line 1 is not valid YAML: could not determine a constructor"),
+        ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("a: !mine 3", "could not determine a constructor"),
+        ("a: " + "9" * 5000, " line 1 is not valid YAML: a number of more than 1000 digits"),
+        ("a: 0x" + "f" * 5000, "a number of more than 1000 digits"),
+        ("a: !!int " + "1:" * 5000 + "1", "a number of more than 1000 digits"),
+        ("[" * 100_000, " line 1 is not valid YAML: it is nested too deeply"),
+        ("{a: " * 60_000, "it is nested too deeply"),
+        ("? [a]\n: b", " line 1 is not valid YAML: found unhashable key"),
+        ("? {a: b}\n: c", " line 1 is not valid YAML: found unhashable key"),
+        ("a: 1\n<<: 3", " line 2 is not valid YAML: << must name a section"),
+        ("a:\n\t- x", " line 2 is not valid YAML"),
+        ("%YAML 9.0\n---\na: 1", " line 1 is not valid YAML: found incompatible YAML document"),
+        ("a: 1\n--- \nb: 2", " line 2 is not valid YAML: but found another document"),
+        ("a: *b", " line 1 is not valid YAML: found undefined alias"),
+        ("a: 1\nb: \x07", " line 2 is not valid YAML"),
+        ("a: 1\nb: \0", ", line 2: not a text file, it holds a zero byte"),
+        ('a: "\\0"', r": \\x00 in a text is no character"),
+        ('a: "\\ud800"', r": \\ud800 in a text is no character"),
+        ('"\\ud83d\\ude00": 1', r": \\ud83d in a text is no character"),
+        (b"a: caf\xe9", ", line 1: not a UTF-8 text file: save it as UTF-8"),
+        ("a: 1".encode("utf-16"), " is UTF-16: save it as UTF-8"),
+        ("a: 1".encode("utf-16-be"), ", line 1: not a text file"),
+        ("a" * (MOST_YAML_BYTES + 1), f" has 262,145 bytes, at most {MOST_YAML_BYTES:,} are read"),
+        ("a: 1\na: 2", ' line 2 is not valid YAML: "a" is given twice'),
+        ("a: " + "x" * 300 + ": 1", " line 1 is not valid YAML: mapping values are not allowed here"),
+    ],
+)  # fmt: skip
+def test_a_yaml_that_is_none_is_refused_with_its_line(content, says, yaml_file):
+    with pytest.raises(UserError, match=r"^train_config .*a.yaml.*" + says) as error:
+        read_yaml(yaml_file(content), "train_config")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def doubled(line):
+    """63 lines that name the line before them twice."""
+    return "".join(f"x{i}: &x{i} {line.format(i - 1)}\n" for i in range(1, 64))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("x0: &x0 [1]\n" + doubled("[*x{0}, *x{0}]"), id="lists"),
+        pytest.param(f"x: &x {'y' * 100_000}\nz: [{'*x, ' * 10_000}]\n", id="texts"),
+        pytest.param("x: &x [*x]\n", id="a list in itself"),
+        pytest.param("x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}]\n" for i in range(1, 3000)), id="depth"),
+        pytest.param("x0: &x0 {a: 1}\n" + doubled("{{<<: [*x{0}, *x{0}]}}"), id="merges"),
+        pytest.param(
+            f"x: &x {{{', '.join(f'k{i}: 1' for i in range(3000))}}}\ny: {{<<: [{'*x, ' * 9000}]}}\n", id="a long merge"
+        ),
+        pytest.param("a: " + "1" * 250_000, id="digits"),
+        pytest.param("a: " + "1:" * 125_000 + "1", id="sexagesimal"),
+        pytest.param("- " * 120_000, id="nested lists"),
+        pytest.param("[" + "a," * 30_000 + "]", id="a quarter of the words that fit"),
+    ],
+)  # fmt: skip
+def test_bombs_are_answered_at_once(text, yaml_file):
+    path = yaml_file(text)
+    began = time.process_time()
+    try:
+        repr(read_yaml(path))
+    except UserError as error:
+        assert len(str(error)) < 500
+    assert time.process_time() - began < 5
+
+
+def test_merged_sections_hold_each_key_once_and_their_own_wins(yaml_file):
+    text = "base: &b {r: 4, s: 1}\nmore: &m {s: 2, t: 3}\nto_q: &q {<<: [*b, *m], r: 8}\nto_k: {<<: *q}\n=: 5\n"
+    read = read_yaml(yaml_file(text))
+    assert read["to_q"] == read["to_k"] == {"r": 8, "s": 1, "t": 3} and read["="] == 5
+
+
+@pytest.mark.parametrize("text", ["1e5", "010", "1:30", "2020-01-01", "yes", "null", "~/x", "猫", "\udce9", "a\nb", ""])
+def test_a_text_that_is_written_is_read_back(text, yaml_file):
+    content = {"a": text, "b": [text], "c": 1e-7, "d": None}
+    assert read_yaml(yaml_file(write_yaml(content))) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", " line 1 is not valid JSON"),
+        ("", " line 1 is not valid JSON"),
+        ("{'a': 1}", " line 1 is not valid JSON"),
+        ('{"a": 1, "a": 2}', ' is not valid JSON: "a" is given twice'),
+        ('{"a": ' + "9" * 5000 + "}", " is not valid JSON: a number of 5,000 digits"),
+        ("[" * 100_000, " is not valid JSON: it is nested too deeply"),
+        ("1 2", " line 1 is not valid JSON: Extra data"),
+        (" " * (MOST_BYTES + 1), f"at most {MOST_BYTES:,} are read"),
+    ],
+)
+def test_a_json_that_is_none_is_refused(content, says, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match="^lora_config .*a.json.*" + says) as error:
+        read_json(tmp_path / "a.json", "lora_config")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_nothing_waits_for_a_pipe_and_nobody_elses_file_is_called_missing(unprivileged):
+    os.mkfifo(unprivileged / "pipe.yaml")
+    (unprivileged / "a.yaml").write_text("a: 1")
+    (unprivileged / "a.yaml").chmod(0)
+    with pytest.raises(UserError, match=r"is a pipe \(FIFO\), not a file: give the path of a YAML file"):
+        read_yaml(unprivileged / "pipe.yaml")
+    with pytest.raises(UserError, match="a.yaml cannot be read: Permission denied: give this user the permission"):
+        read_yaml(unprivileged / "a.yaml")

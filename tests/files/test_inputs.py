@@ -1,0 +1,159 @@
+"""What users name is looked at, opened and read; whatever stands in its place is named."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from ldm.errors import UserError, plain
+from ldm.files.inputs import (
+    check_file,
+    is_file,
+    is_folder,
+    is_there,
+    list_folder,
+    look,
+    open_file,
+    read_bytes,
+    read_text,
+)
+
+READERS = (open_file, check_file, read_bytes, read_text)
+
+
+@pytest.fixture
+def places(tmp_path):
+    """One of everything that can stand in the place of a file, and a link to each."""
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "folder", "pipe", "socket"):
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+    yield tmp_path
+    server.close()
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("folder", "is a folder, not a file"),
+        ("link-folder", "is a folder, not a file"),
+        ("pipe", "is a pipe"),
+        ("link-pipe", "is a pipe"),
+        ("device", "is a device"),
+        ("socket", "cannot be read|is a socket"),
+        ("circle", "circle: choose another path"),
+        ("dead", "does not exist: give a.png"),
+        ("nowhere", "does not exist: give a.png"),
+        ("file/inside", "does not exist: give a.png"),
+        ("x" * 300, "File name too long: choose a shorter path"),
+        ("a\0b", "is no path"),
+    ],
+)
+def test_whatever_stands_in_the_place_of_a_file_is_named(read, name, words, places):
+    with pytest.raises(UserError, match=words) as error:
+        read(places / name if "\0" not in name else f"{places}/{name}", "data_path", "give a.png")
+    assert str(error.value).startswith("data_path ") and len(str(error.value)) < 400
+
+
+def test_a_file_is_read_through_a_link(places):
+    for name in ("file", "link-file"):
+        assert read_bytes(places / name) == b"content" and read_text(places / name) == "content"
+        with open_file(places / name) as file:
+            assert file.read() == b"content"
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_no_permission_is_not_called_missing(read, unprivileged):
+    (unprivileged / "closed").mkdir()
+    for path in (unprivileged / "closed" / "a", unprivileged / "b"):
+        path.touch()
+    (unprivileged / "b").chmod(0)
+    (unprivileged / "closed").chmod(0)
+    for path in (unprivileged / "closed" / "a", unprivileged / "b"):
+        with pytest.raises(UserError, match="Permission denied: give this user the permission"):
+            read(path)
+
+
+def test_looking_tells_what_is_there(places):
+    assert is_file(places / "link-file") and not is_folder(places / "link-file") and is_there(places / "link-file")
+    assert is_folder(places / "link-folder") and not is_file(places / "link-folder")
+    assert is_there(places / "pipe") and not is_file(places / "pipe") and not is_folder(places / "pipe")
+    assert look(places / "file").st_size == 7
+    for name in ("nowhere", "dead", "file/inside"):
+        assert look(places / name) is None and not is_there(places / name)
+
+
+def test_looking_names_what_cannot_be_seen(places, unprivileged):
+    (unprivileged / "closed").mkdir(0)
+    for path in (unprivileged / "closed" / "a", "x" * 300, "a\0b"):
+        for ask in (look, is_there, is_file, is_folder):
+            with pytest.raises(UserError, match="data_path"):
+                ask(path, "data_path")
+    with pytest.raises(UserError, match="Permission denied"):
+        list_folder(unprivileged / "closed")
+
+
+def test_a_folder_is_listed_in_order(places):
+    assert list_folder(places)[:3] == ["circle", "dead", "device"]
+    for name in ("file", "nowhere"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            list_folder(places / name)
+
+
+def test_no_more_is_read_than_allowed(places):
+    assert read_bytes(places / "file", most=7) == b"content"
+    with pytest.raises(UserError, match="has 7 bytes, at most 6 are read"):
+        read_bytes(places / "file", most=6)
+    with pytest.raises(UserError, match="at most 6"):
+        read_text(places / "file", most=6)
+
+
+@pytest.mark.parametrize(
+    "raw, text", [(b"\xef\xbb\xbfa\n", "a\n"), (b"a\r\nb\rc", "a\nb\nc"), ("\u2028é".encode(), "\u2028é"), (b"", "")]
+)
+def test_a_text_is_utf8_whatever_its_line_ends(raw, text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(raw)
+    assert read_text(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        ("红".encode("utf-16"), "UTF-16: save it as UTF-8"),
+        (b"a\n" + "红".encode("gbk"), "line 2: not a UTF-8 text file: save it as UTF-8"),
+        (b"a\nb\nc\0", "line 3: not a text file"),
+    ],
+)
+def test_another_encoding_is_named_with_its_line(raw, words, tmp_path):
+    (tmp_path / "a.txt").write_bytes(raw)
+    with pytest.raises(UserError, match=words):
+        read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a red apple, 红苹果", "a red apple, 红苹果"),
+        ("\x1b[31mred\x07\x7f\x9b", r"\x1b[31mred\x07\x7f\x9b"),
+        ("two\nlines\tand\r\nmore\u2028x", "two lines and  more x"),
+        ("\u202eright to left\u200b", r"\u202eright to left\u200b"),
+        (os.fsdecode(b"\xba\xec.png"), r"\xba\xec.png"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_foreign_text_is_shown_plainly(text, shown):
+    assert plain(text) == shown
+
+
+def test_long_foreign_text_loses_its_middle():
+    shown = plain("begin" + "x" * 10**7 + "end")
+    assert len(shown) == 200 and shown.startswith("beginx") and shown.endswith("xend") and " ... " in shown

@@ -1,0 +1,81 @@
+"""Paths from settings: short forms, found beside the project, LoRAs with weights."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.files.paths import ROOT, check_free, expanded, under_root, weighted_path, writing
+
+
+def test_a_path_is_taken_as_given_or_found_under_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert under_root("configs/nano.yaml") == ROOT / "configs/nano.yaml"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "nano.yaml").touch()
+    assert under_root("configs/nano.yaml") == Path("configs/nano.yaml")
+    assert under_root("nowhere.yaml") == Path("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, path",
+    [
+        ("~", "/home/somebody"),
+        ("~/data", "/home/somebody/data"),
+        ("$RUNS/a", "/runs/a"),
+        ("${RUNS}/$RUNS", "/runs//runs"),
+        ("a~b/~", "a~b/~"),
+        ("$NOT_SET/a", "$NOT_SET/a"),
+        ("~no-such-user/a", "~no-such-user/a"),
+    ],
+)
+def test_a_path_is_expanded_as_a_shell_does(text, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("RUNS", "/runs")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert expanded(text) == path
+
+
+def test_a_weighted_path_is_expanded_and_read_from_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.ckpt", "b:0.5", "c"):
+        (tmp_path / name).touch()
+    assert weighted_path("~/a.ckpt", "lora") == (tmp_path / "a.ckpt", ())
+    assert weighted_path("~/a.ckpt:0.7", "lora") == (tmp_path / "a.ckpt", (0.7,))
+    assert weighted_path("~/a.ckpt:0.7:-1", "lora") == (tmp_path / "a.ckpt", (0.7, -1.0))
+    assert weighted_path("~/b:0.5", "lora") == (tmp_path / "b:0.5", ())
+    assert weighted_path("~/b:0.5:2", "lora") == (tmp_path / "b:0.5", (2.0,))
+    for text in ("~/d", "~/d:0.7", "~/d:0.7:0.3"):
+        with pytest.raises(UserError, match=r"lora .*/d does not exist"):
+            weighted_path(text, "lora")
+    for text in ("~/c:much", "~/c:nan", "~/c:inf"):
+        with pytest.raises(UserError, match="lora"):
+            weighted_path(text, "lora")
+
+
+def test_a_folder_that_may_not_be_entered_is_not_called_missing(unprivileged):
+    (unprivileged / "closed").mkdir()
+    (unprivileged / "closed" / "a.ckpt").touch()
+    (unprivileged / "closed").chmod(0)
+    for text in ("a.ckpt", "a.ckpt:0.7"):
+        with pytest.raises(UserError, match="Permission denied.*permission"):
+            weighted_path(str(unprivileged / "closed" / text), "lora")
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    check_free(tmp_path / "new")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty", empty_folder=True)
+    for name in ("dead", "empty"):
+        with pytest.raises(UserError, match="exists"):
+            check_free(tmp_path / name)
+
+
+def test_what_the_system_refuses_names_the_path_and_the_way_out():
+    with pytest.raises(UserError, match="out.npy cannot be written: No space left on device: free space"):
+        with writing("out.npy"):
+            raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,308 @@
+"""From prompts to pictures with a very small random model, in graph mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+import ldm.generation.pipeline
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.sampling import latent_shape, size_multiple
+from ldm.errors import UserError
+from ldm.generation.pipeline import Pipeline, Sampling, to_uint8
+from ldm.models.stable_diffusion import build_model
+from ldm.settings.model import load_model_config
+from tests.named_weights import relative_error
+from tests.network_cases import model_with_named_weights
+from tests.pipeline_cases import NEGATIVE_PROMPTS, PREDICTION_TYPES, SCALE, STEPS, starting_latents
+from tests.pipeline_cases import PROMPTS as GOLDEN_PROMPTS
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pipelines.npz"
+PROMPTS = ["a red cat", "a dog on the moon", "a teapot"]
+FEW = Sampling(steps=3, scale=2.0, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_config):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    np.random.seed(0)
+    yield Pipeline(build_model(tiny_config), tiny_config)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def draw(pipeline, prompts=PROMPTS, sampling=FEW, seed=7, **more):
+    """(latents, images) of all prompts."""
+    batches = list(pipeline.generate(prompts, sampling, seed, progress=False, **more))
+    return np.concatenate([b.latents for b in batches]), np.concatenate([b.images for b in batches])
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline):
+    return draw(pipeline)
+
+
+def test_there_is_a_picture_for_each_prompt_at_the_models_size(drawn):
+    latents, images = drawn
+    assert latents.shape == (3, 4, 8, 8) and latents.dtype == np.float32
+    assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
+    assert np.isfinite(latents).all() and images.std() > 0
+
+
+def test_what_is_cut_off_a_long_prompt_is_said(pipeline, caplog):
+    next(pipeline.generate(["word " * 75 + "and a hat", "a cat"] * 2, replace(FEW, steps=1), 7, progress=False))
+    assert '1 prompts are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
+
+
+def test_batches_come_in_order_with_their_starting_latents(pipeline):
+    batches = list(pipeline.generate(PROMPTS, FEW, 7, progress=False))
+    assert [b.indices.tolist() for b in batches] == [[0, 1], [2]]
+    for batch in batches:
+        expected = pipeline.starting_latents(7, batch.indices.tolist(), (4, 8, 8))
+        np.testing.assert_array_equal(batch.starting_latents, expected)
+
+
+def test_the_last_smaller_batch_compiles_no_second_graph(pipeline, drawn):
+    networks = (pipeline.unet, pipeline.text_encoder, pipeline.decoder)
+    before = [len(network.compile_cache) for network in networks]
+    draw(pipeline, [*PROMPTS, "a fourth", "a fifth"])
+    assert [len(network.compile_cache) for network in networks] == before == [1, 1, 1]
+
+
+def test_the_same_seed_draws_the_same_pictures_and_another_seed_others(pipeline, drawn):
+    again, _ = draw(pipeline)
+    np.testing.assert_array_equal(again, drawn[0])
+    other, _ = draw(pipeline, seed=8)
+    assert np.abs(other - drawn[0]).max() > 0.1
+
+
+def test_a_picture_does_not_depend_on_the_batch_size(pipeline, drawn):
+    single, _ = draw(pipeline, sampling=replace(FEW, batch_size=1))
+    np.testing.assert_allclose(single, drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())
+
+
+def test_every_picture_starts_from_noise_of_its_own(pipeline):
+    starts = pipeline.starting_latents(7, [0, 1, 2], (4, 8, 8))
+    assert starts.mean() == pytest.approx(0, abs=0.1) and starts.std() == pytest.approx(1, abs=0.1)
+    assert np.abs(np.corrcoef(starts.reshape(3, -1)) - np.eye(3)).max() < 0.3
+    np.testing.assert_array_equal(pipeline.starting_latents(7, [2], (4, 8, 8))[0], starts[2])
+
+
+def test_every_picture_gets_fresh_noise_of_its_own(pipeline):
+    same_start = np.repeat(pipeline.starting_latents(7, [0], (4, 8, 8)), 2, axis=0)
+    noisy = replace(FEW, sampler="ddim", eta=1.0)
+    first, second = draw(pipeline, ["a cat", "a cat"], noisy, starting_latents=same_start)[0]
+    assert np.abs(first - second).max() > 1e-2
+
+
+def test_ddims_fresh_noise_does_not_depend_on_the_batch_size_either(pipeline):
+    noisy = replace(FEW, sampler="ddim", eta=1.0)
+    two, _ = draw(pipeline, sampling=noisy)
+    one, _ = draw(pipeline, sampling=replace(noisy, batch_size=1))
+    without, _ = draw(pipeline, sampling=replace(noisy, eta=0.0))
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(two).max())
+    assert np.abs(without - two).max() > 1e-2
+
+
+def test_the_prompt_and_the_negative_prompt_matter(pipeline, drawn):
+    other, _ = draw(pipeline, ["a blue whale", *PROMPTS[1:]])
+    assert np.abs(other[0] - drawn[0][0]).max() > 1e-4
+    np.testing.assert_array_equal(other[1:], drawn[0][1:])
+    negated, _ = draw(pipeline, negative_prompts=["", "blurry", ""])
+    assert np.abs(negated[1] - drawn[0][1]).max() > 1e-4
+
+
+def test_at_scale_1_the_negative_prompt_does_not_matter(pipeline):
+    plain = replace(FEW, scale=1.0, batch_size=4)
+    prompts = [*PROMPTS, "a fourth"]
+    first, _ = draw(pipeline, prompts, plain)
+    second, _ = draw(pipeline, prompts, plain, negative_prompts=["ugly"] * 4)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_given_starting_latents_take_the_place_of_the_seeds(pipeline, drawn):
+    latents = pipeline.starting_latents(7, [0, 1, 2], (4, 8, 8))
+    same, _ = draw(pipeline, seed=1234, starting_latents=latents)
+    np.testing.assert_array_equal(same, drawn[0])
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp", "dpm_solver", "ddim"])
+def test_the_pipeline_is_the_sampler_around_the_guided_network(pipeline, sampler):
+    """The whole against its parts, put together by hand."""
+    sampling = replace(FEW, sampler=sampler)
+    context, negative = pipeline.encode_prompts(PROMPTS[:2]), pipeline.encode_prompts(["", ""])
+
+    def denoise(x, timestep):
+        t = ms.Tensor(np.full(2, timestep, np.int32))
+        conditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(context)).asnumpy()
+        unconditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(negative)).asnumpy()
+        return unconditional + 2.0 * (conditional - unconditional)
+
+    start = pipeline.starting_latents(7, [0, 1], (4, 8, 8))
+    expected = SAMPLERS[sampler](denoise, start, 3, pipeline.schedule, "epsilon")
+    ours, _ = draw(pipeline, PROMPTS[:2], sampling)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module", params=list(PREDICTION_TYPES))
+def golden(request):
+    """A pipeline around named weights, and what diffusers' own pipeline draws with them."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    config = load_model_config(GOLDEN.with_name(f"{request.param}.yaml"))
+    config = replace(config, prediction_type=PREDICTION_TYPES[request.param])
+    answers = np.load(GOLDEN, allow_pickle=False)
+    drawn = {name.split(".")[1]: answers[name] for name in answers if name.startswith(request.param)}
+    yield Pipeline(model_with_named_weights(config), config), drawn
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp", "dpm_solver", "ddim"])
+def test_prompts_end_where_diffusers_pipeline_ends(golden, sampler):
+    """20 steps with guidance, from the same weights and starting latents (tests/golden/make_pipelines.py)."""
+    pipeline, diffusers = golden
+    start = starting_latents(pipeline.config)
+    height, width = (size * pipeline.config.vae_factor for size in start.shape[2:])
+    sampling = Sampling(sampler, STEPS, SCALE, height=height, width=width, batch_size=2)
+    (batch,) = pipeline.generate(GOLDEN_PROMPTS, sampling, 0, NEGATIVE_PROMPTS, start, progress=False)
+    assert relative_error(batch.latents, diffusers[sampler]) < 2e-4  # demanded: 1e-3
+    if sampler == "dpm_solver_pp":
+        difference = batch.images.astype(int) - to_uint8(diffusers["image"])
+        assert np.abs(difference).max() <= 1
+
+
+def test_texts_given_twice_are_encoded_alike_and_in_their_places(pipeline):
+    states = pipeline.encode_prompts(["a", "b", "a"], batch_size=2)
+    assert states.shape == (3, 77, 32)
+    np.testing.assert_array_equal(states[0], states[2])
+    assert np.abs(states[0] - states[1]).max() > 0
+
+
+def test_latents_are_unscaled_before_they_are_decoded(pipeline):
+    latents = pipeline.starting_latents(1, [0], (4, 8, 8))
+    by_hand = pipeline.decoder(ms.Tensor(latents / pipeline.config.scale_factor)).asnumpy()
+    np.testing.assert_array_equal(pipeline.decode(latents), to_uint8(by_hand))
+
+
+def test_pixels_are_rounded_and_clipped():
+    values = np.array([-2.0, -1.0, -0.999, 0.0, 0.999, 1.0, 3.0], np.float32)
+    images = np.broadcast_to(values, (1, 3, 1, 7))
+    assert to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+
+
+def test_other_sizes_are_drawn_where_the_networks_can_halve_them(pipeline):
+    assert size_multiple(pipeline.config) == 8
+    assert latent_shape(pipeline.config, 40, 32) == (4, 10, 8)
+    assert latent_shape(pipeline.config) == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "words"),
+    [
+        (33, 32, "H is 33: this model draws multiples of 8 pixels, 32 is nearest"),
+        (32, 12, "W is 12"),
+        (4, 32, "H is 4.*8 is nearest"),
+        (0, 32, "H is 0"),
+        (32, -8, "W is -8"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_nearest(pipeline, height, width, words):
+    with pytest.raises(UserError, match=words):
+        next(pipeline.generate(PROMPTS, replace(FEW, height=height, width=width), 7, progress=False))
+
+
+def test_steps_that_do_not_fit_are_refused_before_anything_runs(pipeline):
+    with pytest.raises(UserError, match="sampling_steps is 1000"):
+        next(pipeline.generate(PROMPTS, replace(FEW, steps=1000), 7, progress=False))
+
+
+class Greedy(ms.nn.Cell):
+    """Wants 16 terabytes, whatever it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.column = ms.Tensor(np.ones((4, 1_000_000, 1), np.float32))
+        self.product = ms.ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, *inputs):
+        return self.product(self.column, self.column)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+@pytest.mark.parametrize("network", ["unet", "text_encoder", "decoder"])
+def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, mode, network):
+    """MindSpore's own failure: what it says differs between the modes."""
+    monkeypatch.setattr(
+        ldm.generation.pipeline, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32)))
+    )
+    ms.set_context(mode=mode)
+    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline.text_encoder = lambda tokens: ms.Tensor(np.zeros((*tokens.shape, 32), np.float32))
+    pipeline.unet = lambda latents, timesteps, context: latents
+    setattr(pipeline, network, Greedy())
+    try:
+        with pytest.raises(UserError, match="not enough memory for batch_size 2, H 32, W 32") as error:
+            draw(pipeline)
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
+    assert "\n" not in str(error.value)
+
+
+def failing(error):
+    def fail(*inputs):
+        raise error
+
+    return fail
+
+
+def test_numpys_failed_allocation_is_named_and_other_errors_are_left_alone(tiny_config):
+    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
+    with pytest.raises(UserError, match="batch_size 2"):
+        draw(pipeline)
+    pipeline.text_encoder = failing(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        draw(pipeline)
+
+
+@pytest.mark.parametrize("size", [4_000_000, 8 * 10**12])
+def test_a_picture_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
+    huge = replace(FEW, height=size, width=size)
+    with pytest.raises(UserError, match=f"not enough memory for batch_size 2, H {size}, W {size}"):
+        next(pipeline.generate(PROMPTS, huge, 7, progress=False))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"negative_prompts": ["one"]},
+        {"starting_latents": np.zeros((3, 4, 8, 7), np.float32)},
+        {"starting_latents": np.zeros((2, 4, 8, 8), np.float32)},
+    ],
+)
+def test_lists_of_unequal_lengths_are_refused(pipeline, more):
+    with pytest.raises(ValueError):
+        next(pipeline.generate(PROMPTS, FEW, 7, progress=False, **more))
+
+
+def test_latents_that_are_not_finite_are_named(pipeline):
+    start = np.zeros((1, 4, 8, 8), np.float32)
+    start[0, 0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="not finite.*fp32"):
+        draw(pipeline, PROMPTS[:1], starting_latents=start)
+
+
+def test_weights_that_change_are_seen_without_compiling_again(pipeline, drawn):
+    """Training samples from the network that it trains."""
+    out = pipeline.unet.out[2].bias
+    kept = out.asnumpy().copy()
+    compiled = len(pipeline.unet.compile_cache)
+    out.set_data(ms.Tensor(kept + 1.0))
+    changed, _ = draw(pipeline)
+    out.set_data(ms.Tensor(kept))
+    restored, _ = draw(pipeline)
+    assert len(pipeline.unet.compile_cache) == compiled
+    assert np.abs(changed - drawn[0]).max() > 0.1
+    np.testing.assert_array_equal(restored, drawn[0])

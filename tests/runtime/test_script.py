@@ -1,0 +1,203 @@
+"""How a script ends: exit codes, one line, nothing half-written; each in a process of its own, without MindSpore."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START = "import sys\nfrom ldm.errors import UserError\nfrom ldm.runtime.script import progress, run, start\nstart()\n"
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+def ended(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
+    """Run a script whose `main` has these lines."""
+    body = "".join(f"    {line}\n" for line in main.splitlines())
+    return subprocess.run(
+        [sys.executable, "-c", f"{START}def main():\n{body}run(main)"], capture_output=True, text=True, cwd=folder,
+        timeout=30, env={**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}, **options,
+    )  # fmt: skip
+
+
+def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, str, str]:
+    """Run code until it prints "ready", send the signal, and give its exit code, standard output and error."""
+    options.setdefault("preexec_fn", lambda: [signal.signal(number, signal.SIG_DFL) for number, _ in ENDS])
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+BUSY = "print('ready')\nwhile True: pass"
+IN_MAIN = "def main():\n    print('ready')\n    while True: pass\nrun(main)"
+# A graph that compiles or runs hears nothing, like this.
+DEAF = "import time, ldm.runtime.script\nldm.runtime.script.GRACE = 0.2\n{}print('ready')\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize("number, code", ENDS)
+@pytest.mark.parametrize("where", ["while importing", "in main", "in a library that does not hear"])
+def test_a_signal_ends_a_script_with_one_line_and_its_code(number, code, where, tmp_path):
+    lines = {"while importing": BUSY, "in main": IN_MAIN}.get(where, DEAF.format(""))
+    assert interrupted(lines, number, tmp_path) == (code, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("number, code", ENDS)
+def test_a_library_that_sets_its_own_excepthook_changes_nothing(number, code, tmp_path):
+    """As MindSpore does when it compiles with a cache."""
+    own = "sys.excepthook = lambda *error: print('a hundred lines')\n"
+    assert interrupted(own + IN_MAIN, number, tmp_path) == (code, "", "interrupted\n")
+
+
+def test_a_second_signal_ends_it_at_once_with_the_same_one_line(tmp_path):
+    again = "import os, signal, threading, time\nthreading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+    code = again + "print('ready')\ntime.sleep(20)"
+    started = time.monotonic()
+    assert interrupted(code, signal.SIGINT, tmp_path) == (130, "", "interrupted\n")
+    assert time.monotonic() - started < 4
+
+
+def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(tmp_path):
+    """As `less` does; the main thread is held up in its write."""
+    code = (
+        "import os, ldm.runtime.script\nldm.runtime.script.GRACE = 0.1\nos.write(1, b'ready\\n')\n"
+        "while True: print('x' * 65536, file=sys.stderr)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        assert os.read(process.stdout.fileno(), 6) == b"ready\n"
+        time.sleep(0.2)
+        process.terminate()
+        assert process.wait(timeout=10) == 143
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_line_says_what_is_done(tmp_path):
+    code = "progress(lambda: 'after step 3 of 10')\n" + BUSY
+    assert interrupted(code, signal.SIGINT, tmp_path)[2] == "interrupted after step 3 of 10\n"
+
+
+def test_the_line_begins_anew_after_a_progress_bar(tmp_path):
+    code = "from tqdm import tqdm\nbar = tqdm(total=9)\n" + BUSY
+    assert interrupted(code, signal.SIGINT, tmp_path)[2].endswith("\ninterrupted\n")
+
+
+def test_what_an_interrupted_library_reports_is_not_shown(tmp_path):
+    code = (
+        "import os\ndef main():\n    try:\n        print('ready')\n        while True: pass\n"
+        "    except KeyboardInterrupt:\n        os.write(2, b'a hundred lines\\n')\n"
+        "        raise RuntimeError('compiling')\n"
+        "run(main)"
+    )
+    assert interrupted(code, signal.SIGTERM, tmp_path) == (143, "", "interrupted\n")
+
+
+def test_nothing_half_written_stays_even_where_the_main_thread_never_unwinds(tmp_path):
+    code = DEAF.format(
+        "from pathlib import Path\nfrom ldm.files.atomic import atomic_path\n"
+        "for compiler in ('rank_0/om', 'rank_1/om'):\n"
+        "    Path(compiler).mkdir(parents=True)\n    Path(compiler, 'analyze_fail.ir').touch()\n"
+        "Path('rank_1/mine').touch()\nwriting = atomic_path('out.png')\nwriting.__enter__().write_bytes(b'half')\n"
+    )
+    assert interrupted(code, signal.SIGTERM, tmp_path)[0] == 143
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "rank_1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_path):
+    """As `nohup` has it, and a shell script that starts a process in the background."""
+    code = "import time\ndef main():\n    print('ready')\n    time.sleep(0.3)\n    print('done')\nrun(main)"
+    result = interrupted(code, number, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    assert result == (0, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    "raised, words",
+    [
+        ("raise UserError('a.yaml: no such thing: take another')", "a.yaml: no such"),
+        ("raise UserError('\\x1b[2J\\x07 two\\nlines \\udcff')", r"\x1b[2J\x07 two li"),
+        ("open('/nowhere/at all')", "/nowhere/at all cannot be used: No such file or directory: check"),
+        ("open('a' * 300, 'w')", "File name too long: choose a shorter path"),
+        ("import os; raise OSError(28, os.strerror(28), 'log.txt')", "log.txt cannot be used: No space left"),
+        ("import os; os.write(os.open('/dev/full', 1), b'x')", "output, or a file that is open, cannot be used: No"),
+        ("raise MemoryError", "memory is not enough"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(raised, words, tmp_path):
+    done = ended(raised, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and words in done.stderr and len(done.stderr) < 700
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end(tmp_path):
+    done = ended("raise UserError('a.ckpt ' + 'x' * 10000 + ': write it anew')", tmp_path)
+    assert done.stderr.startswith("error: a.ckpt xxx") and done.stderr.endswith("xxx: write it anew\n")
+    assert len(done.stderr) < 700
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(tmp_path):
+    done = ended("raise RuntimeError('a fault')", tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: a fault" in done.stderr
+
+
+def test_any_text_can_be_printed(tmp_path):
+    printing = "print('\\u7ea2 \\udcff')\nprint('\\u7ea2', file=sys.stderr)"
+    done = ended(printing, tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u7ea2 \\udcff\n", "\\u7ea2\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = f"{START}def main():\n    print('x' * 100000)\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_another_process_that_goes_away_is_an_error(tmp_path):
+    """Not to be taken for a reader of standard output."""
+    done = ended("import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')", tmp_path)
+    assert done.returncode == 2 and "Broken pipe" in done.stderr
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a reader that has gone"])
+def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    main = "from tqdm import tqdm\nfor i in tqdm(range(3)): print(i, file=sys.stderr)\nopen('done', 'w').close()"
+    target = open("/dev/full", "w") if full else writer
+    body = "".join(f"    {line}\n" for line in main.splitlines())
+    done = subprocess.run([sys.executable, "-c", f"{START}def main():\n{body}run(main)"], stderr=target, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_nothing_is_printed_into_a_file_where_the_streams_are_closed(tmp_path):
+    main = (
+        "import os\nwith open('result', 'wb', buffering=0) as file:\n    file.write(b'sound')\n"
+        "    print('a')\n    print('b', file=sys.stderr)\n    os.write(1, b'c')\n    os.write(2, b'd')\n"
+        "    sys.stdout.flush()\n    raise UserError('e')"
+    )
+    body = "".join(f"    {line}\n" for line in main.splitlines())
+    (tmp_path / "script.py").write_text(f"{START}def main():\n{body}run(main)\n")
+    done = subprocess.run(f"'{sys.executable}' script.py >&- 2>&-", shell=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    assert done.returncode == 2 and (tmp_path / "result").read_bytes() == b"sound"

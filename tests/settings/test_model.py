@@ -1,0 +1,332 @@
+"""Model YAMLs: the bundled and the published ones read, and whatever cannot be meant is named."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import yaml
+
+from ldm.diffusion.schedule import PREDICTION_TYPES
+from ldm.errors import UserError
+from ldm.settings.model import DD_KEYS, TEXT_KEYS, UNET_KEYS, ModelConfig, load_model_config
+from ldm.settings.model_size import MOST, text_parameters, unet_parameters, vae_parameters
+from tests.conftest import ROOT
+
+V1 = ROOT / "configs" / "v1-inference.yaml"
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Write v1-inference.yaml with the value at a dotted place set (or removed, for None), and read it."""
+
+    def write_and_read(place=None, value=None):
+        document = yaml.safe_load(V1.read_text())
+        if place is not None:
+            *folders, last = place.split(".")
+            section = document
+            for folder in folders:
+                section = section[folder]
+            if value is None:
+                del section[last]
+            else:
+                section[last] = copy.deepcopy(value)
+        path = tmp_path / "model.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return load_model_config(path)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "v1-inference",
+            dict(
+                architecture="sd1",
+                prediction_type="epsilon",
+                image_size=512,
+                context_dim=768,
+                pad_token="end",
+                scale_factor=0.18215,
+            ),
+        ),
+        (
+            "v2-inference",
+            dict(
+                architecture="sd2",
+                prediction_type="epsilon",
+                image_size=512,
+                context_dim=1024,
+                pad_token="zero",
+                scale_factor=0.18215,
+            ),
+        ),
+        (
+            "v2-vpred-inference",
+            dict(
+                architecture="sd2",
+                prediction_type="v_prediction",
+                image_size=768,
+                context_dim=1024,
+                pad_token="zero",
+                scale_factor=0.18215,
+            ),
+        ),
+        (
+            "nano",
+            dict(architecture="nano", prediction_type="v_prediction", image_size=64, pad_token="end", vae_factor=4),
+        ),
+    ],
+)
+def test_bundled_configurations(name, expected):
+    config = load_model_config(ROOT / "configs" / f"{name}.yaml")
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.linear_start, config.linear_end, config.timesteps) == (0.00085, 0.012, 1000)
+    assert config.beta_schedule == "scaled_linear" and config.latent_channels == 4
+
+
+def test_text_encoders_are_the_published_ones():
+    v1, v2 = (load_model_config(ROOT / "configs" / f"{name}-inference.yaml").text for name in ("v1", "v2"))
+    assert v1 == dict(width=768, num_layers=12, num_heads=12, activation="quick_gelu")
+    assert v2 == dict(width=1024, num_layers=23, num_heads=16, activation="gelu")  # 24, the penultimate one is used
+
+
+def test_a_published_yaml_reads_unchanged(change):
+    """With what CompVis's file holds besides: training settings that this project has no use for."""
+    plain = change()
+    config = change(
+        "model.params",
+        {
+            **yaml.safe_load(V1.read_text())["model"]["params"],
+            "num_timesteps_cond": 1,
+            "finetune_keys": None,
+            "use_fp16": True,
+            "log_every_t": 200,
+            "first_stage_key": "jpg",
+            "cond_stage_key": "txt",
+            "channels": 4,
+            "cond_stage_trainable": False,
+            "conditioning_key": "crossattn",
+            "use_ema": False,
+            "monitor": "val/loss_simple_ema",
+            "scheduler_config": {
+                "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+                "params": {"warm_up_steps": [10000]},
+            },
+        },
+    )
+    assert (config.unet, config.vae, config.text) == (plain.unet, plain.vae, plain.text)
+    checkpointed = change("model.params.unet_config.params.use_checkpoint", True)
+    assert checkpointed.unet == plain.unet
+
+
+@pytest.mark.parametrize(
+    "place, value, says",
+    [
+        ("model.target", "os.system", "model.target is 'os.system'"),
+        ("model.params.unet_config.target", "somewhere.UNet", "unet_config.target"),
+        ("model.params.first_stage_config.target", "torch.nn.Identity", "first_stage_config.target"),
+        ("model.params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenT5Embedder", "cond_stage_config"),
+        ("model.params.unet_config.params.num_haeds", 8, "unknown key num_haeds in unet_config"),
+        ("model.params.first_stage_config.params.ddconfig.z", 8, "unknown key z in ddconfig"),
+        ("model.params.first_stage_config.params.ddconfig.attn_resolutions", [16], "attn_resolutions must be empty"),
+        ("model.params.parameterization", "x0", "it must be eps or v"),
+        ("model.pad_token", "start", "pad_token is 'start'; it must be end or zero"),
+        ("model.params.unet_config.params.context_dim", 1024, "width 768 is not the UNet's context_dim 1024"),
+        ("model.params.linear_start", None, "the key linear_start is missing"),
+        ("model.params.scale_factor", None, "the key scale_factor is missing"),
+        ("model.params.unet_config", None, "no section model.params.unet_config"),
+        ("model.params.first_stage_config.params.ddconfig", None, "no section first_stage_config.params.ddconfig"),
+        ("model", None, "no section model"),
+        ("model.params.unet_config.params.model_channels", None, "the key model_channels is missing"),
+        ("model.params.first_stage_config.params.embed_dim", None, "the key embed_dim is missing"),
+        ("model.params.first_stage_config.params.ddconfig.ch_mult", None, "the key ch_mult is missing"),
+        ("model.params.unet_config.params.in_channels", None, "the key in_channels is missing in unet_config"),
+        ("model.params.unet_config.params.num_heads", None, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+        ("model.params.unet_config.params.channel_mult", 4, "channel_mult in unet_config is 4; it must be a list"),
+        ("model.params.unet_config.params.channel_mult", [1, "2"], "it must be a list of whole numbers"),
+        ("model.params.unet_config.params.channel_mult", [], "it must be a list of whole numbers"),
+        ("model.params.unet_config.params.model_channels", "wide", "model_channels in unet_config is 'wide'"),
+        ("model.params.unet_config.params.model_channels", True, "it must be a whole number"),
+        ("model.params.first_stage_config.params.ddconfig.ch", 1.5, "ch in ddconfig is 1.5; it must be a whole number"),
+        ("model.params.timesteps", "many", "timesteps is 'many'; it must be a number above 0"),
+        ("model.params.timesteps", float("inf"), "timesteps is inf"),
+        ("model.params.timesteps", 1, "timesteps is 1; it must be a whole number, at least 2"),
+        ("model.params.timesteps", 999.5, "timesteps is 999.5; it must be a whole number"),
+        ("model.params.image_size", 0.5, "image_size is 0.5; it must be a whole number, at least 1"),
+        ("model.params.image_size", True, "image_size is True"),
+        ("model.params.linear_start", 0.02, "linear_start 0.02 is above linear_end 0.012"),
+        ("model.params.linear_end", 1.0, "linear_end is 1.0; it must be a number above 0 and below 1"),
+        ("model.params.scale_factor", float("nan"), "scale_factor is nan; it must be a number above 0"),
+        ("model.params.scale_factor", 10**400, "it must be a number above 0"),
+        (
+            "model.params.parameterisation",
+            "v",
+            "unknown key parameterisation in model.params; did you mean parameterizat",
+        ),
+        ("model.params.beta_schedule", "linear", "unknown key beta_schedule in model.params"),
+        ("model.pad_tokn", "zero", "unknown key pad_tokn in model; did you mean pad_token?"),
+        ("model.architecture", "sdxl", "architecture is 'sdxl'; it must be sd1, sd2, nano or custom"),
+        ("model.params.unet_config.parms", {}, "unknown key parms in unet_config; did you mean params?"),
+        ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "inpainting models are not supported"),
+        ("model.params.cond_stage_config.target", ["a"], "cond_stage_config.target is ['a']"),
+        ("model.params.cond_stage_config.params", [1], "cond_stage_config.params is [1]; it must be a section"),
+        ("model.params.cond_stage_config.params", {"activation": "quickgelu"}, "it must be quick_gelu or gelu"),
+        ("model.params.cond_stage_config.params", {"num_heads": 7}, "width 768 is not a multiple of its num_heads 7"),
+        ("model.params.cond_stage_config.params", {"num_heads": 0}, "num_heads in cond_stage_config is 0; it must"),
+        (
+            "model.params.cond_stage_config.params",
+            {"num_layers": 1, "layer": "penultimate"},
+            "num_layers in cond_stage",
+        ),
+        ("model.params.unet_config.params.num_heads", 0, "num_heads in unet_config is 0; it must be above 0"),
+        ("model.params.unet_config.params.num_heads", -1, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+        ("model.params.unet_config.params.num_heads", 7, "are not a multiple of num_heads 7"),
+        ("model.params.unet_config.params.num_head_channels", 48, "are not a multiple of num_head_channels 48"),
+        ("model.params.unet_config.params.channel_mult", [1, 0], "channel_mult in unet_config is [1, 0]"),
+        ("model.params.unet_config.params.model_channels", 30, "30 channels (model_channels 30 x 1) in unet_config"),
+        ("model.params.unet_config.params.num_groups", 48, "are not a multiple of num_groups 48"),
+        ("model.params.unet_config.params.in_channels", 9, "an inpainting model's; inpainting is not supported"),
+        ("model.params.unet_config.params.out_channels", 8, "in_channels 4 and out_channels 8"),
+        ("model.params.first_stage_config.params.embed_dim", 8, "embed_dim 8 must be the same"),
+        (
+            "model.params.first_stage_config.params.ddconfig.ch",
+            100,
+            "100 channels (ch 100 x 1) in ddconfig are not a mult",
+        ),
+        ("model.params.first_stage_config.params.ddconfig.in_channels", 1, "must be 3"),
+        ("model.params.first_stage_config.params.ddconfig.double_z", False, "double_z in ddconfig is False"),
+        ("model.params.scale_factor", 0, "scale_factor is 0; it must be a number above 0"),
+        ("model.params.linear_end", [1], "linear_end is [1]"),
+        ("model.params.unet_config.params", 5, "no section unet_config.params"),
+        # more than any model has: named with the bound, before anything is built
+        ("model.params.timesteps", 10**12, "timesteps is 1000000000000; it may be 100000 at most"),
+        ("model.params.image_size", 10**6, "image_size is 1000000; it may be 1024 at most"),
+        ("model.params.scale_factor", 1e300, "scale_factor is 1e+300; it may be 1000 at most"),
+        ("model.params.scale_factor", 1e-30, "scale_factor is 1e-30; it may be 0.001 at least"),
+        ("model.params.linear_start", 1e-300, "linear_start is 1e-300; it may be 1e-08 at least"),
+        ("model.params.linear_end", 0.9999, "after timesteps 1000 with linear_end 0.9999 only"),
+        ("model.params.unet_config.params.num_res_blocks", 10**8, "num_res_blocks in unet_config is 100000000; it"),
+        ("model.params.unet_config.params.channel_mult", [1] * 10**4, "channel_mult in unet_config has 10,000 entries"),
+        ("model.params.unet_config.params.channel_mult", [1, 10**9], "channel_mult in unet_config is 1000000000; it"),
+        ("model.params.unet_config.params.attention_resolutions", [1] * 11, "it may have 10 at most"),
+        ("model.params.unet_config.params.model_channels", 10**300, "model_channels in unet_config is 1000000"),
+        ("model.params.unet_config.params.transformer_depth", 10**6, "transformer_depth in unet_config is 1000000;"),
+        (
+            "model.params.unet_config.params.num_groups",
+            10**9,
+            "num_groups in unet_config is 1000000000; it may be 8,192",
+        ),
+        ("model.params.unet_config.params.model_channels", 8192, "parameters; 5,000,000,000 is the most: lower"),
+        ("model.params.first_stage_config.params.ddconfig.ch", 10**9, "ch in ddconfig is 1000000000; it may be 4,096"),
+        ("model.params.first_stage_config.params.ddconfig.ch_mult", [1] * 11, "ch_mult in ddconfig has 11 entries"),
+        ("model.params.first_stage_config.params.ddconfig.z_channels", 10**9, "z_channels in ddconfig is 1000000000"),
+        ("model.params.first_stage_config.params.embed_dim", 10**9, "embed_dim in ddconfig is 1000000000"),
+        (
+            "model.params.cond_stage_config.params",
+            {"num_layers": 10**8},
+            "num_layers in cond_stage_config is 100000000",
+        ),
+        ("model.params.cond_stage_config.params", {"vocab_size": 10**12}, "vocab_size in cond_stage_config is 100000"),
+        ("model.params.cond_stage_config.params", {"length": 10**9}, "length in cond_stage_config is 1000000000;"),
+        # foreign text is cut out of the middle
+        ("model.params.parameterization", "x" * 10**5, "parameterization is 'xxx"),
+        ("model.params." + "x" * 10**5, 1, "unknown key xxx"),
+        ("model.params.cond_stage_config.params", ["x" * 10**5] * 2, "cond_stage_config.params is ['xxx"),
+        ("model.params.scale_factor", "1\x1b[2J", "scale_factor is '1"),
+    ],
+)
+def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says):
+    with pytest.raises(UserError) as error:
+        change(place, value)
+    assert says in str(error.value) and "model.yaml" in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("model.params.unet_config.params.num_head_channels", -1),  # num_heads counts then
+        ("model.params.cond_stage_config.params", {"activation": "gelu"}),
+        ("model.params.linear_start", "8.5e-4"),  # a word to YAML
+        ("model.params.timesteps", 2),
+        ("model.base_learning_rate", 1e-4),
+    ],
+)
+def test_what_can_be_meant_is_read(change, place, value):
+    assert isinstance(change(place, value), ModelConfig)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "configs").glob("*.yaml")), *sorted(ROOT.glob("tests/**/*.yaml"))],
+    ids=lambda path: path.stem,
+)
+def test_every_model_yaml_of_this_project_reads(path):
+    assert load_model_config(path).prediction_type in PREDICTION_TYPES
+
+
+@pytest.mark.parametrize("content", [b"", b"just text", b"- a list", b"model: [1", b"\xff\xfe\x00", b"model:\n\t- x"])
+def test_a_file_that_is_no_model_yaml(tmp_path, content):
+    path = tmp_path / "other.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="other.yaml"):
+        load_model_config(path)
+
+
+def test_a_key_given_twice_is_named_with_its_line(tmp_path):
+    """Plain YAML would take the second and say nothing."""
+    path = tmp_path / "twice.yaml"
+    text = (ROOT / "configs" / "nano.yaml").read_text()
+    path.write_text(text.replace("    timesteps:", "    image_size: 8\n    timesteps:"))
+    with pytest.raises(UserError, match='twice.yaml line [0-9]+ is not valid YAML: "image_size" is given twice'):
+        load_model_config(path)
+
+
+def test_a_missing_file_is_named_with_the_setting(tmp_path):
+    with pytest.raises(UserError, match="--model_config"):
+        load_model_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_yaml_makes_no_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("model: !!python/object/apply:os.system ['echo harm']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_model_config(path)
+
+
+def test_the_parameters_of_a_model_are_counted_before_it_is_built(tiny_config, tiny_model):
+    built = (tiny_model.model.diffusion_model, tiny_model.first_stage_model, tiny_model.cond_stage_model)
+    counted = (
+        unet_parameters(**tiny_config.unet),
+        vae_parameters(**tiny_config.vae),
+        text_parameters(**tiny_config.text),
+    )
+    assert counted == tuple(sum(parameter.size for parameter in net.get_parameters()) for net in built)
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "vae", "text"),
+    [
+        ("v1-inference", 859_520_964, 83_653_863, 123_060_480),
+        # the text encoder's are of 23 layers
+        ("v2-inference", 865_910_724, 83_653_863, 340_387_840),
+    ],
+)
+def test_the_published_models_have_the_published_numbers_of_parameters(name, unet, vae, text):
+    config = load_model_config(ROOT / "configs" / f"{name}.yaml")
+    counted = (unet_parameters(**config.unet), vae_parameters(**config.vae), text_parameters(**config.text))
+    assert counted == (unet, vae, text)
+
+
+def test_every_size_has_a_bound():
+    sizes = {key for kinds in (UNET_KEYS, DD_KEYS, TEXT_KEYS) for key, kind in kinds.items() if kind in (int, list)}
+    assert sizes | {"embed_dim"} == set(MOST)
+
+
+def test_a_pipe_is_no_model_yaml(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe.yaml is a pipe \(FIFO\), not a file.*--model_config"):
+        load_model_config(tmp_path / "pipe.yaml")

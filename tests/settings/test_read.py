@@ -1,0 +1,272 @@
+"""Settings: defaults < YAML < flags, and mistakes that are named."""
+
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.settings.read import parse_config, save_config, setting
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Config:
+    config: Optional[str] = setting(None, "a YAML file", path=True, project=True)
+    epochs: int = setting(10, "passes over the data", group="schedule", low=1)
+    rate: float = setting(1e-5, "learning rate", group="schedule", above=0)
+    name: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
+    use_lora: bool = setting(False, "train a LoRA")
+    seed: Optional[int] = setting(None, "seed")
+    betas: list[float] = setting([0.9, 0.999], "decay of the moments", low=0, below=1, length=2)
+    files: Optional[list[str]] = setting(None, "LoRA files")
+    resume: Union[bool, str] = setting(False, "go on", path=True)
+    folder: Optional[str] = setting(None, "a folder", path=True)
+    data: Optional[str] = setting(None, "a folder that may be the project's", path=True, project=True)
+    loras: Optional[list[str]] = setting(None, "files with weights", path=True)
+    prompt: str = setting("", "a text")
+    decay: float = setting(0.9, "of an average", low=0, below=1)
+
+
+def parse(*argv, text=None, tmp_path=None):
+    argv = list(argv)
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        argv = ["--config", str(tmp_path / "c.yaml"), *argv]
+    return parse_config(Config, argv, yaml_flag="config", prog="train.py")
+
+
+def test_defaults_then_yaml_then_flags(tmp_path):
+    config = parse("--epochs", "3", text="epochs: 2\nseed: 7\n", tmp_path=tmp_path)
+    assert (config.epochs, config.seed, config.name) == (3, 7, "adamw")
+
+
+def test_a_default_list_is_not_shared():
+    parse().betas.append(1.0)
+    assert parse().betas == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--use_lora"], "use_lora", True),
+        (["--use_lora", "True"], "use_lora", True),
+        (["--use_lora=True"], "use_lora", True),
+        (["--use_lora", "false"], "use_lora", False),
+        (["--use_lora", "--epochs", "3"], "use_lora", True),
+        (["--use-lora"], "use_lora", True),
+        (["--resume"], "resume", True),
+        (["--resume", "True"], "resume", True),
+        (["--resume", "run/ckpt"], "resume", "run/ckpt"),
+        (["--rate", "1e-4"], "rate", 1e-4),
+        (["--rate", "1"], "rate", 1.0),
+        (["--seed", "None"], "seed", None),
+        (["--seed", "-3"], "seed", -3),
+        (["--betas", "0.5", "0.6"], "betas", [0.5, 0.6]),
+        (["--betas", "0.5,0.6"], "betas", [0.5, 0.6]),
+        (["--betas=[0.5, 0.6]"], "betas", [0.5, 0.6]),
+        (["--files", "a,b.ckpt:0.7", "c.ckpt", "--epochs", "3"], "files", ["a,b.ckpt:0.7", "c.ckpt"]),
+        (["--epochs", "3", "--epochs", "4"], "epochs", 4),
+    ],
+)
+def test_flags_are_read(argv, name, value):
+    got = getattr(parse(*argv), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("rate: 1e-4", "rate", 1e-4),
+        ("rate: 1.0e-4", "rate", 1e-4),
+        ("rate: 3", "rate", 3.0),
+        ("use_lora: True", "use_lora", True),
+        ("betas: [0.5, 0]", "betas", [0.5, 0.0]),
+        ("seed: null", "seed", None),
+        ("seed: None", "seed", None),
+        ("files: None", "files", None),
+        ("prompt: None", "prompt", "None"),  # a text, which may be this one
+        ("resume: None", "resume", "None"),
+        ("seed: 1_000", "seed", 1000),
+        ("use_lora: yes", "use_lora", True),
+        ("use_lora: off", "use_lora", False),
+        ("\ufeffseed: 3\r\n", "seed", 3),
+        ("prompt: 2020-13-45", "prompt", "2020-13-45"),
+        ("resume: True", "resume", True),
+        ("files: [a.ckpt]", "files", ["a.ckpt"]),
+        ("", "epochs", 10),
+    ],
+)
+def test_yaml_is_read(text, name, value, tmp_path):
+    got = getattr(parse(text=text, tmp_path=tmp_path), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--uselora"], "--use_lora"),
+        (["--epochs", "many"], 'epochs: "many" is not a whole number'),
+        (["--epochs", "3.5"], "whole number"),
+        (["--epochs"], "needs a value"),
+        (["--epochs", "0"], "at least 1"),
+        (["--rate", "nan"], "not a number"),
+        (["--rate", "0"], "above 0"),
+        (["--use_lora", "maybe"], "True or False"),
+        (["--name", "adanw"], 'did you mean "adamw"'),
+        (["--betas", "0.9"], "wanted 2"),
+        (["--betas", "0.9", "1"], "below 1"),
+        (["epochs", "3"], "does not belong"),
+        (["--epochs", "3", "4"], '"4" does not belong'),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml does not exist"),
+        (["--folder", ""], '--folder: "" is no path: give one, or leave the setting out'),
+        (["--rate", "1e39"], "fp32, which is computed with, ends at 3.4e38"),
+        (["--rate", "1e-50"], "above 0 (in fp32, which is computed with, it is 0.0)"),
+        (["--decay", "0.99999999"], "below 1 (in fp32, which is computed with, it is 1.0)"),
+        (["--betas", "0.9", "0.99999999"], "2 values (in fp32, which is computed with, it is 1.0)"),
+        (["--epochs", "9" * 5000], "is not a whole number"),
+        (["--epochs", "-" + "9" * 900], "at least 1"),
+        (["--" + "a" * 5000], "unknown setting --aaa"),
+        (["a" * 5000], '" does not belong'),
+        (["--rate", "\x1b[2J\udce9"], '"\\x1b[2J\\xe9" is not a number'),
+    ],
+)
+def test_wrong_flags_are_named(argv, says):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        parse(*argv)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epoch: 3", 'did you mean "epochs"'),
+        ("epochs: many", "whole number"),
+        ('epochs: "3"', "whole number"),
+        ("epochs: 3.5", "whole number"),
+        ("epochs: True", "whole number"),
+        ("epochs: null", "whole number"),
+        ("epochs: 0", "at least 1"),
+        ("rate: .nan", "not a number"),
+        ("use_lora: 1", "True or False"),
+        ('use_lora: "yes"', '"yes" is a text, not True or False: leave the quotes away'),
+        ("use_lora: y", '"y" is not True or False'),
+        ("seed: 2020-13-45", '"2020-13-45" is not a whole number'),
+        ("seed: 1:30", '"1:30" is not a whole number'),
+        ("seed: 010", "leave the quotes away, and zeros at its beginning"),
+        ("seed: !!int x", "line 1"),
+        ("seed: 1e400", "inf is not a whole number"),
+        ("rate: 1e400", "inf is not a number"),
+        ("seed: !!binary aGk=", "is not a whole number"),
+        ("seed: [[[1]]]", "[[[1]]] is not a whole number"),
+        ("prompt: !!timestamp 2020-01-01", "put the text in quotes"),
+        ("prompt: true", "put the text in quotes"),
+        ('folder: ""', '"" is no path'),
+        ("1: 2", 'unknown setting "1"'),
+        ("null: 2", 'unknown setting "None"'),
+        ("? !!timestamp 2020-01-01\n: 2", "unknown setting"),
+        (f"? {'long' * 50_000}\n: 2", "unknown setting"),
+        (f"rate: {'long' * 50_000}", "is not a number"),
+        (f"seed: [{'1, ' * 5000}]", "is not a whole number"),
+        ("seed: 0x" + "f" * 1000, "a number of more than 1000 digits"),
+        ("rate: 0x" + "f" * 900, "is not a number"),
+        ("name: 5", "quotes"),
+        ("betas: 0.9", "a list"),
+        ("betas: [a, b]", '"a" is not a number'),
+        ("epochs: 3\nepochs: 4", "given twice"),
+        ("epochs: [3", "line 1"),
+        ("- epochs", "setting: value"),
+        ("config: other.yaml", "unknown setting"),
+        ("? [epochs]\n: 3", "line 1 is not valid YAML"),
+        ("{{epochs: 3}: 4}", "line 1 is not valid YAML"),
+        ("epochs: !!python/object/apply:os.system [true]", "not valid YAML"),
+    ],
+)
+def test_wrong_yaml_names_the_file_and_the_setting(text, says, tmp_path):
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        parse(text=text, tmp_path=tmp_path)
+    assert "c.yaml" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_help_explains_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("-h")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ("--epochs", "passes over the data", "schedule:", "least 1", "[10]", '"adamw", "adam"', "[0.9, 0.99"):
+        assert word in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe whose reader has gone")
+def test_help_that_is_read_in_part_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "text_to_image.py", "-h"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("way", ["flag", "flag=", "yaml"])
+def test_paths_are_expanded_and_texts_are_not(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUN", "run 7")
+    given = {
+        "folder": "~/$RUN", "resume": "~/run", "loras": ["~/a.ckpt:0.7", "${RUN}.ckpt"], "prompt": "~ $RUN",
+        "files": ["~/b"],
+    }  # fmt: skip
+    if way == "yaml":
+        config = parse(text="".join(f"{name}: {value}\n" for name, value in given.items()), tmp_path=tmp_path)
+    elif way == "flag":
+        config = parse(*(word for n, v in given.items() for word in (f"--{n}", *(v if isinstance(v, list) else [v]))))
+    else:
+        config = parse(*(f"--{name}={value}" for name, value in given.items() if isinstance(value, str)))
+    assert (config.folder, config.resume, config.prompt) == ("/home/me/run 7", "/home/me/run", "~ $RUN")
+    if way != "flag=":
+        assert config.loras == ["/home/me/a.ckpt:0.7", "run 7.ckpt"] and config.files == ["~/b"]
+    save_config(config, tmp_path / "args.yaml")
+    assert "folder: /home/me/run 7\n" in (tmp_path / "args.yaml").read_text()
+
+
+def test_the_yaml_file_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TESTS", "tests")
+    with pytest.raises(UserError, match=re.escape(f"{ROOT}/tests/tiny.yaml: unknown setting")):
+        parse("--config", "$TESTS/tiny.yaml")  # a file of the project, though none with settings
+
+
+def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse("--folder", "configs", text="data: configs/train\n", tmp_path=tmp_path)
+    assert (config.folder, config.data) == ("configs", str(ROOT / "configs" / "train"))
+    (tmp_path / "configs" / "train").mkdir(parents=True)
+    assert parse("--data", "configs/train").data == "configs/train"
+    assert parse("--data", "configs/nowhere").data == "configs/nowhere"
+
+
+@pytest.mark.parametrize("text", ["1e5", "010", "1:30", "None", "yes", "\udce9", "a: b", "2020-01-01", " x "])
+def test_a_saved_text_is_read_back_as_it_was(text, tmp_path):
+    save_config(parse("--prompt", text, "--folder", "x"), tmp_path / "args.yaml", leave_out=("config",))
+    assert parse("--config", str(tmp_path / "args.yaml")).prompt == text
+
+
+def test_saved_settings_are_read_back(tmp_path):
+    config = parse("--rate", "1e-7", "--files", "a", "--resume")
+    config.config = "recipe.yaml"
+    save_config(config, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
+    text = (tmp_path / "args.yaml").read_text()
+    assert text.startswith("# python train.py\n# config: recipe.yaml\n# resume: true\n")
+    again = parse("--config", str(tmp_path / "args.yaml"))
+    assert not again.resume
+    assert asdict(again) == {**asdict(config), "config": str(tmp_path / "args.yaml"), "resume": False}

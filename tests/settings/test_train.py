@@ -1,0 +1,137 @@
+"""The settings of training: the published names and defaults, the recipes, contradictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import UserError
+from ldm.settings.generate import GenerateConfig
+from ldm.settings.model import load_model_config
+from ldm.settings.read import parse_config
+from ldm.settings.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+
+
+def parse(*argv):
+    return parse_config(TrainConfig, list(argv), yaml_flag="train_config")
+
+
+def test_the_defaults_of_the_published_recipe():
+    config = parse()
+    assert (config.use_lora, config.lora_ft_unet, config.lora_ft_text_encoder) == (False, True, False)
+    assert (config.lora_rank, config.lora_alpha, config.lora_scale, config.lora_fp16) == (4, None, 1.0, True)
+    assert (config.mode, config.device_target, config.precision, config.resume) == (0, None, "auto", False)
+
+
+def test_every_setting_is_explained():
+    for field in dataclasses.fields(TrainConfig):
+        assert len(field.metadata["help"]) > 5, field.name
+
+
+def test_there_is_a_recipe_for_each_model_and_way():
+    assert [path.stem for path in RECIPES] == [
+        f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in ("nano", "v1", "v2", "v2_vpred")
+    ]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_reads_fits_its_model_and_opens_with_its_command(path):
+    config = parse("--train_config", str(path))
+    model = load_model_config(ROOT / config.model_config)
+    assert config.image_size == model.image_size
+    assert config.use_lora == ("_lora_" in path.stem)
+    assert model.prediction_type == ("v_prediction" if path.stem.endswith(("vpred", "nano")) else "epsilon")
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = "".join(line.lstrip("# ").rstrip("\\") for line in header[1:])
+    assert command.startswith("python train_text_to_image.py --train_config configs/train/" + path.name)
+    for flag in ("--data_path", "--output_path", "--pretrained_model_path"):
+        assert flag in command
+
+
+def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
+    recipe = tmp_path / "published.yaml"
+    recipe.write_text(
+        'mode: 0\nuse_parallel: False\nnum_workers: 1\ndata_path: "/path"\ntrain_batch_size: 4\nimage_size: 512\n'
+        'image_filter_size: 200\nmodel_config: "configs/v1-inference.yaml"\npretrained_model_path: "/model"\n'
+        'output_path: "/out"\nckpt_save_interval: 5\nepochs: 72\nuse_ema: False #True\nclip_grad: True\n'
+        'scheduler: "cosine_decay"\nstart_learning_rate: 1e-4\nend_learning_rate: 0\nwarmup_steps: 0\n'
+        'decay_steps: 0\noptim: "adamw"\nbetas: [0.9, 0.98]\nweight_decay: 0.01\nuse_lora: True\n'
+        "lora_ft_text_encoder: False\nlora_rank: 128\nlora_fp16: True\n"
+    )
+    config = parse("--train_config", str(recipe))
+    assert (config.scheduler, config.start_learning_rate, config.end_learning_rate) == ("cosine", 1e-4, 0.0)
+    assert (config.epochs, config.betas, config.lora_rank) == (72, [0.9, 0.98], 128)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--use_lora", "--lora_ft_unet", "False"], "nothing to train"),
+        (["--use_lora", "--unet_initialize_random"], "unet_initialize_random"),
+        (["--lora_ft_text_encoder"], "needs use_lora"),
+        (["--lora_init_path", "lora.ckpt"], "lora_init_path needs use_lora"),
+        (["--lora_rank", "0"], "at least 1"),
+        (["--scheduler", "cosinus"], '"cosine"'),
+        (["--precision", "bf16"], "fp16"),
+        (["--caption_dropout", "2"], "at most 1"),
+        (["--learning_rate", "1e-4"], "_learning_rate"),
+    ],
+)
+def test_contradictions_and_mistakes_are_named(argv, says):
+    with pytest.raises(UserError, match=says):
+        parse(*argv)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+def test_every_number_is_bounded(cls):
+    """What is beyond a bound would fail late, or work on nothing for ever."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kinds = {hints[field.name], *typing.get_args(hints[field.name])}
+        if kinds & {int, float} and bool not in kinds:
+            rules = field.metadata
+            lower = [rules[rule] for rule in ("low", "above") if rules[rule] is not None]
+            upper = [rules[rule] for rule in ("high", "below") if rules[rule] is not None]
+            assert rules["choices"] or (lower and upper), field.name
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+def test_every_path_is_known_as_one(cls):
+    """`~` and `$NAME` are expanded in these."""
+    words = ("path", "config", "resume", "latents")
+    for field in dataclasses.fields(cls):
+        named = any(word in field.name for word in words) and field.name != "cache_latents"
+        assert field.metadata["path"] == named, field.name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("num_workers", "1000000000"), ("epochs", "1" + "0" * 30), ("max_steps", "1" + "0" * 30),
+        ("train_batch_size", "1000000000"), ("gradient_accumulation_steps", "1000000000"), ("image_size", "1000000"),
+        ("lora_rank", "2147483648"), ("ckpt_max_keep", "1" + "0" * 30), ("warmup_steps", "1" + "0" * 30),
+        ("lora_scale", "1e300"), ("ema_decay", "0.99999999999"), ("init_loss_scale", "1e300"), ("seed", "-1"),
+        ("start_learning_rate", "1e-300"), ("weight_decay", "1e39"),
+    ],
+)  # fmt: skip
+def test_absurd_numbers_are_refused_with_their_range(flag, value):
+    with pytest.raises(UserError, match=f"^--{flag}: .* is not allowed: .*(at most|below|above|at least)"):
+        parse(f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("num_workers", "64"), ("max_steps", "10000000"), ("train_batch_size", "4096"), ("lora_rank", "1024"),
+        ("ckpt_max_keep", "1000000"), ("ema_decay", "0.999999"), ("init_loss_scale", "16777216"),
+        ("max_grad_norm", "1e9"), ("start_learning_rate", "1"), ("image_size", "2048"),
+    ],
+)  # fmt: skip
+def test_what_people_set_is_not_refused(flag, value):
+    assert getattr(parse(f"--{flag}", value), flag) == float(value)
