@@ -18,8 +18,8 @@ import numpy as np  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.generation.image_files import SampleWriter, read_latents, starting_latents_path, write_latents  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
-from ldm.settings.generate import GenerateConfig, Plan, plan  # noqa: E402
-from ldm.settings.read import parse_config  # noqa: E402
+from ldm.settings.generate import GenerateSettings, Plan, plan  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
 from ldm.weights.read import content_hash  # noqa: E402
 
@@ -30,8 +30,8 @@ CALL_PIXELS = 8 * 512 * 512  # of a network call where batch_size is not given
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check everything that can be checked without a network, then draw."""
-    config = parse_config(
-        GenerateConfig,
+    config = read_settings(
+        GenerateSettings,
         sys.argv[1:] if argv is None else argv,
         prog="text_to_image.py",
         description="Draw images for prompts with Stable Diffusion, a LoRA merged into it where one is given.",
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(config, job)
 
 
-def draw(config: GenerateConfig, job: Plan) -> None:
+def draw(config: GenerateSettings, job: Plan) -> None:
     """Load the model and the LoRAs, draw the images of `job` and write them."""
     progress(lambda: "before the first image")
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime.device import check_flash_attention, setup_runtime  # isort: skip
-    from ldm.lora.state import Weights  # isort: skip
+    from ldm.lora.state import Strength  # isort: skip
     from ldm.weights.architecture import adapted_model  # isort: skip
     from ldm.generation.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
 
@@ -90,7 +90,7 @@ def draw(config: GenerateConfig, job: Plan) -> None:
         job.vae_checkpoint,
     )
     for file, lora in zip(job.loras, chosen):
-        weights = Weights(file.weight, file.weight if file.text_weight is None else file.text_weight)
+        weights = Strength(file.weight, file.weight if file.text_weight is None else file.text_weight)
         apply_chosen(model, lora, file.path, weights)
 
     settings = {
@@ -126,16 +126,17 @@ def draw(config: GenerateConfig, job: Plan) -> None:
         logger.info("latents: %s, starting ones: %s", config.save_latents, starting_latents_path(config.save_latents))
 
 
-def batch_size(config: GenerateConfig, height: int, width: int) -> int:
+def batch_size(config: GenerateSettings, height: int, width: int) -> int:
     """Images a network call: as asked for; else n_samples as published, at least 16 where they are small, and no more
-    than CALL_PIXELS hold: a thousand at once would end in the system's killing the process."""
+    than CALL_PIXELS hold: a thousand at once would end in the system's killing the process.
+    """
     if config.batch_size is not None:
         return config.batch_size
     wanted = max(config.n_samples, 16) if height * width <= 128 * 128 else config.n_samples
     return max(1, min(wanted, CALL_PIXELS // (height * width)))
 
 
-def provenance(config: GenerateConfig, job: Plan) -> dict[str, Any]:
+def provenance(config: GenerateSettings, job: Plan) -> dict[str, Any]:
     """What a PNG says about where it comes from: enough to make it again."""
     texts: dict[str, Any] = {
         "seed": str(config.seed),
@@ -175,7 +176,7 @@ def lora_hash(path: Path) -> str:
     return " ".join(content_hash(file) for file in lora_files(path))
 
 
-def report(config: GenerateConfig, job: Plan, writer: SampleWriter) -> None:
+def report(config: GenerateSettings, job: Plan, writer: SampleWriter) -> None:
     """Say what was written and where."""
     for path in writer.kept_as:
         logger.info("kept from an earlier run: %s", path)

@@ -1,6 +1,6 @@
 """Fine-tune Stable Diffusion on text-image pairs, with LoRA or as a whole. -h lists the settings.
 
-    python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
+python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
         --data_path <folder with img_txt.csv> --output_path output/lora --pretrained_model_path <checkpoint>
 """
 
@@ -18,12 +18,12 @@ def main() -> None:
 
 
 def _main() -> None:
-    from ldm.settings.read import parse_config
-    from ldm.settings.train import TrainConfig
+    from ldm.settings.read import read_settings
+    from ldm.settings.train import TrainSettings
     from ldm.training.checks import check_settings
 
-    config = parse_config(
-        TrainConfig, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
+    config = read_settings(
+        TrainSettings, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
         description="Fine-tune Stable Diffusion on text-image pairs, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
     check_settings(config)

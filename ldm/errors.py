@@ -33,7 +33,8 @@ class UserError(Exception):
 
 def plain(text: object, longest: int = LONGEST_QUOTE) -> str:
     """`text` on one line that a terminal shows as it is: control characters and invalid UTF-8 escaped, the middle cut
-    out where it is longer than `longest` characters."""
+    out where it is longer than `longest` characters.
+    """
     text = str(text)
     if len(text) > longest:
         tail = longest // 3

@@ -1,4 +1,4 @@
-"""text_to_image.py as a user runs it, on a very small random model: pictures, LoRA rules, mistakes that are named."""
+"""text_to_image.py as a user runs it, on a very small random model: images, LoRA rules, mistakes that are named."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.pipeline import apply_lora
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import LoRAState, lora_state
+from ldm.lora.state import LoRA, lora_state
 from ldm.models.stable_diffusion import build_model
-from ldm.settings.generate import GenerateConfig
+from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
-from ldm.settings.read import parse_config
+from ldm.settings.read import read_settings
 from ldm.weights.convert import convert
 from ldm.weights.read import write_checkpoint
 
@@ -66,12 +66,12 @@ def folder(tmp_path_factory):
     write_lora(folder / "both.ckpt", both)
     write_lora(folder / "unet_lora.ckpt", both.only("unet"))
     write_lora(folder / "text_lora.ckpt", both.only("text_encoder"))
-    write_lora(folder / "velocity_lora.ckpt", LoRAState(both.layers, {"prediction_type": "v_prediction"}))
-    write_lora(folder / "sd1_lora.ckpt", LoRAState(both.layers, {"architecture": "sd1"}))
+    write_lora(folder / "velocity_lora.ckpt", LoRA(both.layers, {"prediction_type": "v_prediction"}))
+    write_lora(folder / "sd1_lora.ckpt", LoRA(both.layers, {"architecture": "sd1"}))
     elsewhere = {name.replace("input_blocks.1.", "input_blocks.77."): both.layers[name] for name in both.layers}
-    write_lora(folder / "elsewhere_lora.ckpt", LoRAState(elsewhere))
+    write_lora(folder / "elsewhere_lora.ckpt", LoRA(elsewhere))
     wide = {name: replace(layer, down=np.ones((2, 5), np.float32)) for name, layer in both.only("unet").layers.items()}
-    write_lora(folder / "wide_lora.ckpt", LoRAState(wide))
+    write_lora(folder / "wide_lora.ckpt", LoRA(wide))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     (folder / "cut.ckpt").write_bytes((folder / "base.ckpt").read_bytes()[:100_000])
     (folder / "empty.txt").write_text("")
@@ -98,7 +98,7 @@ def published(folder, tmp_path_factory):
     return out
 
 
-def test_the_published_command_draws_its_pictures_in_graph_mode(published):
+def test_the_published_command_draws_its_images_in_graph_mode(published):
     assert ms.get_context("mode") == ms.GRAPH_MODE
     assert sorted(path.name for path in published.iterdir()) == [
         "final.init.npy",
@@ -142,17 +142,17 @@ def test_a_png_says_how_to_make_it_again(published, folder):
         "precision": "fp32",
         "prediction_type": "epsilon",
     }
-    assert str(folder) not in "".join(texts.values())  # a picture is passed on; the folders of its maker are not
+    assert str(folder) not in "".join(texts.values())  # an image is passed on; the folders of its maker are not
 
 
-def test_starting_and_final_latents_are_saved_in_the_order_of_the_pictures(published):
+def test_starting_and_final_latents_are_saved_in_the_order_of_the_images(published):
     start, final = np.load(published / "final.init.npy"), np.load(published / "final.npy")
     assert start.shape == final.shape == (4, 4, 8, 8) and start.dtype == final.dtype == np.float32
     assert np.isfinite(final).all() and np.abs(final - start).max() > 0.1
     assert start.std() == pytest.approx(1, abs=0.1) and len(np.unique(start[:, 0, 0, 0])) == 4
 
 
-# ---- one picture at a time, in pynative mode, which compiles nothing -------------------------------------------------
+# ---- one image at a time, in pynative mode, which compiles nothing -------------------------------------------------
 
 
 def run(folder, out, *flags, prompt="a red cat"):
@@ -195,7 +195,7 @@ def test_a_lora_of_scale_0_is_the_base_bit_for_bit(folder, base, tmp_path, flags
     np.testing.assert_array_equal(drawn(folder, tmp_path, "--lora_ckpt_path", *flags), base)
 
 
-def test_a_lora_changes_the_picture_and_halves_add_up(folder, base, tmp_path):
+def test_a_lora_changes_the_image_and_halves_add_up(folder, base, tmp_path):
     whole = drawn(folder, tmp_path, "--use_lora", "--lora_ckpt_path", "FILES/both.ckpt")
     assert np.abs(whole - base).max() > 1e-3
     halves = drawn(
@@ -220,7 +220,7 @@ def test_use_lora_false_leaves_it_out(folder, base, tmp_path):
     np.testing.assert_array_equal(off, base)
 
 
-def test_given_starting_latents_give_the_picture_again(folder, base, tmp_path):
+def test_given_starting_latents_give_the_image_again(folder, base, tmp_path):
     drawn(folder, tmp_path)
     start = tmp_path / "start.npy"
     (tmp_path / "latents.init.npy").rename(start)
@@ -257,7 +257,7 @@ def test_ddim_and_its_fresh_noise_are_there(folder, tmp_path):
     assert np.abs(plain - noisy).max() > 1e-3
 
 
-def test_a_second_run_keeps_the_pictures_of_the_first(folder, tmp_path, caplog):
+def test_a_second_run_keeps_the_images_of_the_first(folder, tmp_path, caplog):
     run(folder, tmp_path)
     first = (tmp_path / "samples" / "00000.png").read_bytes()
     run(folder, tmp_path, "--seed", "7")
@@ -448,5 +448,5 @@ def test_help_explains_every_setting(capsys):
     ],
 )
 def test_a_call_of_the_network_takes_as_many_images_as_memory_is_likely_to_hold(flags, side, size):
-    config = parse_config(GenerateConfig, ["--prompt", "x", *flags.split()])
+    config = read_settings(GenerateSettings, ["--prompt", "x", *flags.split()])
     assert text_to_image.batch_size(config, side, side) == size

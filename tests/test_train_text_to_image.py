@@ -27,8 +27,8 @@ from ldm.lora.state import lora_state
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.device import Runtime, setup_runtime
 from ldm.settings.model import load_model_config
-from ldm.settings.read import parse_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.read import read_settings
+from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import load_state, save_state
 from ldm.training.inputs import Inputs
 from ldm.training.own_files import find_states
@@ -55,23 +55,23 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Ten plain pictures, one of them small."""
+    """Ten plain images, one of them small."""
     folder = tmp_path_factory.mktemp("data")
     rows = ["dir,text"]
     for i in range(10):
         size = 8 if i == 9 else 24
         Image.new("RGB", (size, size + 4), (25 * i, 128, 255 - 25 * i)).save(folder / f"{i}.png")
-        rows.append(f"{i}.png,a picture of colour {i}")
+        rows.append(f"{i}.png,an image of colour {i}")
     (folder / "img_txt.csv").write_text("\n".join(rows) + "\n")
     return folder
 
 
-def settings(base, data, output, **others) -> TrainConfig:
+def settings(base, data, output, **others) -> TrainSettings:
     defaults = dict(
         model_config=str(MICRO), image_size=16, train_batch_size=2, step_mode=True, ckpt_save_interval=3,
         pretrained_model_path=str(base), data_path=str(data), output_path=str(output), device_target="CPU",
     )  # fmt: skip
-    return TrainConfig(**{**defaults, **others})
+    return TrainSettings(**{**defaults, **others})
 
 
 VANILLA = dict(
@@ -121,7 +121,9 @@ def test_a_run_leaves_its_log_metrics_arguments_and_checkpoints(vanilla):
 
 
 def test_the_arguments_of_a_run_are_a_recipe(vanilla):
-    config = parse_config(TrainConfig, ["--train_config", str(vanilla / "train_args.yaml")], yaml_flag="train_config")
+    config = read_settings(
+        TrainSettings, ["--train_config", str(vanilla / "train_args.yaml")], yaml_flag="train_config"
+    )
     assert config.betas == [0.9, 0.999] and config.use_ema
 
 
@@ -270,7 +272,7 @@ def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(base, data, empt
         "--image_size", "16", "--train_batch_size", "2", "--max_steps", "2", "--lora_ft_text_encoder", "True",
         "--lora_rank", "2", "--lora_alpha", "4", "--start_learning_rate", "1e-2", "--device_target", "CPU",
     ]  # fmt: skip
-    trainer = Trainer(parse_config(TrainConfig, argv, yaml_flag="train_config"))
+    trainer = Trainer(read_settings(TrainSettings, argv, yaml_flag="train_config"))
     path = trainer.run()
     assert path == output / "ckpt" / "lora.ckpt" and path.stat().st_size < 100_000
     lora = read_lora(path)
@@ -622,7 +624,7 @@ def test_a_unet_from_nothing_needs_no_unet_in_the_checkpoint(base, data, empty_r
 )
 def test_the_loss_scaler_is_the_one_asked_for(given, fp16, scale, dynamic):
     runtime = Runtime("CPU", ms.float16 if fp16 else ms.float32, 0, 1, 0)
-    config = TrainConfig(loss_scaler_type=given, init_loss_scale=512.0, scale_window=7, loss_scale_factor=3.0)
+    config = TrainSettings(loss_scaler_type=given, init_loss_scale=512.0, scale_window=7, loss_scale_factor=3.0)
     scaler = make_loss_scaler(config, runtime)
     assert (scaler.scale, scaler.dynamic, scaler.window, scaler.factor) == (scale, dynamic, 7, 3.0)
     saved = {**scaler.state(), "scale": 64.0, "updates": 9}

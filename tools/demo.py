@@ -3,7 +3,7 @@
     python tools/demo.py
 
 Runs the same scripts as a user would, printing each command, and leaves output/demo/grid.png: prompt, base, with LoRA,
-and the real picture, which no training has seen. It ends with a table of scores before and after. A demo that was
+and the real image, which no training has seen. It ends with a table of scores before and after. A demo that was
 interrupted goes on where it was.
 """
 
@@ -27,15 +27,15 @@ from ldm.runtime.script import progress, run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
-from ldm import children  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
+from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, whole_number  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
-from tools.nano.pictures import evenly  # noqa: E402
+from tools.nano.images import evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
 LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes (docs/nano.md)
@@ -50,20 +50,20 @@ def call(*command: str) -> None:
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
-    """A table of the embedded CLIP's scores, before and after: Fréchet distance to the real pictures, CLIP score."""
+    """A table of the embedded CLIP's scores, before and after: Fréchet distance to the real images, CLIP score."""
     # Here and not above: the demo's other work is done by scripts in processes of their own.
     from ldm.runtime.device import setup_runtime
 
     setup_runtime()
     from ldm.metrics.bootstrap import bootstrap_deviation
     from ldm.metrics.clip_score import clip_scores
-    from ldm.metrics.evaluate import encode_pictures
+    from ldm.metrics.evaluate import encode_images
     from ldm.metrics.frechet import frechet_of_features
     from ldm.metrics.networks import nano_clip
 
     clip = nano_clip()
     real, before, after = (
-        encode_pictures(paths, clip, len(rows)).features for paths in ([row.path for row in rows], base, lora)
+        encode_images(paths, clip, len(rows)).features for paths in ([row.path for row in rows], base, lora)
     )
     texts = clip.of_texts([row.text for row in rows])
 
@@ -73,7 +73,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     def score(made: np.ndarray, i: np.ndarray) -> float:
         return float(clip_scores(made[i], texts[i]).mean())
 
-    lines = [f"{'':34}{'base':>17}{'with LoRA':>17}{'difference':>18}{'real pictures':>17}"]
+    lines = [f"{'':34}{'base':>17}{'with LoRA':>17}{'difference':>18}{'real images':>17}"]
     everything = np.arange(len(rows))
     for name, measure in (("Fréchet distance to the real ones", distance), ("CLIP score", score)):
         # All of them draw the same prompts again, so the difference is one of pairs.
@@ -144,18 +144,18 @@ def demonstrate(output: Path, prompts: int) -> None:
         LORA_SCALE,
     )
 
-    pictures = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
-    columns = {"base": pictures[0], "with LoRA": pictures[1], "the real picture": [row.path for row in rows]}
+    images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
+    columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
     draw_grid([row.text for row in rows], columns, output / "grid.png")
     print(
-        f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real pictures "
+        f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
         f"({(time.time() - start) / 60:.1f} minutes)"
     )
     if len(rows) > 1:
         print(
             f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with deviations (bootstrap).\n"
-            "Such scores compare only with one another: near the real pictures' is what is wanted.\n\n"
-            + scores(rows, *pictures)
+            "Such scores compare only with one another: near the real images' is what is wanted.\n\n"
+            + scores(rows, *images)
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the same prompts beside each other: a line a prompt, a column a model."""
+"""Images of the same prompts beside each other: a line a prompt, a column a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE, GAP, TEXT_WIDTH = 128, 8, 300
 
 
 def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Write `path`: the prompts, and beside them under each title of `columns` the picture files, one a prompt."""
+    """Write `path`: the prompts, and beside them under each title of `columns` the image files, one a prompt."""
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
     height = 40 + len(prompts) * (SIZE + GAP)
     sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (SIZE + GAP) + GAP, height), "white")

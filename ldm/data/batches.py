@@ -34,7 +34,7 @@ class BatchOrder:
             devices = f" on each of {rank_size} devices" if rank_size > 1 else ""
             raise UserError(
                 f"the data set has {n_rows} usable rows, too few for one batch of {batch_size}{devices}: "
-                "lower train_batch_size or add pictures"
+                "lower train_batch_size or add images"
             )
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
         self.rank, self.rank_size = rank, rank_size

@@ -1,4 +1,4 @@
-"""Arrays that are worth computing once: the latents of pictures, the states of captions."""
+"""Arrays that are worth computing once: the latents of images, the states of captions."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def read_image_text_csv(
     text_column: str = "text",
     max_bad_fraction: float = 0.10,
 ) -> ImageTextRows:
-    """Read the rows of a data set, decoding every picture once so that training meets no broken one.
+    """Read the rows of a data set, decoding every image once so that training meets no broken one.
 
     The CSV is UTF-8 (a byte-order mark is fine), with a header; other columns are ignored. Image names are relative to
     `folder`; what they name may be a link to anywhere. Where no file has a name, the only one that differs from it in

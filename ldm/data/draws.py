@@ -14,7 +14,7 @@ def draws(seed: int, stream: str, step: int, rank: int = 0) -> np.random.Generat
     Args:
         seed: the run's seed.
         stream: what is drawn ("noise", "timesteps", "flip", ...); streams are independent of each other.
-        step: the global micro-step, or whatever else counts what was drawn (an epoch, a picture).
+        step: the global micro-step, or whatever else counts what was drawn (an epoch, an image).
         rank: the process, where each is to draw something else.
     """
     # A digest of the text rather than a list of integers, which SeedSequence would run together:
@@ -49,6 +49,6 @@ def step_draws(
 
 
 def augmentation_draws(seed: int, micro_step: int, count: int, rank: int = 0) -> list[np.random.Generator]:
-    """The generator of each of a micro-step's pictures, for its crop and flip."""
+    """The generator of each of a micro-step's images, for its crop and flip."""
     seeds = draws(seed, "augment", micro_step, rank).integers(0, 2**63, count)
-    return [np.random.default_rng(picture) for picture in seeds]
+    return [np.random.default_rng(image) for image in seeds]

@@ -245,7 +245,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """(top, strip) of an image cut into strips of full width: what is calculated a pixel at a time takes little memory
-    so."""
+    so.
+    """
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -12,10 +12,10 @@ from ldm.settings.model import ModelConfig
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are sampled.
+    """How images are sampled.
 
-    sampler: a name in ldm.diffusion.samplers.SAMPLERS. steps: network calls a picture. scale: guidance, 1 for none.
-    eta: DDIM's share of fresh noise. height, width: pixels, None for the model's own. batch_size: pictures a call of
+    sampler: a name in ldm.diffusion.samplers.SAMPLERS. steps: network calls an image. scale: guidance, 1 for none.
+    eta: DDIM's share of fresh noise. height, width: pixels, None for the model's own. batch_size: images a call of
     the network (twice as many rows with guidance); it changes nothing but speed and memory.
     """
 
@@ -30,18 +30,19 @@ class Sampling:
 
 def check_sampling(sampling: Sampling, config: ModelConfig) -> tuple[int, int, int]:
     """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model, and
-    for a picture (3 x H x W in fp32) that does not fit into this machine's memory."""
+    for an image (3 x H x W in fp32) that does not fit into this machine's memory.
+    """
     shape = latent_shape(config, sampling.height, sampling.width)
     # Linux promises memory that it does not have and ends the process that uses it: no exception would come.
-    picture = 3 * 4 * shape[1] * shape[2] * config.vae_factor**2
-    if picture > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    image = 3 * 4 * shape[1] * shape[2] * config.vae_factor**2
+    if image > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise out_of_memory(config, shape, sampling.batch_size)
     check_steps(sampling.steps, config.timesteps)
     return shape
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of pictures of height x width pixels, None for the model's own size.
+    """(C, h, w) of the latents of images of height x width pixels, None for the model's own size.
 
     Raises UserError for a size that the networks cannot halve as often as they must.
     """

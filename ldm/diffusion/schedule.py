@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the picture is left at each time step."""
+"""The noise schedule: how much of the image is left at each time step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class NoiseSchedule:
 
     @property
     def sqrt_alphas(self) -> np.ndarray:
-        """sqrt(abar_t), the weight of the picture: float32 (timesteps,)."""
+        """sqrt(abar_t), the weight of the image: float32 (timesteps,)."""
         return np.sqrt(self.alphas_cumprod).astype(np.float32)
 
     @property
@@ -52,5 +52,5 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """sqrt((1 - abar_t) / abar_t), noise per unit of picture: float64 (timesteps,)."""
+        """sqrt((1 - abar_t) / abar_t), noise per unit of image: float64 (timesteps,)."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)

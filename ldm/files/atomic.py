@@ -54,7 +54,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
     """Yield a new folder on the disk of `path`, beside it, for what is needed while `path` is made. It is removed at
-    the end. Missing parent folders are created."""
+    the end. Missing parent folders are created.
+    """
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_at_end(temporary_path(path.with_name(f"{path.stem}.parts"))) as temporary:
@@ -72,7 +73,8 @@ def _remove(path: Path) -> None:
 @contextmanager
 def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iterator[Path]:
     """Yield `path` and remove it at the end of the block, also where the process ends without unwinding. What `remove`
-    raises then as an OSError is passed over."""
+    raises then as an OSError is passed over.
+    """
     _temporaries[path] = remove
     try:
         yield path
@@ -91,7 +93,8 @@ def resolved(path: str | Path) -> Path:
 
 def temporary_path(path: Path) -> Path:
     """The hidden name beside `path` that it is written under; never longer than a name may be where that of `path` is
-    not."""
+    not.
+    """
     suffix = path.suffix if len(path.suffix) <= 16 else ""  # no writer's
     stem, ending = path.stem, f".{os.getpid()}.partial{suffix}"
     while len(os.fsencode(f".{stem}{ending}")) > LONGEST_NAME:

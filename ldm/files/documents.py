@@ -30,7 +30,8 @@ _NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 with what people mean by it: 1e-4 is a number (YAML 1.1 wants 1.0e-4); dates, 1:30 (90 there) and
-    010 (8 there) are texts; a key given twice is an error."""
+    010 (8 there) are texts; a key given twice is an error.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -148,7 +149,8 @@ def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 def parse_json(text: str, where: str) -> Any:
     """The content of a JSON text, which `where` names in errors. Raises UserError where it is none, or gives a key
-    twice."""
+    twice.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_twins, parse_int=_whole_number)
     except json.JSONDecodeError as error:
@@ -190,11 +192,12 @@ def _problem(error: Exception) -> str:
 
 def _check_entries(content: Any, where: str) -> None:
     """Raise UserError where aliases make of a small file a large or deep content (a message would print all of it), and
-    for texts that no file can hold."""
+    for texts that no file can hold.
+    """
     sizes: dict[int, tuple[int, int]] = {}
 
     def measure(value: Any) -> tuple[int, int]:
-        """(entries, depth)"""
+        """(entries, depth)."""
         if not isinstance(value, (dict, list, tuple, set, str, bytes)):
             return 1, 0
         if id(value) in sizes:

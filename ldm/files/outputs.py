@@ -236,7 +236,8 @@ def _lock(lock: Path, target: Path, name: str) -> int | None:
 
 def _opened(lock: Path) -> tuple[int, bool]:
     """(the handle of the lock file, whether it is another user's, who alone may write to it). No link is followed, as
-    it may lead to a file of worth. Raises OSError."""
+    it may lead to a file of worth. Raises OSError.
+    """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle, foreign = os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), False

@@ -13,5 +13,6 @@ def valid_text(text: str) -> str:
 
 def json_text(content: Any, indent: int | None = None) -> str:
     """`content` as JSON, its letters as they are. `json.loads` gives the names of any bytes back as they were: their
-    escapes are JSON's own."""
+    escapes are JSON's own.
+    """
     return valid_text(json.dumps(content, ensure_ascii=False, indent=indent))

@@ -27,14 +27,14 @@ from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
 from ldm.files.texts import json_text, valid_text
 
-# More pictures than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
+# More images than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
 GRID_IMAGES = 64
 
 
 class SampleWriter:
-    """Writes one run's pictures as they come.
+    """Writes one run's images as they come.
 
-    images_per_prompt: consecutive pictures that share a prompt. texts: what stands in every PNG's text fields besides
+    images_per_prompt: consecutive images that share a prompt. texts: what stands in every PNG's text fields besides
     its prompt, negative prompt and index; what is not a text is written as JSON. pngs, grid: whether to write them.
 
     Nothing is touched before the first `add`. Raises UserError where the disk refuses.
@@ -63,11 +63,11 @@ class SampleWriter:
         self._started = False
 
     def name(self, index: int) -> str:
-        """The file name of picture `index`, padded so that names sort as numbers do."""
+        """The file name of image `index`, padded so that names sort as numbers do."""
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write pictures (N, H, W, 3) uint8 whose places in the order of the prompts are `indices`."""
+        """Write images (N, H, W, 3) uint8 whose places in the order of the prompts are `indices`."""
         with writing(self.output_path):
             if not self._started:
                 self._start()
@@ -112,7 +112,8 @@ class SampleWriter:
 
 def keep_earlier(paths: Sequence[Path]) -> list[Path]:
     """Rename those of `paths` that exist to name.oldN, N the first number that none of them has used; return the new
-    names. Empty folders stay."""
+    names. Empty folders stay.
+    """
     present = [path for path in paths if path.exists() and not (path.is_dir() and not any(path.iterdir()))]
     if not present:
         return []
@@ -136,7 +137,7 @@ def write_png(path: Path, image: np.ndarray, texts: Mapping[str, Any]) -> None:
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures of one size (H, W, 3) uint8 in rows of `columns`, white between them and where the last row ends."""
+    """Images of one size (H, W, 3) uint8 in rows of `columns`, white between them and where the last row ends."""
     height, width, _ = images[0].shape
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)

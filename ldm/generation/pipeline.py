@@ -1,4 +1,4 @@
-"""Text to images, for every caller: prompts -> text states -> sampler -> latents -> autoencoder -> pictures."""
+"""Text to images, for every caller: prompts -> text states -> sampler -> latents -> autoencoder -> images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRAState, Weights, check_compatible, match_shapes, merge_lora, refusal
+from ldm.lora.state import LoRA, Strength, check_compatible, match_shapes, merge_lora, refusal
 from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
@@ -35,14 +35,14 @@ from ldm.weights.names import COMPONENTS
 
 logger = logging.getLogger(__name__)
 
-# Pictures are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
+# Images are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
 # fp32 for this many.
 DECODE_PIXELS = 512 * 512
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One batch of pictures: their indices (N,), starting and final latents (N, C, h, w), images (N, H, W, 3) uint8."""
+    """One batch of images: their indices (N,), starting and final latents (N, C, h, w), images (N, H, W, 3) uint8."""
 
     indices: np.ndarray
     starting_latents: np.ndarray
@@ -51,7 +51,7 @@ class Generated:
 
 
 class Pipeline:
-    """A model that draws pictures for prompts. Each network is compiled once for each shape and batch size it meets.
+    """A model that draws images for prompts. Each network is compiled once for each shape and batch size it meets.
 
     The weights are read at every call, so a network that trains in between is sampled as it is then. The compute type
     of the networks is whatever they were set to; the autoencoder is meant to stay in fp32.
@@ -66,7 +66,7 @@ class Pipeline:
         self.decoder = VAEDecode(model.first_stage_model)
 
     def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
-        """Noise (N, *shape) float32: that of picture i depends on the seed and i alone, whatever is drawn with it."""
+        """Noise (N, *shape) float32: that of image i depends on the seed and i alone, whatever is drawn with it."""
         return np.stack([draws(seed, "starting latents", i).standard_normal(shape, np.float32) for i in indices])
 
     def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
@@ -108,9 +108,9 @@ class Pipeline:
         return final
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Pictures (N, H, W, 3) uint8 of scaled latents (N, C, h, w).
+        """Images (N, H, W, 3) uint8 of scaled latents (N, C, h, w).
 
-        batch_size: pictures a call at most, None for all; fewer where they are large. A last call with fewer is filled
+        batch_size: images a call at most, None for all; fewer where they are large. A last call with fewer is filled
         up.
         """
         pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
@@ -128,7 +128,7 @@ class Pipeline:
         starting_latents: np.ndarray | None = None,
         progress: bool = True,
     ) -> Iterator[Generated]:
-        """Draw one picture for each prompt, batch after batch, in order; picture i comes from (seed, i).
+        """Draw one image for each prompt, batch after batch, in order; image i comes from (seed, i).
 
         negative_prompts: one for each prompt, None for empty ones; not used at scale 1.
         starting_latents: (N, C, h, w), None to draw them from the seed.
@@ -162,7 +162,7 @@ class Pipeline:
                 bar.update()
 
             for indices, batch_texts in zip(batches, texts):
-                # The last batch is filled up with its last picture, or its size would be compiled as well.
+                # The last batch is filled up with its last image, or its size would be compiled as well.
                 padded = np.append(indices, np.full(batch_size - len(indices), indices[-1], indices.dtype))
                 with _memory_is_named(self.config, shape, batch_size):
                     if starting_latents is None:
@@ -178,7 +178,7 @@ class Pipeline:
                         negative_context,
                         start,
                         sampling,
-                        draw_noise=_noise_of_pictures(seed, padded.tolist(), shape),
+                        draw_noise=_noise_of_images(seed, padded.tolist(), shape),
                         callback=advance,
                     )
                     images = self.decode(final, batch_size)
@@ -224,14 +224,14 @@ def apply_lora(
     model: StableDiffusion,
     config: ModelConfig,
     path: str | Path,
-    weight: float | Weights = 1.0,
+    weight: float | Strength = 1.0,
     unet: bool | None = None,
     text_encoder: bool | None = None,
-) -> LoRAState:
+) -> LoRA:
     """Merge a LoRA of any known format into the weights and return what was merged; weight 0 leaves them as they are,
     bit for bit.
 
-    weight: of the whole, or Weights with one for each network.
+    weight: of the whole, or Strength with one for each network.
     unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
 
     Raises UserError as choose_lora.
@@ -241,15 +241,15 @@ def apply_lora(
     return chosen
 
 
-def apply_chosen(model: StableDiffusion, chosen: LoRAState, path: str | Path, weight: float | Weights = 1.0) -> None:
+def apply_chosen(model: StableDiffusion, chosen: LoRA, path: str | Path, weight: float | Strength = 1.0) -> None:
     """Merge what choose_lora found at `path`."""
     match = merge_lora(model, chosen, weight, str(path))
-    logger.info("%s: %s; weight %s", path, match, Weights.both(weight))
+    logger.info("%s: %s; weight %s", path, match, Strength.both(weight))
 
 
 def choose_lora(
     config: ModelConfig, path: str | Path, unet: bool | None = None, text_encoder: bool | None = None
-) -> LoRAState:
+) -> LoRA:
     """What of a LoRA file is applied to a model; see apply_lora.
 
     Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
@@ -271,7 +271,7 @@ def choose_lora(
             layers.update(part)
     if not layers:
         raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
-    chosen = LoRAState(layers, state.metadata)
+    chosen = LoRA(layers, state.metadata)
     match = match_shapes(Base(config).shapes, chosen)
     if not match.ok:
         raise UserError(refusal(match, str(path)))
@@ -294,8 +294,8 @@ def _memory_is_named(config: ModelConfig, shape: tuple[int, int, int], batch_siz
         raise out_of_memory(config, shape, batch_size) from error
 
 
-def _noise_of_pictures(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
-    """DDIM's fresh noise, from a generator for each picture, so that the batch size does not matter."""
+def _noise_of_images(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
+    """DDIM's fresh noise, from a generator for each image, so that the batch size does not matter."""
     generators = [draws(seed, "ddim noise", i) for i in indices]
     return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
 

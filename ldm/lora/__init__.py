@@ -13,10 +13,10 @@ from ldm.lora.algebra import decompose, difference, resize, weighted_sum
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import inject_lora, remove_lora
 from ldm.lora.spec import LayerSpec, LoRASpec
-from ldm.lora.state import LoRALayer, LoRAState, Weights, lora_state, match_lora, merge_lora, unmerge_lora
+from ldm.lora.state import LoRA, LoRALayer, Strength, lora_state, match_lora, merge_lora, unmerge_lora
 
 __all__ = [
-    "LayerSpec", "LoRALayer", "LoRASpec", "LoRAState", "Weights", "decompose", "difference", "inject_lora",
+    "LayerSpec", "LoRALayer", "LoRASpec", "LoRA", "Strength", "decompose", "difference", "inject_lora",
     "lora_state", "match_lora", "merge_lora", "read_lora", "remove_lora", "resize", "unmerge_lora", "weighted_sum",
     "write_lora",
 ]  # fmt: skip

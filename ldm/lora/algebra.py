@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.lora.state import LoRALayer, LoRAState, Weights
+from ldm.lora.state import LoRA, LoRALayer, Strength
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 
 
@@ -49,7 +49,7 @@ class Truncation:
         return text + (f", most in {worst}: {self.error(worst):.2g}" if self.error(worst) else "")
 
 
-def weighted_sum(states: Sequence[tuple[LoRAState, Weights | float]]) -> LoRAState:
+def weighted_sum(states: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     """The sum of weight * update of any number of LoRAs of any ranks, exact within fp32's rounding of the factors.
 
     A layer that several have gets the sum of their ranks; one that a single LoRA has keeps its factors. What has weight
@@ -59,7 +59,7 @@ def weighted_sum(states: Sequence[tuple[LoRAState, Weights | float]]) -> LoRASta
     """
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for state, weights in states:
-        weights = Weights.both(weights)
+        weights = Strength.both(weights)
         weights.check("a LoRA")
         for name, layer in state.layers.items():
             if weights.of(name):
@@ -67,11 +67,11 @@ def weighted_sum(states: Sequence[tuple[LoRAState, Weights | float]]) -> LoRASta
     metadata = _common_metadata([state for state, _ in states])
     if not parts:
         raise UserError("nothing is left of the LoRAs: every weight is 0, or they hold no layers")
-    return LoRAState({name: _joined(name, layers) for name, layers in parts.items()}, metadata)
+    return LoRA({name: _joined(name, layers) for name, layers in parts.items()}, metadata)
 
 
-def mix_factors(first: LoRAState, second: LoRAState, weight1: float, weight2: float) -> LoRAState:
-    """cloneofsimo's `lpl`: the factors themselves are mixed, dW = (w1 up1 + w2 up2)(w1 down1 + w2 down2), where its
+def mix_factors(first: LoRA, second: LoRA, weight1: float, weight2: float) -> LoRA:
+    """Cloneofsimo's `lpl`: the factors themselves are mixed, dW = (w1 up1 + w2 up2)(w1 down1 + w2 down2), where its
     files' factors are up * alpha / rank and down.
 
     That is not the sum of the updates: their shares are w1^2 and w2^2, and there are cross terms. weighted_sum is.
@@ -97,10 +97,10 @@ def mix_factors(first: LoRAState, second: LoRAState, weight1: float, weight2: fl
         up = weight1 * one.alpha / one.rank * one.up + weight2 * two.alpha / two.rank * two.up.reshape(one.up.shape)
         down = weight1 * one.down + weight2 * two.down.reshape(one.down.shape)
         layers[name] = LoRALayer(up=up.astype(np.float32), down=down.astype(np.float32), alpha=float(one.rank))
-    return LoRAState(layers, metadata)
+    return LoRA(layers, metadata)
 
 
-def resize(state: LoRAState, rank: int | None = None, energy: float | None = None) -> tuple[LoRAState, Truncation]:
+def resize(state: LoRA, rank: int | None = None, energy: float | None = None) -> tuple[LoRA, Truncation]:
     """The best LoRA of a lower rank.
 
     Args:
@@ -122,12 +122,12 @@ def resize(state: LoRAState, rank: int | None = None, energy: float | None = Non
             continue
         layers[name], squares, lost = _cut(_svd_of_factors(layer), rank, energy, layer.down.shape[1:])
         report.layers[name] = (layer.rank, layers[name].rank, squares, lost)
-    return LoRAState(layers, dict(state.metadata)), report
+    return LoRA(layers, dict(state.metadata)), report
 
 
 def decompose(
     updates: Iterable[tuple[str, np.ndarray]], rank: int | None = None, energy: float | None = None
-) -> tuple[LoRAState, Truncation]:
+) -> tuple[LoRA, Truncation]:
     """A LoRA of updates of whole weights: (layer, dW (out, in) or (out, in, k, k)), by the SVD of each.
 
     rank, energy: as for `resize`. Exact, within fp32's rounding, for an update whose rank is no more. A layer without
@@ -142,13 +142,13 @@ def decompose(
             continue
         layers[name], full, squares, lost = _cut_whole(update, rank, energy)
         report.layers[name] = (full, layers[name].rank, squares, lost)
-    return LoRAState(layers), report
+    return LoRA(layers), report
 
 
-def difference(first: LoRAState, second: LoRAState) -> float:
+def difference(first: LoRA, second: LoRA) -> float:
     """|update of first - of second| / |of second| in the Frobenius norm over all layers; inf where second is zero."""
 
-    def squares(state: LoRAState) -> float:
+    def squares(state: LoRA) -> float:
         return sum(float(np.sum(_svd_of_factors(layer)[1] ** 2)) for layer in state.layers.values())
 
     off, norm = squares(weighted_sum([(first, 1.0), (second, -1.0)])), squares(second)
@@ -177,7 +177,7 @@ def _check_shapes(name: str, one: LoRALayer, two: LoRALayer) -> None:
         raise UserError(f"the LoRAs are of different models: {name} is {shapes[0]} in one and {shapes[1]} in another")
 
 
-def _common_metadata(states: Sequence[LoRAState]) -> dict[str, str]:
+def _common_metadata(states: Sequence[LoRA]) -> dict[str, str]:
     metadata: dict[str, str] = {}
     for state in states:
         for key, text in state.metadata.items():
@@ -189,7 +189,7 @@ def _common_metadata(states: Sequence[LoRAState]) -> dict[str, str]:
 
 
 def _matrices(layer: LoRALayer) -> tuple[np.ndarray, np.ndarray]:
-    """up (out, rank) and down (rank, in or in * k * k)."""
+    """Up (out, rank) and down (rank, in or in * k * k)."""
     return layer.up.reshape(layer.up.shape[0], layer.rank), layer.down.reshape(layer.rank, -1)
 
 
@@ -216,7 +216,8 @@ def _cut(
 
 def _cut_whole(update: np.ndarray, rank: int | None, energy: float | None) -> tuple[LoRALayer, int, float, float]:
     """(layer of the first singular values, how many there are, squared norm of all, of the rest) of a weight's update,
-    (out, in) or (out, in, k, k)."""
+    (out, in) or (out, in, k, k).
+    """
     matrix = update.reshape(update.shape[0], -1).astype(np.float64)
     wide = matrix.shape[0] <= matrix.shape[1]
     squares, vectors = np.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)  # ascending

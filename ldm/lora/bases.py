@@ -25,7 +25,7 @@ from ldm.files.paths import check_free, writing
 from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
 from ldm.lora.spec import TARGETS, fits
-from ldm.lora.state import LoRALayer, LoRAState, match_shapes, refusal
+from ldm.lora.state import LoRA, LoRALayer, match_shapes, refusal
 from ldm.settings.model import model_metadata
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.base import open_base, plan_base
@@ -74,7 +74,7 @@ class Merged(View):
     hold the sum (fp16).
     """
 
-    def __init__(self, base: Arrays, plan: Plan, state: LoRAState, scale: float = 1.0):
+    def __init__(self, base: Arrays, plan: Plan, state: LoRA, scale: float = 1.0):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, plan, state)
         self._scale = scale
@@ -104,9 +104,10 @@ class Merged(View):
 
 class Embedded(View):
     """A base's arrays, and after them a LoRA's factors as `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and
-    `<layer>.alpha`, in fp32. Raises UserError where the LoRA does not fit the base."""
+    `<layer>.alpha`, in fp32. Raises UserError where the LoRA does not fit the base.
+    """
 
-    def __init__(self, base: Arrays, plan: Plan, state: LoRAState):
+    def __init__(self, base: Arrays, plan: Plan, state: LoRA):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, plan, state)
         self._factors: dict[str, np.ndarray] = {}
@@ -134,7 +135,7 @@ class Embedded(View):
         return len(self._names) + len(self._factors)
 
 
-def split_embedded(checkpoint: Arrays) -> tuple[Arrays, LoRAState | None]:
+def split_embedded(checkpoint: Arrays) -> tuple[Arrays, LoRA | None]:
     """(the base's arrays, the LoRA that lies beside them); None where there is none.
 
     Understood are what Embedded gives, mindone's network with LoRA in it, and lora_wrapper's embedded checkpoints but
@@ -156,7 +157,7 @@ def split_embedded(checkpoint: Arrays) -> tuple[Arrays, LoRAState | None]:
     if kinds["lora_down"] or kinds["lora_up"]:
         names = [name for name in checkpoint if name in parts or name in settings]
         return View(checkpoint, base), mindone.read(View(checkpoint, {name: name for name in names}))
-    return View(checkpoint, base), LoRAState(
+    return View(checkpoint, base), LoRA(
         {module: _wrapper_layer(checkpoint, module) for module in sorted(modules)}, model_metadata(checkpoint.metadata)
     )
 
@@ -177,7 +178,7 @@ def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
     return replace(layer, alpha=pairs.read_number(checkpoint, module, f"{module}.lora_scale") * layer.rank)
 
 
-def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:
+def _check_fits(base: Arrays, plan: Plan, state: LoRA) -> None:
     shapes = {name: taken_shape(base.shape(source.name), source) for name, source in plan.sources.items()}
     match = match_shapes(shapes, state)
     if not match.ok:
@@ -191,7 +192,8 @@ def _check_fits(base: Arrays, plan: Plan, state: LoRAState) -> None:
 def write_base(path: Path, arrays: Arrays, base: Arrays) -> None:
     """Write `arrays`, which have the names of `base`, in the form of `base`: a single file by the suffix of `path`, or
     a diffusers folder with everything else that `base` has in it; and the model YAML where one lies beside `base`.
-    Raises UserError where that cannot be."""
+    Raises UserError where that cannot be.
+    """
     if isinstance(base, DiffusersFolder):
         _write_folder(path, arrays, base)
     else:
@@ -220,7 +222,8 @@ def _weights_of(base: DiffusersFolder):
 
 def write_published(path: Path, arrays: Arrays, base: Arrays) -> None:
     """Write `arrays`, which have the names of `base`, as a single file in fp16: .safetensors in the published names,
-    .ckpt in mindone's. Raises UserError as ldm.weights.convert.convert."""
+    .ckpt in mindone's. Raises UserError as ldm.weights.convert.convert.
+    """
     with temporary_folder(path) as folder:
         merged = folder / ("merged" if isinstance(base, DiffusersFolder) else "merged.safetensors")
         write_base(merged, arrays, base)
@@ -242,9 +245,10 @@ def as_single_file(path: Path, target: Path) -> Iterator[Checkpoint]:
 @dataclass
 class Extraction:
     """A LoRA between two checkpoints. left_out: component -> (arrays that differ and can or shall hold no LoRA, their
-    squared distance); truncation: see ldm.lora.algebra."""
+    squared distance); truncation: see ldm.lora.algebra.
+    """
 
-    state: LoRAState
+    state: LoRA
     truncation: Truncation
     left_out: dict[str, tuple[int, float]] = field(default_factory=dict)
 

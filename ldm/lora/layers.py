@@ -31,7 +31,7 @@ class StepDropout(nn.Cell):
 
     Which ones is a function of `key`, the layer's name and the place in x alone: no generator's state runs along, so
     a resumed run drops what an uninterrupted one would. Two numbers a row and two a column are hashed from `key`, and
-    each value of x hashes its row's with its column's: x as (rows, its last axis), or (N * C, H * W) of pictures.
+    each value of x hashes its row's with its column's: x as (rows, its last axis), or (N * C, H * W) of images.
 
     key: a parameter of shape (2,) int32, see `make_dropout_key`; nothing is dropped while it is zero. (`training` alone
     would not do: MindSpore goes on with the graph that it made of this cell before set_train.)
@@ -181,7 +181,8 @@ class LoRAConv(Conv2d):
 
 class LoRAHardConv(Conv2d):
     """A 1x1 convolution by W + scale * (alpha / rank) * up down, "hard" in lora_wrapper: one convolution, where
-    LoRAConv has three. down is (rank, in_channels), up (out_channels, rank); the sum is formed in fp32."""
+    LoRAConv has three. down is (rank, in_channels), up (out_channels, rank); the sum is formed in fp32.
+    """
 
     def __init__(
         self,
@@ -213,7 +214,8 @@ LORA_CELLS = (LoRADense, LoRAConv, LoRAHardConv)
 
 def make_dropout_key() -> Parameter:
     """The key that all of a network's StepDropouts share: whoever trains sets it for each step, by set_data, and back
-    to zero."""
+    to zero.
+    """
     return Parameter(Tensor(np.zeros(2, np.int32)), name="lora_dropout.key", requires_grad=False)
 
 

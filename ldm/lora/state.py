@@ -43,7 +43,7 @@ class LoRALayer:
         return self.down.shape[0]
 
     def update(self, scale: float = 1.0) -> np.ndarray:
-        """dW = scale * (alpha / rank) * up @ down, fp32, (out, in) or (out, in, k, k)."""
+        """DW = scale * (alpha / rank) * up @ down, fp32, (out, in) or (out, in, k, k)."""
         product = self.up.reshape(self.up.shape[0], self.rank).astype(np.float32) @ self.down.reshape(
             self.rank, -1
         ).astype(np.float32)
@@ -69,7 +69,7 @@ def update_shape(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass
-class LoRAState:
+class LoRA:
     """Canonical layer name -> LoRALayer, and what is known about the base it was made for.
 
     metadata (texts): "architecture" and "prediction_type" as in ModelConfig; absent where a file does not say.
@@ -78,11 +78,11 @@ class LoRAState:
     layers: dict[str, LoRALayer]
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def only(self, component: str) -> LoRAState:
+    def only(self, component: str) -> LoRA:
         """The part for "unet" or "text_encoder"; it may be empty."""
         prefix = COMPONENTS[component]
         layers = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
-        return LoRAState(layers, dict(self.metadata))
+        return LoRA(layers, dict(self.metadata))
 
     def has(self, component: str) -> bool:
         return any(name.startswith(COMPONENTS[component]) for name in self.layers)
@@ -102,16 +102,16 @@ class LoRAState:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Strength:
     """How much of a LoRA is taken, of its UNet and of its text encoder; any finite numbers."""
 
     unet: float = 1.0
     text_encoder: float = 1.0
 
     @classmethod
-    def both(cls, weight: float | Weights) -> Weights:
+    def both(cls, weight: float | Strength) -> Strength:
         """One number for both networks, or what is two already."""
-        return weight if isinstance(weight, Weights) else cls(weight, weight)
+        return weight if isinstance(weight, Strength) else cls(weight, weight)
 
     def of(self, layer: str) -> float:
         return self.text_encoder if component_of(layer) == "text_encoder" else self.unet
@@ -122,8 +122,8 @@ class Weights:
             if not math.isfinite(weight):
                 raise UserError(f"the scale of {path} is {weight}: it must be a finite number")
 
-    def __neg__(self) -> Weights:
-        return Weights(-self.unet, -self.text_encoder)
+    def __neg__(self) -> Strength:
+        return Strength(-self.unet, -self.text_encoder)
 
     def __str__(self) -> str:
         both = f"{self.unet:g}"
@@ -160,9 +160,7 @@ def base_metadata(config: ModelConfig) -> dict[str, str]:
     return {"architecture": config.architecture, "prediction_type": config.prediction_type}
 
 
-def lora_state(
-    net: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[str, np.ndarray] | None = None
-) -> LoRAState:
+def lora_state(net: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> LoRA:
     """The LoRA that is injected in `net`, copied out; the scale of its cells, trained or not, becomes part of alpha.
 
     Factors are (rank, in) and (out, rank) of dense layers, (rank, in, k, k) and (out, rank, 1, 1) of convolutions.
@@ -187,10 +185,10 @@ def lora_state(
             layers[cell.name] = LoRALayer(down, up, cell.alpha * scale)
     if not layers:
         raise UserError("the network holds no LoRA layers: inject_lora comes first")
-    return LoRAState(layers, base_metadata(config) if config else {})
+    return LoRA(layers, base_metadata(config) if config else {})
 
 
-def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> None:
+def start_from_lora(net: nn.Cell, state: LoRA, path: str = "the LoRA") -> None:
     """Give the low-rank cells in `net` the factors of `state`, so that training goes on from there.
 
     The cells keep their own alpha and scale: where those of `state` are others, `up` is scaled, and the update of every
@@ -235,12 +233,12 @@ def start_from_lora(net: nn.Cell, state: LoRAState, path: str = "the LoRA") -> N
         parameter.set_data(Tensor(np.ascontiguousarray(array)))
 
 
-def match_lora(net: nn.Cell, state: LoRAState) -> LoRAMatch:
+def match_lora(net: nn.Cell, state: LoRA) -> LoRAMatch:
     """Compare the layers of `state` with the parameters of `net`, by name and shape; nothing is changed."""
     return match_shapes({p.name: tuple(p.shape) for p in net.get_parameters()}, state)
 
 
-def match_shapes(shapes: Mapping[str, tuple[int, ...]], state: LoRAState) -> LoRAMatch:
+def match_shapes(shapes: Mapping[str, tuple[int, ...]], state: LoRA) -> LoRAMatch:
     """match_lora for a network given as parameter name -> shape."""
     match = LoRAMatch()
     for name, layer in state.layers.items():
@@ -256,7 +254,7 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], state: LoRAState) -> LoR
     return match
 
 
-def check_compatible(state: LoRAState, config: ModelConfig, path: str = "the LoRA") -> None:
+def check_compatible(state: LoRA, config: ModelConfig, path: str = "the LoRA") -> None:
     """Raise UserError if `state` says that it was made for another architecture or prediction type than the model's.
 
     A state that says nothing passes; its shapes are judged by merge_lora.
@@ -273,7 +271,7 @@ def check_compatible(state: LoRAState, config: ModelConfig, path: str = "the LoR
             )
 
 
-def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, path: str = "the LoRA") -> LoRAMatch:
+def merge_lora(net: nn.Cell, state: LoRA, scale: float | Strength = 1.0, path: str = "the LoRA") -> LoRAMatch:
     """Add scale * (alpha / rank) * up @ down to the weights of `net`, each layer of `state` to its own.
 
     The sum is formed in fp32 and cast to the weight's type. scale 0 leaves every weight as it is, bit for bit; a
@@ -281,14 +279,14 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
 
     Args:
         net: a StableDiffusion or a part of one, with canonical parameter names; injected cells may be in it.
-        scale: one number, or Weights with one for each network.
+        scale: one number, or Strength with one for each network.
         path: what to call the LoRA in an error.
 
     Raises:
         UserError: no layer, or not every layer, has a place of its shape in `net`, with the counts; or a weight's type
             does not hold the sum. `net` is unchanged.
     """
-    scales = Weights.both(scale)
+    scales = Strength.both(scale)
     scales.check(path)
     match = match_lora(net, state)
     if not match.ok:
@@ -316,9 +314,9 @@ def merge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0, pat
     return match
 
 
-def unmerge_lora(net: nn.Cell, state: LoRAState, scale: float | Weights = 1.0) -> LoRAMatch:
+def unmerge_lora(net: nn.Cell, state: LoRA, scale: float | Strength = 1.0) -> LoRAMatch:
     """Take out what merge_lora(net, state, scale) put in, within rounding of the weights' type."""
-    return merge_lora(net, state, -Weights.both(scale))
+    return merge_lora(net, state, -Strength.both(scale))
 
 
 def refusal(match: LoRAMatch, path: str) -> str:

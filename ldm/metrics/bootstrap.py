@@ -1,4 +1,4 @@
-"""How far a score moves when the pictures are drawn again (Efron 1979)."""
+"""How far a score moves when the images are drawn again (Efron 1979)."""
 
 from __future__ import annotations
 

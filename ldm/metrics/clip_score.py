@@ -10,9 +10,9 @@ from ldm.errors import UserError
 
 
 def clip_scores(features: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N,) scores of N pairs of feature vectors (N, D): of a picture and its text, or of two pictures.
+    """(N,) scores of N pairs of feature vectors (N, D): of an image and its text, or of two images.
 
-    The mean is taken over what is clamped, picture by picture; torchmetrics clamps the mean.
+    The mean is taken over what is clamped, image by image; torchmetrics clamps the mean.
     """
     return 100.0 * np.maximum((_unit(features) * _unit(others)).sum(axis=1), 0.0)
 
@@ -23,15 +23,15 @@ def mean_of_all_pairs(features: np.ndarray, others: np.ndarray) -> float:
 
 
 def paired_prompts(prompts: Sequence[str], images: int) -> list[str]:
-    """The prompt of each picture: k pictures a prompt, in order, all of the first prompt first.
+    """The prompt of each image: k images a prompt, in order, all of the first prompt first.
 
-    Raises UserError where the pictures do not divide by the prompts.
+    Raises UserError where the images do not divide by the prompts.
     """
     if not prompts:
         raise UserError("no prompts are given")
     if images % len(prompts):
         raise UserError(
-            f"{images} pictures and {len(prompts)} prompts: there must be as many pictures for each prompt, in order "
+            f"{images} images and {len(prompts)} prompts: there must be as many images for each prompt, in order "
             "(a blank line counts as a prompt)"
         )
     return [prompt for prompt in prompts for _ in range(images // len(prompts))]

@@ -1,4 +1,4 @@
-"""Scores of sets of pictures, from files to numbers: what the evaluation scripts, the demo and comparisons call."""
+"""Scores of sets of images, from files to numbers: what the evaluation scripts, the demo and comparisons call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm.metrics.networks import ClipNetwork, ImageNetwork
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """One set of pictures for distances: mean (D,), covariance (D, D), count; `sample` holds features for the KID.
+class ImageSet:
+    """One set of images for distances: mean (D,), covariance (D, D), count; `sample` holds features for the KID.
 
     count is None for foreign statistics, sample for all saved ones. broken: (path, fault) of what was left out.
     """
@@ -41,17 +41,17 @@ class Distances:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Unit vectors (N, D) of the pictures at `places` of their list; (path, fault) of what was left out."""
+    """Unit vectors (N, D) of the images at `places` of their list; (path, fault) of what was left out."""
 
     places: np.ndarray
     features: np.ndarray
     broken: Sequence[tuple[Path, str]]
 
 
-def measure_pictures(
-    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "pictures", save_to: Path | None = None
-) -> PictureSet:
-    """Stream pictures through the network into their statistics; save those to an .npz where `save_to` is given.
+def measure_images(
+    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images", save_to: Path | None = None
+) -> ImageSet:
+    """Stream images through the network into their statistics; save those to an .npz where `save_to` is given.
 
     Raises UserError unless two or more can be read.
     """
@@ -64,10 +64,10 @@ def measure_pictures(
         raise UserError(f"{paths[0].parent}: only one of the {label} can be read: a Fréchet distance wants two or more")
     if save_to is not None:
         write_statistics(save_to, statistics, network.identity)
-    return PictureSet(statistics.mean, statistics.covariance, statistics.count, sample, batches.broken)
+    return ImageSet(statistics.mean, statistics.covariance, statistics.count, sample, batches.broken)
 
 
-def saved_pictures(path: str | Path, network: ImageNetwork) -> PictureSet:
+def saved_images(path: str | Path, network: ImageNetwork) -> ImageSet:
     """Statistics from an .npz. Raises UserError where they are known to come from another network."""
     saved = read_statistics(path)
     if len(saved.mean) != network.dimensions:
@@ -77,25 +77,26 @@ def saved_pictures(path: str | Path, network: ImageNetwork) -> PictureSet:
         )
     if saved.network is not None and saved.network != network.identity:
         raise UserError(f"{path} was made with {saved.network}, not {network.identity}: make it anew with --save_stats")
-    return PictureSet(saved.mean, saved.covariance, saved.count, None)
+    return ImageSet(saved.mean, saved.covariance, saved.count, None)
 
 
-def distances(real: PictureSet, generated: PictureSet) -> Distances:
-    """FID, and KID where both sets are pictures, four or more."""
+def distances(real: ImageSet, generated: ImageSet) -> Distances:
+    """FID, and KID where both sets are images, four or more."""
     fid = frechet_distance(real.mean, real.covariance, generated.mean, generated.covariance)
     if real.sample is None or generated.sample is None or min(real.count, generated.count) < 4:
         return Distances(fid, None, None)
     return Distances(fid, *kernel_distance(real.sample.features, generated.sample.features))
 
 
-def encode_pictures(paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "pictures") -> Encoded:
-    """The features of pictures, in order: 2 to 8 kB a picture. Raises UserError where none can be read."""
+def encode_images(paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images") -> Encoded:
+    """The features of images, in order: 2 to 8 kB an image. Raises UserError where none can be read."""
     batches = ImageBatches(paths, network.prepare, batch_size, label)
     places, features = zip(*network.features(batches))
     return Encoded(np.concatenate(places), np.concatenate(features), batches.broken)
 
 
-def prompt_scores(pictures: Encoded, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:
-    """(N,) CLIP scores of pictures with one prompt each (of the list the pictures come from), in order; the prompt of a
-    broken picture is left out with it."""
-    return clip_scores(pictures.features, network.of_texts([prompts[place] for place in pictures.places], batch_size))
+def prompt_scores(images: Encoded, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:
+    """(N,) CLIP scores of images with one prompt each (of the list the images come from), in order; the prompt of a
+    broken image is left out with it.
+    """
+    return clip_scores(images.features, network.of_texts([prompts[place] for place in images.places], batch_size))

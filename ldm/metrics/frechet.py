@@ -1,10 +1,10 @@
-"""The Fréchet distance between the features of two sets of pictures (Heusel et al. 2017): the FID, with Inception's.
+"""The Fréchet distance between the features of two sets of images (Heusel et al. 2017): the FID, with Inception's.
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 
 The last trace is the sum of the singular values of F1 F2^T for any factors with Fi^T Fi = Si. They come from the
 symmetric matrices' eigenvalues, or from the features themselves: nothing becomes complex, and a covariance that is
-singular, as with fewer pictures than features, needs no number added to its diagonal.
+singular, as with fewer images than features, needs no number added to its diagonal.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Raises UserError for fewer than two pictures, which have none."""
+        """Raises UserError for fewer than two images, which have none."""
         if self.count < 2:
-            raise UserError("a Fréchet distance wants two pictures or more in each set: one has no covariance")
+            raise UserError("a Fréchet distance wants two images or more in each set: one has no covariance")
         self._join()
         return self._scatter / (self.count - 1)
 
@@ -86,7 +86,7 @@ def frechet_of_features(features1: np.ndarray, features2: np.ndarray) -> float:
     for features in (features1, features2):
         features = np.asarray(features, np.float64)
         if len(features) < 2:
-            raise UserError("a Fréchet distance wants two pictures or more in each set: one has no covariance")
+            raise UserError("a Fréchet distance wants two images or more in each set: one has no covariance")
         means.append(features.mean(axis=0))
         roots.append(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r"))
     return _distance(means[0], roots[0], means[1], roots[1])
@@ -117,7 +117,7 @@ class SavedStatistics:
 
 
 def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
-    """Write an .npz that pytorch-fid reads, with the number of pictures and the network's identity beside."""
+    """Write an .npz that pytorch-fid reads, with the number of images and the network's identity beside."""
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")

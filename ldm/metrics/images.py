@@ -59,7 +59,8 @@ def find_images(path: str | Path) -> list[Path]:
 
 def _in_order(names: list[str]) -> list[str]:
     """Names that differ in a number at their end alone by that number, as their writer counted (2.png before 10.png);
-    others as text is sorted, which is what lists of prompts go by."""
+    others as text is sorted, which is what lists of prompts go by.
+    """
     counted = [_COUNTED.fullmatch(name) for name in names]
     if not all(counted) or len({match[1] for match in counted}) > 1:
         return names
@@ -81,7 +82,8 @@ def open_plain(path: str | Path) -> Image.Image:
 
 def plain_rgb(image: Image.Image) -> Image.Image:
     """RGB as Pillow's own `convert` makes it, which is how pytorch-fid opens images: an alpha channel is dropped,
-    16 bits become 8 as the installed Pillow does it, and EXIF's orientation is not looked at."""
+    16 bits become 8 as the installed Pillow does it, and EXIF's orientation is not looked at.
+    """
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -89,7 +91,7 @@ def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
     """RGB -> (3, size, size) float32 in [-1, 1]: scaled bilinearly from / 255, as pytorch-fid does.
 
     The scaling is torch's `interpolate(mode="bilinear", align_corners=False)`: two neighbours each way at any size, so
-    a picture that is made smaller is not smoothed before.
+    an image that is made smaller is not smoothed before.
     """
     pixels = np.asarray(image)
     (above, below, down), (left, right, across) = (_two_neighbours(before, size) for before in pixels.shape[:2])
@@ -120,7 +122,7 @@ def _between(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarra
 def clip_input(image: Image.Image, size: int = 224, how: str = "openai") -> np.ndarray:
     """RGB -> (3, size, size) float32, normalised by CLIP's mean and deviation.
 
-    how: "openai", the shorter side to `size` (bicubic, smoothed), then the middle square; "squash", the whole picture
+    how: "openai", the shorter side to `size` (bicubic, smoothed), then the middle square; "squash", the whole image
     to a square whatever its shape, as mindone does.
     """
     width, height = image.size
@@ -152,26 +154,26 @@ def nano_input(image: Image.Image, size: int = 64) -> np.ndarray:
 
 @dataclass
 class ImageBatches:
-    """Iterates over (places in `paths` (n,), pictures (n, 3, S, S)); n is at most `batch_size`.
+    """Iterates over (places in `paths` (n,), images (n, 3, S, S)); n is at most `batch_size`.
 
-    Pictures are opened by threads while the batch before is with the network, never more than two batches ahead, so
-    memory does not depend on how many there are. A broken picture is left out and noted in `broken` as (path, fault).
+    Images are opened by threads while the batch before is with the network, never more than two batches ahead, so
+    memory does not depend on how many there are. A broken image is left out and noted in `broken` as (path, fault).
     Raises UserError where none is left.
     """
 
     paths: Sequence[Path]
     prepare: Callable[[Image.Image], np.ndarray]
     batch_size: int
-    label: str = "pictures"
+    label: str = "images"
     broken: list[tuple[Path, str]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         waiting: deque[tuple[int, Future]] = deque()
-        places, pictures, found = [], [], 0
+        places, images, found = [], [], 0
         following = iter(enumerate(self.paths))
         with (
             ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
-            tqdm(total=len(self.paths), desc=self.label, unit="picture", delay=1) as bar,
+            tqdm(total=len(self.paths), desc=self.label, unit="image", delay=1) as bar,
         ):
             while True:
                 while len(waiting) < 2 * self.batch_size and (job := next(following, None)) is not None:
@@ -179,17 +181,17 @@ class ImageBatches:
                 if not waiting:
                     break
                 place, opened = waiting.popleft()
-                picture = opened.result()
+                image = opened.result()
                 bar.update()
-                if isinstance(picture, str):
-                    self.broken.append((self.paths[place], picture))
+                if isinstance(image, str):
+                    self.broken.append((self.paths[place], image))
                 else:
                     places.append(place)
-                    pictures.append(picture)
-                if pictures and (len(pictures) == self.batch_size or not waiting):
-                    found += len(pictures)
-                    yield np.array(places), np.stack(pictures)
-                    places, pictures = [], []
+                    images.append(image)
+                if images and (len(images) == self.batch_size or not waiting):
+                    found += len(images)
+                    yield np.array(places), np.stack(images)
+                    places, images = [], []
         if not found:
             path, fault = self.broken[0]
             raise UserError(
@@ -197,7 +199,7 @@ class ImageBatches:
             )
 
     def _open(self, path: Path) -> np.ndarray | str:
-        """The prepared picture, or what is wrong with it."""
+        """The prepared image, or what is wrong with it."""
         try:
             with decoded(path, plain_rgb) as image:
                 return self.prepare(image)

@@ -1,7 +1,7 @@
-"""The kernel distance between two sets of pictures' features (Binkowski et al. 2018): the KID, with Inception's.
+"""The kernel distance between two sets of images' features (Binkowski et al. 2018): the KID, with Inception's.
 
 The squared maximum mean discrepancy under k(x, y) = (x y / D + 1)^3, estimated without bias: unlike the Fréchet
-distance's its mean does not depend on how many pictures there are, so it suits small sets. It may come out below zero.
+distance's its mean does not depend on how many images there are, so it suits small sets. It may come out below zero.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ KEPT = 10_000  # features held at most, 82 MB of Inception's
 
 
 class FeatureSample:
-    """Features that come in batches: all of them, or a random `most`, so that memory does not grow with the pictures
-    (Vitter's algorithm R; a function of the seed and of the order)."""
+    """Features that come in batches: all of them, or a random `most`, so that memory does not grow with the images
+    (Vitter's algorithm R; a function of the seed and of the order).
+    """
 
     def __init__(self, most: int = KEPT, seed: int = 0) -> None:
         self.most, self._seen = most, 0
@@ -35,21 +36,21 @@ class FeatureSample:
 
     @property
     def features(self) -> np.ndarray:
-        """(N, D)"""
+        """(N, D)."""
         return np.stack(self._rows)
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int = 0) -> tuple[float, float]:
     """(distance, its standard deviation) for features (N, D) and (M, D).
 
-    The distance takes all pictures. Its deviation is that over `halves` random halves of both sets, drawn without
+    The distance takes all images. Its deviation is that over `halves` random halves of both sets, drawn without
     putting back: the spread of an estimate over halves is the standard error of the estimate over all (the delete-half
     jackknife). Means over subsets of 1,000, as published, have the same expectation.
 
-    Raises UserError for fewer than four pictures a set, whose halves have no distance.
+    Raises UserError for fewer than four images a set, whose halves have no distance.
     """
     if min(len(x), len(y)) < 4:
-        raise UserError(f"a kernel distance wants 4 pictures or more in each set, not {min(len(x), len(y))}")
+        raise UserError(f"a kernel distance wants 4 images or more in each set, not {min(len(x), len(y))}")
     rng = draws(seed, "kernel distance", 0)
     chosen_x, chosen_y = _choices(rng, len(x), halves), _choices(rng, len(y), halves)
     within_x, within_y = _sums(x, x, chosen_x, chosen_x), _sums(y, y, chosen_y, chosen_y)

@@ -1,4 +1,4 @@
-"""The networks that score pictures, each with the preprocessing it wants and a name that says which weights it has."""
+"""The networks that score images, each with the preprocessing it wants and a name that says which weights it has."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NANO = ROOT / "models" / "nano"
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """Pictures -> feature vectors.
+    """Images -> feature vectors.
 
     name, sha256: which weights; the hash is that of the file, of the embedded network that of its arrays.
-    preprocessing: in words. prepare: RGB picture -> (3, S, S). embedded: whether it is the one that comes with this
+    preprocessing: in words. prepare: RGB image -> (3, S, S). embedded: whether it is the one that comes with this
     project, which no other program scores with.
     """
 
@@ -50,12 +50,12 @@ class ImageNetwork:
 
     def features(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(places (n,), features (n, D) float32), batch after batch; see ImageBatches."""
-        for places, pictures in batches:
-            yield places, run_filled(self.image_features, pictures, batches.batch_size)
+        for places, images in batches:
+            yield places, run_filled(self.image_features, images, batches.batch_size)
 
     def of_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Features (N, D) of pictures in memory, (N, H, W, 3) uint8."""
-        prepared = np.stack([self.prepare(Image.fromarray(picture)) for picture in pixels])
+        """Features (N, D) of images in memory, (N, H, W, 3) uint8."""
+        prepared = np.stack([self.prepare(Image.fromarray(image)) for image in pixels])
         size = min(batch_size, len(prepared))
         return np.concatenate(
             [run_filled(self.image_features, prepared[i : i + size], size) for i in range(0, len(prepared), size)]
@@ -64,7 +64,7 @@ class ImageNetwork:
 
 @dataclass(frozen=True)
 class ClipNetwork(ImageNetwork):
-    """Pictures and texts -> unit vectors of one space."""
+    """Images and texts -> unit vectors of one space."""
 
     text_features: nn.Cell
 

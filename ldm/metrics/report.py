@@ -1,4 +1,4 @@
-"""What the evaluation scripts print and write beside a score: the network, the preprocessing, the pictures."""
+"""What the evaluation scripts print and write beside a score: the network, the preprocessing, the images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def describe_network(network: ImageNetwork) -> dict[str, Any]:
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
-    """Name every picture that was left out, and count them."""
+    """Name every image that was left out, and count them."""
     for path, fault in broken:
         print(f"left out: {path} {fault}")
     if broken:

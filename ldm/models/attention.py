@@ -12,7 +12,7 @@ from ldm.models.device_forms import cast, gelu_gate, mindspores_own, one, swap_m
 from ldm.models.kernels import kernel, like
 from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, LayerNorm, add
 
-# Elements of (query rows x key rows) over all heads and pictures that are held at a time: 64 MB in fp32.
+# Elements of (query rows x key rows) over all heads and images that are held at a time: 64 MB in fp32.
 BLOCK_ELEMENTS = 2**24
 
 
@@ -93,7 +93,7 @@ class ScaledDotProductAttention(nn.Cell):
         return self.concat_rows(blocks), dk, dv
 
     def backward_block(self, scaled_q, k, v_ones, dout, dout_delta):
-        """dq of the rows in scaled_q and their share of dk and dv; v_ones and dout_delta have the column more."""
+        """Dq of the rows in scaled_q and their share of dk and dv; v_ones and dout_delta have the column more."""
         p = self.probabilities(scaled_q, k)
         dp = self.product_nt(dout_delta, v_ones)
         ds = (p * dp.astype(ms.float32)).astype(scaled_q.dtype)
@@ -152,7 +152,8 @@ class MultiHeadAttention(nn.Cell):
 
 class KernelAttention(nn.Cell):
     """MultiHeadAttention of the CPU, by one operator of kernels.cc, which reads the rows as they are: no head is split
-    off, and each thread holds 1 MB of probabilities at a time, twice that in the backward pass."""
+    off, and each thread holds 1 MB of probabilities at a time, twice that in the backward pass.
+    """
 
     def __init__(self, num_heads: int, causal: bool):
         super().__init__()
@@ -181,7 +182,8 @@ def kernel_settings(n: int, num_heads: int, causal: bool) -> Tensor:
 
 def multi_head_attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False):
     """A callable (q (N tokens, C), k and v (N key tokens, C), N) -> like q, where each head attends on its own
-    channels; (N, tokens, C) will do too. The one place where the attention of a device is chosen."""
+    channels; (N, tokens, C) will do too. The one place where the attention of a device is chosen.
+    """
     if flash or mindspores_own():
         return one(MultiHeadAttention, num_heads, head_dim, causal_length, flash)
     return one(KernelAttention, num_heads, causal_length > 0)
@@ -189,7 +191,8 @@ def multi_head_attention(num_heads: int, head_dim: int, causal_length: int = 0, 
 
 class CrossAttention(nn.Cell):
     """Multi-head attention from x (N tokens, query_dim) to context (N context tokens, context_dim). Published names:
-    to_q, to_k, to_v (no bias), to_out.0."""
+    to_q, to_k, to_v (no bias), to_out.0.
+    """
 
     def __init__(self, query_dim: int, context_dim: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -231,7 +234,7 @@ class FeedForward(nn.Cell):
 class BasicTransformerBlock(nn.Cell):
     """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each after a LayerNorm, each added.
 
-    x (N tokens, channels), context (N context tokens, context_dim): a matrix for all pictures, which the dense layers
+    x (N tokens, channels), context (N context tokens, context_dim): a matrix for all images, which the dense layers
     need anyway.
     """
 
@@ -283,7 +286,8 @@ class First(nn.Cell):
 class SpatialTransformer(nn.Cell):
     """Transformer blocks over the pixels of x (N, C, H, W), added to it; context (N tokens, context_dim). The
     projections before and after are 1x1 convolutions in SD1.x, of pixels, and linear layers in SD2.x (`use_linear`), of
-    tokens."""
+    tokens.
+    """
 
     def __init__(
         self,
@@ -317,7 +321,8 @@ class SpatialTransformer(nn.Cell):
 
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     """Put Ascend's fused attention into every CrossAttention of `net` (or take it out); returns how many were changed.
-    On the CPU the operator does not exist: `ldm.runtime.device` decides, the graph compiler refuses."""
+    On the CPU the operator does not exist: `ldm.runtime.device` decides, the graph compiler refuses.
+    """
     count = 0
     for _, cell in net.cells_and_names():
         if isinstance(cell, CrossAttention):

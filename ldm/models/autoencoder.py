@@ -149,7 +149,8 @@ class Decoder(nn.Cell):
 
 class AutoencoderKL(nn.Cell):
     """Encoder and decoder with their 1x1 convolutions; the parameters are `first_stage_config.params` of the published
-    YAMLs. Call it through `VAEEncode` and `VAEDecode`, which are one graph each."""
+    YAMLs. Call it through `VAEEncode` and `VAEDecode`, which are one graph each.
+    """
 
     def __init__(
         self,

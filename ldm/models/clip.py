@@ -26,7 +26,7 @@ def _form(
     }
 
 
-# The published models that score pictures, and the embedded one (its text tower is that of configs/nano.yaml).
+# The published models that score images, and the embedded one (its text tower is that of configs/nano.yaml).
 FORMS = {
     "ViT-B/32": _form((512, 12, 8), (768, 12, 12, 32, 224), 512),
     "ViT-B/16": _form((512, 12, 8), (768, 12, 12, 16, 224), 512),

@@ -105,7 +105,8 @@ def convolution(out_channels: int, kernel_size: int, stride: int, padding):
 
 def swap_middle():
     """A callable x (N, A, B, D) -> (N, B, A, D): how heads are split off the tokens and put back, and with D of 1 how
-    pixels become tokens and tokens pixels."""
+    pixels become tokens and tokens pixels.
+    """
     return one(TransposedSwap if mindspores_own() else KernelSwap)
 
 
@@ -201,14 +202,15 @@ class KernelConv2D(nn.Cell):
 
 @ops.constexpr
 def few_pixels(x: tuple) -> bool:
-    """Whether transforming a weight takes longer than it saves, as with two pictures of 8 x 8, not with four."""
+    """Whether transforming a weight takes longer than it saves, as with two images of 8 x 8, not with four."""
     return x[0] * x[2] * x[3] < 256
 
 
 @ops.constexpr
 def few_channels(weight: tuple) -> bool:
     """Whether transforming the pixels takes longer than it saves: of 64 x 64 pixels, from 4 channels to 320, 1.3 ms
-    instead of 0.7."""
+    instead of 0.7.
+    """
     return min(weight[:2]) < 16
 
 
@@ -236,7 +238,8 @@ class LayerNorm(nn.Cell):
 
 class KernelNorm(nn.Cell):
     """x (N, C, H, W) or (rows, C) normalised by `name` of kernels.cc, group by group or row by row, each of which the
-    processor keeps near."""
+    processor keeps near.
+    """
 
     def __init__(self, name: str, *settings: float):
         super().__init__()
@@ -300,8 +303,8 @@ class ChannelBias(nn.Cell):
     def bprop(self, x, bias, out, dout):
         n, c, h, w = x.shape
         pixels = dout.reshape(n, c, h * w)
-        by_picture = self.product(pixels, self.ones_like(pixels[:, :1]).reshape(n, h * w, 1)).reshape(n, c)
-        return dout, self.product_tn(self.ones_like(by_picture[:, :1]), by_picture).reshape(bias.shape)
+        by_image = self.product(pixels, self.ones_like(pixels[:, :1]).reshape(n, h * w, 1)).reshape(n, c)
+        return dout, self.product_tn(self.ones_like(by_image[:, :1]), by_image).reshape(bias.shape)
 
 
 class BroadcastAdd(nn.Cell):

@@ -150,7 +150,8 @@ class Convolution(nn.Cell):
 
 class RectifiedConvolution(Convolution):
     """The same, then max(x, 0). A maximum over pixels that follows is taken first: it may change places with both, and
-    leaves a quarter of the pixels to them."""
+    leaves a quarter of the pixels to them.
+    """
 
     def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
         super().__init__(in_channels, conv, published)

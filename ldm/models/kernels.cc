@@ -4,7 +4,7 @@
 // the outputs, all float32 and contiguous; `shapes` are theirs. It returns 0, or 1 for another type, for shapes that do
 // not fit or where memory is short. ldm/models/kernels.py compiles this file; device_forms.py and attention.py use it.
 //
-// Sums over pictures run over PART values in float32 and go on in double: a mean of a million squares in float32 alone
+// Sums over images run over PART values in float32 and go on in double: a mean of a million squares in float32 alone
 // is off by 2e-5. Nothing depends on the number of threads, to the last bit, so a resumed training repeats itself.
 #include <sched.h>
 
@@ -144,14 +144,14 @@ struct Statistics {
 
 // x (N, C, H, W) in groups of channels, the values of a group one after the other. settings: the number of groups, eps.
 struct Grouping {
-  int64_t pictures, pixels, groups, in_group, values;
+  int64_t images, pixels, groups, in_group, values;
   double eps;
 
   Grouping(const int64_t *shape, const float *settings)
-      : pictures(shape[0]), pixels(shape[2] * shape[3]), groups(int64_t(settings[0])), in_group(shape[1] / groups),
+      : images(shape[0]), pixels(shape[2] * shape[3]), groups(int64_t(settings[0])), in_group(shape[1] / groups),
         values(in_group * pixels), eps(settings[1]) {}
 
-  int64_t all() const { return pictures * groups * values; }
+  int64_t all() const { return images * groups * values; }
   bool fits(const int64_t *shape) const { return groups * in_group == shape[1]; }
 };
 
@@ -186,15 +186,15 @@ int pointwise_dx(const Slope &slope, int count, float **p, int *ranks, int64_t *
 // values, 1 MB, which the processor keeps near, or 16 rows. A row has room for whole vectors: text has 77 keys, and the
 // exponentials of the last 13, one by one, would take as long as those of all others.
 struct Heads {
-  int64_t pictures, heads, tokens, keys, width, channels, dim, rows, blocks;
+  int64_t images, heads, tokens, keys, width, channels, dim, rows, blocks;
   bool causal;
   float scale;
 
   Heads(int *ranks, int64_t **shapes, const float *settings)
-      : pictures(int64_t(settings[0])), heads(int64_t(settings[1])), causal(settings[2] != 0) {
+      : images(int64_t(settings[0])), heads(int64_t(settings[1])), causal(settings[2] != 0) {
     channels = shapes[0][ranks[0] - 1];
-    tokens = product(shapes[0], ranks[0]) / channels / pictures;
-    keys = product(shapes[1], ranks[1]) / channels / pictures;
+    tokens = product(shapes[0], ranks[0]) / channels / images;
+    keys = product(shapes[1], ranks[1]) / channels / images;
     dim = channels / heads;
     width = whole(keys);
     scale = float(1 / std::sqrt(double(dim)));
@@ -202,14 +202,14 @@ struct Heads {
     blocks = rows == 0 ? 0 : (tokens + rows - 1) / rows;
   }
 
-  int64_t all() const { return pictures * heads * tokens * keys; }
+  int64_t all() const { return images * heads * tokens * keys; }
   bool fit() const { return heads * dim == channels && keys > 0; }
 
   // The place of a token of a head in q, and of its head's first in k.
-  int64_t of_token(int64_t picture, int64_t head, int64_t token) const {
-    return (picture * tokens + token) * channels + head * dim;
+  int64_t of_token(int64_t image, int64_t head, int64_t token) const {
+    return (image * tokens + token) * channels + head * dim;
   }
-  int64_t of_keys(int64_t picture, int64_t head) const { return picture * keys * channels + head * dim; }
+  int64_t of_keys(int64_t image, int64_t head) const { return image * keys * channels + head * dim; }
 
   // How many keys a token sees.
   int64_t seen(int64_t token) const { return causal ? std::min(token + 1, keys) : keys; }
@@ -243,11 +243,11 @@ struct Heads {
 // 16 lie next to each other, as planes of a channel: 16 planes that are far apart are often a power of two apart, and
 // push each other out of the processor's cache.
 struct Winograd {
-  int64_t pictures, in, out, height, width, down, across, tiles;
+  int64_t images, in, out, height, width, down, across, tiles;
 
   Winograd(const int64_t *x, int64_t out)
-      : pictures(x[0]), in(x[1]), out(out), height(x[2]), width(x[3]), down((height + 1) / 2), across((width + 1) / 2),
-        tiles(pictures * down * across) {}
+      : images(x[0]), in(x[1]), out(out), height(x[2]), width(x[3]), down((height + 1) / 2), across((width + 1) / 2),
+        tiles(images * down * across) {}
 
   // `turned`: the weight is (in, out, 3, 3) and convolves turned around, which gives the gradient for the input.
   int convolve(bool sound, const float *x, const float *weight, bool turned, float *u, float *y) const {
@@ -302,7 +302,7 @@ struct Winograd {
     }
   }
 
-  // Calls each(offset, picture, row, column, some) for tiles that lie side by side, from first to first + count.
+  // Calls each(offset, image, row, column, some) for tiles that lie side by side, from first to first + count.
   template <typename Each>
   void for_strips(int64_t first, int64_t count, const Each &each) const {
     for (int64_t offset = 0; offset < count;) {
@@ -317,8 +317,8 @@ struct Winograd {
     float *zeros = lines + 4 * line();
     std::fill(lines, zeros + width, 0.0f);  // what the loops below do not write stays zero: the pixels around x
     for (int64_t i = 0; i < in; i++) {
-      for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
-        const float *image = x + (picture * in + i) * height * width, *d[4];
+      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+        const float *image = x + (image * in + i) * height * width, *d[4];
         for (int64_t k = 0; k < 4; k++) {
           int64_t above = 2 * row - 1 + k;
           d[k] = above < 0 || above >= height ? zeros : image + above * width;
@@ -347,7 +347,7 @@ struct Winograd {
   void to_y(const float *m, int64_t first, int64_t count, int64_t channel, int64_t channels, float *lines,
             float *y) const {
     for (int64_t o = 0; o < channels; o++) {
-      for_strips(first, count, [&](int64_t offset, int64_t picture, int64_t row, int64_t column, int64_t some) {
+      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
         float *upper = lines, *lower = lines + line();
 #pragma omp simd
         for (int64_t j = 0; j < some; j++) {
@@ -360,7 +360,7 @@ struct Winograd {
           upper[2 * j] = above[0] + above[1] + above[2], upper[2 * j + 1] = above[1] - above[2] - above[3];
           lower[2 * j] = below[0] + below[1] + below[2], lower[2 * j + 1] = below[1] - below[2] - below[3];
         }
-        float *to = y + ((picture * out + channel + o) * height + 2 * row) * width + 2 * column;
+        float *to = y + ((image * out + channel + o) * height + 2 * row) * width + 2 * column;
         int64_t within = std::min(2 * some, width - 2 * column);
         std::copy(upper, upper + within, to);
         if (2 * row + 1 < height) std::copy(lower, lower + within, to + width);
@@ -377,7 +377,7 @@ extern "C" {
 int group_norm(ARGUMENTS) {
   Grouping g(shapes[0], p[3]);
   bool sound = all_float32(count, types) && g.fits(shapes[0]);
-  return run(sound, g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+  return run(sound, g.images * g.groups, g.all(), [&](int64_t first, int64_t end) {
     for (int64_t group = first; group < end; group++) {
       const float *x = p[0] + group * g.values;
       float *y = p[4] + group * g.values;
@@ -397,7 +397,7 @@ int group_norm(ARGUMENTS) {
 int group_norm_dx(ARGUMENTS) {
   Grouping g(shapes[0], p[3]);
   bool sound = all_float32(count, types) && g.fits(shapes[0]);
-  return run(sound, g.pictures * g.groups, g.all(), [&](int64_t first, int64_t end) {
+  return run(sound, g.images * g.groups, g.all(), [&](int64_t first, int64_t end) {
     for (int64_t group = first; group < end; group++) {
       const float *weight = p[1] + group % g.groups * g.in_group;
       const float *x = p[0] + group * g.values, *dy = p[2] + group * g.values;
@@ -428,7 +428,7 @@ int group_norm_dweight(ARGUMENTS) {
       float *dweight = p[3] + group * g.in_group, *dbias = p[4] + group * g.in_group;
       std::fill(dweight, dweight + g.in_group, 0.0f);
       std::fill(dbias, dbias + g.in_group, 0.0f);
-      for (int64_t n = 0; n < g.pictures; n++) {
+      for (int64_t n = 0; n < g.images; n++) {
         const float *x = p[0] + (n * g.groups + group) * g.values, *dy = p[1] + (n * g.groups + group) * g.values;
         Statistics s(x, g.values, g.eps);
         for (int64_t i = 0; i < g.in_group; i++, x += g.pixels, dy += g.pixels) {
@@ -596,15 +596,15 @@ int convolution_dx(ARGUMENTS) {
 int attention(ARGUMENTS) {
   Heads h(ranks, shapes, p[3]);
   bool sound = all_float32(count, types) && h.fit();
-  return run(sound, h.pictures * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
+  return run(sound, h.images * h.heads * h.blocks, h.all(), [&](int64_t start, int64_t end) {
     Scratch scratch(h.rows * h.width + h.rows);
     float *scores = scratch.data(), *inverse = scores + h.rows * h.width;
     for (int64_t item = start; item < end; item++) {
-      int64_t head = item / h.blocks % h.heads, picture = item / h.blocks / h.heads;
+      int64_t head = item / h.blocks % h.heads, image = item / h.blocks / h.heads;
       int64_t first = item % h.blocks * h.rows, rows = std::min(h.rows, h.tokens - first), c = h.channels;
-      const float *q = p[0] + h.of_token(picture, head, first);
-      const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
-      float *out = p[4] + h.of_token(picture, head, first);
+      const float *q = p[0] + h.of_token(image, head, first);
+      const float *k = p[1] + h.of_keys(image, head), *v = p[2] + h.of_keys(image, head);
+      float *out = p[4] + h.of_token(image, head, first);
       multiply('N', 'T', rows, h.keys, h.dim, h.scale, q, c, k, c, 0, scores, h.width);
       h.exponentials(scores, inverse, first, rows);
       multiply('N', 'N', rows, h.dim, h.keys, 1, scores, h.width, v, c, 0, out, c);
@@ -621,17 +621,17 @@ int attention(ARGUMENTS) {
 int attention_dx(ARGUMENTS) {
   Heads h(ranks, shapes, p[5]);
   bool sound = all_float32(count, types) && h.fit();
-  return run(sound, h.pictures * h.heads, h.all(), [&](int64_t start, int64_t end) {
+  return run(sound, h.images * h.heads, h.all(), [&](int64_t start, int64_t end) {
     int64_t c = h.channels, keys = h.keys, width = h.width, dim = h.dim;
     Scratch scratch(2 * h.rows * width + h.rows);
     float *probabilities = scratch.data(), *by_scores = probabilities + h.rows * width;
     float *inverse = by_scores + h.rows * width;
     for (int64_t item = start; item < end; item++) {
-      int64_t head = item % h.heads, picture = item / h.heads;
-      const float *k = p[1] + h.of_keys(picture, head), *v = p[2] + h.of_keys(picture, head);
-      float *dk = p[7] + h.of_keys(picture, head), *dv = p[8] + h.of_keys(picture, head);
+      int64_t head = item % h.heads, image = item / h.heads;
+      const float *k = p[1] + h.of_keys(image, head), *v = p[2] + h.of_keys(image, head);
+      float *dk = p[7] + h.of_keys(image, head), *dv = p[8] + h.of_keys(image, head);
       for (int64_t first = 0; first < h.tokens; first += h.rows) {
-        int64_t rows = std::min(h.rows, h.tokens - first), place = h.of_token(picture, head, first);
+        int64_t rows = std::min(h.rows, h.tokens - first), place = h.of_token(image, head, first);
         const float *q = p[0] + place, *out = p[3] + place, *dout = p[4] + place;
         float so_far = first ? 1 : 0;
         multiply('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, width);

@@ -44,7 +44,8 @@ PATIENCE = 0.1  # seconds until an interrupt is noticed
 
 def kernel(name: str, *out_shapes: Callable) -> ops.Custom:
     """The function `name` of kernels.cc: float32 tensors -> a tensor for each of `out_shapes`, which give its shape
-    from those of the inputs."""
+    from those of the inputs.
+    """
     if len(out_shapes) == 1:
         return ops.Custom(f"{library()}:{name}", out_shapes[0], lambda *dtypes: dtypes[0], "aot")
     return ops.Custom(f"{library()}:{name}", lambda *shapes: tuple(of(*shapes) for of in out_shapes),
@@ -100,7 +101,8 @@ def _compiled(compiler: list[str]) -> Path:
 
 def _is_sound(path: Path) -> bool:
     """Whether the library is there and whole. It is asked before the library is loaded: a file that is cut off or full
-    of zeros ends the process with SIGBUS, and one with a changed bit computes something else."""
+    of zeros ends the process with SIGBUS, and one with a changed bit computes something else.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -30,7 +30,8 @@ _draws = contextvars.ContextVar("whether new parameters are drawn", default=True
 @contextmanager
 def not_drawn() -> Iterator[None]:
     """Make large parameters zeros, for networks that are loaded next: a billion random numbers take ten seconds, and
-    zeros take no memory, since the system gives a page of them only where it is written."""
+    zeros take no memory, since the system gives a page of them only where it is written.
+    """
     token = _draws.set(False)
     try:
         yield
@@ -45,7 +46,8 @@ def first_values(shape: tuple[int, ...], draw: Callable[[], np.ndarray]) -> Tens
 
 def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Uniform in +-1/sqrt(fan_in), the default of the published networks' layers; drawn from numpy's global state,
-    which `ldm.runtime.device` seeds."""
+    which `ldm.runtime.device` seeds.
+    """
     bound = 1.0 / math.sqrt(fan_in)
     return first_values(rng_shape, lambda: np.random.uniform(-bound, bound, rng_shape))
 
@@ -53,7 +55,7 @@ def _uniform(rng_shape: tuple[int, ...], fan_in: int) -> Tensor:
 class RepeatedCell(nn.Cell):
     """A cell that is called again and again as one graph. At each call MindSpore writes the graph's name into every
     cell below, one by one in Python: 4 ms for a nano UNet of 670 cells, where its graph takes 200. Here it is written
-    only where it is another. (Cells that several graphs use have the name of the last one compiled.)
+    only where it is another. (Cells that several graphs use have the name of the last one compiled.).
 
     What compiling it has left free goes back to the system before the graph takes its own memory: 0.13 GB where
     SD1.5's LoRA training is compiled.
@@ -95,7 +97,8 @@ class NoBias(nn.Cell):
 
 class Linear(nn.Cell):
     """What all Dense layers compute, in one cell (see `one`): (x (..., in), weight (out, in), bias (out,) or None,
-    dtype) -> x W^T + b."""
+    dtype) -> x W^T + b.
+    """
 
     def __init__(self, has_bias: bool):
         super().__init__()
@@ -125,7 +128,8 @@ class Dense(nn.Cell):
 
 class Convolution(nn.Cell):
     """What all Conv2d layers of these settings compute, likewise: (x (N, in, H, W), weight (out, in, k, k), bias (out,)
-    or None, dtype) -> (N, out, H', W')."""
+    or None, dtype) -> (N, out, H', W').
+    """
 
     def __init__(self, out_channels: int, kernel_size: int, stride: int, padding, has_bias: bool):
         super().__init__()
@@ -138,7 +142,8 @@ class Convolution(nn.Cell):
 
 class Conv2d(nn.Cell):
     """Convolution over (N, C, H, W); weight (out_channels, in_channels, k, k). `padding` is one number for all sides,
-    or (top, bottom, left, right)."""
+    or (top, bottom, left, right).
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0, has_bias: bool = True
@@ -238,7 +243,8 @@ class Upsample2x(nn.Cell):
 
 def set_compute_dtype(net: nn.Cell, dtype) -> None:
     """Let every layer of `net` compute in `dtype` (ms.float16 or ms.float32). Call it before the first run: a graph
-    that is compiled already keeps the type it was compiled with."""
+    that is compiled already keeps the type it was compiled with.
+    """
     for _, cell in net.cells_and_names():
         if hasattr(cell, "dtype"):
             cell.dtype = dtype

@@ -74,7 +74,8 @@ class Upsample(nn.Cell):
 
 class Block(nn.SequentialCell):
     """One entry of input_blocks, middle_block or output_blocks; `block_of` makes it. Each number of members has its own
-    class, because a walk over them would be three functions a member for the compiler."""
+    class, because a walk over them would be three functions a member for the compiler.
+    """
 
 
 class BlockOfOne(Block):
@@ -205,7 +206,7 @@ class UNetModel(RepeatedCell):
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         emb = self.time_embed(self.embed_timesteps(timesteps))
-        # By the number of latents: a context for another number of pictures fails here.
+        # By the number of latents: a context for another number of images fails here.
         context = context.astype(self.dtype).reshape(latents.shape[0] * context.shape[1], context.shape[2])
         h = latents.astype(self.dtype)
         skips = ()

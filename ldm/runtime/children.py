@@ -15,7 +15,8 @@ PATIENCE = 2.0  # seconds that a child has after either signal; both are less th
 
 def hear_signals() -> None:
     """For `preexec_fn` of programs that are not this project's: ldm.runtime.script blocks the signals in its own
-    threads, a child inherits that, and could be ended by nothing but SIGKILL. What was ignored before stays so."""
+    threads, a child inherits that, and could be ended by nothing but SIGKILL. What was ignored before stays so.
+    """
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)

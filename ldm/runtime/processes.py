@@ -62,7 +62,8 @@ def first_speaks() -> Iterator[None]:
 @contextmanager
 def own_log(path: Path) -> Iterator[None]:
     """Within the block, write what this process prints, also from C++, to the end of a file; an error at its end too,
-    which names the file then. Raises UserError where it cannot be written."""
+    which names the file then. Raises UserError where it cannot be written.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

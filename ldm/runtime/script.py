@@ -49,7 +49,8 @@ _concluding = threading.Lock()
 
 class _Screen(io.FileIO):
     """Standard error, which drops what is refused (a full disk behind `2> file`, a terminal or a reader that has gone):
-    the work goes on without it."""
+    the work goes on without it.
+    """
 
     def write(self, data) -> int:
         try:
@@ -128,7 +129,8 @@ def _open_streams() -> None:
 @contextmanager
 def _concluded() -> Iterator[None]:
     """End the process with the block where it was interrupted, whatever the interrupted libraries raise. sys.excepthook
-    is not enough for that: MindSpore sets its own when it compiles with a cache or meets other processes."""
+    is not enough for that: MindSpore sets its own when it compiles with a cache or meets other processes.
+    """
     try:
         yield
     except BaseException as error:
@@ -174,7 +176,8 @@ def _except(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 def _conclude() -> None:
     """Leave nothing half-written, say in one line what was done, end the process. Python's own end is passed over: it
-    waits for threads, and MindSpore's fails where its import was interrupted."""
+    waits for threads, and MindSpore's fails where its import was interrupted.
+    """
     code = EXIT_CODES[signal.SIGINT if _received is None else signal.Signals(_received)]
     if not _concluding.acquire(timeout=LAST_WORD):  # another thread does it, and is stuck
         os._exit(code)

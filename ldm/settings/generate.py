@@ -47,7 +47,7 @@ DEFAULT_SCALE = 7.5
 
 
 @dataclass
-class GenerateConfig:
+class GenerateSettings:
     """Names as in mindone's published text_to_image.py, with this project's own beside them."""
 
     # A text, not Optional: "none" may be a prompt.
@@ -231,7 +231,8 @@ class GenerateConfig:
 
 class LoRAFile(NamedTuple):
     """A LoRA to apply, and how much of it (the file's own weight times lora_scale); text_weight: of its text encoder's
-    part, None for the same."""
+    part, None for the same.
+    """
 
     path: Path
     weight: float
@@ -257,7 +258,7 @@ class Plan:
     scale: float
 
 
-def plan(config: GenerateConfig) -> Plan:
+def plan(config: GenerateSettings) -> Plan:
     """Find the prompts, the model and the files.
 
     Raises UserError for a file that is missing or cannot be read, for prompts that are not UTF-8, for prompts and
@@ -359,9 +360,10 @@ def _existing(path: str | Path, name: str) -> Path:
     return Path(path)
 
 
-def _checkpoint(config: GenerateConfig) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
+def _checkpoint(config: GenerateSettings) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
     """(version, base checkpoint, its model where nothing but the checkpoint says which it is); the version is None
-    where a model YAML, or the checkpoint itself, stands in for it."""
+    where a model YAML, or the checkpoint itself, stands in for it.
+    """
     if config.ckpt_path is not None:
         path = _existing(config.ckpt_path, "ckpt_path")
         if config.version is None and config.config is None:
@@ -399,7 +401,7 @@ def _detected(path: Path) -> tuple[Optional[str], Path, Optional[ModelConfig]]:
     return None, path, model
 
 
-def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig:
+def _model_config(config: GenerateSettings, version: Optional[str]) -> ModelConfig:
     if config.config is None:
         return load_model_config(ROOT / VERSIONS[version].config)
     model = load_model_config(under_root(config.config))
@@ -415,10 +417,10 @@ def _model_config(config: GenerateConfig, version: Optional[str]) -> ModelConfig
     return model
 
 
-def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
+def _lora_files(config: GenerateSettings) -> list[LoRAFile]:
     if not config.lora_ckpt_path:
         settings = ("lora_scale", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank")
-        given = [name for name in settings if getattr(config, name) != getattr(GenerateConfig, name)]
+        given = [name for name in settings if getattr(config, name) != getattr(GenerateSettings, name)]
         if given and config.use_lora is None:
             logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
         return []
@@ -433,7 +435,7 @@ def _lora_files(config: GenerateConfig) -> list[LoRAFile]:
     return files
 
 
-def _check_outputs(config: GenerateConfig) -> None:
+def _check_outputs(config: GenerateSettings) -> None:
     if config.save_latents is not None:
         target = Path(config.save_latents)
         if target.suffix != ".npy":

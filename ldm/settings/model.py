@@ -166,7 +166,8 @@ class ModelConfig:
 
     def content(self) -> dict[str, Any]:
         """All that makes the model what it is, for hashes: not where it was read; the tokens only where there are any,
-        so that runs from before there were such resume."""
+        so that runs from before there were such resume.
+        """
         content = {**asdict(self), "path": ""}
         if not self.added_tokens:
             del content["added_tokens"]
@@ -175,7 +176,8 @@ class ModelConfig:
 
 def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the texts of a checkpoint say of its model: `architecture` and `prediction_type` as in ModelConfig, those
-    that are there. Training writes both; other projects' words under these names say nothing here."""
+    that are there. Training writes both; other projects' words under these names say nothing here.
+    """
     known = {"architecture": ARCHITECTURES, "prediction_type": tuple(PREDICTION_TYPES.values())}
     return {key: metadata[key] for key, words in known.items() if metadata.get(key) in words}
 
@@ -351,7 +353,7 @@ def _check_sizes(unet: dict, vae: dict, text: dict, path: Path) -> None:
             f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels"
         )
     if not (vae["in_channels"] == vae["out_ch"] == 3):
-        refuse(f"in_channels {vae['in_channels']} and out_ch {vae['out_ch']} in ddconfig must be 3, of an RGB picture")
+        refuse(f"in_channels {vae['in_channels']} and out_ch {vae['out_ch']} in ddconfig must be 3, of an RGB image")
     if vae.get("double_z") is False:
         refuse("double_z in ddconfig is False; it must be true, as in every published Stable Diffusion")
 

@@ -4,7 +4,7 @@
     class Config:
         epochs: int = setting(10, "passes over the data", group="schedule", low=1)
 
-    config = parse_config(Config, sys.argv[1:], yaml_flag="train_config", prog="train.py")
+    config = read_settings(Config, sys.argv[1:], yaml_flag="train_config", prog="train.py")
 
 Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` and `null`
 stand for None where a setting is Optional, on the command line and in YAML.
@@ -58,7 +58,7 @@ def setting(
     path: bool = False,
     project: bool = False,
 ) -> Any:
-    """A dataclass field with what `parse_config` needs to explain and check it.
+    """A dataclass field with what `read_settings` needs to explain and check it.
 
     `choices` are the allowed values, `low` and `high` the range with its ends, `above` and `below` without them (for a
     list: of each entry), `length` the number of entries of a list. `path` says that the texts of this setting are
@@ -82,7 +82,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_config(
+def read_settings(
     cls: type[Config],
     argv: Sequence[str],
     *,
@@ -118,8 +118,8 @@ def parse_config(
     return cls(**values)
 
 
-def save_config(config: Any, path: str | Path, header: str = "", leave_out: Sequence[str] = ()) -> None:
-    """Write all settings of a dataclass as a YAML file that `parse_config` reads back.
+def save_settings(config: Any, path: str | Path, header: str = "", leave_out: Sequence[str] = ()) -> None:
+    """Write all settings of a dataclass as a YAML file that `read_settings` reads back.
 
     `header` becomes a comment, and so do the settings in `leave_out`: the flag that names the YAML file must be there.
     """

@@ -20,12 +20,12 @@ LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and 
 
 
 @dataclass
-class TrainConfig:
+class TrainSettings:
     train_config: Optional[str] = setting(
         None, "YAML file with any of these settings; flags win over it", group=FILES, path=True, project=True
     )
     data_path: Optional[str] = setting(
-        None, "folder with the pictures and img_txt.csv", group=FILES, path=True, project=True
+        None, "folder with the images and img_txt.csv", group=FILES, path=True, project=True
     )
     output_path: str = setting("output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True)
     pretrained_model_path: Optional[str] = setting(
@@ -103,28 +103,28 @@ class TrainConfig:
         True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32", group=LORA
     )
 
-    image_column: str = setting("dir", "column of img_txt.csv with the picture's file name", group=DATA)
+    image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
     caption_column: str = setting("text", "column of img_txt.csv with the caption", group=DATA)
     image_size: Optional[int] = setting(
         None, "pixels of a side; None: the model's own", group=DATA, low=8, high=MOST_SIDE
     )
     image_filter_size: int = setting(
-        0, "leave out pictures with a side shorter than this", group=DATA, low=0, high=100_000
+        0, "leave out images with a side shorter than this", group=DATA, low=0, high=100_000
     )
     random_crop: bool = setting(
-        False, "take a square anywhere in the picture, not its middle; latents are then not cached", group=DATA
+        False, "take a square anywhere in the image, not its middle; latents are then not cached", group=DATA
     )
-    random_flip: bool = setting(False, "mirror half of the pictures; latents are then not cached", group=DATA)
+    random_flip: bool = setting(False, "mirror half of the images; latents are then not cached", group=DATA)
     caption_dropout: float = setting(
         0.0, "share of captions replaced by the empty one, for guidance", group=DATA, low=0, high=1
     )
-    cache_latents: bool = setting(True, "encode each picture once and keep it under output_path/cache", group=DATA)
+    cache_latents: bool = setting(True, "encode each image once and keep it under output_path/cache", group=DATA)
     cache_text: bool = setting(True, "encode each caption once and keep it under output_path/cache", group=DATA)
-    num_workers: int = setting(1, "threads that load pictures", group=DATA, low=1, high=256)
+    num_workers: int = setting(1, "threads that load images", group=DATA, low=1, high=256)
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
     max_steps: Optional[int] = setting(None, "updates in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT)
-    train_batch_size: int = setting(4, "pictures a step and device", group=LENGTH, low=1, high=MOST_BATCH)
+    train_batch_size: int = setting(4, "images a step and device", group=LENGTH, low=1, high=MOST_BATCH)
     gradient_accumulation_steps: int = setting(
         1, "batches that one update is the mean over", group=LENGTH, low=1, high=MOST_BATCH
     )

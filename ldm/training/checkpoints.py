@@ -32,7 +32,7 @@ _REMAINS = re.compile(r"\.(?:(?:lora|model|state)(?:-[0-9]+)?|files|metrics|trai
 
 
 @dataclass
-class TrainState:
+class TrainingState:
     """`step` updates are done; `scaler` and `fingerprint` are plain JSON values."""
 
     step: int
@@ -42,7 +42,7 @@ class TrainState:
     path: Path | None = None
 
 
-def save_state(folder: Path, state: TrainState) -> Path:
+def save_state(folder: Path, state: TrainingState) -> Path:
     """Write a state. Raises UserError where the disk refuses."""
     path = folder / Numbered("state", state.step).name
     texts = {
@@ -55,7 +55,7 @@ def save_state(folder: Path, state: TrainState) -> Path:
     return path
 
 
-def load_latest_state(folder: Path, misfit: Callable[[TrainState], str] = lambda state: "") -> TrainState | None:
+def load_latest_state(folder: Path, misfit: Callable[[TrainingState], str] = lambda state: "") -> TrainingState | None:
     """The newest state that can be read and fits, or None where there is no state at all; those passed over are named.
 
     Args:
@@ -83,7 +83,7 @@ def load_latest_state(folder: Path, misfit: Callable[[TrainState], str] = lambda
     return None
 
 
-def load_state(path: Path) -> TrainState:
+def load_state(path: Path) -> TrainingState:
     """Read one state file. Raises UserError if it is missing, broken, or something else."""
     arrays, metadata = read_checkpoint(path)
     checksum = metadata.pop("checksum", None)
@@ -104,7 +104,7 @@ def load_state(path: Path) -> TrainState:
         if array.dtype != np.float32:
             raise UserError(f"the training state {path} holds {plain(name, 80)} as {array.dtype}, not as float32")
     check_finite(arrays, f"the training state {path}")
-    return TrainState(int(step), arrays, scaler, fingerprint, path)
+    return TrainingState(int(step), arrays, scaler, fingerprint, path)
 
 
 def check_finite(arrays: dict[str, np.ndarray], subject: str) -> None:
@@ -141,7 +141,8 @@ def remove_remains(folder: Path) -> None:
 
 def compare_fingerprints(saved: dict, now: dict) -> dict[str, str]:
     """What differs between two runs: setting -> "name was a, is b". Settings that an older version of this project did
-    not save are not compared."""
+    not save are not compared.
+    """
     return {
         name: f"{plain(name, 60)} was {plain(saved[name], 60)}, is {plain(now.get(name), 60)}"
         for name in saved

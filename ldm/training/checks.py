@@ -6,12 +6,13 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
 from ldm.settings.model import ModelConfig, load_model_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 
 
-def check_settings(config: TrainConfig) -> None:
+def check_settings(config: TrainSettings) -> None:
     """Raise UserError for a setting that is missing, a file that is not there, a model YAML that cannot be read and a
-    size that is not the model's."""
+    size that is not the model's.
+    """
     ways = {
         "data_path": "give the folder with the images and img_txt.csv",
         "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
@@ -36,7 +37,7 @@ def check_settings(config: TrainConfig) -> None:
         image_size(config, load_model_config(under_root(config.model_config)))
 
 
-def image_size(config: TrainConfig, model: ModelConfig) -> int:
+def image_size(config: TrainSettings, model: ModelConfig) -> int:
     """Pixels of a side. Raises UserError for a size that the UNet cannot halve as often as it must."""
     size = config.image_size or model.image_size
     # each level of the UNet halves the latent once more

@@ -9,16 +9,17 @@ from mindspore import Tensor, dataset
 
 from ldm.errors import UserError
 from ldm.runtime.device import Runtime
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.training.inputs import Batch, Inputs
 
 # A call gives the next micro-step's (latents, noise, timesteps, condition) as tensors.
 Feed = Callable[[], "tuple[Tensor, ...]"]
 
 
-def check_sink(config: TrainConfig, runtime: Runtime) -> None:
+def check_sink(config: TrainSettings, runtime: Runtime) -> None:
     """Raise UserError where dataset_sink_mode is asked for and cannot be: off Ascend, and where a network has to run
-    for a batch, which the queue's thread cannot do."""
+    for a batch, which the queue's thread cannot do.
+    """
     if not config.dataset_sink_mode:
         return
     if not runtime.is_ascend:
@@ -33,7 +34,8 @@ def check_sink(config: TrainConfig, runtime: Runtime) -> None:
 
 def make_feed(inputs: Inputs, first: int, end: int, sink: bool) -> Feed:
     """The batches of the micro-steps from `first` to before `end`; sink: through the data queue, which fills up while
-    the device computes (Ascend only)."""
+    the device computes (Ascend only).
+    """
     if not sink:
         steps = iter(range(first, end))
         return lambda: tuple(Tensor(array) for array in inputs.batch(next(steps)))
@@ -58,7 +60,8 @@ class _MicroSteps:
 
 def make_queue(inputs: Inputs, first: int, end: int) -> dataset.GeneratorDataset:
     """The batches of the micro-steps as MindSpore's dataset. Its source has a length: data_sink asks for it, and of a
-    generator MindSpore learns it by making every batch of the run once."""
+    generator MindSpore learns it by making every batch of the run once.
+    """
     return dataset.GeneratorDataset(
         _MicroSteps(inputs, first, end), column_names=list(Batch._fields), shuffle=False, num_parallel_workers=1,
         python_multiprocessing=False,

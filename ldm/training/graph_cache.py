@@ -96,7 +96,8 @@ def _keep(writing: Path, final: Path) -> bool:
 
 def _is_sound(final: Path) -> bool:
     """Whether compiled graphs are there, and all their files as they were written: MindSpore itself does not look, and
-    a changed bit is another loss. What is not sound is named in a warning."""
+    a changed bit is another loss. What is not sound is named in a warning.
+    """
     if not os.path.lexists(final):
         return False
     try:

@@ -20,13 +20,13 @@ from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.model import ModelConfig
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as LDM's DiagonalGaussianDistribution
-CACHE_PIXELS = 512 * 512  # encoded at once: one picture of 512 pixels or more, 4 of 256, 32 of 64; 16 of 256 took 7 GB
+CACHE_PIXELS = 512 * 512  # encoded at once: one image of 512 pixels or more, 4 of 256, 32 of 64; 16 of 256 took 7 GB
 
 
 class Batch(NamedTuple):
@@ -61,7 +61,7 @@ class Inputs:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: TrainSettings,
         model_config: ModelConfig,
         model: StableDiffusion,
         rows: Sequence[Row],
@@ -120,10 +120,10 @@ class Inputs:
         return tokens if self.tokens_only else self.text_graph(Tensor(tokens)).asnumpy()
 
     def _moments_now(self, rows: np.ndarray, micro_step: int) -> np.ndarray:
-        pictures = self._loading.pop(micro_step, None) or self._load(rows, micro_step)
+        images = self._loading.pop(micro_step, None) or self._load(rows, micro_step)
         # the next ones load while this step computes
         self._loading = {micro_step + 1: self._load(self.order.indices(micro_step + 1), micro_step + 1)}
-        images = np.stack([picture.result() for picture in pictures])
+        images = np.stack([image.result() for image in images])
         return self.encode_graph(Tensor(images)).asnumpy()
 
     def _load(self, rows: np.ndarray, micro_step: int) -> list[Future]:

@@ -14,7 +14,8 @@ LARGEST_SCALE = 2.0**24  # a finite run would go on doubling, until fp32 itself 
 @dataclass
 class LossScaler:
     """Dynamic: the scale falls by `factor` at an overflow and rises by it after `window` finite steps in a row, up
-    to LARGEST_SCALE. Otherwise it stays."""
+    to LARGEST_SCALE. Otherwise it stays.
+    """
 
     scale: float
     dynamic: bool

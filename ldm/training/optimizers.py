@@ -60,7 +60,8 @@ def adamw_scalars(
 
 class AdamW(nn.Cell):
     """Holds the moments `m.<name>` and `v.<name>` of each parameter and, with `use_ema`, its average `ema.<name>`:
-    average += (1 - decay) (parameter - average), which starts at the parameter."""
+    average += (1 - decay) (parameter - average), which starts at the parameter.
+    """
 
     def __init__(self, parameters: tuple[Parameter, ...], betas: tuple[float, float], use_ema: bool = False):
         super().__init__(auto_prefix=False)
@@ -73,7 +74,8 @@ class AdamW(nn.Cell):
 
     def construct(self, gradients, factor, rate, epsilon, decay, ema_rate):
         """gradients: one fp32 tensor a parameter, multiplied by `factor` first; rate, epsilon, decay: of
-        `adamw_scalars`; ema_rate: 1 - EMA's decay. All of these are fp32 scalars."""
+        `adamw_scalars`; ema_rate: 1 - EMA's decay. All of these are fp32 scalars.
+        """
         if self.use_ema:
             update = ops.partial(_update_and_average, rate, self.beta1, self.beta2, epsilon, decay, ema_rate, factor)
             return _each(update, self.parameters, self.m, self.v, self.averages, gradients)

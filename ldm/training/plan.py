@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RunPlan:
         return done == self.updates or passed > passed_before
 
 
-def make_plan(config: TrainConfig, batches_per_epoch: int) -> RunPlan:
+def make_plan(config: TrainSettings, batches_per_epoch: int) -> RunPlan:
     """batches_per_epoch: micro-steps that one pass over the data takes on each rank."""
     steps_per_epoch = batches_per_epoch / config.gradient_accumulation_steps
     updates = config.max_steps or max(1, int(config.epochs * steps_per_epoch))

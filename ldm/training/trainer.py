@@ -42,10 +42,10 @@ from ldm.runtime.logs import set_up_logging
 from ldm.runtime.processes import own_log
 from ldm.runtime.script import progress
 from ldm.settings.model import ModelConfig, load_model_config
-from ldm.settings.read import save_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.read import save_settings
+from ldm.settings.train import TrainSettings
 from ldm.training import checkpoints
-from ldm.training.checkpoints import TrainState
+from ldm.training.checkpoints import TrainingState
 from ldm.training.checks import check_settings, image_size
 from ldm.training.feed import check_sink, make_feed
 from ldm.training.graph_cache import cached_graphs, graph_key
@@ -84,7 +84,7 @@ FOLLOWED_ON_RESUME = (
 )  # fmt: skip
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainSettings) -> Path:
     """Run a training and return the path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
 
     Raises UserError for everything that a person can mend: settings, files, data, a run that learns nothing.
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Path:
         return path
 
 
-def begin(config: TrainConfig) -> Runtime:
+def begin(config: TrainSettings) -> Runtime:
     """Look at the settings, which all processes do alike, and let the processes meet."""
     check_settings(config)
     _check_nothing_is_lost(config)
@@ -122,7 +122,7 @@ class Trainer:
     runtime: of `begin`; None calls it.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime | None = None):
+    def __init__(self, config: TrainSettings, runtime: Runtime | None = None):
         self.config = config
         self.output = Path(config.output_path)
         self.folder = self.output / "ckpt"
@@ -167,7 +167,7 @@ class Trainer:
             path = self.output / "train_args.yaml"
             with writing(path):
                 # of this start alone: the file holds all settings itself, and a new run has nothing to resume
-                save_config(config, path, leave_out=("train_config", "resume"))
+                save_settings(config, path, leave_out=("train_config", "resume"))
         self.inputs = Inputs(
             config,
             self.model_config,
@@ -198,7 +198,7 @@ class Trainer:
             large = [row for row in rows if _shorter_side(row.path) >= config.image_filter_size]
             if len(large) < len(rows):
                 logger.info(
-                    "%d of %d pictures left out: a side is shorter than image_filter_size %d",
+                    "%d of %d images left out: a side is shorter than image_filter_size %d",
                     len(rows) - len(large), len(rows), config.image_filter_size,
                 )  # fmt: skip
             rows = large
@@ -306,13 +306,13 @@ class Trainer:
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
-    def _state_to_resume(self, trainable: list[Parameter]) -> TrainState | None:
+    def _state_to_resume(self, trainable: list[Parameter]) -> TrainingState | None:
         where = self.folder if self.config.resume is True else Path(self.config.resume)
         if is_folder(where, "resume"):
             where = where / "ckpt" if is_folder(where / "ckpt", "resume") else where
         wanted = state_shapes(trainable, self.config.use_ema)
 
-        def misfit(state: TrainState) -> str:
+        def misfit(state: TrainingState) -> str:
             self._check_same_run(state)
             found = differing_shapes(wanted, state.arrays)
             return f"{state.path} does not fit this run ({found})" if found else ""
@@ -333,7 +333,7 @@ class Trainer:
                 logger.warning("resume: %s; the new value holds from here", text)
         return state
 
-    def _check_same_run(self, state: TrainState) -> None:
+    def _check_same_run(self, state: TrainingState) -> None:
         differences = checkpoints.compare_fingerprints(state.fingerprint, self.fingerprint)
         fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
         if fixed:
@@ -346,7 +346,7 @@ class Trainer:
         """Whether a state is of the run in this output_path."""
         return self.folder.resolve() in path.resolve().parents
 
-    def _take_over(self, state: TrainState) -> None:
+    def _take_over(self, state: TrainingState) -> None:
         self.step.load_state(state.arrays)
         self.scaler = make_loss_scaler(self.config, self.runtime, state.scaler)
         self.done = state.step
@@ -358,7 +358,7 @@ class Trainer:
         """Go through the updates that are left."""
         config = self.config
         logger.info(
-            "%d updates of %d x %d x %d pictures (%.1f epochs of %d rows) on %s in %s",
+            "%d updates of %d x %d x %d images (%.1f epochs of %d rows) on %s in %s",
             self.plan.updates, self.runtime.rank_size, config.gradient_accumulation_steps, config.train_batch_size,
             self.plan.updates / self.plan.steps_per_epoch, self.order.n_rows, self.runtime.device,
             "fp16" if self.runtime.fp16 else "fp32",
@@ -517,7 +517,7 @@ class Trainer:
         """Write the weights, then the state: a state on disk has its weights beside it."""
         if not self.is_first_rank:
             return
-        state = TrainState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
+        state = TrainingState(self.done, self.step.state(), self.scaler.state(), self.fingerprint)
         try:
             checkpoints.check_finite(state.arrays, f"nothing is saved at step {self.done}, as what was trained")
             if self.began_at is not None:
@@ -528,7 +528,7 @@ class Trainer:
             raise UserError(f"{error}; {self._way_on()}") from error
         logger.debug("saved step %d in %s", self.done, self.folder)
 
-    def _write_files(self, state: TrainState) -> None:
+    def _write_files(self, state: TrainingState) -> None:
         writers = {"lora": self._write_lora} if self.config.use_lora else {"model": self._write_model}
         if self.lora_spec.trainable_model:  # the base that this LoRA belongs to
             writers["model"] = self._write_model
@@ -560,7 +560,8 @@ class Trainer:
 
     def _write_model(self, path: Path) -> None:
         """The whole model, so that text_to_image.py takes it as --ckpt_path; the UNet's moving average if there is.
-        Without LoRA, which has its own file."""
+        Without LoRA, which has its own file.
+        """
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
         arrays.update(self.step.averages())
         arrays = {name: array for name, array in arrays.items() if "lora_" not in name}
@@ -577,7 +578,7 @@ class Trainer:
         mindone.write(path, lora_state(self.model, self.model_config, self.step.averages()))
 
 
-def _check_nothing_is_lost(config: TrainConfig) -> None:
+def _check_nothing_is_lost(config: TrainSettings) -> None:
     folder = Path(config.output_path) / "ckpt"
     # Not overwritten: a forgotten --resume would cost what was trained so far.
     if not config.resume and find_states(folder):
@@ -587,7 +588,7 @@ def _check_nothing_is_lost(config: TrainConfig) -> None:
         )
 
 
-def _model_config(config: TrainConfig) -> ModelConfig:
+def _model_config(config: TrainSettings) -> ModelConfig:
     if config.model_config is not None:
         return adapted_model(load_model_config(under_root(config.model_config)), config.pretrained_model_path)
     model = detect_model(
@@ -603,7 +604,7 @@ def _shorter_side(path: Path) -> int:
         return min(image.size)
 
 
-def make_lora_spec(config: TrainConfig) -> LoRASpec:
+def make_lora_spec(config: TrainSettings) -> LoRASpec:
     """What to inject, by the settings and their lora_config. Raises UserError for a lora_config that is wrong."""
     spec = LoRASpec(
         rank=config.lora_rank,
@@ -619,7 +620,7 @@ def make_lora_spec(config: TrainConfig) -> LoRASpec:
     return spec if config.lora_config is None else spec.with_config(under_root(config.lora_config))
 
 
-def make_loss_scaler(config: TrainConfig, runtime: Runtime, state: dict | None = None) -> LossScaler:
+def make_loss_scaler(config: TrainSettings, runtime: Runtime, state: dict | None = None) -> LossScaler:
     """The scaler that the settings ask for; `state` is LossScaler.state() of the run that goes on."""
     kind = config.loss_scaler_type
     if kind == "auto":

@@ -69,7 +69,8 @@ def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
 
 def adapted_model(model: ModelConfig, path: str | Path) -> ModelConfig:
     """A model that is given by its YAML, with the tokens that the checkpoint at `path` adds. Raises UserError where it
-    is no base checkpoint, or its tokens do not fit it."""
+    is no base checkpoint, or its tokens do not fit it.
+    """
     checkpoint = open_base(path)
     return with_tokens(model, checkpoint, plan_base(checkpoint))
 
@@ -117,7 +118,8 @@ def _architectures(
 
 def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: str) -> str:
     """One sentence for a checkpoint of which fitting_models does not find a single model; it ends with the way out, for
-    which `way_out` is one that adds what is not said."""
+    which `way_out` is one that adds what is not said.
+    """
     said = [f"says {key} {value}" for key, value in model_metadata(checkpoint.metadata).items()]
     absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, plan.sources)]
     # A training may begin without a UNet, and the VAE may come from elsewhere.
@@ -356,7 +358,8 @@ def _from_folder(
 
 def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
     """ "zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
-    encoder's activation has it: OpenCLIP's is gelu. Raises UserError where it fills up with an added token."""
+    encoder's activation has it: OpenCLIP's is gelu. Raises UserError where it fills up with an added token.
+    """
     added = {token.text for token in tokens_of(folder)}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         token = folder.read_json(f"tokenizer/{file}").get("pad_token")

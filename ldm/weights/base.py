@@ -83,7 +83,8 @@ def open_base(path: str | os.PathLike) -> Checkpoint | DiffusersFolder:
 
 def open_network(path: str | os.PathLike, component: str) -> Checkpoint | DiffusersFolder | Prefixed:
     """Open what holds one network, "unet" or "vae", to be put in the place of a base's: a file or folder with that
-    network alone, under its own names, or any base model. Raises UserError as open_base, and for another network."""
+    network alone, under its own names, or any base model. Raises UserError as open_base, and for another network.
+    """
     checkpoint = open_base(path)
     names = list(checkpoint)
     if detect_family(names) is None:
@@ -97,7 +98,8 @@ def open_network(path: str | os.PathLike, component: str) -> Checkpoint | Diffus
 
 def plan_base(checkpoint: Checkpoint | DiffusersFolder | Prefixed, ema: bool = False) -> Plan:
     """The plan for a base checkpoint, judged by its names; `ema`: see plan_names. Raises UserError for anything else: a
-    LoRA, SDXL and other models, a textual inversion, one component alone."""
+    LoRA, SDXL and other models, a textual inversion, one component alone.
+    """
     names = list(checkpoint)
     path = checkpoint.path
     if sum(any(mark in name for mark in _LORA_MARKS) for name in names) * 2 > len(names):

@@ -49,7 +49,8 @@ class Arrays(Mapping):
 @dataclass
 class Entry:
     """Where one array lies in the mapped file: element type ("bf16" or numpy's), shape, (offset, size) of its pieces
-    in bytes; and the steps between elements in bytes where they are not in order (one piece then)."""
+    in bytes; and the steps between elements in bytes where they are not in order (one piece then).
+    """
 
     dtype: str
     shape: tuple[int, ...]

@@ -82,7 +82,8 @@ def is_published(name: str) -> bool:
 
 def layout(names: Iterable[str], openclip: bool) -> dict[str, Made]:
     """Key of a published single file -> what of the canonical `names` it is made of; `openclip`: the text encoder as in
-    SD2's files, q, k and v in one array."""
+    SD2's files, q, k and v in one array.
+    """
     return dict(_key(name) if openclip else (name, Made((name,))) for name in names)
 
 
@@ -100,7 +101,8 @@ def _key(name: str) -> tuple[str, Made]:
 
 def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> dict[str, np.ndarray]:
     """The noise schedule that published files hold beside the weights, 12 arrays (timesteps,) float32; readers compute
-    it anew. Formulas: Ho et al. 2020, "Denoising diffusion probabilistic models"; betas linear in the square root."""
+    it anew. Formulas: Ho et al. 2020, "Denoising diffusion probabilistic models"; betas linear in the square root.
+    """
     betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
     alphas = np.cumprod(1.0 - betas)
     previous = np.append(1.0, alphas[:-1])

@@ -234,7 +234,8 @@ def check_diffusers_form(model: ModelConfig) -> None:
 
 def form_of(target: Path, form: str | None) -> str:
     """The form that `target` is written in: the one given, or the one of its suffix. Raises UserError for a suffix that
-    is not the form's, and where something is there."""
+    is not the form's, and where something is there.
+    """
     suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
     if form is None:
         if suffix not in FORM_OF:

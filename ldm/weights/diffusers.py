@@ -98,7 +98,8 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
 
 def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | None]:
     """The function that says where a key of a diffusers folder (`component/name`) goes; `names` are all keys: they tell
-    how many levels and layers the networks have."""
+    how many levels and layers the networks have.
+    """
     names = list(names)
     tables = {
         "unet": {theirs: UNET_PREFIX + ours for theirs, ours in unet_modules(_unet_structure(names)).items()},
@@ -147,7 +148,8 @@ def _count(names: list[str], pattern: str) -> int:
 
 def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Made]:
     """Key of a diffusers folder (`component/name`; names of diffusers 0.42 and transformers 4) -> what of the canonical
-    arrays, given by name and shape, it is made of. Raises UserError for a name that `config` has no place for."""
+    arrays, given by name and shape, it is made of. Raises UserError for a name that `config` has no place for.
+    """
     tables = {
         "unet": (UNET_PREFIX, {ours: theirs for theirs, ours in unet_modules(config.unet).items()}),
         "vae": (VAE_PREFIX, {ours: theirs for theirs, ours in vae_modules(config.vae).items()}),

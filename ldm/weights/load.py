@@ -26,7 +26,8 @@ CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
 @dataclass
 class ComponentReport:
     """What of one network was found in a file; names are canonical, shapes are (in the file, in the network), types
-    those of a file's arrays that are no floating-point numbers."""
+    those of a file's arrays that are no floating-point numbers.
+    """
 
     matched: int = 0
     missing: list[str] = field(default_factory=list)
@@ -99,7 +100,8 @@ def load_base(
 def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
     """Load one network, "unet" or "vae", in the place of the base's: from a file or folder that holds it alone, under
     its own names, or from any base model. See load_base for the rest; raises UserError also where what the file says
-    contradicts the model configuration."""
+    contradicts the model configuration.
+    """
     checkpoint = open_network(path, component)
     if component == "unet":  # what it predicts, and for which text embeddings
         check_base_metadata(checkpoint.metadata, config, path)

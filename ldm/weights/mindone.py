@@ -1,5 +1,6 @@
 """mindone's published .ckpt files of SD1.x and SD2.x: MindSpore's gamma and beta, wrapped convolutions, a fused text
-encoder. The names are those of mindone's Stable Diffusion example (2023 to 2025)."""
+encoder. The names are those of mindone's Stable Diffusion example (2023 to 2025).
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def _place_text(name: str) -> list[Place] | None:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Made]:
-    """mindone's key -> what of the canonical arrays, given by name and shape, it is made of."""
+    """Mindone's key -> what of the canonical arrays, given by name and shape, it is made of."""
     return dict(_key(name, shapes) for name in shapes)
 
 

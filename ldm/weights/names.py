@@ -70,7 +70,8 @@ def component_of(name: str) -> str:
 
 def detect_family(names: Iterable[str]) -> str | None:
     """ "ldm" (CompVis, Stability AI and this project's own), "mindone", "diffusers" (a folder's `component/name`), or
-    None for none of them."""
+    None for none of them.
+    """
     names = list(names)
     if any(name.startswith(FOLDERS) for name in names):
         return "diffusers"

@@ -19,7 +19,8 @@ class Place:
 @dataclass(frozen=True)
 class Made:
     """An array of another family, made of canonical ones: their rows one after another, then given a shape (None: the
-    one they have)."""
+    one they have).
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...] | None = None
@@ -72,7 +73,8 @@ _FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 def fused_text_layer(name: str) -> tuple[str, str, str, tuple[str, ...]] | None:
     """The reverse of text_layer: (index, module, kind, the canonical names whose rows it holds) of a canonical name;
-    None for one outside of the layers."""
+    None for one outside of the layers.
+    """
     layer = _CANONICAL_LAYER.match(name)
     if layer is None:
         return None

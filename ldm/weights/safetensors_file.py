@@ -1,5 +1,6 @@
 """The .safetensors file: 8 bytes of length, a JSON header, the data. Read from the mapped file, written one array at a
-time (the library's own writer wants all of them in memory)."""
+time (the library's own writer wants all of them in memory).
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ VERSION = "0.42.1"  # of diffusers, whose settings these are
 
 def write_folder(path: Path, model: ModelConfig, parts: Mapping[str, Arrays]) -> None:
     """Write `path` with the arrays of "unet", "vae" and "text_encoder" under diffusers' names, beside it and then
-    renamed. Raises UserError where the disk refuses."""
+    renamed. Raises UserError where the disk refuses.
+    """
     texts = {
         "model_index.json": _index(),
         "unet/config.json": unet_config(model),
@@ -138,7 +139,8 @@ def text_config(model: ModelConfig) -> dict[str, Any]:
 
 def scheduler_config(model: ModelConfig) -> dict[str, Any]:
     """scheduler_config.json of the sampler that is the default here, with what the others of diffusers need to be
-    made from it (DDIM clips its predictions otherwise)."""
+    made from it (DDIM clips its predictions otherwise).
+    """
     return {
         "_class_name": "DPMSolverMultistepScheduler",
         "_diffusers_version": VERSION,

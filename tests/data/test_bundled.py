@@ -1,4 +1,4 @@
-"""The pictures in datasets/: all sound, and held out for good."""
+"""The images in datasets/: all sound, and held out for good."""
 
 import csv
 from functools import cache
@@ -30,10 +30,10 @@ def test_every_row_is_sound(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_picture_is_in_its_csv(style):
+def test_every_image_is_in_its_csv(style):
     for split in ("train", "test"):
-        pictures = {path.name for path in (DATASETS / style / split).glob("*.png")}
-        assert {row.path.name for row in rows(style, split)} == pictures
+        images = {path.name for path in (DATASETS / style / split).glob("*.png")}
+        assert {row.path.name for row in rows(style, split)} == images
 
 
 def test_what_is_held_out_of_one_style_is_in_the_train_split_of_none():
@@ -55,13 +55,13 @@ def test_prompts_follow_the_sorted_file_names(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_meta_says_each_pictures_split(style):
+def test_meta_says_each_images_split(style):
     with open(DATASETS / style / "meta.csv", encoding="utf-8", newline="") as file:
         said = {row["file"]: row["split"] for row in csv.DictReader(file)}
     assert said == {row.path.name: split for split in ("train", "test") for row in rows(style, split)}
 
 
-def test_sources_and_licences_travel_with_the_pictures():
+def test_sources_and_licences_travel_with_the_images():
     attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
     assert bundled == set(STYLES)
@@ -71,7 +71,7 @@ def test_sources_and_licences_travel_with_the_pictures():
 
 
 @pytest.mark.parametrize("style", ["emoji_twemoji", "emoji_fluent_hc"])
-def test_the_choice_beside_the_splits_is_of_training_pictures_whose_concepts_the_base_draws(style):
+def test_the_choice_beside_the_splits_is_of_training_images_whose_concepts_the_base_draws(style):
     base = {row.path.name for row in read("emoji_noto", "").rows}
     chosen, train = rows(style, ""), {(row.path.name, row.text) for row in rows(style, "train")}
     assert {row.path.parent.name for row in chosen} == {"train"}

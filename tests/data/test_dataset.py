@@ -16,14 +16,14 @@ from ldm.errors import UserError
 from ldm.runtime.logs import PlainFormatter
 
 
-def picture_bytes(suffix="PNG"):
+def image_bytes(suffix="PNG"):
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, suffix)
     return buffer.getvalue()
 
 
-PICTURE = picture_bytes()
+IMAGE = image_bytes()
 
 
 @pytest.fixture(autouse=True, params=[131_072, 10_000_000], ids=["csv's limit", "MindSpore's limit"], scope="module")
@@ -36,12 +36,12 @@ def csv_limit(request):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder with twenty pictures 0.png to 19.png and no CSV yet; something.png lies outside of it."""
+    """A data folder with twenty images 0.png to 19.png and no CSV yet; something.png lies outside of it."""
     inside = tmp_path / "data"
     inside.mkdir()
     for index in range(20):
-        (inside / f"{index}.png").write_bytes(PICTURE)
-    (tmp_path / "outside.png").write_bytes(PICTURE)
+        (inside / f"{index}.png").write_bytes(IMAGE)
+    (tmp_path / "outside.png").write_bytes(IMAGE)
     return inside
 
 
@@ -51,7 +51,7 @@ def write(folder, text, encoding="utf-8"):
 
 def lines(count=20, **changed):
     """A CSV of `count` rows, where line3="..." puts something else on line 3 (the header is line 1)."""
-    rows = ["dir,text"] + [f"{index}.png,picture {index}" for index in range(count)]
+    rows = ["dir,text"] + [f"{index}.png,image {index}" for index in range(count)]
     for line, content in changed.items():
         rows[int(line[len("line") :]) - 1] = content
     return "\n".join(rows) + "\n"
@@ -104,9 +104,9 @@ def test_ways_to_write_a_csv(folder, content, expected):
     assert captions(folder) == expected
 
 
-def test_pictures_may_lie_in_folders_below(folder):
+def test_images_may_lie_in_folders_below(folder):
     (folder / "cats").mkdir()
-    (folder / "cats" / "größe 1.png").write_bytes(PICTURE)
+    (folder / "cats" / "größe 1.png").write_bytes(IMAGE)
     write(folder, "dir,text\ncats/größe 1.png,a cat\n")
     assert read_image_text_csv(folder).rows[0].path == folder / "cats" / "größe 1.png"
 
@@ -126,13 +126,13 @@ def test_other_names_for_csv_and_columns(folder):
 def test_empty_captions_are_kept_and_counted(folder, caplog):
     write(folder, lines(line2="0.png,", line3='1.png,"  "'))
     with caplog.at_level(logging.WARNING):
-        assert captions(folder)[:3] == ["", "", "picture 2"]
+        assert captions(folder)[:3] == ["", "", "image 2"]
     assert "2 of 20 captions are empty" in caplog.text
 
 
 def test_nothing_is_said_about_a_sound_data_set(folder, caplog):
     write(folder, lines())
-    assert captions(folder) == [f"picture {index}" for index in range(20)]
+    assert captions(folder) == [f"image {index}" for index in range(20)]
     assert caplog.text == ""
 
 
@@ -188,9 +188,9 @@ def test_a_csv_that_is_none_is_refused(folder, content, said):
         "../data2/1.png",
     ],
 )
-def test_a_picture_outside_the_folder_is_refused(folder, tmp_path, name):
+def test_a_image_outside_the_folder_is_refused(folder, tmp_path, name):
     (tmp_path / "data2").mkdir()
-    (tmp_path / "data2" / "1.png").write_bytes(PICTURE)
+    (tmp_path / "data2" / "1.png").write_bytes(IMAGE)
     name = name.format(folder=folder)
     write(folder, lines(line5=f"{name},a cat"))
     message = refusal(folder)
@@ -228,7 +228,7 @@ def test_no_name_leads_out_of_the_folder_through_a_link(folder, tmp_path):
 )
 def test_the_only_file_with_nearly_the_name_is_taken_and_said_once(folder, on_disk, name, caplog):
     (folder / on_disk).parent.mkdir(exist_ok=True)
-    (folder / on_disk).write_bytes(PICTURE)
+    (folder / on_disk).write_bytes(IMAGE)
     write(folder, lines(line5=f"{name},a cat", line6=f"{name},a dog"))
     found = read_image_text_csv(folder)
     assert [row.path for row in found.rows[3:5]] == [folder / on_disk] * 2 and found.bad == []
@@ -239,7 +239,7 @@ def test_the_only_file_with_nearly_the_name_is_taken_and_said_once(folder, on_di
 
 def test_an_exact_name_wins_and_of_several_near_ones_none_is_taken(folder):
     for name in ("CAT.png", "cat.png", "Dog.png", "DOG.png"):
-        (folder / name).write_bytes(PICTURE)
+        (folder / name).write_bytes(IMAGE)
     write(folder, lines(line5="cat.png,a cat", line6="dog.png,a dog"))
     found = read_image_text_csv(folder)
     assert found.rows[3].path == folder / "cat.png"
@@ -252,7 +252,7 @@ def test_a_near_name_does_not_lead_out_of_the_folder_either(folder, name):
     assert "does not exist" in read_image_text_csv(folder).bad[0][1]
 
 
-def test_a_picture_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
+def test_a_image_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
     name = os.fsdecode("狗.png".encode("gbk"))
     (folder / name).write_bytes(b"")
     write(folder, lines(line5="狗.png,a dog"))
@@ -277,7 +277,7 @@ def test_empty_columns_at_the_end_may_be_there_or_not(folder, content, expected)
 
 
 def test_a_row_that_ends_before_its_image_is_left_out(folder):
-    write(folder, "text,dir\n" + "".join(f"picture {index},{index}.png\n" for index in range(19)) + "a cat\n")
+    write(folder, "text,dir\n" + "".join(f"image {index},{index}.png\n" for index in range(19)) + "a cat\n")
     assert read_image_text_csv(folder).bad == [("", "line 21: no image is named")]
 
 
@@ -310,8 +310,8 @@ def test_a_csv_that_is_no_file_is_never_waited_for(folder, place):
 def test_what_another_user_closed_is_named_as_that(unprivileged, closed):
     (unprivileged / "sub").mkdir()
     for index in range(20):
-        (unprivileged / f"{index}.png").write_bytes(PICTURE)
-    (unprivileged / "sub" / "a.png").write_bytes(PICTURE)
+        (unprivileged / f"{index}.png").write_bytes(IMAGE)
+    (unprivileged / "sub" / "a.png").write_bytes(IMAGE)
     write(unprivileged, lines(line5="sub/a.png,a cat"))
     (unprivileged / closed).chmod(0)
     if closed in ("sub", "1.png"):
@@ -336,18 +336,18 @@ def test_no_csv_here_but_in_a_folder_below(folder):
 BROKEN = {
     "missing": (None, "does not exist"),
     "empty": (b"", "is an empty file"),
-    "text": (b"no picture, for all its name\n", "is no image"),
-    "truncated": (PICTURE[: len(PICTURE) // 2], "is broken"),
-    "cut at the end": (PICTURE[:-100], "is broken"),
-    "header alone": (PICTURE[:33], "is no image"),
-    "truncated jpeg": (picture_bytes("JPEG")[:-150], "is broken"),
+    "text": (b"no image, for all its name\n", "is no image"),
+    "truncated": (IMAGE[: len(IMAGE) // 2], "is broken"),
+    "cut at the end": (IMAGE[:-100], "is broken"),
+    "header alone": (IMAGE[:33], "is no image"),
+    "truncated jpeg": (image_bytes("JPEG")[:-150], "is broken"),
     "html": (b"<!DOCTYPE html><title>404</title>", "is no image"),
     "zeros": (b"\0" * 500, "is no image"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_picture_is_named_counted_and_left_out(folder, caplog, kind):
+def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
     content, said = BROKEN[kind]
     (folder / "7.png").unlink()
     if content is not None:
@@ -355,7 +355,7 @@ def test_a_broken_picture_is_named_counted_and_left_out(folder, caplog, kind):
     write(folder, lines())
     with caplog.at_level(logging.WARNING):
         found = read_image_text_csv(folder)
-    assert [row.text for row in found.rows] == [f"picture {index}" for index in range(20) if index != 7]
+    assert [row.text for row in found.rows] == [f"image {index}" for index in range(20) if index != 7]
     [(name, reason)] = found.bad
     assert name == "7.png" and reason.startswith("line 9: ") and said in reason
     assert "7.png" in caplog.text and said in caplog.text and "1 of 20 rows left out" in caplog.text

@@ -64,7 +64,7 @@ def test_captions_are_dropped_as_often_as_asked():
     assert not step_draws(0, 1, (50, 1, 1, 1), 10, 0.0).dropped.any()
 
 
-def test_every_picture_of_a_step_is_cropped_by_a_generator_of_its_own():
+def test_every_image_of_a_step_is_cropped_by_a_generator_of_its_own():
     first_step, again, next_step = (augmentation_draws(0, step, 3) for step in (1, 1, 2))
     values = [[rng.integers(2**63) for rng in generators] for generators in (first_step, again, next_step)]
     assert values[0] == values[1] and len({*values[0], *values[2]}) == 6

@@ -1,4 +1,4 @@
-"""Every common kind of picture file comes out as the picture a person sees, on white, square, in [-1, 1]."""
+"""Every common kind of image file comes out as the image a person sees, on white, square, in [-1, 1]."""
 
 import io
 import os
@@ -20,25 +20,25 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest puts its ow
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def saved(tmp_path, image, name="picture.png", **settings):
+def saved(tmp_path, image, name="image.png", **settings):
     path = tmp_path / name
     image.save(path, **settings)
     return path
 
 
 def pixel(path, x=0, y=0):
-    """The RGB of one pixel of an 8x8 picture, 0 to 255."""
-    picture = load_image(path, 8)
-    return tuple(int(value) for value in np.rint((picture[:, y, x] + 1) * 127.5))
+    """The RGB of one pixel of an 8x8 image, 0 to 255."""
+    image = load_image(path, 8)
+    return tuple(int(value) for value in np.rint((image[:, y, x] + 1) * 127.5))
 
 
-def test_a_picture_is_float32_channels_first_in_minus_one_to_one(tmp_path):
+def test_a_image_is_float32_channels_first_in_minus_one_to_one(tmp_path):
     values = np.zeros((8, 8, 3), np.uint8)
     values[2, 5] = (255, 0, 128)
-    picture = load_image(saved(tmp_path, Image.fromarray(values)), 8)
-    assert picture.dtype == np.float32 and picture.shape == (3, 8, 8) and picture.flags.c_contiguous
-    assert picture[:, 2, 5] == pytest.approx([1.0, -1.0, 128 / 127.5 - 1], abs=1e-6)
-    assert picture.min() == -1.0 and picture.max() == 1.0
+    image = load_image(saved(tmp_path, Image.fromarray(values)), 8)
+    assert image.dtype == np.float32 and image.shape == (3, 8, 8) and image.flags.c_contiguous
+    assert image[:, 2, 5] == pytest.approx([1.0, -1.0, 128 / 127.5 - 1], abs=1e-6)
+    assert image.min() == -1.0 and image.max() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_of_exif_the_orientation_alone_counts(tmp_path, name, block, turned):
     assert open_rgb(path).size == ((6, 9) if turned else (9, 6))
 
 
-def test_a_wide_picture_gives_its_middle(tmp_path):
+def test_a_wide_image_gives_its_middle(tmp_path):
     values = np.full((8, 24, 3), 255, np.uint8)
     values[:, 8:16] = RED
     assert (load_image(saved(tmp_path, Image.fromarray(values)), 8) == np.array([1, -1, -1]).reshape(3, 1, 1)).all()
 
 
-def test_a_tall_picture_gives_its_middle(tmp_path):
+def test_a_tall_image_gives_its_middle(tmp_path):
     values = np.full((24, 8, 3), 255, np.uint8)
     values[8:16] = RED
     assert (load_image(saved(tmp_path, Image.fromarray(values)), 8) == np.array([1, -1, -1]).reshape(3, 1, 1)).all()
@@ -195,15 +195,15 @@ def test_a_tall_picture_gives_its_middle(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 16), (4, 4), (30, 20), (1, 1), (1, 4000), (4000, 1)])
 def test_any_shape_is_scaled_to_the_size(tmp_path, shape):
-    picture = load_image(saved(tmp_path, Image.new("RGB", shape, (10, 200, 30))), 8)
-    assert picture.shape == (3, 8, 8)
-    assert (picture[:, 4, 4] + 1) * 127.5 == pytest.approx([10, 200, 30], abs=1)
+    image = load_image(saved(tmp_path, Image.new("RGB", shape, (10, 200, 30))), 8)
+    assert image.shape == (3, 8, 8)
+    assert (image[:, 4, 4] + 1) * 127.5 == pytest.approx([10, 200, 30], abs=1)
 
 
 def test_shrinking_averages_instead_of_skipping(tmp_path):
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    picture = load_image(saved(tmp_path, Image.fromarray(board)), 8)
-    assert np.abs(picture).max() < 0.02
+    image = load_image(saved(tmp_path, Image.fromarray(board)), 8)
+    assert np.abs(image).max() < 0.02
 
 
 def test_random_crops_stay_inside_and_move(tmp_path):
@@ -225,7 +225,7 @@ def test_random_flips_mirror_half_of_the_time(tmp_path):
     assert 160 < sum(flipped) < 240
 
 
-def test_the_same_generator_state_gives_the_same_picture(tmp_path):
+def test_the_same_generator_state_gives_the_same_image(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     path = saved(tmp_path, Image.fromarray(values))
     first, again = (
@@ -266,7 +266,7 @@ def encoded(suffix):
         (encoded("PNG")[:200] + b"\0" * 400 + encoded("PNG")[600:], "is broken"),
     ],
 )
-def test_a_broken_picture_is_named_with_what_is_wrong(tmp_path, content, said):
+def test_a_broken_image_is_named_with_what_is_wrong(tmp_path, content, said):
     path = tmp_path / "cat.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
@@ -441,12 +441,12 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, place):
 def test_an_image_of_another_user_is_named_with_its_permission(unprivileged):
     path = saved(unprivileged, Image.new("RGB", (8, 8)))
     path.chmod(0)
-    with pytest.raises(UserError, match="picture.png.*Permission denied: give this user the permission"):
+    with pytest.raises(UserError, match="image.png.*Permission denied: give this user the permission"):
         load_image(path, 8)
 
 
 @pytest.mark.parametrize("name", ["gone.png", "folder.png"])
-def test_a_missing_picture_and_a_folder_are_said_to_be_that(tmp_path, name):
+def test_a_missing_image_and_a_folder_are_said_to_be_that(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match="does not exist" if name == "gone.png" else "is a folder"):
         load_image(tmp_path / name, 8)
@@ -454,7 +454,7 @@ def test_a_missing_picture_and_a_folder_are_said_to_be_that(tmp_path, name):
 
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-def test_a_damaged_picture_never_ends_in_an_unforeseen_error(tmp_path, monkeypatch, suffix):
+def test_a_damaged_image_never_ends_in_an_unforeseen_error(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     whole, rng = encoded(suffix), np.random.default_rng(1)
     path = tmp_path / "damaged"

@@ -27,7 +27,7 @@ def test_the_betas_run_linearly_in_the_square_root_or_plainly():
     np.testing.assert_allclose(betas(NoiseSchedule(0.01, 0.04, 3, "linear")), [0.01, 0.025, 0.04], rtol=1e-12)
 
 
-def test_picture_and_noise_weights_keep_the_variance():
+def test_image_and_noise_weights_keep_the_variance():
     schedule = NoiseSchedule()
     assert schedule.sqrt_alphas.dtype == np.float32
     np.testing.assert_allclose(schedule.sqrt_alphas**2 + schedule.sqrt_one_minus_alphas**2, 1.0, rtol=1e-6)

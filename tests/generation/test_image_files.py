@@ -18,14 +18,14 @@ PROMPTS = ["a cat, 猫", "a cat, 猫", "two\nlines", "two\nlines"]
 NEGATIVE = ["", "", "blurry", "blurry"]
 
 
-def pictures(count, value=0):
+def images(count, value=0):
     return np.stack([np.full((6, 8, 3), 10 * i + value, np.uint8) for i in range(count)])
 
 
 def write(folder, value=0, **more):
     writer = SampleWriter(folder, PROMPTS, NEGATIVE, 2, {"seed": "42", "settings": {"steps": 20}}, **more)
-    writer.add([0, 1, 2], pictures(3, value))
-    writer.add([3], pictures(1, value + 3))
+    writer.add([0, 1, 2], images(3, value))
+    writer.add([3], images(1, value + 3))
     writer.finish()
     return writer
 
@@ -53,7 +53,7 @@ def test_a_png_holds_its_prompt_its_settings_and_its_index(tmp_path):
 def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
     name = os.fsdecode(b"\xb7\xe7.ckpt")  # GBK
     writer = SampleWriter(tmp_path, ["a"], [""], 1, {"checkpoint": name, "lora": [{"file": name, "weight": 1}]})
-    writer.add([0], pictures(1))
+    writer.add([0], images(1))
     texts = Image.open(tmp_path / "samples" / "00000.png").text
     assert texts["checkpoint"] == "\\udcb7\\udce7.ckpt" and json.loads(texts["lora"])[0]["file"] == name
 
@@ -61,7 +61,7 @@ def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
 def test_what_is_kept_of_an_interrupted_run_is_said(tmp_path):
     writer = SampleWriter(tmp_path, PROMPTS, NEGATIVE, 2, {})
     assert writer.progress() == "after 0 of 4 images: nothing is kept"
-    writer.add([0, 1, 2], pictures(3))
+    writer.add([0, 1, 2], images(3))
     assert writer.progress() == f"after 3 of 4 images, which are in {tmp_path / 'samples'}"
 
 
@@ -85,7 +85,7 @@ def test_the_grid_of_single_images_is_about_square_and_ends_at_64(tmp_path):
 
 
 def test_tiles_lie_in_rows_on_white():
-    sheet = tile(list(pictures(3)), columns=2)
+    sheet = tile(list(images(3)), columns=2)
     assert sheet.shape == (14, 18, 3)
     assert sheet[0, 0, 0] == 0 and sheet[0, 10, 0] == 10 and sheet[8, 0, 0] == 20 and sheet[8, 10, 0] == 255
 
@@ -108,7 +108,7 @@ def test_a_grid_of_another_run_does_not_stay_beside_new_samples(tmp_path):
     assert not (tmp_path / "grid.png").exists() and (tmp_path / "grid.old1.png").exists()
 
 
-def test_nothing_is_touched_before_the_first_picture(tmp_path):
+def test_nothing_is_touched_before_the_first_image(tmp_path):
     write(tmp_path)
     SampleWriter(tmp_path, PROMPTS, NEGATIVE, 2, {}).finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "samples"]

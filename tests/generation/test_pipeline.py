@@ -1,4 +1,4 @@
-"""From prompts to pictures with a very small random model, in graph mode."""
+"""From prompts to images with a very small random model, in graph mode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawn(pipeline):
     return draw(pipeline)
 
 
-def test_there_is_a_picture_for_each_prompt_at_the_models_size(drawn):
+def test_there_is_a_image_for_each_prompt_at_the_models_size(drawn):
     latents, images = drawn
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == np.float32
     assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
@@ -72,26 +72,26 @@ def test_the_last_smaller_batch_compiles_no_second_graph(pipeline, drawn):
     assert [len(network.compile_cache) for network in networks] == before == [1, 1, 1]
 
 
-def test_the_same_seed_draws_the_same_pictures_and_another_seed_others(pipeline, drawn):
+def test_the_same_seed_draws_the_same_images_and_another_seed_others(pipeline, drawn):
     again, _ = draw(pipeline)
     np.testing.assert_array_equal(again, drawn[0])
     other, _ = draw(pipeline, seed=8)
     assert np.abs(other - drawn[0]).max() > 0.1
 
 
-def test_a_picture_does_not_depend_on_the_batch_size(pipeline, drawn):
+def test_a_image_does_not_depend_on_the_batch_size(pipeline, drawn):
     single, _ = draw(pipeline, sampling=replace(FEW, batch_size=1))
     np.testing.assert_allclose(single, drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())
 
 
-def test_every_picture_starts_from_noise_of_its_own(pipeline):
+def test_every_image_starts_from_noise_of_its_own(pipeline):
     starts = pipeline.starting_latents(7, [0, 1, 2], (4, 8, 8))
     assert starts.mean() == pytest.approx(0, abs=0.1) and starts.std() == pytest.approx(1, abs=0.1)
     assert np.abs(np.corrcoef(starts.reshape(3, -1)) - np.eye(3)).max() < 0.3
     np.testing.assert_array_equal(pipeline.starting_latents(7, [2], (4, 8, 8))[0], starts[2])
 
 
-def test_every_picture_gets_fresh_noise_of_its_own(pipeline):
+def test_every_image_gets_fresh_noise_of_its_own(pipeline):
     same_start = np.repeat(pipeline.starting_latents(7, [0], (4, 8, 8)), 2, axis=0)
     noisy = replace(FEW, sampler="ddim", eta=1.0)
     first, second = draw(pipeline, ["a cat", "a cat"], noisy, starting_latents=same_start)[0]
@@ -268,7 +268,7 @@ def test_numpys_failed_allocation_is_named_and_other_errors_are_left_alone(tiny_
 
 
 @pytest.mark.parametrize("size", [4_000_000, 8 * 10**12])
-def test_a_picture_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
+def test_a_image_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
     huge = replace(FEW, height=size, width=size)
     with pytest.raises(UserError, match=f"not enough memory for batch_size 2, H {size}, W {size}"):
         next(pipeline.generate(PROMPTS, huge, 7, progress=False))

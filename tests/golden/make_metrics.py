@@ -1,4 +1,4 @@
-"""Write metrics.npz: what pytorch-fid sees of the odd pictures and answers for one, and transformers' CLIP features.
+"""Write metrics.npz: what pytorch-fid sees of the odd images and answers for one, and transformers' CLIP features.
 
 Weights are functions of their names (tests/metrics/named_networks.py). Run in an environment that has torch,
 transformers and pytorch-fid 0.3.0: python -m tests.golden.make_metrics
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from ldm.models.clip import CLIPModel  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights  # noqa: E402
-from tests.metrics.odd_pictures import write_odd_pictures  # noqa: E402
+from tests.metrics.odd_images import write_odd_images  # noqa: E402
 from tests.parity.fid_reference import reference_clip, reference_inception, reference_input  # noqa: E402
 
 EVERY = 1009  # of an input's values one in so many is kept
@@ -29,7 +29,7 @@ TEXTS = ["a cat", "a photograph of an astronaut riding a horse, " * 12, ""]
 def answers() -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {"every": np.array(EVERY)}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        paths = write_odd_pictures(Path(folder))
+        paths = write_odd_images(Path(folder))
         for name, path in paths.items():
             found[f"input {name}"] = reference_input(path).reshape(-1)[::EVERY]
         given = torch.from_numpy((reference_input(paths["odd.png"])[None] + 1) / 2)

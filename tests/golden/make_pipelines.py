@@ -85,7 +85,7 @@ def reference_for(config: ModelConfig, text_layers_unused: int, vae: bool = True
 
 
 def answers() -> dict[str, np.ndarray]:
-    """ "form.sampler" -> final latents; "form.image" -> the first sampler's pictures, in [-1, 1]."""
+    """ "form.sampler" -> final latents; "form.image" -> the first sampler's images, in [-1, 1]."""
     found = {}
     for form, unused in FORMS.items():
         config = load_model_config(Path(__file__).with_name(f"{form}.yaml"))

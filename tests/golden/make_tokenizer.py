@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("tokenizer.json.gz")
 VOCABULARY = ROOT / "ldm" / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
 
-# Texts are parted by the record separator's picture, which none of them holds.
+# Texts are parted by the record separator's image, which none of them holds.
 WRITTEN = {
     "plain": """
 a photo of a cat␞A Photograph Of An Astronaut Riding A Horse␞a drawing of a green pokemon with red eyes␞

@@ -5,7 +5,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.algebra import decompose, difference, mix_factors, resize, weighted_sum
-from ldm.lora.state import LoRALayer, LoRAState, Weights
+from ldm.lora.state import LoRA, LoRALayer, Strength
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 A, B, C = f"{UNET}middle_block.1.x.to_q", f"{UNET}input_blocks.1.0.in_layers.2", f"{TEXT}layers.0.q_proj"
@@ -20,7 +20,7 @@ def layer(shape, rank, alpha=None, seed=0):
 
 
 def lora(rank, alpha=None, seed=0, names=(A, B, C), **metadata):
-    return LoRAState({name: layer(SHAPES[name], rank, alpha, seed + i) for i, name in enumerate(names)}, metadata)
+    return LoRA({name: layer(SHAPES[name], rank, alpha, seed + i) for i, name in enumerate(names)}, metadata)
 
 
 def exact(layer):
@@ -73,7 +73,7 @@ class TestWeightedSum:
 
     def test_unet_and_text_encoder_separately(self):
         one, two = lora(2), lora(3, seed=4)
-        result = weighted_sum([(one, Weights(0.7, 0.3)), (two, Weights(-0.2, 0.0))])
+        result = weighted_sum([(one, Strength(0.7, 0.3)), (two, Strength(-0.2, 0.0))])
         assert_same(result, {
             A: 0.7 * exact(one.layers[A]) - 0.2 * exact(two.layers[A]),
             B: 0.7 * exact(one.layers[B]) - 0.2 * exact(two.layers[B]),
@@ -88,7 +88,7 @@ class TestWeightedSum:
     def test_a_dense_layer_and_a_1x1_convolution_are_the_same(self):
         flat = layer((12, 10), 2, seed=1)
         kernel = LoRALayer(flat.down[:, :, None, None], flat.up[:, :, None, None], flat.alpha)
-        result = weighted_sum([(LoRAState({A: flat}), 1.0), (LoRAState({A: kernel}), 1.0)])
+        result = weighted_sum([(LoRA({A: flat}), 1.0), (LoRA({A: kernel}), 1.0)])
         assert_same(result, {A: 2 * exact(flat)})
 
     def test_metadata_is_kept(self):
@@ -100,13 +100,13 @@ class TestWeightedSum:
         [
             ([], "nothing is left"),
             ([(lora(2), 0.0)], "nothing is left"),
-            ([(LoRAState({}), 1.0)], "nothing is left"),
+            ([(LoRA({}), 1.0)], "nothing is left"),
             ([(lora(2), float("nan"))], "must be a finite number"),
-            ([(lora(2), Weights(1.0, float("inf")))], "must be a finite number"),
+            ([(lora(2), Strength(1.0, float("inf")))], "must be a finite number"),
             ([(lora(2, architecture="sd1"), 1), (lora(2, architecture="sd2"), 1)], "architecture of one is sd1"),
             ([(lora(2, prediction_type="epsilon"), 1), (lora(2, prediction_type="v_prediction"), 1)], "prediction_t"),
-            ([(lora(2), 1), (LoRAState({A: layer((12, 11), 2)}), 1)], r"\(12, 10\) in one and \(12, 11\)"),
-            ([(lora(2), 1), (LoRAState({B: layer((9, 4, 1, 1), 2)}), 1)], "different models"),
+            ([(lora(2), 1), (LoRA({A: layer((12, 11), 2)}), 1)], r"\(12, 10\) in one and \(12, 11\)"),
+            ([(lora(2), 1), (LoRA({B: layer((9, 4, 1, 1), 2)}), 1)], "different models"),
         ],
     )
     def test_what_cannot_be_added(self, states, says):
@@ -132,7 +132,7 @@ class TestMixedFactors:
 
     @pytest.mark.parametrize(
         "other, says",
-        [(lora(3), "same rank"), (lora(2, names=(A,)), "2 are in one alone"), (LoRAState({}), "in one alone")],
+        [(lora(3), "same rank"), (lora(2, names=(A,)), "2 are in one alone"), (LoRA({}), "in one alone")],
     )
     def test_want_the_same_layers_and_ranks(self, other, says):
         with pytest.raises(UserError, match=f"{says}.*--mode sum"):
@@ -157,7 +157,7 @@ class TestResize:
         assert f"all together {report.error():.2g}" in str(report)
 
     def test_factors_are_of_the_same_size(self):
-        smaller, _ = resize(LoRAState({A: layer((12, 10), 6)}), rank=2)
+        smaller, _ = resize(LoRA({A: layer((12, 10), 6)}), rank=2)
         found = smaller.layers[A]
         assert np.linalg.norm(found.up) == pytest.approx(np.linalg.norm(found.down), rel=1e-5)
 
@@ -177,7 +177,7 @@ class TestResize:
             assert same.layers[name] is found
 
     def test_a_rank_beyond_the_layers_width(self):
-        state = LoRAState({A: layer((12, 10), 40)})
+        state = LoRA({A: layer((12, 10), 40)})
         smaller, report = resize(state, rank=10)
         assert_same(smaller, {A: exact(state.layers[A])})
         assert report.error() < 1e-6
@@ -187,7 +187,7 @@ class TestResize:
         q1, q2 = (np.linalg.qr(np.random.default_rng(i).standard_normal((10, 4)))[0] for i in (1, 2))
         squares = np.array([0.55, 0.25, 0.15, 0.05])
         up, down = (q1 * np.sqrt(squares)).astype(np.float32), q2.T.astype(np.float32)
-        smaller, report = resize(LoRAState({A: LoRALayer(down, up, 4.0)}), energy=energy)
+        smaller, report = resize(LoRA({A: LoRALayer(down, up, 4.0)}), energy=energy)
         assert smaller.ranks() == [rank]
         assert report.error() == pytest.approx(np.sqrt(1 - squares[:rank].sum()), abs=1e-6)
 
@@ -197,7 +197,7 @@ class TestResize:
 
     def test_an_update_of_zeros_stays_one(self):
         zero = LoRALayer(np.ones((4, 10), np.float32), np.zeros((12, 4), np.float32), 4.0)
-        smaller, report = resize(LoRAState({A: zero}), energy=0.9)
+        smaller, report = resize(LoRA({A: zero}), energy=0.9)
         assert not exact(smaller.layers[A]).any() and report.error() == 0
 
     @pytest.mark.parametrize(

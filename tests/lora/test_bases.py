@@ -5,7 +5,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.bases import Embedded, Merged, extract_lora, split_embedded
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRA, LoRALayer
 from ldm.weights.base import plan_base
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 
@@ -34,7 +34,7 @@ def layer(name, rank=2, alpha=1.0, seed=1):
 
 @pytest.fixture
 def state():
-    return LoRAState({name: layer(name) for name in (TO_Q, CONV, Q, FC)})
+    return LoRA({name: layer(name) for name in (TO_Q, CONV, Q, FC)})
 
 
 def arrays_of(family="ldm", dtype=np.float32):
@@ -110,10 +110,10 @@ class TestMerging:
     @pytest.mark.parametrize(
         "wrong, says",
         [
-            (LoRAState({f"{UNET}input_blocks.9.1.to_q": layer(TO_Q)}), "matches nothing"),
-            (LoRAState({TO_Q: LoRALayer(normal(2, 7), normal(8, 2), 1.0)}), r"\(8, 7\), wanted \(8, 6\)"),
-            (LoRAState({TO_Q: layer(TO_Q)}, {"architecture": "sd2"}), "architecture is sd2"),
-            (LoRAState({}), "holds no layers"),
+            (LoRA({f"{UNET}input_blocks.9.1.to_q": layer(TO_Q)}), "matches nothing"),
+            (LoRA({TO_Q: LoRALayer(normal(2, 7), normal(8, 2), 1.0)}), r"\(8, 7\), wanted \(8, 6\)"),
+            (LoRA({TO_Q: layer(TO_Q)}, {"architecture": "sd2"}), "architecture is sd2"),
+            (LoRA({}), "holds no layers"),
         ],
     )
     def test_what_does_not_fit(self, base, wrong, says):

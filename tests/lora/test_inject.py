@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import write_lora
 from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora, remove_lora
 from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout
-from ldm.lora.state import LoRALayer, LoRAState, lora_state, merge_lora, unmerge_lora
+from ldm.lora.state import LoRA, LoRALayer, lora_state, merge_lora, unmerge_lora
 from ldm.models import layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
@@ -119,7 +119,7 @@ class TestWhichLayers:
             inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
         assert inject_lora(small_net, LoRASpec(targets=("attn1.to_q",)))
 
-    def test_the_first_convolution_is_called_with_more_than_a_picture(self, tiny_model):
+    def test_the_first_convolution_is_called_with_more_than_a_image(self, tiny_model):
         with pytest.raises(UserError, match="match no layer"):
             inject_lora(tiny_model, LoRASpec(targets=("input_blocks.0.0",)))
 
@@ -171,7 +171,7 @@ class TestSD15:
             for name in names
         }
         assert spec.modules == LoRASpec().with_config(ROOT / "configs" / "lora" / "lora_wrapper.json").modules
-        write_lora(tmp_path / "lora.ckpt", LoRAState(layers))
+        write_lora(tmp_path / "lora.ckpt", LoRA(layers))
         assert 3.188e6 < (tmp_path / "lora.ckpt").stat().st_size < 3.25e6  # 3.04 to 3.1 MiB
 
     def test_the_example_with_ranks_by_block(self, model):

@@ -10,9 +10,9 @@ from mindspore import Tensor, nn, ops
 from ldm.errors import UserError
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import (
+    LoRA,
     LoRALayer,
-    LoRAState,
-    Weights,
+    Strength,
     check_compatible,
     lora_state,
     match_lora,
@@ -160,7 +160,7 @@ class TestStartingFromIt:
         inject_lora(fresh_net, LoRASpec(rank=2, alpha=1e-9, scale=1e-9, targets="all"))
         layers = {name: replace(layer, alpha=1e30) for name, layer in state.layers.items()}
         with pytest.raises(UserError, match="at alpha 1e-18 are beyond fp32's range: set lora_alpha and lora_scale"):
-            start_from_lora(fresh_net, LoRAState(layers))
+            start_from_lora(fresh_net, LoRA(layers))
         assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
 
     def test_a_scale_of_zero_is_refused(self, trained, fresh_net):
@@ -182,7 +182,7 @@ class TestMerging:
     def test_weights_become_base_plus_update(self, small_net):
         before = weights_of(small_net)
         kernel = LoRALayer(normal(4, 8, 3, 3), normal(8, 4, 1, 1), 1.0)
-        state = LoRAState({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 3.0), CONV: kernel})
+        state = LoRA({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 3.0), CONV: kernel})
         merge_lora(small_net, state, 0.7)
         after = weights_of(small_net)
         for name, layer in state.layers.items():
@@ -228,22 +228,22 @@ class TestMerging:
     def test_several_add_up_whatever_their_ranks(self, small_net):
         before = weights_of(small_net)[f"{TO_Q}.weight"]
         one, two = LoRALayer(normal(1, 8), normal(8, 1), 1.0), LoRALayer(normal(3, 8), normal(8, 3), 6.0)
-        merge_lora(small_net, LoRAState({TO_Q: one}), 0.5)
-        merge_lora(small_net, LoRAState({TO_Q: two}), -0.25)
+        merge_lora(small_net, LoRA({TO_Q: one}), 0.5)
+        merge_lora(small_net, LoRA({TO_Q: two}), -0.25)
         wanted = before + one.update(0.5) + two.update(-0.25)
         np.testing.assert_allclose(weights_of(small_net)[f"{TO_Q}.weight"], wanted, rtol=1e-6, atol=1e-6)
 
     def test_networks_have_weights_of_their_own(self, small_net):
         before = weights_of(small_net)
         text = f"{TEXT}q_proj"
-        state = LoRAState({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 2.0),
+        state = LoRA({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 2.0),
                            text: LoRALayer(normal(2, 6), normal(6, 2), 2.0)})  # fmt: skip
-        merge_lora(small_net, state, Weights(0.5, 0.0))
+        merge_lora(small_net, state, Strength(0.5, 0.0))
         after = weights_of(small_net)
         assert after[f"{text}.weight"].tobytes() == before[f"{text}.weight"].tobytes()
         wanted = before[f"{TO_Q}.weight"] + state.layers[TO_Q].update(0.5)
         np.testing.assert_array_equal(after[f"{TO_Q}.weight"], wanted)
-        merge_lora(small_net, state, Weights(-0.5, 0.25))
+        merge_lora(small_net, state, Strength(-0.5, 0.25))
         wanted = before[f"{text}.weight"] + state.layers[text].update(0.25)
         np.testing.assert_array_equal(weights_of(small_net)[f"{text}.weight"], wanted)
         np.testing.assert_allclose(weights_of(small_net)[f"{TO_Q}.weight"], before[f"{TO_Q}.weight"], atol=1e-6)
@@ -254,7 +254,7 @@ class TestMerging:
         weight.set_dtype(ms.float16)
         weight.set_data(Tensor(base))
         layer = LoRALayer(normal(2, 8) * 300, normal(8, 2) * 300, 0.002)  # up @ down alone is beyond fp16
-        merge_lora(small_net, LoRAState({TO_Q: layer}))
+        merge_lora(small_net, LoRA({TO_Q: layer}))
         merged = weight.asnumpy()
         assert merged.dtype == np.float16
         np.testing.assert_array_equal(merged, (base.astype(np.float32) + layer.update()).astype(np.float16))
@@ -263,7 +263,7 @@ class TestMerging:
     def test_linear_factors_and_1x1_convolutions_stand_for_each_other(self, small_net, name, shape):
         before = weights_of(small_net)[f"{name}.weight"]
         layer = LoRALayer(normal(*shape), normal(8, 2), 2.0)
-        merge_lora(small_net, LoRAState({name: layer}))
+        merge_lora(small_net, LoRA({name: layer}))
         wanted = before + layer.update().reshape(before.shape)
         np.testing.assert_array_equal(weights_of(small_net)[f"{name}.weight"], wanted)
 
@@ -279,36 +279,36 @@ class TestRefusing:
         return message
 
     def test_no_layers(self, small_net):
-        assert "holds no layers" in self.refused(small_net, LoRAState({}))
+        assert "holds no layers" in self.refused(small_net, LoRA({}))
 
     def test_zero_matches(self, small_net):
         layers = {f"{UNET}input_blocks.{i}.1.x.to_q": LoRALayer(normal(2, 8), normal(8, 2), 2) for i in range(3)}
         layers[f"{TEXT}layers.9.q_proj"] = LoRALayer(normal(2, 8), normal(8, 2), 2)
-        message = self.refused(small_net, LoRAState(layers))
+        message = self.refused(small_net, LoRA(layers))
         assert "matches nothing in the model (UNet: 3 unmatched; text encoder: 1 unmatched" in message
 
     def test_one_stray_layer(self, trained):
         net, state = trained
         layers = {**state.layers, "stray.to_q": state.layers[TO_Q]}
-        message = self.refused(net, LoRAState(layers))
+        message = self.refused(net, LoRA(layers))
         assert f"UNet: {len(state.layers)} matched; other: 1 unmatched; for example stray.to_q" in message
 
     def test_wrong_shapes(self, trained):
         net, state = trained
         layers = {**state.layers, TO_Q: LoRALayer(normal(2, 9), normal(8, 2), 2.0)}
-        message = self.refused(net, LoRAState(layers))
+        message = self.refused(net, LoRA(layers))
         assert "1 of a wrong shape" in message and f"{TO_Q} is (8, 9), wanted (8, 8)" in message
 
     def test_a_kernel_of_another_size(self, small_net):
-        state = LoRAState({CONV: LoRALayer(normal(2, 8, 1, 1), normal(8, 2, 1, 1), 2.0)})
+        state = LoRA({CONV: LoRALayer(normal(2, 8, 1, 1), normal(8, 2, 1, 1), 2.0)})
         assert "(8, 8, 1, 1), wanted (8, 8, 3, 3)" in self.refused(small_net, state)
 
     @pytest.mark.parametrize("width, made_for", [(768, "SD1.x"), (1024, "SD2.x"), (64, "a context of 64")])
     def test_another_architecture_is_named(self, small_net, width, made_for):
-        state = LoRAState({TO_K: LoRALayer(normal(2, width), normal(8, 2), 2.0)})
+        state = LoRA({TO_K: LoRALayer(normal(2, width), normal(8, 2), 2.0)})
         assert f"it was made for {made_for}, the model is of context 6" in self.refused(small_net, state)
 
-    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), Weights(1.0, float("nan"))])
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), Strength(1.0, float("nan"))])
     def test_a_scale_that_is_no_number(self, trained, scale):
         net, state = trained
         assert "must be a finite number" in self.refused(net, state, scale=scale)
@@ -324,13 +324,13 @@ class TestRefusing:
         weight.set_dtype(ms.float16)
         weight.set_data(Tensor(weight.asnumpy().astype(np.float16)))
         one, two = (LoRALayer(normal(2, width), normal(8, 2), 2.0) for width in (8, 6))
-        message = self.refused(small_net, LoRAState({TO_Q: one, TO_K: replace(two, alpha=1e6)}))
+        message = self.refused(small_net, LoRA({TO_Q: one, TO_K: replace(two, alpha=1e6)}))
         assert f"{TO_K} with it is beyond the range of Float16: lower its weight" in message
 
     def test_matching_alone_changes_nothing_and_counts(self, trained):
         net, state = trained
         before = weights_of(net)
-        match = match_lora(net, LoRAState({TO_Q: state.layers[TO_Q], "x": state.layers[TO_Q]}))
+        match = match_lora(net, LoRA({TO_Q: state.layers[TO_Q], "x": state.layers[TO_Q]}))
         assert match.matched == {"unet": [TO_Q]} and match.unmatched == {"other": ["x"]} and not match.ok
         assert_unchanged(net, before)
 
@@ -338,10 +338,10 @@ class TestRefusing:
 class TestCompatible:
     def test_the_same_model(self, tiny_config):
         metadata = {"architecture": "custom", "prediction_type": "epsilon"}
-        check_compatible(LoRAState({}, metadata), tiny_config)
+        check_compatible(LoRA({}, metadata), tiny_config)
 
     def test_a_file_that_does_not_say(self, tiny_config):
-        check_compatible(LoRAState({}), tiny_config)
+        check_compatible(LoRA({}), tiny_config)
 
     @pytest.mark.parametrize(
         "metadata, pattern",
@@ -352,9 +352,9 @@ class TestCompatible:
     )
     def test_another_model(self, tiny_config, metadata, pattern):
         with pytest.raises(UserError, match=pattern) as caught:
-            check_compatible(LoRAState({}, metadata), tiny_config, "style.ckpt")
+            check_compatible(LoRA({}, metadata), tiny_config, "style.ckpt")
         assert "style.ckpt" in str(caught.value) and "tiny.yaml" in str(caught.value)
 
     def test_a_velocity_lora_on_a_velocity_model(self, tiny_config):
         config = replace(tiny_config, prediction_type="v_prediction")
-        check_compatible(LoRAState({}, {"prediction_type": "v_prediction"}), config)
+        check_compatible(LoRA({}, {"prediction_type": "v_prediction"}), config)

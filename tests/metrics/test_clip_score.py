@@ -1,4 +1,4 @@
-"""CLIP scores of features, and how pictures find their prompts."""
+"""CLIP scores of features, and how images find their prompts."""
 
 import numpy as np
 import pytest
@@ -22,14 +22,14 @@ def test_a_feature_of_zeros_scores_zero():
     assert clip_scores(np.zeros((1, 4)), np.ones((1, 4))).tolist() == [0.0]
 
 
-def test_all_pairs_are_those_of_every_picture_with_every_other():
+def test_all_pairs_are_those_of_every_image_with_every_other():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 8)), rng.normal(size=(3, 8))
     pairs = [100 * x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x in a for y in b]
     assert mean_of_all_pairs(a, b) == pytest.approx(np.mean(pairs))
 
 
-def test_k_pictures_a_prompt_are_paired_in_order():
+def test_k_images_a_prompt_are_paired_in_order():
     assert paired_prompts(["a", "b"], 6) == ["a", "a", "a", "b", "b", "b"]
     assert paired_prompts(["a", "b"], 2) == ["a", "b"]
 

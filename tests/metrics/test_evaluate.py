@@ -1,4 +1,4 @@
-"""Files to scores: memory, statistics that are saved and come back, which prompt a picture keeps."""
+"""Files to scores: memory, statistics that are saved and come back, which prompt an image keeps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mindspore import Tensor
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.metrics.evaluate import distances, encode_pictures, measure_pictures, prompt_scores, saved_pictures
+from ldm.metrics.evaluate import distances, encode_images, measure_images, prompt_scores, saved_images
 from ldm.metrics.frechet import frechet_of_features
 from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.networks import ClipNetwork, ImageNetwork, nano_clip
 
 
-def mean_colours(pictures: Tensor) -> Tensor:
-    return Tensor(pictures.asnumpy().mean(axis=(2, 3)))
+def mean_colours(images: Tensor) -> Tensor:
+    return Tensor(images.asnumpy().mean(axis=(2, 3)))
 
 
 def colours(name: str = "colours", sha256: str = "ab" * 32) -> ImageNetwork:
@@ -37,28 +37,28 @@ def draw(folder: Path, values: list[int]) -> list[Path]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not say what a process holds")
 @pytest.mark.usefixtures("graph_mode")
-def test_memory_does_not_grow_with_the_pictures(tmp_path):
+def test_memory_does_not_grow_with_the_images(tmp_path):
     """Keeping them as they go to the network, 49 kB each, would take 31 MB for the second half."""
     network = nano_clip()
     resident = []
 
-    def watched(pictures: Tensor) -> Tensor:
+    def watched(images: Tensor) -> Tensor:
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
-        return network.image_features(pictures)
+        return network.image_features(images)
 
     paths = draw(tmp_path, [100]) * 1280
     (tmp_path / "broken.png").write_bytes(b"")
     paths.append(tmp_path / "broken.png")
-    found = measure_pictures(paths, dataclasses.replace(network, image_features=watched), 32)
+    found = measure_images(paths, dataclasses.replace(network, image_features=watched), 32)
     assert found.count == 1280 and [path.name for path, _ in found.broken] == ["broken.png"]
     assert max(resident[20:]) - max(resident[:20]) < 15
 
 
-def test_saved_statistics_give_the_distance_of_their_pictures(tmp_path):
+def test_saved_statistics_give_the_distance_of_their_images(tmp_path):
     real, made = draw(tmp_path / "real", [10, 40, 90, 120, 200]), draw(tmp_path / "made", [15, 60, 80, 190])
     network = colours()
-    measured = measure_pictures(real, network, 2, save_to=tmp_path / "real.npz")
-    saved, generated = saved_pictures(tmp_path / "real.npz", network), measure_pictures(made, network, 2)
+    measured = measure_images(real, network, 2, save_to=tmp_path / "real.npz")
+    saved, generated = saved_images(tmp_path / "real.npz", network), measure_images(made, network, 2)
     assert saved.count == 5
     assert distances(saved, generated).fid == distances(measured, generated).fid > 0
     assert distances(saved, generated).kid is None and distances(measured, generated).kid_deviation > 0
@@ -67,7 +67,7 @@ def test_saved_statistics_give_the_distance_of_their_pictures(tmp_path):
 def test_distances_are_those_of_the_two_sides_features(tmp_path):
     files = draw(tmp_path / "real", [10, 40, 90, 120, 200]), draw(tmp_path / "made", [15, 60, 80, 190])
     real, made = (np.array([np.asarray(Image.open(path))[0, 0] for path in paths], np.float64) for paths in files)
-    found = distances(*(measure_pictures(paths, colours(), 2) for paths in files))
+    found = distances(*(measure_images(paths, colours(), 2) for paths in files))
     assert found.fid == pytest.approx(frechet_of_features(real, made), rel=1e-6)
     assert (found.kid, found.kid_deviation) == pytest.approx(kernel_distance(real, made), rel=1e-6)
 
@@ -75,32 +75,32 @@ def test_distances_are_those_of_the_two_sides_features(tmp_path):
 def test_statistics_of_other_weights_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(UserError, match="4 features, colours has 3"):
-        saved_pictures(tmp_path / "other.npz", colours())
-    measure_pictures(draw(tmp_path / "real", [1, 2]), colours(), 2, save_to=tmp_path / "real.npz")
+        saved_images(tmp_path / "other.npz", colours())
+    measure_images(draw(tmp_path / "real", [1, 2]), colours(), 2, save_to=tmp_path / "real.npz")
     with pytest.raises(UserError, match="make it anew"):
-        saved_pictures(tmp_path / "real.npz", colours(sha256="cd" * 32))
+        saved_images(tmp_path / "real.npz", colours(sha256="cd" * 32))
 
 
-def test_three_pictures_have_a_frechet_distance_but_no_kernel_distance(tmp_path):
-    sets = [measure_pictures(draw(tmp_path / str(i), [5, 50, 100 + i]), colours(), 2) for i in range(2)]
+def test_three_images_have_a_frechet_distance_but_no_kernel_distance(tmp_path):
+    sets = [measure_images(draw(tmp_path / str(i), [5, 50, 100 + i]), colours(), 2) for i in range(2)]
     found = distances(*sets)
     assert found.fid > 0 and found.kid is None and found.kid_deviation is None
 
 
-def test_one_picture_that_can_be_read_is_too_few(tmp_path):
+def test_one_image_that_can_be_read_is_too_few(tmp_path):
     paths = draw(tmp_path, [5, 6])
-    paths[1].write_bytes(b"no picture")
-    with pytest.raises(UserError, match="only one of the real pictures"):
-        measure_pictures(paths, colours(), 2, "real pictures")
+    paths[1].write_bytes(b"no image")
+    with pytest.raises(UserError, match="only one of the real images"):
+        measure_images(paths, colours(), 2, "real images")
 
 
-def test_a_picture_keeps_its_prompt_where_another_is_broken(tmp_path):
-    """Texts are the colours of the pictures that they belong to."""
+def test_a_image_keeps_its_prompt_where_another_is_broken(tmp_path):
+    """Texts are the colours of the images that they belong to."""
     paths = draw(tmp_path, [20, 70, 130, 250])
     prompts = [" ".join(map(str, np.asarray(Image.open(path))[0, 0])) for path in paths]
     paths[1].write_bytes(b"")
     network = colours()
-    made = encode_pictures(paths, network, 2)
+    made = encode_images(paths, network, 2)
     assert made.places.tolist() == [0, 2, 3] and [path.name for path, _ in made.broken] == ["1.png"]
 
     class Texts(ClipNetwork):

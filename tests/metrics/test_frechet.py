@@ -82,7 +82,7 @@ def test_statistics_are_those_of_all_batches_together(monkeypatch, sizes):
     assert gathered.count == 10
 
 
-def test_statistics_keep_nothing_of_the_pictures(monkeypatch):
+def test_statistics_keep_nothing_of_the_images(monkeypatch):
     monkeypatch.setattr(frechet, "JOINED", 100)
     gathered, batches = FeatureStatistics(), [features(64, 8, seed) for seed in range(30)]
     for batch in batches:
@@ -94,12 +94,12 @@ def test_statistics_keep_nothing_of_the_pictures(monkeypatch):
     assert held == 8 * 8 * 8 + 8 * 8 and not gathered._waiting
 
 
-def test_one_picture_has_no_distance():
+def test_one_image_has_no_distance():
     gathered = FeatureStatistics()
     gathered.add(features(1, 4))
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="two images"):
         gathered.covariance  # noqa: B018
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="two images"):
         frechet_of_features(features(1, 4), features(5, 4))
 
 

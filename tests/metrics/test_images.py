@@ -1,4 +1,4 @@
-"""Pictures to networks: found in order, opened as pytorch-fid opens them, streamed in batches; broken ones named."""
+"""Images to networks: found in order, opened as pytorch-fid opens them, streamed in batches; broken ones named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError
 from ldm.metrics import images
 from ldm.metrics.images import ImageBatches, clip_input, find_images, inception_input, nano_input, open_plain
-from tests.metrics.odd_pictures import write_odd_pictures
+from tests.metrics.odd_images import write_odd_images
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest puts its own filters in place of the module's
 
@@ -25,7 +25,7 @@ def save(path, value=0, size=(4, 4)):
     return path
 
 
-def test_pictures_are_found_sorted_by_name_whatever_their_kind(tmp_path):
+def test_images_are_found_sorted_by_name_whatever_their_kind(tmp_path):
     for name in ("b.JPG", "a.png", "00010.webp", "00009.bmp", ".a.12.partial.png"):
         save(tmp_path / name)
     Image.new("L", (4, 4)).save(tmp_path / "c.pgm")
@@ -78,7 +78,7 @@ def test_a_folder_of_another_user_is_named_with_its_permission(unprivileged, clo
         find_images(unprivileged / "images")
 
 
-def test_a_picture_alone_is_one(tmp_path):
+def test_a_image_alone_is_one(tmp_path):
     assert find_images(save(tmp_path / "a.png")) == [tmp_path / "a.png"]
 
 
@@ -99,8 +99,8 @@ def test_where_there_are_none_the_folder_that_has_some_is_named(tmp_path):
         find_images(tmp_path)
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    for name, path in write_odd_pictures(tmp_path).items():
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    for name, path in write_odd_images(tmp_path).items():
         image = open_plain(path)
         assert image.mode == "RGB", name
         prepared = inception_input(image)
@@ -114,7 +114,7 @@ def test_an_alpha_channel_is_dropped_and_not_laid_on_white(tmp_path):
 
 
 def test_exif_orientation_is_not_looked_at(tmp_path):
-    paths = write_odd_pictures(tmp_path)
+    paths = write_odd_images(tmp_path)
     assert open_plain(paths["turned.jpg"]).size == open_plain(paths["photo.jpg"]).size
 
 
@@ -127,7 +127,7 @@ def test_bilinear_scaling_takes_two_neighbours_and_half_pixel_centres():
     np.testing.assert_allclose((inception_input(image, 1)[0, 0] + 1) / 2, [80 / 255], atol=1e-6)
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is():
+def test_a_image_of_the_right_size_stays_as_it_is():
     pixels = np.random.default_rng(0).integers(0, 256, (299, 299, 3), np.uint8)
     prepared = inception_input(Image.fromarray(pixels))
     np.testing.assert_allclose(prepared, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
@@ -147,7 +147,7 @@ def test_openais_preprocessing_cuts_the_middle_out_and_squash_keeps_all():
     np.testing.assert_allclose(squashed[:, :, 4], 1, atol=0.01)
 
 
-def test_the_middle_is_cut_out_of_tall_pictures_too_and_a_square_is_squashed_both_ways():
+def test_the_middle_is_cut_out_of_tall_images_too_and_a_square_is_squashed_both_ways():
     pixels = np.zeros((30, 10, 3), np.uint8)
     pixels[10:20] = 255
     image = Image.fromarray(pixels)
@@ -157,7 +157,7 @@ def test_the_middle_is_cut_out_of_tall_pictures_too_and_a_square_is_squashed_bot
     np.testing.assert_allclose(squashed[:, 4], 1, atol=0.01)
 
 
-def test_clips_pictures_are_scaled_bicubically():
+def test_clips_images_are_scaled_bicubically():
     """Which overshoots at an edge; bilinear scaling does not."""
     pixels = np.full((4, 4, 3), 50, np.uint8)
     pixels[:, 2:] = 200
@@ -204,14 +204,14 @@ def test_an_unknown_preprocessing_is_refused():
 
 
 def test_the_embedded_clips_input_is_what_it_was_trained_on():
-    from tools.nano.pictures import to_network
+    from tools.nano.images import to_network
 
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     np.testing.assert_allclose(nano_input(Image.fromarray(pixels)), to_network(pixels[None])[0], atol=1e-6)
 
 
 def values(batches):
-    return [(places.tolist(), pictures.mean(axis=(1, 2, 3)).tolist()) for places, pictures in batches]
+    return [(places.tolist(), images.mean(axis=(1, 2, 3)).tolist()) for places, images in batches]
 
 
 def plain(image):
@@ -223,7 +223,7 @@ def test_batches_come_in_order_the_last_may_be_short(tmp_path):
     assert values(ImageBatches(paths, plain, 3)) == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6], [6])]
 
 
-def test_broken_pictures_are_named_and_left_out(tmp_path):
+def test_broken_images_are_named_and_left_out(tmp_path):
     paths = [save(tmp_path / f"{i}.png", i) for i in range(6)]
     paths[0].write_bytes(b"")
     paths[3].write_bytes(paths[2].read_bytes()[:40])
@@ -247,7 +247,7 @@ def test_what_is_no_file_and_what_is_too_large_is_left_out_too(tmp_path):
 
 
 def test_where_all_are_broken_one_is_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="not one of 1 images.*a.png.*: give other images"):
         list(ImageBatches([tmp_path / "a.png"], plain, 2))
 

@@ -49,7 +49,7 @@ def test_it_does_not_depend_on_how_many_there_are():
     assert small == pytest.approx(large, rel=0.15)
 
 
-def test_its_deviation_is_that_of_drawing_the_pictures_again():
+def test_its_deviation_is_that_of_drawing_the_images_again():
     pairs = [kernel_distance(features(80, seed=s), features(80, seed=s + 500, shift=0.5)) for s in range(60)]
     spread = np.std([value for value, _ in pairs])
     assert np.mean([deviation for _, deviation in pairs]) == pytest.approx(spread, rel=0.35)
@@ -61,8 +61,8 @@ def test_the_same_seed_gives_the_same_numbers():
     assert kernel_distance(x, y, seed=3)[1] != kernel_distance(x, y, seed=4)[1]
 
 
-def test_three_pictures_have_none():
-    with pytest.raises(UserError, match="4 pictures"):
+def test_three_images_have_none():
+    with pytest.raises(UserError, match="4 images"):
         kernel_distance(features(3), features(10))
 
 

@@ -19,7 +19,7 @@ from ldm.weights.clip import read_clip
 from ldm.weights.inception import published_modules, read_inception
 from ldm.weights.read import write_checkpoint
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights, mindone_inception, openai_clip
-from tests.metrics.odd_pictures import write_odd_pictures
+from tests.metrics.odd_images import write_odd_images
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
@@ -39,7 +39,7 @@ def test_inceptions_features_are_pytorch_fids(tmp_path):
     write_checkpoint(tmp_path / "inception.safetensors", inception_weights())
     network = inception(tmp_path / "inception.safetensors")
     assert "not one of the published files" in network.name and not network.embedded
-    prepared = network.prepare(open_plain(write_odd_pictures(tmp_path)["odd.png"]))
+    prepared = network.prepare(open_plain(write_odd_images(tmp_path)["odd.png"]))
     np.testing.assert_allclose(
         network.image_features(Tensor(prepared[None])).asnumpy()[0], golden["features"], atol=1e-4
     )
@@ -47,9 +47,9 @@ def test_inceptions_features_are_pytorch_fids(tmp_path):
 
 def test_preprocessing_is_pytorch_fids(tmp_path):
     golden = np.load(GOLDEN, allow_pickle=False)
-    for name, path in write_odd_pictures(tmp_path).items():
+    for name, path in write_odd_images(tmp_path).items():
         prepared = inception_input(open_plain(path)).reshape(-1)[:: golden["every"]]
-        # Lossy pictures depend on the installed decoder by a grey level.
+        # Lossy images depend on the installed decoder by a grey level.
         bound = 0.03 if name.endswith(".jpg") else 1e-6
         np.testing.assert_allclose(prepared, golden[f"input {name}"], atol=bound, err_msg=name)
 
@@ -274,11 +274,11 @@ def test_the_published_forms_have_their_published_sizes():
 
 
 def test_the_embedded_clip_knows_its_captions():
-    from tools.nano.pictures import read_pictures
+    from tools.nano.images import read_images
 
     network = nano_clip()
-    pictures = read_pictures("emoji_noto", "test")[:40]
-    scores = network.of_pixels(np.stack([p.pixels for p in pictures])) @ network.of_texts([p.text for p in pictures]).T
+    images = read_images("emoji_noto", "test")[:40]
+    scores = network.of_pixels(np.stack([p.pixels for p in images])) @ network.of_texts([p.text for p in images]).T
     assert network.embedded
     assert (scores.argmax(axis=0) == np.arange(40)).mean() > 0.7
 
@@ -291,7 +291,7 @@ def test_the_hash_is_that_of_the_weights(tmp_path):
     assert one.identity != clip(tmp_path / "folder", "squash").identity
 
 
-def test_pictures_of_any_size_are_prepared(tmp_path):
+def test_images_of_any_size_are_prepared(tmp_path):
     network = clip(hugging_face(tmp_path / "folder"))
     for size in ((1, 1), (300, 20), (32, 32)):
         assert network.prepare(Image.new("RGB", size)).shape == (3, 32, 32)

@@ -133,7 +133,7 @@ class TestScaledDotProductAttention:
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("device", ["CPU", "Ascend"])
 @pytest.mark.parametrize("n, heads, tokens, keys, causal, rank", [
-    pytest.param(2, 3, 9, 5, False, 2, id="two pictures to text"),
+    pytest.param(2, 3, 9, 5, False, 2, id="two images to text"),
     pytest.param(2, 3, 9, 9, True, 2, id="causal"),
     pytest.param(2, 1, 1, 7, False, 2, id="one query"),
     pytest.param(2, 3, 9, 9, True, 3, id="text in three axes"),
@@ -142,7 +142,7 @@ class TestScaledDotProductAttention:
     pytest.param(3, 4, 300, 300, False, 2, id="heads in threads"),
 ])  # fmt: skip
 def test_multi_head_attention_of_rows_and_its_derivative(device, n, heads, tokens, keys, causal, rank, monkeypatch):
-    """Each picture and head by itself."""
+    """Each image and head by itself."""
     monkeypatch.setattr(device_forms, "on_ascend", lambda: device == "Ascend")
     q, k, v, weight = (normal(n, heads, length, 8, seed=i) for i, length in enumerate((tokens, keys, keys, tokens)))
 

@@ -25,7 +25,7 @@ def test_encoding_gives_mean_and_log_variance_at_a_quarter_of_the_size(vae):
     assert moments.shape == (2, 8, 4, 6)
 
 
-def test_decoding_gives_pictures(vae):
+def test_decoding_gives_images(vae):
     latents = np.random.default_rng(0).standard_normal((2, 4, 4, 6)).astype(np.float32)
     assert VAEDecode(vae)(Tensor(latents)).shape == (2, 3, 16, 24)
 

@@ -72,7 +72,7 @@ def test_broadcast_add(device):
     np.testing.assert_allclose(by_shift, weight.sum((2, 3), keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("pictures, channels, size, kernel, padding", [
+@pytest.mark.parametrize("images, channels, size, kernel, padding", [
     (2, (6, 4), (5, 6), 3, 1),
     (4, (17, 18), (8, 8), 3, 1),  # the fewest pixels that Winograd's form takes
     (4, (32, 20), (16, 17), 3, 1),  # shared out among threads by channels too
@@ -82,13 +82,13 @@ def test_broadcast_add(device):
     (1024, (16, 16), (1, 1), 3, 1),
     (1, (3, 4), (6, 5), 5, 1),
     (1, (2, 3), (4, 4), 3, 2),
-    (2, (3, 40), (4, 5), 3, 1),  # a weight larger than the picture
+    (2, (3, 40), (4, 5), 3, 1),  # a weight larger than the image
 ])  # fmt: skip
-def test_convolution(device, pictures, channels, size, kernel, padding):
+def test_convolution(device, images, channels, size, kernel, padding):
     """Against sums of shifted products, and their gradients."""
-    x, kernels = normal(pictures, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
+    x, kernels = normal(images, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
     height, width = (side + 2 * padding - kernel + 1 for side in size)
-    weight = normal(pictures, channels[1], height, width, seed=2)
+    weight = normal(images, channels[1], height, width, seed=2)
     form = device_forms.convolution(channels[1], kernel, 1, padding)
     y, (by_x, by_kernels) = value_and_gradients(form, x, kernels, weight=weight)
 
@@ -195,7 +195,7 @@ def test_group_norm(device, shape):
 
 
 @pytest.mark.parametrize("size", [512, 51], ids=["a million", "10,404"])
-def test_group_norm_of_a_large_picture_is_as_exact_as_of_a_small_one(size):
+def test_group_norm_of_a_large_image_is_as_exact_as_of_a_small_one(size):
     """A sum of a million squares, one after the other in fp32, would be off by 2e-5."""
     x, ones, zeros = normal(1, 4, size, size) + 0.5, np.ones(4, np.float32), np.zeros(4, np.float32)
     norm = device_forms.group_norm(1, 1e-6)

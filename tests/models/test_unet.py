@@ -42,8 +42,8 @@ def test_output_has_the_latents_shape_in_fp32(given, answer):
     assert answer.shape == given["latents"].shape and answer.dtype == np.float32
 
 
-def test_each_picture_has_its_own_time_step_and_text(model, given, answer):
-    """The second picture's latents, time step and text leave the first picture's answer alone."""
+def test_each_image_has_its_own_time_step_and_text(model, given, answer):
+    """The second image's latents, time step and text leave the first image's answer alone."""
     for name in ("latents", "timesteps", "context"):
         changed = {**given, name: given[name].copy()}
         changed[name][1] = changed[name][1] // 2
@@ -52,8 +52,8 @@ def test_each_picture_has_its_own_time_step_and_text(model, given, answer):
         assert np.abs(found[1] - answer[1]).max() > 1e-3, f"{name} changes nothing"
 
 
-def test_a_context_for_another_number_of_pictures_is_refused(model, given):
-    """Twice as many texts would else be twice as many tokens for each picture."""
+def test_a_context_for_another_number_of_images_is_refused(model, given):
+    """Twice as many texts would else be twice as many tokens for each image."""
     with pytest.raises((ValueError, RuntimeError), match="(?i)shape"):
         run_network(model, "unet", {**given, "context": np.concatenate([given["context"]] * 2)})
 

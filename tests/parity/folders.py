@@ -1,4 +1,4 @@
-"""Diffusers folders made by diffusers itself, and pictures drawn from them on both sides."""
+"""Diffusers folders made by diffusers itself, and images drawn from them on both sides."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draw_with_diffusers(
     scale: float,
     lora: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Final latents and pictures (N, H, W, 3) uint8 of StableDiffusionPipeline.from_pretrained(folder)."""
+    """Final latents and images (N, H, W, 3) uint8 of StableDiffusionPipeline.from_pretrained(folder)."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:

@@ -22,7 +22,7 @@ from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
-from ldm.settings.train import TrainConfig  # noqa: E402
+from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.weights.load import load_base  # noqa: E402
 from ldm.weights.read import write_checkpoint  # noqa: E402
@@ -56,7 +56,7 @@ def experiment(tmp_path_factory) -> Path:
         for i in range(count):
             pixels = draws(0, part, i).integers(0, 256, (5, 7, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((50, 36)).save(folder / part / f"{i}.png")
-            lines.append(f'{i}.png,"a {part} picture, number {i}"')
+            lines.append(f'{i}.png,"a {part} image, number {i}"')
         (folder / part / "img_txt.csv").write_text("\n".join(lines) + "\n")
     recipe = dict(
         use_lora=True, lora_rank=4, lora_alpha=6.0, lora_scale=0.5, lora_targets=["all"], train_batch_size=3,
@@ -96,11 +96,11 @@ def test_the_losses_are_the_same_at_every_step(table):
     assert losses["early_gradient_norm"] < 1e-3
 
 
-def test_both_draw_the_same_pictures_before_and_after(table):
+def test_both_draw_the_same_images_before_and_after(table):
     pairs = table["scores"]["pairs"]
     assert pairs["base_"]["pixels"] < 0.05 and pairs["seed7/"]["pixels"] < 0.05
-    pictures = table["scores"]["sets"]
-    assert abs(pictures["base_ours"]["fid"] - pictures["seed7/ours"]["fid"]) > 100 * abs(pairs["seed7/"]["fid"])
+    images = table["scores"]["sets"]
+    assert abs(images["base_ours"]["fid"] - images["seed7/ours"]["fid"]) > 100 * abs(pairs["seed7/"]["fid"])
 
 
 def test_the_results_are_a_table_curves_a_grid_and_numbers_of_every_set(compared, table):
@@ -158,7 +158,7 @@ def test_both_train_on_the_same_batches(experiment, tmp_path, cached):
     same = dict(seed=3, caption_dropout=0.3, random_crop=not cached, random_flip=not cached, cache_latents=cached,
                 cache_text=cached)  # fmt: skip
     ours = Inputs(
-        dataclasses.replace(TrainConfig(), output_path=str(tmp_path), **same), config, model, rows,
+        dataclasses.replace(TrainSettings(), output_path=str(tmp_path), **same), config, model, rows,
         BatchOrder(len(rows), 3, 3), image_size=32, tokens_only=False,
     )  # fmt: skip
     write_diffusers_folder(experiment / "base.safetensors", config, tmp_path / "diffusers")

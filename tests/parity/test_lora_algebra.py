@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft", reason="PEFT is not installed: requirements-parity.txt")
 
 from ldm.lora.algebra import resize, weighted_sum  # noqa: E402
-from ldm.lora.state import LoRALayer, LoRAState  # noqa: E402
+from ldm.lora.state import LoRA, LoRALayer  # noqa: E402
 
 RANKS, ALPHAS = (2, 5), (3.0, 5.0)
 
@@ -37,7 +37,7 @@ def adapters():
                 torch.nn.init.normal_(factor.weight)
             down, up = (factor.weight.detach().numpy().copy() for factor in (module.lora_A[name], module.lora_B[name]))
             layers[target] = LoRALayer(down, up, ALPHAS[int(name)])
-        states.append(LoRAState(layers))
+        states.append(LoRA(layers))
     return model, states
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
 from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRALayer, LoRAState, merge_lora
+from ldm.lora.state import LoRA, LoRALayer, merge_lora
 from ldm.settings.model import load_model_config
 from tests.golden import make_lora_formats as maker
 from tests.named_weights import named_input, relative_error
@@ -39,7 +39,7 @@ class Case:
         self.weights = {name: parameter.asnumpy().copy() for name, parameter in self.model.parameters_dict().items()}
         self.outputs = {network: run_network(self.model, network, self.given) for network in ("unet", "text")}
 
-    def ours(self, state: LoRAState) -> dict[str, np.ndarray]:
+    def ours(self, state: LoRA) -> dict[str, np.ndarray]:
         """Outputs with `state` merged, and the base as it was afterwards."""
         merge_lora(self.model, state)
         found = {network: run_network(self.model, network, self.given) for network in ("unet", "text")}
@@ -53,7 +53,7 @@ class Case:
     def pipeline(self, reference) -> StableDiffusionPipeline:
         return maker_pipeline(reference)
 
-    def lora(self, targets, alpha, rank=lambda i: 2 + i % 2) -> LoRAState:
+    def lora(self, targets, alpha, rank=lambda i: 2 + i % 2) -> LoRA:
         layers = {}
         for i, module in enumerate(self.base.modules):
             if targets is None or module.path.endswith(targets):
@@ -64,7 +64,7 @@ class Case:
                     values(f"{module.name} up", (outgoing, r, *(1 for _ in kernel))),
                     float(alpha(i)),
                 )
-        return LoRAState(layers)
+        return LoRA(layers)
 
     def agree(self, ours: dict[str, np.ndarray], reference, networks=("unet", "text")) -> None:
         for network in networks:

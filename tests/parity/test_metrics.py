@@ -23,17 +23,17 @@ from ldm.metrics.networks import clip, inception
 from ldm.models.clip import CLIPModel
 from ldm.tokenizer import Tokenizer
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights
-from tests.metrics.odd_pictures import write_odd_pictures
+from tests.metrics.odd_images import write_odd_images
 from tests.parity.fid_reference import pytorch_fid, reference_clip, reference_inception, reference_input
 
 needs_fid = pytest.mark.skipif(importlib.util.find_spec("pytorch_fid") is None, reason="pytorch-fid is not installed")
 
 
 @needs_fid
-def test_every_kind_of_picture_is_prepared_as_pytorch_fid_does(tmp_path):
+def test_every_kind_of_image_is_prepared_as_pytorch_fid_does(tmp_path):
     differences = {
         name: np.abs(inception_input(open_plain(path)) - reference_input(path)).max()
-        for name, path in write_odd_pictures(tmp_path).items()
+        for name, path in write_odd_images(tmp_path).items()
     }
     assert max(differences.values()) < 1e-6, differences  # of 2; a grey level is 8e-3
 
@@ -50,7 +50,7 @@ def test_features_equal_pytorch_fids_with_the_same_weights(tmp_path):
         _use_new_zipfile_serialization=False,
     )
     ours = inception(tmp_path / "inception.pth")
-    path = write_odd_pictures(tmp_path)["odd.png"]
+    path = write_odd_images(tmp_path)["odd.png"]
     with torch.no_grad():
         theirs = network(torch.from_numpy(np.asarray(open_plain(path), np.float32) / 255).permute(2, 0, 1)[None])[0]
     made = ours.image_features(ms.Tensor(ours.prepare(open_plain(path))[None])).asnumpy()
@@ -125,5 +125,5 @@ def test_clip_preprocessing_equals_openais(tmp_path, name):
             Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
         ]
     )
-    image = Image.open(write_odd_pictures(tmp_path)[name]).convert("RGB")
+    image = Image.open(write_odd_images(tmp_path)[name]).convert("RGB")
     np.testing.assert_allclose(clip_input(image), theirs(image).numpy(), atol=2e-6)

@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 from ldm.training.trainer import train
 from ldm.weights.architecture import detect_model, same_model
@@ -156,7 +156,7 @@ class TestWhatIsWrittenHere:
         assert all(np.array_equal(back[name], array) for name, array in weights.items())
 
 
-class TestPictures:
+class TestImages:
     def test_both_sides_draw_the_same(self, tmp_path, case):
         config, _, pipeline = case
         pipeline.save_pretrained(tmp_path / "sd")
@@ -179,7 +179,7 @@ class TestPictures:
         )
         assert relative_error(ours[0], theirs[0]) < 1e-3
         assert largest_pixel_difference(ours[1], theirs[1]) <= 2
-        assert theirs[1].std() > 5  # pictures, not one colour
+        assert theirs[1].std() > 5  # images, not one colour
 
     def test_a_lora_that_was_trained_on_the_folder_does_the_same_in_diffusers(self, tmp_path, case):
         pytest.importorskip("peft", reason="diffusers reads LoRA files through peft")
@@ -191,7 +191,7 @@ class TestPictures:
             Image.new("RGB", (side, side), (60 * i, 128, 255 - 60 * i)).save(tmp_path / "data" / f"{i}.png")
             rows.append(f"{i}.png,colour {i}")
         (tmp_path / "data" / "img_txt.csv").write_text("\n".join(rows) + "\n")
-        trained = train(TrainConfig(
+        trained = train(TrainSettings(
             pretrained_model_path=str(tmp_path / "sd"), data_path=str(tmp_path / "data"), device_target="CPU",
             output_path=str(tmp_path / "run"), use_lora=True, lora_ft_text_encoder=True, lora_alpha=8.0,
             train_batch_size=2, max_steps=6, start_learning_rate=0.05, log_level="WARNING",

@@ -11,8 +11,8 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.settings import generate
-from ldm.settings.generate import VERSIONS, GenerateConfig, LoRAFile, parse_lora_path, plan
-from ldm.settings.read import parse_config
+from ldm.settings.generate import VERSIONS, GenerateSettings, LoRAFile, parse_lora_path, plan
+from ldm.settings.read import read_settings
 from ldm.weights.read import write_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -20,7 +20,7 @@ codecs.lookup("utf-8-sig")  # Python's own files may not be another user's to re
 
 
 def parse(command):
-    return parse_config(GenerateConfig, shlex.split(command))
+    return read_settings(GenerateSettings, shlex.split(command))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_published_command_reads_as_it_is():
         "--use_lora True --lora_ft_text_encoder False --lora_ckpt_path output/lora_pokemon/txt2img/ckpt/rank_0/"
         "sd-72.ckpt --dpm_solver --sampling_steps 20 --data_path datasets/pokemon_blip/test/prompts.txt"
     )
-    assert config == GenerateConfig(
+    assert config == GenerateSettings(
         version="2.0",
         config="configs/v2-inference.yaml",
         n_iter=1,
@@ -220,7 +220,7 @@ def test_more_images_than_a_folder_holds_are_refused(place):
 )
 def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
     """Python hands them on as lone surrogates, which no file can hold."""
-    config = parse_config(GenerateConfig, [*flags, "--config", str(TINY), "--ckpt_path", "base.safetensors"])
+    config = read_settings(GenerateSettings, [*flags, "--config", str(TINY), "--ckpt_path", "base.safetensors"])
     with pytest.raises(UserError, match=words) as error:
         plan(config)
     str(error.value).encode("utf-8")
@@ -348,7 +348,7 @@ def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, 
     (closed / "file" if kind == "a file" else closed).chmod(0)
     prompt = [] if flag == "data_path" else ["--prompt", "x"]
     with pytest.raises(UserError, match="closed/file.* Permission denied: give this user the permission"):
-        plan(parse_config(GenerateConfig, [*prompt, f"--{flag}", str(closed / "file"), "--version", "nano"]))
+        plan(read_settings(GenerateSettings, [*prompt, f"--{flag}", str(closed / "file"), "--version", "nano"]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Optional, Union
 import pytest
 
 from ldm.errors import UserError
-from ldm.settings.read import parse_config, save_config, setting
+from ldm.settings.read import read_settings, save_settings, setting
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def parse(*argv, text=None, tmp_path=None):
     if text is not None:
         (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
         argv = ["--config", str(tmp_path / "c.yaml"), *argv]
-    return parse_config(Config, argv, yaml_flag="config", prog="train.py")
+    return read_settings(Config, argv, yaml_flag="config", prog="train.py")
 
 
 def test_defaults_then_yaml_then_flags(tmp_path):
@@ -235,7 +235,7 @@ def test_paths_are_expanded_and_texts_are_not(way, tmp_path, monkeypatch):
     assert (config.folder, config.resume, config.prompt) == ("/home/me/run 7", "/home/me/run", "~ $RUN")
     if way != "flag=":
         assert config.loras == ["/home/me/a.ckpt:0.7", "run 7.ckpt"] and config.files == ["~/b"]
-    save_config(config, tmp_path / "args.yaml")
+    save_settings(config, tmp_path / "args.yaml")
     assert "folder: /home/me/run 7\n" in (tmp_path / "args.yaml").read_text()
 
 
@@ -257,14 +257,14 @@ def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["1e5", "010", "1:30", "None", "yes", "\udce9", "a: b", "2020-01-01", " x "])
 def test_a_saved_text_is_read_back_as_it_was(text, tmp_path):
-    save_config(parse("--prompt", text, "--folder", "x"), tmp_path / "args.yaml", leave_out=("config",))
+    save_settings(parse("--prompt", text, "--folder", "x"), tmp_path / "args.yaml", leave_out=("config",))
     assert parse("--config", str(tmp_path / "args.yaml")).prompt == text
 
 
 def test_saved_settings_are_read_back(tmp_path):
     config = parse("--rate", "1e-7", "--files", "a", "--resume")
     config.config = "recipe.yaml"
-    save_config(config, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
+    save_settings(config, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
     text = (tmp_path / "args.yaml").read_text()
     assert text.startswith("# python train.py\n# config: recipe.yaml\n# resume: true\n")
     again = parse("--config", str(tmp_path / "args.yaml"))

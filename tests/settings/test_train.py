@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.settings.generate import GenerateConfig
+from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
-from ldm.settings.read import parse_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.read import read_settings
+from ldm.settings.train import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "train").glob("*.yaml"))
 
 
 def parse(*argv):
-    return parse_config(TrainConfig, list(argv), yaml_flag="train_config")
+    return read_settings(TrainSettings, list(argv), yaml_flag="train_config")
 
 
 def test_the_defaults_of_the_published_recipe():
@@ -30,7 +30,7 @@ def test_the_defaults_of_the_published_recipe():
 
 
 def test_every_setting_is_explained():
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(TrainSettings):
         assert len(field.metadata["help"]) > 5, field.name
 
 
@@ -88,7 +88,7 @@ def test_contradictions_and_mistakes_are_named(argv, says):
         parse(*argv)
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings])
 def test_every_number_is_bounded(cls):
     """What is beyond a bound would fail late, or work on nothing for ever."""
     hints = typing.get_type_hints(cls)
@@ -101,7 +101,7 @@ def test_every_number_is_bounded(cls):
             assert rules["choices"] or (lower and upper), field.name
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings])
 def test_every_path_is_known_as_one(cls):
     """`~` and `$NAME` are expanded in these."""
     words = ("path", "config", "resume", "latents")

@@ -268,10 +268,10 @@ class TestInputs:
         }
         assert all(np.array_equal(first[name], second[name]) for name in first)
 
-    def test_the_epochs_pictures_are_a_data_set(self, tmp_path):
-        inputs.write_pictures(tmp_path / "data", 16)
+    def test_the_epochs_images_are_a_data_set(self, tmp_path):
+        inputs.write_images(tmp_path / "data", 16)
         rows = read_image_text_csv(tmp_path / "data").rows
-        assert len(rows) == len({row.text for row in rows}) == works.EPOCH_PICTURES
+        assert len(rows) == len({row.text for row in rows}) == works.EPOCH_IMAGES
 
 
 @pytest.mark.usefixtures("graph_mode")
@@ -281,6 +281,6 @@ def test_the_works_run(kind, tiny_config, monkeypatch):
     from tools.benchmark import ours
 
     monkeypatch.setattr(works, "STEPS", 2)
-    monkeypatch.setattr(inputs, "EPOCH_PICTURES", 2)
+    monkeypatch.setattr(inputs, "EPOCH_IMAGES", 2)
     work = Work("tiny", "tiny", kind, ROOT / "tests" / "tiny.yaml", 2, 8)
     ours.KINDS[kind](work, tiny_config)()

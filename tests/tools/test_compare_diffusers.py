@@ -33,7 +33,7 @@ NANO_RECIPE = str(ROOT / "configs" / "train" / "train_config_lora_nano.yaml")
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """train/ and test/, six pictures each."""
+    """train/ and test/, six images each."""
     for part in ("train", "test"):
         folder = tmp_path / "data" / part
         folder.mkdir(parents=True)
@@ -59,7 +59,7 @@ class TestRecipe:
             (["--use_ema"], "no moving average.*--use_ema False"),
             (["--lora_dropout", "0.1"], "lora_dropout is set.*--lora_dropout 0"),
             (["--lora_targets", "attention", "--lora_config", "some.json"], "lora_targets.*--lora_config None"),
-            (["--image_filter_size", "64"], "leave small pictures out"),
+            (["--image_filter_size", "64"], "leave small images out"),
             (["--pretrained_model_ema", "True"], "convert the base"),
             (["--seed", "3"], "--seed cannot be given here: use --seeds"),
             (["--seed=3"], "use --seeds"),
@@ -76,7 +76,7 @@ class TestRecipe:
 
 
 class TestData:
-    def test_all_or_some_held_out_prompts_with_their_pictures(self, data):
+    def test_all_or_some_held_out_prompts_with_their_images(self, data):
         config = read_recipe(NANO_RECIPE, [], "base.ckpt")
         train, prompts, real = read_data(data, config, None)
         assert len(train) == 6 and prompts == [f"test {i}" for i in range(6)]
@@ -84,7 +84,7 @@ class TestData:
         _, prompts, real = read_data(data, config, 2)
         assert prompts == ["test 0", "test 5"] and [row.text for row in real] == prompts
 
-    def test_prompts_alone_have_no_real_pictures(self, data):
+    def test_prompts_alone_have_no_real_images(self, data):
         (data / "test" / "img_txt.csv").unlink()
         (data / "test" / "prompts.txt").write_text("one\ntwo\n")
         _, prompts, real = read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
@@ -100,9 +100,9 @@ class TestData:
         assert [(row.path.name, row.text) for row in train] == [("2.png", "two")] and len(prompts) == 6
         assert training_folder(data) == data
 
-    def test_a_held_out_picture_is_no_training_row(self, data):
+    def test_a_held_out_image_is_no_training_row(self, data):
         (data / "img_txt.csv").write_text("dir,text\ntrain/2.png,two\ntest/3.png,three\n")
-        with pytest.raises(UserError, match="1 rows are held-out pictures of .*3.png"):
+        with pytest.raises(UserError, match="1 rows are held-out images of .*3.png"):
             read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
 
     @pytest.mark.parametrize("missing", ["train", "test"])
@@ -120,7 +120,7 @@ class TestData:
     @pytest.mark.parametrize("content, words", [("0.png,\n1.png,one\n", "prompt 1 is empty"),
                                                 ('0.png,one\n1.png," "\n', "prompt 2 is empty"),
                                                 ("0.png,one\n", "has one prompt")])  # fmt: skip
-    def test_held_out_pictures_that_cannot_be_scored_are_refused_before_training(self, data, content, words):
+    def test_held_out_images_that_cannot_be_scored_are_refused_before_training(self, data, content, words):
         (data / "test" / "img_txt.csv").write_text(f"dir,text\n{content}")
         with pytest.raises(UserError, match=words):
             read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
@@ -213,12 +213,12 @@ class TestSettings:
 class TestShownCommand:
     def test_it_names_no_place_of_this_machine(self):
         shown = compare_diffusers.shown_command([
-            "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my pictures",
+            "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my images",
             "--reference_python", "/opt/torch/bin/python", "--output_path", "/home/someone/out", "--scale", "4",
             "--train_config", "configs/a.yaml"])  # fmt: skip
         assert shown == (
             "python tools/eval/compare_diffusers.py --base models/nano/nano.safetensors "
-            "'--data=my pictures' --output_path out --scale 4 --train_config configs/a.yaml"
+            "'--data=my images' --output_path out --scale 4 --train_config configs/a.yaml"
         )
         assert compare_diffusers.shown_command(["--reference_python=/opt/python"]).endswith("compare_diffusers.py")
 
@@ -329,13 +329,13 @@ def draw(folder, colours):
 
 @pytest.fixture
 def scored(tmp_path, monkeypatch):
-    """Scores with real pictures of eight colours, three sets added: the real ones, near ones, far ones."""
+    """Scores with real images of eight colours, three sets added: the real ones, near ones, far ones."""
 
     def encode(files, network, batch_size):
         pixels = [np.asarray(Image.open(file), np.float64).mean(axis=(0, 1)) for file in files]
         return argparse.Namespace(features=np.stack(pixels))
 
-    monkeypatch.setattr("ldm.metrics.evaluate.encode_pictures", encode)
+    monkeypatch.setattr("ldm.metrics.evaluate.encode_images", encode)
     colours = np.random.default_rng(0).integers(0, 200, (8, 3))
     prompts = [" ".join(map(str, colour)) for colour in colours]
     scores = Scores(prompts, draw(tmp_path / "real", colours), Network(), Network())
@@ -345,7 +345,7 @@ def scored(tmp_path, monkeypatch):
 
 
 class TestScores:
-    def test_nearer_pictures_score_better(self, scored):
+    def test_nearer_images_score_better(self, scored):
         scores, found = scored
         assert found["same"]["fid"] == pytest.approx(0, abs=1e-6)
         assert found["near"]["fid"] == pytest.approx(3 * 5**2) and found["far"]["fid"] > 1000
@@ -362,7 +362,7 @@ class TestScores:
         assert scores.difference("near", "same")["pixels"] == pytest.approx(5)
 
     def test_a_set_that_is_not_complete_is_refused(self, scored, tmp_path):
-        with pytest.raises(UserError, match="short has 2 pictures for 8 prompts"):
+        with pytest.raises(UserError, match="short has 2 images for 8 prompts"):
             scored[0].add("short", draw(tmp_path / "short", [(1, 1, 1)] * 2))
 
 
@@ -431,7 +431,7 @@ class TestMarkdown:
         table["scores"]["pairs"]["seed1/"]["fid"] = -1e-9
         assert rows_of(markdown(table, "").split("Ours less")[1])["LoRA, seed 1"][0] == "+0.00 +- 4.00"
 
-    def test_without_real_pictures_there_is_no_fid(self):
+    def test_without_real_images_there_is_no_fid(self):
         published = markdown(a_table([1, 2], fid=False), "").split("Ours less")[0]
         assert rows_of(published)["LoRA, seed 1"][:5] == ["-", "-", "-", "-", "30.00 +- 0.50"]
         assert rows_of(published)["LoRA, mean of 2 seeds"][0] == "-"
@@ -439,8 +439,8 @@ class TestMarkdown:
     def test_it_says_what_the_scores_compare_with(self):
         text = markdown(a_table([1]), "python tools/eval/compare_diffusers.py --seeds 1")
         assert "fewer than 2,048" in text and "compare only with one another" in text
-        assert "CLIP score of the real pictures is 31.50" in text
-        assert "of the real pictures" not in markdown(a_table([1], fid=False), "")
+        assert "CLIP score of the real images is 31.50" in text
+        assert "of the real images" not in markdown(a_table([1], fid=False), "")
         assert "sha256 abababababababab" in text and "--seeds 1" in text and "torch 2" in text and "mindspore 1" in text
 
     @pytest.mark.parametrize("changes, words", [

@@ -10,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from tests.lora.formats.files import assert_same_updates, random_state
 from tools.lora.convert_lora import main
 
@@ -25,7 +25,7 @@ def source(tmp_path):
         **random_state(NANO, rank=2, alpha=1.0, only="to_q").layers,
         **random_state(NANO, rank=3, only="q_proj").layers,
     }
-    write_lora(tmp_path / "source.ckpt", LoRAState(layers, {"architecture": "nano", "prediction_type": "v_prediction"}))
+    write_lora(tmp_path / "source.ckpt", LoRA(layers, {"architecture": "nano", "prediction_type": "v_prediction"}))
     return tmp_path / "source.ckpt"
 
 

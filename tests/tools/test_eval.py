@@ -29,7 +29,7 @@ def one_network(monkeypatch):
     monkeypatch.setattr(networks, "nano_clip", lambda: one_network.found)
 
 
-def pictures(folder: Path, count: int, seed: int = 0) -> Path:
+def images(folder: Path, count: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -47,7 +47,7 @@ def clip_score(*args) -> None:
 
 
 def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
-    real, made = pictures(tmp_path / "real", 6), pictures(tmp_path / "made", 5, 1)
+    real, made = images(tmp_path / "real", 6), images(tmp_path / "made", 5, 1)
     (made / "00009.png").write_bytes(b"broken")
     fid("--real_dir", real, "--gen_dir", made, "--output", tmp_path / "fid.json", "--batch_size", 4)
     printed = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
         "images: 6 real, 5 generated",
         "fewer than 2,048",
         "00009.png is no image",
-        "generated pictures: 1 left",
+        "generated images: 1 left",
         f"sha256 {found['sha256'][:16]}",
         found["preprocessing"],
         f"FID: {found['fid']:.6g}",
@@ -70,17 +70,17 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
     assert found["fid"] > 0 and found["compares_only_with_itself"]
 
 
-def test_statistics_take_the_place_of_their_pictures(tmp_path, capsys, one_network):
-    real, made = pictures(tmp_path / "real", 6), pictures(tmp_path / "made", 5, 1)
+def test_statistics_take_the_place_of_their_images(tmp_path, capsys, one_network):
+    real, made = images(tmp_path / "real", 6), images(tmp_path / "made", 5, 1)
     fid("--real_dir", real, "--save_stats", tmp_path / "real.npz")
     fid("--real_dir", real, "--gen_dir", made)
     fid("--real_dir", tmp_path / "real.npz", "--gen_dir", made)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("FID", "KID"))]
-    assert lines[0] == lines[2] and "only from pictures" in lines[3]
+    assert lines[0] == lines[2] and "only from images" in lines[3]
 
 
 def test_statistics_of_another_network_are_refused(tmp_path, one_network):
-    made = pictures(tmp_path / "made", 3)
+    made = images(tmp_path / "made", 3)
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     with pytest.raises(UserError, match="2048 features"):
         fid("--real_dir", tmp_path / "inception.npz", "--gen_dir", made)
@@ -90,13 +90,13 @@ def test_statistics_of_another_network_are_refused(tmp_path, one_network):
 
 
 def test_a_set_with_itself_has_no_distance(tmp_path, capsys, one_network):
-    real = pictures(tmp_path / "real", 5)
+    real = images(tmp_path / "real", 5)
     fid("--real_dir", real, "--gen_dir", real, "--output", tmp_path / "fid.json")
     assert abs(json.loads((tmp_path / "fid.json").read_text())["fid"]) < 1e-9
 
 
-def test_clip_score_of_two_pictures_a_prompt(tmp_path, capsys, one_network):
-    made = pictures(tmp_path / "made", 4)
+def test_clip_score_of_two_images_a_prompt(tmp_path, capsys, one_network):
+    made = images(tmp_path / "made", 4)
     (tmp_path / "prompts.txt").write_text("a cat\nthe number six\n")
     clip_score(
         "--image_path_or_dir", made, "--prompt_or_path", tmp_path / "prompts.txt", "--output", tmp_path / "clip.json"
@@ -108,8 +108,8 @@ def test_clip_score_of_two_pictures_a_prompt(tmp_path, capsys, one_network):
     assert printed.splitlines()[0] == EMBEDDED and f"CLIP score: {found['score']:.4f} +- " in printed
 
 
-def test_a_broken_picture_takes_its_prompt_with_it(tmp_path, capsys, one_network):
-    made = pictures(tmp_path / "made", 3)
+def test_a_broken_image_takes_its_prompt_with_it(tmp_path, capsys, one_network):
+    made = images(tmp_path / "made", 3)
     (made / "00001.png").write_bytes(b"")
     (made / "prompts.txt").write_text("one\ntwo\nthree\n")  # as this project's samples have it
     clip_score("--image_path_or_dir", made, "--output", tmp_path / "clip.json")
@@ -118,19 +118,19 @@ def test_a_broken_picture_takes_its_prompt_with_it(tmp_path, capsys, one_network
     assert "00001.png is an empty file" in capsys.readouterr().out and len(found["broken"]) == 1
 
 
-def test_a_prompt_for_one_picture(tmp_path, capsys, one_network):
-    made = pictures(tmp_path / "made", 1)
+def test_a_prompt_for_one_image(tmp_path, capsys, one_network):
+    made = images(tmp_path / "made", 1)
     clip_score("--image_path_or_dir", made / "00000.png", "--prompt_or_path", "a cat")
     assert "images: 1 with 1 different" in capsys.readouterr().out
 
 
-def test_pictures_compared_with_pictures(tmp_path, capsys, one_network):
-    real = pictures(tmp_path / "real", 3)
+def test_images_compared_with_images(tmp_path, capsys, one_network):
+    real = images(tmp_path / "real", 3)
     clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", real, "--output", tmp_path / "clip.json")
     found = json.loads((tmp_path / "clip.json").read_text())
     assert found["score"] == pytest.approx(100) and found["mean_of_all_pairs"] < 100
     assert "in pairs: 100.0" in capsys.readouterr().out
-    clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", pictures(tmp_path / "more", 4))
+    clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", images(tmp_path / "more", 4))
     printed = capsys.readouterr().out
     assert "all with all" in printed and "in pairs" not in printed
 
@@ -166,7 +166,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
             "nowhere.txt does not exist",
         ),
         (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{made}"), "is a folder"),
-        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 pictures and 2 prompts"),
+        (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "{two}"), "3 images and 2 prompts"),
         (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--backend", "pt"), "--backend pt"),
         (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "\udcb7\udce7"), "is not UTF-8 text"),
         (clip_score, ("--image_path_or_dir", "{made}", "--prompt_or_path", "a", "--ckpt_path", "{two}"), "text file"),
@@ -179,7 +179,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
     ],
 )
 def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
-    made, two = pictures(tmp_path / "made", 3), tmp_path / "two.txt"
+    made, two = images(tmp_path / "made", 3), tmp_path / "two.txt"
     two.write_text("a\nb\n")
     with pytest.raises(UserError, match=answer):
         main(*(arg.format(made=made, two=two) for arg in args))
@@ -226,7 +226,7 @@ def test_the_published_paths_answer_from_anywhere(tmp_path, script):
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):
-    made = pictures(tmp_path / "made", 2)
+    made = images(tmp_path / "made", 2)
     (tmp_path / "dead.npz").symlink_to("nowhere/x.npz")
     (tmp_path / "x.npz").mkdir()
     output = output.format(tmp=tmp_path) + "/x" * output.endswith("}") + ".npz" * (output != "/dev")
@@ -239,7 +239,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypat
 
 def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monkeypatch, one_network):
     monkeypatch.setenv("HOME", str(tmp_path))
-    made = pictures(tmp_path / "made", 2)
+    made = images(tmp_path / "made", 2)
     name = os.fsdecode(b"\xb7\xe7\xb8\xf1.png")  # GBK, as archives from Chinese Windows have it
     (made / "00000.png").rename(made / name)
     clip_score("--image_path_or_dir", "~/made", "--prompt_or_path", "a", "--output=$HOME/clip.json")
@@ -265,7 +265,7 @@ def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monk
     ],
 )
 def test_permission_is_what_a_closed_folder_lacks(unprivileged, main, flag, rest):
-    made = pictures(unprivileged / "made", 2)
+    made = images(unprivileged / "made", 2)
     (unprivileged / "closed").mkdir(mode=0)
     place = unprivileged / "closed" / ("x.npz" if flag in ("--output", "--save_stats") else "x.txt")
     with pytest.raises(UserError, match="closed.*Permission denied"):

@@ -16,7 +16,7 @@ from ldm.files.outputs import claim_new
 from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRALayer, LoRAState, Weights
+from ldm.lora.state import LoRA, LoRALayer, Strength
 from ldm.weights.base import open_base, plan_base
 from ldm.weights.names import Canonical
 from ldm.weights.read import read_checkpoint, write_checkpoint
@@ -37,7 +37,7 @@ def normal(*shape, seed=0):
 
 def lora(rank, seed, alpha=None):
     alpha = float(rank if alpha is None else alpha)
-    return LoRAState({
+    return LoRA({
         TO_Q: LoRALayer(normal(rank, 6, seed=seed), normal(8, rank, seed=seed + 1), alpha),
         Q: LoRALayer(normal(rank, 5, seed=seed + 2), normal(5, rank, seed=seed + 3), alpha),
     })  # fmt: skip
@@ -120,7 +120,7 @@ class TestLoRAAndLoRA:
         out = str(tmp_path / "out.ckpt")
         lora_add.main(["--paths", f"{paths['one']}:0.7", f"{paths['two']}:-0.5:0", paths["three"],
                        "--output_path", out])  # fmt: skip
-        assert_sum(out, (ONE, 0.7), (TWO, Weights(-0.5, 0.0)), (THREE, 1.0))
+        assert_sum(out, (ONE, 0.7), (TWO, Strength(-0.5, 0.0)), (THREE, 1.0))
         assert "weight -0.5 (text encoder 0)" in capsys.readouterr().out
 
     def test_the_originals_order_without_flags(self, files):

@@ -8,9 +8,9 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
 from tools.nano import assemble, measure, train_clip, train_vae
 from tools.nano.assemble import half
+from tools.nano.images import categories, line_art, read_rows, shift, to_network, to_pixels, turn, vary_colours
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
-from tools.nano.pictures import categories, line_art, read_rows, shift, to_network, to_pixels, turn, vary_colours
 from tools.nano.train_clip import StylesLoss
 from tools.nano.train_vae import fold_normalisation, in_batches, psnr
 
@@ -19,7 +19,7 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_own_among_nearest_counts_strictly_nearer_pictures():
+def test_own_among_nearest_counts_strictly_nearer_images():
     real = np.array([[0.0], [1.0], [2.0], [3.0]])
     made = np.array([[0.1], [2.9]])
     assert own_among_nearest(made, real, np.array([0, 3]), 1) == 1.0
@@ -70,7 +70,7 @@ def test_pixels_survive_the_way_to_the_network_and_back():
     assert (to_pixels(network) == pixels).all()
 
 
-def test_a_shifted_picture_keeps_its_size_and_lets_white_in():
+def test_a_shifted_image_keeps_its_size_and_lets_white_in():
     shifted = shift(np.zeros((8, 8, 3), np.uint8), np.random.default_rng(3), 4)
     assert shifted.shape == (8, 8, 3)
     assert set(np.unique(shifted)) == {0, 255}
@@ -83,7 +83,7 @@ def test_varied_colours_are_the_same_channels_in_another_order():
     assert len({v.tobytes() for v in varied}) == 6
 
 
-def test_line_art_is_grey_lines_where_the_picture_has_edges():
+def test_line_art_is_grey_lines_where_the_image_has_edges():
     pixels = np.full((64, 64, 3), 255, np.uint8)
     pixels[16:48, 16:48] = (250, 180, 60)
     for seed in range(8):
@@ -100,7 +100,7 @@ def test_line_art_fills_dark_parts_at_times():
     assert insides == {0, 255}
 
 
-def test_a_turned_picture_keeps_its_centre_and_lets_white_in():
+def test_a_turned_image_keeps_its_centre_and_lets_white_in():
     pixels = np.zeros((65, 65, 3), np.uint8)
     pixels[30:35, 30:35] = 200
     turned = [turn(pixels, np.random.default_rng(seed)) for seed in range(8)]
@@ -149,7 +149,7 @@ def test_folding_makes_latents_standard_and_keeps_the_reconstruction():
     moments = in_batches(VAEEncode(vae), to_network(pixels), 3)
     assert np.abs(moments[:, :4].mean(axis=(0, 2, 3))).max() < 1e-4
     assert np.abs(moments[:, :4].std(axis=(0, 2, 3)) - 1).max() < 1e-3
-    # The posterior's noise shrinks with the latents: the same picture comes out of the same draw.
+    # The posterior's noise shrinks with the latents: the same image comes out of the same draw.
     np.testing.assert_allclose(moments[:, 4:], logvar_before - 2 * np.log(std).reshape(1, 4, 1, 1), atol=1e-4)
     np.testing.assert_allclose(in_batches(vae, to_network(pixels), 3), before, atol=1e-4)
 
@@ -227,7 +227,7 @@ def test_a_value_that_fp16_cannot_hold_is_refused():
         half({"a": np.float32([1.0]), "big": np.float32([1e6])})
 
 
-def test_the_grid_holds_every_picture():
+def test_the_grid_holds_every_image():
     pixels = np.zeros((5, 64, 64, 3), np.uint8)
     pixels[4] = (255, 0, 0)
     sheet = np.asarray(grid(pixels, 2, ["one", "two", "three", "four", "five"]))

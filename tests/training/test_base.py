@@ -14,7 +14,7 @@ from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.tokenizer import AddedToken
 from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
 from ldm.weights.base import open_base
@@ -52,8 +52,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def settings(files, output, base, **others) -> TrainConfig:
-    return TrainConfig(**{
+def settings(files, output, base, **others) -> TrainSettings:
+    return TrainSettings(**{
         "pretrained_model_path": str(files / base), "data_path": str(files / "data"), "output_path": str(output),
         "image_size": 16, "train_batch_size": 2, "max_steps": 1, "device_target": "CPU", "log_level": "WARNING",
         "model_config": str(MICRO), "mode": 1, **others,

@@ -10,7 +10,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.training.checkpoints import (
-    TrainState,
+    TrainingState,
     _checksum,
     compare_fingerprints,
     load_latest_state,
@@ -24,7 +24,7 @@ from ldm.weights.read import read_checkpoint, write_checkpoint
 
 def state(step, value=1.0):
     arrays = {"p.a": np.full((2, 3), value, np.float32), "m.a": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    return TrainState(step, arrays, LossScaler(2.0, False, updates=step).state(), {"seed": 1, "betas": [0.9, 0.99]})
+    return TrainingState(step, arrays, LossScaler(2.0, False, updates=step).state(), {"seed": 1, "betas": [0.9, 0.99]})
 
 
 def test_a_state_is_read_back(tmp_path):

@@ -17,7 +17,7 @@ from ldm.data.transforms import load_image
 from ldm.errors import UserError
 from ldm.runtime.device import Runtime
 from ldm.settings.model import load_model_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 from ldm.training import feed
 from ldm.training.inputs import Inputs, sample_latents
@@ -32,7 +32,7 @@ def in_graph_mode(graph_mode):
 
 
 class Encoder(nn.Cell):
-    """Stands for the autoencoder: mean = the picture's red in every other pixel, a tiny variance."""
+    """Stands for the autoencoder: mean = the image's red in every other pixel, a tiny variance."""
 
     def __init__(self):
         super().__init__()
@@ -62,12 +62,12 @@ def rows(tmp_path):
     for i in range(6):
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
-        found.append(Row(path, f"picture {i}"))
+        found.append(Row(path, f"image {i}"))
     return found
 
 
 def build(rows, tmp_path, seed=1, rank=0, rank_size=1, tokens_only=False, model=None, **settings):
-    config = TrainConfig(output_path=str(tmp_path / "run"), seed=seed, **settings)
+    config = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, **settings)
     model = model or SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
     order = BatchOrder(len(rows), 2, seed, rank, rank_size)
     return Inputs(config, MICRO, model, rows, order, image_size=SIZE, tokens_only=tokens_only)
@@ -139,14 +139,14 @@ def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
 
 
 def counted(monkeypatch, inputs_of):
-    """How many pictures and texts the networks saw while `inputs_of` ran."""
-    calls = {"pictures": 0, "texts": 0}
+    """How many images and texts the networks saw while `inputs_of` ran."""
+    calls = {"images": 0, "texts": 0}
     from ldm.training import inputs as module
 
     class Counting(module.StateCache):
         def get_or_compute(self, keys, compute_batch, batch_size, desc, *shape):
             def compute(places):
-                calls["pictures" if desc == "latents" else "texts"] += len(set(places))
+                calls["images" if desc == "latents" else "texts"] += len(set(places))
                 return compute_batch(places)
 
             return super().get_or_compute(keys, compute, batch_size, desc, *shape)
@@ -157,18 +157,18 @@ def counted(monkeypatch, inputs_of):
 
 
 def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 6, "texts": 7}
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 0, "texts": 0}
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 6, "texts": 7}
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 0, "texts": 0}
     Image.new("RGB", (SIZE, SIZE)).save(rows[2].path)
     rows[3] = Row(rows[3].path, "another caption")
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"pictures": 1, "texts": 1}
+    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 1, "texts": 1}
 
 
 def test_another_model_computes_anew(rows, tmp_path, monkeypatch):
     build(rows, tmp_path)
     model = SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
     model.first_stage_model.scale.set_data(Tensor(np.full(1, 2.0, np.float32)))
-    assert counted(monkeypatch, lambda: build(rows, tmp_path, model=model)) == {"pictures": 6, "texts": 0}
+    assert counted(monkeypatch, lambda: build(rows, tmp_path, model=model)) == {"images": 6, "texts": 0}
 
 
 def test_without_caches_the_batches_are_the_same_and_nothing_is_kept(rows, tmp_path):
@@ -180,7 +180,7 @@ def test_without_caches_the_batches_are_the_same_and_nothing_is_kept(rows, tmp_p
     assert not (tmp_path / "b" / "run" / "cache").exists()
 
 
-def test_flipping_mirrors_some_pictures_and_is_the_same_again(rows, tmp_path):
+def test_flipping_mirrors_some_images_and_is_the_same_again(rows, tmp_path):
     inputs = build(rows, tmp_path, random_flip=True)
     flipped = []
     for step in range(12):
@@ -257,7 +257,7 @@ def test_the_queues_length_is_known_without_making_the_batches(rows, tmp_path, m
     ],
 )
 def test_the_data_queue_wants_everything_cached(settings, says):
-    config = TrainConfig(dataset_sink_mode=True, **settings)
+    config = TrainSettings(dataset_sink_mode=True, **settings)
     ascend = Runtime("Ascend", ms.float16, 0, 1, 0)
     if says is None:
         return feed.check_sink(config, ascend)

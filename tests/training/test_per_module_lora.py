@@ -15,7 +15,7 @@ from ldm.lora.formats import read_lora
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import load_state
 from ldm.training.trainer import Trainer, train
 from ldm.weights.load import load_base
@@ -50,10 +50,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(base, data, output, modules, **others) -> TrainConfig:
+def settings(base, data, output, modules, **others) -> TrainSettings:
     path = Path(output).parent / "lora.json"
     path.write_text(json.dumps(modules))
-    return TrainConfig(
+    return TrainSettings(
         model_config=str(MICRO), image_size=16, train_batch_size=2, step_mode=True, ckpt_save_interval=2, max_steps=4,
         gradient_accumulation_steps=2, pretrained_model_path=str(base), data_path=str(data), output_path=str(output),
         device_target="CPU", use_lora=True, lora_config=str(path), start_learning_rate=1e-2, **others,
@@ -140,4 +140,4 @@ def test_a_mistake_is_found_before_the_data_is_encoded(base, data, tmp_path, mod
 )
 def test_settings_that_contradict_it(others, says):
     with pytest.raises(UserError, match=says):
-        TrainConfig(**others)
+        TrainSettings(**others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.settings.train import TrainConfig
+from ldm.settings.train import TrainSettings
 from ldm.training.plan import make_plan
 
 
@@ -25,12 +25,12 @@ def saves(plan):
     ],
 )
 def test_length_and_saves(settings, batches, updates, saved):
-    plan = make_plan(TrainConfig(**settings), batches)
+    plan = make_plan(TrainSettings(**settings), batches)
     assert plan.updates == updates
     assert saves(plan) == saved
 
 
 def test_the_decay_fills_the_run_unless_it_is_given():
-    assert make_plan(TrainConfig(max_steps=100, warmup_steps=10), 5).decay_steps == 90
-    assert make_plan(TrainConfig(max_steps=100, decay_steps=20), 5).decay_steps == 20
-    assert make_plan(TrainConfig(max_steps=5, warmup_steps=10), 5).decay_steps == 1
+    assert make_plan(TrainSettings(max_steps=100, warmup_steps=10), 5).decay_steps == 90
+    assert make_plan(TrainSettings(max_steps=100, decay_steps=20), 5).decay_steps == 20
+    assert make_plan(TrainSettings(max_steps=5, warmup_steps=10), 5).decay_steps == 1

@@ -181,7 +181,7 @@ def torch_zip() -> bytes:
 def plain_zip() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("picture.png", b"x")
+        archive.writestr("image.png", b"x")
     return buffer.getvalue()
 
 

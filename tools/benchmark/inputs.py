@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 from ldm.settings.model import ModelConfig
-from tools.benchmark.works import EPOCH_PICTURES, SEED, Work
+from tools.benchmark.works import EPOCH_IMAGES, SEED, Work
 
-PROMPT = "a picture of the number"
+PROMPT = "an image of the number"
 
 
 def draw_inputs(config: ModelConfig, work: Work) -> dict[str, np.ndarray]:
-    """latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77) int32."""
+    """Latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77) int32."""
     random = np.random.default_rng(SEED)
     shape = (work.batch, config.latent_channels, work.size, work.size)
     return {
@@ -34,13 +34,13 @@ def draw_tokens(count: int) -> np.ndarray:
     return tokens
 
 
-def write_pictures(folder: Path, size: int) -> None:
-    """A data set of EPOCH_PICTURES PNGs of noise, each with its own caption."""
+def write_images(folder: Path, size: int) -> None:
+    """A data set of EPOCH_IMAGES PNGs of noise, each with its own caption."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(SEED)
     with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("dir", "text"))
-        for i in range(EPOCH_PICTURES):
+        for i in range(EPOCH_IMAGES):
             Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i}.png")
             writer.writerow((f"{i}.png", f"{PROMPT} {i}"))

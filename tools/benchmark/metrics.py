@@ -4,7 +4,7 @@
     python tools/benchmark/metrics.py --reference_python /somewhere/bin/python
 
 Each works in a process of its own on the same PNG files, from the file to the 2,048 features, with random weights (they
-cost the same). Pictures are laid out as torchvision's transforms and PyTorch's loader do it; as channels_last, which
+cost the same). Images are laid out as torchvision's transforms and PyTorch's loader do it; as channels_last, which
 their users may choose, both references were 1.3 to 1.4 times as fast when this was written. The three take turns, so
 that a noisy machine is noisy for all, and their processors' seconds are counted as well, which other programs change
 less. A first round, in which graphs are compiled, is not counted. Cores: those that the process may use (taskset).
@@ -43,7 +43,7 @@ def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
     from ldm.runtime.device import setup_runtime
 
     setup_runtime("CPU")
-    from ldm.metrics.evaluate import measure_pictures
+    from ldm.metrics.evaluate import measure_images
     from ldm.metrics.images import inception_input
     from ldm.metrics.networks import ImageNetwork
     from ldm.models.inception import FEATURES, InceptionFeatures
@@ -53,7 +53,7 @@ def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
     scoring = ImageNetwork("random", "", "", FEATURES, False, inception_input, network)
 
     def work() -> None:
-        measure_pictures(paths, scoring, batch_size)
+        measure_images(paths, scoring, batch_size)
 
     return work
 
@@ -131,7 +131,7 @@ def main() -> None:
         "--reference_python", type=expanded, help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity"
     )
     parser.add_argument(
-        "--images", type=whole_number(1, 100_000), default=64, help="pictures a round; default %(default)s"
+        "--images", type=whole_number(1, 100_000), default=64, help="images a round; default %(default)s"
     )
     parser.add_argument("--size", type=whole_number(1, 8192), default=256, help="pixels a side; default %(default)s")
     parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32, help="default %(default)s")

@@ -32,13 +32,13 @@ from ldm.models.stable_diffusion import DiffusionWrapper, build_model  # noqa: E
 from ldm.models.text_encoder import CLIPTextEncoder  # noqa: E402
 from ldm.models.unet import UNetModel  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
-from ldm.settings.train import TrainConfig  # noqa: E402
+from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.graph_cache import cached_graphs, graph_key  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import PROMPT, draw_inputs, write_pictures  # noqa: E402
+from tools.benchmark.inputs import PROMPT, draw_inputs, write_images  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 
 
@@ -106,14 +106,15 @@ def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """All that an epoch takes once the weights are there: reading and encoding the pictures and texts, compiling, one
-    step a picture."""
+    """All that an epoch takes once the weights are there: reading and encoding the images and texts, compiling, one
+    step an image.
+    """
     model, size = build_model(config), work.size * config.vae_factor
 
     def run() -> None:
         folder = Path(tempfile.mkdtemp())
-        write_pictures(folder / "data", size)
-        settings = TrainConfig(output_path=str(folder / "output"), train_batch_size=work.batch)
+        write_images(folder / "data", size)
+        settings = TrainSettings(output_path=str(folder / "output"), train_batch_size=work.batch)
         rows = read_image_text_csv(folder / "data").rows
         order = BatchOrder(len(rows), work.batch, works.SEED)
         step = train_step(config, model.model.diffusion_model, full=False)
@@ -126,7 +127,7 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
 
 
 def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
-    """Prompts to pictures: text encoding, sampling, decoding."""
+    """Prompts to images: text encoding, sampling, decoding."""
     model, size = build_model(config), work.size * config.vae_factor
     if merged:
         source = build_model(config)

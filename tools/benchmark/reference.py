@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import draw_inputs, draw_tokens, write_pictures  # noqa: E402
+from tools.benchmark.inputs import draw_inputs, draw_tokens, write_images  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -121,23 +121,23 @@ def full(work: Work, config: ModelConfig) -> Callable:
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """train_text_to_image_lora.py's loop: every step encodes its picture and its text."""
+    """train_text_to_image_lora.py's loop: every step encodes its image and its text."""
     vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
     step, size = TrainStep(config, full=False), work.size * config.vae_factor
 
-    def picture(path: Path) -> torch.Tensor:
+    def image(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)
 
     def run() -> None:
         folder = Path(tempfile.mkdtemp())
-        write_pictures(folder / "data", size)
+        write_images(folder / "data", size)
         with open(folder / "data" / "img_txt.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         tokens = torch.from_numpy(draw_tokens(len(rows))).long()
         order = torch.randperm(len(rows)).split(work.batch)
         for batch in order:
-            pixels = torch.stack([picture(folder / "data" / rows[i]["dir"]) for i in batch])
+            pixels = torch.stack([image(folder / "data" / rows[i]["dir"]) for i in batch])
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
                 states = encoder(tokens[batch], return_dict=False)[0]

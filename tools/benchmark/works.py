@@ -11,7 +11,7 @@ SD1, NANO = ROOT / "configs" / "v1-inference.yaml", ROOT / "configs" / "nano.yam
 SEED = 0
 STEPS, SCALE = 20, 7.5  # of the generation
 RANK = 4
-EPOCH_PICTURES = 64
+EPOCH_IMAGES = 64
 PUBLISHED_SIZES, PUBLISHED_BATCHES = (64, 32, 16), (1, 2, 4, 8, 16, 32)  # 512, 256 and 128 pixels
 
 
@@ -47,7 +47,7 @@ TABLE = _named(
     Work("lora_512", "SD1.5 LoRA step, rank 4, batch 1, 64x64 latents", "lora", SD1, 1, 64, (1.0, 0.7), (1.1, 0.9)),
     Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
     Work("lora_nano", "nano LoRA step, rank 4, batch 16", "lora", NANO, 16, 16, (1.0, 0.6), calls=15),
-    Work("epoch_256", "SD1.5 LoRA epoch, 64 pictures of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
+    Work("epoch_256", "SD1.5 LoRA epoch, 64 images of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
     Work(
         "generate_nano",
         "nano generation, 20 steps of DPM-Solver++, guidance, batch 16",

@@ -1,4 +1,4 @@
-"""Train the same LoRA here and with diffusers, draw the same held-out prompts with both, and score both by one code.
+r"""Train the same LoRA here and with diffusers, draw the same held-out prompts with both, and score both by one code.
 
     python tools/eval/compare_diffusers.py --train_config configs/train/train_config_lora_nano.yaml \\
         --base models/nano/nano.safetensors --data datasets/emoji_fluent_hc --output_path output/compare
@@ -12,7 +12,7 @@ was interrupted, or one with more seeds, goes on from the stages that are done. 
 
     OUTPUT/table.md, table.json     scores, seconds, memory, and how far the losses are apart
     OUTPUT/curves/losses.png        the losses of both for each seed
-    OUTPUT/grid_seed1.png           prompt, real picture, base, LoRA of both
+    OUTPUT/grid_seed1.png           prompt, real image, base, LoRA of both
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from ldm.runtime.script import progress, run, start  # noqa: E402
 if __name__ == "__main__":
     start()
 
-from ldm import children  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.cache import content_key  # noqa: E402
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
@@ -56,11 +55,12 @@ from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
 from ldm.files.texts import json_text  # noqa: E402
+from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.settings.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
-from ldm.settings.read import parse_config  # noqa: E402
-from ldm.settings.train import TrainConfig  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
+from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
@@ -75,7 +75,7 @@ from tools.eval.compare_report import (  # noqa: E402
     seconds_per_step,
 )
 from tools.grid import draw_grid  # noqa: E402
-from tools.nano.pictures import evenly  # noqa: E402
+from tools.nano.images import evenly  # noqa: E402
 
 WORKER = "tools/eval/diffusers_worker.py"
 VENV = ROOT / ".venv-parity"
@@ -90,7 +90,7 @@ NOT_COMPARED = {
     "lora_config": ("None", "it may train scales and drop inputs, which diffusers' script does not; use lora_targets"),
     "lora_dropout": ("0", "its masks are drawn differently"),
     "use_ema": ("False", "diffusers' script keeps no moving average of a LoRA"),
-    "image_filter_size": ("0", "leave small pictures out of the data set instead"),
+    "image_filter_size": ("0", "leave small images out of the data set instead"),
     "pretrained_model_ema": ("False", "convert the base with --ema first"),
     "vae_ckpt_path": ("None", "give a diffusers folder with that VAE in it as --base"),
 }
@@ -99,15 +99,15 @@ NOT_COMPARED = {
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
-def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> TrainConfig:
+def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> TrainSettings:
     """The recipe as both sides train it. Raises UserError for what diffusers' LoRA training has no counterpart of."""
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name in SET_HERE:
             way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
             raise UserError(f"--{name} cannot be given here: {way}")
-    config = parse_config(
-        TrainConfig,
+    config = read_settings(
+        TrainSettings,
         ["--train_config", path, *flags, "--pretrained_model_path", base, "--seed", str(seed), "--precision", "fp32",
          "--loss_scaler_type", "none"],
         yaml_flag="train_config",
@@ -121,21 +121,22 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
 
 
 def training_folder(folder: Path) -> Path:
-    """Where the rows to train on are: `folder` itself where it has an img_txt.csv of its own (a choice of pictures, as
-    the bundled styles have), else its train/."""
+    """Where the rows to train on are: `folder` itself where it has an img_txt.csv of its own (a choice of images, as
+    the bundled styles have), else its train/.
+    """
     return folder if is_file(folder / "img_txt.csv", "--data") else folder / "train"
 
 
-def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[list[Row], list[str], list[Row]]:
-    """(rows to train on, held-out prompts, the rows with their real pictures; none where test/ has prompts.txt alone).
+def read_data(folder: Path, config: TrainSettings, prompts: int | None) -> tuple[list[Row], list[str], list[Row]]:
+    """(rows to train on, held-out prompts, the rows with their real images; none where test/ has prompts.txt alone).
 
     prompts: how many of the held-out ones, evenly spread; None for all. Raises UserError.
     """
     columns = {"image_column": config.image_column, "text_column": config.caption_column}
     if not is_folder(training_folder(folder), "--data") or not is_folder(folder / "test", "--data"):
         raise UserError(
-            f"--data {folder} must hold the folders train and test, with img_txt.csv and pictures in each (test may "
-            "hold a prompts.txt alone): pictures that training has seen say nothing about what was learned"
+            f"--data {folder} must hold the folders train and test, with img_txt.csv and images in each (test may "
+            "hold a prompts.txt alone): images that training has seen say nothing about what was learned"
         )
     train = read_image_text_csv(training_folder(folder), **columns).rows
     lines = folder / "test" / "prompts.txt"
@@ -147,7 +148,7 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
         both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
         if both:
             raise UserError(
-                f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out pictures of "
+                f"{training_folder(folder) / 'img_txt.csv'}: {len(both)} rows are held-out images of "
                 f"{folder / 'test'} ({min(both).name}, ...): leave them out of the training rows"
             )
     if "" in texts:
@@ -156,7 +157,7 @@ def read_data(folder: Path, config: TrainConfig, prompts: int | None) -> tuple[l
             "against: write one, or take the line out"
         )
     if len(texts) < 2:
-        raise UserError(f"{folder / 'test'} has one prompt: give 2 or more, one picture has no distribution")
+        raise UserError(f"{folder / 'test'} has one prompt: give 2 or more, one image has no distribution")
     chosen = evenly(len(texts), prompts or len(texts))
     return train, [texts[i] for i in chosen], [test[i] for i in chosen] if test else []
 
@@ -264,7 +265,8 @@ class Worker:
 
 def reference_python(given: str | None) -> Path:
     """The interpreter with PyTorch: the given one, else that of .venv-parity, which `make` builds where it is missing
-    or older than its requirements. Raises UserError where something is missing in it."""
+    or older than its requirements. Raises UserError where something is missing in it.
+    """
     if given is None:
         try:
             code = children.call(["make", "--silent", ".venv-parity/ready"], cwd=ROOT)
@@ -330,7 +332,7 @@ class Comparison:
         self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.text)))
         self.base_hash = base_hash(self.base)
 
-    def recipe(self, seed: int) -> TrainConfig:
+    def recipe(self, seed: int) -> TrainSettings:
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
 
     def run(self) -> None:
@@ -392,7 +394,7 @@ class Comparison:
                 Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
         return {}
 
-    def _write_start(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    def _write_start(self, config: TrainSettings, folder: Path) -> dict[str, Any]:
         from ldm.lora.formats import write_lora
         from ldm.lora.inject import inject_lora
         from ldm.lora.state import lora_state
@@ -410,7 +412,7 @@ class Comparison:
     def _start_of(self, seed: int) -> Path:
         return self.output / f"seed{seed}" / "start" / "pytorch_lora_weights.safetensors"
 
-    def _train_ours(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    def _train_ours(self, config: TrainSettings, folder: Path) -> dict[str, Any]:
         spent = call(
             sys.executable, _script("train_text_to_image.py"), "--train_config", self.args.train_config, *self.flags,
             "--data_path", str(training_folder(Path(self.args.data))), "--pretrained_model_path", str(self.base),
@@ -419,7 +421,7 @@ class Comparison:
         )  # fmt: skip
         return {**spent, **_trained(folder, "ckpt/lora.ckpt")}
 
-    def _train_diffusers(self, config: TrainConfig, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def _train_diffusers(self, config: TrainSettings, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         order = BatchOrder(len(self.rows), config.train_batch_size, config.seed)
         plan = make_plan(config, order.steps_per_epoch)
         same = ("seed", "scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "betas",
@@ -452,7 +454,7 @@ class Comparison:
                 "--batch_size", str(self.batch_size), "--output_path", str(folder), "--skip_grid",
                 *(["--lora_ckpt_path", str(lora)] if lora else []),
             )  # fmt: skip
-            return {**spent, "sha256": _pictures_hash(folder)}
+            return {**spent, "sha256": _images_hash(folder)}
 
         return draw
 
@@ -470,7 +472,7 @@ class Comparison:
                 "image_size": self.image_size,
                 "batch_size": self.batch_size,
             }
-            return {**self.worker("generate", folder, job), "sha256": _pictures_hash(folder)}
+            return {**self.worker("generate", folder, job), "sha256": _images_hash(folder)}
 
         return draw
 
@@ -480,7 +482,7 @@ class Comparison:
                     (("inception", self.args.inception_path), ("clip", self.args.clip_path)) if path}  # fmt: skip
         embedded = {file: content_hash(ROOT / "models" / "nano" / file) for file in
                     ("clip.safetensors", "nano.safetensors")} if len(networks) < 2 else {}  # fmt: skip
-        return {"pictures": {name: result["sha256"] for name, result in drawn.items()}, "prompts": self.prompts,
+        return {"images": {name: result["sha256"] for name, result in drawn.items()}, "prompts": self.prompts,
                 "real": content_key("real", *(row.path for row in self.real)), **networks, **embedded}  # fmt: skip
 
     def _score(self, names: Sequence[str]) -> dict[str, Any]:
@@ -491,8 +493,8 @@ class Comparison:
         args = self.args
         text_network = clip(args.clip_path) if args.clip_path else nano_clip()
         image_network = inception(args.inception_path) if args.inception_path else nano_clip()
-        found = Scores(self.prompts, self.real and self._pictures("held_out/real"), image_network, text_network)
-        sets = {name: found.add(name, self._pictures(f"{name}/samples")) for name in names}
+        found = Scores(self.prompts, self.real and self._images("held_out/real"), image_network, text_network)
+        sets = {name: found.add(name, self._images(f"{name}/samples")) for name in names}
         pairs = {
             name: found.difference(f"{name}{SIDES[0]}", f"{name}{SIDES[1]}")
             for name in ["base_", *(f"seed{seed}/" for seed in args.seeds)]
@@ -505,7 +507,7 @@ class Comparison:
             "text_network": describe_network(text_network),
         }
 
-    def _pictures(self, name: str) -> list[Path]:
+    def _images(self, name: str) -> list[Path]:
         return sorted((self.output / name).glob("*.png"))
 
     # ---- results -----------------------------------------------------------------------------------------------------
@@ -525,7 +527,7 @@ class Comparison:
             columns = {"real": "held_out/real"} if self.real else {}
             columns.update({"base": "base_ours/samples", "ours": f"seed{seed}/ours/samples",
                             "diffusers": f"seed{seed}/diffusers/samples"})  # fmt: skip
-            files = {title: [self._pictures(name)[i] for i in chosen] for title, name in columns.items()}
+            files = {title: [self._images(name)[i] for i in chosen] for title, name in columns.items()}
             draw_grid([self.prompts[i] for i in chosen], files, self.output / f"grid_seed{seed}.png")
         config = self.recipe(self.args.seeds[0])
         table = {
@@ -562,7 +564,8 @@ class Comparison:
 
 def shown_command(argv: Sequence[str]) -> str:
     """The command for the page that others read: this project's files as seen from its root, without the folders that
-    others on this machine lie in, and without the interpreter."""
+    others on this machine lie in, and without the interpreter.
+    """
     parts = list(argv)
     for i in reversed([i for i, part in enumerate(parts) if part.partition("=")[0] == "--reference_python"]):
         del parts[i : i + (1 if "=" in parts[i] else 2)]
@@ -593,7 +596,8 @@ def check_expressible(model: ModelConfig) -> None:
 
 def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None:
     """Write a base as a diffusers folder in fp32. Unlike ldm.weights.convert.convert it takes an encoder that begins
-    narrower than diffusers' own can, as the embedded model's; diffusers_worker.py knows what to do with it."""
+    narrower than diffusers' own can, as the embedded model's; diffusers_worker.py knows what to do with it.
+    """
     from ldm.models.stable_diffusion import build_model
     from ldm.weights.base import open_base, plan_base
     from ldm.weights.convert import DTYPES, diffusers_parts
@@ -612,7 +616,7 @@ def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None
     write_folder(folder, model, diffusers_parts(canonical, shapes, model, DTYPES["fp32"]))
 
 
-def _training(config: TrainConfig) -> dict[str, Any]:
+def _training(config: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is trained."""
     left_out = ("train_config", "data_path", "output_path", "pretrained_model_path", "model_config", "resume",
                 "num_workers", "ckpt_save_interval", "step_mode", "ckpt_max_keep", "log_level", "device_target", "mode",
@@ -625,7 +629,7 @@ def _trained(folder: Path, lora: str) -> dict[str, Any]:
     return {"lora": lora, "sha256": content_hash(folder / lora)}
 
 
-def _pictures_hash(folder: Path) -> str:
+def _images_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((folder / "samples").glob("*.png")):
         digest.update(np.asarray(Image.open(path)).tobytes())

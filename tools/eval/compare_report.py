@@ -20,15 +20,15 @@ COLUMNS = (("fid", "FID", 1), ("kid", "KID x 1000", 1000), ("clip_score", "CLIP 
 
 
 class Scores:
-    """Scores of sets of pictures of the same prompts by the same networks, with bootstrap deviations over the prompts.
+    """Scores of sets of images of the same prompts by the same networks, with bootstrap deviations over the prompts.
 
-    real: the real pictures' files, one a prompt; empty where there are none, and then no distances.
+    real: the real images' files, one a prompt; empty where there are none, and then no distances.
     """
 
     def __init__(self, prompts: Sequence[str], real: Sequence[Path], image_network: Any, text_network: Any):
-        from ldm.metrics.evaluate import encode_pictures
+        from ldm.metrics.evaluate import encode_images
 
-        self.encode, self.batch_size = encode_pictures, min(32, len(prompts))
+        self.encode, self.batch_size = encode_images, min(32, len(prompts))
         self.image_network, self.text_network = image_network, text_network
         self.count = len(prompts)
         self.texts = text_network.of_texts(prompts, self.batch_size)
@@ -44,7 +44,7 @@ class Scores:
         from ldm.metrics.kernel import kernel_distance
 
         if len(files) != self.count:
-            raise UserError(f"{name} has {len(files)} pictures for {self.count} prompts: remove it and run again")
+            raise UserError(f"{name} has {len(files)} images for {self.count} prompts: remove it and run again")
         self.clip_scores[name] = values = self._clip_scores(files)
         self.pixels[name] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
         found: dict[str, float | None] = {
@@ -62,12 +62,13 @@ class Scores:
         return found
 
     def of_real(self) -> float | None:
-        """The CLIP score of the real pictures: what generated ones can be expected to come near."""
+        """The CLIP score of the real images: what generated ones can be expected to come near."""
         return None if self.real_clip_scores is None else float(self.real_clip_scores.mean())
 
     def difference(self, name: str, other: str) -> dict[str, float | None]:
         """Scores of `name` less those of `other`, their deviations with the prompts drawn alike for both, and how far
-        the pictures are apart: the mean over pixels and channels, of 255."""
+        the images are apart: the mean over pixels and channels, of 255.
+        """
         from ldm.metrics.bootstrap import bootstrap_deviation
 
         clip = self.clip_scores[name] - self.clip_scores[other]
@@ -110,7 +111,8 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
 
 def compare_runs(ours: Mapping[str, Sequence[float]], diffusers: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """How far two runs' metrics are apart, relatively: the largest difference of a step's loss and of its gradients'
-    norm over the first EARLY_STEPS, the loss's over all with that step; and the mean losses of the last tenth."""
+    norm over the first EARLY_STEPS, the loss's over all with that step; and the mean losses of the last tenth.
+    """
     steps = len(ours["loss"])
     if steps != len(diffusers["loss"]):
         raise UserError(
@@ -186,16 +188,16 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     networks = [scores[name] for name in ("image_network", "text_network")]
     notes = []
     if scores["real_clip_score"] is not None:
-        notes.append(f"The CLIP score of the real pictures is {scores['real_clip_score']:.2f}.")
+        notes.append(f"The CLIP score of the real images is {scores['real_clip_score']:.2f}.")
     if data["prompts"] < 2048:
-        notes.append(f"{data['prompts']} pictures are fewer than 2,048: an FID compares only within this table.")
+        notes.append(f"{data['prompts']} images are fewer than 2,048: an FID compares only within this table.")
     if any(network["compares_only_with_itself"] for network in networks):
         notes.append("Scores by the embedded nano CLIP compare only with one another, never with published ones.")
     ours, theirs = (", ".join(f"{name} {value}" for name, value in table["versions"][side].items()) for side in SIDES)
     return "\n".join([
         f"# {base['file']}, LoRA on {data['folder']}",
         "",
-        f"{table['updates']} steps of {batch} of {data['rows']} pictures, rank {recipe['lora_rank']}, learning rate "
+        f"{table['updates']} steps of {batch} of {data['rows']} images, rank {recipe['lora_rank']}, learning rate "
         f"{recipe['start_learning_rate']:g} "
         f"({recipe['scheduler']}), fp32, {cached}. {data['prompts']} held-out prompts, {sampling['sampler']} "
         f"{sampling['steps']} steps, guidance {sampling['scale']:g}, the same starting latents for all sets.",
@@ -207,7 +209,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         "",
         "Ours less diffusers', with the same prompts drawn again for both:",
         "",
-        *_table(["", "FID", "CLIP score", "mean difference of the pictures, of 255"], differences),
+        *_table(["", "FID", "CLIP score", "mean difference of the images, of 255"], differences),
         "",
         "Training (ours / diffusers):",
         "",
@@ -216,7 +218,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
         "",
         "![losses](curves/losses.png)",
         "",
-        *(f"![pictures](grid_seed{seed}.png)" for seed in seeds[:1]),
+        *(f"![images](grid_seed{seed}.png)" for seed in seeds[:1]),
         "",
         f"- `{command}`",
         f"- base: {base['file']}, sha256 {base['sha256'][:16]}, {base['architecture']}",

@@ -5,7 +5,7 @@
     .venv-parity/bin/python tools/eval/diffusers_worker.py plot JOB.json
 
 compare_diffusers.py writes the jobs. Networks, LoRA layers, optimizer, noising and sampler are diffusers', PEFT's and
-PyTorch's; the order of the rows, the pictures, the tokens, everything random and the learning rate of a step come from
+PyTorch's; the order of the rows, the images, the tokens, everything random and the learning rate of a step come from
 the very modules that train_text_to_image.py takes them from, none of which needs MindSpore.
 """
 
@@ -84,8 +84,9 @@ class Networks:
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """diffusers' autoencoder. Its first convolution is as wide as its first level; where the file's is not (LDM's is
-    `ch` wide whatever ch_mult begins with, as in the embedded model), its own layers of that width take their place."""
+    """Diffusers' autoencoder. Its first convolution is as wide as its first level; where the file's is not (LDM's is
+    `ch` wide whatever ch_mult begins with, as in the embedded model), its own layers of that width take their place.
+    """
     config = AutoencoderKL.load_config(folder)
     arrays = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae = AutoencoderKL.from_config(config)
@@ -112,7 +113,8 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 
 def train(job: dict) -> dict:
     """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"], or on from the
-    state that a run which was broken off left in job["output"]."""
+    state that a run which was broken off left in job["output"].
+    """
     networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     unet = networks.unet
     load_lora(unet, job["lora"], "unet")
@@ -256,7 +258,7 @@ def generate(job: dict) -> dict:
     starting = torch.from_numpy(np.load(job["latents"], allow_pickle=False))
     prompts, size = job["prompts"], job["batch_size"]
     folder = Path(job["output"]) / "samples"
-    with tqdm(total=len(prompts), desc="sampling with diffusers", unit="picture") as bar:
+    with tqdm(total=len(prompts), desc="sampling with diffusers", unit="image") as bar:
         for start in range(0, len(prompts), size):
             texts = prompts[start : start + size]
             guided = job["scale"] != 1.0

@@ -1,11 +1,11 @@
-"""CLIP score: how well pictures fit their prompts, 100 max(cos, 0) between the features of both, averaged.
+"""CLIP score: how well images fit their prompts, 100 max(cos, 0) between the features of both, averaged.
 
     python tools/eval/eval_clip_score.py --image_path_or_dir I --prompt_or_path P --ckpt_path C
     python tools/eval/eval_clip_score.py --image_path_or_dir I --real_image_path_or_dir R --ckpt_path C
 
-I: a picture or a folder of them, sorted by name. P: a prompt, or a text file with one a line; k pictures a prompt are
+I: an image or a folder of them, sorted by name. P: a prompt, or a text file with one a line; k images a prompt are
 paired in order. Left out, it is the prompts.txt beside this project's samples. C: a Hugging Face folder, or OpenAI's,
-OpenCLIP's or mindone's file; left out, the embedded nano CLIP scores. With R the pictures are compared with real ones,
+OpenCLIP's or mindone's file; left out, the embedded nano CLIP scores. With R the images are compared with real ones,
 in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md says what the scores can and cannot say.
 """
 
@@ -97,7 +97,7 @@ def parser() -> Parser:
 
 
 def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
-    """One prompt for each picture. Raises UserError where there are none, or they do not divide."""
+    """One prompt for each image. Raises UserError where there are none, or they do not divide."""
     if given is None:
         beside = images[0].parent / "prompts.txt"
         if not is_there(beside):
@@ -145,7 +145,7 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
     from ldm.runtime.device import setup_runtime
 
     setup_runtime(args.device_target)
-    from ldm.metrics.evaluate import encode_pictures, prompt_scores
+    from ldm.metrics.evaluate import encode_images, prompt_scores
     from ldm.metrics.networks import clip, nano_clip
 
     network = (
@@ -154,13 +154,13 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
         else nano_clip()
     )
     print_network(network)
-    made = encode_pictures(images, network, batch_size)
-    print_broken(made.broken, "pictures")
+    made = encode_images(images, network, batch_size)
+    print_broken(made.broken, "images")
     result = {"images": len(made.places), "broken": describe_broken(made.broken)}
     places = made.places
     if real:
-        others = encode_pictures(real, network, batch_size, "real pictures")
-        print_broken(others.broken, "real pictures")
+        others = encode_images(real, network, batch_size, "real images")
+        print_broken(others.broken, "real images")
         result.update(
             real_images=len(others.places),
             real_broken=describe_broken(others.broken),

@@ -1,4 +1,4 @@
-"""FID and KID between a folder of real pictures and a folder of generated ones.
+"""FID and KID between a folder of real images and a folder of generated ones.
 
     python tools/eval/eval_fid.py --real_dir R --gen_dir G --ckpt_path pt_inception-2015-12-05-6726825d.pth
     python tools/eval/eval_fid.py --real_dir R --save_stats real.npz --ckpt_path ...
@@ -73,14 +73,15 @@ def parser() -> Parser:
 
 
 def check(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """Raise UserError for what can be seen to be wrong before a network is built; the pictures of each side that is a
-    folder."""
+    """Raise UserError for what can be seen to be wrong before a network is built; the images of each side that is a
+    folder.
+    """
     if args.backend != "ms":
         raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms), with pytorch-fid's result")
     if args.gen_dir is None and args.save_stats is None:
-        raise UserError("--gen_dir is missing: give the folder of generated pictures")
+        raise UserError("--gen_dir is missing: give the folder of generated images")
     if args.save_stats is not None and args.real_dir.endswith(".npz"):
-        raise UserError("--save_stats wants a folder of pictures as --real_dir, not an .npz")
+        raise UserError("--save_stats wants a folder of images as --real_dir, not an .npz")
     if args.save_stats is not None and args.save_stats.suffix != ".npz":
         raise UserError(f"--save_stats {args.save_stats}: name an .npz file")
     return {
@@ -92,12 +93,12 @@ def check(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    pictures = check(args)
+    images = check(args)
     with claim_file(args.output, "--output"), claim_file(args.save_stats, "--save_stats"):
-        score(args, pictures)
+        score(args, images)
 
 
-def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
+def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     """Measure the images of each folder, print the distances and write what is wanted."""
     progress(lambda: "before there was a score")
 
@@ -105,34 +106,34 @@ def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
     from ldm.runtime.device import setup_runtime
 
     setup_runtime(args.device_target)
-    from ldm.metrics.evaluate import PictureSet, distances, measure_pictures, saved_pictures
+    from ldm.metrics.evaluate import ImageSet, distances, measure_images, saved_images
     from ldm.metrics.networks import inception, nano_clip
 
     network = inception(args.ckpt_path) if args.ckpt_path is not None else nano_clip()
     print_network(network)
-    batch_size = min(args.batch_size, max(map(len, pictures.values()), default=1))
+    batch_size = min(args.batch_size, max(map(len, images.values()), default=1))
 
-    # Before the pictures are measured, which takes long.
+    # Before the images are measured, which takes long.
     saved = {
-        path: saved_pictures(path, network)
+        path: saved_images(path, network)
         for path in (args.real_dir, args.gen_dir)
-        if path is not None and path not in pictures
+        if path is not None and path not in images
     }
 
-    def picture_set(path: str, label: str, save_to: Path | None = None) -> PictureSet:
+    def image_set(path: str, label: str, save_to: Path | None = None) -> ImageSet:
         if path in saved:
             return saved[path]
-        measured = measure_pictures(pictures[path], network, batch_size, label, save_to)
+        measured = measure_images(images[path], network, batch_size, label, save_to)
         print_broken(measured.broken, label)
         return measured
 
-    real = picture_set(args.real_dir, "real pictures", args.save_stats)
+    real = image_set(args.real_dir, "real images", args.save_stats)
     if args.save_stats is not None:
-        print(f"statistics of {real.count} pictures written to {args.save_stats}")
+        print(f"statistics of {real.count} images written to {args.save_stats}")
         progress(lambda: f"before there was a score; the statistics in {args.save_stats} are kept")
     if args.gen_dir is None:
         return
-    generated = picture_set(args.gen_dir, "generated pictures")
+    generated = image_set(args.gen_dir, "generated images")
 
     found = distances(real, generated)
     counts = [side.count for side in (real, generated) if side.count is not None]
@@ -144,7 +145,7 @@ def score(args: argparse.Namespace, pictures: dict[str, list[Path]]) -> None:
         )
     print(f"FID: {found.fid:.6g}")
     print(
-        "KID: only from pictures, four or more a side, not from statistics"
+        "KID: only from images, four or more a side, not from statistics"
         if found.kid is None
         else f"KID: {found.kid:.6g} +- {found.kid_deviation:.2g}"
     )

@@ -26,7 +26,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import expanded, under_root, user_path  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
-from ldm.lora.state import LoRALayer, LoRAState, check_compatible, match_shapes  # noqa: E402
+from ldm.lora.state import LoRA, LoRALayer, check_compatible, match_shapes  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -63,7 +63,7 @@ def convert(options: argparse.Namespace) -> None:
     print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
 
 
-def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRAState]:
+def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRA]:
     """Say what the LoRA holds; the model that it is said to be for, and the LoRA."""
     config = load_model_config(under_root(options.base)) if options.base else None
     found = detect_format(options.source)
@@ -100,7 +100,7 @@ def parser() -> Parser:
     return made
 
 
-def table(state: LoRAState, base: Base) -> str:
+def table(state: LoRA, base: Base) -> str:
     """One line for each kind of layer of each component: how many, ranks, alphas, how many have the base's shape."""
     zeros, match = set(zero_layers(state)), match_shapes(base.shapes, state)
     matched = {name for names in match.matched.values() for name in names}

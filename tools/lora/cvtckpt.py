@@ -34,7 +34,7 @@ from ldm.files.paths import user_path, weighted_path  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
-from ldm.lora.state import LoRAState, Weights  # noqa: E402
+from ldm.lora.state import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
@@ -93,22 +93,22 @@ def merge(args: argparse.Namespace) -> None:
     base, inside = split_embedded(checkpoint)
     if inside is None and not args.lora_ckpt:
         raise UserError(f"{args.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge")
-    states = [(inside, Weights())] if inside is not None else []
+    states = [(inside, Strength())] if inside is not None else []
     if args.lora_ckpt:
-        states.append((read_loras(args.lora_ckpt), Weights()))
+        states.append((read_loras(args.lora_ckpt), Strength()))
     write_base(args.out_ckpt, Merged(base, plan_base(base), weighted_sum(states)), checkpoint)
     print(f"{args.out_ckpt}: {args.model_ckpt} with {'the LoRA inside it and ' * (inside is not None)}"
           f"{len(args.lora_ckpt)} LoRA files merged")  # fmt: skip
 
 
-def read_loras(texts: Sequence[str]) -> LoRAState:
+def read_loras(texts: Sequence[str]) -> LoRA:
     """The weighted sum of the files, each said."""
     if not texts:
         raise UserError("--lora_ckpt is needed: one or several LoRAs")
     states = []
     for text in texts:
         path, given = weighted_path(text, "lora_ckpt")
-        weights = Weights(*given) if len(given) == 2 else Weights(*(given or (1.0,)) * 2)
+        weights = Strength(*given) if len(given) == 2 else Strength(*(given or (1.0,)) * 2)
         states.append((read_lora(path), weights))
         print(f"{path}: {states[-1][0]}; weight {weights}")
     return weighted_sum(states)

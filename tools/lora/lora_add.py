@@ -42,7 +42,7 @@ from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighte
 from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
-from ldm.lora.state import LoRAState, Weights  # noqa: E402
+from ldm.lora.state import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
 from ldm.weights.base import open_base, plan_base  # noqa: E402
@@ -90,7 +90,7 @@ def lora_format(args: argparse.Namespace) -> str:
     return args.to or ("cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone")
 
 
-def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]]) -> None:
+def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]]) -> None:
     """LoRA and LoRA."""
     if args.mode == "lpl":
         (first, one), (second, two) = weighted
@@ -108,7 +108,7 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]
     print(f"{args.output_path}: {result}")
 
 
-def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRAState, Weights]], texts: list[str]) -> None:
+def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]], texts: list[str]) -> None:
     """Base and LoRAs; `texts` are the LoRAs' paths as given."""
     base = open_base(args.path_1)
     plan = plan_base(base)
@@ -142,12 +142,12 @@ def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
     return tokens
 
 
-def read(text: str, with_text_lora: bool) -> LoRAState:
+def read(text: str, with_text_lora: bool) -> LoRA:
     state = read_lora(weighted_path(text, "LoRA")[0])
     return state if with_text_lora else state.only("unet")
 
 
-def _weights(texts: list[str], args: argparse.Namespace) -> list[Weights]:
+def _weights(texts: list[str], args: argparse.Namespace) -> list[Strength]:
     """Of each LoRA: what is after its path, or else what the mode says."""
     first = args.alpha if args.alpha_1 is None else args.alpha_1
     second = (1 - args.alpha) if args.alpha_2 is None else args.alpha_2
@@ -161,7 +161,7 @@ def _weights(texts: list[str], args: argparse.Namespace) -> list[Weights]:
     weights = []
     for text, weight in zip(texts, usual):
         given = weighted_path(text, "LoRA")[1]
-        weights.append(Weights(*given) if len(given) == 2 else Weights(*(given or (weight,)) * 2))
+        weights.append(Strength(*given) if len(given) == 2 else Strength(*(given or (weight,)) * 2))
     return weights
 
 

@@ -1,12 +1,12 @@
 """Choose the concepts that the embedded base draws, and write datasets/emoji_noto/img_txt.csv, and for each other style
-the img_txt.csv of its training pictures of these concepts.
+the img_txt.csv of its training images of these concepts.
 
     python -m tools.nano.choose_concepts
 
 All concepts of the test split of emoji_fluent_hc (the demo holds out their style, not the concept), and
 whole groups of what a person would ask for: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes,
 sports, things. Fewer concepts drawn well beat more of them drawn badly: two cores train this in hours. A LoRA learns a
-style from pictures of what its base knows: captions that mean nothing to the base teach it to draw none (docs/nano.md).
+style from images of what its base knows: captions that mean nothing to the base teach it to draw none (docs/nano.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ldm.files.atomic import atomic_path
 from ldm.files.outputs import claim_all, claim_file
-from tools.nano.pictures import DATASETS, STYLES, categories, read_rows
+from tools.nano.images import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
@@ -67,11 +67,11 @@ def choose() -> None:
     write_csv("emoji_noto", chosen.values())
     print(
         f"{len(chosen)} concepts, {len({text for _, text in chosen.values()})} different captions, "
-        f"{len(held_out_style)} of them with a held-out picture in another style"
+        f"{len(held_out_style)} of them with a held-out image in another style"
     )
     for style in STYLES:
         known = [(f"train/{row.path.name}", row.text) for row in read_rows(style, "train") if row.path.name in chosen]
-        print(f"{write_csv(style, known)} training pictures of {style} show one of them")
+        print(f"{write_csv(style, known)} training images of {style} show one of them")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ r"""Measure the embedded model, and what a LoRA makes of it.
     python -m tools.nano.measure --output_path output/nano/measure_lora \
         --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt --lora_scale 0.8
 
-Without a LoRA: the autoencoder's PSNR on Noto's held-out pictures; for 200 captions of the base's concepts, how often
-the real picture is among the 5 nearest of all the base's pictures, by pixels (16x16 RGB, L2) and by the nano CLIP's
+Without a LoRA: the autoencoder's PSNR on Noto's held-out images; for 200 captions of the base's concepts, how often
+the real image is among the 5 nearest of all the base's images, by pixels (16x16 RGB, L2) and by the nano CLIP's
 image tower; a grid of 64 samples. With a LoRA for emoji_fluent_hc: on the held-out concepts, the mean chroma (max - min
 of RGB, 0 to 1) of base and LoRA, and how often the concept's real line art is nearer to its sample than another one.
 """
@@ -34,7 +34,7 @@ from ldm.metrics.networks import nano_clip  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
-from tools.nano.pictures import DATASETS, evenly, read_pictures  # noqa: E402
+from tools.nano.images import DATASETS, evenly, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
 
 MODELS = CONFIG.parents[1] / "models" / "nano"
@@ -66,14 +66,14 @@ def nearer_than_another(made: np.ndarray, real: np.ndarray) -> float:
 
 
 def grid(pixels: np.ndarray, columns: int, texts: list[str] | None = None, zoom: int = 2) -> Image.Image:
-    """Pictures in rows, each with its caption below where captions are given."""
+    """Images in rows, each with its caption below where captions are given."""
     size, line = pixels.shape[1] * zoom, 14 if texts else 0
     rows = -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         x, y = i % columns * (size + 4), i // columns * (size + line + 4)
-        sheet.paste(Image.fromarray(picture).resize((size, size), Image.LANCZOS), (x, y))
+        sheet.paste(Image.fromarray(image).resize((size, size), Image.LANCZOS), (x, y))
         if texts:
             draw.text((x + 2, y + size + 1), texts[i][: size // 6], fill="black")
     return sheet
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> None:
     clip = nano_clip(args.models)
     sampling = Sampling(steps=20, scale=args.scale, batch_size=20)
 
-    def pictures_of(prompts: list[str]) -> np.ndarray:
+    def images_of(prompts: list[str]) -> np.ndarray:
         made = Pipeline(model, config).generate(prompts, sampling, args.seed)
         return np.concatenate([batch.images for batch in made])
 
@@ -121,18 +121,18 @@ def measure(args: argparse.Namespace) -> None:
         count = min(args.captions or 200, len(rows))
         chosen = np.sort(draws(args.seed, "captions", 0).choice(len(rows), count, replace=False))
         texts = [rows[i].text for i in chosen]
-        made = pictures_of(texts)
+        made = images_of(texts)
         result["captions"] = len(chosen)
         result["top5_pixels"] = own_among_nearest(thumbnails(made), thumbnails(real), chosen)
         result["top5_image_tower"] = own_among_nearest(clip.of_pixels(made), clip.of_pixels(real), chosen)
         sheet = grid(made[:64], 8, texts[:64])
     else:
-        held_out = read_pictures("emoji_fluent_hc", "test")
+        held_out = read_images("emoji_fluent_hc", "test")
         held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         texts, real = [p.text for p in held_out], np.stack([p.pixels for p in held_out])
-        base = pictures_of(texts)
+        base = images_of(texts)
         apply_lora(model, config, args.lora_ckpt_path, args.lora_scale)
-        made = pictures_of(texts)
+        made = images_of(texts)
         result["prompts"], result["lora_scale"] = len(texts), args.lora_scale
         result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)
         result["chroma_share"] = result["chroma_lora"] / result["chroma_base"]

@@ -1,17 +1,17 @@
-r"""Train the embedded model's small CLIP; its text tower becomes the text encoder, its image tower scores pictures.
+r"""Train the embedded model's small CLIP; its text tower becomes the text encoder, its image tower scores images.
 
     python -m tools.nano.train_clip --output_path output/nano/clip --steps 1500
     python -m tools.nano.train_clip --output_path output/nano/clip_image --image_tower_only output/nano/clip \
         --steps 2000 --batch_size 64
 
-Noto's pictures (both splits: the base knows its concepts) and the train splits of the two styles, with their captions;
-the held-out style pictures are read to measure only. Every batch holds different concepts, each in a random style.
-Pictures are moved and blurred, so that the image tower judges a small decoder's pictures as it does sharp ones;
+Noto's images (both splits: the base knows its concepts) and the train splits of the two styles, with their captions;
+the held-out style images are read to measure only. Every batch holds different concepts, each in a random style.
+Images are moved and blurred, so that the image tower judges a small decoder's images as it does sharp ones;
 captions lose their article at times ("cat" for "a cat"), since people leave it out. The temperature is fixed.
 
 --image_tower_only goes on from a finished run with the text tower as it is, so that a UNet trained on it stays right:
 it teaches the image tower to know a concept in whatever style. Each concept of a batch is shown twice, the second time
-in another style or as line art made from its picture, and the two must find each other as well as their caption.
+in another style or as line art made from its image, and the two must find each other as well as their caption.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from tools.nano.images import STYLES, blur, line_art, read_images, shift, to_network, turn  # noqa: E402
 from tools.nano.loop import Step, learning_rates, train  # noqa: E402
 from tools.nano.measure import nearer_than_another  # noqa: E402
-from tools.nano.pictures import STYLES, blur, line_art, read_pictures, shift, to_network, turn  # noqa: E402
 from tools.nano.train_vae import CONFIG, in_batches  # noqa: E402
 
 
 class ContrastiveLoss(nn.Cell):
-    """Each picture picks its caption of the batch, and each caption its picture; returns (loss, share picked right)."""
+    """Each image picks its caption of the batch, and each caption its image; returns (loss, share picked right)."""
 
     def __init__(self, clip: CLIPModel, batch_size: int):
         super().__init__(auto_prefix=False)
@@ -63,9 +63,9 @@ class ContrastiveLoss(nn.Cell):
 
 
 class StylesLoss(nn.Cell):
-    """ContrastiveLoss between each two of: pictures, the same concepts in another style, their frozen text features.
+    """ContrastiveLoss between each two of: images, the same concepts in another style, their frozen text features.
 
-    construct(images (2 N, 3, S, S): the pictures, then the other style's; text (N, D)) -> (loss, share of the captions
+    construct(images (2 N, 3, S, S): the images, then the other style's; text (N, D)) -> (loss, share of the captions
     that picked right).
     """
 
@@ -96,23 +96,23 @@ class StylesLoss(nn.Cell):
 
 
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
-    """How often a caption's own picture is among the 5 nearest of its data set."""
+    """How often a caption's own image is among the 5 nearest of its data set."""
     lines = []
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("test",)) for s in STYLES)):
-        pictures = [p for split in splits for p in read_pictures(style, split)]
-        images = in_batches(ImageFeatures(clip), to_network(np.stack([p.pixels for p in pictures])), 96)
-        texts = in_batches(TextFeatures(clip), tokenizer.encode([p.text for p in pictures]), 96)
+        images = [p for split in splits for p in read_images(style, split)]
+        images = in_batches(ImageFeatures(clip), to_network(np.stack([p.pixels for p in images])), 96)
+        texts = in_batches(TextFeatures(clip), tokenizer.encode([p.text for p in images]), 96)
         scores = texts @ images.T
         rank = (scores > np.diag(scores)[:, None]).sum(axis=1)
         lines.append(
-            f"{style} {'+'.join(splits)}: caption to picture, nearest {np.mean(rank == 0):.1%}, "
-            f"top 5 {np.mean(rank < 5):.1%} of {len(pictures)}"
+            f"{style} {'+'.join(splits)}: caption to image, nearest {np.mean(rank == 0):.1%}, "
+            f"top 5 {np.mean(rank < 5):.1%} of {len(images)}"
         )
         if style == "emoji_noto":
-            noto = {picture.name: feature for picture, feature in zip(pictures, images)}
+            noto = {image.name: feature for image, feature in zip(images, images)}
         else:
-            nearer = nearer_than_another(np.stack([noto[p.name] for p in pictures]), images)
-            lines.append(f"{style} test: Noto's picture of the concept is nearer than another {nearer:.1%}")
+            nearer = nearer_than_another(np.stack([noto[p.name] for p in images]), images)
+            lines.append(f"{style} test: Noto's image of the concept is nearer than another {nearer:.1%}")
     return "\n".join(lines)
 
 
@@ -148,30 +148,30 @@ def train_clip(args: argparse.Namespace) -> None:
     concepts: dict[str, list] = {}
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("train",)) for s in STYLES)):
         for split in splits:
-            for picture in read_pictures(style, split):
+            for image in read_images(style, split):
                 # Noto three times: it is what the base draws.
-                concepts.setdefault(picture.text, []).extend([picture] * (3 if style == "emoji_noto" else 1))
+                concepts.setdefault(image.text, []).extend([image] * (3 if style == "emoji_noto" else 1))
     captions = sorted(concepts)
     tokens = {text: tokenizer.encode([text, re.sub(r"^(a|an|the) ", "", text)]) for text in captions}
 
-    def picture_and_text(rng: np.random.Generator, text: str) -> tuple[np.ndarray, np.ndarray]:
-        picture = shift(concepts[text][rng.integers(len(concepts[text]))].pixels, rng, 4)
-        return blur(picture, rng) if rng.random() < 0.5 else picture, tokens[text][int(rng.random() < 0.25)]
+    def image_and_text(rng: np.random.Generator, text: str) -> tuple[np.ndarray, np.ndarray]:
+        image = shift(concepts[text][rng.integers(len(concepts[text]))].pixels, rng, 4)
+        return blur(image, rng) if rng.random() < 0.5 else image, tokens[text][int(rng.random() < 0.25)]
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "clip", step)
-        drawn = [picture_and_text(rng, captions[i]) for i in rng.choice(len(captions), args.batch_size, replace=False)]
-        return to_network(np.stack([picture for picture, _ in drawn])), np.stack([text for _, text in drawn])
+        drawn = [image_and_text(rng, captions[i]) for i in rng.choice(len(captions), args.batch_size, replace=False)]
+        return to_network(np.stack([image for image, _ in drawn])), np.stack([text for _, text in drawn])
 
     def batch_of_styles(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "styles", step)
         chosen = rng.choice(len(captions), args.batch_size, replace=False)
-        first = [turn(picture_and_text(rng, captions[i])[0], rng) for i in chosen]
-        second = [turn(in_another_style(picture_and_text(rng, captions[i])[0], rng), rng) for i in chosen]
+        first = [turn(image_and_text(rng, captions[i])[0], rng) for i in chosen]
+        second = [turn(in_another_style(image_and_text(rng, captions[i])[0], rng), rng) for i in chosen]
         return to_network(np.stack(first + second)), text_features[chosen]
 
-    def in_another_style(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return line_art(picture, rng) if rng.random() < 0.6 else picture
+    def in_another_style(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return line_art(image, rng) if rng.random() < 0.6 else image
 
     if args.image_tower_only:
         arrays, _ = read_checkpoint(args.image_tower_only / "clip.safetensors")

@@ -5,10 +5,10 @@
 
 Noto's train split and the train splits of the two styles; Noto's test split only measures. The loss is L1 + 2 MSE
 + 0.5 L1 of the pixel differences along rows and columns (edges) + 0.5 L1 of R - G and G - B (small models lose green
-and purple first) + a little KL. At the end the latents' mean and deviation on the training pictures are folded into
+and purple first) + a little KL. At the end the latents' mean and deviation on the training images are folded into
 quant_conv and post_quant_conv, so that the diffusion model sees zero mean and unit variance in every channel. With
 `--decoder_only` the encoder of a finished run stays as it is, and with it every latent made from it; the loss then has
-0.1 of each picture's log MSE as well.
+0.1 of each image's log MSE as well.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from tools.nano.images import STYLES, read_images, shift, to_network, to_pixels, vary_colours  # noqa: E402
 from tools.nano.loop import Step, learning_rates, train  # noqa: E402
-from tools.nano.pictures import STYLES, read_pictures, shift, to_network, to_pixels, vary_colours  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano.yaml"
 
@@ -60,7 +60,7 @@ class ReconstructionLoss(nn.Cell):
         ).abs().mean()
         colour = (error[:, :2] - error[:, 1:]).abs().mean()
         loss = l1 + 2.0 * mse + 0.5 * edges + 0.5 * colour
-        if self.decoder_only:  # the logarithm of a picture's error is what a mean PSNR is made of
+        if self.decoder_only:  # the logarithm of an image's error is what a mean PSNR is made of
             loss = loss + 0.1 * ops.log((error * error).mean(axis=(1, 2, 3)) + 1e-5).mean()
         else:
             loss = loss + self.kl_weight * kl
@@ -68,7 +68,7 @@ class ReconstructionLoss(nn.Cell):
 
 
 def psnr(real: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Decibels a picture, of (N, H, W, 3) uint8."""
+    """Decibels an image, of (N, H, W, 3) uint8."""
     error = ((real.astype(np.float64) - made) ** 2).mean(axis=(1, 2, 3))
     return 10 * np.log10(255.0**2 / np.maximum(error, 1e-9))
 
@@ -105,12 +105,12 @@ def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[
 
 
 def report(vae: AutoencoderKL) -> str:
-    """PSNR on the held-out pictures of each style, through the latents' mean."""
+    """PSNR on the held-out images of each style, through the latents' mean."""
     lines = []
     for style in ("emoji_noto", *STYLES):
-        real = np.stack([picture.pixels for picture in read_pictures(style, "test")])
+        real = np.stack([image.pixels for image in read_images(style, "test")])
         scores = psnr(real, to_pixels(in_batches(vae, to_network(real))))
-        lines.append(f"{style} test, {len(real)} pictures: mean PSNR {scores.mean():.2f} dB, lowest {scores.min():.2f}")
+        lines.append(f"{style} test, {len(real)} images: mean PSNR {scores.mean():.2f} dB, lowest {scores.min():.2f}")
     return "\n".join(lines)
 
 
@@ -148,17 +148,17 @@ def train_vae(args: argparse.Namespace) -> None:
     ]
     if not trainable:
         raise UserError("there is nothing to train in this autoencoder")
-    pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_pictures(style, "train")])
+    pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_images(style, "train")])
     side = config.image_size // config.vae_factor
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "decoder" if args.decoder_only else "vae", step)
         chosen = pixels[rng.integers(0, len(pixels), args.batch_size)]
         varied = []
-        for picture in chosen:
-            picture = shift(picture, rng, 3)
-            picture = picture[:, ::-1] if rng.random() < 0.5 else picture
-            varied.append(vary_colours(picture, rng) if rng.random() < 0.3 else picture)
+        for image in chosen:
+            image = shift(image, rng, 3)
+            image = image[:, ::-1] if rng.random() < 0.5 else image
+            varied.append(vary_colours(image, rng) if rng.random() < 0.3 else image)
         eps = rng.standard_normal((args.batch_size, config.latent_channels, side, side), np.float32)
         return to_network(np.stack(varied)), eps
 

@@ -15,8 +15,8 @@ from ldm.diffusion.samplers.steps import (
     Denoise,
     check_prediction_type,
     leading_timesteps,
+    to_denoised,
     to_noise,
-    to_picture,
 )
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -47,14 +47,14 @@ def sample(
 
     x = np.asarray(latents, np.float32)
     for i, timestep in enumerate(timesteps):
-        # Past the first time step the end is that of time step 0, not a clean picture (set_alpha_to_one False).
+        # Past the first time step the end is that of time step 0, not a clean image (set_alpha_to_one False).
         here, there = alphas_cumprod[timestep], alphas_cumprod[max(timestep - stride, 0)]
         alpha, sigma = np.sqrt(here), np.sqrt(1.0 - here)
         output = np.asarray(denoise(x, int(timestep)), np.float32)
-        picture = to_picture(output, x, alpha, sigma, prediction_type)
+        image = to_denoised(output, x, alpha, sigma, prediction_type)
         noise = to_noise(output, x, alpha, sigma, prediction_type)
         deviation = eta * np.sqrt((1.0 - there) / (1.0 - here) * (1.0 - here / there))
-        x = np.sqrt(there) * picture + np.sqrt(1.0 - there - deviation**2) * noise
+        x = np.sqrt(there) * image + np.sqrt(1.0 - there - deviation**2) * noise
         if eta > 0.0:
             x = x + deviation * draw_noise()
         x = x.astype(np.float32)

@@ -1,7 +1,7 @@
-"""DPM-Solver++ (2M): second order in the predicted picture (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+"""DPM-Solver++ (2M): second order in the predicted image (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
 As diffusers' DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
-final_sigmas_type="zero"): the last step goes to sigma 0 and is of first order, and so ends on the predicted picture
+final_sigmas_type="zero"): the last step goes to sigma 0 and is of first order, and so ends on the predicted image
 itself.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.diffusion.samplers.multistep import Levels, solve
-from ldm.diffusion.samplers.steps import Callback, Denoise, check_prediction_type, linspace_timesteps, to_picture
+from ldm.diffusion.samplers.steps import Callback, Denoise, check_prediction_type, linspace_timesteps, to_denoised
 from ldm.diffusion.schedule import NoiseSchedule
 
 
@@ -28,12 +28,12 @@ def sample(
     levels = Levels.of_sigmas(np.append(schedule.sigmas[timesteps], 0.0))
 
     def estimate(output: np.ndarray, x: np.ndarray, i: int) -> np.ndarray:
-        return to_picture(output, x, levels.alpha[i], levels.sigma[i], prediction_type)
+        return to_denoised(output, x, levels.alpha[i], levels.sigma[i], prediction_type)
 
-    def advance(x: np.ndarray, picture: np.ndarray, i: int) -> np.ndarray:
-        # sigma_t / sigma_s x - alpha_t (e^-h - 1) picture, with alpha_t e^-h = sigma_t alpha_s / sigma_s, which holds
+    def advance(x: np.ndarray, image: np.ndarray, i: int) -> np.ndarray:
+        # sigma_t / sigma_s x - alpha_t (e^-h - 1) image, with alpha_t e^-h = sigma_t alpha_s / sigma_s, which holds
         # at sigma_t = 0 as well, where h is infinite.
         ratio = levels.sigma[i + 1] / levels.sigma[i]
-        return ratio * x + (levels.alpha[i + 1] - ratio * levels.alpha[i]) * picture
+        return ratio * x + (levels.alpha[i + 1] - ratio * levels.alpha[i]) * image
 
     return solve(denoise, latents, timesteps, levels, estimate, advance, first_order_end=True, callback=callback)

@@ -13,19 +13,19 @@ FEW_STEPS = 15
 
 
 class Levels(NamedTuple):
-    """Weights of picture and noise at each point that the solver visits, the end included: float64 (steps + 1,)."""
+    """Weights of image and noise at each point that the solver visits, the end included: float64 (steps + 1,)."""
 
     alpha: np.ndarray
     sigma: np.ndarray
 
     @classmethod
     def of_sigmas(cls, sigmas: np.ndarray) -> Levels:
-        """From sigmas in noise per unit of picture, as diffusers keeps them."""
+        """From sigmas in noise per unit of image, as diffusers keeps them."""
         alpha = 1.0 / np.sqrt(1.0 + sigmas**2)
         return cls(alpha, sigmas * alpha)
 
     def log_snr(self, i: int) -> float:
-        """lambda at point i, log(alpha / sigma); not for a point of sigma 0."""
+        """Lambda at point i, log(alpha / sigma); not for a point of sigma 0."""
         return float(np.log(self.alpha[i] / self.sigma[i]))
 
 
@@ -41,7 +41,7 @@ def solve(
 ) -> np.ndarray:
     """Walk from point 0 of `levels` to its end.
 
-    estimate(output, x, i): what the solver follows (the picture, or the noise) from the model's output at point i.
+    estimate(output, x, i): what the solver follows (the image, or the noise) from the model's output at point i.
     advance(x, estimate, i): x at point i + 1 if the estimate stayed what it is; it holds exactly for a constant one.
     The second order is in the estimate: half a step further along the line through it and the one before, in lambda
     (the midpoint rule). The first step has none before and is of first order, the last if `first_order_end`.

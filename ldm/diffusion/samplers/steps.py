@@ -1,4 +1,4 @@
-"""What the samplers share: the interface, the time steps, and the way from the model's output to picture and noise.
+"""What the samplers share: the interface, the time steps, and the way from the model's output to image and noise.
 
 A sampler is a function
 
@@ -56,15 +56,15 @@ def leading_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     return np.arange(steps - 1, -1, -1, dtype=np.int64) * (schedule.timesteps // steps) + 1
 
 
-def to_picture(output: np.ndarray, x: np.ndarray, alpha: np.float32, sigma: np.float32, kind: str) -> np.ndarray:
-    """x_0 as the model sees it. alpha, sigma: weights of picture and noise in x, alpha^2 + sigma^2 = 1."""
+def to_denoised(output: np.ndarray, x: np.ndarray, alpha: np.float32, sigma: np.float32, kind: str) -> np.ndarray:
+    """x_0 as the model sees it. alpha, sigma: weights of image and noise in x, alpha^2 + sigma^2 = 1."""
     if kind == "v_prediction":
         return alpha * x - sigma * output
     return (x - sigma * output) / alpha
 
 
 def to_noise(output: np.ndarray, x: np.ndarray, alpha: np.float32, sigma: np.float32, kind: str) -> np.ndarray:
-    """The noise in x as the model sees it. alpha, sigma as in `to_picture`."""
+    """The noise in x as the model sees it. alpha, sigma as in `to_denoised`."""
     if kind == "v_prediction":
         return alpha * output + sigma * x
     return output

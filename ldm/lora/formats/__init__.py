@@ -19,7 +19,7 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
 from ldm.lora.formats.modules import Base, fitting, known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import detect_family
 from ldm.weights.read import Checkpoint
@@ -32,8 +32,8 @@ FP32_END = float(np.finfo(np.float32).max)
 log = logging.getLogger(__name__)
 
 Detect = Callable[[list[str]], Union[bool, str, None]]
-Read = Callable[[Checkpoint, Optional[Base]], LoRAState]
-Write = Callable[[Path, LoRAState, Base, str], None]
+Read = Callable[[Checkpoint, Optional[Base]], LoRA]
+Write = Callable[[Path, LoRA, Base, str], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def detect_format(path: str | os.PathLike) -> str:
     return _opened(lora_files(path)[0])[0]
 
 
-def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoRAState:
+def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoRA:
     """Read a LoRA of any known format, told by its keys; all-zero updates are warned of.
 
     Args:
@@ -108,7 +108,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
             finite.
     """
     base = Base(config) if config else None
-    state = LoRAState({})
+    state = LoRA({})
     for file in lora_files(path):
         name, checkpoint = _opened(file)
         part = FORMATS[name].read(checkpoint, base)
@@ -135,7 +135,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
 
 def write_lora(
     path: str | os.PathLike,
-    state: LoRAState,
+    state: LoRA,
     format: str = "mindone",
     config: ModelConfig | None = None,
     dtype: str = "fp32",
@@ -164,7 +164,7 @@ def write_lora(
         return
     base = base_of(state, config, str(path))
     layers = {name: pairs.conformed(layer, base.by_name[name].shape) for name, layer in state.layers.items()}
-    kind.write(path, LoRAState(layers, state.metadata), base, dtype)
+    kind.write(path, LoRA(layers, state.metadata), base, dtype)
 
 
 def check_lora_name(path: str | os.PathLike, format: str) -> None:
@@ -176,7 +176,7 @@ def check_lora_name(path: str | os.PathLike, format: str) -> None:
         raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
 
 
-def base_of(state: LoRAState, config: ModelConfig | None = None, path: str = "the LoRA") -> Base:
+def base_of(state: LoRA, config: ModelConfig | None = None, path: str = "the LoRA") -> Base:
     """The base whose layers these are: that of `config`, or the first known one. Raises UserError if they are not."""
     bases = (Base(config),) if config else known_bases()
     found = fitting(state, bases)
@@ -186,7 +186,7 @@ def base_of(state: LoRAState, config: ModelConfig | None = None, path: str = "th
     return found[0]
 
 
-def zero_layers(state: LoRAState) -> list[str]:
+def zero_layers(state: LoRA) -> list[str]:
     """The layers whose update is nothing."""
     return [name for name, layer in state.layers.items() if not (layer.alpha and layer.up.any() and layer.down.any())]
 

@@ -28,7 +28,7 @@ from ldm.files.documents import parse_json
 from ldm.files.inputs import is_there
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module, known_bases
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRA, LoRALayer
 from ldm.settings.model import model_metadata
 from ldm.weights.names import LABELS, same_up_to_1x1
 from ldm.weights.read import Checkpoint
@@ -87,7 +87,7 @@ def detect(names: Iterable[str]) -> str | None:
     return "cloneofsimo-pt" if names and all(_PLACE.match(name) for name in names) else None
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     """Read an opened .safetensors.
 
     Raises UserError for gaps in the numbers, half a pair, other keys than learned tokens (which are left out with a
@@ -140,10 +140,10 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
             f"{path}: its {counts} ({plain(said)}) are not those of {_labels(bases)}: it was made for another model, "
             "or saved again by another program"
         )
-    return LoRAState(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     """Read an opened .pt, and the text encoder's beside it where there is one. Raises UserError as `read`."""
     path = Path(checkpoint.path)
     beside = text_encoder_path(path)
@@ -162,10 +162,10 @@ def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
         raise UserError(
             f"{path}: its {counts} are in no order of layers of {_labels(bases)} that cloneofsimo's lora knows"
         )
-    return LoRAState(layers, {})
+    return LoRA(layers, {})
 
 
-def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
     """Write a .safetensors. Raises UserError for layers that no class holds (the UNet's first and last convolution)."""
     arrays, texts = {}, {}
     for component, (classes, row) in _rows(path, state, base).items():
@@ -181,7 +181,7 @@ def text_encoder_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.text_encoder.pt")
 
 
-def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+def write_list(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
     """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
 
     Raises UserError as `write` does, and where a second lies there already: it is another LoRA's.
@@ -206,7 +206,8 @@ def write_list(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
 def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Textual inversion's vectors that lie beside a LoRA, fp32: token -> (channels,), in order of name.
 
-    Raises UserError for one that is no vector of finite numbers."""
+    Raises UserError for one that is no vector of finite numbers.
+    """
     tokens = {}
     for token in sorted(filter(_is_token, checkpoint)):
         dtype, shape = checkpoint.spec(token)
@@ -222,7 +223,8 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def write_embedding(path: Path, vectors: np.ndarray) -> None:
     """Write learned tokens (tokens, channels) fp32 as the original does for A1111's web UI: one embedding of as many
-    vectors, in a .pt. Raises UserError where the disk refuses."""
+    vectors, in a .pt. Raises UserError where the disk refuses.
+    """
     token_of_star = np.array(265, np.int64)
     write_torch(path, {"string_to_token": {"*": token_of_star}, "string_to_param": {"*": vectors}, "name": ""})
 
@@ -274,7 +276,8 @@ def _noted(checkpoint: Checkpoint, component: str) -> list[str] | None:
 
 def _choices(component: str, noted: list[str] | None) -> tuple[tuple[str, ...], ...]:
     """The classes that a component may have been made from: those noted, or where not all of them are known, every
-    usual choice and every class alone."""
+    usual choice and every class alone.
+    """
     if noted is not None and set(noted) <= CLASSES[component].keys():
         return (tuple(noted),)
     return CHOICES[component] + tuple((name,) for name in CLASSES[component])
@@ -326,8 +329,8 @@ def _fits(layer: LoRALayer, module: Module) -> bool:
     return same_up_to_1x1((layer.up.shape[0], *layer.down.shape[1:]), module.shape)
 
 
-def _rows(path, state: LoRAState, base: Base) -> dict[str, tuple[list[str], list[LoRALayer]]]:
-    """component -> (classes, layers in order, zeros for those that are not in `state`)."""
+def _rows(path, state: LoRA, base: Base) -> dict[str, tuple[list[str], list[LoRALayer]]]:
+    """Component -> (classes, layers in order, zeros for those that are not in `state`)."""
     rows = {}
     for component in COMPONENTS:
         there = [module for module in base.of(component) if module.name in state.layers]

@@ -22,7 +22,7 @@ from ldm.files.documents import parse_json
 from ldm.lora.formats import pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base, Module
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.read import Checkpoint
 
@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> str | None:
     return "diffusers-newer"
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     """Read an opened file, see pairs.read_pairs."""
     adapters = _adapters(checkpoint)
 
@@ -63,10 +63,10 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
         return adapters[component].alpha(layer, rank) if component in adapters else rank
 
     layers = pairs.read_pairs(checkpoint, parse, table, base, alpha)
-    return LoRAState(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def write(path, state: LoRAState, base: Base, dtype: str = "fp32", name: str = "diffusers") -> None:
+def write(path, state: LoRA, base: Base, dtype: str = "fp32", name: str = "diffusers") -> None:
     """Write a .safetensors in one of NAMES.
 
     Raises UserError for "diffusers-oldest" where there is more than the UNet's attention.

@@ -23,7 +23,7 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.diffusers import UNET_PREFIX
 from ldm.weights.read import Checkpoint
@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> bool:
     return any(_TYPICAL.match(name) or _CHECKPOINTS.match(name) for name in factors)
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     """Read an opened file. Raises UserError for one of SDXL, and see pairs.read_pairs."""
     version = checkpoint.metadata.get("ss_base_model_version", "")
     if version.startswith("sdxl"):
@@ -66,10 +66,10 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
             metadata["architecture"] = architecture
             if version.endswith("_v"):  # not the reverse: files of early 2023 lack the ending
                 metadata["prediction_type"] = "v_prediction"
-    return LoRAState(layers, {**metadata, **model_metadata(checkpoint.metadata)})
+    return LoRA(layers, {**metadata, **model_metadata(checkpoint.metadata)})
 
 
-def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
     """Write a .safetensors. An alpha above 0 is kept per layer, with a warning where diffusers would misread it."""
     if len({layer.alpha for layer in state.layers.values()}) > 1:
         log.warning(
@@ -112,7 +112,7 @@ def _table(base: Base) -> dict[str, Module]:
     return table
 
 
-def _texts(state: LoRAState) -> dict[str, str]:
+def _texts(state: LoRA) -> dict[str, str]:
     alphas = {layer.alpha for layer in state.layers.values()}
     ranks = state.ranks()
     texts = {

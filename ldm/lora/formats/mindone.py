@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats import pairs
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRA, LoRALayer
 from ldm.weights import compvis, mindone
 from ldm.weights.checkpoint import Arrays
 from ldm.weights.names import component_of
@@ -39,7 +39,7 @@ def detect(names: Iterable[str]) -> bool:
     return bool(factors) and all(component_of(name) != "other" for name in factors)
 
 
-def read(checkpoint: Arrays) -> LoRAState:
+def read(checkpoint: Arrays) -> LoRA:
     """Read an opened file.
 
     Other arrays are left out with a warning: mindone's files have frozen weights beside the factors. Raises UserError
@@ -75,13 +75,13 @@ def read(checkpoint: Arrays) -> LoRAState:
             if name in layers:
                 raise UserError(f"{path}: {plain(name)} is there twice, whole and in one with others")
             layers[name] = replace(whole, up=rows, alpha=whole.alpha * settings.get("lora_scale", 1.0))
-    state = LoRAState(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
+    state = LoRA(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
     if "lora_rank" in settings and settings["lora_rank"] != max(state.ranks()):
         raise UserError(f"{path} says lora_rank {settings['lora_rank']:g}, but its factors are of {state.ranks()}")
     return state
 
 
-def write(path: str | os.PathLike, state: LoRAState, dtype: str = "fp32") -> None:
+def write(path: str | os.PathLike, state: LoRA, dtype: str = "fp32") -> None:
     """Write `state` as .ckpt or .safetensors, the factors as "fp32", "fp16" or "bf16".
 
     Raises UserError if it is empty or cannot be written.

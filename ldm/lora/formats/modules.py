@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ldm.files.paths import ROOT
-from ldm.lora.state import LoRAState, match_shapes
+from ldm.lora.state import LoRA, match_shapes
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.weights.diffusers import UNET_PREFIX, unet_modules
 from ldm.weights.names import LABELS
@@ -52,7 +52,7 @@ class Base:
     def of(self, component: str) -> list[Module]:
         return [module for module in self.modules if module.component == component]
 
-    def why_not(self, state: LoRAState) -> str:
+    def why_not(self, state: LoRA) -> str:
         """What of `state` is not this base's, in a few words; "" where all of it fits."""
         match = match_shapes(self.shapes, state)
         for wrong in match.wrong_shape.values():
@@ -72,7 +72,7 @@ def known_bases() -> tuple[Base, ...]:
     return tuple(Base(load_model_config(ROOT / path)) for path in KNOWN)
 
 
-def fitting(state: LoRAState, bases: tuple[Base, ...]) -> list[Base]:
+def fitting(state: LoRA, bases: tuple[Base, ...]) -> list[Base]:
     """The bases that have every layer of `state` in its shape, those that say so themselves before all others."""
     said = state.metadata.get("architecture")
     fits = [base for base in bases if not base.why_not(state)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Base, Module, known_bases
-from ldm.lora.state import LoRALayer, LoRAState, update_shape
+from ldm.lora.state import LoRA, LoRALayer, update_shape
 from ldm.weights.checkpoint import Arrays, to_bfloat16
 from ldm.weights.names import same_up_to_1x1
 from ldm.weights.read import Checkpoint, open_checkpoint, write_checkpoint
@@ -65,7 +65,8 @@ def named(keys: list[str]) -> str | None:
 
 def open_lora(path: str | os.PathLike) -> Checkpoint:
     """Open a file with factors. Raises UserError as open_checkpoint does, and for arrays that are larger by far than
-    the file."""
+    the file.
+    """
     checkpoint = open_checkpoint(path)
     specs = map(checkpoint.spec, checkpoint)
     stored, held = os.stat(path).st_size, sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
@@ -255,13 +256,13 @@ def as_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return half
 
 
-def base_texts(state: LoRAState) -> dict[str, str]:
+def base_texts(state: LoRA) -> dict[str, str]:
     """What the state knows of its base, for a .safetensors' metadata."""
     return {key: state.metadata[key] for key in ("architecture", "prediction_type") if key in state.metadata}
 
 
-def by_component(state: LoRAState, base: Base) -> dict[str, dict[str, LoRALayer]]:
-    """component -> path of the module -> layer, in the base's order; components without layers are left out."""
+def by_component(state: LoRA, base: Base) -> dict[str, dict[str, LoRALayer]]:
+    """Component -> path of the module -> layer, in the base's order; components without layers are left out."""
     parts: dict[str, dict[str, LoRALayer]] = {}
     for module in base.modules:
         if module.name in state.layers:
@@ -297,7 +298,8 @@ def _with_all(
 
 def _shape(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) -> tuple[int, ...]:
     """The shape of a layer's update, told without reading it. Raises UserError for half a pair and factors that do not
-    go together."""
+    go together.
+    """
     path = checkpoint.path
     for half in ("down", "up"):
         if half not in parts:
@@ -328,7 +330,8 @@ def _layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], alpha: A
 
 def _of_sdxl(checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> bool:
     """Whether a layer has a place or a shape that only SDXL's has: transformers of several blocks, a context of 2048.
-    Its names are otherwise those of the other versions."""
+    Its names are otherwise those of the other versions.
+    """
 
     def wide(layer: str, down: str) -> bool:
         return bool(re.search(r"attn2[._]to_[kv]$", layer)) and checkpoint.shape(down)[1:2] == (2048,)

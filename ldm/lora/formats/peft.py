@@ -18,7 +18,7 @@ from ldm.files.paths import writing
 from ldm.lora.formats import diffusers, pairs
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.read import Checkpoint
 
@@ -39,7 +39,7 @@ def files(folder: Path) -> list[Path]:
     return [path for paths in found for path in paths]
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
+def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     """Read the opened file of one network, with the configuration beside it.
 
     Raises UserError if that is missing or says another rank than the factors have; see also pairs.read_pairs.
@@ -53,10 +53,10 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRAState:
     if not isinstance(settings, dict):
         raise UserError(f"{where} is no JSON object")
     layers = pairs.read_pairs(checkpoint, _parse, diffusers.table, base, Adapter(settings, str(where)).alpha)
-    return LoRAState(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def write(path, state: LoRAState, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
     """Write the folder `path`: of one network itself, of two with a subfolder each. alpha is kept, layer by layer.
 
     Raises UserError where an adapter of one network lies in the way of two, or of two in the way of one.

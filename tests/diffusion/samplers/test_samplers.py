@@ -55,22 +55,22 @@ def test_ddim_with_noise_ends_where_diffusers_ends_with_the_same_noise(predictio
     assert next(draws, None) is None  # one draw a step
 
 
-def exact_output(picture, schedule, prediction_type, x, timestep):
-    """The output of a network that knows the picture."""
+def exact_output(image, schedule, prediction_type, x, timestep):
+    """The output of a network that knows the image."""
     alpha, sigma = schedule.sqrt_alphas[timestep], schedule.sqrt_one_minus_alphas[timestep]
-    noise = (x - alpha * picture) / sigma
-    return noise if prediction_type == "epsilon" else alpha * noise - sigma * picture
+    noise = (x - alpha * image) / sigma
+    return noise if prediction_type == "epsilon" else alpha * noise - sigma * image
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("name", "left_over"), [("dpm_solver_pp", 1e-4), ("dpm_solver", 0.12), ("ddim", 0.12)])
-def test_a_network_that_knows_the_picture_leads_to_it(name, left_over, prediction_type):
-    """DPM-Solver++ ends on the picture; the two others leave the noise of time step 0, a deviation of 0.029."""
+def test_a_network_that_knows_the_image_leads_to_it(name, left_over, prediction_type):
+    """DPM-Solver++ ends on the image; the two others leave the noise of time step 0, a deviation of 0.029."""
     schedule = NoiseSchedule()
-    picture = np.random.default_rng(1).standard_normal((1, 4, 5, 6)).astype(np.float32)
-    denoise = partial(exact_output, picture, schedule, prediction_type)
+    image = np.random.default_rng(1).standard_normal((1, 4, 5, 6)).astype(np.float32)
+    denoise = partial(exact_output, image, schedule, prediction_type)
     ended = SAMPLERS[name](denoise, GOLDEN["latents"][:1], 20, schedule, prediction_type)
-    assert np.abs(ended - picture).max() < left_over
+    assert np.abs(ended - image).max() < left_over
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))

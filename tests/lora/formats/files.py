@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ldm.lora.state import LoRALayer, LoRAState
+from ldm.lora.state import LoRA, LoRALayer
 
 
 def random_state(base, rank=2, alpha=None, only="", component="", seed=0, **metadata):
@@ -22,7 +22,7 @@ def random_state(base, rank=2, alpha=None, only="", component="", seed=0, **meta
             random.standard_normal((outgoing, r, *(1 for _ in kernel))).astype(np.float32),
             float(a),
         )
-    return LoRAState(layers, metadata)
+    return LoRA(layers, metadata)
 
 
 def assert_same_updates(found, wanted, rtol=1e-5):

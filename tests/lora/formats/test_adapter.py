@@ -13,7 +13,7 @@ from ldm.lora.formats import adapter as adapters
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.weights.read import write_checkpoint
 from tests.lora.formats.files import random_state
 
@@ -153,7 +153,7 @@ class TestWritten:
     def test_whole_kinds_of_layers_are_named_by_their_end(self):
         base = known_bases()[2]
         layers = {**random_state(base, only="to_q").layers, **random_state(base, only="to_out.0").layers}
-        assert self.settings(LoRAState(layers))["target_modules"] == ["to_out.0", "to_q"]
+        assert self.settings(LoRA(layers))["target_modules"] == ["to_out.0", "to_q"]
 
     def test_single_layers_are_named_in_full(self):
         found = self.settings(random_state(known_bases()[2], only="attn1.to_q"))["target_modules"]

@@ -11,7 +11,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora, zero_layers
 from ldm.lora.formats.cloneofsimo import in_order
 from ldm.lora.formats.modules import Base, known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.torch_writer import write_torch
 from tests.lora.formats.files import assert_same_updates, random_state
@@ -228,7 +228,7 @@ class TestWriting:
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
         with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it"):
             write_lora(tmp_path / "a.b.pt", unet, "cloneofsimo-pt")
-        both = LoRAState({**text.layers, **unet.layers})
+        both = LoRA({**text.layers, **unet.layers})
         with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it and .* or replaced: move it away"):
             write_lora(tmp_path / "a.b.pt", both, "cloneofsimo-pt")
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]

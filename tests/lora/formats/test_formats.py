@@ -23,7 +23,7 @@ from ldm.lora.formats import (
     zero_layers,
 )
 from ldm.lora.formats.modules import Base, known_bases
-from ldm.lora.state import LoRALayer, LoRAState, match_shapes
+from ldm.lora.state import LoRA, LoRALayer, match_shapes
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import assert_same_updates, random_state
@@ -51,7 +51,7 @@ def held(state, base, *formats):
         for module in base.modules
         if module.name in state.layers and not any(LEFT_OUT.get(name, lambda module: False)(module) for name in formats)
     }
-    return LoRAState(layers, dict(state.metadata))
+    return LoRA(layers, dict(state.metadata))
 
 
 @pytest.fixture(scope="module")
@@ -169,14 +169,14 @@ def _thin_state(base):
             np.ones((outgoing, 1, *(1 for _ in kernel)), np.float32),
             1.0,
         )
-    return LoRAState(layers)
+    return LoRA(layers)
 
 
 class TestWriting:
     @pytest.mark.parametrize("name", FORMATS)
     def test_nothing_to_write(self, tmp_path, base, name):
         with pytest.raises(UserError, match="no layers"):
-            write_lora(path_for(tmp_path, name), LoRAState({}), name, base.config)
+            write_lora(path_for(tmp_path, name), LoRA({}), name, base.config)
 
     @pytest.mark.parametrize("name, file", [
         ("mindone", "lora.pt"), ("kohya", "lora.ckpt"), ("diffusers", "lora.bin"), ("diffusers", "folder"),

@@ -10,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, base_of, detect_format, kohya, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_state
 
@@ -291,7 +291,7 @@ def test_alphas_that_differ_are_warned_of(tmp_path, caplog):
 
 def test_what_is_written_for_other_programs(tmp_path):
     sd2 = known_bases()[1]
-    state = LoRAState(
+    state = LoRA(
         random_state(sd2, rank=4, alpha=2.0, only="0.resnets.0.conv1").layers,
         {"architecture": "sd2", "prediction_type": "v_prediction"},
     )

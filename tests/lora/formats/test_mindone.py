@@ -7,7 +7,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import LoRALayer, LoRAState, lora_state, match_lora
+from ldm.lora.state import LoRA, LoRALayer, lora_state, match_lora
 from ldm.weights.read import read_checkpoint, write_checkpoint
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
@@ -47,7 +47,7 @@ class TestRoundTrip:
         assert match_lora(tiny_model, back).ok
 
     def test_layers_with_ranks_and_alphas_of_their_own(self, tmp_path):
-        state = LoRAState(
+        state = LoRA(
             {
                 TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 1.0),
                 f"{TEXT_LAYER}q_proj": LoRALayer(normal(5, 6), normal(6, 5), 10.0),
@@ -58,7 +58,7 @@ class TestRoundTrip:
 
     def test_mindspore_finds_the_published_entries(self, tmp_path):
         metadata = {"architecture": "sd2", "prediction_type": "v_prediction"}
-        write_lora(tmp_path / "lora.ckpt", LoRAState({TO_Q: LoRALayer(normal(4, 8), normal(8, 4), 2.0)}, metadata))
+        write_lora(tmp_path / "lora.ckpt", LoRA({TO_Q: LoRALayer(normal(4, 8), normal(8, 4), 2.0)}, metadata))
         loaded = ms.load_checkpoint(str(tmp_path / "lora.ckpt"))
         assert set(loaded) == {
             f"{TO_Q}.lora_down.weight",
@@ -74,15 +74,15 @@ class TestRoundTrip:
 
     def test_factors_are_written_in_fp32(self, tmp_path):
         half = LoRALayer(normal(4, 8).astype(np.float16), normal(8, 4).astype(np.float16), 4.0)
-        write_lora(tmp_path / "lora.ckpt", LoRAState({TO_Q: half}))
+        write_lora(tmp_path / "lora.ckpt", LoRA({TO_Q: half}))
         arrays, _ = read_checkpoint(tmp_path / "lora.ckpt")
         assert {arrays[f"{TO_Q}.lora_{factor}.weight"].dtype for factor in ("down", "up")} == {np.dtype(np.float32)}
 
     def test_nothing_to_write(self, tmp_path):
         with pytest.raises(UserError, match="no layers"):
-            write_lora(tmp_path / "lora.ckpt", LoRAState({}))
+            write_lora(tmp_path / "lora.ckpt", LoRA({}))
         with pytest.raises(UserError, match="written as .ckpt or .safetensors"):
-            write_lora(tmp_path / "lora.pt", LoRAState({TO_Q: LoRALayer(normal(1, 8), normal(8, 1), 1.0)}))
+            write_lora(tmp_path / "lora.pt", LoRA({TO_Q: LoRALayer(normal(1, 8), normal(8, 1), 1.0)}))
         assert not list(tmp_path.iterdir())
 
 

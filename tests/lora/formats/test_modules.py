@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm.lora.formats.modules import KNOWN, Base, fitting, known_bases
-from ldm.lora.state import LoRAState
+from ldm.lora.state import LoRA
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from tests.lora.formats.files import random_state
@@ -68,7 +68,7 @@ def test_what_fits_two_is_told_apart_by_what_it_says():
     sd1, sd2, _ = known_bases()
     state = random_state(sd1, rank=1, only="attn1.to_q")
     assert fitting(state, known_bases()) == [sd1, sd2]
-    assert fitting(LoRAState(state.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
+    assert fitting(LoRA(state.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
 
 
 def test_what_does_not_fit_is_said():

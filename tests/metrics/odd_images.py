@@ -1,4 +1,4 @@
-"""Pictures of every kind that an evaluation meets, written to a folder, the same every time."""
+"""Images of every kind that an evaluation meets, written to a folder, the same every time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def write_odd_pictures(folder: Path) -> dict[str, Path]:
+def write_odd_images(folder: Path) -> dict[str, Path]:
     """Kind -> file."""
     rng = np.random.RandomState(3)
 
@@ -22,7 +22,7 @@ def write_odd_pictures(folder: Path) -> dict[str, Path]:
 
     colours = Image.fromarray(smooth(61, 83, 3))
     sixteen = (smooth(40, 50, 1)[..., 0].astype(np.uint16) * 257) ^ 0x55
-    pictures = {
+    images = {
         "odd.png": colours,
         "tall.png": Image.fromarray(smooth(500, 37, 3)),
         "large.png": Image.fromarray(smooth(333, 421, 3)),
@@ -40,17 +40,17 @@ def write_odd_pictures(folder: Path) -> dict[str, Path]:
         "grey.jpg": Image.fromarray(smooth(52, 51, 1)[..., 0]),
         "cmyk.jpg": Image.fromarray(smooth(45, 46, 4), "CMYK"),
         "turned.jpg": colours,
-        "picture.webp": colours,
-        "picture.bmp": colours,
+        "image.webp": colours,
+        "image.bmp": colours,
     }
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by a quarter; pytorch-fid does not look at it
     options = {
         "palette_transparent.png": {"transparency": 3},
         "turned.jpg": {"exif": turned},
-        "picture.webp": {"lossless": True},
+        "image.webp": {"lossless": True},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(folder / name, **options.get(name, {}))
-    return {name: folder / name for name in pictures}
+    for name, image in images.items():
+        image.save(folder / name, **options.get(name, {}))
+    return {name: folder / name for name in images}

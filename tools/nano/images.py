@@ -1,4 +1,4 @@
-"""The pictures that the embedded model is made from, in memory, and how they are varied in training."""
+"""The images that the embedded model is made from, in memory, and how they are varied in training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")
 
 
-class Picture(NamedTuple):
+class CaptionedImage(NamedTuple):
     name: str  # file name, the same for one concept in every style
     text: str
     pixels: np.ndarray  # (64, 64, 3) uint8
 
 
 def read_rows(style: str, split: str) -> list[Row]:
-    """Path and caption of every picture of one split of one bundled data set."""
+    """Path and caption of every image of one split of one bundled data set."""
     return read_image_text_csv(DATASETS / style / split).rows
 
 
-def read_pictures(style: str, split: str) -> list[Picture]:
-    """The same with the pictures in memory."""
-    return [Picture(row.path.name, row.text, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)]
+def read_images(style: str, split: str) -> list[CaptionedImage]:
+    """The same with the images in memory."""
+    return [CaptionedImage(row.path.name, row.text, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)]
 
 
 def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
@@ -54,7 +54,7 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def shift(pixels: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
-    """Move a picture by up to `most` pixels each way; white comes in at the edges."""
+    """Move an image by up to `most` pixels each way; white comes in at the edges."""
     size = pixels.shape[0]
     padded = np.full((size + 2 * most, size + 2 * most, 3), 255, np.uint8)
     padded[most:-most, most:-most] = pixels
@@ -68,23 +68,23 @@ def vary_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def blur(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A Gaussian blur of 0.3 to 1.5 pixels: what a small decoder does to a picture."""
+    """A Gaussian blur of 0.3 to 1.5 pixels: what a small decoder does to an image."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
 
 
 def line_art(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture as black lines on white: edges of random width and threshold, its dark parts filled at times."""
-    picture = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
-    low, high = (np.asarray(picture.filter(kind(3)), int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    """An image as black lines on white: edges of random width and threshold, its dark parts filled at times."""
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
+    low, high = (np.asarray(image.filter(kind(3)), int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
     black = (high - low).max(axis=2) > rng.uniform(20, 80)
     if rng.random() < 0.5:
-        black |= np.asarray(picture.convert("L")) < rng.uniform(60, 130)
+        black |= np.asarray(image.convert("L")) < rng.uniform(60, 130)
     drawn = Image.fromarray(np.where(black, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
     return np.repeat(np.asarray(drawn)[..., None], 3, axis=2)
 
 
 def turn(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture turned by up to 12 degrees and scaled by 0.85 to 1.15; white comes in at the edges."""
+    """An image turned by up to 12 degrees and scaled by 0.85 to 1.15; white comes in at the edges."""
     angle, scale, centre = np.deg2rad(rng.uniform(-12, 12)), 1 / rng.uniform(0.85, 1.15), (pixels.shape[0] - 1) / 2
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     matrix = (cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre)
