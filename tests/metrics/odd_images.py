@@ -40,15 +40,15 @@ def write_odd_images(folder: Path) -> dict[str, Path]:
         "grey.jpg": Image.fromarray(smooth(52, 51, 1)[..., 0]),
         "cmyk.jpg": Image.fromarray(smooth(45, 46, 4), "CMYK"),
         "turned.jpg": colours,
-        "image.webp": colours,
-        "image.bmp": colours,
+        "picture.webp": colours,
+        "picture.bmp": colours,
     }
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by a quarter; pytorch-fid does not look at it
     options = {
         "palette_transparent.png": {"transparency": 3},
         "turned.jpg": {"exif": turned},
-        "image.webp": {"lossless": True},
+        "picture.webp": {"lossless": True},
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
