@@ -17,8 +17,9 @@ import numpy as np  # noqa: E402
 
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.generation.image_files import SampleWriter, read_latents, starting_latents_path, write_latents  # noqa: E402
+from ldm.generation.plan import GenerationPlan, plan_generation  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
-from ldm.settings.generate import GenerateSettings, Plan, plan  # noqa: E402
+from ldm.settings.generate import GenerateSettings  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
 from ldm.weights.read import content_hash  # noqa: E402
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Draw images for prompts with Stable Diffusion, a LoRA merged into it where one is given.",
     )
     set_up_logging(config.log_level, prefix=False)
-    job = plan(config)
+    job = plan_generation(config)
     latents = config.save_latents
     starting = None if latents is None else starting_latents_path(latents)
     with (
@@ -48,27 +49,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(config, job)
 
 
-def draw(config: GenerateSettings, job: Plan) -> None:
+def draw(config: GenerateSettings, job: GenerationPlan) -> None:
     """Load the model and the LoRAs, draw the images of `job` and write them."""
     progress(lambda: "before the first image")
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime.device import check_flash_attention, setup_runtime  # isort: skip
-    from ldm.lora.state import Strength  # isort: skip
+    from ldm.lora.lora import Strength  # isort: skip
     from ldm.weights.architecture import adapted_model  # isort: skip
     from ldm.generation.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
 
-    job.model = adapted_model(job.model, job.checkpoint)
-    height, width = config.H or job.model.image_size, config.W or job.model.image_size
+    job.config = adapted_model(job.config, job.checkpoint)
+    height, width = config.H or job.config.image_size, config.W or job.config.image_size
     sampling = Sampling(
         sampler=config.sampler,
         steps=config.sampling_steps,
-        scale=job.scale,
+        scale=job.guidance_scale,
         eta=config.ddim_eta,
         height=height,
         width=width,
         batch_size=batch_size(config, height, width),
     )
-    shape = check_sampling(sampling, job.model)
+    shape = check_sampling(sampling, job.config)
     starting = None
     if config.init_latents is not None:
         starting = read_latents(config.init_latents, (len(job.prompts), *shape))
@@ -76,12 +77,14 @@ def draw(config: GenerateSettings, job: Plan) -> None:
     runtime = setup_runtime(config.device_target, config.mode, config.jit_level, config.precision, config.seed)
     check_flash_attention(config.enable_flash_attention, runtime)
     # Before the base, which takes longer to read.
-    chosen = [choose_lora(job.model, file.path, config.lora_ft_unet, config.lora_ft_text_encoder) for file in job.loras]
+    chosen = [
+        choose_lora(job.config, file.path, config.lora_ft_unet, config.lora_ft_text_encoder) for file in job.loras
+    ]
     for file, lora in zip(job.loras, chosen):
         if config.lora_rank is not None and lora.ranks() != [config.lora_rank]:
             logger.warning("lora_rank %d is not used: %s is %s", config.lora_rank, file.path, lora)
     model = load_model(
-        job.model,
+        job.config,
         job.checkpoint,
         runtime.compute_dtype,
         job.unet_checkpoint,
@@ -90,7 +93,9 @@ def draw(config: GenerateSettings, job: Plan) -> None:
         job.vae_checkpoint,
     )
     for file, lora in zip(job.loras, chosen):
-        weights = Strength(file.weight, file.weight if file.text_weight is None else file.text_weight)
+        weights = Strength(
+            file.strength, file.strength if file.text_encoder_strength is None else file.text_encoder_strength
+        )
         apply_chosen(model, lora, file.path, weights)
 
     settings = {
@@ -101,7 +106,7 @@ def draw(config: GenerateSettings, job: Plan) -> None:
         "H": height,
         "W": width,
         "precision": "fp16" if runtime.fp16 else "fp32",
-        "prediction_type": job.model.prediction_type,
+        "prediction_type": job.config.prediction_type,
     }
     writer = SampleWriter(
         config.output_path,
@@ -114,7 +119,7 @@ def draw(config: GenerateSettings, job: Plan) -> None:
     )
     progress(writer.progress)
     latents = []
-    pipeline = Pipeline(model, job.model)
+    pipeline = Pipeline(model, job.config)
     for batch in pipeline.generate(job.prompts, sampling, config.seed, job.negative_prompts, starting):
         writer.add(batch.indices, batch.images)
         if config.save_latents is not None:
@@ -136,12 +141,12 @@ def batch_size(config: GenerateSettings, height: int, width: int) -> int:
     return max(1, min(wanted, CALL_PIXELS // (height * width)))
 
 
-def provenance(config: GenerateSettings, job: Plan) -> dict[str, Any]:
+def provenance(config: GenerateSettings, job: GenerationPlan) -> dict[str, Any]:
     """What a PNG says about where it comes from: enough to make it again."""
     texts: dict[str, Any] = {
         "seed": str(config.seed),
-        "model": job.version or job.model.architecture,
-        "model_config": Path(job.model.path).name,
+        "model": job.version or job.config.architecture,
+        "model_config": Path(job.config.path).name,
         "checkpoint": job.checkpoint.name,
         "checkpoint_sha256": base_hash(job.checkpoint),
     }
@@ -157,8 +162,8 @@ def provenance(config: GenerateSettings, job: Plan) -> dict[str, Any]:
             {
                 "file": file.path.name,
                 "sha256": lora_hash(file.path),
-                "weight": file.weight,
-                **({} if file.text_weight is None else {"text_encoder_weight": file.text_weight}),
+                "weight": file.strength,
+                **({} if file.text_encoder_strength is None else {"text_encoder_weight": file.text_encoder_strength}),
                 **parts,
             }
             for file in job.loras
@@ -176,7 +181,7 @@ def lora_hash(path: Path) -> str:
     return " ".join(content_hash(file) for file in lora_files(path))
 
 
-def report(config: GenerateSettings, job: Plan, writer: SampleWriter) -> None:
+def report(config: GenerateSettings, job: GenerationPlan, writer: SampleWriter) -> None:
     """Say what was written and where."""
     for path in writer.kept_as:
         logger.info("kept from an earlier run: %s", path)

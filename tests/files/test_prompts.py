@@ -11,8 +11,9 @@ import pytest
 from ldm.errors import UserError
 from ldm.files.prompts import MOST_BYTES, MOST_CHARACTERS, read_prompts
 from ldm.generation.image_files import SampleWriter
+from ldm.generation.plan import plan_generation
 from ldm.metrics.images import find_images
-from ldm.settings.generate import GenerateSettings, plan
+from ldm.settings.generate import GenerateSettings
 from tests.conftest import ROOT
 from tools.eval.eval_clip_score import find_prompts
 
@@ -42,8 +43,8 @@ def prompts(tmp_path):
 def test_generation_and_evaluation_read_a_file_alike(content, read, prompts, tmp_path):
     path = prompts(content)
     model = {"version": "nano", "ckpt_path": str(path)}
-    drawn = plan(GenerateSettings(data_path=str(path), **model))
-    against = plan(GenerateSettings(data_path=str(path), negative_data_path=str(path), **model))
+    drawn = plan_generation(GenerateSettings(data_path=str(path), **model))
+    against = plan_generation(GenerateSettings(data_path=str(path), negative_data_path=str(path), **model))
     scored = find_prompts(str(path), [tmp_path / f"{i}.png" for i in range(len(read))])
     assert drawn.prompts == against.negative_prompts == scored == read
 
@@ -54,7 +55,7 @@ def test_a_lone_negative_prompt_is_for_all_whatever_ends_its_file(prompts, tmp_p
     config = GenerateSettings(
         data_path=str(path), negative_data_path=str(tmp_path / "negative.txt"), version="nano", ckpt_path=str(path)
     )
-    assert plan(config).negative_prompts == ["blurry", "blurry"]
+    assert plan_generation(config).negative_prompts == ["blurry", "blurry"]
 
 
 def test_the_prompts_of_samples_pair_with_their_images(prompts, tmp_path):

@@ -57,10 +57,10 @@ from ldm.files.prompts import read_prompts  # noqa: E402
 from ldm.files.texts import json_text  # noqa: E402
 from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
-from ldm.settings.generate import DEFAULT_SCALE, DEFAULT_SCALES  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
+from ldm.settings.versions import default_guidance_scale  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
 from ldm.weights.base import base_hash  # noqa: E402
@@ -320,7 +320,7 @@ class Comparison:
         self.rows, self.prompts, self.real = read_data(Path(args.data), config, args.prompts)
         BatchOrder(len(self.rows), config.train_batch_size, 0)  # says where there are too few
         self.image_size = config.image_size or self.model.image_size
-        self.scale = DEFAULT_SCALES.get(self.model.architecture, DEFAULT_SCALE) if args.scale is None else args.scale
+        self.scale = default_guidance_scale(self.model.architecture) if args.scale is None else args.scale
         if is_folder(self.output, "--output_path"):
             names = [name for name in list_folder(self.output, "--output_path") if not name.startswith(".")]
             if names and "compared.json" not in names:
@@ -397,13 +397,13 @@ class Comparison:
     def _write_start(self, config: TrainSettings, folder: Path) -> dict[str, Any]:
         from ldm.lora.formats import write_lora
         from ldm.lora.inject import inject_lora
-        from ldm.lora.state import lora_state
+        from ldm.lora.inject import get_lora
         from ldm.models.stable_diffusion import build_model
         from ldm.training.trainer import make_lora_spec
 
         network = build_model(self.model, random=False)
         inject_lora(network, make_lora_spec(config))
-        state = lora_state(network, self.model)
+        state = get_lora(network, self.model)
         path = self._start_of(config.seed)
         write_lora(path, state, "diffusers", self.model)
         size = sum(layer.down.size + layer.up.size for layer in state.layers.values())

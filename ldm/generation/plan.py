@@ -1,0 +1,281 @@
+"""From the settings of text_to_image.py to prompts, model configuration, checkpoints and LoRA files.
+
+Everything that can be checked without a network is checked here. Nothing here imports MindSpore, so a wrong setting is
+answered before MindSpore's import, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.diffusion.sampling import Sampling, check_sampling
+from ldm.errors import UserError, plain
+from ldm.files.inputs import check_file, is_folder, is_there
+from ldm.files.paths import ROOT, under_root, weighted_path
+from ldm.files.prompts import MOST_CHARACTERS, read_prompts
+from ldm.settings.generate import MOST_IMAGES, GenerateSettings
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.versions import VERSIONS, default_guidance_scale
+from ldm.weights.architecture import detect_model
+
+logger = logging.getLogger(__name__)
+
+
+class LoRAFile(NamedTuple):
+    """A LoRA file to apply.
+
+    Attributes:
+        path: The file or folder.
+        strength: How much of the LoRA is applied: the strength given with the file, multiplied by `lora_scale`.
+        text_encoder_strength: The strength of its text encoder part, None for `strength`.
+    """
+
+    path: Path
+    strength: float = 1.0
+    text_encoder_strength: float | None = None
+
+
+@dataclass
+class GenerationPlan:
+    """What a run generates, and from which files.
+
+    Attributes:
+        prompts: One for each image. All images of the first prompt come first.
+        negative_prompts: One for each image, in the same order.
+        images_per_prompt: The number of images of each prompt.
+        config: The model's configuration.
+        version: A key of VERSIONS, None for a model that is not published.
+        checkpoint: The base checkpoint.
+        unet_checkpoint: A checkpoint whose UNet replaces the base checkpoint's.
+        vae_checkpoint: A checkpoint whose VAE replaces the base checkpoint's.
+        loras: The LoRA files, in the order in which they are merged.
+        guidance_scale: The scale of classifier-free guidance, 1 for none.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str]
+    images_per_prompt: int
+    config: ModelConfig
+    version: str | None
+    checkpoint: Path
+    unet_checkpoint: Path | None
+    vae_checkpoint: Path | None
+    loras: list[LoRAFile]
+    guidance_scale: float
+
+
+def plan_generation(settings: GenerateSettings) -> GenerationPlan:
+    """Find the prompts, the model and the files that the settings name, and check them without opening a network.
+
+    The outputs are checked by ldm.files.outputs, except for the name of `save_latents`.
+
+    Raises:
+        UserError: A file is missing or cannot be read, prompts are not UTF-8, prompts and negative prompts do not
+            pair, the model is not known or is not the checkpoint's, a size or the number of steps does not suit the
+            model, or `save_latents` is not a name for latents.
+    """
+    prompts, negative_prompts = _prompts(settings)
+    images_per_prompt = settings.n_iter * settings.n_samples
+    if len(prompts) * images_per_prompt > MOST_IMAGES:
+        raise UserError(
+            f"{len(prompts)} prompts x n_iter {settings.n_iter} x n_samples {settings.n_samples} are more than "
+            f"{MOST_IMAGES} images: lower them"
+        )
+
+    version, checkpoint, config = find_model(settings.ckpt_path, settings.version, settings.config)
+    unet, vae = settings.unet_ckpt_path, settings.vae_ckpt_path
+    unet_checkpoint = None if unet is None else _existing(unet, "unet_ckpt_path")
+    vae_checkpoint = None if vae is None else _existing(vae, "vae_ckpt_path")
+    loras = _lora_files(settings)
+    sampling = Sampling(
+        steps=settings.sampling_steps, height=settings.H, width=settings.W, batch_size=settings.batch_size or 1
+    )
+    check_sampling(sampling, config)
+    _check_latents_paths(settings)
+
+    scale = settings.scale if settings.scale is not None else default_guidance_scale(config.architecture)
+    if scale == 1 and any(negative_prompts):
+        logger.warning("scale 1 is without guidance: the negative prompts are not used")
+    if settings.skip_save and settings.skip_grid and settings.save_latents is None:
+        logger.warning("skip_save and skip_grid without save_latents: nothing of this run is kept")
+    return GenerationPlan(
+        prompts=[prompt for prompt in prompts for _ in range(images_per_prompt)],
+        negative_prompts=[prompt for prompt in negative_prompts for _ in range(images_per_prompt)],
+        images_per_prompt=images_per_prompt,
+        config=config,
+        version=version,
+        checkpoint=checkpoint,
+        unet_checkpoint=unet_checkpoint,
+        vae_checkpoint=vae_checkpoint,
+        loras=loras,
+        guidance_scale=scale,
+    )
+
+
+def find_model(
+    checkpoint: str | Path | None = None, version: str | None = None, config: str | Path | None = None
+) -> tuple[str | None, Path, ModelConfig]:
+    """Find a base checkpoint and its model configuration.
+
+    Args:
+        checkpoint: A file or a diffusers folder, None for the version's published file under models/.
+        version: A key of VERSIONS. None for the model that the checkpoint is detected to be, nano without a checkpoint.
+        config: Path of a model YAML, None for the version's.
+
+    Returns:
+        The version (None where a model YAML or the checkpoint itself describes the model), the path of the checkpoint
+        and the configuration.
+
+    Raises:
+        UserError: A file is missing, the checkpoint does not say which model it is, or the YAML is not the version's.
+    """
+    if checkpoint is None:
+        version = version or "nano"
+        path = _published_checkpoint(version)
+    else:
+        path = _existing(checkpoint, "ckpt_path")
+        if version is None and config is None:
+            return _detect(path)
+    return version, path, _model_config(version, config)
+
+
+def parse_lora_path(text: str) -> LoRAFile:
+    """Read `path`, `path:strength` or `path:strength:strength of the text encoder`.
+
+    A file whose whole name is `text` takes precedence.
+
+    Raises:
+        UserError: The file does not exist, or a strength is not a number.
+    """
+    path, strengths = weighted_path(text, "lora_ckpt_path")
+    return LoRAFile(path, *strengths)
+
+
+def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
+    """Returns the prompts and as many negative prompts."""
+    for name in ("prompt", "negative_prompt"):
+        _check_text(getattr(settings, name), name)
+    if settings.data_path is not None:
+        prompts = read_prompts(settings.data_path, "data_path")
+    else:
+        prompts = [settings.prompt]
+    if settings.negative_data_path is None:
+        return prompts, [settings.negative_prompt] * len(prompts)
+    path = plain(settings.negative_data_path)
+    negative_prompts = read_prompts(settings.negative_data_path, "negative_data_path")
+    if len(negative_prompts) == 1 < len(prompts):
+        logger.info("negative_data_path %s: its only line is for all %d prompts", path, len(prompts))
+        negative_prompts = negative_prompts * len(prompts)
+    if len(negative_prompts) != len(prompts):
+        raise UserError(
+            f"negative_data_path {path} has {len(negative_prompts)} negative prompts for {len(prompts)} prompts: give "
+            "as many, or one for all (empty lines at the end do not count, a line with a space does)"
+        )
+    return prompts, negative_prompts
+
+
+def _check_text(text: str, name: str) -> None:
+    """Raise UserError for a prompt that is too long or is not UTF-8 (Python reads such bytes as surrogates)."""
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"--{name} has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read: shorten it, or give several "
+            "prompts in the file of --data_path"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--{name} is not UTF-8 text (character {error.start + 1}, {text[error.start]!a}): type it anew, or set "
+            "the terminal to UTF-8"
+        ) from None
+
+
+def _existing(path: str | Path, name: str) -> Path:
+    """Returns the path of a file or folder; raises UserError where it does not exist or may not be read."""
+    if not is_folder(path, name):
+        check_file(path, name)
+    return Path(path)
+
+
+def _published_checkpoint(version: str) -> Path:
+    published = VERSIONS[version].checkpoint
+    path = under_root(published)
+    if is_there(path):
+        return path
+    if version == "nano":
+        way_out = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
+    else:
+        way_out = (
+            f"give --ckpt_path with any Stable Diffusion {version} checkpoint (.safetensors, .ckpt or a diffusers "
+            "folder), or make the file from one: python tools/model_conversion/convert_weights.py --source "
+            f"<checkpoint> --target {published}"
+        )
+    raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way_out}")
+
+
+def _detect(path: Path) -> tuple[str | None, Path, ModelConfig]:
+    """Find the version of a checkpoint by its published file name, or by its metadata and shapes."""
+    for version, published in VERSIONS.items():
+        if path.name == Path(published.checkpoint).name:
+            return version, path, _model_config(version, None)
+    config = detect_model(path, way_out=f"add --version (one of {', '.join(VERSIONS)}) or --config")
+    for version, published in VERSIONS.items():
+        if Path(config.path) == ROOT / published.config:
+            logger.info("%s is taken for version %s, by its metadata and its shapes", path, version)
+            return version, path, config
+    logger.info("%s is a model of its own, described by %s", path, config.path)
+    return None, path, config
+
+
+def _model_config(version: str | None, path: str | Path | None) -> ModelConfig:
+    """Read a model YAML, or the version's; raises UserError where they describe different models."""
+    if path is None:
+        if version is None:
+            raise ValueError("neither a version nor a model YAML is given")
+        return load_model_config(ROOT / VERSIONS[version].config)
+    config = load_model_config(under_root(path))
+    if version is not None and config.architecture != "custom":
+        published = load_model_config(ROOT / VERSIONS[version].config)
+        for name in ("architecture", "prediction_type"):
+            given, expected = getattr(config, name), getattr(published, name)
+            if given != expected:
+                raise UserError(
+                    f"--config {plain(path)} has {name} {given}, version {version} has {expected}: "
+                    f"use {VERSIONS[version].config}, or the version (or checkpoint) that belongs to your YAML"
+                )
+    return config
+
+
+def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
+    if not settings.lora_ckpt_path:
+        names = ("lora_scale", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank")
+        given = [name for name in names if getattr(settings, name) != getattr(GenerateSettings, name)]
+        if given and settings.use_lora is None:
+            logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
+        return []
+    if settings.use_lora is False:
+        logger.warning("use_lora is False: lora_ckpt_path is not applied")
+        return []
+    files = []
+    for text in settings.lora_ckpt_path:
+        path, *strengths = parse_lora_path(text)
+        _existing(path, "lora_ckpt_path")
+        files.append(LoRAFile(path, *(None if value is None else value * settings.lora_scale for value in strengths)))
+    return files
+
+
+def _check_latents_paths(settings: GenerateSettings) -> None:
+    if settings.save_latents is not None:
+        target = Path(settings.save_latents)
+        if target.suffix != ".npy":
+            raise UserError(f"save_latents {plain(target)} must end in .npy")
+        if is_folder(target, "save_latents"):
+            raise UserError(f"save_latents {plain(target)} is a folder: give the path of a .npy file")
+        if settings.init_latents is not None and os.path.realpath(target) == os.path.realpath(settings.init_latents):
+            raise UserError(f"save_latents would overwrite init_latents {plain(target)}: give another name")
+    if settings.init_latents is not None:
+        check_file(settings.init_latents, "init_latents", "give a .npy file of numbers")

@@ -1,0 +1,370 @@
+"""The plan of a run of text_to_image.py: its prompts, model, checkpoint and LoRAs, and errors for what does not fit."""
+
+from __future__ import annotations
+
+import codecs
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.generation import plan
+from ldm.generation.plan import LoRAFile, parse_lora_path, plan_generation
+from ldm.settings.generate import GenerateSettings
+from ldm.settings.read import read_settings
+from ldm.settings.versions import VERSIONS
+from ldm.weights.read import write_checkpoint
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+codecs.lookup("utf-8-sig")  # Python's own files may not be another user's to read
+
+
+def parse(command):
+    return read_settings(GenerateSettings, shlex.split(command))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with prompts, a checkpoint of no known width and a LoRA file, to run in; nothing is opened yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n", encoding="utf-8")
+    write_checkpoint(tmp_path / "base.safetensors", {"x.attn2.to_k.weight": np.zeros((8, 32), np.float32)})
+    (tmp_path / "lora.ckpt").write_bytes(b"lora")
+    return tmp_path
+
+
+def planned(command):
+    return plan_generation(parse(f"--config {TINY} --ckpt_path base.safetensors {command}"))
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_go_by_prompt_first(place):
+    job = planned("--data_path prompts.txt --n_iter 2 --n_samples 1 --negative_prompt blurry")
+    assert job.prompts == ["a cat", "a cat", "a dog", "a dog", "a cow", "a cow"]
+    assert job.negative_prompts == ["blurry"] * 6 and job.images_per_prompt == 2
+
+
+def test_negative_prompts_are_one_for_all_or_one_each(place, caplog):
+    caplog.set_level("INFO")
+    (place / "one.txt").write_text("blurry\n\n")
+    (place / "three.txt").write_text("blurry\n\ngrey\n")
+    assert planned("--data_path prompts.txt --negative_data_path one.txt").negative_prompts == ["blurry"] * 3
+    assert "negative_data_path one.txt: its only line is for all 3 prompts" in caplog.text
+    assert planned("--data_path prompts.txt --negative_data_path three.txt").negative_prompts == ["blurry", "", "grey"]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"\xef\xbb\xbfone\ntwo", ["one", "two"]),
+        ("猫\n🐈\n".encode(), ["猫", "🐈"]),
+        (b"one\n\ntwo\n\n\n", ["one", "", "two"]),
+        ("a\u2028b\x0bc\nd".encode(), ["a\u2028b\x0bc", "d"]),
+        (b"  spaces  \n\ttab\n", ["spaces", "tab"]),
+    ],
+)
+def test_a_line_is_a_prompt_however_lines_end(place, content, prompts):
+    (place / "p.txt").write_bytes(content)
+    assert planned("--data_path p.txt").prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "p.txt does not exist"),
+        (b"", "p.txt is empty"),
+        (b"\n", "p.txt is empty"),
+        (b"\xff\xfe\x00a", "p.txt is UTF-16"),
+        (b"caf\xe9\n", "p.txt, line 1: not a UTF-8"),
+        (b"PK\x00\x00a\nb", "p.txt, line 1: not a text file"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["data_path", "negative_data_path"])
+def test_prompt_files_that_are_none_are_named(place, flag, content, words):
+    if content is not None:
+        (place / "p.txt").write_bytes(content)
+    other = "" if flag == "data_path" else "--prompt x"
+    with pytest.raises(UserError, match=f"{flag} {words}"):
+        planned(f"{other} --{flag} p.txt")
+
+
+def test_a_file_of_empty_prompts_only_is_empty(place):
+    (place / "p.txt").write_text("\n \n\n")
+    with pytest.raises(UserError, match="p.txt is empty"):
+        planned("--data_path p.txt")
+
+
+def test_a_folder_is_no_prompt_file(place):
+    with pytest.raises(UserError, match="is a folder"):
+        planned("--data_path .")
+
+
+def test_negative_prompts_that_do_not_pair_are_counted(place):
+    (place / "two.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match="two.txt has 2 negative prompts for 3 prompts"):
+        planned("--data_path prompts.txt --negative_data_path two.txt")
+
+
+def test_more_images_than_a_folder_holds_are_refused(place):
+    with pytest.raises(UserError, match="n_samples 1000000"):
+        planned("--data_path prompts.txt --n_samples 1000000")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a \udcff cat"], r"--prompt is not UTF-8 text \(character 3"),
+        (["--prompt", "x", "--negative_prompt", "\udce9"], r"--negative_prompt is not UTF-8 text \(character 1"),
+    ],
+)
+def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
+    """Python hands them on as lone surrogates, which no file can hold."""
+    config = read_settings(GenerateSettings, [*flags, "--config", str(TINY), "--ckpt_path", "base.safetensors"])
+    with pytest.raises(UserError, match=words) as error:
+        plan_generation(config)
+    str(error.value).encode("utf-8")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(place, monkeypatch):
+    """The project's folder without any checkpoint in models/."""
+    monkeypatch.setattr(plan, "ROOT", place)
+    monkeypatch.setattr("ldm.files.paths.ROOT", place)
+    (place / "configs").symlink_to(TINY.parents[1] / "configs")
+    return place
+
+
+@pytest.mark.parametrize("version", [version for version in VERSIONS if version != "nano"])
+def test_a_version_names_its_published_checkpoint_where_it_is_missing(checkout, version):
+    published = VERSIONS[version].checkpoint
+    words = f"{published}.* does not exist: give --ckpt_path .*convert_weights.py .*--target {published}$"
+    with pytest.raises(UserError, match=words):
+        plan_generation(parse(f"--prompt x --version {version}"))
+
+
+def test_nano_is_drawn_where_neither_version_nor_checkpoint_is_given(checkout):
+    with pytest.raises(UserError, match="models/nano/nano.safetensors.*git checkout"):
+        plan_generation(parse("--prompt x"))
+    (checkout / "models" / "nano").mkdir(parents=True)
+    (checkout / "models" / "nano" / "nano.safetensors").write_bytes(b"")
+    job = plan_generation(parse("--prompt x"))
+    assert job.version == "nano" and job.config.architecture == "nano" and job.guidance_scale == 4.0
+
+
+@pytest.mark.parametrize(
+    ("version", "architecture", "prediction_type", "size", "scale"),
+    [
+        ("1.5", "sd1", "epsilon", 512, 7.5),
+        ("2.0", "sd2", "epsilon", 512, 9.0),
+        ("2.0-v", "sd2", "v_prediction", 768, 9.0),
+        ("2.1", "sd2", "epsilon", 512, 9.0),
+        ("2.1-v", "sd2", "v_prediction", 768, 9.0),
+    ],
+)
+def test_versions_bring_their_model_and_guidance(checkout, version, architecture, prediction_type, size, scale):
+    job = plan_generation(parse(f"--prompt x --version {version} --ckpt_path base.safetensors"))
+    assert (job.config.architecture, job.config.prediction_type) == (architecture, prediction_type)
+    assert (job.config.image_size, job.guidance_scale) == (size, scale)
+
+
+def test_a_checkpoint_under_a_published_name_needs_no_version(place):
+    (place / "sd_v2-1_768_v-061732d1.ckpt").write_bytes(b"")
+    assert plan_generation(parse("--prompt x --ckpt_path sd_v2-1_768_v-061732d1.ckpt")).version == "2.1-v"
+
+
+def context_file(path, width, metadata=None):
+    arrays = {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)}
+    for part in ("first_stage_model.", "cond_stage_model.transformer.text_model."):
+        arrays[part + "a.weight"] = np.zeros((1,), np.float32)
+    write_checkpoint(path, arrays, metadata)
+
+
+def test_a_checkpoint_whose_shapes_tell_needs_no_version(place):
+    context_file(place / "mine.safetensors", 768)
+    assert plan_generation(parse("--prompt x --ckpt_path mine.safetensors")).version == "1.5"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prediction_type", "width", "version"),
+    [
+        ("nano", "v_prediction", 96, "nano"),
+        ("sd1", "epsilon", 768, "1.5"),
+        ("sd2", "epsilon", 1024, "2.0"),
+        ("sd2", "v_prediction", 1024, "2.0-v"),
+        (None, "v_prediction", 1024, "2.0-v"),
+        ("stable-diffusion-v2", "v", 768, "1.5"),  # another project's words: the shapes tell
+    ],
+)
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_checkpoint_that_says_what_it_is_needs_no_version(
+    place, suffix, architecture, prediction_type, width, version
+):
+    said = {"architecture": architecture, "prediction_type": prediction_type, "step": "5"}
+    said = {key: text for key, text in said.items() if text is not None}
+    context_file(place / f"mine{suffix}", width, said)
+    job = plan_generation(parse(f"--prompt x --ckpt_path mine{suffix}"))
+    assert job.version == version
+    if prediction_type != "v":
+        assert job.config.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("said", [{"architecture": "sd2"}, {"architecture": "custom", "prediction_type": "epsilon"}])
+def test_a_checkpoint_that_says_too_little_needs_a_version(place, said):
+    context_file(place / "mine.safetensors", 1024, said)
+    with pytest.raises(UserError, match=f"It says architecture {said['architecture']}.*--version.*--config"):
+        plan_generation(parse("--prompt x --ckpt_path mine.safetensors"))
+
+
+@pytest.mark.parametrize("width", [1024, 32])
+def test_a_checkpoint_whose_shapes_do_not_tell_needs_a_version(place, width):
+    context_file(place / "mine.safetensors", width)
+    with pytest.raises(UserError, match="which model is mine.safetensors.*--version.*--config"):
+        plan_generation(parse("--prompt x --ckpt_path mine.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "flag", ["data_path", "ckpt_path", "unet_ckpt_path", "lora_ckpt_path", "config", "init_latents"]
+)
+@pytest.mark.parametrize("kind", ["a file", "a folder on the way"])
+def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, kind):
+    closed = unprivileged / "closed"
+    closed.mkdir()
+    (closed / "file").write_text("x")
+    (closed / "file" if kind == "a file" else closed).chmod(0)
+    prompt = [] if flag == "data_path" else ["--prompt", "x"]
+    with pytest.raises(UserError, match="closed/file.* Permission denied: give this user the permission"):
+        plan_generation(
+            read_settings(GenerateSettings, [*prompt, f"--{flag}", str(closed / "file"), "--version", "nano"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "words"),
+    [
+        ("2.0-v", "configs/v2-inference.yaml", "prediction_type epsilon, version 2.0-v has v_prediction"),
+        ("2.0", "configs/v2-vpred-inference.yaml", "prediction_type v_prediction, version 2.0 has epsilon"),
+        ("1.5", "configs/v2-inference.yaml", "architecture sd2, version 1.5 has sd1"),
+    ],
+)
+def test_a_yaml_of_another_model_than_the_versions_is_refused(place, version, config, words):
+    with pytest.raises(UserError, match=words):
+        plan_generation(parse(f"--prompt x --version {version} --config {config} --ckpt_path base.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--version 1.5 --ckpt_path lora.ckpt --save_latents x.npy --init_latents ./x.npy", "would overwrite init_lat"),
+        ("--ckpt_path none.ckpt", "ckpt_path none.ckpt does not exist"),
+        ("--ckpt_path base.safetensors --config none.yaml", "none.yaml"),
+        ("--ckpt_path base.safetensors --config prompts.txt", "prompts.txt"),
+        ("--ckpt_path prompts.txt", "prompts.txt is"),
+        ("--ckpt_path .", "folder"),
+        ("--unet_ckpt_path none.ckpt --version 1.5 --ckpt_path base.safetensors", "unet_ckpt_path none.ckpt does not"),
+    ],
+)
+def test_model_files_that_are_not_there_are_named(place, flags, words):
+    with pytest.raises(UserError, match=words):
+        plan_generation(parse(f"--prompt x {flags}"))
+
+
+# ---- LoRA files ------------------------------------------------------------------------------------------------------
+
+
+def test_several_loras_each_with_its_weight_times_the_scale(place):
+    (place / "b.ckpt").write_bytes(b"")
+    job = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 b.ckpt:0.7:-2 --lora_scale 0.5")
+    assert job.loras == [
+        LoRAFile(Path("lora.ckpt"), 0.5), LoRAFile(Path("b.ckpt"), 0.35), LoRAFile(Path("b.ckpt"), 0.35, -1.0)
+    ]  # fmt: skip
+
+
+def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
+    assert planned("--prompt x --use_lora False --lora_ckpt_path lora.ckpt").loras == []
+    assert "not applied" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora_scale 0.5 --lora_ft_unet False", "no lora_ckpt_path is given: lora_scale, lora_ft_unet has no effect"),
+        ("--scale 1 --negative_prompt ugly", "scale 1 is without guidance: the negative prompts are not used"),
+        ("--skip_save --skip_grid", "skip_save and skip_grid without save_latents: nothing of this run is kept"),
+        ("--use_lora False --lora_rank 4 --scale 1 --skip_save --skip_grid --save_latents a.npy", ""),
+        ("--lora_ckpt_path lora.ckpt --lora_scale 0.5 --scale 2 --negative_prompt ugly --skip_save", ""),
+    ],
+)
+def test_settings_without_an_effect_are_said(place, caplog, flags, words):
+    planned(f"--prompt x {flags}")
+    assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weights"),
+    [
+        ("a.ckpt", "a.ckpt", (1.0,)),
+        ("a.ckpt:0.7", "a.ckpt", (0.7,)),
+        ("a.ckpt:-1", "a.ckpt", (-1.0,)),
+        ("a:b:2", "a:b", (2.0,)),
+        ("a.ckpt:0.7:0", "a.ckpt", (0.7, 0.0)),
+        ("a:1:2:3", "a:1", (2.0, 3.0)),
+    ],
+)
+def test_weights_stand_after_the_last_colons(place, text, path, weights):
+    (place / path).write_bytes(b"")
+    assert parse_lora_path(text) == LoRAFile(Path(path), *weights)
+
+
+def test_a_file_with_a_colon_in_its_name_is_a_file(place):
+    (place / "a:1").write_bytes(b"")
+    assert parse_lora_path("a:1") == LoRAFile(Path("a:1"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("none.ckpt", "none.ckpt does not exist"),
+        ("none.ckpt:0.5", "none.ckpt does not exist"),
+        ("lora.ckpt:abc", '"abc" after the colon is no weight'),
+        ("lora.ckpt:", '"" after the colon'),
+        ("lora.ckpt:1:x", '"x" after the colon'),
+        ("lora.ckpt:x:1", '"x" after the colon'),
+        ("lora.ckpt:nan", "not a finite number"),
+        ("lora.ckpt:inf", "not a finite number"),
+        (":0.7", "does not exist"),
+        ("lora.ckpt:1001", "from -1000 to 1000"),
+        ("lora.ckpt:0.5:1e39", "from -1000 to 1000"),
+        ('""', '"" is no path'),
+    ],
+)
+def test_lora_paths_that_are_none_are_named(place, text, words):
+    with pytest.raises(UserError, match=words):
+        planned(f"--prompt x --lora_ckpt_path {text}")
+
+
+# ---- where it goes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--save_latents out.npz", "must end in .npy"),
+        ("--save_latents out", "must end in .npy"),
+        ("--save_latents folder.npy", "is a folder"),
+        ("--init_latents in.npy --save_latents ./in.npy", "would overwrite init_latents"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named_before_anything_runs(place, flags, words):
+    (place / "folder.npy").mkdir()
+    before = sorted(path.name for path in place.iterdir())
+    with pytest.raises(UserError, match=words):
+        planned(f"--prompt x {flags}")
+    assert sorted(path.name for path in place.iterdir()) == before
