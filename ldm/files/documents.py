@@ -159,6 +159,18 @@ def parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid JSON: {_problem(error)}") from None
 
 
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return `content` as JSON with letters unescaped. `json.loads` restores every text, also file names that are not
+    UTF-8.
+    """
+    return valid_text(json.dumps(content, ensure_ascii=False, indent=indent))
+
+
+def valid_text(text: str) -> str:
+    """Return `text` with every character that UTF-8 cannot encode (bytes of file names) replaced by its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:

@@ -22,10 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
+from ldm.files.documents import json_text, valid_text
 from ldm.files.inputs import open_file
 from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
-from ldm.files.texts import json_text, valid_text
 
 # More images than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
 GRID_IMAGES = 64

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.files.atomic import atomic_path
+from ldm.files.documents import json_text
 from ldm.files.paths import writing
-from ldm.files.texts import json_text
 
 if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings are checked
     from ldm.metrics.networks import ImageNetwork

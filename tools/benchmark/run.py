@@ -40,10 +40,10 @@ from tqdm import tqdm  # noqa: E402
 
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.atomic import atomic_path, temporary_folder  # noqa: E402
+from ldm.files.documents import json_text  # noqa: E402
 from ldm.files.inputs import is_file  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
-from ldm.files.texts import json_text  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402

@@ -50,11 +50,11 @@ from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
+from ldm.files.documents import json_text  # noqa: E402
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
-from ldm.files.texts import json_text  # noqa: E402
 from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -396,8 +396,7 @@ class Comparison:
 
     def _write_start(self, config: TrainSettings, folder: Path) -> dict[str, Any]:
         from ldm.lora.formats import write_lora
-        from ldm.lora.inject import inject_lora
-        from ldm.lora.inject import get_lora
+        from ldm.lora.inject import get_lora, inject_lora
         from ldm.models.stable_diffusion import build_model
         from ldm.training.trainer import make_lora_spec
 

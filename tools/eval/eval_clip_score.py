@@ -27,11 +27,11 @@ if __name__ == "__main__":
     start()
 
 from ldm.errors import UserError, plain  # noqa: E402
+from ldm.files.documents import valid_text  # noqa: E402
 from ldm.files.inputs import is_there  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.files.paths import expanded, user_path  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
-from ldm.files.texts import valid_text  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
