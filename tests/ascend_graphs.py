@@ -55,7 +55,7 @@ def graphs(config: ModelConfig):
     # LoRA everywhere, trained with everything that the step can do. The step of whole networks has the same operators.
     model = as_on_ascend(config)
     inject_lora(model, LoRASpec(rank=2, text_encoder=True, targets="all", dropout=0.1))
-    schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    schedule = NoiseSchedule.from_config(config)
     loss = DiffusionLoss(model.model.diffusion_model, schedule, "v_prediction")
     step = TrainStep(
         TextConditionedLoss(loss, model.cond_stage_model),

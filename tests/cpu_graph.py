@@ -30,7 +30,7 @@ def main() -> None:
     ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=sys.argv[1])
     model = build_model(config)
     inject_lora(model, LoRASpec(rank=2))
-    schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    schedule = NoiseSchedule.from_config(config)
     step = TrainStep(
         DiffusionLoss(model.model.diffusion_model, schedule, config.prediction_type),
         list(model.trainable_params()),

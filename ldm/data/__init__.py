@@ -1,0 +1,1 @@
+"""Images and captions: files, arrays, batches, random draws and the cache of encoded images."""

@@ -1,0 +1,1 @@
+"""The noise schedule, the training loss, guidance and the samplers."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022): one batch of 2N through the network, one graph."""
+"""Classifier-free guidance (Ho and Salimans 2022), with one call of the network per step."""
 
 from __future__ import annotations
 
@@ -9,38 +9,46 @@ import numpy as np
 
 
 class GuidedDenoiser:
-    """denoise(x, t) for the samplers: uncond + scale * (cond - uncond), or cond alone at scale 1.
+    """The samplers' `denoise(latents, timestep)`: negative + scale * (positive - negative) of the network's outputs.
 
-    unet: called with latents (M, C, h, w) float32, timesteps (M,) int32, context (M, tokens, D) float32; M is 2N with
-    guidance (the unconditional half first, as diffusers has it), N without. It works on the model's output, noise or
-    velocity alike.
-    context, negative_context: text states (N, tokens, D); the second may be None at scale 1 only, else ValueError.
+    The outputs may be noise or velocity. With guidance the network gets a batch of 2N, the negative half first, as in
+    diffusers. A scale of 1 needs no negative half, and the network gets a batch of N.
+
+    Args:
+        unet: The network, called with latents (M, C, h, w) float32, timesteps (M,) int32 and text embeddings
+            (M, 77, D) float32, where M is N or 2N.
+        text_embeddings: Of the prompts, (N, 77, D).
+        negative_text_embeddings: Of the negative prompts, (N, 77, D). May be None for a scale of 1.
+        scale: The guidance scale.
+
+    Raises:
+        ValueError: Guidance is asked for without negative text embeddings of the same shape.
     """
 
     def __init__(
         self,
         unet: Callable[..., ms.Tensor],
-        context: np.ndarray,
-        negative_context: np.ndarray | None,
+        text_embeddings: np.ndarray,
+        negative_text_embeddings: np.ndarray | None,
         scale: float,
     ) -> None:
         self.unet = unet
         self.scale = np.float32(scale)
         self.guided = scale != 1.0
         if self.guided:
-            if negative_context is None or negative_context.shape != context.shape:
-                raise ValueError("guidance needs a negative context of the same shape as the context")
-            context = np.concatenate([negative_context, context])
-        # Once for all steps: it does not change, and copying it to a device costs time.
-        self.context = ms.Tensor(np.ascontiguousarray(context, np.float32))
+            if negative_text_embeddings is None or negative_text_embeddings.shape != text_embeddings.shape:
+                raise ValueError("guidance needs negative text embeddings of the same shape as the text embeddings")
+            text_embeddings = np.concatenate([negative_text_embeddings, text_embeddings])
+        # Converted once: they are the same for all steps, and copying them to a device takes time.
+        self.text_embeddings = ms.Tensor(np.ascontiguousarray(text_embeddings, np.float32))
 
-    def __call__(self, x: np.ndarray, timestep: int) -> np.ndarray:
-        """The output (N, C, h, w) float32 for latents x of that shape at one time step."""
+    def __call__(self, latents: np.ndarray, timestep: int) -> np.ndarray:
+        """Returns the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
         if self.guided:
-            x = np.concatenate([x, x])
-        timesteps = np.full(len(x), timestep, np.int32)
-        output = self.unet(ms.Tensor(x), ms.Tensor(timesteps), self.context).asnumpy()
+            latents = np.concatenate([latents, latents])
+        timesteps = np.full(len(latents), timestep, np.int32)
+        output = self.unet(ms.Tensor(latents), ms.Tensor(timesteps), self.text_embeddings).asnumpy()
         if not self.guided:
             return output
-        unconditional, conditional = np.split(output, 2)
-        return unconditional + self.scale * (conditional - unconditional)
+        negative, positive = np.split(output, 2)
+        return negative + self.scale * (positive - negative)

@@ -1,27 +1,34 @@
-"""The training loss as one graph-safe cell."""
+"""The training loss as a cell that MindSpore compiles into the graph of the step."""
 
 from __future__ import annotations
 
 import mindspore as ms
 from mindspore import nn, ops
 
-from ldm.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
 
 
 class DiffusionLoss(nn.Cell):
-    """Mean squared error between what the network predicts of a noised latent and what is true of it.
+    """Mean squared error between the network's prediction for noisy latents and its target.
 
-    prediction_type "epsilon": the target is the noise. "v_prediction": it is the velocity, sqrt(abar) noise -
-    sqrt(1 - abar) x_0 (Salimans and Ho 2022, section 2.4). `unet` is called as unet(latents, timesteps, context) and
-    keeps its parameter names: this cell adds no prefix. Raises ValueError for another prediction type.
+    The target is the noise for the prediction type "epsilon", and the velocity sqrt(abar) noise - sqrt(1 - abar) x_0
+    for "v_prediction" (Salimans and Ho 2022, section 2.4). The network's parameters keep their names: this cell adds
+    no prefix.
+
+    Args:
+        unet: The network, called as unet(noisy_latents, timesteps, text_embeddings).
+        schedule: The model's noise schedule.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Raises:
+        ValueError: The prediction type is another.
     """
 
     def __init__(self, unet: nn.Cell, schedule: NoiseSchedule, prediction_type: str) -> None:
         super().__init__(auto_prefix=False)
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")
+        check_prediction_type(prediction_type)
         self.unet = unet
-        self.velocity = prediction_type == "v_prediction"
+        self.predicts_velocity = prediction_type == "v_prediction"
         self.sqrt_alphas = ms.Tensor(schedule.sqrt_alphas)
         self.sqrt_one_minus_alphas = ms.Tensor(schedule.sqrt_one_minus_alphas)
         self.gather = ops.Gather()
@@ -30,21 +37,30 @@ class DiffusionLoss(nn.Cell):
         self.cast = ops.Cast()
         self.mean = ops.ReduceMean()
 
-    def _weight(self, table, timesteps, like):
-        # Spread to the full shape before multiplying: the CPU's broadcasting multiply keeps four times its output.
-        weight = self.reshape(self.gather(table, timesteps, 0), (-1, 1, 1, 1))
-        return ops.broadcast_to(weight, self.shape(like))
+    def _at_timesteps(self, table: ms.Tensor, timesteps: ms.Tensor, shape: tuple[int, ...]) -> ms.Tensor:
+        # Broadcast before multiplying: MindSpore's broadcasting multiply on the CPU keeps four times its output.
+        return ops.broadcast_to(self.reshape(self.gather(table, timesteps, 0), (-1, 1, 1, 1)), shape)
 
-    def construct(self, latents, noise, timesteps, context):
-        """latents, noise: (N, C, h, w) float32, already scaled; timesteps: (N,) int32; context: (N, 77, D).
+    def construct(
+        self, latents: ms.Tensor, noise: ms.Tensor, timesteps: ms.Tensor, text_embeddings: ms.Tensor
+    ) -> ms.Tensor:
+        """Computes the loss of one micro-batch.
 
-        Returns the mean over everything, a float32 scalar.
+        Args:
+            latents: (N, C, h, w) float32, already multiplied by the model's scale factor.
+            noise: (N, C, h, w) float32.
+            timesteps: (N,) int32.
+            text_embeddings: (N, 77, D).
+
+        Returns:
+            The mean over all elements, a float32 scalar.
         """
-        alpha = self._weight(self.sqrt_alphas, timesteps, latents)
-        sigma = self._weight(self.sqrt_one_minus_alphas, timesteps, latents)
-        noised = alpha * latents + sigma * noise
+        shape = self.shape(latents)
+        alpha = self._at_timesteps(self.sqrt_alphas, timesteps, shape)
+        sigma = self._at_timesteps(self.sqrt_one_minus_alphas, timesteps, shape)
+        noisy_latents = alpha * latents + sigma * noise
         target = noise
-        if self.velocity:
+        if self.predicts_velocity:
             target = alpha * noise - sigma * latents
-        difference = self.cast(self.unet(noised, timesteps, context), ms.float32) - target
+        difference = self.cast(self.unet(noisy_latents, timesteps, text_embeddings), ms.float32) - target
         return self.mean(difference * difference)

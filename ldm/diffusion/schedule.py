@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
+from ldm.settings.model import PREDICTION_TYPES, ModelConfig
+
 BETA_SCHEDULES = ("scaled_linear", "linear")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class NoiseSchedule:
-    """A variance-preserving schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for t in [0, timesteps).
+    """A variance-preserving noise schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for t in [0, timesteps).
 
-    linear_start, linear_end: the first and the last beta. timesteps: how many there are.
-    beta_schedule, in diffusers' words: "scaled_linear" (betas linear in their square root, Stable Diffusion's; LDM's
-    own code calls this one "linear") or "linear" (betas linear).
+    `alphas_cumprod` is abar, float64 (timesteps,). The float32 tables of other projects are the same values, rounded.
 
-    `alphas_cumprod` is float64 (timesteps,); the float32 of other projects is this, rounded.
+    Args:
+        linear_start: The first beta.
+        linear_end: The last beta.
+        timesteps: Number of time steps.
+        beta_schedule: "scaled_linear" for betas that are linear in their square root (Stable Diffusion, which LDM's
+            own code calls "linear"), or "linear" for linear betas. Both names are those of diffusers.
 
-    Raises ValueError for a schedule that is not one: an unknown name, no steps, betas outside (0, 1).
+    Raises:
+        ValueError: The name is unknown, there are fewer than two time steps, or the betas do not rise within (0, 1).
     """
 
     def __init__(
@@ -30,27 +35,38 @@ class NoiseSchedule:
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 time steps, not {timesteps}")
         if not 0.0 < linear_start <= linear_end < 1.0:
-            raise ValueError(f"betas go up within (0, 1), but linear_start is {linear_start}, linear_end {linear_end}")
+            raise ValueError(f"betas must rise within (0, 1): linear_start is {linear_start}, linear_end {linear_end}")
         if beta_schedule == "scaled_linear":
             betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
         elif beta_schedule == "linear":
             betas = np.linspace(linear_start, linear_end, timesteps, dtype=np.float64)
         else:
-            raise ValueError(f"beta_schedule is one of {', '.join(BETA_SCHEDULES)}, not {beta_schedule!r}")
+            raise ValueError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, not {beta_schedule!r}")
         self.timesteps = timesteps
         self.alphas_cumprod = np.cumprod(1.0 - betas)
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> NoiseSchedule:
+        """Builds the schedule that a model was trained with."""
+        return cls(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+
     @property
     def sqrt_alphas(self) -> np.ndarray:
-        """sqrt(abar_t), the weight of the image: float32 (timesteps,)."""
+        """sqrt(abar_t), the factor of the image in x_t: float32 (timesteps,)."""
         return np.sqrt(self.alphas_cumprod).astype(np.float32)
 
     @property
     def sqrt_one_minus_alphas(self) -> np.ndarray:
-        """sqrt(1 - abar_t), the weight of the noise: float32 (timesteps,)."""
+        """sqrt(1 - abar_t), the factor of the noise in x_t: float32 (timesteps,)."""
         return np.sqrt(1.0 - self.alphas_cumprod).astype(np.float32)
 
     @property
     def sigmas(self) -> np.ndarray:
-        """sqrt((1 - abar_t) / abar_t), noise per unit of image: float64 (timesteps,)."""
+        """sqrt((1 - abar_t) / abar_t), the ratio of noise to image in x_t: float64 (timesteps,)."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raises ValueError unless `prediction_type` is what a network can predict."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")

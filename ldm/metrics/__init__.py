@@ -1,0 +1,1 @@
+"""The quality of images: CLIP score, FID, KID, and comparisons of files."""

@@ -132,7 +132,8 @@ KINDS = {
 }
 PAD_TOKENS = ("end", "zero")
 ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # of a YAML's `parameterization`
+PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction"}  # `parameterization` in a YAML -> prediction type
+PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
 ACTIVATIONS = ("quick_gelu", "gelu")
 MOST_SIDE = 8192  # pixels
 MOST_TIMESTEPS = 100_000
@@ -178,7 +179,7 @@ def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the texts of a checkpoint say of its model: `architecture` and `prediction_type` as in ModelConfig, those
     that are there. Training writes both; other projects' words under these names say nothing here.
     """
-    known = {"architecture": ARCHITECTURES, "prediction_type": tuple(PREDICTION_TYPES.values())}
+    known = {"architecture": ARCHITECTURES, "prediction_type": PREDICTION_TYPES}
     return {key: metadata[key] for key, words in known.items() if metadata.get(key) in words}
 
 
@@ -248,7 +249,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
 
     _check_sizes(unet, vae, text, path)
 
-    parameterization = _choice(params, "parameterization", "eps", tuple(PREDICTION_TYPES), path)
+    parameterization = _choice(params, "parameterization", "eps", tuple(PARAMETERIZATIONS), path)
     is_openclip = text_target.endswith("FrozenOpenCLIPEmbedder")
     pad_token = _choice(model, "pad_token", "zero" if is_openclip else "end", PAD_TOKENS, path)
     context_dim = unet["context_dim"]
@@ -275,7 +276,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     return ModelConfig(
         path=str(path),
         architecture=_choice(model, "architecture", derived, ARCHITECTURES, path),
-        prediction_type=PREDICTION_TYPES[parameterization],
+        prediction_type=PARAMETERIZATIONS[parameterization],
         linear_start=linear_start,
         linear_end=linear_end,
         timesteps=timesteps,
@@ -296,7 +297,7 @@ def model_document(config: ModelConfig) -> dict[str, Any]:
     """The content of a YAML that parse_model_config reads as `config`, every size written out."""
     vae = dict(config.vae)
     embed_dim = vae.pop("embed_dim")
-    parameterization = next(key for key, value in PREDICTION_TYPES.items() if value == config.prediction_type)
+    parameterization = next(key for key, value in PARAMETERIZATIONS.items() if value == config.prediction_type)
     return {
         "model": {
             "architecture": config.architecture,

@@ -55,6 +55,6 @@ def test_scale_0_is_the_unconditional_output():
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVE[:1]])
-def test_guidance_without_a_negative_context_of_the_same_shape_is_refused(negative):
-    with pytest.raises(ValueError, match="negative context"):
+def test_guidance_without_a_negative_text_embeddings_of_the_same_shape_is_refused(negative):
+    with pytest.raises(ValueError, match="negative text embeddings"):
         GuidedDenoiser(Recorder(), CONTEXT, negative, scale=2.0)

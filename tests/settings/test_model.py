@@ -8,9 +8,8 @@ import os
 import pytest
 import yaml
 
-from ldm.diffusion.schedule import PREDICTION_TYPES
 from ldm.errors import UserError
-from ldm.settings.model import DD_KEYS, TEXT_KEYS, UNET_KEYS, ModelConfig, load_model_config
+from ldm.settings.model import DD_KEYS, PREDICTION_TYPES, TEXT_KEYS, UNET_KEYS, ModelConfig, load_model_config
 from ldm.settings.model_size import MOST, text_parameters, unet_parameters, vae_parameters
 from tests.conftest import ROOT
 

@@ -1,4 +1,4 @@
-"""The samplers, one file each; steps.py says what they share."""
+"""The samplers, one file each. `steps.py` describes their interface."""
 
 from __future__ import annotations
 

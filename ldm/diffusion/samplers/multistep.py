@@ -1,4 +1,4 @@
-"""The second-order multistep loop that DPM-Solver and DPM-Solver++ have in common."""
+"""The second-order multistep loop of DPM-Solver and DPM-Solver++."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import numpy as np
 
 from ldm.diffusion.samplers.steps import Callback, Denoise
 
-# Below this many steps the last one is of first order, which steadies it (diffusers' `lower_order_final`).
+# With fewer steps the last one is of first order, which is more stable (diffusers' `lower_order_final`).
 FEW_STEPS = 15
 
 
-class Levels(NamedTuple):
-    """Weights of image and noise at each point that the solver visits, the end included: float64 (steps + 1,)."""
+class NoiseLevels(NamedTuple):
+    """Factors of image and noise at each point of the solver's path, including its end: float64 (steps + 1,)."""
 
     alpha: np.ndarray
     sigma: np.ndarray
 
     @classmethod
-    def of_sigmas(cls, sigmas: np.ndarray) -> Levels:
-        """From sigmas in noise per unit of image, as diffusers keeps them."""
+    def from_sigmas(cls, sigmas: np.ndarray) -> NoiseLevels:
+        """Builds the levels from ratios of noise to image, which diffusers calls sigmas."""
         alpha = 1.0 / np.sqrt(1.0 + sigmas**2)
         return cls(alpha, sigmas * alpha)
 
     def log_snr(self, i: int) -> float:
-        """Lambda at point i, log(alpha / sigma); not for a point of sigma 0."""
+        """Returns lambda, log(alpha / sigma), at point i. It is infinite for a sigma of 0."""
         return float(np.log(self.alpha[i] / self.sigma[i]))
 
 
@@ -33,31 +33,35 @@ def solve(
     denoise: Denoise,
     latents: np.ndarray,
     timesteps: np.ndarray,
-    levels: Levels,
+    levels: NoiseLevels,
     estimate: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
     advance: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
     first_order_end: bool,
     callback: Callback | None,
 ) -> np.ndarray:
-    """Walk from point 0 of `levels` to its end.
+    """Solves the sampling equation from point 0 of `levels` to the last one.
 
-    estimate(output, x, i): what the solver follows (the image, or the noise) from the model's output at point i.
-    advance(x, estimate, i): x at point i + 1 if the estimate stayed what it is; it holds exactly for a constant one.
-    The second order is in the estimate: half a step further along the line through it and the one before, in lambda
-    (the midpoint rule). The first step has none before and is of first order, the last if `first_order_end`.
+    The second order comes from extrapolating the estimate by half a step in lambda, along the line through it and the
+    estimate before it (the midpoint rule). The first step has no estimate before it and is of first order.
+
+    Args:
+        estimate: estimate(output, latents, i) returns what the solver extrapolates, the denoised latents or the noise,
+            given the network's output at point i.
+        advance: advance(latents, estimate, i) returns the latents at point i + 1. It is exact for a constant estimate.
+        first_order_end: Whether the last step is of first order.
     """
-    x = np.asarray(latents, np.float32)
+    latents = np.asarray(latents, np.float32)
     previous = None
     last = len(timesteps) - 1
     for i, timestep in enumerate(timesteps):
-        current = estimate(np.asarray(denoise(x, int(timestep)), np.float32), x, i)
-        followed = current
+        current = estimate(np.asarray(denoise(latents, int(timestep)), np.float32), latents, i)
+        extrapolated = current
         if previous is not None and not (i == last and first_order_end):
             step = levels.log_snr(i + 1) - levels.log_snr(i)
             step_before = levels.log_snr(i) - levels.log_snr(i - 1)
-            followed = current + (0.5 * step / step_before) * (current - previous)
-        x = advance(x, followed, i).astype(np.float32)
+            extrapolated = current + (0.5 * step / step_before) * (current - previous)
+        latents = advance(latents, extrapolated, i).astype(np.float32)
         previous = current
         if callback is not None:
             callback(i + 1)
-    return x
+    return latents
