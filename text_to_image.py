@@ -21,8 +21,8 @@ from ldm.generation.plan import GenerationPlan, plan_generation  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
 from ldm.settings.generate import GenerateSettings  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from ldm.weights.base import base_hash  # noqa: E402
-from ldm.weights.read import content_hash  # noqa: E402
+from ldm.weights.base_model import base_hash  # noqa: E402
+from ldm.weights.checkpoint import content_hash  # noqa: E402
 
 logger = logging.getLogger("ldm.text_to_image")
 

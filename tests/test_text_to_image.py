@@ -27,8 +27,8 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
 from ldm.settings.read import read_settings
+from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.read import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "tiny.yaml"

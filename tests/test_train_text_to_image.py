@@ -34,8 +34,8 @@ from ldm.training.inputs import Inputs
 from ldm.training.own_files import find_states
 from ldm.training.step import StepResult
 from ldm.training.trainer import Trainer, make_loss_scaler, train
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.load import load_base
-from ldm.weights.read import read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "tests" / "training" / "micro.yaml"

@@ -8,8 +8,8 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.diffusers import layout
 from ldm.weights.names import plan_names, take
+from ldm.weights.names.diffusers import layout
 
 
 def to_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

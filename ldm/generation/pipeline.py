@@ -29,7 +29,7 @@ from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime.device import is_out_of_memory
 from ldm.settings.model import ModelConfig
 from ldm.tokenizer import Tokenizer
-from ldm.weights.base import open_base
+from ldm.weights.base_model import open_base
 from ldm.weights.load import check_base_metadata, load_base, load_network
 from ldm.weights.names import COMPONENTS
 

@@ -28,12 +28,12 @@ from ldm.lora.spec import TARGETS, fits
 from ldm.lora.state import LoRA, LoRALayer, match_shapes, refusal
 from ldm.settings.model import model_metadata
 from ldm.weights.architecture import yaml_beside
-from ldm.weights.base import open_base, plan_base
-from ldm.weights.checkpoint import Arrays, Checkpoint
+from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.diffusers_folder import STEMS, DiffusersFolder
+from ldm.weights.diffusers_folder.reader import STEMS, DiffusersFolder
 from ldm.weights.names import LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
-from ldm.weights.read import open_checkpoint, write_checkpoint
 
 # Ours and mindone's names for the parts of a layer's LoRA, then lora_wrapper's (A is down) and its soft convolutions'.
 _OURS = r"lora_down\.weight|lora_up\.weight|alpha"

@@ -13,7 +13,7 @@ from ldm.lora.formats import check_lora_name
 from ldm.lora.formats.cloneofsimo import text_encoder_path
 from ldm.runtime.script import progress
 from ldm.weights.architecture import yaml_beside
-from ldm.weights.read import WRITERS
+from ldm.weights.checkpoint import WRITERS
 
 
 def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[None]:
@@ -38,7 +38,7 @@ def claim_base(path: Path, source: Path, name: str) -> AbstractContextManager[No
 
 
 def claim_checkpoint(path: Path, name: str) -> AbstractContextManager[None]:
-    """Hold the single file that ldm.weights.read.write_checkpoint writes. Raises UserError as claim_base."""
+    """Hold the single file that ldm.weights.checkpoint.write_checkpoint writes. Raises UserError as claim_base."""
     check_checkpoint_name(path, name)
     return _claim([path], name)
 

@@ -18,10 +18,10 @@ from ldm.metrics.images import ImageBatches, clip_input, inception_input, nano_i
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
 from ldm.tokenizer import Tokenizer
+from ldm.weights.checkpoint import content_hash, open_checkpoint
 from ldm.weights.clip import ClipWeights, build_clip, read_clip
 from ldm.weights.inception import PUBLISHED, load_inception, read_inception
-from ldm.weights.placing import TEXT_PREFIX
-from ldm.weights.read import content_hash, open_checkpoint
+from ldm.weights.names.tables import TEXT_PREFIX
 
 NANO = ROOT / "models" / "nano"
 

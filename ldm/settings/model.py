@@ -163,7 +163,7 @@ class ModelConfig:
     unet: dict[str, Any]  # arguments of UNetModel
     vae: dict[str, Any]  # arguments of AutoencoderKL
     text: dict[str, Any]  # arguments of CLIPTextEncoder
-    added_tokens: tuple[AddedToken, ...] = ()  # of the checkpoint, see ldm.weights.tokens; a YAML has none
+    added_tokens: tuple[AddedToken, ...] = ()  # of the checkpoint, see ldm.weights.added_tokens; a YAML has none
 
     def content(self) -> dict[str, Any]:
         """All that makes the model what it is, for hashes: not where it was read; the tokens only where there are any,

@@ -19,7 +19,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.training.own_files import Numbered, find_states
-from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
 

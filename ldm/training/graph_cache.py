@@ -27,7 +27,7 @@ import mindspore as ms
 from ldm.errors import UserError, system_reason
 from ldm.files.documents import read_json
 from ldm.models.device_forms import kernels_in_use
-from ldm.weights.read import content_hash
+from ldm.weights.checkpoint import content_hash
 
 logger = logging.getLogger(__name__)
 

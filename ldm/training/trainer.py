@@ -57,11 +57,11 @@ from ldm.training.plan import make_plan
 from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep, differing_shapes, state_shapes
+from ldm.weights.added_tokens import tokens_metadata
 from ldm.weights.architecture import adapted_model, detect_model
-from ldm.weights.base import base_hash, open_base
+from ldm.weights.base_model import base_hash, open_base
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.load import check_base_metadata, load_base, load_network
-from ldm.weights.read import read_checkpoint, write_checkpoint
-from ldm.weights.tokens import tokens_metadata
 
 logger = logging.getLogger(__name__)
 

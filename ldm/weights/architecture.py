@@ -29,11 +29,11 @@ from ldm.settings.model import (
 )
 from ldm.tokenizer import VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT
-from ldm.weights.base import OTHER_TASKS, open_base, other_task, plan_base
-from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.diffusers_folder import DiffusersFolder
+from ldm.weights.added_tokens import tokens_of, with_tokens
+from ldm.weights.arrays import Checkpoint
+from ldm.weights.base_model import OTHER_TASKS, open_base, other_task, plan_base
+from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of
-from ldm.weights.tokens import tokens_of, with_tokens
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
@@ -234,7 +234,7 @@ def _text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if len(tokens) != 2 or len(positions) != 2:
         return {}
     layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
-    # The rows of `tokens` are CLIP's vocabulary and the tokens that were added to it, see ldm.weights.tokens.
+    # The rows of `tokens` are CLIP's vocabulary and the tokens that were added to it, see ldm.weights.added_tokens.
     return dict(width=tokens[1], num_layers=layers, length=positions[0])
 
 

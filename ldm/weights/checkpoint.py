@@ -1,141 +1,128 @@
-"""Arrays by name, each made when it is asked for: what every reader gives and every writer takes."""
+"""Checkpoint files, told apart by what is in them; read and written without running anything that is in them."""
 
 from __future__ import annotations
 
-import math
+import difflib
+import hashlib
 import mmap
-from abc import abstractmethod
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ldm.errors import UserError, plain
-from ldm.files.npy import MOST_DIMENSIONS
+from ldm.errors import UserError, plain, system_reason
+from ldm.files.atomic import atomic_path
+from ldm.files.inputs import is_folder, is_there, open_file
+from ldm.files.paths import writing
+from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.file_formats.mindspore_ckpt import open_ckpt, write_ckpt
+from ldm.weights.file_formats.safetensors_file import is_safetensors, open_safetensors, write_safetensors
+from ldm.weights.file_formats.torch_legacy import is_torch_legacy, open_torch_legacy
+from ldm.weights.file_formats.torch_zip import is_torch_zip, open_torch
+from ldm.weights.recognise import describe, looks_like_text
 
-PAGE = mmap.PAGESIZE
-# Bounds of a file's content, far above every published Stable Diffusion checkpoint.
-MOST_TENSORS = 100_000
-MOST_ELEMENTS = 1 << 40  # of one tensor
-MOST_NAME = 1000  # characters
-# Tensors may lie in one storage, and be repetitions of a part: all together hold so many times the file's bytes, or
-# 64 MB in a small file. Weights that are tied in pairs make 2 of it.
-MOST_SHARED, SMALL = 8, 64 << 20
-# What stands for bfloat16 where arrays are written; numpy has none. Reading widens it to float32.
-BFLOAT16 = np.dtype([("bfloat16", "<u2")])
-
-
-def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """`array` rounded to the nearest bfloat16, to even between two; for finite values."""
-    bits = np.asarray(array, np.float32, order="C").view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(BFLOAT16)
+WRITERS = {".safetensors": write_safetensors, ".ckpt": write_ckpt}
 
 
-class Arrays(Mapping):
-    """A mapping from name to numpy array whose element types and shapes are known before anything is read."""
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Open a .safetensors file, a MindSpore .ckpt or a PyTorch file, told apart by what is in it, not by its suffix.
 
-    @abstractmethod
+    Raises UserError if the file is missing, empty, cut off, or something else, and says what it is.
+    """
+    path = Path(path)
+    if is_folder(path):
+        raise UserError(f"{path} is a folder: name the file in it ({' or '.join(WRITERS)})")
+    data = _map_file(path)
+    if is_torch_zip(data):
+        return open_torch(path, data)
+    if is_torch_legacy(data):
+        return open_torch_legacy(path, data)
+    if data[:1] == b"\n" and not looks_like_text(data[:512]):
+        return open_ckpt(path, data)
+    if is_safetensors(data):
+        return open_safetensors(path, data)
+    raise UserError(f"{path} is {describe(path, data)}")
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a checkpoint file whole: (name -> array, texts). See open_checkpoint."""
+    checkpoint = open_checkpoint(path)
+    return dict(checkpoint), checkpoint.metadata
+
+
+def write_checkpoint(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays and texts as .safetensors or MindSpore .ckpt, by the suffix of `path`, beside it and then renamed.
+
+    A scalar is a 0-d array. Of `Arrays` one at a time is held. mindspore.load_checkpoint returns the metadata of a
+    .ckpt as strings beside the parameters. Raises UserError for another suffix and where the disk refuses.
+    """
+    path = Path(path)
+    metadata = dict(metadata or {})
+    if path.suffix not in WRITERS:
+        raise UserError(f"{path}: a checkpoint is written as {' or '.join(WRITERS)}, not {path.suffix or 'no suffix'}")
+    both = metadata.keys() & arrays.keys()
+    if both:
+        raise ValueError(f"named both as array and as text: {sorted(both)}")
+    for name, text in metadata.items():
+        if not isinstance(text, str):
+            raise TypeError(f"metadata {name!r} is {type(text).__name__}, only str is written")
+    with writing(path), atomic_path(path) as temporary:
+        WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _InMemory(arrays), metadata)
+
+
+class _InMemory(Arrays):
+    """Arrays that are there already, little-endian."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Element type and shape of the array that `self[name]` gives."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.spec(name)[1]
-
-    def release(self, name: str) -> None:
-        """Say that the memory which reading `name` took is not needed any more."""
-
-
-@dataclass
-class Entry:
-    """Where one array lies in the mapped file: element type ("bf16" or numpy's), shape, (offset, size) of its pieces
-    in bytes; and the steps between elements in bytes where they are not in order (one piece then).
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: list[tuple[int, int]] = field(default_factory=list)
-    strides: tuple[int, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, size in self.pieces)
-
-
-class Checkpoint(Arrays):
-    """An opened checkpoint file: a mapping from name to numpy array, each array made when it is asked for.
-
-    The arrays are read-only views of the mapped file (bfloat16 is widened to float32, which is exact), so going through
-    all of them one by one holds one at a time. `metadata` holds the file's texts, `shape(name)` needs no reading.
-    """
-
-    def __init__(self, path: Path, format: str, data: mmap.mmap, entries: dict[str, Entry], metadata: dict[str, str]):
-        self.path = path
-        self.format = format
-        self.metadata = metadata
-        self._data = data
-        self._entries = entries
-        self._check_bounds()
-
-    def _check_bounds(self) -> None:
-        """Raise UserError for more than numpy or this machine's memory takes, before any array is made."""
-        damaged = f"{self.path} is damaged or no checkpoint"
-        again = "fetch or write it again"
-        if len(self._entries) > MOST_TENSORS:
-            raise UserError(f"{damaged}: it names {len(self._entries):,} tensors, at most {MOST_TENSORS:,}: {again}")
-        total = 0
-        for name, entry in self._entries.items():
-            if len(name) > MOST_NAME:
-                raise UserError(
-                    f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
-                    f"{MOST_NAME:,}: {again}"
-                )
-            if len(entry.shape) > MOST_DIMENSIONS:
-                raise UserError(
-                    f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MOST_DIMENSIONS}: {again}"
-                )
-            # A size of 0 does not make the others smaller: numpy counts them.
-            if math.prod(size or 1 for size in entry.shape) > MOST_ELEMENTS:
-                raise UserError(
-                    f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} elements: {again}"
-                )
-            total += math.prod(entry.shape) * self.spec(name)[0].itemsize
-        if total > max(MOST_SHARED * len(self._data), SMALL):
-            raise UserError(
-                f"{damaged}: its tensors repeat one another, {total:,} bytes in a file of {len(self._data):,}: {again}"
-            )
+        array = self._arrays[name]
+        return array.dtype.newbyteorder("<"), array.shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        dtype = np.dtype("<u2" if entry.dtype == "bf16" else entry.dtype)
-        if entry.strides is not None:
-            array = np.ndarray(entry.shape, dtype, self._data, entry.pieces[0][0], entry.strides)
-            array.flags.writeable = False
-        else:
-            pieces = [
-                np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces if size
-            ]
-            if not pieces:
-                array = np.zeros(0, dtype)
-            else:
-                array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        if entry.dtype == "bf16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array.reshape(entry.shape)
+        return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._arrays)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._arrays)
 
-    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        entry = self._entries[name]
-        return np.dtype("<f4" if entry.dtype == "bf16" else entry.dtype), entry.shape
 
-    def release(self, name: str) -> None:
-        """Let the system drop the pages of the mapped file: read again, they come from the disk again."""
-        for start, size in self._entries[name].pieces:
-            first = start // PAGE * PAGE
-            if size:
-                self._data.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+def content_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes in hexadecimal: the identity of weights in caches and in the PNGs' text fields."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        try:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+        except OSError as error:
+            raise UserError(f"{plain(os.fspath(path))} cannot be read: {system_reason(error)}") from None
+    return digest.hexdigest()
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, read-only. Raises UserError if it is missing (naming the nearest), empty, or not readable."""
+    if not is_there(path):
+        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        hint = f"did you mean {near[0]}?" if near else "check the path"
+        raise UserError(f"{plain(path)} does not exist: {hint}")
+    with open_file(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise UserError(f"{plain(path)} is an empty file: a download or a run that stopped? Make it again")
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # a file system that maps nothing; a file that has become empty
+            raise UserError(f"{plain(path)} cannot be mapped into memory: {error}: copy it to a local disk") from None
+
+
+def _names_beside(path: Path) -> list[str]:
+    """Names in a file's folder, at most 10,000: comparing them takes time. None where it cannot be read."""
+    try:
+        return os.listdir(path.parent)[:10_000]
+    except OSError:
+        return []

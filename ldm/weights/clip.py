@@ -18,8 +18,8 @@ from ldm.files.inputs import is_file, is_folder
 from ldm.models.clip import FORMS, CLIPModel
 from ldm.models.layers import not_drawn
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
-from ldm.weights.placing import TEXT_LAYER, Ignored, Place, split_rows
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
+from ldm.weights.names.tables import TEXT_LAYER, Ignored, Place, split_rows
 
 _TEXT, _VISION = "text_model.", "vision_model."
 # OpenAI's modules -> Hugging Face's.

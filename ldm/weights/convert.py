@@ -17,16 +17,15 @@ from ldm.files.inputs import is_file
 from ldm.files.paths import check_free, writing
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config, model_document, model_metadata
-from ldm.weights import compvis, diffusers, mindone
+from ldm.weights.added_tokens import tokens_metadata, with_tokens, without_tokens
 from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
-from ldm.weights.base import open_base, plan_base
-from ldm.weights.checkpoint import Arrays
+from ldm.weights.arrays import Arrays
+from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.checkpoint import write_checkpoint
+from ldm.weights.diffusers_folder.writer import write_folder
 from ldm.weights.load import LoadReport, check_base_metadata, compare, refusal
-from ldm.weights.names import COMPONENTS, Canonical
-from ldm.weights.placing import TEXT_PREFIX, Made
-from ldm.weights.read import write_checkpoint
-from ldm.weights.tokens import tokens_metadata, with_tokens, without_tokens
-from ldm.weights.write_folder import write_folder
+from ldm.weights.names import COMPONENTS, Canonical, compvis, diffusers, mindone
+from ldm.weights.names.tables import TEXT_PREFIX, Made
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from mindspore import Tensor
 
 from ldm.errors import UserError, plain
 from ldm.models.inception import BLOCKS, STEM, Convolution, InceptionFeatures, out_channels
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 
 EPSILON = 1e-3  # of the published batch normalisation
 UNUSED = ("fc.", "AuxLogits.")  # what follows the pooled features

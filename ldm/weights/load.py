@@ -13,9 +13,9 @@ from mindspore import Tensor, nn
 
 from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig, model_metadata
-from ldm.weights.base import OTHER_TASKS, Prefixed, open_base, open_network, other_task, plan_base
-from ldm.weights.checkpoint import Arrays, Checkpoint
-from ldm.weights.diffusers_folder import DiffusersFolder
+from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.base_model import OTHER_TASKS, Prefixed, open_base, open_network, other_task, plan_base
+from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from ldm.generation.plan import LoRAFile, parse_lora_path, plan_generation
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_settings
 from ldm.settings.versions import VERSIONS
-from ldm.weights.read import write_checkpoint
+from ldm.weights.checkpoint import write_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 codecs.lookup("utf-8-sig")  # Python's own files may not be another user's to read

@@ -6,8 +6,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.bases import Embedded, Merged, extract_lora, split_embedded
 from ldm.lora.state import LoRA, LoRALayer
-from ldm.weights.base import plan_base
-from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.base_model import plan_base
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model.encoder.layers.0."
 TO_Q = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q"

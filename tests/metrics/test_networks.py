@@ -15,9 +15,9 @@ from ldm.errors import UserError
 from ldm.metrics.images import inception_input, open_plain
 from ldm.metrics.networks import clip, inception, nano_clip
 from ldm.models.clip import FORMS, CLIPModel
+from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.clip import read_clip
 from ldm.weights.inception import published_modules, read_inception
-from ldm.weights.read import write_checkpoint
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights, mindone_inception, openai_clip
 from tests.metrics.odd_images import write_odd_images
 

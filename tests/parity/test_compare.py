@@ -24,8 +24,8 @@ from ldm.models.stable_diffusion import build_model  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
+from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
 from ldm.weights.load import load_base  # noqa: E402
-from ldm.weights.read import write_checkpoint  # noqa: E402
 from tests.named_weights import named_weight, relative_error  # noqa: E402
 from tools.eval import diffusers_worker  # noqa: E402
 from tools.eval.compare_diffusers import write_diffusers_folder  # noqa: E402

@@ -20,9 +20,9 @@ from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 from ldm.training.trainer import train
 from ldm.weights.architecture import detect_model, same_model
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint
 from ldm.weights.convert import convert
 from ldm.weights.load import load_base
-from ldm.weights.read import open_checkpoint, read_checkpoint
 from tests.named_weights import relative_error
 from tests.parity.folders import (
     draw_with_diffusers,

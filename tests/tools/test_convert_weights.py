@@ -10,7 +10,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.files.outputs import claim_new
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 from tools.model_conversion.convert_weights import main
 
 ROOT = Path(__file__).parents[2]

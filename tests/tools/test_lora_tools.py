@@ -17,9 +17,9 @@ from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRA, LoRALayer, Strength
-from ldm.weights.base import open_base, plan_base
+from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import Canonical
-from ldm.weights.read import read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_state
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 

@@ -17,10 +17,10 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import AddedToken
 from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
-from ldm.weights.base import open_base
+from ldm.weights.added_tokens import TOKEN_ROWS, tokens_metadata, tokens_of
+from ldm.weights.base_model import open_base
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.read import read_checkpoint, write_checkpoint
-from ldm.weights.tokens import TOKEN_ROWS, tokens_metadata, tokens_of
 
 MICRO = Path(__file__).with_name("micro.yaml")
 VAE = "first_stage_model."

@@ -19,7 +19,7 @@ from ldm.training.checkpoints import (
     save_state,
 )
 from ldm.training.loss_scale import LossScaler
-from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 
 def state(step, value=1.0):

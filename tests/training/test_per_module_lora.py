@@ -18,8 +18,8 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import load_state
 from ldm.training.trainer import Trainer, train
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.load import load_base
-from ldm.weights.read import read_checkpoint, write_checkpoint
 
 MICRO = Path(__file__).parent / "micro.yaml"
 UNET = "model.diffusion_model."

@@ -15,10 +15,10 @@ from ldm.errors import UserError
 from ldm.files.paths import ROOT
 from ldm.settings.model import load_model_config, model_document, parse_model_config
 from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model, what_it_says
-from ldm.weights.base import plan_base
-from ldm.weights.checkpoint import Arrays
-from ldm.weights.diffusers_folder import DiffusersFolder
-from ldm.weights.write_folder import scheduler_config, text_config, unet_config, vae_config
+from ldm.weights.arrays import Arrays
+from ldm.weights.base_model import plan_base
+from ldm.weights.diffusers_folder.reader import DiffusersFolder
+from ldm.weights.diffusers_folder.writer import scheduler_config, text_config, unet_config, vae_config
 
 HERE = Path(__file__).parent
 V1, V2, V2_V, NANO = KNOWN

@@ -14,13 +14,13 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.tokenizer import Tokenizer
 from ldm.weights import convert as convert_module
-from ldm.weights import mindone
 from ldm.weights.architecture import detect_model, same_model
-from ldm.weights.base import open_base
-from ldm.weights.compvis import ema_name
+from ldm.weights.base_model import open_base
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
 from ldm.weights.load import load_base
-from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.names import mindone
+from ldm.weights.names.compvis import ema_name
 from tests.weights.torch_files import Tensor, write_torch
 
 TESTS = Path(__file__).parents[1]

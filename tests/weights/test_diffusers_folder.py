@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights.base import base_hash, open_base, plan_base
-from ldm.weights.diffusers_folder import open_folder
-from ldm.weights.read import write_checkpoint
+from ldm.weights.base_model import base_hash, open_base, plan_base
+from ldm.weights.checkpoint import write_checkpoint
+from ldm.weights.diffusers_folder.reader import open_folder
 from tests.weights.torch_files import write_torch
 
 UNET = {

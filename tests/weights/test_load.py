@@ -12,10 +12,10 @@ from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
-from ldm.weights import mindone
-from ldm.weights.compvis import ema_name
+from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.load import load_base, load_network
-from ldm.weights.read import write_checkpoint
+from ldm.weights.names import mindone
+from ldm.weights.names.compvis import ema_name
 from tests.weight_names import to_diffusers
 from tests.weights.torch_files import write_torch
 

@@ -16,10 +16,19 @@ import pytest
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
-from ldm.weights import compvis, diffusers, mindone
-from ldm.weights.leftovers import leftover
-from ldm.weights.names import component_of, detect_family, plan_names, same_up_to_1x1, take, taken_shape
-from ldm.weights.placing import Ignored
+from ldm.weights.names import (
+    component_of,
+    compvis,
+    detect_family,
+    diffusers,
+    mindone,
+    plan_names,
+    same_up_to_1x1,
+    take,
+    taken_shape,
+)
+from ldm.weights.names.tables import Ignored
+from ldm.weights.names.unused import leftover
 from tests.weight_names import from_diffusers, to_canonical, to_diffusers
 
 HERE = Path(__file__).parent

@@ -15,8 +15,9 @@ import pytest
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from ldm.errors import UserError
-from ldm.weights import checkpoint, mindspore_ckpt, safetensors_file
-from ldm.weights.read import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights import arrays as checkpoint
+from ldm.weights.checkpoint import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.file_formats import mindspore_ckpt, safetensors_file
 from tests.weights.legacy_files import legacy
 from tests.weights.torch_files import torch_bytes
 

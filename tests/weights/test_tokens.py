@@ -15,11 +15,11 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.tokenizer import AddedToken
 from ldm.tokenizer.tokenizer import vocabulary
+from ldm.weights.added_tokens import TOKEN_ROWS, tokens_of, tokens_of_folder
 from ldm.weights.architecture import adapted_model, detect_model, same_model
-from ldm.weights.base import open_base
+from ldm.weights.base_model import open_base
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.read import read_checkpoint, write_checkpoint
-from ldm.weights.tokens import TOKEN_ROWS, tokens_of, tokens_of_folder
 
 SD1 = ROOT / "tests" / "golden" / "small_sd1.yaml"
 TOKENS = (AddedToken("<cat-toy>", 49408), AddedToken("<cat-toy>_1", 49409))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 from tests.weights.legacy_files import ARRAYS, encode, legacy, tensor
 
 

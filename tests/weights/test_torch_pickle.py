@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights import torch_pickle
-from ldm.weights.read import open_checkpoint
-from ldm.weights.torch_pickle import Damaged, Refused, find_tensors, run
+from ldm.weights.checkpoint import open_checkpoint
+from ldm.weights.file_formats import torch_pickle
+from ldm.weights.file_formats.torch_pickle import Damaged, Refused, find_tensors, run
 from tests.weights.torch_files import Call, Tensor, write_torch
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)

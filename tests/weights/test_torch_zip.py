@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights.read import open_checkpoint, read_checkpoint
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint
 from tests.weights.torch_files import Call, Tensor, torch_bytes, write_torch
 
 ARRAYS = {

@@ -73,8 +73,8 @@ def write_random(config_path: str, target: Path) -> None:
 
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
-    from ldm.weights.checkpoint import Arrays
-    from ldm.weights.read import write_checkpoint
+    from ldm.weights.arrays import Arrays
+    from ldm.weights.checkpoint import write_checkpoint
 
     config = load_model_config(config_path)
     shapes = {p.name: tuple(p.shape) for p in build_model(config, random=False).get_parameters()}

@@ -63,8 +63,8 @@ from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.settings.versions import default_guidance_scale  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
 from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
-from ldm.weights.base import base_hash  # noqa: E402
-from ldm.weights.read import content_hash  # noqa: E402
+from ldm.weights.base_model import base_hash  # noqa: E402
+from ldm.weights.checkpoint import content_hash  # noqa: E402
 from tools.eval.compare_report import (  # noqa: E402
     ALLOWED,
     SIDES,
@@ -598,11 +598,11 @@ def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None
     narrower than diffusers' own can, as the embedded model's; diffusers_worker.py knows what to do with it.
     """
     from ldm.models.stable_diffusion import build_model
-    from ldm.weights.base import open_base, plan_base
+    from ldm.weights.base_model import open_base, plan_base
     from ldm.weights.convert import DTYPES, diffusers_parts
+    from ldm.weights.diffusers_folder.writer import write_folder
     from ldm.weights.load import check_base_metadata, compare, refusal
     from ldm.weights.names import COMPONENTS, Canonical
-    from ldm.weights.write_folder import write_folder
 
     checkpoint = open_base(base)
     check_base_metadata(checkpoint.metadata, model, base)

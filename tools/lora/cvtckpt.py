@@ -37,8 +37,8 @@ from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E40
 from ldm.lora.state import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
-from ldm.weights.base import open_base, plan_base  # noqa: E402
-from ldm.weights.read import write_checkpoint  # noqa: E402
+from ldm.weights.base_model import open_base, plan_base  # noqa: E402
+from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,9 +45,9 @@ from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa
 from ldm.lora.state import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
-from ldm.weights.base import open_base, plan_base  # noqa: E402
-from ldm.weights.placing import TEXT_PREFIX  # noqa: E402
-from ldm.weights.read import open_checkpoint  # noqa: E402
+from ldm.weights.base_model import open_base, plan_base  # noqa: E402
+from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
+from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
 
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")

@@ -24,7 +24,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all, claim_file  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
-from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 TEXT = "cond_stage_model.transformer."
 FILES = ("nano.safetensors", "clip.safetensors")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.runtime.script import progress
-from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 # The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.
 SCHEDULE = "optimizer.learning_rate.learning_rate"

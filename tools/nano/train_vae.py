@@ -33,7 +33,7 @@ from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
-from ldm.weights.read import read_checkpoint, write_checkpoint  # noqa: E402
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.images import STYLES, read_images, shift, to_network, to_pixels, vary_colours  # noqa: E402
 from tools.nano.loop import Step, learning_rates, train  # noqa: E402
 

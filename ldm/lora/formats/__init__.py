@@ -21,8 +21,8 @@ from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
 from ldm.lora.formats.modules import Base, fitting, known_bases
 from ldm.lora.state import LoRA
 from ldm.settings.model import ModelConfig
+from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.names import detect_family
-from ldm.weights.read import Checkpoint
 
 DTYPES = ("fp32", "fp16", "bf16")
 DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")

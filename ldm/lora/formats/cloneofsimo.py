@@ -30,9 +30,9 @@ from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module, known_bases
 from ldm.lora.state import LoRA, LoRALayer
 from ldm.settings.model import model_metadata
+from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.file_formats.torch_writer import write_torch
 from ldm.weights.names import LABELS, same_up_to_1x1
-from ldm.weights.read import Checkpoint
-from ldm.weights.torch_writer import write_torch
 
 COMPONENTS = ("unet", "text_encoder")
 # diffusers' and transformers' classes, and what the names of the layers within them contain.

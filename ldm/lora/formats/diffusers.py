@@ -24,7 +24,7 @@ from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
-from ldm.weights.read import Checkpoint
+from ldm.weights.checkpoint import Checkpoint
 
 NAMES = ("diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest")
 METADATA = "lora_adapter_metadata"

@@ -25,8 +25,8 @@ from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import Base, Module
 from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
-from ldm.weights.diffusers import UNET_PREFIX
-from ldm.weights.read import Checkpoint
+from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.names.diffusers import UNET_PREFIX
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}  # ss_base_model_version; "_v" follows where velocity is predicted

@@ -21,10 +21,9 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.lora.formats import pairs
 from ldm.lora.state import LoRA, LoRALayer
-from ldm.weights import compvis, mindone
-from ldm.weights.checkpoint import Arrays
-from ldm.weights.names import component_of
-from ldm.weights.read import write_checkpoint
+from ldm.weights.arrays import Arrays
+from ldm.weights.checkpoint import write_checkpoint
+from ldm.weights.names import component_of, compvis, mindone
 
 METADATA = ("architecture", "prediction_type")
 _SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")

@@ -2,7 +2,7 @@
 
 Every format but this project's own goes by diffusers' names: dotted, with `.` turned into `_` (kohya), or counted in
 the order in which diffusers registers them (cloneofsimo). The list is complete, so a name is looked up and never
-guessed; the canonical names come from ldm.weights.diffusers.
+guessed; the canonical names come from ldm.weights.names.diffusers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import lru_cache
 from ldm.files.paths import ROOT
 from ldm.lora.state import LoRA, match_shapes
 from ldm.settings.model import ModelConfig, load_model_config
-from ldm.weights.diffusers import UNET_PREFIX, unet_modules
 from ldm.weights.names import LABELS
-from ldm.weights.placing import TEXT_PREFIX, rename
+from ldm.weights.names.diffusers import UNET_PREFIX, unet_modules
+from ldm.weights.names.tables import TEXT_PREFIX, rename
 
 LABEL_OF = {"sd1": "SD1.x", "sd2": "SD2.x", "nano": "the nano model"}
 KNOWN = ("configs/v1-inference.yaml", "configs/v2-inference.yaml", "configs/nano.yaml")

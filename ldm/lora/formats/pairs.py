@@ -15,9 +15,9 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Base, Module, known_bases
 from ldm.lora.state import LoRA, LoRALayer, update_shape
-from ldm.weights.checkpoint import Arrays, to_bfloat16
+from ldm.weights.arrays import Arrays, to_bfloat16
+from ldm.weights.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from ldm.weights.names import same_up_to_1x1
-from ldm.weights.read import Checkpoint, open_checkpoint, write_checkpoint
 
 # A key's layer, as the format calls it, and what the array is there: "down", "up", "mid" or "alpha".
 Parse = Callable[[str], Optional[tuple[str, str]]]

@@ -20,7 +20,7 @@ from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import Base
 from ldm.lora.state import LoRA
 from ldm.settings.model import model_metadata
-from ldm.weights.read import Checkpoint
+from ldm.weights.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.formats.adapter import Adapter, adapter_of
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRA
-from ldm.weights.read import write_checkpoint
+from ldm.weights.checkpoint import write_checkpoint
 from tests.lora.formats.files import random_state
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

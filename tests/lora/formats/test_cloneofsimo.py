@@ -12,8 +12,8 @@ from ldm.lora.formats import read_lora, write_lora, zero_layers
 from ldm.lora.formats.cloneofsimo import in_order
 from ldm.lora.formats.modules import Base, known_bases
 from ldm.lora.state import LoRA
-from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
-from ldm.weights.torch_writer import write_torch
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.file_formats.torch_writer import write_torch
 from tests.lora.formats.files import assert_same_updates, random_state
 
 NANO = known_bases()[2]

@@ -24,8 +24,8 @@ from ldm.lora.formats import (
 )
 from ldm.lora.formats.modules import Base, known_bases
 from ldm.lora.state import LoRA, LoRALayer, match_shapes
-from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.arrays import Checkpoint
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import assert_same_updates, random_state
 
 CANONICAL = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"

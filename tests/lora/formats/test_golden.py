@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 from tests.named_weights import named_input, relative_error
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "lora"

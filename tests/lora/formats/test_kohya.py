@@ -11,7 +11,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, base_of, detect_format, kohya, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.state import LoRA
-from ldm.weights.read import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_state
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -8,7 +8,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import LoRASpec, inject_lora
 from ldm.lora.state import LoRA, LoRALayer, lora_state, match_lora
-from ldm.weights.read import read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
 TO_Q = f"{BLOCK}attn1.to_q"

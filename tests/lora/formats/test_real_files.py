@@ -11,7 +11,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora, zero_layers
 from ldm.lora.formats.modules import fitting, known_bases
 from ldm.lora.state import match_shapes
-from ldm.weights.read import open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 
 FOLDER = Path(__file__).parents[4] / "shared" / "lora"
 MORE = FOLDER.with_name("lora_more")

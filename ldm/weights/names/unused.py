@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from ldm.weights.placing import Ignored
+from ldm.weights.names.tables import Ignored
 
 # Pattern of a whole key -> what it is. They hold for every family of names; a key that is not here and has no place is
 # unknown, and the checkpoint is refused.
 _TABLE = {
-    # OpenCLIP's own (cond_stage_model.model.) stand in ldm.weights.compvis: published files keep them.
+    # OpenCLIP's own (cond_stage_model.model.) stand in ldm.weights.names.compvis: published files keep them.
     r"cond_stage_model\.(transformer\.)?(text_model\.)?(logit_scale|text_projection(\.weight|\.bias)?)":
         "text projection and scale of CLIP",
     r"text_encoder/(logit_scale|text_projection\.(weight|bias))": "text projection and scale of CLIP",

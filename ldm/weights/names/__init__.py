@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.weights import compvis, diffusers, mindone
-from ldm.weights.checkpoint import Arrays
-from ldm.weights.leftovers import leftover
-from ldm.weights.placing import Ignored, Place
+from ldm.weights.arrays import Arrays
+from ldm.weights.names import compvis, diffusers, mindone
+from ldm.weights.names.tables import Ignored, Place
+from ldm.weights.names.unused import leftover
 
 COMPONENTS = {
     "unet": "model.diffusion_model.",

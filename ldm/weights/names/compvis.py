@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
 
 SCHEDULE_BUFFERS = (
     "betas",

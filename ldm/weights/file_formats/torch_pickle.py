@@ -19,7 +19,7 @@ import numpy as np
 
 from ldm.errors import plain
 from ldm.files.npy import MOST_DIMENSIONS
-from ldm.weights.checkpoint import MOST_ELEMENTS, MOST_NAME, MOST_TENSORS
+from ldm.weights.arrays import MOST_ELEMENTS, MOST_NAME, MOST_TENSORS
 
 MOST_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB
 MOST_STEPS = 2_000_000  # instructions; 4,000 tensors, those of a training checkpoint, take 120,000

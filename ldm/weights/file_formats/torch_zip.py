@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ldm.errors import UserError, plain
 from ldm.files.archives import Archive
-from ldm.weights.checkpoint import Checkpoint, Entry
-from ldm.weights.torch_pickle import MOST_PICKLE, Damaged, Refused, Tensor, find_tensors, run
+from ldm.weights.arrays import Checkpoint, Entry
+from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, Tensor, find_tensors, run
 
 MOST_ORDER = 16  # bytes of the member that says in which order a number's bytes are
 

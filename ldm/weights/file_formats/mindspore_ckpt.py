@@ -17,8 +17,8 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.npy import MOST_DIMENSIONS
-from ldm.weights.checkpoint import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, Entry
-from ldm.weights.files import describe
+from ldm.weights.arrays import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, Entry
+from ldm.weights.recognise import describe
 
 DTYPES = {
     "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "BFloat16": "bf16", "Int64": "<i8", "Int32": "<i4",

@@ -13,10 +13,10 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_folder
-from ldm.weights.checkpoint import Arrays, Checkpoint
-from ldm.weights.diffusers_folder import DiffusersFolder, open_folder
+from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.checkpoint import content_hash, open_checkpoint
+from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_folder
 from ldm.weights.names import COMPONENTS, LABELS, Plan, component_of, detect_family, plan_names
-from ldm.weights.read import content_hash, open_checkpoint
 
 T = TypeVar("T")
 

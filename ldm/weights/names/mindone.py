@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ldm.weights.placing import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
 
 TEXT = "cond_stage_model.transformer."
 TEXT_NAMES = {

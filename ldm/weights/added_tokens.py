@@ -17,9 +17,9 @@ from ldm.files.documents import parse_json
 from ldm.settings.model import ModelConfig
 from ldm.tokenizer import VOCABULARY_SIZE, AddedToken
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
-from ldm.weights.checkpoint import Arrays
+from ldm.weights.arrays import Arrays
 from ldm.weights.names import Canonical, Plan
-from ldm.weights.placing import TEXT_PREFIX
+from ldm.weights.names.tables import TEXT_PREFIX
 
 METADATA = "added_tokens"  # the key of a checkpoint's texts
 TOKEN_ROWS = f"{TEXT_PREFIX}embeddings.token_embedding.weight"

@@ -11,9 +11,9 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_json
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder, read_text
-from ldm.weights.checkpoint import Arrays, Checkpoint
-from ldm.weights.read import open_checkpoint
-from ldm.weights.tokens import tokens_metadata, tokens_of_folder
+from ldm.weights.added_tokens import tokens_metadata, tokens_of_folder
+from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 
 # Component -> the stems of its weights as .safetensors and as PyTorch's .bin.
 STEMS = {

@@ -12,8 +12,8 @@ from ldm.files.paths import writing
 from ldm.settings.model import NUM_GROUPS, ModelConfig
 from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
-from ldm.weights.checkpoint import Arrays
-from ldm.weights.safetensors_file import write_safetensors
+from ldm.weights.arrays import Arrays
+from ldm.weights.file_formats.safetensors_file import write_safetensors
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",

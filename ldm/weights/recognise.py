@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import mmap
-import os
 from pathlib import Path
-
-from ldm.errors import UserError, plain
-from ldm.files.inputs import is_there, open_file
 
 # What a file begins with, and what to call it. Order matters: the first that fits names the file.
 _FOREIGN = (
@@ -24,29 +19,6 @@ _FOREIGN = (
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),
 )
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only. Raises UserError if it is missing (naming the nearest), empty, or not readable."""
-    if not is_there(path):
-        near = difflib.get_close_matches(path.name, _beside(path), 1)
-        hint = f"did you mean {near[0]}?" if near else "check the path"
-        raise UserError(f"{plain(path)} does not exist: {hint}")
-    with open_file(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{plain(path)} is an empty file: a download or a run that stopped? Make it again")
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # a file system that maps nothing; a file that has become empty
-            raise UserError(f"{plain(path)} cannot be mapped into memory: {error}: copy it to a local disk") from None
-
-
-def _beside(path: Path) -> list[str]:
-    """Names in a file's folder, at most 10,000: comparing them takes time. None where it cannot be read."""
-    try:
-        return os.listdir(path.parent)[:10_000]
-    except OSError:
-        return []
 
 
 def describe(path: Path, data: mmap.mmap) -> str:

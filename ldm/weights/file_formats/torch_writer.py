@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.files.atomic import atomic_path
 from ldm.files.paths import writing
-from ldm.weights.checkpoint import BFLOAT16
+from ldm.weights.arrays import BFLOAT16
 
 STORAGES = {
     np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", BFLOAT16: "BFloat16Storage",

@@ -12,9 +12,9 @@ import mmap
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.torch_pickle import MOST_PICKLE, Damaged, Refused, find_tensors, run
-from ldm.weights.torch_zip import entry_of
+from ldm.weights.arrays import Checkpoint
+from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, find_tensors, run
+from ldm.weights.file_formats.torch_zip import entry_of
 
 # The number that comes first, pickled; two bytes of protocol stand before it.
 _MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.placing import TEXT_PREFIX, Made, Place, rename
+from ldm.weights.names.tables import TEXT_PREFIX, Made, Place, rename
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -15,7 +15,7 @@ import safetensors
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
-from ldm.weights.checkpoint import BFLOAT16, Arrays, Checkpoint, Entry
+from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, Entry
 
 # Element types by the format's names; bfloat16, which numpy lacks, is widened to float32.
 DTYPES = {
