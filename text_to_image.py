@@ -119,7 +119,7 @@ def draw(config: GenerateSettings, job: GenerationPlan) -> None:
     )
     progress(writer.progress)
     latents = []
-    pipeline = Pipeline(model, job.config)
+    pipeline = Pipeline(model)
     for batch in pipeline.generate(job.prompts, sampling, config.seed, job.negative_prompts, starting):
         writer.add(batch.indices, batch.images)
         if config.save_latents is not None:

@@ -21,8 +21,8 @@ from ldm.errors import UserError
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.pipeline import apply_lora
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import LoRA, lora_state
+from ldm.lora.inject import LoRASpec, get_lora, inject_lora
+from ldm.lora.lora import LoRA
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
         if parameter.name.endswith("lora_up.weight"):
             values = 0.2 * rng.standard_normal(parameter.shape)
             parameter.set_data(ms.Tensor(values.astype(np.float32)))
-    both = lora_state(model, config)
+    both = get_lora(model, config)
     write_lora(folder / "both.ckpt", both)
     write_lora(folder / "unet_lora.ckpt", both.only("unet"))
     write_lora(folder / "text_lora.ckpt", both.only("text_encoder"))

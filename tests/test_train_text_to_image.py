@@ -21,9 +21,8 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.inject import inject_lora
+from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.spec import LoRASpec
-from ldm.lora.state import lora_state
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.device import Runtime, setup_runtime
 from ldm.settings.model import load_model_config
@@ -298,11 +297,11 @@ def test_training_starts_from_a_given_lora_in_any_format(base, data, empty_run, 
     for parameter in given.trainable_params():
         parameter.set_data(ms.Tensor(np.random.standard_normal(parameter.shape).astype(np.float32)))
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    write_lora(path, lora_state(given, model_config), "diffusers", model_config)
+    write_lora(path, get_lora(given, model_config), "diffusers", model_config)
     trainer = Trainer(
         settings(base, data, empty_run, use_lora=True, lora_rank=2, max_steps=2, lora_init_path=str(path))
     )
-    begun, wanted = lora_state(trainer.model).layers, lora_state(given).layers
+    begun, wanted = get_lora(trainer.model).layers, get_lora(given).layers
     assert begun.keys() == wanted.keys()
     for name, layer in begun.items():
         assert layer.alpha == 2.0  # the run's own

@@ -20,8 +20,9 @@ from ldm.diffusion.sampling import Sampling, check_sampling, out_of_memory
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
-from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRA, Strength, check_compatible, match_shapes, merge_lora, refusal
+from ldm.lora.formats.modules import BaseModules
+from ldm.lora.lora import LoRA, Strength
+from ldm.lora.merge import check_compatible, match_shapes, merge_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
@@ -57,9 +58,9 @@ class Pipeline:
     of the networks is whatever they were set to; the autoencoder is meant to stay in fp32.
     """
 
-    def __init__(self, model: StableDiffusion, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
-        self.config = config
-        self.schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    def __init__(self, model: StableDiffusion, tokenizer: Tokenizer | None = None) -> None:
+        self.config = config = model.config
+        self.schedule = NoiseSchedule.from_config(config)
         self.tokenizer = tokenizer or Tokenizer(config.pad_token, config.added_tokens)
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
@@ -244,7 +245,7 @@ def apply_lora(
 def apply_chosen(model: StableDiffusion, chosen: LoRA, path: str | Path, weight: float | Strength = 1.0) -> None:
     """Merge what choose_lora found at `path`."""
     match = merge_lora(model, chosen, weight, str(path))
-    logger.info("%s: %s; weight %s", path, match, Strength.both(weight))
+    logger.info("%s: %s; weight %s", path, match, Strength.from_value(weight))
 
 
 def choose_lora(
@@ -272,9 +273,7 @@ def choose_lora(
     if not layers:
         raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
     chosen = LoRA(layers, state.metadata)
-    match = match_shapes(Base(config).shapes, chosen)
-    if not match.ok:
-        raise UserError(refusal(match, str(path)))
+    match_shapes(BaseModules(config).shapes, chosen).require(str(path))
     return chosen
 
 

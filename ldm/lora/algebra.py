@@ -1,4 +1,4 @@
-"""Sums of LoRAs, and LoRAs of lower rank, on the form in memory (ldm.lora.state); each says how far it is off.
+"""Sums of LoRAs, and LoRAs of lower rank, on the form in memory (ldm.lora.lora); each says how far it is off.
 
 The update of a layer is dW = (alpha / rank) * up @ down. A weighted sum of updates is exact with the ranks joined side
 by side: up = [w1 a1/r1 up1, w2 a2/r2 up2, ...], down = [down1; down2; ...]. The best update of a lower rank is its
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.lora.state import LoRA, LoRALayer, Strength
+from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 
 
@@ -59,11 +59,11 @@ def weighted_sum(states: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     """
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for state, weights in states:
-        weights = Strength.both(weights)
+        weights = Strength.from_value(weights)
         weights.check("a LoRA")
         for name, layer in state.layers.items():
-            if weights.of(name):
-                parts.setdefault(name, []).append((weights.of(name), layer))
+            if weights.of_layer(name):
+                parts.setdefault(name, []).append((weights.of_layer(name), layer))
     metadata = _common_metadata([state for state, _ in states])
     if not parts:
         raise UserError("nothing is left of the LoRAs: every weight is 0, or they hold no layers")

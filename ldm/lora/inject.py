@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from mindspore import nn
+from mindspore import Parameter, Tensor, nn
 
 from ldm.errors import UserError, plain
 from ldm.lora.layers import (
@@ -19,11 +19,13 @@ from ldm.lora.layers import (
     base_layer,
     make_dropout_key,
 )
+from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.spec import TARGETS, LayerSpec, LoRASpec, fits, near_names
 from ldm.models.layers import Conv2d, Dense
-from ldm.weights.names import COMPONENTS, LABELS, component_of
+from ldm.settings.model import ModelConfig
+from ldm.weights.names import COMPONENTS, LABELS, component_of, same_up_to_1x1
 
-__all__ = ["LoRASpec", "assert_trainable", "inject_lora", "remove_lora"]
+__all__ = ["LoRASpec", "assert_trainable", "get_lora", "inject_lora", "remove_lora", "set_lora"]
 
 
 def inject_lora(net: nn.Cell, spec: LoRASpec) -> list[str]:
@@ -79,7 +81,7 @@ def inject_lora(net: nn.Cell, spec: LoRASpec) -> list[str]:
 def remove_lora(net: nn.Cell) -> list[str]:
     """Put the layers back that inject_lora replaced, bit for bit as they are; returns their full names.
 
-    What was trained goes with the cells: take it out first (ldm.lora.state.lora_state), or add it to the weights
+    What was trained goes with the cells: take it out first (ldm.lora.lora.get_lora), or add it to the weights
     (merge_lora). Everything stays frozen. As for inject_lora, before the network is compiled.
 
     Raises UserError if nothing is injected.
@@ -93,6 +95,90 @@ def remove_lora(net: nn.Cell) -> list[str]:
     if not names:
         raise UserError("the network holds no LoRA layers: there is nothing to remove")
     return names
+
+
+def get_lora(model: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> LoRA:
+    """Copy the injected LoRA out of a model. The scale of its layers, trained or not, becomes part of alpha.
+
+    Args:
+        model: A model with injected LoRA layers.
+        config: Configuration of the model, to be noted in the LoRA's metadata.
+        arrays: Parameter name -> values to use in place of the parameters, such as their moving averages.
+
+    Returns:
+        The LoRA with factors (rank, in) and (out, rank) for linear layers, (rank, in, k, k) and (out, rank, 1, 1) for
+        convolutions.
+
+    Raises:
+        UserError: The model has no LoRA layers.
+    """
+
+    def value(parameter: Parameter) -> np.ndarray:
+        return np.array(parameter.asnumpy() if arrays is None else arrays[parameter.name], np.float32)
+
+    layers = {}
+    for name, cell in lora_cells(model).items():
+        down, up = value(cell.lora_down.weight), value(cell.lora_up.weight)
+        if isinstance(cell, LoRAHardConv):
+            down, up = down[:, :, None, None], up[:, :, None, None]
+        scale = float(value(cell.lora_scale)[0]) if cell.trainable_scale else cell.scale
+        layers[name] = LoRALayer(down, up, cell.alpha * scale)
+    if not layers:
+        raise UserError("the model has no LoRA layers: inject_lora comes first")
+    metadata = {"architecture": config.architecture, "prediction_type": config.prediction_type} if config else {}
+    return LoRA(layers, metadata)
+
+
+def set_lora(model: nn.Cell, lora: LoRA, path: str = "the LoRA") -> None:
+    """Load the factors of `lora` into the injected LoRA layers, to continue its training.
+
+    The layers keep their own alpha and scale. Where those of `lora` differ, `up` is rescaled, so that every layer has
+    the update of `lora` within rounding.
+
+    Args:
+        model: A model with injected LoRA layers.
+        lora: A LoRA with the same layers and ranks.
+        path: Name of the LoRA in an error.
+
+    Raises:
+        UserError: The layers, ranks or shapes differ, or the scale of the layers is 0. `model` is unchanged then.
+    """
+    cells = lora_cells(model)
+    extra, missing = sorted(lora.layers.keys() - cells.keys()), sorted(cells.keys() - lora.layers.keys())
+    if extra or missing:
+        raise UserError(
+            f"{path} does not fit the layers to be trained: {len(extra)} of its layers get no LoRA here, "
+            f"{len(missing)} of those to be trained are not in it; for example {(extra or missing)[0]}. Set "
+            "lora_targets, lora_ft_unet and lora_ft_text_encoder as it was trained"
+        )
+    values = []
+    for name, layer in lora.layers.items():
+        cell = cells[name]
+        if not cell.scale:
+            raise UserError(f"{path} cannot be trained further at scale 0, where a LoRA has no effect: set lora_scale")
+        if layer.rank != cell.rank:
+            raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
+        if not np.isfinite(up).all():
+            raise UserError(
+                f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are outside the range of "
+                "fp32: set lora_alpha and lora_scale as it was trained"
+            )
+        for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
+            if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
+                raise UserError(
+                    f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}: it was made for "
+                    "another model"
+                )
+            values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
+    for parameter, array in values:
+        parameter.set_data(Tensor(np.ascontiguousarray(array)))
+
+
+def lora_cells(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Return the injected LoRA layers of a model by their full names."""
+    return {cell.name: cell for _, cell in model.cells_and_names() if isinstance(cell, LORA_CELLS)}
 
 
 def assert_trainable(net: nn.Cell, names: Iterable[str], whole: tuple[str, ...] = ()) -> None:

@@ -27,7 +27,7 @@ def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[Non
 
 
 def claim_base(path: Path, source: Path, name: str) -> AbstractContextManager[None]:
-    """Hold what ldm.lora.bases.write_base writes to `path` in the form of the base `source`: a file or a folder, and
+    """Hold what ldm.lora.checkpoints.write_base writes to `path` in the form of the base `source`: a file or a folder, and
     the model YAML where one lies beside `source`. Raises UserError as claim_new, and for another suffix.
     """
     folder = is_folder(source)

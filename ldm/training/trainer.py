@@ -30,10 +30,10 @@ from ldm.files.inputs import is_file, is_folder
 from ldm.files.outputs import check_file_target, claim_folder
 from ldm.files.paths import under_root, writing
 from ldm.lora.formats import mindone, read_lora
-from ldm.lora.inject import inject_lora
+from ldm.lora.inject import get_lora, inject_lora, set_lora
 from ldm.lora.layers import dropout_key
+from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
-from ldm.lora.state import check_compatible, lora_state, start_from_lora
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
@@ -237,7 +237,7 @@ class Trainer:
     def _start_from_lora(self, path: str) -> None:
         lora = read_lora(path, self.model_config)
         check_compatible(lora, self.model_config, path)
-        start_from_lora(self.model, lora, path)
+        set_lora(self.model, lora, path)
         logger.info("training starts from %s: %s", path, lora)
 
     def _build_step(self, trainable: list[Parameter]) -> TrainStep:
@@ -246,12 +246,7 @@ class Trainer:
         set_compute_dtype(unet, self.runtime.compute_dtype)
         if config.enable_flash_attention:
             use_flash_attention(unet, True)
-        schedule = NoiseSchedule(
-            self.model_config.linear_start,
-            self.model_config.linear_end,
-            self.model_config.timesteps,
-            self.model_config.beta_schedule,
-        )
+        schedule = NoiseSchedule.from_config(self.model_config)
         loss = DiffusionLoss(unet, schedule, self.model_config.prediction_type)
         if config.lora_ft_text_encoder:
             set_compute_dtype(model.cond_stage_model, self.runtime.compute_dtype)
@@ -575,7 +570,7 @@ class Trainer:
 
     def _write_lora(self, path: Path) -> None:
         """The factors alone (their moving averages if there are), with what a reader must know of the base."""
-        mindone.write(path, lora_state(self.model, self.model_config, self.step.averages()))
+        mindone.write(path, get_lora(self.model, self.model_config, self.step.averages()))
 
 
 def _check_nothing_is_lost(config: TrainSettings) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import ldm.generation.pipeline
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.sampling import latent_shape, size_multiple
+from ldm.diffusion.sampling import latent_shape
 from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline, Sampling, to_uint8
 from ldm.models.stable_diffusion import build_model
@@ -30,7 +30,7 @@ FEW = Sampling(steps=3, scale=2.0, batch_size=2)
 def pipeline(tiny_config):
     ms.set_context(mode=ms.GRAPH_MODE)
     np.random.seed(0)
-    yield Pipeline(build_model(tiny_config), tiny_config)
+    yield Pipeline(build_model(tiny_config))
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
@@ -155,7 +155,7 @@ def golden(request):
     config = replace(config, prediction_type=PREDICTION_TYPES[request.param])
     answers = np.load(GOLDEN, allow_pickle=False)
     drawn = {name.split(".")[1]: answers[name] for name in answers if name.startswith(request.param)}
-    yield Pipeline(model_with_named_weights(config), config), drawn
+    yield Pipeline(model_with_named_weights(config)), drawn
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
@@ -193,7 +193,7 @@ def test_pixels_are_rounded_and_clipped():
 
 
 def test_other_sizes_are_drawn_where_the_networks_can_halve_them(pipeline):
-    assert size_multiple(pipeline.config) == 8
+    assert pipeline.config.size_multiple == 8
     assert latent_shape(pipeline.config, 40, 32) == (4, 10, 8)
     assert latent_shape(pipeline.config) == (4, 8, 8)
 
@@ -238,7 +238,7 @@ def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, m
         ldm.generation.pipeline, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32)))
     )
     ms.set_context(mode=mode)
-    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline = Pipeline(build_model(tiny_config))
     pipeline.text_encoder = lambda tokens: ms.Tensor(np.zeros((*tokens.shape, 32), np.float32))
     pipeline.unet = lambda latents, timesteps, context: latents
     setattr(pipeline, network, Greedy())
@@ -258,7 +258,7 @@ def failing(error):
 
 
 def test_numpys_failed_allocation_is_named_and_other_errors_are_left_alone(tiny_config):
-    pipeline = Pipeline(build_model(tiny_config), tiny_config)
+    pipeline = Pipeline(build_model(tiny_config))
     pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
     with pytest.raises(UserError, match="batch_size 2"):
         draw(pipeline)

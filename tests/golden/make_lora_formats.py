@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ldm.lora.formats.modules import Base
+from ldm.lora.formats.modules import BaseModules
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config
 from tests.named_weights import named_input, named_weight
@@ -117,7 +117,7 @@ def randomise(network: torch.nn.Module) -> None:
 def deltas(config: ModelConfig, reference: Reference) -> dict[str, np.ndarray]:
     """canonical name -> what PEFT adds to the weight."""
     found = {}
-    for module in Base(config).modules:
+    for module in BaseModules(config).modules:
         network = reference.unet if module.component == "unet" else reference.text
         path = module.path
         if module.component == "text_encoder" and hasattr(network, "text_model"):

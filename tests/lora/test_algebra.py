@@ -5,7 +5,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.algebra import decompose, difference, mix_factors, resize, weighted_sum
-from ldm.lora.state import LoRA, LoRALayer, Strength
+from ldm.lora.lora import LoRA, LoRALayer, Strength
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 A, B, C = f"{UNET}middle_block.1.x.to_q", f"{UNET}input_blocks.1.0.in_layers.2", f"{TEXT}layers.0.q_proj"

@@ -10,9 +10,10 @@ from mindspore.common.initializer import initializer
 
 from ldm.errors import UserError
 from ldm.lora.formats import write_lora
-from ldm.lora.inject import LoRASpec, assert_trainable, inject_lora, remove_lora
+from ldm.lora.inject import LoRASpec, assert_trainable, get_lora, inject_lora, remove_lora
 from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout
-from ldm.lora.state import LoRA, LoRALayer, lora_state, merge_lora, unmerge_lora
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.merge import merge_lora, unmerge_lora
 from ldm.models import layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
@@ -337,7 +338,7 @@ class TestPerModule:
             "in_layers.2": {"r": 1},
             "ff.net.*": {"r": 4, "alpha": 1, "trainable_scale": 1},
         }))  # fmt: skip
-        state = lora_state(small_net)
+        state = get_lora(small_net)
         assert set(state.layers) == set(names)
         found = {name.removeprefix(f"{UNET}input_blocks.0."): (e.rank, e.alpha) for name, e in state.layers.items()}
         block = "1.transformer_blocks.0."
@@ -354,7 +355,7 @@ class TestPerModule:
     def test_of_several_names_the_last_holds_and_rank_0_leaves_out(self, small_net):
         names = inject_lora(small_net, modules({"to_*": {"r": 2}, "attn1.to_k": {"r": 1}, "attn2.to_*": {"r": 0}}))
         assert not any(".attn2." in name for name in names)
-        state = lora_state(small_net)
+        state = get_lora(small_net)
         assert state.layers[f"{TRANSFORMER}attn1.to_k"].rank == 1 and state.layers[f"{TRANSFORMER}attn1.to_v"].rank == 2
 
     def test_hard_and_soft_convolutions(self, small_net, small_inputs, randomise):
@@ -363,7 +364,7 @@ class TestPerModule:
         block = small_net.model.diffusion_model.input_blocks[0]
         assert isinstance(block[1].proj_in, LoRAHardConv) and isinstance(block[1].proj_out, LoRAConv)
         assert block[1].proj_in.lora_down.weight.shape == (2, 8)
-        state = lora_state(small_net)
+        state = get_lora(small_net)
         assert state.layers[PROJ_IN].down.shape == (2, 8, 1, 1) and state.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
 
     def test_hard_changes_nothing_for_dense_layers(self, small_net):
@@ -446,7 +447,7 @@ class TestRemoving:
         arrays = {parameter.name: parameter.asnumpy().copy() for parameter in small_net.get_parameters()}
         inject_lora(small_net, modules({**self.EVERYTHING, "ff.net.2": {"r": 2, "trainable_scale": 1}}))
         randomise(small_net)
-        state = lora_state(small_net)
+        state = get_lora(small_net)
         remove_lora(small_net)
         merge_lora(small_net, state, 0.0)
         for parameter in small_net.get_parameters():

@@ -15,8 +15,9 @@ from peft import PeftModel
 
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
-from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRA, LoRALayer, merge_lora
+from ldm.lora.formats.modules import BaseModules
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.merge import merge_lora
 from ldm.settings.model import load_model_config
 from tests.golden import make_lora_formats as maker
 from tests.named_weights import named_input, relative_error
@@ -33,7 +34,7 @@ class Case:
 
     def __init__(self, form: str):
         self.config = load_model_config(GOLDEN / f"{form}.yaml")
-        self.base = Base(self.config)
+        self.base = BaseModules(self.config)
         self.given = inputs_for(self.config)
         self.model = model_with_named_weights(self.config)
         self.weights = {name: parameter.asnumpy().copy() for name, parameter in self.model.parameters_dict().items()}

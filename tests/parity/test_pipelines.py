@@ -29,7 +29,7 @@ def nano():
     ms.set_context(mode=ms.GRAPH_MODE)
     config = load_model_config(TESTS.parent / "configs" / "nano.yaml")
     # Latents are compared: diffusers has no autoencoder whose two halves differ in width, as nano's do.
-    return Pipeline(model_with_named_weights(config), config), reference_for(config, 0, vae=False)
+    return Pipeline(model_with_named_weights(config)), reference_for(config, 0, vae=False)
 
 
 @pytest.mark.parametrize("steps", [7, 30])

@@ -10,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.lora import LoRA
 from tests.lora.formats.files import assert_same_updates, random_state
 from tools.lora.convert_lora import main
 

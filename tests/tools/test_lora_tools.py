@@ -16,7 +16,7 @@ from ldm.files.outputs import claim_new
 from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRA, LoRALayer, Strength
+from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.weights.base_model import open_base, plan_base
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import Canonical
@@ -455,7 +455,7 @@ def test_a_base_that_cannot_be_written_is_refused_before_its_lora_is(files, base
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
-    from ldm.lora import LoRASpec, inject_lora, lora_state, merge_lora, remove_lora
+    from ldm.lora import LoRASpec, get_lora, inject_lora, merge_lora, remove_lora
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
     from ldm.weights.convert import convert
@@ -467,7 +467,7 @@ def whole(tmp_path_factory):
     write_checkpoint(root / "base.safetensors", arrays)
     convert(root / "base.safetensors", root / "folder", "diffusers")
     inject_lora(model, LoRASpec(rank=2, targets="all", text_encoder=True))
-    state = lora_state(model)
+    state = get_lora(model)
     for i, (name, layer) in enumerate(state.layers.items()):
         state.layers[name] = replace(layer, up=0.1 * normal(*layer.up.shape, seed=i))
     remove_lora(model)

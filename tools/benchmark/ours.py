@@ -25,8 +25,12 @@ from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.generation.pipeline import Pipeline, Sampling  # noqa: E402
-from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
-from ldm.lora.state import lora_state, merge_lora  # noqa: E402
+from ldm.lora.inject import (  # noqa: E402
+    LoRASpec,
+    get_lora,  # noqa: E402
+    inject_lora,
+)
+from ldm.lora.merge import merge_lora  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEDecode  # noqa: E402
 from ldm.models.stable_diffusion import DiffusionWrapper, build_model  # noqa: E402
 from ldm.models.text_encoder import CLIPTextEncoder  # noqa: E402
@@ -64,7 +68,7 @@ def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
     else:
         inject_lora(unet, LoRASpec(rank=works.RANK))
         trainable = list(unet.trainable_params())
-    schedule = NoiseSchedule(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+    schedule = NoiseSchedule.from_config(config)
     return TrainStep(DiffusionLoss(unet, schedule, config.prediction_type), trainable, clip=True)
 
 
@@ -132,8 +136,8 @@ def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
     if merged:
         source = build_model(config)
         inject_lora(source, LoRASpec(rank=works.RANK))
-        merge_lora(model, lora_state(source, config), 1.0, "benchmark")
-    pipeline = Pipeline(model, config)
+        merge_lora(model, get_lora(source, config), 1.0, "benchmark")
+    pipeline = Pipeline(model)
     sampling = Sampling(steps=works.STEPS, scale=works.SCALE, batch_size=work.batch, height=size, width=size)
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
     return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))

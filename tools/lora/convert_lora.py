@@ -25,8 +25,9 @@ if __name__ == "__main__":
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import expanded, under_root, user_path  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
-from ldm.lora.formats.modules import Base, fitting, known_bases  # noqa: E402
-from ldm.lora.state import LoRA, LoRALayer, check_compatible, match_shapes  # noqa: E402
+from ldm.lora.formats.modules import BaseModules, fitting, known_bases  # noqa: E402
+from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
+from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -70,7 +71,7 @@ def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRA]:
     state = read_lora(options.source, config)
     if config:
         check_compatible(state, config, options.source)
-    fits = fitting(state, (Base(config),) if config else known_bases())
+    fits = fitting(state, (BaseModules(config),) if config else known_bases())
     print(f"{options.source}: {found} ({FORMATS[found].about})")
     for key, value in state.metadata.items():
         print(f"  {key}: {value}")
@@ -100,7 +101,7 @@ def parser() -> Parser:
     return made
 
 
-def table(state: LoRA, base: Base) -> str:
+def table(state: LoRA, base: BaseModules) -> str:
     """One line for each kind of layer of each component: how many, ranks, alphas, how many have the base's shape."""
     zeros, match = set(zero_layers(state)), match_shapes(base.shapes, state)
     matched = {name for names in match.matched.values() for name in names}

@@ -32,9 +32,9 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
 from ldm.files.paths import user_path, weighted_path  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
-from ldm.lora.bases import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
+from ldm.lora.checkpoints import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
-from ldm.lora.state import LoRA, Strength  # noqa: E402
+from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
 from ldm.weights.base_model import open_base, plan_base  # noqa: E402

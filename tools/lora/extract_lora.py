@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from ldm.files.paths import user_path  # noqa: E402
 from ldm.lora.algebra import check_cut  # noqa: E402
-from ldm.lora.bases import extract_lora  # noqa: E402
+from ldm.lora.checkpoints import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402

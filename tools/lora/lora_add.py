@@ -39,10 +39,10 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import expanded, user_path, weighted_path  # noqa: E402
 from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighted_sum  # noqa: E402
-from ldm.lora.bases import Merged, write_base, write_published  # noqa: E402
+from ldm.lora.checkpoints import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
-from ldm.lora.state import LoRA, Strength  # noqa: E402
+from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
 from ldm.weights.base_model import open_base, plan_base  # noqa: E402

@@ -1,6 +1,6 @@
 """LoRA files: one module a format, each with detect(names), read(checkpoint, base) and write(path, state, base, dtype).
 
-A file is told by its keys. Everything is read into ldm.lora.state and written from there.
+A file is told by its keys. Everything is read into ldm.lora.lora and written from there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, pairs, peft
-from ldm.lora.formats.modules import Base, fitting, known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.formats.modules import BaseModules, fitting, known_bases
+from ldm.lora.lora import LoRA
 from ldm.settings.model import ModelConfig
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.names import detect_family
@@ -32,8 +32,8 @@ FP32_END = float(np.finfo(np.float32).max)
 log = logging.getLogger(__name__)
 
 Detect = Callable[[list[str]], Union[bool, str, None]]
-Read = Callable[[Checkpoint, Optional[Base]], LoRA]
-Write = Callable[[Path, LoRA, Base, str], None]
+Read = Callable[[Checkpoint, Optional[BaseModules]], LoRA]
+Write = Callable[[Path, LoRA, BaseModules, str], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
         UserError: it cannot be read, is something else (which is said), does not fit, or holds values that are not
             finite.
     """
-    base = Base(config) if config else None
+    base = BaseModules(config) if config else None
     state = LoRA({})
     for file in lora_files(path):
         name, checkpoint = _opened(file)
@@ -176,9 +176,9 @@ def check_lora_name(path: str | os.PathLike, format: str) -> None:
         raise UserError(f"{path}: {format} is written as a folder: give its name, without {path.suffix or 'that file'}")
 
 
-def base_of(state: LoRA, config: ModelConfig | None = None, path: str = "the LoRA") -> Base:
+def base_of(state: LoRA, config: ModelConfig | None = None, path: str = "the LoRA") -> BaseModules:
     """The base whose layers these are: that of `config`, or the first known one. Raises UserError if they are not."""
-    bases = (Base(config),) if config else known_bases()
+    bases = (BaseModules(config),) if config else known_bases()
     found = fitting(state, bases)
     if not found:
         reasons = "; ".join(f"{base.label}: {base.why_not(state)}" for base in bases)

@@ -27,8 +27,8 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.inputs import is_there
 from ldm.lora.formats import pairs
-from ldm.lora.formats.modules import Base, Module, known_bases
-from ldm.lora.state import LoRA, LoRALayer
+from ldm.lora.formats.modules import BaseModules, Module, known_bases
+from ldm.lora.lora import LoRA, LoRALayer
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
@@ -87,7 +87,7 @@ def detect(names: Iterable[str]) -> str | None:
     return "cloneofsimo-pt" if names and all(_PLACE.match(name) for name in names) else None
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
+def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened .safetensors.
 
     Raises UserError for gaps in the numbers, half a pair, other keys than learned tokens (which are left out with a
@@ -143,7 +143,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
+def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened .pt, and the text encoder's beside it where there is one. Raises UserError as `read`."""
     path = Path(checkpoint.path)
     beside = text_encoder_path(path)
@@ -165,7 +165,7 @@ def read_list(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     return LoRA(layers, {})
 
 
-def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
     """Write a .safetensors. Raises UserError for layers that no class holds (the UNet's first and last convolution)."""
     arrays, texts = {}, {}
     for component, (classes, row) in _rows(path, state, base).items():
@@ -181,7 +181,7 @@ def text_encoder_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.text_encoder.pt")
 
 
-def write_list(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
+def write_list(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
     """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
 
     Raises UserError as `write` does, and where a second lies there already: it is another LoRA's.
@@ -284,7 +284,10 @@ def _choices(component: str, noted: list[str] | None) -> tuple[tuple[str, ...], 
 
 
 def _placed(
-    path, rows: Mapping[str, list[LoRALayer]], choices: Mapping[str, Iterable[tuple[str, ...]]], bases: Iterable[Base]
+    path,
+    rows: Mapping[str, list[LoRALayer]],
+    choices: Mapping[str, Iterable[tuple[str, ...]]],
+    bases: Iterable[BaseModules],
 ) -> dict[str, LoRALayer] | None:
     """The layers of all components, in the first base that has a place for all; None if none has."""
     for base in bases:
@@ -295,7 +298,7 @@ def _placed(
 
 
 def _place(
-    path, row: list[LoRALayer], component: str, choices: Iterable[tuple[str, ...]], base: Base
+    path, row: list[LoRALayer], component: str, choices: Iterable[tuple[str, ...]], base: BaseModules
 ) -> dict[str, LoRALayer] | None:
     """Layers by canonical name, in the classes and the order whose shapes are those of `row`; None if none has them.
 
@@ -321,7 +324,7 @@ def _place(
     return None
 
 
-def _labels(bases: Iterable[Base]) -> str:
+def _labels(bases: Iterable[BaseModules]) -> str:
     return " or ".join(base.label for base in bases)
 
 
@@ -329,7 +332,7 @@ def _fits(layer: LoRALayer, module: Module) -> bool:
     return same_up_to_1x1((layer.up.shape[0], *layer.down.shape[1:]), module.shape)
 
 
-def _rows(path, state: LoRA, base: Base) -> dict[str, tuple[list[str], list[LoRALayer]]]:
+def _rows(path, state: LoRA, base: BaseModules) -> dict[str, tuple[list[str], list[LoRALayer]]]:
     """Component -> (classes, layers in order, zeros for those that are not in `state`)."""
     rows = {}
     for component in COMPONENTS:

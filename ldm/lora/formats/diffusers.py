@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from ldm.errors import UserError
 from ldm.files.documents import parse_json
 from ldm.lora.formats import pairs
-from ldm.lora.formats.adapter import Adapter, adapter_of
-from ldm.lora.formats.modules import Base, Module
-from ldm.lora.state import LoRA
+from ldm.lora.formats.lora_config import Adapter, adapter_of
+from ldm.lora.formats.modules import BaseModules, Module
+from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
 
@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> str | None:
     return "diffusers-newer"
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
+def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened file, see pairs.read_pairs."""
     adapters = _adapters(checkpoint)
 
@@ -66,7 +66,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def write(path, state: LoRA, base: Base, dtype: str = "fp32", name: str = "diffusers") -> None:
+def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32", name: str = "diffusers") -> None:
     """Write a .safetensors in one of NAMES.
 
     Raises UserError for "diffusers-oldest" where there is more than the UNet's attention.
@@ -108,7 +108,7 @@ def parse(key: str) -> tuple[str, str] | None:
     return module, pairs.HALF_OF_LETTER.get(letter) or half or alpha
 
 
-def table(base: Base) -> dict[str, Module]:
+def table(base: BaseModules) -> dict[str, Module]:
     """The modules of a base by the names that `parse` gives."""
     return {module.path: module for module in base.modules}
 

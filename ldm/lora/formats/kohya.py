@@ -22,8 +22,8 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.lora.formats import pairs
-from ldm.lora.formats.modules import Base, Module
-from ldm.lora.state import LoRA
+from ldm.lora.formats.modules import BaseModules, Module
+from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.names.diffusers import UNET_PREFIX
@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> bool:
     return any(_TYPICAL.match(name) or _CHECKPOINTS.match(name) for name in factors)
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
+def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened file. Raises UserError for one of SDXL, and see pairs.read_pairs."""
     version = checkpoint.metadata.get("ss_base_model_version", "")
     if version.startswith("sdxl"):
@@ -69,7 +69,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     return LoRA(layers, {**metadata, **model_metadata(checkpoint.metadata)})
 
 
-def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
     """Write a .safetensors. An alpha above 0 is kept per layer, with a warning where diffusers would misread it."""
     if len({layer.alpha for layer in state.layers.values()}) > 1:
         log.warning(
@@ -99,7 +99,7 @@ def _parse(key: str) -> tuple[str, str] | None:
     return layer, half or pairs.HALF_OF_LETTER.get(letter) or middle or alpha
 
 
-def _table(base: Base) -> dict[str, Module]:
+def _table(base: BaseModules) -> dict[str, Module]:
     """The modules of a base by all of their names."""
     table = {}
     for module in base.modules:

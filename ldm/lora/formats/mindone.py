@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats import pairs
-from ldm.lora.state import LoRA, LoRALayer
+from ldm.lora.lora import LoRA, LoRALayer
 from ldm.weights.arrays import Arrays
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ldm.files.paths import ROOT
-from ldm.lora.state import LoRA, match_shapes
+from ldm.lora.lora import LoRA
+from ldm.lora.merge import match_shapes
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.weights.names import LABELS
 from ldm.weights.names.diffusers import UNET_PREFIX, unet_modules
@@ -36,7 +37,7 @@ class Module:
     shape: tuple[int, ...]
 
 
-class Base:
+class BaseModules:
     """The modules of one architecture, in diffusers' order, UNet first."""
 
     def __init__(self, config: ModelConfig):
@@ -67,12 +68,12 @@ class Base:
 
 
 @lru_cache(maxsize=1)
-def known_bases() -> tuple[Base, ...]:
+def known_bases() -> tuple[BaseModules, ...]:
     """SD1.x, SD2.x and the embedded model."""
-    return tuple(Base(load_model_config(ROOT / path)) for path in KNOWN)
+    return tuple(BaseModules(load_model_config(ROOT / path)) for path in KNOWN)
 
 
-def fitting(state: LoRA, bases: tuple[Base, ...]) -> list[Base]:
+def fitting(state: LoRA, bases: tuple[BaseModules, ...]) -> list[BaseModules]:
     """The bases that have every layer of `state` in its shape, those that say so themselves before all others."""
     said = state.metadata.get("architecture")
     fits = [base for base in bases if not base.why_not(state)]

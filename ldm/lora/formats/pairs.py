@@ -13,8 +13,8 @@ from typing import Callable, Optional
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.lora.formats.modules import Base, Module, known_bases
-from ldm.lora.state import LoRA, LoRALayer, update_shape
+from ldm.lora.formats.modules import BaseModules, Module, known_bases
+from ldm.lora.lora import LoRA, LoRALayer, update_shape
 from ldm.weights.arrays import Arrays, to_bfloat16
 from ldm.weights.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from ldm.weights.names import same_up_to_1x1
@@ -22,7 +22,7 @@ from ldm.weights.names import same_up_to_1x1
 # A key's layer, as the format calls it, and what the array is there: "down", "up", "mid" or "alpha".
 Parse = Callable[[str], Optional[tuple[str, str]]]
 # The modules of a base by the names that Parse gives.
-Table = Callable[[Base], Mapping[str, Module]]
+Table = Callable[[BaseModules], Mapping[str, Module]]
 # The alpha of a layer for which the file holds none: (layer as the format calls it, rank) -> alpha.
 Alpha = Callable[[str, int], float]
 
@@ -97,7 +97,7 @@ def read_pairs(
     checkpoint: Checkpoint,
     parse: Parse,
     table: Table,
-    base: Base | None,
+    base: BaseModules | None,
     alpha: Alpha = lambda layer, rank: rank,
 ) -> dict[str, LoRALayer]:
     """The layers of an opened file, by canonical name, fp32.
@@ -261,7 +261,7 @@ def base_texts(state: LoRA) -> dict[str, str]:
     return {key: state.metadata[key] for key in ("architecture", "prediction_type") if key in state.metadata}
 
 
-def by_component(state: LoRA, base: Base) -> dict[str, dict[str, LoRALayer]]:
+def by_component(state: LoRA, base: BaseModules) -> dict[str, dict[str, LoRALayer]]:
     """Component -> path of the module -> layer, in the base's order; components without layers are left out."""
     parts: dict[str, dict[str, LoRALayer]] = {}
     for module in base.modules:
@@ -271,8 +271,8 @@ def by_component(state: LoRA, base: Base) -> dict[str, dict[str, LoRALayer]]:
 
 
 def _with_all(
-    checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]], table: Table, base: Base | None
-) -> dict[Base, Mapping[str, Module]]:
+    checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]], table: Table, base: BaseModules | None
+) -> dict[BaseModules, Mapping[str, Module]]:
     """The tables of names that hold every layer of `keys`, by base; UserError if none does."""
     tables = {candidate: table(candidate) for candidate in ((base,) if base else known_bases())}
     complete = {candidate: names for candidate, names in tables.items() if keys.keys() <= names.keys()}
@@ -343,8 +343,8 @@ def _nearest(
     checkpoint: Checkpoint,
     keys: Mapping[str, Mapping[str, str]],
     shapes: dict[str, tuple[int, ...]],
-    candidates: Mapping[Base, Mapping[str, Module]],
-    base: Base | None,
+    candidates: Mapping[BaseModules, Mapping[str, Module]],
+    base: BaseModules | None,
 ) -> Mapping[str, Module]:
     """The table whose shapes are those of the layers; with `base`, its table: what does not fit is for merge_lora."""
     if base:

@@ -16,9 +16,9 @@ from ldm.files.documents import read_json
 from ldm.files.inputs import is_there
 from ldm.files.paths import writing
 from ldm.lora.formats import diffusers, pairs
-from ldm.lora.formats.adapter import Adapter, adapter_of
-from ldm.lora.formats.modules import Base
-from ldm.lora.state import LoRA
+from ldm.lora.formats.lora_config import Adapter, adapter_of
+from ldm.lora.formats.modules import BaseModules
+from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
 
@@ -39,7 +39,7 @@ def files(folder: Path) -> list[Path]:
     return [path for paths in found for path in paths]
 
 
-def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
+def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read the opened file of one network, with the configuration beside it.
 
     Raises UserError if that is missing or says another rank than the factors have; see also pairs.read_pairs.
@@ -56,7 +56,7 @@ def read(checkpoint: Checkpoint, base: Base | None = None) -> LoRA:
     return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def write(path, state: LoRA, base: Base, dtype: str = "fp32") -> None:
+def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
     """Write the folder `path`: of one network itself, of two with a subfolder each. alpha is kept, layer by layer.
 
     Raises UserError where an adapter of one network lies in the way of two, or of two in the way of one.

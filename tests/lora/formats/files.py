@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ldm.lora.state import LoRA, LoRALayer
+from ldm.lora.lora import LoRA, LoRALayer
 
 
 def random_state(base, rank=2, alpha=None, only="", component="", seed=0, **metadata):

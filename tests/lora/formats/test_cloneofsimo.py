@@ -10,8 +10,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora, zero_layers
 from ldm.lora.formats.cloneofsimo import in_order
-from ldm.lora.formats.modules import Base, known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.formats.modules import BaseModules, known_bases
+from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
 from tests.lora.formats.files import assert_same_updates, random_state
@@ -112,7 +112,7 @@ class TestReading:
     def test_classes_that_are_not_known_and_two_that_fit(self, tmp_path):
         """Of a model with the same width at every level, the convolutions down and up have the same shapes."""
         config = dataclasses.replace(NANO.config, unet={**NANO.config.unet, "channel_mult": [1, 1, 1]})
-        base = Base(config)
+        base = BaseModules(config)
         state = random_state(base, rank=1)
         modules = in_order(base.of("unet"), ("Downsample2D",), "unet")
         path = tmp_path / "lora.safetensors"

@@ -22,8 +22,9 @@ from ldm.lora.formats import (
     write_lora,
     zero_layers,
 )
-from ldm.lora.formats.modules import Base, known_bases
-from ldm.lora.state import LoRA, LoRALayer, match_shapes
+from ldm.lora.formats.modules import BaseModules, known_bases
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.merge import match_shapes
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import assert_same_updates, random_state
@@ -56,7 +57,7 @@ def held(state, base, *formats):
 
 @pytest.fixture(scope="module")
 def base(tiny_config):
-    return Base(tiny_config)
+    return BaseModules(tiny_config)
 
 
 @pytest.fixture(scope="module")

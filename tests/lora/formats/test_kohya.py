@@ -10,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, base_of, detect_format, kohya, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_state
 

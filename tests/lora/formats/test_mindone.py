@@ -6,8 +6,9 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import LoRA, LoRALayer, lora_state, match_lora
+from ldm.lora.inject import LoRASpec, get_lora, inject_lora
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.merge import match_lora
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
@@ -40,7 +41,7 @@ class TestRoundTrip:
     def test_every_kind_of_layer_bit_for_bit(self, tiny_model, tiny_config, randomise, tmp_path, suffix):
         inject_lora(tiny_model, LoRASpec(rank=3, alpha=1.5, scale=0.7, targets="all", text_encoder=True))
         randomise(tiny_model)
-        state = lora_state(tiny_model, tiny_config)
+        state = get_lora(tiny_model, tiny_config)
         write_lora(tmp_path / f"lora{suffix}", state)
         back = read_lora(tmp_path / f"lora{suffix}")
         same(back, state)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.lora.formats.modules import KNOWN, Base, fitting, known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.formats.modules import KNOWN, BaseModules, fitting, known_bases
+from ldm.lora.lora import LoRA
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from tests.lora.formats.files import random_state
@@ -47,7 +47,7 @@ class TestPublished:
 
 
 def test_a_network_of_another_size(tiny_config):
-    base = Base(tiny_config)
+    base = BaseModules(tiny_config)
     shapes = {p.name: tuple(p.shape) for p in build_model(tiny_config).get_parameters()}
     layers = {
         name: shape

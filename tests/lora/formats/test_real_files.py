@@ -10,7 +10,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora, zero_layers
 from ldm.lora.formats.modules import fitting, known_bases
-from ldm.lora.state import match_shapes
+from ldm.lora.merge import match_shapes
 from ldm.weights.checkpoint import open_checkpoint
 
 FOLDER = Path(__file__).parents[4] / "shared" / "lora"

@@ -19,7 +19,7 @@ import regex
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Module
-from ldm.lora.state import LoRALayer
+from ldm.lora.lora import LoRALayer
 
 R, LORA_ALPHA = 8, 8  # LoraConfig's own defaults
 # Settings with which the factors are not what is added to the published base.

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.bases import Embedded, Merged, extract_lora, split_embedded
-from ldm.lora.state import LoRA, LoRALayer
+from ldm.lora.checkpoints import Embedded, Merged, extract_lora, split_embedded
+from ldm.lora.lora import LoRA, LoRALayer
 from ldm.weights.base_model import plan_base
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 

@@ -24,8 +24,9 @@ from ldm.files.inputs import is_folder
 from ldm.files.paths import check_free, writing
 from ldm.lora.algebra import Truncation, decompose
 from ldm.lora.formats import mindone, pairs
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.merge import match_shapes
 from ldm.lora.spec import TARGETS, fits
-from ldm.lora.state import LoRA, LoRALayer, match_shapes, refusal
 from ldm.settings.model import model_metadata
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.arrays import Arrays, Checkpoint
@@ -180,9 +181,7 @@ def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
 
 def _check_fits(base: Arrays, plan: Plan, state: LoRA) -> None:
     shapes = {name: taken_shape(base.shape(source.name), source) for name, source in plan.sources.items()}
-    match = match_shapes(shapes, state)
-    if not match.ok:
-        raise UserError(refusal(match, "the LoRA"))
+    match_shapes(shapes, state).require("the LoRA")
     known = model_metadata(base.metadata)
     for key, text in state.metadata.items():
         if known.get(key, text) != text:

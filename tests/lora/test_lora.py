@@ -8,18 +8,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.errors import UserError
-from ldm.lora.inject import LoRASpec, inject_lora
-from ldm.lora.state import (
-    LoRA,
-    LoRALayer,
-    Strength,
-    check_compatible,
-    lora_state,
-    match_lora,
-    merge_lora,
-    start_from_lora,
-    unmerge_lora,
-)
+from ldm.lora.inject import LoRASpec, get_lora, inject_lora, set_lora
+from ldm.lora.lora import LoRA, LoRALayer, Strength
+from ldm.lora.merge import check_compatible, match_lora, merge_lora, unmerge_lora
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 BLOCK = f"{UNET}input_blocks.0."
@@ -58,7 +49,7 @@ def trained(small_net, randomise):
     """(network with low-rank cells of random values, its state)."""
     inject_lora(small_net, LoRASpec(rank=2, alpha=3.0, scale=0.5, targets="all"))
     randomise(small_net)
-    return small_net, lora_state(small_net)
+    return small_net, get_lora(small_net)
 
 
 class TestLayer:
@@ -101,15 +92,15 @@ class TestTakingItOut:
 
     def test_notes_what_it_was_made_for(self, small_net, tiny_config):
         inject_lora(small_net, LoRASpec())
-        assert lora_state(small_net, tiny_config).metadata == {"architecture": "custom", "prediction_type": "epsilon"}
+        assert get_lora(small_net, tiny_config).metadata == {"architecture": "custom", "prediction_type": "epsilon"}
 
     def test_nothing_injected(self, small_net):
         with pytest.raises(UserError, match="no LoRA layers"):
-            lora_state(small_net)
+            get_lora(small_net)
 
     def test_parts(self, small_net):
         inject_lora(small_net, LoRASpec(rank=2, text_encoder=True))
-        state = lora_state(small_net)
+        state = get_lora(small_net)
         unet, text = state.only("unet"), state.only("text_encoder")
         assert len(unet.layers) == 8 and list(text.layers) == [f"{TEXT}q_proj"]
         assert state.has("unet") and state.has("text_encoder")
@@ -122,8 +113,8 @@ class TestStartingFromIt:
     def test_every_layer_begins_at_its_update(self, trained, fresh_net, alpha, scale):
         _, state = trained
         inject_lora(fresh_net, LoRASpec(rank=2, alpha=alpha, scale=scale, targets="all", seed=9))
-        start_from_lora(fresh_net, state)
-        begun = lora_state(fresh_net)
+        set_lora(fresh_net, state)
+        begun = get_lora(fresh_net)
         assert begun.layers.keys() == state.layers.keys()
         for name, layer in begun.layers.items():
             np.testing.assert_array_equal(layer.down, state.layers[name].down)
@@ -135,9 +126,9 @@ class TestStartingFromIt:
         for net in (small_net, fresh_net):
             inject_lora(net, LoRASpec().with_config(config))
         randomise(small_net)
-        state = lora_state(small_net)
-        start_from_lora(fresh_net, state)
-        for name, layer in lora_state(fresh_net).layers.items():
+        state = get_lora(small_net)
+        set_lora(fresh_net, state)
+        for name, layer in get_lora(fresh_net).layers.items():
             np.testing.assert_array_equal(layer.up, state.layers[name].up)
 
     @pytest.mark.parametrize(
@@ -152,7 +143,7 @@ class TestStartingFromIt:
         inject_lora(fresh_net, spec)
         before = weights_of(fresh_net)
         with pytest.raises(UserError, match=f"mine.ckpt.*{words}"):
-            start_from_lora(fresh_net, trained[1], "mine.ckpt")
+            set_lora(fresh_net, trained[1], "mine.ckpt")
         assert_unchanged(fresh_net, before)
 
     def test_factors_beyond_fp32_are_refused(self, trained, fresh_net, recwarn):
@@ -160,13 +151,13 @@ class TestStartingFromIt:
         inject_lora(fresh_net, LoRASpec(rank=2, alpha=1e-9, scale=1e-9, targets="all"))
         layers = {name: replace(layer, alpha=1e30) for name, layer in state.layers.items()}
         with pytest.raises(UserError, match="at alpha 1e-18 are beyond fp32's range: set lora_alpha and lora_scale"):
-            start_from_lora(fresh_net, LoRA(layers))
+            set_lora(fresh_net, LoRA(layers))
         assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
 
     def test_a_scale_of_zero_is_refused(self, trained, fresh_net):
         inject_lora(fresh_net, LoRASpec(rank=2, scale=0.0, targets="all"))
         with pytest.raises(UserError, match="mine.ckpt.*at scale 0.*set lora_scale"):
-            start_from_lora(fresh_net, trained[1], "mine.ckpt")
+            set_lora(fresh_net, trained[1], "mine.ckpt")
 
     def test_another_models_shapes_are_refused(self, trained, fresh_net):
         inject_lora(fresh_net, LoRASpec(rank=2, targets="all"))
@@ -174,7 +165,7 @@ class TestStartingFromIt:
         trained[1].layers[TO_Q] = LoRALayer(layer.down[:, :-1], layer.up, layer.alpha)
         before = weights_of(fresh_net)
         with pytest.raises(UserError, match="another model"):
-            start_from_lora(fresh_net, trained[1])
+            set_lora(fresh_net, trained[1])
         assert_unchanged(fresh_net, before)
 
 

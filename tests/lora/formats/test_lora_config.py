@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import adapter as adapters
+from ldm.lora.formats import lora_config as adapters
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.formats.adapter import Adapter, adapter_of
+from ldm.lora.formats.lora_config import Adapter, adapter_of
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.state import LoRA
+from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import write_checkpoint
 from tests.lora.formats.files import random_state
 

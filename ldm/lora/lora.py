@@ -1,0 +1,161 @@
+"""A LoRA in memory: for each layer the factors down and up, and their alpha.
+
+The update of a layer is dW = strength * (alpha / rank) * up @ down (Hu et al. 2021, with alpha as in kohya and PEFT).
+The strength is chosen at generation. A scale that the LoRA was trained with is part of its alpha. Layers go by their
+canonical names, which every file format is translated to and from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.weights.names import COMPONENTS, LABELS, component_of
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """The factors of one layer, fp32.
+
+    Attributes:
+        down: (rank, in) for a linear layer, (rank, in, k, k) for a convolution.
+        up: (out, rank) or (out, rank, 1, 1).
+        alpha: The update is multiplied by alpha / rank.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: float
+
+    def __post_init__(self) -> None:
+        update_shape(self.down.shape, self.up.shape)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the update and of the weight it is for: (out, in) or (out, in, k, k)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Up as (out, rank) and down as (rank, in) or (rank, in * k * k)."""
+        return self.up.reshape(-1, self.rank), self.down.reshape(self.rank, -1)
+
+    def update(self, strength: float = 1.0) -> np.ndarray:
+        """Compute strength * (alpha / rank) * up @ down in fp32."""
+        up, down = self.matrices()
+        product = up.astype(np.float32) @ down.astype(np.float32)
+        product *= np.float32(strength * self.alpha / self.rank)
+        return product.reshape(self.shape)
+
+    def largest(self, strength: float = 1.0) -> float:
+        """Return a bound for the values that `update` computes, without multiplying the factors."""
+        up, down = (float(np.abs(factor).max(initial=0.0)) for factor in (self.up, self.down))
+        factor = abs(strength * self.alpha)
+        return max(factor / self.rank, up * down * max(self.rank, factor))
+
+    def is_zero(self) -> bool:
+        """Whether the update is zero everywhere because alpha or a factor is."""
+        return not (self.alpha and self.up.any() and self.down.any())
+
+
+def update_shape(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the update, (out, in) or (out, in, k, k), given the shapes of the factors.
+
+    Raises:
+        ValueError: The shapes are not those of a pair of factors.
+    """
+    shapes = f"down {down} and up {up}"
+    if len(down) not in (2, 4) or len(up) not in (2, 4):
+        raise ValueError(f"{shapes} must have 2 or 4 axes")
+    if down[0] != up[1] or any(size != 1 for size in up[2:]):
+        raise ValueError(f"{shapes} are no pair of factors")
+    if not down[0]:
+        raise ValueError(f"{shapes} are of rank 0: they hold nothing")
+    return (up[0], *down[1:])
+
+
+@dataclass
+class LoRA:
+    """Low-rank updates for the layers of a base model.
+
+    Attributes:
+        layers: Canonical layer name -> LoRALayer.
+        metadata: What is known about the base model: "architecture" and "prediction_type" as in ModelConfig. A key is
+            absent where the file does not say.
+    """
+
+    layers: dict[str, LoRALayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def only(self, component: str) -> LoRA:
+        """Return the part for "unet" or "text_encoder", which may be empty."""
+        prefix = COMPONENTS[component]
+        layers = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        return LoRA(layers, dict(self.metadata))
+
+    def has(self, component: str) -> bool:
+        return any(name.startswith(COMPONENTS[component]) for name in self.layers)
+
+    def ranks(self) -> list[int]:
+        """Return the distinct ranks of the layers, ascending."""
+        return sorted({layer.rank for layer in self.layers.values()})
+
+    def zero_layers(self) -> list[str]:
+        """Return the names of the layers whose update is zero."""
+        return [name for name, layer in self.layers.items() if layer.is_zero()]
+
+    def __str__(self) -> str:
+        counts = {component: len(self.only(component).layers) for component in COMPONENTS}
+        parts = [f"{LABELS[component]}: {count} layers" for component, count in counts.items() if count]
+        alphas = sorted({layer.alpha for layer in self.layers.values()})
+        return (
+            f"{', '.join(parts) or 'no layers'}; rank {_first_values(self.ranks())}; alpha {_first_values(alphas)}"
+            f"{''.join(f'; {key} {value}' for key, value in self.metadata.items())}"
+        )
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of a LoRA is applied to the UNet and to the text encoder. Any finite numbers."""
+
+    unet: float = 1.0
+    text_encoder: float = 1.0
+
+    @classmethod
+    def from_value(cls, value: float | Strength) -> Strength:
+        """Return `value` itself, or a number as the strength for both networks."""
+        return value if isinstance(value, Strength) else cls(value, value)
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float], default: float = 1.0) -> Strength:
+        """Return the strength that 0 to 2 numbers after a LoRA's path stand for. One number is for both networks."""
+        unet, *text_encoder = numbers or (default,)
+        return cls(unet, *(text_encoder or [unet]))
+
+    def of_layer(self, name: str) -> float:
+        """Return the strength for a layer, given its canonical name."""
+        return self.text_encoder if component_of(name) == "text_encoder" else self.unet
+
+    def check(self, path: str) -> None:
+        """Raise UserError for a strength that is not finite. `path` names the LoRA in the error."""
+        for value in (self.unet, self.text_encoder):
+            if not math.isfinite(value):
+                raise UserError(f"the strength of {path} is {value}: it must be a finite number")
+
+    def __neg__(self) -> Strength:
+        return Strength(-self.unet, -self.text_encoder)
+
+    def __str__(self) -> str:
+        unet = f"{self.unet:g}"
+        return unet if self.unet == self.text_encoder else f"{unet} (text encoder {self.text_encoder:g})"
+
+
+def _first_values(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")

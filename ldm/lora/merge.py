@@ -1,0 +1,166 @@
+"""Merging a LoRA into the weights of a model in memory, after checking that its layers fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ldm.errors import UserError, plain
+from ldm.lora.lora import LoRA, Strength
+from ldm.settings.model import ModelConfig
+from ldm.weights.names import LABELS, component_of, same_up_to_1x1
+
+LARGEST_FP16 = 65504.0
+# The width of the text embeddings tells which version a LoRA was made for.
+VERSION_OF_WIDTH = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
+
+
+@dataclass
+class LoRAMatch:
+    """How the layers of a LoRA fit a model, by component ("unet", "vae", "text_encoder" or "other").
+
+    Attributes:
+        matched: Names of the layers that the model has in the same shape.
+        unmatched: Names of the layers that the model does not have.
+        wrong_shape: (name, shape in the LoRA, shape in the model) of the layers that have another shape.
+    """
+
+    matched: dict[str, list[str]] = field(default_factory=dict)
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
+    wrong_shape: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.matched) and not self.unmatched and not self.wrong_shape
+
+    def require(self, path: str) -> None:
+        """Raise UserError unless every layer fits. `path` names the LoRA in the error."""
+        if not self.ok:
+            raise UserError(self._mismatch(path))
+
+    def _mismatch(self, path: str) -> str:
+        """Say in one line why the LoRA does not fit: counts by component, and the model it was made for or an example."""
+        if not (self.matched or self.unmatched or self.wrong_shape):
+            return f"{path} holds no layers: there is nothing to merge"
+        example = ""
+        for wrong in self.wrong_shape.values():
+            name, shape, wanted = wrong[0]
+            if name.endswith(("attn2.to_k", "attn2.to_v")) and shape[1] != wanted[1]:
+                lora_is, model_is = (
+                    VERSION_OF_WIDTH.get(width, f"text embeddings of width {width}") for width in (shape[1], wanted[1])
+                )
+                example = f"; it was made for {lora_is}, the model is {model_is}"
+                break
+            example = example or f"; for example {name} is {shape}, wanted {wanted}"
+        if not example and self.unmatched:
+            example = f"; for example {next(iter(self.unmatched.values()))[0]} is not in the model"
+        what = "does not fit the model" if self.matched else "matches nothing in the model"
+        return f"{path} {what} ({self}{example})"
+
+    def __str__(self) -> str:
+        parts = []
+        for component, label in LABELS.items():
+            counts = (
+                (len(self.matched.get(component, ())), "matched"),
+                (len(self.unmatched.get(component, ())), "unmatched"),
+                (len(self.wrong_shape.get(component, ())), "of a wrong shape"),
+            )
+            if any(count for count, _ in counts):
+                parts.append(f"{label}: " + ", ".join(f"{count} {what}" for count, what in counts if count))
+        return "; ".join(parts) or "no layers"
+
+
+def match_lora(model: nn.Cell, lora: LoRA) -> LoRAMatch:
+    """Compare the layers of `lora` with the parameters of `model`, by name and shape."""
+    return match_shapes({p.name: tuple(p.shape) for p in model.get_parameters()}, lora)
+
+
+def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch:
+    """Compare the layers of `lora` with a model given as parameter name -> shape."""
+    match = LoRAMatch()
+    for name, layer in lora.layers.items():
+        component = component_of(name)
+        wanted = shapes.get(f"{name}.weight")
+        if wanted is None:
+            match.unmatched.setdefault(component, []).append(name)
+        elif same_up_to_1x1(layer.shape, wanted):  # SD1 has 1x1 convolutions where SD2 has linear layers
+            match.matched.setdefault(component, []).append(name)
+        else:
+            match.wrong_shape.setdefault(component, []).append((name, layer.shape, wanted))
+    return match
+
+
+def check_compatible(lora: LoRA, config: ModelConfig, path: str = "the LoRA") -> None:
+    """Check what the LoRA's metadata says about its base model. The shapes are checked by `merge_lora`.
+
+    Args:
+        lora: A LoRA whose metadata may be empty.
+        config: Configuration of the model that it is to be used with.
+        path: Name of the LoRA in the error.
+
+    Raises:
+        UserError: The LoRA was made for another architecture or prediction type.
+    """
+    for key, wanted, other in (
+        ("architecture", config.architecture, "a model of another architecture"),
+        ("prediction_type", config.prediction_type, "a model that predicts something else"),
+    ):
+        if lora.metadata.get(key, wanted) != wanted:
+            raise UserError(
+                f"{path} was made for {other}: its {key} is {lora.metadata[key]}, the one of {config.path} is {wanted}; "
+                "choose the version or configuration that it was trained on"
+            )
+
+
+def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, path: str = "the LoRA") -> LoRAMatch:
+    """Add strength * (alpha / rank) * up @ down to the weight of each layer.
+
+    The sum is computed in fp32 and cast to the weight's type. Strength 0 leaves every weight unchanged, bit for bit. A
+    negative strength subtracts. Several LoRAs can be merged one after another.
+
+    Args:
+        model: A StableDiffusion or a part of one, with or without injected LoRA layers.
+        lora: The LoRA to merge.
+        strength: One number, or a Strength with one number for each network.
+        path: Name of the LoRA in an error.
+
+    Returns:
+        How the layers fit.
+
+    Raises:
+        UserError: A layer has no counterpart of its shape in `model`, or a sum is outside the range of the weight's
+            type. `model` is unchanged then.
+    """
+    strength = Strength.from_value(strength)
+    strength.check(path)
+    match = match_lora(model, lora)
+    match.require(path)
+    parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+
+    def merged(name: str) -> np.ndarray:
+        weight = parameters[f"{name}.weight"].asnumpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            update = lora.layers[name].update(strength.of_layer(name)).reshape(weight.shape)
+            return (weight.astype(np.float32) + update).astype(weight.dtype)
+
+    names = [name for name in lora.layers if strength.of_layer(name)]
+    for name in names:
+        # Weights are small and large updates are rare: only where an overflow is possible is the sum computed twice.
+        if not lora.layers[name].largest(strength.of_layer(name)) < LARGEST_FP16 / 2:
+            weight = parameters[f"{name}.weight"]
+            if np.isfinite(weight.asnumpy()).all() and not np.isfinite(merged(name)).all():
+                raise UserError(
+                    f"{path} at strength {strength.of_layer(name):g}: the sum with {plain(name)} is outside the range "
+                    f"of {weight.dtype}: lower the strength"
+                )
+    for name in names:
+        parameters[f"{name}.weight"].set_data(Tensor(merged(name)))
+    return match
+
+
+def unmerge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0) -> LoRAMatch:
+    """Subtract what merge_lora(model, lora, strength) added, within rounding of the weights' type."""
+    return merge_lora(model, lora, -Strength.from_value(strength))
