@@ -8,8 +8,8 @@ from typing import Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.paths import MOST_STRENGTH
+from ldm.settings.declare import MOST_BATCH, MOST_RANK, setting
 from ldm.settings.model import MOST_SIDE, MOST_TIMESTEPS
-from ldm.settings.read import MOST_BATCH, MOST_RANK, setting
 from ldm.settings.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -114,15 +114,27 @@ class GenerateSettings:
         group="LoRA",
         low=-MOST_STRENGTH,
         high=MOST_STRENGTH,
+        needs="lora_ckpt_path",
     )
     lora_ft_unet: Optional[bool] = setting(
-        None, "None: as the file has it; False: leave its UNet part out; True: it must have one", group="LoRA"
+        None,
+        "None: as the file has it; False: leave its UNet part out; True: it must have one",
+        group="LoRA",
+        needs="lora_ckpt_path",
     )
     lora_ft_text_encoder: Optional[bool] = setting(
-        None, "None: as the file has it; False: leave its text encoder part out; True: it must have one", group="LoRA"
+        None,
+        "None: as the file has it; False: leave its text encoder part out; True: it must have one",
+        group="LoRA",
+        needs="lora_ckpt_path",
     )
     lora_rank: Optional[int] = setting(
-        None, "the rank is read from the file; given here, it is compared with it", group="LoRA", low=1, high=MOST_RANK
+        None,
+        "the rank is read from the file; given here, it is compared with it",
+        group="LoRA",
+        low=1,
+        high=MOST_RANK,
+        needs="lora_ckpt_path",
     )
 
     sampling_steps: int = setting(20, "network calls an image", group="sampling", low=1, high=MOST_TIMESTEPS)

@@ -1,10 +1,6 @@
 """Settings from a dataclass: its defaults, then a YAML file, then command-line flags; the later wins.
 
-    @dataclass
-    class Config:
-        epochs: int = setting(10, "passes over the data", group="schedule", low=1)
-
-    config = read_settings(Config, sys.argv[1:], yaml_flag="train_config", prog="train.py")
+    settings = read_settings(TrainSettings, sys.argv[1:], yaml_flag="train_config", prog="train.py")
 
 Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` and `null`
 stand for None where a setting is Optional, on the command line and in YAML.
@@ -37,49 +33,6 @@ Config = TypeVar("Config")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NONE = ("none", "null")
 LONGEST_NAME = 100  # characters: comparing takes the square of them
-
-# Bounds of settings that several scripts have: what is beyond is a slip, and would fail late.
-MOST_COUNT = 1_000_000_000  # steps, epochs, files
-MOST_BATCH = 10_000
-MOST_RANK = 4096
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    group: str = "settings",
-    choices: Sequence[Any] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    length: int | None = None,
-    path: bool = False,
-    project: bool = False,
-) -> Any:
-    """A dataclass field with what `read_settings` needs to explain and check it.
-
-    `choices` are the allowed values, `low` and `high` the range with its ends, `above` and `below` without them (for a
-    list: of each entry), `length` the number of entries of a list. `path` says that the texts of this setting are
-    paths, in which `~` and `$NAME` are expanded; `project` that what is not there is looked for under the project's
-    folder, so that scripts run from anywhere. A default is neither checked nor expanded.
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "choices": choices,
-        "low": low,
-        "high": high,
-        "above": above,
-        "below": below,
-        "length": length,
-        "path": path,
-        "project": project,
-    }
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_settings(

@@ -8,8 +8,8 @@ from typing import Optional, Union
 
 from ldm.errors import UserError
 from ldm.files.paths import MOST_STRENGTH
+from ldm.settings.declare import MOST_BATCH, MOST_COUNT, MOST_RANK, names_of, setting
 from ldm.settings.model import MOST_SIDE
-from ldm.settings.read import MOST_BATCH, MOST_COUNT, MOST_RANK, setting
 
 SCHEDULERS = ("constant", "linear", "cosine")
 # the names in mindone's recipes
@@ -21,13 +21,22 @@ LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and 
 
 @dataclass
 class TrainSettings:
+    """What train_text_to_image.py does: the names of mindone's published recipes, and this project's own."""
+
     train_config: Optional[str] = setting(
-        None, "YAML file with any of these settings; flags win over it", group=FILES, path=True, project=True
+        None,
+        "YAML file with any of these settings; flags win over it",
+        group=FILES,
+        path=True,
+        project=True,
+        set_by_comparison=True,
     )
     data_path: Optional[str] = setting(
-        None, "folder with the images and img_txt.csv", group=FILES, path=True, project=True
+        None, "folder with the images and img_txt.csv", group=FILES, path=True, project=True, set_by_comparison=True
     )
-    output_path: str = setting("output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True)
+    output_path: str = setting(
+        "output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True, set_by_comparison=True
+    )
     pretrained_model_path: Optional[str] = setting(
         None,
         "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers "
@@ -35,11 +44,13 @@ class TrainSettings:
         group=FILES,
         path=True,
         project=True,
+        set_by_comparison=True,
     )
     pretrained_model_ema: bool = setting(
         False,
         "start from the moving averages of the UNet (EMA) that the checkpoint holds beside its weights",
         group=FILES,
+        not_in_diffusers="convert the base model with --ema first",
     )
     vae_ckpt_path: Optional[str] = setting(
         None,
@@ -48,6 +59,7 @@ class TrainSettings:
         group=FILES,
         path=True,
         project=True,
+        not_in_diffusers="give a diffusers folder with that VAE in it as --base",
     )
     model_config: Optional[str] = setting(
         None,
@@ -61,25 +73,54 @@ class TrainSettings:
         "go on from the last state in output_path (True), or from that state file or folder",
         group=FILES,
         path=True,
+        set_by_comparison=True,
     )
 
     unet_initialize_random: bool = setting(
         False, "start from a random UNet and take the VAE and the text encoder alone from the checkpoint", group=NETWORK
     )
 
-    use_lora: bool = setting(False, "train low-rank updates instead of the whole UNet", group=LORA)
-    lora_ft_unet: bool = setting(True, "put LoRA into the UNet", group=LORA)
-    lora_ft_text_encoder: bool = setting(False, "put LoRA into the text encoder", group=LORA)
-    lora_rank: int = setting(4, "rank: larger learns more, and makes a larger file", group=LORA, low=1, high=MOST_RANK)
-    lora_alpha: Optional[float] = setting(
-        None, "the update is scaled by lora_alpha / lora_rank; None: by 1", group=LORA, above=0, high=1e6
+    use_lora: bool = setting(
+        False, "train low-rank updates instead of the whole UNet", group=LORA, resume="fixed", graph_key=True
     )
-    lora_scale: float = setting(1.0, "a further factor on the update", group=LORA, above=0, high=MOST_STRENGTH)
+    lora_ft_unet: bool = setting(True, "put LoRA into the UNet", group=LORA, resume="fixed", graph_key=True)
+    lora_ft_text_encoder: bool = setting(
+        False,
+        "put LoRA into the text encoder",
+        group=LORA,
+        resume="fixed",
+        graph_key=True,
+        needs="use_lora",
+        not_in_diffusers="diffusers' script trains the UNet alone",
+    )
+    lora_rank: int = setting(
+        4,
+        "rank: larger learns more, and makes a larger file",
+        group=LORA,
+        low=1,
+        high=MOST_RANK,
+        resume="fixed",
+        graph_key=True,
+    )
+    lora_alpha: Optional[float] = setting(
+        None,
+        "the update is scaled by lora_alpha / lora_rank; None: by 1",
+        group=LORA,
+        above=0,
+        high=1e6,
+        resume="fixed",
+        graph_key=True,
+    )
+    lora_scale: float = setting(
+        1.0, "a further factor on the update", group=LORA, above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
+    )
     lora_targets: list[str] = setting(
         ["attention"],
         "which layers: attention (q, k, v and out), all (also feed-forward, projections and convolutions), or the last "
         "parts of layers' names, such as to_q to_v",
         group=LORA,
+        resume="fixed",
+        graph_key=True,
     )
     lora_config: Optional[str] = setting(
         None,
@@ -88,9 +129,19 @@ class TrainSettings:
         group=LORA,
         path=True,
         project=True,
+        resume="fixed",
+        needs="use_lora",
+        not_in_diffusers="it may train scales and drop inputs, which diffusers' script does not; use lora_targets",
     )
     lora_dropout: float = setting(
-        0.0, "share of a layer's inputs that LoRA does not see in a step", group=LORA, low=0, below=1
+        0.0,
+        "share of a layer's inputs that LoRA does not see in a step",
+        group=LORA,
+        low=0,
+        below=1,
+        resume="fixed",
+        graph_key=True,
+        not_in_diffusers="its masks are drawn differently",
     )
     lora_init_path: Optional[str] = setting(
         None,
@@ -98,64 +149,165 @@ class TrainSettings:
         "trained here",
         group=LORA,
         path=True,
+        needs="use_lora",
+        set_by_comparison=True,
     )
     lora_fp16: bool = setting(
-        True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32", group=LORA
+        True,
+        "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32",
+        group=LORA,
+        resume="fixed",
+        graph_key=True,
     )
 
     image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
     caption_column: str = setting("text", "column of img_txt.csv with the caption", group=DATA)
     image_size: Optional[int] = setting(
-        None, "pixels of a side; None: the model's own", group=DATA, low=8, high=MOST_SIDE
+        None, "pixels of a side; None: the model's own", group=DATA, low=8, high=MOST_SIDE, resume="fixed"
     )
     image_filter_size: int = setting(
-        0, "leave out images with a side shorter than this", group=DATA, low=0, high=100_000
+        0,
+        "leave out images with a side shorter than this",
+        group=DATA,
+        low=0,
+        high=100_000,
+        not_in_diffusers="leave small images out of the data set instead",
     )
     random_crop: bool = setting(
-        False, "take a square anywhere in the image, not its middle; latents are then not cached", group=DATA
+        False,
+        "take a square anywhere in the image, not its middle; latents are then not cached",
+        group=DATA,
+        resume="fixed",
+        shared_with_diffusers=True,
     )
-    random_flip: bool = setting(False, "mirror half of the images; latents are then not cached", group=DATA)
+    random_flip: bool = setting(
+        False,
+        "mirror half of the images; latents are then not cached",
+        group=DATA,
+        resume="fixed",
+        shared_with_diffusers=True,
+    )
     caption_dropout: float = setting(
-        0.0, "share of captions replaced by the empty one, for guidance", group=DATA, low=0, high=1
+        0.0,
+        "share of captions replaced by the empty one, for guidance",
+        group=DATA,
+        low=0,
+        high=1,
+        resume="fixed",
+        shared_with_diffusers=True,
     )
-    cache_latents: bool = setting(True, "encode each image once and keep it under output_path/cache", group=DATA)
-    cache_text: bool = setting(True, "encode each caption once and keep it under output_path/cache", group=DATA)
+    cache_latents: bool = setting(
+        True, "encode each image once and keep it under output_path/cache", group=DATA, shared_with_diffusers=True
+    )
+    cache_text: bool = setting(
+        True, "encode each caption once and keep it under output_path/cache", group=DATA, shared_with_diffusers=True
+    )
     num_workers: int = setting(1, "threads that load images", group=DATA, low=1, high=256)
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
     max_steps: Optional[int] = setting(None, "updates in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT)
-    train_batch_size: int = setting(4, "images a step and device", group=LENGTH, low=1, high=MOST_BATCH)
+    train_batch_size: int = setting(
+        4, "images a step and device", group=LENGTH, low=1, high=MOST_BATCH, resume="fixed", graph_key=True
+    )
     gradient_accumulation_steps: int = setting(
-        1, "batches that one update is the mean over", group=LENGTH, low=1, high=MOST_BATCH
+        1,
+        "batches that one update is the mean over",
+        group=LENGTH,
+        low=1,
+        high=MOST_BATCH,
+        resume="fixed",
+        graph_key=True,
     )
 
-    optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",))
-    betas: list[float] = setting([0.9, 0.999], "AdamW's decay rates", group=RATE, low=0, below=1, length=2)
+    optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
+    betas: list[float] = setting(
+        [0.9, 0.999],
+        "AdamW's decay rates",
+        group=RATE,
+        low=0,
+        below=1,
+        length=2,
+        resume="followed",
+        graph_key=True,
+        shared_with_diffusers=True,
+    )
     weight_decay: float = setting(
-        0.01, "AdamW's weight decay, of every trained parameter", group=RATE, low=0, high=1000
+        0.01,
+        "AdamW's weight decay, of every trained parameter",
+        group=RATE,
+        low=0,
+        high=1000,
+        resume="followed",
+        shared_with_diffusers=True,
     )
     scheduler: str = setting(
         "constant",
         "course of the learning rate after the warm-up",
         group=RATE,
         choices=(*SCHEDULERS, *ALIASES),
+        resume="followed",
+        shared_with_diffusers=True,
     )
-    start_learning_rate: float = setting(1e-5, "learning rate after the warm-up", group=RATE, above=0, high=100)
+    start_learning_rate: float = setting(
+        1e-5,
+        "learning rate after the warm-up",
+        group=RATE,
+        above=0,
+        high=100,
+        resume="followed",
+        shared_with_diffusers=True,
+    )
     end_learning_rate: float = setting(
-        1e-7, "learning rate at the end of linear and cosine", group=RATE, low=0, high=100
+        1e-7,
+        "learning rate at the end of linear and cosine",
+        group=RATE,
+        low=0,
+        high=100,
+        resume="followed",
+        shared_with_diffusers=True,
     )
-    warmup_steps: int = setting(0, "updates of linear warm-up", group=RATE, low=0, high=MOST_COUNT)
+    warmup_steps: int = setting(
+        0,
+        "updates of linear warm-up",
+        group=RATE,
+        low=0,
+        high=MOST_COUNT,
+        resume="followed",
+        shared_with_diffusers=True,
+    )
     decay_steps: int = setting(
-        0, "updates from start to end rate; 0: all after the warm-up", group=RATE, low=0, high=MOST_COUNT
+        0,
+        "updates from start to end rate; 0: all after the warm-up",
+        group=RATE,
+        low=0,
+        high=MOST_COUNT,
+        resume="followed",
     )
 
-    clip_grad: bool = setting(False, "scale gradients down to max_grad_norm", group=GRADIENTS)
-    max_grad_norm: float = setting(1.0, "largest global norm of the gradients", group=GRADIENTS, above=0, high=1e30)
+    clip_grad: bool = setting(
+        False,
+        "scale gradients down to max_grad_norm",
+        group=GRADIENTS,
+        resume="followed",
+        graph_key=True,
+        shared_with_diffusers=True,
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "largest global norm of the gradients",
+        group=GRADIENTS,
+        above=0,
+        high=1e30,
+        resume="followed",
+        shared_with_diffusers=True,
+    )
     loss_scaler_type: str = setting(
         "auto",
         "auto: dynamic in fp16, none in fp32",
         group=GRADIENTS,
         choices=("auto", "dynamic", "static", "none"),
+        resume="followed",
+        set_by_comparison=True,
     )
     init_loss_scale: float = setting(
         65536.0, "first loss scale (static: the only one)", group=GRADIENTS, above=0, high=2**32
@@ -166,16 +318,29 @@ class TrainSettings:
         group=GRADIENTS,
         above=1,
         high=65536,
+        resume="followed",
     )
     scale_window: int = setting(
-        1000, "dynamic: steps without overflow before the scale grows", group=GRADIENTS, low=1, high=MOST_COUNT
+        1000,
+        "dynamic: steps without overflow before the scale grows",
+        group=GRADIENTS,
+        low=1,
+        high=MOST_COUNT,
+        resume="followed",
     )
-    drop_overflow_update: bool = setting(True, "skip the update of a step that overflows", group=GRADIENTS)
+    drop_overflow_update: bool = setting(
+        True, "skip the update of a step that overflows", group=GRADIENTS, resume="followed", graph_key=True
+    )
 
     use_ema: bool = setting(
-        False, "keep a moving average of what is trained; it is what the checkpoints hold", group=SAVING
+        False,
+        "keep a moving average of what is trained; it is what the checkpoints hold",
+        group=SAVING,
+        resume="fixed",
+        graph_key=True,
+        not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
-    ema_decay: float = setting(0.9999, "the average's decay a step", group=SAVING, low=0, below=1)
+    ema_decay: float = setting(0.9999, "the average's decay a step", group=SAVING, low=0, below=1, resume="followed")
     ckpt_save_interval: int = setting(
         1, "save every this many epochs (step_mode: steps)", group=SAVING, low=1, high=MOST_COUNT
     )
@@ -188,25 +353,43 @@ class TrainSettings:
     device_target: Optional[str] = setting(
         None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
     )
-    mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", group=DEVICE, choices=(0, 1))
+    mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", group=DEVICE, choices=(0, 1), graph_key=True)
     jit_level: Optional[str] = setting(
-        None, "how much Ascend's graph compiler optimises", group=DEVICE, choices=("O0", "O1", "O2")
+        None, "how much Ascend's graph compiler optimises", group=DEVICE, choices=("O0", "O1", "O2"), graph_key=True
     )
     precision: str = setting(
-        "auto", "auto: fp16 on Ascend, fp32 on the CPU", group=DEVICE, choices=("auto", "fp16", "fp32")
+        "auto",
+        "auto: fp16 on Ascend, fp32 on the CPU",
+        group=DEVICE,
+        choices=("auto", "fp16", "fp32"),
+        resume="fixed",
+        set_by_comparison=True,
     )
-    seed: int = setting(42, "of everything that is drawn", group=DEVICE, low=0, below=2**32)
+    seed: int = setting(
+        42,
+        "of everything that is drawn",
+        group=DEVICE,
+        low=0,
+        below=2**32,
+        resume="fixed",
+        shared_with_diffusers=True,
+        set_by_comparison=True,
+    )
     compile_cache: bool = setting(
         False, "keep the compiled step under output_path/cache, so that resuming starts sooner", group=DEVICE
     )
-    use_parallel: bool = setting(False, "data parallel over the processes that msrun started", group=DEVICE)
-    enable_flash_attention: bool = setting(False, "Ascend's fused attention (Ascend only)", group=DEVICE)
+    use_parallel: bool = setting(
+        False, "data parallel over the processes that msrun started", group=DEVICE, set_by_comparison=True
+    )
+    enable_flash_attention: bool = setting(
+        False, "Ascend's fused attention (Ascend only)", group=DEVICE, graph_key=True
+    )
     dataset_sink_mode: bool = setting(
         False, "feed batches through Ascend's data queue while the step runs (Ascend only)", group=DEVICE
     )
 
     def __post_init__(self) -> None:
-        """Raises UserError for settings that contradict each other."""
+        """Check the settings against each other. Raises UserError."""
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
@@ -214,9 +397,6 @@ class TrainSettings:
             raise UserError("unet_initialize_random trains a UNet from nothing; that is not for use_lora")
         if self.lora_config is not None and self.lora_targets != ["attention"]:
             raise UserError("lora_config and lora_targets both say which layers: leave one of them out")
-        if self.lora_config is not None and not self.use_lora:
-            raise UserError("lora_config needs use_lora: without it the whole UNet is trained")
-        if self.lora_init_path is not None and not self.use_lora:
-            raise UserError("lora_init_path needs use_lora: without it the whole UNet is trained")
-        if self.lora_ft_text_encoder and not self.use_lora:
-            raise UserError("lora_ft_text_encoder needs use_lora: without it the UNet alone is trained")
+        for name in names_of(type(self), needs="use_lora"):
+            if getattr(self, name) and not self.use_lora:
+                raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")

@@ -14,7 +14,8 @@ from typing import Optional, Union
 import pytest
 
 from ldm.errors import UserError
-from ldm.settings.read import read_settings, save_settings, setting
+from ldm.settings.declare import setting
+from ldm.settings.read import read_settings, save_settings
 
 ROOT = Path(__file__).parents[2]
 
