@@ -46,7 +46,7 @@ def latent_shape(config: ModelConfig, height: int | None = None, width: int | No
 
     Raises UserError for a size that the networks cannot halve as often as they must.
     """
-    multiple = size_multiple(config)
+    multiple = config.size_multiple
     sizes = []
     for name, size in (("H", height), ("W", width)):
         size = config.image_size if size is None else size
@@ -55,11 +55,6 @@ def latent_shape(config: ModelConfig, height: int | None = None, width: int | No
             raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
         sizes.append(size // config.vae_factor)
     return config.latent_channels, sizes[0], sizes[1]
-
-
-def size_multiple(config: ModelConfig) -> int:
-    """Height and width in pixels must be multiples of this: the autoencoder's factor times the UNet's halvings."""
-    return config.vae_factor * 2 ** (len(config.unet["channel_mult"]) - 1)
 
 
 def out_of_memory(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> UserError:

@@ -27,15 +27,19 @@ class DiffusionWrapper(nn.Cell):
 class StableDiffusion(nn.Cell):
     """The three networks: `model.diffusion_model`, `first_stage_model`, `cond_stage_model`.
 
-    A container: each part runs as a graph of its own. `parameters_dict()` has the names of the published single-file
+    A container: each network runs as a graph of its own. `parameters_dict()` has the names of the published single-file
     checkpoints.
+
+    Attributes:
+        config: The configuration that the networks are built from.
     """
 
-    def __init__(self, unet: UNetModel, vae: AutoencoderKL, text_encoder: CLIPTextEncoder):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.model = DiffusionWrapper(unet)
-        self.first_stage_model = vae
-        self.cond_stage_model = text_encoder
+        self.config = config
+        self.model = DiffusionWrapper(UNetModel(**config.unet))
+        self.first_stage_model = AutoencoderKL(**config.vae)
+        self.cond_stage_model = CLIPTextEncoder(**config.text)
 
 
 def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
@@ -44,7 +48,7 @@ def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
     random: False for zeros, which cost no time and no memory, where a checkpoint is loaded next.
     """
     with nullcontext() if random else not_drawn():
-        model = StableDiffusion(UNetModel(**config.unet), AutoencoderKL(**config.vae), CLIPTextEncoder(**config.text))
+        model = StableDiffusion(config)
     model.set_train(False)
     for parameter in model.get_parameters():
         parameter.requires_grad = False

@@ -165,6 +165,11 @@ class ModelConfig:
     text: dict[str, Any]  # arguments of CLIPTextEncoder
     added_tokens: tuple[AddedToken, ...] = ()  # of the checkpoint, see ldm.weights.added_tokens; a YAML has none
 
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this: the VAE's factor times the UNet's halvings."""
+        return self.vae_factor * 2 ** (len(self.unet["channel_mult"]) - 1)
+
     def content(self) -> dict[str, Any]:
         """All that makes the model what it is, for hashes: not where it was read; the tokens only where there are any,
         so that runs from before there were such resume.

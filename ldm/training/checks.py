@@ -40,8 +40,6 @@ def check_settings(config: TrainSettings) -> None:
 def image_size(config: TrainSettings, model: ModelConfig) -> int:
     """Pixels of a side. Raises UserError for a size that the UNet cannot halve as often as it must."""
     size = config.image_size or model.image_size
-    # each level of the UNet halves the latent once more
-    step = model.vae_factor * 2 ** (len(model.unet["channel_mult"]) - 1)
-    if size % step:
-        raise UserError(f"image_size {size} must be a multiple of {step} for {plain(model.path)}")
+    if size % model.size_multiple:
+        raise UserError(f"image_size {size} must be a multiple of {model.size_multiple} for {plain(model.path)}")
     return size

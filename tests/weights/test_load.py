@@ -263,8 +263,8 @@ class TestPrecision:
         latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
         half, full = (load_model(config, loud, dtype) for dtype in (ms.float16, ms.float32))
         assert half.model.diffusion_model.time_embed[0].dtype == ms.float16
-        drawn = Pipeline(half, config).decode(latents)
-        np.testing.assert_array_equal(drawn, Pipeline(full, config).decode(latents))
+        drawn = Pipeline(half).decode(latents)
+        np.testing.assert_array_equal(drawn, Pipeline(full).decode(latents))
         assert drawn.std() > 1
 
 

@@ -91,7 +91,7 @@ class TestAreUsed:
     def test_by_a_prompt(self, plain_folder, tmp_path):
         folder = make_folder(plain_folder, tmp_path / "sd")
         model = detect_model(folder)
-        pipeline = Pipeline(load_model(model, folder), model)
+        pipeline = Pipeline(load_model(model, folder))
         assert pipeline.tokenizer.tokenize("a <cat-toy> <cat-toy>_1") == [320, 49408, 49409]
         rows = pipeline.encode_prompts(["a <cat-toy>", "a <cat-toy>_1", "a cat toy"])
         assert all(np.abs(rows[i] - rows[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))

@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> None:
     sampling = Sampling(steps=20, scale=args.scale, batch_size=20)
 
     def images_of(prompts: list[str]) -> np.ndarray:
-        made = Pipeline(model, config).generate(prompts, sampling, args.seed)
+        made = Pipeline(model).generate(prompts, sampling, args.seed)
         return np.concatenate([batch.images for batch in made])
 
     result: dict[str, float | int | str] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
