@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from ldm.files.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
 from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import names_of  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
@@ -81,19 +82,6 @@ WORKER = "tools/eval/diffusers_worker.py"
 VENV = ROOT / ".venv-parity"
 NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "matplotlib", "PIL", "numpy", "ftfy", "tqdm")
 GRID_PROMPTS = 24
-# Settings that are the same for both sides, or their own, by what this script does.
-SET_HERE = ("train_config", "data_path", "pretrained_model_path", "output_path", "resume", "seed", "precision",
-            "loss_scaler_type", "lora_init_path", "use_parallel")  # fmt: skip
-# What diffusers' train_text_to_image_lora.py has no counterpart of: setting -> (how to turn it off, why).
-NOT_COMPARED = {
-    "lora_ft_text_encoder": ("False", "diffusers' script trains the UNet alone"),
-    "lora_config": ("None", "it may train scales and drop inputs, which diffusers' script does not; use lora_targets"),
-    "lora_dropout": ("0", "its masks are drawn differently"),
-    "use_ema": ("False", "diffusers' script keeps no moving average of a LoRA"),
-    "image_filter_size": ("0", "leave small images out of the data set instead"),
-    "pretrained_model_ema": ("False", "convert the base with --ema first"),
-    "vae_ckpt_path": ("None", "give a diffusers folder with that VAE in it as --base"),
-}
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -103,7 +91,7 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
     """The recipe as both sides train it. Raises UserError for what diffusers' LoRA training has no counterpart of."""
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("-", "_")
-        if flag.startswith("--") and name in SET_HERE:
+        if flag.startswith("--") and name in names_of(TrainSettings, set_by_comparison=True):
             way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
             raise UserError(f"--{name} cannot be given here: {way}")
     config = read_settings(
@@ -114,9 +102,12 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
     )  # fmt: skip
     if not config.use_lora:
         raise UserError(f"{path} trains the whole UNet: this comparison is of LoRA, add --use_lora True")
-    for name, (off, reason) in NOT_COMPARED.items():
-        if getattr(config, name):
-            raise UserError(f"{name} is set, which cannot be compared: {reason}; add --{name} {off}")
+    for field in fields(TrainSettings):
+        reason = field.metadata["not_in_diffusers"]
+        if reason and getattr(config, field.name):
+            raise UserError(
+                f"{field.name} is set, which cannot be compared: {reason}; add --{field.name} {field.default}"
+            )
     return config
 
 
@@ -144,7 +135,7 @@ def read_data(folder: Path, config: TrainSettings, prompts: int | None) -> tuple
         texts, test = read_prompts(lines, "data_path"), []
     else:
         test = read_image_text_csv(folder / "test", **columns).rows
-        texts = [" ".join(row.text.split()) for row in test]
+        texts = [" ".join(row.caption.split()) for row in test]
         both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
         if both:
             raise UserError(
@@ -329,11 +320,19 @@ class Comparison:
             pass
         self.worker = Worker(reference_python(args.reference_python))
         self.batch_size = 16 if self.image_size <= 128 else 4
-        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.text)))
+        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.caption)))
         self.base_hash = base_hash(self.base)
 
     def recipe(self, seed: int) -> TrainSettings:
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
+
+    def _recipe(self, config: TrainSettings) -> dict[str, Any]:
+        """What decides the trained weights, beside the base model and the data."""
+        order = BatchOrder(len(self.rows), config.train_batch_size, config.seed)
+        rules = {field.name: field.metadata for field in fields(config)}
+        names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
+        updates = make_plan(config, order.steps_per_epoch).updates
+        return {**{name: getattr(config, name) for name in names}, "updates": updates}
 
     def run(self) -> None:
         progress(lambda: f"before the end; what is done is kept in {self.output}: the same command goes on from there")
@@ -355,7 +354,7 @@ class Comparison:
         trained: dict[str, dict[str, Any]] = {}
         for seed in seeds:
             config, name = self.recipe(seed), f"seed{seed}"
-            settings = {"base": self.base_hash, "model": model, "data": self.data_hash, "recipe": _training(config)}
+            settings = {"base": self.base_hash, "model": model, "data": self.data_hash, "recipe": self._recipe(config)}
             start = self.stages.run(f"{name}/start", settings, lambda folder, c=config: self._write_start(c, folder))
             settings["start"] = start["sha256"]
             runs = (
@@ -423,17 +422,14 @@ class Comparison:
     def _train_diffusers(self, config: TrainSettings, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         order = BatchOrder(len(self.rows), config.train_batch_size, config.seed)
         plan = make_plan(config, order.steps_per_epoch)
-        same = ("seed", "scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "betas",
-                "weight_decay", "clip_grad", "max_grad_norm", "caption_dropout", "cache_latents", "cache_text",
-                "random_crop", "random_flip")  # fmt: skip
         job = {
-            **{name: getattr(config, name) for name in same},
+            **{name: getattr(config, name) for name in names_of(TrainSettings, shared_with_diffusers=True)},
             "base": str(self.output / "base" / "diffusers"),
             "pad_token": self.model.pad_token,
             "added_tokens": self.model.added_tokens,
             "lora": str(self._start_of(config.seed)),
             "trained_parameters": start["parameters"],
-            "rows": [[str(row.path), row.text] for row in self.rows],
+            "rows": [[str(row.path), row.caption] for row in self.rows],
             "image_size": self.image_size,
             "batch_size": config.train_batch_size,
             "micro_steps": config.gradient_accumulation_steps,
@@ -533,7 +529,7 @@ class Comparison:
             "base": {"file": self.base.name, "sha256": self.base_hash, "architecture": self.model.architecture},
             "data": {"folder": Path(self.args.data).name, "rows": len(self.rows), "prompts": len(self.prompts)},
             "seeds": self.args.seeds,
-            "recipe": {key: value for key, value in _training(config).items() if key != "seed"},
+            "recipe": {key: value for key, value in self._recipe(config).items() if key != "seed"},
             "updates": len(losses[str(self.args.seeds[0])]["ours"]),
             "sampling": {"sampler": "DPM-Solver++", "steps": self.args.sampling_steps, "scale": self.scale,
                          "latents_seed": self.args.latents_seed},
@@ -613,15 +609,6 @@ def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None
         raise UserError(refusal(checkpoint, report))
     canonical = Canonical(checkpoint, plan, shapes)
     write_folder(folder, model, diffusers_parts(canonical, shapes, model, DTYPES["fp32"]))
-
-
-def _training(config: TrainSettings) -> dict[str, Any]:
-    """The settings that decide what is trained."""
-    left_out = ("train_config", "data_path", "output_path", "pretrained_model_path", "model_config", "resume",
-                "num_workers", "ckpt_save_interval", "step_mode", "ckpt_max_keep", "log_level", "device_target", "mode",
-                "jit_level", "compile_cache", "use_parallel", "enable_flash_attention", "dataset_sink_mode",
-                "lora_fp16", "vae_ckpt_path")  # fmt: skip
-    return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
 def _trained(folder: Path, lora: str) -> dict[str, Any]:
