@@ -17,6 +17,7 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import ROOT, under_root, weighted_path
 from ldm.files.prompts import MOST_CHARACTERS, read_prompts
+from ldm.settings.declare import names_of
 from ldm.settings.generate import MOST_IMAGES, GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.versions import VERSIONS, default_guidance_scale
@@ -252,7 +253,7 @@ def _model_config(version: str | None, path: str | Path | None) -> ModelConfig:
 
 def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
     if not settings.lora_ckpt_path:
-        names = ("lora_scale", "lora_ft_unet", "lora_ft_text_encoder", "lora_rank")
+        names = names_of(GenerateSettings, needs="lora_ckpt_path")
         given = [name for name in names if getattr(settings, name) != getattr(GenerateSettings, name)]
         if given and settings.use_lora is None:
             logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
