@@ -21,7 +21,7 @@ from ldm.generation.plan import GenerationPlan, plan_generation  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
 from ldm.settings.generate import GenerateSettings  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from ldm.weights.base_model import base_hash  # noqa: E402
+from ldm.weights.base_model import base_model_hash  # noqa: E402
 from ldm.weights.checkpoint import content_hash  # noqa: E402
 
 logger = logging.getLogger("ldm.text_to_image")
@@ -55,10 +55,10 @@ def draw(config: GenerateSettings, job: GenerationPlan) -> None:
     # MindSpore takes seconds to import: not before the settings are known to be right, and the runtime first.
     from ldm.runtime.device import check_flash_attention, setup_runtime  # isort: skip
     from ldm.lora.lora import Strength  # isort: skip
-    from ldm.weights.architecture import adapted_model  # isort: skip
+    from ldm.weights.architecture import config_with_tokens  # isort: skip
     from ldm.generation.pipeline import Pipeline, Sampling, apply_chosen, check_sampling, choose_lora, load_model  # isort: skip
 
-    job.config = adapted_model(job.config, job.checkpoint)
+    job.config = config_with_tokens(job.config, job.checkpoint)
     height, width = config.H or job.config.image_size, config.W or job.config.image_size
     sampling = Sampling(
         sampler=config.sampler,
@@ -148,14 +148,14 @@ def provenance(config: GenerateSettings, job: GenerationPlan) -> dict[str, Any]:
         "model": job.version or job.config.architecture,
         "model_config": Path(job.config.path).name,
         "checkpoint": job.checkpoint.name,
-        "checkpoint_sha256": base_hash(job.checkpoint),
+        "checkpoint_sha256": base_model_hash(job.checkpoint),
     }
     if config.ckpt_ema:
         texts["checkpoint_ema"] = "True"
     for name, path in (("unet_checkpoint", job.unet_checkpoint), ("vae_checkpoint", job.vae_checkpoint)):
         if path is not None:
             texts[name] = path.name
-            texts[f"{name}_sha256"] = base_hash(path)
+            texts[f"{name}_sha256"] = base_model_hash(path)
     if job.loras:
         parts = {"lora_ft_unet": config.lora_ft_unet, "lora_ft_text_encoder": config.lora_ft_text_encoder}
         texts["lora"] = [

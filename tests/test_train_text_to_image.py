@@ -34,7 +34,7 @@ from ldm.training.own_files import find_states
 from ldm.training.step import StepResult
 from ldm.training.trainer import Trainer, make_loss_scaler, train
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
-from ldm.weights.load import load_base
+from ldm.weights.load import load_base_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "tests" / "training" / "micro.yaml"
@@ -128,7 +128,7 @@ def test_the_arguments_of_a_run_are_a_recipe(vanilla):
 
 def test_the_checkpoint_is_a_whole_model_with_the_average_as_its_unet(vanilla, base):
     path = vanilla / "ckpt" / "model.ckpt"
-    assert load_base(build_model(load_model_config(MICRO)), path).ok
+    assert load_base_model(build_model(load_model_config(MICRO)), path).ok
     arrays, metadata = read_checkpoint(path)
     assert (metadata["architecture"], metadata["prediction_type"]) == ("custom", "epsilon")
     state = load_state(vanilla / "ckpt" / f"state-{STEPS:08d}.safetensors").arrays
@@ -389,7 +389,7 @@ def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsave
     said = []
     monkeypatch.setattr("ldm.training.trainer.progress", said.append)
     newest = find_states(copy_of_vanilla / "ckpt")[0]
-    ways = {"load_base": "what was saved before stays", "Inputs": f"--resume True goes on from {newest}"}
+    ways = {"load_base_model": "what was saved before stays", "Inputs": f"--resume True goes on from {newest}"}
     for place, way in ways.items():
         with monkeypatch.context() as context:
             context.setattr(f"ldm.training.trainer.{place}", interrupt)

@@ -8,17 +8,17 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.names import plan_names, take
+from ldm.weights.names import map_keys, read_source
 from ldm.weights.names.diffusers import layout
 
 
 def to_canonical(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint under their canonical names; ignored keys are left out, unknown ones an error."""
-    plan = plan_names(arrays)
-    if plan.unknown:
-        raise UserError(f"{len(plan.unknown)} unknown names: {', '.join(plan.unknown[:3])}")
+    key_map = map_keys(arrays)
+    if key_map.unknown:
+        raise UserError(f"{len(key_map.unknown)} unknown names: {', '.join(key_map.unknown[:3])}")
     # diffusers has linear layers where the VAE's attention has 1x1 convolutions
-    found = {name: take(arrays, source) for name, source in plan.sources.items()}
+    found = {name: read_source(arrays, source) for name, source in key_map.sources.items()}
     return {
         name: array.reshape(*array.shape, 1, 1) if ".attn_1." in name and array.ndim == 2 else array
         for name, array in found.items()

@@ -30,8 +30,8 @@ from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime.device import is_out_of_memory
 from ldm.settings.model import ModelConfig
 from ldm.tokenizer import Tokenizer
-from ldm.weights.base_model import open_base
-from ldm.weights.load import check_base_metadata, load_base, load_network
+from ldm.weights.base_model import open_base_model
+from ldm.weights.load import check_metadata, load_base_model, load_component
 from ldm.weights.names import COMPONENTS
 
 logger = logging.getLogger(__name__)
@@ -199,21 +199,21 @@ def load_model(
     """The networks with a base checkpoint (a file or a diffusers folder) in them, UNet and text encoder computing in
     `compute_dtype`, the autoencoder in fp32 (in fp16 it is known to overflow).
 
-    unet_checkpoint, vae_checkpoint: whose UNet and VAE take the place of the checkpoint's, see load_network.
+    unet_checkpoint, vae_checkpoint: whose UNet and VAE take the place of the checkpoint's, see load_component.
     flash_attention: Ascend's, in the UNet (see ldm.runtime.device.check_flash_attention). ema: take the checkpoint's
     moving averages of the UNet.
 
     Raises UserError for a file that does not fit the configuration or says that it was made for another, see
     ldm.weights.load.
     """
-    check_base_metadata(open_base(checkpoint).metadata, config, checkpoint)
+    check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
     model = build_model(config, random=False)
     # A base may be without a VAE where another one is given.
     components = [component for component in COMPONENTS if component != "vae" or vae_checkpoint is None]
-    logger.info("%s: %s", checkpoint, load_base(model, checkpoint, components, ema=ema))
+    logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
     for component, path in (("unet", unet_checkpoint), ("vae", vae_checkpoint)):
         if path is not None:
-            logger.info("%s: %s", path, load_network(model, path, component, config))
+            logger.info("%s: %s", path, load_component(model, path, component, config))
     set_compute_dtype(model.model, compute_dtype)
     set_compute_dtype(model.cond_stage_model, compute_dtype)
     if flash_attention:

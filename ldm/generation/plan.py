@@ -21,7 +21,7 @@ from ldm.settings.declare import names_of
 from ldm.settings.generate import MOST_IMAGES, GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.versions import VERSIONS, default_guidance_scale
-from ldm.weights.architecture import detect_model
+from ldm.weights.architecture import detect_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _detect(path: Path) -> tuple[str | None, Path, ModelConfig]:
     for version, published in VERSIONS.items():
         if path.name == Path(published.checkpoint).name:
             return version, path, _model_config(version, None)
-    config = detect_model(path, way_out=f"add --version (one of {', '.join(VERSIONS)}) or --config")
+    config = detect_model_config(path, way_out=f"add --version (one of {', '.join(VERSIONS)}) or --config")
     for version, published in VERSIONS.items():
         if Path(config.path) == ROOT / published.config:
             logger.info("%s is taken for version %s, by its metadata and its shapes", path, version)

@@ -30,11 +30,11 @@ from ldm.lora.spec import TARGETS, fits
 from ldm.settings.model import model_metadata
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.arrays import Arrays, Checkpoint
-from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
 from ldm.weights.diffusers_folder.reader import STEMS, DiffusersFolder
-from ldm.weights.names import LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
+from ldm.weights.names import LABELS, CanonicalArrays, KeyMap, component_of, same_up_to_1x1, source_shape
 
 # Ours and mindone's names for the parts of a layer's LoRA, then lora_wrapper's (A is down) and its soft convolutions'.
 _OURS = r"lora_down\.weight|lora_up\.weight|alpha"
@@ -75,13 +75,13 @@ class Merged(View):
     hold the sum (fp16).
     """
 
-    def __init__(self, base: Arrays, plan: Plan, state: LoRA, scale: float = 1.0):
+    def __init__(self, base: Arrays, key_map: KeyMap, state: LoRA, scale: float = 1.0):
         super().__init__(base, {name: name for name in base})
-        _check_fits(base, plan, state)
+        _check_fits(base, key_map, state)
         self._scale = scale
         self._layers: dict[str, list[tuple[LoRALayer, int, int]]] = {}
         for name, layer in state.layers.items():
-            source = plan.sources[f"{name}.weight"]
+            source = key_map.sources[f"{name}.weight"]
             self._layers.setdefault(source.name, []).append((layer, source.part, source.parts))
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -108,9 +108,9 @@ class Embedded(View):
     `<layer>.alpha`, in fp32. Raises UserError where the LoRA does not fit the base.
     """
 
-    def __init__(self, base: Arrays, plan: Plan, state: LoRA):
+    def __init__(self, base: Arrays, key_map: KeyMap, state: LoRA):
         super().__init__(base, {name: name for name in base})
-        _check_fits(base, plan, state)
+        _check_fits(base, key_map, state)
         self._factors: dict[str, np.ndarray] = {}
         for name, layer in state.layers.items():
             self._factors[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
@@ -179,8 +179,8 @@ def _wrapper_layer(checkpoint: Arrays, module: str) -> LoRALayer:
     return replace(layer, alpha=pairs.read_number(checkpoint, module, f"{module}.lora_scale") * layer.rank)
 
 
-def _check_fits(base: Arrays, plan: Plan, state: LoRA) -> None:
-    shapes = {name: taken_shape(base.shape(source.name), source) for name, source in plan.sources.items()}
+def _check_fits(base: Arrays, key_map: KeyMap, state: LoRA) -> None:
+    shapes = {name: source_shape(base.shape(source.name), source) for name, source in key_map.sources.items()}
     match_shapes(shapes, state).require("the LoRA")
     known = model_metadata(base.metadata)
     for key, text in state.metadata.items():
@@ -284,8 +284,8 @@ def extract_lora(
     """
     sides = []
     for path in (base_path, tuned_path):
-        checkpoint = open_base(path)
-        sides.append(Canonical(checkpoint, plan_base(checkpoint)))
+        checkpoint = open_base_model(path)
+        sides.append(CanonicalArrays(checkpoint, map_base_model(checkpoint)))
     base, tuned = sides
     names = [name for name in base if component_of(name) in components and name in tuned]
     missing = [name for name in {*base} ^ {*tuned} if component_of(name) in components]
@@ -328,5 +328,5 @@ def extract_lora(
     state, truncation = decompose(updates(), rank, energy)
     if not state.layers:
         raise UserError(f"{base_path} and {tuned_path} differ in none of the layers: there is no LoRA between them")
-    state.metadata.update(model_metadata(open_base(tuned_path).metadata))
+    state.metadata.update(model_metadata(open_base_model(tuned_path).metadata))
     return Extraction(state, truncation, left_out)

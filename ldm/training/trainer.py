@@ -58,10 +58,10 @@ from ldm.training.reports import LOG_EVERY, Metrics, MetricsFile
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.step import StepScalars, TextConditionedLoss, TrainStep, differing_shapes, state_shapes
 from ldm.weights.added_tokens import tokens_metadata
-from ldm.weights.architecture import adapted_model, detect_model
-from ldm.weights.base_model import base_hash, open_base
+from ldm.weights.architecture import config_with_tokens, detect_model_config
+from ldm.weights.base_model import base_model_hash, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
-from ldm.weights.load import check_base_metadata, load_base, load_network
+from ldm.weights.load import check_metadata, load_base_model, load_component
 
 logger = logging.getLogger(__name__)
 
@@ -206,15 +206,15 @@ class Trainer:
 
     def _build_model(self) -> StableDiffusion:
         path = self.config.pretrained_model_path
-        check_base_metadata(open_base(path).metadata, self.model_config, path)
+        check_metadata(open_base_model(path).metadata, self.model_config, path)
         random_unet = self.config.unet_initialize_random
         model = build_model(self.model_config, random=random_unet)
         vae = self.config.vae_ckpt_path
         components = [*(() if random_unet else ("unet",)), *(("vae",) if vae is None else ()), "text_encoder"]
-        report = load_base(model, path, components, ema=self.config.pretrained_model_ema)
+        report = load_base_model(model, path, components, ema=self.config.pretrained_model_ema)
         logger.info("%s: %s", path, report)
         if vae is not None:
-            logger.info("%s: %s", vae, load_network(model, vae, "vae", self.model_config))
+            logger.info("%s: %s", vae, load_component(model, vae, "vae", self.model_config))
         return model
 
     def _choose_trainable(self) -> list[Parameter]:
@@ -292,8 +292,8 @@ class Trainer:
 
     def _base_identity(self) -> str:
         config = self.config
-        vae = "" if config.vae_ckpt_path is None else f"-vae-{base_hash(config.vae_ckpt_path)[:16]}"
-        return base_hash(config.pretrained_model_path)[:16] + "-ema" * config.pretrained_model_ema + vae
+        vae = "" if config.vae_ckpt_path is None else f"-vae-{base_model_hash(config.vae_ckpt_path)[:16]}"
+        return base_model_hash(config.pretrained_model_path)[:16] + "-ema" * config.pretrained_model_ema + vae
 
     def _lora_layers(self) -> str:
         """A hash of what lora_config says."""
@@ -585,8 +585,8 @@ def _check_nothing_is_lost(config: TrainSettings) -> None:
 
 def _model_config(config: TrainSettings) -> ModelConfig:
     if config.model_config is not None:
-        return adapted_model(load_model_config(under_root(config.model_config)), config.pretrained_model_path)
-    model = detect_model(
+        return config_with_tokens(load_model_config(under_root(config.model_config)), config.pretrained_model_path)
+    model = detect_model_config(
         config.pretrained_model_path,
         way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x",
     )

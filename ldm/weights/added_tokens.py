@@ -18,11 +18,11 @@ from ldm.settings.model import ModelConfig
 from ldm.tokenizer import VOCABULARY_SIZE, AddedToken
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.arrays import Arrays
-from ldm.weights.names import Canonical, Plan
+from ldm.weights.names import CanonicalArrays, KeyMap
 from ldm.weights.names.tables import TEXT_PREFIX
 
 METADATA = "added_tokens"  # the key of a checkpoint's texts
-TOKEN_ROWS = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
+TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MOST_TOKENS = 100_000
 LONGEST_TEXT = 500
 # transformers can fill the embedding up with rows of no token, to a multiple that suits a device (8, 64, 128).
@@ -31,7 +31,7 @@ ROWS_MULTIPLE, MOST_FILLING = 8, 128
 _OWN_TEXTS = (START_TEXT, END_TEXT, "!")
 
 
-def tokens_of_folder(read_json: Callable[[str], Mapping[str, Any]], path: Path) -> tuple[AddedToken, ...]:
+def read_tokenizer_tokens(read_json: Callable[[str], Mapping[str, Any]], path: Path) -> tuple[AddedToken, ...]:
     """The tokens that the tokenizer of a diffusers folder adds, by id.
 
     Args:
@@ -58,7 +58,7 @@ def tokens_of_folder(read_json: Callable[[str], Mapping[str, Any]], path: Path) 
     return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
 
 
-def tokens_of(checkpoint: Arrays) -> tuple[AddedToken, ...]:
+def read_added_tokens(checkpoint: Arrays) -> tuple[AddedToken, ...]:
     """The tokens that a checkpoint adds, by id. Raises UserError for a file whose texts tell none that can be."""
     text = checkpoint.metadata.get(METADATA)
     if text is None:
@@ -79,16 +79,16 @@ def tokens_metadata(tokens: tuple[AddedToken, ...]) -> dict[str, str]:
     return {METADATA: json.dumps(tokens, ensure_ascii=False)} if tokens else {}
 
 
-def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConfig:
+def with_added_tokens(model: ModelConfig, checkpoint: Arrays, key_map: KeyMap) -> ModelConfig:
     """The model with the tokens that a checkpoint adds, and its text encoder with as many rows.
 
     Raises UserError where the rows of the file's token embedding are not as many as the tokens, nor filled up to a
     multiple of ROWS_MULTIPLE.
     """
-    if TOKEN_ROWS not in plan.sources:
+    if TOKEN_EMBEDDING not in key_map.sources:
         return model
-    tokens = tokens_of(checkpoint)
-    shape = Canonical(checkpoint, plan).shape(TOKEN_ROWS)
+    tokens = read_added_tokens(checkpoint)
+    shape = CanonicalArrays(checkpoint, key_map).shape(TOKEN_EMBEDDING)
     rows = shape[0] if shape else 0
     learned = [added for added in tokens if added.token >= VOCABULARY_SIZE]
     if not learned and rows <= model.text.get("vocab_size", VOCABULARY_SIZE):
@@ -104,8 +104,8 @@ def with_tokens(model: ModelConfig, checkpoint: Arrays, plan: Plan) -> ModelConf
     return replace(model, text={**model.text, "vocab_size": rows}, added_tokens=tokens)
 
 
-def without_tokens(model: ModelConfig) -> ModelConfig:
-    """The architecture alone: the reverse of with_tokens."""
+def without_added_tokens(model: ModelConfig) -> ModelConfig:
+    """The architecture alone: the reverse of with_added_tokens."""
     text = {key: value for key, value in model.text.items() if key != "vocab_size"}
     return replace(model, text=text, added_tokens=()) if model.added_tokens else model
 

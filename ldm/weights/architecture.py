@@ -29,11 +29,11 @@ from ldm.settings.model import (
 )
 from ldm.tokenizer import VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT
-from ldm.weights.added_tokens import tokens_of, with_tokens
+from ldm.weights.added_tokens import read_added_tokens, with_added_tokens
 from ldm.weights.arrays import Checkpoint
-from ldm.weights.base_model import OTHER_TASKS, open_base, other_task, plan_base
+from ldm.weights.base_model import OTHER_TASKS, map_base_model, open_base_model, other_task
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
-from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of
+from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
@@ -52,31 +52,31 @@ MOST_HEADS = 1024
 MOST_GROUPS = 65_536
 
 
-def detect_model(path: str | Path, way_out: str = "") -> ModelConfig:
+def detect_model_config(path: str | Path, way_out: str = "") -> ModelConfig:
     """The model that a checkpoint file or a diffusers folder is made for.
 
     way_out: what to do about a checkpoint that does not say enough, for the error.
 
     Raises UserError where it is no base checkpoint or does not say which model it is.
     """
-    checkpoint = open_base(path)
-    plan = plan_base(checkpoint)
-    found = fitting_models(checkpoint, plan)
+    checkpoint = open_base_model(path)
+    key_map = map_base_model(checkpoint)
+    found = candidate_configs(checkpoint, key_map)
     if len(found) == 1:
         return found[0]
-    raise UserError(f"which model is {path}? {what_it_says(checkpoint, plan, way_out)}")
+    raise UserError(f"which model is {path}? {missing_information(checkpoint, key_map, way_out)}")
 
 
-def adapted_model(model: ModelConfig, path: str | Path) -> ModelConfig:
+def config_with_tokens(model: ModelConfig, path: str | Path) -> ModelConfig:
     """A model that is given by its YAML, with the tokens that the checkpoint at `path` adds. Raises UserError where it
     is no base checkpoint, or its tokens do not fit it.
     """
-    checkpoint = open_base(path)
-    return with_tokens(model, checkpoint, plan_base(checkpoint))
+    checkpoint = open_base_model(path)
+    return with_added_tokens(model, checkpoint, map_base_model(checkpoint))
 
 
-def fitting_models(
-    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None = None
+def candidate_configs(
+    checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, prediction_type: str | None = None
 ) -> list[ModelConfig]:
     """The models that a checkpoint can be of: one; several where it does not say what it predicts; none where it is no
     known one and does not say what its shapes leave open.
@@ -84,17 +84,19 @@ def fitting_models(
     prediction_type: "epsilon" or "v_prediction", where it is known from elsewhere; a YAML beside the checkpoint goes
     before it. Raises UserError for models of another task, and for settings that the networks here do not have.
     """
-    return [with_tokens(model, checkpoint, plan) for model in _architectures(checkpoint, plan, prediction_type)]
+    return [
+        with_added_tokens(model, checkpoint, key_map) for model in _architectures(checkpoint, key_map, prediction_type)
+    ]
 
 
 def _architectures(
-    checkpoint: Checkpoint | DiffusersFolder, plan: Plan, prediction_type: str | None
+    checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, prediction_type: str | None
 ) -> list[ModelConfig]:
-    """What fitting_models gives, without the tokens that the checkpoint adds."""
+    """What candidate_configs gives, without the tokens that the checkpoint adds."""
     beside = yaml_beside(checkpoint.path)
     if is_file(beside):
         return [load_model_config(beside)]
-    shapes = {name: Canonical(checkpoint, plan).shape(name) for name in plan.sources}
+    shapes = {name: CanonicalArrays(checkpoint, key_map).shape(name) for name in key_map.sources}
     sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
     channels = sizes["unet"].get("in_channels")
     if channels in OTHER_TASKS and channels != sizes["unet"]["out_channels"]:
@@ -106,7 +108,7 @@ def _architectures(
     if isinstance(checkpoint, DiffusersFolder) and all(sizes.values()):
         model = _from_folder(checkpoint, sizes, said.get("prediction_type"))
         if model is not None:
-            return [next((other for other in known if same_model(model, other)), model)]
+            return [next((other for other in known if same_config(model, other)), model)]
     if not any(sizes.values()) and "architecture" not in said:
         return []
     known = [model for model in known if _has_sizes(model, sizes)]
@@ -116,12 +118,12 @@ def _architectures(
     return fitting
 
 
-def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: str) -> str:
-    """One sentence for a checkpoint of which fitting_models does not find a single model; it ends with the way out, for
+def missing_information(checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, way_out: str) -> str:
+    """One sentence for a checkpoint of which candidate_configs does not find a single model; it ends with the way out, for
     which `way_out` is one that adds what is not said.
     """
     said = [f"says {key} {value}" for key, value in model_metadata(checkpoint.metadata).items()]
-    absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, plan.sources)]
+    absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, key_map.sources)]
     # A training may begin without a UNet, and the VAE may come from elsewhere.
     if absent and absent not in ([LABELS["unet"]], [LABELS["vae"]]):
         return f"It holds no {' and no '.join(absent)}: give the whole model"
@@ -130,19 +132,19 @@ def what_it_says(checkpoint: Checkpoint | DiffusersFolder, plan: Plan, way_out: 
         said += [f"has no {part}/config.json" for part in COMPONENTS if not checkpoint.config(part)]
     if said:
         return f"It {' and '.join(said)}, and its shapes do not tell the rest: {way_out}"
-    if len(fitting_models(checkpoint, plan)) > 1:
+    if len(candidate_configs(checkpoint, key_map)) > 1:
         return f"Its shapes do not tell whether it predicts noise or velocity: {way_out}"
     return f"Its shapes do not tell: {way_out}"
 
 
-def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+def same_config(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configurations describe the same, whatever they are called."""
     return _complete(a) == _complete(b)
 
 
-def known_path(model: ModelConfig) -> str | None:
+def known_config_path(model: ModelConfig) -> str | None:
     """The path under the project's folder of the YAML that says the same as `model`, None if there is none."""
-    return next((path for path in KNOWN if same_model(model, load_model_config(ROOT / path))), None)
+    return next((path for path in KNOWN if same_config(model, load_model_config(ROOT / path))), None)
 
 
 def yaml_beside(path: Path, as_folder: bool | None = None) -> Path:
@@ -360,7 +362,7 @@ def _pad_token(folder: DiffusersFolder, text: Mapping[str, Any]) -> str:
     """ "zero" where the tokenizer fills up with the token 0 ("!"), as SD2's does; without a tokenizer as the text
     encoder's activation has it: OpenCLIP's is gelu. Raises UserError where it fills up with an added token.
     """
-    added = {token.text for token in tokens_of(folder)}
+    added = {token.text for token in read_added_tokens(folder)}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         token = folder.read_json(f"tokenizer/{file}").get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token

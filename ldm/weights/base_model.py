@@ -16,7 +16,7 @@ from ldm.files.inputs import is_folder
 from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.checkpoint import content_hash, open_checkpoint
 from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_folder
-from ldm.weights.names import COMPONENTS, LABELS, Plan, component_of, detect_family, plan_names
+from ldm.weights.names import COMPONENTS, LABELS, KeyMap, component_of, detect_family, map_keys
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ OTHER_TASKS = {
 }  # fmt: skip
 
 
-class Prefixed(Arrays):
+class PrefixedArraysArrays(Arrays):
     """The arrays of another mapping, with a prefix before their names."""
 
     def __init__(self, arrays: Checkpoint, prefix: str):
@@ -76,28 +76,28 @@ class Prefixed(Arrays):
         return len(self._arrays)
 
 
-def open_base(path: str | os.PathLike) -> Checkpoint | DiffusersFolder:
+def open_base_model(path: str | os.PathLike) -> Checkpoint | DiffusersFolder:
     """Open a single file of any format or a diffusers folder. See open_checkpoint and open_folder for the errors."""
     return open_folder(Path(path)) if is_folder(path) else open_checkpoint(path)
 
 
-def open_network(path: str | os.PathLike, component: str) -> Checkpoint | DiffusersFolder | Prefixed:
+def open_component(path: str | os.PathLike, component: str) -> Checkpoint | DiffusersFolder | PrefixedArraysArrays:
     """Open what holds one network, "unet" or "vae", to be put in the place of a base's: a file or folder with that
-    network alone, under its own names, or any base model. Raises UserError as open_base, and for another network.
+    network alone, under its own names, or any base model. Raises UserError as open_base_model, and for another network.
     """
-    checkpoint = open_base(path)
+    checkpoint = open_base_model(path)
     names = list(checkpoint)
     if detect_family(names) is None:
         alone = _first_found(names, _ALONE)
         if alone is not None:
-            checkpoint = Prefixed(checkpoint, alone[1])
+            checkpoint = PrefixedArraysArrays(checkpoint, alone[1])
     if detect_family(checkpoint) is not None and component not in map(component_of, checkpoint):
         raise UserError(f"{checkpoint.path} holds no {LABELS[component]}: give a file or folder with one")
     return checkpoint
 
 
-def plan_base(checkpoint: Checkpoint | DiffusersFolder | Prefixed, ema: bool = False) -> Plan:
-    """The plan for a base checkpoint, judged by its names; `ema`: see plan_names. Raises UserError for anything else: a
+def map_base_model(checkpoint: Checkpoint | DiffusersFolder | PrefixedArraysArrays, ema: bool = False) -> KeyMap:
+    """The plan for a base checkpoint, judged by its names; `ema`: see map_keys. Raises UserError for anything else: a
     LoRA, SDXL and other models, a textual inversion, one component alone.
     """
     names = list(checkpoint)
@@ -131,12 +131,12 @@ def plan_base(checkpoint: Checkpoint | DiffusersFolder | Prefixed, ema: bool = F
             )
         ema = not checkpoint.has_averages  # what the folder gives are the averages already
     try:
-        return plan_names(names, ema)
+        return map_keys(names, ema)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def base_hash(path: str | os.PathLike) -> str:
+def base_model_hash(path: str | os.PathLike) -> str:
     """The identity of a base model: content_hash of a file; of a folder, one of those of all its weights."""
     if not is_folder(path):
         return content_hash(path)

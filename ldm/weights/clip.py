@@ -19,7 +19,7 @@ from ldm.models.clip import FORMS, CLIPModel
 from ldm.models.layers import not_drawn
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from ldm.weights.checkpoint import open_checkpoint
-from ldm.weights.names.tables import TEXT_LAYER, Ignored, Place, split_rows
+from ldm.weights.names.tables import TEXT_LAYER, Ignored, Target, split_rows
 
 _TEXT, _VISION = "text_model.", "vision_model."
 # OpenAI's modules -> Hugging Face's.
@@ -122,12 +122,12 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
     return clip
 
 
-def place(name: str) -> list[Place] | Ignored | None:
+def map_key(name: str) -> list[Target] | Ignored | None:
     """Where a key of OpenAI's, OpenCLIP's or mindone's goes; None if it is not known."""
     if name in _UNUSED:
         return Ignored("constant")
     if name in _PARAMETERS:
-        return [Place(_PARAMETERS[name])]
+        return [Target(_PARAMETERS[name])]
     layer = _LAYER.match(name)
     if layer:
         visual, index, module, kind = layer.groups()
@@ -135,9 +135,9 @@ def place(name: str) -> list[Place] | Ignored | None:
         if module == "attn.in_proj":
             return split_rows(tuple(f"{prefix}self_attn.{part}_proj.{_KINDS[kind]}" for part in "qkv"))
         module = module[len("mlp.") :] if module.startswith("mlp.") else module
-        return [Place(f"{prefix}{TEXT_LAYER[module]}.{_KINDS[kind]}")] if module in TEXT_LAYER else None
+        return [Target(f"{prefix}{TEXT_LAYER[module]}.{_KINDS[kind]}")] if module in TEXT_LAYER else None
     module, _, kind = name.rpartition(".")
-    return [Place(f"{_MODULES[module]}.{_KINDS[kind]}")] if module in _MODULES and kind in _KINDS else None
+    return [Target(f"{_MODULES[module]}.{_KINDS[kind]}")] if module in _MODULES and kind in _KINDS else None
 
 
 def _weights_of_folder(folder: Path) -> Path:
@@ -165,7 +165,7 @@ def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     else:
         arrays, extra = {}, []
         for name in checkpoint:
-            placed = place(name)
+            placed = map_key(name)
             if placed is None:
                 extra.append(name)
             elif isinstance(placed, list):

@@ -17,25 +17,25 @@ from ldm.files.inputs import is_file
 from ldm.files.paths import check_free, writing
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config, model_document, model_metadata
-from ldm.weights.added_tokens import tokens_metadata, with_tokens, without_tokens
-from ldm.weights.architecture import fitting_models, known_path, same_model, what_it_says, yaml_beside
+from ldm.weights.added_tokens import tokens_metadata, with_added_tokens, without_added_tokens
+from ldm.weights.architecture import candidate_configs, known_config_path, missing_information, same_config, yaml_beside
 from ldm.weights.arrays import Arrays
-from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.diffusers_folder.writer import write_folder
-from ldm.weights.load import LoadReport, check_base_metadata, compare, refusal
-from ldm.weights.names import COMPONENTS, Canonical, compvis, diffusers, mindone
-from ldm.weights.names.tables import TEXT_PREFIX, Made
+from ldm.weights.load import LoadReport, check_metadata, compare_shapes, mismatch_message
+from ldm.weights.names import COMPONENTS, CanonicalArrays, compvis, diffusers, mindone
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation
 
 logger = logging.getLogger(__name__)
 
 FORMS = ("ldm", "diffusers", "mindone", "own")
-FORM_OF = {".safetensors": "ldm", ".ckpt": "mindone", "": "diffusers"}
+FORMAT_OF_SUFFIX = {".safetensors": "ldm", ".ckpt": "mindone", "": "diffusers"}
 SUFFIXES_OF = {"ldm": (".safetensors",), "mindone": (".ckpt",), "own": (".safetensors", ".ckpt")}
 DTYPES = {"keep": None, "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
-class Converted(Arrays):
+class ConvertedArrays(Arrays):
     """Arrays under the names of another family, made of canonical ones when they are asked for.
 
     dtype: of the floating-point arrays, None for each its own. constants: further arrays, given as they are.
@@ -43,8 +43,8 @@ class Converted(Arrays):
 
     def __init__(
         self,
-        canonical: Canonical,
-        made: Mapping[str, Made],
+        canonical: CanonicalArrays,
+        made: Mapping[str, Concatenation],
         dtype: np.dtype | None = None,
         constants: Mapping[str, np.ndarray] | None = None,
     ):
@@ -105,7 +105,7 @@ def convert(
 
     Args:
         form: "ldm" (CompVis's and Stability AI's single file), "diffusers" (a folder), "mindone", "own" (this project's
-            names); None for the one that goes with the target's suffix, see FORM_OF.
+            names); None for the one that goes with the target's suffix, see FORMAT_OF_SUFFIX.
         dtype: "fp32" or "fp16" for all weights, "keep" for each as it is (bfloat16 becomes fp32).
         ema: the UNet's moving averages in place of its weights.
         model_config: the model YAML, where the source does not say enough.
@@ -119,19 +119,19 @@ def convert(
             the form's, a value is too large for fp16, the disk refuses.
     """
     source, target = Path(source), Path(target)
-    form = form_of(target, form)
-    checkpoint = open_base(source)
-    plan = plan_base(checkpoint, ema)
+    form = target_format(target, form)
+    checkpoint = open_base_model(source)
+    key_map = map_base_model(checkpoint, ema)
     if model_config is not None:
-        found = [with_tokens(load_model_config(model_config), checkpoint, plan)]
+        found = [with_added_tokens(load_model_config(model_config), checkpoint, key_map)]
     else:
-        found = fitting_models(checkpoint, plan, prediction_type)
+        found = candidate_configs(checkpoint, key_map, prediction_type)
     if not found:
         raise UserError(
-            f"which model is {source}? {what_it_says(checkpoint, plan, 'add --model_config with its YAML')}"
+            f"which model is {source}? {missing_information(checkpoint, key_map, 'add --model_config with its YAML')}"
         )
     if len(found) > 1 and form == "diffusers":
-        says = what_it_says(checkpoint, plan, "add --prediction_type epsilon or v_prediction")
+        says = missing_information(checkpoint, key_map, "add --prediction_type epsilon or v_prediction")
         raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: {says}")
     model = found[0]
     if prediction_type is not None:
@@ -143,13 +143,13 @@ def convert(
                     "out, or choose another YAML"
                 )
     if len(found) == 1:
-        check_base_metadata(checkpoint.metadata, model, source)
+        check_metadata(checkpoint.metadata, model, source)
     if form == "diffusers":
-        check_diffusers_form(model)
+        check_diffusers_sizes(model)
     beside = yaml_beside(target, as_folder=form == "diffusers")
     there = is_file(beside)
-    architectures = [without_tokens(other) for other in found]  # the tokens are told by the checkpoint itself
-    if there and not any(same_model(load_model_config(beside), other) for other in architectures):
+    architectures = [without_added_tokens(other) for other in found]  # the tokens are told by the checkpoint itself
+    if there and not any(same_config(load_model_config(beside), other) for other in architectures):
         raise UserError(
             f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
             "remove it first"
@@ -158,10 +158,10 @@ def convert(
     networks = build_model(model, random=False)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
     del networks
-    report = compare(checkpoint, plan, shapes, tuple(COMPONENTS))
+    report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
     if not report.ok:
-        raise UserError(refusal(checkpoint, report))
-    canonical = Canonical(checkpoint, plan, shapes)
+        raise UserError(mismatch_message(checkpoint, report))
+    canonical = CanonicalArrays(checkpoint, key_map, shapes)
     metadata = {"architecture": model.architecture, **tokens_metadata(model.added_tokens)}
     if model.added_tokens and form in ("ldm", "mindone"):
         logger.warning(
@@ -173,7 +173,7 @@ def convert(
         metadata["prediction_type"] = model.prediction_type
 
     if form == "diffusers":
-        write_folder(target, model, diffusers_parts(canonical, shapes, model, DTYPES[dtype]))
+        write_folder(target, model, diffusers_arrays(canonical, shapes, model, DTYPES[dtype]))
     else:
         constants: dict[str, np.ndarray] = {}
         if form == "ldm":
@@ -183,31 +183,31 @@ def convert(
             if not openclip:
                 length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
                 constants[compvis.POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
-            if plan.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
-                kept = [name for name in plan.ignored if compvis.is_published(name)]
+            if key_map.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
+                kept = [name for name in key_map.ignored if compvis.is_published(name)]
                 for name in kept:
                     array = checkpoint[name]
                     is_weight = "." in name and array.dtype.kind == "f"  # the noise schedule's names have no dot
                     constants[name] = _cast(name, array, DTYPES[dtype] or array.dtype) if is_weight else array
-                report.ignored = dict(Counter(report.ignored) - Counter(plan.ignored[name] for name in kept))
+                report.ignored = dict(Counter(report.ignored) - Counter(key_map.ignored[name] for name in kept))
             metadata["format"] = "pt"
         elif form == "mindone":
             made = mindone.layout(shapes)
         else:
-            made = {name: Made((name,)) for name in shapes}
-        write_checkpoint(target, Converted(canonical, made, DTYPES[dtype], constants), metadata)
-    if len(found) == 1 and known_path(architectures[0]) is None and not there:
+            made = {name: Concatenation((name,)) for name in shapes}
+        write_checkpoint(target, ConvertedArrays(canonical, made, DTYPES[dtype], constants), metadata)
+    if len(found) == 1 and known_config_path(architectures[0]) is None and not there:
         _write_yaml(beside, architectures[0], source)
     return report
 
 
-def diffusers_parts(
-    canonical: Canonical, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, dtype: np.dtype | None = None
-) -> dict[str, Converted]:
+def diffusers_arrays(
+    canonical: CanonicalArrays, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, dtype: np.dtype | None = None
+) -> dict[str, ConvertedArrays]:
     """The arrays of a diffusers folder's networks, for write_folder; `shapes` are those of the canonical ones."""
     made = diffusers.layout(shapes, model)
     return {
-        component: Converted(
+        component: ConvertedArrays(
             canonical,
             {name.partition("/")[2]: how for name, how in made.items() if name.startswith(f"{component}/")},
             dtype,
@@ -216,7 +216,7 @@ def diffusers_parts(
     }
 
 
-def check_diffusers_form(model: ModelConfig) -> None:
+def check_diffusers_sizes(model: ModelConfig) -> None:
     """Raise UserError for a model whose sizes diffusers' networks cannot have."""
     unet, vae = model.unet, model.vae
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
@@ -231,15 +231,15 @@ def check_diffusers_form(model: ModelConfig) -> None:
         )
 
 
-def form_of(target: Path, form: str | None) -> str:
+def target_format(target: Path, form: str | None) -> str:
     """The form that `target` is written in: the one given, or the one of its suffix. Raises UserError for a suffix that
     is not the form's, and where something is there.
     """
     suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
     if form is None:
-        if suffix not in FORM_OF:
+        if suffix not in FORMAT_OF_SUFFIX:
             raise UserError(f"{target}: {suffix} is not written; give a .safetensors, a .ckpt or a folder")
-        form = FORM_OF[suffix]
+        form = FORMAT_OF_SUFFIX[suffix]
     wanted = SUFFIXES_OF.get(form, ("",))
     if suffix not in wanted:
         words = " or ".join(suffix or "a folder's name, without suffix" for suffix in wanted)
@@ -253,5 +253,5 @@ def _write_yaml(path: Path, model: ModelConfig, source: Path) -> None:
     text += yaml.safe_dump(model_document(model), sort_keys=False, allow_unicode=True, width=120)
     with writing(path), atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    assert same_model(model, load_model_config(path))
+    assert same_config(model, load_model_config(path))
     logger.info("%s: the model's YAML, for --config and --model_config", path)

@@ -14,9 +14,16 @@ from mindspore import Tensor, nn
 from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig, model_metadata
 from ldm.weights.arrays import Arrays, Checkpoint
-from ldm.weights.base_model import OTHER_TASKS, Prefixed, open_base, open_network, other_task, plan_base
+from ldm.weights.base_model import (
+    OTHER_TASKS,
+    PrefixedArraysArrays,
+    map_base_model,
+    open_base_model,
+    open_component,
+    other_task,
+)
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
-from ldm.weights.names import COMPONENTS, LABELS, Canonical, Plan, component_of, same_up_to_1x1, taken_shape
+from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of, same_up_to_1x1, source_shape
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +76,7 @@ class LoadReport:
         return text
 
 
-def load_base(
+def load_base_model(
     model: nn.Cell,
     path: str | os.PathLike,
     components: Sequence[str] = tuple(COMPONENTS),
@@ -94,17 +101,17 @@ def load_base(
         UserError: the file cannot be read, is not a base checkpoint, or (unless `partial`) does not fit, with counts.
             The model is unchanged then.
     """
-    return _load(model, open_base(path), components, partial, ema)
+    return _load(model, open_base_model(path), components, partial, ema)
 
 
-def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
+def load_component(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
     """Load one network, "unet" or "vae", in the place of the base's: from a file or folder that holds it alone, under
-    its own names, or from any base model. See load_base for the rest; raises UserError also where what the file says
+    its own names, or from any base model. See load_base_model for the rest; raises UserError also where what the file says
     contradicts the model configuration.
     """
-    checkpoint = open_network(path, component)
+    checkpoint = open_component(path, component)
     if component == "unet":  # what it predicts, and for which text embeddings
-        check_base_metadata(checkpoint.metadata, config, path)
+        check_metadata(checkpoint.metadata, config, path)
     if component == "vae" and isinstance(checkpoint, DiffusersFolder):
         factor = checkpoint.config("vae").get("scaling_factor", config.scale_factor)
         if factor != config.scale_factor:
@@ -117,12 +124,12 @@ def load_network(model: nn.Cell, path: str | os.PathLike, component: str, config
 
 def _load(
     model: nn.Cell,
-    checkpoint: Checkpoint | DiffusersFolder | Prefixed,
+    checkpoint: Checkpoint | DiffusersFolder | PrefixedArraysArrays,
     components: Sequence[str],
     partial: bool = False,
     ema: bool = False,
 ) -> LoadReport:
-    plan = plan_base(checkpoint, ema)
+    key_map = map_base_model(checkpoint, ema)
     if isinstance(checkpoint, DiffusersFolder):
         for note in checkpoint.notes:
             logger.info("%s: %s", checkpoint.path, note)
@@ -131,15 +138,15 @@ def _load(
         for parameter in model.get_parameters()
         if component_of(parameter.name) in components and ".lora_" not in parameter.name
     }
-    report = compare(checkpoint, plan, {name: tuple(p.shape) for name, p in parameters.items()}, components)
+    report = compare_shapes(checkpoint, key_map, {name: tuple(p.shape) for name, p in parameters.items()}, components)
     if not report.ok and not partial:
         way = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
-        raise UserError(refusal(checkpoint, report) + way * (_absent(report) == ["vae"]))
+        raise UserError(mismatch_message(checkpoint, report) + way * (_absent(report) == ["vae"]))
     if not any(component.matched for component in report.components.values()):
         raise UserError(f"{checkpoint.path}: none of its {len(checkpoint)} arrays fits the model ({report})")
     wrong = {name for part in report.components.values() for name, *_ in (*part.wrong_shape, *part.wrong_type)}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in plan.sources and name not in wrong}
-    canonical = Canonical(checkpoint, plan, shapes)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in key_map.sources and name not in wrong}
+    canonical = CanonicalArrays(checkpoint, key_map, shapes)
     for name in shapes:
         array = np.asarray(canonical[name], order="C")
         parameters[name].set_data(Tensor(array, dtype=parameters[name].dtype))
@@ -147,10 +154,10 @@ def _load(
     return report
 
 
-def check_base_metadata(metadata: Mapping[str, str], config: ModelConfig, path: str | os.PathLike) -> None:
+def check_metadata(metadata: Mapping[str, str], config: ModelConfig, path: str | os.PathLike) -> None:
     """Raise UserError where the texts of the base checkpoint at `path` contradict the model configuration.
 
-    A checkpoint that says nothing passes: its shapes are judged by load_base, its prediction type is taken on trust.
+    A checkpoint that says nothing passes: its shapes are judged by load_base_model, its prediction type is taken on trust.
     """
     for key, said in model_metadata(metadata).items():
         wanted = getattr(config, key)
@@ -161,42 +168,42 @@ def check_base_metadata(metadata: Mapping[str, str], config: ModelConfig, path: 
             )
 
 
-def compare(
-    checkpoint: Arrays, plan: Plan, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
+def compare_shapes(
+    checkpoint: Arrays, key_map: KeyMap, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
 ) -> LoadReport:
     """Compare a file's plan with the shapes of the parameters that want to be filled; nothing is read but shapes."""
     reports = {component: ComponentReport() for component in components}
-    ignored = Counter(plan.ignored.values())
+    ignored = Counter(key_map.ignored.values())
     for name, shape in wanted.items():
         report = reports[component_of(name)]
-        if name not in plan.sources:
+        if name not in key_map.sources:
             report.missing.append(name)
             continue
-        source = plan.sources[name]
+        source = key_map.sources[name]
         dtype, whole = checkpoint.spec(source.name)
-        found = taken_shape(whole, source)
+        found = source_shape(whole, source)
         if dtype.kind != "f":  # numbers of a quantised file, which mean nothing without their scales
             report.wrong_type.append((name, dtype.name))
         elif same_up_to_1x1(found, shape):
             report.matched += 1
         else:
             report.wrong_shape.append((name, found, shape))
-    for name in plan.sources:
+    for name in key_map.sources:
         component = component_of(name)
         if component not in reports:
             ignored[f"{LABELS[component]}, not asked for"] += 1
         elif name not in wanted:
             reports[component].unexpected.append(name)
-    for name in plan.unknown:
+    for name in key_map.unknown:
         component = component_of(name)
         if component in COMPONENTS and component not in reports:
             ignored[f"{LABELS[component]}, not asked for"] += 1
         else:
             reports.setdefault(component, ComponentReport()).unexpected.append(name)
-    return LoadReport(plan.family, reports, dict(ignored))
+    return LoadReport(key_map.family, reports, dict(ignored))
 
 
-def refusal(checkpoint: Arrays, report: LoadReport) -> str:
+def mismatch_message(checkpoint: Arrays, report: LoadReport) -> str:
     """One line on why a file does not fit: what it is where that is known, the counts, an example."""
     why = _architecture_mismatch(report)
     wrong, types, missing, unexpected = (

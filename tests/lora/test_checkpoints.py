@@ -6,7 +6,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.checkpoints import Embedded, Merged, extract_lora, split_embedded
 from ldm.lora.lora import LoRA, LoRALayer
-from ldm.weights.base_model import plan_base
+from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model.encoder.layers.0."
@@ -58,15 +58,15 @@ def base(request, tmp_path):
 
 
 def canonical(checkpoint):
-    from ldm.weights.names import Canonical
+    from ldm.weights.names import CanonicalArrays
 
-    return dict(Canonical(checkpoint, plan_base(checkpoint)))
+    return dict(CanonicalArrays(checkpoint, map_base_model(checkpoint)))
 
 
 class TestMerging:
     @pytest.mark.parametrize("scale", [1.0, -0.5])
     def test_adds_the_updates_and_leaves_the_rest(self, base, state, scale):
-        merged = Merged(base, plan_base(base), state, scale)
+        merged = Merged(base, map_base_model(base), state, scale)
         assert list(merged) == list(base)
         for name, array in base.items():
             layer = state.layers.get(name.removesuffix(".weight"))
@@ -79,7 +79,7 @@ class TestMerging:
         arrays = {name: np.where(array > 0.5, np.float32(-0.0), array) for name, array in arrays_of().items()}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        merged = Merged(base, plan_base(base), state, 0.0)
+        merged = Merged(base, map_base_model(base), state, 0.0)
         for name in base:
             assert merged[name].tobytes() == arrays[name].tobytes()
 
@@ -89,7 +89,7 @@ class TestMerging:
         arrays = arrays_of(family)
         write_checkpoint(tmp_path / "a.safetensors", arrays)
         base = open_checkpoint(tmp_path / "a.safetensors")
-        merged = Merged(base, plan_base(base), state)
+        merged = Merged(base, map_base_model(base), state)
         fused, fc = FUSED[family]
         np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + state.layers[Q].update())
         np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + state.layers[K].update())
@@ -100,12 +100,12 @@ class TestMerging:
         arrays = arrays_of(dtype=np.float16)
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        found = Merged(base, plan_base(base), state)[f"{TO_Q}.weight"]
+        found = Merged(base, map_base_model(base), state)[f"{TO_Q}.weight"]
         wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + state.layers[TO_Q].update()
         assert found.dtype == np.float16
         np.testing.assert_array_equal(found, wanted.astype(np.float16))
         with pytest.raises(UserError, match="beyond float16's range"):
-            _ = Merged(base, plan_base(base), state, 1e6)[f"{TO_Q}.weight"]
+            _ = Merged(base, map_base_model(base), state, 1e6)[f"{TO_Q}.weight"]
 
     @pytest.mark.parametrize(
         "wrong, says",
@@ -119,13 +119,13 @@ class TestMerging:
     def test_what_does_not_fit(self, base, wrong, says):
         for way in (Merged, Embedded):
             with pytest.raises(UserError, match=says):
-                way(base, plan_base(base), wrong)
+                way(base, map_base_model(base), wrong)
 
 
 class TestEmbedding:
     def test_and_taking_out_gives_both_back_bit_for_bit(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, Embedded(base, plan_base(base), state), base.metadata)
+        write_checkpoint(path, Embedded(base, map_base_model(base), state), base.metadata)
         alone, lora = split_embedded(open_checkpoint(path))
         assert list(alone) == list(base)
         for name in base:
@@ -138,9 +138,9 @@ class TestEmbedding:
 
     def test_it_is_no_base_that_could_be_loaded(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, Embedded(base, plan_base(base), state))
+        write_checkpoint(path, Embedded(base, map_base_model(base), state))
         with pytest.raises(UserError, match="has LoRA beside its weights.*cvtckpt.py --mode merge"):
-            plan_base(open_checkpoint(path))
+            map_base_model(open_checkpoint(path))
 
     def test_a_plain_base_holds_none(self, base):
         alone, lora = split_embedded(base)
@@ -167,7 +167,7 @@ class TestEmbedding:
 
     def test_settings_of_the_whole_file_are_the_loras(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        both = Embedded(base, plan_base(base), state)
+        both = Embedded(base, map_base_model(base), state)
         factors = {name: array for name, array in both.items() if not name.endswith(".alpha")}
         settings = {"lora_rank": np.array(2), "lora_alpha": np.array(6.0), "lora_scale": np.array(0.5)}
         write_checkpoint(path, {**factors, **settings})
@@ -196,7 +196,7 @@ class TestExtracting:
         write_checkpoint(tmp_path / "base.safetensors", arrays_of("openclip"))
         write_checkpoint(tmp_path / "plain.ckpt", arrays_of())
         base = open_checkpoint(tmp_path / "plain.ckpt")
-        tuned = dict(Merged(base, plan_base(base), state))
+        tuned = dict(Merged(base, map_base_model(base), state))
         tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 2
         write_checkpoint(tmp_path / "tuned.ckpt", tuned, {"architecture": "sd1", "prediction_type": "epsilon"})
         return tmp_path / "base.safetensors", tmp_path / "tuned.ckpt"

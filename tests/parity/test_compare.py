@@ -25,7 +25,7 @@ from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
-from ldm.weights.load import load_base  # noqa: E402
+from ldm.weights.load import load_base_model  # noqa: E402
 from tests.named_weights import named_weight, relative_error  # noqa: E402
 from tools.eval import diffusers_worker  # noqa: E402
 from tools.eval.compare_diffusers import write_diffusers_folder  # noqa: E402
@@ -153,7 +153,7 @@ def test_both_train_on_the_same_batches(experiment, tmp_path, cached):
     ms.set_context(mode=ms.GRAPH_MODE)
     config = load_model_config(experiment / "model.yaml")
     model = build_model(config, random=False)
-    load_base(model, experiment / "base.safetensors")
+    load_base_model(model, experiment / "base.safetensors")
     rows = read_image_text_csv(experiment / "train").rows
     same = dict(seed=3, caption_dropout=0.3, random_crop=not cached, random_flip=not cached, cache_latents=cached,
                 cache_text=cached)  # fmt: skip

@@ -19,10 +19,10 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 from ldm.training.trainer import train
-from ldm.weights.architecture import detect_model, same_model
+from ldm.weights.architecture import detect_model_config, same_config
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.load import load_base
+from ldm.weights.load import load_base_model
 from tests.named_weights import relative_error
 from tests.parity.folders import (
     draw_with_diffusers,
@@ -52,7 +52,7 @@ def case(request, tmp_path_factory):
 
 def assert_loads(path, config, weights):
     model = build_model(config, random=False)
-    assert load_base(model, path).ok
+    assert load_base_model(model, path).ok
     for parameter in model.get_parameters():
         np.testing.assert_array_equal(parameter.asnumpy(), weights[parameter.name])
 
@@ -96,8 +96,8 @@ class TestFoldersOfDiffusers:
         config, weights, pipeline = case
         pipeline.save_pretrained(tmp_path / "sd", **options)
         assert_loads(tmp_path / "sd", config, weights)
-        found = detect_model(tmp_path / "sd")
-        assert same_model(dataclasses.replace(found, image_size=config.image_size), config)
+        found = detect_model_config(tmp_path / "sd")
+        assert same_config(dataclasses.replace(found, image_size=config.image_size), config)
 
     def test_half_precision(self, tmp_path, case):
         config, weights, pipeline = case

@@ -17,9 +17,9 @@ from ldm.lora.algebra import difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA, LoRALayer, Strength
-from ldm.weights.base_model import open_base, plan_base
+from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
-from ldm.weights.names import Canonical
+from ldm.weights.names import CanonicalArrays
 from tests.lora.formats.files import random_state
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 
@@ -484,8 +484,8 @@ class TestWholeModel:
         root, _, merged = whole
         lora_add.main([str(root / source), str(root / "lora.ckpt"), str(tmp_path / target), "0.5",
                        "--mode", "upl-ckpt-v2"])  # fmt: skip
-        found = open_base(tmp_path / target)
-        found = Canonical(found, plan_base(found))
+        found = open_base_model(tmp_path / target)
+        found = CanonicalArrays(found, map_base_model(found))
         assert merged.keys() <= set(found)
         for name, array in merged.items():
             assert found[name].dtype == np.float16
@@ -495,9 +495,9 @@ class TestWholeModel:
     def test_upl_on_a_folder_is_one_that_holds_the_same(self, whole, tmp_path):
         root, _, merged = whole
         lora_add.main([str(root / "folder"), str(root / "lora.ckpt"), str(tmp_path / "out"), "0.5", "--mode", "upl"])
-        found = open_base(tmp_path / "out")
+        found = open_base_model(tmp_path / "out")
         assert (tmp_path / "out.yaml").read_text() == (root / "folder.yaml").read_text()
-        found = Canonical(found, plan_base(found))
+        found = CanonicalArrays(found, map_base_model(found))
         for name, array in merged.items():
             np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-6, atol=1e-7, err_msg=name)
 

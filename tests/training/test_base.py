@@ -17,8 +17,8 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import AddedToken
 from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
-from ldm.weights.added_tokens import TOKEN_ROWS, tokens_metadata, tokens_of
-from ldm.weights.base_model import open_base
+from ldm.weights.added_tokens import TOKEN_EMBEDDING, read_added_tokens, tokens_metadata
+from ldm.weights.base_model import open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
 
@@ -39,8 +39,8 @@ def files(tmp_path_factory):
     write_checkpoint(folder / "b.safetensors", {name: array * 1.5 for name, array in vae.items()})
     bare = {name: array for name, array in arrays.items() if not name.startswith(VAE)}
     write_checkpoint(folder / "bare.safetensors", bare)
-    learned = np.concatenate([arrays[TOKEN_ROWS], 3 * np.ones((1, 32), np.float32)])
-    write_checkpoint(folder / "one.safetensors", {**arrays, TOKEN_ROWS: learned}, tokens_metadata((TOKEN,)))
+    learned = np.concatenate([arrays[TOKEN_EMBEDDING], 3 * np.ones((1, 32), np.float32)])
+    write_checkpoint(folder / "one.safetensors", {**arrays, TOKEN_EMBEDDING: learned}, tokens_metadata((TOKEN,)))
     convert(folder / "one.safetensors", folder / "token", model_config=MICRO)
     (folder / "token.yaml").unlink()
     (folder / "data").mkdir()
@@ -65,7 +65,7 @@ def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_pa
     assert trainer.model_config.added_tokens == (TOKEN,)
     assert (trainer.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
     trainer._write_model(tmp_path / "model.ckpt")
-    assert tokens_of(open_base(tmp_path / "model.ckpt")) == (TOKEN,)
+    assert read_added_tokens(open_base_model(tmp_path / "model.ckpt")) == (TOKEN,)
     text_to_image.main([
         "--prompt", "a <cat-toy>", "--ckpt_path", str(tmp_path / "model.ckpt"), "--config", str(MICRO), "--H", "16",
         "--W", "16", "--sampling_steps", "1", "--scale", "1", "--output_path", str(tmp_path / "out"), "--skip_grid",
@@ -108,4 +108,4 @@ def test_generation_takes_a_vae_of_its_own_and_says_so_in_the_png(files, tmp_pat
 
 def test_the_folder_and_its_single_file_tell_one_token(files):
     told = json.loads((files / "token" / "tokenizer" / "added_tokens.json").read_text())
-    assert told == {"<cat-toy>": 49408} and tokens_of(open_base(files / "one.safetensors")) == (TOKEN,)
+    assert told == {"<cat-toy>": 49408} and read_added_tokens(open_base_model(files / "one.safetensors")) == (TOKEN,)

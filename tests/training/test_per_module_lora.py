@@ -19,7 +19,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import load_state
 from ldm.training.trainer import Trainer, train
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
-from ldm.weights.load import load_base
+from ldm.weights.load import load_base_model
 
 MICRO = Path(__file__).parent / "micro.yaml"
 UNET = "model.diffusion_model."
@@ -86,7 +86,7 @@ def test_the_lora_has_each_modules_rank_and_the_scale_that_was_learned(done):
 
 def test_the_base_that_was_trained_with_it_lies_beside_it(done, base):
     path = done / "ckpt" / "model.ckpt"
-    assert load_base(build_model(load_model_config(MICRO)), path).ok
+    assert load_base_model(build_model(load_model_config(MICRO)), path).ok
     before, after = read_checkpoint(base)[0], read_checkpoint(path)[0]
     lora = read_lora(done / "ckpt" / "lora.ckpt")
     assert before.keys() == after.keys()

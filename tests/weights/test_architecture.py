@@ -14,9 +14,16 @@ import yaml
 from ldm.errors import UserError
 from ldm.files.paths import ROOT
 from ldm.settings.model import load_model_config, model_document, parse_model_config
-from ldm.weights.architecture import KNOWN, detect_model, fitting_models, known_path, same_model, what_it_says
+from ldm.weights.architecture import (
+    KNOWN,
+    candidate_configs,
+    detect_model_config,
+    known_config_path,
+    missing_information,
+    same_config,
+)
 from ldm.weights.arrays import Arrays
-from ldm.weights.base_model import plan_base
+from ldm.weights.base_model import map_base_model
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.diffusers_folder.writer import scheduler_config, text_config, unet_config, vae_config
 
@@ -91,7 +98,7 @@ def settings_of(model, **changed):
 def found(checkpoint, prediction_type=None):
     return [
         Path(model.path).relative_to(ROOT).as_posix() if Path(model.path).is_absolute() else model.path
-        for model in fitting_models(checkpoint, plan_base(checkpoint), prediction_type)
+        for model in candidate_configs(checkpoint, map_base_model(checkpoint), prediction_type)
     ]
 
 
@@ -110,18 +117,22 @@ class TestSingleFiles:
 
     def test_a_known_model_that_was_trained_to_predict_the_other_thing(self, published):
         checkpoint = Shapes(published["sd1_ldm_ckpt_keys"])
-        (model,) = fitting_models(checkpoint, plan_base(checkpoint), "v_prediction")
-        assert model.prediction_type == "v_prediction" and model.architecture == "sd1" and known_path(model) is None
+        (model,) = candidate_configs(checkpoint, map_base_model(checkpoint), "v_prediction")
+        assert (
+            model.prediction_type == "v_prediction" and model.architecture == "sd1" and known_config_path(model) is None
+        )
 
     def test_the_embedded_model(self):
-        assert same_model(detect_model(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO))
+        assert same_config(
+            detect_model_config(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO)
+        )
 
     def test_added_tokens_make_no_other_architecture(self, published):
         name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
         names = {**published["sd1_ldm_ckpt_keys"], name: [49409, 768]}
         checkpoint = Shapes(names, added_tokens='[["<cat-toy>", 49408, true, false]]')
         assert found(checkpoint) == [V1]
-        (model,) = fitting_models(checkpoint, plan_base(checkpoint))
+        (model,) = candidate_configs(checkpoint, map_base_model(checkpoint))
         assert model.text["vocab_size"] == 49409 and [added.text for added in model.added_tokens] == ["<cat-toy>"]
         with pytest.raises(UserError, match="adds 0 tokens to CLIP's 49,408, but .* 49,409 rows"):
             found(Shapes(names))
@@ -146,12 +157,12 @@ class TestSingleFiles:
     def test_what_is_missing_is_said_before_what_is_not_known(self, published, part, words):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if name.startswith(part)})
-        assert f"{words}: give the whole model" in what_it_says(checkpoint, plan_base(checkpoint), "say it")
+        assert f"{words}: give the whole model" in missing_information(checkpoint, map_base_model(checkpoint), "say it")
 
     def test_a_file_without_a_unet_may_be_what_training_begins_with(self, published):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if not name.startswith("model.")})
-        said = what_it_says(checkpoint, plan_base(checkpoint), "say it")
+        said = missing_information(checkpoint, map_base_model(checkpoint), "say it")
         assert said == "Its shapes do not tell whether it predicts noise or velocity: say it"
 
     def test_a_unet_of_eight_channels_on_both_sides_is_no_other_task(self, published):
@@ -171,7 +182,7 @@ class TestSingleFiles:
         document = model_document(load_model_config(ROOT / V2_V))
         document["model"]["params"]["timesteps"] = 500
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
-        (model,) = fitting_models(checkpoint, plan_base(checkpoint))
+        (model,) = candidate_configs(checkpoint, map_base_model(checkpoint))
         assert model.timesteps == 500 and model.prediction_type == "v_prediction"
 
 
@@ -189,14 +200,14 @@ class TestDiffusersFolders:
     def test_a_network_that_is_missing_is_named(self, published, part, words):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **{part.split("_")[0]: None}))
         folder._shapes = {name: shape for name, shape in folder._shapes.items() if not name.startswith(part)}
-        assert words in what_it_says(folder, plan_base(folder), "say it")
+        assert words in missing_information(folder, map_base_model(folder), "say it")
 
     def test_a_config_that_is_missing_is_named_where_the_shapes_are_of_no_known_model(self, published):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), unet=None))
         folder._shapes = {**folder._shapes, "vae/post_quant_conv.weight": [16, 16, 1, 1]}
-        plan = plan_base(folder)
-        assert fitting_models(folder, plan) == []
-        said = what_it_says(folder, plan, "say it")
+        key_map = map_base_model(folder)
+        assert candidate_configs(folder, key_map) == []
+        said = missing_information(folder, key_map, "say it")
         assert "has no unet/config.json, and its shapes do not tell the rest: say it" in said
 
     @pytest.mark.parametrize(
@@ -213,8 +224,8 @@ class TestDiffusersFolders:
     )
     def test_what_differs_makes_another_model(self, published, changed, field, value):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
-        (model,) = fitting_models(folder, plan_base(folder))
-        assert getattr(model, field) == value and model.architecture == "sd1" and known_path(model) is None
+        (model,) = candidate_configs(folder, map_base_model(folder))
+        assert getattr(model, field) == value and model.architecture == "sd1" and known_config_path(model) is None
 
     @pytest.mark.parametrize(
         "changed, part, key, value",
@@ -230,7 +241,7 @@ class TestDiffusersFolders:
     )
     def test_what_shapes_do_not_tell(self, published, changed, part, key, value):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
-        (model,) = fitting_models(folder, plan_base(folder))
+        (model,) = candidate_configs(folder, map_base_model(folder))
         assert getattr(model, part)[key] == value
 
     @pytest.mark.parametrize(
@@ -280,7 +291,7 @@ class TestDiffusersFolders:
     def test_settings_that_the_networks_here_do_not_have(self, published, changed, words):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
         with pytest.raises(UserError, match=words) as caught:
-            fitting_models(folder, plan_base(folder))
+            candidate_configs(folder, map_base_model(folder))
         assert "nowhere/sd" in str(caught.value)
 
 

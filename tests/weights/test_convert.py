@@ -14,11 +14,11 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.tokenizer import Tokenizer
 from ldm.weights import convert as convert_module
-from ldm.weights.architecture import detect_model, same_model
-from ldm.weights.base_model import open_base
+from ldm.weights.architecture import detect_model_config, same_config
+from ldm.weights.base_model import open_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
-from ldm.weights.load import load_base
+from ldm.weights.load import load_base_model
 from ldm.weights.names import mindone
 from ldm.weights.names.compvis import ema_name
 from tests.weights.torch_files import Tensor, write_torch
@@ -80,7 +80,7 @@ class TestAllDirections:
         target = tmp_path / "out" / TARGETS[form]
         convert(source("sd2"), target, form, model_config=MODELS["sd2"])
         model = build_model(load_model_config(MODELS["sd2"]), random=False)
-        assert load_base(model, target).ok
+        assert load_base_model(model, target).ok
         equal({p.name: p.asnumpy() for p in model.get_parameters()}, weights["sd2"])
 
     @pytest.mark.parametrize("form", TARGETS)
@@ -88,12 +88,12 @@ class TestAllDirections:
     def test_the_model_is_known_from_what_was_written(self, tmp_path, source, model, form):
         target = tmp_path / "out" / TARGETS[form]
         convert(source(model), target, form, model_config=MODELS[model])
-        assert same_model(detect_model(target), load_model_config(MODELS[model]))
+        assert same_config(detect_model_config(target), load_model_config(MODELS[model]))
 
     def test_a_folder_says_all_of_its_model_without_a_yaml(self, tmp_path, source):
         convert(source("sd2"), tmp_path / "sd", model_config=MODELS["sd2"])
         (tmp_path / "sd.yaml").unlink()
-        assert same_model(detect_model(tmp_path / "sd"), load_model_config(MODELS["sd2"]))
+        assert same_config(detect_model_config(tmp_path / "sd"), load_model_config(MODELS["sd2"]))
 
     def test_the_suffix_chooses_the_form(self, tmp_path, source):
         path = source()
@@ -101,7 +101,7 @@ class TestAllDirections:
             convert(path, tmp_path / name, model_config=MODELS["tiny"])
         assert "betas" in open_checkpoint(tmp_path / "a.safetensors")
         assert any(mindone.is_typical(name) for name in open_checkpoint(tmp_path / "b.ckpt"))
-        assert open_base(tmp_path / "c").format == "diffusers"
+        assert open_base_model(tmp_path / "c").format == "diffusers"
 
 
 class TestWhatIsWritten:
@@ -168,7 +168,7 @@ class TestWhatIsWritten:
         assert open_checkpoint(tmp_path / "nano.ckpt").metadata == {
             "architecture": "nano", "prediction_type": "v_prediction"
         }  # fmt: skip
-        assert detect_model(tmp_path / "nano.ckpt").architecture == "nano"
+        assert detect_model_config(tmp_path / "nano.ckpt").architecture == "nano"
 
     @pytest.mark.parametrize("form", TARGETS)
     def test_one_array_is_held_at_a_time(self, tmp_path, source, monkeypatch, form):
@@ -177,14 +177,14 @@ class TestWhatIsWritten:
 
         alive = []
 
-        class Watched(convert_module.Converted):
+        class Watched(convert_module.ConvertedArrays):
             def __getitem__(self, name):
                 array = super().__getitem__(name).copy()
                 assert sum(reference() is not None for reference in alive) <= 1
                 alive.append(weakref.ref(array))
                 return array
 
-        monkeypatch.setattr(convert_module, "Converted", Watched)
+        monkeypatch.setattr(convert_module, "ConvertedArrays", Watched)
         convert(source(), tmp_path / "out" / TARGETS[form], form, model_config=MODELS["tiny"])
         assert len(alive) >= 300
 
@@ -194,7 +194,7 @@ class TestTypes:
     def test_fp16_halves_the_weights_and_nothing_else(self, tmp_path, source, weights, form):
         target = tmp_path / "out" / TARGETS[form]
         convert(source(), target, form, dtype="fp16", model_config=MODELS["tiny"])
-        checkpoint = open_base(target)
+        checkpoint = open_base_model(target)
         dtypes = {name: checkpoint.spec(name)[0] for name in checkpoint}
         halves = [name for name, dtype in dtypes.items() if dtype == np.float16]
         assert len(halves) == sum(1 for name in dtypes if form == "diffusers" or "." in name and "_ids" not in name)
@@ -205,7 +205,7 @@ class TestTypes:
     def test_keep_leaves_each_as_it_is(self, tmp_path, source, weights):
         half = weights["tiny"][CONV_IN].astype(np.float16)
         convert(source(**{CONV_IN: half}), tmp_path / "x.ckpt", model_config=MODELS["tiny"])
-        checkpoint = open_base(tmp_path / "x.ckpt")
+        checkpoint = open_base_model(tmp_path / "x.ckpt")
         assert [checkpoint.spec(name)[0] for name in checkpoint].count(np.float16) == 1
 
     def test_bfloat16_becomes_fp32_exactly(self, tmp_path, weights):
@@ -354,7 +354,7 @@ class TestRefusing:
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(convert_module.Converted, "release", full)
+        monkeypatch.setattr(convert_module.ConvertedArrays, "release", full)
         for name in ("x.ckpt", "x.safetensors", "folder"):
             message = self.refused(path, tmp_path / name, model_config=MODELS["tiny"])
             assert "No space left" in message

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.weights.base_model import base_hash, open_base, plan_base
+from ldm.weights.base_model import base_model_hash, map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.diffusers_folder.reader import open_folder
 from tests.weights.torch_files import write_torch
@@ -75,7 +75,7 @@ class TestForms:
         ],
     )
     def test_the_unets_files(self, tmp_path, write):
-        checkpoint = open_base(folder(tmp_path / "sd", unet=write))
+        checkpoint = open_base_model(folder(tmp_path / "sd", unet=write))
         assert sorted(checkpoint) == NAMES and checkpoint.format == "diffusers"
         for name, array in UNET.items():
             np.testing.assert_array_equal(checkpoint[f"unet/{name}"], array)
@@ -83,7 +83,7 @@ class TestForms:
 
     def test_the_text_encoder_as_bin(self, tmp_path):
         path = folder(tmp_path / "sd", text_encoder=lambda place: write_torch(place / "pytorch_model.bin", TEXT))
-        assert sorted(open_base(path)) == NAMES
+        assert sorted(open_base_model(path)) == NAMES
 
     def test_full_precision_comes_first_then_safetensors(self, tmp_path):
         def write_all(place):
@@ -130,16 +130,16 @@ class TestForms:
 
         path = folder(tmp_path / "sd", unet=write)
         with pytest.raises(UserError, match="non_ema.: leave out the flag that asks for EMA"):
-            plan_base(open_folder(path), ema=True)
+            map_base_model(open_folder(path), ema=True)
         write_checkpoint(path / "unet" / "diffusion_pytorch_model.safetensors", UNET)
-        assert plan_base(open_folder(path), ema=True) == plan_base(open_folder(path))
+        assert map_base_model(open_folder(path), ema=True) == map_base_model(open_folder(path))
 
     def test_one_component_alone(self, tmp_path):
         path = folder(tmp_path / "sd") / "unet"
         write_json(path / "config.json", {"_class_name": "UNet2DConditionModel"})
-        checkpoint = open_base(path)
+        checkpoint = open_base_model(path)
         assert sorted(checkpoint) == sorted(f"unet/{name}" for name in UNET)
-        assert set(plan_base(checkpoint).sources) == {
+        assert set(map_base_model(checkpoint).sources) == {
             "model.diffusion_model.input_blocks.0.0.weight",
             "model.diffusion_model.input_blocks.1.0.in_layers.0.bias",
         }
@@ -153,7 +153,7 @@ class TestForms:
     def test_its_identity_is_that_of_all_its_weights(self, tmp_path):
         a, b, c = (folder(tmp_path / name) for name in "abc")
         write_checkpoint(c / "vae" / "diffusion_pytorch_model.safetensors", {"quant_conv.bias": np.zeros(3)})
-        assert base_hash(a) == base_hash(b) != base_hash(c)
+        assert base_model_hash(a) == base_model_hash(b) != base_model_hash(c)
 
 
 class TestTheHubsCache:
@@ -174,36 +174,36 @@ class TestTheHubsCache:
 
     def test_the_snapshot_of_the_main_branch(self, tmp_path):
         path = self.cached(tmp_path / "models--runwayml--sd", "aaa", "bbb", main="bbb\n")
-        checkpoint = open_base(path)
+        checkpoint = open_base_model(path)
         assert checkpoint.path == path / "snapshots" / "bbb" and sorted(checkpoint) == NAMES
-        assert base_hash(path) == base_hash(path / "snapshots" / "bbb")
+        assert base_model_hash(path) == base_model_hash(path / "snapshots" / "bbb")
 
     @pytest.mark.parametrize("main", [None, "ccc", "../../elsewhere", ""])
     def test_else_the_only_one(self, tmp_path, main):
         path = self.cached(tmp_path / "models--runwayml--sd", "aaa", main=main)
-        assert open_base(path).path == path / "snapshots" / "aaa"
+        assert open_base_model(path).path == path / "snapshots" / "aaa"
 
     def test_of_several_one_is_asked_for(self, tmp_path):
         path = self.cached(tmp_path / "models--runwayml--sd", "aaa", "bbb", main="ccc")
         with pytest.raises(UserError, match="2 snapshots, and refs/main names none .*/snapshots, aaa, bbb"):
-            open_base(path)
+            open_base_model(path)
 
     def test_without_a_snapshot(self, tmp_path):
         path = self.cached(tmp_path / "models--runwayml--sd")
         (path / "snapshots").mkdir()
         with pytest.raises(UserError, match="with an empty snapshots/: download it again"):
-            open_base(path)
+            open_base_model(path)
 
     def test_a_download_that_stopped(self, tmp_path):
         path = self.cached(tmp_path / "models--runwayml--sd", "aaa", main="aaa")
         (path / "blobs" / "aaaunet").unlink()
         with pytest.raises(UserError, match="unet/diffusion_pytorch_model.safetensors is a link .*Fetch it again"):
-            open_base(path)
+            open_base_model(path)
 
     def test_the_whole_cache(self, tmp_path):
         self.cached(tmp_path / "models--runwayml--sd", "aaa", main="aaa")
         with pytest.raises(UserError, match="is the cache of the Hugging Face hub.*models--runwayml--sd"):
-            open_base(tmp_path)
+            open_base_model(tmp_path)
 
 
 class TestOtherFolders:
@@ -262,7 +262,7 @@ class TestOtherFolders:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=words) as caught:
-            open_base(tmp_path)
+            open_base_model(tmp_path)
         assert "\n" not in str(caught.value)
 
     def test_a_shard_with_other_arrays_than_its_index_says(self, tmp_path):
@@ -287,7 +287,7 @@ class TestOtherFolders:
         closed.chmod(0)
         try:
             with pytest.raises(UserError, match=f"{closed}.*Permission denied: give this user the permission"):
-                open_base(path)
+                open_base_model(path)
         finally:
             closed.chmod(0o700)
 
@@ -302,4 +302,4 @@ class TestOtherFolders:
         path.unlink(missing_ok=True)
         os.mkfifo(path) if kind == "a pipe" else path.mkdir()
         with pytest.raises(UserError, match=f"{path} is {kind}"):
-            open_base(tmp_path / "sd")
+            open_base_model(tmp_path / "sd")

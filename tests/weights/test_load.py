@@ -13,7 +13,7 @@ from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.weights.checkpoint import write_checkpoint
-from ldm.weights.load import load_base, load_network
+from ldm.weights.load import load_base_model, load_component
 from ldm.weights.names import mindone
 from ldm.weights.names.compvis import ema_name
 from tests.weight_names import to_diffusers
@@ -67,7 +67,7 @@ def refused(model, path, **options):
     """The message of the refusal; the model must be as it was."""
     before = arrays_of(model)
     with pytest.raises(UserError) as caught:
-        load_base(model, path, **options)
+        load_base_model(model, path, **options)
     for name, array in arrays_of(model).items():
         np.testing.assert_array_equal(array, before[name])
     message = str(caught.value)
@@ -78,14 +78,14 @@ def refused(model, path, **options):
 class TestLoading:
     @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
     def test_every_parameter_becomes_the_files(self, model, weights, tmp_path, suffix):
-        report = load_base(model, save(tmp_path / f"base{suffix}", weights))
+        report = load_base_model(model, save(tmp_path / f"base{suffix}", weights))
         assert report.ok and sum(part.matched for part in report.components.values()) == len(weights)
         for name, array in arrays_of(model).items():
             np.testing.assert_array_equal(array, weights[name])
 
     def test_half_precision_files_become_fp32_parameters(self, model, weights, tmp_path):
         halved = {name: array.astype(np.float16) for name, array in weights.items()}
-        load_base(model, save(tmp_path / "base.safetensors", halved))
+        load_base_model(model, save(tmp_path / "base.safetensors", halved))
         loaded = arrays_of(model)[TO_K]
         assert loaded.dtype == np.float32
         np.testing.assert_array_equal(loaded, halved[TO_K].astype(np.float32))
@@ -93,26 +93,26 @@ class TestLoading:
     def test_linear_layers_fill_1x1_convolutions(self, model, weights, tmp_path):
         name = "first_stage_model.encoder.mid.attn_1.q.weight"
         flat = {**weights, name: weights[name].reshape(weights[name].shape[:2])}
-        assert load_base(model, save(tmp_path / "base.ckpt", flat)).ok
+        assert load_base_model(model, save(tmp_path / "base.ckpt", flat)).ok
         np.testing.assert_array_equal(arrays_of(model)[name], weights[name])
 
     def test_what_has_no_use_is_counted_by_reason(self, model, weights, tmp_path):
         more = {**weights, "betas": np.zeros(3), "alphas_cumprod": np.zeros(3), "model_ema.decay": np.zeros(1)}
-        report = load_base(model, save(tmp_path / "base.ckpt", more))
+        report = load_base_model(model, save(tmp_path / "base.ckpt", more))
         assert report.ignored == {"noise schedule": 2, "EMA copy": 1}
         assert "2 (noise schedule)" in str(report)
 
     def test_parameters_that_were_not_drawn_are_zeros_until_then(self, config, weights, tmp_path):
         empty = build_model(config, random=False)
         assert not arrays_of(empty)[TO_K].any() and arrays_of(empty)[TO_K].shape == weights[TO_K].shape
-        load_base(empty, save(tmp_path / "base.ckpt", weights))
+        load_base_model(empty, save(tmp_path / "base.ckpt", weights))
         for name, array in arrays_of(empty).items():
             np.testing.assert_array_equal(array, weights[name])
 
     def test_the_moving_averages_where_they_are_asked_for(self, model, weights, tmp_path):
         averages = {ema_name(name): array + 1 for name, array in weights.items() if name.startswith("model.")}
         path = save(tmp_path / "base.ckpt", {**weights, **averages})
-        report = load_base(model, path, ema=True)
+        report = load_base_model(model, path, ema=True)
         assert report.ignored == {"weight that has an EMA copy": 286}
         loaded = arrays_of(model)
         np.testing.assert_array_equal(loaded[TO_K], weights[TO_K] + 1)
@@ -120,7 +120,7 @@ class TestLoading:
 
     def test_one_component_alone(self, model, weights, tmp_path):
         before = arrays_of(model)
-        report = load_base(model, save(tmp_path / "base.ckpt", weights), components=["unet"])
+        report = load_base_model(model, save(tmp_path / "base.ckpt", weights), components=["unet"])
         assert list(report.components) == ["unet"]
         assert set(report.ignored) == {"VAE, not asked for", "text encoder, not asked for"}
         after = arrays_of(model)
@@ -130,14 +130,14 @@ class TestLoading:
     def test_a_file_with_one_component_fills_it(self, model, weights, tmp_path):
         unet = {name: array for name, array in weights.items() if name.startswith("model.")}
         path = save(tmp_path / "unet.ckpt", unet)
-        assert load_base(model, path, components=["unet"]).ok
+        assert load_base_model(model, path, components=["unet"]).ok
         assert "it holds no VAE and no text encoder" in refused(model, path)
 
     def test_partial_loads_what_fits(self, model, weights, tmp_path):
         before = arrays_of(model)
         part = {**weights, TO_K: np.zeros((5, 5), np.float32)}
         del part[QUANT]
-        report = load_base(model, save(tmp_path / "base.ckpt", part), partial=True)
+        report = load_base_model(model, save(tmp_path / "base.ckpt", part), partial=True)
         assert report.components["vae"].missing == [QUANT]
         assert [name for name, _, _ in report.components["unet"].wrong_shape] == [TO_K]
         after = arrays_of(model)
@@ -147,13 +147,13 @@ class TestLoading:
     def test_injected_factors_are_no_part_of_a_base(self, config, weights, tmp_path):
         model = build_model(config)
         inject_lora(model, LoRASpec())
-        assert load_base(model, save(tmp_path / "base.ckpt", weights)).ok
+        assert load_base_model(model, save(tmp_path / "base.ckpt", weights)).ok
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
 
     def test_the_compute_type_does_not_change_the_parameters(self, config, weights, tmp_path):
         model = build_model(config)
         set_compute_dtype(model, ms.float16)
-        load_base(model, save(tmp_path / "base.ckpt", weights))
+        load_base_model(model, save(tmp_path / "base.ckpt", weights))
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
 
 
@@ -221,7 +221,7 @@ class TestAVAEOfItsOwn:
         path = save(tmp_path / "x.safetensors", vae if component == "unet" else unet)
         label = {"unet": "UNet", "vae": "VAE"}[component]
         with pytest.raises(UserError, match=f"x.safetensors holds no {label}: give a file or folder with one"):
-            load_network(model, path, component, config)
+            load_component(model, path, component, config)
 
     @pytest.mark.parametrize(
         "changed, words",
@@ -235,25 +235,25 @@ class TestAVAEOfItsOwn:
         single = {name[len(VAE) :]: array for name, array in weights.items() if name.startswith(VAE)}
         single = {name: array for name, array in {**single, **changed}.items() if array is not None}
         with pytest.raises(UserError, match=words):
-            load_network(model, save(tmp_path / "x.safetensors", single), "vae", config)
+            load_component(model, save(tmp_path / "x.safetensors", single), "vae", config)
 
     def test_one_whose_latents_have_another_scale(self, model, config, weights, tmp_path):
         (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}')
         save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[1])
         with pytest.raises(UserError, match="a VAE with a scaling_factor of 0.13025, the model wants 0.5"):
-            load_network(model, tmp_path, "vae", config)
+            load_component(model, tmp_path, "vae", config)
 
 
 class TestAUNetOfItsOwn:
     def test_comes_from_a_diffusers_file_too(self, model, config, weights, tmp_path):
         path = save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[0])
-        assert load_network(model, path, "unet", config).ok
+        assert load_component(model, path, "unet", config).ok
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
 
     def test_predicts_what_the_model_predicts(self, model, config, weights, tmp_path):
         path = save(tmp_path / "unet.safetensors", weights, {"prediction_type": "v_prediction"})
         with pytest.raises(UserError, match="unet.safetensors says that its prediction_type is v_prediction"):
-            load_network(model, path, "unet", config)
+            load_component(model, path, "unet", config)
 
 
 class TestPrecision:
@@ -313,7 +313,9 @@ class TestRefusing:
 
     def test_partial_leaves_them_out(self, model, weights, tmp_path):
         before = arrays_of(model)[TO_K]
-        load_base(model, save(tmp_path / "b.ckpt", {**weights, TO_K: weights[TO_K].astype(np.int8)}), partial=True)
+        load_base_model(
+            model, save(tmp_path / "b.ckpt", {**weights, TO_K: weights[TO_K].astype(np.int8)}), partial=True
+        )
         np.testing.assert_array_equal(arrays_of(model)[TO_K], before)
 
     def test_sdxl(self, model, tmp_path):

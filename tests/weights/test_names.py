@@ -21,14 +21,14 @@ from ldm.weights.names import (
     compvis,
     detect_family,
     diffusers,
+    map_keys,
     mindone,
-    plan_names,
+    read_source,
     same_up_to_1x1,
-    take,
-    taken_shape,
+    source_shape,
 )
 from ldm.weights.names.tables import Ignored
-from ldm.weights.names.unused import leftover
+from ldm.weights.names.unused import find_unused
 from tests.weight_names import from_diffusers, to_canonical, to_diffusers
 
 HERE = Path(__file__).parent
@@ -66,39 +66,39 @@ def canonical_shapes(published, version):
 class TestPublishedFiles:
     def test_sd1_is_canonical_as_it_is(self, published):
         names = published["sd1_ldm_ckpt_keys"]
-        plan = plan_names(names)
-        assert plan.family == "ldm" and not plan.unknown
-        assert all(source.name == name and source.parts == 1 for name, source in plan.sources.items())
-        assert Counter(plan.ignored.values()) == {"noise schedule": 12, "position numbers": 1}
-        assert len(plan.sources) + len(plan.ignored) == len(names) == 1143
+        key_map = map_keys(names)
+        assert key_map.family == "ldm" and not key_map.unknown
+        assert all(source.name == name and source.parts == 1 for name, source in key_map.sources.items())
+        assert Counter(key_map.ignored.values()) == {"noise schedule": 12, "position numbers": 1}
+        assert len(key_map.sources) + len(key_map.ignored) == len(names) == 1143
 
     def test_sd1_without_text_model_in_its_names(self, published):
         names = published["sd1_ldm_ckpt_keys"]
         shorter = [name.replace(".text_model.", ".") for name in names]
-        plan = plan_names(shorter)
-        assert shorter != list(names) and plan.sources.keys() == plan_names(names).sources.keys()
-        assert not plan.unknown and len(plan.ignored) == 13
+        key_map = map_keys(shorter)
+        assert shorter != list(names) and key_map.sources.keys() == map_keys(names).sources.keys()
+        assert not key_map.unknown and len(key_map.ignored) == 13
 
     def test_sd2_places_every_key_once(self, published):
         names = published["sd2_ldm_ckpt_keys"]
-        plan = plan_names(names)
-        assert plan.family == "ldm" and not plan.unknown
-        used = {source.name for source in plan.sources.values()}
-        assert used | set(plan.ignored) == set(names) and not used & set(plan.ignored)
-        assert Counter(plan.ignored.values()) == {
+        key_map = map_keys(names)
+        assert key_map.family == "ldm" and not key_map.unknown
+        used = {source.name for source in key_map.sources.values()}
+        assert used | set(key_map.ignored) == set(names) and not used & set(key_map.ignored)
+        assert Counter(key_map.ignored.values()) == {
             "noise schedule": 12,
             "text projection and scale of CLIP": 2,
             "the text encoder's last layer, unused by SD2": 12,
         }
         # q, k and v of 23 layers come from one array each, weights and biases.
-        assert sum(source.parts == 3 for source in plan.sources.values()) == 23 * 3 * 2
+        assert sum(source.parts == 3 for source in key_map.sources.values()) == 23 * 3 * 2
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_mindone_has_the_same_arrays(self, published, version):
         names = published[f"mindone_ckpt_names_v{version}"]
-        plan = plan_names(names)
-        assert plan.family == "mindone" and not plan.unknown and not plan.ignored
-        assert {source.name for source in plan.sources.values()} == set(names)
+        key_map = map_keys(names)
+        assert key_map.family == "mindone" and not key_map.unknown and not key_map.ignored
+        assert {source.name for source in key_map.sources.values()} == set(names)
         assert shapes_of(to_canonical(arrays_of(names))) == canonical_shapes(published, version)
 
     @pytest.mark.parametrize("version", VERSIONS)
@@ -126,7 +126,7 @@ class TestPublishedFiles:
         canonical = to_canonical(arrays_of(names))
         made = made_shapes(compvis.layout(canonical, openclip=version == "2"), canonical)
         # What is left is computed (the schedule, position numbers) or not used (SD2's last layer, CLIP's projection).
-        assert made == {name: shape for name, shape in names.items() if not isinstance(compvis.place(name), Ignored)}
+        assert made == {name: shape for name, shape in names.items() if not isinstance(compvis.map_key(name), Ignored)}
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_back_to_mindone(self, published, version):
@@ -222,7 +222,7 @@ class TestNamesThatShapesDoNotTellApart:
     @pytest.mark.parametrize("family", SAME_SHAPES)
     def test_go_to_their_places_and_back(self, tables, family):
         names, layout = tables[family]
-        sources = plan_names(names).sources
+        sources = map_keys(names).sources
         for theirs, ours in SAME_SHAPES[family]:
             assert theirs in names and sources[ours].name == theirs
             assert layout[theirs].names == (ours,)
@@ -230,7 +230,7 @@ class TestNamesThatShapesDoNotTellApart:
     @pytest.mark.parametrize("theirs, ours", [("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")])
     def test_the_autoencoders_older_names(self, theirs, ours):
         names = [f"vae/encoder.mid_block.attentions.0.{theirs}.bias", "vae/encoder.down_blocks.0.resnets.0.conv1.bias"]
-        assert plan_names(names).sources[f"{VAE}encoder.mid.attn_1.{ours}.bias"].name == names[0]
+        assert map_keys(names).sources[f"{VAE}encoder.mid.attn_1.{ours}.bias"].name == names[0]
 
 
 @pytest.fixture(scope="module", params=["tiny.yaml", "golden/small_sd1.yaml", "golden/small_sd2.yaml"])
@@ -243,9 +243,9 @@ def tiny(request):
 class TestThisProjectsNetworks:
     def test_have_canonical_names(self, tiny):
         _, arrays = tiny
-        plan = plan_names(arrays)
-        assert plan.family == "ldm" and not plan.unknown and not plan.ignored
-        assert list(plan.sources) == list(arrays)
+        key_map = map_keys(arrays)
+        assert key_map.family == "ldm" and not key_map.unknown and not key_map.ignored
+        assert list(key_map.sources) == list(arrays)
 
     def test_go_to_diffusers_names_and_back_at_any_size(self, tiny):
         config, arrays = tiny
@@ -274,10 +274,10 @@ class TestFusedProjections:
         np.testing.assert_array_equal(canonical[f"{layer}k_proj.bias"], [2.0, 3.0])
 
     def test_shapes_are_split_like_arrays(self):
-        plan = plan_names(["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"])
-        for source in plan.sources.values():
-            assert taken_shape((9, 4), source) == take({source.name: np.zeros((9, 4))}, source).shape == (3, 4)
-            assert taken_shape((10, 4), source) == (10, 4)  # cannot be split: left to be found wrong
+        key_map = map_keys(["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"])
+        for source in key_map.sources.values():
+            assert source_shape((9, 4), source) == read_source({source.name: np.zeros((9, 4))}, source).shape == (3, 4)
+            assert source_shape((10, 4), source) == (10, 4)  # cannot be split: left to be found wrong
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ class TestUnknownNames:
     def test_no_family_is_found(self, names):
         assert detect_family(names) is None
         with pytest.raises(UserError, match="no Stable Diffusion parameter"):
-            plan_names(names)
+            map_keys(names)
 
     @pytest.mark.parametrize(
         "name",
@@ -324,33 +324,33 @@ class TestUnknownNames:
     )
     def test_a_single_one_is_kept_apart_and_refused(self, name):
         known = "model.diffusion_model.out.0.gamma" if "gamma" in name else "model.diffusion_model.out.0.weight"
-        assert plan_names([name, known]).unknown == [name]
+        assert map_keys([name, known]).unknown == [name]
         with pytest.raises(UserError, match="1 unknown name"):
             to_canonical({name: np.zeros(1), known: np.zeros(1)})
 
     def test_two_keys_for_one_parameter(self):
         names = ["model.diffusion_model.out.0.gamma", "model.diffusion_model.out.0.weight"]
         with pytest.raises(UserError, match="both stand for model.diffusion_model.out.0.weight"):
-            plan_names(names)
+            map_keys(names)
 
     def test_ema_copies_are_known_and_left_out(self):
         names = ["model.diffusion_model.out.0.weight", "model_ema.diffusion_modelout0weight", "model_ema.decay"]
-        assert set(plan_names(names).ignored.values()) == {"EMA copy"}
+        assert set(map_keys(names).ignored.values()) == {"EMA copy"}
 
     def test_moving_averages_take_the_weights_places(self):
         unet = ["model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "model.diffusion_model.out.2.bias"]
         averages = ["model_ema.diffusion_modelinput_blocks10in_layers2weight", "model_ema.diffusion_modelout2bias"]
         vae = "first_stage_model.quant_conv.bias"
-        plan = plan_names([*unet, *averages, vae, "model_ema.decay"], ema=True)
-        assert [plan.sources[name].name for name in (*unet, vae)] == [*averages, vae]
-        assert plan.ignored == {"model_ema.decay": "EMA copy", **dict.fromkeys(unet, "weight that has an EMA copy")}
+        key_map = map_keys([*unet, *averages, vae, "model_ema.decay"], ema=True)
+        assert [key_map.sources[name].name for name in (*unet, vae)] == [*averages, vae]
+        assert key_map.ignored == {"model_ema.decay": "EMA copy", **dict.fromkeys(unet, "weight that has an EMA copy")}
 
     @pytest.mark.parametrize("kept", [0, 1])
     def test_moving_averages_that_are_not_all_there(self, kept):
         unet = ["model.diffusion_model.out.0.bias", "model.diffusion_model.out.2.bias"]
         averages = ["model_ema.diffusion_modelout0bias", "model_ema.diffusion_modelout2bias"][:kept]
         with pytest.raises(UserError, match=f"{kept} of 2 UNet arrays have an EMA copy"):
-            plan_names([*unet, *averages], ema=True)
+            map_keys([*unet, *averages], ema=True)
 
     def test_canonical_names_of_another_size_of_network(self):
         name = "model.diffusion_model.input_blocks.12.0.in_layers.0.weight"
@@ -369,13 +369,13 @@ class TestNumbersWithoutBounds:
                                       "vae/encoder.down_blocks.{}.resnets.0.conv1.weight",
                                       "vae/encoder.down_blocks.0.resnets.{}.conv1.weight"])  # fmt: skip
     def test_of_a_diffusers_folder(self, name, number):
-        plan = plan_names(["unet/conv_out.weight", name.format(number)])
-        assert plan.unknown == [name.format(number)] and len(plan.sources) == 1
+        key_map = map_keys(["unet/conv_out.weight", name.format(number)])
+        assert key_map.unknown == [name.format(number)] and len(key_map.sources) == 1
 
     @pytest.mark.parametrize("number", ["9" * 6000, "²"])
     def test_of_openclips_layers(self, number):
         name = f"cond_stage_model.model.transformer.resblocks.{number}.ln_1.weight"
-        assert plan_names(["model.diffusion_model.out.2.bias", name]).unknown == [name]
+        assert map_keys(["model.diffusion_model.out.2.bias", name]).unknown == [name]
 
 
 class TestLeftovers:
@@ -418,20 +418,20 @@ class TestLeftovers:
     @pytest.mark.parametrize("base", BASES)
     @pytest.mark.parametrize("name", KNOWN)
     def test_known_ones(self, name, base):
-        plan = plan_names([base, name])
-        assert plan.ignored == {name: self.KNOWN[name]} and len(plan.sources) == 1 and not plan.unknown
+        key_map = map_keys([base, name])
+        assert key_map.ignored == {name: self.KNOWN[name]} and len(key_map.sources) == 1 and not key_map.unknown
 
     @pytest.mark.parametrize("name", ["text_encoder/logit_scale", "text_encoder/vision_model.x.weight",
                                       "text_encoder/text_model.embeddings.position_ids", "vae/loss.logvar",
                                       "vae/model_ema.decay"])  # fmt: skip
     def test_those_of_a_diffusers_folder(self, name):
-        assert list(plan_names(["unet/conv_out.weight", name]).ignored) == [name]
+        assert list(map_keys(["unet/conv_out.weight", name]).ignored) == [name]
 
     @pytest.mark.parametrize("name", UNKNOWN)
     def test_unknown_ones_are_told_apart(self, name):
-        plan = plan_names([self.BASES[0], name])
-        assert not plan.ignored and (name in plan.unknown or name in plan.sources)
+        key_map = map_keys([self.BASES[0], name])
+        assert not key_map.ignored and (name in key_map.unknown or name in key_map.sources)
 
     def test_published_weights_are_none(self, published):
         for names in published.values():
-            assert not [name for name in names if leftover(name) and not name.endswith("position_ids")]
+            assert not [name for name in names if find_unused(name) and not name.endswith("position_ids")]

@@ -15,9 +15,9 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.tokenizer import AddedToken
 from ldm.tokenizer.tokenizer import vocabulary
-from ldm.weights.added_tokens import TOKEN_ROWS, tokens_of, tokens_of_folder
-from ldm.weights.architecture import adapted_model, detect_model, same_model
-from ldm.weights.base_model import open_base
+from ldm.weights.added_tokens import TOKEN_EMBEDDING, read_added_tokens, read_tokenizer_tokens
+from ldm.weights.architecture import config_with_tokens, detect_model_config, same_config
+from ldm.weights.base_model import open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
 
@@ -78,19 +78,19 @@ def make_folder(plain_folder, path, files=FORMS["added_tokens.json"], rows=2):
 class TestAreUsed:
     @pytest.mark.parametrize("form", FORMS)
     def test_wherever_the_tokenizer_tells_them(self, plain_folder, tmp_path, form):
-        model = detect_model(make_folder(plain_folder, tmp_path / "sd", FORMS[form]))
+        model = detect_model_config(make_folder(plain_folder, tmp_path / "sd", FORMS[form]))
         assert model.added_tokens == TOKENS and model.text["vocab_size"] == 49410
 
     def test_with_their_flags(self, plain_folder, tmp_path):
         listed = [{**LISTED[0], "normalized": False, "special": True}, {**LISTED[1], "single_word": True}]
         folder = make_folder(plain_folder, tmp_path / "sd", {"tokenizer.json": {"added_tokens": listed}})
-        assert detect_model(folder).added_tokens == (
+        assert detect_model_config(folder).added_tokens == (
             AddedToken("<cat-toy>", 49408, True, True), AddedToken("<cat-toy>_1", 49409, False, False)
         )  # fmt: skip
 
     def test_by_a_prompt(self, plain_folder, tmp_path):
         folder = make_folder(plain_folder, tmp_path / "sd")
-        model = detect_model(folder)
+        model = detect_model_config(folder)
         pipeline = Pipeline(load_model(model, folder))
         assert pipeline.tokenizer.tokenize("a <cat-toy> <cat-toy>_1") == [320, 49408, 49409]
         rows = pipeline.encode_prompts(["a <cat-toy>", "a <cat-toy>_1", "a cat toy"])
@@ -98,24 +98,24 @@ class TestAreUsed:
 
     def test_where_the_model_is_given_by_its_yaml(self, plain_folder, tmp_path):
         folder = make_folder(plain_folder, tmp_path / "sd")
-        model = adapted_model(load_model_config(SD1), folder)
+        model = config_with_tokens(load_model_config(SD1), folder)
         assert model.added_tokens == TOKENS and model.text["vocab_size"] == 49410
-        assert same_model(adapted_model(model, folder), model)
+        assert same_config(config_with_tokens(model, folder), model)
 
     @pytest.mark.parametrize("target", ["x.safetensors", "x.ckpt", "own.safetensors", "folder"])
     def test_by_what_the_folder_is_converted_to_and_back(self, plain_folder, tmp_path, target, caplog):
         folder = make_folder(plain_folder, tmp_path / "sd", FORMS["tokenizer_config.json"])
         path = tmp_path / target
         convert(folder, path, "own" if target.startswith("own") else None)
-        assert detect_model(path).added_tokens == TOKENS
+        assert detect_model_config(path).added_tokens == TOKENS
         warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         if target.startswith("x"):  # what other programs read
             assert len(warned) == 1 and str(path) in warned[0] and "(<cat-toy>, <cat-toy>_1)" in warned[0]
         else:
             assert not warned
         convert(path, tmp_path / "back")
-        assert tokens_of(open_base(tmp_path / "back")) == TOKENS
-        before, after = open_base(folder), open_base(tmp_path / "back")
+        assert read_added_tokens(open_base_model(tmp_path / "back")) == TOKENS
+        before, after = open_base_model(folder), open_base_model(tmp_path / "back")
         name = "text_encoder/text_model.embeddings.token_embedding.weight"
         np.testing.assert_array_equal(after[name], before[name])
         written = json.loads((tmp_path / "back/tokenizer/added_tokens.json").read_text(encoding="utf-8"))
@@ -125,12 +125,12 @@ class TestAreUsed:
         folder = make_folder(plain_folder, tmp_path / "sd", rows=64)
         convert(folder, tmp_path / "own.safetensors", "own")
         for path in (folder, tmp_path / "own.safetensors"):
-            model = detect_model(path)
+            model = detect_model_config(path)
             assert model.added_tokens == TOKENS and model.text["vocab_size"] == 49472
             load_model(model, path)
 
     def test_without_any_the_files_are_as_ever(self, plain_folder):
-        model = detect_model(plain_folder)
+        model = detect_model_config(plain_folder)
         assert model.added_tokens == () and "added_tokens" not in model.content()
         assert not (plain_folder / "tokenizer/added_tokens.json").exists()
         config = json.loads((plain_folder / "tokenizer/tokenizer_config.json").read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ class TestAreRefused:
     def test_where_tokens_and_rows_are_not_as_many(self, plain_folder, tmp_path, files, rows, words):
         folder = make_folder(plain_folder, tmp_path / "sd", files, rows)
         with pytest.raises(UserError, match=words) as caught:
-            load_model(detect_model(folder), folder)
+            load_model(detect_model_config(folder), folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
     def test_where_a_single_file_does_not_tell_them(self, plain_folder, tmp_path):
@@ -160,8 +160,8 @@ class TestAreRefused:
         arrays, _ = read_checkpoint(tmp_path / "own.safetensors")
         write_checkpoint(tmp_path / "bare.safetensors", arrays)
         with pytest.raises(UserError, match="bare.safetensors adds 0 tokens .* 49,410 rows"):
-            adapted_model(load_model_config(SD1), tmp_path / "bare.safetensors")
-        assert arrays[TOKEN_ROWS].shape[0] == 49410
+            config_with_tokens(load_model_config(SD1), tmp_path / "bare.safetensors")
+        assert arrays[TOKEN_EMBEDDING].shape[0] == 49410
 
     @pytest.mark.parametrize(
         "files, words",
@@ -192,7 +192,7 @@ class TestAreRefused:
     )  # fmt: skip
     def test_where_they_cannot_be(self, tmp_path, files, words):
         with pytest.raises(UserError, match=words) as caught:
-            tokens_of_folder(lambda name: files.get(name.partition("/")[2], {}), tmp_path)
+            read_tokenizer_tokens(lambda name: files.get(name.partition("/")[2], {}), tmp_path)
         assert "tokenizer" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
     @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ class TestAreRefused:
     def test_where_a_files_texts_tell_none_that_can_be(self, tmp_path, text):
         write_checkpoint(tmp_path / "x.safetensors", {"a": np.zeros(1)}, {"added_tokens": text})
         with pytest.raises(UserError, match="x.safetensors, added_tokens in its metadata"):
-            tokens_of(open_base(tmp_path / "x.safetensors"))
+            read_added_tokens(open_base_model(tmp_path / "x.safetensors"))
 
     def test_where_one_fills_up(self, plain_folder, tmp_path):
         files = {**FORMS["added_tokens.json"], "special_tokens_map.json": {"pad_token": "<cat-toy>"}}
         with pytest.raises(UserError, match="pad_token in tokenizer/special_tokens_map.json is <cat-toy>"):
-            detect_model(make_folder(plain_folder, tmp_path / "sd", files))
+            detect_model_config(make_folder(plain_folder, tmp_path / "sd", files))

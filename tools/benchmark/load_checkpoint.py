@@ -101,14 +101,14 @@ def measure_load(config_path: str, source: str) -> dict[str, float]:
     """What a script does before it draws or trains: networks built, checkpoint loaded into them."""
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
-    from ldm.weights.load import load_base
+    from ldm.weights.load import load_base_model
 
     config = load_model_config(config_path)
     held = []
 
     def work() -> None:
         held.append(build_model(config, random=False))
-        load_base(held[0], source)
+        load_base_model(held[0], source)
 
     found = measured(work)
     return {**found, "weights": sum(p.nbytes for p in held[0].get_parameters())}

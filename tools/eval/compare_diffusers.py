@@ -63,8 +63,8 @@ from ldm.settings.read import read_settings  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.settings.versions import default_guidance_scale  # noqa: E402
 from ldm.training.plan import make_plan  # noqa: E402
-from ldm.weights.architecture import adapted_model, detect_model  # noqa: E402
-from ldm.weights.base_model import base_hash  # noqa: E402
+from ldm.weights.architecture import config_with_tokens, detect_model_config  # noqa: E402
+from ldm.weights.base_model import base_model_hash  # noqa: E402
 from ldm.weights.checkpoint import content_hash  # noqa: E402
 from tools.eval.compare_report import (  # noqa: E402
     ALLOWED,
@@ -302,9 +302,9 @@ class Comparison:
             raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
         config = self.recipe(args.seeds[0])
         if config.model_config is None:
-            self.model = detect_model(self.base, way_out="add --model_config with its YAML")
+            self.model = detect_model_config(self.base, way_out="add --model_config with its YAML")
         else:
-            self.model = adapted_model(load_model_config(under_root(config.model_config)), self.base)
+            self.model = config_with_tokens(load_model_config(under_root(config.model_config)), self.base)
         self.model_flags = [] if config.model_config is None else ["--config", self.model.path]
         self.model_flags += ["--device_target", config.device_target] if config.device_target else []
         check_expressible(self.model)
@@ -321,7 +321,7 @@ class Comparison:
         self.worker = Worker(reference_python(args.reference_python))
         self.batch_size = 16 if self.image_size <= 128 else 4
         self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.caption)))
-        self.base_hash = base_hash(self.base)
+        self.base_hash = base_model_hash(self.base)
 
     def recipe(self, seed: int) -> TrainSettings:
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
@@ -594,21 +594,21 @@ def write_diffusers_folder(base: Path, model: ModelConfig, folder: Path) -> None
     narrower than diffusers' own can, as the embedded model's; diffusers_worker.py knows what to do with it.
     """
     from ldm.models.stable_diffusion import build_model
-    from ldm.weights.base_model import open_base, plan_base
-    from ldm.weights.convert import DTYPES, diffusers_parts
+    from ldm.weights.base_model import map_base_model, open_base_model
+    from ldm.weights.convert import DTYPES, diffusers_arrays
     from ldm.weights.diffusers_folder.writer import write_folder
-    from ldm.weights.load import check_base_metadata, compare, refusal
-    from ldm.weights.names import COMPONENTS, Canonical
+    from ldm.weights.load import check_metadata, compare_shapes, mismatch_message
+    from ldm.weights.names import COMPONENTS, CanonicalArrays
 
-    checkpoint = open_base(base)
-    check_base_metadata(checkpoint.metadata, model, base)
-    plan = plan_base(checkpoint)
+    checkpoint = open_base_model(base)
+    check_metadata(checkpoint.metadata, model, base)
+    key_map = map_base_model(checkpoint)
     shapes = {p.name: tuple(p.shape) for p in build_model(model, random=False).get_parameters()}
-    report = compare(checkpoint, plan, shapes, tuple(COMPONENTS))
+    report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
     if not report.ok:
-        raise UserError(refusal(checkpoint, report))
-    canonical = Canonical(checkpoint, plan, shapes)
-    write_folder(folder, model, diffusers_parts(canonical, shapes, model, DTYPES["fp32"]))
+        raise UserError(mismatch_message(checkpoint, report))
+    canonical = CanonicalArrays(checkpoint, key_map, shapes)
+    write_folder(folder, model, diffusers_arrays(canonical, shapes, model, DTYPES["fp32"]))
 
 
 def _trained(folder: Path, lora: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E40
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser  # noqa: E402
-from ldm.weights.base_model import open_base, plan_base  # noqa: E402
+from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
 
 
@@ -66,7 +66,7 @@ def embed(args: argparse.Namespace) -> None:
     with as_single_file(args.model_ckpt, args.out_ckpt) as base:
         if split_embedded(base)[1] is not None:
             raise UserError(f"{args.model_ckpt} has LoRA in it already: merge adds to it, extract takes it out")
-        embedded = Embedded(base, plan_base(base), state)
+        embedded = Embedded(base, map_base_model(base), state)
         write_checkpoint(args.out_ckpt, embedded, {**base.metadata, **state.metadata})
     print(f"{args.out_ckpt}: {args.model_ckpt} and beside it {state}")
 
@@ -74,7 +74,7 @@ def embed(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace) -> None:
     if args.lora_ckpt:
         raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
-    checkpoint = open_base(args.model_ckpt)
+    checkpoint = open_base_model(args.model_ckpt)
     base, state = split_embedded(checkpoint)
     if state is None:
         raise UserError(
@@ -89,14 +89,14 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    checkpoint = open_base(args.model_ckpt)
+    checkpoint = open_base_model(args.model_ckpt)
     base, inside = split_embedded(checkpoint)
     if inside is None and not args.lora_ckpt:
         raise UserError(f"{args.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge")
     states = [(inside, Strength())] if inside is not None else []
     if args.lora_ckpt:
         states.append((read_loras(args.lora_ckpt), Strength()))
-    write_base(args.out_ckpt, Merged(base, plan_base(base), weighted_sum(states)), checkpoint)
+    write_base(args.out_ckpt, Merged(base, map_base_model(base), weighted_sum(states)), checkpoint)
     print(f"{args.out_ckpt}: {args.model_ckpt} with {'the LoRA inside it and ' * (inside is not None)}"
           f"{len(args.lora_ckpt)} LoRA files merged")  # fmt: skip
 

@@ -45,7 +45,7 @@ from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
-from ldm.weights.base_model import open_base, plan_base  # noqa: E402
+from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
 
@@ -110,12 +110,12 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]]) -
 
 def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]], texts: list[str]) -> None:
     """Base and LoRAs; `texts` are the LoRAs' paths as given."""
-    base = open_base(args.path_1)
-    plan = plan_base(base)
-    merged = Merged(base, plan, weighted_sum(weighted))
+    base = open_base_model(args.path_1)
+    key_map = map_base_model(base)
+    merged = Merged(base, key_map, weighted_sum(weighted))
     tokens, beside = [], args.output_path.with_suffix(".pt")
     if args.mode == "upl-ckpt-v2":
-        tokens = tokens_of(texts, base.shape(plan.sources[TOKEN_EMBEDDING].name)[1])
+        tokens = tokens_of(texts, base.shape(key_map.sources[TOKEN_EMBEDDING].name)[1])
     with claim_new(beside, "--output_path") if tokens else nullcontext():
         write = write_published if args.mode == "upl-ckpt-v2" else write_base
         write(args.output_path, merged, base)

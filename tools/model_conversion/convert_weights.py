@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # After the arguments are known to be right: MindSpore, which gives the shapes of the networks, takes a second.
     from ldm.weights.architecture import yaml_beside
-    from ldm.weights.convert import convert, form_of
+    from ldm.weights.convert import convert, target_format
 
-    folder = form_of(args.target, args.format) == "diffusers"
+    folder = target_format(args.target, args.format) == "diffusers"
     with claim_new(args.target, "--target", folder), claim_file(yaml_beside(args.target, folder), "--target"):
         progress(lambda: f"before {args.target} was whole: it is not kept")
         report = convert(

@@ -105,7 +105,7 @@ def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]
     """(canonical layer name, its rows of up) of a layer as the file names it."""
     weight = f"{module}.weight"
     # In the UNet mindone's names for attention are the canonical ones; of its text encoder's none is.
-    places = (mindone.place(weight) if component_of(weight) == "text_encoder" else None) or compvis.place(weight)
+    places = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
     if not isinstance(places, list):
         raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
     if up.shape[0] % len(places):

@@ -11,7 +11,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_json
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder, read_text
-from ldm.weights.added_tokens import tokens_metadata, tokens_of_folder
+from ldm.weights.added_tokens import read_tokenizer_tokens, tokens_metadata
 from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.checkpoint import open_checkpoint
 
@@ -53,7 +53,7 @@ class DiffusersFolder(Arrays):
         prediction_type = self.read_json("scheduler/scheduler_config.json").get("prediction_type")
         self.metadata = {"prediction_type": prediction_type} if isinstance(prediction_type, str) else {}
         if "text_encoder" in places and path not in places.values():
-            self.metadata.update(tokens_metadata(tokens_of_folder(self.read_json, path)))
+            self.metadata.update(tokens_metadata(read_tokenizer_tokens(self.read_json, path)))
 
     def _open(self, component: str, place: Path) -> list[Checkpoint]:
         names = list_folder(place)

@@ -16,8 +16,8 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.weights.arrays import Arrays
 from ldm.weights.names import compvis, diffusers, mindone
-from ldm.weights.names.tables import Ignored, Place
-from ldm.weights.names.unused import leftover
+from ldm.weights.names.tables import Ignored, Target
+from ldm.weights.names.unused import find_unused
 
 COMPONENTS = {
     "unet": "model.diffusion_model.",
@@ -38,7 +38,7 @@ class Source:
 
 
 @dataclass
-class Plan:
+class KeyMap:
     """Canonical name -> Source for a family of names; keys known to be of no use with the reason; keys not known."""
 
     family: str
@@ -46,7 +46,7 @@ class Plan:
     ignored: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def add(self, key: str, placed: Ignored | list[Place] | None) -> None:
+    def add(self, key: str, placed: Ignored | list[Target] | None) -> None:
         """Note where `key` goes. Raises UserError if something is there already."""
         if placed is None:
             self.unknown.append(key)
@@ -81,7 +81,7 @@ def detect_family(names: Iterable[str]) -> str | None:
     return "mindone" if any(mindone.is_typical(name) for name in names) else "ldm"
 
 
-def plan_names(names: Iterable[str], ema: bool = False) -> Plan:
+def map_keys(names: Iterable[str], ema: bool = False) -> KeyMap:
     """The plan for the keys of a checkpoint; `ema`: with the UNet's moving averages in place of its weights.
 
     Raises UserError if no family has such names, and where averages are asked for that are not there.
@@ -90,51 +90,51 @@ def plan_names(names: Iterable[str], ema: bool = False) -> Plan:
     family = detect_family(names)
     if family is None:
         raise UserError(f"no Stable Diffusion parameter among {len(names)} names ({plain(', '.join(names[:2]))}, ...)")
-    plan = Plan(family)
-    place = {"ldm": compvis.place, "mindone": mindone.place}.get(family) or diffusers.place_among(names)
+    key_map = KeyMap(family)
+    place = {"ldm": compvis.map_key, "mindone": mindone.map_key}.get(family) or diffusers.key_mapper(names)
     for name in names:
-        plan.add(name, leftover(name) or place(name))
+        key_map.add(name, find_unused(name) or place(name))
     if ema:
-        _take_averages(plan)
-    return plan
+        _take_averages(key_map)
+    return key_map
 
 
-def _take_averages(plan: Plan) -> None:
-    unet = [name for name in plan.sources if name.startswith(COMPONENTS["unet"])]
-    averages = {name: compvis.ema_name(plan.sources[name].name) for name in unet}
-    there = [name for name in unet if averages[name] in plan.ignored]
+def _take_averages(key_map: KeyMap) -> None:
+    unet = [name for name in key_map.sources if name.startswith(COMPONENTS["unet"])]
+    averages = {name: compvis.ema_name(key_map.sources[name].name) for name in unet}
+    there = [name for name in unet if averages[name] in key_map.ignored]
     if not there or len(there) < len(unet):
         raise UserError(
             f"{len(there)} of {len(unet)} UNet arrays have an EMA copy (model_ema. ...) in it: take the weights "
             "themselves, without the flag that asks for EMA"
         )
     for name in unet:
-        plan.ignored[plan.sources[name].name] = "weight that has an EMA copy"
-        del plan.ignored[averages[name]]
-        plan.sources[name] = Source(averages[name])
+        key_map.ignored[key_map.sources[name].name] = "weight that has an EMA copy"
+        del key_map.ignored[averages[name]]
+        key_map.sources[name] = Source(averages[name])
 
 
-class Canonical(Arrays):
+class CanonicalArrays(Arrays):
     """The arrays of a checkpoint under their canonical names, each made when it is asked for.
 
     `shapes`: what a model wants, for arrays that have another one (a 1x1 convolution for a linear layer); without it
     the VAE's attention is taken for convolutions.
     """
 
-    def __init__(self, checkpoint: Arrays, plan: Plan, shapes: Mapping[str, tuple[int, ...]] | None = None):
+    def __init__(self, checkpoint: Arrays, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]] | None = None):
         self._checkpoint = checkpoint
-        self._sources = plan.sources
+        self._sources = key_map.sources
         self._shapes = shapes or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         source = self._sources[name]
         dtype, shape = self._checkpoint.spec(source.name)
-        shape = taken_shape(shape, source)
+        shape = source_shape(shape, source)
         is_projection = ".attn_1." in name and len(shape) == 2
         return dtype, tuple(self._shapes.get(name) or (shape + (1, 1) if is_projection else shape))
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return take(self._checkpoint, self._sources[name]).reshape(self.shape(name))
+        return read_source(self._checkpoint, self._sources[name]).reshape(self.shape(name))
 
     def release(self, name: str) -> None:
         self._checkpoint.release(self._sources[name].name)
@@ -146,7 +146,7 @@ class Canonical(Arrays):
         return len(self._sources)
 
 
-def take(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
+def read_source(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
     """The array that `source` names; a block of rows is a view."""
     array = arrays[source.name]
     if source.parts == 1:
@@ -155,7 +155,7 @@ def take(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
     return array[source.part * rows : (source.part + 1) * rows]
 
 
-def taken_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
+def source_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
     """The shape that `take` gives for an array of `shape`; unchanged, hence wrong, where the rows do not divide."""
     if source.parts == 1 or not shape or shape[0] % source.parts:
         return tuple(shape)

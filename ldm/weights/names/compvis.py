@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.weights.names.tables import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, Target, fused_text_layer, text_layer
 
 SCHEDULE_BUFFERS = (
     "betas",
@@ -41,16 +41,16 @@ OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 conditions on the penultimate
 _LAYER = re.compile(r"transformer\.resblocks\.([0-9]{1,4})\.(.+?)[._](weight|bias)$")
 
 
-def place(name: str) -> list[Place] | Ignored | None:
+def map_key(name: str) -> list[Target] | Ignored | None:
     """Where a key of a CompVis or Stability AI single file goes."""
     if name.startswith(OPENCLIP):
         return _place_openclip(name[len(OPENCLIP) :])
     if name == POSITION_IDS:
         return Ignored("position numbers")
     if name.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
-        return [Place(name)]
+        return [Target(name)]
     if name.startswith(TEXT_WITHOUT_MODEL):  # as some tools that merge checkpoints write it
-        return [Place(TEXT_PREFIX + name[len("cond_stage_model.transformer.") :])]
+        return [Target(TEXT_PREFIX + name[len("cond_stage_model.transformer.") :])]
     if name in SCHEDULE_BUFFERS:
         return Ignored("noise schedule")
     return None
@@ -61,9 +61,9 @@ def ema_name(name: str) -> str:
     return "model_ema." + name[len("model.") :].replace(".", "")
 
 
-def _place_openclip(name: str) -> list[Place] | Ignored | None:
+def _place_openclip(name: str) -> list[Target] | Ignored | None:
     if name in OPENCLIP_NAMES:
-        return [Place(TEXT_PREFIX + OPENCLIP_NAMES[name])]
+        return [Target(TEXT_PREFIX + OPENCLIP_NAMES[name])]
     if name in ("text_projection", "logit_scale", "attn_mask"):
         return Ignored("text projection and scale of CLIP")
     layer = _LAYER.match(name)
@@ -77,26 +77,26 @@ def _place_openclip(name: str) -> list[Place] | Ignored | None:
 
 def is_published(name: str) -> bool:
     """Whether a key without use here belongs to the published files, other than as a moving average."""
-    return isinstance(place(name), Ignored)
+    return isinstance(map_key(name), Ignored)
 
 
-def layout(names: Iterable[str], openclip: bool) -> dict[str, Made]:
+def layout(names: Iterable[str], openclip: bool) -> dict[str, Concatenation]:
     """Key of a published single file -> what of the canonical `names` it is made of; `openclip`: the text encoder as in
     SD2's files, q, k and v in one array.
     """
-    return dict(_key(name) if openclip else (name, Made((name,))) for name in names)
+    return dict(_key(name) if openclip else (name, Concatenation((name,))) for name in names)
 
 
-def _key(name: str) -> tuple[str, Made]:
+def _key(name: str) -> tuple[str, Concatenation]:
     fused = fused_text_layer(name)
     if fused is not None:
         index, module, kind, parts = fused
         module = f"mlp.{module}" if module.startswith("c_") else module
         joint = "_" if module == "attn.in_proj" else "."
-        return f"{OPENCLIP}transformer.resblocks.{index}.{module}{joint}{kind}", Made(parts)
+        return f"{OPENCLIP}transformer.resblocks.{index}.{module}{joint}{kind}", Concatenation(parts)
     theirs = {ours: theirs for theirs, ours in OPENCLIP_NAMES.items()}
     tail = name[len(TEXT_PREFIX) :] if name.startswith(TEXT_PREFIX) else None
-    return (OPENCLIP + theirs[tail] if tail in theirs else name), Made((name,))
+    return (OPENCLIP + theirs[tail] if tail in theirs else name), Concatenation((name,))
 
 
 def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.names.tables import TEXT_PREFIX, Made, Place, rename
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Target, rename
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -96,7 +96,7 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
     return table
 
 
-def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | None]:
+def key_mapper(names: Iterable[str]) -> Callable[[str], list[Target] | None]:
     """The function that says where a key of a diffusers folder (`component/name`) goes; `names` are all keys: they tell
     how many levels and layers the networks have.
     """
@@ -110,14 +110,14 @@ def place_among(names: Iterable[str]) -> Callable[[str], list[Place] | None]:
         },
     }
 
-    def place(key: str) -> list[Place] | None:
+    def place(key: str) -> list[Target] | None:
         component, _, name = key.partition("/")
         if component in tables:
             canonical = rename(name, tables[component])
-            return None if canonical is None else [Place(canonical)]
+            return None if canonical is None else [Target(canonical)]
         if component != "text_encoder":
             return None
-        return [Place(TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name))]
+        return [Target(TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name))]
 
     return place
 
@@ -146,7 +146,7 @@ def _count(names: list[str], pattern: str) -> int:
     return max((int(match[1]) for match in map(found.match, names) if match), default=-1) + 1
 
 
-def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Made]:
+def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Concatenation]:
     """Key of a diffusers folder (`component/name`; names of diffusers 0.42 and transformers 4) -> what of the canonical
     arrays, given by name and shape, it is made of. Raises UserError for a name that `config` has no place for.
     """
@@ -157,7 +157,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
     made, unknown = {}, []
     for name, shape in shapes.items():
         if name.startswith(TEXT_PREFIX):
-            made[f"text_encoder/{TEXT_MODEL}{name[len(TEXT_PREFIX) :]}"] = Made((name,))
+            made[f"text_encoder/{TEXT_MODEL}{name[len(TEXT_PREFIX) :]}"] = Concatenation((name,))
             continue
         component = "unet" if name.startswith(UNET_PREFIX) else "vae"
         prefix, table = tables[component]
@@ -165,7 +165,9 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
         if theirs is None:
             unknown.append(name)
         else:
-            made[f"{component}/{theirs}"] = Made((name,), tuple(shape[:2]) if is_vae_projection(name, shape) else None)
+            made[f"{component}/{theirs}"] = Concatenation(
+                (name,), tuple(shape[:2]) if is_vae_projection(name, shape) else None
+            )
     if unknown:
         raise UserError(f"{len(unknown)} names do not fit the configuration {config.path}: {', '.join(unknown[:3])}")
     return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ldm.weights.names.tables import TEXT_PREFIX, Ignored, Made, Place, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, Target, fused_text_layer, text_layer
 
 TEXT = "cond_stage_model.transformer."
 TEXT_NAMES = {
@@ -37,7 +37,7 @@ def is_typical(name: str) -> bool:
     )
 
 
-def place(name: str) -> list[Place] | Ignored | None:
+def map_key(name: str) -> list[Target] | Ignored | None:
     """Where a key of a mindone checkpoint goes."""
     if name.startswith(TEXT):
         return _place_text(name[len(TEXT) :])
@@ -45,18 +45,18 @@ def place(name: str) -> list[Place] | Ignored | None:
     if kind not in NORM_KINDS:
         return None
     if name.startswith("first_stage_model."):
-        return [Place(f"{module}.{NORM_KINDS[kind]}")]
+        return [Target(f"{module}.{NORM_KINDS[kind]}")]
     if name.startswith("model.diffusion_model."):
         # Every convolution of the UNet but the attention's projections sits in a cell that calls it `conv`.
         module = module[: -len(".conv")] if module.endswith(".conv") else module
         module = _RESIDUAL.sub(lambda found: f".{RESIDUAL[found.group(1)]}.", f"{module}.")[:-1]
-        return [Place(f"{module}.{NORM_KINDS[kind]}")]
+        return [Target(f"{module}.{NORM_KINDS[kind]}")]
     return None
 
 
-def _place_text(name: str) -> list[Place] | None:
+def _place_text(name: str) -> list[Target] | None:
     if name in TEXT_NAMES:
-        return [Place(TEXT_PREFIX + TEXT_NAMES[name])]
+        return [Target(TEXT_PREFIX + TEXT_NAMES[name])]
     layer = _LAYER.match(name)
     if layer is None:
         return None
@@ -65,12 +65,12 @@ def _place_text(name: str) -> list[Place] | None:
     return text_layer(index, module, NORM_KINDS[kind])
 
 
-def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Made]:
+def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Concatenation]:
     """Mindone's key -> what of the canonical arrays, given by name and shape, it is made of."""
     return dict(_key(name, shapes) for name in shapes)
 
 
-def _key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Made]:
+def _key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Concatenation]:
     module, _, kind = name.rpartition(".")
     weight = shapes.get(f"{module}.weight", ())
     if len(weight) == 1:  # only norms have a weight of one axis
@@ -80,14 +80,16 @@ def _key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Made]:
         tail = name[len(TEXT_PREFIX) :]
         fused = fused_text_layer(name)
         if fused is None:
-            return TEXT + theirs[tail if tail in theirs else f"{tail.rpartition('.')[0]}.{kind}"], Made((name,))
+            return TEXT + theirs[tail if tail in theirs else f"{tail.rpartition('.')[0]}.{kind}"], Concatenation(
+                (name,)
+            )
         index, layer, _, parts = fused
         layer = f"attn.{layer}" if layer.startswith("attn.") else layer
-        return f"{TEXT}transformer_layer.resblocks.{index}.{layer}.{kind}", Made(parts)
+        return f"{TEXT}transformer_layer.resblocks.{index}.{layer}.{kind}", Concatenation(parts)
     if name.startswith("model.diffusion_model."):
         for theirs, ours in RESIDUAL.items():
             if module.endswith(f".{ours}"):
                 module = module[: -len(ours)] + theirs
         if len(weight) == 4 and not module.endswith((".proj_in", ".proj_out")):
             module += ".conv"
-    return f"{module}.{kind}", Made((name,))
+    return f"{module}.{kind}", Concatenation((name,))

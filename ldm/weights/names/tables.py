@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """A canonical name, taken from one of `parts` equal blocks of the array's rows."""
 
     name: str
@@ -17,7 +17,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Made:
+class Concatenation:
     """An array of another family, made of canonical ones: their rows one after another, then given a shape (None: the
     one they have).
     """
@@ -33,9 +33,9 @@ class Ignored:
     reason: str
 
 
-def split_rows(names: tuple[str, ...]) -> list[Place]:
+def split_rows(names: tuple[str, ...]) -> list[Target]:
     """Places for an array whose rows are those of `names`, one after another in equal blocks."""
-    return [Place(name, part, len(names)) for part, name in enumerate(names)]
+    return [Target(name, part, len(names)) for part, name in enumerate(names)]
 
 
 def rename(name: str, table: Mapping[str, str]) -> str | None:
@@ -59,12 +59,12 @@ TEXT_LAYER = {
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 
 
-def text_layer(index: str, module: str, kind: str) -> list[Place] | None:
+def text_layer(index: str, module: str, kind: str) -> list[Target] | None:
     """Places of `module` ("ln_1", "c_fc", ..., "attn.in_proj") of text layer `index`; kind "weight" or "bias"."""
     layer = f"{TEXT_PREFIX}encoder.layers.{index}."
     if module == "attn.in_proj":
         return split_rows(tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv"))
-    return [Place(f"{layer}{TEXT_LAYER[module]}.{kind}")] if module in TEXT_LAYER else None
+    return [Target(f"{layer}{TEXT_LAYER[module]}.{kind}")] if module in TEXT_LAYER else None
 
 
 _CANONICAL_LAYER = re.compile(re.escape(TEXT_PREFIX) + r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")

@@ -29,6 +29,6 @@ _TABLE = {
 _PATTERNS = [(re.compile(pattern), reason) for pattern, reason in _TABLE.items()]
 
 
-def leftover(name: str) -> Ignored | None:
+def find_unused(name: str) -> Ignored | None:
     """What a key without use is; None for one that is unknown or has a place."""
     return next((Ignored(reason) for pattern, reason in _PATTERNS if pattern.fullmatch(name)), None)
