@@ -27,6 +27,7 @@ from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.runtime.batches import run_in_batches
 from ldm.runtime.device import is_out_of_memory
 from ldm.settings.model import ModelConfig
 from ldm.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ class Pipeline:
         distinct = list(dict.fromkeys(texts))
         tokens = self.tokenizer.encode(distinct)
         batch_size = batch_size or min(len(distinct), 16)
-        states = _in_batches(lambda part: self.text_encoder(ms.Tensor(part)), tokens, batch_size)
+        states = run_in_batches(self.text_encoder, tokens, batch_size)
         place = {text: i for i, text in enumerate(distinct)}
         return states[[place[text] for text in texts]]
 
@@ -117,7 +118,7 @@ class Pipeline:
         pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
         batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
         scaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
-        images = _in_batches(lambda part: self.decoder(ms.Tensor(part)), scaled, batch_size)
+        images = run_in_batches(self.decoder, scaled, batch_size)
         return to_uint8(images)
 
     def generate(
@@ -297,15 +298,3 @@ def _noise_of_images(seed: int, indices: list[int], shape: tuple[int, int, int])
     """DDIM's fresh noise, from a generator for each image, so that the batch size does not matter."""
     generators = [draws(seed, "ddim noise", i) for i in indices]
     return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
-
-
-def _in_batches(call: Callable[[np.ndarray], ms.Tensor], array: np.ndarray, batch_size: int) -> np.ndarray:
-    """Call a network on equal batches of the rows, the last filled up with its last row and cut again."""
-    results = []
-    for i in range(0, len(array), batch_size):
-        part = array[i : i + batch_size]
-        missing = batch_size - len(part)
-        if missing:
-            part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
-        results.append(call(part).asnumpy()[: batch_size - missing])
-    return np.concatenate(results)

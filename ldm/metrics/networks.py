@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import nn
 from PIL import Image
 
 from ldm.files.paths import ROOT
 from ldm.metrics.images import ImageBatches, clip_input, inception_input, nano_input
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
+from ldm.runtime.batches import run_in_batches
 from ldm.tokenizer import Tokenizer
 from ldm.weights.checkpoint import content_hash, open_checkpoint
 from ldm.weights.clip import ClipWeights, build_clip, read_clip
@@ -51,15 +52,12 @@ class ImageNetwork:
     def features(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(places (n,), features (n, D) float32), batch after batch; see ImageBatches."""
         for places, images in batches:
-            yield places, run_filled(self.image_features, images, batches.batch_size)
+            yield places, run_in_batches(self.image_features, images, batches.batch_size)
 
     def of_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Features (N, D) of images in memory, (N, H, W, 3) uint8."""
         prepared = np.stack([self.prepare(Image.fromarray(image)) for image in pixels])
-        size = min(batch_size, len(prepared))
-        return np.concatenate(
-            [run_filled(self.image_features, prepared[i : i + size], size) for i in range(0, len(prepared), size)]
-        )
+        return run_in_batches(self.image_features, prepared, min(batch_size, len(prepared)))
 
 
 @dataclass(frozen=True)
@@ -72,20 +70,9 @@ class ClipNetwork(ImageNetwork):
         """Unit vectors (N, D). A text of more than 77 tokens is cut and keeps its end token."""
         distinct = list(dict.fromkeys(texts))
         tokens = Tokenizer().encode(distinct)
-        size = min(batch_size, len(distinct))
-        found = np.concatenate(
-            [run_filled(self.text_features, tokens[i : i + size], size) for i in range(0, len(distinct), size)]
-        )
+        found = run_in_batches(self.text_features, tokens, min(batch_size, len(distinct)))
         place = {text: i for i, text in enumerate(distinct)}
         return found[[place[text] for text in texts]]
-
-
-def run_filled(network: nn.Cell, rows: np.ndarray, size: int) -> np.ndarray:
-    """Run a network on at most `size` rows, filled up to `size` with the last one: one graph whatever their number."""
-    missing = size - len(rows)
-    if missing:
-        rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
-    return network(Tensor(rows)).asnumpy()[: size - missing]
 
 
 def inception(path: str | Path) -> ImageNetwork:
