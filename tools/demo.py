@@ -34,8 +34,7 @@ from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
 from ldm.runtime import children  # noqa: E402
 from ldm.settings.command_line import Parser, whole_number  # noqa: E402
-from tools.grid import draw_grid  # noqa: E402
-from tools.nano.images import evenly  # noqa: E402
+from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
 LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes (docs/nano.md)
@@ -65,7 +64,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     real, before, after = (
         encode_images(paths, clip, len(rows)).features for paths in ([row.path for row in rows], base, lora)
     )
-    texts = clip.of_texts([row.text for row in rows])
+    texts = clip.of_texts([row.caption for row in rows])
 
     def distance(made: np.ndarray, i: np.ndarray) -> float:
         return frechet_of_features(real[i], made[i])
@@ -115,7 +114,7 @@ def demonstrate(output: Path, prompts: int) -> None:
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
-        path.write_text("".join(row.text + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
     call(
         "train_text_to_image.py",
         "--train_config",
@@ -146,7 +145,7 @@ def demonstrate(output: Path, prompts: int) -> None:
 
     images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
-    draw_grid([row.text for row in rows], columns, output / "grid.png")
+    draw_grid([row.caption for row in rows], columns, output / "grid.png")
     print(
         f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
         f"({(time.time() - start) / 60:.1f} minutes)"

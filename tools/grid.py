@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.files.atomic import atomic_path
 
 SIZE, GAP, TEXT_WIDTH = 128, 8, 300
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """Return `count` evenly spaced indices from 0 to total - 1, or all of them where there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:

@@ -75,8 +75,7 @@ from tools.eval.compare_report import (  # noqa: E402
     read_metrics,
     seconds_per_step,
 )
-from tools.grid import draw_grid  # noqa: E402
-from tools.nano.images import evenly  # noqa: E402
+from tools.grid import draw_grid, evenly  # noqa: E402
 
 WORKER = "tools/eval/diffusers_worker.py"
 VENV = ROOT / ".venv-parity"

@@ -29,18 +29,13 @@ def read_rows(style: str, split: str) -> list[Row]:
 
 def read_images(style: str, split: str) -> list[CaptionedImage]:
     """The same with the images in memory."""
-    return [CaptionedImage(row.path.name, row.text, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)]
+    return [CaptionedImage(row.path.name, row.caption, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)]
 
 
 def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
     """File name -> (category, subcategory), from the data set's meta.csv."""
     with open(DATASETS / style / "meta.csv", newline="", encoding="utf-8") as file:
         return {row["file"]: (row["category"], row["subcategory"]) for row in csv.DictReader(file)}
-
-
-def evenly(total: int, count: int) -> np.ndarray:
-    """At most `count` different numbers from 0 to total - 1, evenly spread."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def to_network(pixels: np.ndarray) -> np.ndarray:

@@ -34,7 +34,8 @@ from ldm.metrics.networks import nano_clip  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
-from tools.nano.images import DATASETS, evenly, read_images  # noqa: E402
+from tools.grid import evenly  # noqa: E402
+from tools.nano.images import DATASETS, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
 
 MODELS = CONFIG.parents[1] / "models" / "nano"
