@@ -1,14 +1,15 @@
-# make demo         fine-tune the embedded model with LoRA and look at the result: output/demo/grid.png
-# make test         the tests, without PyTorch
-# make test-parity  the comparisons with PyTorch, diffusers and transformers, in a virtual environment of their own
-# make lint         ruff
+# make demo         fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
+# make test         run the tests, without PyTorch
+# make test-parity  compare with PyTorch, diffusers and transformers, in a virtual environment of its own
+# make lint         check style, layout and types: ruff and mypy
+# make format       apply ruff's fixes and layout
 #
 # PYTHON=... chooses the Python that the virtual environments are made from.
 
 PYTHON ?=
 export MAKECMDGOALS
 
-.PHONY: demo test test-parity lint clean
+.PHONY: demo test test-parity lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -21,6 +22,12 @@ test-parity: .venv-parity/ready
 
 lint: .venv/ready
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: .venv/ready
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@tools/make_venv .venv 9 requirements-dev.txt $(PYTHON)
@@ -29,4 +36,4 @@ lint: .venv/ready
 	@tools/make_venv .venv-parity 11 requirements-parity.txt $(PYTHON)
 
 clean:
-	rm -rf .venv .venv-parity output
+	rm -rf .venv .venv-parity .mypy_cache .pytest_cache .ruff_cache build output *.egg-info

@@ -19,6 +19,7 @@ LAYERS = (
     {"data", "diffusion", "weights"},
     {"lora"},
     {"generation", "training", "metrics"},
+    {"commands"},
 )
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 # The networks have no files, no command line and no LoRA. `settings.model` holds their sizes.

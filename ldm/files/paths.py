@@ -11,7 +11,10 @@ from pathlib import Path
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.inputs import is_there
 
-ROOT = Path(__file__).resolve().parents[2]
+# The folder with configs/, models/nano/ and the scripts: ldm/bundled in an installation (see setup.py), else the
+# repository.
+_BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
+ROOT = _BUNDLED if _BUNDLED.is_dir() else _BUNDLED.parents[1]
 MOST_STRENGTH = 1000  # of a LoRA, and its negative the least
 
 

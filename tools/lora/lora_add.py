@@ -218,10 +218,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def command() -> None:
-    """The installed `lora_add`."""
-    run(main)
-
-
 if __name__ == "__main__":
-    command()
+    run(main)
