@@ -1,5 +1,5 @@
 # make demo         fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
-# make test         run the tests, without PyTorch
+# make test         run the tests, without PyTorch, and print the 20 slowest
 # make test-parity  compare with PyTorch, diffusers and transformers, in a virtual environment of its own
 # make lint         check style, layout and types: ruff and mypy
 # make format       apply ruff's fixes and layout
@@ -15,7 +15,7 @@ demo: .venv/ready
 	@.venv/bin/python -m tools.demo
 
 test: .venv/ready
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --durations=20
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity
