@@ -1,4 +1,4 @@
-"""Arrays that are worth computing once: the latents of images, the states of captions."""
+"""A cache of arrays that are computed once: the latents of images and the text embeddings of captions."""
 
 from __future__ import annotations
 
@@ -21,50 +21,71 @@ from ldm.runtime.logs import warn_of_each
 
 logger = logging.getLogger(__name__)
 
-SEAL_BYTES = 32
+CHECKSUM_BYTES = 32
 STALE_SECONDS = 3600.0
-FLOATS = (np.float16, np.float32)  # what networks compute in
+DTYPES = (np.float16, np.float32)  # the types that networks compute in
 
 
-def content_key(*parts: str | int | float | bytes | Path) -> str:
-    """The sha256 (64 hex digits) of what an array is computed from: any change in it is another key.
+class FileHash(str):
+    """The sha256 of a file's content, 64 hex digits."""
 
-    A Path stands for the file's content, not its name. Name the kind of array first, then the weights' hash and the
-    settings: `content_key("latents", weights_hash, 512, path)`.
+
+def file_hash(path: Path) -> FileHash:
+    """Returns the hash of a file's content. Raises UserError if the file cannot be read."""
+    digest = hashlib.sha256()
+    with open_file(path, way="check data_path") as file:
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:
+            raise UserError(f"{plain(path)} cannot be read: {system_reason(error)}") from None
+    return FileHash(digest.hexdigest())
+
+
+def content_key(*parts: str | int | float | bytes | Path | FileHash) -> str:
+    """Returns the key of an array: the sha256 (64 hex digits) of everything that the array is computed from.
+
+    Give the kind of array first, then the hash of the weights and the settings, for example
+    `content_key("latents", weights_hash, 512, path)`.
+
+    Args:
+        *parts: What the array is computed from. A Path stands for the content of its file, as does its FileHash.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: A file cannot be read.
     """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            kind, part_digest = b"file", _file_digest(part)
+            part = file_hash(part)
+        if isinstance(part, FileHash):
+            kind, part_digest = b"file", bytes.fromhex(part)
         elif isinstance(part, bytes):
             kind, part_digest = b"bytes", hashlib.sha256(part).digest()
         else:
             kind, part_digest = b"value", hashlib.sha256(repr(part).encode()).digest()
-        # Each part by its own digest, so that no two lists of parts run together into the same bytes.
+        # Each part has its own digest, so that no two lists of parts give the same bytes.
         digest.update(kind + part_digest)
     return digest.hexdigest()
 
 
-class StateCache:
-    """Arrays by key, in memory and, given a folder, on disk, one file each.
+class ArrayCache:
+    """Arrays by key, kept in memory and, if there is a folder, in one file (.npy) each.
 
-    Files (.npy) are written beside and renamed, so a process killed in the middle leaves what it had finished; each
-    ends in a checksum, and one that does not match, or holds another array than is asked for, is named in a warning and
-    computed again. It is always safe to delete the folder.
+    Files are written under a temporary name and renamed, so a killed process leaves complete files. Each file ends in a
+    checksum. A file that is damaged or holds another array than requested is named in a warning and computed again.
+    The folder can be deleted at any time.
 
     Args:
-        folder: where the files go (made when the first is written); None keeps them in memory alone.
+        folder: The folder of the files, created with the first one. None keeps the arrays in memory only.
     """
 
     def __init__(self, folder: str | Path | None = None):
         self.folder = None if folder is None else Path(folder)
         self._arrays: dict[str, np.ndarray] = {}
-        self._writes = self.folder is not None
+        self._writes = True
         if self.folder is not None and os.path.isdir(self.folder):
-            self._remove_remains(self.folder)
+            self._remove_unfinished(self.folder)
 
     def get_or_compute(
         self,
@@ -74,24 +95,24 @@ class StateCache:
         desc: str,
         shape: tuple[int, ...] | None = None,
     ) -> list[np.ndarray]:
-        """The array of every key, computed where neither memory nor disk has it.
+        """Returns the array of every key. Arrays that are neither in memory nor on disk are computed.
 
         Args:
-            keys: of `content_key`; equal ones share one array.
-            compute_batch: takes the places in `keys` of exactly `batch_size` arrays to compute, gives them in that
-                order. The last batch is filled up by repeating its last place, so that a graph is compiled for one
-                shape only.
-            batch_size: at least 1.
-            desc: what is computed, for the progress bar and messages ("latents").
-            shape: of every array; None for any.
+            keys: Keys from `content_key`. Equal keys share an array.
+            compute_batch: Takes the places in `keys` of exactly `batch_size` arrays and returns these arrays in the
+                same order. The last batch is filled by repeating its last place, so that one graph serves all batches.
+            batch_size: At least 1.
+            desc: What is computed, for the progress bar and messages ("latents").
+            shape: Expected shape of every array. None accepts any.
 
         Raises:
-            UserError: an array that was computed is not finite.
+            UserError: A computed array is not finite.
         """
         places = {key: place for place, key in reversed(list(enumerate(keys)))}
-        wanted = [key for key in dict.fromkeys(keys) if key not in self._arrays]
-        missing, faults = [], []
-        for key in tqdm(wanted, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
+        unread = [key for key in dict.fromkeys(keys) if key not in self._arrays]
+        missing: list[str] = []
+        faults: list[str] = []
+        for key in tqdm(unread, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
             try:
                 array = self._read(key, shape)
             except UserError as error:
@@ -106,8 +127,9 @@ class StateCache:
             with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    asked = [places[key] for key in batch]
-                    computed = list(compute_batch(asked + asked[-1:] * (batch_size - len(asked))))
+                    batch_places = [places[key] for key in batch]
+                    padding = batch_places[-1:] * (batch_size - len(batch))
+                    computed = list(compute_batch(batch_places + padding))
                     if len(computed) != batch_size:
                         raise ValueError(f"{desc}: {len(computed)} arrays for a batch of {batch_size}")
                     for key, array in zip(batch, computed):
@@ -115,28 +137,24 @@ class StateCache:
                     bar.update(len(batch))
         return [self._arrays[key] for key in keys]
 
-    def _path(self, key: str) -> Path:
-        # Two levels: some file systems slow down at a hundred thousand files in one folder.
-        return self.folder / key[:2] / f"{key}.npy"
-
     def _read(self, key: str, shape: tuple[int, ...] | None) -> np.ndarray | None:
-        """The array on disk, None where there is none. Raises UserError where its file cannot be used."""
+        """Returns the array on disk, or None if there is none. Raises UserError if its file cannot be used."""
         if self.folder is None:
             return None
-        path = self._path(key)
+        path = _array_path(self.folder, key)
         if not is_there(path):
             return None
         raw = read_bytes(path)
-        body, seal = raw[:-SEAL_BYTES], raw[-SEAL_BYTES:]
-        if seal != _seal(key, body):
+        body, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
+        if checksum != _checksum(key, body):
             raise UserError(f"{plain(path)} is broken")
-        # The seal says that the file is as it was written; an older or faulty version may have written it.
+        # The checksum only shows that the file is unchanged. An older or faulty version may have written it.
         try:
             array = np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
         except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
             raise UserError(f"{plain(path)} is broken ({plain(error)})") from None
-        if array.dtype not in FLOATS or (shape is not None and array.shape != shape):
-            raise UserError(f"{plain(path)} holds {array.dtype} of the shape {array.shape}, not what is asked for")
+        if array.dtype not in DTYPES or (shape is not None and array.shape != shape):
+            raise UserError(f"{plain(path)} holds {array.dtype} of the shape {array.shape}, not the expected array")
         if not np.isfinite(array).all():
             raise UserError(f"{plain(path)} holds values that are not finite")
         return array
@@ -145,40 +163,34 @@ class StateCache:
         if not np.isfinite(array).all():
             raise UserError(f"computing {desc} gave values that are not finite: try --precision fp32")
         self._arrays[key] = array
-        if not self._writes:
+        if self.folder is None or not self._writes:
             return
         try:
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
             body = buffer.getvalue()
-            with atomic_path(self._path(key), sync=False) as temporary:  # it carries its checksum
-                temporary.write_bytes(body + _seal(key, body))
+            with atomic_path(_array_path(self.folder, key), sync=False) as temporary:  # the checksum replaces the sync
+                temporary.write_bytes(body + _checksum(key, body))
         except OSError as error:
             self._writes = False
-            logger.warning("cannot write the cache %s (%s); going on in memory", self.folder, error.strerror or error)
+            logger.warning("cannot write the cache %s (%s); continuing in memory", self.folder, error.strerror or error)
 
     @staticmethod
-    def _remove_remains(folder: Path) -> None:
-        """Take away what killed processes left unfinished; younger files may be another rank's, at work."""
-        for path in folder.glob("*/.*.partial.npy"):
+    def _remove_unfinished(folder: Path) -> None:
+        """Removes unfinished files of killed processes. Recent ones may belong to another process that is running."""
+        for path in folder.rglob(".*.partial.*"):
             try:
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink()
             except OSError:
-                continue  # another rank was first
+                continue  # another process has removed it
 
 
-def _seal(key: str, body: bytes) -> bytes:
-    """Follows the array in its file, where numpy does not look: a damaged or renamed file does not match it."""
+def _array_path(folder: Path, key: str) -> Path:
+    # Two levels, because some file systems slow down with a hundred thousand files in one folder.
+    return folder / key[:2] / f"{key}.npy"
+
+
+def _checksum(key: str, body: bytes) -> bytes:
+    """Returns the checksum behind the array in its file, where NumPy ignores it. A renamed file does not match."""
     return hashlib.sha256(key.encode() + body).digest()
-
-
-def _file_digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open_file(path, way="check data_path") as file:
-        try:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        except OSError as error:
-            raise UserError(f"{plain(path)} cannot be read: {system_reason(error)}") from None
-    return digest.digest()

@@ -1,4 +1,4 @@
-"""A folder of images with an `img_txt.csv` that names and describes them."""
+"""Reads a data set: a folder of images, with a CSV that names each image and gives its caption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ldm.data.transforms import BrokenImage, open_rgb
+from ldm.data.cache import FileHash
+from ldm.data.checked_images import CheckedImages
+from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_folder, is_there, read_text
 from ldm.runtime.logs import warn_of_each
@@ -24,90 +26,121 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
-# csv's own limit, held here too: MindSpore raises it for the whole process when some of its modules are imported.
+# The csv module's default limit. Checked here as well, because some MindSpore modules raise it for the whole process.
 LONGEST_FIELD = 131_072
-MOST_ROWS = 1_000_000  # 1 GB
-MOST_BYTES = 128 << 20  # of the CSV: as many rows of 130 characters
+MOST_ROWS = 1_000_000  # they take 1 GB of memory
+MOST_BYTES = 128 << 20  # size of the CSV: a million rows of 130 characters
 
 
 class Row(NamedTuple):
+    """An image and its caption."""
+
     path: Path
-    text: str
+    caption: str
+    content: FileHash  # of the image file
 
 
 @dataclass
 class ImageTextRows:
-    """The rows to train on, in the CSV's order, and those left out as (name in the CSV, line and reason)."""
+    """The rows of a data set.
+
+    Attributes:
+        rows: The usable rows, in the order of the CSV.
+        left_out: The unusable rows, as (name in the CSV, line and reason).
+    """
 
     rows: list[Row]
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _CsvRow(NamedTuple):
     line: int
     name: str
-    text: str
-    fault: str  # empty where the line itself is right
+    caption: str
+    fault: str  # empty if the line is well-formed
+
+
+class _CheckedImage(NamedTuple):
+    path: Path
+    content: FileHash | None  # None if the image is unusable
+    fault: str  # empty if the image is usable
 
 
 def read_image_text_csv(
     folder: str | Path,
     csv_name: str = "img_txt.csv",
     image_column: str = "dir",
-    text_column: str = "text",
+    caption_column: str = "text",
     max_bad_fraction: float = 0.10,
+    record: Path | None = None,
 ) -> ImageTextRows:
-    """Read the rows of a data set, decoding every image once so that training meets no broken one.
+    """Reads the rows of a data set and checks that every image decodes, so that training meets no broken image.
 
-    The CSV is UTF-8 (a byte-order mark is fine), with a header; other columns are ignored. Image names are relative to
-    `folder`; what they name may be a link to anywhere. Where no file has a name, the only one that differs from it in
-    case, Unicode form, kind of slash or encoding (GBK) is taken, and counted in a warning. A row whose image is missing
-    or broken, or with too few or too many fields, is left out; the first ones are logged by name, all are counted. An
-    empty caption is kept, as training without a caption is of use, and counted in a warning.
+    The CSV is UTF-8, with or without a byte-order mark, and has a header. Other columns are ignored. Image names are
+    relative to `folder` and may be links to anywhere. If no file has a name, the only file whose name differs in case,
+    Unicode form, kind of slash or encoding (GBK) is used, and a warning counts these. A row is left out if its image is
+    missing or broken, or if it has too few or too many fields. The log names the first such rows and counts all. Empty
+    captions are kept, because training without captions is useful, and a warning counts them.
 
     Args:
-        max_bad_fraction: the share of bad rows above which the data set is refused.
+        folder: The data folder.
+        csv_name: Name of the CSV in it.
+        image_column: The column with the image names.
+        caption_column: The column with the captions.
+        max_bad_fraction: The data set is refused if more than this fraction of its rows is unusable.
+        record: File that remembers which images decode (see `CheckedImages`). None decodes all of them.
 
     Raises:
-        UserError: no folder, no CSV, not UTF-8, empty, no header, a column missing, a line that is no CSV, an image
-            outside the folder, or too many bad rows.
+        UserError: The folder or the CSV is missing, the CSV is empty, not UTF-8, malformed, or has no header or not the
+            columns, an image is outside the folder, or too many rows are unusable.
     """
     folder = Path(folder)
     csv_path = _find_csv(folder, csv_name)
-    csv_rows = _parse(csv_path, image_column, text_column)
+    csv_rows = _parse(csv_path, image_column, caption_column)
     for row in csv_rows:
         if not row.fault:
             _check_inside(folder, csv_path, row)
-    images = _check_images(folder, list(dict.fromkeys(row.name for row in csv_rows if not row.fault)))
+    names = list(dict.fromkeys(row.name for row in csv_rows if not row.fault))
+    checked_images = CheckedImages(record)
+    images = _check_images(folder, names, checked_images)
+    checked_images.save()
 
     rows: list[Row] = []
-    bad: list[tuple[str, str]] = []
+    left_out: list[tuple[str, str]] = []
     for row in csv_rows:
-        path, fault = (None, row.fault) if row.fault else images[row.name]
-        if fault:
-            bad.append((row.name, f"line {row.line}: {fault}"))
+        image = None if row.fault else images[row.name]
+        if image is not None and image.content is not None:
+            rows.append(Row(image.path, row.caption, image.content))
         else:
-            rows.append(Row(path, row.text))
-    warn_of_each(logger, "left out: %s", [f"{name or 'a row without an image'} ({reason})" for name, reason in bad])
-    if len(bad) > max_bad_fraction * len(csv_rows):
-        named = "; ".join(f"{plain(name, 80)} ({reason})" for name, reason in bad[:3])
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(
-            f"{plain(csv_path)}: {len(bad)} of {len(csv_rows)} rows are unusable, more than {max_bad_fraction:.0%}: "
-            f"{named}{more}. Mend the images or take out the rows"
-        )
-    if bad:
-        logger.warning("%s: %d of %d rows left out", csv_path, len(bad), len(csv_rows))
-    near = [(name, path) for name, (path, fault) in images.items() if not fault and path != _path(folder, name)]
-    if near:
+            left_out.append((row.name, f"line {row.line}: {image.fault if image else row.fault}"))
+    _report_left_out(csv_path, left_out, len(csv_rows), max_bad_fraction)
+    similar = [
+        (name, image.path) for name, image in images.items() if image.content and image.path != _path(folder, name)
+    ]
+    if similar:
         logger.warning(
-            "%s: %d images are taken whose names differ in case, Unicode form, slashes or encoding, the first for %s: "
-            "%s", csv_path, len(near), *near[0],
+            "%s: %d image names differ from the CSV's in case, Unicode form, slashes or encoding, the first for %s: %s",
+            csv_path, len(similar), *similar[0],
         )  # fmt: skip
-    empty = sum(not row.text for row in rows)
+    empty = sum(not row.caption for row in rows)
     if empty:
         logger.warning("%s: %d of %d captions are empty and train as such", csv_path, empty, len(rows))
-    return ImageTextRows(rows, bad)
+    return ImageTextRows(rows, left_out)
+
+
+def _report_left_out(csv_path: Path, left_out: list[tuple[str, str]], count: int, max_bad_fraction: float) -> None:
+    """Warns about rows that are left out. Raises UserError if they are more than `max_bad_fraction` of `count`."""
+    rows = [f"{name or 'a row without an image'} ({reason})" for name, reason in left_out]
+    warn_of_each(logger, "left out: %s", rows)
+    if len(left_out) > max_bad_fraction * count:
+        named = "; ".join(f"{plain(name, 80)} ({reason})" for name, reason in left_out[:3])
+        more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        raise UserError(
+            f"{plain(csv_path)}: {len(left_out)} of {count} rows are unusable, more than {max_bad_fraction:.0%}: "
+            f"{named}{more}. Repair the images or remove the rows"
+        )
+    if left_out:
+        logger.warning("%s: %d of %d rows left out", csv_path, len(left_out), count)
 
 
 def _find_csv(folder: Path, csv_name: str) -> Path:
@@ -120,19 +153,19 @@ def _find_csv(folder: Path, csv_name: str) -> Path:
     if not is_there(csv_path):
         try:
             below = sorted(inner.path for inner in os.scandir(folder) if os.path.isfile(f"{inner.path}/{csv_name}"))
-        except OSError:  # the folder may be entered and not listed
+        except OSError:  # the folder may be entered but not listed
             below = []
         hint = f"; there is one in {plain(below[0])}" if below else ": write one with the columns dir,text into it"
         raise UserError(f"the data folder {plain(folder)} has no {csv_name}{hint}")
     return csv_path
 
 
-def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]:
+def _parse(csv_path: Path, image_column: str, caption_column: str) -> list[_CsvRow]:
     way = "write it as a UTF-8 CSV, a large one in parts"
-    # The text itself is not kept: StringIO copies it.
+    # The text is not kept in a variable, because StringIO copies it.
     reader = csv.reader(io.StringIO(read_text(csv_path, way=way, most=MOST_BYTES), newline=""), strict=True)
     rows: list[_CsvRow] = []
-    image_at = text_at = -1
+    image_at = caption_at = -1
     header: list[str] = []
     line = 1
     try:
@@ -144,14 +177,14 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
                 continue
             if not header:
                 header = [name.strip() for name in fields]
-                image_at, text_at = _columns(csv_path, header, (image_column, text_column))
+                image_at, caption_at = _columns(csv_path, header, (image_column, caption_column))
                 continue
             if len(rows) == MOST_ROWS:
                 raise UserError(f"{plain(csv_path)} has more than {MOST_ROWS:,} rows: split it")
             while len(fields) > len(header) and not fields[-1].strip():
                 fields.pop()
-            # Spreadsheets leave out the empty fields at a line's end.
-            name, caption = (fields[at].strip() if at < len(fields) else "" for at in (image_at, text_at))
+            # Spreadsheets omit empty fields at the end of a line.
+            name, caption = (fields[at].strip() if at < len(fields) else "" for at in (image_at, caption_at))
             fault = ""
             if len(fields) > len(header):
                 fault = (
@@ -159,7 +192,7 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
                     "double quotes"
                 )
             elif not name:
-                fault = "no image is named"
+                fault = "it names no image"
             rows.append(_CsvRow(start, name, "" if fault else caption, fault))
     except csv.Error as error:
         raise UserError(
@@ -172,7 +205,7 @@ def _parse(csv_path: Path, image_column: str, text_column: str) -> list[_CsvRow]
 
 
 def _columns(csv_path: Path, header: list[str], wanted: tuple[str, str]) -> tuple[int, int]:
-    """Where the image's and the caption's column are."""
+    """Returns the places of the image column and the caption column."""
     missing = [name for name in wanted if name not in header]
     if not missing:
         twice = [name for name in wanted if header.count(name) > 1]
@@ -196,7 +229,7 @@ def _columns(csv_path: Path, header: list[str], wanted: tuple[str, str]) -> tupl
 
 
 def _check_inside(folder: Path, csv_path: Path, row: _CsvRow) -> None:
-    """Refuse a name that leads out of the folder; a link that lies in it is its owner's wish."""
+    """Raises UserError for a name that leads out of the folder. Links in the folder are allowed."""
     inside = os.path.normpath(row.name)
     if os.path.isabs(inside) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise UserError(
@@ -206,82 +239,83 @@ def _check_inside(folder: Path, csv_path: Path, row: _CsvRow) -> None:
 
 
 def _path(folder: Path, name: str) -> Path:
-    # Without "..", which after a link would lead out of the folder.
+    # Normalized, because ".." after a link would lead out of the folder.
     return folder / os.path.normpath(name)
 
 
-def _check_images(folder: Path, names: list[str]) -> dict[str, tuple[Path, str]]:
-    """The path of every named image and what is wrong with it, "" for nothing."""
-    near_names = _NearNames(folder)
+def _check_images(folder: Path, names: list[str], checked_images: CheckedImages) -> dict[str, _CheckedImage]:
+    """Finds and checks every named image."""
+    similar_names = _SimilarNames(folder)
 
-    def check(name: str) -> tuple[Path, str]:
+    def check(name: str) -> _CheckedImage:
         path = _path(folder, name)
-        near = [] if _may_be_there(path) else near_names.find(name)
-        if len(near) > 1:
-            return path, f"the image does not exist, only {' and '.join(plain(other.name) for other in near[:2])}"
+        if not _may_exist(path):
+            similar = similar_names.find(name)
+            if len(similar) > 1:
+                both = " and ".join(plain(other.name) for other in similar[:2])
+                return _CheckedImage(path, None, f"the image does not exist, only {both}")
+            path = similar[0] if similar else path
         try:
-            path = near[0] if near else path
-            open_rgb(path)
+            return _CheckedImage(path, checked_images.check(path), "")
         except BrokenImage as error:
-            return path, f"the image {error.fault}"
-        return path, ""
+            return _CheckedImage(path, None, f"the image {error.fault}")
 
-    # Decoding leaves Python's lock, so threads help.
+    # Decoding releases Python's lock, so threads help.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        # The bar shows up only where the check takes longer than a second.
+        # The bar appears only if the check takes longer than a second.
         checked = tqdm(pool.map(check, names), total=len(names), desc="checking images", unit="image", delay=1)
         return dict(zip(names, checked))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _may_be_there(path: Path) -> bool:
-    """Whether something is at `path`, a dead link too, or it cannot be told."""
+def _may_exist(path: Path) -> bool:
+    """Returns whether there is a file or a dead link at `path`, also if this cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError):  # no permission, too long a name: opening it says so
+    except (OSError, ValueError):  # no permission, or too long a name: the error comes when the image is opened
         return True
     return True
 
 
-class _NearNames:
-    """Finds files whose names differ in case, Unicode form, kind of slash or encoding alone from those in a CSV."""
+class _SimilarNames:
+    """Finds files whose names differ from those in a CSV only in case, Unicode form, kind of slash or encoding."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> list[Path]:
-        """The paths of all such files; ".." is in no listing, so all are in the folder."""
-        places = [self._folder]
+        """Returns the paths of all such files. They are inside the folder, because no listing contains ".."."""
+        paths = [self._folder]
         for part in os.path.normpath(name.replace("\\", "/")).split("/"):
-            places = [place / near for place in places for near in self._names(place).get(_folded(part), ())]
-        return places
+            paths = [path / similar for path in paths for similar in self._names(path).get(_folded(part), ())]
+        return paths
 
     def _names(self, folder: Path) -> dict[str, list[str]]:
-        """Folded name -> the names in a folder that are so when folded."""
+        """Returns the names in a folder by their folded form."""
         if folder not in self._listed:
             names: dict[str, list[str]] = {}
             try:
                 for name in sorted(os.listdir(folder)):
-                    for form in {_folded(name), _folded(_from_gbk(name))}:
-                        names.setdefault(form, []).append(name)
-            except OSError:  # a file, or a folder that may not be listed
+                    for folded in {_folded(name), _folded(_from_gbk(name))}:
+                        names.setdefault(folded, []).append(name)
+            except OSError:  # not a folder, or it may not be listed
                 pass
             self._listed[folder] = names
         return self._listed[folder]
 
 
 def _folded(name: str) -> str:
-    """A file name without what systems change in it."""
+    """Returns a file name without the differences that operating systems introduce."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def _from_gbk(name: str) -> str:
-    """A file name whose bytes are GBK, as archives from Chinese Windows have them; by chance they may be UTF-8 too."""
+    """Decodes a file name as GBK, which archives from Chinese Windows use, even if its bytes are valid UTF-8."""
     try:
         return os.fsencode(name).decode("gb18030")
     except UnicodeError:

@@ -25,8 +25,8 @@ def rows(style, split):
 def test_every_row_is_sound(style):
     for split, count in zip(("train", "test"), STYLES[style]):
         found = read(style, split)
-        assert found.bad == [] and len(found.rows) == count
-        assert all(row.text for row in found.rows)
+        assert found.left_out == [] and len(found.rows) == count
+        assert all(row.caption for row in found.rows)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -44,14 +44,14 @@ def test_what_is_held_out_of_one_style_is_in_the_train_split_of_none():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_no_held_out_caption_is_trained(style):
-    assert {row.text for row in rows(style, "test")}.isdisjoint(row.text for row in rows(style, "train"))
+    assert {row.caption for row in rows(style, "test")}.isdisjoint(row.caption for row in rows(style, "train"))
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts_follow_the_sorted_file_names(style):
     in_order = sorted(rows(style, "test"), key=lambda row: row.path.name)
     prompts = (DATASETS / style / "test" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert prompts == [row.text for row in in_order]
+    assert prompts == [row.caption for row in in_order]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -73,6 +73,6 @@ def test_sources_and_licences_travel_with_the_images():
 @pytest.mark.parametrize("style", ["emoji_twemoji", "emoji_fluent_hc"])
 def test_the_choice_beside_the_splits_is_of_training_images_whose_concepts_the_base_draws(style):
     base = {row.path.name for row in read("emoji_noto", "").rows}
-    chosen, train = rows(style, ""), {(row.path.name, row.text) for row in rows(style, "train")}
+    chosen, train = rows(style, ""), {(row.path.name, row.caption) for row in rows(style, "train")}
     assert {row.path.parent.name for row in chosen} == {"train"}
-    assert {(row.path.name, row.text) for row in chosen} == {(name, text) for name, text in train if name in base}
+    assert {(row.path.name, row.caption) for row in chosen} == {(name, text) for name, text in train if name in base}

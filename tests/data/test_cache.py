@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.cache import StateCache, _seal, content_key
+from ldm.data.cache import ArrayCache, _checksum, content_key
 from ldm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def files(folder):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_every_key_gets_its_array(tmp_path, on_disk):
-    cache, compute = StateCache(tmp_path / "cache" if on_disk else None), Doubler()
+    cache, compute = ArrayCache(tmp_path / "cache" if on_disk else None), Doubler()
     arrays = cache.get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
     assert [array.tolist() for array in arrays] == [[2.0 * index, 1.0] for index in range(5)]
     assert all(array.dtype == np.float32 for array in arrays)
@@ -49,12 +49,12 @@ def test_every_key_gets_its_array(tmp_path, on_disk):
 
 def test_every_batch_is_full_so_that_one_graph_serves_all():
     compute = Doubler()
-    StateCache().get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
+    ArrayCache().get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
     assert compute.asked == [[0, 1], [2, 3], [4, 4]]
 
 
 def test_nothing_is_computed_twice_in_memory():
-    cache, compute = StateCache(), Doubler()
+    cache, compute = ArrayCache(), Doubler()
     cache.get_or_compute(keys(4), compute, batch_size=4, desc="numbers")
     arrays = cache.get_or_compute(keys(6), compute, batch_size=4, desc="numbers")
     assert compute.asked == [[0, 1, 2, 3], [4, 5, 5, 5]]
@@ -62,9 +62,9 @@ def test_nothing_is_computed_twice_in_memory():
 
 
 def test_nothing_is_computed_twice_from_disk(tmp_path):
-    StateCache(tmp_path).get_or_compute(keys(4), Doubler(), batch_size=4, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(4), Doubler(), batch_size=4, desc="numbers")
     compute = Doubler()
-    arrays = StateCache(tmp_path).get_or_compute(keys(4)[::-1], compute, batch_size=4, desc="numbers")
+    arrays = ArrayCache(tmp_path).get_or_compute(keys(4)[::-1], compute, batch_size=4, desc="numbers")
     assert compute.asked == []
     assert [array[0] for array in arrays] == [6, 4, 2, 0]
     assert arrays[0].dtype == np.float32
@@ -73,17 +73,17 @@ def test_nothing_is_computed_twice_from_disk(tmp_path):
 def test_equal_keys_are_computed_once_and_share_their_array(tmp_path):
     compute = Doubler()
     same = keys(1) * 3
-    arrays = StateCache(tmp_path).get_or_compute([*same, *keys(2)], compute, batch_size=2, desc="numbers")
+    arrays = ArrayCache(tmp_path).get_or_compute([*same, *keys(2)], compute, batch_size=2, desc="numbers")
     assert compute.asked == [[0, 4]]
     assert arrays[0] is arrays[1] is arrays[3]
 
 
 def test_no_keys_compute_nothing(tmp_path):
-    assert StateCache(tmp_path).get_or_compute([], Doubler(), batch_size=2, desc="numbers") == []
+    assert ArrayCache(tmp_path).get_or_compute([], Doubler(), batch_size=2, desc="numbers") == []
 
 
 def test_a_cached_array_does_not_hold_its_batch_in_memory():
-    arrays = StateCache().get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    arrays = ArrayCache().get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
     assert all(array.base is None for array in arrays)
 
 
@@ -101,18 +101,18 @@ def test_a_cached_array_does_not_hold_its_batch_in_memory():
     ids=["empty", "a few bytes", "half", "one byte short", "zeros", "foreign", "pickle"],
 )
 def test_a_broken_file_is_named_and_computed_again(tmp_path, caplog, damage):
-    StateCache(tmp_path).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
     [path] = tmp_path.rglob(f"{keys(3)[1]}*")
     path.write_bytes(damage(path.read_bytes()))
     compute = Doubler()
     with caplog.at_level(logging.WARNING):
-        arrays = StateCache(tmp_path).get_or_compute(keys(3), compute, batch_size=1, desc="numbers")
+        arrays = ArrayCache(tmp_path).get_or_compute(keys(3), compute, batch_size=1, desc="numbers")
     assert compute.asked == [[1]]
     assert [array[0] for array in arrays] == [0, 2, 4]
     assert str(path) in caplog.text and "broken" in caplog.text
     caplog.clear()
     again = Doubler()
-    StateCache(tmp_path).get_or_compute(keys(3), again, batch_size=1, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(3), again, batch_size=1, desc="numbers")
     assert again.asked == [] and caplog.text == ""
 
 
@@ -139,24 +139,24 @@ def npy(array, **settings):
         (b"", "is broken"),
     ],
 )
-def test_what_a_faulty_version_sealed_is_named_and_computed_again(tmp_path, caplog, body, said):
-    cache = StateCache(tmp_path)
+def test_what_a_faulty_version_checksumed_is_named_and_computed_again(tmp_path, caplog, body, said):
+    cache = ArrayCache(tmp_path)
     cache.get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
     [path] = tmp_path.rglob(f"{keys(2)[1]}*")
-    path.write_bytes(body + _seal(keys(2)[1], body))
-    arrays = StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=1, desc="numbers", shape=(2,))
+    path.write_bytes(body + _checksum(keys(2)[1], body))
+    arrays = ArrayCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=1, desc="numbers", shape=(2,))
     assert [array.tolist() for array in arrays] == [[0, 1], [2, 1]]
     assert re.search(f"{path} {said}.*; computing it again", caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
 def test_a_cache_file_that_is_no_file_is_not_waited_for(tmp_path, caplog, kind):
-    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
     [path] = files(tmp_path)
     path.unlink()
     os.mkfifo(tmp_path / "elsewhere")
     {"fifo": os.mkfifo, "link": lambda place: place.symlink_to(tmp_path / "elsewhere"), "folder": os.mkdir}[kind](path)
-    arrays = StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    arrays = ArrayCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
     assert arrays[0].tolist() == [0, 1]
     assert f"{path} is a" in caplog.text and "computing it again" in caplog.text
     assert (tmp_path / "elsewhere").is_fifo() and not path.is_file()  # nothing but a file is ever replaced
@@ -165,42 +165,42 @@ def test_a_cache_file_that_is_no_file_is_not_waited_for(tmp_path, caplog, kind):
 @pytest.mark.parametrize("closed", ["cache", "file"])
 def test_a_cache_that_another_user_closed_is_computed_again_in_memory(unprivileged, caplog, closed):
     folder = unprivileged / "cache"
-    StateCache(folder).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
+    ArrayCache(folder).get_or_compute(keys(3), Doubler(), batch_size=3, desc="numbers")
     [file] = folder.rglob(f"{keys(3)[1]}*")
     (folder if closed == "cache" else file).chmod(0)
-    arrays = StateCache(folder).get_or_compute(keys(3), Doubler(), batch_size=1, desc="numbers")
+    arrays = ArrayCache(folder).get_or_compute(keys(3), Doubler(), batch_size=1, desc="numbers")
     assert [array[0] for array in arrays] == [0, 2, 4]
     assert "Permission denied" in caplog.text
 
 
 def test_of_many_broken_files_the_first_are_named_and_all_are_counted(tmp_path, caplog):
-    StateCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
     for path in files(tmp_path):
         path.write_bytes(b"")
-    StateCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(40), Doubler(), batch_size=40, desc="numbers")
     assert len(caplog.records) == 21 and "20 more" in caplog.text
 
 
 def test_no_flipped_byte_changes_an_array_unnoticed(tmp_path):
-    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
     [path] = files(tmp_path)
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        [array] = StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+        [array] = ArrayCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
         assert array.tolist() == [0.0, 1.0] and array.dtype == np.float32, place
 
 
 def test_a_file_under_another_key_is_not_taken_for_it(tmp_path):
-    StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
     [first], [second] = (list(tmp_path.rglob(f"{key}*")) for key in keys(2))
     second.write_bytes(first.read_bytes())
-    arrays = StateCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
+    arrays = ArrayCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
     assert [array[0] for array in arrays] == [0, 2]
 
 
 def test_a_cache_file_is_an_array_to_numpy_as_well(tmp_path):
-    StateCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(1), Doubler(), batch_size=1, desc="numbers")
     [path] = files(tmp_path)
     assert np.load(path, allow_pickle=False).tolist() == [0.0, 1.0]
 
@@ -212,20 +212,20 @@ def test_an_interrupted_computation_keeps_what_it_had(tmp_path):
         return Doubler()(places)
 
     with pytest.raises(KeyboardInterrupt):
-        StateCache(tmp_path).get_or_compute(keys(6), failing, batch_size=2, desc="numbers")
+        ArrayCache(tmp_path).get_or_compute(keys(6), failing, batch_size=2, desc="numbers")
     compute = Doubler()
-    StateCache(tmp_path).get_or_compute(keys(6), compute, batch_size=2, desc="numbers")
+    ArrayCache(tmp_path).get_or_compute(keys(6), compute, batch_size=2, desc="numbers")
     assert compute.asked == [[4, 5]]
 
 
 def test_a_killed_process_leaves_a_sound_cache(tmp_path):
     script = f"""
 import numpy as np
-from ldm.data.cache import StateCache, _seal, content_key
+from ldm.data.cache import ArrayCache, _checksum, content_key
 def compute(places):
     print(places[0], flush=True)
     return np.full((1, 20_000), places[0], np.float32)
-StateCache({str(tmp_path)!r}).get_or_compute([content_key("test", i) for i in range(2_000)], compute, 1, "numbers")
+ArrayCache({str(tmp_path)!r}).get_or_compute([content_key("test", i) for i in range(2_000)], compute, 1, "numbers")
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -243,7 +243,7 @@ StateCache({str(tmp_path)!r}).get_or_compute([content_key("test", i) for i in ra
         asked.extend(places)
         return [np.full(20_000, place, np.float32) for place in places]
 
-    arrays = StateCache(tmp_path).get_or_compute(keys(40), compute, batch_size=1, desc="numbers")
+    arrays = ArrayCache(tmp_path).get_or_compute(keys(40), compute, batch_size=1, desc="numbers")
     assert all((array == index).all() for index, array in enumerate(arrays))
     assert set(range(20)).isdisjoint(asked)
 
@@ -254,20 +254,20 @@ def test_old_remains_of_killed_processes_are_taken_away_and_young_ones_left(tmp_
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    StateCache(tmp_path)
+    ArrayCache(tmp_path)
     assert not old.exists() and young.exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path, value):
     with pytest.raises(UserError, match="latents.*not finite.*precision"):
-        StateCache(tmp_path).get_or_compute(keys(1), lambda places: [np.array([value])], 1, "latents")
+        ArrayCache(tmp_path).get_or_compute(keys(1), lambda places: [np.array([value])], 1, "latents")
     assert files(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-    cache = StateCache(tmp_path / "file" / "cache")
+    cache = ArrayCache(tmp_path / "file" / "cache")
     with caplog.at_level(logging.WARNING):
         arrays = cache.get_or_compute(keys(3), Doubler(), batch_size=1, desc="numbers")
     assert [array[0] for array in arrays] == [0, 2, 4]
@@ -276,7 +276,7 @@ def test_a_cache_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_p
 
 def test_too_few_arrays_for_a_batch_are_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="1 arrays for a batch of 2"):
-        StateCache().get_or_compute(keys(2), lambda places: [np.zeros(1)], 2, "numbers")
+        ArrayCache().get_or_compute(keys(2), lambda places: [np.zeros(1)], 2, "numbers")
 
 
 def test_a_key_is_64_hex_digits_of_all_parts(tmp_path):

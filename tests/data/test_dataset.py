@@ -58,7 +58,11 @@ def lines(count=20, **changed):
 
 
 def captions(folder):
-    return [row.text for row in read_image_text_csv(folder).rows]
+    return [row.caption for row in read_image_text_csv(folder).rows]
+
+
+def images_and_captions(found):
+    return [(row.path, row.caption) for row in found.rows]
 
 
 def refusal(folder, **settings):
@@ -71,8 +75,12 @@ def refusal(folder, **settings):
 def test_rows_come_in_the_order_of_the_csv(folder):
     write(folder, "dir,text\n3.png,three\n1.png,one\n2.png,two\n")
     found = read_image_text_csv(folder)
-    assert found.rows == [(folder / "3.png", "three"), (folder / "1.png", "one"), (folder / "2.png", "two")]
-    assert found.bad == []
+    assert images_and_captions(found) == [
+        (folder / "3.png", "three"),
+        (folder / "1.png", "one"),
+        (folder / "2.png", "two"),
+    ]
+    assert found.left_out == []
 
 
 @pytest.mark.parametrize(
@@ -119,8 +127,8 @@ def test_a_folder_that_is_a_link_is_the_folder_it_leads_to(folder, tmp_path):
 
 def test_other_names_for_csv_and_columns(folder):
     (folder / "metadata.csv").write_text("file_name,caption\n1.png,a cat\n")
-    found = read_image_text_csv(str(folder), csv_name="metadata.csv", image_column="file_name", text_column="caption")
-    assert found.rows == [(folder / "1.png", "a cat")]
+    found = read_image_text_csv(str(folder), "metadata.csv", image_column="file_name", caption_column="caption")
+    assert images_and_captions(found) == [(folder / "1.png", "a cat")]
 
 
 def test_empty_captions_are_kept_and_counted(folder, caplog):
@@ -210,7 +218,7 @@ def test_no_name_leads_out_of_the_folder_through_a_link(folder, tmp_path):
     (tmp_path / "deep").mkdir()
     (folder / "linked").symlink_to(tmp_path / "deep")
     write(folder, lines(line5="linked/../outside.png,a cat"))
-    assert "does not exist" in read_image_text_csv(folder).bad[0][1]
+    assert "does not exist" in read_image_text_csv(folder).left_out[0][1]
 
 
 @pytest.mark.parametrize(
@@ -226,37 +234,37 @@ def test_no_name_leads_out_of_the_folder_through_a_link(folder, tmp_path):
         (os.fsdecode("猫/狗.png".encode("gbk")), "猫\\狗.png"),
     ],
 )
-def test_the_only_file_with_nearly_the_name_is_taken_and_said_once(folder, on_disk, name, caplog):
+def test_the_only_file_with_a_similar_name_is_used_with_one_warning(folder, on_disk, name, caplog):
     (folder / on_disk).parent.mkdir(exist_ok=True)
     (folder / on_disk).write_bytes(IMAGE)
     write(folder, lines(line5=f"{name},a cat", line6=f"{name},a dog"))
     found = read_image_text_csv(folder)
-    assert [row.path for row in found.rows[3:5]] == [folder / on_disk] * 2 and found.bad == []
+    assert [row.path for row in found.rows[3:5]] == [folder / on_disk] * 2 and found.left_out == []
     [record] = caplog.records
-    assert "1 images are taken whose names differ" in record.getMessage() and name in record.getMessage()
+    assert "1 image names differ" in record.getMessage() and name in record.getMessage()
     PlainFormatter("%(message)s").format(record).encode("utf-8")  # a log and a terminal take it
 
 
-def test_an_exact_name_wins_and_of_several_near_ones_none_is_taken(folder):
+def test_an_exact_name_wins_and_of_several_similar_ones_none_is_used(folder):
     for name in ("CAT.png", "cat.png", "Dog.png", "DOG.png"):
         (folder / name).write_bytes(IMAGE)
     write(folder, lines(line5="cat.png,a cat", line6="dog.png,a dog"))
     found = read_image_text_csv(folder)
     assert found.rows[3].path == folder / "cat.png"
-    assert found.bad == [("dog.png", "line 6: the image does not exist, only DOG.png and Dog.png")]
+    assert found.left_out == [("dog.png", "line 6: the image does not exist, only DOG.png and Dog.png")]
 
 
 @pytest.mark.parametrize("name", ["..\\outside.png", "sub\\..\\..\\outside.png", "C:\\images\\1.png", "C:\\1.png"])
-def test_a_near_name_does_not_lead_out_of_the_folder_either(folder, name):
+def test_a_similar_name_does_not_lead_out_of_the_folder_either(folder, name):
     write(folder, lines(line5=f"{name},a cat"))
-    assert "does not exist" in read_image_text_csv(folder).bad[0][1]
+    assert "does not exist" in read_image_text_csv(folder).left_out[0][1]
 
 
 def test_a_image_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
     name = os.fsdecode("狗.png".encode("gbk"))
     (folder / name).write_bytes(b"")
     write(folder, lines(line5="狗.png,a dog"))
-    assert read_image_text_csv(folder).bad == [("狗.png", "line 5: the image is an empty file")]
+    assert read_image_text_csv(folder).left_out == [("狗.png", "line 5: the image is an empty file")]
     assert "left out: 狗.png" in caplog.text
     assert "\\xb9\\xb7.png is an empty file" in str(BrokenImage(folder / name, "is an empty file"))
 
@@ -273,12 +281,12 @@ def test_a_image_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, capl
 def test_empty_columns_at_the_end_may_be_there_or_not(folder, content, expected):
     write(folder, content)
     found = read_image_text_csv(folder)
-    assert [row.text for row in found.rows] == expected and found.bad == []
+    assert [row.caption for row in found.rows] == expected and found.left_out == []
 
 
 def test_a_row_that_ends_before_its_image_is_left_out(folder):
     write(folder, "text,dir\n" + "".join(f"image {index},{index}.png\n" for index in range(19)) + "a cat\n")
-    assert read_image_text_csv(folder).bad == [("", "line 21: no image is named")]
+    assert read_image_text_csv(folder).left_out == [("", "line 21: it names no image")]
 
 
 def test_no_folder(tmp_path):
@@ -315,7 +323,7 @@ def test_what_another_user_closed_is_named_as_that(unprivileged, closed):
     write(unprivileged, lines(line5="sub/a.png,a cat"))
     (unprivileged / closed).chmod(0)
     if closed in ("sub", "1.png"):
-        [(name, reason)] = read_image_text_csv(unprivileged).bad
+        [(name, reason)] = read_image_text_csv(unprivileged).left_out
         assert name == ("1.png" if closed == "1.png" else "sub/a.png")
     else:
         reason = refusal(unprivileged)
@@ -355,8 +363,8 @@ def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
     write(folder, lines())
     with caplog.at_level(logging.WARNING):
         found = read_image_text_csv(folder)
-    assert [row.text for row in found.rows] == [f"image {index}" for index in range(20) if index != 7]
-    [(name, reason)] = found.bad
+    assert [row.caption for row in found.rows] == [f"image {index}" for index in range(20) if index != 7]
+    [(name, reason)] = found.left_out
     assert name == "7.png" and reason.startswith("line 9: ") and said in reason
     assert "7.png" in caplog.text and said in caplog.text and "1 of 20 rows left out" in caplog.text
 
@@ -365,8 +373,8 @@ def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
     ("line", "name", "said"),
     [
         ("7.png,red, white and blue", "7.png", "3 fields where the header has 2: put captions that hold commas in"),
-        (",a cat", "", "no image is named"),
-        (" ,a cat", "", "no image is named"),
+        (",a cat", "", "it names no image"),
+        (" ,a cat", "", "it names no image"),
         (".,a cat", ".", "is a folder"),
         ("x" * 300 + ".png,a cat", "x" * 300 + ".png", "File name too long: choose a shorter path"),
         ("x/" * 2500 + "x.png,a cat", "x/" * 2500 + "x.png", "File name too long"),
@@ -378,12 +386,12 @@ def test_a_row_that_is_wrong_itself_is_left_out(folder, line, name, said):
     write(folder, lines(line9=line))
     found = read_image_text_csv(folder)
     assert len(found.rows) == 19
-    assert found.bad[0][0] == name and found.bad[0][1].startswith("line 9: ") and said in found.bad[0][1]
+    assert found.left_out[0][0] == name and found.left_out[0][1].startswith("line 9: ") and said in found.left_out[0][1]
 
 
 def test_a_line_number_is_where_the_row_starts(folder):
     write(folder, lines(line2='0.png,"one\ntwo\nthree"', line5='gone.png,"a\ncat"'))
-    assert read_image_text_csv(folder).bad[0][1].startswith("line 7: ")
+    assert read_image_text_csv(folder).left_out[0][1].startswith("line 7: ")
 
 
 @pytest.mark.parametrize(("broken", "refused"), [(1, False), (2, False), (3, True), (20, True)])
@@ -393,7 +401,7 @@ def test_more_than_a_tenth_broken_is_refused(folder, broken, refused):
     write(folder, lines())
     if not refused:
         found = read_image_text_csv(folder)
-        assert len(found.bad) == broken and len(found.rows) == 20 - broken
+        assert len(found.left_out) == broken and len(found.rows) == 20 - broken
     else:
         message = refusal(folder)
         assert f"{broken} of 20 rows are unusable, more than 10%" in message

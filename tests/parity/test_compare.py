@@ -162,7 +162,7 @@ def test_both_train_on_the_same_batches(experiment, tmp_path, cached):
         BatchOrder(len(rows), 3, 3), image_size=32, tokens_only=False,
     )  # fmt: skip
     write_diffusers_folder(experiment / "base.safetensors", config, tmp_path / "diffusers")
-    job = {**same, "rows": [[str(row.path), row.text] for row in rows], "batch_size": 3, "image_size": 32}
+    job = {**same, "rows": [[str(row.path), row.caption] for row in rows], "batch_size": 3, "image_size": 32}
     theirs = Batches(job, Networks(tmp_path / "diffusers", config.pad_token, config.added_tokens))
     for micro_step in range(4):
         for mine, other in zip(ours.batch(micro_step), theirs(micro_step)):

@@ -271,7 +271,7 @@ class TestInputs:
     def test_the_epochs_images_are_a_data_set(self, tmp_path):
         inputs.write_images(tmp_path / "data", 16)
         rows = read_image_text_csv(tmp_path / "data").rows
-        assert len(rows) == len({row.text for row in rows}) == works.EPOCH_IMAGES
+        assert len(rows) == len({row.caption for row in rows}) == works.EPOCH_IMAGES
 
 
 @pytest.mark.usefixtures("graph_mode")

@@ -82,7 +82,7 @@ class TestData:
         assert len(train) == 6 and prompts == [f"test {i}" for i in range(6)]
         assert [row.path.name for row in real] == [f"{i}.png" for i in range(6)]
         _, prompts, real = read_data(data, config, 2)
-        assert prompts == ["test 0", "test 5"] and [row.text for row in real] == prompts
+        assert prompts == ["test 0", "test 5"] and [row.caption for row in real] == prompts
 
     def test_prompts_alone_have_no_real_images(self, data):
         (data / "test" / "img_txt.csv").unlink()
@@ -97,7 +97,7 @@ class TestData:
     def test_a_csv_beside_the_parts_chooses_the_training_rows(self, data):
         (data / "img_txt.csv").write_text("dir,text\ntrain/2.png,two\n")
         train, prompts, _ = read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
-        assert [(row.path.name, row.text) for row in train] == [("2.png", "two")] and len(prompts) == 6
+        assert [(row.path.name, row.caption) for row in train] == [("2.png", "two")] and len(prompts) == 6
         assert training_folder(data) == data
 
     def test_a_held_out_image_is_no_training_row(self, data):

@@ -129,7 +129,7 @@ def test_the_image_towers_loss_counts_each_pair_of_views_and_text():
 
 
 def test_the_base_knows_every_concept_of_the_demo_and_at_least_600():
-    base = {row.path.name: row.text for row in read_rows("emoji_noto", "")}
+    base = {row.path.name: row.caption for row in read_rows("emoji_noto", "")}
     assert len(base) >= 600
     assert {row.path.name for row in read_rows("emoji_fluent_hc", "test")} <= base.keys()
     kinds = {categories()[name][0] for name in base}

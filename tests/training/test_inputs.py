@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
 from ldm.data.batches import BatchOrder
+from ldm.data.cache import file_hash
 from ldm.data.dataset import Row
 from ldm.data.transforms import load_image
 from ldm.errors import UserError
@@ -62,7 +63,7 @@ def rows(tmp_path):
     for i in range(6):
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
-        found.append(Row(path, f"image {i}"))
+        found.append(Row(path, f"image {i}", file_hash(path)))
     return found
 
 
@@ -78,7 +79,7 @@ def same(a, b):
 
 
 def test_captions_that_are_cut_are_counted(rows, tmp_path, caplog):
-    build([*rows[:3], rows[3]._replace(text="word " * 75 + "and a hat")], tmp_path)
+    build([*rows[:3], rows[3]._replace(caption="word " * 75 + "and a hat")], tmp_path)
     assert '1 of 4 captions are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
 
 
@@ -92,7 +93,7 @@ def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
 
 def test_latents_and_texts_are_those_of_the_rows_in_order(rows, tmp_path):
     inputs = build(rows, tmp_path)
-    tokens = Tokenizer(pad="end").encode([row.text for row in rows])
+    tokens = Tokenizer(pad="end").encode([row.caption for row in rows])
     for step in range(4):
         batch, at = inputs.batch(step), inputs.order.indices(step)
         for k, row in enumerate(at):
@@ -143,7 +144,7 @@ def counted(monkeypatch, inputs_of):
     calls = {"images": 0, "texts": 0}
     from ldm.training import inputs as module
 
-    class Counting(module.StateCache):
+    class Counting(module.ArrayCache):
         def get_or_compute(self, keys, compute_batch, batch_size, desc, *shape):
             def compute(places):
                 calls["images" if desc == "latents" else "texts"] += len(set(places))
@@ -151,7 +152,7 @@ def counted(monkeypatch, inputs_of):
 
             return super().get_or_compute(keys, compute, batch_size, desc, *shape)
 
-    monkeypatch.setattr(module, "StateCache", Counting)
+    monkeypatch.setattr(module, "ArrayCache", Counting)
     inputs_of()
     return calls
 
@@ -160,7 +161,8 @@ def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 6, "texts": 7}
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 0, "texts": 0}
     Image.new("RGB", (SIZE, SIZE)).save(rows[2].path)
-    rows[3] = Row(rows[3].path, "another caption")
+    rows[2] = rows[2]._replace(content=file_hash(rows[2].path))
+    rows[3] = rows[3]._replace(caption="another caption")
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 1, "texts": 1}
 
 

@@ -122,7 +122,7 @@ def read_data(folder: Path, config: TrainSettings, prompts: int | None) -> tuple
 
     prompts: how many of the held-out ones, evenly spread; None for all. Raises UserError.
     """
-    columns = {"image_column": config.image_column, "text_column": config.caption_column}
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     if not is_folder(training_folder(folder), "--data") or not is_folder(folder / "test", "--data"):
         raise UserError(
             f"--data {folder} must hold the folders train and test, with img_txt.csv and images in each (test may "
@@ -319,7 +319,7 @@ class Comparison:
             pass
         self.worker = Worker(reference_python(args.reference_python))
         self.batch_size = 16 if self.image_size <= 128 else 4
-        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.path, row.caption)))
+        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.content, row.caption)))
         self.base_hash = base_model_hash(self.base)
 
     def recipe(self, seed: int) -> TrainSettings:
@@ -342,7 +342,7 @@ class Comparison:
         model = self.model.content()
         self.stages.run("base", {"base": self.base_hash, "model": model}, self._write_base)
         held_out = {"prompts": self.prompts, "image_size": self.image_size, "latents_seed": self.args.latents_seed,
-                    "real": content_key("real", *(row.path for row in self.real)), "model": model}  # fmt: skip
+                    "real": content_key("real", *(row.content for row in self.real)), "model": model}  # fmt: skip
         self.stages.run("held_out", held_out, self._write_held_out)
         sampling = {"base": self.base_hash, "held_out": held_out, "steps": self.args.sampling_steps,
                     "scale": self.scale}  # fmt: skip
@@ -477,7 +477,7 @@ class Comparison:
         embedded = {file: content_hash(ROOT / "models" / "nano" / file) for file in
                     ("clip.safetensors", "nano.safetensors")} if len(networks) < 2 else {}  # fmt: skip
         return {"images": {name: result["sha256"] for name, result in drawn.items()}, "prompts": self.prompts,
-                "real": content_key("real", *(row.path for row in self.real)), **networks, **embedded}  # fmt: skip
+                "real": content_key("real", *(row.content for row in self.real)), **networks, **embedded}  # fmt: skip
 
     def _score(self, names: Sequence[str]) -> dict[str, Any]:
         """Scores of every set, of the differences between the two sides, and the networks that gave them."""

@@ -63,14 +63,14 @@ def choose() -> None:
         for row in read_rows("emoji_noto", split):
             category, subcategory = kind[row.path.name]
             if row.path.name in held_out_style or category in WHOLE_CATEGORIES or subcategory in SUBCATEGORIES:
-                chosen[row.path.name] = (f"{split}/{row.path.name}", row.text)
+                chosen[row.path.name] = (f"{split}/{row.path.name}", row.caption)
     write_csv("emoji_noto", chosen.values())
     print(
         f"{len(chosen)} concepts, {len({text for _, text in chosen.values()})} different captions, "
         f"{len(held_out_style)} of them with a held-out image in another style"
     )
     for style in STYLES:
-        known = [(f"train/{row.path.name}", row.text) for row in read_rows(style, "train") if row.path.name in chosen]
+        known = [(f"train/{row.path.name}", row.caption) for row in read_rows(style, "train") if row.path.name in chosen]
         print(f"{write_csv(style, known)} training images of {style} show one of them")
 
 

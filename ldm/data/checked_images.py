@@ -1,0 +1,133 @@
+"""Remembers which images decode, so that a run does not decode all of them again at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+
+from ldm.data.cache import FileHash, file_hash
+from ldm.data.transforms import BrokenImage, open_rgb
+from ldm.errors import UserError, plain, system_reason
+from ldm.files.atomic import atomic_path
+from ldm.files.documents import json_text, parse_json
+from ldm.files.inputs import is_there, read_text
+
+logger = logging.getLogger(__name__)
+
+# Another Pillow, or a later version of this record, starts an empty record.
+VERSION = f"1, Pillow {PIL.__version__}"
+MOST_BYTES = 128 << 20  # half a million images
+# A file can change twice within the resolution of its date, which is 2 s on FAT. The date of a file that has changed so
+# shortly before is not trusted (git calls such files racily clean).
+RESOLUTION_NS = 2_000_000_000
+_HASH = re.compile("[0-9a-f]{64}")
+
+
+class _Image(NamedTuple):
+    content: FileHash
+    size: int  # bytes
+    dates: tuple[int, ...]  # time of change of content and of inode in ns, and the inode; empty if not trusted
+
+
+class CheckedImages:
+    """The images that are known to decode, by path, kept in a file.
+
+    An image whose size and dates match the record is not read. One of the same size whose dates differ is hashed, and
+    decoded only if its content differs. A damaged record is ignored with a warning and written anew. The file can be
+    deleted at any time.
+
+    Args:
+        record: The file. None keeps no record: every image is decoded.
+    """
+
+    def __init__(self, record: Path | None = None):
+        self._record = record
+        self._recorded = {} if record is None else _read(record)
+        self._checked: dict[str, _Image] = {}
+
+    def check(self, path: Path) -> FileHash:
+        """Returns the hash of an image file's content. Raises BrokenImage if the image does not decode."""
+        name = os.path.abspath(path)
+        recorded = self._recorded.get(name)
+        size, dates = _status(path)
+        if recorded is not None and recorded.size == size:
+            if recorded.dates and recorded.dates == dates:
+                self._checked[name] = recorded
+                return recorded.content
+            content = _content(path)
+            decodes = content == recorded.content
+        else:
+            decodes = False
+        if not decodes:
+            open_rgb(path)
+            content = _content(path)
+        self._checked[name] = _Image(content, size, dates)
+        return content
+
+    def save(self) -> None:
+        """Writes the images that were checked to the record. A record that cannot be written is not an error."""
+        if self._record is None or self._checked == self._recorded:
+            return
+        images = {name: list(image) for name, image in sorted(self._checked.items())}
+        content = {"version": VERSION, "checksum": _checksum(images), "images": images}
+        try:
+            with atomic_path(self._record, sync=False) as temporary:  # the checksum replaces the sync
+                temporary.write_text(json_text(content), encoding="utf-8")
+        except OSError as error:
+            logger.warning(
+                "cannot write %s (%s): the next start decodes all images again", self._record, system_reason(error)
+            )
+
+
+def _content(path: Path) -> FileHash:
+    try:
+        return file_hash(path)
+    except UserError as error:  # removed or closed since it was decoded
+        raise BrokenImage(path, str(error).removeprefix(f"{plain(path)} ")) from None
+
+
+def _status(path: Path) -> tuple[int, tuple[int, ...]]:
+    """Returns the size and the dates of a file. The dates are empty if the file changed just now or is not there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # opening the image raises the error
+        return -1, ()
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < RESOLUTION_NS:
+        return status.st_size, ()
+    return status.st_size, (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _read(record: Path) -> dict[str, _Image]:
+    """Returns the images of a record, none if there is no record or it is damaged."""
+    try:
+        if not is_there(record):
+            return {}
+        content = parse_json(read_text(record, most=MOST_BYTES), plain(record))
+        if isinstance(content, dict) and content.get("version") != VERSION:
+            return {}
+        if not isinstance(content, dict) or content.get("checksum") != _checksum(content.get("images")):
+            raise UserError(f"{plain(record)} is damaged")
+        return {name: _parse(entry) for name, entry in content["images"].items()}
+    except UserError as error:
+        logger.warning("%s; checking all images again", error)
+    except (AttributeError, TypeError, ValueError):  # valid JSON of another form
+        logger.warning("%s is damaged; checking all images again", plain(record))
+    return {}
+
+
+def _parse(entry: Any) -> _Image:
+    content, size, dates = entry
+    if not (_HASH.fullmatch(content) and all(type(number) is int for number in (size, *dates))):
+        raise ValueError("not an image's entry")
+    return _Image(FileHash(content), size, tuple(dates))
+
+
+def _checksum(images: Any) -> str:
+    return hashlib.sha256(json_text(images).encode()).hexdigest()
