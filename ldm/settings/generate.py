@@ -10,6 +10,7 @@ from ldm.errors import UserError, plain
 from ldm.files.paths import MOST_STRENGTH
 from ldm.settings.declare import MOST_BATCH, MOST_RANK, setting
 from ldm.settings.model import MOST_SIDE, MOST_TIMESTEPS
+from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -188,6 +189,8 @@ class GenerateSettings:
     )
 
     def __post_init__(self) -> None:
+        """Check each setting, and the settings against each other. Raises UserError."""
+        check_values(self)
         if not self.prompt and self.data_path is None:
             raise UserError('nothing to draw: give --prompt "a text" or --data_path with a file of prompts')
         if self.prompt and self.data_path is not None:

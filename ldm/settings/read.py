@@ -1,9 +1,11 @@
-"""Settings from a dataclass: its defaults, then a YAML file, then command-line flags; the later wins.
+"""Reads settings that are declared with `ldm.settings.declare.setting`, wherever they come from, with the same checks.
 
-    settings = read_settings(TrainSettings, sys.argv[1:], yaml_flag="train_config", prog="train.py")
+- `read_settings`: a dataclass from its defaults, then a YAML file, then command-line flags. The later wins.
+- `read_mapping`: the values of a YAML or JSON document, with nested sections.
+- `check_values`: an instance that was made in Python.
 
-Field types may be bool, int, float, str, list[...] of those, Optional of those, and Union[bool, str]. `None` and `null`
-stand for None where a setting is Optional, on the command line and in YAML.
+Types may be bool, int, float, str, Path, list[...] and dict[str, ...] of those, a dataclass for a section, and Optional
+or Union of those. `None` and `null` stand for None where a setting is Optional.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import os
 import re
 import shutil
@@ -19,92 +22,153 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union
 
 from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import read_yaml, write_yaml
 from ldm.files.paths import expanded, under_root
+from ldm.settings.declare import REQUIRED, default_of
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NONE = ("none", "null")
-LONGEST_NAME = 100  # characters: comparing takes the square of them
+LONGEST_NAME = 100  # characters: the time to compare names grows with their square
+
+
+class _Setting(NamedTuple):
+    """A declared setting: its field, its type (Path read as str) and its rules."""
+
+    name: str
+    default: Any
+    hint: Any
+    rules: Mapping[str, Any]
 
 
 def read_settings(
-    cls: type[Config],
+    cls: type[Settings],
     argv: Sequence[str],
     *,
     yaml_flag: str | None = None,
     prog: str = "",
     description: str = "",
-) -> Config:
-    """Build `cls` from its defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
+) -> Settings:
+    """Builds settings from defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
 
-    `yaml_flag` must be a field of `cls` of type Optional[str]. Booleans read as `--flag True`, `--flag=True` or the
-    bare `--flag`; lists as `--betas 0.9 0.98`; a value that begins with `--` as `--flag=--value`. `-h` or `--help`
-    prints every setting with its default and exits. Checks between settings belong into `__post_init__` of `cls`.
+    Booleans read as `--flag True`, `--flag=True` or the bare `--flag`, lists as `--betas 0.9 0.98`, a value that begins
+    with `--` as `--flag=--value`. `-h` or `--help` prints every setting with its default and exits. Checks between
+    settings belong into `__post_init__` of `cls`.
 
-    Raises UserError for an unknown setting (naming the nearest), a wrong type, a value out of range, a broken file.
+    Args:
+        cls: A dataclass of settings.
+        argv: The words of the command line, without the program's name.
+        yaml_flag: A setting of type Optional[str].
+        prog: The name of the program in the help text.
+        description: What the program does, for the help text. Line breaks are kept.
+
+    Raises:
+        UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range, or the file
+            cannot be read.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    settings = _settings(cls)
     if "-h" in argv or "--help" in argv:
         _print(explain(cls, prog=prog, description=description))
         sys.exit(0)
 
-    flags = {
-        name: _accepted(value, fields[name], f"--{name}") for name, value in _read_flags(argv, fields, hints).items()
-    }
+    flags = _read_flags(argv, settings)
     values: dict[str, Any] = {}
-    if yaml_flag is not None:
-        path = flags.get(yaml_flag, fields[yaml_flag].default)
-        if path is not None:
-            for name, value in _read_yaml_settings(path, fields, yaml_flag).items():
-                where = f"{plain(path)}: {name}"
-                values[name] = _accepted(_from_yaml(value, hints[name], where), fields[name], where)
+    path = flags.get(yaml_flag, settings[yaml_flag].default) if yaml_flag is not None else None
+    if path is not None:
+        content = read_yaml(path, f"--{yaml_flag}")
+        ignored = {key: setting for key, setting in settings.items() if key != yaml_flag}
+        values = _read_mapping(cls, ignored, {} if content is None else content, plain(path), partial=True)
     values.update(flags)
+    for key, setting in settings.items():
+        if values.get(setting.name, setting.default) is REQUIRED:
+            raise UserError(f"--{key} is missing: give {_wanted(setting)} ({setting.rules['help']})")
     return cls(**values)
 
 
-def save_settings(config: Any, path: str | Path, header: str = "", leave_out: Sequence[str] = ()) -> None:
-    """Write all settings of a dataclass as a YAML file that `read_settings` reads back.
+def read_mapping(cls: type, content: Any, source: str, ignore_unknown: bool = False) -> dict[str, Any]:
+    """Returns the values that a mapping from YAML or JSON gives, checked against the declarations of `cls`.
 
-    `header` becomes a comment, and so do the settings in `leave_out`: the flag that names the YAML file must be there.
+    Args:
+        cls: A dataclass of settings. A field whose type is such a class is a section, and read in the same way.
+        content: The mapping.
+        source: Names the file in errors.
+        ignore_unknown: Whether names that are not declared are passed over.
+
+    Returns:
+        Field name -> value, in the order of declaration, of the settings that are there. Sections are such mappings.
+
+    Raises:
+        UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range.
     """
-    settings = dataclasses.asdict(config)
+    return _read_mapping(cls, _settings(cls), content, source, ignore_unknown=ignore_unknown)
+
+
+def check_values(settings: DataclassInstance, prefix: str = "") -> None:
+    """Checks the values of settings that were made in Python as those from files and flags.
+
+    Tuples become lists, paths become texts where the setting is a text, and NumPy's numbers become Python's. `prefix`
+    stands before the names in errors. Paths are not expanded.
+
+    Raises:
+        UserError: A value is missing, of a wrong type or out of range.
+    """
+    for key, setting in _settings(type(settings)).items():
+        given = getattr(settings, setting.name)
+        if given is REQUIRED:
+            raise UserError(f"{prefix}{key} is missing: give {_wanted(setting)}")
+        value = _convert(_plain_python(given), setting.hint, f"{prefix}{key}")
+        _check_range(value, setting, f"{prefix}{key}")
+        value = _as_paths(value, setting)
+        if value is not given:
+            object.__setattr__(settings, setting.name, value)  # of a frozen dataclass, too
+
+
+def save_settings(
+    settings: DataclassInstance, path: str | Path, header: str = "", leave_out: Sequence[str] = ()
+) -> None:
+    """Writes settings as a YAML file that `read_settings` reads back.
+
+    Args:
+        settings: A dataclass of settings.
+        path: The file to write.
+        header: A comment for its beginning.
+        leave_out: Settings that become comments. The flag that names the YAML file must be one of them.
+    """
+    values = dataclasses.asdict(settings)
     lines = header.splitlines()
     for name in leave_out:
-        lines += write_yaml({name: settings.pop(name)}).splitlines()
-    text = "".join(f"# {line}\n" for line in lines) + write_yaml(settings)
+        lines += write_yaml({name: values.pop(name)}).splitlines()
+    text = "".join(f"# {line}\n" for line in lines) + write_yaml(values)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def explain(cls: type, *, prog: str = "", description: str = "", width: int | None = None) -> str:
-    """The help text: every setting, by group, with its type, choices, range and default."""
+    """Returns the help text: every setting, by group, with its type, choices, range and default."""
     width = width or max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
-    hints = typing.get_type_hints(cls)
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
-        lines += ["", textwrap.fill(description, width)]
-    groups: dict[str, list[dataclasses.Field]] = {}
-    for field in dataclasses.fields(cls):
-        if field.init:
-            groups.setdefault(field.metadata.get("group", "settings"), []).append(field)
+        lines += ["", *([description.rstrip()] if "\n" in description else textwrap.wrap(description, width))]
+    groups: dict[str, dict[str, _Setting]] = {}
+    for key, setting in _settings(cls).items():
+        groups.setdefault(setting.rules["group"], {})[key] = setting
     for group, members in groups.items():
         lines += ["", f"{group}:"]
-        for field in members:
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            text = field.metadata.get("help", "")
-            limits = _limits(field)
-            text += f" ({limits})" if limits else ""
-            text += f" [{_show(default)}]"
-            lines.append(f"  --{field.name} <{_type_name(hints[field.name])}>")
+        for key, setting in members.items():
+            limits = _limits(setting)
+            text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{_show(setting.default)}]"
+            lines.append(f"  --{key} <{_type_name(setting.hint)}>")
             lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
     lines += ["", "In brackets: the default. A flag wins over the YAML file, the YAML file over the default."]
     return "\n".join(lines)
@@ -113,19 +177,29 @@ def explain(cls: type, *, prog: str = "", description: str = "", width: int | No
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # read in part, as by `| head`; the rest goes nowhere, or Python would try again at its end
+    except BrokenPipeError:  # read in part, as by `| head`; without this, Python would try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name most like `name`, for error messages."""
+    """Returns the known name most similar to `name`, for error messages."""
     return difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.0)[0]
+
+
+@cache
+def _settings(cls: type[DataclassInstance]) -> dict[str, _Setting]:
+    """Returns the declared settings by their names in files and flags."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.metadata["key"] or field.name: _Setting(field.name, default_of(field), hints[field.name], field.metadata)
+        for field in dataclasses.fields(cls)
+    }
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def _read_flags(argv: Sequence[str], fields: dict[str, dataclasses.Field], hints: dict[str, Any]) -> dict[str, Any]:
+def _read_flags(argv: Sequence[str], settings: Mapping[str, _Setting]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     position = 0
     while position < len(argv):
@@ -133,42 +207,43 @@ def _read_flags(argv: Sequence[str], fields: dict[str, dataclasses.Field], hints
         position += 1
         if not token.startswith("--"):
             raise UserError(f'"{plain(token)}" does not belong to a setting: write --name value (-h lists the names)')
-        name, equals, attached = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in fields:
-            near = nearest(name, list(fields))
-            raise UserError(f"unknown setting --{plain(name)}: did you mean --{near}? (-h lists all)")
+        key, equals, attached = token[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in settings:
+            near = nearest(key, list(settings))
+            raise UserError(f"unknown setting --{plain(key)}: did you mean --{near}? (-h lists all)")
+        setting, where = settings[key], f"--{key}"
         words = [attached] if equals else []
-        hint = hints[name]
         if not equals:
-            limit = len(argv) if _list_item(hint) else position + 1
+            limit = len(argv) if _list_item(setting.hint) else position + 1
             while position < min(limit, len(argv)) and not argv[position].startswith("--"):
                 words.append(argv[position])
                 position += 1
-        values[name] = _from_words(words, hint, f"--{name}")
+        values[setting.name] = _accept(_from_words(words, setting, where), setting, where)
     return values
 
 
-def _from_words(words: list[str], hint: Any, where: str) -> Any:
+def _from_words(words: list[str], setting: _Setting, where: str) -> Any:
+    hint = setting.hint
     if not words:
-        if bool in _alternatives(hint):
+        if bool in _kinds(hint):
             return True
         raise UserError(f"{where} needs a value: {_type_name(hint)}")
     item = _list_item(hint)
     if item is None:
         return _from_word(words[0], hint, where)
-    if len(words) == 1 and words[0].lower() in _NONE and type(None) in _alternatives(hint):
+    if len(words) == 1 and words[0].lower() in _NONE and type(None) in _kinds(hint):
         return None
-    if item is not str:  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
+    if str not in _kinds(item):  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
         words = [word for word in re.split(r"[\s,\[\]()]+", " ".join(words)) if word]
     return [_from_word(word, item, where) for word in words]
 
 
 def _from_word(word: str, hint: Any, where: str) -> Any:
-    kinds = _alternatives(hint)
+    kinds = _kinds(hint)
     if type(None) in kinds and word.lower() in _NONE:
         return None
-    # a lone 1 or 0 is a truth value only where no number is wanted
+    # 1 and 0 are truth values only where no number is wanted.
     if bool in kinds and word.lower() in _TRUE + _FALSE:
         return word.lower() in _TRUE
     for kind in (int, float):
@@ -181,46 +256,68 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
                 return number
     if str in kinds:
         return word
-    raise UserError(f"{where}: {_show(word)} is not {_wanted(hint)}")
+    raise UserError(f"{where}: {_show(word)} is not {_wanted_type(hint)}")
 
 
-# ---- the YAML file ---------------------------------------------------------------------------------------------------
+# ---- YAML and JSON ---------------------------------------------------------------------------------------------------
 
 
-def _read_yaml_settings(path: str, fields: dict[str, dataclasses.Field], yaml_flag: str) -> dict[str, Any]:
-    content = read_yaml(path, f"--{yaml_flag}")
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{plain(path)} must hold lines of `setting: value`, not a {type(content).__name__}")
-    known = [name for name in fields if name != yaml_flag]
-    for name in content:
-        if name not in known:
-            near = nearest(str(name), known)
-            raise UserError(f'{plain(path)}: unknown setting "{plain(name)}": did you mean "{near}"? (-h lists all)')
-    return content
+def _read_mapping(
+    cls: type,
+    settings: Mapping[str, _Setting],
+    content: Any,
+    source: str,
+    prefix: str = "",
+    ignore_unknown: bool = False,
+    partial: bool = False,
+) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        place = f"{source}: {prefix[:-1]}" if prefix else source
+        raise UserError(f"{place} must hold lines of `setting: value`, not a {type(content).__name__}")
+    ignored = getattr(cls, "IGNORED", ())
+    for key in content:
+        if not ignore_unknown and key not in settings and key not in ignored:
+            near = nearest(str(key), (*settings, *ignored))
+            raise UserError(f'{source}: unknown setting "{prefix}{plain(key, 100)}": did you mean "{near}"?')
+    values = {}
+    for key, setting in settings.items():
+        where = f"{source}: {prefix}{key}"
+        if key not in content:
+            if setting.default is REQUIRED and not partial:
+                raise UserError(f"{where} is missing: give {_wanted(setting)}")
+        elif dataclasses.is_dataclass(setting.hint):
+            section = typing.cast(type, setting.hint)
+            values[setting.name] = _read_mapping(section, _settings(section), content[key], source, f"{prefix}{key}.")
+        else:
+            values[setting.name] = _accept(_convert(content[key], setting.hint, where), setting, where)
+    return values
 
 
-def _from_yaml(value: Any, hint: Any, where: str) -> Any:
-    kinds = _alternatives(hint)
-    item = _list_item(hint)
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Returns a value of YAML, JSON or Python as the type that is wanted. Texts are not taken for numbers."""
+    kinds = _kinds(hint)
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
         return None
-    if item is not None:
-        if isinstance(value, list):
-            return [_from_yaml(entry, item, where) for entry in value]
-    # The exact type: a bool is an int to Python, not to a person.
-    elif type(value) in kinds and (type(value) is not float or math.isfinite(value)):
-        return value
-    elif type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
-        return float(value)
-    elif isinstance(value, str) and _reads_unquoted(value, hint):
-        # A number with a zero before it is none in a YAML: some read it as octal.
-        zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""
-        raise UserError(f"{where}: {_show(value)} is a text, not {_wanted(hint)}: leave the quotes away{zeros}")
-    elif str in kinds and not isinstance(value, (list, dict)):
-        raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
-    raise UserError(f"{where}: {_show(value)} is not {_wanted(hint)}")
+    item, entry = _list_item(hint), _dict_entry(hint)
+    if item is not None and isinstance(value, list):
+        return [_convert(element, item, where) for element in value]
+    if entry is not None and isinstance(value, dict):
+        return {str(name): _convert(element, entry, f"{where}: {plain(name, 60)}") for name, element in value.items()}
+    if item is None and entry is None:
+        # The exact type: a bool is an int to Python, not to a person.
+        if type(value) in kinds and (type(value) is not float or math.isfinite(value)):
+            return value
+        if type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
+            return float(value)
+        if isinstance(value, str) and _reads_unquoted(value, hint):
+            # YAML has no numbers with a zero before them: some read them as octal.
+            zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""
+            raise UserError(
+                f"{where}: {_show(value)} is a text, not {_wanted_type(hint)}: leave the quotes away{zeros}"
+            )
+        if str in kinds and not isinstance(value, (list, dict)):
+            raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
+    raise UserError(f"{where}: {_show(value)} is not {_wanted_type(hint)}")
 
 
 def _reads_unquoted(text: str, hint: Any) -> bool:
@@ -231,90 +328,133 @@ def _reads_unquoted(text: str, hint: Any) -> bool:
     return True
 
 
+def _plain_python(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain_python(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 # ---- types and ranges ------------------------------------------------------------------------------------------------
 
 
-def _alternatives(hint: Any) -> tuple:
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Returns the types that a type hint allows. Paths are given as texts."""
     union = typing.get_origin(hint) in (Union, getattr(types, "UnionType", Union))
-    return typing.get_args(hint) if union else (hint,)
+    return tuple(str if kind is Path else kind for kind in (typing.get_args(hint) if union else (hint,)))
 
 
 def _list_item(hint: Any) -> Any:
-    for kind in _alternatives(hint):
-        if typing.get_origin(kind) is list:
-            return typing.get_args(kind)[0]
-    return None
+    return next((typing.get_args(kind)[0] for kind in _kinds(hint) if typing.get_origin(kind) is list), None)
 
 
-def _wanted(hint: Any) -> str:
+def _dict_entry(hint: Any) -> Any:
+    return next((typing.get_args(kind)[1] for kind in _kinds(hint) if typing.get_origin(kind) is dict), None)
+
+
+def _wanted(setting: _Setting) -> str:
+    limits = _limits(setting)
+    return f"{_wanted_type(setting.hint)}{f', {limits}' if limits else ''}"
+
+
+def _wanted_type(hint: Any) -> str:
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
     texts = []
-    for kind in _alternatives(hint):
-        texts.append(f"a list, each {_wanted(_list_item(kind))}" if _list_item(kind) else names[kind])
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is list:
+            texts.append(f"a list, each {_wanted_type(_list_item(kind))}")
+        elif typing.get_origin(kind) is dict:
+            texts.append(f"a mapping from names, each to {_wanted_type(_dict_entry(kind))}")
+        else:
+            texts.append(names.get(kind, "a section"))
     return " or ".join(texts)
 
 
 def _type_name(hint: Any) -> str:
     names = {bool: "True|False", int: "int", float: "float", str: "text", type(None): "None"}
-    return "|".join(f"{_type_name(_list_item(k))} ..." if _list_item(k) else names[k] for k in _alternatives(hint))
+    return "|".join(f"{_type_name(_list_item(kind))} ..." if _list_item(kind) else names[kind] for kind in _kinds(hint))
 
 
-def _limits(field: dataclasses.Field) -> str:
-    rules = field.metadata
-    texts = []
-    if rules.get("choices"):
+def _limits(setting: _Setting) -> str:
+    rules, texts = setting.rules, []
+    if rules["choices"]:
         texts.append("one of " + ", ".join(_show(choice) for choice in rules["choices"]))
     names = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
-    texts += [f"{name} {rules[rule]}" for rule, name in names if rules.get(rule) is not None]
-    if rules.get("length"):
-        texts.append(f"{rules['length']} values")
+    texts += [f"{name} {rules[rule]}" for rule, name in names if rules[rule] is not None]
+    if rules["length"]:
+        texts.append(f"{_wanted_length(rules['length'])} values")
     return ", ".join(texts)
 
 
-def _accepted(value: Any, field: dataclasses.Field, where: str) -> Any:
-    """The value with its paths expanded. Raises UserError where it is out of range."""
-    if field.metadata.get("path"):
-        project = field.metadata["project"]
-        entries = [_path(entry, project, where) for entry in (value if isinstance(value, list) else [value])]
-        value = entries if isinstance(value, list) else entries[0]
-    _check_range(value, field, where)
-    return value
+def _wanted_length(length: int | tuple[int, int]) -> str:
+    return str(length) if isinstance(length, int) else f"{length[0]} to {length[1]:,}"
 
 
-def _path(value: Any, project: bool, where: str) -> Any:
+def _accept(value: Any, setting: _Setting, where: str) -> Any:
+    """Returns a value from a file or a flag with its paths expanded. Raises UserError where it is out of range."""
+    if setting.rules["path"]:
+        if isinstance(value, list):
+            value = [_expand(entry, setting, where) for entry in value]
+        else:
+            value = _expand(value, setting, where)
+    _check_range(value, setting, where)
+    return _as_paths(value, setting)
+
+
+def _expand(value: Any, setting: _Setting, where: str) -> Any:
     if not isinstance(value, str):  # None, or True where a setting is a path or a truth value
         return value
     path = expanded(value)
     if not path:
         raise UserError(f"{where}: {_show(value)} is no path: give one, or leave the setting out")
-    return str(under_root(path)) if project else path
+    return str(under_root(path)) if setting.rules["project"] else path
 
 
-def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
-    rules = field.metadata
-    entries = value if isinstance(value, list) else [value]
-    for entry in entries:
-        if entry is None:
-            continue
-        wrong = rules.get("choices") and entry not in rules["choices"]
-        note = ""
+def _as_paths(value: Any, setting: _Setting) -> Any:
+    """Returns texts as Path where the type is Path."""
+    kinds = typing.get_args(setting.hint) or (setting.hint,)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    return value
+
+
+def _check_range(value: Any, setting: _Setting, where: str) -> None:
+    rules = setting.rules
+    choices = rules["choices"]
+    for entry in _entries(value):
+        wrong, note = bool(choices) and entry not in choices, ""
         if isinstance(entry, (int, float)) and not isinstance(entry, bool):
             wrong = wrong or _is_outside(entry, rules)
-            rounded = _in_fp32(entry) if isinstance(entry, float) else entry
-            if not wrong and _is_outside(rounded, rules):
-                wrong, note = True, f" (in fp32, which is computed with, it is {rounded})"
+            if isinstance(entry, float) and not wrong:
+                rounded = _in_fp32(entry)
+                if math.isinf(rounded):
+                    raise UserError(f"{where}: {entry} is not allowed: fp32, which is computed with, ends at 3.4e38")
+                if rounded in (rules["above"], rules["below"]):
+                    wrong, note = True, f" (in fp32, which is computed with, it is {rounded})"
         if wrong:
-            if rules.get("choices") and isinstance(entry, str):
-                note = f'; did you mean "{nearest(entry, [str(choice) for choice in rules["choices"]])}"?'
-            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(field)}{note}")
-        if isinstance(entry, float) and math.isinf(rounded):
-            raise UserError(f"{where}: {entry} is not allowed: fp32, which is computed with, ends at 3.4e38")
-    if rules.get("length") and isinstance(value, list) and len(value) != rules["length"]:
-        raise UserError(f"{where}: {len(value)} values given, wanted {rules['length']}")
+            if choices and isinstance(entry, str):
+                note = f'; did you mean "{nearest(entry, [str(choice) for choice in choices])}"?'
+            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(setting)}{note}")
+    if rules["length"] and isinstance(value, (list, dict)):
+        length = rules["length"]
+        least, most = (length, length) if isinstance(length, int) else length
+        if not least <= len(value) <= most:
+            raise UserError(f"{where}: {len(value):,} values given, wanted {_wanted_length(length)}")
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    """Yields the entries of a list or mapping, or the value itself, without None."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return (entry for entry in entries if entry is not None)
 
 
 def _is_outside(number: float, rules: Mapping[str, Any]) -> bool:
-    low, high, above, below = (rules.get(rule) for rule in ("low", "high", "above", "below"))
+    low, high, above, below = (rules[rule] for rule in ("low", "high", "above", "below"))
     return (
         (low is not None and number < low)
         or (high is not None and number > high)
@@ -325,7 +465,7 @@ def _is_outside(number: float, rules: Mapping[str, Any]) -> bool:
 
 def _in_fp32(number: float) -> float:
     try:
-        return struct.unpack("f", struct.pack("f", number))[0]
+        return float(struct.unpack("f", struct.pack("f", number))[0])
     except OverflowError:
         return math.copysign(math.inf, number)
 

@@ -10,6 +10,7 @@ from ldm.errors import UserError
 from ldm.files.paths import MOST_STRENGTH
 from ldm.settings.declare import MOST_BATCH, MOST_COUNT, MOST_RANK, names_of, setting
 from ldm.settings.model import MOST_SIDE
+from ldm.settings.read import check_values
 
 SCHEDULERS = ("constant", "linear", "cosine")
 # the names in mindone's recipes
@@ -389,7 +390,8 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
-        """Check the settings against each other. Raises UserError."""
+        """Check each setting, and the settings against each other. Raises UserError."""
+        check_values(self)
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
