@@ -21,8 +21,9 @@ from ldm.errors import UserError
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.pipeline import apply_lora
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.inject import LoRASpec, get_lora, inject_lora
+from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
+from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
@@ -385,7 +386,7 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
         (["--output_path", "DIR/" + "n" * 256], "output_path .*File name too long"),
         (["--output_path", "DIR/used"], "output_path .*used is the place of two outputs"),
         (["--save_latents", "DIR/dead.npy"], "save_latents .*dead.npy is a link to nowhere/x"),
-        (["--save_latents", "DIR/" + "n" * 251 + ".npy"], "save_latents .*init.npy cannot be seen: File name too long"),
+        (["--save_latents", "DIR/" + "n" * 251 + ".npy"], "save_latents .*init.npy cannot be accessed: File name too long"),
         (["--save_latents", "DIR/x.npy"], "save_latents .*x.init.npy is a folder"),
         (["--save_latents", "DIR/used.npy"], "save_latents .*used.npy is the place of two outputs"),
     ],

@@ -1,4 +1,4 @@
-"""Zip archives that anybody may have written, listed and read within bounds: a PyTorch file and an .npz are such."""
+"""Bounded reading of untrusted zip archives, such as PyTorch checkpoints and .npz files."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 import struct
 import zipfile
 import zlib
-from types import TracebackType
 
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
-MOST_LIST = 16 << 20  # bytes of the list of members, 46 and its name for each; zipfile takes 13 times as many
+MOST_LIST = 16 << 20  # bytes of the archive's directory; zipfile needs 13 times as many in memory
 CHUNK = 1 << 20
 
-# What zipfile raises for a damaged archive, a password (RuntimeError) and what it has not (NotImplementedError).
+# What zipfile raises for a damaged archive, a password (RuntimeError) and unsupported features (NotImplementedError).
 _MALFORMED = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, OverflowError, struct.error, zlib.error)
 
 
-class _Bounded(io.BufferedReader):
-    """A file for zipfile, which reads the list of members at once, however long it says that it is."""
+class _BoundedFile(io.BufferedReader):
+    """A file for zipfile, which reads the archive's whole directory at once, whatever size the archive declares."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MOST_LIST:
@@ -29,16 +28,23 @@ class _Bounded(io.BufferedReader):
 
 
 class Archive:
-    """An opened zip archive, a context manager. `members` maps their names to what the archive's list says of them.
+    """An open zip archive, to be used as a context manager.
 
-    kind: what it should be, for errors; way: what to do about one that cannot be read.
+    Attributes:
+        members: maps each member's name to its entry in the archive's directory.
 
-    Raises UserError where there is no such regular file, or it is no archive that can be read.
+    Args:
+        path: the file.
+        kind: what the file should be, for errors ("a PyTorch file").
+        way: what the user can do about an unreadable file, for errors.
+
+    Raises:
+        UserError: the file does not exist, is not a regular file, or is not a readable archive.
     """
 
     def __init__(self, path: str | os.PathLike, kind: str, way: str):
         self._path, self._kind, self._way = plain(os.fspath(path)), kind, way
-        self._file = _Bounded(open_file(path, way=way).detach())
+        self._file = _BoundedFile(open_file(path, way=way).detach())
         try:
             self._archive = zipfile.ZipFile(self._file)
         except _MALFORMED as error:
@@ -49,24 +55,25 @@ class Archive:
     def __enter__(self) -> Archive:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         self._archive.close()
         self._file.close()
 
     def read(self, name: str, most: int) -> bytes:
-        """The content of a member. Raises UserError for more than `most` bytes and for what cannot be unpacked."""
+        """Return the content of a member.
+
+        Raises:
+            UserError: the content has more than `most` bytes or cannot be decompressed.
+        """
         member = self.members[name]
+        problem = None
         if member.file_size > most:
-            raise UserError(
-                f"{self._path} is refused: {plain(name)} in it has {member.file_size:,} bytes, at most "
-                f"{most:,} are read: {self._way}"
-            )
-        # The others unpack a chunk as a whole, however much it becomes.
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(
-                f"{self._path} is refused: {plain(name)} in it is compressed in a way that is not read "
-                f"here: {self._way}"
-            )
+            problem = f"has {member.file_size:,} bytes, at most {most:,} are read"
+        # zipfile decompresses whole chunks of the other methods, whatever size they expand to.
+        elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            problem = "uses an unsupported compression method"
+        if problem:
+            raise UserError(f"{self._path} is refused: its member {plain(name)} {problem}: {self._way}")
         try:
             with self._archive.open(name) as file:
                 return b"".join(iter(lambda: file.read(CHUNK), b""))
@@ -75,4 +82,4 @@ class Archive:
 
     def _malformed(self, error: Exception) -> UserError:
         reason = plain(error, 100) or type(error).__name__
-        return UserError(f"{self._path} is not {self._kind}, or is cut off or damaged ({reason}): {self._way}")
+        return UserError(f"{self._path} is not {self._kind}, or is truncated or damaged ({reason}): {self._way}")

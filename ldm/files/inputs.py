@@ -1,15 +1,19 @@
-"""Files that users name: looked at, opened and read with errors that a person can act on.
+"""Opening and reading files that users name, with errors that say what to do.
 
-Whatever may be named by a user is opened through this module: a FIFO would be waited on for ever and a device may give
-bytes without end, so a regular file is asked for before anything is read; a file that may not be seen is told from one
-that is not there; and every text has a largest size.
+Every file that a user may name is opened through this module. It reads regular files only, because opening a FIFO can
+block forever and a device may never end. It distinguishes a missing file from one that the user has no permission for,
+and it limits the size of texts.
+
+The functions share these arguments:
+    name: of the setting or the kind of file, which begins the error.
+    way: what the user can do about a file that is missing or is something else, which ends the error.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from typing import BinaryIO
 
 from ldm.errors import UserError, plain, system_reason
 
@@ -17,84 +21,80 @@ KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
-MOST_TEXT = 64 << 20  # bytes of a text file: a million prompts of 60 characters
+MOST_TEXT = 64 << 20  # bytes of a text file
 
 
-def look(path: str | os.PathLike, name: str = "") -> os.stat_result | None:
-    """The status of what `path` leads to, links followed; None where nothing is there.
+def file_status(path: str | os.PathLike, name: str = "") -> os.stat_result | None:
+    """Return the status of the file or folder at `path`, or None if there is none. Links are followed.
 
-    name: of the setting or the kind of file, for errors. Raises UserError where that cannot be seen: no permission for
-    a folder on the way, a circle of links, a name that is too long or holds a zero byte.
+    Raises:
+        UserError: the system refuses access: a missing permission, a circle of links, an invalid path.
     """
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{_named(path, name)} cannot be seen: {system_reason(error)}") from None
+        raise UserError(f"{_named(path, name)} cannot be accessed: {system_reason(error)}") from None
     except ValueError as error:  # a zero byte
-        raise UserError(f"{_named(path, name)} is no path ({error})") from None
+        raise UserError(f"{_named(path, name)} is not a valid path ({error})") from None
 
 
 def is_there(path: str | os.PathLike, name: str = "") -> bool:
-    """Whether anything is at `path`; raises as `look`."""
-    return look(path, name) is not None
+    """Return whether anything exists at `path`. Raises as `file_status`."""
+    return file_status(path, name) is not None
 
 
 def is_file(path: str | os.PathLike, name: str = "") -> bool:
-    """Whether `path` leads to a regular file; raises as `look`."""
-    found = look(path, name)
-    return found is not None and stat.S_ISREG(found.st_mode)
+    """Return whether `path` is a regular file. Raises as `file_status`."""
+    status = file_status(path, name)
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_folder(path: str | os.PathLike, name: str = "") -> bool:
-    """Whether `path` leads to a folder; raises as `look`."""
-    found = look(path, name)
-    return found is not None and stat.S_ISDIR(found.st_mode)
+    """Return whether `path` is a folder. Raises as `file_status`."""
+    status = file_status(path, name)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def list_folder(path: str | os.PathLike, name: str = "") -> list[str]:
-    """The sorted names in a folder. Raises UserError where it is none or may not be read."""
+    """Return the sorted names in a folder. Raises UserError if it is not a folder or cannot be read."""
     try:
         return sorted(os.listdir(path))
     except OSError as error:
         raise UserError(f"{_named(path, name)} cannot be read: {system_reason(error)}") from None
 
 
-def open_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> BinaryIO:
-    """Open a regular file for reading, links followed.
-
-    Args:
-        name: of the setting or the kind of file, for errors.
-        way: what to do about a file that is not there or is something else.
+def open_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> io.BufferedReader:
+    """Open a regular file for reading. Links are followed.
 
     Raises:
-        UserError: it is not there, is no regular file, or may not be read.
+        UserError: the file does not exist, is not a regular file, or cannot be read.
     """
     subject = _named(path, name)
     try:
-        # O_NONBLOCK: opening a FIFO waits for its writer otherwise.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        # Without O_NONBLOCK, opening a FIFO waits for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{subject} does not exist: {way}") from None
     except OSError as error:
         raise UserError(f"{subject} cannot be read: {system_reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{subject} is no path ({error}): {way}") from None
+    except ValueError as error:  # a zero byte
+        raise UserError(f"{subject} is not a valid path ({error}): {way}") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)
-        raise UserError(f"{subject} is {KINDS.get(kind, 'something else')}, not a file: {way}")
+        raise UserError(f"{subject} is {KINDS.get(kind, 'a special file')}, not a file: {way}")
     return os.fdopen(handle, "rb")
 
 
 def check_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> None:
-    """Raise UserError unless `path` leads to a regular file that may be read: for libraries that open it themselves."""
+    """Raise UserError if `open_file` would. For files that a library opens itself."""
     open_file(path, name, way).close()
 
 
 def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int | None = None) -> bytes:
-    """The content of a regular file; see `open_file`. Raises UserError for more than `most` bytes too."""
+    """Return the content of a regular file. Raises as `open_file`, and UserError for more than `most` bytes."""
     subject = _named(path, name)
     with open_file(path, name, way) as file:
         size = os.fstat(file.fileno()).st_size
@@ -107,9 +107,10 @@ def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the pa
 
 
 def read_text(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int = MOST_TEXT) -> str:
-    """The text of a UTF-8 file, without its byte-order mark, lines ended by line feeds alone.
+    """Return the text of a UTF-8 file, without its byte-order mark, with line feeds as the only line ends.
 
-    Raises UserError as `read_bytes` does, for UTF-16 and other encodings (with the line), and for a zero byte.
+    Raises:
+        UserError: as `read_bytes`, for another encoding (with the line), and for a zero byte.
     """
     subject = _named(path, name)
     raw = read_bytes(path, name, way, most)
@@ -133,7 +134,7 @@ def _named(path: str | os.PathLike, name: str) -> str:
 
 
 def _other_encoding(raw: bytes) -> str:
-    """What a text that is not UTF-8 may be, for the end of a message."""
+    """Return a guess at the encoding of a text that is not UTF-8, for the end of an error."""
     if b"\0" in raw:
         return ""
     for encoding, name in (("gb18030", "GBK"), ("cp1252", "Windows-1252")):
@@ -141,5 +142,5 @@ def _other_encoding(raw: bytes) -> str:
             raw.decode(encoding)
         except UnicodeDecodeError:
             continue
-        return f" (it may be {name} now)"
+        return f" (it may be {name})"
     return ""

@@ -1,7 +1,7 @@
-"""Arrays in numpy's format (.npy, and the members of an .npz), read within bounds.
+"""Bounded reading of arrays in numpy's format: .npy files and the members of .npz files.
 
-np.load believes the header and allocates what it says; here it is compared with the file's size first, and nothing but
-plain numbers and texts is read.
+np.load allocates whatever size the header declares. These functions compare it with the file's size first, and read
+arrays of plain numbers and texts only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import math
 import re
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -21,14 +21,16 @@ MOST_DIMENSIONS = 32  # of numpy 1
 
 
 class NotNumpy(Exception):
-    """The bytes are no array that can be read; the message says why."""
+    """The bytes are not a readable array; the message says why."""
 
 
 @dataclass(frozen=True)
 class Header:
+    """The type, shape and memory order of a stored array."""
+
     dtype: np.dtype
     shape: tuple[int, ...]
-    order: str  # "C" or "F"
+    order: Literal["C", "F"]
 
     @property
     def nbytes(self) -> int:
@@ -36,13 +38,18 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int) -> Header:
-    """Read the header at the beginning of a file of `size` bytes, which stands at its data then.
+    """Read the header at the beginning of `file`, and leave the position at the array's data.
 
-    Raises NotNumpy for what is no array of numbers or texts, or is larger than the file.
+    Args:
+        file: positioned at its beginning.
+        size: of the whole file, in bytes.
+
+    Raises:
+        NotNumpy: the file is not an array of numbers or texts, or is shorter than its header declares.
     """
     start = file.read(8)
     if start[:2] == b"PK":
-        raise NotNumpy("it is an .npz archive: an .npy file holds one array alone")
+        raise NotNumpy("it is an .npz archive: an .npy file holds a single array")
     if start[:6] != b"\x93NUMPY":
         raise NotNumpy(f"it begins with {plain(start)}" if start else "it is empty")
     count = 2 if start[6:7] == b"\1" else 4
@@ -52,39 +59,39 @@ def read_header(file: BinaryIO, size: int) -> Header:
     try:
         # Python 2 wrote 3L for 3.
         fields = ast.literal_eval(re.sub(r"(\d)L\b", r"\1", file.read(length).decode("latin-1")).strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as its documentation says
-        raise NotNumpy("its header is cut off or damaged") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
+        raise NotNumpy("its header is truncated or damaged") from None
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
         raise NotNumpy("its header is damaged")
     header = Header(_dtype(fields["descr"]), _shape(fields["shape"]), "F" if fields["fortran_order"] else "C")
     if len(start) + count + length + header.nbytes > size:
-        raise NotNumpy(f"it ends before its data: {size:,} bytes hold no {header.dtype} of {header.shape}")
+        raise NotNumpy(f"it is truncated: {size:,} bytes cannot hold {header.dtype} values of shape {header.shape}")
     return header
 
 
 def read_array(file: BinaryIO, header: Header) -> np.ndarray:
-    """The array that follows its header. Raises NotNumpy where the file has become shorter."""
+    """Return the array that follows its header. Raises NotNumpy if the file has become shorter since."""
     raw = file.read(header.nbytes)
     if len(raw) != header.nbytes:
-        raise NotNumpy("it ends before its data")
+        raise NotNumpy("it is truncated")
     return np.frombuffer(raw, header.dtype).reshape(header.shape, order=header.order)
 
 
 def _dtype(text: object) -> np.dtype:
     if isinstance(text, str) and re.fullmatch(r"[<>|=]?O\d?", text):
         raise NotNumpy("it holds Python objects, which could run code")
-    if not isinstance(text, str) or not re.fullmatch(r"[<>|=]?[biufcSU][1-9]\d{0,4}", text):
-        raise NotNumpy(f"it holds {plain(text, 60)}, not plain numbers")
-    try:
-        return np.dtype(text)
-    except TypeError:
-        raise NotNumpy(f"it holds {plain(text, 60)}, not plain numbers") from None
+    if isinstance(text, str) and re.fullmatch(r"[<>|=]?[biufcSU][1-9]\d{0,4}", text):
+        try:
+            return np.dtype(text)
+        except TypeError:
+            pass
+    raise NotNumpy(f"it holds {plain(text, 60)}, not plain numbers")
 
 
 def _shape(sizes: object) -> tuple[int, ...]:
     if not isinstance(sizes, tuple) or not all(type(size) is int and size >= 0 for size in sizes):
         raise NotNumpy(f"its shape is {plain(sizes, 60)}")
-    # Where one size is 0 the others take no place, but numpy counts them.
+    # numpy limits the product of the sizes even where one of them is 0.
     if len(sizes) > MOST_DIMENSIONS or math.prod(size or 1 for size in sizes) >= 1 << 48:
-        raise NotNumpy(f"its shape {plain(sizes, 60)} is larger than any that can be read")
+        raise NotNumpy(f"its shape {plain(sizes, 60)} exceeds what can be read")
     return sizes

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import LONGEST_NAME, removed_at_end, resolved, temporary_path
-from ldm.files.inputs import is_folder, look
+from ldm.files.inputs import file_status, is_folder
 from ldm.files.paths import check_free
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[Non
 
     folder: let an empty folder be in nobody's way. Raises UserError as `claim_file`, and where something is there.
     """
-    look(path, name)
+    file_status(path, name)
     check_free(path, empty_folder=folder)
     with _held_beside(resolved(path), name):
         yield
@@ -92,7 +92,7 @@ def claim_all(*claims) -> Iterator[None]:
 
 def check_file_target(path: Path, name: str) -> None:
     """Raise UserError where something that is no file, or a link that leads nowhere, stands in its place."""
-    found = look(path, name)
+    found = file_status(path, name)
     if found is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise UserError(
             f"{name} {plain(path)} is a link to {plain(os.readlink(path))}, whose folder does not exist: "
@@ -135,7 +135,7 @@ def _made(folder: Path, name: str) -> Iterator[None]:
     """Make a folder and its parents; in the end remove those that are new and empty."""
     new: list[Path] = []
     for place in (folder, *folder.absolute().parents):
-        found = look(place, name)
+        found = file_status(place, name)
         if found is not None:
             if not stat.S_ISDIR(found.st_mode):
                 raise UserError(

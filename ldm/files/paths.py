@@ -1,4 +1,4 @@
-"""Paths from settings: where they are looked for, what is short for what, and whether they are free."""
+"""Paths from settings: expansion, lookup below the project's folder, and LoRA paths with strengths."""
 
 from __future__ import annotations
 
@@ -15,61 +15,69 @@ from ldm.files.inputs import is_there
 # repository.
 _BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
 ROOT = _BUNDLED if _BUNDLED.is_dir() else _BUNDLED.parents[1]
-MOST_STRENGTH = 1000  # of a LoRA, and its negative the least
+
+MOST_STRENGTH = 1000  # largest absolute strength of a LoRA
 
 
 def expanded(text: str) -> str:
-    """A path as a shell would have it: `~` and `~name` at its beginning, `$NAME` and `${NAME}` anywhere.
+    """Expand `~` and `~name` at the beginning of a path, and `$NAME` and `${NAME}` anywhere, as a shell does.
 
-    What names no user and no variable stays as it is: a file may be called so. For YAML files and flags such as
-    `--x=~/y`, which no shell expands.
+    Unknown users and variables stay as they are. This serves YAML files and flags such as `--x=~/y`, which no shell
+    expands.
     """
     return os.path.expanduser(os.path.expandvars(text))
 
 
 def user_path(text: str) -> Path:
-    """`expanded` as a Path: the type of command-line flags that are paths."""
+    """Return an expanded path. This is the type of the tools' path flags."""
     return Path(expanded(text))
 
 
 def under_root(path: str | Path) -> Path:
-    """A path as given, or where that does not exist, under the project's folder: scripts run from anywhere."""
-    given = Path(path)
-    found = ROOT / given
-    return found if not is_there(given) and is_there(found) else given
+    """Return `path` if it exists or is not below ROOT either, else the path below ROOT.
+
+    So `configs/nano.yaml` is found from any working directory, and the user's own file of that name takes precedence.
+    """
+    given, bundled = Path(path), ROOT / path
+    return bundled if not is_there(given) and is_there(bundled) else given
 
 
-def weighted_path(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
-    """`path`, `path:weight` or `path:weight:weight` -> the path and the weights given; what exists under the whole of
-    `text`, or more of it, wins.
+def path_and_strengths(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
+    """Split `path`, `path:strength` or `path:strength:strength` into the path and its strengths.
 
-    name: of the setting, for errors. Raises UserError for a path that is not there and for weights that are no numbers.
+    A file whose name contains colons is found by its whole name first.
+
+    Args:
+        text: as the user wrote it; `~` and variables are expanded.
+        name: of the setting, for errors.
+
+    Raises:
+        UserError: the path does not exist, or a strength is not a number within MOST_STRENGTH.
     """
     text = expanded(text)
     for count in (0, 1, 2):
         path, *words = text.rsplit(":", count)
         if path and is_there(path, name):
-            return Path(path), tuple(_weight(word, text, name) for word in words)
-    path = re.sub(r"(?::[-+.\w]*){1,2}$", "", text) or text  # an error names the file, without its weights
+            return Path(path), tuple(_strength(word, text, name) for word in words)
+    path = re.sub(r"(?::[-+.\w]*){1,2}$", "", text) or text  # the error names the file without strengths
     raise UserError(f"{name} {plain(path)} does not exist: check the path")
 
 
-def _weight(word: str, text: str, name: str) -> float:
-    text, given = plain(text), plain(word, 40)
+def _strength(word: str, text: str, name: str) -> float:
     try:
-        weight = float(word)
+        strength = float(word)
     except ValueError:
-        raise UserError(f'{name} "{text}": "{given}" after the colon is no weight such as 0.7') from None
-    if not abs(weight) <= MOST_STRENGTH:
-        raise UserError(f'{name} "{text}": the weight is not a finite number from -{MOST_STRENGTH} to {MOST_STRENGTH}')
-    return weight
+        strength = float("nan")
+    if not abs(strength) <= MOST_STRENGTH:
+        raise UserError(
+            f'{name} "{plain(text)}": the strength "{plain(word, 40)}" after the colon is not a number from '
+            f"-{MOST_STRENGTH} to {MOST_STRENGTH}, such as 0.7"
+        )
+    return strength
 
 
 def check_free(path: str | Path, empty_folder: bool = False) -> None:
-    """Raise UserError where `path` is there already: what a tool writes never takes the place of something else.
-
-    empty_folder: let an empty folder be in nobody's way.
-    """
+    """Raise UserError if `path` exists, since tools never overwrite. An empty folder may exist with `empty_folder`."""
     if os.path.lexists(path) and not (empty_folder and _is_empty_folder(Path(path))):
         raise UserError(f"{plain(path)} exists: choose another name, or remove it first")
 
@@ -77,13 +85,13 @@ def check_free(path: str | Path, empty_folder: bool = False) -> None:
 def _is_empty_folder(path: Path) -> bool:
     try:
         return not any(path.iterdir())
-    except OSError:  # a file, or a folder that may not be read
+    except OSError:  # a file, or a folder without read permission
         return False
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what the system refuses within the block (a full disk, a missing permission) into a UserError."""
+    """Convert an OSError in the block, such as a full disk, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.diffusion.sampling import Sampling, check_sampling
+from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
-from ldm.files.paths import ROOT, under_root, weighted_path
+from ldm.files.paths import ROOT, path_and_strengths, under_root
 from ldm.files.prompts import MOST_CHARACTERS, read_prompts
 from ldm.settings.declare import names_of
 from ldm.settings.generate import MOST_IMAGES, GenerateSettings
@@ -31,16 +31,16 @@ class LoRAFile(NamedTuple):
 
     Attributes:
         path: The file or folder.
-        strength: How much of the LoRA is applied: the strength given with the file, multiplied by `lora_scale`.
-        text_encoder_strength: The strength of its text encoder part, None for `strength`.
+        strength: How much of its UNet part is applied.
+        text_encoder_strength: How much of its text encoder part is applied.
     """
 
     path: Path
-    strength: float = 1.0
-    text_encoder_strength: float | None = None
+    strength: float
+    text_encoder_strength: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationPlan:
     """What a run generates, and from which files.
 
@@ -92,10 +92,12 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     unet_checkpoint = None if unet is None else _existing(unet, "unet_ckpt_path")
     vae_checkpoint = None if vae is None else _existing(vae, "vae_ckpt_path")
     loras = _lora_files(settings)
-    sampling = Sampling(
-        steps=settings.sampling_steps, height=settings.H, width=settings.W, batch_size=settings.batch_size or 1
-    )
-    check_sampling(sampling, config)
+    Sampling(
+        num_inference_steps=settings.sampling_steps,
+        height=settings.H,
+        width=settings.W,
+        batch_size=settings.batch_size or 1,
+    ).check(config)
     _check_latents_paths(settings)
 
     scale = settings.scale if settings.scale is not None else default_guidance_scale(config.architecture)
@@ -152,8 +154,9 @@ def parse_lora_path(text: str) -> LoRAFile:
     Raises:
         UserError: The file does not exist, or a strength is not a number.
     """
-    path, strengths = weighted_path(text, "lora_ckpt_path")
-    return LoRAFile(path, *strengths)
+    path, numbers = path_and_strengths(text, "lora_ckpt_path")
+    strength = numbers[0] if numbers else 1.0
+    return LoRAFile(path, strength, numbers[1] if len(numbers) == 2 else strength)
 
 
 def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
@@ -263,9 +266,9 @@ def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
         return []
     files = []
     for text in settings.lora_ckpt_path:
-        path, *strengths = parse_lora_path(text)
+        path, strength, text_encoder_strength = parse_lora_path(text)
         _existing(path, "lora_ckpt_path")
-        files.append(LoRAFile(path, *(None if value is None else value * settings.lora_scale for value in strengths)))
+        files.append(LoRAFile(path, strength * settings.lora_scale, text_encoder_strength * settings.lora_scale))
     return files
 
 

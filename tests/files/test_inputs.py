@@ -10,11 +10,11 @@ import pytest
 from ldm.errors import UserError, plain
 from ldm.files.inputs import (
     check_file,
+    file_status,
     is_file,
     is_folder,
     is_there,
     list_folder,
-    look,
     open_file,
     read_bytes,
     read_text,
@@ -55,7 +55,7 @@ def places(tmp_path):
         ("nowhere", "does not exist: give a.png"),
         ("file/inside", "does not exist: give a.png"),
         ("x" * 300, "File name too long: choose a shorter path"),
-        ("a\0b", "is no path"),
+        ("a\0b", "is not a valid path"),
     ],
 )
 def test_whatever_stands_in_the_place_of_a_file_is_named(read, name, words, places):
@@ -87,15 +87,15 @@ def test_looking_tells_what_is_there(places):
     assert is_file(places / "link-file") and not is_folder(places / "link-file") and is_there(places / "link-file")
     assert is_folder(places / "link-folder") and not is_file(places / "link-folder")
     assert is_there(places / "pipe") and not is_file(places / "pipe") and not is_folder(places / "pipe")
-    assert look(places / "file").st_size == 7
+    assert file_status(places / "file").st_size == 7
     for name in ("nowhere", "dead", "file/inside"):
-        assert look(places / name) is None and not is_there(places / name)
+        assert file_status(places / name) is None and not is_there(places / name)
 
 
 def test_looking_names_what_cannot_be_seen(places, unprivileged):
     (unprivileged / "closed").mkdir(0)
     for path in (unprivileged / "closed" / "a", "x" * 300, "a\0b"):
-        for ask in (look, is_there, is_file, is_folder):
+        for ask in (file_status, is_there, is_file, is_folder):
             with pytest.raises(UserError, match="data_path"):
                 ask(path, "data_path")
     with pytest.raises(UserError, match="Permission denied"):

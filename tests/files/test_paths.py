@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.files.paths import ROOT, check_free, expanded, under_root, weighted_path, writing
+from ldm.files.paths import ROOT, check_free, expanded, path_and_strengths, under_root, writing
 
 
 def test_a_path_is_taken_as_given_or_found_under_the_project(tmp_path, monkeypatch):
@@ -43,17 +43,17 @@ def test_a_weighted_path_is_expanded_and_read_from_its_end(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a.ckpt", "b:0.5", "c"):
         (tmp_path / name).touch()
-    assert weighted_path("~/a.ckpt", "lora") == (tmp_path / "a.ckpt", ())
-    assert weighted_path("~/a.ckpt:0.7", "lora") == (tmp_path / "a.ckpt", (0.7,))
-    assert weighted_path("~/a.ckpt:0.7:-1", "lora") == (tmp_path / "a.ckpt", (0.7, -1.0))
-    assert weighted_path("~/b:0.5", "lora") == (tmp_path / "b:0.5", ())
-    assert weighted_path("~/b:0.5:2", "lora") == (tmp_path / "b:0.5", (2.0,))
+    assert path_and_strengths("~/a.ckpt", "lora") == (tmp_path / "a.ckpt", ())
+    assert path_and_strengths("~/a.ckpt:0.7", "lora") == (tmp_path / "a.ckpt", (0.7,))
+    assert path_and_strengths("~/a.ckpt:0.7:-1", "lora") == (tmp_path / "a.ckpt", (0.7, -1.0))
+    assert path_and_strengths("~/b:0.5", "lora") == (tmp_path / "b:0.5", ())
+    assert path_and_strengths("~/b:0.5:2", "lora") == (tmp_path / "b:0.5", (2.0,))
     for text in ("~/d", "~/d:0.7", "~/d:0.7:0.3"):
         with pytest.raises(UserError, match=r"lora .*/d does not exist"):
-            weighted_path(text, "lora")
+            path_and_strengths(text, "lora")
     for text in ("~/c:much", "~/c:nan", "~/c:inf"):
         with pytest.raises(UserError, match="lora"):
-            weighted_path(text, "lora")
+            path_and_strengths(text, "lora")
 
 
 def test_a_folder_that_may_not_be_entered_is_not_called_missing(unprivileged):
@@ -62,7 +62,7 @@ def test_a_folder_that_may_not_be_entered_is_not_called_missing(unprivileged):
     (unprivileged / "closed").chmod(0)
     for text in ("a.ckpt", "a.ckpt:0.7"):
         with pytest.raises(UserError, match="Permission denied.*permission"):
-            weighted_path(str(unprivileged / "closed" / text), "lora")
+            path_and_strengths(str(unprivileged / "closed" / text), "lora")
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.files.prompts import MOST_BYTES, MOST_CHARACTERS, read_prompts
-from ldm.generation.image_files import SampleWriter
+from ldm.generation.image_files import ImageWriter
 from ldm.generation.plan import plan_generation
 from ldm.metrics.images import find_images
 from ldm.settings.generate import GenerateSettings
@@ -60,7 +60,7 @@ def test_a_lone_negative_prompt_is_for_all_whatever_ends_its_file(prompts, tmp_p
 
 def test_the_prompts_of_samples_pair_with_their_images(prompts, tmp_path):
     drawn = ["a\ncat", "", "a dog\u2028", ""]
-    writer = SampleWriter(tmp_path, drawn, [""] * 4, 1, {}, grid=False)
+    writer = ImageWriter(tmp_path, drawn, [""] * 4, 1, {}, grid=False)
     writer.add(range(4), np.zeros((4, 8, 8, 3), np.uint8))
     assert find_prompts(None, find_images(tmp_path / "samples")) == ["a cat", "", "a dog", ""]
 

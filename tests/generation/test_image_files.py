@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.generation.image_files import SampleWriter, read_latents, starting_latents_path, tile, write_latents
+from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, tile, write_latents
 
 PROMPTS = ["a cat, 猫", "a cat, 猫", "two\nlines", "two\nlines"]
 NEGATIVE = ["", "", "blurry", "blurry"]
@@ -23,7 +23,7 @@ def images(count, value=0):
 
 
 def write(folder, value=0, **more):
-    writer = SampleWriter(folder, PROMPTS, NEGATIVE, 2, {"seed": "42", "settings": {"steps": 20}}, **more)
+    writer = ImageWriter(folder, PROMPTS, NEGATIVE, 2, {"seed": "42", "settings": {"steps": 20}}, **more)
     writer.add([0, 1, 2], images(3, value))
     writer.add([3], images(1, value + 3))
     writer.finish()
@@ -38,7 +38,7 @@ def test_pngs_are_numbered_in_the_order_of_the_prompts(tmp_path):
 
 
 def test_names_sort_as_numbers_however_many_there_are(tmp_path):
-    writer = SampleWriter(tmp_path, ["x"] * 100_001, [""] * 100_001, 1, {})
+    writer = ImageWriter(tmp_path, ["x"] * 100_001, [""] * 100_001, 1, {})
     assert writer.name(7) == "000007.png" and writer.name(100_000) == "100000.png"
 
 
@@ -52,14 +52,14 @@ def test_a_png_holds_its_prompt_its_settings_and_its_index(tmp_path):
 
 def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
     name = os.fsdecode(b"\xb7\xe7.ckpt")  # GBK
-    writer = SampleWriter(tmp_path, ["a"], [""], 1, {"checkpoint": name, "lora": [{"file": name, "weight": 1}]})
+    writer = ImageWriter(tmp_path, ["a"], [""], 1, {"checkpoint": name, "lora": [{"file": name, "weight": 1}]})
     writer.add([0], images(1))
     texts = Image.open(tmp_path / "samples" / "00000.png").text
     assert texts["checkpoint"] == "\\udcb7\\udce7.ckpt" and json.loads(texts["lora"])[0]["file"] == name
 
 
 def test_what_is_kept_of_an_interrupted_run_is_said(tmp_path):
-    writer = SampleWriter(tmp_path, PROMPTS, NEGATIVE, 2, {})
+    writer = ImageWriter(tmp_path, PROMPTS, NEGATIVE, 2, {})
     assert writer.progress() == "after 0 of 4 images: nothing is kept"
     writer.add([0, 1, 2], images(3))
     assert writer.progress() == f"after 3 of 4 images, which are in {tmp_path / 'samples'}"
@@ -77,7 +77,7 @@ def test_the_grid_has_a_row_for_each_prompt(tmp_path):
 
 
 def test_the_grid_of_single_images_is_about_square_and_ends_at_64(tmp_path):
-    writer = SampleWriter(tmp_path, ["x"] * 70, [""] * 70, 1, {}, pngs=False)
+    writer = ImageWriter(tmp_path, ["x"] * 70, [""] * 70, 1, {}, pngs=False)
     writer.add(range(70), np.zeros((70, 6, 8, 3), np.uint8))
     writer.finish()
     assert Image.open(tmp_path / "grid.png").size == (8 * 10 - 2, 8 * 8 - 2)
@@ -110,7 +110,7 @@ def test_a_grid_of_another_run_does_not_stay_beside_new_samples(tmp_path):
 
 def test_nothing_is_touched_before_the_first_image(tmp_path):
     write(tmp_path)
-    SampleWriter(tmp_path, PROMPTS, NEGATIVE, 2, {}).finish()
+    ImageWriter(tmp_path, PROMPTS, NEGATIVE, 2, {}).finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "samples"]
 
 
@@ -156,15 +156,15 @@ BAD_LATENTS = {
     "fifo": (lambda path: os.mkfifo(path), "is a pipe"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
     "folder behind a link": (lambda path: path.symlink_to(path.parent), "is a folder, not a file"),
-    "promises": (lambda path: path.write_bytes(header((10**12,))), "ends before its data"),
-    "zero of many": (lambda path: path.write_bytes(header((0, 2**62, 2**62))), "larger than any"),
-    "50 axes": (lambda path: path.write_bytes(header((1,) * 50) + b"1234"), "larger than any"),
+    "promises": (lambda path: path.write_bytes(header((10**12,))), "is truncated"),
+    "zero of many": (lambda path: path.write_bytes(header((0, 2**62, 2**62))), "exceeds what can be read"),
+    "50 axes": (lambda path: path.write_bytes(header((1,) * 50) + b"1234"), "exceeds what can be read"),
     "negative": (lambda path: path.write_bytes(header((-1,))), r"its shape is \(-1,\)"),
     "shape of text": (lambda path: path.write_bytes(header("xx")), "its shape is xx"),
     "fields": (lambda path: path.write_bytes(header((1,), [("a", "<f4")]) + b"1234"), "not plain numbers"),
     "long type": (lambda path: path.write_bytes(header((1,), "<V99999")), "not plain numbers"),
     "long header": (lambda path: path.write_bytes(b"\x93NUMPY\2\0\0\0\0\x80" + b"(" * 9999), "at most 1,024"),
-    "nested header": (lambda path: path.write_bytes(b"\x93NUMPY\1\0\0\4" + b"-" * 1024), "cut off or damaged"),
+    "nested header": (lambda path: path.write_bytes(b"\x93NUMPY\1\0\0\4" + b"-" * 1024), "truncated or damaged"),
     "header of a list": (lambda path: path.write_bytes(b"\x93NUMPY\1\0\2\0[]"), "its header is damaged"),
     "missing": (lambda path: None, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "not a .npy file"),

@@ -279,12 +279,14 @@ def test_model_files_that_are_not_there_are_named(place, flags, words):
 # ---- LoRA files ------------------------------------------------------------------------------------------------------
 
 
-def test_several_loras_each_with_its_weight_times_the_scale(place):
+def test_each_lora_has_its_strength_times_lora_scale(place):
     (place / "b.ckpt").write_bytes(b"")
     job = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 b.ckpt:0.7:-2 --lora_scale 0.5")
     assert job.loras == [
-        LoRAFile(Path("lora.ckpt"), 0.5), LoRAFile(Path("b.ckpt"), 0.35), LoRAFile(Path("b.ckpt"), 0.35, -1.0)
-    ]  # fmt: skip
+        LoRAFile(Path("lora.ckpt"), 0.5, 0.5),
+        LoRAFile(Path("b.ckpt"), 0.35, 0.35),
+        LoRAFile(Path("b.ckpt"), 0.35, -1.0),
+    ]
 
 
 def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
@@ -308,24 +310,24 @@ def test_settings_without_an_effect_are_said(place, caplog, flags, words):
 
 
 @pytest.mark.parametrize(
-    ("text", "path", "weights"),
+    ("text", "path", "strengths"),
     [
-        ("a.ckpt", "a.ckpt", (1.0,)),
-        ("a.ckpt:0.7", "a.ckpt", (0.7,)),
-        ("a.ckpt:-1", "a.ckpt", (-1.0,)),
-        ("a:b:2", "a:b", (2.0,)),
+        ("a.ckpt", "a.ckpt", (1.0, 1.0)),
+        ("a.ckpt:0.7", "a.ckpt", (0.7, 0.7)),
+        ("a.ckpt:-1", "a.ckpt", (-1.0, -1.0)),
+        ("a:b:2", "a:b", (2.0, 2.0)),
         ("a.ckpt:0.7:0", "a.ckpt", (0.7, 0.0)),
         ("a:1:2:3", "a:1", (2.0, 3.0)),
     ],
 )
-def test_weights_stand_after_the_last_colons(place, text, path, weights):
+def test_strengths_stand_after_the_last_colons(place, text, path, strengths):
     (place / path).write_bytes(b"")
-    assert parse_lora_path(text) == LoRAFile(Path(path), *weights)
+    assert parse_lora_path(text) == LoRAFile(Path(path), *strengths)
 
 
 def test_a_file_with_a_colon_in_its_name_is_a_file(place):
     (place / "a:1").write_bytes(b"")
-    assert parse_lora_path("a:1") == LoRAFile(Path("a:1"), 1.0)
+    assert parse_lora_path("a:1") == LoRAFile(Path("a:1"), 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -333,12 +335,12 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(place):
     [
         ("none.ckpt", "none.ckpt does not exist"),
         ("none.ckpt:0.5", "none.ckpt does not exist"),
-        ("lora.ckpt:abc", '"abc" after the colon is no weight'),
+        ("lora.ckpt:abc", '"abc" after the colon is not a number'),
         ("lora.ckpt:", '"" after the colon'),
         ("lora.ckpt:1:x", '"x" after the colon'),
         ("lora.ckpt:x:1", '"x" after the colon'),
-        ("lora.ckpt:nan", "not a finite number"),
-        ("lora.ckpt:inf", "not a finite number"),
+        ("lora.ckpt:nan", "is not a number from"),
+        ("lora.ckpt:inf", "is not a number from"),
         (":0.7", "does not exist"),
         ("lora.ckpt:1001", "from -1000 to 1000"),
         ("lora.ckpt:0.5:1e39", "from -1000 to 1000"),

@@ -163,13 +163,13 @@ def test_statistics_that_inflate_to_gigabytes_are_not_unpacked(tmp_path):
     content = path.read_bytes()  # the list of members stands at the end: the size before packing at byte 24
     place = content.rindex(b"PK\x01\x02") + 24
     path.write_bytes(content[:place] + (4_000_000_000).to_bytes(4, "little") + content[place + 4 :])
-    with pytest.raises(UserError, match="mu.npy in it has 4,000,000,000 bytes, at most 135,266,304 are read"):
+    with pytest.raises(UserError, match="mu.npy has 4,000,000,000 bytes, at most 135,266,304 are read"):
         read_statistics(path)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_statistics_compressed_so_that_a_chunk_has_no_largest_size(tmp_path, compression):
-    with pytest.raises(UserError, match="compressed in a way that is not read here"):
+    with pytest.raises(UserError, match="unsupported compression method"):
         read_statistics(zipped(tmp_path / "x.npz", bytes(1000), compression))
 
 
@@ -183,7 +183,7 @@ def test_a_list_of_a_million_members_is_not_read(tmp_path, monkeypatch):
 def test_a_member_that_promises_more_than_it_holds(tmp_path):
     text = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}\n"
     zipped(tmp_path / "x.npz", b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text)
-    with pytest.raises(UserError, match="mu: it ends before its data"):
+    with pytest.raises(UserError, match="mu: it is truncated"):
         read_statistics(tmp_path / "x.npz")
 
 

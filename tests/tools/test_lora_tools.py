@@ -169,7 +169,7 @@ class TestLoRAAndLoRA:
             (["--paths", "{one}", "{two}", "{three}", "--mode", "lpl", "--output_path", "{out}"], "takes two"),
             (["{one}:1:0", "{two}", "{out}"], "one weight for both networks"),
             (["{one}", "nowhere.ckpt", "{out}"], "nowhere.ckpt does not exist"),
-            (["{one}:x", "{two}", "{out}"], "is no weight such as 0.7"),
+            (["{one}:x", "{two}", "{out}"], "after the colon is not a number"),
             (["{one}:nan", "{two}", "{out}"], "not a finite number"),
             (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
             (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "--rank: .0. is not a whole number"),

@@ -196,7 +196,7 @@ class TestDamaged:
         content = bytearray(torch_bytes({"w": np.ones(4, np.float32)}))
         content[-6:-2] = b"\xff\xff\xff\x7f"  # where the list begins
         (tmp_path / "x.pt").write_bytes(content)
-        assert "cut off or damaged" in refused(tmp_path / "x.pt")
+        assert "truncated or damaged" in refused(tmp_path / "x.pt")
 
     def test_a_list_of_members_that_points_past_the_end(self, tmp_path):
         content = bytearray(torch_bytes({"w": np.ones(4, np.float32)}))

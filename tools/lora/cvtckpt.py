@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
-from ldm.files.paths import user_path, weighted_path  # noqa: E402
+from ldm.files.paths import path_and_strengths, user_path  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
@@ -107,7 +107,7 @@ def read_loras(texts: Sequence[str]) -> LoRA:
         raise UserError("--lora_ckpt is needed: one or several LoRAs")
     states = []
     for text in texts:
-        path, given = weighted_path(text, "lora_ckpt")
+        path, given = path_and_strengths(text, "lora_ckpt")
         weights = Strength(*given) if len(given) == 2 else Strength(*(given or (1.0,)) * 2)
         states.append((read_lora(path), weights))
         print(f"{path}: {states[-1][0]}; weight {weights}")

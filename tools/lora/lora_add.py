@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
-from ldm.files.paths import expanded, user_path, weighted_path  # noqa: E402
+from ldm.files.paths import expanded, path_and_strengths, user_path  # noqa: E402
 from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
@@ -131,7 +131,7 @@ def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]],
 def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
     """The learned tokens that lie in the LoRAs' files, given by their paths, LoRA by LoRA: (token, vector (width,))."""
     tokens = []
-    for file in (file for text in texts for file in lora_files(weighted_path(text, "LoRA")[0])):
+    for file in (file for text in texts for file in lora_files(path_and_strengths(text, "LoRA")[0])):
         for token, vector in learned_tokens(open_checkpoint(file)).items():
             if vector.shape != (width,):
                 raise UserError(
@@ -143,7 +143,7 @@ def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
 
 
 def read(text: str, with_text_lora: bool) -> LoRA:
-    state = read_lora(weighted_path(text, "LoRA")[0])
+    state = read_lora(path_and_strengths(text, "LoRA")[0])
     return state if with_text_lora else state.only("unet")
 
 
@@ -160,7 +160,7 @@ def _weights(texts: list[str], args: argparse.Namespace) -> list[Strength]:
     usual += [1.0] * (len(texts) - len(usual))
     weights = []
     for text, weight in zip(texts, usual):
-        given = weighted_path(text, "LoRA")[1]
+        given = path_and_strengths(text, "LoRA")[1]
         weights.append(Strength(*given) if len(given) == 2 else Strength(*(given or (weight,)) * 2))
     return weights
 

@@ -25,8 +25,9 @@ from ldm.lora.formats import (
 from ldm.lora.formats.modules import BaseModules, known_bases
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import match_shapes
-from ldm.weights.arrays import Checkpoint
+from ldm.weights.arrays import Checkpoint, CheckpointFile
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.recognise import unsupported_lora
 from tests.lora.formats.files import assert_same_updates, random_state
 
 CANONICAL = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -264,13 +265,13 @@ def save(folder, arrays, metadata=None, settings=None):
 
 def pretend(monkeypatch, shapes):
     """Let the arrays of these names have these shapes, and be read by nobody."""
-    spec, read = Checkpoint.spec, Checkpoint.__getitem__
+    spec, read = CheckpointFile.spec, CheckpointFile.__getitem__
 
     def get(self, name):
         assert name not in shapes, "an array is made before it is judged"
         return read(self, name)
 
-    monkeypatch.setattr(Checkpoint, "__getitem__", get)
+    monkeypatch.setattr(CheckpointFile, "__getitem__", get)
     monkeypatch.setattr(
         Checkpoint, "spec", lambda self, name: (spec(self, name)[0], shapes.get(name, spec(self, name)[1]))
     )
@@ -571,7 +572,7 @@ OTHERS = {
     "textual inversion of diffusers": (["<cat-toy>"], "textual-inversion"),
     "textual inversion of many words": ([f"<s{i}>" for i in range(12)], "textual-inversion"),
     "textual inversion of SDXL": (["clip_g", "clip_l"], "textual-inversion"),
-    "SDXL base": (["conditioner.embedders.0.x", f"{CANONICAL}.weight"], "SDXL base"),
+    "SDXL base": (["conditioner.embedders.0.x", f"{CANONICAL}.weight"], "SDXL checkpoint"),
     "base": ([f"{CANONICAL}.weight", "first_stage_model.quant_conv.bias"], "base weights"),
     "mindone base": (["cond_stage_model.transformer.ln_final.gamma"], "base weights"),
     "diffusers UNet": (["Y.to_q.weight"], "base weights"),
@@ -616,7 +617,7 @@ def test_a_name_of_any_length_is_looked_at_once(part):
         names = [head + part * (50_000 // len(part)) + tail]
         for format in FORMATS.values():
             format.detect(names)
-        pairs.named(names), pairs.without_extras("lora", names)
+        unsupported_lora(names, {}), pairs.without_extras("lora", names)
         kohya._parse(names[0]), diffusers.parse(names[0])
     assert time.perf_counter() - start < 10
 
@@ -628,7 +629,7 @@ def test_a_name_of_any_length_is_looked_at_once(part):
         (b"<!doctype html><html></html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
         (b"\x80\x02}q\x00.", "pickle"),
-        (b"PK\x03\x04" + b"archive/data.pkl", "cut off or damaged"),
+        (b"PK\x03\x04" + b"archive/data.pkl", "truncated or damaged"),
         (b"\x89PNG\r\n\x1a\n", "PNG"),
     ],
 )
