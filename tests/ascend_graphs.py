@@ -18,10 +18,11 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
+from ldm import ops  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
-from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
-from ldm.models import device_forms  # noqa: E402
+from ldm.lora.inject import inject_lora  # noqa: E402
+from ldm.lora.spec import LoRASpec  # noqa: E402
 from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
 from ldm.models.layers import set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
@@ -71,7 +72,7 @@ def graphs(config: ModelConfig):
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    device_forms.on_ascend = lambda: True
+    ops.on_ascend = lambda: True
     config = load_model_config(Path(__file__).with_name("tiny.yaml"))
     for name, cell, inputs in graphs(config):
         ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(folder / name))

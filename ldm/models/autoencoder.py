@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from ldm.models.attention import PixelsToTokens, TokensToPixels, multi_head_attention
-from ldm.models.device_forms import one, silu
 from ldm.models.layers import Conv2d, GroupNorm, Identity, Upsample2x
+from ldm.ops import attention, pixels_to_tokens, silu, tokens_to_pixels
 
 
 class ResnetBlock(nn.Cell):
@@ -34,8 +33,8 @@ class AttnBlock(nn.Cell):
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
         self.q, self.k = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
         self.v, self.proj_out = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
-        self.attention = multi_head_attention(1, channels)
-        self.to_tokens, self.to_pixels = one(PixelsToTokens), one(TokensToPixels)
+        self.attention = attention(1, channels)
+        self.to_tokens, self.to_pixels = pixels_to_tokens(), tokens_to_pixels()
 
     def construct(self, x: Tensor) -> Tensor:
         h = self.norm(x)

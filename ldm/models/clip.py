@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.layers import Conv2d, Dense, LayerNorm
+from ldm.models.layers import Conv2d, LayerNorm, Linear
 from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
 
 
@@ -92,8 +92,8 @@ class CLIPModel(nn.Cell):
         super().__init__()
         self.text_model = CLIPTextTransformer(**text)
         self.vision_model = CLIPVisionTransformer(**vision)
-        self.visual_projection = Dense(vision["width"], projection_dim, has_bias=False)
-        self.text_projection = Dense(text["width"], projection_dim, has_bias=False)
+        self.visual_projection = Linear(vision["width"], projection_dim, has_bias=False)
+        self.text_projection = Linear(text["width"], projection_dim, has_bias=False)
         self.logit_scale = Parameter(Tensor(np.float32(np.log(1 / 0.05))), name="logit_scale")
         self.normalise = ops.L2Normalize(-1)
         self.gather = ops.Gather()

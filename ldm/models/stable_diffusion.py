@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from mindspore import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.layers import not_drawn
+from ldm.models.initial_values import no_init_weights
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
 from ldm.settings.model import ModelConfig
@@ -47,7 +47,7 @@ def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
 
     random: False for zeros, which cost no time and no memory, where a checkpoint is loaded next.
     """
-    with nullcontext() if random else not_drawn():
+    with nullcontext() if random else no_init_weights():
         model = StableDiffusion(config)
     model.set_train(False)
     for parameter in model.get_parameters():

@@ -12,9 +12,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from ldm.models.attention import multi_head_attention
-from ldm.models.device_forms import gelu
-from ldm.models.layers import Dense, LayerNorm, QuickGELU, first_values
+from ldm.models.initial_values import normal
+from ldm.models.layers import LayerNorm, Linear, QuickGELU
+from ldm.ops import attention, gelu
 
 
 class CLIPAttention(nn.Cell):
@@ -22,9 +22,9 @@ class CLIPAttention(nn.Cell):
 
     def __init__(self, width: int, num_heads: int, causal_length: int = 0):
         super().__init__()
-        self.k_proj, self.v_proj = Dense(width, width), Dense(width, width)
-        self.q_proj, self.out_proj = Dense(width, width), Dense(width, width)
-        self.attention = multi_head_attention(num_heads, width // num_heads, causal_length)
+        self.k_proj, self.v_proj = Linear(width, width), Linear(width, width)
+        self.q_proj, self.out_proj = Linear(width, width), Linear(width, width)
+        self.attention = attention(num_heads, width // num_heads, causal_length)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.out_proj(self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), x.shape[0]))
@@ -33,7 +33,7 @@ class CLIPAttention(nn.Cell):
 class CLIPMLP(nn.Cell):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        self.fc1, self.fc2 = Dense(width, hidden), Dense(hidden, width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
         self.activation = QuickGELU() if activation == "quick_gelu" else gelu()
 
     def construct(self, x: Tensor) -> Tensor:
@@ -74,8 +74,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, entries: int, width: int):
         super().__init__()
-        shape = (entries, width)
-        self.weight = Parameter(first_values(shape, lambda: np.random.normal(0.0, 0.02, shape)), name="weight")
+        self.weight = Parameter(normal((entries, width), std=0.02), name="weight")
         self.gather = ops.Gather()
 
     def construct(self, index: Tensor) -> Tensor:

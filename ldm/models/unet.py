@@ -9,8 +9,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
-from ldm.models.device_forms import broadcast_add, silu
-from ldm.models.layers import Conv2d, Dense, GroupNorm, Identity, RepeatedCell, Upsample2x, add
+from ldm.models.layers import Conv2d, GroupNorm, Identity, Linear, Upsample2x
+from ldm.ops import RepeatedCell, add, broadcast_add, silu
 
 # Every member of a block takes (x, emb, context) and uses what it needs, so that a block calls them all alike.
 
@@ -29,7 +29,7 @@ class ResBlock(nn.Cell):
         self.in_layers = nn.SequentialCell(
             [GroupNorm(in_channels, num_groups), self.silu, Conv2d(in_channels, out_channels, 3, padding=1)]
         )
-        self.emb_layers = nn.SequentialCell([self.silu, Dense(emb_channels, out_channels)])
+        self.emb_layers = nn.SequentialCell([self.silu, Linear(emb_channels, out_channels)])
         self.out_layers = nn.SequentialCell(
             [
                 GroupNorm(out_channels, num_groups),
@@ -162,7 +162,7 @@ class UNetModel(RepeatedCell):
         emb = 4 * model_channels
         self.dtype = ms.float32
         self.embed_timesteps = TimestepEmbedding(model_channels)
-        self.time_embed = nn.SequentialCell([Dense(model_channels, emb), silu(), Dense(emb, emb)])
+        self.time_embed = nn.SequentialCell([Linear(model_channels, emb), silu(), Linear(emb, emb)])
 
         channels = model_channels
         input_blocks, skips, downsampling = [block_of(InputConv(in_channels, channels, 3, padding=1))], [channels], 1

@@ -26,7 +26,7 @@ import mindspore as ms
 
 from ldm.errors import UserError, system_reason
 from ldm.files.documents import read_json
-from ldm.models.device_forms import kernels_in_use
+from ldm.ops import kernels_in_use
 from ldm.weights.checkpoint import content_hash
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,9 @@ def _keep(writing: Path, final: Path) -> bool:
 
 
 def _is_sound(final: Path) -> bool:
-    """Whether compiled graphs are there, and all their files as they were written: MindSpore itself does not look, and
-    a changed bit is another loss. What is not sound is named in a warning.
+    """Whether the folder holds compiled graphs, and all their files as they were written.
+
+    MindSpore does not check them, and a changed bit would change the loss. A warning names what is damaged.
     """
     if not os.path.lexists(final):
         return False

@@ -1,4 +1,4 @@
-"""One training step as one graph: loss, gradients, clipping, update, moving average."""
+"""The training step as one graph: loss, gradients, clipping, AdamW, moving average."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import plain
-from ldm.models.layers import RepeatedCell
+from ldm.ops import RepeatedCell
 from ldm.training.optimizers import AdamW, AdamWScalars
 
 _each = ops.HyperMap()
@@ -21,71 +21,77 @@ _clear = ops.MultitypeFuncGraph("clear")
 
 
 @_half_square_sum.register("Tensor")
-def _(gradient):
+def _(gradient: Tensor) -> Tensor:
     return _half_square(gradient)
 
 
 @_add_into.register("Tensor", "Tensor")
-def _(total, gradient):
+def _(total: Tensor, gradient: Tensor) -> Tensor:
     return ops.assign_add(total, gradient)
 
 
 @_clear.register("Tensor")
-def _(total):
+def _(total: Tensor) -> Tensor:
     return ops.assign(total, ops.zeros_like(total))
 
 
 class StepScalars(NamedTuple):
-    """What the host decides for one update: all of the run's schedule, in seven numbers."""
+    """What the host decides for one step: schedules and loss scale, in seven numbers."""
 
     loss_scale: float
-    unscale: float  # 1 / (loss_scale * accumulated micro-steps)
+    unscale: float  # 1 / (loss_scale * number of micro-batches)
     max_norm: float  # gradients are scaled down to this norm
     adamw: AdamWScalars
-    ema_rate: float  # 1 - EMA's decay
+    ema_rate: float  # 1 - decay of the moving average
 
     def tensor(self) -> Tensor:
         return Tensor(np.array([self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate], np.float32))
 
 
 class StepResult(NamedTuple):
+    """What the host learns from one step."""
+
     loss: float  # mean over the batch, unscaled
-    gradient_norm: float  # global L2 norm before clipping, unscaled; nan or inf where a gradient is not finite
+    gradient_norm: float  # global L2 norm before clipping, unscaled; nan or inf if a gradient is not finite
     finite: bool  # whether the gradients are finite
 
 
-class TextConditionedLoss(nn.Cell):
-    """A diffusion loss that encodes the captions' tokens (N, 77) itself, for training the text encoder too."""
+class LossFromTokens(nn.Cell):
+    """A diffusion loss that encodes the captions' tokens (N, 77) itself, so that the text encoder can be trained."""
 
     def __init__(self, loss: nn.Cell, text_encoder: nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss = loss
         self.text_encoder = text_encoder
 
-    def construct(self, latents, noise, timesteps, tokens):
+    def construct(self, latents: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         return self.loss(latents, noise, timesteps, self.text_encoder(tokens))
 
 
 class _Gradients(nn.Cell):
-    """(scaled loss, gradients of the parameters alone)."""
+    """Returns the scaled loss and the gradients of the parameters alone."""
 
     def __init__(self, loss: nn.Cell, parameters: tuple[Parameter, ...]):
         super().__init__(auto_prefix=False)
         self.loss = loss
         self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(parameters))
 
-    def scaled_loss(self, latents, noise, timesteps, condition, loss_scale):
-        return self.loss(latents, noise, timesteps, condition) * loss_scale
+    def scaled_loss(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, loss_scale: Tensor
+    ) -> Tensor:
+        return self.loss(latents, noise, timesteps, text_embeddings) * loss_scale
 
-    def construct(self, latents, noise, timesteps, condition, loss_scale):
-        return self.value_and_grad(latents, noise, timesteps, condition, loss_scale)
+    def construct(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, loss_scale: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.value_and_grad(latents, noise, timesteps, text_embeddings, loss_scale)
 
 
 class _Update(nn.Cell):
-    """Norm, overflow check, clipping, AdamW and EMA over gradients that are still scaled.
+    """Norm, overflow check, clipping, AdamW and moving average, from gradients that are still scaled.
 
-    The norm is the overflow check as well: a sum of squares is finite only if all gradients are (or were absurd), and
-    costs one pass where looking at each gradient costs several.
+    The norm is also the overflow check: a sum of squares is finite only if all gradients are. It takes one pass over
+    the gradients, a check of each of them several.
     """
 
     def __init__(
@@ -95,20 +101,20 @@ class _Update(nn.Cell):
         clip: bool,
         use_ema: bool,
         skip_overflow: bool,
-        rank_size: int,
+        process_count: int,
     ):
         super().__init__(auto_prefix=False)
         self.clip, self.skip_overflow = clip, skip_overflow
         self.optimizer = AdamW(parameters, betas, use_ema)
-        self.reduce = nn.DistributedGradReducer(ParameterTuple(parameters)) if rank_size > 1 else None
+        self.reduce = nn.DistributedGradReducer(ParameterTuple(parameters)) if process_count > 1 else None
         self.add_n = ops.AddN()
         self.sqrt = ops.Sqrt()
         self.minimum = ops.Minimum()
         self.is_finite = ops.IsFinite()
         self.cast = ops.Cast()
 
-    def construct(self, gradients, scalars):
-        """scalars: those of StepScalars, a tensor each."""
+    def construct(self, gradients: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Returns the norm and whether it is finite. `scalars`: those of StepScalars, one tensor each."""
         if self.reduce is not None:
             gradients = self.reduce(gradients)
         _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars
@@ -119,13 +125,10 @@ class _Update(nn.Cell):
         finite = self.is_finite(norm)
         if self.skip_overflow:
             if finite:
-                norm = ops.depend(norm, self.apply(gradients, factor, rate, epsilon, decay, ema_rate))
+                norm = ops.depend(norm, self.optimizer(gradients, factor, rate, epsilon, decay, ema_rate))
         else:
-            norm = ops.depend(norm, self.apply(gradients, factor, rate, epsilon, decay, ema_rate))
+            norm = ops.depend(norm, self.optimizer(gradients, factor, rate, epsilon, decay, ema_rate))
         return norm, self.cast(finite, ms.float32)
-
-    def apply(self, gradients, factor, rate, epsilon, decay, ema_rate):
-        return ops.depend(factor, self.optimizer(gradients, factor, rate, epsilon, decay, ema_rate))
 
 
 class _WholeStep(RepeatedCell):
@@ -136,157 +139,169 @@ class _WholeStep(RepeatedCell):
         self.gradients, self.update = gradients, update
         self.stack, self.unstack = ops.Stack(), ops.Unstack()
 
-    def construct(self, latents, noise, timesteps, condition, scalars):
+    def construct(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, scalars: Tensor
+    ) -> Tensor:
         scalars = self.unstack(scalars)
-        loss, gradients = self.gradients(latents, noise, timesteps, condition, scalars[0])
+        loss, gradients = self.gradients(latents, noise, timesteps, text_embeddings, scalars[0])
         norm, finite = self.update(gradients, scalars)
         return self.stack((loss / scalars[0], norm, finite))
 
 
-class _MicroStep(RepeatedCell):
-    """Gradients added to the totals."""
+class _MicroBatch(RepeatedCell):
+    """Adds the gradients of a micro-batch to the totals."""
 
     def __init__(self, gradients: _Gradients, totals: ParameterTuple):
         super().__init__(auto_prefix=False)
         self.gradients, self.totals = gradients, totals
 
-    def construct(self, latents, noise, timesteps, condition, scalars):
-        loss, gradients = self.gradients(latents, noise, timesteps, condition, scalars[0])
+    def construct(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, scalars: Tensor
+    ) -> Tensor:
+        loss, gradients = self.gradients(latents, noise, timesteps, text_embeddings, scalars[0])
         return ops.depend(loss / scalars[0], _each(_add_into, self.totals, gradients))
 
 
-class _TotalsStep(nn.Cell):
-    """The update from the totals, which are cleared."""
+class _UpdateFromTotals(nn.Cell):
+    """Updates from the totals and clears them."""
 
     def __init__(self, update: _Update, totals: ParameterTuple):
         super().__init__(auto_prefix=False)
         self.update, self.totals = update, totals
         self.stack, self.unstack = ops.Stack(), ops.Unstack()
 
-    def construct(self, scalars):
+    def construct(self, scalars: Tensor) -> Tensor:
         result = self.stack(self.update(self.totals, self.unstack(scalars)))
         return ops.depend(result, _each(_clear, ops.depend(self.totals, result)))
 
 
 class TrainStep:
-    """Trains `parameters` of `loss` by AdamW.
+    """Trains parameters by AdamW.
 
-    loss: a cell of (latents (N, C, h, w), noise like it, timesteps (N,) int32, condition) -> fp32 scalar, where the
-    condition is the text states (N, 77, D), or tokens (N, 77) int32 for a TextConditionedLoss.
-    parameters: fp32; all others of `loss` are left as they are.
-    micro_steps: how many batches one update is the mean over. One: everything is one graph. More: the gradients are
-    added up in one graph, and a second, small one updates.
-    clip: scale gradients down to a global norm (StepScalars.max_norm). use_ema: keep a moving average.
-    skip_overflow: leave parameters, moments and average untouched where a gradient is not finite.
+    With one micro-batch, everything is one graph. With more, one graph adds up the gradients of each, and a second,
+    small graph updates. The graphs hold no state but the arrays of `state()`: schedules, loss scale and counts come
+    with each call.
 
-    Schedules, loss scale and step counts are the caller's (StepScalars): the graph holds no state but the arrays of
-    `state()`.
-
-    dropout_key: of LoRA's dropout (ldm.lora.layers.StepDropout) where there is any; each call is then given a new one
-    for each micro-step.
+    Args:
+        loss: Cell of (latents (N, C, h, w), noise (N, C, h, w), timesteps (N,) int32, text embeddings (N, 77, D)) that
+            returns a fp32 scalar. A LossFromTokens takes tokens (N, 77) int32 in place of the text embeddings.
+        parameters: The parameters to train, in fp32. All others of `loss` stay as they are.
+        betas: Decay rates of AdamW.
+        clip: Whether to scale gradients down to the global norm StepScalars.max_norm.
+        use_ema: Whether to keep a moving average of the parameters.
+        skip_overflow: Whether to leave parameters, moments and average as they are if a gradient is not finite.
+        micro_batches: Number of batches that a step is the mean over.
+        process_count: Number of data-parallel processes.
+        dropout_key: Key of LoRA's dropout (ldm.lora.layers.StepDropout), if there is any. It is set for each
+            micro-batch.
     """
 
     def __init__(
         self,
         loss: nn.Cell,
-        parameters: list[Parameter],
+        parameters: Sequence[Parameter],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         clip: bool = False,
         use_ema: bool = False,
         skip_overflow: bool = False,
-        micro_steps: int = 1,
-        rank_size: int = 1,
+        micro_batches: int = 1,
+        process_count: int = 1,
         dropout_key: Parameter | None = None,
     ):
         if not parameters:
             raise ValueError("there is nothing to train")
-        parameters = tuple(parameters)
-        for parameter in parameters:
+        self.parameters = tuple(parameters)
+        for parameter in self.parameters:
             if parameter.dtype != ms.float32:
                 raise ValueError(f"{parameter.name} is {parameter.dtype}: what is trained must be fp32")
             parameter.requires_grad = True
-        self.parameters = parameters
-        self.micro_steps = micro_steps
+        self.micro_batches = micro_batches
         self.dropout_key = dropout_key
-        self.update = _Update(parameters, betas, clip, use_ema, skip_overflow, rank_size)
+        self.update = _Update(self.parameters, betas, clip, use_ema, skip_overflow, process_count)
         optimizer = self.update.optimizer
-        self._state: dict[str, Parameter] = {f"p.{p.name}": p for p in parameters}
-        self._state.update({f"m.{p.name}": m for p, m in zip(parameters, optimizer.m)})
-        self._state.update({f"v.{p.name}": v for p, v in zip(parameters, optimizer.v)})
+        groups = {"p": self.parameters, "m": optimizer.m, "v": optimizer.v}
         if use_ema:
-            self._state.update({f"ema.{p.name}": average for p, average in zip(parameters, optimizer.averages)})
-        gradients = _Gradients(loss, parameters)
-        if micro_steps == 1:
+            groups["ema"] = optimizer.averages
+        self._state: dict[str, Parameter] = {
+            f"{group}.{p.name}": array for group, arrays in groups.items() for p, array in zip(self.parameters, arrays)
+        }
+        gradients = _Gradients(loss, self.parameters)
+        if micro_batches == 1:
             self.whole = _WholeStep(gradients, self.update)
             self.whole.set_train()
         else:
-            self.totals = ParameterTuple(
+            totals = ParameterTuple(
                 [
                     Parameter(ops.zeros(p.shape, ms.float32), name=f"total.{p.name}", requires_grad=False)
-                    for p in parameters
+                    for p in self.parameters
                 ]
             )
-            self.micro = _MicroStep(gradients, self.totals)
-            self.finish = _TotalsStep(self.update, self.totals)
+            self.micro = _MicroBatch(gradients, totals)
+            self.finish = _UpdateFromTotals(self.update, totals)
             self.micro.set_train()
 
     def __call__(
         self,
-        batches: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+        batches: Sequence[tuple[Tensor, ...]],
         scalars: StepScalars,
         dropout_keys: Sequence[np.ndarray] = (),
     ) -> StepResult:
-        """One update from `micro_steps` batches of (latents, noise, timesteps, condition).
+        """Train one step.
 
-        dropout_keys: (2,) int32, one a batch, where there is a dropout_key.
+        Args:
+            batches: Micro-batches of (latents, noise, timesteps, text embeddings or tokens).
+            scalars: Schedules and loss scale of this step.
+            dropout_keys: A key (2,) int32 for each micro-batch, if there is a dropout_key.
         """
         numbers = scalars.tensor()
-        if self.micro_steps == 1:
-            self._drop_by(dropout_keys, 0)
+        if self.micro_batches == 1:
+            self._set_dropout_key(dropout_keys, 0)
             loss, norm, finite = self.whole(*batches[0], numbers).asnumpy()
         else:
             losses = []
             for i, batch in enumerate(batches):
-                self._drop_by(dropout_keys, i)
+                self._set_dropout_key(dropout_keys, i)
                 losses.append(self.micro(*batch, numbers))
             norm, finite = self.finish(numbers).asnumpy()
-            # read at the end: reading one waits for the device
+            # Read at the end, because reading a loss waits for the device.
             loss = np.mean([float(loss.asnumpy()) for loss in losses])
-        self._drop_by([np.zeros(2, np.int32)], 0)  # none where the network is used between steps
+        self._set_dropout_key([np.zeros(2, np.int32)], 0)  # no dropout if the network is used between steps
         return StepResult(float(loss), float(norm), bool(finite))
 
-    def _drop_by(self, keys: Sequence[np.ndarray], i: int) -> None:
+    def _set_dropout_key(self, keys: Sequence[np.ndarray], i: int) -> None:
         if self.dropout_key is not None:
             self.dropout_key.set_data(Tensor(keys[i]))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on: `p.`, `m.`, `v.` and, with EMA, `ema.` before each name."""
+        """Return everything that the next step depends on.
+
+        The names are those of the parameters after `p.` (parameters), `m.` and `v.` (moments), and `ema.` (averages).
+        """
         return {name: parameter.asnumpy().copy() for name, parameter in self._state.items()}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take over what `state` gave, before the first step. Raises ValueError where names or shapes differ."""
-        differing = differing_shapes({name: tuple(p.shape) for name, p in self._state.items()}, arrays)
-        if differing:
-            raise ValueError(differing)
+        """Load what `state` returned, before the first step. Raises ValueError if names or shapes differ."""
+        difference = differing_shapes({name: tuple(p.shape) for name, p in self._state.items()}, arrays)
+        if difference:
+            raise ValueError(difference)
         for name, parameter in self._state.items():
             parameter.set_data(Tensor(np.ascontiguousarray(arrays[name], np.float32)))
 
     def averages(self) -> dict[str, np.ndarray]:
-        """What to sample with, by parameter name: the moving averages, or the parameters where there are none."""
-        optimizer = self.update.optimizer
-        chosen = optimizer.averages if optimizer.use_ema else self.parameters
-        return {p.name: average.asnumpy().copy() for p, average in zip(self.parameters, chosen)}
+        """Return what to sample with, by parameter name: the moving averages, or the parameters without them."""
+        group = "ema" if self.update.optimizer.use_ema else "p"
+        return {p.name: self._state[f"{group}.{p.name}"].asnumpy().copy() for p in self.parameters}
 
 
 def state_shapes(parameters: Sequence[Parameter], use_ema: bool) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of TrainStep.state(), known before there is a TrainStep."""
-    parts = ("p", "m", "v", "ema") if use_ema else ("p", "m", "v")
-    return {f"{part}.{p.name}": tuple(p.shape) for part in parts for p in parameters}
+    """Return the names and shapes of TrainStep.state(), before there is a TrainStep."""
+    groups = ("p", "m", "v", "ema") if use_ema else ("p", "m", "v")
+    return {f"{group}.{p.name}": tuple(p.shape) for group in groups for p in parameters}
 
 
-def differing_shapes(wanted: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> str:
-    """Which arrays are not the wanted ones by name and shape, "" for none."""
-    given = {name: array.shape for name, array in arrays.items()}
-    differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+def differing_shapes(expected: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> str:
+    """Return which arrays do not have the expected names and shapes, "" if all do."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    differ = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     return f"{len(differ)} arrays differ in name or shape, the first is {plain(differ[0], 80)}" if differ else ""

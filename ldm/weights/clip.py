@@ -16,8 +16,9 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import read_yaml
 from ldm.files.inputs import is_file, is_folder
 from ldm.models.clip import FORMS, CLIPModel
-from ldm.models.layers import not_drawn
+from ldm.models.initial_values import no_init_weights
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
+from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.names.tables import TEXT_LAYER, Ignored, Target, split_rows
 
@@ -101,7 +102,7 @@ def read_clip(
 
 def build_clip(weights: ClipWeights) -> CLIPModel:
     """The network with its weights, for scoring. Raises UserError unless they are exactly its parameters."""
-    with not_drawn():
+    with no_init_weights():
         clip = CLIPModel(**weights.form)
     parameters, arrays = clip.parameters_dict(), weights.arrays
     missing = [name for name in parameters if name not in arrays]
@@ -153,7 +154,7 @@ def _weights_of_folder(folder: Path) -> Path:
     return found
 
 
-def _canonical(checkpoint: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _canonical(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     file = checkpoint.path
     if any(name.startswith((_TEXT, _VISION)) for name in checkpoint):
         arrays = {name: checkpoint[name] for name in checkpoint if not name.endswith("position_ids")}

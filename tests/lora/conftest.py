@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import SpatialTransformer
-from ldm.models.layers import Conv2d, Dense
+from ldm.models.layers import Conv2d, Linear
 from ldm.models.stable_diffusion import build_model
 from ldm.models.unet import ResBlock, block_of
 from ldm.settings.model import load_model_config
@@ -43,7 +43,7 @@ class _Diffusion(nn.Cell):
 class _Text(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.fc1 = Dense(6, 6), Dense(6, 6)
+        self.q_proj, self.fc1 = Linear(6, 6), Linear(6, 6)
 
 
 class SmallNet(nn.Cell):

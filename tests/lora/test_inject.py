@@ -10,10 +10,11 @@ from mindspore.common.initializer import initializer
 
 from ldm.errors import UserError
 from ldm.lora.formats import write_lora
-from ldm.lora.inject import LoRASpec, assert_trainable, get_lora, inject_lora, remove_lora
-from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout
+from ldm.lora.inject import assert_trainable, get_lora, inject_lora, remove_lora
+from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear, StepDropout
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import merge_lora, unmerge_lora
+from ldm.lora.spec import LoRASpec
 from ldm.models import layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
@@ -128,11 +129,11 @@ class TestWhichLayers:
         inject_lora(small_net, LoRASpec(targets="all"))
         block = small_net.model.diffusion_model.input_blocks[0]
         transformer = block[1].transformer_blocks[0]
-        assert isinstance(transformer.attn1.to_q, LoRADense)
-        assert isinstance(transformer.attn1.to_out[0], LoRADense)
-        assert isinstance(transformer.attn1.to_out.cell_list[0], LoRADense)
-        assert isinstance(block[1].proj_in, LoRAConv)
-        assert isinstance(block[0].in_layers.cell_list[2], LoRAConv)
+        assert isinstance(transformer.attn1.to_q, LoRALinear)
+        assert isinstance(transformer.attn1.to_out[0], LoRALinear)
+        assert isinstance(transformer.attn1.to_out.cell_list[0], LoRALinear)
+        assert isinstance(block[1].proj_in, LoRAConv2d)
+        assert isinstance(block[0].in_layers.cell_list[2], LoRAConv2d)
 
 
 class TestSD15:
@@ -362,7 +363,7 @@ class TestPerModule:
         spec = modules({"proj_in": {"r": 2, "hard": 1}, "proj_out": {"r": 2}, "in_layers.2": {"r": 2}})
         inject_lora(small_net, spec)
         block = small_net.model.diffusion_model.input_blocks[0]
-        assert isinstance(block[1].proj_in, LoRAHardConv) and isinstance(block[1].proj_out, LoRAConv)
+        assert isinstance(block[1].proj_in, HardLoRAConv2d) and isinstance(block[1].proj_out, LoRAConv2d)
         assert block[1].proj_in.lora_down.weight.shape == (2, 8)
         state = get_lora(small_net)
         assert state.layers[PROJ_IN].down.shape == (2, 8, 1, 1) and state.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
@@ -370,7 +371,7 @@ class TestPerModule:
     def test_hard_changes_nothing_for_dense_layers(self, small_net):
         inject_lora(small_net, modules({"to_q": {"r": 2, "hard": 1}}))
         transformer = small_net.model.diffusion_model.input_blocks[0][1].transformer_blocks[0]
-        assert isinstance(transformer.attn1.to_q, LoRADense)
+        assert isinstance(transformer.attn1.to_q, LoRALinear)
 
     def test_dropouts_share_one_key(self, small_net):
         inject_lora(small_net, modules({"to_q": {"dropout": 0.5}, "to_k": {"dropout": 0.1}, "to_v": {}}))

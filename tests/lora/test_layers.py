@@ -6,8 +6,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.data.draws import draws
-from ldm.lora.layers import LoRAConv, LoRADense, LoRAHardConv, StepDropout, make_dropout_key
-from ldm.models.layers import Conv2d, Dense, set_compute_dtype
+from ldm.lora.dropout import StepDropout, make_dropout_key
+from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear
+from ldm.models.layers import Conv2d, Linear, set_compute_dtype
 
 RANDOM = np.random.RandomState(0)
 RANK = 3
@@ -18,14 +19,14 @@ def normal(*shape):
 
 
 def lora_dense(alpha=6.0, scale=0.5, fp16=True, has_bias=True):
-    base = Dense(7, 5, has_bias)
-    cell = LoRADense(base, normal(RANK, 7), "net.layer", alpha, scale, fp16)
+    base = Linear(7, 5, has_bias)
+    cell = LoRALinear(base, normal(RANK, 7), "net.layer", alpha, scale, fp16)
     return base, cell
 
 
 def lora_conv(kernel=3, stride=1, padding=1, alpha=6.0, scale=0.5):
     base = Conv2d(4, 6, kernel, stride, padding)
-    cell = LoRAConv(base, normal(RANK, 4, kernel, kernel), "net.layer", alpha, scale)
+    cell = LoRAConv2d(base, normal(RANK, 4, kernel, kernel), "net.layer", alpha, scale)
     return base, cell
 
 
@@ -204,12 +205,12 @@ class TestDropout:
     def test_acts_on_the_updates_inputs_alone(self, kind):
         mask = Masked(0.5)
         if kind == "dense":
-            base, x = Dense(7, 5), normal(4, 7)
-            cell = LoRADense(base, normal(RANK, 7), "net.layer", 1.0, dropout=mask.dropout)
+            base, x = Linear(7, 5), normal(4, 7)
+            cell = LoRALinear(base, normal(RANK, 7), "net.layer", 1.0, dropout=mask.dropout)
             cell.lora_up.weight.set_data(Tensor(normal(5, RANK)))
         else:
             base, x = Conv2d(4, 6, 3, 1, 1), normal(2, 4, 6, 6)
-            cell = LoRAConv(base, normal(RANK, 4, 3, 3), "net.layer", 1.0, dropout=mask.dropout)
+            cell = LoRAConv2d(base, normal(RANK, 4, 3, 3), "net.layer", 1.0, dropout=mask.dropout)
             cell.lora_up.weight.set_data(Tensor(normal(6, RANK, 1, 1)))
         cell.set_train()
         plain, whole = base(Tensor(x)).asnumpy(), cell(Tensor(x)).asnumpy()
@@ -227,8 +228,8 @@ class TestHardConvolution:
     @pytest.mark.parametrize("trainable_scale", [False, True])
     def test_computes_what_the_soft_one_does(self, trainable_scale):
         base, down, up = Conv2d(4, 6, 1), normal(RANK, 4), normal(6, RANK)
-        hard = LoRAHardConv(base, down, "a", 6.0, 0.5, trainable_scale=trainable_scale)
-        soft = LoRAConv(base, down[:, :, None, None], "b", 6.0, 0.5)
+        hard = HardLoRAConv2d(base, down, "a", 6.0, 0.5, trainable_scale=trainable_scale)
+        soft = LoRAConv2d(base, down[:, :, None, None], "b", 6.0, 0.5)
         x = Tensor(normal(2, 4, 5, 5))
         np.testing.assert_array_equal(hard(x).asnumpy(), base(x).asnumpy())
         hard.lora_up.weight.set_data(Tensor(up))
@@ -237,20 +238,20 @@ class TestHardConvolution:
 
     def test_scale_zero_is_the_base_bit_for_bit(self):
         base = Conv2d(4, 6, 1)
-        cell = LoRAHardConv(base, normal(RANK, 4), "a", 6.0, 0.0)
+        cell = HardLoRAConv2d(base, normal(RANK, 4), "a", 6.0, 0.0)
         cell.lora_up.weight.set_data(Tensor(normal(6, RANK)))
         x = Tensor(normal(2, 4, 5, 5))
         np.testing.assert_array_equal(cell(x).asnumpy(), base(x).asnumpy())
 
 
 class TestTrainableScale:
-    @pytest.mark.parametrize("kind", [LoRADense, LoRAConv, LoRAHardConv])
+    @pytest.mark.parametrize("kind", [LoRALinear, LoRAConv2d, HardLoRAConv2d])
     def test_starts_at_scale_and_multiplies_the_update(self, kind):
-        if kind is LoRADense:
-            base, down, up, x = Dense(7, 5), normal(RANK, 7), normal(5, RANK), normal(4, 7)
+        if kind is LoRALinear:
+            base, down, up, x = Linear(7, 5), normal(RANK, 7), normal(5, RANK), normal(4, 7)
         else:
             base, x = Conv2d(4, 6, 1), normal(2, 4, 5, 5)
-            tail = () if kind is LoRAHardConv else (1, 1)
+            tail = () if kind is HardLoRAConv2d else (1, 1)
             down, up = normal(RANK, 4, *tail), normal(6, RANK, *tail)
         fixed, trained = kind(base, down, "a", 6.0, 0.5), kind(base, down, "b", 6.0, 0.5, trainable_scale=True)
         for cell in (fixed, trained):

@@ -8,9 +8,10 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.errors import UserError
-from ldm.lora.inject import LoRASpec, get_lora, inject_lora, set_lora
+from ldm.lora.inject import get_lora, inject_lora, set_lora
 from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.lora.merge import check_compatible, match_lora, merge_lora, unmerge_lora
+from ldm.lora.spec import LoRASpec
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 BLOCK = f"{UNET}input_blocks.0."

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.models import attention, device_forms
+from ldm import ops as operators
 from ldm.models.attention import (
     CrossAttention,
-    FlashAttention,
-    ScaledDotProductAttention,
     SpatialTransformer,
-    multi_head_attention,
     use_flash_attention,
 )
 from ldm.models.layers import set_compute_dtype
+from ldm.ops import ascend, portable
+from ldm.ops.ascend import FlashAttention
+from ldm.ops.portable import ScaledDotProductAttention
 
 SHAPES = [
     pytest.param((2, 3, 9, 8), (2, 3, 9, 8), id="self"),
@@ -70,7 +70,7 @@ class Weighted(nn.Cell):
     ],
 )
 def test_block_rows(rows, elements_of_row, limit, expected):
-    found = attention.block_rows(rows, elements_of_row, limit)
+    found = portable.block_rows(rows, elements_of_row, limit)
     assert found == expected
     assert found == 1 or found * elements_of_row <= limit
 
@@ -143,7 +143,7 @@ class TestScaledDotProductAttention:
 ])  # fmt: skip
 def test_multi_head_attention_of_rows_and_its_derivative(device, n, heads, tokens, keys, causal, rank, monkeypatch):
     """Each image and head by itself."""
-    monkeypatch.setattr(device_forms, "on_ascend", lambda: device == "Ascend")
+    monkeypatch.setattr(operators, "on_ascend", lambda: device == "Ascend")
     q, k, v, weight = (normal(n, heads, length, 8, seed=i) for i, length in enumerate((tokens, keys, keys, tokens)))
 
     def rows(x):
@@ -153,7 +153,7 @@ def test_multi_head_attention_of_rows_and_its_derivative(device, n, heads, token
     class OfRows(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.attention = multi_head_attention(heads, 8, keys if causal else 0)
+            self.attention = operators.attention(heads, 8, keys if causal else 0)
 
         def construct(self, q, k, v):
             return self.attention(q, k, v, n)
@@ -174,7 +174,7 @@ def test_attention_of_numbers_that_are_not_numbers_is_none():
     class Attention(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.attention = multi_head_attention(2, 4)
+            self.attention = operators.attention(2, 4)
 
         def construct(self, q, k, v):
             return self.attention(q, k, v, 1)
@@ -198,7 +198,7 @@ class TestFlashAttention:
             q = q * (scalar_value * np.sqrt(q.shape[-1]))  # plain_attention divides by the root of the padded size
             return Tensor(plain_attention(q, k, v)[1].astype(np.float16))
 
-        monkeypatch.setattr(attention.ops, "flash_attention_score", flash_attention_score)
+        monkeypatch.setattr(ascend.ops, "flash_attention_score", flash_attention_score)
         ms.set_context(mode=ms.PYNATIVE_MODE)
 
     @pytest.mark.parametrize("head_dim", [40, 64, 80, 160, 4])

@@ -12,14 +12,14 @@ import re
 import pytest
 
 from tests.conftest import dump_graphs, validated_graphs
-from tests.models.compiler import needs_compiler
+from tests.ops.helpers import needs_compiler
 
 # Transpose keeps twice its output, the exact and the default GELU four times.
 KEEPING = {"Transpose", "TransposeView", "GeLU", "GeLUGrad", "Gelu", "GeluGrad"}
 # These keep four times their output where the shapes differ and neither is a scalar.
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Minimum", "Pow"}
 STATED_BYTES = 4096  # the tiny UNet's activations are 64 KB to 512 KB; its rows, statistics and factors are below
-# Correct, but several times slower than the forms that stand in for them (ldm/models/device_forms.py).
+# Correct, but several times slower than the forms that stand in for them (ldm/ops).
 SLOW = {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BiasAddGrad", "ResizeNearestNeighbor", "Erfc"}
 
 LINE = re.compile(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(.*\n\s*: \((.*)\) -> \((.*)\)$", re.M)

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.models import layers
-from ldm.models.device_forms import silu
 from ldm.models.layers import (
     Conv2d,
-    Dense,
     GroupNorm,
     LayerNorm,
+    Linear,
     QuickGELU,
-    RepeatedCell,
     Upsample2x,
     set_compute_dtype,
 )
+from ldm.ops import RepeatedCell, graph, silu
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -28,10 +26,10 @@ def normal(*shape, seed=0):
 
 
 class TestForward:
-    def test_dense_is_x_times_weight_transposed_plus_bias(self):
-        dense, x = Dense(6, 4), normal(2, 3, 6)
-        expected = x @ dense.weight.asnumpy().T + dense.bias.asnumpy()
-        np.testing.assert_allclose(dense(Tensor(x)).asnumpy(), expected, atol=1e-6)
+    def test_linear_is_x_times_weight_transposed_plus_bias(self):
+        linear, x = Linear(6, 4), normal(2, 3, 6)
+        expected = x @ linear.weight.asnumpy().T + linear.bias.asnumpy()
+        np.testing.assert_allclose(linear(Tensor(x)).asnumpy(), expected, atol=1e-6)
 
     @pytest.mark.parametrize(
         "cell, formula",
@@ -75,7 +73,7 @@ class TestHalfPrecision:
         set_compute_dtype(cell, ms.float16)
         return cell
 
-    @pytest.mark.parametrize("make, shape", [(lambda: Dense(6, 4), (3, 6)), (lambda: Conv2d(6, 4, 3), (1, 6, 5, 5))])
+    @pytest.mark.parametrize("make, shape", [(lambda: Linear(6, 4), (3, 6)), (lambda: Conv2d(6, 4, 3), (1, 6, 5, 5))])
     def test_products_compute_in_fp16_with_fp32_parameters(self, make, shape):
         cell, x = self.half(make()), normal(*shape)
         assert cell.weight.dtype == cell.bias.dtype == ms.float32
@@ -140,7 +138,7 @@ class TestRepeatedCell:
 
     def test_gives_back_memory_after_compiling_and_only_then(self, cell, monkeypatch):
         given = []
-        monkeypatch.setattr(layers, "give_back_memory", lambda: given.append(len(given)))
+        monkeypatch.setattr(graph, "give_back_memory", lambda: given.append(len(given)))
         for shape in ((2, 3), (2, 3), (4, 3), (2, 3)):
             cell(Tensor(normal(*shape)))
         assert given == [0, 1]

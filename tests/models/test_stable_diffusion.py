@@ -10,22 +10,17 @@ import pytest
 from mindspore.common.initializer import initializer
 from mindspore.nn.utils import no_init_parameters
 
-from ldm.models import layers, text_encoder
+from ldm.models import initial_values
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tests.weight_names import to_canonical
 
 
-def empty(shape, fan_in=0):
-    return initializer("zeros", shape)
-
-
 @pytest.fixture
 def without_weights(monkeypatch):
     """Full-size networks of shapes alone: their weights would be 4 GB."""
-    monkeypatch.setattr(layers, "_uniform", empty)
-    monkeypatch.setattr(text_encoder.np.random, "normal", lambda mean, deviation, shape: np.zeros(shape, np.float32))
+    monkeypatch.setattr(initial_values, "drawn", lambda shape, draw: initializer("zeros", shape))
     with no_init_parameters():
         yield
 

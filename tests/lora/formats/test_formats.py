@@ -25,7 +25,7 @@ from ldm.lora.formats import (
 from ldm.lora.formats.modules import BaseModules, known_bases
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import match_shapes
-from ldm.weights.arrays import Checkpoint, CheckpointFile
+from ldm.weights.arrays import CheckpointFile
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.recognise import unsupported_lora
 from tests.lora.formats.files import assert_same_updates, random_state
@@ -273,7 +273,7 @@ def pretend(monkeypatch, shapes):
 
     monkeypatch.setattr(CheckpointFile, "__getitem__", get)
     monkeypatch.setattr(
-        Checkpoint, "spec", lambda self, name: (spec(self, name)[0], shapes.get(name, spec(self, name)[1]))
+        CheckpointFile, "spec", lambda self, name: (spec(self, name)[0], shapes.get(name, spec(self, name)[1]))
     )
 
 

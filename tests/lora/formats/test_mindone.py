@@ -6,9 +6,10 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.inject import LoRASpec, get_lora, inject_lora
+from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import match_lora
+from ldm.lora.spec import LoRASpec
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."

@@ -2,7 +2,7 @@
 //
 // Each function has the signature of MindSpore's custom operators of type "aot": `p` are the inputs and, after them,
 // the outputs, all float32 and contiguous; `shapes` are theirs. It returns 0, or 1 for another type, for shapes that do
-// not fit or where memory is short. ldm/models/kernels.py compiles this file; device_forms.py and attention.py use it.
+// not fit or where memory is short. library.py compiles this file.
 //
 // Sums over images run over PART values in float32 and go on in double: a mean of a million squares in float32 alone
 // is off by 2e-5. Nothing depends on the number of threads, to the last bit, so a resumed training repeats itself.
@@ -318,10 +318,10 @@ struct Winograd {
     std::fill(lines, zeros + width, 0.0f);  // what the loops below do not write stays zero: the pixels around x
     for (int64_t i = 0; i < in; i++) {
       for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
-        const float *image = x + (image * in + i) * height * width, *d[4];
+        const float *plane = x + (image * in + i) * height * width, *d[4];
         for (int64_t k = 0; k < 4; k++) {
           int64_t above = 2 * row - 1 + k;
-          d[k] = above < 0 || above >= height ? zeros : image + above * width;
+          d[k] = above < 0 || above >= height ? zeros : plane + above * width;
         }
         int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
         float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
@@ -559,7 +559,7 @@ int gelu_gate_dx(ARGUMENTS) {
 }
 
 // x (N, A, B, D) -> (N, B, A, D), in tiles: rows of one number would each miss the processor's cache.
-int swap_middle(ARGUMENTS) {
+int swap_middle_axes(ARGUMENTS) {
   int64_t a = shapes[0][1], b = shapes[0][2], d = shapes[0][3], tiles = (b + TILE - 1) / TILE;
   return run(all_float32(count, types), shapes[0][0] * tiles, product(shapes[0], 4), [&](int64_t first, int64_t end) {
     for (int64_t item = first; item < end; item++) {

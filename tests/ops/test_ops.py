@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm.models import device_forms
+from ldm import ops as operators
 from ldm.models.stable_diffusion import build_model
+from ldm.ops import cpu
 from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
-from tests.models.compiler import needs_compiler
+from tests.ops.helpers import WithArguments, needs_compiler, normal
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -23,12 +24,8 @@ erf = np.vectorize(math.erf)
 @pytest.fixture(params=["CPU", "Ascend"])
 def device(request, monkeypatch):
     """Networks are built as for this device; they run on the CPU, which has Ascend's forms too."""
-    monkeypatch.setattr(device_forms, "on_ascend", lambda: request.param == "Ascend")
+    monkeypatch.setattr(operators, "on_ascend", lambda: request.param == "Ascend")
     return request.param
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def value_and_gradients(form, *inputs, weight):
@@ -50,7 +47,7 @@ def value_and_gradients(form, *inputs, weight):
 
 def test_row_bias(device):
     x, bias, weight = normal(7, 5), normal(5, seed=1), normal(7, 5, seed=2)
-    y, (by_x, by_bias) = value_and_gradients(device_forms.row_bias(), x, bias, weight=weight)
+    y, (by_x, by_bias) = value_and_gradients(operators.add_row_bias(), x, bias, weight=weight)
     np.testing.assert_array_equal(y, x + bias)
     np.testing.assert_array_equal(by_x, weight)
     np.testing.assert_allclose(by_bias, weight.sum(0), atol=1e-5)
@@ -58,7 +55,7 @@ def test_row_bias(device):
 
 def test_channel_bias(device):
     x, bias, weight = normal(2, 5, 3, 4), normal(5, seed=1), normal(2, 5, 3, 4, seed=2)
-    y, (by_x, by_bias) = value_and_gradients(device_forms.channel_bias(), x, bias, weight=weight)
+    y, (by_x, by_bias) = value_and_gradients(operators.add_channel_bias(), x, bias, weight=weight)
     np.testing.assert_array_equal(y, x + bias.reshape(5, 1, 1))
     np.testing.assert_array_equal(by_x, weight)
     np.testing.assert_allclose(by_bias, weight.sum((0, 2, 3)), atol=1e-5)
@@ -66,7 +63,7 @@ def test_channel_bias(device):
 
 def test_broadcast_add(device):
     x, shift, weight = normal(2, 5, 3, 4), normal(2, 5, 1, 1, seed=1), normal(2, 5, 3, 4, seed=2)
-    y, (by_x, by_shift) = value_and_gradients(device_forms.broadcast_add(), x, shift, weight=weight)
+    y, (by_x, by_shift) = value_and_gradients(operators.broadcast_add(), x, shift, weight=weight)
     np.testing.assert_array_equal(y, x + shift)
     np.testing.assert_array_equal(by_x, weight)
     np.testing.assert_allclose(by_shift, weight.sum((2, 3), keepdims=True), atol=1e-5)
@@ -89,7 +86,7 @@ def test_convolution(device, images, channels, size, kernel, padding):
     x, kernels = normal(images, channels[0], *size), normal(channels[1], channels[0], kernel, kernel, seed=1)
     height, width = (side + 2 * padding - kernel + 1 for side in size)
     weight = normal(images, channels[1], height, width, seed=2)
-    form = device_forms.convolution(channels[1], kernel, 1, padding)
+    form = WithArguments(operators.conv2d(channels[1], kernel, 1, padding, has_bias=False), None, ms.float32)
     y, (by_x, by_kernels) = value_and_gradients(form, x, kernels, weight=weight)
 
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
@@ -111,7 +108,7 @@ def test_gelu_is_the_exact_form(device):
     wide = x.astype(np.float64)
     cumulative = (1 + erf(wide / math.sqrt(2))) / 2
     density = np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
-    y, (by_x,) = value_and_gradients(device_forms.gelu(), x, weight=weight)
+    y, (by_x,) = value_and_gradients(operators.gelu(), x, weight=weight)
     np.testing.assert_allclose(y, wide * cumulative, atol=1e-6)
     np.testing.assert_allclose(by_x, weight * (cumulative + wide * density), atol=1e-5)
 
@@ -119,10 +116,10 @@ def test_gelu_is_the_exact_form(device):
 @needs_compiler
 @pytest.mark.parametrize("form, shape, shape_y", [
     ("silu", (4, 6), (4, 6)), ("gelu", (4, 6), (4, 6)), ("gelu_gate", (4, 6), (4, 3)),
-    ("swap_middle", (2, 3, 4, 5), (2, 4, 3, 5)),
+    ("swap_middle_axes", (2, 3, 4, 5), (2, 4, 3, 5)),
 ])  # fmt: skip
 def test_fp16_stays_fp16(form, shape, shape_y):
-    form, x, weight = getattr(device_forms, form)(), normal(*shape), normal(*shape_y, seed=1)
+    form, x, weight = getattr(operators, form)(), normal(*shape), normal(*shape_y, seed=1)
     expected, (by_expected,) = value_and_gradients(form, x, weight=weight)
     y, (by_x,) = value_and_gradients(form, x.astype(np.float16), weight=weight.astype(np.float16))
     assert y.dtype == by_x.dtype == np.float16
@@ -133,10 +130,12 @@ def test_fp16_stays_fp16(form, shape, shape_y):
 @needs_compiler
 def test_convolution_in_fp16():
     x, kernels = normal(1, 16, 32, 32), normal(16, 16, 3, 3, seed=1) / 12
-    form, weight = device_forms.convolution(16, 3, 1, 1), normal(1, 16, 32, 32, seed=2)
-    expected = value_and_gradients(form, x, kernels, weight=weight)
+    conv, weight = operators.conv2d(16, 3, 1, 1, has_bias=False), normal(1, 16, 32, 32, seed=2)
+    expected = value_and_gradients(WithArguments(conv, None, ms.float32), x, kernels, weight=weight)
     y, found = value_and_gradients(
-        form, *(given.astype(np.float16) for given in (x, kernels)), weight=weight.astype(np.float16)
+        WithArguments(conv, None, ms.float16),
+        *(given.astype(np.float16) for given in (x, kernels)),
+        weight=weight.astype(np.float16),
     )
     assert y.dtype == found[0].dtype == np.float16
     np.testing.assert_allclose(y, expected[0], atol=2e-2)
@@ -150,7 +149,7 @@ def test_gelu_gate(device):
         value, gate = np.split(x, 2, axis=-1)
         return value * gate * (1 + erf(gate / math.sqrt(2))) / 2
 
-    y, (by_x,) = value_and_gradients(device_forms.gelu_gate(), x, weight=weight)
+    y, (by_x,) = value_and_gradients(operators.gelu_gate(), x, weight=weight)
     np.testing.assert_allclose(y, plain(x.astype(np.float64)), atol=1e-5)
     np.testing.assert_allclose(by_x, by_differences(plain, (x,), weight)[0], atol=1e-4)
 
@@ -187,7 +186,9 @@ def test_group_norm(device, shape):
     groups = 3
     x, bias, weight = 2 * normal(*shape) + 300, normal(shape[1], seed=1), normal(*shape, seed=2)
     scale = 1 + 0.3 * normal(shape[1], seed=3)
-    y, found = value_and_gradients(device_forms.group_norm(groups, 1e-5), x, scale, bias, weight=weight)
+    y, found = value_and_gradients(
+        WithArguments(operators.group_norm(groups, 1e-5), ms.float32), x, scale, bias, weight=weight
+    )
     np.testing.assert_allclose(y, plain_norm(x, scale, bias, groups), atol=2e-4)
     expected = by_differences(lambda *xs: plain_norm(*xs, groups), (x, scale, bias), weight)
     for ours, plain in zip(found, expected):
@@ -198,7 +199,7 @@ def test_group_norm(device, shape):
 def test_group_norm_of_a_large_image_is_as_exact_as_of_a_small_one(size):
     """A sum of a million squares, one after the other in fp32, would be off by 2e-5."""
     x, ones, zeros = normal(1, 4, size, size) + 0.5, np.ones(4, np.float32), np.zeros(4, np.float32)
-    norm = device_forms.group_norm(1, 1e-6)
+    norm = WithArguments(operators.group_norm(1, 1e-6), ms.float32)
     y = norm(Tensor(x), Tensor(ones), Tensor(zeros)).asnumpy()
     expected = (x - x.mean(dtype=np.float64)) / np.sqrt(x.var(dtype=np.float64) + 1e-6)
     assert np.abs(y - expected).max() < 3e-6
@@ -212,25 +213,25 @@ def test_layer_norm(device, shape):
     def plain(x, scale, bias):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
 
-    y, found = value_and_gradients(device_forms.layer_norm(1e-5), x, scale, bias, weight=weight)
+    y, found = value_and_gradients(WithArguments(operators.layer_norm(1e-5), ms.float32), x, scale, bias, weight=weight)
     np.testing.assert_allclose(y, plain(x.astype(np.float64), scale, bias), atol=2e-4)
     for ours, expected in zip(found, by_differences(plain, (x, scale, bias), weight)):
         np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 7, 2), (3, 4, 1, 1)], ids=str)
-def test_swap_middle(device, shape):
+def test_swap_middle_axes(device, shape):
     x = normal(*shape)
     weight = normal(shape[0], shape[2], shape[1], shape[3], seed=1)
-    y, (by_x,) = value_and_gradients(device_forms.swap_middle(), x, weight=weight)
+    y, (by_x,) = value_and_gradients(operators.swap_middle_axes(), x, weight=weight)
     np.testing.assert_array_equal(y, x.swapaxes(1, 2))
     np.testing.assert_array_equal(by_x, weight.swapaxes(1, 2))
 
 
 def test_layers_that_want_the_same_form_share_a_cell(device):
-    assert device_forms.layer_norm(1e-5) is device_forms.layer_norm(1e-5)
-    assert device_forms.layer_norm(1e-5) is not device_forms.layer_norm(1e-6)
-    assert device_forms.gelu() is device_forms.gelu()
+    assert operators.layer_norm(1e-5) is operators.layer_norm(1e-5)
+    assert operators.layer_norm(1e-5) is not operators.layer_norm(1e-6)
+    assert operators.gelu() is operators.gelu()
 
 
 def test_a_shared_cell_holds_no_parameters():
@@ -249,7 +250,7 @@ def test_a_shared_cell_holds_no_parameters():
 def test_a_cell_used_twice_has_the_derivatives_of_both_uses(mode, device):
     """A layer_norm of what it has normalised, with the same weights."""
     ms.set_context(mode=mode)
-    norm, x = device_forms.layer_norm(1e-5), normal(3, 8)
+    norm, x = WithArguments(operators.layer_norm(1e-5), ms.float32), normal(3, 8)
     scale, shift, weight = normal(8, seed=1), normal(8, seed=2), normal(3, 8, seed=3)
 
     class Twice(nn.Cell):
@@ -271,7 +272,7 @@ def test_a_cell_used_twice_has_the_derivatives_of_both_uses(mode, device):
 
 
 def built(name: str, monkeypatch):
-    monkeypatch.setattr(device_forms, "on_ascend", lambda: name == "Ascend")
+    monkeypatch.setattr(operators, "on_ascend", lambda: name == "Ascend")
     np.random.seed(3)
     return build_model(load_model_config(ROOT / "tests" / "tiny.yaml"))
 
@@ -280,12 +281,12 @@ def built(name: str, monkeypatch):
 def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
     of_cpu, of_ascend = built("CPU", monkeypatch), built("Ascend", monkeypatch)
     forms = {
-        device_forms.RowBias,
-        device_forms.ChannelBias,
-        device_forms.BroadcastAdd,
-        device_forms.KernelNorm,
-        device_forms.KernelPointwise,
-        device_forms.KernelSwap,
+        cpu.AddRowBias,
+        cpu.AddChannelBias,
+        cpu.BroadcastAdd,
+        cpu.Norm,
+        cpu.Pointwise,
+        cpu.SwapMiddleAxes,
     }
     assert forms <= {type(cell) for _, cell in of_cpu.cells_and_names()}
     assert not forms & {type(cell) for _, cell in of_ascend.cells_and_names()}
@@ -297,5 +298,5 @@ def test_a_network_has_the_forms_of_its_device_and_the_same_output(monkeypatch):
 
 @pytest.mark.parametrize("target, ascend", [("CPU", False), ("Ascend", True)])
 def test_the_device_is_mindspores_target(monkeypatch, target, ascend):
-    monkeypatch.setattr(device_forms.ms, "get_context", {"device_target": target}.get)
-    assert device_forms.on_ascend() is ascend
+    monkeypatch.setattr(operators.ms, "get_context", {"device_target": target}.get)
+    assert operators.on_ascend() is ascend

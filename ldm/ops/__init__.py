@@ -1,0 +1,153 @@
+"""The operators that the networks are made of. What differs by device is chosen here, when a network is built.
+
+Each function returns a callable for use in a cell. Callables with the same settings are one cell (`shared_cell`), which
+holds no parameters. All forms of an operator give the same numbers up to rounding:
+
+- `ldm.ops.portable`: MindSpore's own operators. They are used on Ascend, and on a CPU without a C++ compiler.
+- `ldm.ops.ascend`: operators that exist on Ascend alone.
+- `ldm.ops.cpu`: C++ kernels and faster combinations of MindSpore's operators for the CPU.
+- `ldm.ops.composite`: operators that are the same everywhere except for an operator inside them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ldm.ops import ascend, composite, cpu, portable
+from ldm.ops.cpu.library import kernel_library
+from ldm.ops.graph import RepeatedCell, add, cast, shared_cell
+
+__all__ = [
+    "RepeatedCell",
+    "add",
+    "attention",
+    "broadcast_add",
+    "cast",
+    "conv2d",
+    "gelu",
+    "gelu_gate",
+    "group_norm",
+    "kernels_in_use",
+    "layer_norm",
+    "linear",
+    "on_ascend",
+    "pixels_to_tokens",
+    "shared_cell",
+    "silu",
+    "swap_middle_axes",
+    "tokens_to_pixels",
+]
+
+
+def on_ascend() -> bool:
+    """Whether MindSpore's device target is Ascend. `ldm.runtime.device` sets it before a network is built."""
+    return ms.get_context("device_target") == "Ascend"
+
+
+def kernels_in_use() -> Path | None:
+    """Returns the library that kernels.cc was compiled to, or None on Ascend or if it cannot be compiled."""
+    return None if on_ascend() else kernel_library()
+
+
+def linear(has_bias: bool) -> nn.Cell:
+    """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`."""
+    return shared_cell(composite.Linear, add_row_bias() if has_bias else shared_cell(composite.NoBias))
+
+
+def add_row_bias() -> nn.Cell:
+    """Bias of rows: (x (rows, C), bias (C,)) -> x + bias, in x's type."""
+    return shared_cell(portable.AddRowBias if on_ascend() else cpu.AddRowBias)
+
+
+def conv2d(
+    out_channels: int, kernel_size: int, stride: int, padding: int | tuple[int, int, int, int], has_bias: bool
+) -> nn.Cell:
+    """Convolution: (x (N, C, H, W), weight (O, C, k, k), bias (O,) or None, dtype) -> (N, O, H', W') in `dtype`.
+
+    `padding` is one number of pixels for all sides, or (top, bottom, left, right).
+    """
+    if kernels_in_use() and (kernel_size, stride, padding) == (3, 1, 1):
+        convolution = shared_cell(cpu.Conv3x3, out_channels)
+    else:
+        convolution = shared_cell(ops.Conv2D, out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+    return shared_cell(composite.Conv2d, convolution, add_channel_bias() if has_bias else shared_cell(composite.NoBias))
+
+
+def add_channel_bias() -> nn.Cell:
+    """Bias of channels: (x (N, C, H, W), bias (C,)) -> x + bias, in x's type."""
+    return shared_cell(portable.AddChannelBias if on_ascend() else cpu.AddChannelBias)
+
+
+def group_norm(num_groups: int, eps: float) -> nn.Cell:
+    """Group normalization in fp32: (x (N, C, H, W), weight (C,), bias (C,), dtype) -> (N, C, H, W) in `dtype`."""
+    if kernels_in_use():
+        norm = shared_cell(cpu.Norm, "group_norm", num_groups, eps)
+    else:
+        norm = shared_cell(portable.GroupNorm, num_groups, eps)
+    return shared_cell(composite.GroupNormInFloat32, norm)
+
+
+def layer_norm(eps: float) -> nn.Cell:
+    """Layer normalization in fp32: (x (..., C), weight (C,), bias (C,), dtype) -> (..., C) in `dtype`."""
+    norm = shared_cell(cpu.Norm, "layer_norm", eps) if kernels_in_use() else shared_cell(portable.LayerNorm, eps)
+    return shared_cell(composite.LayerNormInFloat32, norm)
+
+
+def silu() -> nn.Cell:
+    """SiLU: x -> x * sigmoid(x)."""
+    return shared_cell(cpu.Pointwise, "silu") if kernels_in_use() else shared_cell(portable.SiLU)
+
+
+def gelu() -> nn.Cell:
+    """Exact GELU, which Stable Diffusion uses: x -> x * (1 + erf(x / sqrt(2))) / 2."""
+    return shared_cell(cpu.Pointwise, "gelu") if kernels_in_use() else shared_cell(portable.GELU)
+
+
+def gelu_gate() -> nn.Cell:
+    """Gate of GEGLU: x (..., 2 C) -> (..., C), the first half times GELU of the second half."""
+    if kernels_in_use():
+        return shared_cell(cpu.Pointwise, "gelu_gate", cpu.halved_last_axis)
+    return shared_cell(portable.GELUGate)
+
+
+def broadcast_add() -> nn.Cell:
+    """Addition with broadcasting: (x, y) -> x + y, where y has ones in its shape."""
+    return add if on_ascend() else shared_cell(cpu.BroadcastAdd)
+
+
+def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False) -> nn.Cell:
+    """Multi-head attention: (q (N tokens, C), k and v (N key tokens, C), N) -> (N tokens, C).
+
+    (N, tokens, C) is accepted for all three as well.
+
+    Args:
+        num_heads: Heads, where C = num_heads * head_dim.
+        head_dim: Channels of a head.
+        causal_length: The number of tokens of a text whose tokens attend only to themselves and those before, or 0.
+        flash: Use Ascend's fused operator, which takes fp16 and has no causal mask here.
+    """
+    if kernels_in_use() and not flash:
+        return shared_cell(cpu.MultiHeadAttention, num_heads, causal_length > 0)
+    if flash:
+        attention = shared_cell(ascend.FlashAttention, head_dim, num_heads)
+    else:
+        attention = shared_cell(portable.ScaledDotProductAttention, head_dim, causal_length)
+    return shared_cell(composite.MultiHeadAttention, num_heads, head_dim, attention, swap_middle_axes())
+
+
+def swap_middle_axes() -> nn.Cell:
+    """Swap of axes: x (N, A, B, D) -> (N, B, A, D), as between tokens and heads, or channels and pixels."""
+    return shared_cell(cpu.SwapMiddleAxes if kernels_in_use() else portable.SwapMiddleAxes)
+
+
+def pixels_to_tokens() -> nn.Cell:
+    """Tokens of an image: x (N, C, H, W) -> (N H W, C)."""
+    return shared_cell(composite.PixelsToTokens, swap_middle_axes())
+
+
+def tokens_to_pixels() -> nn.Cell:
+    """Image of tokens: (tokens (N H W, C), image (N, any, H, W)) -> (N, C, H, W)."""
+    return shared_cell(composite.TokensToPixels, swap_middle_axes())

@@ -1,0 +1,59 @@
+"""How cells become graphs: one cell for all layers with the same settings, and cells that are called many times."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from mindspore import nn, ops
+
+from ldm.runtime.device import give_back_memory
+
+# One primitive for all uses. The methods of tensors, `x.astype(t)` and `x + y`, are functions that the compiler reads
+# again at each use.
+cast = ops.Cast()
+add = ops.Add()
+
+
+@cache
+def shared_cell(cell_type: type, *args: Any, **kwargs: Any) -> nn.Cell:
+    """Returns the only `cell_type(*args, **kwargs)` of the process, which all layers with the same settings share.
+
+    MindSpore's compiler reads and differentiates each cell object once. With shared cells the training graph of three
+    transformer blocks compiles in 4.7 s instead of 6.0 s, and their forward graph in 2.4 s instead of 3.4 s (one core).
+
+    Args:
+        cell_type: A cell without parameters and state, or one of MindSpore's primitives.
+        args: Its arguments, which must be hashable. They may be shared cells themselves.
+        kwargs: Its keyword arguments, likewise.
+    """
+    return cell_type(*args, **kwargs)
+
+
+class RepeatedCell(nn.Cell):
+    """A cell that is called many times as one graph.
+
+    MindSpore writes the graph's name into every cell below at each call, in Python: 4.3 ms for a nano UNet with 670
+    cells, whose graph takes 200 ms. This class writes it only when it has changed (0.3 ms). A cell that several graphs
+    use has the name of the one compiled last.
+
+    After compiling, the memory that the compiler has freed is returned to the system before the graph allocates its
+    own: 0.13 GB for the LoRA training of SD1.5.
+    """
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the graph and returns freed memory to the system if a new graph was compiled."""
+        count = len(self.compile_cache)
+        super().compile(*args, **kwargs)
+        if len(self.compile_cache) > count:
+            give_back_memory()
+
+    @property
+    def compile_phase(self) -> str:
+        """The name of the compiled graph."""
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value: str) -> None:
+        if value != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, value)
