@@ -18,7 +18,8 @@ from mindspore import Tensor  # noqa: E402
 
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
-from ldm.lora.inject import LoRASpec, inject_lora  # noqa: E402
+from ldm.lora.inject import inject_lora  # noqa: E402
+from ldm.lora.spec import LoRASpec  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.training.step import TrainStep  # noqa: E402

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ldm.generation.pipeline
+import ldm.generation.generate
+import ldm.generation.loading
 import text_to_image
 from ldm.errors import UserError
 from ldm.files.outputs import claim_file, claim_folder
-from ldm.generation.pipeline import apply_lora
+from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
@@ -241,7 +242,7 @@ def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path,
         networks.append(build_model(config, **options))
         return networks[0]
 
-    monkeypatch.setattr(ldm.generation.pipeline, "build_model", built)
+    monkeypatch.setattr(ldm.generation.loading, "build_model", built)
     half = drawn(folder, tmp_path, "--precision", "fp16")
     assert 0 < np.abs(half - base).max() < 0.02 * np.abs(base).max()
     (model,) = networks
@@ -299,7 +300,7 @@ def test_a_part_is_applied_unless_it_is_left_out(
     model, tiny_config, folder, caplog, file, unet, text_encoder, applied, words
 ):
     before = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
-    apply_lora(model, tiny_config, folder / f"{file}.ckpt", 1.0, unet, text_encoder)
+    Pipeline(model).load_lora(folder / f"{file}.ckpt", unet=unet, text_encoder=text_encoder)
     assert changed(model, before) == applied
     assert words in caplog.text and bool(words) == ("left out" in caplog.text)
     assert len(list(model.get_parameters())) == len(before)  # merged: nothing is added to what runs
@@ -310,8 +311,8 @@ def test_a_part_is_applied_unless_it_is_left_out(
     [
         ("unet_lora", None, True, "no text encoder part.*UNet: 56 layers.*lora_ft_text_encoder"),
         ("text_lora", True, None, "no UNet part.*text encoder: 8 layers.*lora_ft_unet"),
-        ("unet_lora", False, None, "nothing of it would be applied"),
-        ("both", False, False, "nothing of it would be applied"),
+        ("unet_lora", False, None, "no part of it would be applied"),
+        ("both", False, False, "no part of it would be applied"),
         ("sd1_lora", None, None, "architecture is sd1"),
         ("velocity_lora", None, None, "prediction_type is v_prediction"),
         ("elsewhere_lora", None, None, "does not fit.*matched.*unmatched"),
@@ -325,7 +326,7 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
 ):
     before = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
     with pytest.raises(UserError, match=words):
-        apply_lora(model, tiny_config, folder / f"{file}.ckpt", 1.0, unet, text_encoder)
+        Pipeline(model).load_lora(folder / f"{file}.ckpt", unet=unet, text_encoder=text_encoder)
     assert not changed(model, before)
 
 
@@ -343,10 +344,10 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
         (["--prompt", "x", "--sampling_steps", "1000"], "sampling_steps is 1000.*1 to 999"),
         (["--prompt", "x", "--init_latents", "FILES/none.npy"], "none.npy does not exist"),
         (["--prompt", "x", "--init_latents", "FILES/nan.npy"], "nan.npy holds values that are not finite"),
-        (["--prompt", "x", "--init_latents", "FILES/shape.npy"], "shape.npy is 1 x 4 x 8 x 9, wanted 1 x 4 x 8 x 8"),
+        (["--prompt", "x", "--init_latents", "FILES/shape.npy"], "shape.npy is 1 x 4 x 8 x 9, expected 1 x 4 x 8 x 8"),
         (["--prompt", "x", "--init_latents", "FILES/pickled.npy"], "pickled.npy is not a .npy file of numbers"),
         (["--prompt", "x", "--init_latents", "FILES/prompts.txt"], "prompts.txt is not a .npy file"),
-        (["--prompt", "x", "--n_samples", "2", "--init_latents", "FILES/nan.npy"], "wanted 2 x 4 x 8 x 8"),
+        (["--prompt", "x", "--n_samples", "2", "--init_latents", "FILES/nan.npy"], "expected 2 x 4 x 8 x 8"),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/both.ckpt:abc"], '"abc" after the colon'),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/base.ckpt"], "base.ckpt is base weights, not a LoRA"),
@@ -373,7 +374,7 @@ def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, flags, word
 
 @pytest.mark.parametrize("lora", ["sd1_lora", "elsewhere_lora", "wide_lora", "base", "cut"])
 def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr(ldm.generation.pipeline, "load_model", lambda *arguments: pytest.fail("the base was read"))
+    monkeypatch.setattr(ldm.generation.loading, "load_model", lambda *args, **options: pytest.fail("the base was read"))
     with pytest.raises(UserError, match=lora):
         run(folder, tmp_path / "out", "--lora_ckpt_path", f"FILES/{lora}.ckpt")
 
@@ -392,7 +393,7 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr(text_to_image, "draw", lambda *arguments: pytest.fail("it was drawn"))
+    monkeypatch.setattr(ldm.generation.generate, "generate_plan", lambda *arguments: pytest.fail("it was drawn"))
     for name in ("dead", "dead.npy"):
         (tmp_path / name).symlink_to("nowhere/x")
     (tmp_path / "file").touch()

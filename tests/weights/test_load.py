@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.generation.pipeline import Pipeline, load_model
-from ldm.lora.inject import LoRASpec, inject_lora
+from ldm.generation.loading import load_model
+from ldm.generation.pipeline import Pipeline
+from ldm.lora.inject import inject_lora
+from ldm.lora.spec import LoRASpec
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
@@ -200,14 +202,14 @@ class TestAVAEOfItsOwn:
 
     def test_is_put_into_a_base_without_one(self, config, weights, bare, other):
         path, parameters = other
-        loaded = arrays_of(load_model(config, bare, vae_checkpoint=path))
+        loaded = arrays_of(load_model(config, bare, vae=path))
         for name, array in {**weights, **parameters}.items():
             np.testing.assert_array_equal(loaded[name], array)
 
     def test_takes_the_place_of_the_bases(self, config, weights, tmp_path):
         single = {name[len(VAE) :]: array + 1 for name, array in weights.items() if name.startswith(VAE)}
         base, vae = save(tmp_path / "base.safetensors", weights), save(tmp_path / "vae.safetensors", single)
-        loaded = arrays_of(load_model(config, base, vae_checkpoint=vae))
+        loaded = arrays_of(load_model(config, base, vae=vae))
         np.testing.assert_array_equal(loaded[QUANT], weights[QUANT] + 1)
         np.testing.assert_array_equal(loaded[TO_K], weights[TO_K])
 
@@ -261,7 +263,7 @@ class TestPrecision:
         name = "first_stage_model.decoder.conv_in.weight"
         loud = save(tmp_path / "loud.ckpt", {**weights, name: weights[name] * 1e7})  # beyond fp16's 65504
         latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
-        half, full = (load_model(config, loud, dtype) for dtype in (ms.float16, ms.float32))
+        half, full = (load_model(config, loud, dtype=dtype) for dtype in (ms.float16, ms.float32))
         assert half.model.diffusion_model.time_embed[0].dtype == ms.float16
         drawn = Pipeline(half).decode(latents)
         np.testing.assert_array_equal(drawn, Pipeline(full).decode(latents))
@@ -283,7 +285,7 @@ class TestRefusing:
 
     def test_another_architecture_is_named(self, model, weights, tmp_path):
         sd1 = {**weights, TO_K: np.zeros((32, 768), np.float32)}
-        assert "SD1.x, where the model configuration says context 32" in refused(model, save(tmp_path / "b.ckpt", sd1))
+        assert "SD1.x, and the model configuration describes a model with text embeddings of width 32" in refused(model, save(tmp_path / "b.ckpt", sd1))
         sd2 = {**weights, TO_K: np.zeros((32, 1024), np.float32)}
         assert "SD2.x" in refused(model, save(tmp_path / "c.ckpt", sd2))
 
@@ -293,7 +295,7 @@ class TestRefusing:
 
     @pytest.mark.parametrize(
         "channels, words",
-        [(8, "an InstructPix2Pix checkpoint (8 input channels)"), (5, "a depth-to-image"), (7, "an upscaler's")],
+        [(8, "an InstructPix2Pix checkpoint (8 input channels)"), (5, "a depth-to-image"), (7, "an upscaling")],
     )
     def test_unets_of_other_tasks(self, model, weights, tmp_path, channels, words):
         other = {**weights, CONV_IN: np.zeros((32, channels, 3, 3), np.float32)}
@@ -365,7 +367,7 @@ class TestRefusing:
     )
     def test_a_lora_given_as_a_base(self, model, tmp_path, names):
         arrays = {name: np.zeros((2, 2), np.float32) for name in names}
-        assert "is a LoRA file" in refused(model, save(tmp_path / "lora.safetensors", arrays))
+        assert "is a LoRA, not a base model: give it as --lora_ckpt_path" in refused(model, save(tmp_path / "lora.safetensors", arrays))
 
     def test_textual_inversion(self, model, tmp_path):
         assert "textual-inversion" in refused(model, save(tmp_path / "a.safetensors", {"emb_params": np.zeros((1, 8))}))
@@ -373,7 +375,7 @@ class TestRefusing:
 
     def test_weights_of_something_else(self, model, tmp_path):
         other = {"fc1.weight": np.zeros((2, 2)), "fc1.bias": np.zeros(2)}
-        assert "not a Stable Diffusion checkpoint: 2 unknown names" in refused(model, save(tmp_path / "b.ckpt", other))
+        assert "neither a Stable Diffusion checkpoint nor a LoRA: 2 unknown names" in refused(model, save(tmp_path / "b.ckpt", other))
 
     def test_no_arrays_at_all(self, model, tmp_path):
         assert "not a Stable Diffusion checkpoint" in refused(model, save(tmp_path / "b.safetensors", {}, {"a": "b"}))

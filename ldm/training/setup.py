@@ -1,0 +1,309 @@
+"""From settings to everything that a run needs. `set_up` reads from top to bottom as the recipe of a run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindspore import Parameter
+from PIL import Image
+
+from ldm.data.batches import BatchOrder
+from ldm.data.dataset import Row, read_image_text_csv
+from ldm.data.transforms import FORMATS
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.files.paths import under_root, writing
+from ldm.lora.dropout import dropout_key
+from ldm.lora.formats import read_lora
+from ldm.lora.inject import inject_lora, set_lora
+from ldm.lora.merge import check_compatible
+from ldm.lora.spec import LoRASpec
+from ldm.models.attention import use_flash_attention
+from ldm.models.layers import set_compute_dtype
+from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.runtime.device import Runtime, check_flash_attention, setup_runtime
+from ldm.runtime.logs import set_up_logging
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.read import save_settings
+from ldm.settings.train import TrainSettings
+from ldm.training.checkpoints import Checkpoints, remove_leftovers
+from ldm.training.checks import check_settings, image_size
+from ldm.training.feed import Feed, check_sink, make_feed
+from ldm.training.inputs import Inputs
+from ldm.training.loss_scale import LossScaler, make_loss_scaler
+from ldm.training.plan import RunPlan, make_plan
+from ldm.training.resume import check_nothing_is_lost, find_state_to_resume, make_fingerprint
+from ldm.training.status import Status
+from ldm.training.step import LossFromTokens, TrainStep, state_shapes
+from ldm.weights.architecture import config_with_tokens, detect_model_config
+from ldm.weights.base_model import open_base_model
+from ldm.weights.load import check_metadata, load_base_model, load_component
+
+logger = logging.getLogger(__name__)
+
+UNET = "model.diffusion_model."
+
+
+@dataclass
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        settings: Settings of the run.
+        runtime: Device, precision and processes.
+        config: Configuration of the model.
+        image_size: Width and height of the images in pixels.
+        model: The model, with LoRA injected if use_lora is set.
+        lora_spec: Which layers get LoRA.
+        plan: Length of the run.
+        fingerprint: What a training state is compared by.
+        inputs: What each micro-batch trains on.
+        feed: Returns the next micro-batch as tensors.
+        step: The training step.
+        scaler: The loss scale.
+        skips_overflow: Whether a step whose gradients overflow leaves the parameters as they are.
+        checkpoints: Writes checkpoints and training states.
+        status: How far the run has come.
+    """
+
+    settings: TrainSettings
+    runtime: Runtime
+    config: ModelConfig
+    image_size: int
+    model: StableDiffusion
+    lora_spec: LoRASpec
+    plan: RunPlan
+    fingerprint: dict
+    inputs: Inputs
+    feed: Feed
+    step: TrainStep
+    scaler: LossScaler
+    skips_overflow: bool
+    checkpoints: Checkpoints
+    status: Status
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output_path)
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process logs and saves."""
+        return self.runtime.rank == 0
+
+
+def begin(settings: TrainSettings) -> Runtime:
+    """Check the settings, which all processes do alike, then set up MindSpore and wait for the other processes."""
+    check_settings(settings)
+    check_nothing_is_lost(settings)
+    set_up_logging(settings.log_level)
+    return setup_runtime(
+        settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
+        settings.use_parallel,
+    )  # fmt: skip
+
+
+def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
+    """Build everything that a run needs.
+
+    Errors in settings and files are raised before the images are encoded, which may take hours.
+
+    Args:
+        settings: Settings of the run.
+        runtime: Result of `begin`.
+        status: Is kept up to date while the run is set up and later.
+
+    Raises:
+        UserError: A setting, a file or the data is wrong.
+    """
+    output, is_first_process = Path(settings.output_path), runtime.rank == 0
+    check_nothing_is_lost(settings)  # again, as the folder is claimed only now
+    check_flash_attention(settings.enable_flash_attention, runtime)
+    check_sink(settings, runtime)
+    if is_first_process:
+        set_up_logging(settings.log_level, output / "log.txt")
+    else:
+        set_up_logging("WARNING")  # the other processes would repeat the first one
+
+    config = _read_model_config(settings)
+    size = image_size(settings, config)
+    rows = _read_rows(settings)
+    order = BatchOrder(len(rows), settings.train_batch_size, settings.seed, runtime.rank, runtime.rank_size)
+    plan = make_plan(settings, order.steps_per_epoch)
+    status.total_steps = plan.steps
+    scaler = make_loss_scaler(settings, runtime.fp16)
+    lora_spec = make_lora_spec(settings)
+    fingerprint = make_fingerprint(settings, runtime, config, rows, plan, size, lora_spec)
+    if is_first_process:
+        remove_leftovers(status.folder)
+        remove_leftovers(output)
+
+    model = _load_model(settings, config)
+    trainable = _choose_trainable(settings, model, lora_spec)
+    state = None
+    if settings.resume:
+        state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
+    if state is not None:
+        status.last_state = state.path
+    elif settings.lora_init_path is not None:
+        _start_from_lora(model, settings.lora_init_path, config)
+    if is_first_process:
+        with writing(output / "train_args.yaml"):
+            # train_config: the file holds all settings itself. resume: as a recipe it starts a new run.
+            save_settings(settings, output / "train_args.yaml", leave_out=("train_config", "resume"))
+
+    inputs = Inputs(
+        settings, config, model, rows, order, image_size=size, tokens_only=settings.lora_ft_text_encoder, status=status
+    )
+    skips_overflow = scaler.is_used and settings.drop_overflow_update
+    step = _build_step(settings, runtime, config, model, trainable, skips_overflow)
+    if state is not None:
+        step.load_state(state.arrays)
+        scaler = make_loss_scaler(settings, runtime.fp16, state.scaler)
+        status.steps_done = state.step
+        logger.info("continuing after step %d of %d, from %s", state.step, plan.steps, state.path)
+    micro_batches = settings.gradient_accumulation_steps
+    feed = make_feed(inputs, status.steps_done * micro_batches, plan.steps * micro_batches, settings.dataset_sink_mode)
+    checkpoints = Checkpoints(
+        status.folder, model, config, step,
+        use_lora=settings.use_lora, trains_base=lora_spec.trainable_model, keep=settings.ckpt_max_keep,
+        resumed_here=settings.resume is True or _is_below(status.last_state, status.folder),
+        start=status.steps_done,
+    )  # fmt: skip
+    return Run(
+        settings=settings, runtime=runtime, config=config, image_size=size, model=model, lora_spec=lora_spec,
+        plan=plan, fingerprint=fingerprint, inputs=inputs, feed=feed, step=step, scaler=scaler,
+        skips_overflow=skips_overflow, checkpoints=checkpoints, status=status,
+    )  # fmt: skip
+
+
+def _read_model_config(settings: TrainSettings) -> ModelConfig:
+    base = settings.pretrained_model_path
+    assert base is not None  # check_settings
+    if settings.model_config is not None:
+        return config_with_tokens(load_model_config(under_root(settings.model_config)), base)
+    config = detect_model_config(
+        base, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
+    )
+    logger.info("%s is a model of %s", base, config.path)
+    return config
+
+
+def _read_rows(settings: TrainSettings) -> list[Row]:
+    assert settings.data_path is not None  # check_settings
+    rows = read_image_text_csv(
+        settings.data_path,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        record=Path(settings.output_path) / "cache" / "images.json",
+    ).rows
+    if not settings.image_filter_size:
+        return rows
+    large = [row for row in rows if _shorter_side(row.path) >= settings.image_filter_size]
+    if len(large) < len(rows):
+        logger.info(
+            "%d of %d images left out: a side is shorter than image_filter_size %d",
+            len(rows) - len(large), len(rows), settings.image_filter_size,
+        )  # fmt: skip
+    return large
+
+
+def _shorter_side(path: Path) -> int:
+    with Image.open(path, formats=FORMATS) as image:
+        return min(image.size)
+
+
+def make_lora_spec(settings: TrainSettings) -> LoRASpec:
+    """Build the specification of the LoRA layers. Raises UserError if lora_config is invalid."""
+    spec = LoRASpec(
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        scale=settings.lora_scale,
+        unet=settings.lora_ft_unet,
+        text_encoder=settings.lora_ft_text_encoder,
+        targets=tuple(settings.lora_targets),
+        fp16=settings.lora_fp16,
+        seed=settings.seed,
+        dropout=settings.lora_dropout,
+    )
+    return spec if settings.lora_config is None else spec.with_config(under_root(settings.lora_config))
+
+
+def _load_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
+    path, vae_path, random_unet = (
+        settings.pretrained_model_path, settings.vae_ckpt_path, settings.unet_initialize_random,
+    )  # fmt: skip
+    assert path is not None  # check_settings
+    check_metadata(open_base_model(path).metadata, config, path)
+    model = build_model(config, random=random_unet)
+    networks = [*(() if random_unet else ("unet",)), *(("vae",) if vae_path is None else ()), "text_encoder"]
+    logger.info("%s: %s", path, load_base_model(model, path, networks, ema=settings.pretrained_model_ema))
+    if vae_path is not None:
+        logger.info("%s: %s", vae_path, load_component(model, vae_path, "vae", config))
+    return model
+
+
+def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec: LoRASpec) -> list[Parameter]:
+    """Inject LoRA, or unfreeze the whole UNet, and return the parameters that are trained."""
+    layers = ""
+    if settings.use_lora:
+        layers = f", LoRA in {len(inject_lora(model, lora_spec))} layers"
+    else:
+        for parameter in model.model.get_parameters():
+            parameter.requires_grad = True
+    trainable = list(model.trainable_params())
+    if not settings.use_lora:
+        _check_is_unet(trainable, model)
+    logger.info("training %s parameters in %d arrays%s", f"{sum(p.size for p in trainable):,}", len(trainable), layers)
+    return trainable
+
+
+def _check_is_unet(trainable: list[Parameter], model: StableDiffusion) -> None:
+    """Raise AssertionError unless the parameters are exactly those of the UNet. inject_lora checks its own."""
+    expected = {name for name in model.parameters_dict() if name.startswith(UNET)}
+    names = {parameter.name for parameter in trainable}
+    if names != expected:
+        example = sorted(names ^ expected)[0]
+        raise AssertionError(f"{len(names)} trainable parameters, not {len(expected)}; for example {example}")
+
+
+def _start_from_lora(model: StableDiffusion, path: str, config: ModelConfig) -> None:
+    lora = read_lora(path, config)
+    check_compatible(lora, config, path)
+    set_lora(model, lora, path)
+    logger.info("training starts from %s: %s", path, lora)
+
+
+def _build_step(
+    settings: TrainSettings,
+    runtime: Runtime,
+    config: ModelConfig,
+    model: StableDiffusion,
+    trainable: list[Parameter],
+    skips_overflow: bool,
+) -> TrainStep:
+    unet = model.model.diffusion_model
+    set_compute_dtype(unet, runtime.compute_dtype)
+    if settings.enable_flash_attention:
+        use_flash_attention(unet, True)
+    loss = DiffusionLoss(unet, NoiseSchedule.from_config(config), config.prediction_type)
+    if settings.lora_ft_text_encoder:
+        set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
+        loss = LossFromTokens(loss, model.cond_stage_model)
+    return TrainStep(
+        loss,
+        trainable,
+        betas=(settings.betas[0], settings.betas[1]),
+        clip=settings.clip_grad,
+        use_ema=settings.use_ema,
+        skip_overflow=skips_overflow,
+        micro_batches=settings.gradient_accumulation_steps,
+        process_count=runtime.rank_size,
+        dropout_key=dropout_key(model),
+    )
+
+
+def _is_below(path: Path | None, folder: Path) -> bool:
+    return path is not None and folder.resolve() in path.resolve().parents
