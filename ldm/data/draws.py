@@ -1,4 +1,4 @@
-"""Randomness as a pure function of where training is, so that a resumed run needs no saved generator."""
+"""Random draws as pure functions of the seed and the step, so that resuming needs no saved generator."""
 
 from __future__ import annotations
 
@@ -9,38 +9,47 @@ import numpy as np
 
 
 def draws(seed: int, stream: str, step: int, rank: int = 0) -> np.random.Generator:
-    """A generator that depends on its arguments alone.
+    """Returns a generator that depends only on the arguments.
 
     Args:
-        seed: the run's seed.
-        stream: what is drawn ("noise", "timesteps", "flip", ...); streams are independent of each other.
-        step: the global micro-step, or whatever else counts what was drawn (an epoch, an image).
-        rank: the process, where each is to draw something else.
+        seed: The run's seed.
+        stream: What is drawn ("noise", "timesteps", "flip", ...). Streams are independent of each other.
+        step: The number of the draw in its stream: of a micro-batch, an epoch or an image.
+        rank: The number of the process, for draws that differ between processes.
     """
-    # A digest of the text rather than a list of integers, which SeedSequence would run together:
-    # (1, 2 ** 32) and (2 ** 64 + 1,) would be one seed.
+    # A digest of the text, because SeedSequence joins lists of integers: (1, 2 ** 32) and (2 ** 64 + 1,) are the same
+    # seed.
     digest = hashlib.sha256(f"{seed:d}/{stream}/{step:d}/{rank:d}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
-class StepDraws(NamedTuple):
-    """What the diffusion loss of one micro-step draws for its N rows."""
+class MicroBatchDraws(NamedTuple):
+    """The random draws of the diffusion loss for one micro-batch of N images."""
 
-    posterior: np.ndarray  # (N, C, h, w) float32, standard normal: where in its distribution each latent lies
-    noise: np.ndarray  # like posterior: what the latents are noised with
+    posterior: np.ndarray  # (N, C, h, w) float32, standard normal: samples the autoencoder's distribution of latents
+    noise: np.ndarray  # (N, C, h, w) float32, standard normal: added to the latents
     timesteps: np.ndarray  # (N,) int32
-    dropped: np.ndarray  # (N,) bool: the captions that the empty one takes the place of
+    dropped: np.ndarray  # (N,) bool: captions that are replaced by the empty caption
 
 
-def step_draws(
-    seed: int, micro_step: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, rank: int = 0
-) -> StepDraws:
-    """The draws of `micro_step` for latents of `shape` (N, C, h, w), timesteps below `timesteps`."""
+def micro_batch_draws(
+    seed: int, micro_batch: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, rank: int = 0
+) -> MicroBatchDraws:
+    """Returns the draws of a micro-batch.
+
+    Args:
+        seed: The run's seed.
+        micro_batch: The number of the micro-batch, counted over the whole run.
+        shape: Shape of the latents, (N, C, h, w).
+        timesteps: The model's number of time steps.
+        caption_dropout: Probability that a caption is dropped.
+        rank: The number of the process.
+    """
 
     def stream(name: str) -> np.random.Generator:
-        return draws(seed, name, micro_step, rank)
+        return draws(seed, name, micro_batch, rank)
 
-    return StepDraws(
+    return MicroBatchDraws(
         stream("posterior").standard_normal(shape, dtype=np.float32),
         stream("noise").standard_normal(shape, dtype=np.float32),
         stream("timesteps").integers(0, timesteps, shape[0], dtype=np.int32),
@@ -48,7 +57,7 @@ def step_draws(
     )
 
 
-def augmentation_draws(seed: int, micro_step: int, count: int, rank: int = 0) -> list[np.random.Generator]:
-    """The generator of each of a micro-step's images, for its crop and flip."""
-    seeds = draws(seed, "augment", micro_step, rank).integers(0, 2**63, count)
-    return [np.random.default_rng(image) for image in seeds]
+def augmentation_draws(seed: int, micro_batch: int, count: int, rank: int = 0) -> list[np.random.Generator]:
+    """Returns a generator for each of a micro-batch's `count` images, for its crop and flip."""
+    seeds = draws(seed, "augment", micro_batch, rank).integers(0, 2**63, count)
+    return [np.random.default_rng(image_seed) for image_seed in seeds]

@@ -1,4 +1,4 @@
-"""Image files to arrays: any common mode to RGB on white, a square, [-1, 1]."""
+"""Decodes image files of any common format and mode into square RGB arrays in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from PIL import Image, ImageOps, PngImagePlugin
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
-# What is opened at all. Pillow knows more, one of which (EPS) starts an interpreter on the file.
+# The formats that are opened. Pillow has others, of which EPS runs an interpreter on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-# Decoding and scaling take up to 12 bytes a pixel (a progressive CMYK JPEG), WebP's decoder 16. What all threads
-# decode at one time stays within MOST_MEMORY, and so within 2 GB beside MindSpore.
+# Decoding and scaling take up to 12 bytes a pixel (a progressive CMYK JPEG), or 16 for a WebP. All threads together
+# decode within MOST_MEMORY, so the process stays within 2 GB, MindSpore included.
 BYTES_A_PIXEL = 12
 WEBP_BYTES_A_PIXEL = 16
-MOST_MEMORY = 1_440_000_000  # 120 million pixels, of WebP 90 million
+MOST_MEMORY = 1_440_000_000  # 120 million pixels, or 90 million of a WebP
 MOST_SIDE = 100_000  # scaling a strip of 1 x 1,000,000 pixels to a square takes 1 GB
-MOST_BYTES = 720_000_000  # of a file: 120 million pixels in RGB of 16 bits, uncompressed
-BYTES_AT_ONCE = 128_000_000  # of the files that all threads have open: a file may be metadata for the most part
-STRIP_PIXELS = 1 << 20  # images that take part in a longer calculation go through it in strips
+MOST_BYTES = 720_000_000  # size of a file: 120 million pixels in RGB with 16 bits, uncompressed
+BYTES_AT_ONCE = 128_000_000  # size of all files that are open together, because a file may be mostly metadata
+STRIP_PIXELS = 1 << 20  # conversions that need floats or more channels work in strips of this size
 
-# Blocks larger than 32 MB go back to the system when an image is freed. Of smaller ones, Pillow's default, malloc keeps
-# some for every thread: 2.5 GB instead of 1.3 where eight threads decode images of 110 million pixels in turn.
+# Blocks larger than 32 MB return to the system when an image is freed. Of smaller ones, Pillow's default, malloc keeps
+# some for every thread: 2.5 GB instead of 1.3 GB when eight threads decode images of 110 million pixels in turn.
 Image.core.set_block_size(64 << 20)
-# Pillow's bound on a colour profile or compressed text, 1 MB, refuses PNGs of scanners and print shops.
+# Pillow's limit for colour profiles and compressed text, 1 MB, refuses PNGs of scanners and print shops.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
-# What Pillow finds odd in a file that it reads all the same; what it cannot read raises an error.
+# Warnings about files that Pillow reads all the same. Files that it cannot read raise errors.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# What Pillow raises on damaged files: of 6,800 of them, changed at random, all were among the first five; the others
-# are what its decoders and its EXIF reader are built on.
+# The errors that Pillow raises on damaged files. For 6,800 files with random damage all were among the first five. The
+# others belong to the modules that its decoders and its EXIF reader use.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -67,7 +67,7 @@ _TURNS = {
 
 
 class BrokenImage(UserError):
-    """An image file that cannot be used; `fault` says why, to follow its name: "is an empty file"."""
+    """An image file that cannot be used. `fault` is the reason as a predicate, such as "is an empty file"."""
 
     def __init__(self, path: str | Path, fault: str):
         super().__init__(f"the image {plain(path)} {fault}")
@@ -75,7 +75,7 @@ class BrokenImage(UserError):
 
 
 class _Budget:
-    """Lets threads hold `total` units of something together; who asks for more than that waits to be the only one."""
+    """Shares `total` units between threads. A thread that needs more waits until no other holds any."""
 
     def __init__(self, total: int):
         self._total = self._free = total
@@ -101,10 +101,10 @@ _memory = _Budget(MOST_MEMORY)
 
 @contextmanager
 def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Iterator[Image.Image]:
-    """Yield an image file decoded by `to_rgb`, within the memory that all threads have together for that.
+    """Yields an image file decoded by `to_rgb`, within the memory that all threads share.
 
     Raises:
-        BrokenImage: the file is missing, is no image, is damaged or too large.
+        BrokenImage: The file is missing, is not an image, is damaged or too large.
     """
     with _regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -117,7 +117,7 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
             with image, _memory.hold(needed):
                 with _faults(path, size):
                     image.load()
-                    _needed_memory(path, image)  # a GIF grows where its frame is larger than its screen
+                    _needed_memory(path, image)  # a GIF grows if its frame is larger than its screen
                     rgb = to_rgb(image)
                 if rgb is not image:
                     image.close()  # its pixels are no longer needed
@@ -125,15 +125,15 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """The whole image, decoded, as RGB; see `on_white`. Raises BrokenImage as `decoded` does."""
+    """Returns the whole image as RGB (see `on_white`). Raises BrokenImage as `decoded` does."""
     with decoded(path, on_white) as image:
         return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An image as RGB: turned as its EXIF orientation says, transparent parts on white.
+    """Converts an image to RGB, turned by its EXIF orientation, with transparent parts on white.
 
-    Of an animation it is the first frame. 16-bit grey is brought to 8 bits by its range, not cut off.
+    An animation gives its first frame. Grey with 16 bits is scaled to 8 bits, not clipped.
     """
     turn = _turn(image)
     if turn is not None:
@@ -153,35 +153,37 @@ def load_image(
     random_flip: bool = False,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """An image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
+    """Returns an image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
 
     Args:
-        random_crop: take the square anywhere along the longer side instead of its middle.
-        random_flip: mirror left and right every other time.
-        rng: where both draw from; needed if either is asked for.
+        path: The image file.
+        size: Height and width of the result, in pixels.
+        random_crop: Takes the square from a random place along the longer side instead of the middle.
+        random_flip: Mirrors half of the images horizontally.
+        rng: Generator for both, needed if either is on.
 
     Raises:
-        UserError: the file is missing, is no image, is damaged or too large.
+        UserError: The file is missing, is not an image, is damaged or too large.
     """
     if (random_crop or random_flip) and rng is None:
-        raise TypeError("random_crop and random_flip need a generator")
+        raise TypeError("random_crop and random_flip need rng")
     try:
         with decoded(path, on_white) as image:
             square = _square(image, size, rng if random_crop else None)
     except BrokenImage as error:
-        raise UserError(f"{error}; replace it or take out its row") from None
-    if random_flip and rng.random() < 0.5:
+        raise UserError(f"{error}; replace it or remove its row") from None
+    if rng is not None and random_flip and rng.random() < 0.5:
         square = ImageOps.mirror(square)
     pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels / 127.5 - 1.0)
 
 
 def _square(image: Image.Image, size: int, rng: np.random.Generator | None) -> Image.Image:
-    """A square of the shorter side, from the middle or where `rng` draws it, scaled to `size` pixels."""
+    """Crops a square of the shorter side from the middle, or from where `rng` draws it, and scales it to `size`."""
     side = min(image.size)
-    spare = (image.width - side, image.height - side)
-    left, top = (int(rng.integers(room + 1)) if rng is not None else room / 2 for room in spare)
-    # Cropping and scaling in one go: a strip of 1 x 10,000 pixels never becomes 512 x 5,120,000.
+    margins = (image.width - side, image.height - side)
+    left, top = (int(rng.integers(margin + 1)) if rng is not None else margin / 2 for margin in margins)
+    # Cropped and scaled in one step: a strip of 1 x 10,000 pixels never becomes 512 x 5,120,000.
     if image.size != (size, size):
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -193,7 +195,7 @@ def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
     try:
         file = open_file(path)
     except UserError as error:
-        # It begins with the path, which a BrokenImage names itself.
+        # The message begins with the path, which BrokenImage adds itself.
         raise BrokenImage(path, str(error).removeprefix(f"{plain(os.fspath(path))} ")) from None
     with file:
         yield file
@@ -201,7 +203,7 @@ def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _faults(path: str | Path, size: int) -> Iterator[None]:
-    """Turn what decoding raises within the block into a BrokenImage, in a person's words."""
+    """Raises a readable BrokenImage for any error that decoding raises within the block."""
     try:
         yield
     except BrokenImage:
@@ -214,15 +216,15 @@ def _faults(path: str | Path, size: int) -> Iterator[None]:
         fault = f"is no image in a known format ({known}) or cut off" if size else "is an empty file"
         raise BrokenImage(path, fault) from None
     except _DECODER_ERRORS as error:
-        # Errors of the operating system name the path again in their long form.
+        # The long form of operating system errors repeats the path.
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if detail.startswith(("Decompressed data too large", "Decompressed Data Too Large", "Too much memory used in")):
-            detail = "more text or colour profile than is read: save it without"
+            detail = "its text or colour profile is too large: save it without"
         raise BrokenImage(path, f"is broken ({plain(detail)})") from None
 
 
 def _needed_memory(path: str | Path, image: Image.Image) -> int:
-    """The bytes that decoding takes. Raises BrokenImage for an image without pixels and for one that is too large."""
+    """Returns the bytes that decoding takes. Raises BrokenImage for an image without pixels or of too many."""
     width, height = image.size
     if 0 in image.size:
         raise BrokenImage(path, "has no pixels")
@@ -236,24 +238,22 @@ def _needed_memory(path: str | Path, image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How an image must be turned to stand upright; a damaged EXIF block says nothing about that."""
+    """Returns how to turn an image upright, None for a damaged EXIF block or one without an orientation."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 0))
     except _DECODER_ERRORS:
         return None
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(top, strip) of an image cut into strips of full width: what is calculated a pixel at a time takes little memory
-    so.
-    """
+    """Yields (top, strip) for strips of full width, so that a conversion takes little memory."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _composited(image: Image.Image) -> Image.Image:
-    """An image with transparent parts as RGB on white."""
+    """Pastes an image with transparent parts on white."""
     rgb = Image.new("RGB", image.size)
     for top, strip in _strips(image):
         strip = strip.convert("RGBA")
@@ -263,13 +263,13 @@ def _composited(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey (PNG, TIFF) to 8-bit; 32-bit integers and floats that stay within a smaller range by that range."""
+    """Scales grey with 16 bits, 32 bits or floats to 8 bits."""
     if image.mode == "F":
-        # Floats are taken as 0 to 1 where they stay in it, else as 0 to 255.
+        # The range of floats is 0 to 1 if none is above 1, else 0 to 255.
         highest = np.max([np.asarray(strip).max() for _, strip in _strips(image)])
         largest = 1.0 if highest <= 1.0 else 255.0
     else:
-        # Older Pillows give 16-bit PNGs as 32-bit integers.
+        # Older versions of Pillow read 16-bit PNGs as 32-bit integers.
         largest = 65535.0
     grey = Image.new("L", image.size)
     for top, strip in _strips(image):

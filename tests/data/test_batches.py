@@ -1,4 +1,4 @@
-"""The order of the rows is a function of the step."""
+"""The order of the rows is a function of the batch number."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_a_step_gives_the_same_rows_whatever_was_asked_before():
         assert resumed.indices(step).tolist() == rows[step]
 
 
-def test_what_is_given_can_be_changed_without_harm():
+def test_changing_the_returned_rows_does_not_change_the_order():
     order = BatchOrder(8, 4, seed=3)
     first = order.indices(0)
     kept = first.tolist()
@@ -41,13 +41,13 @@ def test_what_is_given_can_be_changed_without_harm():
     assert order.indices(0).tolist() == kept
 
 
-def test_ranks_share_an_epoch_without_overlap():
+def test_processes_share_an_epoch_without_overlap():
     ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=4) for rank in range(4)]
     assert ranks[0].steps_per_epoch == 2
     assert sorted(np.concatenate([epoch(order, 1) for order in ranks])) == list(range(24))
 
 
-def test_two_ranks_together_see_what_one_sees_with_twice_the_batch():
+def test_two_processes_see_the_rows_of_one_with_twice_the_batch():
     alone = BatchOrder(24, 6, seed=1)
     ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=2) for rank in range(2)]
     for step in range(8):

@@ -1,4 +1,4 @@
-"""The images in datasets/: all sound, and held out for good."""
+"""The images in datasets/ decode, and no held-out image is trained on."""
 
 import csv
 from functools import cache
@@ -55,7 +55,7 @@ def test_prompts_follow_the_sorted_file_names(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_meta_says_each_images_split(style):
+def test_meta_names_the_split_of_each_image(style):
     with open(DATASETS / style / "meta.csv", encoding="utf-8", newline="") as file:
         said = {row["file"]: row["split"] for row in csv.DictReader(file)}
     assert said == {row.path.name: split for split in ("train", "test") for row in rows(style, split)}
@@ -71,7 +71,7 @@ def test_sources_and_licences_travel_with_the_images():
 
 
 @pytest.mark.parametrize("style", ["emoji_twemoji", "emoji_fluent_hc"])
-def test_the_choice_beside_the_splits_is_of_training_images_whose_concepts_the_base_draws(style):
+def test_the_chosen_images_are_training_images_whose_concepts_the_base_model_knows(style):
     base = {row.path.name for row in read("emoji_noto", "").rows}
     chosen, train = rows(style, ""), {(row.path.name, row.caption) for row in rows(style, "train")}
     assert {row.path.parent.name for row in chosen} == {"train"}

@@ -1,4 +1,4 @@
-"""What was computed once is not computed again, and what is broken is."""
+"""Arrays are computed once, kept on disk, and computed again if their file is damaged."""
 
 import hashlib
 import io
@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.cache import ArrayCache, _checksum, content_key
+from ldm.data.cache import ArrayCache, _checksum, content_key, file_hash
 from ldm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
 
 class Doubler:
-    """Computes 2 * place for every place, and remembers what it was asked."""
+    """Computes 2 * place for every place and records the places."""
 
     def __init__(self):
         self.asked = []
@@ -123,7 +123,7 @@ def npy(array, **settings):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "fault"),
     [
         (npy(np.array([np.nan, 1], np.float32)), "holds values that are not finite"),
         (npy(np.array([np.inf, 1], np.float32)), "holds values that are not finite"),
@@ -139,14 +139,14 @@ def npy(array, **settings):
         (b"", "is broken"),
     ],
 )
-def test_what_a_faulty_version_checksumed_is_named_and_computed_again(tmp_path, caplog, body, said):
+def test_an_unusable_array_with_a_valid_checksum_is_named_and_computed_again(tmp_path, caplog, body, fault):
     cache = ArrayCache(tmp_path)
     cache.get_or_compute(keys(2), Doubler(), batch_size=2, desc="numbers")
     [path] = tmp_path.rglob(f"{keys(2)[1]}*")
     path.write_bytes(body + _checksum(keys(2)[1], body))
     arrays = ArrayCache(tmp_path).get_or_compute(keys(2), Doubler(), batch_size=1, desc="numbers", shape=(2,))
     assert [array.tolist() for array in arrays] == [[0, 1], [2, 1]]
-    assert re.search(f"{path} {said}.*; computing it again", caplog.text)
+    assert re.search(f"{path} {fault}.*; computing it again", caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
@@ -248,7 +248,7 @@ ArrayCache({str(tmp_path)!r}).get_or_compute([content_key("test", i) for i in ra
     assert set(range(20)).isdisjoint(asked)
 
 
-def test_old_remains_of_killed_processes_are_taken_away_and_young_ones_left(tmp_path):
+def test_old_unfinished_files_of_killed_processes_are_removed_and_recent_ones_kept(tmp_path):
     (tmp_path / "ab").mkdir()
     old, young = tmp_path / "ab" / ".abc.1.partial.npy", tmp_path / "ab" / ".abd.2.partial.npy"
     for path in (old, young):
@@ -265,7 +265,7 @@ def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path, value):
     assert files(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_stays_in_memory_with_one_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     cache = ArrayCache(tmp_path / "file" / "cache")
     with caplog.at_level(logging.WARNING):
@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_p
     assert caplog.text.count("cannot write the cache") == 1
 
 
-def test_too_few_arrays_for_a_batch_are_a_mistake_of_the_caller():
+def test_too_few_arrays_for_a_batch_are_an_error_of_the_caller():
     with pytest.raises(ValueError, match="1 arrays for a batch of 2"):
         ArrayCache().get_or_compute(keys(2), lambda places: [np.zeros(1)], 2, "numbers")
 
@@ -284,7 +284,7 @@ def test_a_key_is_64_hex_digits_of_all_parts(tmp_path):
     assert content_key("latents", "abc", 512) == content_key("latents", "abc", 512)
 
 
-def test_every_part_its_type_and_its_place_count():
+def test_the_key_depends_on_every_part_its_type_and_its_place():
     lists = [
         ("a",),
         ("a", "b"),
@@ -302,7 +302,7 @@ def test_every_part_its_type_and_its_place_count():
     assert len({content_key(*parts) for parts in lists}) == len(lists)
 
 
-def test_a_file_counts_by_content_not_by_name(tmp_path):
+def test_a_file_is_identified_by_its_content_not_its_name(tmp_path):
     for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
         (tmp_path / name).write_bytes(content)
     assert content_key(tmp_path / "a.png") == content_key(tmp_path / "b.png") != content_key(tmp_path / "c.png")
@@ -317,7 +317,7 @@ def test_a_file_that_is_gone_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["fifo", "/dev/zero", "folder"])
-def test_what_is_no_file_has_no_key(tmp_path, target):
+def test_only_a_regular_file_has_a_key(tmp_path, target):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.png").symlink_to(target)
@@ -326,8 +326,9 @@ def test_what_is_no_file_has_no_key(tmp_path, target):
 
 
 def test_the_key_of_a_file_is_that_of_its_bytes(tmp_path):
-    """However large the pieces are that it is read in: keys of earlier versions hold."""
+    """Caches of earlier versions stay valid."""
     content = bytes(range(256)) * 10_000
     (tmp_path / "a").write_bytes(content)
+    assert content_key(file_hash(tmp_path / "a")) == content_key(tmp_path / "a")
     expected = hashlib.sha256(b"file" + hashlib.sha256(content).digest()).hexdigest()
     assert content_key(tmp_path / "a") == expected

@@ -1,4 +1,4 @@
-"""What a data folder may look like, and what is said where it does not."""
+"""Data folders and CSVs that are read, and the errors for those that cannot be."""
 
 import csv
 import io
@@ -26,9 +26,9 @@ def image_bytes(suffix="PNG"):
 IMAGE = image_bytes()
 
 
-@pytest.fixture(autouse=True, params=[131_072, 10_000_000], ids=["csv's limit", "MindSpore's limit"], scope="module")
+@pytest.fixture(params=[131_072, 10_000_000], ids=["csv's limit", "MindSpore's limit"])
 def csv_limit(request):
-    """MindSpore changes csv's limit for the whole process: nothing here may depend on it."""
+    """MindSpore changes csv's limit for the whole process. The result must not depend on it."""
     before = csv.field_size_limit(request.param)
     yield
     csv.field_size_limit(before)
@@ -106,6 +106,7 @@ def test_rows_come_in_the_order_of_the_csv(folder):
         ("dir,text\nsub/../1.png,a\n", ["a"]),
     ],
 )
+@pytest.mark.usefixtures("csv_limit")
 def test_ways_to_write_a_csv(folder, content, expected):
     (folder / "sub").mkdir()
     write(folder, content)
@@ -138,14 +139,14 @@ def test_empty_captions_are_kept_and_counted(folder, caplog):
     assert "2 of 20 captions are empty" in caplog.text
 
 
-def test_nothing_is_said_about_a_sound_data_set(folder, caplog):
+def test_a_sound_data_set_gives_no_warning(folder, caplog):
     write(folder, lines())
     assert captions(folder) == [f"image {index}" for index in range(20)]
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fault"),
     [
         ("", "has nothing in it"),
         ("\n\n \n", "has nothing in it"),
@@ -176,11 +177,12 @@ def test_nothing_is_said_about_a_sound_data_set(folder, caplog):
         (b"PK\x03\x04\0\0 an .xlsx", "zero byte"),
     ],
 )
-def test_a_csv_that_is_none_is_refused(folder, content, said):
+@pytest.mark.usefixtures("csv_limit")
+def test_a_malformed_csv_is_refused(folder, content, fault):
     write(folder, content)
     message = refusal(folder)
     assert str(folder / "img_txt.csv") in message
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=fault):
         read_image_text_csv(folder)
 
 
@@ -196,7 +198,7 @@ def test_a_csv_that_is_none_is_refused(folder, content, said):
         "../data2/1.png",
     ],
 )
-def test_a_image_outside_the_folder_is_refused(folder, tmp_path, name):
+def test_an_image_outside_the_folder_is_refused(folder, tmp_path, name):
     (tmp_path / "data2").mkdir()
     (tmp_path / "data2" / "1.png").write_bytes(IMAGE)
     name = name.format(folder=folder)
@@ -260,7 +262,7 @@ def test_a_similar_name_does_not_lead_out_of_the_folder_either(folder, name):
     assert "does not exist" in read_image_text_csv(folder).left_out[0][1]
 
 
-def test_a_image_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
+def test_an_image_whose_name_is_not_utf8_is_named_where_it_is_broken(folder, caplog):
     name = os.fsdecode("狗.png".encode("gbk"))
     (folder / name).write_bytes(b"")
     write(folder, lines(line5="狗.png,a dog"))
@@ -299,7 +301,7 @@ def test_a_file_instead_of_a_folder(folder):
 
 
 @pytest.mark.parametrize("place", ["fifo", "/dev/zero", "/dev/stdin", "folder"])
-def test_a_csv_that_is_no_file_is_never_waited_for(folder, place):
+def test_a_csv_that_is_not_a_regular_file_is_refused_at_once(folder, place):
     os.mkfifo(folder / "fifo")
     (folder / "folder").mkdir()
     (folder / "img_txt.csv").symlink_to(place)
@@ -315,7 +317,7 @@ def test_a_csv_that_is_no_file_is_never_waited_for(folder, place):
 
 
 @pytest.mark.parametrize("closed", [".", "img_txt.csv", "sub", "1.png"])
-def test_what_another_user_closed_is_named_as_that(unprivileged, closed):
+def test_a_folder_or_file_without_permission_is_named(unprivileged, closed):
     (unprivileged / "sub").mkdir()
     for index in range(20):
         (unprivileged / f"{index}.png").write_bytes(IMAGE)
@@ -356,7 +358,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
-    content, said = BROKEN[kind]
+    content, fault = BROKEN[kind]
     (folder / "7.png").unlink()
     if content is not None:
         (folder / "7.png").write_bytes(content)
@@ -365,12 +367,12 @@ def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
         found = read_image_text_csv(folder)
     assert [row.caption for row in found.rows] == [f"image {index}" for index in range(20) if index != 7]
     [(name, reason)] = found.left_out
-    assert name == "7.png" and reason.startswith("line 9: ") and said in reason
-    assert "7.png" in caplog.text and said in caplog.text and "1 of 20 rows left out" in caplog.text
+    assert name == "7.png" and reason.startswith("line 9: ") and fault in reason
+    assert "7.png" in caplog.text and fault in caplog.text and "1 of 20 rows left out" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("line", "name", "said"),
+    ("line", "name", "fault"),
     [
         ("7.png,red, white and blue", "7.png", "3 fields where the header has 2: put captions that hold commas in"),
         (",a cat", "", "it names no image"),
@@ -382,11 +384,13 @@ def test_a_broken_image_is_named_counted_and_left_out(folder, caplog, kind):
         ("7\\.png,a cat", "7\\.png", "does not exist"),
     ],
 )
-def test_a_row_that_is_wrong_itself_is_left_out(folder, line, name, said):
+def test_a_malformed_row_is_left_out(folder, line, name, fault):
     write(folder, lines(line9=line))
     found = read_image_text_csv(folder)
     assert len(found.rows) == 19
-    assert found.left_out[0][0] == name and found.left_out[0][1].startswith("line 9: ") and said in found.left_out[0][1]
+    assert (
+        found.left_out[0][0] == name and found.left_out[0][1].startswith("line 9: ") and fault in found.left_out[0][1]
+    )
 
 
 def test_a_line_number_is_where_the_row_starts(folder):
@@ -414,7 +418,7 @@ def test_the_bound_can_be_set(folder):
     assert "more than 0%" in refusal(folder, max_bad_fraction=0.0)
 
 
-def test_all_bad_rows_are_logged_even_where_the_data_set_is_refused(folder, caplog):
+def test_all_unusable_rows_are_logged_even_if_the_data_set_is_refused(folder, caplog):
     for index in range(20):
         (folder / f"{index}.png").unlink()
     write(folder, lines())
@@ -423,7 +427,7 @@ def test_all_bad_rows_are_logged_even_where_the_data_set_is_refused(folder, capl
     assert all(f"left out: {index}.png" in caplog.text for index in range(20))
 
 
-def test_of_many_bad_rows_the_first_are_logged_and_all_are_counted(folder, caplog):
+def test_of_many_unusable_rows_the_first_are_logged_and_all_are_counted(folder, caplog):
     (folder / "img_txt.csv").write_text("dir,text\n" + "".join(f"gone{index}.png,a\n" for index in range(1_000)))
     with caplog.at_level(logging.WARNING):
         message = refusal(folder)

@@ -1,4 +1,4 @@
-"""A data folder made to hang or to exhaust the machine is answered at once."""
+"""A data folder that is made to hang or to exhaust the machine is refused at once."""
 
 import io
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_folder_of_hostile_files_ends_in_one_line_within_bounds(tmp_path):
-    """Nothing is waited for, no library's warning is printed, memory stays small."""
+    """No file blocks, no library prints a warning, and memory stays small."""
     small = io.BytesIO()
     Image.new("RGB", (16, 16)).save(small, "PNG")
     for index in range(20):

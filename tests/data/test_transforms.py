@@ -1,4 +1,4 @@
-"""Every common kind of image file comes out as the image a person sees, on white, square, in [-1, 1]."""
+"""Every common kind of image file decodes as a viewer shows it: on white, square, in [-1, 1]."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def pixel(path, x=0, y=0):
     return tuple(int(value) for value in np.rint((image[:, y, x] + 1) * 127.5))
 
 
-def test_a_image_is_float32_channels_first_in_minus_one_to_one(tmp_path):
+def test_an_image_is_float32_channels_first_in_minus_one_to_one(tmp_path):
     values = np.zeros((8, 8, 3), np.uint8)
     values[2, 5] = (255, 0, 128)
     image = load_image(saved(tmp_path, Image.fromarray(values)), 8)
@@ -176,7 +176,7 @@ TURNED = (0x0112, 3, 1, b"\6\0\0\0")
     ],
 )
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-def test_of_exif_the_orientation_alone_counts(tmp_path, name, block, turned):
+def test_only_the_orientation_of_an_exif_block_is_used(tmp_path, name, block, turned):
     path = saved(tmp_path, Image.new("RGB", (9, 6)), name, exif=block)
     assert open_rgb(path).size == ((6, 9) if turned else (9, 6))
 
@@ -234,7 +234,7 @@ def test_the_same_generator_state_gives_the_same_image(tmp_path):
     assert (first == again).all()
 
 
-def test_randomness_needs_a_generator(tmp_path):
+def test_random_crops_and_flips_need_a_generator(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (8, 8)))
     with pytest.raises(TypeError):
         load_image(path, 8, random_flip=True)
@@ -248,7 +248,7 @@ def encoded(suffix):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fault"),
     [
         (b"", "is an empty file"),
         (b"this is text, called .png\n", "is no image"),
@@ -266,10 +266,10 @@ def encoded(suffix):
         (encoded("PNG")[:200] + b"\0" * 400 + encoded("PNG")[600:], "is broken"),
     ],
 )
-def test_a_broken_image_is_named_with_what_is_wrong(tmp_path, content, said):
+def test_a_broken_image_is_named_with_its_fault(tmp_path, content, fault):
     path = tmp_path / "cat.png"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=fault) as caught:
         load_image(path, 8)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -309,7 +309,7 @@ def webp(width, height):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fault"),
     [
         (bmp(60_000, 60_000), "too many pixels, at most 120,000,000"),
         (bmp(13_300, 13_300), "13,300 x 13,300 pixels, at most 120,000,000 are read: scale it down"),
@@ -323,10 +323,10 @@ def webp(width, height):
     ],
     ids=["bmp", "below Pillow's bound", "png", "gif", "gif below", "webp", "column", "row", "ppm"],
 )
-def test_an_image_of_too_many_pixels_is_not_decoded_and_the_bound_is_named(tmp_path, content, said):
+def test_an_image_of_too_many_pixels_is_not_decoded_and_the_bound_is_named(tmp_path, content, fault):
     path = tmp_path / "bomb.bmp"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=fault) as caught:
         load_image(path, 8)
     assert str(path) in str(caught.value)
 
@@ -347,7 +347,7 @@ def test_a_file_of_many_gigabytes_is_not_read(tmp_path):
         load_image(path, 8)
 
 
-def test_threads_share_a_bound_and_what_is_larger_is_alone():
+def test_threads_share_a_bound_and_a_larger_request_runs_alone():
     budget, inside, seen = transforms._Budget(10), [], []
 
     def work(units):
@@ -366,7 +366,7 @@ def test_threads_share_a_bound_and_what_is_larger_is_alone():
     assert all(sum(units) <= 10 or len(units) == 1 for units in seen)
 
 
-def test_images_take_their_part_of_the_memory_while_they_are_decoded(tmp_path, monkeypatch):
+def test_an_image_reserves_its_memory_while_it_is_decoded(tmp_path, monkeypatch):
     held = []
     monkeypatch.setattr(transforms._memory, "hold", lambda units: held.append(units) or transforms._Budget(1).hold(1))
     for suffix in ("PNG", "WEBP"):
@@ -376,7 +376,7 @@ def test_images_take_their_part_of_the_memory_while_they_are_decoded(tmp_path, m
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
-def test_images_that_go_through_in_strips_come_out_the_same(tmp_path, monkeypatch, mode):
+def test_conversion_in_strips_gives_the_same_image(tmp_path, monkeypatch, mode):
     values = np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8)
     image = {
         "RGBA": lambda: Image.fromarray(values),
@@ -428,7 +428,7 @@ def test_a_png_that_inflates_beside_its_pixels_is_refused(tmp_path, chunks):
 
 
 @pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "fifo", "link to a fifo", "link to nothing"])
-def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path, place):
+def test_only_a_regular_file_is_read_and_others_are_refused_at_once(tmp_path, place):
     os.mkfifo(tmp_path / "fifo")
     path = tmp_path / "a.png"
     path.symlink_to({"link to a fifo": tmp_path / "fifo", "link to nothing": "gone"}.get(place, place))
@@ -446,7 +446,7 @@ def test_an_image_of_another_user_is_named_with_its_permission(unprivileged):
 
 
 @pytest.mark.parametrize("name", ["gone.png", "folder.png"])
-def test_a_missing_image_and_a_folder_are_said_to_be_that(tmp_path, name):
+def test_a_missing_image_and_a_folder_are_named_as_such(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match="does not exist" if name == "gone.png" else "is a folder"):
         load_image(tmp_path / name, 8)

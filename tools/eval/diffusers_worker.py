@@ -44,12 +44,12 @@ from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 from ldm.data.batches import BatchOrder  # noqa: E402
-from ldm.data.draws import augmentation_draws, step_draws  # noqa: E402
+from ldm.data.draws import augmentation_draws, micro_batch_draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.tokenizer import AddedToken, Tokenizer  # noqa: E402
-from ldm.training.reports import Metrics, MetricsFile  # noqa: E402
+from ldm.training.metrics_file import Metrics, MetricsFile  # noqa: E402
 from ldm.training.schedules import learning_rate  # noqa: E402
 
 EPSILON = 1e-8  # AdamW's, torch's default
@@ -210,7 +210,7 @@ class Batches:
         job = self.job
         rows = self.order.indices(micro_step)
         mean, logvar = self._moments(rows, micro_step).chunk(2, dim=1)
-        drawn = step_draws(
+        drawn = micro_batch_draws(
             job["seed"], micro_step, tuple(mean.shape), self.networks.schedule["num_train_timesteps"],
             job["caption_dropout"],
         )  # fmt: skip
