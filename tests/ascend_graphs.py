@@ -27,7 +27,7 @@ from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
 from ldm.models.layers import set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
-from ldm.training.step import TextConditionedLoss, TrainStep  # noqa: E402
+from ldm.training.step import LossFromTokens, TrainStep  # noqa: E402
 
 
 def zeros(*shape: int, dtype=np.float32) -> Tensor:
@@ -59,12 +59,12 @@ def graphs(config: ModelConfig):
     schedule = NoiseSchedule.from_config(config)
     loss = DiffusionLoss(model.model.diffusion_model, schedule, "v_prediction")
     step = TrainStep(
-        TextConditionedLoss(loss, model.cond_stage_model),
+        LossFromTokens(loss, model.cond_stage_model),
         list(model.trainable_params()),
         clip=True,
         use_ema=True,
         skip_overflow=True,
-        micro_steps=2,
+        micro_batches=2,
     )
     yield "train", step.micro, (latents, latents, timesteps, tokens, scalars)
     yield "update", step.finish, (scalars,)

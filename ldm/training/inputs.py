@@ -15,7 +15,7 @@ from mindspore import Tensor, nn
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import ArrayCache, content_key
 from ldm.data.dataset import Row
-from ldm.data.draws import augmentation_draws, step_draws
+from ldm.data.draws import augmentation_draws, micro_batch_draws
 from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -27,7 +27,7 @@ from ldm.training.status import Status
 logger = logging.getLogger(__name__)
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of LDM's DiagonalGaussianDistribution
-# Pixels that are encoded at once for the cache: one image of 512 x 512, 4 of 256 x 256, which takes 2.3 GB (16: 7.1 GB).
+# Pixels that are encoded at once for the cache: one image of 512 x 512, or 4 of 256 x 256 (2.3 GB; 16 took 7.1 GB).
 CACHE_PIXELS = 512 * 512
 
 
@@ -88,15 +88,15 @@ class Inputs:
         self.text_encoder = model.cond_stage_model
         self.pool = ThreadPoolExecutor(settings.num_workers)
         tokenizer = Tokenizer(config.pad_token, config.added_tokens)
-        self.tokens = tokenizer.encode([row.text for row in rows])
-        cut = tokenizer.cut_off(row.text for row in rows)
+        self.tokens = tokenizer.encode([row.caption for row in rows])
+        cut = tokenizer.cut_off(row.caption for row in rows)
         if cut:
             logger.warning(
                 '%d of %d captions are longer than 75 tokens and are cut there; the first loses "%s"',
                 len(cut), len(rows), cut[0],
             )  # fmt: skip
         self.empty_tokens = tokenizer.encode([""])
-        cache = StateCache(Path(settings.output_path) / "cache")
+        cache = ArrayCache(Path(settings.output_path) / "cache")
         self.moments = self.text_embeddings = None
         if settings.cache_latents:
             if settings.random_crop or settings.random_flip:
@@ -116,7 +116,7 @@ class Inputs:
             moments = self._encode_now(rows, number)
         shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
         settings, config = self.settings, self.config
-        drawn = step_draws(
+        drawn = micro_batch_draws(
             settings.seed, number, shape, config.timesteps, settings.caption_dropout, self.order.rank
         )
         return Batch(
@@ -150,9 +150,9 @@ class Inputs:
             for row, rng in zip(rows, generators)
         ]  # fmt: skip
 
-    def _cached_moments(self, cache: StateCache) -> list[np.ndarray]:
+    def _cached_moments(self, cache: ArrayCache) -> list[np.ndarray]:
         weights = network_hash(self.vae_encoder.vae, self.config.vae)
-        keys = [content_key("moments", weights, self.image_size, row.path) for row in self.rows]
+        keys = [content_key("moments", weights, self.image_size, row.content) for row in self.rows]
         batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
         side = self.image_size // self.config.vae_factor
         shape = (2 * self.config.latent_channels, side, side)
@@ -165,7 +165,7 @@ class Inputs:
             self.status.phase = f"after encoding {places[-1] + 1} of {len(self.rows)} images"
         return moments
 
-    def _cached_text_embeddings(self, cache: StateCache) -> list[np.ndarray]:
+    def _cached_text_embeddings(self, cache: ArrayCache) -> list[np.ndarray]:
         """Return the text embeddings of each row's caption and, as the last, of the empty caption."""
         weights = network_hash(self.text_encoder, self.config.text)
         tokens = np.concatenate([self.tokens, self.empty_tokens])

@@ -1,20 +1,33 @@
-"""Loss scaling for fp16 (Micikevicius et al. 2018), kept on the host: a few numbers that are saved with the run."""
+"""Loss scaling for fp16 (Micikevicius et al. 2018). It runs on the host and is saved with the training state."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ldm.errors import UserError
+from ldm.settings.train import TrainSettings
 
-OVERFLOWS_ALLOWED = 50  # in a row; from 65536 the scale has long reached 1 by then
+OVERFLOWS_ALLOWED = 50  # in a row: a scale of 65536 reaches 1 after 16
 SMALLEST_SCALE = 1.0
-LARGEST_SCALE = 2.0**24  # a finite run would go on doubling, until fp32 itself overflows
+LARGEST_SCALE = 2.0**24  # without it, the scale of a run without overflows would double until fp32 overflows
 
 
 @dataclass
 class LossScaler:
-    """Dynamic: the scale falls by `factor` at an overflow and rises by it after `window` finite steps in a row, up
-    to LARGEST_SCALE. Otherwise it stays.
+    """A static or dynamic loss scale.
+
+    A dynamic scale is divided by `factor` after an overflow and multiplied by it after `window` finite steps in a row.
+
+    Attributes:
+        scale: Current scale.
+        dynamic: Whether the scale changes.
+        factor: Factor by which it changes.
+        window: Finite steps before it rises.
+        good_steps: Finite steps since the scale changed or a step overflowed.
+        overflows_in_a_row: Overflows since the last finite step.
+        overflows: Overflows since the start of the run.
+        updates: Steps whose update was applied, t in AdamW. Skipped steps do not count.
     """
 
     scale: float
@@ -24,10 +37,15 @@ class LossScaler:
     good_steps: int = 0
     overflows_in_a_row: int = 0
     overflows: int = 0
-    updates: int = 0  # applied ones: AdamW's t
+    updates: int = 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the loss is scaled at all."""
+        return self.dynamic or self.scale != 1.0
 
     def after_step(self, finite: bool, applied: bool) -> None:
-        """Note how a step went. Raises UserError after OVERFLOWS_ALLOWED overflows in a row."""
+        """Count a step and adapt the scale. Raises UserError after OVERFLOWS_ALLOWED overflows in a row."""
         self.updates += applied
         if finite:
             self.overflows_in_a_row = 0
@@ -46,5 +64,38 @@ class LossScaler:
                 "nothing is being learned. Use --precision fp32, a smaller --start_learning_rate or --init_loss_scale"
             )
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def make_loss_scaler(settings: TrainSettings, fp16: bool, state: dict[str, Any] | None = None) -> LossScaler:
+    """Build the loss scaler that the settings ask for.
+
+    Args:
+        settings: Settings of the run.
+        fp16: Whether the networks compute in fp16.
+        state: LossScaler.state() of the run that is resumed.
+
+    Raises:
+        UserError: The scale is dynamic, but steps that overflow are not skipped.
+    """
+    kind = settings.loss_scaler_type
+    if kind == "auto":
+        kind = "dynamic" if fp16 else "none"
+    if kind == "dynamic" and not settings.drop_overflow_update:
+        raise UserError(
+            "drop_overflow_update False does not go with a dynamic loss scale, the default in fp16, because that "
+            "depends on overflows: leave it True, or set loss_scaler_type static with a small init_loss_scale"
+        )
+    scaler = LossScaler(
+        scale=1.0 if kind == "none" else settings.init_loss_scale,
+        dynamic=kind == "dynamic",
+        factor=settings.loss_scale_factor,
+        window=settings.scale_window,
+    )
+    if state is not None:
+        for name in ("good_steps", "overflows_in_a_row", "overflows", "updates"):
+            setattr(scaler, name, state[name])
+        if scaler.dynamic and state["dynamic"]:
+            scaler.scale = state["scale"]
+    return scaler

@@ -1,4 +1,4 @@
-"""The learning rate of a step, and EMA's: pure functions of the step, so that a resumed run needs nothing but it."""
+"""The learning rate and the decay of the moving average, as functions of the step alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import math
 
 
 def learning_rate(step: int, *, scheduler: str, start: float, end: float, warmup_steps: int, decay_steps: int) -> float:
-    """The rate of the `step`-th update, counted from 0.
+    """Return the learning rate of a step.
 
-    It rises linearly over `warmup_steps` updates (the first one at start / warmup_steps, the last one at `start`), then
-    goes from `start` to `end` over `decay_steps` updates in a straight line or half a cosine, and stays there.
-    "constant" stays at `start`.
+    Args:
+        step: Number of the step, from 0.
+        scheduler: "constant" stays at `start`. "linear" and "cosine" go to `end`, in a line or in half a cosine.
+        start: Rate after the warm-up, which rises linearly from start / warmup_steps.
+        end: Rate at the end of the decay and after it.
+        warmup_steps: Steps of the warm-up.
+        decay_steps: Steps from `start` to `end`.
     """
     if step < warmup_steps:
         return start * (step + 1) / warmup_steps
@@ -25,5 +29,5 @@ def learning_rate(step: int, *, scheduler: str, start: float, end: float, warmup
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """EMA's decay at the `step`-th update (from 0): short at first, as LDM's LitEma, so that the random start fades."""
+    """Return the decay of the moving average at a step, from 0. As in LDM's LitEma, it starts at 0.1 and rises."""
     return min(decay, (1.0 + step) / (10.0 + step))

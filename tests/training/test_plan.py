@@ -9,24 +9,24 @@ from ldm.training.plan import make_plan
 
 
 def saves(plan):
-    return [step for step in range(1, plan.updates + 1) if plan.is_save_step(step)]
+    return [step for step in range(1, plan.steps + 1) if plan.is_save_step(step)]
 
 
 @pytest.mark.parametrize(
-    ("settings", "batches", "updates", "saved"),
+    ("settings", "batches", "steps", "saved"),
     [
         (dict(epochs=3), 4, 12, [4, 8, 12]),
         (dict(epochs=3, ckpt_save_interval=2), 4, 12, [8, 12]),
         (dict(epochs=3, max_steps=5), 4, 5, [4, 5]),
         (dict(max_steps=7, step_mode=True, ckpt_save_interval=3), 4, 7, [3, 6, 7]),
-        (dict(epochs=2, gradient_accumulation_steps=2), 5, 5, [3, 5]),  # an epoch is two and a half updates
+        (dict(epochs=2, gradient_accumulation_steps=2), 5, 5, [3, 5]),  # an epoch is two and a half steps
         (dict(epochs=1, gradient_accumulation_steps=4), 2, 1, [1]),
         (dict(max_steps=3, gradient_accumulation_steps=4), 2, 3, [1, 2, 3]),
     ],
 )
-def test_length_and_saves(settings, batches, updates, saved):
+def test_length_and_saves(settings, batches, steps, saved):
     plan = make_plan(TrainSettings(**settings), batches)
-    assert plan.updates == updates
+    assert plan.steps == steps
     assert saves(plan) == saved
 
 

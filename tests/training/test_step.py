@@ -10,7 +10,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.runtime.device import setup_runtime
-from ldm.training.step import TextConditionedLoss, TrainStep
+from ldm.training.step import LossFromTokens, TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adamw.npz"
@@ -29,7 +29,7 @@ class Product(nn.Cell):
         self.parameters = ms.ParameterTuple([Parameter(Tensor(s), name=f"p{i}") for i, s in enumerate(starts)])
         self.sum = ops.ReduceSum()
 
-    def construct(self, latents, noise, timesteps, condition):
+    def construct(self, latents, noise, timesteps, text_embeddings):
         total, first = 0.0, 0
         for parameter in self.parameters:
             gradient = latents[first : first + parameter.size].reshape(parameter.shape)
@@ -85,12 +85,12 @@ def test_clipping_scales_the_gradients_down_to_the_norm():
     np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient, rtol=1e-4)
 
 
-def test_two_micro_steps_equal_one_step_of_twice_the_batch():
+def test_two_micro_batches_equal_one_step_of_twice_the_batch():
     latents, noise = numbers(rows=8)
     states = []
     for parts in (1, 2):
         loss = Linear()
-        step = TrainStep(loss, [loss.w], micro_steps=parts, use_ema=True, clip=True)
+        step = TrainStep(loss, [loss.w], micro_batches=parts, use_ema=True, clip=True)
         for update in (1, 2, 3):
             batches = [batch(*half) for half in zip(np.split(latents, parts), np.split(noise, parts))]
             result = step(batches, scalars(update, micro=parts))
@@ -112,19 +112,19 @@ def test_the_loss_scale_cancels_out():
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("micro_steps", [1, 2])
-def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_steps):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_batches):
     loss = Linear()
-    step = TrainStep(loss, [loss.w], use_ema=True, skip_overflow=True, micro_steps=micro_steps)
+    step = TrainStep(loss, [loss.w], use_ema=True, skip_overflow=True, micro_batches=micro_batches)
     latents, noise = numbers()
     spoilt = latents.copy()
     spoilt[0, 0] = np.inf
     before = step.state()
-    result = step([batch(spoilt, noise)] + [batch(latents, noise)] * (micro_steps - 1), scalars(scale=8.0))
+    result = step([batch(spoilt, noise)] + [batch(latents, noise)] * (micro_batches - 1), scalars(scale=8.0))
     assert not result.finite
     for name, array in step.state().items():
         np.testing.assert_array_equal(array, before[name], err_msg=name)
-    result = step([batch(latents, noise)] * micro_steps, scalars(scale=8.0, micro=micro_steps))
+    result = step([batch(latents, noise)] * micro_batches, scalars(scale=8.0, micro=micro_batches))
     assert result.finite
     assert not np.array_equal(step.state()["p.w"], before["p.w"])
 
@@ -195,7 +195,7 @@ def test_pynative_mode_computes_the_same():
     for mode in (0, 1):
         setup_runtime("CPU", mode=mode)
         loss = Linear()
-        step = TrainStep(loss, [loss.w], use_ema=True, clip=True, skip_overflow=True, micro_steps=2)
+        step = TrainStep(loss, [loss.w], use_ema=True, clip=True, skip_overflow=True, micro_batches=2)
         for update in (1, 2):
             step([batch(*numbers())] * 2, scalars(update, micro=2))
         states.append(step.state())
@@ -229,7 +229,7 @@ def test_the_text_encoder_can_be_part_of_the_loss():
             return self.mean((latents - context) * (latents - context))
 
     encoder = Encoder()
-    step = TrainStep(TextConditionedLoss(Loss(), encoder), [encoder.scale])
+    step = TrainStep(LossFromTokens(Loss(), encoder), [encoder.scale])
     latents, tokens = np.zeros((4, 3), np.float32), np.arange(12, dtype=np.int32).reshape(4, 3)
     empty = Tensor(np.zeros(1, np.float32))
     result = step([(Tensor(latents), empty, empty, Tensor(tokens))], scalars())

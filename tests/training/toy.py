@@ -21,7 +21,7 @@ class Linear(nn.Cell):
         self.dtype = dtype
         self.matmul, self.mean = ops.MatMul(), ops.ReduceMean()
 
-    def construct(self, latents, noise, timesteps, condition):
+    def construct(self, latents, noise, timesteps, text_embeddings):
         y = self.matmul(latents.astype(self.dtype), self.w.astype(self.dtype)).astype(ms.float32)
         difference = y + ops.broadcast_to(self.b, y.shape) - noise
         return self.mean(difference * difference)

@@ -16,7 +16,7 @@ from tests.training.toy import Linear, batch, numbers, scalars  # noqa: E402
 runtime = setup_runtime("CPU", use_parallel=True)
 
 loss = Linear()
-step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, rank_size=runtime.rank_size)
+step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, process_count=runtime.rank_size)
 latents, noise = numbers(rows=8)
 half = slice(4 * runtime.rank, 4 * runtime.rank + 4)
 results = [step([batch(latents[half], noise[half])], scalars(update)) for update in (1, 2)]

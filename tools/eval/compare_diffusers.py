@@ -330,7 +330,7 @@ class Comparison:
         order = BatchOrder(len(self.rows), config.train_batch_size, config.seed)
         rules = {field.name: field.metadata for field in fields(config)}
         names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
-        updates = make_plan(config, order.steps_per_epoch).updates
+        updates = make_plan(config, order.steps_per_epoch).steps
         return {**{name: getattr(config, name) for name in names}, "updates": updates}
 
     def run(self) -> None:
@@ -396,7 +396,7 @@ class Comparison:
         from ldm.lora.formats import write_lora
         from ldm.lora.inject import get_lora, inject_lora
         from ldm.models.stable_diffusion import build_model
-        from ldm.training.trainer import make_lora_spec
+        from ldm.training.setup import make_lora_spec
 
         network = build_model(self.model, random=False)
         inject_lora(network, make_lora_spec(config))
@@ -432,7 +432,7 @@ class Comparison:
             "image_size": self.image_size,
             "batch_size": config.train_batch_size,
             "micro_steps": config.gradient_accumulation_steps,
-            "updates": plan.updates,
+            "updates": plan.steps,
             "decay_steps": plan.decay_steps,
         }
         return {**self.worker("train", folder, job), **_trained(folder, "pytorch_lora_weights.safetensors")}

@@ -1,4 +1,4 @@
-"""metrics.csv, one row a step."""
+"""metrics.csv with one row for each step."""
 
 from __future__ import annotations
 

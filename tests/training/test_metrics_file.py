@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm.runtime.logs import set_up_logging
-from ldm.training.reports import Metrics, MetricsFile
+from ldm.training.metrics_file import Metrics, MetricsFile
 
 
 def read(path):

@@ -1,0 +1,144 @@
+"""Resuming a run: what must be the same, and which training state is taken."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ldm.data.cache import content_key
+from ldm.data.dataset import Row
+from ldm.errors import UserError, plain
+from ldm.files.inputs import is_file, is_folder
+from ldm.lora.spec import LoRASpec
+from ldm.runtime.device import Runtime
+from ldm.settings.declare import names_of
+from ldm.settings.model import ModelConfig
+from ldm.settings.train import TrainSettings
+from ldm.training.own_files import find_states
+from ldm.training.plan import RunPlan
+from ldm.training.step import differing_shapes
+from ldm.training.training_state import TrainingState, load_latest_state, load_state
+from ldm.weights.base_model import base_model_hash
+
+logger = logging.getLogger(__name__)
+
+# A run is not resumed where one of these differs: its weights would not be those of an uninterrupted run.
+FIXED_ON_RESUME = ("data", "model", "base", "rank_size", *names_of(TrainSettings, resume="fixed"))
+# These may differ. A warning names the change, and the new value is used.
+FOLLOWED_ON_RESUME = ("updates", *names_of(TrainSettings, resume="followed"))
+
+
+def make_fingerprint(
+    settings: TrainSettings,
+    runtime: Runtime,
+    config: ModelConfig,
+    rows: list[Row],
+    plan: RunPlan,
+    image_size: int,
+    lora_spec: LoRASpec,
+) -> dict[str, Any]:
+    """Collect what a training state is compared by: settings, and hashes of the data and the base model.
+
+    The names are those in the training states of earlier versions: "updates" is the number of steps, "rank_size" the
+    number of processes.
+    """
+    values = asdict(settings)
+    values.update(
+        data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
+        model=content_key("model", repr(config.content()))[:16],
+        base=_base_identity(settings),
+        rank_size=runtime.rank_size,
+        precision="fp16" if runtime.fp16 else "fp32",
+        image_size=image_size,
+        updates=plan.steps,
+        lora_config=_layers_hash(lora_spec) if settings.lora_config else None,
+    )
+    return {name: values[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
+
+
+def _base_identity(settings: TrainSettings) -> str:
+    assert settings.pretrained_model_path is not None
+    vae = "" if settings.vae_ckpt_path is None else f"-vae-{base_model_hash(settings.vae_ckpt_path)[:16]}"
+    return base_model_hash(settings.pretrained_model_path)[:16] + "-ema" * settings.pretrained_model_ema + vae
+
+
+def _layers_hash(lora_spec: LoRASpec) -> str:
+    return content_key("lora_config", repr((lora_spec.modules, lora_spec.trainable_model)))[:16]
+
+
+def check_nothing_is_lost(settings: TrainSettings) -> None:
+    """Raise UserError if output_path holds training states and the run does not resume: they would be overwritten."""
+    folder = Path(settings.output_path) / "ckpt"
+    if not settings.resume and find_states(folder):
+        raise UserError(
+            f"{folder} holds the training states of an earlier run: continue it with --resume True, or choose another "
+            "--output_path (or remove the folder)"
+        )
+
+
+def find_state_to_resume(
+    settings: TrainSettings, fingerprint: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> TrainingState | None:
+    """Read the training state that `resume` names: the newest one of a folder that can be used, or a file.
+
+    Args:
+        settings: Settings of the run, with `resume`.
+        fingerprint: Fingerprint of the run, see make_fingerprint.
+        shapes: Names and shapes of the arrays that the state must have.
+
+    Returns:
+        The state, or None if the run resumes its own output_path and nothing was saved there yet.
+
+    Raises:
+        UserError: There is no training state, it cannot be used, or it belongs to another run.
+    """
+    own = Path(settings.output_path) / "ckpt"
+    where = Path(settings.resume) if isinstance(settings.resume, str) else own
+    if is_folder(where, "resume") and is_folder(where / "ckpt", "resume"):
+        where = where / "ckpt"
+
+    def misfit(state: TrainingState) -> str:
+        _check_same_run(state, fingerprint)
+        difference = differing_shapes(shapes, state.arrays)
+        return f"{state.path} does not fit this run ({difference})" if difference else ""
+
+    state: TrainingState | None
+    if is_file(where, "resume"):
+        state = load_state(where)
+        if fault := misfit(state):
+            raise UserError(fault)
+    else:
+        state = load_latest_state(where, misfit)
+    if state is None:
+        if settings.resume is True:
+            logger.info("resume: %s holds no training state yet, so this run starts from the beginning", where)
+            return None
+        raise UserError(f"resume: {plain(where)} holds no training state (state-<step>.safetensors)")
+    for name, difference in compare_fingerprints(state.fingerprint, fingerprint).items():
+        if name not in FIXED_ON_RESUME:
+            logger.warning("resume: %s; the new value is used", difference)
+    return state
+
+
+def _check_same_run(state: TrainingState, fingerprint: dict[str, Any]) -> None:
+    differences = compare_fingerprints(state.fingerprint, fingerprint)
+    fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
+    if fixed:
+        raise UserError(
+            f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
+            "start again without --resume in another output_path"
+        )
+
+
+def compare_fingerprints(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """Return what differs between two runs as name -> "name was a, is b".
+
+    Only what was saved is compared: an older version of this project may not have saved all of it.
+    """
+    return {
+        name: f"{plain(name, 60)} was {plain(saved[name], 60)}, is {plain(current.get(name), 60)}"
+        for name in saved
+        if saved[name] != current.get(name)
+    }

@@ -1,0 +1,156 @@
+"""Training states on disk: everything that a run needs to continue after a kill.
+
+`{folder}/state-{step:08d}.safetensors` holds the arrays of TrainStep.state() and, in its metadata, the step, the state
+of the loss scaler and the fingerprint of the run as JSON. A file is written under another name and renamed, so it is
+always whole. A checksum over arrays and metadata detects later damage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.errors import UserError, plain
+from ldm.files.documents import parse_json
+from ldm.training.own_files import Numbered, find_states
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Format 1 had a checksum over the names and values of the arrays alone.
+_FORMATS = ("1", "2")
+_LARGEST_COUNT = 10**12
+_SCALER_COUNTS = ("good_steps", "overflows_in_a_row", "overflows", "updates")
+
+
+@dataclass
+class TrainingState:
+    """What a run resumes from.
+
+    Attributes:
+        step: Number of steps that are done.
+        arrays: Arrays of TrainStep.state().
+        scaler: LossScaler.state().
+        fingerprint: What the run was started with, see ldm.training.resume.
+        path: File that the state was read from.
+    """
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    scaler: dict[str, Any]
+    fingerprint: dict[str, Any]
+    path: Path | None = None
+
+
+def save_state(folder: Path, state: TrainingState) -> Path:
+    """Write a training state into a folder and return its path. Raises UserError if it cannot be written."""
+    path = folder / Numbered("state", state.step).name
+    texts = {
+        "format": _FORMATS[-1],
+        "step": str(state.step),
+        "scaler": json.dumps(state.scaler),
+        "fingerprint": json.dumps(state.fingerprint),
+    }
+    write_checkpoint(path, state.arrays, {**texts, "checksum": _checksum(state.arrays, texts)})
+    return path
+
+
+def load_latest_state(folder: Path, misfit: Callable[[TrainingState], str] = lambda state: "") -> TrainingState | None:
+    """Read the newest training state in a folder that is intact and fits the run.
+
+    States that are passed over are named in a warning.
+
+    Args:
+        folder: Folder with the training states.
+        misfit: Returns what in a state does not fit the run, "" if it fits.
+
+    Returns:
+        The state, or None if the folder has no training states.
+
+    Raises:
+        UserError: The folder has training states, but none can be used.
+    """
+    paths = find_states(folder)
+    for path in paths:
+        try:
+            state = load_state(path)
+        except UserError as error:
+            fault = str(error)
+        else:
+            fault = misfit(state)
+            if not fault:
+                return state
+        logger.warning("%s; trying the training state before it", fault)
+    if paths:
+        raise UserError(
+            f"{folder}: none of its {len(paths)} training states can be used; start again without --resume "
+            "in another output_path"
+        )
+    return None
+
+
+def load_state(path: Path) -> TrainingState:
+    """Read a training state. Raises UserError if the file is missing, damaged or no training state."""
+    arrays, metadata = read_checkpoint(path)
+    checksum = metadata.pop("checksum", None)
+    if metadata.get("format") not in _FORMATS or checksum is None:
+        raise UserError(f"{path} is not a training state (those are named state-<step>.safetensors)")
+    if checksum != _checksum(arrays, metadata):
+        raise UserError(f"the training state {path} is damaged (its checksum does not match)")
+    step, scaler, fingerprint = (metadata.get(name, "") for name in ("step", "scaler", "fingerprint"))
+    if not re.fullmatch("[0-9]{1,12}", step):
+        raise UserError(f"the training state {path} is damaged (invalid step {plain(repr(step), 40)})")
+    scaler = parse_json(scaler, f"the loss scaler in the training state {path}")
+    fingerprint = parse_json(fingerprint, f"the settings in the training state {path}")
+    if not isinstance(fingerprint, dict) or not all(map(_is_setting, fingerprint.values())):
+        raise UserError(f"the training state {path} is damaged (invalid settings)")
+    if not _is_scaler(scaler):
+        raise UserError(f"the training state {path} is damaged (invalid loss scaler)")
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise UserError(f"the training state {path} holds {plain(name, 80)} as {array.dtype}, not as float32")
+    check_finite(arrays, f"the training state {path}")
+    return TrainingState(int(step), arrays, scaler, fingerprint, path)
+
+
+def check_finite(arrays: dict[str, np.ndarray], subject: str) -> None:
+    """Raise UserError if an array holds a value that is not finite. `subject` begins the message."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{subject} holds values that are not finite, the first in {plain(name, 80)}")
+
+
+def _is_setting(value: object) -> bool:
+    scalars = value if isinstance(value, list) else [value]
+    return all(scalar is None or isinstance(scalar, (bool, int, float, str)) for scalar in scalars)
+
+
+def _is_scaler(state: Any) -> bool:
+    if not isinstance(state, dict) or not isinstance(state.get("dynamic"), bool):
+        return False
+    counts, scale = [state.get(name) for name in _SCALER_COUNTS], state.get("scale")
+    if not all(type(count) is int and 0 <= count <= _LARGEST_COUNT for count in counts):
+        return False
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        return False
+    return 0 < scale <= float(np.finfo(np.float32).max)
+
+
+def _checksum(arrays: dict[str, np.ndarray], texts: dict[str, str]) -> str:
+    total = 0
+    covers_all = texts["format"] != "1"
+    for name in sorted(texts) if covers_all else ():
+        total = zlib.crc32(f"{name} {texts[name]}".encode(), total)
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode() if covers_all else name.encode(), total)
+        total = zlib.crc32(array.data, total)
+    return f"{total:08x}"
