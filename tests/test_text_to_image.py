@@ -26,9 +26,7 @@ from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
-from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
-from ldm.settings.read import read_settings
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.convert import convert
 
@@ -385,11 +383,14 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
         (["--output_path", "DIR/dead"], "output_path.*dead is a link to nowhere/x, which does not exist"),
         (["--output_path", "DIR/file/out"], "output_path.*out cannot be a folder, as .*file is a file"),
         (["--output_path", "DIR/" + "n" * 256], "output_path .*File name too long"),
-        (["--output_path", "DIR/used"], "output_path .*used is the place of two outputs"),
+        (["--output_path", "DIR/used"], "output_path .*used is the path of two outputs"),
         (["--save_latents", "DIR/dead.npy"], "save_latents .*dead.npy is a link to nowhere/x"),
-        (["--save_latents", "DIR/" + "n" * 251 + ".npy"], "save_latents .*init.npy cannot be accessed: File name too long"),
+        (
+            ["--save_latents", "DIR/" + "n" * 251 + ".npy"],
+            "save_latents .*init.npy cannot be accessed: File name too long",
+        ),
         (["--save_latents", "DIR/x.npy"], "save_latents .*x.init.npy is a folder"),
-        (["--save_latents", "DIR/used.npy"], "save_latents .*used.npy is the place of two outputs"),
+        (["--save_latents", "DIR/used.npy"], "save_latents .*used.npy is the path of two outputs"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
@@ -435,20 +436,3 @@ def test_help_explains_every_setting(capsys):
     assert not ended.value.code
     for flag in ("prompt", "version", "lora_ckpt_path", "dpm_solver", "ddim_eta", "save_latents", "W", "H"):
         assert f"--{flag} " in text
-
-
-@pytest.mark.parametrize(
-    "flags, side, size",
-    [
-        ("--n_samples 4", 512, 4),
-        ("--n_samples 4", 64, 16),
-        ("--n_samples 100", 64, 100),
-        ("--n_samples 1000", 512, 8),
-        ("--n_samples 1000", 768, 3),
-        ("--n_samples 1000", 4096, 1),
-        ("--n_samples 1000 --batch_size 20", 512, 20),
-    ],
-)
-def test_a_call_of_the_network_takes_as_many_images_as_memory_is_likely_to_hold(flags, side, size):
-    config = read_settings(GenerateSettings, ["--prompt", "x", *flags.split()])
-    assert text_to_image.batch_size(config, side, side) == size

@@ -1,4 +1,7 @@
-"""Write beside, then rename: a killed process leaves the old file or the new one, never half of one."""
+"""Atomic writing: files and folders are written under a temporary name and renamed.
+
+A process that is killed at any moment leaves the old file or the new one, never a part of one.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,27 @@ from pathlib import Path
 
 LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
 
-_temporaries: dict[Path, Callable[[Path], None]] = {}  # path -> what removes it
+_temporaries: dict[Path, Callable[[Path], None]] = {}  # path -> the function that removes it
 
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, renamed onto `path` when the block ends without an error.
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an error.
 
-    A link is followed: what it leads to is replaced, the link stays. The temporary name keeps the suffix of `path`,
-    since writers choose their format by it. Missing parent folders are created. On any error the temporary file is
-    removed and the error goes on. Raises OSError at once where a device or a pipe is in the file's place: a process of
-    root would replace it.
+    The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders
+    are created. If `path` is a link, the file that it leads to is replaced.
 
-    sync: wait until the disk has the file, so that a power cut leaves no file that is empty or cut off; for files that
-    carry no checksum of their own.
+    Args:
+        path: the file to write.
+        sync: wait until the file is on the disk, so that a power cut cannot leave an empty or truncated file. Files
+            with their own checksum do without it.
+
+    Raises:
+        OSError: `path` exists and is not a regular file. Root would replace a device or a pipe otherwise.
     """
     path = resolved(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EEXIST, "It is no regular file", str(path))
+        raise OSError(errno.EEXIST, "It is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_at_end(temporary_path(path)) as temporary:
         yield temporary
@@ -39,9 +45,10 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, renamed to `path` when the block ends without an error, else removed.
+    """Yield a temporary folder beside `path`, and rename it to `path` when the block ends without an error.
 
-    `path` must not exist, or be an empty folder. Raises OSError otherwise.
+    Raises:
+        OSError: `path` exists and is not an empty folder.
     """
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a new folder on the disk of `path`, beside it, for what is needed while `path` is made. It is removed at
-    the end. Missing parent folders are created.
-    """
+    """Yield a new folder beside `path`, on the same disk, and remove it at the end of the block."""
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_at_end(temporary_path(path.with_name(f"{path.stem}.parts"))) as temporary:
@@ -72,8 +77,9 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iterator[Path]:
-    """Yield `path` and remove it at the end of the block, also where the process ends without unwinding. What `remove`
-    raises then as an OSError is passed over.
+    """Yield `path` and call `remove` with it at the end of the block, ignoring an OSError.
+
+    A process that ends without unwinding removes it with `remove_temporaries`.
     """
     _temporaries[path] = remove
     try:
@@ -87,15 +93,13 @@ def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iter
 
 
 def resolved(path: str | Path) -> Path:
-    """Where a link leads; any other path as it is."""
+    """Return the target of a link, or `path` itself if it is not a link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def temporary_path(path: Path) -> Path:
-    """The hidden name beside `path` that it is written under; never longer than a name may be where that of `path` is
-    not.
-    """
-    suffix = path.suffix if len(path.suffix) <= 16 else ""  # no writer's
+    """Return the hidden path beside `path` for writing it. Its name is shortened to LONGEST_NAME bytes."""
+    suffix = path.suffix if len(path.suffix) <= 16 else ""  # longer ones do not select a format
     stem, ending = path.stem, f".{os.getpid()}.partial{suffix}"
     while len(os.fsencode(f".{stem}{ending}")) > LONGEST_NAME:
         stem = stem[:-1]
@@ -103,7 +107,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until the disk has what was written to the file or folder `path`."""
+    """Wait until the content of the file or folder `path` is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,7 +116,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def remove_temporaries() -> None:
-    """Remove what is being written at this moment: for a process that ends without unwinding."""
+    """Remove all files and folders that are being written. For a process that ends without unwinding."""
     for path, remove in reversed(list(_temporaries.items())):
         try:
             remove(path)

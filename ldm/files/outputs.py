@@ -1,10 +1,13 @@
-"""Outputs, claimed before the work: tried, so that nothing is lost at its end, and locked, so that two runs never mix.
+"""Claims on output paths, made before the work begins.
 
-    with claim_folder(config.output_path, "output_path"), claim_file(args.output, "--output"):
+    with claim_folder(settings.output_path, "output_path"), claim_file(args.output, "--output"):
         ...
 
-A lock is the system's own (flock), which ends with its process however that ends. Its file lies in the folder as
-`.lock`, beside a single file as `.<name>.lock`, says who holds it, and is removed at the end of the claim.
+A claim checks that the output can be written, so that no result is lost at the end, and locks it, so that two runs
+never write to the same place. The lock is an flock, which ends with its process. Its file is `.lock` in a folder and
+`.<name>.lock` beside a file, names its process, and is removed at the end of the claim.
+
+`name` is the name of the setting, for errors, in all functions.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from ldm.errors import UserError, plain, system_reason
@@ -30,60 +33,63 @@ from ldm.files.paths import check_free
 
 logger = logging.getLogger(__name__)
 
-MOST_TRIES = 100  # each after another process removed the lock file between two calls
-_HOLDER = "process "  # how the text of a lock file begins
+MOST_TRIES = 100  # to open and lock a lock file before another process removes it
+_HOLDER = "process "  # the beginning of the text in a lock file
 
 
 @contextmanager
 def claim_folder(path: str | Path, name: str) -> Iterator[None]:
-    """Within the block, hold the folder `path`, which is made where it is not there.
+    """Hold the folder `path` within the block, and create it if needed. New folders that stay empty are removed.
 
-    name: of the setting, for errors. Raises UserError where it cannot be made or written, is something else than a
-    folder, or is held by another process, which it names. Folders that were made and stay empty are removed.
+    Raises:
+        UserError: the folder cannot be created or written, is not a folder, or is held by another process.
     """
     folder = Path(path)
-    with _made(folder, name):
+    with _created_folder(folder, name):
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise _refused(folder, name, error) from None
+            raise _write_error(folder, name, error) from None
         with _locked(folder / ".lock", folder, name):
             yield
 
 
 @contextmanager
 def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
-    """Within the block, hold the file `path`, which is to be written; None holds nothing. It may be there or not, and
-    is not touched.
+    """Hold the file `path` within the block, without changing it. None claims nothing.
 
-    name: of the setting, for errors. Raises UserError where it could not be written at the end: a folder, a device or a
-    dead link is in its place, its folder cannot be made or written, its name is too long; and where another process
-    holds it.
+    Raises:
+        UserError: the file could not be written (see `check_file_target`; its folder cannot be created or written; its
+            name is too long), or is held by another process.
     """
     if path is None:
         yield
         return
     check_file_target(Path(path), name)
-    with _held_beside(resolved(path), name):
+    with _locked_beside(resolved(path), name):
         yield
 
 
 @contextmanager
 def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[None]:
-    """Within the block, hold `path`, where nothing may be yet: a file, or a folder that is written beside and renamed.
+    """Hold `path` within the block, a file or folder that must not exist yet.
 
-    folder: let an empty folder be in nobody's way. Raises UserError as `claim_file`, and where something is there.
+    Args:
+        folder: whether it will be a folder; an empty folder may exist then.
+
+    Raises:
+        UserError: as `claim_file`, or `path` exists.
     """
     file_status(path, name)
     check_free(path, empty_folder=folder)
-    with _held_beside(resolved(path), name):
+    with _locked_beside(resolved(path), name):
         yield
 
 
 @contextmanager
-def claim_all(*claims) -> Iterator[None]:
-    """Hold several claims, made in their order."""
+def claim_all(*claims: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter several claims in their order."""
     with ExitStack() as stack:
         for claim in claims:
             stack.enter_context(claim)
@@ -91,30 +97,30 @@ def claim_all(*claims) -> Iterator[None]:
 
 
 def check_file_target(path: Path, name: str) -> None:
-    """Raise UserError where something that is no file, or a link that leads nowhere, stands in its place."""
-    found = file_status(path, name)
-    if found is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+    """Raise UserError if `path` is a folder, a device, a pipe, or a link into a folder that does not exist."""
+    status = file_status(path, name)
+    if status is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise UserError(
             f"{name} {plain(path)} is a link to {plain(os.readlink(path))}, whose folder does not exist: "
             "remove the link, or give another path"
         )
     if is_folder(path, name):
         raise UserError(f"{name} {plain(path)} is a folder: give the path of a file")
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{name} {plain(path)} is no regular file (a device or a pipe): give another path")
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{name} {plain(path)} is not a regular file (a device or a pipe): give another path")
 
 
 @contextmanager
-def _held_beside(target: Path, name: str) -> Iterator[None]:
-    """Try that `target` can be written beside and renamed, and hold it by a lock beside it."""
-    with _made(target.parent, name):
+def _locked_beside(target: Path, name: str) -> Iterator[None]:
+    """Check that `target` can be written beside and renamed, and hold a lock beside it."""
+    with _created_folder(target.parent, name):
         trial = temporary_path(target)
         try:
             trial.touch()
             trial.unlink()
             _check_replaceable(target)
         except OSError as error:
-            raise _refused(target, name, error) from None
+            raise _write_error(target, name, error) from None
         lock = f".{target.name}.lock"
         if len(os.fsencode(lock)) > LONGEST_NAME:
             lock = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}.lock"
@@ -123,7 +129,7 @@ def _held_beside(target: Path, name: str) -> Iterator[None]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise OSError for another user's file in a folder like /tmp, where each may replace only his own."""
+    """Raise OSError for another user's file in a folder like /tmp, where users can only replace their own files."""
     folder, user = os.stat(target.parent), os.geteuid()
     if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid) and os.path.lexists(target):
         if os.lstat(target).st_uid != user:
@@ -131,13 +137,13 @@ def _check_replaceable(target: Path) -> None:
 
 
 @contextmanager
-def _made(folder: Path, name: str) -> Iterator[None]:
-    """Make a folder and its parents; in the end remove those that are new and empty."""
+def _created_folder(folder: Path, name: str) -> Iterator[None]:
+    """Create a folder and its parents, and remove the new ones that are empty at the end."""
     new: list[Path] = []
     for place in (folder, *folder.absolute().parents):
-        found = file_status(place, name)
-        if found is not None:
-            if not stat.S_ISDIR(found.st_mode):
+        status = file_status(place, name)
+        if status is not None:
+            if not stat.S_ISDIR(status.st_mode):
                 raise UserError(
                     f"{name}: {plain(folder)} cannot be a folder, as {plain(place)} is a file: give another path"
                 )
@@ -145,115 +151,119 @@ def _made(folder: Path, name: str) -> Iterator[None]:
         if os.path.islink(place):
             raise UserError(
                 f"{name}: {plain(place)} is a link to {plain(os.readlink(place))}, which does not exist: "
-                "make that folder, or give another path"
+                "create that folder, or give another path"
             )
         new.append(place)
     with ExitStack() as stack:
         for place in reversed(new):
-            stack.enter_context(removed_at_end(place, os.rmdir))  # which refuses where results are in it
+            stack.enter_context(removed_at_end(place, os.rmdir))  # rmdir refuses folders with results
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{name} {plain(folder)} cannot be made: {system_reason(error)}") from None
+            raise UserError(f"{name} {plain(folder)} cannot be created: {system_reason(error)}") from None
         yield
 
 
 @contextmanager
 def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
     """Hold the lock file `lock` of `target`."""
-    handle = _lock(lock, target, name)
+    handle = _acquire(lock, target, name)
     if handle is None:
         yield
         return
     try:
-        # Removed before it is let go: whoever opened it meanwhile finds that it is no longer there.
+        # The file is removed before the lock is released: a process that has opened it meanwhile sees the removal.
         with removed_at_end(lock):
             yield
     finally:
         os.close(handle)
 
 
-def _lock(lock: Path, target: Path, name: str) -> int | None:
-    """The handle of the locked file, None where the file system has no locks."""
-    ours = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
+def _acquire(lock: Path, target: Path, name: str) -> int | None:
+    """Return a handle of the locked file, or None if the file system does not support locks."""
+    us = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
     for _ in range(MOST_TRIES):
-        try:
-            handle, foreign = _opened(lock)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
-                raise _not_ours(lock, target, name) from None
-            raise _refused(target, name, error) from None
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise _not_ours(lock, target, name)
-        holder = os.read(handle, 500).decode("utf-8", "replace")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                if holder.startswith(f"{ours} "):
-                    raise UserError(
-                        f"{name} {plain(target)} is the place of two outputs of this run: give each a path of its own"
-                    ) from None
-                raise UserError(
-                    f"{name} {plain(target)} is in use by {plain(holder) or 'another process'}: wait for "
-                    "it to end, or give another path"
-                ) from None
-            if not holder:
-                lock.unlink(missing_ok=True)
-            logger.warning("%s: this file system has no locks (%s): two runs at once would mix there", target,
-                           error.strerror)  # fmt: skip
-            return None
-        if holder and not holder.startswith(_HOLDER):
-            os.close(handle)
-            raise _not_ours(lock, target, name)
-        try:
-            same = os.path.samestat(os.lstat(lock), os.fstat(handle))
-            if same and foreign:  # its process was killed
-                lock.unlink()
-            elif same:
-                break
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            os.close(handle)
-            raise _refused(target, name, error) from None
-        os.close(handle)  # its holder removed it between the two calls
-    else:
-        logger.warning("%s: the file system gives its lock another number each time: two runs at once would mix there",
-                       target)  # fmt: skip
-        return None
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = f"{ours} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
-    try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, text, 0)
-    except OSError:  # a full disk: the lock holds without its text
-        pass
-    return handle
+        with ExitStack() as stack:  # closes the handle unless it is returned
+            handle, foreign = _open_lock(lock, target, name)
+            stack.callback(os.close, handle)
+            holder = os.read(handle, 500).decode("utf-8", "replace")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise _in_use_error(target, name, holder, holder.startswith(f"{us} ")) from None
+                if not holder:
+                    lock.unlink(missing_ok=True)
+                logger.warning("%s: this file system has no locks (%s): do not run two at once there", target,
+                               error.strerror)  # fmt: skip
+                return None
+            if holder and not holder.startswith(_HOLDER):
+                raise _foreign_lock_error(lock, target, name)
+            try:
+                # Its holder may have removed the file between the opening and the locking. Try again then.
+                current = os.path.samestat(os.lstat(lock), os.fstat(handle))
+                if current and foreign:  # left by another user's process that was killed
+                    lock.unlink()
+                elif current:
+                    stack.pop_all()
+                    _write_holder(handle, us)
+                    return handle
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise _write_error(target, name, error) from None
+    logger.warning("%s: this file system has no lasting inode numbers for a lock: do not run two at once there", target)
+    return None
 
 
-def _opened(lock: Path) -> tuple[int, bool]:
-    """(the handle of the lock file, whether it is another user's, who alone may write to it). No link is followed, as
-    it may lead to a file of worth. Raises OSError.
+def _open_lock(lock: Path, target: Path, name: str) -> tuple[int, bool]:
+    """Open a lock file without following links.
+
+    Returns:
+        The handle, and whether the file is another user's, which cannot be written.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        handle, foreign = os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), False
-    except PermissionError:
-        if not os.path.lexists(lock):
-            raise
-        handle, foreign = os.open(lock, os.O_RDONLY | flags), True
+        try:
+            handle, foreign = os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), False
+        except PermissionError:
+            if not os.path.lexists(lock):
+                raise
+            handle, foreign = os.open(lock, os.O_RDONLY | flags), True
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+            raise _foreign_lock_error(lock, target, name) from None
+        raise _write_error(target, name, error) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _foreign_lock_error(lock, target, name)
     return handle, foreign
 
 
-def _not_ours(lock: Path, target: Path, name: str) -> UserError:
+def _write_holder(handle: int, us: str) -> None:
+    """Name this process in its lock file."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = f"{us} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text, 0)
+    except OSError:  # a full disk; the lock holds without the text
+        pass
+
+
+def _in_use_error(target: Path, name: str, holder: str, same_process: bool) -> UserError:
+    if same_process:
+        return UserError(f"{name} {plain(target)} is the path of two outputs of this run: give each its own path")
+    holder = plain(holder) or "another process"
+    return UserError(f"{name} {plain(target)} is in use by {holder}: wait for it to end, or give another path")
+
+
+def _foreign_lock_error(lock: Path, target: Path, name: str) -> UserError:
     return UserError(
-        f"{name} {plain(target)} cannot be locked, since {plain(lock)} is another program's: give another "
+        f"{name} {plain(target)} cannot be locked, because {plain(lock)} belongs to another program: give another "
         "path, or remove it"
     )
 
 
-def _refused(target: Path, name: str, error: OSError) -> UserError:
+def _write_error(target: Path, name: str, error: OSError) -> UserError:
     return UserError(f"{name} {plain(target)} cannot be written: {system_reason(error)}")

@@ -64,6 +64,6 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path, name):
     """As root, a link to a device would have the device itself renamed over."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
-    with pytest.raises(OSError, match="no regular file"), atomic_path(tmp_path / name):
+    with pytest.raises(OSError, match="not a regular file"), atomic_path(tmp_path / name):
         pytest.fail("nothing is written")
     assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]

@@ -72,7 +72,7 @@ class TestASecondRun:
 
     def test_within_one_process_is_one_path_given_twice(self, tmp_path):
         with claim_file(tmp_path / "a.json", "--output"):
-            with pytest.raises(UserError, match="--save a?.*a.json is the place of two outputs of this run"):
+            with pytest.raises(UserError, match="--save a?.*a.json is the path of two outputs of this run"):
                 with claim_file(tmp_path / "." / "a.json", "--save"):
                     pass
 
@@ -155,8 +155,8 @@ LONG = "n" * 255
         ("claim_file", "dead", "dead is a link to nowhere/x, whose folder does not exist: remove the link"),
         ("claim_file", "dead/below.json", "dead is a link to nowhere/x, which does not exist"),
         ("claim_file", "ring", "ring cannot be accessed: .*circle"),
-        ("claim_file", "/dev/null", "/dev/null is no regular file"),
-        ("claim_file", "pipe", "pipe is no regular file"),
+        ("claim_file", "/dev/null", "/dev/null is not a regular file"),
+        ("claim_file", "pipe", "pipe is not a regular file"),
         ("claim_file", "m" * 256, "cannot be accessed: File name too long"),
         ("claim_file", "a\0b", "is not a valid path"),
         ("claim_new", "file", "file exists: choose another name, or remove it first"),
@@ -282,7 +282,7 @@ def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch
 def test_a_file_system_without_lasting_inode_numbers_is_warned_of_and_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
     with claim_folder(tmp_path, "output_path"):
-        assert "another number each time" in caplog.text
+        assert "no lasting inode numbers" in caplog.text
 
 
 def test_a_full_disk_keeps_the_text_of_a_lock_back_not_the_lock(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_what_another_program_calls_its_lock_is_left_alone(tmp_path, kind):
     lock.parent.mkdir()
     {"text": lambda: lock.write_text("pid 7"), "link": lambda: lock.symlink_to(elsewhere), "folder": lock.mkdir,
      "pipe": lambda: os.mkfifo(lock)}[kind]()  # fmt: skip
-    with pytest.raises(UserError, match="out cannot be locked, since .*lock is another program's"):
+    with pytest.raises(UserError, match="out cannot be locked, because .*lock belongs to another program"):
         with claim_folder(tmp_path / "out", "output_path"):
             pass
     assert not elsewhere.exists() and os.path.lexists(lock)

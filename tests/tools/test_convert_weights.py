@@ -48,7 +48,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
         (["--source", "nowhere", "--target", "x.ckpt", "--format", "ldm"], "x.ckpt is no name for the format ldm"),
         (["--source", "nowhere", "--target", "dead/x.ckpt"], "dead is a link to nowhere/else, which does not exist"),
         (["--source", "nowhere", "--target", "y.ckpt"], "--target y.yaml is a folder"),
-        (["--source", "nowhere", "--target", "used"], "--target used is the place of two outputs"),
+        (["--source", "nowhere", "--target", "used"], "--target used is the path of two outputs"),
         (["--source", "nowhere", "--target", "n" * 256], "File name too long"),
         (["--source", "nowhere", "--target", "~/a/b"], "nowhere does not exist|nowhere cannot be"),
     ],

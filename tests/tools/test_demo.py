@@ -44,7 +44,7 @@ def test_from_another_folder_its_scripts_find_the_paths(tmp_path, monkeypatch):
     [
         (["--prompts", "0"], '--prompts: "0" is not a whole number, 1 or more'),
         (["--output_path", "file"], "cannot be a folder, as .*file is a file"),
-        (["--output_path", "used"], "--output_path .*used is the place of two outputs"),
+        (["--output_path", "used"], "--output_path .*used is the path of two outputs"),
         (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),
     ],
 )

@@ -221,8 +221,8 @@ def test_the_published_paths_answer_from_anywhere(tmp_path, script):
         ("{tmp}/dead", "dead.npz is a link to nowhere/x.npz, whose folder does not exist"),
         ("{tmp}/made/00000.png/x", "cannot be a folder, as .*00000.png is a file"),
         ("{tmp}/" + "n" * 252, "File name too long"),
-        ("{tmp}/used", "used.npz is the place of two outputs"),
-        ("/dev", "is no regular file|is a folder|name an .npz"),
+        ("{tmp}/used", "used.npz is the path of two outputs"),
+        ("/dev", "is not a regular file|is a folder|name an .npz"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):

@@ -407,7 +407,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_input_is_read(tmp_path, 
             tool.main([*flags.split(), output])
     with pytest.raises(UserError, match=f"out.bin: .*{wrong[0]} is written as"):
         tool.main([*flags.split(), "out.bin", *wrong[1:]])
-    with claim_new("out.ckpt", "another"), pytest.raises(UserError, match="out.ckpt is the place of two outputs"):
+    with claim_new("out.ckpt", "another"), pytest.raises(UserError, match="out.ckpt is the path of two outputs"):
         tool.main([*flags.split(), "out.ckpt"])
     with pytest.raises(UserError, match="nowhere.ckpt does not exist|nowhere.ckpt.*No such file"):
         tool.main([*flags.split(), "~/made/out.ckpt"])
