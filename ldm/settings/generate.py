@@ -9,7 +9,7 @@ from typing import Optional
 from ldm.errors import UserError, plain
 from ldm.files.paths import MOST_STRENGTH
 from ldm.settings.declare import MOST_BATCH, MOST_RANK, setting
-from ldm.settings.model import MOST_SIDE, MOST_TIMESTEPS
+from ldm.settings.model_yaml import MOST_SIDE, MOST_TIMESTEPS
 from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
 

@@ -1,40 +1,28 @@
-"""How large the networks of a model YAML would be: bounded before anything is built."""
+"""The number of parameters of the networks that a model YAML describes, checked before anything is built."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ldm.errors import UserError, plain
+from ldm.errors import UserError
 
-# The largest value of each size, far above every published model's: what is beyond is a slip or a trap.
-MOST = {
-    "in_channels": 128, "out_channels": 128, "out_ch": 128, "embed_dim": 128, "z_channels": 512,
-    "model_channels": 8192, "ch": 4096, "channel_mult": 64, "ch_mult": 64, "attention_resolutions": 1024,
-    "num_res_blocks": 16, "transformer_depth": 32, "num_groups": 8192, "num_heads": 1024, "num_head_channels": 8192,
-    "context_dim": 16384, "width": 16384, "num_layers": 128, "vocab_size": 1_000_000, "length": 1024,
-}  # fmt: skip
-MOST_LEVELS = 10  # entries of a list
 MOST_PARAMETERS = 5_000_000_000  # Stable Diffusion 2.x has 1.3 billion
 
 
-def check_size(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], where: str) -> None:
-    """Raise UserError where a size is above MOST, or the networks together above MOST_PARAMETERS.
+def check_parameters(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], source: str) -> None:
+    """Checks that the networks together have no more than MOST_PARAMETERS parameters.
 
-    unet, vae, text: arguments of the networks, whole numbers as ldm.settings.model reads them. where: for errors.
+    Args:
+        unet, vae, text: The arguments of the networks.
+        source: Names the file in errors.
+
+    Raises:
+        UserError: They have more.
     """
-    for name, params in (("unet_config", unet), ("ddconfig", vae), ("cond_stage_config", text)):
-        for key, value in params.items():
-            if isinstance(value, list) and len(value) > MOST_LEVELS:
-                raise UserError(
-                    f"{where}: {key} in {name} has {len(value):,} entries; it may have {MOST_LEVELS} at most"
-                )
-            for number in value if isinstance(value, list) else [value]:
-                if type(number) is int and number > MOST[key]:
-                    raise UserError(f"{where}: {key} in {name} is {plain(number, 40)}; it may be {MOST[key]:,} at most")
     total = unet_parameters(**unet) + vae_parameters(**vae) + text_parameters(**text)
     if total > MOST_PARAMETERS:
         raise UserError(
-            f"{where}: the networks would have {total:,} parameters; {MOST_PARAMETERS:,} is the most: lower "
+            f"{source}: the networks would have {total:,} parameters; {MOST_PARAMETERS:,} is the most: lower "
             "model_channels, channel_mult, num_res_blocks or transformer_depth in unet_config, ch or ch_mult in "
             "ddconfig, or width or num_layers in cond_stage_config"
         )
@@ -51,7 +39,7 @@ def unet_parameters(
     transformer_depth: int = 1,
     **others: Any,
 ) -> int:
-    """The number of parameters of UNetModel."""
+    """Returns the number of parameters of UNetModel."""
     embedding = 4 * model_channels
     widths = [mult * model_channels for mult in channel_mult]
 
@@ -90,7 +78,7 @@ def vae_parameters(
     z_channels: int,
     **others: Any,
 ) -> int:
-    """The number of parameters of AutoencoderKL."""
+    """Returns the number of parameters of AutoencoderKL."""
     widths = [mult * ch for mult in ch_mult]
 
     def block(inputs: int, outputs: int) -> int:
@@ -121,7 +109,7 @@ def vae_parameters(
 
 
 def text_parameters(width: int, num_layers: int, vocab_size: int = 49408, length: int = 77, **others: Any) -> int:
-    """The number of parameters of CLIPTextEncoder."""
+    """Returns the number of parameters of CLIPTextEncoder."""
     layer = 4 * _dense(width, width) + _dense(width, 4 * width) + _dense(4 * width, width) + 2 * _norm(width)
     return (vocab_size + length) * width + num_layers * layer + _norm(width)
 
@@ -138,7 +126,7 @@ def _conv(inputs: int, outputs: int) -> int:
 
 
 def _dense(inputs: int, outputs: int) -> int:
-    """Of a 1x1 convolution too."""
+    """The parameters of a linear layer or a 1x1 convolution."""
     return inputs * outputs + outputs
 
 

@@ -96,13 +96,16 @@ def read_settings(
     return cls(**values)
 
 
-def read_mapping(cls: type, content: Any, source: str, ignore_unknown: bool = False) -> dict[str, Any]:
+def read_mapping(
+    cls: type, content: Any, source: str, prefix: str = "", ignore_unknown: bool = False
+) -> dict[str, Any]:
     """Returns the values that a mapping from YAML or JSON gives, checked against the declarations of `cls`.
 
     Args:
         cls: A dataclass of settings. A field whose type is such a class is a section, and read in the same way.
         content: The mapping.
         source: Names the file in errors.
+        prefix: Stands before the names in errors, such as "model.params.".
         ignore_unknown: Whether names that are not declared are passed over.
 
     Returns:
@@ -111,7 +114,7 @@ def read_mapping(cls: type, content: Any, source: str, ignore_unknown: bool = Fa
     Raises:
         UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range.
     """
-    return _read_mapping(cls, _settings(cls), content, source, ignore_unknown=ignore_unknown)
+    return _read_mapping(cls, _settings(cls), content, source, prefix, ignore_unknown)
 
 
 def check_values(settings: DataclassInstance, prefix: str = "") -> None:

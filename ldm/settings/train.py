@@ -9,7 +9,7 @@ from typing import Optional, Union
 from ldm.errors import UserError
 from ldm.files.paths import MOST_STRENGTH
 from ldm.settings.declare import MOST_BATCH, MOST_COUNT, MOST_RANK, names_of, setting
-from ldm.settings.model import MOST_SIDE
+from ldm.settings.model_yaml import MOST_SIDE
 from ldm.settings.read import check_values
 
 SCHEDULERS = ("constant", "linear", "cosine")

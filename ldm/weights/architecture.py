@@ -18,8 +18,6 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder
 from ldm.files.paths import ROOT
 from ldm.settings.model import (
-    MOST_SIDE,
-    MOST_TIMESTEPS,
     NUM_GROUPS,
     ModelConfig,
     load_model_config,
@@ -27,13 +25,15 @@ from ldm.settings.model import (
     model_metadata,
     parse_model_config,
 )
+from ldm.settings.model_yaml import MOST_SIDE, MOST_TIMESTEPS
 from ldm.tokenizer import VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT
 from ldm.weights.added_tokens import read_added_tokens, with_added_tokens
 from ldm.weights.arrays import Checkpoint
-from ldm.weights.base_model import OTHER_TASKS, map_base_model, open_base_model, other_task
+from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of
+from ldm.weights.recognise import other_task
 
 KNOWN = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
 DEFAULTS = {
@@ -75,9 +75,7 @@ def config_with_tokens(model: ModelConfig, path: str | Path) -> ModelConfig:
     return with_added_tokens(model, checkpoint, map_base_model(checkpoint))
 
 
-def candidate_configs(
-    checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, prediction_type: str | None = None
-) -> list[ModelConfig]:
+def candidate_configs(checkpoint: Checkpoint, key_map: KeyMap, prediction_type: str | None = None) -> list[ModelConfig]:
     """The models that a checkpoint can be of: one; several where it does not say what it predicts; none where it is no
     known one and does not say what its shapes leave open.
 
@@ -89,18 +87,16 @@ def candidate_configs(
     ]
 
 
-def _architectures(
-    checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, prediction_type: str | None
-) -> list[ModelConfig]:
+def _architectures(checkpoint: Checkpoint, key_map: KeyMap, prediction_type: str | None) -> list[ModelConfig]:
     """What candidate_configs gives, without the tokens that the checkpoint adds."""
     beside = yaml_beside(checkpoint.path)
     if is_file(beside):
         return [load_model_config(beside)]
     shapes = {name: CanonicalArrays(checkpoint, key_map).shape(name) for name in key_map.sources}
     sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
-    channels = sizes["unet"].get("in_channels")
-    if channels in OTHER_TASKS and channels != sizes["unet"]["out_channels"]:
-        raise UserError(f"{checkpoint.path} is {other_task(channels)}")
+    task = other_task(sizes["unet"].get("in_channels", 0))
+    if task is not None and sizes["unet"]["in_channels"] != sizes["unet"]["out_channels"]:
+        raise UserError(f"{checkpoint.path} is {task}")
     said = model_metadata(checkpoint.metadata)
     if prediction_type is not None:
         said["prediction_type"] = prediction_type
@@ -118,7 +114,7 @@ def _architectures(
     return fitting
 
 
-def missing_information(checkpoint: Checkpoint | DiffusersFolder, key_map: KeyMap, way_out: str) -> str:
+def missing_information(checkpoint: Checkpoint, key_map: KeyMap, way_out: str) -> str:
     """One sentence for a checkpoint of which candidate_configs does not find a single model; it ends with the way out, for
     which `way_out` is one that adds what is not said.
     """
