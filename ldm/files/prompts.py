@@ -1,4 +1,4 @@
-"""Prompts from text files: what generation draws and what evaluation compares images with are read alike."""
+"""Prompts from text files, read by the same rules for generation and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 128 << 20  # of a file: a million prompts of 130 characters
 MOST_PROMPTS = 1_000_000
-MOST_CHARACTERS = 10_000  # of one prompt; the text encoder sees about 300 of them
+MOST_CHARACTERS = 10_000  # of a prompt; the text encoder reads about 300 of them
 LINES_NAMED = 5  # in a warning
 WAY = "give a text file with one prompt a line"
 
@@ -22,50 +22,52 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z]+")
 
 
 def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
-    """Returns the prompts of a UTF-8 text file, one a line, without the spaces around them.
+    """Return the prompts of a UTF-8 text file, one per line, without surrounding spaces.
 
-    Line feeds at the end of the file end it. Every other empty line is an empty prompt; so is a line of spaces, with
-    which the last prompt can be empty too. Comments (`#`) and flags (`--n ...`, as other projects read them) are text.
-    Each of these is warned of once, with its lines.
+    Line feeds at the end of the file are ignored. Every other empty line is an empty prompt, and so is a line of
+    spaces, which allows an empty prompt at the end. Comments (`#`) and the flags of other projects' prompt files
+    (`--n ...`) are words of the prompt. Each of these cases logs one warning with its line numbers.
 
     Args:
-        path: of the file.
+        path: the file.
         name: of the setting, for messages.
 
     Raises:
-        UserError: the file cannot be read (see ldm.files.inputs), holds no text, or has more than MOST_BYTES,
-            MOST_PROMPTS or MOST_CHARACTERS a prompt.
+        UserError: the file cannot be read (see ldm.files.inputs), is empty, or exceeds MOST_BYTES, MOST_PROMPTS or
+            MOST_CHARACTERS per prompt.
     """
     where = f"{name} {plain(os.fspath(path))}"
     text = read_text(path, name, WAY, MOST_BYTES).rstrip("\n")
     count = text.count("\n") + 1
     if count > MOST_PROMPTS:
         raise UserError(f"{where} has {count:,} lines, at most {MOST_PROMPTS:,} are read: split it into several files")
-    lines = [line.strip() for line in text.split("\n")]
-    if not any(lines):
+    prompts = [line.strip() for line in text.split("\n")]
+    if not any(prompts):
         raise UserError(f"{where} is empty: write one prompt a line")
-    for number, line in enumerate(lines, 1):
-        if len(line) > MOST_CHARACTERS:
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > MOST_CHARACTERS:
             raise UserError(
-                f"{where}, line {number}: a prompt of {len(line):,} characters, at most {MOST_CHARACTERS:,} are read: "
-                "write one prompt a line"
+                f"{where}, line {number}: a prompt of {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are "
+                "read: write one prompt a line"
             )
 
-    flags = {i: flag.group() for i, line in enumerate(lines, 1) if "--" in line and (flag := _FLAG.search(line))}
+    flags = {i: match.group() for i, p in enumerate(prompts, 1) if "--" in p and (match := _FLAG.search(p))}
     flag = plain(next(iter(flags.values()), ""), 20)
-    kinds = {
-        "empty lines are empty prompts": [i for i, line in enumerate(lines, 1) if not line],
-        "# begins no comment, these lines are prompts": [i for i, line in enumerate(lines, 1) if line.startswith("#")],
-        f"flags such as {flag} are words of the prompt here; text_to_image.py has settings for all prompts instead "
+    warnings = {
+        "empty lines are empty prompts": [i for i, prompt in enumerate(prompts, 1) if not prompt],
+        "lines that begin with # are prompts, not comments": [
+            i for i, prompt in enumerate(prompts, 1) if prompt.startswith("#")
+        ],
+        f"flags such as {flag} are words of the prompt; text_to_image.py has settings for all prompts instead "
         "(--negative_prompt, --W, --H, --seed, --scale, --sampling_steps)": list(flags),
     }
-    for what, numbers in kinds.items():
-        if numbers:
-            logger.warning("%s: %s: %s", where, what, _numbered(numbers))
-    return lines
+    for warning, lines in warnings.items():
+        if lines:
+            logger.warning("%s: %s: %s", where, warning, _line_numbers(lines))
+    return prompts
 
 
-def _numbered(numbers: Sequence[int]) -> str:
-    named = ", ".join(map(str, numbers[:LINES_NAMED]))
-    more = f" and {len(numbers) - LINES_NAMED:,} more" if len(numbers) > LINES_NAMED else ""
-    return f"line{'s' if len(numbers) > 1 else ''} {named}{more}"
+def _line_numbers(lines: Sequence[int]) -> str:
+    named = ", ".join(map(str, lines[:LINES_NAMED]))
+    more = f" and {len(lines) - LINES_NAMED:,} more" if len(lines) > LINES_NAMED else ""
+    return f"line{'s' if len(lines) > 1 else ''} {named}{more}"

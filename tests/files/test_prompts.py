@@ -1,4 +1,4 @@
-"""Prompts files: generation and evaluation read them alike, and what a file cannot say is warned of."""
+"""Prompt files: generation and evaluation read them by the same rules, with warnings for unsupported syntax."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prompts(tmp_path):
         ("\ufeffa cat\n", ["a cat"]),
     ],
 )
-def test_generation_and_evaluation_read_a_file_alike(content, read, prompts, tmp_path):
+def test_generation_and_evaluation_read_the_same_prompts(content, read, prompts, tmp_path):
     path = prompts(content)
     model = {"version": "nano", "ckpt_path": str(path)}
     drawn = plan_generation(GenerateSettings(data_path=str(path), **model))
@@ -49,7 +49,7 @@ def test_generation_and_evaluation_read_a_file_alike(content, read, prompts, tmp
     assert drawn.prompts == against.negative_prompts == scored == read
 
 
-def test_a_lone_negative_prompt_is_for_all_whatever_ends_its_file(prompts, tmp_path):
+def test_a_single_negative_prompt_applies_to_all_prompts(prompts, tmp_path):
     (tmp_path / "negative.txt").write_text("blurry\n\n")
     path = prompts("a cat\na dog\n")
     config = GenerateSettings(
@@ -66,7 +66,7 @@ def test_the_prompts_of_samples_pair_with_their_images(prompts, tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "long " * 1000, "a/b " * 2000, "$HOME, sweet home", "x" * 300])
-def test_a_prompt_is_told_from_a_file(prompt, tmp_path):
+def test_a_prompt_is_distinguished_from_a_file(prompt, tmp_path):
     assert find_prompts(prompt, [tmp_path / "0.png"]) == [prompt]
 
 
@@ -80,11 +80,11 @@ def test_a_prompts_path_is_expanded(prompts, monkeypatch, tmp_path):
     ("content", "says"),
     [
         ("a\n\nb\n \n", "empty lines are empty prompts: lines 2, 4"),
-        ("a\n# people\nb", "# begins no comment, these lines are prompts: line 2"),
+        ("a\n# people\nb", "lines that begin with # are prompts, not comments: line 2"),
         ("a --n bad --w 512\n" * 8, "flags such as --n are words .*--negative_prompt.*: lines 1, 2, 3, 4, 5 and 3"),
     ],
 )
-def test_what_a_file_cannot_say_is_warned_of_once(content, says, prompts, caplog):
+def test_unsupported_syntax_logs_one_warning(content, says, prompts, caplog):
     read_prompts(prompts(content), "data_path")
     [record] = caplog.records
     assert record.levelname == "WARNING"
@@ -92,7 +92,7 @@ def test_what_a_file_cannot_say_is_warned_of_once(content, says, prompts, caplog
 
 
 @pytest.mark.parametrize("content", ["a cat\n", "a -- b\n", "a #cat\n", "well--done\n"])
-def test_ordinary_prompts_are_not_warned_of(content, prompts, caplog):
+def test_ordinary_prompts_log_no_warning(content, prompts, caplog):
     read_prompts(prompts(content), "data_path")
     assert not caplog.records
 
@@ -108,7 +108,7 @@ def test_ordinary_prompts_are_not_warned_of(content, prompts, caplog):
         (b"PK\3\4\0\0", "line 1: not a text file"),
     ],
 )
-def test_a_file_that_holds_no_prompts_is_named_with_the_way_out(content, says, prompts):
+def test_an_unreadable_file_is_named_with_the_way_out(content, says, prompts):
     with pytest.raises(UserError, match=f"^data_path .*prompts.txt,? {says}"):
         read_prompts(prompts(content), "data_path")
 
@@ -121,7 +121,7 @@ def test_a_gigabyte_is_refused_before_it_is_read(prompts):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dead link", "circle"])
-def test_what_is_no_file_is_named(kind, tmp_path):
+def test_a_path_that_is_not_a_file_is_named(kind, tmp_path):
     path = tmp_path / "prompts.txt"
     if kind == "pipe":
         os.mkfifo(path)
@@ -138,7 +138,7 @@ def test_a_million_prompts_are_read(prompts):
     assert len(read_prompts(path, "data_path")) == 10**6
 
 
-def test_the_bundled_prompts_are_ordinary(caplog):
+def test_the_bundled_prompts_log_no_warning(caplog):
     files = sorted((ROOT / "datasets").glob("*/test/prompts.txt"))
     assert files and all(read_prompts(path, "data_path") for path in files)
     assert not caplog.records
