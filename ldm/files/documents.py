@@ -1,4 +1,4 @@
-"""YAML and JSON from files that anybody may have written: nothing in them runs, and their size is bounded."""
+"""Safe reading of untrusted YAML and JSON, bounded in size and depth, and the writing of both."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import read_text
 
 MOST_BYTES = 16 << 20  # of a JSON file
-MOST_YAML_BYTES = 256 << 10  # PyYAML reads some tens of thousands of words a second
-MOST_ENTRIES = 1_000_000  # aliases of a YAML counted as often as they stand, 32 characters of a text as one more
-MOST_DIGITS = 1000  # of a whole number
-MOST_DEPTH = 100  # of sections and lists in one another in a YAML
+MOST_YAML_BYTES = 256 << 10  # PyYAML reads some 10,000 words per second
+MOST_ENTRIES = 1_000_000  # of a YAML, with aliases expanded; 32 characters of text count as one entry
+MOST_DIGITS = 1000  # of an integer
+MOST_DEPTH = 100  # of nested mappings and lists in a YAML
 
-# What the constructors of PyYAML and json raise for text that their scanners let through: `!!int x`, `!!bool x`, a
-# number of 5,000 digits, a hundred thousand brackets.
+# What PyYAML and json raise for malformed text: besides their own errors, `!!int x` raises ValueError, `!!bool x`
+# KeyError, and 100,000 brackets RecursionError.
 _MALFORMED = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 _MERGE, _VALUE, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "str"))
 
-# Half of a UTF-16 pair, which no file can hold. \udc80 to \udcff are the bytes of a path that is not UTF-8.
-_NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+# Characters that no text file can hold. \udc80 to \udcff are allowed: Python uses them for paths that are not UTF-8.
+_INVALID = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 with what people mean by it: 1e-4 is a number (YAML 1.1 wants 1.0e-4); dates, 1:30 (90 there) and
-    010 (8 there) are texts; a key given twice is an error.
+    """Safe YAML 1.1 with fewer surprises.
+
+    1e-4 is a number (YAML 1.1 requires 1.0e-4). Dates, 1:30 (YAML 1.1: 90) and 010 (YAML 1.1: 8) are texts. A repeated
+    key is an error.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._flat: set[yaml.Node] = set()
-        self._merged = 0
+        self._flattened: set[yaml.Node] = set()
+        self._merged_entries = 0
         self._depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MOST_DEPTH:
             raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
@@ -56,45 +58,53 @@ class _Loader(yaml.SafeLoader):
             if isinstance(error, RecursionError) or not isinstance(node, yaml.ScalarNode):
                 raise
             kind = node.tag.rpartition(":")[2]
-            raise _refusal(node, f'"{plain(node.value, 60)}" is no !!{plain(kind, 20)}') from None
+            raise _syntax_error(node, f'"{plain(node.value, 60)}" is not a valid !!{plain(kind, 20)}') from None
 
-    def construct_yaml_int(self, node: yaml.Node) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(self.construct_scalar(node)) > MOST_DIGITS:
-            raise _refusal(node, f"a number of more than {MOST_DIGITS} digits")
+            raise _syntax_error(node, f"a number of more than {MOST_DIGITS} digits")
         return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the entries that `<<` names into `node`, each once: PyYAML's own copies double with every level."""
-        if node in self._flat:
+        """Merge the mappings that `<<` names into `node`, each key once.
+
+        PyYAML copies repeated keys, and the copies double with every level.
+        """
+        if node in self._flattened:
             return
-        self._flat.add(node)
-        own, merged = {}, {}
+        self._flattened.add(node)
+        own: dict[object, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[object, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             if key.tag != _MERGE:
-                if key.tag == _VALUE:  # `=`
+                if key.tag == _VALUE:  # a key `=` is a text
                     key.tag = _TEXT
-                name = key.value if isinstance(key, yaml.ScalarNode) else key  # which PyYAML refuses later
-                if name in own:
-                    raise _refusal(key, f'"{plain(name, 60)}" is given twice')
-                own[name] = key, value
+                if _key(key) in own:
+                    raise _syntax_error(key, f'"{plain(_key(key), 60)}" is given twice')
+                own[_key(key)] = key, value
                 continue
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(source, yaml.MappingNode):
-                    raise _refusal(value, "<< must name a section, or a list of sections")
+                    raise _syntax_error(value, "<< must name a mapping, or a list of mappings")
                 self.flatten_mapping(source)
-                self._merged += len(source.value)
-                if self._merged > MOST_ENTRIES:
-                    raise _refusal(value, f"more than {MOST_ENTRIES:,} entries are merged (<<)")
+                self._merged_entries += len(source.value)
+                if self._merged_entries > MOST_ENTRIES:
+                    raise _syntax_error(value, f"more than {MOST_ENTRIES:,} entries are merged (<<)")
                 for entry in source.value:
-                    merged.setdefault(entry[0].value if isinstance(entry[0], yaml.ScalarNode) else entry[0], entry)
+                    merged.setdefault(_key(entry[0]), entry)
         node.value = list({**merged, **own}.values())
 
 
-def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
+def _key(node: yaml.Node) -> object:
+    """Return what identifies a key: its text, or the node itself for a list or mapping, which PyYAML rejects later."""
+    return node.value if isinstance(node, yaml.ScalarNode) else node
+
+
+def _syntax_error(node: yaml.Node, problem: str) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-# A number of another form is a text, which the setting then refuses. Each pattern reads a text once: no backtracking.
+# All other forms of numbers are texts. The patterns match in linear time, without backtracking.
 _DIGITS, _EXPONENT = r"[0-9][0-9_]*", r"[eE][-+]?[0-9]+"
 _NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
@@ -111,7 +121,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: quotes stand around a text that either takes for something else."""
+    """Quotes every text that YAML 1.1 or `_Loader` would read as something else."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -121,10 +131,16 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path of a YAML file") -> Any:
-    """The content of a YAML file. Raises UserError for one that cannot be read (see ldm.files.inputs), is not YAML
-    (with the line), or is larger than MOST_YAML_BYTES or MOST_ENTRIES.
+    """Return the content of a YAML file.
 
-    name: of the setting, for errors; way: what to do about a file that is not there.
+    Args:
+        path: the file.
+        name: of the setting, which begins the error.
+        way: what to do about a missing file, which ends the error.
+
+    Raises:
+        UserError: the file cannot be read (see ldm.files.inputs), is not valid YAML (with the line), or exceeds
+            MOST_YAML_BYTES, MOST_ENTRIES or MOST_DEPTH.
     """
     text = read_text(path, name, way, MOST_YAML_BYTES)
     where = f"{name} {plain(os.fspath(path))}".strip()
@@ -137,22 +153,28 @@ def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 
 def write_yaml(content: Any) -> str:
-    """The text of a YAML file that `read_yaml` reads as `content`."""
+    """Return the YAML text that `read_yaml` reads as `content`."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path of a JSON file") -> Any:
-    """The content of a JSON file; raises as `read_yaml` does, and for a key given twice."""
+    """Return the content of a JSON file. Arguments and errors are those of `read_yaml`."""
     text = read_text(path, name, way, MOST_BYTES)
     return parse_json(text, f"{name} {plain(os.fspath(path))}".strip())
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The content of a JSON text, which `where` names in errors. Raises UserError where it is none, or gives a key
-    twice.
+    """Return the content of a JSON text.
+
+    Args:
+        text: the JSON.
+        where: the name of the text, for errors.
+
+    Raises:
+        UserError: the text is not valid JSON, or repeats a key.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_twins, parse_int=_whole_number)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {error.lineno} is not valid JSON: {error.msg}") from None
     except _MALFORMED as error:
@@ -160,9 +182,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """Return `content` as JSON with letters unescaped. `json.loads` restores every text, also file names that are not
-    UTF-8.
-    """
+    """Return `content` as JSON without escaping letters. Reading it restores file names that are not UTF-8, too."""
     return valid_text(json.dumps(content, ensure_ascii=False, indent=indent))
 
 
@@ -171,7 +191,7 @@ def valid_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
@@ -180,7 +200,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _whole_number(digits: str) -> int:
+def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number of {len(digits):,} digits, at most {MOST_DIGITS} are read")
     return int(digits)
@@ -203,31 +223,26 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raise UserError where aliases make of a small file a large or deep content (a message would print all of it), and
-    for texts that no file can hold.
-    """
+    """Raise UserError for more than MOST_ENTRIES or MOST_DEPTH with aliases expanded, and for invalid characters."""
     sizes: dict[int, tuple[int, int]] = {}
 
     def measure(value: Any) -> tuple[int, int]:
-        """(entries, depth)."""
+        """Return the number of entries and the depth."""
         if not isinstance(value, (dict, list, tuple, set, str, bytes)):
             return 1, 0
-        if id(value) in sizes:
-            return sizes[id(value)]
-        if isinstance(value, (str, bytes)):
-            if isinstance(value, str) and (found := _NO_TEXT.search(value)):
-                raise UserError(f"{where}: {ascii(found.group())[1:-1]} in a text is no character: take it out")
-            sizes[id(value)] = 1 + len(value) // 32, 0
-        else:
-            sizes[id(value)] = MOST_ENTRIES, 0  # of one that holds itself
-            inner = [measure(entry) for entry in ([*value, *value.values()] if isinstance(value, dict) else value)]
-            sizes[id(value)] = (
-                1 + sum(entries for entries, _ in inner),
-                1 + max((depth for _, depth in inner), default=0),
-            )
+        if id(value) not in sizes:
+            if isinstance(value, str) and (match := _INVALID.search(value)):
+                character = ascii(match.group())[1:-1]
+                raise UserError(f"{where}: {character} in a text is not a valid character: remove it")
+            if isinstance(value, (str, bytes)):
+                sizes[id(value)] = 1 + len(value) // 32, 0
+            else:
+                sizes[id(value)] = MOST_ENTRIES, 0  # counts if the value contains itself
+                inner = [measure(entry) for entry in ([*value, *value.values()] if isinstance(value, dict) else value)]
+                sizes[id(value)] = 1 + sum(n for n, _ in inner), 1 + max((depth for _, depth in inner), default=0)
         return sizes[id(value)]
 
     entries, depth = measure(content)
     if entries > MOST_ENTRIES or depth > MOST_DEPTH:
         most = f"{MOST_ENTRIES:,} entries" if entries > MOST_ENTRIES else f"{MOST_DEPTH} levels"
-        raise UserError(f"{where}: its aliases (&, *) stand for more than {most}: write it without")
+        raise UserError(f"{where}: with its aliases (&, *) expanded, it has more than {most}: write it without aliases")
