@@ -1,14 +1,14 @@
-"""Errors that a person can act on, and text from elsewhere made fit for a message."""
+"""Errors for users, and the escaping of untrusted text for messages."""
 
 from __future__ import annotations
 
 import errno
 
-# Characters of a foreign text within a message, and of a whole message: more is cut out of the middle.
+# Characters of a quoted text and of a whole message. The middle of a longer one is left out.
 LONGEST_QUOTE = 200
 LONGEST_MESSAGE = 600
 
-# What to do about an answer of the operating system, by its number.
+# What the user can do about an error of the operating system.
 _WAYS = {
     errno.EACCES: "give this user the permission (ls -ld shows who has it), or choose another path",
     errno.EPERM: "give this user the permission, or choose another path",
@@ -16,11 +16,11 @@ _WAYS = {
     errno.EDQUOT: "free space there, or choose another path",
     errno.EROFS: "choose a path that can be written",
     errno.ENAMETOOLONG: "choose a shorter path",
-    errno.ELOOP: "its links lead in a circle: choose another path",
+    errno.ELOOP: "its links form a circle: choose another path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close programs that hold many files open",
     errno.EIO: "the disk or the network file system fails: check it",
-    errno.ESTALE: "the network file system has lost it: mount it again",
+    errno.ESTALE: "mount the network file system again",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file: check the path",
     errno.EISDIR: "name a file",
@@ -28,12 +28,14 @@ _WAYS = {
 
 
 class UserError(Exception):
-    """A mistake in a setting, file or command line: the message says what, where, and the way out."""
+    """A mistake in a setting, file or command line. The message says what is wrong, where, and what to do."""
 
 
 def plain(text: object, longest: int = LONGEST_QUOTE) -> str:
-    """`text` on one line that a terminal shows as it is: control characters and invalid UTF-8 escaped, the middle cut
-    out where it is longer than `longest` characters.
+    """Return `text` on one line that is safe to print.
+
+    Control characters and invalid UTF-8 are escaped. The middle of a text of more than `longest` characters is left
+    out.
     """
     text = str(text)
     if len(text) > longest:
@@ -51,15 +53,15 @@ def _escaped(char: str) -> str:
 
 
 def system_reason(error: OSError) -> str:
-    """What the operating system answered and the way out, for the end of a message: "Permission denied: give ..."."""
+    """Return the reason of a system error and what to do, such as "Permission denied: give this user ..."."""
     reason = error.strerror or str(error) or type(error).__name__
     way = _WAYS.get(error.errno or 0, "check the path, its disk and its permissions")
     return f"{reason}: {way}"
 
 
 def system_error(error: OSError) -> UserError:
-    """The UserError for an answer of the operating system, with the file that it names."""
-    path = "standard output, or a file that is open," if error.filename is None else error.filename
+    """Return the UserError for a system error, with the file that it names."""
+    path = "standard output, or an open file," if error.filename is None else error.filename
     if isinstance(path, bytes):
         path = path.decode("utf-8", "surrogateescape")
     return UserError(f"{path} cannot be used: {system_reason(error)}")

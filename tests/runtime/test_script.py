@@ -134,7 +134,7 @@ def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_
         ("open('/nowhere/at all')", "/nowhere/at all cannot be used: No such file or directory: check"),
         ("open('a' * 300, 'w')", "File name too long: choose a shorter path"),
         ("import os; raise OSError(28, os.strerror(28), 'log.txt')", "log.txt cannot be used: No space left"),
-        ("import os; os.write(os.open('/dev/full', 1), b'x')", "output, or a file that is open, cannot be used: No"),
+        ("import os; os.write(os.open('/dev/full', 1), b'x')", "output, or an open file, cannot be used: No"),
         ("raise MemoryError", "memory is not enough"),
     ],
 )
