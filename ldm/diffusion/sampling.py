@@ -1,4 +1,4 @@
-"""How images are sampled, and the checks of that which need no network: no MindSpore here, for quick answers."""
+"""How images are sampled, and the checks that need no network. Nothing here imports MindSpore."""
 
 from __future__ import annotations
 
@@ -9,54 +9,82 @@ from ldm.diffusion.samplers.steps import check_steps
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
 
+# Where no batch size is given: pixels in a call of the network, 8 images of 512 x 512. A thousand images at once would
+# make the system end the process.
+CALL_PIXELS = 8 * 512 * 512
+SMALL_IMAGE_PIXELS = 128 * 128
+SMALL_IMAGE_BATCH = 16
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are sampled.
 
-    sampler: a name in ldm.diffusion.samplers.SAMPLERS. steps: network calls an image. scale: guidance, 1 for none.
-    eta: DDIM's share of fresh noise. height, width: pixels, None for the model's own. batch_size: images a call of
-    the network (twice as many rows with guidance); it changes nothing but speed and memory.
+    Attributes:
+        sampler: A name in ldm.diffusion.samplers.SAMPLERS.
+        num_inference_steps: Calls of the UNet for an image.
+        guidance_scale: The scale of classifier-free guidance, 1 for none.
+        eta: DDIM's share of fresh noise, 0 to 1.
+        height: In pixels, None for the model's own.
+        width: In pixels, None for the model's own.
+        batch_size: Images in a call of the network, which gets twice as many rows with guidance. It changes speed and
+            memory, and the images within rounding.
     """
 
     sampler: str = "dpm_solver_pp"
-    steps: int = 20
-    scale: float = 7.5
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
     batch_size: int = 4
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise UserError unless size and steps fit the model, and an image in fp32 fits into this machine's memory."""
+        _, height, width = latent_shape(config, self.height, self.width)
+        # Linux grants memory that it does not have, and ends the process that uses it without an exception.
+        image_bytes = 4 * 3 * height * width * config.vae_factor**2
+        if image_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise self.out_of_memory(config)
+        check_steps(self.num_inference_steps, config.timesteps)
 
-def check_sampling(sampling: Sampling, config: ModelConfig) -> tuple[int, int, int]:
-    """The shape (C, h, w) of the latents; UserError for a size or a number of steps that does not fit the model, and
-    for an image (3 x H x W in fp32) that does not fit into this machine's memory.
-    """
-    shape = latent_shape(config, sampling.height, sampling.width)
-    # Linux promises memory that it does not have and ends the process that uses it: no exception would come.
-    image = 3 * 4 * shape[1] * shape[2] * config.vae_factor**2
-    if image > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise out_of_memory(config, shape, sampling.batch_size)
-    check_steps(sampling.steps, config.timesteps)
-    return shape
+    def out_of_memory(self, config: ModelConfig) -> UserError:
+        """Returns the error that names the settings which decide how much memory sampling takes."""
+        height, width = self.height or config.image_size, self.width or config.image_size
+        return UserError(
+            f"not enough memory for batch_size {self.batch_size}, H {height}, W {width}: lower one of them"
+        )
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images of height x width pixels, None for the model's own size.
+    """Returns the shape (C, h, w) of an image's latents.
 
-    Raises UserError for a size that the networks cannot halve as often as they must.
+    Args:
+        config: The model's configuration.
+        height: In pixels, None for the model's own.
+        width: In pixels, None for the model's own.
+
+    Raises:
+        UserError: The size is not a multiple of `config.size_multiple`.
     """
     multiple = config.size_multiple
     sizes = []
     for name, size in (("H", height), ("W", width)):
         size = config.image_size if size is None else size
         if size < multiple or size % multiple:
-            near = max(multiple, round(size / multiple) * multiple)
-            raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {near} is nearest")
+            nearest = max(multiple, round(size / multiple) * multiple)
+            raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {nearest} is nearest")
         sizes.append(size // config.vae_factor)
     return config.latent_channels, sizes[0], sizes[1]
 
 
-def out_of_memory(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> UserError:
-    height, width = (size * config.vae_factor for size in shape[1:])
-    return UserError(f"not enough memory for batch_size {batch_size}, H {height}, W {width}: lower one of them")
+def default_batch_size(images_per_prompt: int, height: int, width: int) -> int:
+    """Returns how many images a call of the network takes where no batch size is given.
+
+    As in mindone's script these are the images of one prompt: at least SMALL_IMAGE_BATCH of them where they are small,
+    and no more than CALL_PIXELS hold.
+    """
+    pixels = height * width
+    if pixels <= SMALL_IMAGE_PIXELS:
+        images_per_prompt = max(images_per_prompt, SMALL_IMAGE_BATCH)
+    return max(1, min(images_per_prompt, CALL_PIXELS // pixels))

@@ -1,0 +1,1 @@
+"""Generating images: planning from the settings, the pipeline, and the files that are written."""

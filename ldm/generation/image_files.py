@@ -1,11 +1,11 @@
-"""What generation leaves behind: numbered PNGs with their prompts in them, a list of the prompts, a grid, latents.
+"""The files that generation writes: numbered PNGs with their prompts, a list of the prompts, a grid and latents.
 
     {output_path}/samples/00000.png ...  in the order of the prompts, all images of the first prompt first
-    {output_path}/samples/prompts.txt    the prompt of each PNG, one a line in the same order
+    {output_path}/samples/prompts.txt    the prompts of the PNGs, one per line in the same order
     {output_path}/grid.png
 
-An earlier run's files are never mixed with new ones nor deleted: its samples/ becomes samples.old1, its grid.png
-grid.old1.png, and so on.
+Files of an earlier run are renamed, never overwritten: samples/ becomes samples.old1, grid.png becomes grid.old1.png,
+and so on.
 """
 
 from __future__ import annotations
@@ -27,17 +27,24 @@ from ldm.files.inputs import open_file
 from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
 
-# More images than this make a grid that nobody looks at, and 64 of 768 pixels are a 38-megapixel file already.
+# Images of a grid at most: 64 of 768 pixels are a file of 38 megapixels.
 GRID_IMAGES = 64
 
 
-class SampleWriter:
-    """Writes one run's images as they come.
+class ImageWriter:
+    """Writes the images of a run, batch after batch.
 
-    images_per_prompt: consecutive images that share a prompt. texts: what stands in every PNG's text fields besides
-    its prompt, negative prompt and index; what is not a text is written as JSON. pngs, grid: whether to write them.
+    No file is written or renamed before the first call of `add`.
 
-    Nothing is touched before the first `add`. Raises UserError where the disk refuses.
+    Args:
+        output_path: The folder of samples/ and grid.png.
+        prompts: One for each image.
+        negative_prompts: One for each image.
+        images_per_prompt: Consecutive images that share a prompt.
+        metadata: Text fields of every PNG besides prompt, negative prompt and index. Values that are not strings are
+            written as JSON.
+        pngs: Whether to write PNGs.
+        grid: Whether to write the grid.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class SampleWriter:
         prompts: Sequence[str],
         negative_prompts: Sequence[str],
         images_per_prompt: int,
-        texts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         pngs: bool = True,
         grid: bool = True,
     ) -> None:
@@ -55,42 +62,50 @@ class SampleWriter:
         self.grid_path = self.output_path / "grid.png"
         self.prompts, self.negative_prompts = list(prompts), list(negative_prompts)
         self.images_per_prompt = images_per_prompt
-        self.texts = dict(texts)
+        self.metadata = dict(metadata)
         self.pngs, self.grid = pngs, grid
-        self.kept_as: list[Path] = []
+        self.renamed: list[Path] = []
         self.written = 0
         self._grid_images: list[np.ndarray] = []
         self._started = False
 
     def name(self, index: int) -> str:
-        """The file name of image `index`, padded so that names sort as numbers do."""
+        """Returns the file name of image `index`, padded so that names sort like numbers."""
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
     def add(self, indices: Sequence[int], images: np.ndarray) -> None:
-        """Write images (N, H, W, 3) uint8 whose places in the order of the prompts are `indices`."""
+        """Write a batch of images.
+
+        Args:
+            indices: The places of the images in the list of prompts, (N,).
+            images: (N, H, W, 3) uint8.
+
+        Raises:
+            UserError: A file cannot be written.
+        """
         with writing(self.output_path):
             if not self._started:
                 self._start()
             for index, image in zip(indices, images):
                 if self.pngs:
-                    texts = {
+                    fields = {
                         "prompt": self.prompts[index],
                         "negative_prompt": self.negative_prompts[index],
                         "index": str(index),
-                        **self.texts,
+                        **self.metadata,
                     }
-                    write_png(self.samples / self.name(int(index)), image, texts)
+                    write_png(self.samples / self.name(int(index)), image, fields)
                     self.written += 1
                 if self.grid and len(self._grid_images) < GRID_IMAGES:
                     self._grid_images.append(image)
 
     def progress(self) -> str:
-        """What is done and kept so far, for somebody who interrupts it."""
+        """Returns what is written so far, for the message of an interrupted run."""
         done = f"after {self.written:,} of {len(self.prompts):,} images"
         return f"{done}, which are in {self.samples}" if self.written else f"{done}: nothing is kept"
 
     def finish(self) -> None:
-        """Write the grid: a row a prompt where there are several images of each, else as square as it gets."""
+        """Write the grid: one row per prompt where there are several images of each, else roughly a square."""
         if not self._grid_images:
             return
         count = len(self._grid_images)
@@ -100,19 +115,23 @@ class SampleWriter:
 
     def _start(self) -> None:
         if self.pngs or self.grid:
-            self.kept_as = keep_earlier([self.samples, self.grid_path])
+            self.renamed = rename_earlier([self.samples, self.grid_path])
         self._started = True
         if self.pngs:
             with atomic_path(self.samples / "prompts.txt") as temporary:
-                # A prompt may hold line breaks; the line counts here, the PNG has the prompt as it was. An empty one is
-                # a space: ldm.files.prompts takes empty lines at the end for none.
+                # Line breaks within a prompt become spaces, so that lines and images correspond (the PNG has the exact
+                # prompt). An empty prompt becomes a space, because ldm.files.prompts ignores empty lines at the end.
                 lines = [" ".join(prompt.splitlines()) or " " for prompt in self.prompts]
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def keep_earlier(paths: Sequence[Path]) -> list[Path]:
-    """Rename those of `paths` that exist to name.oldN, N the first number that none of them has used; return the new
-    names. Empty folders stay.
+def rename_earlier(paths: Sequence[Path]) -> list[Path]:
+    """Rename existing files and folders to name.oldN, where N is the first number that is free for all of them.
+
+    Empty folders are left alone.
+
+    Returns:
+        The new paths.
     """
     present = [path for path in paths if path.exists() and not (path.is_dir() and not any(path.iterdir()))]
     if not present:
@@ -127,17 +146,17 @@ def keep_earlier(paths: Sequence[Path]) -> list[Path]:
     return [path.rename(old(path, number)) for path in present]
 
 
-def write_png(path: Path, image: np.ndarray, texts: Mapping[str, Any]) -> None:
-    """Write (H, W, 3) uint8 as a PNG with text fields, beside and then renamed."""
+def write_png(path: Path, image: np.ndarray, fields: Mapping[str, Any]) -> None:
+    """Write an image (H, W, 3) uint8 as a PNG with text fields. The file appears when it is complete."""
     info = PngInfo()
-    for key, value in texts.items():
+    for key, value in fields.items():
         info.add_itxt(key, valid_text(value) if isinstance(value, str) else json_text(value))
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, pnginfo=info)
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Images of one size (H, W, 3) uint8 in rows of `columns`, white between them and where the last row ends."""
+    """Arrange images of one size, (H, W, 3) uint8, in rows of `columns` with white gaps of `gap` pixels."""
     height, width, _ = images[0].shape
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
@@ -148,13 +167,19 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
 
 
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Latents of `shape` as float32 from a .npy file.
+    """Read latents from a .npy file as float32.
 
-    Raises UserError for a missing or foreign file, pickled or integer contents, another shape, values not finite.
+    Args:
+        path: The file of the setting init_latents.
+        shape: The expected shape, (N, C, h, w).
+
+    Raises:
+        UserError: The file is missing or not a .npy file, or its values are not finite floating-point numbers of
+            `shape`.
     """
-    wanted = " x ".join(map(str, shape))
-    way = f"give a .npy file of {wanted} numbers"
-    with open_file(path, "init_latents", way) as file:
+    expected = " x ".join(map(str, shape))
+    way_out = f"give a .npy file of {expected} numbers"
+    with open_file(path, "init_latents", way_out) as file:
         try:
             header = read_header(file, os.fstat(file.fileno()).st_size)
             if header.dtype.kind != "f":
@@ -163,12 +188,12 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
                 )
             if header.shape != tuple(shape):
                 raise UserError(
-                    f"init_latents {path} is {plain(' x '.join(map(str, header.shape)))}, wanted {wanted} "
+                    f"init_latents {path} is {plain(' x '.join(map(str, header.shape)))}, expected {expected} "
                     "(images x channels x height / factor x width / factor)"
                 )
             array = read_array(file, header)
         except NotNumpy as error:
-            raise UserError(f"init_latents {path} is not a .npy file of numbers ({error}): {way}") from None
+            raise UserError(f"init_latents {path} is not a .npy file of numbers ({error}): {way_out}") from None
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise UserError(f"init_latents {path} holds values that are not finite (NaN or infinite): write it anew")
@@ -176,12 +201,12 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_latents(path: str | Path, starting: np.ndarray, final: np.ndarray) -> None:
-    """Write final latents (N, C, h, w) to `path` and the starting ones to the same name with .init.npy."""
+    """Write final latents (N, C, h, w) to `path`, and starting latents to starting_latents_path(path)."""
     for target, array in ((starting_latents_path(path), starting), (Path(path), final)):
         with writing(target), atomic_path(target) as temporary:
             np.save(temporary, np.ascontiguousarray(array, np.float32), allow_pickle=False)
 
 
 def starting_latents_path(path: str | Path) -> Path:
-    """out.npy -> out.init.npy."""
+    """Returns the path of the starting latents: out.init.npy for out.npy."""
     return Path(path).with_suffix(".init.npy")

@@ -1,50 +1,60 @@
-"""Text to images, for every caller: prompts -> text states -> sampler -> latents -> autoencoder -> images."""
+"""From prompts to images: prompts -> text embeddings -> sampler -> latents -> VAE -> images.
+
+from ldm.generation.pipeline import Pipeline
+
+pipe = Pipeline.from_checkpoint("models/nano/nano.safetensors")
+pipe.load_lora("output/demo/ckpt/lora.ckpt", 0.8)
+image = pipe("a red apple", num_inference_steps=20, seed=42).images[0]
+image.save("apple.png")
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import mindspore as ms
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.draws import draws
 from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.sampling import Sampling, check_sampling, out_of_memory
+from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora
-from ldm.lora.formats.modules import BaseModules
+from ldm.generation.loading import apply_lora, load_model, select_lora
+from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
-from ldm.lora.merge import check_compatible, match_shapes, merge_lora
-from ldm.models.attention import use_flash_attention
 from ldm.models.autoencoder import VAEDecode
-from ldm.models.layers import set_compute_dtype
-from ldm.models.stable_diffusion import StableDiffusion, build_model
-from ldm.runtime.batches import run_in_batches
-from ldm.runtime.device import is_out_of_memory
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.runtime.batches import fill_batch, run_in_batches
+from ldm.runtime.device import check_flash_attention, current_runtime, is_out_of_memory, setup_runtime
 from ldm.settings.model import ModelConfig
+from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
-from ldm.weights.base_model import open_base_model
-from ldm.weights.load import check_metadata, load_base_model, load_component
-from ldm.weights.names import COMPONENTS
+from ldm.weights.architecture import config_with_tokens
 
 logger = logging.getLogger(__name__)
 
-# Images are decoded so many pixels at a time: SD's decoder has activations of 256 channels at full size, 268 MB in
-# fp32 for this many.
+# Pixels of a call of the VAE's decoder: SD's has 256 channels at full size, 268 MB in fp32 for this many.
 DECODE_PIXELS = 512 * 512
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One batch of images: their indices (N,), starting and final latents (N, C, h, w), images (N, H, W, 3) uint8."""
+class ImageBatch:
+    """Images that were generated together.
+
+    Attributes:
+        indices: Their places in the list of prompts, (N,).
+        starting_latents: The latents at the first time step, (N, C, h, w) float32.
+        latents: The final latents, (N, C, h, w) float32.
+        images: (N, H, W, 3) uint8.
+    """
 
     indices: np.ndarray
     starting_latents: np.ndarray
@@ -52,74 +62,187 @@ class Generated:
     images: np.ndarray
 
 
-class Pipeline:
-    """A model that draws images for prompts. Each network is compiled once for each shape and batch size it meets.
+@dataclass(frozen=True)
+class PipelineOutput:
+    """The images of a call, in the order of the prompts, and their final latents (N, C, h, w) float32."""
 
-    The weights are read at every call, so a network that trains in between is sampled as it is then. The compute type
-    of the networks is whatever they were set to; the autoencoder is meant to stay in fp32.
+    images: list[Image.Image]
+    latents: np.ndarray
+
+
+class Pipeline:
+    """Generates images with a Stable Diffusion model.
+
+    Each network is compiled once for each shape and batch size. The weights are read at every call, so a network that
+    is trained between two calls is sampled with its weights of that moment.
+
+    Args:
+        model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
+        tokenizer: Replaces the tokenizer that the model's configuration describes.
     """
 
     def __init__(self, model: StableDiffusion, tokenizer: Tokenizer | None = None) -> None:
-        self.config = config = model.config
-        self.schedule = NoiseSchedule.from_config(config)
-        self.tokenizer = tokenizer or Tokenizer(config.pad_token, config.added_tokens)
+        self.model = model
+        self.config: ModelConfig = model.config
+        self.schedule = NoiseSchedule.from_config(self.config)
+        self.tokenizer = tokenizer or Tokenizer(self.config.pad_token, self.config.added_tokens)
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
 
-    def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
-        """Noise (N, *shape) float32: that of image i depends on the seed and i alone, whatever is drawn with it."""
-        return np.stack([draws(seed, "starting latents", i).standard_normal(shape, np.float32) for i in indices])
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path | None = None,
+        *,
+        version: str | None = None,
+        config: str | Path | ModelConfig | None = None,
+        dtype: ms.Type | None = None,
+        unet: str | Path | None = None,
+        vae: str | Path | None = None,
+        ema: bool = False,
+        flash_attention: bool = False,
+        device: str | None = None,
+    ) -> Pipeline:
+        """Load a base model.
 
-    def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
-        """Text states (N, 77, D) float32; texts given twice are encoded once.
+        MindSpore is set up in graph mode, unless ldm.runtime.device.setup_runtime was called before.
 
-        batch_size: texts a call of the network, None for all but at most 16. A last call with fewer is filled up.
+        Args:
+            checkpoint: A .safetensors file, a .ckpt of MindSpore or PyTorch, or a diffusers folder. None for the
+                version's published file under models/, or for the nano model that comes with this project.
+            version: A key of ldm.settings.versions.VERSIONS. None detects the model from the checkpoint.
+            config: A model YAML, or a configuration, instead of the version's.
+            dtype: ms.float32 or ms.float16 for UNet and text encoder. None for fp16 on Ascend and fp32 on the CPU.
+            unet: A checkpoint whose UNet replaces the base checkpoint's.
+            vae: A checkpoint whose VAE replaces the base checkpoint's.
+            ema: Load the moving averages of the UNet's weights that the checkpoint holds.
+            flash_attention: Use Ascend's fused attention in the UNet.
+            device: "Ascend" or "CPU". None for Ascend where there is one.
+
+        Raises:
+            UserError: A file is missing, cannot be read or does not fit the model, or the model cannot be detected.
         """
-        distinct = list(dict.fromkeys(texts))
-        tokens = self.tokenizer.encode(distinct)
-        batch_size = batch_size or min(len(distinct), 16)
-        states = run_in_batches(self.text_encoder, tokens, batch_size)
-        place = {text: i for i, text in enumerate(distinct)}
-        return states[[place[text] for text in texts]]
-
-    def sample(
-        self,
-        context: np.ndarray,
-        negative_context: np.ndarray | None,
-        latents: np.ndarray,
-        sampling: Sampling,
-        draw_noise: Callable[[], np.ndarray] | None = None,
-        callback: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
-        """Final latents (N, C, h, w) of one batch from starting latents of that shape, both scaled.
-
-        context, negative_context: (N, 77, D), the second None at scale 1. draw_noise: see samplers/ddim.py.
-        Raises UserError where they are not finite any more.
-        """
-        denoise = GuidedDenoiser(self.unet, context, negative_context, sampling.scale)
-        extra = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-        final = SAMPLERS[sampling.sampler](
-            denoise, latents, sampling.steps, self.schedule, self.config.prediction_type, callback=callback, **extra
+        if isinstance(config, ModelConfig):
+            if checkpoint is None:
+                raise ValueError("a configuration without a checkpoint: give both")
+            path, model_config = Path(checkpoint), config
+        else:
+            _, path, model_config = find_model(checkpoint, version, config)
+        runtime = current_runtime()
+        if runtime is None or device not in (None, runtime.device):
+            runtime = setup_runtime(device, seed=None)
+        check_flash_attention(flash_attention, runtime)
+        model = load_model(
+            config_with_tokens(model_config, path),
+            path,
+            dtype=dtype or runtime.compute_dtype,
+            unet=unet,
+            vae=vae,
+            ema=ema,
+            flash_attention=flash_attention,
         )
-        if not np.isfinite(final).all():
-            raise UserError(
-                "the sampled latents are not finite: the checkpoint or the LoRA is broken, or, in fp16, overflows "
-                "(try --precision fp32)"
-            )
-        return final
+        return cls(model)
 
-    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Images (N, H, W, 3) uint8 of scaled latents (N, C, h, w).
+    def load_lora(
+        self,
+        path: str | Path,
+        strength: float | Strength = 1.0,
+        *,
+        unet: bool | None = None,
+        text_encoder: bool | None = None,
+    ) -> LoRA:
+        """Merge a LoRA into the model's weights. Several LoRAs can be merged one after another.
 
-        batch_size: images a call at most, None for all; fewer where they are large. A last call with fewer is filled
-        up.
+        A merged LoRA cannot be removed exactly: load the base model again instead.
+
+        Args:
+            path: A file or folder in any known format (see ldm.lora.formats).
+            strength: How much of the LoRA is applied, or a Strength with one number for each network. 0 leaves the
+                weights as they are, bit for bit.
+            unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
+            text_encoder: The same for its text encoder part.
+
+        Returns:
+            What was merged.
+
+        Raises:
+            UserError: The file is not a LoRA or was made for another model, a required part is missing, no part
+                remains, or a merged weight would be out of range.
         """
-        pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
-        batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
-        scaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
-        images = run_in_batches(self.decoder, scaled, batch_size)
-        return to_uint8(images)
+        lora = select_lora(self.config, path, unet, text_encoder)
+        apply_lora(self.model, lora, strength, path)
+        return lora
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 42,
+        sampler: str = "dpm_solver_pp",
+        eta: float = 0.0,
+        latents: np.ndarray | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> PipelineOutput:
+        """Generate images: the same ones as text_to_image.py with the same settings.
+
+        Args:
+            prompt: One prompt or several.
+            negative_prompt: What the images should not show: one for all prompts, or as many as prompts.
+            height: In pixels, None for the model's own.
+            width: In pixels, None for the model's own.
+            num_inference_steps: Calls of the UNet for an image.
+            guidance_scale: The scale of classifier-free guidance, 1 for none. None for the model's default.
+            num_images_per_prompt: Images of each prompt. All images of the first prompt come first.
+            seed: Image i depends on (seed, i) alone.
+            sampler: "dpm_solver_pp", "dpm_solver" or "ddim".
+            eta: DDIM's share of fresh noise, 0 to 1.
+            latents: Starting latents (N, C, h, w), one for each image, instead of those of the seed.
+            batch_size: Images in a call of the network, None for as many as memory is likely to hold.
+            progress: Show a progress bar.
+
+        Raises:
+            UserError: The size or the steps do not fit the model, or memory does not suffice.
+            ValueError: Prompts, negative prompts and latents differ in number.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negative_prompts = [negative_prompt or ""] * len(prompts)
+        else:
+            negative_prompts = list(negative_prompt)
+        side = self.config.image_size
+        sampling = Sampling(
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=default_guidance_scale(self.config.architecture)
+            if guidance_scale is None
+            else guidance_scale,
+            eta=eta,
+            height=height,
+            width=width,
+            batch_size=batch_size or default_batch_size(num_images_per_prompt, height or side, width or side),
+        )
+        batches = list(
+            self.generate(
+                [text for text in prompts for _ in range(num_images_per_prompt)],
+                sampling,
+                seed,
+                [text for text in negative_prompts for _ in range(num_images_per_prompt)],
+                latents,
+                progress,
+            )
+        )
+        return PipelineOutput(
+            [Image.fromarray(image) for batch in batches for image in batch.images],
+            np.concatenate([batch.latents for batch in batches]),
+        )
 
     def generate(
         self,
@@ -129,172 +252,162 @@ class Pipeline:
         negative_prompts: Sequence[str] | None = None,
         starting_latents: np.ndarray | None = None,
         progress: bool = True,
-    ) -> Iterator[Generated]:
-        """Draw one image for each prompt, batch after batch, in order; image i comes from (seed, i).
+    ) -> Iterator[ImageBatch]:
+        """Generate one image for each prompt, batch after batch.
 
-        negative_prompts: one for each prompt, None for empty ones; not used at scale 1.
-        starting_latents: (N, C, h, w), None to draw them from the seed.
-        progress: a bar on the terminal.
+        Args:
+            prompts: One for each image.
+            sampling: How the images are sampled.
+            seed: Image i depends on (seed, i) alone.
+            negative_prompts: One for each prompt, None for empty ones. They are not used at guidance scale 1.
+            starting_latents: (N, C, h, w), None for those of the seed.
+            progress: Show a progress bar.
 
-        Raises UserError for sizes or steps that do not fit the model, and where memory does not suffice; ValueError for
-        lists of unequal lengths.
+        Raises:
+            UserError: The size or the steps do not fit the model, or memory does not suffice.
+            ValueError: Prompts, negative prompts and latents differ in number.
         """
-        shape = check_sampling(sampling, self.config)
+        sampling.check(self.config)
+        shape = latent_shape(self.config, sampling.height, sampling.width)
         count = len(prompts)
         negative_prompts = [""] * count if negative_prompts is None else negative_prompts
         if len(negative_prompts) != count:
             raise ValueError(f"{count} prompts, but {len(negative_prompts)} negative prompts")
         if starting_latents is not None and starting_latents.shape != (count, *shape):
-            raise ValueError(f"starting latents are {starting_latents.shape}, wanted {(count, *shape)}")
-        batch_size = max(1, min(sampling.batch_size, count))
-        batches = [np.arange(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-        guided = sampling.scale != 1.0
-        cut = self.tokenizer.cut_off(dict.fromkeys([*prompts, *(negative_prompts if guided else ())]))
-        if cut:
-            logger.warning('%d prompts are longer than 75 tokens and cut there; the first loses "%s"', len(cut), cut[0])
+            raise ValueError(f"starting latents are {starting_latents.shape}, expected {(count, *shape)}")
+        sampling = replace(sampling, batch_size=max(1, min(sampling.batch_size, count)))
+        batches = [np.arange(count)[i : i + sampling.batch_size] for i in range(0, count, sampling.batch_size)]
+        guided = sampling.guidance_scale != 1.0
+        cut_off = self.tokenizer.cut_off(dict.fromkeys([*prompts, *(negative_prompts if guided else ())]))
+        if cut_off:
+            logger.warning(
+                '%d prompts are longer than 75 tokens and cut there; the first loses "%s"',
+                len(cut_off),
+                cut_off[0],
+            )
         texts = [
             [*(prompts[i] for i in indices), *(negative_prompts[i] for i in indices if guided)] for indices in batches
         ]
-        # One size for all, so that the text encoder too is compiled once.
+        # One batch size for all, so that the text encoder too is compiled once.
         text_batch_size = max((len(set(batch)) for batch in texts), default=1)
-        with tqdm(total=len(batches) * sampling.steps, desc="compiling", unit="step", disable=not progress) as bar:
+        total = len(batches) * sampling.num_inference_steps
+        with tqdm(total=total, desc="compiling", unit="step", disable=not progress) as bar:
 
             def advance(step: int) -> None:
-                bar.set_description("sampling", refresh=False)  # the first step of all took the compiling
+                bar.set_description("sampling", refresh=False)  # the networks are compiled in the very first step
                 bar.update()
 
             for indices, batch_texts in zip(batches, texts):
-                # The last batch is filled up with its last image, or its size would be compiled as well.
-                padded = np.append(indices, np.full(batch_size - len(indices), indices[-1], indices.dtype))
-                with _memory_is_named(self.config, shape, batch_size):
+                size = len(indices)
+                # The last batch is filled up, or the networks would be compiled for its size too.
+                filled = fill_batch(indices, sampling.batch_size)
+                with self._memory_errors(sampling):
                     if starting_latents is None:
-                        start = self.starting_latents(seed, padded.tolist(), shape)
+                        start = self.starting_latents(seed, filled.tolist(), shape)
                     else:
-                        start = np.asarray(starting_latents[padded], np.float32)
-                    states = self.encode_prompts(batch_texts, text_batch_size)
-                    rows = np.minimum(np.arange(batch_size), len(indices) - 1)
-                    context = states[rows]
-                    negative_context = states[len(indices) + rows] if guided else None
-                    final = self.sample(
-                        context,
-                        negative_context,
+                        start = np.asarray(starting_latents[filled], np.float32)
+                    embeddings = self.encode_prompts(batch_texts, text_batch_size)
+                    latents = self.sample(
+                        fill_batch(embeddings[:size], sampling.batch_size),
+                        fill_batch(embeddings[size:], sampling.batch_size) if guided else None,
                         start,
                         sampling,
-                        draw_noise=_noise_of_images(seed, padded.tolist(), shape),
+                        draw_noise=_ddim_noise(seed, filled.tolist(), shape),
                         callback=advance,
                     )
-                    images = self.decode(final, batch_size)
-                kept = slice(len(indices))
-                yield Generated(indices, start[kept], final[kept], images[kept])
+                    images = self.decode(latents, sampling.batch_size)
+                yield ImageBatch(indices, start[:size], latents[:size], images[:size])
 
+    def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
+        """Compute text embeddings (N, 77, D) float32. Equal texts are encoded once.
 
-def load_model(
-    config: ModelConfig,
-    checkpoint: str | Path,
-    compute_dtype=ms.float32,
-    unet_checkpoint: str | Path | None = None,
-    flash_attention: bool = False,
-    ema: bool = False,
-    vae_checkpoint: str | Path | None = None,
-) -> StableDiffusion:
-    """The networks with a base checkpoint (a file or a diffusers folder) in them, UNet and text encoder computing in
-    `compute_dtype`, the autoencoder in fp32 (in fp16 it is known to overflow).
+        Args:
+            texts: The prompts.
+            batch_size: Texts in a call of the text encoder, None for all of them but at most 16.
+        """
+        distinct = list(dict.fromkeys(texts))
+        tokens = self.tokenizer.encode(distinct)
+        embeddings = run_in_batches(self.text_encoder, tokens, batch_size or min(len(distinct), 16))
+        place = {text: i for i, text in enumerate(distinct)}
+        return embeddings[[place[text] for text in texts]]
 
-    unet_checkpoint, vae_checkpoint: whose UNet and VAE take the place of the checkpoint's, see load_component.
-    flash_attention: Ascend's, in the UNet (see ldm.runtime.device.check_flash_attention). ema: take the checkpoint's
-    moving averages of the UNet.
+    def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
+        """Draw noise (N, *shape) float32. The noise of image i depends on the seed and i alone."""
+        return np.stack([draws(seed, "starting latents", i).standard_normal(shape, np.float32) for i in indices])
 
-    Raises UserError for a file that does not fit the configuration or says that it was made for another, see
-    ldm.weights.load.
-    """
-    check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
-    model = build_model(config, random=False)
-    # A base may be without a VAE where another one is given.
-    components = [component for component in COMPONENTS if component != "vae" or vae_checkpoint is None]
-    logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
-    for component, path in (("unet", unet_checkpoint), ("vae", vae_checkpoint)):
-        if path is not None:
-            logger.info("%s: %s", path, load_component(model, path, component, config))
-    set_compute_dtype(model.model, compute_dtype)
-    set_compute_dtype(model.cond_stage_model, compute_dtype)
-    if flash_attention:
-        use_flash_attention(model.model, True)
-    return model
+    def sample(
+        self,
+        text_embeddings: np.ndarray,
+        negative_text_embeddings: np.ndarray | None,
+        latents: np.ndarray,
+        sampling: Sampling,
+        draw_noise: Callable[[], np.ndarray] | None = None,
+        callback: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Denoise one batch.
 
+        Args:
+            text_embeddings: Of the prompts, (N, 77, D).
+            negative_text_embeddings: Of the negative prompts, (N, 77, D). None at guidance scale 1.
+            latents: The scaled latents to start from, (N, C, h, w).
+            sampling: How the images are sampled.
+            draw_noise: Returns DDIM's fresh noise, (N, C, h, w).
+            callback: Called with the number of each step that is done, from 1.
 
-def apply_lora(
-    model: StableDiffusion,
-    config: ModelConfig,
-    path: str | Path,
-    weight: float | Strength = 1.0,
-    unet: bool | None = None,
-    text_encoder: bool | None = None,
-) -> LoRA:
-    """Merge a LoRA of any known format into the weights and return what was merged; weight 0 leaves them as they are,
-    bit for bit.
+        Returns:
+            The final scaled latents, (N, C, h, w) float32.
 
-    weight: of the whole, or Strength with one for each network.
-    unet, text_encoder: None applies the part if the file has it, False leaves it out, True demands it.
+        Raises:
+            UserError: They are not finite.
+        """
+        denoise = GuidedDenoiser(self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale)
+        options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
+        final = SAMPLERS[sampling.sampler](
+            denoise,
+            latents,
+            sampling.num_inference_steps,
+            self.schedule,
+            self.config.prediction_type,
+            callback=callback,
+            **options,
+        )
+        if not np.isfinite(final).all():
+            raise UserError(
+                "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "
+                "(try --precision fp32)"
+            )
+        return final
 
-    Raises UserError as choose_lora.
-    """
-    chosen = choose_lora(config, path, unet, text_encoder)
-    apply_chosen(model, chosen, path, weight)
-    return chosen
+    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Decode scaled latents (N, C, h, w) to images (N, H, W, 3) uint8.
 
+        Args:
+            latents: The latents.
+            batch_size: Images in a call of the decoder at most, None for all. Large images are decoded in smaller
+                batches.
+        """
+        pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
+        batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
+        unscaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
+        return to_uint8(run_in_batches(self.decoder, unscaled, batch_size))
 
-def apply_chosen(model: StableDiffusion, chosen: LoRA, path: str | Path, weight: float | Strength = 1.0) -> None:
-    """Merge what choose_lora found at `path`."""
-    match = merge_lora(model, chosen, weight, str(path))
-    logger.info("%s: %s; weight %s", path, match, Strength.from_value(weight))
-
-
-def choose_lora(
-    config: ModelConfig, path: str | Path, unet: bool | None = None, text_encoder: bool | None = None
-) -> LoRA:
-    """What of a LoRA file is applied to a model; see apply_lora.
-
-    Raises UserError for a file that is no LoRA or was made for another model, a part that is demanded and not there,
-    and where nothing is left to apply.
-    """
-    state = read_lora(path, config)
-    check_compatible(state, config, str(path))
-    layers = {}
-    for component, label, wanted, flag in (
-        ("unet", "UNet", unet, "lora_ft_unet"),
-        ("text_encoder", "text encoder", text_encoder, "lora_ft_text_encoder"),
-    ):
-        part = state.only(component).layers
-        if wanted and not part:
-            raise UserError(f"{path} has no {label} part ({state}): leave out {flag}, or choose another file")
-        if wanted is False and part:
-            logger.warning("%s: its %s part, %d layers, is left out (%s False)", path, label, len(part), flag)
-        elif part:
-            layers.update(part)
-    if not layers:
-        raise UserError(f"{path}: nothing of it would be applied ({state}): leave out lora_ft_... False")
-    chosen = LoRA(layers, state.metadata)
-    match_shapes(BaseModules(config).shapes, chosen).require(str(path))
-    return chosen
+    @contextmanager
+    def _memory_errors(self, sampling: Sampling) -> Iterator[None]:
+        """Turn an allocation that numpy or MindSpore could not make into a UserError that names the settings."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise sampling.out_of_memory(self.config) from error
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images (N, 3, H, W) around [-1, 1] -> (N, H, W, 3) uint8, rounded to the nearest."""
+    """Convert images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8. Values outside are clipped."""
     return np.round(np.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-@contextmanager
-def _memory_is_named(config: ModelConfig, shape: tuple[int, int, int], batch_size: int) -> Iterator[None]:
-    """Turn a failed allocation, numpy's or MindSpore's, into a UserError; every other error goes on as it is."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(config, shape, batch_size) from error
-
-
-def _noise_of_images(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
-    """DDIM's fresh noise, from a generator for each image, so that the batch size does not matter."""
+def _ddim_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
+    """DDIM's fresh noise. Each image has a generator of its own, so the noise does not depend on the batch size."""
     generators = [draws(seed, "ddim noise", i) for i in indices]
     return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])

@@ -1,0 +1,1 @@
+"""Processes, devices, signals and logs: how a script runs."""

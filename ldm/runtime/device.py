@@ -1,8 +1,4 @@
-"""MindSpore's context: device, mode, precision, ranks and seeds. Every choice that depends on the device is made here.
-
-Import this module before MindSpore where a script starts: it quiets MindSpore's own warnings (GLOG_v), which is only
-possible before its first import. An exported GLOG_v is respected.
-"""
+"""MindSpore's context: device, execution mode, precision, seeds and the processes of a data-parallel run."""
 
 from __future__ import annotations
 
@@ -12,14 +8,11 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
 
-os.environ.setdefault("GLOG_v", "3")
+import mindspore as ms
+import numpy as np
 
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-
-from ldm.errors import UserError, plain  # noqa: E402
+from ldm.errors import UserError, plain
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +21,31 @@ DEVICES = ("Ascend", "CPU")
 PRECISIONS = ("auto", "fp16", "fp32")
 JIT_LEVELS = ("O0", "O1", "O2")
 
-# How MindSpore says that memory is short: in pynative mode, in graph mode (host and device), and from C++ itself.
-OUT_OF_MEMORY = ("allocate memory failed", "memory isn't enough", "memory not enough", "memory malloc failed",
-                 "out of memory", "bad_alloc")  # fmt: skip
+# Parts of the messages of a failed allocation: pynative mode, graph mode (host and device), and C++.
+OUT_OF_MEMORY = (
+    "allocate memory failed",
+    "memory isn't enough",
+    "memory not enough",
+    "memory malloc failed",
+    "out of memory",
+    "bad_alloc",
+)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What was set up: device "Ascend" or "CPU", the networks' compute type, this process among how many, the mode."""
+    """How MindSpore was set up.
+
+    Attributes:
+        device: "Ascend" or "CPU".
+        compute_dtype: The type in which the networks compute, ms.float16 or ms.float32.
+        rank: The index of this process in a data-parallel run, 0 otherwise.
+        rank_size: The number of processes.
+        mode: GRAPH or PYNATIVE.
+    """
 
     device: str
-    compute_dtype: Any  # ms.float16 or ms.float32
+    compute_dtype: ms.Type
     rank: int
     rank_size: int
     mode: int
@@ -52,31 +59,46 @@ class Runtime:
         return self.compute_dtype == ms.float16
 
 
+_current: Runtime | None = None
+
+
+def current_runtime() -> Runtime | None:
+    """Returns what the last call of setup_runtime returned, None before the first."""
+    return _current
+
+
 def setup_runtime(
     device_target: str | None = None,
     mode: int = GRAPH,
     jit_level: str | None = None,
     precision: str = "auto",
-    seed: int = 42,
+    seed: int | None = 42,
     use_parallel: bool = False,
 ) -> Runtime:
-    """Prepare MindSpore; call it before the first network is built.
+    """Set up MindSpore. Call this before the first network is built.
 
-    device_target: "Ascend", "CPU" or None (Ascend where there is one). mode: 0 graph, 1 pynative. jit_level: how much
-    Ascend's compiler optimises ("O0" to "O2"); the CPU has one level only. precision: "auto" is fp16 on Ascend and fp32
-    on the CPU. seed: of the weights that are not loaded; what training draws depends on its own seed and step alone.
-    use_parallel: data parallel over the processes that `msrun` started.
+    On Ascend the overflow mode is INFNAN: without it the loss scaling of fp16 would see saturated numbers instead of
+    infinities.
 
-    On Ascend the INFNAN overflow mode is set, without which fp16 loss scaling sees saturated numbers, not infinities.
+    Args:
+        device_target: "Ascend", "CPU", or None for Ascend where there is one.
+        mode: GRAPH or PYNATIVE.
+        jit_level: How much Ascend's compiler optimises, "O0" to "O2". The CPU has one level only.
+        precision: "fp16", "fp32", or "auto" for fp16 on Ascend and fp32 on the CPU.
+        seed: Of the weights that are initialised at random, None to leave the random state as it is. What training
+            draws depends on its own seed and the step alone.
+        use_parallel: Join the data-parallel run of the processes that `msrun` started.
 
-    Raises UserError for a device that is not there, and for use_parallel outside of msrun.
+    Raises:
+        UserError: The device is not there, or `use_parallel` is set outside of msrun.
     """
+    global _current
     if device_target != "CPU":
-        # read when the device is initialised, which the question whether it is there may do, so it comes first
+        # MindSpore reads it when it initialises the device, which the check for an Ascend may do.
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     device = device_target or ("Ascend" if _has_ascend() else "CPU")
     try:
-        # MindSpore refuses a device, even the one it has, once it has computed something
+        # MindSpore refuses to set a device, even the current one, once it has computed something.
         if ms.get_context("device_target") != device:
             ms.set_device(device)
     except (RuntimeError, ValueError) as error:
@@ -90,14 +112,16 @@ def setup_runtime(
             logger.info("jit_level %s has no effect on the CPU", jit_level)
 
     rank, rank_size = (0, 1) if not use_parallel else _join_ranks()
-    ms.set_seed(seed)
-    np.random.seed(seed)
+    if seed is not None:
+        ms.set_seed(seed)
+        np.random.seed(seed)
     fp16 = precision == "fp16" or (precision == "auto" and device == "Ascend")
-    return Runtime(device, ms.float16 if fp16 else ms.float32, rank, rank_size, mode)
+    _current = Runtime(device, ms.float16 if fp16 else ms.float32, rank, rank_size, mode)
+    return _current
 
 
 def check_flash_attention(enable: bool, runtime: Runtime) -> None:
-    """Raise UserError if Ascend's fused attention is asked for where it does not exist."""
+    """Raise UserError if `enable` is set where Ascend's fused attention does not exist."""
     if enable and not runtime.is_ascend:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
     if enable and not runtime.fp16:
@@ -105,19 +129,19 @@ def check_flash_attention(enable: bool, runtime: Runtime) -> None:
 
 
 def give_back_memory() -> None:
-    """Return to the system what this process has freed but holds for later; Linux's usual C library can."""
+    """Return freed memory, which this process keeps for later allocations, to the system (glibc only)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error, numpy's or MindSpore's, says that memory is short."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    """Whether an error of numpy or MindSpore reports a failed allocation."""
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in OUT_OF_MEMORY)
 
 
 def _has_ascend() -> bool:
-    # The device files first: without a device, MindSpore's own question prints an error about its missing libraries.
+    # The device files are checked first: without a device, is_available prints an error about missing libraries.
     return bool(glob.glob("/dev/davinci[0-9]*")) and ms.hal.is_available("Ascend")
 
 
@@ -126,16 +150,16 @@ def _join_ranks() -> tuple[int, int]:
 
     if "MS_ROLE" not in os.environ and "RANK_TABLE_FILE" not in os.environ:
         raise UserError(
-            "use_parallel wants one process a device: start it with "
+            "use_parallel needs one process for each device: start it with "
             "msrun --worker_num=8 --local_worker_num=8 --join=True train_text_to_image.py ..."
         )
     try:
-        communication.init()  # msrun's scheduler stays in here until the others have ended
+        communication.init()  # in msrun's scheduler it returns when the other processes have ended
     except RuntimeError as error:
         reason = plain(str(error).strip().partition("\n")[0])
         raise UserError(
-            f"a process of this run did not come or has ended ({reason}): its own error is above, or in the launcher's "
-            "log of that process"
+            f"a process of this run did not start or has ended ({reason}): its own error is above, or in the "
+            "launcher's log of that process"
         ) from None
     rank, rank_size = communication.get_rank(), communication.get_group_size()
     ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=rank_size)

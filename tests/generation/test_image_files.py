@@ -176,9 +176,9 @@ BAD_LATENTS = {
     "npz": (lambda path: path.write_bytes(npz(np.ones((2, 4, 3, 3)))), "npz archive"),
     "integers": (lambda path: np.save(path, np.ones((2, 4, 3, 3), int)), "holds int64"),
     "complex": (lambda path: np.save(path, np.ones((2, 4, 3, 3), complex)), "holds complex"),
-    "other shape": (lambda path: np.save(path, np.ones((2, 4, 3, 5))), "is 2 x 4 x 3 x 5, wanted 2 x 4 x 3 x 3"),
-    "other count": (lambda path: np.save(path, np.ones((1, 4, 3, 3))), "wanted 2 x 4 x 3 x 3"),
-    "no axes": (lambda path: np.save(path, np.float32(1)), "wanted 2 x 4 x 3 x 3"),
+    "other shape": (lambda path: np.save(path, np.ones((2, 4, 3, 5))), "is 2 x 4 x 3 x 5, expected 2 x 4 x 3 x 3"),
+    "other count": (lambda path: np.save(path, np.ones((1, 4, 3, 3))), "expected 2 x 4 x 3 x 3"),
+    "no axes": (lambda path: np.save(path, np.float32(1)), "expected 2 x 4 x 3 x 3"),
     "nan": (lambda path: np.save(path, np.full((2, 4, 3, 3), np.nan)), "not finite"),
     "infinite": (lambda path: np.save(path, np.full((2, 4, 3, 3), np.inf)), "not finite"),
 }

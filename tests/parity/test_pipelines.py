@@ -8,7 +8,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.generation.pipeline import Pipeline, Sampling
+from ldm.diffusion.sampling import Sampling
+from ldm.generation.pipeline import Pipeline
 from ldm.settings.model import load_model_config
 from tests.golden.make_pipelines import SCHEDULERS, answers, draw, reference_for
 from tests.named_weights import relative_error

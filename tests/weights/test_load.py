@@ -285,7 +285,9 @@ class TestRefusing:
 
     def test_another_architecture_is_named(self, model, weights, tmp_path):
         sd1 = {**weights, TO_K: np.zeros((32, 768), np.float32)}
-        assert "SD1.x, and the model configuration describes a model with text embeddings of width 32" in refused(model, save(tmp_path / "b.ckpt", sd1))
+        assert "SD1.x, and the model configuration describes a model with text embeddings of width 32" in refused(
+            model, save(tmp_path / "b.ckpt", sd1)
+        )
         sd2 = {**weights, TO_K: np.zeros((32, 1024), np.float32)}
         assert "SD2.x" in refused(model, save(tmp_path / "c.ckpt", sd2))
 
@@ -367,7 +369,9 @@ class TestRefusing:
     )
     def test_a_lora_given_as_a_base(self, model, tmp_path, names):
         arrays = {name: np.zeros((2, 2), np.float32) for name in names}
-        assert "is a LoRA, not a base model: give it as --lora_ckpt_path" in refused(model, save(tmp_path / "lora.safetensors", arrays))
+        assert "is a LoRA, not a base model: give it as --lora_ckpt_path" in refused(
+            model, save(tmp_path / "lora.safetensors", arrays)
+        )
 
     def test_textual_inversion(self, model, tmp_path):
         assert "textual-inversion" in refused(model, save(tmp_path / "a.safetensors", {"emb_params": np.zeros((1, 8))}))
@@ -375,7 +379,9 @@ class TestRefusing:
 
     def test_weights_of_something_else(self, model, tmp_path):
         other = {"fc1.weight": np.zeros((2, 2)), "fc1.bias": np.zeros(2)}
-        assert "neither a Stable Diffusion checkpoint nor a LoRA: 2 unknown names" in refused(model, save(tmp_path / "b.ckpt", other))
+        assert "neither a Stable Diffusion checkpoint nor a LoRA: 2 unknown names" in refused(
+            model, save(tmp_path / "b.ckpt", other)
+        )
 
     def test_no_arrays_at_all(self, model, tmp_path):
         assert "not a Stable Diffusion checkpoint" in refused(model, save(tmp_path / "b.safetensors", {}, {"a": "b"}))

@@ -10,7 +10,8 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.files.paths import ROOT
-from ldm.generation.pipeline import Pipeline, load_model
+from ldm.generation.loading import load_model
+from ldm.generation.pipeline import Pipeline
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.tokenizer import AddedToken

@@ -23,8 +23,8 @@ from mindspore import Tensor, nn  # noqa: E402
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
-from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
+from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
 from ldm.lora.inject import get_lora, inject_lora  # noqa: E402
 from ldm.lora.merge import merge_lora  # noqa: E402
@@ -136,7 +136,9 @@ def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
         inject_lora(source, LoRASpec(rank=works.RANK))
         merge_lora(model, get_lora(source, config), 1.0, "benchmark")
     pipeline = Pipeline(model)
-    sampling = Sampling(num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, height=size, width=size)
+    sampling = Sampling(
+        num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, height=size, width=size
+    )
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
     return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))
 

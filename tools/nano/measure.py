@@ -26,14 +26,14 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
+from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
-from ldm.generation.pipeline import Pipeline, Sampling, apply_lora, load_model  # noqa: E402
+from ldm.generation.pipeline import Pipeline  # noqa: E402
 from ldm.metrics.networks import nano_clip  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
-from ldm.settings.model import load_model_config  # noqa: E402
 from tools.grid import evenly  # noqa: E402
 from tools.nano.images import DATASETS, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
@@ -103,18 +103,17 @@ def measure(args: argparse.Namespace) -> None:
     """Draw, measure, and write the grid and the numbers."""
     progress(lambda: "before there was a result")
     setup_runtime("CPU")
-    config = load_model_config(CONFIG)
-    model = load_model(config, args.models / "nano.safetensors")
+    pipeline = Pipeline.from_checkpoint(args.models / "nano.safetensors", config=CONFIG)
     clip = nano_clip(args.models)
-    sampling = Sampling(steps=20, scale=args.scale, batch_size=20)
+    sampling = Sampling(num_inference_steps=20, guidance_scale=args.scale, batch_size=20)
 
     def images_of(prompts: list[str]) -> np.ndarray:
-        made = Pipeline(model).generate(prompts, sampling, args.seed)
+        made = pipeline.generate(prompts, sampling, args.seed)
         return np.concatenate([batch.images for batch in made])
 
     result: dict[str, float | int | str] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
     if args.lora_ckpt_path is None:
-        vae_report = report(model.first_stage_model)
+        vae_report = report(pipeline.model.first_stage_model)
         print(vae_report)
         result["autoencoder"] = vae_report
         rows = read_image_text_csv(DATASETS / "emoji_noto").rows
@@ -132,7 +131,7 @@ def measure(args: argparse.Namespace) -> None:
         held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         texts, real = [p.text for p in held_out], np.stack([p.pixels for p in held_out])
         base = images_of(texts)
-        apply_lora(model, config, args.lora_ckpt_path, args.lora_scale)
+        pipeline.load_lora(args.lora_ckpt_path, args.lora_scale)
         made = images_of(texts)
         result["prompts"], result["lora_scale"] = len(texts), args.lora_scale
         result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)

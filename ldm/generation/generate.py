@@ -1,0 +1,168 @@
+"""The work of text_to_image.py: plan, load the model and the LoRAs, generate images and write them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
+from ldm.files.outputs import claim_file, claim_folder
+from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
+from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
+from ldm.runtime.script import progress
+from ldm.settings.generate import GenerateSettings
+from ldm.weights.architecture import config_with_tokens
+from ldm.weights.base_model import base_model_hash
+from ldm.weights.checkpoint import content_hash
+
+logger = logging.getLogger(__name__)
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Generate the images that the settings describe, and write them to `settings.output_path`.
+
+    Everything that needs no network is checked first, without MindSpore, and the outputs are claimed.
+
+    Raises:
+        UserError: A setting, a file or an output does not fit. Nothing is written then.
+    """
+    plan = plan_generation(settings)
+    latents = settings.save_latents
+    starting_latents = None if latents is None else starting_latents_path(latents)
+    with (
+        claim_folder(settings.output_path, "output_path"),
+        claim_file(latents, "save_latents"),
+        claim_file(starting_latents, "save_latents"),
+    ):
+        generate_plan(settings, plan)
+
+
+def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
+    """Load the model and the LoRAs of a plan, generate its images and write them."""
+    progress(lambda: "before the first image")
+    # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
+    from ldm.generation.loading import apply_lora, load_model, select_lora
+    from ldm.generation.pipeline import Pipeline
+    from ldm.lora.lora import Strength
+    from ldm.runtime.device import check_flash_attention, setup_runtime
+
+    config = config_with_tokens(plan.config, plan.checkpoint)
+    height, width = settings.H or config.image_size, settings.W or config.image_size
+    sampling = Sampling(
+        sampler=settings.sampler,
+        num_inference_steps=settings.sampling_steps,
+        guidance_scale=plan.guidance_scale,
+        eta=settings.ddim_eta,
+        height=height,
+        width=width,
+        batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
+    )
+    sampling.check(config)
+    starting_latents = None
+    if settings.init_latents is not None:
+        shape = (len(plan.prompts), *latent_shape(config, height, width))
+        starting_latents = read_latents(settings.init_latents, shape)
+
+    runtime = setup_runtime(
+        settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed
+    )
+    check_flash_attention(settings.enable_flash_attention, runtime)
+    # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
+    loras = [
+        select_lora(config, file.path, settings.lora_ft_unet, settings.lora_ft_text_encoder) for file in plan.loras
+    ]
+    for file, lora in zip(plan.loras, loras):
+        if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
+            logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
+    model = load_model(
+        config,
+        plan.checkpoint,
+        dtype=runtime.compute_dtype,
+        unet=plan.unet_checkpoint,
+        vae=plan.vae_checkpoint,
+        ema=settings.ckpt_ema,
+        flash_attention=settings.enable_flash_attention,
+    )
+    for file, lora in zip(plan.loras, loras):
+        apply_lora(model, lora, Strength(file.strength, file.text_encoder_strength), file.path)
+
+    writer = ImageWriter(
+        settings.output_path,
+        plan.prompts,
+        plan.negative_prompts,
+        plan.images_per_prompt,
+        _metadata(settings, plan, sampling, "fp16" if runtime.fp16 else "fp32"),
+        pngs=not settings.skip_save,
+        grid=not settings.skip_grid,
+    )
+    progress(writer.progress)
+    batches = Pipeline(model).generate(plan.prompts, sampling, settings.seed, plan.negative_prompts, starting_latents)
+    latents: list[tuple[np.ndarray, np.ndarray]] = []
+    for batch in batches:
+        writer.add(batch.indices, batch.images)
+        if settings.save_latents is not None:
+            latents.append((batch.starting_latents, batch.latents))
+    writer.finish()
+    for path in writer.renamed:
+        logger.info("kept from an earlier run: %s", path)
+    if not settings.skip_save:
+        logger.info("%d images: %s", len(plan.prompts), writer.samples)
+    if not settings.skip_grid:
+        logger.info("grid: %s", writer.grid_path)
+    if settings.save_latents is not None:
+        starting, final = (np.concatenate(arrays) for arrays in zip(*latents))
+        write_latents(settings.save_latents, starting, final)
+        logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
+
+
+def _metadata(settings: GenerateSettings, plan: GenerationPlan, sampling: Sampling, precision: str) -> dict[str, Any]:
+    """Returns what a PNG's text fields hold besides the prompts: enough to make the image again.
+
+    File names without their folders: an image is passed on, and the folders of its maker are private.
+    """
+    metadata: dict[str, Any] = {
+        "seed": str(settings.seed),
+        "model": plan.version or plan.config.architecture,
+        "model_config": Path(plan.config.path).name,
+        "checkpoint": plan.checkpoint.name,
+        "checkpoint_sha256": base_model_hash(plan.checkpoint),
+    }
+    if settings.ckpt_ema:
+        metadata["checkpoint_ema"] = "True"
+    for name, path in (("unet_checkpoint", plan.unet_checkpoint), ("vae_checkpoint", plan.vae_checkpoint)):
+        if path is not None:
+            metadata[name] = path.name
+            metadata[f"{name}_sha256"] = base_model_hash(path)
+    if plan.loras:
+        metadata["lora"] = [_lora_metadata(settings, file) for file in plan.loras]
+    if settings.init_latents is not None:
+        metadata["init_latents"] = Path(settings.init_latents).name
+        metadata["init_latents_sha256"] = content_hash(settings.init_latents)
+    metadata["settings"] = {
+        "sampler": sampling.sampler,
+        "sampling_steps": sampling.num_inference_steps,
+        "scale": sampling.guidance_scale,
+        "ddim_eta": sampling.eta,
+        "H": sampling.height,
+        "W": sampling.width,
+        "precision": precision,
+        "prediction_type": plan.config.prediction_type,
+    }
+    return metadata
+
+
+def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:
+    from ldm.lora.formats import lora_files  # imports MindSpore
+
+    metadata: dict[str, Any] = {
+        "file": file.path.name,
+        "sha256": " ".join(content_hash(path) for path in lora_files(file.path)),
+        "weight": file.strength,
+    }
+    if file.text_encoder_strength != file.strength:
+        metadata["text_encoder_weight"] = file.text_encoder_strength
+    parts = {"lora_ft_unet": settings.lora_ft_unet, "lora_ft_text_encoder": settings.lora_ft_text_encoder}
+    return {**metadata, **parts}

@@ -1,0 +1,99 @@
+"""Loading a base model for generation, and merging LoRA files into it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import mindspore as ms
+
+from ldm.errors import UserError
+from ldm.lora.formats import read_lora
+from ldm.lora.formats.modules import BaseModules
+from ldm.lora.lora import LoRA, Strength
+from ldm.lora.merge import check_compatible, match_shapes, merge_lora
+from ldm.models.attention import use_flash_attention
+from ldm.models.layers import set_compute_dtype
+from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.settings.model import ModelConfig
+from ldm.weights.base_model import open_base_model
+from ldm.weights.load import check_metadata, load_base_model, load_component
+from ldm.weights.names import COMPONENTS, LABELS
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    config: ModelConfig,
+    checkpoint: str | Path,
+    *,
+    dtype: ms.Type = ms.float32,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    ema: bool = False,
+    flash_attention: bool = False,
+) -> StableDiffusion:
+    """Build the networks and load a base checkpoint into them.
+
+    Args:
+        config: The model's configuration.
+        checkpoint: A file or a diffusers folder.
+        dtype: The type in which UNet and text encoder compute. The VAE computes in fp32, as it overflows in fp16.
+        unet: A checkpoint whose UNet replaces the base checkpoint's.
+        vae: A checkpoint whose VAE replaces the base checkpoint's, which may be without one then.
+        ema: Load the moving averages of the UNet's weights that the checkpoint holds.
+        flash_attention: Use Ascend's fused attention in the UNet.
+
+    Raises:
+        UserError: A file does not fit the configuration, or its metadata names another model (see ldm.weights.load).
+    """
+    check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
+    model = build_model(config, random=False)
+    components = [component for component in COMPONENTS if component != "vae" or vae is None]
+    logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
+    for component, path in (("unet", unet), ("vae", vae)):
+        if path is not None:
+            logger.info("%s: %s", path, load_component(model, path, component, config))
+    set_compute_dtype(model.model, dtype)
+    set_compute_dtype(model.cond_stage_model, dtype)
+    if flash_attention:
+        use_flash_attention(model.model, True)
+    return model
+
+
+def select_lora(
+    config: ModelConfig, path: str | Path, unet: bool | None = None, text_encoder: bool | None = None
+) -> LoRA:
+    """Read the parts of a LoRA file that are to be applied, and check that they fit the model.
+
+    Args:
+        config: The model's configuration.
+        path: A file or folder in any known format.
+        unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
+        text_encoder: The same for its text encoder part.
+
+    Raises:
+        UserError: The file is not a LoRA or was made for another model, a required part is missing, or no part remains.
+    """
+    lora = read_lora(path, config)
+    check_compatible(lora, config, str(path))
+    layers = {}
+    for component, wanted in (("unet", unet), ("text_encoder", text_encoder)):
+        part, label, flag = lora.only(component).layers, LABELS[component], f"lora_ft_{component}"
+        if wanted and not part:
+            raise UserError(f"{path} has no {label} part ({lora}): leave out {flag}, or choose another file")
+        if wanted is False and part:
+            logger.warning("%s: its %s part, %d layers, is left out (%s False)", path, label, len(part), flag)
+        else:
+            layers.update(part)
+    if not layers:
+        raise UserError(f"{path}: no part of it would be applied ({lora}): leave out lora_ft_... False")
+    selected = LoRA(layers, lora.metadata)
+    match_shapes(BaseModules(config).shapes, selected).require(str(path))
+    return selected
+
+
+def apply_lora(model: StableDiffusion, lora: LoRA, strength: float | Strength, path: str | Path) -> None:
+    """Merge a LoRA, which select_lora read from `path`, into the model's weights and log how its layers match."""
+    match = merge_lora(model, lora, strength, str(path))
+    logger.info("%s: %s; strength %s", path, match, Strength.from_value(strength))
