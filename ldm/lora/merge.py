@@ -12,10 +12,9 @@ from ldm.errors import UserError, plain
 from ldm.lora.lora import LoRA, Strength
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
+from ldm.weights.recognise import version_of_width
 
 LARGEST_FP16 = 65504.0
-# The width of the text embeddings tells which version a LoRA was made for.
-VERSION_OF_WIDTH = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
 
 
 @dataclass
@@ -49,9 +48,7 @@ class LoRAMatch:
         for wrong in self.wrong_shape.values():
             name, shape, wanted = wrong[0]
             if name.endswith(("attn2.to_k", "attn2.to_v")) and shape[1] != wanted[1]:
-                lora_is, model_is = (
-                    VERSION_OF_WIDTH.get(width, f"text embeddings of width {width}") for width in (shape[1], wanted[1])
-                )
+                lora_is, model_is = version_of_width(shape[1]), version_of_width(wanted[1])
                 example = f"; it was made for {lora_is}, the model is {model_is}"
                 break
             example = example or f"; for example {name} is {shape}, wanted {wanted}"

@@ -17,7 +17,7 @@ from ldm.files.documents import parse_json
 from ldm.settings.model import ModelConfig
 from ldm.tokenizer import VOCABULARY_SIZE, AddedToken
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
-from ldm.weights.arrays import Arrays
+from ldm.weights.arrays import Checkpoint
 from ldm.weights.names import CanonicalArrays, KeyMap
 from ldm.weights.names.tables import TEXT_PREFIX
 
@@ -58,7 +58,7 @@ def read_tokenizer_tokens(read_json: Callable[[str], Mapping[str, Any]], path: P
     return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
 
 
-def read_added_tokens(checkpoint: Arrays) -> tuple[AddedToken, ...]:
+def read_added_tokens(checkpoint: Checkpoint) -> tuple[AddedToken, ...]:
     """The tokens that a checkpoint adds, by id. Raises UserError for a file whose texts tell none that can be."""
     text = checkpoint.metadata.get(METADATA)
     if text is None:
@@ -79,7 +79,7 @@ def tokens_metadata(tokens: tuple[AddedToken, ...]) -> dict[str, str]:
     return {METADATA: json.dumps(tokens, ensure_ascii=False)} if tokens else {}
 
 
-def with_added_tokens(model: ModelConfig, checkpoint: Arrays, key_map: KeyMap) -> ModelConfig:
+def with_added_tokens(model: ModelConfig, checkpoint: Checkpoint, key_map: KeyMap) -> ModelConfig:
     """The model with the tokens that a checkpoint adds, and its text encoder with as many rows.
 
     Raises UserError where the rows of the file's token embedding are not as many as the tokens, nor filled up to a

@@ -63,6 +63,20 @@ class Entry:
 
 
 class Checkpoint(Arrays):
+    """The arrays of an opened checkpoint, a file or a folder.
+
+    Attributes:
+        path: The file or folder.
+        format: What it is: "safetensors", "ckpt" (MindSpore's), "torch" or "diffusers" (a folder).
+        metadata: Texts beside the arrays.
+    """
+
+    path: Path
+    format: str
+    metadata: dict[str, str]
+
+
+class CheckpointFile(Checkpoint):
     """An opened checkpoint file: a mapping from name to numpy array, each array made when it is asked for.
 
     The arrays are read-only views of the mapped file (bfloat16 is widened to float32, which is exact), so going through

@@ -20,7 +20,7 @@ from ldm.weights.file_formats.mindspore_ckpt import open_ckpt, write_ckpt
 from ldm.weights.file_formats.safetensors_file import is_safetensors, open_safetensors, write_safetensors
 from ldm.weights.file_formats.torch_legacy import is_torch_legacy, open_torch_legacy
 from ldm.weights.file_formats.torch_zip import is_torch_zip, open_torch
-from ldm.weights.recognise import describe, looks_like_text
+from ldm.weights.recognise import describe_file, looks_like_text
 
 WRITERS = {".safetensors": write_safetensors, ".ckpt": write_ckpt}
 
@@ -42,7 +42,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return open_ckpt(path, data)
     if is_safetensors(data):
         return open_safetensors(path, data)
-    raise UserError(f"{path} is {describe(path, data)}")
+    raise UserError(f"{path} is {describe_file(path, data[:512])}")
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

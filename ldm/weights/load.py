@@ -15,19 +15,15 @@ from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig, model_metadata
 from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.base_model import (
-    OTHER_TASKS,
-    PrefixedArraysArrays,
     map_base_model,
     open_base_model,
     open_component,
-    other_task,
 )
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of, same_up_to_1x1, source_shape
+from ldm.weights.recognise import other_task, version_of_width
 
 logger = logging.getLogger(__name__)
-
-CONTEXT_OF = {768: "SD1.x", 1024: "SD2.x"}
 
 
 @dataclass
@@ -124,7 +120,7 @@ def load_component(model: nn.Cell, path: str | os.PathLike, component: str, conf
 
 def _load(
     model: nn.Cell,
-    checkpoint: Checkpoint | DiffusersFolder | PrefixedArraysArrays,
+    checkpoint: Checkpoint,
     components: Sequence[str],
     partial: bool = False,
     ema: bool = False,
@@ -203,7 +199,7 @@ def compare_shapes(
     return LoadReport(key_map.family, reports, dict(ignored))
 
 
-def mismatch_message(checkpoint: Arrays, report: LoadReport) -> str:
+def mismatch_message(checkpoint: Checkpoint, report: LoadReport) -> str:
     """One line on why a file does not fit: what it is where that is known, the counts, an example."""
     why = _architecture_mismatch(report)
     wrong, types, missing, unexpected = (
@@ -234,12 +230,13 @@ def _architecture_mismatch(report: LoadReport) -> str:
     for component in report.components.values():
         for name, found, wanted in component.wrong_shape:
             if name.endswith("input_blocks.0.0.weight") and len(found) == 4 and found[1] != wanted[1]:
-                return f"it is {other_task(found[1])}" if found[1] in OTHER_TASKS else ""
+                task = other_task(found[1])
+                return f"it is {task}" if task is not None else ""
     for component in report.components.values():
         for name, found, wanted in component.wrong_shape:
             if name.endswith("attn2.to_k.weight") and found[-1] != wanted[-1]:
                 return (
-                    f"it is of another architecture, {CONTEXT_OF.get(found[-1], f'context {found[-1]}')}, where the "
-                    f"model configuration says {CONTEXT_OF.get(wanted[-1], f'context {wanted[-1]}')}"
+                    f"it is of another architecture, {version_of_width(found[-1])}, and the model configuration "
+                    f"describes {version_of_width(wanted[-1])}"
                 )
     return ""

@@ -1,12 +1,113 @@
-"""Files before it is known what they are: mapped into memory, and named where they are no checkpoint."""
+"""Recognises what a file or folder holds: a base model, one of its networks, a LoRA, or something not supported.
+
+Every reader that refuses a file asks this module, so that one thing has one name in all errors. A checkpoint is judged
+by its keys, its metadata and the shapes of its arrays, a folder by its entries, any other file by its first bytes.
+"""
 
 from __future__ import annotations
 
-import mmap
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-# What a file begins with, and what to call it. Order matters: the first that fits names the file.
-_FOREIGN = (
+from ldm.errors import UserError, plain
+from ldm.settings.model import OTHER_TASKS
+from ldm.weights.arrays import Checkpoint
+from ldm.weights.names import COMPONENTS, detect_family
+
+SUPPORTED = "only SD1.x and SD2.x are supported"
+TEXTUAL_INVERSION = "a textual-inversion embedding, neither a base model nor a LoRA"
+# Width of the text embeddings that a model's cross-attention takes.
+VERSION_OF_WIDTH = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
+
+Kind = Literal["base model", "component", "LoRA", "base model with LoRA", "other"]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds.
+
+    Attributes:
+        kind: Which of the cases that callers treat differently.
+        name: What it is, for "<path> is <name>" in an error.
+        prefix: For a component, what its keys lack to be those of a whole model.
+    """
+
+    kind: Kind
+    name: str
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class _OtherModel:
+    """A kind of model that is not supported: its name with the article, and what tells it.
+
+    Attributes:
+        keys: Pattern of the beginning of a key in its checkpoints.
+        lora_keys: Pattern anywhere in a key of its LoRAs.
+        entry: Name of an entry in its diffusers folder.
+        pipeline: Part of the pipeline's class name in model_index.json.
+    """
+
+    name: str
+    keys: str | None = None
+    lora_keys: str | None = None
+    entry: str | None = None
+    pipeline: str | None = None
+
+
+# The first match counts. The folders of Stable Diffusion 3 have several text encoders, as those of SDXL.
+_SDXL = _OtherModel(
+    "an SDXL",
+    keys=r"conditioner\.embedders\.|model\.diffusion_model\.label_emb\.|unet/add_embedding\.",
+    lora_keys=r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|label_emb[._]|conditioner\.",
+    entry="text_encoder_2",
+    pipeline="XL",
+)
+_OTHER_MODELS = (
+    _OtherModel("a diffusion transformer's", entry="transformer"),
+    _OtherModel("a ControlNet", keys=r"control_model\.|controlnet_cond_embedding\."),
+    _OtherModel("an unCLIP", keys=r"noise_augmentor\."),
+    _OtherModel("an upscaler's", keys=r"low_scale_model\."),
+    _SDXL,
+    _OtherModel("a Stable Diffusion 3", keys=r"model\.diffusion_model\.joint_blocks\."),
+    _OtherModel("a Flux", keys=r"(model\.diffusion_model\.)?double_blocks\."),
+    _OtherModel("an inpainting", pipeline="Inpaint"),
+)
+_LORA_MARKS = (
+    ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",
+    ".lora_linear_layer.", ".hada_w", ".lokr_w", "unet:", "text_encoder:",
+)  # fmt: skip
+_LORA_FACTOR = re.compile(r"\.(lora_down\.weight|lora_up\.weight|lora_[AB])$")
+# Patterns of keys in LoRAs that are not pairs of low-rank factors, and what the files are.
+_OTHER_LORAS = (
+    (r"dora_scale|lora_magnitude_vector", "a DoRA, which scales whole columns besides: DoRA is not supported"),
+    (r"\.(hada_w|hada_t|lokr_w|lokr_t)", "a LyCORIS file (LoHa or LoKr): only pairs of low-rank factors are supported"),
+    (r"\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+|oft_blocks|boft_\w+|scalar)$|^lora_.*\.[ab][12]\.weight$",
+     "a LyCORIS file (full, norm, OFT or GLoRA layers): only pairs of low-rank factors are supported"),
+    (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases: biases are not supported"),
+    (r"lora_embedding_[AB]", "a LoRA of an embedding table: only linear layers and convolutions are supported"),
+)  # fmt: skip
+# SDXL's transformers have up to ten blocks, those of SD1.x and SD2.x have one.
+_SDXL_LAYER = re.compile(r"\d[._]transformer_blocks[._][1-9]")
+_CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
+# Keys of textual-inversion files of A1111 ("string_to_..."), InvokeAI, diffusers ("<token>") and SDXL ("clip_g").
+_TEXTUAL_INVERSION_KEY = re.compile(r"<|emb_params|string_to_|clip_[lg]$")
+# How the keys of one network in a file of its own begin, what it is, and the prefix that its keys lack.
+_COMPONENTS = {
+    "down_blocks.": ("the UNet of a diffusers folder", "unet/"),
+    "encoder.down_blocks.": ("the VAE of a diffusers folder", "vae/"),
+    "text_model.": ("the text encoder of a diffusers folder", "text_encoder/"),
+    "embeddings.token_embedding.": ("the text encoder of a diffusers folder", "text_encoder/"),
+    "encoder.down.": ("the VAE of a single file", COMPONENTS["vae"]),
+    "input_blocks.": ("the UNet of a single file", COMPONENTS["unet"]),
+}
+
+
+# First bytes of files that are not checkpoints, and what the files are.
+_MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` or download it again"),
     (b"\x89PNG", "a PNG image, not a checkpoint"),
     (b"\xff\xd8\xff", "a JPEG image, not a checkpoint"),
@@ -21,14 +122,123 @@ _FOREIGN = (
 )
 
 
-def describe(path: Path, data: mmap.mmap) -> str:
-    """What a file that is no checkpoint of ours is, by its first bytes, and the way out."""
-    found = _kind(path, data[:512])
-    return found if ":" in found else f"{found}: give a .safetensors or a .ckpt"
+def recognise(checkpoint: Checkpoint) -> Content:
+    """Say what an opened checkpoint holds, by its keys and metadata."""
+    keys = list(checkpoint)
+    if not keys:
+        return Content("other", "a checkpoint without any arrays")
+    if all(_TEXTUAL_INVERSION_KEY.match(key) for key in keys):
+        return Content("other", TEXTUAL_INVERSION)
+    if 2 * sum(any(mark in key for mark in _LORA_MARKS) for key in keys) > len(keys):
+        unsupported = unsupported_lora(keys, checkpoint.metadata)
+        return Content("LoRA", "a LoRA") if unsupported is None else Content("other", unsupported)
+    if any(_LORA_FACTOR.search(key) for key in keys):
+        return Content("base model with LoRA", "a base model with a LoRA beside its weights")
+    for model in _OTHER_MODELS:
+        if model.keys is not None and any(re.match(model.keys, key) for key in keys):
+            return Content("other", f"{model.name} checkpoint; {SUPPORTED}")
+    if detect_family(keys) is not None:
+        return Content("base model", "a base model")
+    for start, (name, prefix) in _COMPONENTS.items():
+        if any(key.startswith(start) for key in keys):
+            return Content("component", f"{name} alone", prefix)
+    shown = plain(", ".join(keys[:2]))
+    return Content(
+        "other", f"neither a Stable Diffusion checkpoint nor a LoRA: {len(keys)} unknown names ({shown}, ...)"
+    )
 
 
-def _kind(path: Path, head: bytes) -> str:
-    for magic, name in _FOREIGN:
+def check_base_model(checkpoint: Checkpoint) -> None:
+    """Raise UserError, with the way out, unless `checkpoint` holds the weights of a base model."""
+    content = recognise(checkpoint)
+    ways_out = {
+        "LoRA": ", not a base model: give it as --lora_ckpt_path",
+        "base model with LoRA": ": merge it with tools/lora/cvtckpt.py --mode merge, or separate the two with "
+        "--mode extract --out_base",
+        "component": ", not a whole model: give the folder or the file that holds the whole model",
+    }
+    if content.kind != "base model":
+        raise UserError(f"{checkpoint.path} is {content.name}{ways_out.get(content.kind, '')}")
+
+
+def describe_non_lora(checkpoint: Checkpoint) -> str:
+    """Say what a checkpoint is whose keys are those of no LoRA format, for "<path> is ..."."""
+    content = recognise(checkpoint)
+    if content.kind in ("base model", "component"):
+        return "base weights, not a LoRA: give it as --ckpt_path (generating) or --pretrained_model_path (training)"
+    if content.kind == "LoRA":
+        key = plain(next(iter(checkpoint)))
+        return f"a LoRA with unknown names, such as {key}: is it for another kind of model?"
+    return content.name
+
+
+def unsupported_lora(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """Say what a LoRA is that cannot be used, by its keys and kohya's metadata. None if neither tells."""
+    keys = list(keys)
+    for model in _OTHER_MODELS:
+        pattern = model.lora_keys
+        if pattern is not None and any(re.search(pattern, key) for key in keys):
+            return _lora_for(model)
+    if metadata.get("ss_base_model_version", "").startswith("sdxl"):
+        return _lora_for(_SDXL)
+    return next((name for pattern, name in _OTHER_LORAS if any(re.search(pattern, key) for key in keys)), None)
+
+
+def sdxl_lora(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Say that a LoRA is for SDXL if one of its layers tells. The names are otherwise those of the other versions.
+
+    Args:
+        shapes: Layer name, in any format -> shape of the factor "down", () where there is none.
+    """
+    for layer, shape in shapes.items():
+        if _SDXL_LAYER.search(layer) or _CROSS_ATTENTION.search(layer) and shape[1:2] == (2048,):
+            return _lora_for(_SDXL)
+    return None
+
+
+def unsupported_folder(entries: Collection[str], pipeline: str) -> str | None:
+    """Say what a diffusers folder is that cannot be used. None if nothing tells.
+
+    Args:
+        entries: Names of the files and folders in it.
+        pipeline: Name of the pipeline's class in its model_index.json, "" where there is none.
+    """
+    for model in _OTHER_MODELS:
+        if model.entry in entries or (model.pipeline is not None and model.pipeline in pipeline):
+            return f"{model.name} folder ({pipeline or f'{model.entry}/'}); {SUPPORTED}"
+    return None
+
+
+def other_task(in_channels: int) -> str | None:
+    """Say what a checkpoint is whose UNet takes `in_channels` channels. None for a number that tells nothing."""
+    if in_channels not in OTHER_TASKS:
+        return None
+    return f"{OTHER_TASKS[in_channels]} checkpoint ({in_channels} input channels), which is not supported"
+
+
+def version_of_width(width: int) -> str:
+    """Name the version of Stable Diffusion whose text embeddings have `width` channels."""
+    return VERSION_OF_WIDTH.get(width, f"a model with text embeddings of width {width}")
+
+
+def _lora_for(model: _OtherModel) -> str:
+    return f"{model.name} LoRA; {SUPPORTED}"
+
+
+def describe_file(path: Path, head: bytes) -> str:
+    """Say what a file is that is not a readable checkpoint, with the way out, by its first 512 bytes."""
+    name = _name_file(path, head)
+    return name if ":" in name else f"{name}: give a .safetensors or a .ckpt"
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether the first bytes of a file could be those of a text."""
+    # A .ckpt starts with a line feed (0x0a) too, but lengths and tags, which are control characters, follow soon.
+    return not any(byte < 9 or 13 < byte < 32 for byte in head)
+
+
+def _name_file(path: Path, head: bytes) -> str:
+    for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
     if head.startswith(b"PK"):
@@ -45,8 +255,3 @@ def _kind(path: Path, head: bytes) -> str:
     if looks_like_text(head):
         return "a text file, not a checkpoint"
     return f"neither a .safetensors file nor a MindSpore or PyTorch checkpoint (it begins with {head[:8].hex(' ')})"
-
-
-def looks_like_text(head: bytes) -> bool:
-    # A .ckpt also starts with a line feed (0x0a), but soon has control characters: lengths and tags.
-    return not any(byte < 9 or 13 < byte < 32 for byte in head)

@@ -227,7 +227,7 @@ class TestOtherFolders:
             ({"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, "holds a LoRA"),
             ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}'}, "is an SDXL folder"),
             ({"text_encoder_2/config.json": "{}"}, "is an SDXL folder"),
-            ({"model_index.json": '{"_class_name": "StableDiffusionInpaintPipeline"}'}, "inpainting model's folder"),
+            ({"model_index.json": '{"_class_name": "StableDiffusionInpaintPipeline"}'}, "is an inpainting folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}', "transformer/x": ""}, "transformer"),
             (
                 {
@@ -236,7 +236,7 @@ class TestOtherFolders:
                     "text_encoder_2/x": "",
                     "text_encoder/x": "",
                 },
-                r"diffusion transformer \(StableDiffusion3Pipeline\)",
+                r"diffusion transformer's folder \(StableDiffusion3Pipeline\)",
             ),
             ({"text_encoder_2/x": "", "unet/x": ""}, "is an SDXL folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}', "unet/x": ""}, "is an SDXL folder"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from ldm.lora.formats.modules import BaseModules, fitting, known_bases
 from ldm.lora.lora import LoRA
 from ldm.settings.model import ModelConfig
 from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.names import detect_family
+from ldm.weights.recognise import describe_non_lora, unsupported_lora
 
 DTYPES = ("fp32", "fp16", "bf16")
 DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -196,27 +195,8 @@ def _opened(path: Path) -> tuple[str, Checkpoint]:
     names = list(checkpoint)
     found = next((name for name, format in FORMATS.items() if format.detect(names)), None)
     if found is None:
-        raise UserError(f"{path} is {_describe(names)}")
+        raise UserError(f"{path} is {describe_non_lora(checkpoint)}")
+    unsupported = unsupported_lora(names, checkpoint.metadata)
+    if unsupported is not None:
+        raise UserError(f"{path} is {unsupported}")
     return found, checkpoint
-
-
-def _describe(names: list[str]) -> str:
-    """What a checkpoint without a readable LoRA in it is, by its names."""
-
-    def some(*marks: str) -> bool:
-        return any(mark in name for name in names for mark in marks)
-
-    if not names:
-        return "a checkpoint without any arrays"
-    if some("conditioner.embedders."):
-        return "an SDXL base checkpoint, not a LoRA"
-    if pairs.named(names):
-        return pairs.named(names)
-    if some("emb_params", "string_to_param") or all(re.match(r"<|clip_[lg]$", name) for name in names):
-        return "a textual-inversion embedding, not a LoRA"
-    if some("lora_up", "lora_down", "lora_A", "lora_B"):
-        known = f"a LoRA with names that are not known here, such as {plain(names[0])}"
-        return f"{known}: is it for another kind of model?"
-    if detect_family(names) is not None or some("down_blocks.", "text_model.encoder."):
-        return "base weights, not a LoRA: give it as --ckpt_path (generating) or --pretrained_model_path (training)"
-    return f"not a LoRA: {len(names)} unknown names ({plain(', '.join(names[:2]))}, ...)"

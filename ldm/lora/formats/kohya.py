@@ -20,7 +20,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.errors import UserError
 from ldm.lora.formats import pairs
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA
@@ -55,10 +54,8 @@ def detect(names: Iterable[str]) -> bool:
 
 
 def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
-    """Read an opened file. Raises UserError for one of SDXL, and see pairs.read_pairs."""
+    """Read an opened file. Raises UserError as pairs.read_pairs."""
     version = checkpoint.metadata.get("ss_base_model_version", "")
-    if version.startswith("sdxl"):
-        raise UserError(f"{checkpoint.path} is {pairs.SDXL}")
     layers = pairs.read_pairs(checkpoint, _parse, _table, base)
     metadata = {}
     for architecture, text in VERSIONS.items():

@@ -57,8 +57,6 @@ def read(checkpoint: Arrays) -> LoRA:
             others.append(key)
     others = pairs.without_extras(path, others)
     if others:
-        if pairs.named(others):
-            raise UserError(f"{path} is {pairs.named(others)} (for example {plain(others[0])})")
         log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), plain(others[0]))
 
     layers: dict[str, LoRALayer] = {}

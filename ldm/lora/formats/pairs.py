@@ -18,6 +18,7 @@ from ldm.lora.lora import LoRA, LoRALayer, update_shape
 from ldm.weights.arrays import Arrays, to_bfloat16
 from ldm.weights.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from ldm.weights.names import same_up_to_1x1
+from ldm.weights.recognise import sdxl_lora
 
 # A key's layer, as the format calls it, and what the array is there: "down", "up", "mid" or "alpha".
 Parse = Callable[[str], Optional[tuple[str, str]]]
@@ -36,31 +37,11 @@ MOST_RANK = 1 << 14
 # two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60 elements.
 MOST_BYTES_A_BYTE = 8
 
-SDXL = "an SDXL LoRA (two text encoders, a context of 2048): only those of SD1.x and SD2.x fit here"
-# What a key says the file is: the first that fits.
-NOT_PAIRS = (
-    (r"dora_scale|lora_magnitude_vector", "a DoRA: it scales whole columns beside the low-rank pairs, not supported"),
-    (r"\.(hada_w|hada_t|lokr_w|lokr_t)", "a LyCORIS file (LoHa or LoKr): its factors are no low-rank pairs, and are "
-                                         "not supported"),
-    (r"\.(diff|diff_b|w_norm|b_norm|on_input|oft_\w+|oft_blocks|boft_\w+|scalar)$|^lora_.*\.[ab][12]\.weight$",
-     "a LyCORIS file (full, norm, OFT or GLoRA layers): these are no low-rank pairs, and are not supported"),
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|label_emb[._]|conditioner\.", SDXL),
-    (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases, which have no place in a low-rank pair: not "
-                                            "supported"),
-    (r"lora_embedding_[AB]", "a LoRA of an embedding table: only dense layers and convolutions are supported"),
-)  # fmt: skip
-# SDXL's transformers have up to ten blocks, those of SD1.x and SD2.x one.
-_DEEP = re.compile(r"\d[._]transformer_blocks[._][1-9]")
 # What lies beside the factors of real files and changes no layer.
 _EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.")
 _HARMLESS = re.compile(r".*embeddings[._]position_ids$|(global_step|epoch)$")
 
 log = logging.getLogger(__name__)
-
-
-def named(keys: list[str]) -> str | None:
-    """What a file with such keys is, if one of them gives it away as no LoRA of Stable Diffusion 1 or 2."""
-    return next((what for pattern, what in NOT_PAIRS for key in keys if re.search(pattern, key)), None)
 
 
 def open_lora(path: str | os.PathLike) -> Checkpoint:
@@ -125,9 +106,6 @@ def read_pairs(
         keys[layer][role] = key
     unknown = without_extras(path, unknown)
     if unknown:
-        what = named(unknown)
-        if what:
-            raise UserError(f"{path} is {what} (for example {plain(unknown[0])})")
         raise UserError(
             f"{path}: {len(unknown)} of its {len(checkpoint)} keys belong to nothing in a LoRA, such as "
             f"{plain(unknown[0])}: is the file damaged, or of another kind?"
@@ -281,8 +259,7 @@ def _with_all(
     path = checkpoint.path
     best, names = max(tables.items(), key=lambda item: len(keys.keys() & item[1].keys()))
     missing = [layer for layer in keys if layer not in names]
-    if named(missing) or _of_sdxl(checkpoint, keys):
-        raise UserError(f"{path} is {named(missing) or SDXL}")
+    _refuse_sdxl(checkpoint, keys)
     labels = " or ".join(candidate.label for candidate in tables)
     fits = next((other.label for other in known_bases() if keys.keys() <= table(other).keys()), None)
     made_for = f"it was made for {fits}" if fits else "it was made for another model"
@@ -328,15 +305,13 @@ def _layer(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], alpha: A
     return layer_of(checkpoint.path, name, down, up, said)
 
 
-def _of_sdxl(checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether a layer has a place or a shape that only SDXL's has: transformers of several blocks, a context of 2048.
-    Its names are otherwise those of the other versions.
-    """
-
-    def wide(layer: str, down: str) -> bool:
-        return bool(re.search(r"attn2[._]to_[kv]$", layer)) and checkpoint.shape(down)[1:2] == (2048,)
-
-    return any(_DEEP.search(layer) or "down" in parts and wide(layer, parts["down"]) for layer, parts in keys.items())
+def _refuse_sdxl(checkpoint: Checkpoint, keys: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise UserError if a layer tells that the LoRA is for SDXL."""
+    sdxl = sdxl_lora(
+        {layer: checkpoint.shape(parts["down"]) if "down" in parts else () for layer, parts in keys.items()}
+    )
+    if sdxl:
+        raise UserError(f"{checkpoint.path} is {sdxl}")
 
 
 def _nearest(
@@ -363,9 +338,8 @@ def _nearest(
             best, best_score = table, sum(scores.values())
         elif wrong is not None:
             reasons.append(f"{wrong} is {shapes[wrong]}, in {candidate.label} {table[wrong].shape}")
-    if best is None and _of_sdxl(checkpoint, keys):
-        raise UserError(f"{path} is {SDXL}")
     if best is None:
+        _refuse_sdxl(checkpoint, keys)
         raise UserError(f"{path} fits no known base: {'; '.join(reasons)}. Name its model YAML, or take another file")
     return best
 

@@ -12,8 +12,9 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import read_json
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder, read_text
 from ldm.weights.added_tokens import read_tokenizer_tokens, tokens_metadata
-from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import open_checkpoint
+from ldm.weights.recognise import unsupported_folder
 
 # Component -> the stems of its weights as .safetensors and as PyTorch's .bin.
 STEMS = {
@@ -28,7 +29,7 @@ CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextMode
 WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 
 
-class DiffusersFolder(Arrays):
+class DiffusersFolder(Checkpoint):
     """The weights of a folder's components as one mapping, under `component/name`; see Checkpoint.
 
     `files` holds the files that the weights come from, `variants` what is in their names for each component, `notes`
@@ -124,19 +125,9 @@ def open_folder(path: Path) -> DiffusersFolder:
     path = _snapshot(path)
     names = list_folder(path)
     pipeline = plain(_read_json(path / "model_index.json").get("_class_name", ""), 60)
-    if "transformer" in names:  # first: Stable Diffusion 3 and Flux have several text encoders as well
-        raise UserError(
-            f"{path} is the folder of a diffusion transformer ({pipeline or 'transformer/'}); only SD1.x "
-            "and SD2.x are supported"
-        )
-    if "text_encoder_2" in names or "XL" in pipeline:
-        raise UserError(
-            f"{path} is an SDXL folder ({pipeline or 'text_encoder_2/'}); only SD1.x and SD2.x are supported"
-        )
-    if "Inpaint" in pipeline:
-        raise UserError(
-            f"{path} is an inpainting model's folder ({pipeline}), which is not supported; take a text-to-image model's"
-        )
+    unsupported = unsupported_folder(names, pipeline)
+    if unsupported is not None:
+        raise UserError(f"{path} is {unsupported}")
     places = {component: path / component for component in STEMS if is_folder(path / component)}
     if places:
         return DiffusersFolder(path, places)

@@ -17,8 +17,8 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.npy import MOST_DIMENSIONS
-from ldm.weights.arrays import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, Entry
-from ldm.weights.recognise import describe
+from ldm.weights.arrays import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, CheckpointFile, Entry
+from ldm.weights.recognise import describe_file
 
 DTYPES = {
     "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "BFloat16": "bf16", "Int64": "<i8", "Int32": "<i4",
@@ -67,11 +67,11 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
         if entries or _starts_with_a_name(data, end):
             after = f" after {plain(last)!r}" if last else ""
             raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
-        raise UserError(f"{path} is {describe(path, data)}") from error
+        raise UserError(f"{path} is {describe_file(path, data[:512])}") from error
     except (_NotACheckpoint, UnicodeDecodeError) as error:
         if entries or _starts_with_a_name(data, end):
             raise UserError(f"{path} is a damaged MindSpore .ckpt ({error}): fetch or write it again") from error
-        raise UserError(f"{path} is {describe(path, data)}") from error
+        raise UserError(f"{path} is {describe_file(path, data[:512])}") from error
 
     metadata = {}
     for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
@@ -100,7 +100,7 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
             raise UserError(
                 f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: write it again"
             )
-    return Checkpoint(path, "ckpt", data, entries, metadata)
+    return CheckpointFile(path, "ckpt", data, entries, metadata)
 
 
 def _check_crc(path: Path, data: mmap.mmap, end: int) -> None:

@@ -15,7 +15,7 @@ import safetensors
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
-from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, Entry
+from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, CheckpointFile, Entry
 
 # Element types by the format's names; bfloat16, which numpy lacks, is widened to float32.
 DTYPES = {
@@ -57,7 +57,7 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
                 f"{path}: {plain(name)} is of type {plain(dtype)}, which is not read here: convert it to F16 or F32"
             )
         entries[name] = Entry(DTYPES[dtype], tuple(info["shape"]), [(start + first, last - first)])
-    return Checkpoint(path, "safetensors", data, entries, metadata)
+    return CheckpointFile(path, "safetensors", data, entries, metadata)
 
 
 def _header_size(data: mmap.mmap) -> int:

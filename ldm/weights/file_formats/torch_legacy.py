@@ -12,7 +12,7 @@ import mmap
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.weights.arrays import Checkpoint
+from ldm.weights.arrays import Checkpoint, CheckpointFile
 from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, find_tensors, run
 from ldm.weights.file_formats.torch_zip import entry_of
 
@@ -58,4 +58,4 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
         raise UserError(
             f"{path} is a PyTorch file of before 1.6 that is cut off or damaged ({error}): fetch it again"
         ) from None
-    return Checkpoint(path, "torch", data, entries, {})
+    return CheckpointFile(path, "torch", data, entries, {})

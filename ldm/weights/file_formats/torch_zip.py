@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ldm.errors import UserError, plain
 from ldm.files.archives import Archive
-from ldm.weights.arrays import Checkpoint, Entry
+from ldm.weights.arrays import Checkpoint, CheckpointFile, Entry
 from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, Tensor, find_tensors, run
+from ldm.weights.recognise import TEXTUAL_INVERSION
 
 MOST_ORDER = 16  # bytes of the member that says in which order a number's bytes are
 
@@ -54,7 +55,7 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
     except Damaged as error:
         raise UserError(f"{path} is a damaged PyTorch file ({error}): {again}") from None
     if not tensors and isinstance(content, dict) and "string_to_param" in content:
-        raise UserError(f"{path} is a textual-inversion embedding, not a checkpoint")
+        raise UserError(f"{path} is {TEXTUAL_INVERSION}")
     starts: dict[str, tuple[int, int]] = {}
     entries = {}
     for name, tensor in tensors.items():
@@ -68,7 +69,7 @@ def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
         if entry is None or starts[key][0] + starts[key][1] > len(data):
             raise UserError(f"{path} is damaged: {plain(name)} {tensor.shape} does not lie within its data: {again}")
         entries[name] = entry
-    return Checkpoint(path, "torch", data, entries, {})
+    return CheckpointFile(path, "torch", data, entries, {})
 
 
 def _start(data: mmap.mmap, member: zipfile.ZipInfo) -> int:

@@ -255,7 +255,7 @@ class TestWriting:
     @pytest.mark.parametrize("names", [("5", "7"), ("0", "2"), ("00", "1"), ("²", "1")])
     def test_numbers_that_are_no_list(self, tmp_path, names):
         write_checkpoint(tmp_path / "lora.safetensors", dict(zip(names, (UP, DOWN))))
-        with pytest.raises(UserError, match="go by number, and [01] is missing|not a LoRA: 2 unknown names"):
+        with pytest.raises(UserError, match="go by number, and [01] is missing|nor a LoRA: 2 unknown names"):
             read_lora(tmp_path / "lora.safetensors")
 
     def test_a_list_in_no_known_order(self, tmp_path):

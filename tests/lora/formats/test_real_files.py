@@ -52,7 +52,7 @@ class TestMore:
             read_lora(MORE / name)
 
     def test_a_learned_token(self):
-        with pytest.raises(UserError, match="a textual-inversion embedding, not a LoRA"):
+        with pytest.raises(UserError, match="a textual-inversion embedding, neither"):
             read_lora(MORE / "textual-inversion_fastai.bin")
 
 
