@@ -1,4 +1,4 @@
-"""tools/nano: what the embedded model's figures are made of."""
+"""tools/nano: the measures, augmentations and losses that the nano model was trained with."""
 
 import numpy as np
 import pytest
@@ -63,20 +63,20 @@ def test_psnr_of_one_grey_level_off():
     assert psnr(real, real + 1)[0] == pytest.approx(48.13, abs=0.01)
 
 
-def test_pixels_survive_the_way_to_the_network_and_back():
+def test_converting_pixels_for_the_network_is_reversible():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     network = to_network(pixels)
     assert network.shape == (3, 3, 8, 8) and network.min() >= -1 and network.max() <= 1
     assert (to_pixels(network) == pixels).all()
 
 
-def test_a_shifted_image_keeps_its_size_and_lets_white_in():
+def test_a_shifted_image_keeps_its_size_and_is_filled_with_white():
     shifted = shift(np.zeros((8, 8, 3), np.uint8), np.random.default_rng(3), 4)
     assert shifted.shape == (8, 8, 3)
     assert set(np.unique(shifted)) == {0, 255}
 
 
-def test_varied_colours_are_the_same_channels_in_another_order():
+def test_varied_colours_are_permuted_channels():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     varied = [vary_colours(pixels, np.random.default_rng(i)) for i in range(20)]
     assert all((np.sort(v, axis=2) == np.sort(pixels, axis=2)).all() for v in varied)
@@ -100,7 +100,7 @@ def test_line_art_fills_dark_parts_at_times():
     assert insides == {0, 255}
 
 
-def test_a_turned_image_keeps_its_centre_and_lets_white_in():
+def test_a_rotated_image_keeps_its_centre_and_is_filled_with_white():
     pixels = np.zeros((65, 65, 3), np.uint8)
     pixels[30:35, 30:35] = 200
     turned = [turn(pixels, np.random.default_rng(seed)) for seed in range(8)]
@@ -108,7 +108,7 @@ def test_a_turned_image_keeps_its_centre_and_lets_white_in():
     assert any((t[0, 0] == 255).all() for t in turned) and len({t.tobytes() for t in turned}) == 8
 
 
-def test_the_image_towers_loss_counts_each_pair_of_views_and_text():
+def test_the_loss_of_styles_covers_each_pair_of_images_and_text():
     class Features(nn.Cell):
         logit_scale = Tensor(np.float32(np.log(4.0)))
 
@@ -128,7 +128,7 @@ def test_the_image_towers_loss_counts_each_pair_of_views_and_text():
         assert value.asnumpy() == pytest.approx(expected, rel=1e-5) and share.asnumpy() == right
 
 
-def test_the_base_knows_every_concept_of_the_demo_and_at_least_600():
+def test_the_nano_model_is_trained_on_every_concept_of_the_demo_and_at_least_600():
     base = {row.path.name: row.caption for row in read_rows("emoji_noto", "")}
     assert len(base) >= 600
     assert {row.path.name for row in read_rows("emoji_fluent_hc", "test")} <= base.keys()
@@ -154,11 +154,11 @@ def test_folding_makes_latents_standard_and_keeps_the_reconstruction():
     np.testing.assert_allclose(in_batches(vae, to_network(pixels), 3), before, atol=1e-4)
 
 
-def test_in_batches_gives_every_row_once():
+def test_in_batches_returns_every_row_once():
     assert (in_batches(lambda x: x, noise(7, 2), 3) == noise(7, 2)).all()
 
 
-def test_learning_rates_warm_up_and_end_near_nothing():
+def test_learning_rates_warm_up_and_decay():
     rates = learning_rates(1e-3, 100, 10)
     assert len(rates) == 100 and max(rates) <= 1e-3
     assert rates[0] == pytest.approx(1e-4, rel=0.01)
@@ -201,7 +201,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
         assert (values(resumed)[name] == array).all(), name
 
 
-def test_a_state_of_another_run_is_refused(tmp_path):
+def test_the_training_state_of_another_network_is_refused(tmp_path):
     train(line_step(), line_batch, 2, tmp_path, ("loss", "error"))
 
     class Wider(Line):
@@ -215,13 +215,13 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         train(other, line_batch, 4, tmp_path, ("loss", "error"))
 
 
-def test_a_state_of_other_settings_is_refused(tmp_path):
+def test_the_training_state_of_other_settings_is_refused(tmp_path):
     train(line_step(), line_batch, 2, tmp_path, ("loss", "error"), "seed 1")
-    with pytest.raises(UserError, match="seed 1, this one has seed 2"):
+    with pytest.raises(UserError, match="seed 1, this run has seed 2"):
         train(line_step(), line_batch, 4, tmp_path, ("loss", "error"), "seed 2")
 
 
-def test_a_value_that_fp16_cannot_hold_is_refused():
+def test_a_value_that_overflows_fp16_is_refused():
     assert half({"a": np.float32([1.5])})["a"].dtype == np.float16
     with pytest.raises(UserError, match="big"):
         half({"a": np.float32([1.0]), "big": np.float32([1e6])})
@@ -245,7 +245,7 @@ def test_the_grid_holds_every_image():
         (assemble, ["--vae", "x", "--clip", "x"], "clip.safetensors"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, tool, flags, file):
+def test_an_unusable_output_is_refused_before_the_work(tmp_path, monkeypatch, tool, flags, file):
     monkeypatch.setattr(tool, "setup_runtime", lambda *arguments, **more: pytest.fail("it began"), raising=False)
     (tmp_path / "file").touch()
     (tmp_path / "kept" / file).mkdir(parents=True)

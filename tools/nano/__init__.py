@@ -1,0 +1,1 @@
+"""The tools that trained and measure the nano model."""

@@ -1,11 +1,11 @@
-"""Put the embedded model together from its parts, in fp16.
+"""Assemble the nano model from its parts, in fp16.
 
     python -m tools.nano.assemble --vae output/nano/vae --clip output/nano/clip --output_path models/nano
     python -m tools.nano.assemble --vae … --clip … --unet output/nano/unet/ckpt/model.ckpt --output_path models/nano
 
-Writes nano.safetensors (canonical names: autoencoder, text tower as text encoder, the UNet once there is one) and
-clip.safetensors (the rest of CLIP: image tower and projections, whose text tower is the text encoder). Without --unet
-the first is what the training of the UNet starts from.
+Writes nano.safetensors (the autoencoder, CLIP's text tower as the text encoder, and the UNet) and clip.safetensors
+(CLIP's image tower and projections). Without --unet, nano.safetensors is the base model that the UNet's training starts
+from.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ldm.runtime.script import run, start
+from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 import numpy as np  # noqa: E402
 
@@ -31,12 +31,12 @@ FILES = ("nano.safetensors", "clip.safetensors")
 
 
 def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rounded to fp16; a value beyond its range is an error."""
-    with np.errstate(over="ignore"):  # judged below, by name
+    """Round arrays to fp16. Raises UserError for a value that overflows."""
+    with np.errstate(over="ignore"):  # checked below, by name
         rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
     for name, array in rounded.items():
         if not np.isfinite(array).all():
-            raise UserError(f"{name} does not fit fp16")
+            raise UserError(f"{name} overflows fp16: train with smaller weights")
     return rounded
 
 
@@ -70,4 +70,4 @@ def assemble(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,12 +1,11 @@
-"""Choose the concepts that the embedded base draws, and write datasets/emoji_noto/img_txt.csv, and for each other style
-the img_txt.csv of its training images of these concepts.
+"""Choose the concepts that the nano model is trained on.
 
     python -m tools.nano.choose_concepts
 
-All concepts of the test split of emoji_fluent_hc (the demo holds out their style, not the concept), and
-whole groups of what a person would ask for: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes,
-sports, things. Fewer concepts drawn well beat more of them drawn badly: two cores train this in hours. A LoRA learns a
-style from images of what its base knows: captions that mean nothing to the base teach it to draw none (docs/nano.md).
+Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
+concepts. The concepts are those of the test split of emoji_fluent_hc, whose style the demo holds out, and whole groups
+of emoji: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model
+draws few concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ SUBCATEGORIES = (
 
 
 def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
-    """Write datasets/<style>/img_txt.csv from (split/file, caption), sorted by file; returns the number of rows."""
+    """Write datasets/<style>/img_txt.csv from rows of (split/file, caption), sorted by file; return their number."""
     ordered = sorted(rows, key=lambda row: Path(row[0]).name)
     with atomic_path(DATASETS / style / "img_txt.csv") as path:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -50,12 +49,12 @@ def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def main() -> None:
-    with claim_all(*(claim_file(DATASETS / style / "img_txt.csv", "the list") for style in ("emoji_noto", *STYLES))):
+    with claim_all(*(claim_file(DATASETS / style / "img_txt.csv", "img_txt.csv") for style in ("emoji_noto", *STYLES))):
         choose()
 
 
 def choose() -> None:
-    """Write the lists, and say how long they are."""
+    """Write the files and print their lengths."""
     held_out_style = {row.path.name for row in read_rows("emoji_fluent_hc", "test")}
     kind = categories()
     chosen = {}
@@ -70,7 +69,9 @@ def choose() -> None:
         f"{len(held_out_style)} of them with a held-out image in another style"
     )
     for style in STYLES:
-        known = [(f"train/{row.path.name}", row.caption) for row in read_rows(style, "train") if row.path.name in chosen]
+        known = [
+            (f"train/{row.path.name}", row.caption) for row in read_rows(style, "train") if row.path.name in chosen
+        ]
         print(f"{write_csv(style, known)} training images of {style} show one of them")
 
 

@@ -1,7 +1,7 @@
-"""The training loop of the scripts in this folder: log, progress bar, save, resume.
+"""The training loop of the nano autoencoder and CLIP, with a log and resuming.
 
-`train_text_to_image.py` trains the UNet; what is here serves the autoencoder and CLIP, which are made once. A killed
-run goes on from its last save and ends as an uninterrupted one would: every random draw is a function of the step.
+The UNet is trained by train_text_to_image.py. A run that was killed resumes from its last save and ends with the same
+weights as an uninterrupted one, because every random draw depends on the step alone.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from mindspore import Parameter, Tensor, nn, ops
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.runtime.script import progress
+from ldm.runtime.script import describe_progress
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
-# The optimizer's table of learning rates follows from the arguments: a run may be resumed with fewer or more steps.
+# The optimizer's learning rates. They are not restored, so that a run can be resumed with another number of steps.
 SCHEDULE = "optimizer.learning_rate.learning_rate"
 
 
 class Step(nn.Cell):
-    """One AdamW step on a loss cell that returns a tuple of scalars, the loss first."""
+    """An AdamW step on a loss cell that returns a tuple of scalars, the loss first."""
 
     def __init__(self, loss: nn.Cell, parameters: list[Parameter], rates: list[float], weight_decay: float):
         super().__init__(auto_prefix=False)
@@ -40,7 +40,7 @@ class Step(nn.Cell):
 
 
 def learning_rates(peak: float, steps: int, warmup: int) -> list[float]:
-    """Linear warm-up, then a cosine down to 1 % of the peak."""
+    """Return the rates of a linear warm-up and a cosine decay to 1 % of the peak."""
     return [
         peak * min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / steps)))
         for i in range(steps)
@@ -56,35 +56,39 @@ def train(
     settings: str = "",
     save_every: int = 200,
 ) -> None:
-    """Run `steps` steps, resuming from `folder`/state.safetensors where there is one.
+    """Run `steps` steps, and resume from `folder`/state.safetensors if it exists.
 
     Args:
-        batch: step number -> the inputs of the step's loss.
-        names: what the step's loss returns, for the log.
-        settings: what a resumed run must share with the one it goes on from.
+        step: the training step.
+        batch: returns the inputs of the loss for a step number.
+        steps: in total, including those of the run that is resumed.
+        folder: of the training state and the log.
+        names: of the values that the loss returns, for the log.
+        settings: those that a resumed run must share.
+        save_every: steps between saves.
 
     Raises:
-        UserError: the state in `folder` is of another network or of other settings.
+        UserError: the training state in `folder` belongs to another network or to other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state, first = folder / "state.safetensors", 0
-    if state.exists():
-        arrays, metadata = read_checkpoint(state)
+    state_path, first = folder / "state.safetensors", 0
+    if state_path.exists():
+        arrays, metadata = read_checkpoint(state_path)
         first = int(metadata["step"])
         if metadata.get("settings") != settings:
             raise UserError(
-                f"{state} is of a run with {metadata.get('settings')}, this one has {settings}; "
-                "use the same, or another --output_path"
+                f"{state_path} is from a run with {metadata.get('settings')}, this run has {settings}: use the same "
+                "settings, or another --output_path"
             )
         for name, parameter in step.parameters_dict().items():
             if name == SCHEDULE:
                 continue
             if name not in arrays or arrays[name].shape != parameter.shape:
-                raise UserError(f"{state} is of another run: {name} does not fit; choose another --output_path")
+                raise UserError(f"{state_path} is from another run, {name} does not fit: choose another --output_path")
             parameter.set_data(Tensor(arrays[name].astype(parameter.asnumpy().dtype)))
     step.set_train()
-    done = kept = first
-    progress(lambda: f"after step {done} of {steps}; step {kept} is kept: the same command goes on from there")
+    done = saved = first
+    describe_progress(lambda: f"after step {done} of {steps}; step {saved} is saved: the same command resumes from there")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, mininterval=5)
     for i in bar:
         values = step(*[Tensor(array) for array in batch(i)])
@@ -95,9 +99,9 @@ def train(
                 log.write(f"step {i} {text}\n")
         if (i + 1) % save_every == 0 or i == steps - 1:
             write_checkpoint(
-                state,
+                state_path,
                 {name: p.asnumpy() for name, p in step.parameters_dict().items()},
                 {"step": str(i + 1), "settings": settings},
             )
-            kept = i + 1
+            saved = i + 1
         done = i + 1

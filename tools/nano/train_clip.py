@@ -1,17 +1,17 @@
-r"""Train the embedded model's small CLIP; its text tower becomes the text encoder, its image tower scores images.
+r"""Train the nano model's CLIP. Its text tower becomes the text encoder, its image tower scores images.
 
     python -m tools.nano.train_clip --output_path output/nano/clip --steps 1500
     python -m tools.nano.train_clip --output_path output/nano/clip_image --image_tower_only output/nano/clip \
         --steps 2000 --batch_size 64
 
-Noto's images (both splits: the base knows its concepts) and the train splits of the two styles, with their captions;
-the held-out style images are read to measure only. Every batch holds different concepts, each in a random style.
-Images are moved and blurred, so that the image tower judges a small decoder's images as it does sharp ones;
-captions lose their article at times ("cat" for "a cat"), since people leave it out. The temperature is fixed.
+The data are both splits of Noto's images, whose concepts the base model knows, and the train splits of the two other
+styles. Their held-out images are used for measuring only. A batch holds different concepts, each in a random style.
+Images are shifted and blurred, so that the image tower scores a small decoder's images as it scores sharp ones. Some
+captions are encoded without their article ("cat" for "a cat"), as people write them. The temperature is fixed.
 
---image_tower_only goes on from a finished run with the text tower as it is, so that a UNet trained on it stays right:
-it teaches the image tower to know a concept in whatever style. Each concept of a batch is shown twice, the second time
-in another style or as line art made from its image, and the two must find each other as well as their caption.
+--image_tower_only continues a finished run and leaves the text tower as it is, so that a UNet trained with it remains
+valid. It teaches the image tower to recognise a concept in any style: a batch shows each concept twice, the second time
+in another style or as line art of its image. Both images and the caption are matched with each other.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from ldm.runtime.script import run, start
+from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
@@ -45,7 +45,10 @@ from tools.nano.train_vae import CONFIG, in_batches  # noqa: E402
 
 
 class ContrastiveLoss(nn.Cell):
-    """Each image picks its caption of the batch, and each caption its image; returns (loss, share picked right)."""
+    """CLIP's contrastive loss between the images and captions of a batch.
+
+    Returns (loss, share of captions that match their own image best).
+    """
 
     def __init__(self, clip: CLIPModel, batch_size: int):
         super().__init__(auto_prefix=False)
@@ -63,10 +66,10 @@ class ContrastiveLoss(nn.Cell):
 
 
 class StylesLoss(nn.Cell):
-    """ContrastiveLoss between each two of: images, the same concepts in another style, their frozen text features.
+    """ContrastiveLoss between each two of images, the same concepts in another style, and frozen text features.
 
-    construct(images (2 N, 3, S, S): the images, then the other style's; text (N, D)) -> (loss, share of the captions
-    that picked right).
+    construct takes images (2 N, 3, S, S), those of the second style last, and text features (N, D). It returns (loss,
+    share of captions that match their own image of the second style best).
     """
 
     def __init__(self, clip: CLIPModel, batch_size: int):
@@ -77,41 +80,42 @@ class StylesLoss(nn.Cell):
         self.labels = Tensor(np.arange(batch_size, dtype=np.int32))
         self.product = ops.MatMul(transpose_b=True)
 
-    def picks(self, a: Tensor, b: Tensor) -> Tensor:
+    def match(self, a: Tensor, b: Tensor) -> Tensor:
         return ops.cross_entropy(self.product(a, b) * self.scale, self.labels)
 
     def construct(self, images: Tensor, text: Tensor):
         features = self.clip.image_features(images)
         first, second = features[: self.batch_size], features[self.batch_size :]
         loss = (
-            self.picks(first, second)
-            + self.picks(second, first)
-            + self.picks(first, text)
-            + self.picks(text, first)
-            + self.picks(second, text)
-            + self.picks(text, second)
+            self.match(first, second)
+            + self.match(second, first)
+            + self.match(first, text)
+            + self.match(text, first)
+            + self.match(second, text)
+            + self.match(text, second)
         ) / 6.0
         right = (self.product(text, second).argmax(1).astype(ms.int32) == self.labels).astype(ms.float32).mean()
         return loss, right
 
 
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
-    """How often a caption's own image is among the 5 nearest of its data set."""
+    """Return how often a caption's own image is among the 5 nearest of its data set, as text."""
     lines = []
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("test",)) for s in STYLES)):
-        images = [p for split in splits for p in read_images(style, split)]
-        images = in_batches(ImageFeatures(clip), to_network(np.stack([p.pixels for p in images])), 96)
-        texts = in_batches(TextFeatures(clip), tokenizer.encode([p.text for p in images]), 96)
-        scores = texts @ images.T
+        images = [image for split in splits for image in read_images(style, split)]
+        pixels, captions = [image.pixels for image in images], [image.caption for image in images]
+        image_features = in_batches(ImageFeatures(clip), to_network(np.stack(pixels)), 96)
+        text_features = in_batches(TextFeatures(clip), tokenizer.encode(captions), 96)
+        scores = text_features @ image_features.T
         rank = (scores > np.diag(scores)[:, None]).sum(axis=1)
         lines.append(
             f"{style} {'+'.join(splits)}: caption to image, nearest {np.mean(rank == 0):.1%}, "
             f"top 5 {np.mean(rank < 5):.1%} of {len(images)}"
         )
         if style == "emoji_noto":
-            noto = {image.name: feature for image, feature in zip(images, images)}
+            noto = {image.name: feature for image, feature in zip(images, image_features)}
         else:
-            nearer = nearer_than_another(np.stack([noto[p.name] for p in images]), images)
+            nearer = nearer_than_another(np.stack([noto[image.name] for image in images]), image_features)
             lines.append(f"{style} test: Noto's image of the concept is nearer than another {nearer:.1%}")
     return "\n".join(lines)
 
@@ -129,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--image_tower_only",
         type=user_path,
         metavar="FOLDER",
-        help="folder of a finished run: train its image tower further",
+        help="folder of a finished run, whose image tower is trained further",
     )
     args = parser.parse_args(argv)
     weights = args.output_path / "clip.safetensors"
@@ -138,36 +142,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """Train, say how good it is, and write the weights."""
+    """Train, print the report, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
     clip = CLIPModel(**FORMS["nano"])
-    parameters = clip.parameters_dict()  # before an optimizer puts its own name before theirs
+    parameters = clip.parameters_dict()  # before the optimizer prefixes their names
 
     concepts: dict[str, list] = {}
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("train",)) for s in STYLES)):
         for split in splits:
             for image in read_images(style, split):
-                # Noto three times: it is what the base draws.
-                concepts.setdefault(image.text, []).extend([image] * (3 if style == "emoji_noto" else 1))
+                # Noto counts three times, because the base model generates its style.
+                concepts.setdefault(image.caption, []).extend([image] * (3 if style == "emoji_noto" else 1))
     captions = sorted(concepts)
-    tokens = {text: tokenizer.encode([text, re.sub(r"^(a|an|the) ", "", text)]) for text in captions}
+    tokens = {caption: tokenizer.encode([caption, re.sub(r"^(a|an|the) ", "", caption)]) for caption in captions}
 
-    def image_and_text(rng: np.random.Generator, text: str) -> tuple[np.ndarray, np.ndarray]:
-        image = shift(concepts[text][rng.integers(len(concepts[text]))].pixels, rng, 4)
-        return blur(image, rng) if rng.random() < 0.5 else image, tokens[text][int(rng.random() < 0.25)]
+    def image_and_tokens(rng: np.random.Generator, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        images = concepts[caption]
+        image = shift(images[rng.integers(len(images))].pixels, rng, 4)
+        return blur(image, rng) if rng.random() < 0.5 else image, tokens[caption][int(rng.random() < 0.25)]
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "clip", step)
-        drawn = [image_and_text(rng, captions[i]) for i in rng.choice(len(captions), args.batch_size, replace=False)]
-        return to_network(np.stack([image for image, _ in drawn])), np.stack([text for _, text in drawn])
+        chosen = rng.choice(len(captions), args.batch_size, replace=False)
+        images, texts = zip(*(image_and_tokens(rng, captions[i]) for i in chosen))
+        return to_network(np.stack(images)), np.stack(texts)
 
     def batch_of_styles(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "styles", step)
         chosen = rng.choice(len(captions), args.batch_size, replace=False)
-        first = [turn(image_and_text(rng, captions[i])[0], rng) for i in chosen]
-        second = [turn(in_another_style(image_and_text(rng, captions[i])[0], rng), rng) for i in chosen]
+        first = [turn(image_and_tokens(rng, captions[i])[0], rng) for i in chosen]
+        second = [turn(in_another_style(image_and_tokens(rng, captions[i])[0], rng), rng) for i in chosen]
         return to_network(np.stack(first + second)), text_features[chosen]
 
     def in_another_style(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -177,7 +183,7 @@ def train_clip(args: argparse.Namespace) -> None:
         arrays, _ = read_checkpoint(args.image_tower_only / "clip.safetensors")
         for name, parameter in parameters.items():
             parameter.set_data(Tensor(arrays[name]))
-        text_features = in_batches(TextFeatures(clip), np.stack([tokens[text][0] for text in captions]), 96)
+        text_features = in_batches(TextFeatures(clip), np.stack([tokens[caption][0] for caption in captions]), 96)
         loss, batch = StylesLoss(clip, args.batch_size), batch_of_styles
         trainable = [p for name, p in parameters.items() if name.startswith(("vision_model.", "visual_projection."))]
     else:
@@ -196,4 +202,4 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

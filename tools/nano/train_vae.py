@@ -1,14 +1,14 @@
-"""Train the embedded model's autoencoder.
+"""Train the nano model's autoencoder.
 
     python -m tools.nano.train_vae --output_path output/nano/vae --steps 3000
     python -m tools.nano.train_vae --output_path output/nano/vae_decoder --steps 3000 --decoder_only output/nano/vae
 
-Noto's train split and the train splits of the two styles; Noto's test split only measures. The loss is L1 + 2 MSE
-+ 0.5 L1 of the pixel differences along rows and columns (edges) + 0.5 L1 of R - G and G - B (small models lose green
-and purple first) + a little KL. At the end the latents' mean and deviation on the training images are folded into
-quant_conv and post_quant_conv, so that the diffusion model sees zero mean and unit variance in every channel. With
-`--decoder_only` the encoder of a finished run stays as it is, and with it every latent made from it; the loss then has
-0.1 of each image's log MSE as well.
+The data are the train splits of Noto and of the two other styles. The test splits are used for measuring only. The
+loss is L1 + 2 MSE + 0.5 L1 of the pixel differences along rows and columns (edges) + 0.5 L1 of R - G and G - B (small
+models lose green and purple first) + a small KL term. At the end, the latents' mean and standard deviation on the
+training images are folded into quant_conv and post_quant_conv, so that every latent channel has zero mean and unit
+variance. --decoder_only keeps the encoder of a finished run, and thereby all latents, and adds 0.1 log MSE per image to
+the loss instead of the KL term.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.runtime.script import run, start
+from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 import numpy as np  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
@@ -41,7 +41,10 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano.yaml"
 
 
 class ReconstructionLoss(nn.Cell):
-    """images (N, 3, H, W), eps (N, z, h, w) -> (loss, L1, MSE, KL a latent value)."""
+    """The loss of the autoencoder on images (N, 3, H, W) with posterior noise eps (N, z, h, w).
+
+    Returns (loss, L1, MSE, KL per latent value).
+    """
 
     def __init__(self, vae: AutoencoderKL, latent_channels: int, kl_weight: float, decoder_only: bool):
         super().__init__(auto_prefix=False)
@@ -60,7 +63,7 @@ class ReconstructionLoss(nn.Cell):
         ).abs().mean()
         colour = (error[:, :2] - error[:, 1:]).abs().mean()
         loss = l1 + 2.0 * mse + 0.5 * edges + 0.5 * colour
-        if self.decoder_only:  # the logarithm of an image's error is what a mean PSNR is made of
+        if self.decoder_only:  # the mean PSNR averages the logarithms of the images' errors
             loss = loss + 0.1 * ops.log((error * error).mean(axis=(1, 2, 3)) + 1e-5).mean()
         else:
             loss = loss + self.kl_weight * kl
@@ -68,13 +71,13 @@ class ReconstructionLoss(nn.Cell):
 
 
 def psnr(real: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Decibels an image, of (N, H, W, 3) uint8."""
+    """Return the PSNR of each image in decibels (N,), for uint8 pixels (N, H, W, 3)."""
     error = ((real.astype(np.float64) - made) ** 2).mean(axis=(1, 2, 3))
     return 10 * np.log10(255.0**2 / np.maximum(error, 1e-9))
 
 
 def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
-    """Run a cell over (N, ...) in equal batches (the last is filled up, so that one graph is compiled)."""
+    """Run a cell over images (N, ...) in batches of `size`. The last is filled up, so that one graph is compiled."""
     out = []
     for first in range(0, len(images), size):
         part = images[first : first + size]
@@ -84,7 +87,7 @@ def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
 
 
 def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make the latents' means zero mean and unit deviation a channel over `pixels`; the reconstruction stays."""
+    """Normalise each latent channel over `pixels` without changing the reconstruction; return the old mean and std."""
     means = in_batches(VAEEncode(vae), to_network(pixels))[:, :z]
     mean, std = means.mean(axis=(0, 2, 3)), means.std(axis=(0, 2, 3))
     quant_weight, quant_bias = vae.quant_conv.weight.asnumpy().copy(), vae.quant_conv.bias.asnumpy().copy()
@@ -105,7 +108,7 @@ def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[
 
 
 def report(vae: AutoencoderKL) -> str:
-    """PSNR on the held-out images of each style, through the latents' mean."""
+    """Return the PSNR on the held-out images of each style, as text."""
     lines = []
     for style in ("emoji_noto", *STYLES):
         real = np.stack([image.pixels for image in read_images(style, "test")])
@@ -124,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=number(0), default=2e-3)
     parser.add_argument("--kl_weight", type=number(0), default=1e-4)
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
-    parser.add_argument("--decoder_only", type=user_path, help="folder of a finished run: train its decoder further")
+    parser.add_argument(
+        "--decoder_only", type=user_path, help="folder of a finished run, whose decoder is trained further"
+    )
     args = parser.parse_args(argv)
     weights = args.output_path / "vae.safetensors"
     with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
@@ -132,11 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """Train, say how good it is, and write the weights."""
+    """Train, print the report, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)
-    parameters = vae.parameters_dict()  # before an optimizer puts its own name before theirs
+    parameters = vae.parameters_dict()  # before the optimizer prefixes their names
     if args.decoder_only:
         arrays, _ = read_checkpoint(args.decoder_only / "vae.safetensors")
         for name, parameter in parameters.items():
@@ -147,7 +152,7 @@ def train_vae(args: argparse.Namespace) -> None:
         if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))
     ]
     if not trainable:
-        raise UserError("there is nothing to train in this autoencoder")
+        raise UserError("this autoencoder has no trainable parameters: choose another configuration")
     pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_images(style, "train")])
     side = config.image_size // config.vae_factor
 
@@ -171,7 +176,7 @@ def train_vae(args: argparse.Namespace) -> None:
     text = ""
     if not args.decoder_only:
         mean, std = fold_normalisation(vae, pixels[::3], config.latent_channels)
-        text = f"latents before folding: mean {mean.round(3).tolist()}, deviation {std.round(3).tolist()}\n"
+        text = f"latents before folding: mean {mean.round(3).tolist()}, std {std.round(3).tolist()}\n"
     text += report(vae)
     print(text)
     (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
@@ -182,4 +187,4 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
