@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ldm.runtime.script import run, start
+from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
-    start()
+    start_script()
 
 from ldm.generation.generate import generate  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
@@ -29,4 +29,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 
-from ldm.runtime.processes import first_speaks
-from ldm.runtime.script import run
+from ldm.runtime.parallel import first_process_prints
+from ldm.runtime.script import run_script
 
 
 def main() -> None:
-    with first_speaks():
+    with first_process_prints():
         _main()
 
 
@@ -35,4 +35,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -22,17 +22,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.files.paths import user_path  # noqa: E402
-from ldm.runtime import children  # noqa: E402
+from ldm.runtime import subprocesses  # noqa: E402
 from ldm.settings.command_line import Parser, whole_number  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
@@ -43,7 +43,7 @@ LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes
 def call(*command: str) -> None:
     """Run one of the project's scripts, shown as a user would type it; its failure ends the demo."""
     print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
-    code = children.call([sys.executable, *command], cwd=ROOT)
+    code = subprocesses.run([sys.executable, *command], cwd=ROOT)
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
 
@@ -54,7 +54,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     from ldm.runtime.device import setup_runtime
 
     setup_runtime()
-    from ldm.metrics.bootstrap import bootstrap_deviation
+    from ldm.metrics.bootstrap import bootstrap_std
     from ldm.metrics.clip_score import clip_scores
     from ldm.metrics.evaluate import encode_images
     from ldm.metrics.frechet import frechet_of_features
@@ -64,7 +64,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     real, before, after = (
         encode_images(paths, clip, len(rows)).features for paths in ([row.path for row in rows], base, lora)
     )
-    texts = clip.of_texts([row.caption for row in rows])
+    texts = clip.encode_texts([row.caption for row in rows])
 
     def distance(made: np.ndarray, i: np.ndarray) -> float:
         return frechet_of_features(real[i], made[i])
@@ -82,7 +82,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
             lambda i, measure=measure: measure(after, i) - measure(before, i),
             partial(measure, real),
         )
-        cells = [f"{column(everything):.2f} +- {bootstrap_deviation(column, len(rows)):.2f}" for column in columns]
+        cells = [f"{column(everything):.2f} +- {bootstrap_std(column, len(rows)):.2f}" for column in columns]
         if measure is distance:
             cells[-1] = "0"
         lines.append(f"{name:34}{cells[0]:>17}{cells[1]:>17}{cells[2]:>18}{cells[3]:>17}")
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         claim_file(output / "grid.png", "--output_path"),
         claim_file(output / "prompts.txt", "--output_path"),
     ):
-        progress(lambda: f"before the end; what is done is kept in {output}: the same command goes on from there")
+        describe_progress(lambda: f"before the end; what is done is kept in {output}: the same command goes on from there")
         demonstrate(output, args.prompts)
 
 
@@ -159,4 +159,4 @@ def demonstrate(output: Path, prompts: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

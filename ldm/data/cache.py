@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import atomic_path
 from ldm.files.inputs import is_there, open_file, read_bytes
-from ldm.runtime.logs import warn_of_each
+from ldm.runtime.logs import warn_each
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class ArrayCache:
                 missing.append(key)
             else:
                 self._arrays[key] = array
-        warn_of_each(logger, "the cache file %s; computing it again", faults)
+        warn_each(logger, "the cache file %s; computing it again", faults)
         if missing:
             with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
                 for start in range(0, len(missing), batch_size):

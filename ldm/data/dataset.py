@@ -20,7 +20,7 @@ from ldm.data.checked_images import CheckedImages
 from ldm.data.transforms import BrokenImage
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_folder, is_there, read_text
-from ldm.runtime.logs import warn_of_each
+from ldm.runtime.logs import warn_each
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def read_image_text_csv(
 def _report_left_out(csv_path: Path, left_out: list[tuple[str, str]], count: int, max_bad_fraction: float) -> None:
     """Warns about rows that are left out. Raises UserError if they are more than `max_bad_fraction` of `count`."""
     rows = [f"{name or 'a row without an image'} ({reason})" for name, reason in left_out]
-    warn_of_each(logger, "left out: %s", rows)
+    warn_each(logger, "left out: %s", rows)
     if len(left_out) > max_bad_fraction * count:
         named = "; ".join(f"{plain(name, 80)} ({reason})" for name, reason in left_out[:3])
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""

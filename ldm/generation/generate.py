@@ -12,7 +12,7 @@ from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
 from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
-from ldm.runtime.script import progress
+from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_model import base_model_hash
@@ -42,7 +42,7 @@ def generate(settings: GenerateSettings) -> None:
 
 def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     """Load the model and the LoRAs of a plan, generate its images and write them."""
-    progress(lambda: "before the first image")
+    describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
     from ldm.generation.loading import apply_lora, load_model, select_lora
     from ldm.generation.pipeline import Pipeline
@@ -98,7 +98,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         pngs=not settings.skip_save,
         grid=not settings.skip_grid,
     )
-    progress(writer.progress)
+    describe_progress(writer.progress)
     batches = Pipeline(model).generate(plan.prompts, sampling, settings.seed, plan.negative_prompts, starting_latents)
     latents: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in batches:

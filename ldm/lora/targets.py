@@ -11,7 +11,7 @@ from ldm.files.inputs import is_file, is_folder
 from ldm.files.outputs import claim_all, claim_file, claim_new
 from ldm.lora.formats import check_lora_name
 from ldm.lora.formats.cloneofsimo import text_encoder_path
-from ldm.runtime.script import progress
+from ldm.runtime.script import describe_progress
 from ldm.weights.architecture import yaml_beside
 from ldm.weights.checkpoint import WRITERS
 
@@ -52,6 +52,6 @@ def check_checkpoint_name(path: Path, name: str) -> None:
 @contextmanager
 def _claim(paths: list[Path], name: str, folder: bool = False) -> Iterator[None]:
     with claim_all(*(claim_new(path, name, folder) for path in paths)):
-        progress(lambda: f"before {paths[0]} was whole: it is not kept")
+        describe_progress(lambda: f"before {paths[0]} was whole: it is not kept")
         yield
-        progress(None)
+        describe_progress(None)

@@ -69,7 +69,7 @@ def set_up_logging(level: str, log_file: Path | None = None, prefix: bool = True
         root.addHandler(file)
 
 
-def warn_of_each(logger: logging.Logger, message: str, items: Sequence[str]) -> None:
+def warn_each(logger: logging.Logger, message: str, items: Sequence[str]) -> None:
     """Warn of the first of many items, each on a line, and say how many more there are; log_level DEBUG names all."""
     for place, item in enumerate(items):
         logger.log(logging.WARNING if place < MOST_WARNINGS else logging.DEBUG, message, item)

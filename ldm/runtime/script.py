@@ -1,18 +1,19 @@
-"""How a script begins and ends: signals, text streams, errors as one line and an exit code.
+"""How a script starts and ends: signals, text streams, errors on one line and exit codes.
 
     if __name__ == "__main__":
-        start()  # before the imports that take seconds
+        start_script()  # before the imports that take seconds
     ...
     if __name__ == "__main__":
-        run(main)
+        run_script(main)
 
-Exit codes: 0 done; 2 a UserError, or an answer of the operating system; 130, 143, 129 for Ctrl-C, `kill` and a closed
-terminal. Anything else is a fault of the program and keeps its traceback.
+Exit codes: 0 for success, 2 for a UserError or an error of the operating system, 130, 143 and 129 for Ctrl-C, `kill` and
+a closed terminal. Any other exception is a fault of the program and keeps its traceback.
 
-MindSpore takes Ctrl-C from Python while it runs a graph, and Python hears no signal while MindSpore compiles. So the
-signals are blocked for all threads (threads inherit it: `start` comes before any library makes its own) and a thread of
-this module waits for them. It interrupts the main thread; where that does not end within GRACE seconds, it ends the
-process itself. Everything is written beside and renamed, so this is safe at any moment.
+MindSpore takes Ctrl-C from Python while it runs a graph, and Python handles no signal while MindSpore compiles. So the
+signals are blocked in all threads, and a thread of this module waits for them. Threads inherit the blocked signals from
+the thread that starts them, therefore start_script comes before the import of any library that starts threads. On a
+signal the waiting thread interrupts the main thread. If the main thread does not end within GRACE_SECONDS, the waiting
+thread ends the process. Files are written under temporary names and then renamed, so this is safe at any moment.
 """
 
 from __future__ import annotations
@@ -30,180 +31,186 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 from ldm.files.atomic import remove_temporaries
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-GRACE = 5.0  # seconds
-LAST_WORD = 1.0  # seconds that the last line may take
+GRACE_SECONDS = 5.0  # how long the main thread may take to end after a signal
+LAST_LINE_SECONDS = 1.0  # how long printing the last line may take
 
 _started: float | None = None
-ignored: set[int] = set()
+ignored_signals: set[int] = set()
 _received: int | None = None
-_screen = 2  # where the last line goes
-_after_a_bar = False  # it begins a new line then
+_terminal = 2  # the file descriptor of the last line
+_progress_bar_shown = False  # the last line begins on a new line then
 _describe: Callable[[], str] | None = None
-_concluding = threading.Lock()
+_ending = threading.Lock()
 
 
-class _Screen(io.FileIO):
-    """Standard error, which drops what is refused (a full disk behind `2> file`, a terminal or a reader that has gone):
-    the work goes on without it.
-    """
+class _StandardError(io.FileIO):
+    """Standard error that ignores failed writes (a full disk behind `2> file`, a closed terminal or pipe)."""
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:
             return len(data)
 
 
-def start() -> None:
-    """Listen to the signals that end a program, and let every text be printed. Calling it again changes nothing."""
+def start_script() -> None:
+    """Handle the signals that end a program, and make every text printable. Further calls have no effect."""
     global _started
     if _started is not None:
         return
     _started = time.time()
     _open_streams()
-    # `nohup` and shells that start a process in the background ignore some: those are blocked and never waited for.
-    heard = {number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN}
-    ignored.update(EXIT_CODES.keys() - heard)
-    if not heard:
+    # `nohup`, and shells that start a process in the background, ignore some signals. These stay ignored.
+    handled = {number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN}
+    ignored_signals.update(EXIT_CODES.keys() - handled)
+    if not handled:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which interrupt_main calls
-    threading.Thread(target=_listen, args=(heard,), daemon=True, name="signals").start()
-    sys.excepthook = _except
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # interrupt_main calls it
+    threading.Thread(target=_wait_for_signal, args=(handled,), daemon=True, name="signals").start()
+    sys.excepthook = _excepthook
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`, and end the process as the module's first lines say."""
-    start()
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's `main` and end the process with the exit codes of this module."""
+    start_script()
     try:
-        with _concluded():
+        with _end_if_interrupted():
             main()
             sys.stdout.flush()
     except UserError as error:
         _fail(error)
     except BrokenPipeError as error:
-        if not _has_lost_its_reader(sys.stdout.fileno()):  # but that of another process
+        if not _has_no_reader(sys.stdout.fileno()):  # the error is of another pipe
             _fail(system_error(error))
-        # What is left goes nowhere: so `| head` has it.
+        # The reader has closed the pipe, like `head`, which is not an error. The rest of the output is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno is None:  # a library's own, not an answer of the operating system
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
         _fail(system_error(error))
     except MemoryError:
         _fail(UserError("this machine's memory is not enough: use smaller sizes or batches, or a smaller file"))
-    # What is left is Python's own end: a signal may simply end it.
+    # Only Python's own shutdown follows, which a signal may end at once.
     for number in EXIT_CODES:
-        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number in ignored_signals else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 
-def progress(describe: Callable[[], str] | None) -> None:
-    """Let `describe` say what is done when the script is interrupted: "after step 3 of 10; ..."."""
+def describe_progress(describe: Callable[[], str] | None) -> None:
+    """Set what describes the work done so far ("after step 3 of 10; ...") when the script is interrupted."""
     global _describe
     _describe = describe
 
 
 def _open_streams() -> None:
-    """Let every text be printed, wherever standard output and error lead."""
+    """Make every text printable, whatever standard output and standard error lead to."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would have its number, and be printed into
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest free number
+        except OSError:  # it is closed, so the next file to be opened would get its number and the output
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens with the lowest free number
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)
-    if sys.stderr is sys.__stderr__:  # not a test's or a notebook's
+    if sys.stderr is sys.__stderr__:  # not replaced by a test or a notebook
         encoding = getattr(sys.stderr, "encoding", "utf-8")
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Screen(2, "w", closefd=False)), encoding, line_buffering=True)
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_StandardError(2, "w", closefd=False)), encoding, line_buffering=True
+        )
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a stream of a test or a notebook may have no such method
+        if hasattr(stream, "reconfigure"):  # a stream of a test or a notebook may lack the method
             stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
-def _concluded() -> Iterator[None]:
-    """End the process with the block where it was interrupted, whatever the interrupted libraries raise. sys.excepthook
-    is not enough for that: MindSpore sets its own when it compiles with a cache or meets other processes.
+def _end_if_interrupted() -> Iterator[None]:
+    """End the process when the block is interrupted, whatever exception the interrupted libraries raise.
+
+    sys.excepthook does not suffice: MindSpore replaces it when it compiles with a cache or connects to other processes.
     """
     try:
         yield
     except BaseException as error:
         if _received is not None or isinstance(error, KeyboardInterrupt):
-            _conclude()
+            _end_process()
         raise
     if _received is not None:
-        _conclude()
+        _end_process()
 
 
-def _has_lost_its_reader(number: int) -> bool:
+def _has_no_reader(number: int) -> bool:
+    """Whether nobody reads from the pipe with this file descriptor."""
     poll = select.poll()
     poll.register(number, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(error: Exception) -> None:
+    """Print an error on one line and exit with code 2."""
     print(f"error: {plain(error, LONGEST_MESSAGE)}", file=sys.stderr)
     sys.exit(2)
 
 
-def _listen(heard: set[int]) -> None:
-    global _received, _screen, _after_a_bar
-    received = signal.sigwait(heard)
-    _after_a_bar = bool(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()))
-    # MindSpore reports an interrupted compilation as an error of many lines: nothing but the last line is shown.
-    _screen = os.dup(2)
+def _wait_for_signal(handled: set[int]) -> None:
+    """Wait for a signal, interrupt the main thread, and end the process if that takes long or a second signal comes."""
+    global _received, _terminal, _progress_bar_shown
+    received = signal.sigwait(handled)
+    _progress_bar_shown = bool(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()))
+    # MindSpore reports an interrupted compilation as an error of many lines. Only the last line of the script is shown.
+    _terminal = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _received = received
     _thread.interrupt_main()
-    patience = threading.Timer(GRACE, _conclude)
-    patience.daemon = True
-    patience.start()
-    signal.sigwait(heard)  # a second one means now
-    _conclude()
+    timer = threading.Timer(GRACE_SECONDS, _end_process)
+    timer.daemon = True
+    timer.start()
+    signal.sigwait(handled)  # a second signal ends the process at once
+    _end_process()
 
 
-def _except(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if _received is not None or issubclass(kind, KeyboardInterrupt):
-        _conclude()
+        _end_process()
     sys.__excepthook__(kind, error, traceback)
 
 
-def _conclude() -> None:
-    """Leave nothing half-written, say in one line what was done, end the process. Python's own end is passed over: it
-    waits for threads, and MindSpore's fails where its import was interrupted.
+def _end_process() -> NoReturn:
+    """Remove temporary files, print one line about the work done so far, and end the process.
+
+    Python's own shutdown is skipped: it waits for threads, and MindSpore's part fails where its import was interrupted.
     """
     code = EXIT_CODES[signal.SIGINT if _received is None else signal.Signals(_received)]
-    if not _concluding.acquire(timeout=LAST_WORD):  # another thread does it, and is stuck
+    if not _ending.acquire(timeout=LAST_LINE_SECONDS):  # another thread is ending the process and hangs
         os._exit(code)
     try:
         remove_temporaries()
-        _remove_compiler_notes()
-        # Who reads these streams may have stopped reading without closing them, as `less` does.
-        patience = threading.Timer(LAST_WORD, os._exit, [code])
-        patience.daemon = True
-        patience.start()
+        _remove_compiler_files()
+        # A reader such as `less` may have stopped reading without closing the stream.
+        timer = threading.Timer(LAST_LINE_SECONDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
         done = f" {plain(_describe(), LONGEST_MESSAGE)}" if _describe is not None else ""
-        line = "\n" * _after_a_bar + f"interrupted{done}\n"
+        line = "\n" * _progress_bar_shown + f"interrupted{done}\n"
         sys.stdout.flush()
-        os.write(_screen, line.encode("utf-8", "backslashreplace"))
-    finally:  # a closed terminal must not keep it from ending
+        os.write(_terminal, line.encode("utf-8", "backslashreplace"))
+    finally:  # even if the terminal is closed
         os._exit(code)
 
 
-def _remove_compiler_notes() -> None:
-    """Take away what MindSpore writes into the working directory when its compiler is interrupted."""
-    for name in glob.glob("rank_*/om/analyze_fail.ir"):  # unlike Path.glob, it passes over what vanishes meanwhile
+def _remove_compiler_files() -> None:
+    """Remove the files that MindSpore writes into the working directory when its compiler is interrupted."""
+    for name in glob.glob("rank_*/om/analyze_fail.ir"):  # unlike Path.glob, it ignores files that vanish meanwhile
         file = Path(name)
         try:
             if file.stat().st_mtime >= (_started or 0) - 1:
                 file.unlink()
                 file.parent.rmdir()
                 file.parent.parent.rmdir()
-        except OSError:  # other files lie beside it
+        except OSError:  # the folder holds other files
             continue

@@ -20,8 +20,8 @@ from ldm.data.draws import draws
 from ldm.errors import UserError
 from ldm.files.outputs import check_file_target, claim_folder
 from ldm.runtime.device import is_out_of_memory
-from ldm.runtime.processes import own_log
-from ldm.runtime.script import progress
+from ldm.runtime.parallel import output_to_file
+from ldm.runtime.script import describe_progress
 from ldm.settings.declare import names_of
 from ldm.settings.train import TrainSettings
 from ldm.training.diagnosis import cause_of_not_finite, check_inputs_finite
@@ -83,10 +83,10 @@ def train(settings: TrainSettings) -> Path:
     runtime = begin(settings)
     output = Path(settings.output_path)
     status = Status(output / "ckpt", bool(settings.resume))
-    with _claimed(output) if runtime.rank == 0 else own_log(output / f"log-{runtime.rank}.txt"):
-        progress(status.describe)
+    with _claimed(output) if runtime.rank == 0 else output_to_file(output / f"log-{runtime.rank}.txt"):
+        describe_progress(status.describe)
         path = run_steps(set_up(settings, runtime, status))
-        progress(None)  # not in a `finally`: after an interrupt, the status is printed when this has unwound
+        describe_progress(None)  # not in a `finally`: after an interrupt, the status is printed when this has unwound
         return path
 
 

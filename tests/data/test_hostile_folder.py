@@ -35,14 +35,14 @@ def test_a_folder_of_hostile_files_ends_in_one_line_within_bounds(tmp_path):
     script = f"""
 from pathlib import Path
 from ldm.data.dataset import read_image_text_csv
-from ldm.runtime.script import run
+from ldm.runtime.script import run_script
 def main():
     try:
         read_image_text_csv(Path({str(tmp_path)!r}))
     finally:
         # Not getrusage's ru_maxrss, which begins with what the process that started this one had.
         print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
-run(main)
+run_script(main)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, stdin=subprocess.PIPE

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-START = "import sys\nfrom ldm.errors import UserError\nfrom ldm.runtime.script import progress, run, start\nstart()\n"
+START = """
+import sys
+from ldm.errors import UserError
+from ldm.runtime.script import describe_progress, run_script, start_script
+start_script()
+"""
 ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
@@ -20,18 +25,28 @@ def ended(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
     """Run a script whose `main` has these lines."""
     body = "".join(f"    {line}\n" for line in main.splitlines())
     return subprocess.run(
-        [sys.executable, "-c", f"{START}def main():\n{body}run(main)"], capture_output=True, text=True, cwd=folder,
-        timeout=30, env={**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}, **options,
-    )  # fmt: skip
+        [sys.executable, "-c", f"{START}def main():\n{body}run_script(main)"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})},
+        **options,
+    )
 
 
 def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, str, str]:
     """Run code until it prints "ready", send the signal, and give its exit code, standard output and error."""
     options.setdefault("preexec_fn", lambda: [signal.signal(number, signal.SIG_DFL) for number, _ in ENDS])
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
-    )  # fmt: skip
+        [sys.executable, "-u", "-c", START + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -42,9 +57,9 @@ def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, s
 
 
 BUSY = "print('ready')\nwhile True: pass"
-IN_MAIN = "def main():\n    print('ready')\n    while True: pass\nrun(main)"
+IN_MAIN = "def main():\n    print('ready')\n    while True: pass\nrun_script(main)"
 # A graph that compiles or runs hears nothing, like this.
-DEAF = "import time, ldm.runtime.script\nldm.runtime.script.GRACE = 0.2\n{}print('ready')\ntime.sleep(60)"
+DEAF = "import time, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.2\n{}print('ready')\ntime.sleep(60)"
 
 
 @pytest.mark.parametrize("number, code", ENDS)
@@ -72,11 +87,16 @@ def test_a_second_signal_ends_it_at_once_with_the_same_one_line(tmp_path):
 def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(tmp_path):
     """As `less` does; the main thread is held up in its write."""
     code = (
-        "import os, ldm.runtime.script\nldm.runtime.script.GRACE = 0.1\nos.write(1, b'ready\\n')\n"
+        "import os, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.1\nos.write(1, b'ready\\n')\n"
         "while True: print('x' * 65536, file=sys.stderr)"
     )
-    process = subprocess.Popen([sys.executable, "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", START + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     try:
         assert os.read(process.stdout.fileno(), 6) == b"ready\n"
         time.sleep(0.2)
@@ -88,7 +108,7 @@ def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(tmp_path):
 
 
 def test_the_line_says_what_is_done(tmp_path):
-    code = "progress(lambda: 'after step 3 of 10')\n" + BUSY
+    code = "describe_progress(lambda: 'after step 3 of 10')\n" + BUSY
     assert interrupted(code, signal.SIGINT, tmp_path)[2] == "interrupted after step 3 of 10\n"
 
 
@@ -102,7 +122,7 @@ def test_what_an_interrupted_library_reports_is_not_shown(tmp_path):
         "import os\ndef main():\n    try:\n        print('ready')\n        while True: pass\n"
         "    except KeyboardInterrupt:\n        os.write(2, b'a hundred lines\\n')\n"
         "        raise RuntimeError('compiling')\n"
-        "run(main)"
+        "run_script(main)"
     )
     assert interrupted(code, signal.SIGTERM, tmp_path) == (143, "", "interrupted\n")
 
@@ -121,7 +141,7 @@ def test_nothing_half_written_stays_even_where_the_main_thread_never_unwinds(tmp
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_path):
     """As `nohup` has it, and a shell script that starts a process in the background."""
-    code = "import time\ndef main():\n    print('ready')\n    time.sleep(0.3)\n    print('done')\nrun(main)"
+    code = "import time\ndef main():\n    print('ready')\n    time.sleep(0.3)\n    print('done')\nrun_script(main)"
     result = interrupted(code, number, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert result == (0, "done\n", "")
 
@@ -164,9 +184,15 @@ def test_any_text_can_be_printed(tmp_path):
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    script = f"{START}def main():\n    print('x' * 100000)\nrun(main)"
-    done = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    script = f"{START}def main():\n    print('x' * 100000)\nrun_script(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=30,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -184,8 +210,13 @@ def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
     main = "from tqdm import tqdm\nfor i in tqdm(range(3)): print(i, file=sys.stderr)\nopen('done', 'w').close()"
     target = open("/dev/full", "w") if full else writer
     body = "".join(f"    {line}\n" for line in main.splitlines())
-    done = subprocess.run([sys.executable, "-c", f"{START}def main():\n{body}run(main)"], stderr=target, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", f"{START}def main():\n{body}run_script(main)"],
+        stderr=target,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=30,
+    )
     os.close(writer)
     assert done.returncode == 0 and (tmp_path / "done").exists()
 
@@ -197,7 +228,12 @@ def test_nothing_is_printed_into_a_file_where_the_streams_are_closed(tmp_path):
         "    sys.stdout.flush()\n    raise UserError('e')"
     )
     body = "".join(f"    {line}\n" for line in main.splitlines())
-    (tmp_path / "script.py").write_text(f"{START}def main():\n{body}run(main)\n")
-    done = subprocess.run(f"'{sys.executable}' script.py >&- 2>&-", shell=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)  # fmt: skip
+    (tmp_path / "script.py").write_text(f"{START}def main():\n{body}run_script(main)\n")
+    done = subprocess.run(
+        f"'{sys.executable}' script.py >&- 2>&-",
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=30,
+    )
     assert done.returncode == 2 and (tmp_path / "result").read_bytes() == b"sound"

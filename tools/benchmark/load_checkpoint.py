@@ -25,10 +25,10 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.runtime.script import run, start  # noqa: E402
+from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
 from ldm.errors import UserError  # noqa: E402
@@ -182,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import temporary_folder  # noqa: E402
 from ldm.files.paths import expanded, user_path  # noqa: E402
-from ldm.runtime.script import run  # noqa: E402
+from ldm.runtime.script import run_script  # noqa: E402
 from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
 
 NAMES = ("this project", "pytorch-fid", "torchmetrics")
@@ -44,8 +44,8 @@ def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
     setup_runtime("CPU")
     from ldm.metrics.evaluate import measure_images
-    from ldm.metrics.images import inception_input
     from ldm.metrics.networks import ImageNetwork
+    from ldm.metrics.preprocessing import inception_input
     from ldm.models.inception import FEATURES, InceptionFeatures
 
     network = InceptionFeatures()
@@ -194,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -31,10 +31,10 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from tqdm import tqdm  # noqa: E402
 
@@ -395,7 +395,7 @@ def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, tabl
         "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
         "works": [],
     }
-    progress(lambda: f"after {len(result['works'])} of {len(works)} works, which are in {table}")
+    describe_progress(lambda: f"after {len(result['works'])} of {len(works)} works, which are in {table}")
     with tqdm(works, unit="work") as bar:
         for work in bar:
             bar.set_postfix_str(work.name)
@@ -410,4 +410,4 @@ def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, tabl
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

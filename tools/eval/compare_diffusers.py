@@ -38,10 +38,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.cache import content_key  # noqa: E402
@@ -55,7 +55,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder  # noqa: 
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT, expanded, under_root, writing  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
-from ldm.runtime import children  # noqa: E402
+from ldm.runtime import subprocesses  # noqa: E402
 from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
 from ldm.settings.declare import names_of  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -212,7 +212,7 @@ def call(*command: str) -> dict[str, float | None]:
     begin, peaks = time.perf_counter(), []
     # With os.environ as it was: MindSpore has set OMP_NUM_THREADS=1 behind Python's back, which would leave PyTorch one
     # thread.
-    code = children.call(command, lambda process: peaks.append(_peak_memory(process)), env=dict(os.environ))
+    code = subprocesses.run(command, lambda process: peaks.append(_peak_memory(process)), env=dict(os.environ))
     if code:
         raise UserError(
             f"{command[1]} ended with exit code {code}; its message is above. What is done is kept: the "
@@ -259,7 +259,7 @@ def reference_python(given: str | None) -> Path:
     """
     if given is None:
         try:
-            code = children.call(["make", "--silent", ".venv-parity/ready"], cwd=ROOT)
+            code = subprocesses.run(["make", "--silent", ".venv-parity/ready"], cwd=ROOT)
         except OSError:
             raise UserError(
                 "make is not installed: build an environment from requirements-parity.txt and give its "
@@ -334,7 +334,7 @@ class Comparison:
         return {**{name: getattr(config, name) for name in names}, "updates": updates}
 
     def run(self) -> None:
-        progress(lambda: f"before the end; what is done is kept in {self.output}: the same command goes on from there")
+        describe_progress(lambda: f"before the end; what is done is kept in {self.output}: the same command goes on from there")
         with writing(self.output):
             _write_json(self.output / "compared.json", {"base": str(self.base), "data": str(self.args.data)})
         seeds = self.args.seeds
@@ -682,4 +682,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

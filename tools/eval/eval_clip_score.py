@@ -21,10 +21,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.documents import valid_text  # noqa: E402
@@ -33,7 +33,8 @@ from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.files.paths import expanded, user_path  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
-from ldm.metrics.images import CLIP_PREPROCESSING, find_images  # noqa: E402
+from ldm.metrics.image_files import find_images  # noqa: E402
+from ldm.metrics.preprocessing import CLIP_PREPROCESSING  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
     describe_broken,
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompts: list[str]) -> None:
     """Score the images against the real ones, or else the prompts; print the scores and write what is wanted."""
-    progress(lambda: "before there was a score")
+    describe_progress(lambda: "before there was a score")
     batch_size = min(args.batch_size, max(len(images), len(real)))
 
     # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
@@ -156,33 +157,33 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
     print_network(network)
     made = encode_images(images, network, batch_size)
     print_broken(made.broken, "images")
-    result = {"images": len(made.places), "broken": describe_broken(made.broken)}
-    places = made.places
+    result = {"images": len(made.indices), "broken": describe_broken(made.broken)}
+    places = made.indices
     if real:
         others = encode_images(real, network, batch_size, "real images")
         print_broken(others.broken, "real images")
         result.update(
-            real_images=len(others.places),
+            real_images=len(others.indices),
             real_broken=describe_broken(others.broken),
             mean_of_all_pairs=mean_of_all_pairs(made.features, others.features),
         )
         scores = None
         if len(images) == len(real):
-            places, ours, theirs = np.intersect1d(made.places, others.places, return_indices=True)
+            places, ours, theirs = np.intersect1d(made.indices, others.indices, return_indices=True)
             scores = clip_scores(made.features[ours], others.features[theirs])
-        print(f"images: {len(made.places)} generated, {len(others.places)} real")
+        print(f"images: {len(made.indices)} generated, {len(others.indices)} real")
     else:
         scores = prompt_scores(made, prompts, network, batch_size)
-        print(f"images: {len(made.places)} with {len(set(prompts))} different prompts")
-    if len(made.places) < ENOUGH_IMAGES:
-        print(f"warning: {len(made.places):,} images are fewer than {ENOUGH_IMAGES:,}: mind the mean's deviation")
+        print(f"images: {len(made.indices)} with {len(set(prompts))} different prompts")
+    if len(made.indices) < ENOUGH_IMAGES:
+        print(f"warning: {len(made.indices):,} images are fewer than {ENOUGH_IMAGES:,}: mind the mean's deviation")
     if real:
         print(f"CLIP image-to-image score, all with all: {result['mean_of_all_pairs']:.4f}")
     if scores is not None:
         deviation = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
         result.update(
             score=float(scores.mean()),
-            score_deviation=deviation and float(deviation),
+            score_std=deviation and float(deviation),
             scores=[
                 {
                     "image": str(images[place]),
@@ -201,4 +202,4 @@ def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompt
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

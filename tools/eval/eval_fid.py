@@ -18,15 +18,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.files.paths import expanded, user_path  # noqa: E402
-from ldm.metrics.images import find_images  # noqa: E402
+from ldm.metrics.image_files import find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
     describe_broken,
@@ -100,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     """Measure the images of each folder, print the distances and write what is wanted."""
-    progress(lambda: "before there was a score")
+    describe_progress(lambda: "before there was a score")
 
     # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
     from ldm.runtime.device import setup_runtime
 
     setup_runtime(args.device_target)
-    from ldm.metrics.evaluate import ImageSet, distances, measure_images, saved_images
+    from ldm.metrics.evaluate import ImageSet, distances, measure_images, read_image_set
     from ldm.metrics.networks import inception, nano_clip
 
     network = inception(args.ckpt_path) if args.ckpt_path is not None else nano_clip()
@@ -115,7 +115,7 @@ def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
 
     # Before the images are measured, which takes long.
     saved = {
-        path: saved_images(path, network)
+        path: read_image_set(path, network)
         for path in (args.real_dir, args.gen_dir)
         if path is not None and path not in images
     }
@@ -130,7 +130,7 @@ def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     real = image_set(args.real_dir, "real images", args.save_stats)
     if args.save_stats is not None:
         print(f"statistics of {real.count} images written to {args.save_stats}")
-        progress(lambda: f"before there was a score; the statistics in {args.save_stats} are kept")
+        describe_progress(lambda: f"before there was a score; the statistics in {args.save_stats} are kept")
     if args.gen_dir is None:
         return
     generated = image_set(args.gen_dir, "generated images")
@@ -147,7 +147,7 @@ def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     print(
         "KID: only from images, four or more a side, not from statistics"
         if found.kid is None
-        else f"KID: {found.kid:.6g} +- {found.kid_deviation:.2g}"
+        else f"KID: {found.kid:.6g} +- {found.kid_std:.2g}"
     )
     if args.output is not None:
         sides: dict[str, Any] = {
@@ -159,7 +159,7 @@ def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
             {
                 "fid": found.fid,
                 "kid": found.kid,
-                "kid_deviation": found.kid_deviation,
+                "kid_std": found.kid_std,
                 **sides,
                 **describe_network(network),
             },
@@ -167,4 +167,4 @@ def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime.script import run, start  # noqa: E402
+from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import expanded, under_root, user_path  # noqa: E402
@@ -127,4 +127,4 @@ def _span(values) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

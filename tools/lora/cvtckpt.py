@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.runtime.script import run, start  # noqa: E402
+from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
@@ -134,4 +134,4 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -30,15 +30,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
-from ldm.runtime.script import run, start  # noqa: E402
+from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import expanded, path_and_strengths, user_path  # noqa: E402
-from ldm.lora.algebra import check_cut, difference, mix_factors, resize, weighted_sum  # noqa: E402
+from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
@@ -97,7 +97,7 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]]) -
         if one.unet != one.text_encoder or two.unet != two.text_encoder:
             raise UserError("mode lpl has one weight for both networks: take --mode sum for weights of their own")
         result = mix_factors(first, second, one.unet, two.unet)
-        print(f"mixed factors: {difference(result, weighted_sum(weighted)):.2g} of the norm of the exact weighted sum "
+        print(f"mixed factors: {relative_difference(result, weighted_sum(weighted)):.2g} of the norm of the exact weighted sum "
               "away from it (--mode sum is exact)")  # fmt: skip
     else:
         result = weighted_sum(weighted)
@@ -219,4 +219,4 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

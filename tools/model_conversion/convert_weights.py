@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.runtime.script import progress, run, start  # noqa: E402
+from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
-    start()
+    start_script()
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
 from ldm.files.outputs import claim_file, claim_new  # noqa: E402
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     folder = target_format(args.target, args.format) == "diffusers"
     with claim_new(args.target, "--target", folder), claim_file(yaml_beside(args.target, folder), "--target"):
-        progress(lambda: f"before {args.target} was whole: it is not kept")
+        describe_progress(lambda: f"before {args.target} was whole: it is not kept")
         report = convert(
             args.source, args.target, args.format, args.dtype, args.ema, args.model_config, args.prediction_type
         )
@@ -73,4 +73,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,34 +10,40 @@ import time
 
 import pytest
 
-from ldm.runtime.children import PATIENCE
+from ldm.runtime.subprocesses import TERMINATION_SECONDS
 from tests.conftest import ROOT
 
 PARENT = """
 import sys
-from ldm.runtime.script import progress, run, start
-start()
-from ldm.runtime.children import call
+from ldm.runtime.script import describe_progress, run_script, start_script
+start_script()
+from ldm.runtime.subprocesses import run
 def main():
-    progress(lambda: "as the parent")
-    raise SystemExit(call([sys.executable, "-c", sys.argv[1]]))
-run(main)
+    describe_progress(lambda: "as the parent")
+    raise SystemExit(run([sys.executable, "-c", sys.argv[1]]))
+run_script(main)
 """
 OURS = """
-from ldm.runtime.script import progress, run, start
-start()
+from ldm.runtime.script import describe_progress, run_script, start_script
+start_script()
 def main():
-    progress(lambda: "as the child")
+    describe_progress(lambda: "as the child")
     print("ready", flush=True)
     while True: pass
-run(main)
+run_script(main)
 """
 FOREIGN = "import time; print('ready', flush=True); time.sleep(60)"
 
 
 def parent(child: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", PARENT, child], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PARENT, child],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("child, said", [(OURS, "interrupted as the child\n"), (FOREIGN, "")])
@@ -48,7 +54,7 @@ def test_a_child_ends_with_its_parent(child, said):
     begun = time.monotonic()
     # Both ends of the pipe are closed: nobody is left who could write.
     assert process.communicate(timeout=30) == ("", f"{said}interrupted as the parent\n")
-    assert process.returncode == 143 and time.monotonic() - begun < 2 * PATIENCE  # it was not killed
+    assert process.returncode == 143 and time.monotonic() - begun < 2 * TERMINATION_SECONDS  # it was not killed
 
 
 def test_ctrl_c_in_a_terminal_reaches_both():

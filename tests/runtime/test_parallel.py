@@ -10,17 +10,17 @@ import time
 import pytest
 
 from ldm.errors import UserError
-from ldm.runtime import processes
-from ldm.runtime.processes import first_speaks, is_scheduler, own_log, process_number
+from ldm.runtime import parallel
+from ldm.runtime.parallel import first_process_prints, is_scheduler, output_to_file, process_index
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """A call sets the environment that a launcher gives; nothing of the real one is left."""
-    for name in (*processes.LAUNCHED, "RANK_ID", "TQDM_DISABLE"):
+    for name in (*parallel.LAUNCHER_VARIABLES, "RANK_ID", "TQDM_DISABLE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes, "PATIENCE", 0.05)
+    monkeypatch.setattr(parallel, "FIRST_PROCESS_SECONDS", 0.05)
     return lambda **names: [monkeypatch.setenv(name, value) for name, value in names.items()]
 
 
@@ -38,7 +38,7 @@ def launched(monkeypatch):
 )
 def test_the_number_is_the_launcher_s(launched, environment, number):
     launched(**environment)
-    assert process_number() == number
+    assert process_index() == number
 
 
 def test_msrun_s_scheduler_is_no_process_that_trains(launched):
@@ -48,7 +48,7 @@ def test_msrun_s_scheduler_is_no_process_that_trains(launched):
 
 def test_the_first_says_its_error_at_once_as_it_is(launched):
     launched(MS_ROLE="MS_WORKER", RANK_ID="0")
-    with pytest.raises(UserError, match="^no such file$"), first_speaks():
+    with pytest.raises(UserError, match="^no such file$"), first_process_prints():
         raise UserError("no such file")
     assert "TQDM_DISABLE" not in os.environ
 
@@ -57,10 +57,10 @@ def test_another_lets_it_speak_first_and_then_says_its_own(launched, monkeypatch
     launched(MS_ROLE="MS_WORKER", RANK_ID="1")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    with pytest.raises(UserError, match="^process 1: no such file$"), first_speaks():
+    with pytest.raises(UserError, match="^process 1: no such file$"), first_process_prints():
         assert os.environ["TQDM_DISABLE"] == "1"
         raise UserError("no such file")
-    assert waits == [processes.PATIENCE]
+    assert waits == [parallel.FIRST_PROCESS_SECONDS]
 
 
 @pytest.mark.parametrize("error", [UserError("a bad image"), ValueError("a fault")])
@@ -68,7 +68,7 @@ def test_what_another_prints_is_in_its_log_with_the_error(tmp_path, capfd, monke
     for number, name in ((1, "stdout"), (2, "stderr")):  # pytest's own lead elsewhere
         monkeypatch.setattr(sys, name, open(number, "w", closefd=False))
     log = tmp_path / "run" / "log-1.txt"
-    with pytest.raises(type(error)) as caught, own_log(log):
+    with pytest.raises(type(error)) as caught, output_to_file(log):
         print("of Python")
         os.write(2, b"of C++\n")
         raise error
