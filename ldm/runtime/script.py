@@ -6,8 +6,8 @@
     if __name__ == "__main__":
         run_script(main)
 
-Exit codes: 0 for success, 2 for a UserError or an error of the operating system, 130, 143 and 129 for Ctrl-C, `kill` and
-a closed terminal. Any other exception is a fault of the program and keeps its traceback.
+Exit codes: 0 for success, 2 for a UserError or an error of the operating system, 130, 143 and 129 for Ctrl-C, `kill`
+and a closed terminal. Any other exception is a fault of the program and keeps its traceback.
 
 MindSpore takes Ctrl-C from Python while it runs a graph, and Python handles no signal while MindSpore compiles. So the
 signals are blocked in all threads, and a thread of this module waits for them. Threads inherit the blocked signals from
