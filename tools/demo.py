@@ -1,10 +1,10 @@
-"""The demo: LoRA fine-tuning of the embedded model on line-art emoji, and the held-out prompts before and after.
+"""Fine-tune the nano model with LoRA on line-art emoji, and compare held-out prompts before and after.
 
     python tools/demo.py
 
-Runs the same scripts as a user would, printing each command, and leaves output/demo/grid.png: prompt, base, with LoRA,
-and the real image, which no training has seen. It ends with a table of scores before and after. A demo that was
-interrupted goes on where it was.
+The demo runs the same scripts as a user would and prints each command. It writes output/demo/grid.png, with columns for
+the prompt, the base model, the LoRA and the real image, which was not used in training. It ends with a table of scores.
+Running it again resumes an interrupted demo.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from ldm.settings.command_line import Parser, whole_number  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
-LORA_SCALE = "0.8"  # at 1 a little less colour is left, and fewer of the shapes (docs/nano.md)
+LORA_SCALE = "0.8"  # 1 leaves slightly less colour, and fewer recognisable shapes (docs/nano.md)
 
 
 def call(*command: str) -> None:
-    """Run one of the project's scripts, shown as a user would type it; its failure ends the demo."""
+    """Print the command of a script as a user would type it, and run it. Raises UserError if it fails."""
     print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
     code = subprocesses.run([sys.executable, *command], cwd=ROOT)
     if code:
-        raise UserError(f"{command[0]} ended with exit code {code}; its message is above")
+        raise UserError(f"{command[0]} failed with exit code {code}: see its message above")
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
-    """A table of the embedded CLIP's scores, before and after: Fréchet distance to the real images, CLIP score."""
-    # Here and not above: the demo's other work is done by scripts in processes of their own.
+    """Return a table of Fréchet distances to the real images and CLIP scores, by the nano CLIP."""
+    # Imported late: the scripts run in other processes, so this one needs MindSpore for the scores only.
     from ldm.runtime.device import setup_runtime
 
     setup_runtime()
@@ -75,7 +75,7 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     lines = [f"{'':34}{'base':>17}{'with LoRA':>17}{'difference':>18}{'real images':>17}"]
     everything = np.arange(len(rows))
     for name, measure in (("Fréchet distance to the real ones", distance), ("CLIP score", score)):
-        # All of them draw the same prompts again, so the difference is one of pairs.
+        # Every column resamples the same prompts, so the difference is that of pairs.
         columns = (
             partial(measure, before),
             partial(measure, after),
@@ -92,11 +92,9 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output_path", type=user_path, default=Path("output/demo"), help="default: output/demo")
-    parser.add_argument(
-        "--prompts", type=whole_number(1), default=24, help="how many held-out prompts are drawn; default 24"
-    )
+    parser.add_argument("--prompts", type=whole_number(1), default=24, help="number of held-out prompts; default 24")
     args = parser.parse_args(argv)
-    # The scripts run in the project's folder, wherever this was started: the paths that they are shown with hold there.
+    # The scripts run in the project's folder, so the printed paths are relative to it.
     output = Path(os.path.relpath(args.output_path, ROOT))
     os.chdir(ROOT)
     with (
@@ -104,13 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         claim_file(output / "grid.png", "--output_path"),
         claim_file(output / "prompts.txt", "--output_path"),
     ):
-        describe_progress(lambda: f"before the end; what is done is kept in {output}: the same command goes on from there")
+        describe_progress(
+            lambda: f"before the end; finished parts are saved in {output}: the same command resumes from there"
+        )
         demonstrate(output, args.prompts)
 
 
 def demonstrate(output: Path, prompts: int) -> None:
-    """Train, draw `prompts` held-out prompts before and after, and show them in `output`."""
-    start = time.time()
+    """Train a LoRA, generate images for `prompts` held-out prompts before and after, and write the grid."""
+    begin = time.time()
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
@@ -129,10 +129,10 @@ def demonstrate(output: Path, prompts: int) -> None:
         "True",
     )
     lora = output / "lora" / "ckpt" / "lora.ckpt"
-    drawing = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
-    call(*drawing, "--output_path", str(output / "base"))
+    generate = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
+    call(*generate, "--output_path", str(output / "base"))
     call(
-        *drawing,
+        *generate,
         "--output_path",
         str(output / "with_lora"),
         "--use_lora",
@@ -148,12 +148,12 @@ def demonstrate(output: Path, prompts: int) -> None:
     draw_grid([row.caption for row in rows], columns, output / "grid.png")
     print(
         f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
-        f"({(time.time() - start) / 60:.1f} minutes)"
+        f"({(time.time() - begin) / 60:.1f} minutes)"
     )
     if len(rows) > 1:
         print(
-            f"\nThe {len(rows)} held-out prompts scored by the embedded CLIP, with deviations (bootstrap).\n"
-            "Such scores compare only with one another: near the real images' is what is wanted.\n\n"
+            f"\nThe {len(rows)} held-out prompts scored by the nano CLIP, with standard deviations (bootstrap).\n"
+            "Compare these scores with each other only. Closer to the real images' is better.\n\n"
             + scores(rows, *images)
         )
 

@@ -1,4 +1,4 @@
-"""Images of the same prompts beside each other: a line a prompt, a column a model."""
+"""Grids of images that compare models: a row for each prompt, a column for each model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def evenly(total: int, count: int) -> np.ndarray:
 
 
 def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Write `path`: the prompts, and beside them under each title of `columns` the image files, one a prompt."""
+    """Write a grid to `path`: the prompts, and for each title in `columns` one image file per prompt."""
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
     height = 40 + len(prompts) * (SIZE + GAP)
     sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (SIZE + GAP) + GAP, height), "white")
@@ -41,7 +41,7 @@ def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], pat
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Words in lines of at most `width` characters where they fit."""
+    """Break a text into lines of at most `width` characters, between words."""
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

@@ -1,4 +1,4 @@
-"""tools/demo.py: that it starts from anywhere, and which commands it runs."""
+"""tools/demo.py runs from any folder with the right commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_it_starts_as_a_script_in_any_folder(tmp_path):
     assert done.returncode == 0 and "--output_path" in done.stdout
 
 
-def test_from_another_folder_its_scripts_find_the_paths(tmp_path, monkeypatch):
+def test_the_scripts_find_their_paths_from_any_folder(tmp_path, monkeypatch):
     commands, grids = [], []
     monkeypatch.setattr(demo, "call", lambda *command: commands.append(command))
     monkeypatch.setattr(demo, "draw_grid", lambda prompts, columns, path: grids.append((prompts, path)))
@@ -48,7 +48,7 @@ def test_from_another_folder_its_scripts_find_the_paths(tmp_path, monkeypatch):
         (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, flags, words):
+def test_an_unusable_output_is_refused_before_the_work(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(demo, "demonstrate", lambda *arguments: pytest.fail("it began"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

@@ -6,9 +6,20 @@ from mindspore import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
+from ldm.tokenizer.tokenizer import Tokenizer
 from tools.nano import assemble, measure, train_clip, train_vae
 from tools.nano.assemble import half
-from tools.nano.images import categories, line_art, read_rows, shift, to_network, to_pixels, turn, vary_colours
+from tools.nano.images import (
+    CaptionedImage,
+    categories,
+    line_art,
+    read_rows,
+    shift,
+    to_network,
+    to_pixels,
+    turn,
+    vary_colours,
+)
 from tools.nano.loop import Step, learning_rates, train
 from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
 from tools.nano.train_clip import StylesLoss
@@ -126,6 +137,19 @@ def test_the_loss_of_styles_covers_each_pair_of_images_and_text():
     ):
         value, share = loss(Tensor(np.concatenate([first, second])), Tensor(text))
         assert value.asnumpy() == pytest.approx(expected, rel=1e-5) and share.asnumpy() == right
+
+
+def test_the_report_of_clip_matches_captions_with_their_own_images(monkeypatch):
+    def read_images(style, split):
+        return [CaptionedImage(f"{split}{i}.png", f"caption {i}", np.zeros((8, 8, 3), np.uint8)) for i in range(8)]
+
+    monkeypatch.setattr(train_clip, "read_images", read_images)
+    monkeypatch.setattr(train_clip, "in_batches", lambda network, inputs, size: np.eye(16)[: len(inputs)])
+    monkeypatch.setattr(train_clip, "ImageFeatures", lambda clip: None)
+    monkeypatch.setattr(train_clip, "TextFeatures", lambda clip: None)
+    lines = train_clip.report(None, Tokenizer("end")).splitlines()
+    assert lines[0] == "emoji_noto train+test: caption to image, nearest 100.0%, top 5 100.0% of 16"
+    assert "nearer than another" in lines[2]
 
 
 def test_the_nano_model_is_trained_on_every_concept_of_the_demo_and_at_least_600():
