@@ -1,4 +1,4 @@
-"""Arrays by name, each made when it is asked for: what every reader gives and every writer takes."""
+"""Arrays by name that are read only when they are asked for: what all readers return and all writers take."""
 
 from __future__ import annotations
 
@@ -15,41 +15,61 @@ from ldm.errors import UserError, plain
 from ldm.files.npy import MOST_DIMENSIONS
 
 PAGE = mmap.PAGESIZE
-# Bounds of a file's content, far above every published Stable Diffusion checkpoint.
+# Bounds for the content of a file, far above those of every published Stable Diffusion checkpoint.
 MOST_TENSORS = 100_000
 MOST_ELEMENTS = 1 << 40  # of one tensor
 MOST_NAME = 1000  # characters
-# Tensors may lie in one storage, and be repetitions of a part: all together hold so many times the file's bytes, or
-# 64 MB in a small file. Weights that are tied in pairs make 2 of it.
+# Several tensors may share one storage, and a tensor may repeat a part of it. All tensors together hold at most
+# MOST_SHARED times the bytes of the file, or SMALL bytes for a small file. Weights tied in pairs need a factor of 2.
 MOST_SHARED, SMALL = 8, 64 << 20
-# What stands for bfloat16 where arrays are written; numpy has none. Reading widens it to float32.
+# Stands for bfloat16, which numpy does not have, in arrays that are written. Readers widen bfloat16 to float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """`array` rounded to the nearest bfloat16, to even between two; for finite values."""
+    """Round finite values to the nearest bfloat16, ties to even. Returns an array of type BFLOAT16."""
     bits = np.asarray(array, np.float32, order="C").view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(BFLOAT16)
 
 
-class Arrays(Mapping):
-    """A mapping from name to numpy array whose element types and shapes are known before anything is read."""
+class Arrays(Mapping[str, np.ndarray]):
+    """A mapping from name to array whose element types and shapes are known before an array is read."""
 
     @abstractmethod
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Element type and shape of the array that `self[name]` gives."""
+        """Return the element type and the shape of `self[name]`."""
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of `self[name]`."""
         return self.spec(name)[1]
 
     def release(self, name: str) -> None:
-        """Say that the memory which reading `name` took is not needed any more."""
+        """Free the memory that reading `name` took. It can be read again."""
+
+
+class Checkpoint(Arrays):
+    """The arrays of an opened checkpoint, a file or a folder.
+
+    Attributes:
+        path: The file or folder.
+        format: "safetensors", "ckpt" (MindSpore's), "torch" or "diffusers" (a folder).
+        metadata: Texts beside the arrays.
+    """
+
+    path: Path
+    format: str
+    metadata: dict[str, str]
 
 
 @dataclass
 class Entry:
-    """Where one array lies in the mapped file: element type ("bf16" or numpy's), shape, (offset, size) of its pieces
-    in bytes; and the steps between elements in bytes where they are not in order (one piece then).
+    """Where an array lies in a mapped file.
+
+    Attributes:
+        dtype: "bf16" or the name of a numpy element type.
+        shape: Shape of the array.
+        pieces: (offset, size) in bytes of the parts that together make up the array.
+        strides: Bytes between elements, if they are not contiguous. The array is then one piece.
     """
 
     dtype: str
@@ -59,28 +79,18 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Size of all pieces."""
         return sum(size for _, size in self.pieces)
 
 
-class Checkpoint(Arrays):
-    """The arrays of an opened checkpoint, a file or a folder.
-
-    Attributes:
-        path: The file or folder.
-        format: What it is: "safetensors", "ckpt" (MindSpore's), "torch" or "diffusers" (a folder).
-        metadata: Texts beside the arrays.
-    """
-
-    path: Path
-    format: str
-    metadata: dict[str, str]
-
-
 class CheckpointFile(Checkpoint):
-    """An opened checkpoint file: a mapping from name to numpy array, each array made when it is asked for.
+    """A checkpoint file that is mapped into memory.
 
-    The arrays are read-only views of the mapped file (bfloat16 is widened to float32, which is exact), so going through
-    all of them one by one holds one at a time. `metadata` holds the file's texts, `shape(name)` needs no reading.
+    Arrays are read-only views of the mapped file. bfloat16 is widened to float32, which is exact. A loop over all
+    arrays that releases each one holds one array at a time.
+
+    Raises:
+        UserError: The file declares more than the bounds above. No array has been made then.
     """
 
     def __init__(self, path: Path, format: str, data: mmap.mmap, entries: dict[str, Entry], metadata: dict[str, str]):
@@ -92,7 +102,6 @@ class CheckpointFile(Checkpoint):
         self._check_bounds()
 
     def _check_bounds(self) -> None:
-        """Raise UserError for more than numpy or this machine's memory takes, before any array is made."""
         damaged = f"{self.path} is damaged or no checkpoint"
         again = "fetch or write it again"
         if len(self._entries) > MOST_TENSORS:
@@ -108,7 +117,7 @@ class CheckpointFile(Checkpoint):
                 raise UserError(
                     f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MOST_DIMENSIONS}: {again}"
                 )
-            # A size of 0 does not make the others smaller: numpy counts them.
+            # numpy refuses large dimensions even where another dimension is 0.
             if math.prod(size or 1 for size in entry.shape) > MOST_ELEMENTS:
                 raise UserError(
                     f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} elements: {again}"
@@ -116,12 +125,13 @@ class CheckpointFile(Checkpoint):
             total += math.prod(entry.shape) * self.spec(name)[0].itemsize
         if total > max(MOST_SHARED * len(self._data), SMALL):
             raise UserError(
-                f"{damaged}: its tensors repeat one another, {total:,} bytes in a file of {len(self._data):,}: {again}"
+                f"{damaged}: its tensors overlap, {total:,} bytes in a file of {len(self._data):,}: {again}"
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
         dtype = np.dtype("<u2" if entry.dtype == "bf16" else entry.dtype)
+        array: np.ndarray
         if entry.strides is not None:
             array = np.ndarray(entry.shape, dtype, self._data, entry.pieces[0][0], entry.strides)
             array.flags.writeable = False
@@ -129,10 +139,7 @@ class CheckpointFile(Checkpoint):
             pieces = [
                 np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces if size
             ]
-            if not pieces:
-                array = np.zeros(0, dtype)
-            else:
-                array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, dtype)])
         if entry.dtype == "bf16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array.reshape(entry.shape)
@@ -144,11 +151,12 @@ class CheckpointFile(Checkpoint):
         return len(self._entries)
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Return the element type and the shape of an array."""
         entry = self._entries[name]
         return np.dtype("<f4" if entry.dtype == "bf16" else entry.dtype), entry.shape
 
     def release(self, name: str) -> None:
-        """Let the system drop the pages of the mapped file: read again, they come from the disk again."""
+        """Let the system drop the pages of the array. Reading it again reads the disk."""
         for start, size in self._entries[name].pieces:
             first = start // PAGE * PAGE
             if size:

@@ -1,4 +1,4 @@
-"""A base model in whatever form it comes: opened, and its names planned; what is none is named for what it is."""
+"""Opens base models in all forms, files and folders, and single networks that replace one of a base model."""
 
 from __future__ import annotations
 
@@ -13,77 +13,95 @@ from ldm.errors import UserError
 from ldm.files.inputs import is_folder
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import content_hash, open_checkpoint
-from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_folder
+from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_diffusers_folder
 from ldm.weights.names import LABELS, KeyMap, component_of, detect_family, map_keys
 from ldm.weights.recognise import check_base_model, recognise
 
 
-class PrefixedArrays(Checkpoint):
-    """The arrays of another mapping, with a prefix before their names."""
+class PrefixedCheckpoint(Checkpoint):
+    """A checkpoint with a prefix before the names of its arrays."""
 
-    def __init__(self, arrays: Checkpoint, prefix: str):
-        self.path, self.format, self.metadata = arrays.path, arrays.format, arrays.metadata
-        self._arrays, self._prefix = arrays, prefix
+    def __init__(self, checkpoint: Checkpoint, prefix: str):
+        self.path, self.format, self.metadata = checkpoint.path, checkpoint.format, checkpoint.metadata
+        self._checkpoint, self._prefix = checkpoint, prefix
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        return self._arrays.spec(name[len(self._prefix) :])
+        """Return the element type and the shape of an array."""
+        return self._checkpoint.spec(name[len(self._prefix) :])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name[len(self._prefix) :]]
+        return self._checkpoint[name[len(self._prefix) :]]
 
     def release(self, name: str) -> None:
-        self._arrays.release(name[len(self._prefix) :])
+        """Free the memory that reading an array took."""
+        self._checkpoint.release(name[len(self._prefix) :])
 
     def __iter__(self) -> Iterator[str]:
-        return (self._prefix + name for name in self._arrays)
+        return (self._prefix + name for name in self._checkpoint)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._checkpoint)
 
 
 def open_base_model(path: str | os.PathLike) -> Checkpoint:
-    """Open a single file of any format or a diffusers folder. See open_checkpoint and open_folder for the errors."""
-    return open_folder(Path(path)) if is_folder(path) else open_checkpoint(path)
+    """Open a single file of any format or a diffusers folder.
+
+    Raises:
+        UserError: See open_checkpoint and open_diffusers_folder. Whether it is a base model is checked by
+            map_base_model.
+    """
+    return open_diffusers_folder(Path(path)) if is_folder(path) else open_checkpoint(path)
 
 
 def open_component(path: str | os.PathLike, component: str) -> Checkpoint:
-    """Open what holds one network, "unet" or "vae", to be put in the place of a base's: a file or folder with that
-    network alone, under its own names, or any base model. Raises UserError as open_base_model, and for another network.
+    """Open a checkpoint that holds the weights of one network, to replace that network of a base model.
+
+    Args:
+        path: A file or folder with the network alone, under its own names, or with a base model.
+        component: "unet" or "vae".
+
+    Raises:
+        UserError: As open_base_model, and if it holds another network.
     """
     checkpoint = open_base_model(path)
     content = recognise(checkpoint)
     if content.kind == "component":
-        checkpoint = PrefixedArrays(checkpoint, content.prefix)
+        checkpoint = PrefixedCheckpoint(checkpoint, content.prefix)
     if detect_family(checkpoint) is not None and component not in map(component_of, checkpoint):
         raise UserError(f"{checkpoint.path} holds no {LABELS[component]}: give a file or folder with one")
     return checkpoint
 
 
 def map_base_model(checkpoint: Checkpoint, ema: bool = False) -> KeyMap:
-    """The plan for a base checkpoint, judged by its names; `ema`: see map_keys. Raises UserError for anything else: a
-    LoRA, SDXL and other models, a textual inversion, one component alone.
+    """Map the keys of a base model to canonical names.
+
+    Args:
+        checkpoint: An opened file or folder.
+        ema: Use the moving averages of the UNet's weights, as in map_keys.
+
+    Raises:
+        UserError: It is not a base model, or it has no moving averages.
     """
     check_base_model(checkpoint)
-    path = checkpoint.path
     if ema and isinstance(checkpoint, DiffusersFolder):
         if checkpoint.variants.get("unet") == "non_ema":
             raise UserError(
-                f"{path} holds the UNet without its moving averages alone (non_ema): leave out the flag "
-                "that asks for EMA, or fetch the file without non_ema in its name"
+                f"{checkpoint.path} holds no moving averages (EMA) of the UNet, its file is non_ema: leave out the "
+                "flag that asks for EMA, or fetch the file without non_ema in its name"
             )
-        ema = not checkpoint.has_averages  # what the folder gives are the averages already
+        ema = not checkpoint.has_averages  # the weights that the folder gives are the averages already
     try:
         return map_keys(checkpoint, ema)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{checkpoint.path}: {error}") from error
 
 
 def base_model_hash(path: str | os.PathLike) -> str:
-    """The identity of a base model: content_hash of a file; of a folder, one of those of all its weights."""
+    """Return a hash that identifies a base model: content_hash of a file, or one hash over all weights of a folder."""
     if not is_folder(path):
         return content_hash(path)
     digest = hashlib.sha256()
-    folder = open_folder(Path(path))
+    folder = open_diffusers_folder(Path(path))
     for file in folder.files:
         digest.update(f"{file.relative_to(folder.path)} {content_hash(file)}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Checkpoint files, told apart by what is in them; read and written without running anything that is in them."""
+"""Opens, reads and writes checkpoint files. Nothing that a file holds is executed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.file_formats.mindspore_ckpt import open_ckpt, write_ckpt
 from ldm.weights.file_formats.safetensors_file import is_safetensors, open_safetensors, write_safetensors
 from ldm.weights.file_formats.torch_legacy import is_torch_legacy, open_torch_legacy
-from ldm.weights.file_formats.torch_zip import is_torch_zip, open_torch
+from ldm.weights.file_formats.torch_zip import is_torch_zip, open_torch_zip
 from ldm.weights.recognise import describe_file, looks_like_text
 
 WRITERS = {".safetensors": write_safetensors, ".ckpt": write_ckpt}
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Open a .safetensors file, a MindSpore .ckpt or a PyTorch file, told apart by what is in it, not by its suffix.
+    """Open a .safetensors file, a MindSpore .ckpt or a PyTorch file. The content decides which, not the suffix.
 
-    Raises UserError if the file is missing, empty, cut off, or something else, and says what it is.
+    Raises:
+        UserError: The file is missing, empty, cut off, damaged, or not a checkpoint.
     """
     path = Path(path)
     if is_folder(path):
         raise UserError(f"{path} is a folder: name the file in it ({' or '.join(WRITERS)})")
     data = _map_file(path)
     if is_torch_zip(data):
-        return open_torch(path, data)
+        return open_torch_zip(path, data)
     if is_torch_legacy(data):
         return open_torch_legacy(path, data)
     if data[:1] == b"\n" and not looks_like_text(data[:512]):
@@ -46,7 +47,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a checkpoint file whole: (name -> array, texts). See open_checkpoint."""
+    """Read all arrays and the metadata of a checkpoint file. Raises UserError as open_checkpoint."""
     checkpoint = open_checkpoint(path)
     return dict(checkpoint), checkpoint.metadata
 
@@ -54,10 +55,18 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 def write_checkpoint(
     path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays and texts as .safetensors or MindSpore .ckpt, by the suffix of `path`, beside it and then renamed.
+    """Write a .safetensors file or a MindSpore .ckpt, as the suffix of `path` says.
 
-    A scalar is a 0-d array. Of `Arrays` one at a time is held. mindspore.load_checkpoint returns the metadata of a
-    .ckpt as strings beside the parameters. Raises UserError for another suffix and where the disk refuses.
+    The file is written under a temporary name and then renamed. `mindspore.load_checkpoint` returns the metadata of a
+    .ckpt as strings beside the parameters.
+
+    Args:
+        path: File to write. An existing one is replaced.
+        arrays: Name -> array. A scalar is a 0-d array. One array at a time is read from an `Arrays`.
+        metadata: Name -> text, with names that no array has.
+
+    Raises:
+        UserError: The suffix is another one, or the disk refuses.
     """
     path = Path(path)
     metadata = dict(metadata or {})
@@ -65,16 +74,16 @@ def write_checkpoint(
         raise UserError(f"{path}: a checkpoint is written as {' or '.join(WRITERS)}, not {path.suffix or 'no suffix'}")
     both = metadata.keys() & arrays.keys()
     if both:
-        raise ValueError(f"named both as array and as text: {sorted(both)}")
+        raise ValueError(f"names of both an array and a text: {sorted(both)}")
     for name, text in metadata.items():
         if not isinstance(text, str):
-            raise TypeError(f"metadata {name!r} is {type(text).__name__}, only str is written")
+            raise TypeError(f"metadata {name!r} is {type(text).__name__}, not str")
     with writing(path), atomic_path(path) as temporary:
-        WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _InMemory(arrays), metadata)
+        WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _ArraysInMemory(arrays), metadata)
 
 
-class _InMemory(Arrays):
-    """Arrays that are there already, little-endian."""
+class _ArraysInMemory(Arrays):
+    """Arrays of a mapping, with little-endian element types."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
@@ -94,7 +103,7 @@ class _InMemory(Arrays):
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes in hexadecimal: the identity of weights in caches and in the PNGs' text fields."""
+    """Return the SHA-256 of a file in hexadecimal, which identifies weights in caches and in the text of PNG files."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         try:
@@ -106,22 +115,22 @@ def content_hash(path: str | os.PathLike) -> str:
 
 
 def _map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only. Raises UserError if it is missing (naming the nearest), empty, or not readable."""
+    """Map a file into memory, read-only. Raises UserError if it is missing, empty, or cannot be mapped."""
     if not is_there(path):
-        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
-        hint = f"did you mean {near[0]}?" if near else "check the path"
+        similar = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        hint = f"did you mean {similar[0]}?" if similar else "check the path"
         raise UserError(f"{plain(path)} does not exist: {hint}")
     with open_file(path) as file:
         if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{plain(path)} is an empty file: a download or a run that stopped? Make it again")
+            raise UserError(f"{plain(path)} is an empty file: did a download or a run stop? Make it again")
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # a file system that maps nothing; a file that has become empty
+        except (OSError, ValueError) as error:  # the file system cannot map files, or the file has been truncated
             raise UserError(f"{plain(path)} cannot be mapped into memory: {error}: copy it to a local disk") from None
 
 
 def _names_beside(path: Path) -> list[str]:
-    """Names in a file's folder, at most 10,000: comparing them takes time. None where it cannot be read."""
+    """List the folder of a file, up to 10,000 names, since comparing them takes time. Empty if it cannot be read."""
     try:
         return os.listdir(path.parent)[:10_000]
     except OSError:

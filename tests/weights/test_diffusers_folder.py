@@ -11,7 +11,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.weights.base_model import base_model_hash, map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
-from ldm.weights.diffusers_folder.reader import open_folder
+from ldm.weights.diffusers_folder.reader import open_diffusers_folder
 from tests.weights.torch_files import write_torch
 
 UNET = {
@@ -93,18 +93,18 @@ class TestForms:
 
         path = folder(tmp_path / "sd", unet=write_all)
         for taken in (3, 2, 0, 1):
-            checkpoint = open_folder(path)
+            checkpoint = open_diffusers_folder(path)
             assert checkpoint["unet/conv_in.weight"] == taken
             checkpoint.files[0].unlink()
         with pytest.raises(UserError, match="holds no weights .*but nothing"):
-            open_folder(path)
+            open_diffusers_folder(path)
 
     @pytest.mark.parametrize("variant", ["non_ema", "bf16", "fp16"])
     def test_a_variant_is_taken_where_there_is_nothing_else_and_said(self, tmp_path, variant):
         def write(place):
             write_checkpoint(place / f"diffusion_pytorch_model.{variant}.safetensors", UNET)
 
-        (note,) = open_folder(folder(tmp_path / "sd", unet=write)).notes
+        (note,) = open_diffusers_folder(folder(tmp_path / "sd", unet=write)).notes
         assert note == (
             f"unet/diffusion_pytorch_model.{variant}.safetensors is taken, the variant {variant}, as there is none "
             "without"
@@ -117,10 +117,10 @@ class TestForms:
                 write_checkpoint(place / f"diffusion_pytorch_model{variant}.safetensors", arrays)
 
         path = folder(tmp_path / "sd", unet=write)
-        (note,) = open_folder(path).notes
+        (note,) = open_diffusers_folder(path).notes
         assert "the moving averages (EMA), and not diffusion_pytorch_model.non_ema.safetensors beside it" in note
         for taken in (1, 0, 2, 3):
-            checkpoint = open_folder(path)
+            checkpoint = open_diffusers_folder(path)
             assert checkpoint["unet/conv_in.weight"] == taken
             checkpoint.files[0].unlink()
 
@@ -130,9 +130,9 @@ class TestForms:
 
         path = folder(tmp_path / "sd", unet=write)
         with pytest.raises(UserError, match="non_ema.: leave out the flag that asks for EMA"):
-            map_base_model(open_folder(path), ema=True)
+            map_base_model(open_diffusers_folder(path), ema=True)
         write_checkpoint(path / "unet" / "diffusion_pytorch_model.safetensors", UNET)
-        assert map_base_model(open_folder(path), ema=True) == map_base_model(open_folder(path))
+        assert map_base_model(open_diffusers_folder(path), ema=True) == map_base_model(open_diffusers_folder(path))
 
     def test_one_component_alone(self, tmp_path):
         path = folder(tmp_path / "sd") / "unet"
@@ -146,9 +146,9 @@ class TestForms:
 
     def test_the_prediction_type_comes_from_the_scheduler(self, tmp_path):
         path = folder(tmp_path / "sd")
-        assert open_folder(path).metadata == {}
+        assert open_diffusers_folder(path).metadata == {}
         write_json(path / "scheduler" / "scheduler_config.json", {"prediction_type": "v_prediction"})
-        assert open_folder(path).metadata == {"prediction_type": "v_prediction"}
+        assert open_diffusers_folder(path).metadata == {"prediction_type": "v_prediction"}
 
     def test_its_identity_is_that_of_all_its_weights(self, tmp_path):
         a, b, c = (folder(tmp_path / name) for name in "abc")
@@ -269,7 +269,7 @@ class TestOtherFolders:
         path = folder(tmp_path / "sd", unet=sharded)
         write_checkpoint(path / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors", {"x": np.zeros(1)})
         with pytest.raises(UserError, match="do not agree on 2 arrays, such as down_blocks.0"):
-            open_folder(path)
+            open_diffusers_folder(path)
 
     def test_a_component_of_a_malicious_pickle(self, tmp_path):
         from tests.weights.torch_files import Call
@@ -277,7 +277,7 @@ class TestOtherFolders:
         evil = {"w": Call("os", "system", ("true",))}
         path = folder(tmp_path / "sd", unet=lambda place: write_torch(place / "diffusion_pytorch_model.bin", evil))
         with pytest.raises(UserError, match="wants to run os.system"):
-            open_folder(path)
+            open_diffusers_folder(path)
 
     @pytest.mark.parametrize("part", ["", "unet", "tokenizer"])
     def test_a_folder_of_another_user(self, unprivileged, part):

@@ -195,7 +195,7 @@ class TestBounds:
         [
             ((2**30, 2**30), (0, 0), r"w is \(1073741824, 1073741824\), more than 1,099,511,627,776 elements"),
             ((0, 2**30, 2**30), (1, 1, 1), "more than 1,099,511,627,776 elements"),
-            ((2**30,), (0,), "its tensors repeat one another, 4,294,967,296 bytes in a file of"),
+            ((2**30,), (0,), "its tensors overlap, 4,294,967,296 bytes in a file of"),
         ],
     )
     def test_more_elements_than_the_file_holds(self, tmp_path, shape, stride, words):

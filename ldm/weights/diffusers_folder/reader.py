@@ -117,7 +117,7 @@ class DiffusersFolder(Checkpoint):
         return len(self._arrays)
 
 
-def open_folder(path: Path) -> DiffusersFolder:
+def open_diffusers_folder(path: Path) -> DiffusersFolder:
     """Open a diffusers folder, one component of it, or a model's folder in the Hugging Face hub's cache.
 
     Raises UserError for any other folder, and says what it is.

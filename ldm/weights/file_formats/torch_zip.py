@@ -27,7 +27,7 @@ def is_torch_zip(data: mmap.mmap) -> bool:
     return data[:2] == b"PK" and max(head, tail) >= 0
 
 
-def open_torch(path: Path, data: mmap.mmap) -> Checkpoint:
+def open_torch_zip(path: Path, data: mmap.mmap) -> Checkpoint:
     """Read the pickle and find the tensors: see torch_pickle.find_tensors.
 
     Raises UserError for a cut-off or damaged file, and for a pickle that names anything that is not in the list.
