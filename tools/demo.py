@@ -115,33 +115,14 @@ def demonstrate(output: Path, prompts: int) -> None:
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
-    call(
-        "train_text_to_image.py",
-        "--train_config",
-        "configs/train/train_config_lora_nano.yaml",
-        "--data_path",
-        str(STYLE.relative_to(ROOT)),
-        "--output_path",
-        str(output / "lora"),
-        "--pretrained_model_path",
-        "models/nano/nano.safetensors",
-        "--resume",
-        "True",
-    )
-    lora = output / "lora" / "ckpt" / "lora.ckpt"
+    recipe = ("--train_config", "configs/train/train_config_lora_nano.yaml", "--resume", "True")
+    base = ("--pretrained_model_path", "models/nano/nano.safetensors")
+    data = ("--data_path", str(STYLE.relative_to(ROOT)))
+    call("train_text_to_image.py", *recipe, *base, *data, "--output_path", str(output / "lora"))
+    lora = ("--use_lora", "True", "--lora_ckpt_path", str(output / "lora" / "ckpt" / "lora.ckpt"))
     generate = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
     call(*generate, "--output_path", str(output / "base"))
-    call(
-        *generate,
-        "--output_path",
-        str(output / "with_lora"),
-        "--use_lora",
-        "True",
-        "--lora_ckpt_path",
-        str(lora),
-        "--lora_scale",
-        LORA_SCALE,
-    )
+    call(*generate, "--output_path", str(output / "with_lora"), *lora, "--lora_scale", LORA_SCALE)
 
     images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
