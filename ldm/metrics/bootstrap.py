@@ -1,4 +1,4 @@
-"""How far a score moves when the images are drawn again (Efron 1979)."""
+"""The bootstrap (Efron 1979): how much a score varies with the choice of images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from ldm.data.draws import draws
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0) -> np.ndarray:
-    """(resamples,) values of `statistic(indices)` for `count` indices drawn from 0 to count - 1 with putting back.
+    """Computes a statistic on samples that are drawn with replacement.
 
-    Several scores of the same prompts stay paired when they are computed from the same indices: give a statistic that
-    is their difference, or the same seed. The standard deviation of the values is the score's.
+    Scores of the same prompts stay paired if they are computed from the same indices. Use a statistic that is their
+    difference, or the same seed.
+
+    Args:
+        statistic: Computes the score from indices (count,).
+        count: Number of images.
+        resamples: Number of samples.
+        seed: Seed of the samples.
+
+    Returns:
+        The values, (resamples,). Their standard deviation is that of the score.
     """
     rng = draws(seed, "bootstrap", 0)
     return np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
 
 
-def bootstrap_deviation(
-    statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0
-) -> float:
-    """The standard deviation of `bootstrap`."""
+def bootstrap_std(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0) -> float:
+    """Returns the standard deviation of `bootstrap`."""
     return float(bootstrap(statistic, count, resamples, seed).std(ddof=1))

@@ -1,4 +1,4 @@
-"""The CLIP score (Hessel et al. 2021, in the scale of torchmetrics and of the published table): 100 max(cos, 0)."""
+"""The CLIP score (Hessel et al. 2021): 100 max(cos, 0), as torchmetrics and the published tables scale it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ldm.errors import UserError
 
 
 def clip_scores(features: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N,) scores of N pairs of feature vectors (N, D): of an image and its text, or of two images.
+    """Returns the scores (N,) of N pairs of features (N, D): of an image and its prompt, or of two images.
 
-    The mean is taken over what is clamped, image by image; torchmetrics clamps the mean.
+    Each score is clamped at 0 before the mean is taken. torchmetrics clamps the mean.
     """
     return 100.0 * np.maximum((_unit(features) * _unit(others)).sum(axis=1), 0.0)
 
 
 def mean_of_all_pairs(features: np.ndarray, others: np.ndarray) -> float:
-    """The mean of 100 cos over all N x M pairs, without a clamp: mindone's image-to-image score."""
+    """Returns the mean of 100 cos over all N x M pairs, without a clamp: mindone's image-to-image score."""
     return float(100.0 * (_unit(features).mean(axis=0) @ _unit(others).mean(axis=0)))
 
 
 def paired_prompts(prompts: Sequence[str], images: int) -> list[str]:
-    """The prompt of each image: k images a prompt, in order, all of the first prompt first.
+    """Returns the prompt of each image, for an equal number of images per prompt, in the order of the prompts.
 
-    Raises UserError where the images do not divide by the prompts.
+    Raises UserError if the number of images is not a multiple of the number of prompts.
     """
     if not prompts:
         raise UserError("no prompts are given")

@@ -1,4 +1,4 @@
-"""Scores of sets of images, from files to numbers: what the evaluation scripts, the demo and comparisons call."""
+"""Scores of sets of image files, for the evaluation tools, the demo and the comparison with diffusers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.metrics.clip_score import clip_scores
 from ldm.metrics.frechet import FeatureStatistics, frechet_distance, read_statistics, write_statistics
-from ldm.metrics.images import ImageBatches
+from ldm.metrics.image_files import ImageBatches
 from ldm.metrics.kernel import FeatureSample, kernel_distance
 from ldm.metrics.networks import ClipNetwork, ImageNetwork
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One set of images for distances: mean (D,), covariance (D, D), count; `sample` holds features for the KID.
+    """The features of a set of images, as the distances need them.
 
-    count is None for foreign statistics, sample for all saved ones. broken: (path, fault) of what was left out.
+    Attributes:
+        mean: (D,).
+        covariance: (D, D).
+        count: Number of images. None for statistics that another program saved.
+        sample: Features for the KID. None for saved statistics.
+        broken: The images that were left out, as (path, fault).
     """
 
     mean: np.ndarray
@@ -32,18 +37,27 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Distances:
-    """FID and KID (with its standard deviation), or what they are called with another network than Inception."""
+    """FID, and KID with its standard deviation. With another network than Inception they only compare with themselves.
+
+    The KID is None if a set has fewer than four images or is given by its statistics.
+    """
 
     fid: float
     kid: float | None
-    kid_deviation: float | None
+    kid_std: float | None
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Unit vectors (N, D) of the images at `places` of their list; (path, fault) of what was left out."""
+class EncodedImages:
+    """The features of a list of images.
 
-    places: np.ndarray
+    Attributes:
+        indices: Which images of the list, (N,).
+        features: Their features, unit vectors (N, D).
+        broken: The images that were left out, as (path, fault).
+    """
+
+    indices: np.ndarray
     features: np.ndarray
     broken: Sequence[tuple[Path, str]]
 
@@ -51,24 +65,24 @@ class Encoded:
 def measure_images(
     paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images", save_to: Path | None = None
 ) -> ImageSet:
-    """Stream images through the network into their statistics; save those to an .npz where `save_to` is given.
+    """Computes the statistics of images, and saves them to an .npz if `save_to` is given.
 
-    Raises UserError unless two or more can be read.
+    Raises UserError if fewer than two images can be read.
     """
     batches = ImageBatches(paths, network.prepare, batch_size, label)
     statistics, sample = FeatureStatistics(), FeatureSample()
-    for _, features in network.features(batches):
+    for _, features in network.encode_batches(batches):
         statistics.add(features)
         sample.add(features)
     if statistics.count < 2:
-        raise UserError(f"{paths[0].parent}: only one of the {label} can be read: a Fréchet distance wants two or more")
+        raise UserError(f"{paths[0].parent}: only one of the {label} can be read: a Fréchet distance needs two or more")
     if save_to is not None:
         write_statistics(save_to, statistics, network.identity)
     return ImageSet(statistics.mean, statistics.covariance, statistics.count, sample, batches.broken)
 
 
-def saved_images(path: str | Path, network: ImageNetwork) -> ImageSet:
-    """Statistics from an .npz. Raises UserError where they are known to come from another network."""
+def read_image_set(path: str | Path, network: ImageNetwork) -> ImageSet:
+    """Reads the statistics in an .npz. Raises UserError if they are known to come from another network."""
     saved = read_statistics(path)
     if len(saved.mean) != network.dimensions:
         raise UserError(
@@ -76,27 +90,29 @@ def saved_images(path: str | Path, network: ImageNetwork) -> ImageSet:
             "another network"
         )
     if saved.network is not None and saved.network != network.identity:
-        raise UserError(f"{path} was made with {saved.network}, not {network.identity}: make it anew with --save_stats")
+        raise UserError(
+            f"{path} was made with {saved.network}, not {network.identity}: make it again with --save_stats"
+        )
     return ImageSet(saved.mean, saved.covariance, saved.count, None)
 
 
 def distances(real: ImageSet, generated: ImageSet) -> Distances:
-    """FID, and KID where both sets are images, four or more."""
+    """Returns the FID, and the KID if both sets are images, four or more."""
     fid = frechet_distance(real.mean, real.covariance, generated.mean, generated.covariance)
-    if real.sample is None or generated.sample is None or min(real.count, generated.count) < 4:
+    if real.sample is None or generated.sample is None or min(real.sample.count, generated.sample.count) < 4:
         return Distances(fid, None, None)
     return Distances(fid, *kernel_distance(real.sample.features, generated.sample.features))
 
 
-def encode_images(paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images") -> Encoded:
-    """The features of images, in order: 2 to 8 kB an image. Raises UserError where none can be read."""
+def encode_images(
+    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images"
+) -> EncodedImages:
+    """Returns the features of images, 2 to 8 kB each. Raises UserError if none can be read."""
     batches = ImageBatches(paths, network.prepare, batch_size, label)
-    places, features = zip(*network.features(batches))
-    return Encoded(np.concatenate(places), np.concatenate(features), batches.broken)
+    indices, features = zip(*network.encode_batches(batches))
+    return EncodedImages(np.concatenate(indices), np.concatenate(features), batches.broken)
 
 
-def prompt_scores(images: Encoded, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:
-    """(N,) CLIP scores of images with one prompt each (of the list the images come from), in order; the prompt of a
-    broken image is left out with it.
-    """
-    return clip_scores(images.features, network.of_texts([prompts[place] for place in images.places], batch_size))
+def prompt_scores(images: EncodedImages, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:
+    """Returns the CLIP scores (N,) of images. `prompts` holds one for each image of the list, broken ones included."""
+    return clip_scores(images.features, network.encode_texts([prompts[i] for i in images.indices], batch_size))

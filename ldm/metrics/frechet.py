@@ -1,10 +1,10 @@
-"""The Fréchet distance between the features of two sets of images (Heusel et al. 2017): the FID, with Inception's.
+"""The Fréchet distance between the features of two sets of images (Heusel et al. 2017): the FID, with Inception.
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 
-The last trace is the sum of the singular values of F1 F2^T for any factors with Fi^T Fi = Si. They come from the
-symmetric matrices' eigenvalues, or from the features themselves: nothing becomes complex, and a covariance that is
-singular, as with fewer images than features, needs no number added to its diagonal.
+The last trace is the sum of the singular values of F1 F2^T for any factors with Fi^T Fi = Si. The factors come from the
+eigenvalues of the symmetric matrices, or from the features themselves. So nothing becomes complex, and singular
+covariances, which fewer images than features have, need no number added to their diagonal.
 """
 
 from __future__ import annotations
@@ -22,78 +22,82 @@ from ldm.files.atomic import atomic_path
 from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
 
-MOST_BYTES = 129 << 20  # of an array of saved statistics: the covariance of 4096 features; Inception has 2048
-JOINED = 512  # features that wait before a covariance takes them in: each time costs a pass over all of its numbers
+MOST_BYTES = 129 << 20  # size of an array in saved statistics: the covariance of 4096 features (Inception has 2048)
+MERGED_AT_ONCE = 512  # features that are merged together: every merge passes over the whole covariance
 
 
 class FeatureStatistics:
-    """Mean (D,) and covariance (D, D; divided by n - 1) of features that come in batches, in float64."""
+    """Accumulates mean (D,) and covariance (D, D), divided by n - 1, of batches of features in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._joined = 0
-        self._mean: np.ndarray | None = None
-        self._scatter: np.ndarray | None = None
-        self._waiting: list[np.ndarray] = []
+        self._merged = 0
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
+        self._pending: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Take in a batch (N, D)."""
-        self._waiting.append(features.astype(np.float64))
+        """Adds a batch (N, D)."""
+        self._pending.append(features.astype(np.float64))
         self.count += len(features)
-        if self.count - self._joined >= JOINED:
-            self._join()
+        if self.count - self._merged >= MERGED_AT_ONCE:
+            self._merge()
 
     @property
     def mean(self) -> np.ndarray:
-        self._join()
+        """The mean, (D,)."""
+        self._merge()
         return self._mean
 
     @property
     def covariance(self) -> np.ndarray:
-        """Raises UserError for fewer than two images, which have none."""
-        if self.count < 2:
-            raise UserError("a Fréchet distance wants two images or more in each set: one has no covariance")
-        self._join()
+        """The covariance, (D, D). Raises UserError for fewer than two images."""
+        _check_count(self.count)
+        self._merge()
         return self._scatter / (self.count - 1)
 
-    def _join(self) -> None:
-        """What waits is joined by its own mean (Chan et al. 1983), so nothing cancels."""
-        if not self._waiting:
+    def _merge(self) -> None:
+        """Merges pending features by their own mean (Chan et al. 1983), so that no digits cancel."""
+        if not self._pending:
             return
-        features = np.concatenate(self._waiting)
-        self._waiting = []
-        if self._mean is None:
+        features = np.concatenate(self._pending)
+        self._pending = []
+        if not self._merged:
             self._mean, self._scatter = np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2)
         mean = features.mean(axis=0)
         step = mean - self._mean
         share = len(features) / self.count
         # The shift of the mean is one more row of the product.
-        rows = np.concatenate([features - mean, step[None] * np.sqrt(self._joined * share)])
+        rows = np.concatenate([features - mean, step[None] * np.sqrt(self._merged * share)])
         self._scatter += rows.T @ rows
         self._mean = self._mean + step * share
-        self._joined = self.count
+        self._merged = self.count
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
-    """Between two normal distributions, means (D,) and covariances (D, D); 0 or more up to rounding."""
+    """Returns the distance between two normal distributions, given by means (D,) and covariances (D, D)."""
     root1, root2 = _factor(covariance1), _factor(covariance2)
     return _distance(mean1, root1, mean2, root2)
 
 
 def frechet_of_features(features1: np.ndarray, features2: np.ndarray) -> float:
-    """The same from two sets of features (N, D), (M, D), without their covariances: fast where N and M are small."""
+    """Returns the distance between features (N, D) and (M, D). It needs no covariances: fast for small N and M."""
     means, roots = [], []
     for features in (features1, features2):
         features = np.asarray(features, np.float64)
-        if len(features) < 2:
-            raise UserError("a Fréchet distance wants two images or more in each set: one has no covariance")
+        _check_count(len(features))
         means.append(features.mean(axis=0))
-        roots.append(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r"))
+        roots.append(np.asarray(np.linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r")))
     return _distance(means[0], roots[0], means[1], roots[1])
 
 
+def _check_count(count: int) -> None:
+    if count < 2:
+        raise UserError("a Fréchet distance needs two images or more in each set: one has no covariance")
+
+
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F (rank, D) with F^T F = covariance. Eigenvalues that are rounding are left out: their roots would not be."""
+    """Returns F (rank, D) with F^T F = covariance, without the eigenvalues that are only rounding errors."""
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
@@ -108,7 +112,7 @@ def _distance(mean1: np.ndarray, root1: np.ndarray, mean2: np.ndarray, root2: np
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """mu (D,) and sigma (D, D) as pytorch-fid saves them; `count` and `network` where this project saved them."""
+    """Mean (D,) and covariance (D, D) as pytorch-fid saves them, with `count` and `network` if this project did."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -117,7 +121,7 @@ class SavedStatistics:
 
 
 def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
-    """Write an .npz that pytorch-fid reads, with the number of images and the network's identity beside."""
+    """Writes an .npz that pytorch-fid reads, with the number of images and the identity of the network."""
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")
@@ -132,7 +136,7 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
 
 
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:
-    """Read an .npz of `mu` and `sigma`. Raises UserError for anything else, and for values that cannot be."""
+    """Reads an .npz with `mu` and `sigma`. Raises UserError for another file, and for impossible values."""
     way = "give a folder of images or statistics in an .npz, such as --save_stats writes"
     arrays = {}
     with Archive(path, "an .npz file of numbers", way) as archive:
@@ -150,12 +154,12 @@ def read_statistics(path: str | os.PathLike) -> SavedStatistics:
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise UserError(f"{path}: mu and sigma are {mean.dtype} and {covariance.dtype}, not real numbers")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, wanted (D,) and (D, D)")
+        raise UserError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path} holds values that are not finite: compute the statistics anew")
+        raise UserError(f"{path} holds values that are not finite: compute the statistics again")
     largest = np.abs(covariance).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * largest or (np.diag(covariance) < 0).any():
-        raise UserError(f"{path}: sigma is no covariance (it is not symmetric, or negative on its diagonal)")
+        raise UserError(f"{path}: sigma is not a covariance (it is not symmetric, or negative on its diagonal)")
     count, network = arrays.get("count"), arrays.get("network")
     return SavedStatistics(
         mean,

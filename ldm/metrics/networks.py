@@ -1,4 +1,4 @@
-"""The networks that score images, each with the preprocessing it wants and a name that says which weights it has."""
+"""The networks that score images, each with its preprocessing and the identity of its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mindspore import nn
 from PIL import Image
 
 from ldm.files.paths import ROOT
-from ldm.metrics.images import ImageBatches, clip_input, inception_input, nano_input
+from ldm.metrics.image_files import ImageBatches
+from ldm.metrics.preprocessing import clip_input, inception_input, nano_input
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
 from ldm.runtime.batches import run_in_batches
@@ -29,11 +30,16 @@ NANO = ROOT / "models" / "nano"
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """Images -> feature vectors.
+    """A network that turns images into features.
 
-    name, sha256: which weights; the hash is that of the file, of the embedded network that of its arrays.
-    preprocessing: in words. prepare: RGB image -> (3, S, S). embedded: whether it is the one that comes with this
-    project, which no other program scores with.
+    Attributes:
+        name: Which network and weights.
+        sha256: Hash of the weights' file. For the embedded network, hash of its arrays.
+        preprocessing: A description of the preprocessing.
+        dimensions: Number of features.
+        embedded: Whether it is this project's own small network, with which no other program scores.
+        prepare: Turns an RGB image into the network's input (3, S, S).
+        image_encoder: Turns inputs (N, 3, S, S) into features (N, D).
     """
 
     name: str
@@ -42,41 +48,45 @@ class ImageNetwork:
     dimensions: int
     embedded: bool
     prepare: Callable[[Image.Image], np.ndarray]
-    image_features: nn.Cell
+    image_encoder: nn.Cell
 
     @property
     def identity(self) -> str:
-        """What two scores must share to be comparable."""
+        """The description that two scores must share to be comparable."""
         return f"{self.name}, sha256 {self.sha256[:16]}; {self.preprocessing}"
 
-    def features(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(places (n,), features (n, D) float32), batch after batch; see ImageBatches."""
-        for places, images in batches:
-            yield places, run_in_batches(self.image_features, images, batches.batch_size)
+    def encode_batches(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (indices (n,), features (n, D) float32) for each batch."""
+        for indices, images in batches:
+            yield indices, run_in_batches(self.image_encoder, images, batches.batch_size)
 
-    def of_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Features (N, D) of images in memory, (N, H, W, 3) uint8."""
+    def encode_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Returns features (N, D) of images in memory, (N, H, W, 3) uint8."""
         prepared = np.stack([self.prepare(Image.fromarray(image)) for image in pixels])
-        return run_in_batches(self.image_features, prepared, min(batch_size, len(prepared)))
+        return run_in_batches(self.image_encoder, prepared, min(batch_size, len(prepared)))
 
 
 @dataclass(frozen=True)
 class ClipNetwork(ImageNetwork):
-    """Images and texts -> unit vectors of one space."""
+    """A network that turns images and texts into unit vectors of the same space.
 
-    text_features: nn.Cell
+    Attributes:
+        text_encoder: Turns tokens (N, 77) into features (N, D).
+    """
 
-    def of_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Unit vectors (N, D). A text of more than 77 tokens is cut and keeps its end token."""
+    text_encoder: nn.Cell
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Returns unit vectors (N, D). Texts of more than 77 tokens are cut and keep their end token."""
         distinct = list(dict.fromkeys(texts))
         tokens = Tokenizer().encode(distinct)
-        found = run_in_batches(self.text_features, tokens, min(batch_size, len(distinct)))
-        place = {text: i for i, text in enumerate(distinct)}
-        return found[[place[text] for text in texts]]
+        features = run_in_batches(self.text_encoder, tokens, min(batch_size, len(distinct)))
+        index = {text: i for i, text in enumerate(distinct)}
+        return features[[index[text] for text in texts]]
 
 
 def inception(path: str | Path) -> ImageNetwork:
-    """The FID's Inception from the PyTorch or MindSpore file at `path`. Raises UserError if it is another file."""
+    """Loads the FID's Inception from a PyTorch or MindSpore file. Raises UserError if it is another file."""
     weights = read_inception(path)
     network = InceptionFeatures()
     load_inception(network, weights)
@@ -100,19 +110,19 @@ def inception(path: str | Path) -> ImageNetwork:
 def clip(
     path: str | Path, preprocessing: str = "openai", config: str | Path | None = None, model_name: str | None = None
 ) -> ClipNetwork:
-    """A CLIP from a Hugging Face folder or a file: see ldm.weights.clip.read_clip, which raises UserError."""
+    """Loads a CLIP from a Hugging Face folder or a file. Arguments and errors as in ldm.weights.clip.read_clip."""
     weights = read_clip(path, config, model_name)
     size = weights.form["vision"]["image_size"]
-    words = {
-        "openai": f"openai: RGB, shorter side to {size} bicubic, centre crop, CLIP's mean and deviation",
-        "squash": f"squash: RGB, {size}x{size} bicubic whatever the shape, CLIP's mean and deviation",
+    descriptions = {
+        "openai": f"openai: RGB, shorter side to {size} bicubic, centre crop, CLIP's mean and standard deviation",
+        "squash": f"squash: RGB, {size}x{size} bicubic whatever the shape, CLIP's mean and standard deviation",
     }
-    prepare = partial(clip_input, size=size, how=preprocessing)
+    prepare = partial(clip_input, size=size, preprocessing=preprocessing)
     network = build_clip(weights)
     return ClipNetwork(
         weights.name,
         content_hash(weights.path),
-        words[preprocessing],
+        descriptions[preprocessing],
         weights.form["projection_dim"],
         False,
         prepare,
@@ -122,7 +132,7 @@ def clip(
 
 
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
-    """The embedded CLIP: image tower and projections from clip.safetensors, text tower from nano.safetensors."""
+    """Loads the embedded CLIP, whose text encoder is that of the nano model."""
     network, arrays = load_nano_clip(folder)
     size = FORMS["nano"]["vision"]["image_size"]
     return ClipNetwork(
@@ -138,7 +148,10 @@ def nano_clip(folder: Path = NANO) -> ClipNetwork:
 
 
 def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray]]:
-    """The embedded CLIP's network and its arrays."""
+    """Returns the embedded CLIP and its arrays.
+
+    The image encoder and the projections are in clip.safetensors, the text encoder in nano.safetensors.
+    """
     arrays = dict(open_checkpoint(folder / "clip.safetensors"))
     base = open_checkpoint(folder / "nano.safetensors")
     prefix = TEXT_PREFIX[: -len("text_model.")]

@@ -1,4 +1,4 @@
-"""What the evaluation scripts print and write beside a score: the network, the preprocessing, the images."""
+"""Prints and describes how a score was made: the network, the preprocessing and the images left out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ldm.files.paths import writing
 if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings are checked
     from ldm.metrics.networks import ImageNetwork
 
-# Below it the covariance of Inception's 2,048 features is singular, and the FID far from its limit.
+# With fewer images the covariance of Inception's 2,048 features is singular, and the FID far from its limit.
 ENOUGH_IMAGES = 2048
 EMBEDDED = (
-    "no weights given, so the embedded nano CLIP scores: these scores compare only with one another, never "
-    "with published ones"
+    "no weights given, so the embedded nano CLIP scores: these scores compare only with each other, never with "
+    "published scores"
 )
 
 
 def print_network(network: ImageNetwork) -> None:
-    """The network, its hash and the preprocessing; before all else, where it is the embedded one, what that means."""
+    """Prints the network, its hash and its preprocessing, after a warning if it is the embedded network."""
     if network.embedded:
         print(EMBEDDED)
     print(f"network: {network.name}, sha256 {network.sha256[:16]}")
@@ -30,6 +30,7 @@ def print_network(network: ImageNetwork) -> None:
 
 
 def describe_network(network: ImageNetwork) -> dict[str, Any]:
+    """Returns the entries of a JSON report that describe the network."""
     return {
         "network": network.name,
         "sha256": network.sha256,
@@ -39,7 +40,7 @@ def describe_network(network: ImageNetwork) -> dict[str, Any]:
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
-    """Name every image that was left out, and count them."""
+    """Prints every image that was left out, and their number."""
     for path, fault in broken:
         print(f"left out: {path} {fault}")
     if broken:
@@ -47,10 +48,11 @@ def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
 
 
 def describe_broken(broken: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
+    """Returns the entries of a JSON report for images that were left out."""
     return [{"file": str(path), "fault": fault} for path, fault in broken]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises UserError where the disk refuses."""
+    """Writes a JSON report. Raises UserError if it cannot be written."""
     with writing(path), atomic_path(path) as temporary:
         temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

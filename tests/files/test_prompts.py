@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.files.prompts import MOST_BYTES, MOST_CHARACTERS, read_prompts
 from ldm.generation.image_files import ImageWriter
 from ldm.generation.plan import plan_generation
-from ldm.metrics.images import find_images
+from ldm.metrics.image_files import find_images
 from ldm.settings.generate import GenerateSettings
 from tests.conftest import ROOT
 from tools.eval.eval_clip_score import find_prompts

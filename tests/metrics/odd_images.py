@@ -1,4 +1,4 @@
-"""Images of every kind that an evaluation meets, written to a folder, the same every time."""
+"""Images of every kind, the same in every run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm.data.transforms import decoded
+from ldm.metrics.preprocessing import plain_rgb
+
+
+def open_plain(path: Path) -> Image.Image:
+    """Opens an image as the evaluation does."""
+    with decoded(path, plain_rgb) as image:
+        return image
+
 
 def write_odd_images(folder: Path) -> dict[str, Path]:
-    """Kind -> file."""
+    """Writes the images to a folder and returns the file of each kind."""
     rng = np.random.RandomState(3)
 
     def smooth(height: int, width: int, channels: int) -> np.ndarray:
@@ -44,7 +53,7 @@ def write_odd_images(folder: Path) -> dict[str, Path]:
         "picture.bmp": colours,
     }
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by a quarter; pytorch-fid does not look at it
+    turned[0x0112] = 6  # viewers turn it by 90 degrees, pytorch-fid ignores it
     options = {
         "palette_transparent.png": {"transparency": 3},
         "turned.jpg": {"exif": turned},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.metrics.bootstrap import bootstrap, bootstrap_deviation
+from ldm.metrics.bootstrap import bootstrap, bootstrap_std
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts
 
 
@@ -42,7 +42,7 @@ def test_counts_that_do_not_divide_are_refused(prompts, images):
 
 def test_the_bootstrap_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    assert bootstrap_deviation(lambda i: values[i].mean(), 400, 1000) == pytest.approx(2 / 20, rel=0.15)
+    assert bootstrap_std(lambda i: values[i].mean(), 400, 1000) == pytest.approx(2 / 20, rel=0.15)
 
 
 def test_paired_scores_stay_paired():

@@ -71,8 +71,8 @@ def test_of_constant_features_it_is_the_distance_of_the_means():
 
 @pytest.mark.parametrize("sizes", [(10,), (1, 9), (3, 3, 4), (9, 1), (1,) * 10])
 def test_statistics_are_those_of_all_batches_together(monkeypatch, sizes):
-    monkeypatch.setattr(frechet, "JOINED", 4)
-    x = features(10, 5, scale=0.01, shift=1e4)  # the mean is a million deviations off: nothing may cancel
+    monkeypatch.setattr(frechet, "MERGED_AT_ONCE", 4)
+    x = features(10, 5, scale=0.01, shift=1e4)  # the mean is a million standard deviations off: no digits may cancel
     gathered, start = FeatureStatistics(), 0
     for size in sizes:
         gathered.add(x[start : start + size].astype(np.float64))
@@ -83,15 +83,15 @@ def test_statistics_are_those_of_all_batches_together(monkeypatch, sizes):
 
 
 def test_statistics_keep_nothing_of_the_images(monkeypatch):
-    monkeypatch.setattr(frechet, "JOINED", 100)
+    monkeypatch.setattr(frechet, "MERGED_AT_ONCE", 100)
     gathered, batches = FeatureStatistics(), [features(64, 8, seed) for seed in range(30)]
     for batch in batches:
         gathered.add(batch)
-        assert sum(map(len, gathered._waiting)) < 100
+        assert sum(map(len, gathered._pending)) < 100
     np.testing.assert_allclose(gathered.mean, np.concatenate(batches).mean(axis=0), rtol=1e-10)
     np.testing.assert_allclose(gathered.covariance, np.cov(np.concatenate(batches), rowvar=False), rtol=1e-10)
     held = sum(value.nbytes for value in vars(gathered).values() if isinstance(value, np.ndarray))
-    assert held == 8 * 8 * 8 + 8 * 8 and not gathered._waiting
+    assert held == 8 * 8 * 8 + 8 * 8 and not gathered._pending
 
 
 def test_one_image_has_no_distance():
@@ -127,15 +127,15 @@ GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
     [
         ({"mu": np.zeros(3)}, "no sigma"),
         ({"sigma": np.eye(3)}, "no mu"),
-        ({**GOOD, "mu": np.zeros(4)}, "wanted"),
-        ({**GOOD, "mu": np.zeros((3, 1))}, "wanted"),
-        ({**GOOD, "sigma": np.zeros((3, 2))}, "wanted"),
+        ({**GOOD, "mu": np.zeros(4)}, "expected"),
+        ({**GOOD, "mu": np.zeros((3, 1))}, "expected"),
+        ({**GOOD, "sigma": np.zeros((3, 2))}, "expected"),
         ({**GOOD, "mu": np.zeros(3, int)}, "not real numbers"),
         ({**GOOD, "sigma": np.eye(3).astype(complex)}, "not real numbers"),
         ({**GOOD, "mu": np.array([0, np.nan, 0])}, "not finite"),
         ({**GOOD, "sigma": np.diag([1, np.inf, 1])}, "not finite"),
-        ({**GOOD, "sigma": np.triu(np.ones((3, 3)))}, "no covariance"),
-        ({**GOOD, "sigma": -np.eye(3)}, "no covariance"),
+        ({**GOOD, "sigma": np.triu(np.ones((3, 3)))}, "not a covariance"),
+        ({**GOOD, "sigma": -np.eye(3)}, "not a covariance"),
         ({**GOOD, "mu": np.array([None] * 3, object)}, "not an .npz"),
     ],
 )

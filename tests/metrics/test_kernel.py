@@ -34,9 +34,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-9)
 
 
-def test_of_two_sets_of_the_same_kind_it_is_zero_within_its_deviation():
-    value, deviation = kernel_distance(features(300), features(300, seed=1))
-    assert abs(value) < 4 * deviation
+def test_two_sets_of_the_same_kind_have_a_distance_of_zero_within_its_std():
+    value, std = kernel_distance(features(300), features(300, seed=1))
+    assert abs(value) < 4 * std
 
 
 def test_it_does_not_depend_on_how_many_there_are():
@@ -49,10 +49,10 @@ def test_it_does_not_depend_on_how_many_there_are():
     assert small == pytest.approx(large, rel=0.15)
 
 
-def test_its_deviation_is_that_of_drawing_the_images_again():
+def test_its_std_is_that_of_drawing_the_images_again():
     pairs = [kernel_distance(features(80, seed=s), features(80, seed=s + 500, shift=0.5)) for s in range(60)]
     spread = np.std([value for value, _ in pairs])
-    assert np.mean([deviation for _, deviation in pairs]) == pytest.approx(spread, rel=0.35)
+    assert np.mean([std for _, std in pairs]) == pytest.approx(spread, rel=0.35)
 
 
 def test_the_same_seed_gives_the_same_numbers():
@@ -67,7 +67,7 @@ def test_three_images_have_none():
 
 
 def test_a_sample_is_everything_while_it_fits():
-    sample = FeatureSample(most=10)
+    sample = FeatureSample(max_count=10)
     sample.add(features(4))
     sample.add(features(6, seed=1))
     np.testing.assert_array_equal(sample.features, np.concatenate([features(4), features(6, seed=1)]))
@@ -75,7 +75,7 @@ def test_a_sample_is_everything_while_it_fits():
 
 def test_a_sample_does_not_change_with_the_batch_it_was_given():
     """A row alone would keep its whole batch in memory, too."""
-    sample, batch = FeatureSample(most=4), features(8)
+    sample, batch = FeatureSample(max_count=4), features(8)
     sample.add(batch)
     held = sample.features
     batch[:] = 0.0
@@ -85,7 +85,7 @@ def test_a_sample_does_not_change_with_the_batch_it_was_given():
 def test_a_sample_holds_no_more_than_it_may_and_each_row_is_as_likely():
     counts = np.zeros(50)
     for seed in range(300):
-        sample = FeatureSample(most=10, seed=seed)
+        sample = FeatureSample(max_count=10, seed=seed)
         for start in range(0, 50, 7):
             sample.add(np.arange(start, min(50, start + 7), dtype=np.float32)[:, None])
         assert len(sample.features) == 10

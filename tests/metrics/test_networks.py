@@ -12,14 +12,14 @@ from mindspore import Tensor
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.metrics.images import inception_input, open_plain
 from ldm.metrics.networks import clip, inception, nano_clip
+from ldm.metrics.preprocessing import inception_input
 from ldm.models.clip import FORMS, CLIPModel
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.clip import read_clip
 from ldm.weights.inception import published_modules, read_inception
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights, mindone_inception, openai_clip
-from tests.metrics.odd_images import write_odd_images
+from tests.metrics.odd_images import open_plain, write_odd_images
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
@@ -41,7 +41,7 @@ def test_inceptions_features_are_pytorch_fids(tmp_path):
     assert "not one of the published files" in network.name and not network.embedded
     prepared = network.prepare(open_plain(write_odd_images(tmp_path)["odd.png"]))
     np.testing.assert_allclose(
-        network.image_features(Tensor(prepared[None])).asnumpy()[0], golden["features"], atol=1e-4
+        network.image_encoder(Tensor(prepared[None])).asnumpy()[0], golden["features"], atol=1e-4
     )
 
 
@@ -139,25 +139,25 @@ def test_clips_features_are_transformers(tmp_path):
     golden = np.load(GOLDEN, allow_pickle=False)
     network = clip(hugging_face(tmp_path / "folder"))
     texts = [str(text) for text in golden["clip texts"]]
-    np.testing.assert_allclose(network.of_texts(texts), golden["clip text features"], atol=5e-6)
-    found = network.image_features(Tensor(golden["clip images"])).asnumpy()
+    np.testing.assert_allclose(network.encode_texts(texts), golden["clip text features"], atol=5e-6)
+    found = network.image_encoder(Tensor(golden["clip images"])).asnumpy()
     np.testing.assert_allclose(found, golden["clip image features"], atol=5e-6)
 
 
 def test_a_batch_that_is_filled_up_changes_nothing(tmp_path):
     network = clip(hugging_face(tmp_path / "folder"))
     texts = ["a", "b", "c", "a"]
-    whole = network.of_texts(texts, 8)
-    np.testing.assert_allclose(network.of_texts(texts, 2), whole, atol=1e-6)
+    whole = network.encode_texts(texts, 8)
+    np.testing.assert_allclose(network.encode_texts(texts, 2), whole, atol=1e-6)
     np.testing.assert_array_equal(whole[0], whole[3])
     pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
-    np.testing.assert_allclose(network.of_pixels(pixels, 2), network.of_pixels(pixels, 3), atol=1e-6)
+    np.testing.assert_allclose(network.encode_pixels(pixels, 2), network.encode_pixels(pixels, 3), atol=1e-6)
 
 
 def test_a_long_text_keeps_its_end_token(tmp_path):
     """Beyond the 75 tokens that fit, words change nothing; a text without its end would be pooled at another place."""
     network = clip(hugging_face(tmp_path / "folder"))
-    long, longer, short = network.of_texts(["cat " * 75, "cat " * 75 + "dog", "cat " * 74])
+    long, longer, short = network.encode_texts(["cat " * 75, "cat " * 75 + "dog", "cat " * 74])
     np.testing.assert_array_equal(long, longer)
     assert np.abs(long - short).max() > 1e-4
 
@@ -278,7 +278,10 @@ def test_the_embedded_clip_knows_its_captions():
 
     network = nano_clip()
     images = read_images("emoji_noto", "test")[:40]
-    scores = network.of_pixels(np.stack([p.pixels for p in images])) @ network.of_texts([p.text for p in images]).T
+    scores = (
+        network.encode_pixels(np.stack([p.pixels for p in images]))
+        @ network.encode_texts([p.caption for p in images]).T
+    )
     assert network.embedded
     assert (scores.argmax(axis=0) == np.arange(40)).mean() > 0.7
 

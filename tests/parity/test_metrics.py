@@ -18,12 +18,12 @@ from ldm.metrics.frechet import (
     read_statistics,
     write_statistics,
 )
-from ldm.metrics.images import clip_input, inception_input, open_plain
 from ldm.metrics.networks import clip, inception
+from ldm.metrics.preprocessing import clip_input, inception_input
 from ldm.models.clip import CLIPModel
 from ldm.tokenizer import Tokenizer
 from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights
-from tests.metrics.odd_images import write_odd_images
+from tests.metrics.odd_images import open_plain, write_odd_images
 from tests.parity.fid_reference import pytorch_fid, reference_clip, reference_inception, reference_input
 
 needs_fid = pytest.mark.skipif(importlib.util.find_spec("pytorch_fid") is None, reason="pytorch-fid is not installed")
@@ -53,7 +53,7 @@ def test_features_equal_pytorch_fids_with_the_same_weights(tmp_path):
     path = write_odd_images(tmp_path)["odd.png"]
     with torch.no_grad():
         theirs = network(torch.from_numpy(np.asarray(open_plain(path), np.float32) / 255).permute(2, 0, 1)[None])[0]
-    made = ours.image_features(ms.Tensor(ours.prepare(open_plain(path))[None])).asnumpy()
+    made = ours.image_encoder(ms.Tensor(ours.prepare(open_plain(path))[None])).asnumpy()
     theirs = theirs[:, :, 0, 0].numpy()
     assert theirs.std() > 0.1
     np.testing.assert_allclose(made, theirs, atol=1e-4)
@@ -103,9 +103,9 @@ def test_clip_equals_transformers(tmp_path, activation):
     tokens = Tokenizer().encode(texts)
     with torch.no_grad():
         found = reference(input_ids=torch.from_numpy(tokens).long(), pixel_values=torch.from_numpy(images))
-    np.testing.assert_allclose(network.of_texts(texts), found.text_embeds.numpy(), atol=2e-6)
+    np.testing.assert_allclose(network.encode_texts(texts), found.text_embeds.numpy(), atol=2e-6)
     np.testing.assert_allclose(
-        network.image_features(ms.Tensor(images)).asnumpy(), found.image_embeds.numpy(), atol=2e-6
+        network.image_encoder(ms.Tensor(images)).asnumpy(), found.image_embeds.numpy(), atol=2e-6
     )
 
 

@@ -367,8 +367,8 @@ class TestScores:
 
 
 def a_table(seeds, fid=True):
-    score = {"fid": 100.0 if fid else None, "fid_deviation": 4.0 if fid else None, "kid": 0.02 if fid else None,
-             "kid_deviation": 0.001 if fid else None, "clip_score": 30.0, "clip_score_deviation": 0.5}  # fmt: skip
+    score = {"fid": 100.0 if fid else None, "fid_std": 4.0 if fid else None, "kid": 0.02 if fid else None,
+             "kid_std": 0.001 if fid else None, "clip_score": 30.0, "clip_score_std": 0.5}  # fmt: skip
     sets = {"base_ours": score, "base_diffusers": score}
     pair = {**score, "fid": -2.0 if fid else None, "clip_score": 0.25, "pixels": 1.5}
     pairs = {"base_": pair}
@@ -418,7 +418,7 @@ class TestMarkdown:
         table = a_table([1])
         for kind in ("sets", "pairs"):
             table["scores"][kind] = {
-                name: {**found, "fid": found["fid"] / 1000, "fid_deviation": found["fid_deviation"] / 1000}
+                name: {**found, "fid": found["fid"] / 1000, "fid_std": found["fid_std"] / 1000}
                 for name, found in table["scores"][kind].items()
             }
         published, differences = markdown(table, "").split("Ours less")

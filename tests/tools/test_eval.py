@@ -61,7 +61,7 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
         f"sha256 {found['sha256'][:16]}",
         found["preprocessing"],
         f"FID: {found['fid']:.6g}",
-        f"KID: {found['kid']:.6g} +- {found['kid_deviation']:.2g}",
+        f"KID: {found['kid']:.6g} +- {found['kid_std']:.2g}",
     ):
         assert text in printed
     assert found["generated"]["broken"][0]["file"].endswith("00009.png")

@@ -31,7 +31,7 @@ class Scores:
         self.encode, self.batch_size = encode_images, min(32, len(prompts))
         self.image_network, self.text_network = image_network, text_network
         self.count = len(prompts)
-        self.texts = text_network.of_texts(prompts, self.batch_size)
+        self.texts = text_network.encode_texts(prompts, self.batch_size)
         self.real = self._features(real, image_network) if real else None
         self.real_clip_scores = self._clip_scores(real) if real else None
         self.features: dict[str, np.ndarray] = {}
@@ -39,8 +39,8 @@ class Scores:
         self.pixels: dict[str, np.ndarray] = {}
 
     def add(self, name: str, files: Sequence[Path]) -> dict[str, float | None]:
-        """{"fid", "fid_deviation", "kid", "kid_deviation", "clip_score", "clip_score_deviation"} of one set."""
-        from ldm.metrics.bootstrap import bootstrap_deviation
+        """{"fid", "fid_std", "kid", "kid_std", "clip_score", "clip_score_std"} of one set."""
+        from ldm.metrics.bootstrap import bootstrap_std
         from ldm.metrics.kernel import kernel_distance
 
         if len(files) != self.count:
@@ -48,17 +48,17 @@ class Scores:
         self.clip_scores[name] = values = self._clip_scores(files)
         self.pixels[name] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
         found: dict[str, float | None] = {
-            "fid": None, "fid_deviation": None, "kid": None, "kid_deviation": None,
+            "fid": None, "fid_std": None, "kid": None, "kid_std": None,
             "clip_score": float(values.mean()),
-            "clip_score_deviation": bootstrap_deviation(lambda i: float(values[i].mean()), self.count, RESAMPLES),
+            "clip_score_std": bootstrap_std(lambda i: float(values[i].mean()), self.count, RESAMPLES),
         }  # fmt: skip
         if self.real is not None:
             self.features[name] = self._features(files, self.image_network)
             everything = np.arange(self.count)
             found["fid"] = self._fid(name, everything)
-            found["fid_deviation"] = bootstrap_deviation(lambda i: self._fid(name, i), self.count, RESAMPLES)
+            found["fid_std"] = bootstrap_std(lambda i: self._fid(name, i), self.count, RESAMPLES)
             if self.count >= 4:
-                found["kid"], found["kid_deviation"] = kernel_distance(self.real, self.features[name])
+                found["kid"], found["kid_std"] = kernel_distance(self.real, self.features[name])
         return found
 
     def of_real(self) -> float | None:
@@ -69,14 +69,14 @@ class Scores:
         """Scores of `name` less those of `other`, their deviations with the prompts drawn alike for both, and how far
         the images are apart: the mean over pixels and channels, of 255.
         """
-        from ldm.metrics.bootstrap import bootstrap_deviation
+        from ldm.metrics.bootstrap import bootstrap_std
 
         clip = self.clip_scores[name] - self.clip_scores[other]
         pixels = np.abs(self.pixels[name].astype(np.float64) - self.pixels[other])
         found: dict[str, float | None] = {
-            "fid": None, "fid_deviation": None,
+            "fid": None, "fid_std": None,
             "clip_score": float(clip.mean()),
-            "clip_score_deviation": bootstrap_deviation(lambda i: float(clip[i].mean()), self.count, RESAMPLES),
+            "clip_score_std": bootstrap_std(lambda i: float(clip[i].mean()), self.count, RESAMPLES),
             "pixels": float(pixels.mean()),
         }  # fmt: skip
         if self.real is not None:
@@ -85,7 +85,7 @@ class Scores:
                 return self._fid(name, i) - self._fid(other, i)
 
             found["fid"] = fid(np.arange(self.count))
-            found["fid_deviation"] = bootstrap_deviation(fid, self.count, RESAMPLES)
+            found["fid_std"] = bootstrap_std(fid, self.count, RESAMPLES)
         return found
 
     def _fid(self, name: str, indices: np.ndarray) -> float:
