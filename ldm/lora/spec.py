@@ -1,32 +1,34 @@
-"""Which layers get low-rank cells, and of what kind: from settings, or from a per-module file in lora_wrapper's form.
+"""Which layers get LoRA, and with what rank and scale: from settings, or from a file with an entry for each module.
+
+The file has the form of lora_wrapper, a project that injects LoRA into MindSpore models. It is JSON (by the suffix
+.json) or YAML:
 
     trainable_model: 0            # 1: train the rest of the network too
     to_q: {r: 8, scale: 1, trainable_scale: 0, hard: 1}
     ff.net.*: {r: 4, alpha: 8, dropout: 0.1}
-    middle_block.*.to_q: {r: 16}  # of several names that fit a layer the last one holds
-    middle_block.*.to_out.0: {r: 0}  # none here
+    middle_block.*.to_q: {r: 16}  # the last entry that matches a layer is used
+    middle_block.*.to_out.0: {r: 0}  # no LoRA here
 
-JSON (by the suffix .json) or YAML. A name is that of a layer or its last dotted parts; `*`, `?` and `[...]` stand for
-characters, dots too.
+A name is that of a layer or its last dotted parts. `*`, `?` and `[...]` match characters, dots included.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import difflib
-import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_json, read_yaml
-from ldm.settings.read import nearest
+from ldm.settings.declare import setting
+from ldm.settings.read import check_values, read_mapping
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
@@ -34,31 +36,39 @@ PROJECTIONS = ("proj_in", "proj_out")
 RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "op", "conv")
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL}
 
-TRAINABLE_MODEL = "trainable_model"
-# Bounds: names in a configuration, characters of one; the size of an alpha or a scale, and its inverse.
+# Bounds for a configuration: the number of names, the characters of a name, and the size of an alpha or a scale and of
+# its inverse.
 MOST_NAMES, LONGEST_NAME, LARGEST = 4096, 200, 1e9
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is adapted.
+    """How LoRA is added to one layer. The update of the weight is scale * alpha / rank * up @ down.
 
     Attributes:
-        rank: of the factors ("r" in a file); 0 leaves the layer as it is.
-        alpha: the update is multiplied by alpha / rank; None stands for alpha = rank.
-        scale: and by this.
-        trainable_scale: train the scale as well.
-        hard: of a 1x1 convolution: add the factors' product to the kernel and convolve once. Otherwise (soft) two
-            convolutions go beside the layer's. Both compute the same. Dense layers have only one form.
-        dropout: share of the layer's inputs that the update does not see in a training step.
+        rank: The rank of the factors ("r" in a file). 0 adds no LoRA.
+        alpha: None stands for alpha = rank.
+        scale: A further factor.
+        trainable_scale: Whether the scale is trained too.
+        hard: Whether a 1x1 convolution adds the factors' product to its kernel and convolves once ("hard" in
+            lora_wrapper). Otherwise two convolutions run beside the layer's. Both compute the same. Linear layers have
+            one form only.
+        dropout: The share of the layer's inputs that the update does not see in a training step.
     """
 
-    rank: int = 4
-    alpha: float | None = None
-    scale: float = 1.0
-    trainable_scale: bool = False
-    hard: bool = False
-    dropout: float = 0.0
+    rank: int = setting(4, key="r", low=0)
+    alpha: Optional[float] = setting(None, low=1 / LARGEST, high=LARGEST)
+    scale: float = setting(1.0, low=-LARGEST, high=LARGEST)
+    trainable_scale: bool = setting(False, zero_one=True)
+    hard: bool = setting(False, zero_one=True)
+    dropout: float = setting(0.0, low=0, below=1)
+
+
+@dataclass(frozen=True)
+class _ConfigFile:
+    """What a configuration holds beside the modules."""
+
+    trainable_model: bool = setting(False, zero_one=True)
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,14 @@ class LoRASpec:
     """What to inject.
 
     Attributes:
-        rank, alpha, scale, dropout: as in LayerSpec, of every layer that `modules` does not say it of.
-        unet, text_encoder: which networks.
-        targets: one or several of "attention" (q, k, v and output projections), "all" (and feed-forward, projections
+        rank, alpha, scale, dropout: As in LayerSpec, for every layer where `modules` does not give them.
+        unet, text_encoder: Which networks.
+        targets: One or several of "attention" (q, k, v and output projections), "all" (also feed-forward, projections
             around the transformers, residual blocks and resampling convolutions), and the last parts of layers' names.
-        fp16: let the factors compute in fp16 where their layer does; they are stored in fp32 in any case.
-        seed: of the initial values.
-        modules: in the place of `targets`: layers' names (see above) -> LayerSpec, as `with_config` reads them.
-        trainable_model: train what holds no LoRA too, of the networks chosen.
+        fp16: Whether the factors compute in fp16 where their layer does. They are stored in fp32 in any case.
+        seed: The seed of the initial values.
+        modules: Layers' names -> LayerSpec, in place of `targets`, as `with_config` reads them.
+        trainable_model: Whether the chosen networks' own parameters are trained too.
     """
 
     rank: int = 4
@@ -89,30 +99,42 @@ class LoRASpec:
     trainable_model: bool = False
 
     def with_config(self, config: str | Path | Mapping[str, Any]) -> LoRASpec:
-        """This spec with a per-module configuration: the path of a JSON or YAML file, or its content.
+        """Returns this spec with the modules of a configuration.
 
-        Raises UserError for a file that cannot be read, a setting that is not known, of a wrong type or out of range.
+        Args:
+            config: The path of a JSON or YAML file, or its content. Its entries take what they leave out from this
+                spec.
+
+        Raises:
+            UserError: The file cannot be read, or a setting is unknown, of a wrong type or out of range.
         """
-        where = "the LoRA configuration" if isinstance(config, Mapping) else str(config)
+        source = "the LoRA configuration" if isinstance(config, Mapping) else str(config)
         content = config if isinstance(config, Mapping) else _read(Path(config))
         if not isinstance(content, Mapping):
-            raise UserError(f'{where} must hold entries such as "to_q": {{"r": 8}}, not a {type(content).__name__}')
-        content = dict(content)
-        whole = _flag(content.pop(TRAINABLE_MODEL, 0), f"{where}: {TRAINABLE_MODEL}")
-        if not content:
-            raise UserError(f'{where} names no layer: give entries such as "to_q": {{"r": 8}}')
-        _check_names(content, where)
-        modules = {str(name): self._layer(entry, f"{where}: {plain(name)}") for name, entry in content.items()}
-        return replace(self, modules=modules, trainable_model=whole)
+            raise UserError(f'{source} must hold entries such as "to_q": {{"r": 8}}, not a {type(content).__name__}')
+        entries = {name: entry for name, entry in content.items() if name != "trainable_model"}
+        if not entries:
+            raise UserError(f'{source} names no layer: give entries such as "to_q": {{"r": 8}}')
+        _check_names(entries, source)
+        modules = {}
+        for name, entry in entries.items():
+            prefix = f"{plain(name)}."
+            modules[str(name)] = replace(self._layer_spec(), **read_mapping(LayerSpec, entry, source, prefix))
+            _check(modules[str(name)], f"{source}: {prefix}")
+        return replace(self, modules=modules, **read_mapping(_ConfigFile, content, source, ignore_unknown=True))
 
     def layer_specs(self) -> dict[str, LayerSpec]:
-        """Name or pattern -> LayerSpec, checked; of several that fit a layer the last one holds. Raises UserError."""
+        """Returns name or pattern -> LayerSpec. The last one that matches a layer is used.
+
+        Raises:
+            UserError: A value is of a wrong type or out of range, or nothing is chosen.
+        """
         if not (self.unet or self.text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: there is nothing to train, set one")
         if self.modules:
             _check_names(self.modules, "the LoRA configuration")
             for name, layer in self.modules.items():
-                _check(layer, f'"{plain(name)}": ', least=0)
+                _check(layer, f"{plain(name)}.")
             return dict(self.modules)
         if isinstance(self.targets, str) and self.targets not in TARGETS:
             raise UserError(
@@ -121,54 +143,41 @@ class LoRASpec:
         if not self.targets:
             raise UserError(f"lora_targets is empty: give {', '.join(TARGETS)}, or the last parts of layers' names")
         _check_names(self.targets, "lora_targets")
-        layer = LayerSpec(self.rank, self.alpha, self.scale, dropout=self.dropout)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, numbers.Integral) or self.rank < 1:
+            raise UserError(f"lora_rank is {plain(self.rank, 40)}: it must be a whole number, 1 or more (4 is usual)")
+        layer = self._layer_spec()
         _check(layer, "lora_")
         return {name: layer for entry in self.target_list() for name in TARGETS.get(entry, (entry,))}
 
     def target_list(self) -> tuple[str, ...]:
+        """Returns the targets, a single one as well, as a tuple."""
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
-    def _layer(self, entry: Any, where: str) -> LayerSpec:
-        if not isinstance(entry, Mapping):
-            raise UserError(f'{where}: {plain(repr(entry))} is no module\'s setting: write {{"r": 8}}')
-        readers = {"r": _whole, "alpha": _number, "scale": _number, "trainable_scale": _flag, "hard": _flag,
-                   "dropout": _number}  # fmt: skip
-        for key in entry:
-            if key not in readers:
-                key = plain(key, 60)
-                raise UserError(
-                    f'{where}: unknown setting "{key}": did you mean "{nearest(key, list(readers))}"? '
-                    f"({', '.join(readers)})"
-                )
-        given = {key: readers[key](value, f"{where}: {key}") for key, value in entry.items()}
-        if "r" in given:
-            given["rank"] = given.pop("r")
-        layer = replace(LayerSpec(self.rank, self.alpha, self.scale, dropout=self.dropout), **given)
-        _check(layer, f"{where}: ", least=0)
-        return layer
+    def _layer_spec(self) -> LayerSpec:
+        return LayerSpec(self.rank, self.alpha, self.scale, dropout=self.dropout)
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether `pattern` is the name of a layer or its last dotted parts; `*`, `?` and `[...]` match characters."""
+    """Returns whether a pattern matches the name of a layer or its last dotted parts."""
     return bool(_pattern(pattern).match(f".{name}"))
 
 
 @lru_cache(maxsize=MOST_NAMES)
 def _pattern(pattern: str) -> re.Pattern[str]:
-    # Not fnmatchcase, which keeps fewer patterns than a model has layers. What `translate` makes of many `*` does not
-    # go back over what an earlier one has matched, so its time grows with the name's length times their number.
+    # fnmatchcase would keep fewer compiled patterns than a model has layers. The expression that `translate` makes of
+    # several `*` does not backtrack into an earlier one, so the time grows with their number times the name's length.
     return re.compile(translate(f"*.{pattern}"))
 
 
 def near_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Up to three ends of layers' names, or whole ones, that look like `pattern`."""
+    """Returns up to three names, or ends of names, that are similar to `pattern`."""
     parts = pattern.count(".") + 1
     ends = {".".join(name.split(".")[-length:]) for name in names for length in range(1, parts + 1)}
     return difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
 
 
 def _check_names(names: Iterable[Any], where: str) -> None:
-    """Raise UserError for more names than a model has layers, or longer ones."""
+    """Raises UserError for more names than a model has layers, or longer ones."""
     names = list(names)
     if len(names) > MOST_NAMES:
         raise UserError(f"{where} holds {len(names):,} names, at most {MOST_NAMES:,} are read: use * for several")
@@ -180,52 +189,18 @@ def _check_names(names: Iterable[Any], where: str) -> None:
         )
 
 
-def _check(layer: LayerSpec, where: str, least: int = 1) -> None:
-    """`where` comes before the setting's name in an error."""
-    rank = layer.rank
-    name = "r" if where != "lora_" else "rank"
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < least:
-        raise UserError(f"{where}{name} is {plain(rank, 40)}: it must be a whole number, {least} or more (4 is usual)")
-    for setting, value in (("alpha", layer.alpha), ("scale", layer.scale), ("dropout", layer.dropout)):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{where}{setting} is {value}: it must be a finite number")
-    for setting, value in (("alpha", layer.alpha), ("scale", layer.scale)):
-        if value and not 1 / LARGEST <= abs(value) <= LARGEST:
-            raise UserError(
-                f"{where}{setting} is {value:g}: it must be between {1 / LARGEST:g} and {LARGEST:g} (1 is usual)"
-            )
-    if layer.alpha is not None and layer.alpha <= 0:
-        raise UserError(f"{where}alpha is {layer.alpha}: it must be above 0 (leave it out for alpha = rank)")
-    if not 0 <= layer.dropout < 1:
-        raise UserError(f"{where}dropout is {layer.dropout}: it must be at least 0 and below 1")
+def _check(layer: LayerSpec, prefix: str) -> None:
+    """Raises UserError for a value that is not allowed. `prefix` stands before its name."""
+    check_values(layer, prefix)
+    if 0 < abs(layer.scale) < 1 / LARGEST:
+        raise UserError(f"{prefix}scale: {layer.scale:g} is not allowed: 0, or at least {1 / LARGEST:g} (1 is usual)")
     if layer.hard and layer.dropout:
         raise UserError(
-            f"{where}hard and dropout do not go together: a hard update is part of the kernel, its inputs are the "
-            "layer's own; set hard 0"
+            f"{prefix}hard and dropout do not go together: a hard update is part of the kernel, so its inputs are the "
+            "layer's own; set hard to 0"
         )
 
 
 def _read(path: Path) -> Any:
     way = "give the path of a JSON or YAML file"
     return read_json(path, way=way) if path.suffix == ".json" else read_yaml(path, way=way)
-
-
-def _flag(value: Any, where: str) -> bool:
-    if value not in (0, 1):  # False and True are equal to these
-        raise UserError(f"{where}: {plain(repr(value))} is neither 0 nor 1")
-    return bool(value)
-
-
-def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: {plain(repr(value))} is not a whole number")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where}: {plain(repr(value))} is not a number")
-    try:
-        return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        return math.inf

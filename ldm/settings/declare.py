@@ -41,6 +41,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     length: int | tuple[int, int] | None = None,
+    zero_one: bool = False,
     path: bool = False,
     project: bool = False,
     resume: str | None = None,
@@ -61,6 +62,7 @@ def setting(
         low, high: The range, ends included. For a list, they hold for each entry.
         above, below: The range, ends excluded.
         length: The number of entries of a list or mapping, or the smallest and the largest number.
+        zero_one: Whether 0 and 1 in a file stand for False and True.
         path: Whether texts are paths, in which `~` and `$NAME` are expanded.
         project: Whether a path that does not exist is looked up in the project's folder too, so that scripts run from
             anywhere.

@@ -275,8 +275,8 @@ def _read_mapping(
     partial: bool = False,
 ) -> dict[str, Any]:
     if not isinstance(content, Mapping):
-        place = f"{source}: {prefix[:-1]}" if prefix else source
-        raise UserError(f"{place} must hold lines of `setting: value`, not a {type(content).__name__}")
+        place = f"{source}: {prefix[:-1]}" if prefix else source  # without the last dot
+        raise UserError(f"{place} must hold lines of `setting: value`, not a value of type {type(content).__name__}")
     ignored = getattr(cls, "IGNORED", ())
     for key in content:
         if not ignore_unknown and key not in settings and key not in ignored:
@@ -292,7 +292,10 @@ def _read_mapping(
             section = typing.cast(type, setting.hint)
             values[setting.name] = _read_mapping(section, _settings(section), content[key], source, f"{prefix}{key}.")
         else:
-            values[setting.name] = _accept(_convert(content[key], setting.hint, where), setting, where)
+            value = content[key]
+            if setting.rules["zero_one"] and type(value) is int and value in (0, 1):
+                value = bool(value)
+            values[setting.name] = _accept(_convert(value, setting.hint, where), setting, where)
     return values
 
 
