@@ -1,6 +1,6 @@
-"""Fine-tune Stable Diffusion on text-image pairs, with LoRA or as a whole. -h lists the settings.
+"""Fine-tune Stable Diffusion on captioned images, with LoRA or the whole UNet. -h lists the settings.
 
-python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
+    python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
         --data_path <folder with img_txt.csv> --output_path output/lora --pretrained_model_path <checkpoint>
 """
 
@@ -22,16 +22,16 @@ def _main() -> None:
     from ldm.settings.train import TrainSettings
     from ldm.training.checks import check_settings
 
-    config = read_settings(
+    settings = read_settings(
         TrainSettings, sys.argv[1:], yaml_flag="train_config", prog="train_text_to_image.py",
-        description="Fine-tune Stable Diffusion on text-image pairs, with LoRA (use_lora) or the whole UNet.",
+        description="Fine-tune Stable Diffusion on captioned images, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
-    check_settings(config)
-    # MindSpore comes after the settings: a wrong flag is answered at once. The runtime first: it quiets MindSpore.
+    check_settings(settings)
+    # MindSpore takes seconds to import, so wrong settings are reported before. ldm.runtime.device sets its log level.
     import ldm.runtime.device  # noqa: F401, isort: skip
     from ldm.training.trainer import train  # isort: skip
 
-    train(config)
+    train(settings)
 
 
 if __name__ == "__main__":

@@ -88,3 +88,36 @@ def tiny_model(tiny_config, graph_mode):
     from ldm.models.stable_diffusion import build_model
 
     return build_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def micro_base_model(tmp_path_factory) -> Path:
+    """A base model of the micro architecture with random weights."""
+    from tests.training.micro import write_base_model
+
+    path = tmp_path_factory.mktemp("base_model") / "micro.safetensors"
+    write_base_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def micro_data(tmp_path_factory) -> Path:
+    """A data folder with ten plain images."""
+    from tests.training.micro import write_data
+
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_run(micro_base_model, micro_data, tmp_path_factory) -> Path:
+    """The output folder of one uninterrupted training of the whole UNet, by the command line."""
+    from tests.training.micro import STEPS, command
+
+    output = tmp_path_factory.mktemp("full") / "run"
+    arguments = command(micro_base_model, micro_data, output)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS}/{STEPS}" in done.stderr and "loss" in done.stderr
+    return output

@@ -1,10 +1,10 @@
-"""The step's compiled graph on disk, so that a resumed run does not compile it again (nano: 6 s instead of 30 s).
+"""Keeps the compiled graph of the step on disk, so that a resumed run need not compile it (nano: 6 s instead of 30 s).
 
-MindSpore's compile cache numbers graphs in the order in which a process compiles them and does not look at everything
-that a graph depends on: with one more graph compiled before, it serves the wrong one. So it is on only while the step
-compiles, in a folder named by a hash of all that the step's graph comes from, and that folder gets its name only after
-the first step has run: a process killed while MindSpore writes leaves nothing that would be read. The checksums of its
-files lie in it and are compared before MindSpore reads them.
+MindSpore's compile cache numbers the graphs in the order in which a process compiles them, and does not compare all
+that a graph depends on: with one more graph compiled before, it returns the wrong one. So it is enabled only while the
+step compiles, in a folder named by a hash of everything that the graph depends on. The folder gets its name after the
+first step has run, so a process that is killed while MindSpore writes leaves nothing that is read later. The checksums
+of its files are kept in the folder and are compared before MindSpore reads them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from ldm.weights.checkpoint import content_hash
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).resolve().parents[1]
-SEAL = "checksums.json"  # of all files beside it
+CHECKSUMS = "checksums.json"
 
 
 def graph_key(*parts: object) -> str:
-    """A hash of this project's source, the compiled kernels, the versions of MindSpore and Python, and `parts`."""
+    """Return a hash of this project's source, its kernels, the versions of MindSpore and Python, and `parts`."""
     versions = ms.__version__, platform.python_version(), platform.machine(), kernels_in_use()
     digest = hashlib.sha256(repr((versions, parts)).encode())
     for path in sorted(SOURCE.rglob("*.py")):
@@ -46,14 +46,20 @@ def graph_key(*parts: object) -> str:
 
 @contextmanager
 def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
-    """Within the block, take what is compiled from `folder`/`key`, or put it there; yields whether it was there.
+    """Read what is compiled within the block from `folder`/`key`, or write it there.
 
-    The block must compile and run the same graphs in the same order every time. Graphs under other keys are removed,
-    and these too if the block fails: the next start then compiles anew. Where the folder cannot be written, a warning
-    says so and the block compiles without.
+    The block must compile and run the same graphs in the same order every time. Graphs with other keys are removed, and
+    so are these if the block fails. If the folder cannot be written, a warning says so and nothing is kept.
+
+    Args:
+        folder: Folder of the cached graphs.
+        key: Result of graph_key.
+
+    Yields:
+        Whether the graphs are read.
     """
     final = folder / key
-    found = _is_sound(final)
+    found = _is_intact(final)
     writing = folder / f"{key}.{os.getpid()}.partial"
     try:
         if not found:
@@ -64,19 +70,19 @@ def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
         yield False
         return
     ms.set_context(enable_compile_cache=True, compile_cache_path=str(final if found else writing))
-    sound = False
+    kept = False
     try:
         yield found
-        sound = found or _keep(writing, final)
+        kept = found or _keep(writing, final)
     finally:
         ms.set_context(enable_compile_cache=False)
         for path in folder.iterdir():
-            if path != final or not sound:
+            if path != final or not kept:
                 _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a file in its place, as far as the system lets."""
+    """Remove a folder, or a file in its place, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -86,7 +92,7 @@ def _remove(path: Path) -> None:
 
 def _keep(writing: Path, final: Path) -> bool:
     try:
-        (writing / SEAL).write_text(json.dumps(_checksums(writing), indent=1), encoding="utf-8")
+        (writing / CHECKSUMS).write_text(json.dumps(_checksums(writing), indent=1), encoding="utf-8")
         os.replace(writing, final)
     except OSError as error:
         logger.warning("compile_cache: %s cannot be written (%s): the graph is not kept", final, system_reason(error))
@@ -94,7 +100,7 @@ def _keep(writing: Path, final: Path) -> bool:
     return True
 
 
-def _is_sound(final: Path) -> bool:
+def _is_intact(final: Path) -> bool:
     """Whether the folder holds compiled graphs, and all their files as they were written.
 
     MindSpore does not check them, and a changed bit would change the loss. A warning names what is damaged.
@@ -102,7 +108,7 @@ def _is_sound(final: Path) -> bool:
     if not os.path.lexists(final):
         return False
     try:
-        if read_json(final / SEAL) == _checksums(final):
+        if read_json(final / CHECKSUMS) == _checksums(final):
             return True
         fault = "its files are not those that were written"
     except UserError as error:
@@ -114,7 +120,7 @@ def _is_sound(final: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder, by its path there. Raises OSError, also for what is no file."""
+    """Return the sha256 of every file in a folder by relative path. Raises OSError, also for pipes and links."""
     sums = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -124,6 +130,6 @@ def _checksums(folder: Path) -> dict[str, str]:
                 raise OSError(errno.EINVAL, "it is no regular file", str(path))
         for name in files:
             path = Path(place) / name
-            if path != folder / SEAL:
+            if path != folder / CHECKSUMS:
                 sums[str(path.relative_to(folder))] = content_hash(path)
     return sums

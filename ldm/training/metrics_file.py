@@ -15,30 +15,31 @@ from ldm.files.paths import writing
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY = 50  # steps between two lines of log.txt
-
 
 class Metrics(NamedTuple):
-    """One row of metrics.csv; the names are its header."""
+    """One row of metrics.csv. The field names are its header."""
 
-    step: int  # updates done
+    step: int  # number of steps done
     loss: float
     learning_rate: float
     loss_scale: float
-    seconds: float  # of this step
+    seconds: float  # that this step took
     gradient_norm: float  # before clipping
 
 
 class MetricsFile:
-    """metrics.csv, one row a step, flushed as it is written.
+    """metrics.csv with one row for each step, flushed as it is written.
 
-    Opening it keeps the rows up to `step` and drops those after it, which a killed run wrote beyond its last state.
+    Args:
+        path: The file.
+        step: Number of steps that are done. Rows up to it are kept. Later rows are dropped: a killed run wrote them
+            after its last training state.
     """
 
     def __init__(self, path: Path, step: int):
         kept = []
         if step and is_there(path):
-            # by hand: csv and int would fail on what a crash may leave at its end
+            # Not by the csv module, which may fail on what a crash leaves at the end of the file.
             text = read_bytes(path, "the metrics of this run").decode("utf-8", "replace")
             rows = [line.split(",") for line in text.splitlines()]
             kept = [row for row in rows if len(row) == len(Metrics._fields) and _is_step(row[0], step)]
@@ -50,7 +51,7 @@ class MetricsFile:
         self.writer = csv.writer(self.file)
 
     def write(self, metrics: Metrics) -> None:
-        """Write a row. Where the disk refuses, a warning says so once, and the run goes on without the file."""
+        """Write a row. If the disk refuses, warn once and write no more."""
         if self.file is None:
             return
         try:
@@ -63,7 +64,7 @@ class MetricsFile:
 
     def close(self) -> None:
         if self.file is not None:
-            with contextlib.suppress(OSError):  # of a row that the disk refused before
+            with contextlib.suppress(OSError):  # from a row that the disk refused before
                 self.file.close()
             self.file = None
 

@@ -1,8 +1,8 @@
-"""Which files in `{output_path}/ckpt` a run wrote itself: only those are written over, pruned and moved.
+"""Which files in `{output_path}/ckpt` a run wrote itself. Only those are replaced, removed and moved.
 
-`files.json` names them, the oldest first. A name is in it before its file is written, so that a process killed at any
-moment leaves no file that is not named. Runs older than the record have none: where training states lie there, the
-files whose names have exactly the form of a run's own are taken for its own.
+`files.json` lists them, the oldest first. A name is added before its file is written, so a kill leaves no file that is
+not listed. Versions before this record wrote none: if there are training states but no record, the files whose names
+have exactly the form of a run's own are taken for its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ldm.files.paths import writing
 logger = logging.getLogger(__name__)
 
 RECORD = "files.json"
-LINKS = ("lora.ckpt", "model.ckpt")  # the newest, under a name that stays
+LINKS = ("lora.ckpt", "model.ckpt")  # second names of the newest checkpoints
 SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors"}
 _NUMBERED = re.compile(r"(lora|model|state)-([0-9]{8,12})(\.ckpt|\.safetensors)")
 
 
 class Numbered(NamedTuple):
-    """What a name such as lora-00000010.ckpt says."""
+    """The parts of a name such as lora-00000010.ckpt."""
 
     kind: str
     step: int
@@ -41,75 +41,78 @@ class Numbered(NamedTuple):
         return f"{self.kind}-{self.step:08d}{SUFFIXES[self.kind]}"
 
 
-def numbered(name: str) -> Numbered | None:
-    """The kind and step in a name that has exactly the form of a run's own, else None."""
+def parse_name(name: str) -> Numbered | None:
+    """Return the kind and step in a name that has exactly the form of a run's own, else None."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
-    found = Numbered(match[1], int(match[2]))
-    return found if found.name == name else None
+    numbered = Numbered(match[1], int(match[2]))
+    return numbered if numbered.name == name else None
 
 
 def find_states(folder: Path) -> list[Path]:
-    """The state files in a folder, the newest first. Raises UserError where the folder may not be read."""
+    """Return the training states in a folder, the newest first. Raises UserError if the folder may not be read."""
     if not is_folder(folder):
         return []
     states = [
-        (found.step, folder / name)
+        (numbered.step, folder / name)
         for name in list_folder(folder)
-        if (found := numbered(name)) and found.kind == "state" and os.path.isfile(folder / name)
+        if (numbered := parse_name(name)) and numbered.kind == "state" and os.path.isfile(folder / name)
     ]
     return [path for _, path in sorted(states, reverse=True)]
 
 
 class OwnFiles:
-    """The files of a run in `folder`.
+    """The files of a run in its checkpoint folder.
 
-    goes_on: the run resumes one in this folder; otherwise nothing that is there is its own.
+    Args:
+        folder: The checkpoint folder.
+        resumed: Whether the run resumes one in this folder. Otherwise no file that is there belongs to it.
     """
 
-    def __init__(self, folder: Path, goes_on: bool):
+    def __init__(self, folder: Path, resumed: bool):
         self.folder = folder
-        self._keeps_old = False
+        self._cannot_remove = False
         self._record_is_foreign = False
-        recorded = self._recorded()
-        self.names = recorded if goes_on else []
+        recorded = self._read_record()
+        self.names = recorded if resumed else []
 
-    def _recorded(self) -> list[str]:
+    def _read_record(self) -> list[str]:
         record = self.folder / RECORD
         if not os.path.lexists(record):
-            return self._older()
+            return self._without_record()
         try:
             content = read_json(record)
         except UserError as error:
-            content, fault = None, f"{error}"
+            content, fault = None, str(error)
         else:
-            fault = f"{record} is no record of a run's files"
+            fault = f"{record} is not a list of a run's files"
         names = content.get("files") if isinstance(content, dict) else None
         if not isinstance(names, list):
             self._record_is_foreign = True
             logger.warning("%s: the files beside it are not taken for this run's", fault)
             return []
-        return [name for name in dict.fromkeys(filter(_is_name, names)) if self._is_whole(name)]
+        return [name for name in dict.fromkeys(filter(_is_name, names)) if self._is_regular_file(name)]
 
-    def _older(self) -> list[str]:
-        """The files of a run that kept no record."""
+    def _without_record(self) -> list[str]:
+        """Return the files of a run that kept no record."""
         if not find_states(self.folder):
             return []
-        found = sorted(filter(None, map(numbered, list_folder(self.folder))), key=lambda each: each.step)
-        return [name for name in (*(each.name for each in found), *LINKS) if self._is_whole(name)]
+        numbered = sorted(filter(None, map(parse_name, list_folder(self.folder))), key=lambda file: file.step)
+        return [name for name in (*(file.name for file in numbered), *LINKS) if self._is_regular_file(name)]
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether it is a file there; what somebody has put a link or a folder in the place of is not the run's."""
+    def _is_regular_file(self, name: str) -> bool:
+        """Whether a regular file has this name. A link or folder in its place is not the run's."""
         try:
             return stat.S_ISREG(os.lstat(self.folder / name).st_mode)
         except OSError:
             return False
 
     def begin(self, names: Sequence[str]) -> None:
-        """Record files that are written next, and move away what is in their place and not this run's.
+        """Record files that are written next. Rename what has one of these names and is not this run's.
 
-        Raises UserError where the folder refuses that.
+        Raises:
+            UserError: The folder cannot be written.
         """
         with writing(self.folder / RECORD):
             for name in names:
@@ -118,34 +121,36 @@ class OwnFiles:
             if self._record_is_foreign:
                 _make_room(self.folder / RECORD)
                 self._record_is_foreign = False
-            self.names = [name for name in self.names if name not in names and self._is_whole(name)] + list(names)
+            self.names = [name for name in self.names if name not in names and self._is_regular_file(name)]
+            self.names += names
             with atomic_path(self.folder / RECORD) as temporary:
                 temporary.write_text(json.dumps({"files": self.names}, indent=1) + "\n", encoding="utf-8")
 
     def prune(self, kind: str, keep: int) -> None:
-        """Remove all but the `keep` files of a kind that were written last; one warning where that is refused."""
-        for name in [name for name in self.names if (found := numbered(name)) and found.kind == kind][:-keep]:
+        """Remove all but the `keep` files of a kind that were written last. Warn once if that is not possible."""
+        of_kind = [name for name in self.names if (numbered := parse_name(name)) and numbered.kind == kind]
+        for name in of_kind[:-keep]:
             try:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError as error:
-                if not self._keeps_old:
-                    logger.warning("%s cannot be removed (%s): old files stay from here on", self.folder / name,
+                if not self._cannot_remove:
+                    logger.warning("%s cannot be removed (%s): old files are kept from now on", self.folder / name,
                                    system_reason(error))  # fmt: skip
-                self._keeps_old = True
+                self._cannot_remove = True
 
     def set_aside_later(self, step: int) -> None:
-        """Move what another run left beyond `step` into `abandoned-after-<step>`, for a run that goes on from there.
+        """Move what another run left beyond `step` into `abandoned-after-<step>`, for a run that resumes from there.
 
-        Otherwise the next resume would take up that other run. It got further where a state is there: weights without
-        one are what this run was saving when it was killed, and it writes them again.
+        Otherwise the next resume would continue that other run. That run got further than `step` only if there is a
+        training state: weights without one are from a save of this run that was killed, and are written again.
 
-        Raises UserError where the folder refuses that.
+        Raises:
+            UserError: The folder cannot be written.
         """
-        states = [path.name for path in find_states(self.folder) if numbered(path.name).step > step]
+        states = [path.name for path in find_states(self.folder) if _step(path.name) > step]
         if not states:
             return
-        later = [*states, *(name for name in self.names
-                            if (found := numbered(name)) and found.step > step and name not in states)]  # fmt: skip
+        later = states + [name for name in self.names if _step(name) > step and name not in states]
         aside = _free_name(self.folder / f"abandoned-after-{step:08d}")
         with writing(aside):
             aside.mkdir()
@@ -154,24 +159,31 @@ class OwnFiles:
                     os.replace(self.folder / name, aside / name)
         self.names = [name for name in self.names if name not in later]
         logger.warning(
-            "%d files of a run that got beyond step %d were moved to %s; remove that folder if nothing in it is wanted",
+            "%d files of a run that got beyond step %d were moved to %s; remove that folder if you do not need it",
             len(later), step, aside,
         )  # fmt: skip
 
 
+def _step(name: str) -> int:
+    """Return the step in a file's name, -1 if there is none."""
+    numbered = parse_name(name)
+    return -1 if numbered is None else numbered.step
+
+
 def _is_name(name: object) -> bool:
-    return isinstance(name, str) and (name in LINKS or numbered(name) is not None)
+    return isinstance(name, str) and (name in LINKS or parse_name(name) is not None)
 
 
 def _make_room(path: Path) -> None:
+    """Rename what is at `path`, with a warning."""
     if os.path.lexists(path):
         kept = _free_name(path.with_name(f"{path.stem}-kept{path.suffix}"))
         os.replace(path, kept)
-        logger.warning("%s was not written by this run: it is %s now", path, plain(kept.name))
+        logger.warning("%s was not written by this run: it is renamed to %s", path, plain(kept.name))
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or with a number where that is taken."""
+    """Return `path`, or with a number added if it exists."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +15,14 @@ from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import AddedToken
-from ldm.training.trainer import FIXED_ON_RESUME, Trainer, train
+from ldm.training.resume import FIXED_ON_RESUME
+from ldm.training.trainer import save, train
 from ldm.weights.added_tokens import TOKEN_EMBEDDING, read_added_tokens, tokens_metadata
 from ldm.weights.base_model import open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.convert import convert
+from tests.training.micro import MICRO, SETTINGS, prepare
 
-MICRO = Path(__file__).with_name("micro.yaml")
 VAE = "first_stage_model."
 TOKEN = AddedToken("<cat-toy>", 49408)
 
@@ -54,37 +54,37 @@ def files(tmp_path_factory):
 
 def settings(files, output, base, **others) -> TrainSettings:
     return TrainSettings(**{
-        "pretrained_model_path": str(files / base), "data_path": str(files / "data"), "output_path": str(output),
-        "image_size": 16, "train_batch_size": 2, "max_steps": 1, "device_target": "CPU", "log_level": "WARNING",
-        "model_config": str(MICRO), "mode": 1, **others,
+        **SETTINGS, "pretrained_model_path": files / base, "data_path": files / "data", "output_path": output,
+        "max_steps": 1, "mode": 1, **others,
     })  # fmt: skip
 
 
 def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_path):
-    trainer = Trainer(settings(files, tmp_path / "run", "token", model_config=None))
-    assert trainer.model_config.added_tokens == (TOKEN,)
-    assert (trainer.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
-    trainer._write_model(tmp_path / "model.ckpt")
-    assert read_added_tokens(open_base_model(tmp_path / "model.ckpt")) == (TOKEN,)
+    run = prepare(settings(files, tmp_path / "run", "token", model_config=None))
+    assert run.config.added_tokens == (TOKEN,)
+    assert (run.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
+    save(run)
+    model = tmp_path / "run" / "ckpt" / "model.ckpt"
+    assert read_added_tokens(open_base_model(model)) == (TOKEN,)
     text_to_image.main([
-        "--prompt", "a <cat-toy>", "--ckpt_path", str(tmp_path / "model.ckpt"), "--config", str(MICRO), "--H", "16",
+        "--prompt", "a <cat-toy>", "--ckpt_path", str(model), "--config", str(MICRO), "--H", "16",
         "--W", "16", "--sampling_steps", "1", "--scale", "1", "--output_path", str(tmp_path / "out"), "--skip_grid",
         "--mode", "1",
     ])  # fmt: skip
 
 
 def test_a_vae_of_its_own_is_trained_with_and_part_of_what_is_resumed(files, tmp_path):
-    trainers = {
-        name: Trainer(settings(files, tmp_path / name, "bare.safetensors", vae_ckpt_path=str(files / name)))
+    runs = {
+        name: prepare(settings(files, tmp_path / name, "bare.safetensors", vae_ckpt_path=str(files / name)))
         for name in ("a.safetensors", "b.safetensors")
     }
-    for name, trainer in trainers.items():
-        parameters = trainer.model.parameters_dict()
+    for name, run in runs.items():
+        parameters = run.model.parameters_dict()
         for array, values in read_checkpoint(files / name)[0].items():
             np.testing.assert_array_equal(parameters[VAE + array].asnumpy(), values)
-    a, b = (trainer.fingerprint["base"] for trainer in trainers.values())
+    a, b = (run.fingerprint["base"] for run in runs.values())
     assert a != b and "base" in FIXED_ON_RESUME
-    assert any((x != y).any() for x, y in zip(*(trainer.inputs.moments for trainer in trainers.values())))
+    assert any((x != y).any() for x, y in zip(*(run.inputs.moments for run in runs.values())))
 
 
 def test_a_base_without_a_vae_asks_for_one(files, tmp_path):

@@ -1,4 +1,4 @@
-"""Compiled graphs on disk: what they hang on, and that nothing half-written is ever read."""
+"""Compiled graphs on disk: what their key depends on, and that nothing half-written or damaged is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def context(monkeypatch):
     return calls
 
 
-def test_the_key_hangs_on_settings_source_version_and_kernels(monkeypatch, tmp_path):
+def test_the_key_depends_on_settings_source_version_and_kernels(monkeypatch, tmp_path):
     key = graph_key({"lora_rank": 4})
     assert graph_key({"lora_rank": 4}) == key != graph_key({"lora_rank": 8})
     monkeypatch.setattr(ms, "__version__", "2.7.2")
@@ -46,7 +46,7 @@ def test_a_graph_gets_its_name_when_the_step_has_run_and_is_found_then(tmp_path,
         assert found and context[-1]["compile_cache_path"] == str(tmp_path / "key")
 
 
-def test_what_failed_what_was_killed_and_what_is_stale_is_removed(tmp_path, context):
+def test_graphs_of_failed_killed_and_other_runs_are_removed(tmp_path, context):
     (tmp_path / "key.77.partial").mkdir()
     (tmp_path / "stale").mkdir()
     with cached_graphs(tmp_path, "key"):
@@ -83,12 +83,12 @@ def flip(path):
         lambda kept: (kept / "rank_0" / "more").touch(),
         lambda kept: (kept / "more").symlink_to("weights.data"),
         lambda kept: os.mkfifo(kept / "more"),
-        lambda kept: flip(kept / graph_cache.SEAL),
-        lambda kept: (kept / graph_cache.SEAL).unlink(),
-        lambda kept: (kept / graph_cache.SEAL).write_text("[" * 10**5),
+        lambda kept: flip(kept / graph_cache.CHECKSUMS),
+        lambda kept: (kept / graph_cache.CHECKSUMS).unlink(),
+        lambda kept: (kept / graph_cache.CHECKSUMS).write_text("[" * 10**5),
         lambda kept: (shutil.rmtree(kept), kept.touch()),
     ],
-    ids=["a bit", "cut off", "missing", "one more", "a link", "a pipe", "the seal", "no seal", "deep", "a file"],
+    ids=["a bit", "cut off", "missing", "one more", "a link", "a pipe", "checksums", "no checksums", "deep", "a file"],
 )
 def test_a_damaged_graph_is_named_and_compiled_again(tmp_path, kept, context, caplog, damage):
     damage(kept)
@@ -100,14 +100,14 @@ def test_a_damaged_graph_is_named_and_compiled_again(tmp_path, kept, context, ca
         assert found and (kept / "new").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(unprivileged, context, caplog):
+def test_without_a_folder_that_can_be_written_nothing_is_kept(unprivileged, context, caplog):
     unprivileged.chmod(0o555)
     with cached_graphs(unprivileged / "graphs", "key") as found:
         assert not found and not context
     assert "cannot be made (Permission denied" in caplog.text
 
 
-def test_a_full_disk_is_done_without(tmp_path, context, caplog, monkeypatch):
+def test_on_a_full_disk_nothing_is_kept(tmp_path, context, caplog, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 

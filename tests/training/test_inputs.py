@@ -1,4 +1,4 @@
-"""What a micro-step trains on: a pure function of seed and step, from caches that know what they were made from."""
+"""What a micro-batch trains on: a function of seed and number, from caches whose keys cover what they are made from."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ MICRO = load_model_config(Path(__file__).with_name("micro.yaml"))
 SIZE = 16
 
 
-@pytest.fixture(autouse=True)
-def in_graph_mode(graph_mode):
-    pass
-
-
 class Encoder(nn.Cell):
     """Stands for the autoencoder: mean = the image's red in every other pixel, a tiny variance."""
 
@@ -46,7 +41,7 @@ class Encoder(nn.Cell):
 
 
 class Text(nn.Cell):
-    """Stands for the text encoder: the tokens as numbers, each repeated to the width of its states."""
+    """Stands for the text encoder: the tokens as numbers, each repeated to the width of the text embeddings."""
 
     def __init__(self):
         super().__init__()
@@ -67,11 +62,11 @@ def rows(tmp_path):
     return found
 
 
-def build(rows, tmp_path, seed=1, rank=0, rank_size=1, tokens_only=False, model=None, **settings):
-    config = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, **settings)
+def build(rows, tmp_path, seed=1, rank=0, rank_size=1, tokens_only=False, model=None, **others):
+    settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, **others)
     model = model or SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
     order = BatchOrder(len(rows), 2, seed, rank, rank_size)
-    return Inputs(config, MICRO, model, rows, order, image_size=SIZE, tokens_only=tokens_only)
+    return Inputs(settings, MICRO, model, rows, order, image_size=SIZE, tokens_only=tokens_only)
 
 
 def same(a, b):
@@ -80,13 +75,13 @@ def same(a, b):
 
 def test_captions_that_are_cut_are_counted(rows, tmp_path, caplog):
     build([*rows[:3], rows[3]._replace(caption="word " * 75 + "and a hat")], tmp_path)
-    assert '1 of 4 captions are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
+    assert '1 of 4 captions are longer than 75 tokens and are cut there; the first loses "and a hat"' in caplog.text
 
 
 def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
     batch = build(rows, tmp_path).batch(0)
     assert batch.latents.shape == batch.noise.shape == (2, 4, 8, 8)
-    assert batch.condition.shape == (2, 77, MICRO.context_dim)
+    assert batch.text_embeddings.shape == (2, 77, MICRO.context_dim)
     assert [array.dtype.name for array in batch] == ["float32", "float32", "int32", "float32"]
     assert batch.timesteps.shape == (2,)
 
@@ -99,10 +94,10 @@ def test_latents_and_texts_are_those_of_the_rows_in_order(rows, tmp_path):
         for k, row in enumerate(at):
             red = load_image(rows[row].path, SIZE)[0, ::2, ::2] * MICRO.scale_factor
             np.testing.assert_allclose(batch.latents[k, 0], red, atol=1e-5)
-            np.testing.assert_array_equal(batch.condition[k, :, 0], tokens[row])
+            np.testing.assert_array_equal(batch.text_embeddings[k, :, 0], tokens[row])
 
 
-def test_a_batch_depends_on_seed_step_and_rank_alone(rows, tmp_path):
+def test_a_batch_depends_on_seed_number_and_process_alone(rows, tmp_path):
     one = build(rows, tmp_path)
     later = one.batch(7)
     one.batch(3)
@@ -128,15 +123,17 @@ def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):
 def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, share, cache_text):
     inputs = build(rows, tmp_path, caption_dropout=share, cache_text=cache_text)
     empty = Tokenizer(pad="end").encode([""])[0]
-    dropped = [np.array_equal(state[:, 0], empty) for step in range(100) for state in inputs.batch(step).condition]
+    dropped = [
+        np.array_equal(state[:, 0], empty) for step in range(100) for state in inputs.batch(step).text_embeddings
+    ]
     assert abs(np.mean(dropped) - share) <= (0.1 if 0 < share < 1 else 0)
 
 
 def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
     inputs = build(rows, tmp_path, tokens_only=True, caption_dropout=0.5)
     batch = inputs.batch(0)
-    assert batch.condition.dtype == np.int32 and batch.condition.shape == (2, 77)
-    assert not list((tmp_path / "run" / "cache").glob("*/*")) or inputs.states is None
+    assert batch.text_embeddings.dtype == np.int32 and batch.text_embeddings.shape == (2, 77)
+    assert not list((tmp_path / "run" / "cache").glob("*/*")) or inputs.text_embeddings is None
 
 
 def counted(monkeypatch, inputs_of):
@@ -249,19 +246,19 @@ def test_the_queues_length_is_known_without_making_the_batches(rows, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("others", "error"),
     [
-        (dict(random_flip=True), "needs cached latents and texts"),
-        (dict(cache_latents=False), "needs cached latents and texts"),
-        (dict(cache_text=False), "needs cached latents and texts"),
+        (dict(random_flip=True), "needs cached latents and text embeddings"),
+        (dict(cache_latents=False), "needs cached latents and text embeddings"),
+        (dict(cache_text=False), "needs cached latents and text embeddings"),
         (dict(), None),
         (dict(cache_text=False, use_lora=True, lora_ft_text_encoder=True), None),
     ],
 )
-def test_the_data_queue_wants_everything_cached(settings, says):
-    config = TrainSettings(dataset_sink_mode=True, **settings)
+def test_the_data_queue_needs_everything_cached(others, error):
+    settings = TrainSettings(dataset_sink_mode=True, **others)
     ascend = Runtime("Ascend", ms.float16, 0, 1, 0)
-    if says is None:
-        return feed.check_sink(config, ascend)
-    with pytest.raises(UserError, match=says):
-        feed.check_sink(config, ascend)
+    if error is None:
+        return feed.check_sink(settings, ascend)
+    with pytest.raises(UserError, match=error):
+        feed.check_sink(settings, ascend)

@@ -1,11 +1,12 @@
-"""The loss scale's rise and fall, and when it gives up."""
+"""The loss scale: which one is built, when it rises and falls, and when it ends the run."""
 
 from __future__ import annotations
 
 import pytest
 
 from ldm.errors import UserError
-from ldm.training.loss_scale import LARGEST_SCALE, OVERFLOWS_ALLOWED, LossScaler
+from ldm.settings.train import TrainSettings
+from ldm.training.loss_scale import LARGEST_SCALE, OVERFLOWS_ALLOWED, LossScaler, make_loss_scaler
 
 
 def test_dynamic_scale_falls_at_an_overflow_and_rises_after_the_window():
@@ -56,3 +57,22 @@ def test_overflow_at_every_step_stops_the_run_with_a_way_out():
         for _ in range(OVERFLOWS_ALLOWED):
             scaler.after_step(False, False)
     assert scaler.overflows == OVERFLOWS_ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("scaler_type", "fp16", "scale", "dynamic"),
+    [
+        ("auto", False, 1.0, False),
+        ("auto", True, 512.0, True),
+        ("dynamic", False, 512.0, True),
+        ("static", True, 512.0, False),
+        ("none", True, 1.0, False),
+    ],
+)
+def test_the_loss_scaler_is_the_one_in_the_settings(scaler_type, fp16, scale, dynamic):
+    settings = TrainSettings(loss_scaler_type=scaler_type, init_loss_scale=512.0, scale_window=7, loss_scale_factor=3.0)
+    scaler = make_loss_scaler(settings, fp16)
+    assert (scaler.scale, scaler.dynamic, scaler.window, scaler.factor) == (scale, dynamic, 7, 3.0)
+    saved = {**scaler.state(), "scale": 64.0, "updates": 9}
+    resumed = make_loss_scaler(settings, fp16, saved)
+    assert resumed.updates == 9 and resumed.scale == (64.0 if dynamic else scale)

@@ -1,14 +1,9 @@
-"""metrics.csv and log.txt."""
+"""metrics.csv with one row for each step."""
 
 from __future__ import annotations
 
 import csv
-import logging
-from pathlib import Path
 
-import pytest
-
-from ldm.runtime.logs import set_up_logging
 from ldm.training.metrics_file import Metrics, MetricsFile
 
 
@@ -58,34 +53,3 @@ def test_a_full_disk_ends_the_metrics_with_one_warning(tmp_path, caplog, monkeyp
     metrics.close()
     assert len(caplog.records) == 1
     assert "metrics.csv cannot be written (No space left on device" in caplog.text and "before step 1" in caplog.text
-
-
-@pytest.fixture
-def log():
-    """The project's log, which is as it was afterwards."""
-    log = logging.getLogger("ldm")
-    yield log
-    log.setLevel(logging.NOTSET)
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-
-
-def test_a_full_disk_ends_the_log_file_with_one_line_on_the_screen(log, capsys):
-    set_up_logging("INFO", Path("/dev/full"))
-    for step in (1, 2, 3):
-        log.info("step %d", step)
-    lines = capsys.readouterr().err.splitlines()
-    assert sorted(lines) == [
-        "INFO: step 1", "INFO: step 2", "INFO: step 3",
-        "WARNING: /dev/full cannot be written (No space left on device): what follows is on the screen alone",
-    ]  # fmt: skip
-
-
-def test_the_log_goes_to_file_and_screen_at_its_level(tmp_path, capsys, log):
-    set_up_logging("WARNING", tmp_path / "run" / "log.txt")
-    log.getChild("training.trainer").info("a small thing")
-    log.getChild("training.trainer").warning("a large thing")
-    text = (tmp_path / "run" / "log.txt").read_text()
-    assert "a large thing" in text and "a small thing" not in text
-    assert "a large thing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The files in ckpt/ that a run wrote itself: those alone are written over, pruned and moved."""
+"""The files in ckpt/ that a run wrote itself: only those are replaced, removed and moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from ldm.errors import UserError
-from ldm.training.own_files import OwnFiles, find_states, numbered
+from ldm.training.own_files import OwnFiles, find_states, parse_name
 
 LORAS = [f"lora-{step:08d}.ckpt" for step in (3, 6, 9)]
 STATES = [f"state-{step:08d}.safetensors" for step in (3, 6, 9)]
@@ -30,9 +30,9 @@ def names(folder) -> set[str]:
      "state-99999999999999999999.safetensors", "lora-0000000\u0669.ckpt", "lora-00000009.ckpt.bak",
      "lora-2024-05.ckpt"],
 )  # fmt: skip
-def test_only_the_exact_form_is_a_run_s_name(name):
-    assert numbered(name) is None
-    assert numbered("lora-00000009.ckpt") == ("lora", 9) and numbered("state-123456789.safetensors") == (
+def test_only_names_of_the_exact_form_are_a_run_s(name):
+    assert parse_name(name) is None
+    assert parse_name("lora-00000009.ckpt") == ("lora", 9) and parse_name("state-123456789.safetensors") == (
         "state", 123456789
     )  # fmt: skip
 
@@ -46,11 +46,11 @@ def test_states_are_found_by_name_the_newest_first(tmp_path):
     assert find_states(tmp_path / "missing") == []
 
 
-def test_pruning_keeps_what_was_written_last_and_whatever_is_not_the_run_s(tmp_path):
+def test_pruning_keeps_the_last_files_and_all_that_are_not_the_run_s(tmp_path):
     users = {"lora-best.ckpt", "lora-mystyle-v1.ckpt", "lora-00000001.ckpt", "state-00000001.safetensors"}
     for name in users:
         (tmp_path / name).write_text("a user's")
-    own = OwnFiles(tmp_path, goes_on=False)
+    own = OwnFiles(tmp_path, resumed=False)
     for lora, state in zip(LORAS, STATES):
         save(own, lora, "lora.ckpt", state)
         own.prune("lora", 2)
@@ -60,16 +60,16 @@ def test_pruning_keeps_what_was_written_last_and_whatever_is_not_the_run_s(tmp_p
 
 
 def test_the_record_is_there_before_the_files(tmp_path):
-    own = OwnFiles(tmp_path, goes_on=False)
+    own = OwnFiles(tmp_path, resumed=False)
     own.begin([LORAS[0], STATES[0]])
     assert json.loads((tmp_path / "files.json").read_text()) == {"files": [LORAS[0], STATES[0]]}
     (tmp_path / LORAS[0]).touch()  # killed here
-    assert OwnFiles(tmp_path, goes_on=True).names == [LORAS[0]]
+    assert OwnFiles(tmp_path, resumed=True).names == [LORAS[0]]
 
 
 @pytest.mark.parametrize("make", ["a file", "a folder", "a link", "a dead link"])
 @pytest.mark.parametrize("name", ["lora.ckpt", LORAS[0], STATES[0]])
-def test_what_is_in_the_way_and_not_the_run_s_is_moved_aside_and_said(tmp_path, caplog, name, make):
+def test_a_file_in_the_way_that_is_not_the_run_s_is_renamed_with_a_warning(tmp_path, caplog, name, make):
     path, other = tmp_path / name, tmp_path / "best.bin"
     other.write_text("a user's")
     if make == "a file":
@@ -78,8 +78,8 @@ def test_what_is_in_the_way_and_not_the_run_s_is_moved_aside_and_said(tmp_path, 
         path.mkdir()
     else:
         path.symlink_to("best.bin" if make == "a link" else "nowhere")
-    (tmp_path / f"{path.stem}-kept{path.suffix}").write_text("of the time before")
-    save(OwnFiles(tmp_path, goes_on=False), name)
+    (tmp_path / f"{path.stem}-kept{path.suffix}").write_text("from before")
+    save(OwnFiles(tmp_path, resumed=False), name)
     kept = tmp_path / f"{path.stem}-kept-2{path.suffix}"
     assert path.read_text() == "of the run" and other.read_text() == "a user's"
     assert kept.is_dir() if make == "a folder" else kept.is_symlink() == ("link" in make)
@@ -87,31 +87,31 @@ def test_what_is_in_the_way_and_not_the_run_s_is_moved_aside_and_said(tmp_path, 
 
 
 def test_a_link_that_somebody_put_in_the_place_of_an_own_file_is_not_followed(tmp_path):
-    save(OwnFiles(tmp_path, goes_on=False), "lora.ckpt")
+    save(OwnFiles(tmp_path, resumed=False), "lora.ckpt")
     (tmp_path / "best.ckpt").write_text("a user's")
     (tmp_path / "lora.ckpt").unlink()
     (tmp_path / "lora.ckpt").symlink_to("best.ckpt")
-    save(OwnFiles(tmp_path, goes_on=True), "lora.ckpt")
+    save(OwnFiles(tmp_path, resumed=True), "lora.ckpt")
     assert (tmp_path / "best.ckpt").read_text() == "a user's" and (tmp_path / "lora-kept.ckpt").is_symlink()
 
 
-def test_a_run_from_before_the_record_has_the_files_of_its_form(tmp_path):
+def test_a_run_without_a_record_has_the_files_of_its_form(tmp_path):
     for name in (*LORAS, "lora-best.ckpt", "lora.ckpt"):
         (tmp_path / name).touch()
-    assert OwnFiles(tmp_path, goes_on=True).names == []  # no state: whose they are is not known
+    assert OwnFiles(tmp_path, resumed=True).names == []  # no state, so nobody knows whose they are
     (tmp_path / STATES[2]).touch()
-    assert OwnFiles(tmp_path, goes_on=True).names == [*LORAS[:2], LORAS[2], STATES[2], "lora.ckpt"]
-    assert OwnFiles(tmp_path, goes_on=False).names == []
+    assert OwnFiles(tmp_path, resumed=True).names == [*LORAS[:2], LORAS[2], STATES[2], "lora.ckpt"]
+    assert OwnFiles(tmp_path, resumed=False).names == []
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"files": {}}', b"\xff\xfe", b'{"files": ["lora-00000003.ckpt"', b"[" * 10**5]
 )
-def test_of_a_broken_record_nothing_is_taken_and_it_is_kept(tmp_path, caplog, content):
+def test_a_broken_record_is_not_used_and_kept(tmp_path, caplog, content):
     for name in (*LORAS, *STATES):
         (tmp_path / name).touch()
     (tmp_path / "files.json").write_bytes(content)
-    own = OwnFiles(tmp_path, goes_on=True)
+    own = OwnFiles(tmp_path, resumed=True)
     assert own.names == [] and "files.json" in caplog.text
     save(own, "lora-00000012.ckpt")
     own.prune("lora", 1)
@@ -126,11 +126,11 @@ def test_a_record_names_nothing_outside_the_folder(tmp_path):
     (folder / LORAS[1]).touch()
     listed = [f"../{LORAS[0]}", str(tmp_path / LORAS[0]), LORAS[1], LORAS[1], LORAS[2], 7, None, ["x"], ".", ""]
     (folder / "files.json").write_text(json.dumps({"files": listed}))
-    assert OwnFiles(folder, goes_on=True).names == [LORAS[1]]
+    assert OwnFiles(folder, resumed=True).names == [LORAS[1]]
 
 
-def test_what_cannot_be_removed_is_said_once(tmp_path, caplog, monkeypatch):
-    own = OwnFiles(tmp_path, goes_on=False)
+def test_a_warning_names_a_file_that_cannot_be_removed_once(tmp_path, caplog, monkeypatch):
+    own = OwnFiles(tmp_path, resumed=False)
     for lora in LORAS:
         save(own, lora)
 
@@ -146,11 +146,11 @@ def test_what_cannot_be_removed_is_said_once(tmp_path, caplog, monkeypatch):
     assert names(tmp_path) == {LORAS[2], "files.json"}
 
 
-def test_what_another_run_left_beyond_the_step_is_moved_aside_and_said(tmp_path, caplog):
-    save(OwnFiles(tmp_path, goes_on=False), *LORAS, *STATES, "lora.ckpt")
+def test_files_of_another_run_beyond_the_step_are_moved_aside_with_a_warning(tmp_path, caplog):
+    save(OwnFiles(tmp_path, resumed=False), *LORAS, *STATES, "lora.ckpt")
     (tmp_path / "lora-00000012.ckpt").write_text("a user's")
-    (tmp_path / "abandoned-after-00000003").mkdir()  # of the time before
-    own = OwnFiles(tmp_path, goes_on=True)
+    (tmp_path / "abandoned-after-00000003").mkdir()  # from before
+    own = OwnFiles(tmp_path, resumed=True)
     with caplog.at_level(logging.WARNING):
         own.set_aside_later(3)
     aside = tmp_path / "abandoned-after-00000003-2"
@@ -159,13 +159,13 @@ def test_what_another_run_left_beyond_the_step_is_moved_aside_and_said(tmp_path,
     assert "4 files" in caplog.text and str(aside) in caplog.text
 
 
-def test_what_an_interrupted_save_left_is_not_taken_for_another_run_s(tmp_path, caplog):
-    """Killed between the LoRA of step 6 and its state: the run goes on from step 3 and writes it again."""
-    own = OwnFiles(tmp_path, goes_on=False)
+def test_files_of_an_interrupted_save_are_not_taken_for_another_run_s(tmp_path, caplog):
+    """Killed between the LoRA of step 6 and its state: the run resumes from step 3 and writes it again."""
+    own = OwnFiles(tmp_path, resumed=False)
     save(own, LORAS[0], STATES[0])
     own.begin([LORAS[1], STATES[1]])
     (tmp_path / LORAS[1]).touch()
-    own = OwnFiles(tmp_path, goes_on=True)
+    own = OwnFiles(tmp_path, resumed=True)
     own.set_aside_later(3)
     save(own, "lora-00000005.ckpt")
     own.prune("lora", 1)
@@ -174,7 +174,7 @@ def test_what_an_interrupted_save_left_is_not_taken_for_another_run_s(tmp_path, 
 
 def test_a_folder_that_refuses_is_named(unprivileged):
     (unprivileged / "ckpt").mkdir()
-    own = OwnFiles(unprivileged / "ckpt", goes_on=False)
+    own = OwnFiles(unprivileged / "ckpt", resumed=False)
     (unprivileged / "ckpt").chmod(0o555)
     with pytest.raises(UserError, match="files.json cannot be written: Permission denied: give"):
         own.begin([LORAS[0]])

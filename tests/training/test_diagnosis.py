@@ -1,0 +1,60 @@
+"""Which cause is named if a step is not finite."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.training.own_files import find_states
+from ldm.training.step import StepResult
+from ldm.training.trainer import run_steps
+from ldm.training.training_state import load_state, save_state
+from tests.training.micro import FULL, UNET, prepare
+
+NAN = float("nan")
+
+
+def error_of(run, loss=NAN, norm=NAN) -> str:
+    """The error of a run whose next step has this result."""
+    run.step = lambda batches, scalars, dropout_keys: StepResult(loss, norm, False)
+    with pytest.raises(UserError) as caught:
+        run_steps(run)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [NAN, 1.0])
+def test_without_another_cause_the_learning_rate(settings, empty_run, loss):
+    error = error_of(prepare(settings(empty_run, **FULL)), loss)
+    assert "not finite at step 1 " in error and ": lower start_learning_rate" in error
+    assert error.endswith("nothing was saved yet")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("what", ["latents", "text embeddings"])
+def test_the_image_whose_inputs_are_not_finite(settings, empty_run, what, precision):
+    run = prepare(settings(empty_run, **{**FULL, "caption_dropout": 0.0}, precision=precision))
+    row = run.inputs.order.indices(0)[1]
+    (run.inputs.moments if what == "latents" else run.inputs.text_embeddings)[row].flat[5] = np.nan
+    error = error_of(run)
+    assert f"the {what} of " in error and f"/{row}.png are not finite at step 1" in error
+
+
+def test_weights_that_were_too_large_in_the_last_state(settings, saved_run):
+    newest = find_states(saved_run / "ckpt")[0]
+    state = load_state(newest)
+    name = next(name for name in state.arrays if name.startswith("p."))
+    state.arrays[name] = np.full(state.arrays[name].shape, -1e10, np.float32)
+    save_state(newest.parent, state)
+    run = prepare(settings(saved_run, **{**FULL, "max_steps": 20}, resume=True))
+    error = error_of(run, loss=1.0, norm=float("inf"))
+    assert "weights were as large as 1e+10 in " in error and newest.name in error
+
+
+def test_a_base_model_that_is_not_finite(settings, empty_run):
+    run = prepare(settings(empty_run, use_lora=True))
+    bias = run.model.parameters_dict()[f"{UNET}out.2.bias"]
+    bias.set_data(ms.Tensor(np.full(bias.shape, np.nan, np.float32)))
+    error = error_of(run)
+    assert f"{UNET}out.2.bias of " in error and "micro.safetensors holds values that are not finite" in error

@@ -1,0 +1,139 @@
+"""The training loop: what is trained, the loss scale, interrupts and failures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.lora.formats import read_lora
+from ldm.settings.read import read_settings
+from ldm.settings.train import TrainSettings
+from ldm.training.inputs import Inputs
+from ldm.training.own_files import find_states
+from ldm.training.status import Status
+from ldm.training.step import StepResult
+from ldm.training.trainer import run_steps
+from ldm.weights.checkpoint import read_checkpoint
+from tests.training.micro import FULL, MICRO, ROOT, UNET, metrics, prepare
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(micro_base_model, micro_data, empty_run):
+    """By the published recipe for SD1.x, with the micro model."""
+    argv = [
+        "--train_config", str(ROOT / "configs" / "train" / "train_config_lora_v1.yaml"), "--data_path", str(micro_data),
+        "--output_path", str(empty_run), "--pretrained_model_path", str(micro_base_model), "--model_config", str(MICRO),
+        "--image_size", "16", "--train_batch_size", "2", "--max_steps", "2", "--lora_ft_text_encoder", "True",
+        "--lora_rank", "2", "--lora_alpha", "4", "--start_learning_rate", "1e-2", "--device_target", "CPU",
+    ]  # fmt: skip
+    run = prepare(read_settings(TrainSettings, argv, yaml_flag="train_config"))
+    path = run_steps(run)
+    assert path == empty_run / "ckpt" / "lora.ckpt" and path.stat().st_size < 100_000
+    lora = read_lora(path)
+    attentions = [f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    unet = [name for name in lora.layers if name.startswith(UNET)]
+    text = [name for name in lora.layers if not name.startswith(UNET)]
+    assert {name.split("transformer_blocks.0.")[1] for name in unet} == set(attentions)
+    assert {name.split("self_attn.")[1] for name in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    for name, layer in lora.layers.items():
+        assert layer.rank == 2 and layer.alpha == 4.0
+        assert np.abs(layer.up).max() > 0, name  # 0 before the training
+    assert lora.metadata == {"architecture": "custom", "prediction_type": "epsilon"}
+    before, _ = read_checkpoint(micro_base_model)
+    for name, parameter in run.model.parameters_dict().items():
+        if name in before:
+            np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
+
+
+def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(settings, tmp_path):
+    output = tmp_path / "run"
+    run = prepare(settings(
+        output, max_steps=4, use_lora=True, lora_rank=2, precision="fp16", random_flip=True, random_crop=True,
+        cache_text=False, gradient_accumulation_steps=2, init_loss_scale=2.0**30, scale_window=2, image_filter_size=10,
+        num_workers=2, use_ema=True, loss_scale_factor=2.0**13,
+    ))  # fmt: skip
+    assert len(run.inputs.rows) == 9  # image_filter_size leaves the small one out
+    up = next(p for p in run.step.parameters if p.name.endswith("lora_up.weight"))
+    run_steps(run)
+    # 2^30 overflows fp16: the step is skipped and the scale falls. After two good steps it rises, to its upper limit.
+    assert [float(row["loss_scale"]) for row in metrics(output)] == [2.0**30, 2.0**17, 2.0**17, 2.0**24]
+    assert run.scaler.overflows == 2 and run.scaler.updates == 2
+    assert "overflowed at loss scale" in (output / "log.txt").read_text()
+    assert np.abs(up.asnumpy()).max() > 0 and up.asnumpy().dtype == np.float32
+    assert not list(output.glob("cache/*/*.npy"))
+
+
+def test_a_run_that_always_overflows_stops(settings, empty_run, monkeypatch):
+    run = prepare(settings(empty_run, **{**FULL, "max_steps": 200}, loss_scaler_type="dynamic"))
+    run.step = lambda batches, scalars, dropout_keys: StepResult(1.0, float("inf"), False)
+    monkeypatch.setattr("ldm.training.trainer.save", lambda run: None)
+    with pytest.raises(UserError, match="overflowed at 50 steps in a row"):
+        run_steps(run)
+    assert run.status.steps_done == 50
+
+
+def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
+    newest = find_states(saved_run / "ckpt")[0]
+    for output, resume in ((saved_run, True), (tmp_path / "new", str(newest))):
+        run = prepare(settings(output, **{**FULL, "max_steps": 14}, resume=resume))
+        descriptions = []
+
+        def step(batches, scalars, dropout_keys, run=run, descriptions=descriptions):
+            descriptions.append(run.status.describe())
+            if len(descriptions) == 2:
+                raise KeyboardInterrupt
+            return StepResult(1.0, 1.0, True)
+
+        run.step = step
+        with pytest.raises(KeyboardInterrupt):
+            run_steps(run)
+        way_on = f"--resume {resume} continues from {newest}"
+        assert descriptions == [f"while compiling the step; {way_on}", f"after step 13 of 14; {way_on}"]
+
+
+def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.training.inputs.CACHE_PIXELS", 16 * 16)  # one image at a time
+    encode = Inputs._encode_images
+    monkeypatch.setattr(
+        Inputs, "_encode_images", lambda self, places: (interrupt if places == [3] else encode)(self, places)
+    )
+    status = Status(tmp_path / "run" / "ckpt", resumes=False)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(tmp_path / "run"), status)
+    assert status.describe() == "after encoding 3 of 10 images; nothing was saved yet"
+
+
+@pytest.mark.parametrize("place", ["load_base_model", "Inputs"])
+def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsaved(
+    settings, saved_run, monkeypatch, place
+):
+    newest = find_states(saved_run / "ckpt")[0]
+    way_on = {"load_base_model": "what was saved before is kept", "Inputs": f"--resume True continues from {newest}"}
+    monkeypatch.setattr(f"ldm.training.setup.{place}", interrupt)
+    status = Status(saved_run / "ckpt", resumes=True)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(saved_run, **FULL, resume=True), status)
+    assert status.describe() == f"before the first step; {way_on[place]}"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "error"),
+    [
+        ("Device(id:0) memory isn't enough and alloc failed, alloc size: 512B", UserError, "train_batch_size 2"),
+        ("Allocate memory failed for size: 512", UserError, "train_batch_size 2 and image_size 16"),
+        ("std::bad_alloc", UserError, "train_batch_size 2"),
+        ("The shapes do not fit", RuntimeError, "The shapes do not fit"),
+    ],
+)
+def test_too_little_memory_is_told_from_other_failures(settings, empty_run, message, kind, error):
+    def step(batches, scalars, dropout_keys):
+        raise RuntimeError(message)
+
+    run = prepare(settings(empty_run, **FULL))
+    run.step = step
+    with pytest.raises(kind, match=error):
+        run_steps(run)
