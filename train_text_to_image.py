@@ -1,6 +1,6 @@
 """Fine-tune Stable Diffusion on captioned images, with LoRA or the whole UNet. -h lists the settings.
 
-    python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
+python train_text_to_image.py --train_config configs/train/train_config_lora_v1.yaml \
         --data_path <folder with img_txt.csv> --output_path output/lora --pretrained_model_path <checkpoint>
 """
 
