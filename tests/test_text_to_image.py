@@ -26,6 +26,7 @@ from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
+from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.convert import convert
@@ -150,6 +151,19 @@ def test_starting_and_final_latents_are_saved_in_the_order_of_the_images(publish
     assert start.shape == final.shape == (4, 4, 8, 8) and start.dtype == final.dtype == np.float32
     assert np.isfinite(final).all() and np.abs(final - start).max() > 0.1
     assert start.std() == pytest.approx(1, abs=0.1) and len(np.unique(start[:, 0, 0, 0])) == 4
+
+
+def test_the_pipeline_generates_the_same_images(published, folder):
+    setup_runtime("CPU")
+    pipeline = Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY)
+    pipeline.load_lora(folder / "both.ckpt", text_encoder=False)
+    output = pipeline(
+        PROMPTS, num_images_per_prompt=2, num_inference_steps=3, guidance_scale=9.0, sampler="dpm_solver", seed=42
+    )
+    np.testing.assert_array_equal(output.latents, np.load(published / "final.npy"))
+    assert [np.asarray(image).tolist() for image in output.images] == [
+        np.asarray(Image.open(path)).tolist() for path in sorted((published / "samples").glob("*.png"))
+    ]
 
 
 # ---- one image at a time, in pynative mode, which compiles nothing -------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class ImageWriter:
         """Returns the file name of image `index`, padded so that names sort like numbers."""
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
-    def add(self, indices: Sequence[int], images: np.ndarray) -> None:
+    def add(self, indices: Iterable[int], images: np.ndarray) -> None:
         """Write a batch of images.
 
         Args:
