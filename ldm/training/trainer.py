@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm.runtime.device import is_out_of_memory
 from ldm.runtime.parallel import output_to_file
 from ldm.runtime.script import describe_progress
 from ldm.settings.declare import names_of
+from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.diagnosis import cause_of_not_finite, check_inputs_finite
 from ldm.training.feed import TensorBatch
@@ -42,14 +44,22 @@ LOG_EVERY = 50  # steps between two lines in log.txt
 SMOOTHING = 0.98  # weight of the past in the mean loss that is shown
 
 
-def train_lora(data_path: str | Path, base_model: str | Path, output_path: str | Path, **settings: Any) -> Path:
+def train_lora(
+    data_path: str | Path,
+    base_model: str | Path,
+    output_path: str | Path,
+    *,
+    train_config: str | Path | None = None,
+    **settings: Any,
+) -> Path:
     """Train a LoRA on a folder of captioned images.
 
     Args:
         data_path: Folder with the images and img_txt.csv.
         base_model: Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder).
         output_path: Folder for the LoRA, logs and the cache.
-        **settings: Any other settings of TrainSettings, such as max_steps or lora_rank.
+        train_config: YAML file with settings, such as configs/train/train_config_lora_v1.yaml.
+        **settings: Any settings of TrainSettings, such as max_steps or lora_rank. They override those of the file.
 
     Returns:
         The path of the LoRA.
@@ -57,15 +67,10 @@ def train_lora(data_path: str | Path, base_model: str | Path, output_path: str |
     Raises:
         UserError: A setting, a file or the data is wrong, or nothing is being learned.
     """
-    return train(
-        TrainSettings(
-            data_path=str(data_path),
-            pretrained_model_path=str(base_model),
-            output_path=str(output_path),
-            use_lora=True,
-            **settings,
-        )
-    )
+    argv = [] if train_config is None else [f"--train_config={train_config}"]
+    recipe = read_settings(TrainSettings, argv, yaml_flag="train_config")
+    paths = {"data_path": data_path, "pretrained_model_path": base_model, "output_path": output_path}
+    return train(replace(recipe, **paths, use_lora=True, **settings))
 
 
 def train(settings: TrainSettings) -> Path:

@@ -12,7 +12,7 @@ from ldm.lora.formats import read_lora
 from ldm.training.trainer import train_lora
 from tests.training.micro import ROOT, SETTINGS
 
-PATHS = ("datasets/emoji_noto/train", "models/nano/nano.safetensors", "output/emoji")
+PATHS = ("datasets/emoji_fluent_hc", "models/nano/nano.safetensors", "output/emoji")
 
 
 def readme_example() -> str:
@@ -21,6 +21,11 @@ def readme_example() -> str:
     examples = [block for block in blocks if "train_lora(" in block]
     assert len(examples) == 1
     return examples[0]
+
+
+def handlers() -> list:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [*map(signal.getsignal, numbers), signal.pthread_sigmask(signal.SIG_BLOCK, [])]
 
 
 def test_the_example_of_the_readme_trains_a_lora(micro_base_model, micro_data, tmp_path, monkeypatch, capsys):
@@ -32,24 +37,23 @@ def test_the_example_of_the_readme_trains_a_lora(micro_base_model, micro_data, t
     monkeypatch.setattr(
         "ldm.training.trainer.train_lora", lambda *paths, **settings: train_lora(*paths, **{**settings, **small})
     )
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    before = handlers()
+    exec(compile(example, "README.md", "exec"), {})
     path = tmp_path / "run" / "ckpt" / "lora.ckpt"
-    assert read_lora(path).layers
+    assert {layer.rank for layer in read_lora(path).layers.values()} == {16}  # of train_config_lora_nano.yaml
     printed = capsys.readouterr()
     assert str(path) in printed.out and "step 2/2" in printed.err
+    assert handlers() == before
 
 
 @pytest.mark.parametrize(
-    ("change", "error"), [(dict(image_size=15), "multiple of 2"), (dict(lora_rank=0), "lora_rank")]
+    ("change", "error"),
+    [
+        (dict(image_size=15), "image_size 15"),
+        (dict(lora_rank=0), "lora_rank"),
+        (dict(train_config="no.yaml"), "no.yaml"),
+    ],
 )
 def test_a_mistake_is_raised_to_the_caller(micro_base_model, micro_data, tmp_path, change, error):
     with pytest.raises(UserError, match=error):
         train_lora(micro_data, micro_base_model, tmp_path / "run", **{**SETTINGS, **change})
-
-
-def test_signals_stay_with_the_caller(micro_base_model, micro_data, tmp_path):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    train_lora(micro_data, micro_base_model, tmp_path / "run", **SETTINGS, max_steps=1)
-    assert {number: signal.getsignal(number) for number in before} == before
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked

@@ -15,7 +15,7 @@ from ldm.training.step import TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 
 
-def test_two_ranks_equal_one_process_with_both_batches(tmp_path, graph_mode):
+def test_two_processes_equal_one_process_with_both_batches(tmp_path, graph_mode):
     binaries = Path(sys.executable).parent
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,7 +24,7 @@ def test_two_ranks_equal_one_process_with_both_batches(tmp_path, graph_mode):
         [
             str(binaries / "msrun"), "--worker_num=2", "--local_worker_num=2", "--join=True",
             f"--master_port={port}", f"--log_dir={tmp_path / 'logs'}",
-            str(Path(__file__).with_name("two_ranks.py")), str(tmp_path),
+            str(Path(__file__).with_name("two_processes.py")), str(tmp_path),
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=280,
         env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
@@ -35,10 +35,10 @@ def test_two_ranks_equal_one_process_with_both_batches(tmp_path, graph_mode):
     loss = Linear()
     step = TrainStep(loss, [loss.w], clip=True)
     latents, noise = numbers(rows=8)
-    for update in (1, 2):
-        result = step([batch(latents, noise)], scalars(update))
-    ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in (0, 1)]
+    for t in (1, 2):
+        result = step([batch(latents, noise)], scalars(t))
+    processes = [np.load(tmp_path / f"process{process}.npz") for process in (0, 1)]
     for name, array in step.state().items():
-        np.testing.assert_array_equal(ranks[0][name], ranks[1][name], err_msg=name)
-        np.testing.assert_allclose(ranks[0][name], array, rtol=1e-4, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(ranks[0]["norm"], result.gradient_norm, rtol=1e-4)
+        np.testing.assert_array_equal(processes[0][name], processes[1][name], err_msg=name)
+        np.testing.assert_allclose(processes[0][name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(processes[0]["norm"], result.gradient_norm, rtol=1e-4)

@@ -44,11 +44,11 @@ def test_adamw_equals_torch():
     loss = Product([golden[f"start{i}"] for i in range(count)])
     step = TrainStep(loss, list(loss.parameters), betas=(0.9, 0.98))
     empty = Tensor(np.zeros(1, np.float32))
-    for update, rate in enumerate(golden["rates"]):
-        packed = np.concatenate([golden[f"gradients{i}"][update].ravel() for i in range(count)])
-        step([(Tensor(packed), empty, empty, empty)], scalars(update + 1, float(rate), decay=0.01, betas=(0.9, 0.98)))
+    for t, rate in enumerate(golden["rates"]):
+        packed = np.concatenate([golden[f"gradients{i}"][t].ravel() for i in range(count)])
+        step([(Tensor(packed), empty, empty, empty)], scalars(t + 1, float(rate), decay=0.01, betas=(0.9, 0.98)))
         for i, parameter in enumerate(loss.parameters):
-            np.testing.assert_allclose(parameter.asnumpy(), golden[f"after{update}_{i}"], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(parameter.asnumpy(), golden[f"after{t}_{i}"], rtol=1e-6, atol=1e-6)
 
 
 def test_loss_and_norm_are_those_by_hand_and_only_what_is_given_is_trained():
@@ -91,9 +91,9 @@ def test_two_micro_batches_equal_one_step_of_twice_the_batch():
     for parts in (1, 2):
         loss = Linear()
         step = TrainStep(loss, [loss.w], micro_batches=parts, use_ema=True, clip=True)
-        for update in (1, 2, 3):
+        for t in (1, 2, 3):
             batches = [batch(*half) for half in zip(np.split(latents, parts), np.split(noise, parts))]
-            result = step(batches, scalars(update, micro=parts))
+            result = step(batches, scalars(t, micro=parts))
         states.append((step.state(), result))
     assert states[1][1].loss == pytest.approx(states[0][1].loss, rel=1e-5)
     assert states[1][1].gradient_norm == pytest.approx(states[0][1].gradient_norm, rel=1e-4)
@@ -151,8 +151,8 @@ def test_the_moving_average_follows():
     loss = Linear()
     step = TrainStep(loss, [loss.w], use_ema=True)
     average = loss.w.asnumpy().copy()
-    for update in (1, 2):
-        step([batch(*numbers())], scalars(update, ema_rate=0.25))
+    for t in (1, 2):
+        step([batch(*numbers())], scalars(t, ema_rate=0.25))
         average += 0.25 * (loss.w.asnumpy() - average)
     np.testing.assert_allclose(step.averages()["w"], average, rtol=1e-5)
     np.testing.assert_allclose(step.state()["ema.w"], average, rtol=1e-5)
@@ -167,15 +167,15 @@ def test_a_state_taken_over_goes_on_bit_for_bit():
     data = [numbers(seed=seed) for seed in range(4)]
     loss = Linear()
     step = TrainStep(loss, [loss.w], use_ema=True)
-    for update, pair in enumerate(data, 1):
-        step([batch(*pair)], scalars(update))
-        if update == 2:
+    for t, pair in enumerate(data, 1):
+        step([batch(*pair)], scalars(t))
+        if t == 2:
             half = step.state()
     other_loss = Linear()
     other = TrainStep(other_loss, [other_loss.w], use_ema=True)
     other.load_state(half)
-    for update, pair in enumerate(data[2:], 3):
-        other([batch(*pair)], scalars(update))
+    for t, pair in enumerate(data[2:], 3):
+        other([batch(*pair)], scalars(t))
     for name, array in step.state().items():
         np.testing.assert_array_equal(other.state()[name], array, err_msg=name)
 
@@ -196,8 +196,8 @@ def test_pynative_mode_computes_the_same():
         setup_runtime("CPU", mode=mode)
         loss = Linear()
         step = TrainStep(loss, [loss.w], use_ema=True, clip=True, skip_overflow=True, micro_batches=2)
-        for update in (1, 2):
-            step([batch(*numbers())] * 2, scalars(update, micro=2))
+        for t in (1, 2):
+            step([batch(*numbers())] * 2, scalars(t, micro=2))
         states.append(step.state())
     for name, array in states[0].items():
         np.testing.assert_allclose(states[1][name], array, rtol=1e-5, atol=1e-7, err_msg=name)

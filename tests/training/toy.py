@@ -41,5 +41,5 @@ def batch(latents, noise):
     return Tensor(latents), Tensor(noise), Tensor(np.zeros(len(latents), np.int32)), Tensor(np.zeros(1, np.float32))
 
 
-def scalars(update=1, lr=0.1, scale=1.0, micro=1, norm=1e9, decay=0.0, ema_rate=0.5, betas=(0.9, 0.999), eps=1e-8):
-    return StepScalars(scale, 1 / (scale * micro), norm, adamw_scalars(update, lr, betas, eps, decay), ema_rate)
+def scalars(t=1, lr=0.1, scale=1.0, micro=1, norm=1e9, decay=0.0, ema_rate=0.5, betas=(0.9, 0.999), eps=1e-8):
+    return StepScalars(scale, 1 / (scale * micro), norm, adamw_scalars(t, lr, betas, eps, decay), ema_rate)

@@ -1,4 +1,4 @@
-"""What test_parallel.py starts twice under msrun: two updates of a linear model, each rank with a batch of its own."""
+"""What test_parallel.py starts twice under msrun: two steps of a linear model, each process with its own batch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ loss = Linear()
 step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, process_count=runtime.rank_size)
 latents, noise = numbers(rows=8)
 half = slice(4 * runtime.rank, 4 * runtime.rank + 4)
-results = [step([batch(latents[half], noise[half])], scalars(update)) for update in (1, 2)]
+results = [step([batch(latents[half], noise[half])], scalars(t)) for t in (1, 2)]
 spoilt = latents[half].copy()
 if runtime.rank == 1:
     spoilt[0, 0] = np.inf
 before = step.state()["p.w"]
 overflow = step([batch(spoilt, noise[half])], scalars(3))
 assert not overflow.finite and np.array_equal(step.state()["p.w"], before)
-np.savez(Path(sys.argv[1]) / f"rank{runtime.rank}.npz", norm=results[-1].gradient_norm, **step.state())
+np.savez(Path(sys.argv[1]) / f"process{runtime.rank}.npz", norm=results[-1].gradient_norm, **step.state())
