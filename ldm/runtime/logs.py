@@ -1,4 +1,4 @@
-"""The project's log: on the screen above the progress bars, and in a file where there is one."""
+"""The log of the project: on standard error above the progress bars, and in a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldm.errors import plain
 from ldm.files.paths import writing
 
 LONGEST_LINE = 2000  # characters
-MOST_WARNINGS = 20  # of one kind
+MOST_WARNINGS = 20  # of one kind; the rest is counted
 
 
 class PlainFormatter(logging.Formatter):
-    """Formats a record on one line that a terminal shows as it is, whatever a caption or a file name holds."""
+    """Formats a record as one printable line, whatever characters a caption or a file name contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -26,52 +26,59 @@ class PlainFormatter(logging.Formatter):
         return plain(text, LONGEST_LINE)
 
 
-class _Screen(logging.Handler):
-    """Writes to standard error above the progress bar, not through it."""
+class _TerminalHandler(logging.Handler):
+    """Writes to standard error above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except OSError:  # a closed terminal
+        except OSError:  # the terminal is closed
             self.setLevel(logging.CRITICAL + 1)
 
 
-class _File(logging.FileHandler):
-    """Writes to the end of a file; where the disk refuses, says so once on the screen and goes on without the file."""
+class _LogFileHandler(logging.FileHandler):
+    """Appends to a file. If that fails, it warns once on the terminal and logs there only."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         logging.getLogger("ldm").removeHandler(self)
         logging.getLogger("ldm").warning(
-            "%s cannot be written (%s): what follows is on the screen alone", self.baseFilename,
+            "%s cannot be written (%s): the rest of the log is on the terminal only",
+            self.baseFilename,
             getattr(error, "strerror", None) or error,
-        )  # fmt: skip
+        )
 
 
 def set_up_logging(level: str, log_file: Path | None = None, prefix: bool = True) -> None:
-    """Send the project's log to standard error and, where given, to the end of `log_file`.
+    """Send the log of the project to standard error and to a file.
 
-    prefix: begin each line on the screen with its level. Raises UserError where `log_file` cannot be opened.
+    Args:
+        level: The lowest level that is logged: "DEBUG", "INFO", "WARNING" or "ERROR".
+        log_file: The file to append to, None for no file.
+        prefix: Begin each line on the terminal with its level.
+
+    Raises:
+        UserError: The file cannot be opened.
     """
     root = logging.getLogger("ldm")
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
     root.setLevel(level)
-    screen = _Screen()
-    screen.setFormatter(PlainFormatter("%(levelname)s: %(message)s" if prefix else "%(message)s"))
-    root.addHandler(screen)
+    terminal = _TerminalHandler()
+    terminal.setFormatter(PlainFormatter("%(levelname)s: %(message)s" if prefix else "%(message)s"))
+    root.addHandler(terminal)
     if log_file is not None:
         with writing(log_file):
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            file = _File(log_file, encoding="utf-8", errors="backslashreplace")
+            file = _LogFileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
 
 
 def warn_each(logger: logging.Logger, message: str, items: Sequence[str]) -> None:
-    """Warn of the first of many items, each on a line, and say how many more there are; log_level DEBUG names all."""
-    for place, item in enumerate(items):
-        logger.log(logging.WARNING if place < MOST_WARNINGS else logging.DEBUG, message, item)
+    """Warn of each of the first MOST_WARNINGS items, and of the number of the others, which are logged at DEBUG."""
+    for i, item in enumerate(items):
+        logger.log(logging.WARNING if i < MOST_WARNINGS else logging.DEBUG, message, item)
     if len(items) > MOST_WARNINGS:
         logger.warning(message, f"{len(items) - MOST_WARNINGS:,} more (log_level DEBUG names all)")

@@ -1,4 +1,4 @@
-"""From prompts to images with a very small random model, in graph mode."""
+"""From prompts to images with a small random model, in graph mode."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def pipeline(tiny_config):
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
-def draw(pipeline, prompts=PROMPTS, sampling=FEW, seed=7, **more):
-    """(latents, images) of all prompts."""
+def generate(pipeline, prompts=PROMPTS, sampling=FEW, seed=7, **more):
+    """Returns the latents and the images of all prompts."""
     batches = list(pipeline.generate(prompts, sampling, seed, progress=False, **more))
     return np.concatenate([b.latents for b in batches]), np.concatenate([b.images for b in batches])
 
 
 @pytest.fixture(scope="module")
-def drawn(pipeline):
-    return draw(pipeline)
+def generated(pipeline):
+    return generate(pipeline)
 
 
-def test_there_is_a_image_for_each_prompt_at_the_models_size(drawn):
-    latents, images = drawn
+def test_there_is_an_image_for_each_prompt_in_the_models_size(generated):
+    latents, images = generated
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == np.float32
     assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
     assert np.isfinite(latents).all() and images.std() > 0
 
 
-def test_what_is_cut_off_a_long_prompt_is_said(pipeline, caplog):
+def test_a_prompt_that_is_cut_off_is_reported(pipeline, caplog):
     next(
         pipeline.generate(
             ["word " * 75 + "and a hat", "a cat"] * 2, replace(FEW, num_inference_steps=1), 7, progress=False
@@ -69,23 +69,23 @@ def test_batches_come_in_order_with_their_starting_latents(pipeline):
         np.testing.assert_array_equal(batch.starting_latents, expected)
 
 
-def test_the_last_smaller_batch_compiles_no_second_graph(pipeline, drawn):
+def test_the_last_smaller_batch_compiles_no_second_graph(pipeline, generated):
     networks = (pipeline.unet, pipeline.text_encoder, pipeline.decoder)
     before = [len(network.compile_cache) for network in networks]
-    draw(pipeline, [*PROMPTS, "a fourth", "a fifth"])
+    generate(pipeline, [*PROMPTS, "a fourth", "a fifth"])
     assert [len(network.compile_cache) for network in networks] == before == [1, 1, 1]
 
 
-def test_the_same_seed_draws_the_same_images_and_another_seed_others(pipeline, drawn):
-    again, _ = draw(pipeline)
-    np.testing.assert_array_equal(again, drawn[0])
-    other, _ = draw(pipeline, seed=8)
-    assert np.abs(other - drawn[0]).max() > 0.1
+def test_the_seed_decides_the_images(pipeline, generated):
+    again, _ = generate(pipeline)
+    np.testing.assert_array_equal(again, generated[0])
+    other, _ = generate(pipeline, seed=8)
+    assert np.abs(other - generated[0]).max() > 0.1
 
 
-def test_a_image_does_not_depend_on_the_batch_size(pipeline, drawn):
-    single, _ = draw(pipeline, sampling=replace(FEW, batch_size=1))
-    np.testing.assert_allclose(single, drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())
+def test_an_image_does_not_depend_on_the_batch_size(pipeline, generated):
+    single, _ = generate(pipeline, sampling=replace(FEW, batch_size=1))
+    np.testing.assert_allclose(single, generated[0], rtol=1e-4, atol=1e-4 * np.abs(generated[0]).max())
 
 
 def test_every_image_starts_from_noise_of_its_own(pipeline):
@@ -98,73 +98,73 @@ def test_every_image_starts_from_noise_of_its_own(pipeline):
 def test_every_image_gets_fresh_noise_of_its_own(pipeline):
     same_start = np.repeat(pipeline.starting_latents(7, [0], (4, 8, 8)), 2, axis=0)
     noisy = replace(FEW, sampler="ddim", eta=1.0)
-    first, second = draw(pipeline, ["a cat", "a cat"], noisy, starting_latents=same_start)[0]
+    first, second = generate(pipeline, ["a cat", "a cat"], noisy, starting_latents=same_start)[0]
     assert np.abs(first - second).max() > 1e-2
 
 
-def test_ddims_fresh_noise_does_not_depend_on_the_batch_size_either(pipeline):
+def test_ddims_fresh_noise_does_not_depend_on_the_batch_size(pipeline):
     noisy = replace(FEW, sampler="ddim", eta=1.0)
-    two, _ = draw(pipeline, sampling=noisy)
-    one, _ = draw(pipeline, sampling=replace(noisy, batch_size=1))
-    without, _ = draw(pipeline, sampling=replace(noisy, eta=0.0))
+    two, _ = generate(pipeline, sampling=noisy)
+    one, _ = generate(pipeline, sampling=replace(noisy, batch_size=1))
+    without, _ = generate(pipeline, sampling=replace(noisy, eta=0.0))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(two).max())
     assert np.abs(without - two).max() > 1e-2
 
 
-def test_the_prompt_and_the_negative_prompt_matter(pipeline, drawn):
-    other, _ = draw(pipeline, ["a blue whale", *PROMPTS[1:]])
-    assert np.abs(other[0] - drawn[0][0]).max() > 1e-4
-    np.testing.assert_array_equal(other[1:], drawn[0][1:])
-    negated, _ = draw(pipeline, negative_prompts=["", "blurry", ""])
-    assert np.abs(negated[1] - drawn[0][1]).max() > 1e-4
+def test_the_prompt_and_the_negative_prompt_matter(pipeline, generated):
+    other, _ = generate(pipeline, ["a blue whale", *PROMPTS[1:]])
+    assert np.abs(other[0] - generated[0][0]).max() > 1e-4
+    np.testing.assert_array_equal(other[1:], generated[0][1:])
+    negated, _ = generate(pipeline, negative_prompts=["", "blurry", ""])
+    assert np.abs(negated[1] - generated[0][1]).max() > 1e-4
 
 
-def test_at_scale_1_the_negative_prompt_does_not_matter(pipeline):
+def test_the_negative_prompt_does_not_matter_at_guidance_scale_1(pipeline):
     plain = replace(FEW, guidance_scale=1.0, batch_size=4)
     prompts = [*PROMPTS, "a fourth"]
-    first, _ = draw(pipeline, prompts, plain)
-    second, _ = draw(pipeline, prompts, plain, negative_prompts=["ugly"] * 4)
+    first, _ = generate(pipeline, prompts, plain)
+    second, _ = generate(pipeline, prompts, plain, negative_prompts=["ugly"] * 4)
     np.testing.assert_array_equal(first, second)
 
 
-def test_given_starting_latents_take_the_place_of_the_seeds(pipeline, drawn):
+def test_given_starting_latents_replace_those_of_the_seed(pipeline, generated):
     latents = pipeline.starting_latents(7, [0, 1, 2], (4, 8, 8))
-    same, _ = draw(pipeline, seed=1234, starting_latents=latents)
-    np.testing.assert_array_equal(same, drawn[0])
+    same, _ = generate(pipeline, seed=1234, starting_latents=latents)
+    np.testing.assert_array_equal(same, generated[0])
 
 
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", "dpm_solver", "ddim"])
 def test_the_pipeline_is_the_sampler_around_the_guided_network(pipeline, sampler):
-    """The whole against its parts, put together by hand."""
+    """Compared with its parts, called one after another."""
     sampling = replace(FEW, sampler=sampler)
-    context, negative = pipeline.encode_prompts(PROMPTS[:2]), pipeline.encode_prompts(["", ""])
+    embeddings, negative_embeddings = pipeline.encode_prompts(PROMPTS[:2]), pipeline.encode_prompts(["", ""])
 
     def denoise(x, timestep):
         t = ms.Tensor(np.full(2, timestep, np.int32))
-        conditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(context)).asnumpy()
-        unconditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(negative)).asnumpy()
+        conditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(embeddings)).asnumpy()
+        unconditional = pipeline.unet(ms.Tensor(x), t, ms.Tensor(negative_embeddings)).asnumpy()
         return unconditional + 2.0 * (conditional - unconditional)
 
     start = pipeline.starting_latents(7, [0, 1], (4, 8, 8))
     expected = SAMPLERS[sampler](denoise, start, 3, pipeline.schedule, "epsilon")
-    ours, _ = draw(pipeline, PROMPTS[:2], sampling)
+    ours, _ = generate(pipeline, PROMPTS[:2], sampling)
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module", params=list(PREDICTION_TYPES))
 def golden(request):
-    """A pipeline around named weights, and what diffusers' own pipeline draws with them."""
+    """A pipeline with named weights, and the latents and image of diffusers' pipeline with the same weights."""
     ms.set_context(mode=ms.GRAPH_MODE)
     config = load_model_config(GOLDEN.with_name(f"{request.param}.yaml"))
     config = replace(config, prediction_type=PREDICTION_TYPES[request.param])
     answers = np.load(GOLDEN, allow_pickle=False)
-    drawn = {name.split(".")[1]: answers[name] for name in answers if name.startswith(request.param)}
-    yield Pipeline(model_with_named_weights(config)), drawn
+    answers_of_form = {name.split(".")[1]: answers[name] for name in answers if name.startswith(request.param)}
+    yield Pipeline(model_with_named_weights(config)), answers_of_form
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", "dpm_solver", "ddim"])
-def test_prompts_end_where_diffusers_pipeline_ends(golden, sampler):
+def test_the_latents_are_those_of_diffusers_pipeline(golden, sampler):
     """20 steps with guidance, from the same weights and starting latents (tests/golden/make_pipelines.py)."""
     pipeline, diffusers = golden
     start = starting_latents(pipeline.config)
@@ -177,11 +177,11 @@ def test_prompts_end_where_diffusers_pipeline_ends(golden, sampler):
         assert np.abs(difference).max() <= 1
 
 
-def test_texts_given_twice_are_encoded_alike_and_in_their_places(pipeline):
-    states = pipeline.encode_prompts(["a", "b", "a"], batch_size=2)
-    assert states.shape == (3, 77, 32)
-    np.testing.assert_array_equal(states[0], states[2])
-    assert np.abs(states[0] - states[1]).max() > 0
+def test_equal_prompts_have_equal_text_embeddings_in_their_places(pipeline):
+    embeddings = pipeline.encode_prompts(["a", "b", "a"], batch_size=2)
+    assert embeddings.shape == (3, 77, 32)
+    np.testing.assert_array_equal(embeddings[0], embeddings[2])
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 0
 
 
 def test_latents_are_unscaled_before_they_are_decoded(pipeline):
@@ -206,7 +206,7 @@ def test_pixels_are_rounded_and_clipped():
         (32, -8, "W is -8"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_nearest(pipeline, height, width, words):
+def test_sizes_that_do_not_fit_are_refused_with_the_nearest_size(pipeline, height, width, words):
     with pytest.raises(UserError, match=words):
         next(pipeline.generate(PROMPTS, replace(FEW, height=height, width=width), 7, progress=False))
 
@@ -216,8 +216,8 @@ def test_steps_that_do_not_fit_are_refused_before_anything_runs(pipeline):
         next(pipeline.generate(PROMPTS, replace(FEW, num_inference_steps=1000), 7, progress=False))
 
 
-class Greedy(ms.nn.Cell):
-    """Wants 16 terabytes, whatever it is called with."""
+class HugeProduct(ms.nn.Cell):
+    """Allocates 16 terabytes, whatever its inputs are."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ class Greedy(ms.nn.Cell):
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
 @pytest.mark.parametrize("network", ["unet", "text_encoder", "decoder"])
 def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, mode, network):
-    """MindSpore's own failure: what it says differs between the modes."""
+    """MindSpore's message differs between the modes."""
     monkeypatch.setattr(
         ldm.generation.pipeline, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32)))
     )
@@ -239,10 +239,10 @@ def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, m
     pipeline = Pipeline(build_model(tiny_config))
     pipeline.text_encoder = lambda tokens: ms.Tensor(np.zeros((*tokens.shape, 32), np.float32))
     pipeline.unet = lambda latents, timesteps, context: latents
-    setattr(pipeline, network, Greedy())
+    setattr(pipeline, network, HugeProduct())
     try:
         with pytest.raises(UserError, match="not enough memory for batch_size 2, H 32, W 32") as error:
-            draw(pipeline)
+            generate(pipeline)
     finally:
         ms.set_context(mode=ms.GRAPH_MODE)
     assert "\n" not in str(error.value)
@@ -255,18 +255,18 @@ def failing(error):
     return fail
 
 
-def test_numpys_failed_allocation_is_named_and_other_errors_are_left_alone(tiny_config):
+def test_numpys_failed_allocation_is_named_and_other_errors_pass(tiny_config):
     pipeline = Pipeline(build_model(tiny_config))
     pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
     with pytest.raises(UserError, match="batch_size 2"):
-        draw(pipeline)
+        generate(pipeline)
     pipeline.text_encoder = failing(RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        draw(pipeline)
+        generate(pipeline)
 
 
 @pytest.mark.parametrize("size", [4_000_000, 8 * 10**12])
-def test_a_image_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
+def test_an_image_larger_than_the_memory_is_refused_before_anything_runs(pipeline, size):
     huge = replace(FEW, height=size, width=size)
     with pytest.raises(UserError, match=f"not enough memory for batch_size 2, H {size}, W {size}"):
         next(pipeline.generate(PROMPTS, huge, 7, progress=False))
@@ -280,7 +280,7 @@ def test_a_image_larger_than_the_memory_is_refused_before_anything_runs(pipeline
         {"starting_latents": np.zeros((2, 4, 8, 8), np.float32)},
     ],
 )
-def test_lists_of_unequal_lengths_are_refused(pipeline, more):
+def test_arguments_of_unequal_lengths_are_refused(pipeline, more):
     with pytest.raises(ValueError):
         next(pipeline.generate(PROMPTS, FEW, 7, progress=False, **more))
 
@@ -289,18 +289,18 @@ def test_latents_that_are_not_finite_are_named(pipeline):
     start = np.zeros((1, 4, 8, 8), np.float32)
     start[0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite.*fp32"):
-        draw(pipeline, PROMPTS[:1], starting_latents=start)
+        generate(pipeline, PROMPTS[:1], starting_latents=start)
 
 
-def test_weights_that_change_are_seen_without_compiling_again(pipeline, drawn):
-    """Training samples from the network that it trains."""
+def test_changed_weights_are_used_without_compiling_again(pipeline, generated):
+    """So that a network can be sampled while it is trained."""
     out = pipeline.unet.out[2].bias
     kept = out.asnumpy().copy()
     compiled = len(pipeline.unet.compile_cache)
     out.set_data(ms.Tensor(kept + 1.0))
-    changed, _ = draw(pipeline)
+    changed, _ = generate(pipeline)
     out.set_data(ms.Tensor(kept))
-    restored, _ = draw(pipeline)
+    restored, _ = generate(pipeline)
     assert len(pipeline.unet.compile_cache) == compiled
-    assert np.abs(changed - drawn[0]).max() > 0.1
-    np.testing.assert_array_equal(restored, drawn[0])
+    assert np.abs(changed - generated[0]).max() > 0.1
+    np.testing.assert_array_equal(restored, generated[0])

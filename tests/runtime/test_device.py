@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.runtime import device as runtime
+from ldm.runtime import device
 from ldm.runtime.device import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def restored(graph_mode):
-    """The mode of the other tests comes back after each of these."""
+def restored_mode(graph_mode):
+    """Each test ends in the mode of the other tests."""
 
 
 def ascend(dtype=ms.float16):
@@ -27,11 +27,12 @@ def ascend(dtype=ms.float16):
 
 @pytest.fixture
 def no_ascend(monkeypatch):
-    monkeypatch.setattr(runtime.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(device.glob, "glob", lambda pattern: [])
 
 
-def test_without_an_ascend_it_is_the_cpu_in_fp32_and_graph_mode(no_ascend):
+def test_without_an_ascend_the_cpu_computes_in_fp32_and_graph_mode(no_ascend):
     found = setup_runtime()
+    assert found == device.current_runtime()
     assert (found.device, found.compute_dtype, found.rank, found.rank_size) == ("CPU", ms.float32, 0, 1)
     assert ms.get_context("mode") == ms.GRAPH_MODE and not found.is_ascend and not found.fp16
 
@@ -49,67 +50,68 @@ def test_the_seed_decides_the_initial_weights():
     assert draws[0] == draws[1] != draws[2]
 
 
-@pytest.mark.skipif(bool(runtime.glob.glob("/dev/davinci[0-9]*")), reason="there is an Ascend here")
-def test_an_ascend_that_is_not_there_is_said():
+@pytest.mark.skipif(bool(device.glob.glob("/dev/davinci[0-9]*")), reason="there is an Ascend here")
+def test_a_missing_ascend_is_named():
     with pytest.raises(UserError, match="device_target Ascend cannot be used here.*--device_target CPU"):
         setup_runtime("Ascend")
 
 
-def test_on_ascend_it_is_fp16_with_the_infnan_mode_and_the_jit_level(monkeypatch):
+def test_ascend_computes_in_fp16_with_the_infnan_mode_and_the_jit_level(monkeypatch):
     monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
     calls = []
 
-    def set_device(device):
-        calls.append((device, runtime.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")))
+    def set_device(name):
+        calls.append((name, device.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")))
 
-    monkeypatch.setattr(runtime.ms, "set_device", set_device)
-    monkeypatch.setattr(runtime.ms, "set_context", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(device.ms, "set_device", set_device)
+    monkeypatch.setattr(device.ms, "set_context", lambda **settings: calls.append(settings))
     found = setup_runtime("Ascend", jit_level="O1")
     assert found.fp16 and found.is_ascend
     assert calls == [("Ascend", "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": "O1"}}]
 
 
-def test_the_overflow_mode_is_set_before_it_is_asked_whether_there_is_an_ascend(monkeypatch):
+def test_the_overflow_mode_is_set_before_an_ascend_is_looked_for(monkeypatch):
     monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
     seen = []
 
     def has_ascend():
-        seen.append(runtime.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE"))
+        seen.append(device.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE"))
         return False
 
-    monkeypatch.setattr(runtime, "_has_ascend", has_ascend)
+    monkeypatch.setattr(device, "_has_ascend", has_ascend)
     assert setup_runtime().device == "CPU" and seen == ["INFNAN_MODE"]
 
 
-@pytest.mark.parametrize("level", runtime.JIT_LEVELS)
-def test_mindspore_knows_the_jit_levels_in_the_form_that_they_are_given(level):
-    """In a process of its own: the setting cannot be taken back."""
-    code = f"import mindspore as ms; ms.set_context(jit_config={{'jit_level': '{level}'}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_mindspore_accepts_the_jit_levels():
+    """In a process of its own, because the setting cannot be undone."""
+    code = "import mindspore as ms\n" + "\n".join(
+        f"ms.set_context(jit_config={{'jit_level': '{level}'}})" for level in device.JIT_LEVELS
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_an_exported_overflow_mode_is_kept(monkeypatch):
     monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
-    monkeypatch.setattr(runtime.ms, "set_device", lambda device: None)
+    monkeypatch.setattr(device.ms, "set_device", lambda name: None)
     setup_runtime("Ascend")
-    assert runtime.os.environ["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "SATURATION_MODE"
+    assert device.os.environ["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "SATURATION_MODE"
 
 
-def test_jit_level_is_said_to_do_nothing_on_the_cpu(caplog):
+def test_a_jit_level_without_effect_on_the_cpu_is_reported(caplog):
     with caplog.at_level("INFO"):
         setup_runtime("CPU", jit_level="O1")
     assert "no effect on the CPU" in caplog.text
 
 
-def test_parallel_without_msrun_says_how_to_start_it(monkeypatch):
+def test_use_parallel_without_msrun_names_the_way_to_start_it(monkeypatch):
     monkeypatch.delenv("MS_ROLE", raising=False)
     with pytest.raises(UserError, match="msrun --worker_num"):
         setup_runtime("CPU", use_parallel=True)
 
 
-def test_a_process_that_has_ended_is_no_traceback_of_the_others(monkeypatch):
-    """Least of all of msrun's scheduler, whose output comes last."""
+def test_the_end_of_another_process_is_one_line(monkeypatch):
+    """In the scheduler above all, whose output comes last."""
 
     def init():
         raise RuntimeError("The total number of timed out node is 1\n\n- C++ Call Stack:\nmeta_server_node.cc:550")
@@ -120,7 +122,7 @@ def test_a_process_that_has_ended_is_no_traceback_of_the_others(monkeypatch):
         setup_runtime("CPU", use_parallel=True)
 
 
-def test_flash_attention_is_ascends_and_fp16s():
+def test_flash_attention_needs_ascend_and_fp16():
     check_flash_attention(True, ascend())
     check_flash_attention(False, setup_runtime("CPU"))
     with pytest.raises(UserError, match="needs an Ascend device"):
@@ -141,36 +143,16 @@ def test_flash_attention_is_ascends_and_fp16s():
         (ValueError("a memory of it"), False),
     ],
 )
-def test_errors_that_say_that_memory_is_short(error, short):
+def test_failed_allocations_are_recognised(error, short):
     assert is_out_of_memory(error) == short
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        ("text_to_image", ["--prompt", "x", "--lora_ckpt_path", "README.md"]),
-        ("train_text_to_image", ["--data_path", "docs", "--pretrained_model_path", "README.md"]),
-    ],
-)
-def test_mindspores_warnings_are_turned_off_before_it_is_imported(script, flags, tmp_path):
-    """Later would be too late for those of its compiled parts. The mistakes are of the kind that is found with it."""
-    flags = [*flags, "--output_path", str(tmp_path / "out")]
-    watch = f"""
-import os, sys, {script}
-from ldm.errors import UserError
-class Watch:
-    def find_spec(self, name, path, target=None):
-        if name == "mindspore":
-            print("GLOG_v is", os.environ.get("GLOG_v"))
-sys.meta_path.insert(0, Watch())
-sys.argv[1:] = {flags}
-try:
-    {script}.main()
-except UserError:
-    print("ended")
-"""
+def test_mindspores_warnings_are_off_before_it_is_imported():
+    """Its compiled parts read the level when they are loaded, so the package itself sets it."""
+    code = "import os, sys, ldm; print(os.environ['GLOG_v'], 'mindspore' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "GLOG_v"}
-    done = subprocess.run(
-        [sys.executable, "-c", watch], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.splitlines() == ["GLOG_v is 3", "ended"], done.stderr
+    for level in ({}, {"GLOG_v": "1"}):
+        output = subprocess.check_output(
+            [sys.executable, "-c", code], cwd=ROOT, env={**environment, **level}, text=True, timeout=60
+        )
+        assert output.split() == [level.get("GLOG_v", "3"), "False"]

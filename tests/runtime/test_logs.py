@@ -1,4 +1,4 @@
-"""The log on the screen and in its file."""
+"""The log on the terminal and in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("ldm.somewhere")
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restored_logging():
     yield
     root = logging.getLogger("ldm")
     root.setLevel(logging.NOTSET)
@@ -21,7 +21,7 @@ def as_before():
         root.removeHandler(handler)
 
 
-def test_lines_go_to_the_screen_and_to_the_end_of_the_file_at_their_level(tmp_path, capsys):
+def test_lines_of_the_level_go_to_the_terminal_and_to_the_end_of_the_file(tmp_path, capsys):
     (tmp_path / "log.txt").write_text("before\n")
     set_up_logging("WARNING", tmp_path / "log.txt")
     log.info("a small thing")
@@ -34,14 +34,14 @@ def test_lines_go_to_the_screen_and_to_the_end_of_the_file_at_their_level(tmp_pa
     assert capsys.readouterr().err == "a small thing\n"
 
 
-def test_a_line_is_one_line_whatever_it_holds(tmp_path, capsys):
+def test_a_record_is_one_line_whatever_it_contains(tmp_path, capsys):
     set_up_logging("INFO", tmp_path / "log.txt")
     log.info("a caption: %s", "\x1b[2Jred\napple \udcba" + "x" * 10**6)
     for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text()):
         assert r"\x1b[2Jred apple \xba" in text and text.count("\n") == 1 and len(text) < 2100
 
 
-def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+def test_a_full_disk_is_reported_once_and_logging_continues(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     set_up_logging("INFO", tmp_path / "log.txt")
     log.info("first")

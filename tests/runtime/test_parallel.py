@@ -1,4 +1,4 @@
-"""Processes that a launcher started: the first speaks, the others keep a log file and are heard if they fail alone."""
+"""The output of processes of a launcher: the first prints, the others write log files and report their errors late."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "number"),
+    ("environment", "index"),
     [
         ({}, 0),
-        (dict(RANK_ID="3"), 0),  # left from elsewhere: there is no launcher
+        (dict(RANK_ID="3"), 0),  # without a launcher
         (dict(MS_ROLE="MS_WORKER", RANK_ID="0"), 0),
         (dict(MS_ROLE="MS_WORKER", RANK_ID="3"), 3),
         (dict(MS_ROLE="MS_WORKER", RANK_ID="x"), 0),
@@ -36,24 +36,24 @@ def launched(monkeypatch):
         (dict(OMPI_COMM_WORLD_RANK="2"), 2),
     ],
 )
-def test_the_number_is_the_launcher_s(launched, environment, number):
+def test_the_index_is_the_launchers(launched, environment, index):
     launched(**environment)
-    assert process_index() == number
+    assert process_index() == index
 
 
-def test_msrun_s_scheduler_is_no_process_that_trains(launched):
+def test_msruns_scheduler_is_recognised(launched):
     launched(MS_ROLE="MS_SCHED", RANK_ID="0")
     assert is_scheduler()
 
 
-def test_the_first_says_its_error_at_once_as_it_is(launched):
+def test_the_first_process_reports_its_error_at_once(launched):
     launched(MS_ROLE="MS_WORKER", RANK_ID="0")
     with pytest.raises(UserError, match="^no such file$"), first_process_prints():
         raise UserError("no such file")
     assert "TQDM_DISABLE" not in os.environ
 
 
-def test_another_lets_it_speak_first_and_then_says_its_own(launched, monkeypatch):
+def test_another_process_waits_before_it_reports_its_error(launched, monkeypatch):
     launched(MS_ROLE="MS_WORKER", RANK_ID="1")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -64,8 +64,8 @@ def test_another_lets_it_speak_first_and_then_says_its_own(launched, monkeypatch
 
 
 @pytest.mark.parametrize("error", [UserError("a bad image"), ValueError("a fault")])
-def test_what_another_prints_is_in_its_log_with_the_error(tmp_path, capfd, monkeypatch, error):
-    for number, name in ((1, "stdout"), (2, "stderr")):  # pytest's own lead elsewhere
+def test_output_and_error_go_to_the_log_file(tmp_path, capfd, monkeypatch, error):
+    for number, name in ((1, "stdout"), (2, "stderr")):  # pytest replaces them
         monkeypatch.setattr(sys, name, open(number, "w", closefd=False))
     log = tmp_path / "run" / "log-1.txt"
     with pytest.raises(type(error)) as caught, output_to_file(log):
@@ -79,15 +79,15 @@ def test_what_another_prints_is_in_its_log_with_the_error(tmp_path, capfd, monke
     assert ("its log: " in str(caught.value)) == isinstance(error, UserError)
 
 
-def test_two_processes_with_one_mistake_say_it_once():
-    """As msrun starts them, and ends them all once the first has ended."""
+def test_two_processes_report_the_same_error_once():
+    """As msrun starts them, which ends all of them when the first has ended."""
     command = [sys.executable, "train_text_to_image.py", "--lora_rank=0"]
     environment = {**os.environ, "MS_ROLE": "MS_WORKER"}
     first, other = (
         subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK_ID": number}, stderr=subprocess.PIPE, text=True)
         for number in ("0", "1")
     )
-    said = first.communicate(timeout=60)[1]
+    message = first.communicate(timeout=60)[1]
     other.kill()
-    assert first.returncode == 2 and said.count("error: --lora_rank: 0") == 1
+    assert first.returncode == 2 and message.count("error: --lora_rank: 0") == 1
     assert other.communicate()[1] == ""

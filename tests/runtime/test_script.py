@@ -1,4 +1,4 @@
-"""How a script ends: exit codes, one line, nothing half-written; each in a process of its own, without MindSpore."""
+"""How a script ends: exit codes, one line, no unfinished files. Each test runs a process, without MindSpore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ start_script()
 ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-def ended(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
+def completed(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
     """Run a script whose `main` has these lines."""
     body = "".join(f"    {line}\n" for line in main.splitlines())
     return subprocess.run(
@@ -58,25 +58,27 @@ def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, s
 
 BUSY = "print('ready')\nwhile True: pass"
 IN_MAIN = "def main():\n    print('ready')\n    while True: pass\nrun_script(main)"
-# A graph that compiles or runs hears nothing, like this.
-DEAF = "import time, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.2\n{}print('ready')\ntime.sleep(60)"
+# Like MindSpore while it compiles or runs a graph, this handles no signals.
+UNRESPONSIVE = (
+    "import time, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.2\n{}print('ready')\ntime.sleep(60)"
+)
 
 
 @pytest.mark.parametrize("number, code", ENDS)
-@pytest.mark.parametrize("where", ["while importing", "in main", "in a library that does not hear"])
+@pytest.mark.parametrize("where", ["while importing", "in main", "in a library that handles no signals"])
 def test_a_signal_ends_a_script_with_one_line_and_its_code(number, code, where, tmp_path):
-    lines = {"while importing": BUSY, "in main": IN_MAIN}.get(where, DEAF.format(""))
+    lines = {"while importing": BUSY, "in main": IN_MAIN}.get(where, UNRESPONSIVE.format(""))
     assert interrupted(lines, number, tmp_path) == (code, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("number, code", ENDS)
-def test_a_library_that_sets_its_own_excepthook_changes_nothing(number, code, tmp_path):
+def test_a_replaced_excepthook_changes_nothing(number, code, tmp_path):
     """As MindSpore does when it compiles with a cache."""
     own = "sys.excepthook = lambda *error: print('a hundred lines')\n"
     assert interrupted(own + IN_MAIN, number, tmp_path) == (code, "", "interrupted\n")
 
 
-def test_a_second_signal_ends_it_at_once_with_the_same_one_line(tmp_path):
+def test_a_second_signal_ends_a_script_at_once_with_the_same_line(tmp_path):
     again = "import os, signal, threading, time\nthreading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
     code = again + "print('ready')\ntime.sleep(20)"
     started = time.monotonic()
@@ -84,8 +86,8 @@ def test_a_second_signal_ends_it_at_once_with_the_same_one_line(tmp_path):
     assert time.monotonic() - started < 4
 
 
-def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(tmp_path):
-    """As `less` does; the main thread is held up in its write."""
+def test_a_reader_that_stops_reading_does_not_block_the_end(tmp_path):
+    """Like `less`. The main thread is blocked in its write."""
     code = (
         "import os, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.1\nos.write(1, b'ready\\n')\n"
         "while True: print('x' * 65536, file=sys.stderr)"
@@ -107,17 +109,17 @@ def test_a_reader_that_stops_reading_does_not_keep_it_from_ending(tmp_path):
         process.communicate()
 
 
-def test_the_line_says_what_is_done(tmp_path):
+def test_the_line_describes_the_progress(tmp_path):
     code = "describe_progress(lambda: 'after step 3 of 10')\n" + BUSY
     assert interrupted(code, signal.SIGINT, tmp_path)[2] == "interrupted after step 3 of 10\n"
 
 
-def test_the_line_begins_anew_after_a_progress_bar(tmp_path):
+def test_the_line_begins_on_a_new_line_after_a_progress_bar(tmp_path):
     code = "from tqdm import tqdm\nbar = tqdm(total=9)\n" + BUSY
     assert interrupted(code, signal.SIGINT, tmp_path)[2].endswith("\ninterrupted\n")
 
 
-def test_what_an_interrupted_library_reports_is_not_shown(tmp_path):
+def test_errors_of_an_interrupted_library_are_not_shown(tmp_path):
     code = (
         "import os\ndef main():\n    try:\n        print('ready')\n        while True: pass\n"
         "    except KeyboardInterrupt:\n        os.write(2, b'a hundred lines\\n')\n"
@@ -127,8 +129,8 @@ def test_what_an_interrupted_library_reports_is_not_shown(tmp_path):
     assert interrupted(code, signal.SIGTERM, tmp_path) == (143, "", "interrupted\n")
 
 
-def test_nothing_half_written_stays_even_where_the_main_thread_never_unwinds(tmp_path):
-    code = DEAF.format(
+def test_unfinished_files_are_removed_even_where_the_main_thread_never_ends(tmp_path):
+    code = UNRESPONSIVE.format(
         "from pathlib import Path\nfrom ldm.files.atomic import atomic_path\n"
         "for compiler in ('rank_0/om', 'rank_1/om'):\n"
         "    Path(compiler).mkdir(parents=True)\n    Path(compiler, 'analyze_fail.ir').touch()\n"
@@ -139,8 +141,8 @@ def test_nothing_half_written_stays_even_where_the_main_thread_never_unwinds(tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_path):
-    """As `nohup` has it, and a shell script that starts a process in the background."""
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(number, tmp_path):
+    """Like under `nohup`, or in the background of a shell script."""
     code = "import time\ndef main():\n    print('ready')\n    time.sleep(0.3)\n    print('done')\nrun_script(main)"
     result = interrupted(code, number, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert result == (0, "done\n", "")
@@ -158,30 +160,30 @@ def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number, tmp_
         ("raise MemoryError", "memory is not enough"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(raised, words, tmp_path):
-    done = ended(raised, tmp_path)
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(raised, words, tmp_path):
+    done = completed(raised, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and words in done.stderr and len(done.stderr) < 700
 
 
-def test_a_long_message_keeps_its_beginning_and_its_end(tmp_path):
-    done = ended("raise UserError('a.ckpt ' + 'x' * 10000 + ': write it anew')", tmp_path)
+def test_a_long_message_keeps_its_start_and_its_end(tmp_path):
+    done = completed("raise UserError('a.ckpt ' + 'x' * 10000 + ': write it anew')", tmp_path)
     assert done.stderr.startswith("error: a.ckpt xxx") and done.stderr.endswith("xxx: write it anew\n")
     assert len(done.stderr) < 700
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(tmp_path):
-    done = ended("raise RuntimeError('a fault')", tmp_path)
+    done = completed("raise RuntimeError('a fault')", tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: a fault" in done.stderr
 
 
 def test_any_text_can_be_printed(tmp_path):
     printing = "print('\\u7ea2 \\udcff')\nprint('\\u7ea2', file=sys.stderr)"
-    done = ended(printing, tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    done = completed(printing, tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u7ea2 \\udcff\n", "\\u7ea2\n")
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     script = f"{START}def main():\n    print('x' * 100000)\nrun_script(main)"
@@ -197,14 +199,14 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_another_process_that_goes_away_is_an_error(tmp_path):
-    """Not to be taken for a reader of standard output."""
-    done = ended("import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')", tmp_path)
+def test_another_pipe_without_a_reader_is_an_error(tmp_path):
+    """It must not be confused with standard output."""
+    done = completed("import os\nreader, writer = os.pipe()\nos.close(reader)\nos.write(writer, b'x')", tmp_path)
     assert done.returncode == 2 and "Broken pipe" in done.stderr
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a reader that has gone"])
-def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a closed pipe"])
+def test_failed_writes_to_standard_error_are_ignored(full, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     main = "from tqdm import tqdm\nfor i in tqdm(range(3)): print(i, file=sys.stderr)\nopen('done', 'w').close()"
@@ -221,7 +223,7 @@ def test_the_work_goes_on_where_standard_error_refuses(full, tmp_path):
     assert done.returncode == 0 and (tmp_path / "done").exists()
 
 
-def test_nothing_is_printed_into_a_file_where_the_streams_are_closed(tmp_path):
+def test_nothing_is_printed_into_a_file_when_the_streams_are_closed(tmp_path):
     main = (
         "import os\nwith open('result', 'wb', buffering=0) as file:\n    file.write(b'sound')\n"
         "    print('a')\n    print('b', file=sys.stderr)\n    os.write(1, b'c')\n    os.write(2, b'd')\n"
