@@ -20,29 +20,7 @@ from ldm.models.initial_values import no_init_weights
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import open_checkpoint
-from ldm.weights.names.tables import TEXT_LAYER, Ignored, Target, split_rows
-
-_TEXT, _VISION = "text_model.", "vision_model."
-# OpenAI's modules -> Hugging Face's.
-_MODULES = {
-    "visual.conv1": f"{_VISION}embeddings.patch_embedding",
-    "visual.ln_pre": f"{_VISION}pre_layrnorm",
-    "visual.ln_post": f"{_VISION}post_layernorm",
-    "token_embedding": f"{_TEXT}embeddings.token_embedding",
-    "ln_final": f"{_TEXT}final_layer_norm",
-}
-_PARAMETERS = {
-    "visual.class_embedding": f"{_VISION}embeddings.class_embedding",
-    "visual.positional_embedding": f"{_VISION}embeddings.position_embedding.weight",
-    "positional_embedding": f"{_TEXT}embeddings.position_embedding.weight",
-    "visual.proj": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
-_TRANSPOSED = ("visual.proj", "text_projection")  # (width, projection) there, (projection, width) here
-_KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "embedding_table": "weight"}
-_UNUSED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias|gamma|beta)$")
+from ldm.weights.names.clip import TEXT, TRANSPOSED, VISION, map_key
 
 _HUGGING_FACE = {
     "openai/clip-vit-base-patch32": "ViT-B/32", "openai/clip-vit-base-patch16": "ViT-B/16",
@@ -123,24 +101,6 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
     return clip
 
 
-def map_key(name: str) -> list[Target] | Ignored | None:
-    """Where a key of OpenAI's, OpenCLIP's or mindone's goes; None if it is not known."""
-    if name in _UNUSED:
-        return Ignored("constant")
-    if name in _PARAMETERS:
-        return [Target(_PARAMETERS[name])]
-    layer = _LAYER.match(name)
-    if layer:
-        visual, index, module, kind = layer.groups()
-        prefix = f"{_VISION if visual else _TEXT}encoder.layers.{index}."
-        if module == "attn.in_proj":
-            return split_rows(tuple(f"{prefix}self_attn.{part}_proj.{_KINDS[kind]}" for part in "qkv"))
-        module = module[len("mlp.") :] if module.startswith("mlp.") else module
-        return [Target(f"{prefix}{TEXT_LAYER[module]}.{_KINDS[kind]}")] if module in TEXT_LAYER else None
-    module, _, kind = name.rpartition(".")
-    return [Target(f"{_MODULES[module]}.{_KINDS[kind]}")] if module in _MODULES and kind in _KINDS else None
-
-
 def _weights_of_folder(folder: Path) -> Path:
     names = (
         "model.safetensors",
@@ -155,32 +115,28 @@ def _weights_of_folder(folder: Path) -> Path:
 
 
 def _canonical(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    file = checkpoint.path
-    if any(name.startswith((_TEXT, _VISION)) for name in checkpoint):
-        arrays = {name: checkpoint[name] for name in checkpoint if not name.endswith("position_ids")}
-        extra = [
-            name
-            for name in arrays
-            if not name.startswith((_TEXT, _VISION, "visual_projection.", "text_projection.", "logit_scale"))
-        ]
+    """Read all arrays under Hugging Face's names. Raises UserError for names of anything else."""
+    arrays: dict[str, np.ndarray] = {}
+    unknown = []
+    if any(key.startswith((TEXT, VISION)) for key in checkpoint):
+        arrays = {key: checkpoint[key] for key in checkpoint if not key.endswith("position_ids")}
+        known = (TEXT, VISION, "visual_projection.", "text_projection.", "logit_scale")
+        unknown = [key for key in arrays if not key.startswith(known)]
     else:
-        arrays, extra = {}, []
-        for name in checkpoint:
-            placed = map_key(name)
-            if placed is None:
-                extra.append(name)
-            elif isinstance(placed, list):
-                array = checkpoint[name]
-                blocks = (
-                    np.split(array, placed[0].parts)
-                    if len(array.shape) and not array.shape[0] % placed[0].parts
-                    else [array] * placed[0].parts
-                )
-                for at in placed:
-                    arrays[at.name] = blocks[at.part].T if name in _TRANSPOSED else blocks[at.part]
-    if extra:
+        for key in checkpoint:
+            names = map_key(key)
+            if names is None:
+                unknown.append(key)
+            elif isinstance(names, tuple):
+                array = checkpoint[key].T if key in TRANSPOSED else checkpoint[key]
+                # Rows that cannot be divided are left whole, so that the check of the shapes names them.
+                is_divisible = array.ndim and array.shape[0] % len(names) == 0
+                blocks = np.split(array, len(names)) if is_divisible else [array] * len(names)
+                arrays.update(zip(names, blocks))
+    if unknown:
         raise UserError(
-            f"{file} is no CLIP: {len(extra)} of {len(checkpoint)} names are unknown ({plain(extra[0])}, ...)"
+            f"{checkpoint.path} is no CLIP: {len(unknown)} of {len(checkpoint)} names are unknown "
+            f"({plain(unknown[0])}, ...)"
         )
     return arrays
 
@@ -206,26 +162,26 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
             )
         return len(numbers)
 
-    length = shape(f"{_TEXT}embeddings.position_embedding.weight", 2)[0]
+    length = shape(f"{TEXT}embeddings.position_embedding.weight", 2)[0]
     if length != CONTEXT_LENGTH:
         raise UserError(f"{file} reads texts of {length} tokens; CLIP's tokenizer makes {CONTEXT_LENGTH}")
-    patch = shape(f"{_VISION}embeddings.patch_embedding.weight", 4)
+    patch = shape(f"{VISION}embeddings.patch_embedding.weight", 4)
     if patch[1:] != (3, patch[-1], patch[-1]):
         raise UserError(f"{file}: the kernel of the image tower's patches is {patch}, wanted (width, 3, size, size)")
-    positions = shape(f"{_VISION}embeddings.position_embedding.weight", 2)[0]
+    positions = shape(f"{VISION}embeddings.position_embedding.weight", 2)[0]
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
         raise UserError(
             f"{file} has {positions} positions in its image tower, wanted a square number of patches and one more"
         )
-    vocabulary, width = shape(f"{_TEXT}embeddings.token_embedding.weight", 2)
+    vocabulary, width = shape(f"{TEXT}embeddings.token_embedding.weight", 2)
     if vocabulary < VOCABULARY_SIZE:
         raise UserError(f"{file} knows {vocabulary:,} tokens; CLIP's tokenizer makes {VOCABULARY_SIZE:,}")
     return {
-        "text": {"width": width, "num_layers": layers(_TEXT), "vocab_size": vocabulary},
+        "text": {"width": width, "num_layers": layers(TEXT), "vocab_size": vocabulary},
         "vision": {
             "width": patch[0],
-            "num_layers": layers(_VISION),
+            "num_layers": layers(VISION),
             "patch_size": patch[-1],
             "image_size": side * patch[-1],
         },

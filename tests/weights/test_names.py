@@ -330,7 +330,7 @@ class TestUnknownNames:
 
     def test_two_keys_for_one_parameter(self):
         names = ["model.diffusion_model.out.0.gamma", "model.diffusion_model.out.0.weight"]
-        with pytest.raises(UserError, match="both stand for model.diffusion_model.out.0.weight"):
+        with pytest.raises(UserError, match="are both model.diffusion_model.out.0.weight"):
             map_keys(names)
 
     def test_ema_copies_are_known_and_left_out(self):
@@ -378,7 +378,7 @@ class TestNumbersWithoutBounds:
         assert map_keys(["model.diffusion_model.out.2.bias", name]).unknown == [name]
 
 
-class TestLeftovers:
+class TestUnusedKeys:
     """Keys without use: what is known to do no harm is told with the reason, in every family of names."""
 
     KNOWN = {
@@ -399,7 +399,7 @@ class TestLeftovers:
         "first_stage_model.loss.discriminator.main.0.weight": "losses of the VAE's training",
         "first_stage_model.loss.perceptual_loss.net.slice1.0.weight": "losses of the VAE's training",
         "loss.logvar": "losses of the VAE's training",
-        "embedding_manager.string_to_param_dict.*": "a textual inversion's own words, which are not used",
+        "embedding_manager.string_to_param_dict.*": "tokens of a textual inversion, which are not used",
         "global_step": "counters of training",
         "epoch": "counters of training",
         "pytorch-lightning_version": "counters of training",

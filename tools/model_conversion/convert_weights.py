@@ -8,13 +8,15 @@ by what is in it. The target is a .safetensors (the published single file), a .c
 docs/checkpoints.md tells more.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -22,40 +24,43 @@ from ldm.runtime.script import describe_progress, run_script, start_script  # no
 
 if __name__ == "__main__":
     start_script()
-os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
 from ldm.files.outputs import claim_file, claim_new  # noqa: E402
-from ldm.files.paths import expanded, user_path  # noqa: E402
-from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    source: Path = setting(REQUIRED, "the base model: a file or a diffusers folder", path=True)
+    target: Path = setting(REQUIRED, "what to write; it must not exist yet", path=True)
+    format: Optional[str] = setting(
+        None,
+        "format of the target: ldm, the published single file (the default for .safetensors); mindone (.ckpt); "
+        "diffusers (a folder); own, this project's names (.safetensors or .ckpt)",
+        choices=("ldm", "diffusers", "mindone", "own"),
+    )
+    dtype: str = setting(
+        "keep",
+        "type of the weights; keep leaves each as it is, with bfloat16 as fp32",
+        choices=("keep", "fp32", "fp16"),
+    )
+    ema: bool = setting(False, "take the UNet's moving averages that the file holds")
+    model_config: Optional[str] = setting(
+        None, "the model's YAML, where the source does not tell which model it is", path=True
+    )
+    prediction_type: Optional[str] = setting(
+        None,
+        "what the UNet predicts, where the source does not tell it: shapes are the same for the base versions of "
+        "SD2.x (epsilon) and the 768 versions (v_prediction)",
+        choices=("epsilon", "v_prediction"),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--source", type=user_path, required=True, help="the base model: a file or a diffusers folder")
-    parser.add_argument("--target", type=user_path, required=True, help="what to write; it must not exist yet")
-    parser.add_argument(
-        "--format",
-        choices=("ldm", "diffusers", "mindone", "own"),
-        help="of the target: ldm, the published single file (the default for .safetensors); mindone "
-        "(.ckpt); diffusers (a folder); own, this project's names (.safetensors or .ckpt)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "fp32", "fp16"),
-        default="keep",
-        help="of the weights; keep leaves each as it is, bfloat16 becoming fp32 (default: keep)",
-    )
-    parser.add_argument("--ema", action="store_true", help="take the UNet's moving averages that the file holds")
-    parser.add_argument(
-        "--model_config", type=expanded, help="the model's YAML, where the source does not say which model it is"
-    )
-    parser.add_argument(
-        "--prediction_type",
-        choices=("epsilon", "v_prediction"),
-        help="what the UNet predicts, where the source does not say it: shapes do not tell the base "
-        "versions of SD2.x (epsilon) from the 768 versions (v_prediction)",
-    )
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
 
     # After the arguments are known to be right: MindSpore, which gives the shapes of the networks, takes a second.

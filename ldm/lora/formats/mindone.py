@@ -103,13 +103,13 @@ def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]
     """(canonical layer name, its rows of up) of a layer as the file names it."""
     weight = f"{module}.weight"
     # In the UNet mindone's names for attention are the canonical ones; of its text encoder's none is.
-    places = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
-    if not isinstance(places, list):
+    names = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
+    if not isinstance(names, tuple):
         raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
-    if up.shape[0] % len(places):
-        raise UserError(f"{path}: the {up.shape[0]} rows of {plain(module)} are not those of {len(places)} layers")
-    rows = up.shape[0] // len(places)
-    return [(place.name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, place in enumerate(places)]
+    if up.shape[0] % len(names):
+        raise UserError(f"{path}: the {up.shape[0]} rows of {plain(module)} are not those of {len(names)} layers")
+    rows = up.shape[0] // len(names)
+    return [(name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, name in enumerate(names)]
 
 
 def _number(checkpoint: Arrays, key: str) -> float:

@@ -1,9 +1,8 @@
-"""Canonical parameter names, and the plan by which a checkpoint of another family becomes them.
+"""Canonical parameter names, and the mapping of a checkpoint's keys to them.
 
-Canonical are the published single-file names of Stable Diffusion 1 with `weight` and `bias` for norms, and Hugging
-Face's names for every text encoder (SD2's OpenCLIP as well). Each family of names has one file beside this one, with a
-function that says for a single key where it goes; a plan is those answers for all the keys of a file. A plan is made of
-names alone, so a file can be judged before anything is read and read one array at a time.
+Canonical names are those of the published single files of Stable Diffusion 1, with `weight` and `bias` for norms, and
+Hugging Face's names for every text encoder, that of SD2 included. Each other family of names is a table in a module
+beside this one. A mapping is made of keys alone, so a checkpoint is judged before an array is read.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.weights.arrays import Arrays
 from ldm.weights.names import compvis, diffusers, mindone
-from ldm.weights.names.tables import Ignored, Target
+from ldm.weights.names.tables import Ignored
 from ldm.weights.names.unused import find_unused
 
 COMPONENTS = {
@@ -24,13 +23,19 @@ COMPONENTS = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
-FOLDERS = ("unet/", "vae/", "text_encoder/")  # of a diffusers folder
+FOLDERS = ("unet/", "vae/", "text_encoder/")  # of a diffusers folder, in the order of COMPONENTS
 LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "other": "other"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a canonical array comes from: a key of the file, and which of `parts` equal blocks of its rows."""
+    """Where a canonical array comes from.
+
+    Attributes:
+        name: Key in the checkpoint.
+        part: Which of the equal blocks of the key's rows it is.
+        parts: Number of the blocks.
+    """
 
     name: str
     part: int = 0
@@ -39,74 +44,89 @@ class Source:
 
 @dataclass
 class KeyMap:
-    """Canonical name -> Source for a family of names; keys known to be of no use with the reason; keys not known."""
+    """The keys of a checkpoint in terms of canonical names.
+
+    Attributes:
+        family: "ldm", "mindone" or "diffusers".
+        sources: Canonical name -> where its array comes from.
+        ignored: Key that is not used -> reason.
+        unknown: Keys that are not known.
+    """
 
     family: str
     sources: dict[str, Source] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def add(self, key: str, placed: Ignored | list[Target] | None) -> None:
-        """Note where `key` goes. Raises UserError if something is there already."""
-        if placed is None:
+    def add(self, key: str, mapped: tuple[str, ...] | Ignored | None) -> None:
+        """Add a key with what its table says. Raises UserError if another key has the same canonical name."""
+        if mapped is None:
             self.unknown.append(key)
-        elif isinstance(placed, Ignored):
-            self.ignored[key] = placed.reason
+        elif isinstance(mapped, Ignored):
+            self.ignored[key] = mapped.reason
         else:
-            for place in placed:
-                if place.name in self.sources:
+            for part, name in enumerate(mapped):
+                if name in self.sources:
                     raise UserError(
-                        f"{plain(self.sources[place.name].name)} and {plain(key)} both stand for "
-                        f"{place.name}: the file is damaged"
+                        f"{plain(self.sources[name].name)} and {plain(key)} are both {name}: the file is damaged"
                     )
-                self.sources[place.name] = Source(key, place.part, place.parts)
+                self.sources[name] = Source(key, part, len(mapped))
 
 
 def component_of(name: str) -> str:
-    """ "unet", "vae" or "text_encoder" for a canonical name or a diffusers folder's, "other" for anything else."""
-    prefixes = zip(COMPONENTS.items(), FOLDERS)
-    return next((part for (part, prefix), folder in prefixes if name.startswith((prefix, folder))), "other")
+    """Return the component of a canonical or a diffusers name: "unet", "vae", "text_encoder" or "other"."""
+    for (component, prefix), folder in zip(COMPONENTS.items(), FOLDERS):
+        if name.startswith((prefix, folder)):
+            return component
+    return "other"
 
 
-def detect_family(names: Iterable[str]) -> str | None:
-    """ "ldm" (CompVis, Stability AI and this project's own), "mindone", "diffusers" (a folder's `component/name`), or
-    None for none of them.
+def detect_family(keys: Iterable[str]) -> str | None:
+    """Return the family of names that keys belong to.
+
+    Returns:
+        "ldm" (CompVis, Stability AI and this project), "mindone", "diffusers" (`component/name`, as DiffusersFolder
+        has them), or None for other keys.
     """
-    names = list(names)
-    if any(name.startswith(FOLDERS) for name in names):
+    keys = list(keys)
+    if any(key.startswith(FOLDERS) for key in keys):
         return "diffusers"
-    names = [name for name in names if name.startswith(tuple(COMPONENTS.values()))]
-    if not names:
+    keys = [key for key in keys if key.startswith(tuple(COMPONENTS.values()))]
+    if not keys:
         return None
-    return "mindone" if any(mindone.is_typical(name) for name in names) else "ldm"
+    return "mindone" if any(mindone.is_typical(key) for key in keys) else "ldm"
 
 
-def map_keys(names: Iterable[str], ema: bool = False) -> KeyMap:
-    """The plan for the keys of a checkpoint; `ema`: with the UNet's moving averages in place of its weights.
+def map_keys(keys: Iterable[str], ema: bool = False) -> KeyMap:
+    """Map the keys of a checkpoint to canonical names.
 
-    Raises UserError if no family has such names, and where averages are asked for that are not there.
+    Args:
+        keys: All keys of the checkpoint.
+        ema: Take the moving averages of the UNet's weights (EMA) in place of the weights.
+
+    Raises:
+        UserError: The keys belong to no family, or moving averages are asked for and missing.
     """
-    names = list(names)
-    family = detect_family(names)
+    keys = list(keys)
+    family = detect_family(keys)
     if family is None:
-        raise UserError(f"no Stable Diffusion parameter among {len(names)} names ({plain(', '.join(names[:2]))}, ...)")
+        raise UserError(f"no Stable Diffusion parameter among {len(keys)} names ({plain(', '.join(keys[:2]))}, ...)")
     key_map = KeyMap(family)
-    place = {"ldm": compvis.map_key, "mindone": mindone.map_key}.get(family) or diffusers.key_mapper(names)
-    for name in names:
-        key_map.add(name, find_unused(name) or place(name))
+    map_key = {"ldm": compvis.map_key, "mindone": mindone.map_key}.get(family) or diffusers.key_mapper(keys)
+    for key in keys:
+        key_map.add(key, find_unused(key) or map_key(key))
     if ema:
-        _take_averages(key_map)
+        _use_averages(key_map)
     return key_map
 
 
-def _take_averages(key_map: KeyMap) -> None:
+def _use_averages(key_map: KeyMap) -> None:
     unet = [name for name in key_map.sources if name.startswith(COMPONENTS["unet"])]
     averages = {name: compvis.ema_name(key_map.sources[name].name) for name in unet}
-    there = [name for name in unet if averages[name] in key_map.ignored]
-    if not there or len(there) < len(unet):
+    count = sum(average in key_map.ignored for average in averages.values())
+    if not count or count < len(unet):
         raise UserError(
-            f"{len(there)} of {len(unet)} UNet arrays have an EMA copy (model_ema. ...) in it: take the weights "
-            "themselves, without the flag that asks for EMA"
+            f"{count} of {len(unet)} UNet arrays have an EMA copy (model_ema. ...): leave out the flag for EMA"
         )
     for name in unet:
         key_map.ignored[key_map.sources[name].name] = "weight that has an EMA copy"
@@ -115,10 +135,14 @@ def _take_averages(key_map: KeyMap) -> None:
 
 
 class CanonicalArrays(Arrays):
-    """The arrays of a checkpoint under their canonical names, each made when it is asked for.
+    """The arrays of a checkpoint under canonical names. Each one is read when it is asked for.
 
-    `shapes`: what a model wants, for arrays that have another one (a 1x1 convolution for a linear layer); without it
-    the VAE's attention is taken for convolutions.
+    Args:
+        checkpoint: The arrays under their own keys.
+        key_map: The mapping of these keys.
+        shapes: Canonical name -> shape in the model, for arrays that have another one (a 1x1 convolution for a linear
+            layer). Arrays that are not named have the shape in the checkpoint, and projections in the attention of
+            the VAE are 1x1 convolutions.
     """
 
     def __init__(self, checkpoint: Arrays, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]] | None = None):
@@ -127,6 +151,7 @@ class CanonicalArrays(Arrays):
         self._shapes = shapes or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Return the element type and the shape of an array."""
         source = self._sources[name]
         dtype, shape = self._checkpoint.spec(source.name)
         shape = source_shape(shape, source)
@@ -137,6 +162,7 @@ class CanonicalArrays(Arrays):
         return read_source(self._checkpoint, self._sources[name]).reshape(self.shape(name))
 
     def release(self, name: str) -> None:
+        """Free the memory that reading an array took."""
         self._checkpoint.release(self._sources[name].name)
 
     def __iter__(self) -> Iterator[str]:
@@ -147,7 +173,7 @@ class CanonicalArrays(Arrays):
 
 
 def read_source(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
-    """The array that `source` names; a block of rows is a view."""
+    """Return the array of a source. A block of rows is a view."""
     array = arrays[source.name]
     if source.parts == 1:
         return array
@@ -156,16 +182,17 @@ def read_source(arrays: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
 
 
 def source_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
-    """The shape that `take` gives for an array of `shape`; unchanged, hence wrong, where the rows do not divide."""
+    """Return the shape of a source's array, given that of its key.
+
+    It is unchanged, and therefore found to be wrong later, if the rows cannot be divided into equal blocks.
+    """
     if source.parts == 1 or not shape or shape[0] % source.parts:
         return tuple(shape)
     return (shape[0] // source.parts, *shape[1:])
 
 
-def same_up_to_1x1(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether the shapes are equal but for trailing ones: a linear layer (a, b) and a 1x1 convolution (a, b, 1, 1)."""
-    return tuple(found) == tuple(wanted) or (
-        {len(found), len(wanted)} == {2, 4}
-        and tuple(found[:2]) == tuple(wanted[:2])
-        and all(size == 1 for size in (*found[2:], *wanted[2:]))
+def same_up_to_1x1(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether shapes are equal, or those of a linear layer (M, N) and a 1x1 convolution (M, N, 1, 1)."""
+    return tuple(a) == tuple(b) or (
+        {len(a), len(b)} == {2, 4} and tuple(a[:2]) == tuple(b[:2]) and all(size == 1 for size in (*a[2:], *b[2:]))
     )

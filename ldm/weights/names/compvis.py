@@ -1,6 +1,6 @@
-"""The published single files: CompVis's SD1 (Hugging Face text encoder) and Stability AI's SD2 (OpenCLIP).
+"""Names of the published single files: CompVis's SD1 (Hugging Face text encoder) and Stability AI's SD2 (OpenCLIP).
 
-This project's own checkpoints have these names too, all of a model or a part of it.
+Checkpoints of this project, of a whole model or a part, have the same names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, Target, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, openclip_layer, text_layer
 
 SCHEDULE_BUFFERS = (
     "betas",
@@ -37,36 +37,55 @@ OPENCLIP_NAMES = {
 TEXT_WITHOUT_MODEL = tuple(
     f"cond_stage_model.transformer.{part}." for part in ("embeddings", "encoder", "final_layer_norm")
 )
-OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 conditions on the penultimate layer
+OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 uses the output of the penultimate layer
+_OPENCLIP_KEY = {name: key for key, name in OPENCLIP_NAMES.items()}
 _LAYER = re.compile(r"transformer\.resblocks\.([0-9]{1,4})\.(.+?)[._](weight|bias)$")
 
 
-def map_key(name: str) -> list[Target] | Ignored | None:
-    """Where a key of a CompVis or Stability AI single file goes."""
-    if name.startswith(OPENCLIP):
-        return _place_openclip(name[len(OPENCLIP) :])
-    if name == POSITION_IDS:
+def map_key(key: str) -> tuple[str, ...] | Ignored | None:
+    """Map a key to canonical names, see ldm.weights.names.tables."""
+    if key.startswith(OPENCLIP):
+        return _map_openclip_key(key[len(OPENCLIP) :])
+    if key == POSITION_IDS:
         return Ignored("position numbers")
-    if name.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
-        return [Target(name)]
-    if name.startswith(TEXT_WITHOUT_MODEL):  # as some tools that merge checkpoints write it
-        return [Target(TEXT_PREFIX + name[len("cond_stage_model.transformer.") :])]
-    if name in SCHEDULE_BUFFERS:
+    if key.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
+        return (key,)
+    if key.startswith(TEXT_WITHOUT_MODEL):  # written by some tools that merge checkpoints
+        return (TEXT_PREFIX + key[len("cond_stage_model.transformer.") :],)
+    if key in SCHEDULE_BUFFERS:
         return Ignored("noise schedule")
     return None
 
 
-def ema_name(name: str) -> str:
-    """The key of the moving average of a UNet parameter, given its key: LitEma leaves out the dots."""
-    return "model_ema." + name[len("model.") :].replace(".", "")
+def ema_name(key: str) -> str:
+    """Return the key of the moving average of a UNet parameter. CompVis's LitEma drops the dots."""
+    return "model_ema." + key[len("model.") :].replace(".", "")
 
 
-def _place_openclip(name: str) -> list[Target] | Ignored | None:
-    if name in OPENCLIP_NAMES:
-        return [Target(TEXT_PREFIX + OPENCLIP_NAMES[name])]
-    if name in ("text_projection", "logit_scale", "attn_mask"):
+def is_published(key: str) -> bool:
+    """Whether an unused key is part of the published files. Moving averages do not count."""
+    return isinstance(map_key(key), Ignored)
+
+
+def layout(names: Iterable[str], openclip: bool) -> dict[str, Concatenation]:
+    """Return how the arrays of a published single file are made of canonical ones.
+
+    Args:
+        names: All canonical names.
+        openclip: Use OpenCLIP's names for the text encoder, as SD2's files do. Queries, keys and values are one array.
+
+    Returns:
+        Key -> canonical names.
+    """
+    return dict(_openclip_key(name) if openclip else (name, Concatenation((name,))) for name in names)
+
+
+def _map_openclip_key(key: str) -> tuple[str, ...] | Ignored | None:
+    if key in OPENCLIP_NAMES:
+        return (TEXT_PREFIX + OPENCLIP_NAMES[key],)
+    if key in ("text_projection", "logit_scale", "attn_mask"):
         return Ignored("text projection and scale of CLIP")
-    layer = _LAYER.match(name)
+    layer = _LAYER.match(key)
     if layer is None:
         return None
     index, module, kind = layer.groups()
@@ -75,33 +94,25 @@ def _place_openclip(name: str) -> list[Target] | Ignored | None:
     return text_layer(index, module[4:] if module.startswith("mlp.") else module, kind)
 
 
-def is_published(name: str) -> bool:
-    """Whether a key without use here belongs to the published files, other than as a moving average."""
-    return isinstance(map_key(name), Ignored)
-
-
-def layout(names: Iterable[str], openclip: bool) -> dict[str, Concatenation]:
-    """Key of a published single file -> what of the canonical `names` it is made of; `openclip`: the text encoder as in
-    SD2's files, q, k and v in one array.
-    """
-    return dict(_key(name) if openclip else (name, Concatenation((name,))) for name in names)
-
-
-def _key(name: str) -> tuple[str, Concatenation]:
-    fused = fused_text_layer(name)
-    if fused is not None:
-        index, module, kind, parts = fused
+def _openclip_key(name: str) -> tuple[str, Concatenation]:
+    layer = openclip_layer(name)
+    if layer is not None:
+        index, module, kind, names = layer
         module = f"mlp.{module}" if module.startswith("c_") else module
-        joint = "_" if module == "attn.in_proj" else "."
-        return f"{OPENCLIP}transformer.resblocks.{index}.{module}{joint}{kind}", Concatenation(parts)
-    theirs = {ours: theirs for theirs, ours in OPENCLIP_NAMES.items()}
-    tail = name[len(TEXT_PREFIX) :] if name.startswith(TEXT_PREFIX) else None
-    return (OPENCLIP + theirs[tail] if tail in theirs else name), Concatenation((name,))
+        separator = "_" if module == "attn.in_proj" else "."
+        return f"{OPENCLIP}transformer.resblocks.{index}.{module}{separator}{kind}", Concatenation(names)
+    tail = name[len(TEXT_PREFIX) :] if name.startswith(TEXT_PREFIX) else ""
+    return (OPENCLIP + _OPENCLIP_KEY[tail] if tail in _OPENCLIP_KEY else name), Concatenation((name,))
 
 
 def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> dict[str, np.ndarray]:
-    """The noise schedule that published files hold beside the weights, 12 arrays (timesteps,) float32; readers compute
-    it anew. Formulas: Ho et al. 2020, "Denoising diffusion probabilistic models"; betas linear in the square root.
+    """Compute the arrays of the noise schedule that published files hold beside the weights.
+
+    Programs that read the files compute them again. The betas are linear in the square root; the formulas are those of
+    Ho et al. 2020, "Denoising diffusion probabilistic models".
+
+    Returns:
+        Key -> array (timesteps,), float32, for all SCHEDULE_BUFFERS.
     """
     betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
     alphas = np.cumprod(1.0 - betas)

@@ -1,23 +1,23 @@
-"""diffusers' UNet and VAE and transformers' text encoder: their names to and from the canonical ones.
+"""Names of diffusers' UNet and VAE and of transformers' text encoder, as `component/name`.
 
 diffusers numbers levels and layers where the published files number blocks in a row, so the table follows from the
-model's configuration: `channel_mult`, `num_res_blocks`, `attention_resolutions` (ModelConfig.unet), `ch_mult`,
-`num_res_blocks` (ModelConfig.vae). It holds for any size of network.
+configuration of the model: `channel_mult`, `num_res_blocks` and `attention_resolutions` of ModelConfig.unet, `ch_mult`
+and `num_res_blocks` of ModelConfig.vae. It holds for networks of any size.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Target, rename
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, rename
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_MODEL = "text_model."  # transformers 5 leaves it out
+TEXT_MODEL = "text_model."  # transformers 5 omits it
 
 UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -29,12 +29,12 @@ UNET_RESNET = {
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 VAE_ATTENTION_BEFORE_2023 = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-# Of a level or a layer: at most 63, a name with a larger number has no place.
+# Number of a level or a layer, at most 63. A key with a larger number is unknown.
 _NUMBER = r"([0-9]|[1-5][0-9]|6[0-3])"
 
 
 def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
-    """Leading module paths of diffusers' UNet -> the canonical ones without their prefix, for ModelConfig.unet."""
+    """Return the module paths of diffusers' UNet -> canonical ones without prefix, for a ModelConfig.unet."""
     table = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -44,8 +44,8 @@ def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
         "mid_block.attentions.0": "middle_block.1",
     }
 
-    def add_resnet(theirs: str, ours: str) -> None:
-        table.update({f"{theirs}.{a}": f"{ours}.{b}" for a, b in UNET_RESNET.items()})
+    def add_resnet(path: str, canonical: str) -> None:
+        table.update({f"{path}.{a}": f"{canonical}.{b}" for a, b in UNET_RESNET.items()})
 
     add_resnet("mid_block.resnets.0", "middle_block.0")
     add_resnet("mid_block.resnets.1", "middle_block.2")
@@ -74,7 +74,7 @@ def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
 
 
 def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTENTION) -> dict[str, str]:
-    """Leading module paths of diffusers' AutoencoderKL -> the canonical ones without their prefix."""
+    """Return the module paths of diffusers' AutoencoderKL -> canonical ones without prefix, for a ModelConfig.vae."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels, depth = len(vae["ch_mult"]), vae["num_res_blocks"]
     for half, blocks, layers in (("encoder", "down", depth), ("decoder", "up", depth + 1)):
@@ -83,76 +83,63 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
         table[f"{half}.conv_out"] = f"{half}.conv_out"
         table[f"{half}.mid_block.resnets.0"] = f"{half}.mid.block_1"
         table[f"{half}.mid_block.resnets.1"] = f"{half}.mid.block_2"
-        for theirs, ours in attention.items():
-            table[f"{half}.mid_block.attentions.0.{theirs}"] = f"{half}.mid.attn_1.{ours}"
+        for name, canonical in attention.items():
+            table[f"{half}.mid_block.attentions.0.{name}"] = f"{half}.mid.attn_1.{canonical}"
         for level in range(levels):
-            # The decoder's levels are counted from the image here, from the latent there.
-            theirs = f"{half}.{blocks}_blocks.{level if blocks == 'down' else levels - 1 - level}"
-            ours = f"{half}.{blocks}.{level}"
+            # Canonical names count the decoder's levels from the image, diffusers counts them from the latents.
+            path = f"{half}.{blocks}_blocks.{level if blocks == 'down' else levels - 1 - level}"
+            canonical = f"{half}.{blocks}.{level}"
             for layer in range(layers):
-                table[f"{theirs}.resnets.{layer}"] = f"{ours}.block.{layer}"
-                table[f"{theirs}.resnets.{layer}.conv_shortcut"] = f"{ours}.block.{layer}.nin_shortcut"
-            table[f"{theirs}.{blocks}samplers.0.conv"] = f"{ours}.{blocks}sample.conv"
+                table[f"{path}.resnets.{layer}"] = f"{canonical}.block.{layer}"
+                table[f"{path}.resnets.{layer}.conv_shortcut"] = f"{canonical}.block.{layer}.nin_shortcut"
+            table[f"{path}.{blocks}samplers.0.conv"] = f"{canonical}.{blocks}sample.conv"
     return table
 
 
-def key_mapper(names: Iterable[str]) -> Callable[[str], list[Target] | None]:
-    """The function that says where a key of a diffusers folder (`component/name`) goes; `names` are all keys: they tell
-    how many levels and layers the networks have.
+def key_mapper(keys: Iterable[str]) -> Callable[[str], tuple[str, ...] | None]:
+    """Return the map_key function (see ldm.weights.names.tables) for a folder.
+
+    Args:
+        keys: All keys, which tell how many levels and layers the networks have.
     """
-    names = list(names)
+    keys = list(keys)
+    unet, vae = _unet_structure(keys), _vae_structure(keys)
     tables = {
-        "unet": {theirs: UNET_PREFIX + ours for theirs, ours in unet_modules(_unet_structure(names)).items()},
+        "unet": {path: UNET_PREFIX + canonical for path, canonical in unet_modules(unet).items()},
         "vae": {
-            theirs: VAE_PREFIX + ours
+            path: VAE_PREFIX + canonical
             for attention in (VAE_ATTENTION_BEFORE_2023, VAE_ATTENTION)
-            for theirs, ours in vae_modules(_vae_structure(names), attention).items()
+            for path, canonical in vae_modules(vae, attention).items()
         },
     }
 
-    def place(key: str) -> list[Target] | None:
+    def map_key(key: str) -> tuple[str, ...] | None:
         component, _, name = key.partition("/")
         if component in tables:
             canonical = rename(name, tables[component])
-            return None if canonical is None else [Target(canonical)]
+            return None if canonical is None else (canonical,)
         if component != "text_encoder":
             return None
-        return [Target(TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name))]
+        return (TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name),)
 
-    return place
-
-
-def _unet_structure(names: list[str]) -> dict[str, Any]:
-    levels = _count(names, rf"unet/down_blocks\.{_NUMBER}\.")
-    attention = re.compile(rf"unet/down_blocks\.{_NUMBER}\.attentions\.")
-    attends = {int(found[1]) for found in map(attention.match, names) if found}
-    return {
-        "channel_mult": [1] * levels,
-        "num_res_blocks": _count(names, rf"unet/down_blocks\.0\.resnets\.{_NUMBER}\."),
-        "attention_resolutions": [2**level for level in attends],
-    }
-
-
-def _vae_structure(names: list[str]) -> dict[str, Any]:
-    return {
-        "ch_mult": [1] * _count(names, rf"vae/encoder\.down_blocks\.{_NUMBER}\."),
-        "num_res_blocks": _count(names, rf"vae/encoder\.down_blocks\.0\.resnets\.{_NUMBER}\."),
-    }
-
-
-def _count(names: list[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the beginning of a name."""
-    found = re.compile(pattern)
-    return max((int(match[1]) for match in map(found.match, names) if match), default=-1) + 1
+    return map_key
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Concatenation]:
-    """Key of a diffusers folder (`component/name`; names of diffusers 0.42 and transformers 4) -> what of the canonical
-    arrays, given by name and shape, it is made of. Raises UserError for a name that `config` has no place for.
+    """Return how the arrays of a diffusers folder are made of canonical ones.
+
+    The names are those of diffusers 0.42 and transformers 4.
+
+    Args:
+        shapes: Canonical name -> shape.
+        config: Configuration of the model.
+
+    Raises:
+        UserError: A name does not fit the configuration.
     """
     tables = {
-        "unet": (UNET_PREFIX, {ours: theirs for theirs, ours in unet_modules(config.unet).items()}),
-        "vae": (VAE_PREFIX, {ours: theirs for theirs, ours in vae_modules(config.vae).items()}),
+        "unet": (UNET_PREFIX, {canonical: path for path, canonical in unet_modules(config.unet).items()}),
+        "vae": (VAE_PREFIX, {canonical: path for path, canonical in vae_modules(config.vae).items()}),
     }
     made, unknown = {}, []
     for name, shape in shapes.items():
@@ -161,18 +148,41 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
             continue
         component = "unet" if name.startswith(UNET_PREFIX) else "vae"
         prefix, table = tables[component]
-        theirs = rename(name[len(prefix) :], table) if name.startswith(prefix) else None
-        if theirs is None:
+        path = rename(name[len(prefix) :], table) if name.startswith(prefix) else None
+        if path is None:
             unknown.append(name)
         else:
-            made[f"{component}/{theirs}"] = Concatenation(
-                (name,), tuple(shape[:2]) if is_vae_projection(name, shape) else None
-            )
+            linear = tuple(shape[:2]) if is_vae_projection(name, shape) else None
+            made[f"{component}/{path}"] = Concatenation((name,), linear)
     if unknown:
         raise UserError(f"{len(unknown)} names do not fit the configuration {config.path}: {', '.join(unknown[:3])}")
     return made
 
 
 def is_vae_projection(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a canonical array is a 1x1 convolution of the VAE's attention, which diffusers has as a linear layer."""
+    """Whether a canonical array is a 1x1 convolution in the VAE's attention, where diffusers has a linear layer."""
     return ".attn_1." in name and len(shape) == 4
+
+
+def _unet_structure(keys: list[str]) -> dict[str, Any]:
+    levels = _count(keys, rf"unet/down_blocks\.{_NUMBER}\.")
+    attention = re.compile(rf"unet/down_blocks\.{_NUMBER}\.attentions\.")
+    levels_with_attention = {int(match[1]) for match in map(attention.match, keys) if match}
+    return {
+        "channel_mult": [1] * levels,
+        "num_res_blocks": _count(keys, rf"unet/down_blocks\.0\.resnets\.{_NUMBER}\."),
+        "attention_resolutions": [2**level for level in levels_with_attention],
+    }
+
+
+def _vae_structure(keys: list[str]) -> dict[str, Any]:
+    return {
+        "ch_mult": [1] * _count(keys, rf"vae/encoder\.down_blocks\.{_NUMBER}\."),
+        "num_res_blocks": _count(keys, rf"vae/encoder\.down_blocks\.0\.resnets\.{_NUMBER}\."),
+    }
+
+
+def _count(keys: list[str], pattern: str) -> int:
+    """Return one more than the largest number that `pattern` matches at the beginning of a key."""
+    compiled = re.compile(pattern)
+    return max((int(match[1]) for match in map(compiled.match, keys) if match), default=-1) + 1

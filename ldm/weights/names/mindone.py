@@ -1,5 +1,7 @@
-"""mindone's published .ckpt files of SD1.x and SD2.x: MindSpore's gamma and beta, wrapped convolutions, a fused text
-encoder. The names are those of mindone's Stable Diffusion example (2023 to 2025).
+"""Names of mindone's published .ckpt files of SD1.x and SD2.x, as its Stable Diffusion example had them (2023 to 2025).
+
+Norms have MindSpore's gamma and beta, convolutions are wrapped in a cell, and the text encoder has queries, keys and
+values in one array.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, Target, fused_text_layer, text_layer
+from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, openclip_layer, text_layer
 
 TEXT = "cond_stage_model.transformer."
 TEXT_NAMES = {
@@ -16,8 +18,9 @@ TEXT_NAMES = {
     "ln_final.gamma": "final_layer_norm.weight",
     "ln_final.beta": "final_layer_norm.bias",
 }
+_MINDONE_KEY = {name: key for key, name in TEXT_NAMES.items()}
 NORM_KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
-# A residual block's layers, by name there and by their place in a sequence here.
+# Layers of a residual block -> their numbers in the canonical sequences.
 RESIDUAL = {
     "in_layers_norm": "in_layers.0",
     "in_layers_conv": "in_layers.2",
@@ -28,36 +31,41 @@ _LAYER = re.compile(r"transformer_layer\.resblocks\.(\d+)\.(.+)\.(weight|bias|ga
 _RESIDUAL = re.compile(r"\.({})\.".format("|".join(RESIDUAL)))
 
 
-def is_typical(name: str) -> bool:
+def is_typical(key: str) -> bool:
     """Whether only mindone has such a key."""
     return (
-        name.endswith((".gamma", ".beta", ".conv.conv.weight"))
-        or _RESIDUAL.search(name) is not None
-        or name.startswith((f"{TEXT}transformer_layer.", f"{TEXT}embedding_table"))
+        key.endswith((".gamma", ".beta", ".conv.conv.weight"))
+        or _RESIDUAL.search(key) is not None
+        or key.startswith((f"{TEXT}transformer_layer.", f"{TEXT}embedding_table"))
     )
 
 
-def map_key(name: str) -> list[Target] | Ignored | None:
-    """Where a key of a mindone checkpoint goes."""
-    if name.startswith(TEXT):
-        return _place_text(name[len(TEXT) :])
-    module, _, kind = name.rpartition(".")
+def map_key(key: str) -> tuple[str, ...] | Ignored | None:
+    """Map a key to canonical names, see ldm.weights.names.tables."""
+    if key.startswith(TEXT):
+        return _map_text_key(key[len(TEXT) :])
+    module, _, kind = key.rpartition(".")
     if kind not in NORM_KINDS:
         return None
-    if name.startswith("first_stage_model."):
-        return [Target(f"{module}.{NORM_KINDS[kind]}")]
-    if name.startswith("model.diffusion_model."):
-        # Every convolution of the UNet but the attention's projections sits in a cell that calls it `conv`.
+    if key.startswith("first_stage_model."):
+        return (f"{module}.{NORM_KINDS[kind]}",)
+    if key.startswith("model.diffusion_model."):
+        # Every convolution of the UNet, except the projections around attention, is in a cell under the name `conv`.
         module = module[: -len(".conv")] if module.endswith(".conv") else module
-        module = _RESIDUAL.sub(lambda found: f".{RESIDUAL[found.group(1)]}.", f"{module}.")[:-1]
-        return [Target(f"{module}.{NORM_KINDS[kind]}")]
+        module = _RESIDUAL.sub(lambda match: f".{RESIDUAL[match.group(1)]}.", f"{module}.")[:-1]
+        return (f"{module}.{NORM_KINDS[kind]}",)
     return None
 
 
-def _place_text(name: str) -> list[Target] | None:
-    if name in TEXT_NAMES:
-        return [Target(TEXT_PREFIX + TEXT_NAMES[name])]
-    layer = _LAYER.match(name)
+def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Concatenation]:
+    """Return how the arrays of a mindone checkpoint are made of canonical ones, given by name and shape."""
+    return dict(_mindone_key(name, shapes) for name in shapes)
+
+
+def _map_text_key(key: str) -> tuple[str, ...] | None:
+    if key in TEXT_NAMES:
+        return (TEXT_PREFIX + TEXT_NAMES[key],)
+    layer = _LAYER.match(key)
     if layer is None:
         return None
     index, module, kind = layer.groups()
@@ -65,31 +73,22 @@ def _place_text(name: str) -> list[Target] | None:
     return text_layer(index, module, NORM_KINDS[kind])
 
 
-def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Concatenation]:
-    """Mindone's key -> what of the canonical arrays, given by name and shape, it is made of."""
-    return dict(_key(name, shapes) for name in shapes)
-
-
-def _key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Concatenation]:
+def _mindone_key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Concatenation]:
     module, _, kind = name.rpartition(".")
     weight = shapes.get(f"{module}.weight", ())
-    if len(weight) == 1:  # only norms have a weight of one axis
+    if len(weight) == 1:  # only norms have a weight with one axis
         kind = {"weight": "gamma", "bias": "beta"}[kind]
     if name.startswith(TEXT_PREFIX):
-        theirs = {ours: theirs for theirs, ours in TEXT_NAMES.items()}
-        tail = name[len(TEXT_PREFIX) :]
-        fused = fused_text_layer(name)
-        if fused is None:
-            return TEXT + theirs[tail if tail in theirs else f"{tail.rpartition('.')[0]}.{kind}"], Concatenation(
-                (name,)
-            )
-        index, layer, _, parts = fused
-        layer = f"attn.{layer}" if layer.startswith("attn.") else layer
-        return f"{TEXT}transformer_layer.resblocks.{index}.{layer}.{kind}", Concatenation(parts)
+        layer = openclip_layer(name)
+        if layer is None:
+            return TEXT + _MINDONE_KEY[name[len(TEXT_PREFIX) :]], Concatenation((name,))
+        index, layer_module, _, names = layer
+        layer_module = f"attn.{layer_module}" if layer_module.startswith("attn.") else layer_module
+        return f"{TEXT}transformer_layer.resblocks.{index}.{layer_module}.{kind}", Concatenation(names)
     if name.startswith("model.diffusion_model."):
-        for theirs, ours in RESIDUAL.items():
-            if module.endswith(f".{ours}"):
-                module = module[: -len(ours)] + theirs
+        for mindone, canonical in RESIDUAL.items():
+            if module.endswith(f".{canonical}"):
+                module = module[: -len(canonical)] + mindone
         if len(weight) == 4 and not module.endswith((".proj_in", ".proj_out")):
             module += ".conv"
     return f"{module}.{kind}", Concatenation((name,))

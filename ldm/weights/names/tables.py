@@ -1,4 +1,9 @@
-"""What a family's name table answers for one key: places in the canonical names, or why it has none."""
+"""What the name tables share: their result types and the names of text encoder layers.
+
+Every table module has `map_key(key)`, which gives the canonical names of a key of its family, and `layout(...)`, which
+gives the reverse: how each array of the family is made of canonical ones. diffusers has `key_mapper` for the first,
+since its names depend on the number of levels and layers.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +11,33 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# What map_key returns: the canonical names whose arrays are, in equal blocks, the rows of the key's array (one name
+# for almost all keys), why the key is not used, or None for an unknown key.
+# MappedKey = tuple[str, ...] | Ignored | None
+
 
 @dataclass(frozen=True)
-class Target:
-    """A canonical name, taken from one of `parts` equal blocks of the array's rows."""
+class Ignored:
+    """A known key that is not used."""
 
-    name: str
-    part: int = 0
-    parts: int = 1
+    reason: str
 
 
 @dataclass(frozen=True)
 class Concatenation:
-    """An array of another family, made of canonical ones: their rows one after another, then given a shape (None: the
-    one they have).
+    """An array of another family: canonical arrays concatenated along their rows.
+
+    Attributes:
+        names: Canonical names in order.
+        shape: Shape of the array, None for the shape that concatenation gives.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Ignored:
-    """A key that is known and has no use here."""
-
-    reason: str
-
-
-def split_rows(names: tuple[str, ...]) -> list[Target]:
-    """Places for an array whose rows are those of `names`, one after another in equal blocks."""
-    return [Target(name, part, len(names)) for part, name in enumerate(names)]
-
-
 def rename(name: str, table: Mapping[str, str]) -> str | None:
-    """`name` with its longest leading module path that is in `table` replaced; None if none is."""
+    """Replace the longest leading module path of `name` that is in `table`. Returns None if none is."""
     end = len(name)
     while end > 0:
         if name[:end] in table:
@@ -48,7 +46,7 @@ def rename(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-# OpenCLIP's text transformer and what mindone made of it: their layer names -> Hugging Face's.
+# Layer names of OpenCLIP's text transformer, which mindone uses too -> those of Hugging Face.
 TEXT_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -57,29 +55,35 @@ TEXT_LAYER = {
     "attn.out_proj": "self_attn.out_proj",
 }
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
-
-
-def text_layer(index: str, module: str, kind: str) -> list[Target] | None:
-    """Places of `module` ("ln_1", "c_fc", ..., "attn.in_proj") of text layer `index`; kind "weight" or "bias"."""
-    layer = f"{TEXT_PREFIX}encoder.layers.{index}."
-    if module == "attn.in_proj":
-        return split_rows(tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv"))
-    return [Target(f"{layer}{TEXT_LAYER[module]}.{kind}")] if module in TEXT_LAYER else None
-
-
+_OPENCLIP_LAYER = {theirs: ours for ours, theirs in TEXT_LAYER.items()}
+_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _CANONICAL_LAYER = re.compile(re.escape(TEXT_PREFIX) + r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
-_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def fused_text_layer(name: str) -> tuple[str, str, str, tuple[str, ...]] | None:
-    """The reverse of text_layer: (index, module, kind, the canonical names whose rows it holds) of a canonical name;
-    None for one outside of the layers.
+def text_layer(index: str, module: str, kind: str, prefix: str = TEXT_PREFIX) -> tuple[str, ...] | None:
+    """Return the canonical names of a parameter in a layer of an OpenCLIP text transformer.
+
+    Args:
+        index: Number of the layer.
+        module: "attn.in_proj" (q, k and v in one array) or a key of TEXT_LAYER.
+        kind: "weight" or "bias".
+        prefix: What precedes `encoder.layers` in the canonical names.
+    """
+    layer = f"{prefix}encoder.layers.{index}."
+    if module == "attn.in_proj":
+        return tuple(f"{layer}{projection}.{kind}" for projection in _PROJECTIONS)
+    return (f"{layer}{TEXT_LAYER[module]}.{kind}",) if module in TEXT_LAYER else None
+
+
+def openclip_layer(name: str) -> tuple[str, str, str, tuple[str, ...]] | None:
+    """Return (index, module, kind, canonical names in its array) of a canonical name. The reverse of text_layer.
+
+    None for a name outside of the text encoder's layers.
     """
     layer = _CANONICAL_LAYER.match(name)
     if layer is None:
         return None
     index, module, kind = layer.groups()
-    if module in _FUSED:
-        return index, "attn.in_proj", kind, tuple(name.replace(module, part) for part in _FUSED)
-    theirs = {ours: theirs for theirs, ours in TEXT_LAYER.items()}
-    return (index, theirs[module], kind, (name,)) if module in theirs else None
+    if module in _PROJECTIONS:
+        return index, "attn.in_proj", kind, tuple(name.replace(module, projection) for projection in _PROJECTIONS)
+    return (index, _OPENCLIP_LAYER[module], kind, (name,)) if module in _OPENCLIP_LAYER else None
