@@ -1,4 +1,4 @@
-"""tools/benchmark: what is measured of which process, and how the table is made of it. The processes here are fakes."""
+"""tools/benchmark: the measurement of processes, which are fakes here, and the table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
 from tools.benchmark import inputs, run, works
 from tools.benchmark.report import markdown
-from tools.benchmark.run import Side, Worker, WorkerFailed, line_of
+from tools.benchmark.run import Side, Worker, WorkerFailed, summarise
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work
 
 FAKE = """
@@ -92,7 +92,7 @@ class TestMeasuring:
         run.measure(dataclasses.replace(WORK, calls=2), arguments)
         assert log.read_text() == "ab" * 6
 
-    def test_or_run_apart(self, arguments, commands):
+    def test_the_sides_run_one_after_the_other_with_apart(self, arguments, commands):
         log = commands("a", "b")
         arguments.apart = True
         run.measure(WORK, arguments)
@@ -157,7 +157,7 @@ class TestTheTable:
             {"ours": side(1, 2, memory=2), "peer": side(4, 4, memory=1)},
             {"ours": side(3, 100, memory=3), "peer": side(5, 6, memory=2)},
         ]
-        line = line_of(WORK, found)
+        line = summarise(WORK, found)
         assert line["ours"]["seconds"] == 2.5
         assert line["peer"]["seconds"] == 4.5
         assert line["time_ratio"] == pytest.approx(2.5 / 4.5)
@@ -165,18 +165,18 @@ class TestTheTable:
         assert line["memory_ratio"] == pytest.approx(2.5 / 1.5)
         assert line["ours"]["first_seconds"] == 9
 
-    def test_what_is_called_once_is_its_first_call(self):
-        line = line_of(WORK, [{"ours": side(first=3.0), "peer": side(first=6.0)}])
+    def test_a_workload_with_a_single_call_is_measured_by_it(self):
+        line = summarise(WORK, [{"ours": side(first=3.0), "peer": side(first=6.0)}])
         assert line["time_ratio"] == 0.5
         assert "cpu_ratio" not in line
 
     def test_without_a_peer_there_is_no_ratio(self):
-        line = line_of(WORK, [{"ours": side(1)}])
+        line = summarise(WORK, [{"ours": side(1)}])
         assert line["peer"] == {"problem": "not measured"}
         assert "time_ratio" not in line
 
     def test_one_failure_is_not_hidden_by_another_repeat(self):
-        line = line_of(WORK, [{"ours": side(1), "peer": side(1)}, {"ours": "over 20 GB", "peer": side(1)}])
+        line = summarise(WORK, [{"ours": side(1), "peer": side(1)}, {"ours": "over 20 GB", "peer": side(1)}])
         assert line["ours"] == {"problem": "over 20 GB"}
 
     def test_markdown(self):
@@ -185,8 +185,8 @@ class TestTheTable:
             "machine": {"cpu": "a CPU", "cores": [0, 1], "memory_gb": 24, "load": 0.1, "python": "3.11"},
             "settings": {"repeats": 2, "calls": 5, "apart": False},
             "works": [
-                line_of(WORK, [{"ours": side(0.5), "peer": side(20, memory=2)}]),
-                line_of(alone, [{"ours": side(12.3)}]),
+                summarise(WORK, [{"ours": side(0.5), "peer": side(20, memory=2)}]),
+                summarise(alone, [{"ours": side(12.3)}]),
             ],
         }
         text = markdown(result)
@@ -217,11 +217,11 @@ class TestChoosing:
             (["lora_256_b4"], ["lora_256_b4"]),
         ],
     )
-    def test_names(self, argv, expected):
+    def test_workloads_are_chosen_by_name(self, argv, expected):
         assert [work.name for work in run.chosen_works(run.parse(argv))] == expected
 
     def test_an_unknown_name_is_refused(self):
-        with pytest.raises(UserError, match="no work 'textt'.*--list"):
+        with pytest.raises(UserError, match="no workload 'textt'.*--list"):
             run.chosen_works(run.parse(["textt"]))
 
     @pytest.mark.parametrize(
@@ -235,19 +235,19 @@ class TestChoosing:
             ["--memory_limit", "much"],
         ],
     )
-    def test_settings_that_make_no_sense(self, argv):
+    def test_invalid_settings(self, argv):
         with pytest.raises(UserError, match=argv[0]):
             run.parse(argv)
 
-    def test_an_output_that_cannot_be_is_refused_before_the_work(self, tmp_path, monkeypatch):
+    def test_an_unusable_output_is_refused_before_the_work(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run, "measure_all", lambda *arguments: pytest.fail("it began"))
         (tmp_path / "out.md").mkdir()
         with pytest.raises(UserError, match="--output .*out.md is a folder"):
             run.main(["text", "--output", str(tmp_path / "out")])
 
-    def test_no_python_with_diffusers(self, tmp_path, capsys):
+    def test_without_diffusers_only_this_project_is_measured(self, tmp_path, capsys):
         assert run.reference_python(tmp_path / "python") is None
-        assert "this project alone is measured" in capsys.readouterr().err
+        assert "only this project is measured" in capsys.readouterr().err
 
     def test_the_peer_of_a_merged_lora_is_the_base(self, arguments):
         found = run.commands(TABLE["merged_nano"], arguments)
@@ -255,7 +255,7 @@ class TestChoosing:
 
 
 class TestInputs:
-    def test_both_sides_draw_the_same(self):
+    def test_both_sides_draw_the_same_inputs(self):
         work = TABLE["lora_nano"]
         config = load_model_config(work.config)
         first, second = inputs.draw_inputs(config, work), inputs.draw_inputs(config, work)
@@ -276,8 +276,8 @@ class TestInputs:
 
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("kind", ["text", "decode", "epoch", "merged"])
-def test_the_works_run(kind, tiny_config, monkeypatch):
-    """At tiny size; the others are parts of these."""
+def test_the_workloads_run(kind, tiny_config, monkeypatch):
+    """With a tiny model. The other workloads are parts of these."""
     from tools.benchmark import ours
 
     monkeypatch.setattr(works, "STEPS", 2)

@@ -1,26 +1,25 @@
-"""Measure time and memory of loading and converting a full-size base model of random weights.
+"""Measure time and memory of loading and converting a full-size base model with random weights.
 
     python tools/benchmark/load_checkpoint.py
     python tools/benchmark/load_checkpoint.py --model_config configs/v2-inference.yaml --folder /tmp
 
-Needs 15 GB of disk in --folder (for Stable Diffusion 1.x), which it gives back, and 6 GB of memory. Each line is a
-process of its own. "Own memory" is what the system cannot take back (RssAnon), above what the process had before;
-"resident" adds the pages of mapped files (VmRSS), which it can. Both are the largest of samples taken every 5 ms, also
-given as multiples of the weights as the networks hold them, in fp32.
+For Stable Diffusion 1.x, it needs 6 GB of memory and temporarily 15 GB of disk in --folder. Each row is measured in its
+own process. "Own memory" is the growth of RssAnon, which the system cannot reclaim. "Resident" is the growth of VmRSS,
+which includes mapped files and can be reclaimed. Both are the largest of samples taken every 5 ms, also given as
+multiples of the size of the weights in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,7 +28,6 @@ from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
     start_script()
-os.environ.setdefault("GLOG_v", "3")  # MindSpore's own warnings, before its first import
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import temporary_folder  # noqa: E402
@@ -39,14 +37,14 @@ from ldm.settings.command_line import Parser  # noqa: E402
 
 
 def memory() -> dict[str, int]:
-    """RssAnon and VmRSS of this process, bytes."""
+    """Return RssAnon and VmRSS of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines)
     return {name: int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
 
 
 def measured(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds of `work`, by the clock and of processor time, and the largest growth of either kind of memory."""
+    """Return the wall and CPU seconds of `work`, and the largest growth of both kinds of memory."""
     before = memory()
     most, done = dict(before), threading.Event()
 
@@ -68,7 +66,7 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
 
 
 def write_random(config_path: str, target: Path) -> None:
-    """A single file of the model's shapes in fp32, one array at a time, and the model's YAML beside it."""
+    """Write a single file with random fp32 weights of the model, one array at a time, and its YAML beside it."""
     import numpy as np
 
     from ldm.models.stable_diffusion import build_model
@@ -98,7 +96,7 @@ def write_random(config_path: str, target: Path) -> None:
 
 
 def measure_load(config_path: str, source: str) -> dict[str, float]:
-    """What a script does before it draws or trains: networks built, checkpoint loaded into them."""
+    """Measure what both scripts do first: build the networks and load a checkpoint into them."""
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
     from ldm.weights.load import load_base_model
@@ -115,13 +113,14 @@ def measure_load(config_path: str, source: str) -> dict[str, float]:
 
 
 def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
+    """Measure a conversion."""
     from ldm.weights.convert import convert
 
     return measured(lambda: convert(source, target, dtype=dtype))
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
-    """One measurement by a process of its own."""
+    """Run a measurement in its own process."""
     result = subprocess.run([sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{' '.join(arguments)} ended with {result.returncode}: {result.stderr.strip()[-400:]}")
@@ -140,7 +139,7 @@ def main() -> None:
         "--folder",
         type=user_path,
         default=Path(tempfile.gettempdir()),
-        help="where the files are put meanwhile (default: the system's)",
+        help="for temporary files (default: the system's)",
     )
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -151,7 +150,7 @@ def main() -> None:
 
     check_file(args.model_config, "--model_config")
     if not is_folder(args.folder, "--folder"):
-        raise UserError(f"--folder {args.folder} is no folder: give one with 15 GB of free disk")
+        raise UserError(f"--folder {args.folder} is not a folder: give one with 15 GB of free disk")
     with temporary_folder(args.folder / "load_checkpoint") as temporary:
         base, mindone, folder, half = (
             temporary / name for name in ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")

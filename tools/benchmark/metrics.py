@@ -1,13 +1,13 @@
-"""Images a second of the FID's features: this project, pytorch-fid and torchmetrics, on the same CPU in one run.
+"""Measure images per second of the FID's features: this project, pytorch-fid and torchmetrics on the same CPU.
 
     python -m venv /somewhere && /somewhere/bin/pip install torch torchvision pytorch-fid 'torchmetrics[image]'
     python tools/benchmark/metrics.py --reference_python /somewhere/bin/python
 
-Each works in a process of its own on the same PNG files, from the file to the 2,048 features, with random weights (they
-cost the same). Images are laid out as torchvision's transforms and PyTorch's loader do it; as channels_last, which
-their users may choose, both references were 1.3 to 1.4 times as fast when this was written. The three take turns, so
-that a noisy machine is noisy for all, and their processors' seconds are counted as well, which other programs change
-less. A first round, in which graphs are compiled, is not counted. Cores: those that the process may use (taskset).
+Each runs in its own process on the same PNG files, from the file to the 2,048 features, with random weights, which cost
+the same. Images have the memory layout of torchvision's transforms and PyTorch's loader. With channels_last, which
+users may choose, both references were 1.3 to 1.4 times as fast when this was written. The three take turns, so that
+other programs on the machine slow all of them. CPU seconds are measured too, which other programs affect less. The
+first round, which compiles graphs, is not counted. taskset chooses the cores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,7 @@ NAMES = ("this project", "pytorch-fid", "torchmetrics")
 
 
 def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
+    """Return a round of this project."""
     from ldm.runtime.device import setup_runtime
 
     setup_runtime("CPU")
@@ -59,13 +60,14 @@ def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
 
 def import_pytorch_fid():
+    """Import pytorch-fid with random Inception weights."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        # Built for CUDA, it misses two operators beside a torch without it; no network here uses them.
+        # A torchvision built for CUDA lacks two operators beside a CPU build of torch. No network here uses them.
         import_pytorch_fid.library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             import_pytorch_fid.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -77,6 +79,7 @@ def import_pytorch_fid():
 
 
 def pytorch_fid(paths: list[Path], batch_size: int) -> Callable[[], None]:
+    """Return a round of pytorch-fid."""
     _, fid_score, inception, _ = import_pytorch_fid()
     network = inception.InceptionV3()
 
@@ -87,6 +90,7 @@ def pytorch_fid(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
 
 def torchmetrics(paths: list[Path], batch_size: int) -> Callable[[], None]:
+    """Return a round of torchmetrics."""
     torch, _, _, state = import_pytorch_fid()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -98,14 +102,14 @@ def torchmetrics(paths: list[Path], batch_size: int) -> Callable[[], None]:
         metric.reset()
         for start in range(0, len(paths), batch_size):
             batch = [np.asarray(Image.open(path).convert("RGB")) for path in paths[start : start + batch_size]]
-            # As torchvision's transforms and PyTorch's loader lay a batch out.
+            # The memory layout of torchvision's transforms and PyTorch's loader.
             metric.update(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous(), real=True)
 
     return work
 
 
 def serve(name: str, folder: Path, batch_size: int) -> None:
-    """Answer every line of input with the seconds and processors' seconds of one round, and the peak memory so far."""
+    """Answer every line of input with the seconds and CPU seconds of a round, and the peak memory so far."""
     paths = sorted(folder.glob("*.png"))
     work = dict(zip(NAMES, (this_project, pytorch_fid, torchmetrics)))[name](paths, batch_size)
     for _ in sys.stdin:
@@ -120,7 +124,7 @@ def serve(name: str, folder: Path, batch_size: int) -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process and of the workers that it has ended."""
+    """Return the CPU seconds of this process and of its finished children."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -131,11 +135,13 @@ def main() -> None:
         "--reference_python", type=expanded, help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity"
     )
     parser.add_argument(
-        "--images", type=whole_number(1, 100_000), default=64, help="images a round; default %(default)s"
+        "--images", type=whole_number(1, 100_000), default=64, help="images per round; default %(default)s"
     )
-    parser.add_argument("--size", type=whole_number(1, 8192), default=256, help="pixels a side; default %(default)s")
+    parser.add_argument(
+        "--size", type=whole_number(1, 8192), default=256, help="width and height in pixels; default %(default)s"
+    )
     parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32, help="default %(default)s")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, help="rounds that count; default %(default)s")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="counted rounds; default %(default)s")
     parser.add_argument("--serve", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=user_path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,13 +1,16 @@
-"""This project's side of a work: python -m tools.benchmark.ours NAME (started by run.py)."""
+"""This project's side of a workload, started by run.py.
+
+python -m tools.benchmark.ours NAME --threads 2
+"""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable
 
 from tools.benchmark.turns import Turns
 
@@ -45,7 +48,7 @@ from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 
 
 class UNetAlone(nn.Cell):
-    """The UNet under its full names, which LoRA goes by."""
+    """The UNet with its full parameter names, which LoRA targets use."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,7 +63,7 @@ def frozen(net: nn.Cell) -> nn.Cell:
 
 
 def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
-    """The step that train_text_to_image.py would build for this work."""
+    """Build the step of train_text_to_image.py for this workload."""
     if full:
         trainable = list(unet.get_parameters())
     else:
@@ -97,7 +100,7 @@ def first_step(work: Work, config: ModelConfig) -> Callable:
 
 
 def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable:
-    """The first call fills the cache of another process, or is taken from it."""
+    """The first step, whose graph is written to a cache or read from it."""
     call, waits = lora(work, config), [True]
 
     def cached() -> None:
@@ -108,19 +111,17 @@ def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """All that an epoch takes once the weights are there: reading and encoding the images and texts, compiling, one
-    step an image.
-    """
+    """An epoch without loading weights: reading and encoding images and captions, compiling, and all steps."""
     model, size = build_model(config), work.size * config.vae_factor
 
     def run() -> None:
         folder = Path(tempfile.mkdtemp())
         write_images(folder / "data", size)
-        settings = TrainSettings(output_path=str(folder / "output"), train_batch_size=work.batch)
+        settings = TrainSettings(output_path=str(folder / "output"), train_batch_size=work.batch, image_size=size)
         rows = read_image_text_csv(folder / "data").rows
         order = BatchOrder(len(rows), work.batch, works.SEED)
         step = train_step(config, model.model.diffusion_model, full=False)
-        inputs = Inputs(settings, config, model, rows, order, image_size=size, tokens_only=False)
+        inputs = Inputs(settings, model, rows, order)
         for i in range(order.steps_per_epoch):
             step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1))
         shutil.rmtree(folder)
@@ -129,7 +130,7 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
 
 
 def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
-    """Prompts to images: text encoding, sampling, decoding."""
+    """Generation from prompts: text encoding, sampling, decoding."""
     model, size = build_model(config), work.size * config.vae_factor
     if merged:
         source = build_model(config)
@@ -176,8 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--kind", help="instead of the work's own")
-    parser.add_argument("--graphs", type=Path, help="the folder of first_step_cached")
+    parser.add_argument("--kind", help="instead of the workload's")
+    parser.add_argument("--graphs", type=Path, help="the cache folder of first_step_cached")
     args = parser.parse_args()
     setup_runtime("CPU", seed=works.SEED)
     work = {**TABLE, **MEMORY_TABLE}[args.work]

@@ -1,8 +1,9 @@
-"""diffusers' side of a work: python -m tools.benchmark.reference NAME (started by run.py in the environment that has
-torch, diffusers and transformers; MindSpore is not needed there).
+"""diffusers' side of a workload, started by run.py in an environment with torch, diffusers and transformers.
 
-Texts are tokens already: to split words takes no time worth measuring. LoRA is PEFT's arithmetic without its wrappers:
-x W^T + b + (x A^T) B^T * scale.
+    python -m tools.benchmark.reference NAME --threads 2
+
+Prompts are given as tokens, because tokenizing takes no time worth measuring. LoRA is PEFT's arithmetic without its
+wrappers: x W^T + b + (x A^T) B^T * scale.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import argparse
 import csv
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from tools.benchmark.turns import Turns
 
@@ -36,6 +37,8 @@ LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class LoRALinear(nn.Module):
+    """A linear layer with a LoRA."""
+
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base
@@ -48,12 +51,13 @@ class LoRALinear(nn.Module):
 
 
 def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
-    found = [
+    """Replace the attention projections by LoRA layers, and return their parameters."""
+    names = [
         name
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear) and name.endswith(LORA_LAYERS) and "transformer_blocks" in name
     ]
-    for name in found:
+    for name in names:
         parent, _, last = name.rpartition(".")
         layer = LoRALinear(unet.get_submodule(name), works.RANK)
         setattr(unet.get_submodule(parent), last, layer)
@@ -77,7 +81,7 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 class TrainStep:
-    """A step of diffusers' train_text_to_image(_lora).py: noise, prediction, loss, clipping, AdamW."""
+    """The step of diffusers' train_text_to_image(_lora).py: noise, prediction, loss, clipping, AdamW."""
 
     def __init__(self, config: ModelConfig, full: bool):
         self.unet = reference_unet(config).requires_grad_(full)
@@ -121,7 +125,7 @@ def full(work: Work, config: ModelConfig) -> Callable:
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """train_text_to_image_lora.py's loop: every step encodes its image and its text."""
+    """The loop of train_text_to_image_lora.py, where every step encodes its images and captions."""
     vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
     step, size = TrainStep(config, full=False), work.size * config.vae_factor
 
@@ -140,15 +144,15 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
             pixels = torch.stack([image(folder / "data" / rows[i]["dir"]) for i in batch])
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
-                states = encoder(tokens[batch], return_dict=False)[0]
-            step(latents, torch.randn_like(latents), torch.randint(0, config.timesteps, (len(batch),)), states)
+                text_embeddings = encoder(tokens[batch], return_dict=False)[0]
+            step(latents, torch.randn_like(latents), torch.randint(0, config.timesteps, (len(batch),)), text_embeddings)
         shutil.rmtree(folder)
 
     return run
 
 
 def generate(work: Work, config: ModelConfig) -> Callable:
-    from diffusers import StableDiffusionPipeline  # it imports much that the other works do without
+    from diffusers import StableDiffusionPipeline  # imports much that the other workloads do not need
 
     encoder, size = frozen(reference_text_encoder(config)), work.size * config.vae_factor
     pipeline = StableDiffusionPipeline(
@@ -162,15 +166,15 @@ def generate(work: Work, config: ModelConfig) -> Callable:
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    # The empty text once, as ours: diffusers itself would encode it for every prompt.
+    # The empty prompt is encoded once, as in this project. diffusers itself encodes it for every prompt.
     tokens = torch.from_numpy(draw_tokens(work.batch + 1)).long()
 
     @torch.no_grad()
     def run() -> None:
-        states = encoder(tokens, return_dict=False)[0]
+        text_embeddings = encoder(tokens, return_dict=False)[0]
         pipeline(
-            prompt_embeds=states[:-1],
-            negative_prompt_embeds=states[-1:].repeat(work.batch, 1, 1),
+            prompt_embeds=text_embeddings[:-1],
+            negative_prompt_embeds=text_embeddings[-1:].repeat(work.batch, 1, 1),
             height=size,
             width=size,
             num_inference_steps=works.STEPS,

@@ -21,25 +21,26 @@ COLUMNS = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """What it was measured on, and the table."""
+    """Return a paragraph about the machine and the method, and the table."""
     machine, settings = result["machine"], result["settings"]
     versions: dict[str, str] = {}
     for line in result["works"]:
         for side in ("ours", "peer"):
             versions.update(line[side].get("versions", {}))
-    order = "one process after the other" if settings["apart"] else "the two processes in turns, one of them stopped"
+    order = "one process after the other" if settings["apart"] else "the two processes in turns, the other one stopped"
     head = (
-        f"{machine['cpu']}, {len(machine['cores'])} cores and threads, {machine['memory_gb']} GB; load before it "
+        f"{machine['cpu']}, {len(machine['cores'])} cores and threads, {machine['memory_gb']} GB; load before the run "
         f"{machine['load']:.1f}. Python {machine['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}; fp32. Medians of "
-        f"{settings['repeats']} x {settings['calls']} calls after the first, of short ones more, {order}. Memory: "
-        "largest resident size of the process."
+        f"{settings['repeats']} x {settings['calls']} calls after the first, more for short workloads, {order}. "
+        "Memory is the largest resident size of the process."
     )
     table = [COLUMNS, ("---",) * len(COLUMNS), *map(row, result["works"])]
     return head + "\n\n" + "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
 
 def row(line: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a workload's row."""
     ours, peer = line["ours"], line["peer"]
     return (
         line["title"],

@@ -1,13 +1,13 @@
-"""Measure this project against diffusers on this machine: time, memory and compilation of each work, side by side.
+"""Measure time and memory of this project and of diffusers on this machine.
 
-    python tools/benchmark/run.py                        # every line of the table
+    python tools/benchmark/run.py                        # all workloads of the table
     python tools/benchmark/run.py unet_256 lora_nano     # some of them
     python tools/benchmark/run.py --list
     python tools/benchmark/run.py --memory_table         # LoRA and full fine-tuning at several sizes and batches
 
-Both sides run the same shapes with random weights, each in a process of its own, one call of one side after one of the
-other, while the other process is stopped; of these calls the medians are compared. The first call, which compiles, is
-not among them. Memory is a process's largest resident size (VmHWM). Results go to OUTPUT.json and OUTPUT.md.
+Both sides run the same shapes with random weights, each in its own process. They take turns: one call each, while the
+other process is stopped. The table compares the medians, without the first call, which compiles. Memory is a process's
+largest resident size (VmHWM). Results are written to OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -54,16 +54,16 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class OverLimit(Exception):
-    """A worker took more memory than it may."""
+    """A worker exceeded the memory limit."""
 
 
 class WorkerFailed(Exception):
-    """A worker ended by itself; the message is the last line that it wrote."""
+    """A worker ended unexpectedly. The message is the last line that it wrote."""
 
 
 @dataclass
 class Side:
-    """What one process showed: seconds of its calls after the first, of the first, and its largest memory."""
+    """The measurements of a process: seconds of its first call and of the others, and its peak memory."""
 
     first: float
     seconds: list[float]
@@ -74,7 +74,7 @@ class Side:
 
 
 class Worker:
-    """A process that does one call at a time, and is stopped in between."""
+    """A process that performs a call on request, and is stopped in between."""
 
     def __init__(self, command: list[str], cores: set[int], limit_gb: float):
         self.log = tempfile.TemporaryFile("w+")
@@ -130,15 +130,15 @@ class Worker:
         if self.over_limit:
             raise OverLimit
         self.log.seek(0)
-        said = [text for text in self.log.read().splitlines() if text.strip()]
-        raise WorkerFailed(said[-1] if said else f"exit code {self.process.returncode}")
+        lines = [line for line in self.log.read().splitlines() if line.strip()]
+        raise WorkerFailed(lines[-1] if lines else f"exit code {self.process.returncode}")
 
     def _signal(self, number: int) -> None:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
 
     def _status(self, key: str) -> float:
-        """GB, of /proc/PID/status."""
+        """Return a value of /proc/PID/status in GB."""
         with open(f"/proc/{self.process.pid}/status") as status:
             return next((int(line.split()[1]) / 2**20 for line in status if line.startswith(key)), 0.0)
 
@@ -155,11 +155,12 @@ class Worker:
 
 
 def environment(cores: set[int]) -> dict[str, str]:
+    """Return this process's environment with as many threads as cores."""
     return {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
 
 
 def confine(cores: set[int]) -> Callable[[], None]:
-    """What a child does before it starts: keep to the cores, and end with this process, even where it is stopped."""
+    """Return a `preexec_fn` that restricts a process to `cores` and ends it with this process, even while stopped."""
 
     def prepare() -> None:
         os.sched_setaffinity(0, cores)
@@ -169,7 +170,7 @@ def confine(cores: set[int]) -> Callable[[], None]:
 
 
 def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Side -> the command of its worker."""
+    """Return {side: the command of its worker}."""
     rest = [work.name, "--threads", str(len(args.cores))]
     ours = [sys.executable, "-m", "tools.benchmark.ours", *rest]
     if work.peer == "ours":
@@ -180,14 +181,14 @@ def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
-    """Side -> what was measured, or why it was not."""
+    """Return {side: its measurements, or why it has none}."""
     if work.kind == "script":
         return {"ours": measure_script(args)}
     if work.kind == "first_step_cached":
         return {"ours": measure_cached(work, args)}
     calls = 1 if work.kind in ("epoch", "first_step") else args.calls + work.calls + 1
     sides = commands(work, args)
-    found: dict[str, Side | str] = {}
+    measured: dict[str, Side | str] = {}
     groups = [[name] for name in sides] if args.apart else [list(sides)]
     for group in groups:
         workers: dict[str, Worker] = {}
@@ -196,19 +197,19 @@ def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
                 try:
                     workers[name] = Worker(sides[name], args.cores, args.memory_limit)
                 except (OverLimit, WorkerFailed) as error:
-                    found[name] = reason(error, args)
+                    measured[name] = reason(error, args)
             for _ in range(calls):
                 for name, worker in list(workers.items()):
                     try:
                         worker.call()
                     except (OverLimit, WorkerFailed) as error:
-                        found[name] = reason(error, args)
+                        measured[name] = reason(error, args)
                         del workers[name]
-            found.update({name: worker.end() for name, worker in workers.items()})
+            measured.update({name: worker.end() for name, worker in workers.items()})
         finally:
             for worker in workers.values():
                 worker.kill()
-    return found
+    return measured
 
 
 def reason(error: Exception, args: argparse.Namespace) -> str:
@@ -216,7 +217,7 @@ def reason(error: Exception, args: argparse.Namespace) -> str:
 
 
 def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
-    """The first call of a second process; the first process has filled the cache."""
+    """Measure the first call of a second process, after a first process has filled the cache."""
     with temporary_folder(SCRATCH) as folder:
         for _ in range(2):
             worker = None
@@ -233,7 +234,7 @@ def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
 
 
 def measure_script(args: argparse.Namespace) -> Side | str:
-    """text_to_image.py as a user starts it, from the start of the process to its end; the PNG is written last."""
+    """Measure text_to_image.py from the start of the process to its end. The PNG is written last."""
     command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
     seconds, cpu_seconds, peak = [], [], 0.0
     for _ in range(args.calls + 1):
@@ -256,8 +257,8 @@ def measure_script(args: argparse.Namespace) -> Side | str:
     return Side(seconds[0], seconds[1:], cpu_seconds[1:], peak, 0.0)
 
 
-def line_of(work: Work, found: list[dict[str, Side | str]]) -> dict:
-    """One work's medians and ratios, over all repeats, for the JSON and the table."""
+def summarise(work: Work, repeats: list[dict[str, Side | str]]) -> dict:
+    """Return the medians and ratios of a workload over all repeats, for the JSON and the table."""
     line: dict = {
         "name": work.name,
         "title": work.title,
@@ -266,12 +267,12 @@ def line_of(work: Work, found: list[dict[str, Side | str]]) -> dict:
         "peer_is": work.peer,
     }
     for name in ("ours", "peer"):
-        sides = [sides[name] for sides in found if name in sides]
+        sides = [measured[name] for measured in repeats if name in measured]
         failed = [side for side in sides if isinstance(side, str)]
         if failed or not sides:
             line[name] = {"problem": failed[0] if failed else "none" if work.peer == "none" else "not measured"}
             continue
-        once = not sides[0].seconds  # an epoch, a first step
+        once = not sides[0].seconds  # an epoch or a first step has a single call
         line[name] = {
             "seconds": statistics.median(s for side in sides for s in ([side.first] if once else side.seconds)),
             "first_seconds": statistics.median(side.first for side in sides),
@@ -305,13 +306,13 @@ def machine(args: argparse.Namespace) -> dict:
 
 
 def reference_python(path: Path) -> str | None:
-    """The interpreter, if it has what diffusers' side needs; None, and a word about it, if not."""
+    """Return the interpreter if it has the packages of diffusers' side. Otherwise print a hint and return None."""
     if is_file(path, "--reference_python"):
         command = [str(path), "-c", "import torch, diffusers, transformers"]
         if subprocess.run(command, capture_output=True).returncode == 0:
             return str(path)
     print(
-        f"{path} has no torch, diffusers and transformers: this project alone is measured (`make test-parity` makes "
+        f"{path} has no torch, diffusers and transformers: only this project is measured (`make test-parity` creates "
         ".venv-parity, or give --reference_python)",
         file=sys.stderr,
     )
@@ -322,56 +323,58 @@ def chosen_works(args: argparse.Namespace) -> list[Work]:
     known = {**TABLE, **MEMORY_TABLE}
     for name in args.works:
         if name not in known:
-            raise UserError(f"there is no work '{plain(name)}': --list names them")
+            raise UserError(f"there is no workload '{plain(name)}': --list names them")
     return [known[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("works", nargs="*", help="names of --list; none for the whole table")
-    parser.add_argument("--list", action="store_true", help="name the works and end")
-    parser.add_argument("--memory_table", action="store_true", help="the works of the memory table")
-    parser.add_argument("--repeats", type=whole_number(1), default=2, help="pairs of processes a work (default 2)")
+    parser.add_argument("works", nargs="*", help="names of workloads (see --list); default: the whole table")
+    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
+    parser.add_argument("--memory_table", action="store_true", help="run the workloads of the memory table")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=2, help="pairs of processes per workload (default 2)"
+    )
     parser.add_argument(
         "--calls",
         type=whole_number(1),
         default=5,
-        help="calls a process after the first, of short works more (default 5)",
+        help="calls per process after the first, more for short workloads (default 5)",
     )
     parser.add_argument(
         "--cores",
         default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        help="numbers of the cores to run on, with as many threads (default: all, %(default)s)",
+        help="the cores to run on, with as many threads (default: all, %(default)s)",
     )
     parser.add_argument(
         "--apart",
         action="store_true",
-        help="one process after the other, not in turns: where memory does not hold both",
+        help="run one process after the other instead of in turns, if memory does not hold both",
     )
     parser.add_argument(
-        "--memory_limit", type=number(0.1), default=20.0, help="end a process above so many GB (default 20)"
+        "--memory_limit", type=number(0.1), default=20.0, help="end a process that exceeds this many GB (default 20)"
     )
     parser.add_argument(
         "--reference_python",
         type=user_path,
         default=ROOT / ".venv-parity" / "bin" / "python",
-        help="the Python that has diffusers (default .venv-parity's)",
+        help="a Python with diffusers (default: that of .venv-parity)",
     )
     parser.add_argument(
         "--output",
         type=user_path,
         default=ROOT / "output" / "benchmark",
-        help="results go to OUTPUT.json and OUTPUT.md (default output/benchmark)",
+        help="path of the results without suffix (default output/benchmark)",
     )
     args = parser.parse_args(argv)
     try:
         args.cores = {int(core) for core in args.cores.split(",")}
     except ValueError:
-        parser.error(f"--cores wants numbers such as 0,1, not {args.cores}")
+        parser.error(f"--cores {args.cores}: give numbers such as 0,1")
     if not args.output.name:
-        parser.error(f"--output {args.output} is a folder: give a name in it")
+        parser.error(f"--output {args.output} is a folder: give the name of a file in it")
     if not args.cores <= os.sched_getaffinity(0):
-        parser.error(f"--cores {sorted(args.cores)}: this process may use {sorted(os.sched_getaffinity(0))}")
+        parser.error(f"--cores {sorted(args.cores)}: give some of {sorted(os.sched_getaffinity(0))}")
     return args
 
 
@@ -388,20 +391,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, table: Path) -> None:
-    """Measure the works one after another, and write what there is after each."""
+    """Measure the workloads in turn, and write the results after each."""
     args.reference_python = reference_python(args.reference_python)
     result = {
         "machine": machine(args),
         "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
         "works": [],
     }
-    describe_progress(lambda: f"after {len(result['works'])} of {len(works)} works, which are in {table}")
-    with tqdm(works, unit="work") as bar:
+    describe_progress(lambda: f"after {len(result['works'])} of {len(works)} workloads, whose results are in {table}")
+    with tqdm(works, unit="workload") as bar:
         for work in bar:
             bar.set_postfix_str(work.name)
-            found = [measure(work, args) for _ in range(args.repeats)]
-            result["works"].append(line_of(work, found))
-            # After every work: a run that is broken off keeps what it has.
+            result["works"].append(summarise(work, [measure(work, args) for _ in range(args.repeats)]))
             with atomic_path(numbers) as path:
                 path.write_text(json_text(result, indent=1) + "\n", encoding="utf-8")
             with atomic_path(table) as path:

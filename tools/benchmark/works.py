@@ -1,4 +1,4 @@
-"""What is measured: the shapes that both sides run, and what must be reached."""
+"""The workloads of the benchmark: the shapes that both sides run, and the targets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ PUBLISHED_SIZES, PUBLISHED_BATCHES = (64, 32, 16), (1, 2, 4, 8, 16, 32)  # 512, 
 
 @dataclass(frozen=True)
 class Work:
-    """One line of the table.
+    """A workload, which is a row of the table.
 
-    kind: what a worker does (see `ours.py` and `reference.py`). size: height and width of the latents. time, memory:
-    (must, aim) as a ratio to the peer, or in seconds where `peer` is "none". peer: what it is compared with: diffusers
-    ("reference"), this project's other way ("ours"), or nothing. calls: as many more than run.py's --calls, for work of
-    less than a second, of which MindSpore's first five calls are slower: its kernels try numbers of threads.
+    Attributes:
+        name: for the command line.
+        title: for the table.
+        kind: what a worker does (KINDS in `ours.py` and `reference.py`).
+        config: the model's YAML.
+        batch: batch size.
+        size: height and width of the latents.
+        time: (required, goal) as a ratio to the peer, or in seconds without a peer.
+        memory: (required, goal) as a ratio to the peer.
+        peer: what this project is compared with: diffusers ("reference"), another way of this project ("ours"), "none".
+        calls: in addition to run.py's --calls. For workloads below a second, because MindSpore's kernels try numbers
+            of threads during the first five calls.
     """
 
     name: str
