@@ -14,7 +14,7 @@ from ldm.files.paths import writing
 from ldm.lora.formats import mindone
 from ldm.lora.inject import get_lora
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.settings.model import ModelConfig
+from ldm.settings.train import TrainSettings
 from ldm.training.own_files import Numbered, OwnFiles
 from ldm.training.step import TrainStep
 from ldm.training.training_state import TrainingState, check_finite, save_state
@@ -34,48 +34,39 @@ class Checkpoints:
     `lora.ckpt` and `model.ckpt` always name the newest.
 
     Args:
-        folder: Folder to save in.
+        settings: Settings of the run.
         model: The model that is trained.
-        config: Its configuration.
         step: The training step, which holds the moving averages.
-        use_lora: Whether LoRA is trained, not the whole UNet.
-        trains_base: Whether the weights of the base model are trained together with the LoRA.
-        keep: Number of checkpoints to keep.
-        resumed_here: Whether the run resumes one in this folder, whose files are then its own.
-        start: Number of steps that the run starts from.
+        trains_base: Whether the base model is trained together with the LoRA, and so saved as well.
+        resumed_here: Whether the run resumes one in the same folder, whose files are then its own.
+        start: Number of steps that are done before this run.
     """
 
     def __init__(
         self,
-        folder: Path,
+        settings: TrainSettings,
         model: StableDiffusion,
-        config: ModelConfig,
         step: TrainStep,
         *,
-        use_lora: bool,
         trains_base: bool,
-        keep: int,
         resumed_here: bool,
         start: int,
     ):
-        self.folder, self.model, self.config, self.step, self.keep = folder, model, config, step, keep
+        self.folder, self.model, self.step = Path(settings.output_path) / "ckpt", model, step
+        self.keep = settings.ckpt_max_keep
         self.writers: dict[str, Callable[[Path, int], None]] = {}
-        if use_lora:
+        if settings.use_lora:
             self.writers["lora"] = self._write_lora
-        if not use_lora or trains_base:
+        if not settings.use_lora or trains_base:
             self.writers["model"] = self._write_model
-        self.newest = folder / ("lora.ckpt" if use_lora else "model.ckpt")
-        self._own_files = OwnFiles(folder, resumed_here)
+        self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
+        self._own_files = OwnFiles(self.folder, resumed_here)
         self._start: int | None = start  # None after the first save
 
     def save(self, state: TrainingState) -> Path:
         """Write the weights, then the training state, so that every state on disk has its weights beside it.
 
-        Returns:
-            The path of the training state.
-
-        Raises:
-            UserError: The weights are not finite, or a file cannot be written.
+        Returns the path of the training state. Raises UserError if a value is not finite or a file cannot be written.
         """
         check_finite(state.arrays, f"nothing is saved at step {state.step}: the trained state")
         if self._start is not None:
@@ -95,7 +86,7 @@ class Checkpoints:
 
     def _write_lora(self, path: Path, step: int) -> None:
         """Write the LoRA, with its moving averages if there are any."""
-        mindone.write(path, get_lora(self.model, self.config, self.step.averages()))
+        mindone.write(path, get_lora(self.model, self.model.config, self.step.averages()))
 
     def _write_model(self, path: Path, step: int) -> None:
         """Write the whole model without LoRA, with the moving averages if there are any.
@@ -105,11 +96,12 @@ class Checkpoints:
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
         arrays.update(self.step.averages())
         arrays = {name: array for name, array in arrays.items() if "lora_" not in name}
+        config = self.model.config
         metadata = {
-            "architecture": self.config.architecture,
-            "prediction_type": self.config.prediction_type,
+            "architecture": config.architecture,
+            "prediction_type": config.prediction_type,
             "step": str(step),
-            **tokens_metadata(self.config.added_tokens),
+            **tokens_metadata(config.added_tokens),
         }
         write_checkpoint(path, arrays, metadata)
 

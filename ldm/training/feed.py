@@ -34,13 +34,9 @@ def check_sink(settings: TrainSettings, runtime: Runtime) -> None:
 
 
 def make_feed(inputs: Inputs, start: int, end: int, sink: bool) -> Feed:
-    """Return a function that returns the next micro-batch.
+    """Return a function that returns the next of the micro-batches from `start` to before `end`.
 
-    Args:
-        inputs: Inputs of the run.
-        start: Number of the first micro-batch.
-        end: Number after the last one.
-        sink: Whether to use Ascend's data queue, which is filled while the device computes.
+    With `sink`, they go through Ascend's data queue, which is filled while the device computes.
     """
     if not sink:
         numbers = iter(range(start, end))

@@ -50,13 +50,7 @@ def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
 
     The block must compile and run the same graphs in the same order every time. Graphs with other keys are removed, and
     so are these if the block fails. If the folder cannot be written, a warning says so and nothing is kept.
-
-    Args:
-        folder: Folder of the cached graphs.
-        key: Result of graph_key.
-
-    Yields:
-        Whether the graphs are read.
+    Yields whether the graphs are read.
     """
     final = folder / key
     found = _is_intact(final)

@@ -19,9 +19,9 @@ from ldm.data.draws import augmentation_draws, micro_batch_draws
 from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
+from ldm.training.checks import image_size
 from ldm.training.status import Status
 
 logger = logging.getLogger(__name__)
@@ -61,33 +61,26 @@ class Inputs:
 
     Args:
         settings: Settings of the run.
-        config: Configuration of the model.
         model: The model, whose VAE and text encoder are used.
         rows: Images and captions.
         order: Which rows each micro-batch has.
-        image_size: Width and height of the images in pixels.
-        tokens_only: Whether to give tokens in place of text embeddings, because the step trains the text encoder.
         status: Is told how many images are encoded.
     """
 
     def __init__(
         self,
         settings: TrainSettings,
-        config: ModelConfig,
         model: StableDiffusion,
         rows: Sequence[Row],
         order: BatchOrder,
-        *,
-        image_size: int,
-        tokens_only: bool,
         status: Status | None = None,
     ):
-        self.settings, self.config, self.rows, self.order = settings, config, rows, order
-        self.image_size, self.tokens_only, self.status = image_size, tokens_only, status
+        self.settings, self.config, self.rows, self.order = settings, model.config, rows, order
+        self.image_size, self.status = image_size(settings, model.config), status
         self.vae_encoder = VAEEncode(model.first_stage_model)
         self.text_encoder = model.cond_stage_model
         self.pool = ThreadPoolExecutor(settings.num_workers)
-        tokenizer = Tokenizer(config.pad_token, config.added_tokens)
+        tokenizer = Tokenizer(self.config.pad_token, self.config.added_tokens)
         self.tokens = tokenizer.encode([row.caption for row in rows])
         cut = tokenizer.cut_off(row.caption for row in rows)
         if cut:
@@ -103,7 +96,7 @@ class Inputs:
                 logger.info("random_crop or random_flip: latents are computed at every step, not cached")
             else:
                 self.moments = self._cached_moments(cache)
-        if settings.cache_text and not tokens_only:
+        if settings.cache_text and not settings.lora_ft_text_encoder:
             self.text_embeddings = self._cached_text_embeddings(cache)
         self._loading: dict[int, list[Future]] = {}
 
@@ -130,7 +123,7 @@ class Inputs:
         if self.text_embeddings is not None:
             return np.stack([self.text_embeddings[row] for row in np.where(dropped, len(self.rows), rows)])
         tokens = np.where(dropped[:, None], self.empty_tokens, self.tokens[rows])
-        return tokens if self.tokens_only else self.text_encoder(Tensor(tokens)).asnumpy()
+        return tokens if self.settings.lora_ft_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
 
     def _encode_now(self, rows: np.ndarray, number: int) -> np.ndarray:
         """Return the moments of a micro-batch's images, and load those of the next one in the background."""

@@ -18,26 +18,16 @@ class LossScaler:
     """A static or dynamic loss scale.
 
     A dynamic scale is divided by `factor` after an overflow and multiplied by it after `window` finite steps in a row.
-
-    Attributes:
-        scale: Current scale.
-        dynamic: Whether the scale changes.
-        factor: Factor by which it changes.
-        window: Finite steps before it rises.
-        good_steps: Finite steps since the scale changed or a step overflowed.
-        overflows_in_a_row: Overflows since the last finite step.
-        overflows: Overflows since the start of the run.
-        updates: Steps whose update was applied, t in AdamW. Skipped steps do not count.
     """
 
     scale: float
     dynamic: bool
     factor: float = 2.0
     window: int = 1000
-    good_steps: int = 0
+    good_steps: int = 0  # in a row, since the scale changed
     overflows_in_a_row: int = 0
     overflows: int = 0
-    updates: int = 0
+    updates: int = 0  # steps that were not skipped: t in AdamW
 
     @property
     def is_used(self) -> bool:
@@ -69,15 +59,9 @@ class LossScaler:
 
 
 def make_loss_scaler(settings: TrainSettings, fp16: bool, state: dict[str, Any] | None = None) -> LossScaler:
-    """Build the loss scaler that the settings ask for.
+    """Build the loss scaler that the settings ask for. `state` is LossScaler.state() of a run that is resumed.
 
-    Args:
-        settings: Settings of the run.
-        fp16: Whether the networks compute in fp16.
-        state: LossScaler.state() of the run that is resumed.
-
-    Raises:
-        UserError: The scale is dynamic, but steps that overflow are not skipped.
+    Raises UserError if the scale is dynamic, but steps that overflow are not skipped.
     """
     kind = settings.loss_scaler_type
     if kind == "auto":

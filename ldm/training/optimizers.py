@@ -81,14 +81,9 @@ class AdamW(nn.Cell):
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
 
     def construct(
-        self,
-        gradients: tuple[Tensor, ...],
-        factor: Tensor,
-        rate: Tensor,
-        epsilon: Tensor,
-        decay: Tensor,
-        ema_rate: Tensor,
-    ) -> tuple[Tensor, ...]:
+        self, gradients: tuple[Tensor, ...],
+        factor: Tensor, rate: Tensor, epsilon: Tensor, decay: Tensor, ema_rate: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Apply one update.
 
         Args:

@@ -63,11 +63,9 @@ def find_states(folder: Path) -> list[Path]:
 
 
 class OwnFiles:
-    """The files of a run in its checkpoint folder.
+    """The files of a run in its checkpoint folder. Methods raise UserError if the folder cannot be read or written.
 
-    Args:
-        folder: The checkpoint folder.
-        resumed: Whether the run resumes one in this folder. Otherwise no file that is there belongs to it.
+    If the run does not resume one in this folder (`resumed`), no file that is there belongs to it.
     """
 
     def __init__(self, folder: Path, resumed: bool):
@@ -109,11 +107,7 @@ class OwnFiles:
             return False
 
     def begin(self, names: Sequence[str]) -> None:
-        """Record files that are written next. Rename what has one of these names and is not this run's.
-
-        Raises:
-            UserError: The folder cannot be written.
-        """
+        """Record files that are written next. Rename what has one of these names and is not this run's."""
         with writing(self.folder / RECORD):
             for name in names:
                 if name not in self.names:
@@ -143,9 +137,6 @@ class OwnFiles:
 
         Otherwise the next resume would continue that other run. That run got further than `step` only if there is a
         training state: weights without one are from a save of this run that was killed, and are written again.
-
-        Raises:
-            UserError: The folder cannot be written.
         """
         states = [path.name for path in find_states(self.folder) if _step(path.name) > step]
         if not states:

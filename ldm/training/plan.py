@@ -9,18 +9,11 @@ from ldm.settings.train import TrainSettings
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Length of a run in steps. A step is one optimizer update from gradient_accumulation_steps micro-batches.
-
-    Attributes:
-        steps: Steps of the run.
-        steps_per_epoch: Not whole where gradient_accumulation_steps does not divide the batches of an epoch.
-        decay_steps: Steps over which the learning rate decays.
-        save_every: Steps between two checkpoints.
-    """
+    """Length of a run in steps. A step is one optimizer update from gradient_accumulation_steps micro-batches."""
 
     steps: int
-    steps_per_epoch: float
-    decay_steps: int
+    steps_per_epoch: float  # not whole if gradient_accumulation_steps does not divide the batches of an epoch
+    decay_steps: int  # of the learning rate
     save_every: float
 
     def is_save_step(self, steps_done: int) -> bool:
@@ -30,12 +23,7 @@ class RunPlan:
 
 
 def make_plan(settings: TrainSettings, batches_per_epoch: int) -> RunPlan:
-    """Work out the length of a run.
-
-    Args:
-        settings: Settings of the run.
-        batches_per_epoch: Micro-batches of each process in one pass over the data.
-    """
+    """Compute the length of a run. `batches_per_epoch` counts the micro-batches of one process."""
     steps_per_epoch = batches_per_epoch / settings.gradient_accumulation_steps
     steps = settings.max_steps or max(1, int(settings.epochs * steps_per_epoch))
     interval = settings.ckpt_save_interval * (1.0 if settings.step_mode else steps_per_epoch)

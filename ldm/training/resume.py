@@ -16,6 +16,7 @@ from ldm.runtime.device import Runtime
 from ldm.settings.declare import names_of
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
+from ldm.training.checks import image_size
 from ldm.training.own_files import find_states
 from ldm.training.plan import RunPlan
 from ldm.training.step import differing_shapes
@@ -31,19 +32,14 @@ FOLLOWED_ON_RESUME = ("updates", *names_of(TrainSettings, resume="followed"))
 
 
 def make_fingerprint(
-    settings: TrainSettings,
-    runtime: Runtime,
-    config: ModelConfig,
-    rows: list[Row],
-    plan: RunPlan,
-    image_size: int,
-    lora_spec: LoRASpec,
+    settings: TrainSettings, runtime: Runtime, config: ModelConfig, rows: list[Row], plan: RunPlan, lora_spec: LoRASpec
 ) -> dict[str, Any]:
     """Collect what a training state is compared by: settings, and hashes of the data and the base model.
 
     The names are those in the training states of earlier versions: "updates" is the number of steps, "rank_size" the
     number of processes.
     """
+    layers = lora_spec.modules, lora_spec.trainable_model
     values = asdict(settings)
     values.update(
         data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
@@ -51,9 +47,9 @@ def make_fingerprint(
         base=_base_identity(settings),
         rank_size=runtime.rank_size,
         precision="fp16" if runtime.fp16 else "fp32",
-        image_size=image_size,
+        image_size=image_size(settings, config),
         updates=plan.steps,
-        lora_config=_layers_hash(lora_spec) if settings.lora_config else None,
+        lora_config=content_key("lora_config", repr(layers))[:16] if settings.lora_config else None,
     )
     return {name: values[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
 
@@ -62,10 +58,6 @@ def _base_identity(settings: TrainSettings) -> str:
     assert settings.pretrained_model_path is not None
     vae = "" if settings.vae_ckpt_path is None else f"-vae-{base_model_hash(settings.vae_ckpt_path)[:16]}"
     return base_model_hash(settings.pretrained_model_path)[:16] + "-ema" * settings.pretrained_model_ema + vae
-
-
-def _layers_hash(lora_spec: LoRASpec) -> str:
-    return content_key("lora_config", repr((lora_spec.modules, lora_spec.trainable_model)))[:16]
 
 
 def check_nothing_is_lost(settings: TrainSettings) -> None:
@@ -84,23 +76,31 @@ def find_state_to_resume(
     """Read the training state that `resume` names: the newest one of a folder that can be used, or a file.
 
     Args:
-        settings: Settings of the run, with `resume`.
-        fingerprint: Fingerprint of the run, see make_fingerprint.
+        settings: Settings of the run.
+        fingerprint: Its fingerprint.
         shapes: Names and shapes of the arrays that the state must have.
 
     Returns:
-        The state, or None if the run resumes its own output_path and nothing was saved there yet.
+        The state, or None if the run does not resume, or if it resumes its own output_path and nothing was saved yet.
 
     Raises:
         UserError: There is no training state, it cannot be used, or it belongs to another run.
     """
+    if not settings.resume:
+        return None
     own = Path(settings.output_path) / "ckpt"
     where = Path(settings.resume) if isinstance(settings.resume, str) else own
     if is_folder(where, "resume") and is_folder(where / "ckpt", "resume"):
         where = where / "ckpt"
 
     def misfit(state: TrainingState) -> str:
-        _check_same_run(state, fingerprint)
+        differences = compare_fingerprints(state.fingerprint, fingerprint)
+        fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
+        if fixed:
+            raise UserError(
+                f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
+                "start again without --resume in another output_path"
+            )
         difference = differing_shapes(shapes, state.arrays)
         return f"{state.path} does not fit this run ({difference})" if difference else ""
 
@@ -120,16 +120,6 @@ def find_state_to_resume(
         if name not in FIXED_ON_RESUME:
             logger.warning("resume: %s; the new value is used", difference)
     return state
-
-
-def _check_same_run(state: TrainingState, fingerprint: dict[str, Any]) -> None:
-    differences = compare_fingerprints(state.fingerprint, fingerprint)
-    fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
-    if fixed:
-        raise UserError(
-            f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
-            "start again without --resume in another output_path"
-        )
 
 
 def compare_fingerprints(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mindspore import Parameter
 from PIL import Image
@@ -43,44 +44,22 @@ from ldm.weights.load import check_metadata, load_base_model, load_component
 
 logger = logging.getLogger(__name__)
 
-UNET = "model.diffusion_model."
-
 
 @dataclass
 class Run:
-    """The parts of a run.
-
-    Attributes:
-        settings: Settings of the run.
-        runtime: Device, precision and processes.
-        config: Configuration of the model.
-        image_size: Width and height of the images in pixels.
-        model: The model, with LoRA injected if use_lora is set.
-        lora_spec: Which layers get LoRA.
-        plan: Length of the run.
-        fingerprint: What a training state is compared by.
-        inputs: What each micro-batch trains on.
-        feed: Returns the next micro-batch as tensors.
-        step: The training step.
-        scaler: The loss scale.
-        skips_overflow: Whether a step whose gradients overflow leaves the parameters as they are.
-        checkpoints: Writes checkpoints and training states.
-        status: How far the run has come.
-    """
+    """The parts of a run."""
 
     settings: TrainSettings
     runtime: Runtime
-    config: ModelConfig
-    image_size: int
     model: StableDiffusion
     lora_spec: LoRASpec
     plan: RunPlan
-    fingerprint: dict
+    fingerprint: dict[str, Any]  # what a training state is compared by
     inputs: Inputs
-    feed: Feed
+    feed: Feed  # returns the next micro-batch
     step: TrainStep
+    skips_overflow: bool  # whether a step whose gradients overflow changes nothing
     scaler: LossScaler
-    skips_overflow: bool
     checkpoints: Checkpoints
     status: Status
 
@@ -106,17 +85,10 @@ def begin(settings: TrainSettings) -> Runtime:
 
 
 def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
-    """Build everything that a run needs.
+    """Build everything that a run needs, and keep `status` up to date meanwhile.
 
-    Errors in settings and files are raised before the images are encoded, which may take hours.
-
-    Args:
-        settings: Settings of the run.
-        runtime: Result of `begin`.
-        status: Is kept up to date while the run is set up and later.
-
-    Raises:
-        UserError: A setting, a file or the data is wrong.
+    Raises UserError if a setting, a file or the data is wrong. What can be wrong is checked before the images are
+    encoded, which may take hours.
     """
     output, is_first_process = Path(settings.output_path), runtime.rank == 0
     check_nothing_is_lost(settings)  # again, as the folder is claimed only now
@@ -128,37 +100,33 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 
     config = _read_model_config(settings)
-    size = image_size(settings, config)
+    image_size(settings, config)
     rows = _read_rows(settings)
     order = BatchOrder(len(rows), settings.train_batch_size, settings.seed, runtime.rank, runtime.rank_size)
     plan = make_plan(settings, order.steps_per_epoch)
     status.total_steps = plan.steps
     scaler = make_loss_scaler(settings, runtime.fp16)
     lora_spec = make_lora_spec(settings)
-    fingerprint = make_fingerprint(settings, runtime, config, rows, plan, size, lora_spec)
+    fingerprint = make_fingerprint(settings, runtime, config, rows, plan, lora_spec)
     if is_first_process:
         remove_leftovers(status.folder)
         remove_leftovers(output)
 
     model = _load_model(settings, config)
     trainable = _choose_trainable(settings, model, lora_spec)
-    state = None
-    if settings.resume:
-        state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
+    state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
     if state is not None:
         status.last_state = state.path
     elif settings.lora_init_path is not None:
-        _start_from_lora(model, settings.lora_init_path, config)
+        _start_from_lora(model, settings.lora_init_path)
     if is_first_process:
         with writing(output / "train_args.yaml"):
-            # train_config: the file holds all settings itself. resume: as a recipe it starts a new run.
+            # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states.
             save_settings(settings, output / "train_args.yaml", leave_out=("train_config", "resume"))
 
-    inputs = Inputs(
-        settings, config, model, rows, order, image_size=size, tokens_only=settings.lora_ft_text_encoder, status=status
-    )
+    inputs = Inputs(settings, model, rows, order, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
-    step = _build_step(settings, runtime, config, model, trainable, skips_overflow)
+    step = _build_step(settings, runtime, model, trainable, skips_overflow)
     if state is not None:
         step.load_state(state.arrays)
         scaler = make_loss_scaler(settings, runtime.fp16, state.scaler)
@@ -166,16 +134,14 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         logger.info("continuing after step %d of %d, from %s", state.step, plan.steps, state.path)
     micro_batches = settings.gradient_accumulation_steps
     feed = make_feed(inputs, status.steps_done * micro_batches, plan.steps * micro_batches, settings.dataset_sink_mode)
+    resumed_here = settings.resume is True or _is_below(status.last_state, status.folder)
     checkpoints = Checkpoints(
-        status.folder, model, config, step,
-        use_lora=settings.use_lora, trains_base=lora_spec.trainable_model, keep=settings.ckpt_max_keep,
-        resumed_here=settings.resume is True or _is_below(status.last_state, status.folder),
-        start=status.steps_done,
+        settings, model, step,
+        trains_base=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
-        settings=settings, runtime=runtime, config=config, image_size=size, model=model, lora_spec=lora_spec,
-        plan=plan, fingerprint=fingerprint, inputs=inputs, feed=feed, step=step, scaler=scaler,
-        skips_overflow=skips_overflow, checkpoints=checkpoints, status=status,
+        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, skips_overflow, scaler,
+        checkpoints, status,
     )  # fmt: skip
 
 
@@ -232,9 +198,8 @@ def make_lora_spec(settings: TrainSettings) -> LoRASpec:
 
 
 def _load_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
-    path, vae_path, random_unet = (
-        settings.pretrained_model_path, settings.vae_ckpt_path, settings.unet_initialize_random,
-    )  # fmt: skip
+    path, vae_path = settings.pretrained_model_path, settings.vae_ckpt_path
+    random_unet = settings.unet_initialize_random
     assert path is not None  # check_settings
     check_metadata(open_base_model(path).metadata, config, path)
     model = build_model(config, random=random_unet)
@@ -254,41 +219,25 @@ def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec
         for parameter in model.model.get_parameters():
             parameter.requires_grad = True
     trainable = list(model.trainable_params())
-    if not settings.use_lora:
-        _check_is_unet(trainable, model)
     logger.info("training %s parameters in %d arrays%s", f"{sum(p.size for p in trainable):,}", len(trainable), layers)
     return trainable
 
 
-def _check_is_unet(trainable: list[Parameter], model: StableDiffusion) -> None:
-    """Raise AssertionError unless the parameters are exactly those of the UNet. inject_lora checks its own."""
-    expected = {name for name in model.parameters_dict() if name.startswith(UNET)}
-    names = {parameter.name for parameter in trainable}
-    if names != expected:
-        example = sorted(names ^ expected)[0]
-        raise AssertionError(f"{len(names)} trainable parameters, not {len(expected)}; for example {example}")
-
-
-def _start_from_lora(model: StableDiffusion, path: str, config: ModelConfig) -> None:
-    lora = read_lora(path, config)
-    check_compatible(lora, config, path)
+def _start_from_lora(model: StableDiffusion, path: str) -> None:
+    lora = read_lora(path, model.config)
+    check_compatible(lora, model.config, path)
     set_lora(model, lora, path)
     logger.info("training starts from %s: %s", path, lora)
 
 
 def _build_step(
-    settings: TrainSettings,
-    runtime: Runtime,
-    config: ModelConfig,
-    model: StableDiffusion,
-    trainable: list[Parameter],
-    skips_overflow: bool,
+    settings: TrainSettings, runtime: Runtime, model: StableDiffusion, trainable: list[Parameter], skips_overflow: bool
 ) -> TrainStep:
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
     if settings.enable_flash_attention:
         use_flash_attention(unet, True)
-    loss = DiffusionLoss(unet, NoiseSchedule.from_config(config), config.prediction_type)
+    loss = DiffusionLoss(unet, NoiseSchedule.from_config(model.config), model.config.prediction_type)
     if settings.lora_ft_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
         loss = LossFromTokens(loss, model.cond_stage_model)

@@ -8,23 +8,14 @@ from pathlib import Path
 
 @dataclass
 class Status:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        folder: Folder of the checkpoints and training states, `{output_path}/ckpt`.
-        resumes: Whether the run was started with --resume.
-        total_steps: Number of steps of the run.
-        steps_done: Number of steps that are done.
-        last_state: Newest training state that the run can be resumed from.
-        phase: What the run does before its first step is done, "" afterwards.
-    """
-
-    folder: Path
-    resumes: bool
+    folder: Path  # of the checkpoints and training states
+    resumes: bool  # whether it was started with --resume
     total_steps: int = 0
     steps_done: int = 0
-    last_state: Path | None = None
-    phase: str = "before the first step"
+    last_state: Path | None = None  # newest training state that the run can be resumed from
+    phase: str = "before the first step"  # "" after the first step
 
     def describe(self) -> str:
         """Say what is done and how to continue, as in "after step 3 of 10; nothing was saved yet"."""

@@ -65,25 +65,18 @@ def train_lora(
         The path of the LoRA.
 
     Raises:
-        UserError: A setting, a file or the data is wrong, or nothing is being learned.
+        UserError: See `train`.
     """
     argv = [] if train_config is None else [f"--train_config={train_config}"]
     recipe = read_settings(TrainSettings, argv, yaml_flag="train_config")
-    paths = {"data_path": data_path, "pretrained_model_path": base_model, "output_path": output_path}
-    return train(replace(recipe, **paths, use_lora=True, **settings))
+    settings.update(data_path=data_path, pretrained_model_path=base_model, output_path=output_path, use_lora=True)
+    return train(replace(recipe, **settings))
 
 
 def train(settings: TrainSettings) -> Path:
-    """Run a training.
+    """Run a training and return the path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
 
-    Args:
-        settings: Settings of the run.
-
-    Returns:
-        The path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
-
-    Raises:
-        UserError: A setting, a file or the data is wrong, or nothing is being learned.
+    Raises UserError if a setting, a file or the data is wrong, or if nothing is being learned.
     """
     runtime = begin(settings)
     output = Path(settings.output_path)
@@ -191,7 +184,7 @@ def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
             raise
         raise UserError(
             f"the device's memory is not enough for a step with train_batch_size {settings.train_batch_size} and "
-            f"image_size {run.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
+            f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
         ) from error
     status.steps_done += 1
     applied = result.finite or not run.skips_overflow
@@ -235,7 +228,7 @@ def _graph_cache(run: Run) -> AbstractContextManager:
         return nullcontext()
     key = graph_key(
         {name: getattr(settings, name) for name in names_of(TrainSettings, graph_key=True)},
-        run.config.content(), run.image_size, run.skips_overflow, str(run.runtime),
+        run.model.config.content(), run.inputs.image_size, run.skips_overflow, str(run.runtime),
         run.lora_spec.modules, run.lora_spec.trainable_model,
     )  # fmt: skip
     return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.rank}", key)

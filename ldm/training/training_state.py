@@ -33,21 +33,13 @@ _SCALER_COUNTS = ("good_steps", "overflows_in_a_row", "overflows", "updates")
 
 @dataclass
 class TrainingState:
-    """What a run resumes from.
+    """What a run resumes from."""
 
-    Attributes:
-        step: Number of steps that are done.
-        arrays: Arrays of TrainStep.state().
-        scaler: LossScaler.state().
-        fingerprint: What the run was started with, see ldm.training.resume.
-        path: File that the state was read from.
-    """
-
-    step: int
-    arrays: dict[str, np.ndarray]
-    scaler: dict[str, Any]
-    fingerprint: dict[str, Any]
-    path: Path | None = None
+    step: int  # number of steps that are done
+    arrays: dict[str, np.ndarray]  # TrainStep.state()
+    scaler: dict[str, Any]  # LossScaler.state()
+    fingerprint: dict[str, Any]  # see ldm.training.resume
+    path: Path | None = None  # file that it was read from
 
 
 def save_state(folder: Path, state: TrainingState) -> Path:
@@ -64,19 +56,10 @@ def save_state(folder: Path, state: TrainingState) -> Path:
 
 
 def load_latest_state(folder: Path, misfit: Callable[[TrainingState], str] = lambda state: "") -> TrainingState | None:
-    """Read the newest training state in a folder that is intact and fits the run.
+    """Read the newest training state in a folder that is intact and fits the run, or return None if there is none.
 
-    States that are passed over are named in a warning.
-
-    Args:
-        folder: Folder with the training states.
-        misfit: Returns what in a state does not fit the run, "" if it fits.
-
-    Returns:
-        The state, or None if the folder has no training states.
-
-    Raises:
-        UserError: The folder has training states, but none can be used.
+    `misfit` returns what in a state does not fit the run, "" if it fits. States that are passed over are named in a
+    warning. Raises UserError if there are training states, but none can be used.
     """
     paths = find_states(folder)
     for path in paths:

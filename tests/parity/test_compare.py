@@ -27,10 +27,11 @@ from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
 from ldm.weights.load import load_base_model  # noqa: E402
 from tests.named_weights import named_weight, relative_error  # noqa: E402
-from tools.eval import diffusers_worker  # noqa: E402
-from tools.eval.compare_diffusers import write_diffusers_folder  # noqa: E402
-from tools.eval.compare_report import SIDES, read_metrics  # noqa: E402
-from tools.eval.diffusers_worker import Batches, Networks  # noqa: E402
+from tools.eval.comparison import diffusers_worker  # noqa: E402
+from tools.eval.comparison.diffusers_worker import Batches, Networks  # noqa: E402
+from tools.eval.comparison.experiment import SIDES  # noqa: E402
+from tools.eval.comparison.report import read_metrics  # noqa: E402
+from tools.eval.comparison.sides import write_diffusers_base  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -120,27 +121,27 @@ def test_a_second_call_runs_no_stage_again(experiment, compared):
     assert done.stdout.count("done already") == 11
 
 
-def test_a_training_with_diffusers_that_was_broken_off_goes_on_as_if_it_had_not_been(compared, tmp_path, monkeypatch):
+def test_a_training_with_diffusers_that_was_interrupted_goes_on_as_if_it_had_not_been(compared, tmp_path, monkeypatch):
     whole = compared / "seed7" / "train_diffusers"
     job = {**json.loads((whole / "job.json").read_text()), "output": str(tmp_path)}
     monkeypatch.setattr(diffusers_worker, "SAVE_SECONDS", -1.0)
     rate = diffusers_worker.learning_rate
 
-    def broken_off(update, **settings):
-        if update == 3:
+    def interrupted(step, **settings):
+        if step == 3:
             raise KeyboardInterrupt
-        return rate(update, **settings)
+        return rate(step, **settings)
 
-    monkeypatch.setattr(diffusers_worker, "learning_rate", broken_off)
+    monkeypatch.setattr(diffusers_worker, "learning_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         diffusers_worker.train(job)
     assert (tmp_path / "state.pt").exists()
-    asked = []
+    steps = []
     monkeypatch.setattr(
-        diffusers_worker, "learning_rate", lambda update, **settings: asked.append(update) or rate(update, **settings)
+        diffusers_worker, "learning_rate", lambda step, **settings: steps.append(step) or rate(step, **settings)
     )
     diffusers_worker.train(job)
-    assert asked == list(range(3, STEPS))
+    assert steps == list(range(3, STEPS))
     expected, found = read_metrics(whole), read_metrics(tmp_path)
     assert found["step"] == expected["step"]
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
@@ -158,12 +159,12 @@ def test_both_train_on_the_same_batches(experiment, tmp_path, cached):
     same = dict(seed=3, caption_dropout=0.3, random_crop=not cached, random_flip=not cached, cache_latents=cached,
                 cache_text=cached)  # fmt: skip
     ours = Inputs(
-        dataclasses.replace(TrainSettings(), output_path=str(tmp_path), **same), config, model, rows,
-        BatchOrder(len(rows), 3, 3), image_size=32, tokens_only=False,
+        dataclasses.replace(TrainSettings(), output_path=str(tmp_path), image_size=32, **same), model, rows,
+        BatchOrder(len(rows), 3, 3),
     )  # fmt: skip
-    write_diffusers_folder(experiment / "base.safetensors", config, tmp_path / "diffusers")
+    write_diffusers_base(experiment / "base.safetensors", config, tmp_path / "diffusers")
     job = {**same, "rows": [[str(row.path), row.caption] for row in rows], "batch_size": 3, "image_size": 32}
     theirs = Batches(job, Networks(tmp_path / "diffusers", config.pad_token, config.added_tokens))
-    for micro_step in range(4):
-        for mine, other in zip(ours.batch(micro_step), theirs(micro_step)):
+    for number in range(4):
+        for mine, other in zip(ours.batch(number), theirs(number)):
             assert relative_error(mine, other.numpy()) < 1e-4

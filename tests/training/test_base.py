@@ -61,7 +61,7 @@ def settings(files, output, base, **others) -> TrainSettings:
 
 def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_path):
     run = prepare(settings(files, tmp_path / "run", "token", model_config=None))
-    assert run.config.added_tokens == (TOKEN,)
+    assert run.model.config.added_tokens == (TOKEN,)
     assert (run.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
     save(run)
     model = tmp_path / "run" / "ckpt" / "model.ckpt"

@@ -62,11 +62,11 @@ def rows(tmp_path):
     return found
 
 
-def build(rows, tmp_path, seed=1, rank=0, rank_size=1, tokens_only=False, model=None, **others):
-    settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, **others)
-    model = model or SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
+def build(rows, tmp_path, seed=1, rank=0, rank_size=1, model=None, **others):
+    settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, image_size=SIZE, **others)
+    model = model or SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
     order = BatchOrder(len(rows), 2, seed, rank, rank_size)
-    return Inputs(settings, MICRO, model, rows, order, image_size=SIZE, tokens_only=tokens_only)
+    return Inputs(settings, model, rows, order)
 
 
 def same(a, b):
@@ -130,7 +130,7 @@ def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, sh
 
 
 def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
-    inputs = build(rows, tmp_path, tokens_only=True, caption_dropout=0.5)
+    inputs = build(rows, tmp_path, use_lora=True, lora_ft_text_encoder=True, caption_dropout=0.5)
     batch = inputs.batch(0)
     assert batch.text_embeddings.dtype == np.int32 and batch.text_embeddings.shape == (2, 77)
     assert not list((tmp_path / "run" / "cache").glob("*/*")) or inputs.text_embeddings is None
@@ -165,7 +165,7 @@ def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
 
 def test_another_model_computes_anew(rows, tmp_path, monkeypatch):
     build(rows, tmp_path)
-    model = SimpleNamespace(first_stage_model=Encoder(), cond_stage_model=Text())
+    model = SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
     model.first_stage_model.scale.set_data(Tensor(np.full(1, 2.0, np.float32)))
     assert counted(monkeypatch, lambda: build(rows, tmp_path, model=model)) == {"images": 6, "texts": 0}
 
