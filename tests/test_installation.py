@@ -86,7 +86,7 @@ def test_both_scripts_and_every_tool_for_users_are_commands(installed):
     scripts = {path.stem for path in ROOT.glob("*_to_image.py")}
     folders = ("lora", "model_conversion", "eval")
     tools = {path.stem for folder in folders for path in (ROOT / "tools" / folder).glob("*.py")}
-    tools -= {"__init__", "compare_report", "diffusers_worker"}  # parts of compare_diffusers
+    tools -= {"__init__"}
     assert commands(installed) == {name: f"ldm.commands:{name}" for name in scripts | tools}
 
 

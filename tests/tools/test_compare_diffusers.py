@@ -15,17 +15,13 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.files.outputs import claim_folder
 from ldm.settings.model import load_model_config
-from tools.eval import compare_diffusers, compare_report
-from tools.eval.compare_diffusers import (
-    Comparison,
-    Stages,
-    check_expressible,
-    read_data,
-    read_recipe,
-    reference_python,
-    training_folder,
-)
-from tools.eval.compare_report import Scores, compare_runs, markdown
+from tools.eval import compare_diffusers
+from tools.eval.compare_diffusers import Comparison
+from tools.eval.comparison.experiment import SIDES, check_model, read_data, read_recipe, training_folder
+from tools.eval.comparison.jobs import reference_python, run_command
+from tools.eval.comparison.report import compare_runs, markdown, seconds_per_step, shown_command
+from tools.eval.comparison.scores import Scores
+from tools.eval.comparison.stages import Stages
 
 ROOT = Path(__file__).parents[2]
 NANO_RECIPE = str(ROOT / "configs" / "train" / "train_config_lora_nano.yaml")
@@ -151,7 +147,7 @@ class TestSettings:
             ({"output_path": str(ROOT / "README.md")}, [], "cannot be a folder"),
             ({"output_path": str(ROOT / "configs")}, [], "holds something else"),
             ({}, ["--train_batch_size", "7"], "too few for one batch of 7"),
-            ({}, [], "--reference_python .*nowhere/python is no program"),
+            ({}, [], "--reference_python .*nowhere/python is not a program"),
         ],
     )
     def test_mistakes_are_found_before_any_work(self, data, tmp_path, changes, flags, words):
@@ -163,7 +159,7 @@ class TestSettings:
     def test_an_output_that_another_run_holds_is_refused_before_an_environment_is_made(self, data, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".lock").touch()  # of a run that was killed
-        with claim_folder(tmp_path / "out", "another"), pytest.raises(UserError, match="out is the place of two"):
+        with claim_folder(tmp_path / "out", "another"), pytest.raises(UserError, match="out is the .* of two"):
             Comparison(self.arguments(data, tmp_path / "out"), ["--train_batch_size", "2"])
 
     @pytest.mark.parametrize(
@@ -188,7 +184,7 @@ class TestSettings:
             reference_python(sys.executable)
 
     def test_a_program_that_is_no_python_is_refused(self):
-        with pytest.raises(UserError, match="/bin/false is no Python that works"):
+        with pytest.raises(UserError, match="/bin/false is not a Python that works"):
             reference_python("/bin/false")
 
     @pytest.mark.parametrize(
@@ -201,18 +197,18 @@ class TestSettings:
     )
     def test_a_model_that_diffusers_cannot_be_is_refused(self, part, change, words):
         model = load_model_config(ROOT / "tests" / "tiny.yaml")
-        check_expressible(model)
+        check_model(model)
         getattr(model, part).update(change)
         with pytest.raises(UserError, match=words):
-            check_expressible(model)
+            check_model(model)
 
     def test_the_embedded_model_is_expressible(self):
-        check_expressible(load_model_config(ROOT / "configs" / "nano.yaml"))
+        check_model(load_model_config(ROOT / "configs" / "nano.yaml"))
 
 
 class TestShownCommand:
     def test_it_names_no_place_of_this_machine(self):
-        shown = compare_diffusers.shown_command([
+        shown = shown_command([
             "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my images",
             "--reference_python", "/opt/torch/bin/python", "--output_path", "/home/someone/out", "--scale", "4",
             "--train_config", "configs/a.yaml"])  # fmt: skip
@@ -220,7 +216,7 @@ class TestShownCommand:
             "python tools/eval/compare_diffusers.py --base models/nano/nano.safetensors "
             "'--data=my images' --output_path out --scale 4 --train_config configs/a.yaml"
         )
-        assert compare_diffusers.shown_command(["--reference_python=/opt/python"]).endswith("compare_diffusers.py")
+        assert shown_command(["--reference_python=/opt/python"]).endswith("compare_diffusers.py")
 
 
 class TestStages:
@@ -245,16 +241,16 @@ class TestStages:
         assert Stages(tmp_path, 1).run("one", {"steps": 4}, self.make) == {"number": 2}
         assert not (tmp_path / "one" / "rest").exists()
 
-    def broken_off(self, folder):
+    def interrupted(self, folder):
         (folder / "rest").write_text("half")
         raise UserError("the disk is full")
 
-    @pytest.mark.parametrize("goes_on, settings, kept", [(True, {"steps": 3}, True), (False, {"steps": 3}, False),
+    @pytest.mark.parametrize("can_continue, settings, kept", [(True, {"steps": 3}, True), (False, {"steps": 3}, False),
                                                          (True, {"steps": 4}, False)])  # fmt: skip
-    def test_one_that_was_broken_off_goes_on_only_where_it_can(self, tmp_path, goes_on, settings, kept):
+    def test_one_that_was_interrupted_can_continue_only_where_it_can(self, tmp_path, can_continue, settings, kept):
         with pytest.raises(UserError):
-            Stages(tmp_path, 1).run("one", {"steps": 3}, self.broken_off, goes_on=True)
-        assert Stages(tmp_path, 1).run("one", settings, self.make, goes_on=goes_on) == {"number": 1}
+            Stages(tmp_path, 1).run("one", {"steps": 3}, self.interrupted, can_continue=True)
+        assert Stages(tmp_path, 1).run("one", settings, self.make, can_continue=can_continue) == {"number": 1}
         assert (tmp_path / "one" / "rest").exists() == kept
 
     def test_half_a_result_is_no_result(self, tmp_path):
@@ -267,7 +263,7 @@ class TestStages:
 class TestCalls:
     def test_time_and_peak_memory_are_the_programs_own(self):
         code = "x = bytearray(300_000_000); x[::4096] = b'1' * len(x[::4096]); del x; import time; time.sleep(0.5)"
-        spent = compare_diffusers.call(sys.executable, "-c", code)
+        spent = run_command(sys.executable, "-c", code)
         assert 0.5 < spent["seconds"] < 60 and 300 < spent["peak_memory_mb"] < 450
 
     def test_programs_do_not_inherit_what_mindspore_put_into_the_environment(self, tmp_path, monkeypatch):
@@ -275,12 +271,12 @@ class TestCalls:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         ctypes.CDLL(None).setenv(b"OMP_NUM_THREADS", b"1", 1)
         code = f"import os; open({str(tmp_path / 'found')!r}, 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
-        compare_diffusers.call(sys.executable, "-c", code)
+        run_command(sys.executable, "-c", code)
         assert (tmp_path / "found").read_text() == "None"
 
-    def test_a_failure_ends_the_comparison_and_says_that_it_can_go_on(self):
-        with pytest.raises(UserError, match="exit code 3; its message is above.*goes on from there"):
-            compare_diffusers.call(sys.executable, "-c", "raise SystemExit(3)")
+    def test_a_failure_ends_the_comparison_and_says_how_to_continue(self):
+        with pytest.raises(UserError, match="exit code 3; its message is above.*continues from there"):
+            run_command(sys.executable, "-c", "raise SystemExit(3)")
 
 
 def metrics(losses, norms=None):
@@ -309,14 +305,14 @@ class TestNumbers:
             compare_runs(metrics([1.0] * 3), metrics([1.0] * 2))
 
     def test_the_first_step_which_compiles_is_no_speed(self):
-        assert compare_report.seconds_per_step(metrics([1.0] * 3)) == 0.1
-        assert compare_report.seconds_per_step(metrics([1.0])) == 9.0
+        assert seconds_per_step(metrics([1.0] * 3)) == 0.1
+        assert seconds_per_step(metrics([1.0])) == 9.0
 
 
 class Network:
     """Mean colours as features; a text is a colour."""
 
-    def of_texts(self, texts, batch_size):
+    def encode_texts(self, texts, batch_size):
         return np.array([[float(word) for word in text.split()] for text in texts])
 
 
@@ -335,7 +331,7 @@ def scored(tmp_path, monkeypatch):
         pixels = [np.asarray(Image.open(file), np.float64).mean(axis=(0, 1)) for file in files]
         return argparse.Namespace(features=np.stack(pixels))
 
-    monkeypatch.setattr("ldm.metrics.evaluate.encode_images", encode)
+    monkeypatch.setattr("tools.eval.comparison.scores.encode_images", encode)
     colours = np.random.default_rng(0).integers(0, 200, (8, 3))
     prompts = [" ".join(map(str, colour)) for colour in colours]
     scores = Scores(prompts, draw(tmp_path / "real", colours), Network(), Network())
@@ -350,8 +346,8 @@ class TestScores:
         assert found["same"]["fid"] == pytest.approx(0, abs=1e-6)
         assert found["near"]["fid"] == pytest.approx(3 * 5**2) and found["far"]["fid"] > 1000
         assert found["same"]["clip_score"] == pytest.approx(100) and found["far"]["clip_score"] < 99
-        assert scores.of_real() == found["same"]["clip_score"]
-        assert all(found["far"][f"{key}_deviation"] > 0 for key in ("fid", "kid", "clip_score"))
+        assert scores.real_clip_score == found["same"]["clip_score"]
+        assert all(found["far"][f"{key}_std"] > 0 for key in ("fid", "kid", "clip_score"))
 
     def test_a_difference_is_that_of_the_scores_and_paired(self, scored):
         scores, found = scored
@@ -380,15 +376,15 @@ def a_table(seeds, fid=True):
     run = {"seconds_per_step": 0.5, "seconds": 60.0, "peak_memory_mb": 1000.0}
     return {
         "base": {"file": "b.ckpt", "sha256": "cd" * 32, "architecture": "sd1"},
-        "data": {"folder": "emoji", "rows": 100, "prompts": 12}, "seeds": seeds, "updates": 30,
+        "data": {"folder": "emoji", "rows": 100, "prompts": 12}, "seeds": seeds, "steps": 30,
         "recipe": {"train_batch_size": 4, "gradient_accumulation_steps": 1, "lora_rank": 8, "start_learning_rate": 1e-4,
                    "scheduler": "cosine", "cache_latents": True, "cache_text": True, "random_crop": False,
                    "random_flip": False},
         "sampling": {"sampler": "DPM-Solver++", "steps": 20, "scale": 7.5, "latents_seed": 1},
         "scores": {"sets": sets, "pairs": pairs, "real_clip_score": 31.5 if fid else None,
-                   "image_network": network, "text_network": network},
+                   "image_network": network, "clip_network": network},
         "losses": {str(seed): compare_runs(metrics([1.0] * 30), metrics([1.0] * 30)) for seed in seeds},
-        "training": {f"seed{seed}/{side}": run for seed in seeds for side in compare_report.SIDES},
+        "training": {f"seed{seed}/{side}": run for seed in seeds for side in SIDES},
         "versions": {"ours": {"mindspore": "1"}, "diffusers": {"torch": "2"}},
     }  # fmt: skip
 
@@ -401,16 +397,16 @@ class TestMarkdown:
     def test_columns_are_the_published_ones_and_every_seed_has_its_row(self):
         text = markdown(a_table([1, 2, 3]), "python compare")
         assert "FID (ours) | FID (diffusers) | " in text and "CLIP score (ours) | CLIP score (diffusers) |" in text
-        published = text.split("Ours less")[0]
+        published = text.split("Ours minus")[0]
         assert rows_of(published)["LoRA, seed 2"][:3] == ["92.00 +- 4.00", "97.00 +- 4.00", "20.00 +- 1.00"]
 
-    def test_the_mean_has_the_seeds_deviation(self):
-        published = markdown(a_table([1, 2, 3]), "").split("Ours less")[0]
+    def test_the_mean_has_the_std_between_the_seeds(self):
+        published = markdown(a_table([1, 2, 3]), "").split("Ours minus")[0]
         assert rows_of(published)["LoRA, mean of 3 seeds"][:2] == ["92.00 +- 1.00", "97.00 +- 1.00"]
-        assert "mean of" not in markdown(a_table([1]), "").split("Ours less")[0].split("+- is")[0]
+        assert "mean of" not in markdown(a_table([1]), "").split("Ours minus")[0].split("+- is")[0]
 
     def test_differences_have_a_sign(self):
-        differences = markdown(a_table([1]), "").split("Ours less")[1]
+        differences = markdown(a_table([1]), "").split("Ours minus")[1]
         assert rows_of(differences)["LoRA, seed 1"][:2] == ["-2.00 +- 4.00", "+0.25 +- 0.50"]
 
     def test_small_scores_have_four_decimals(self):
@@ -421,7 +417,7 @@ class TestMarkdown:
                 name: {**found, "fid": found["fid"] / 1000, "fid_std": found["fid_std"] / 1000}
                 for name, found in table["scores"][kind].items()
             }
-        published, differences = markdown(table, "").split("Ours less")
+        published, differences = markdown(table, "").split("Ours minus")
         assert rows_of(published)["LoRA, seed 1"][:2] == ["0.0910 +- 0.0040", "0.0960 +- 0.0040"]
         assert rows_of(published)["LoRA, seed 1"][4] == "30.00 +- 0.50"
         assert rows_of(differences)["LoRA, seed 1"][0] == "-0.0020 +- 0.0040"
@@ -429,24 +425,25 @@ class TestMarkdown:
     def test_zero_has_no_minus(self):
         table = a_table([1])
         table["scores"]["pairs"]["seed1/"]["fid"] = -1e-9
-        assert rows_of(markdown(table, "").split("Ours less")[1])["LoRA, seed 1"][0] == "+0.00 +- 4.00"
+        assert rows_of(markdown(table, "").split("Ours minus")[1])["LoRA, seed 1"][0] == "+0.00 +- 4.00"
 
     def test_without_real_images_there_is_no_fid(self):
-        published = markdown(a_table([1, 2], fid=False), "").split("Ours less")[0]
+        published = markdown(a_table([1, 2], fid=False), "").split("Ours minus")[0]
         assert rows_of(published)["LoRA, seed 1"][:5] == ["-", "-", "-", "-", "30.00 +- 0.50"]
         assert rows_of(published)["LoRA, mean of 2 seeds"][0] == "-"
 
     def test_it_says_what_the_scores_compare_with(self):
         text = markdown(a_table([1]), "python tools/eval/compare_diffusers.py --seeds 1")
-        assert "fewer than 2,048" in text and "compare only with one another" in text
+        assert "fewer than 2,048" in text and "compare only with each other" in text
         assert "CLIP score of the real images is 31.50" in text
         assert "of the real images" not in markdown(a_table([1], fid=False), "")
         assert "sha256 abababababababab" in text and "--seeds 1" in text and "torch 2" in text and "mindspore 1" in text
 
     @pytest.mark.parametrize("changes, words", [
-        ({}, "latents and text states cached by both"), ({"random_flip": True}, "text states cached by both"),
+        ({}, "latents and text embeddings cached by both"), ({"random_flip": True}, "text embeddings cached by both"),
         ({"random_crop": True, "cache_text": False}, "nothing cached by either"),
-        ({"cache_text": False}, ", latents cached by both"), ({"cache_latents": False}, ", text states cached by both"),
+        ({"cache_text": False}, ", latents cached by both"),
+        ({"cache_latents": False}, ", text embeddings cached by both"),
     ])  # fmt: skip
     def test_it_says_what_was_cached(self, changes, words):
         table = a_table([1])

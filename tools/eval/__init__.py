@@ -1,0 +1,1 @@
+"""Evaluation: CLIP score, FID and KID, and the comparison with diffusers."""

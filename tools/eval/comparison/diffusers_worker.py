@@ -1,12 +1,12 @@
-"""The diffusers side of compare_diffusers.py, in the environment that has PyTorch.
+"""The diffusers side of compare_diffusers.py, in the environment with PyTorch.
 
-    .venv-parity/bin/python tools/eval/diffusers_worker.py train JOB.json
-    .venv-parity/bin/python tools/eval/diffusers_worker.py generate JOB.json
-    .venv-parity/bin/python tools/eval/diffusers_worker.py plot JOB.json
+    .venv-parity/bin/python tools/eval/comparison/diffusers_worker.py train JOB.json
+    .venv-parity/bin/python tools/eval/comparison/diffusers_worker.py generate JOB.json
+    .venv-parity/bin/python tools/eval/comparison/diffusers_worker.py plot JOB.json
 
-compare_diffusers.py writes the jobs. Networks, LoRA layers, optimizer, noising and sampler are diffusers', PEFT's and
-PyTorch's; the order of the rows, the images, the tokens, everything random and the learning rate of a step come from
-the very modules that train_text_to_image.py takes them from, none of which needs MindSpore.
+The jobs come from sides.py. Networks, LoRA layers, optimizer, noising and sampler are those of diffusers, PEFT and
+PyTorch. The order of the rows, the images, the tokens, all random draws and the learning rates come from the same
+modules as in train_text_to_image.py. None of them needs MindSpore.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from ldm.runtime.script import run_script, start_script  # noqa: E402
 
@@ -52,15 +53,15 @@ from ldm.tokenizer import AddedToken, Tokenizer  # noqa: E402
 from ldm.training.metrics_file import Metrics, MetricsFile  # noqa: E402
 from ldm.training.schedules import learning_rate  # noqa: E402
 
-EPSILON = 1e-8  # AdamW's, torch's default
+EPSILON = 1e-8  # of AdamW, torch's default
 ENCODE_BATCH = 16
-SAVE_SECONDS = 300.0  # between two states of a training, from which it goes on when it was broken off
+SAVE_SECONDS = 300.0  # between two training states, from which an interrupted training continues
 
 
 class Networks:
-    """UNet, autoencoder and text encoder of a diffusers folder in fp32, frozen, and its noise schedule's settings."""
+    """The networks of a diffusers folder in fp32, frozen, its noise schedule's configuration, and the tokenizer."""
 
-    def __init__(self, folder: Path, pad_token: str, added_tokens: list):
+    def __init__(self, folder: Path, pad_token: str, added_tokens: Sequence[Sequence]):
         self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
         self.vae = load_vae(folder / "vae")
         self.text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
@@ -70,22 +71,24 @@ class Networks:
             network.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def text_states(self, texts: list[str]) -> torch.Tensor:
-        """(N, 77, D): of the last layer, after the final norm."""
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        """Returns text embeddings (N, 77, D): the last layer's output after the final norm."""
         tokens = torch.from_numpy(self.tokenizer.encode(texts).astype(np.int64))
         parts = [self.text_encoder(part).last_hidden_state for part in tokens.split(ENCODE_BATCH)]
         return torch.cat(parts)
 
     @torch.no_grad()
     def moments(self, images: np.ndarray) -> torch.Tensor:
-        """(N, 2C, h, w): mean and log variance of the latents of images (N, 3, H, W) in [-1, 1]."""
+        """Returns mean and log variance (N, 2C, h, w) of the latents of images (N, 3, H, W) in [-1, 1]."""
         distribution = self.vae.encode(torch.from_numpy(images)).latent_dist
         return torch.cat([distribution.mean, distribution.logvar], dim=1)
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """Diffusers' autoencoder. Its first convolution is as wide as its first level; where the file's is not (LDM's is
-    `ch` wide whatever ch_mult begins with, as in the embedded model), its own layers of that width take their place.
+    """Loads the autoencoder of a diffusers folder.
+
+    The first convolution of diffusers' class is as wide as its first level. LDM's is `ch` wide whatever ch_mult begins
+    with, as in the nano model. For such a file, layers of that width replace those of the class.
     """
     config = AutoencoderKL.load_config(folder)
     arrays = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -102,9 +105,9 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 
 def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None:
-    """Put a LoRA file's layers into the UNet; prefix: what its keys begin with."""
-    # Unless it is told so, diffusers reads a .safetensors here without its texts, where lora_alpha is: silently, all
-    # alphas would be the rank.
+    """Loads a LoRA file, whose keys begin with `prefix`, into the UNet."""
+    # Without use_safetensors, diffusers ignores the metadata of a .safetensors, which holds lora_alpha. All alphas
+    # would be the rank, without a warning.
     unet.load_lora_adapter(path, prefix=prefix, adapter_name="default", use_safetensors=True)
 
 
@@ -112,8 +115,9 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 
 
 def train(job: dict) -> dict:
-    """Train a LoRA as diffusers' train_text_to_image_lora.py does, from the factors in job["lora"], or on from the
-    state that a run which was broken off left in job["output"].
+    """Trains a LoRA as diffusers' train_text_to_image_lora.py does.
+
+    It starts from the LoRA job["lora"], or continues from the state that an interrupted run left in job["output"].
     """
     networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     unet = networks.unet
@@ -134,12 +138,12 @@ def train(job: dict) -> dict:
     done = load_state(state, trained, optimizer) if state.is_file() else 0
     metrics_file = MetricsFile(Path(job["output"]) / "metrics.csv", done)
     saved = time.perf_counter()
-    bar = tqdm(range(done, job["updates"]), desc="training with diffusers", unit="step", smoothing=0.1, initial=done,
-               total=job["updates"])  # fmt: skip
-    for update in bar:
+    bar = tqdm(range(done, job["steps"]), desc="training with diffusers", unit="step", smoothing=0.1, initial=done,
+               total=job["steps"])  # fmt: skip
+    for step in bar:
         begin = time.perf_counter()
         rate = learning_rate(
-            update,
+            step,
             scheduler=job["scheduler"],
             start=job["start_learning_rate"],
             end=job["end_learning_rate"],
@@ -149,22 +153,23 @@ def train(job: dict) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
-        for micro_step in range(update * job["micro_steps"], (update + 1) * job["micro_steps"]):
-            latents, noise, timesteps, states = batches(micro_step)
-            predicted = unet(noising.add_noise(latents, noise, timesteps), timesteps, states).sample
+        for number in range(step * job["micro_batches"], (step + 1) * job["micro_batches"]):
+            latents, noise, timesteps, text_embeddings = batches(number)
+            noisy_latents = noising.add_noise(latents, noise, timesteps)
+            predicted = unet(noisy_latents, timesteps, text_embeddings).sample
             velocity = noising.config.prediction_type == "v_prediction"
             target = noising.get_velocity(latents, noise, timesteps) if velocity else noise
-            micro_loss = F.mse_loss(predicted.float(), target.float()) / job["micro_steps"]
-            micro_loss.backward()
-            loss += micro_loss.item()
-        # an infinite norm clips nothing and is returned all the same
+            batch_loss = F.mse_loss(predicted.float(), target.float()) / job["micro_batches"]
+            batch_loss.backward()
+            loss += batch_loss.item()
+        # An infinite maximum clips nothing, but the norm is returned.
         norm = torch.nn.utils.clip_grad_norm_(trained, job["max_grad_norm"] if job["clip_grad"] else float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - begin
-        metrics_file.write(Metrics(update + 1, loss, rate, 1.0, seconds, norm.item()))
+        metrics_file.write(Metrics(step + 1, loss, rate, 1.0, seconds, norm.item()))
         if time.perf_counter() - saved > SAVE_SECONDS:
-            save_state(state, trained, optimizer, update + 1)
+            save_state(state, trained, optimizer, step + 1)
             saved = time.perf_counter()
     metrics_file.close()
     unet.save_lora_adapter(Path(job["output"]), adapter_name="default")
@@ -173,7 +178,7 @@ def train(job: dict) -> dict:
 
 
 def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
-    """All that the updates after `done` depend on: what is drawn for one is a function of its number."""
+    """Writes everything that later steps depend on. Random draws need no state: they follow from the step."""
     with atomic_path(path) as temporary:
         torch.save(
             {"done": done, "trained": [parameter.data for parameter in trained], "optimizer": optimizer.state_dict()},
@@ -182,7 +187,7 @@ def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.o
 
 
 def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Take over what save_state wrote: the number of updates done."""
+    """Loads what save_state wrote. Returns the number of steps done."""
     state = torch.load(path, weights_only=True)
     for parameter, values in zip(trained, state["trained"]):
         parameter.data.copy_(values)
@@ -191,13 +196,13 @@ def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.o
 
 
 class Batches:
-    """The batch of a micro-step: (latents, noise, timesteps, text states), as ldm.training.inputs.Inputs makes it."""
+    """Returns micro-batches (latents, noise, timesteps, text embeddings), the same as ldm.training.inputs.Inputs."""
 
     def __init__(self, job: dict, networks: Networks):
         self.job, self.networks = job, networks
-        self.paths, self.texts = [row[0] for row in job["rows"]], [row[1] for row in job["rows"]]
+        self.paths, self.captions = [row[0] for row in job["rows"]], [row[1] for row in job["rows"]]
         self.order = BatchOrder(len(self.paths), job["batch_size"], job["seed"])
-        self.states = networks.text_states([*self.texts, ""]) if job["cache_text"] else None
+        self.text_embeddings = networks.encode_texts([*self.captions, ""]) if job["cache_text"] else None
         self.moments = None
         if job["cache_latents"] and not (job["random_crop"] or job["random_flip"]):
             parts = []
@@ -206,25 +211,25 @@ class Batches:
                 parts.append(networks.moments(np.stack(images)))
             self.moments = torch.cat(parts)
 
-    def __call__(self, micro_step: int) -> tuple[torch.Tensor, ...]:
+    def __call__(self, number: int) -> tuple[torch.Tensor, ...]:
         job = self.job
-        rows = self.order.indices(micro_step)
-        mean, logvar = self._moments(rows, micro_step).chunk(2, dim=1)
+        rows = self.order.indices(number)
+        mean, logvar = self._moments(rows, number).chunk(2, dim=1)
         drawn = micro_batch_draws(
-            job["seed"], micro_step, tuple(mean.shape), self.networks.schedule["num_train_timesteps"],
+            job["seed"], number, tuple(mean.shape), self.networks.schedule["num_train_timesteps"],
             job["caption_dropout"],
         )  # fmt: skip
         latents = mean + torch.exp(0.5 * logvar) * torch.from_numpy(drawn.posterior)
         latents = latents * self.networks.vae.config.scaling_factor
         timesteps = torch.from_numpy(drawn.timesteps.astype(np.int64))
-        return latents, torch.from_numpy(drawn.noise), timesteps, self._states(rows, drawn.dropped)
+        return latents, torch.from_numpy(drawn.noise), timesteps, self._text_embeddings(rows, drawn.dropped)
 
-    def _states(self, rows: np.ndarray, dropped: np.ndarray) -> torch.Tensor:
-        if self.states is not None:
-            return self.states[np.where(dropped, len(self.texts), rows)]
-        return self.networks.text_states(["" if drop else self.texts[row] for row, drop in zip(rows, dropped)])
+    def _text_embeddings(self, rows: np.ndarray, dropped: np.ndarray) -> torch.Tensor:
+        if self.text_embeddings is not None:
+            return self.text_embeddings[np.where(dropped, len(self.captions), rows)]
+        return self.networks.encode_texts(["" if drop else self.captions[row] for row, drop in zip(rows, dropped)])
 
-    def _moments(self, rows: np.ndarray, micro_step: int) -> torch.Tensor:
+    def _moments(self, rows: np.ndarray, number: int) -> torch.Tensor:
         if self.moments is not None:
             return self.moments[rows]
         job = self.job
@@ -233,7 +238,7 @@ class Batches:
                 self.paths[row], job["image_size"], random_crop=job["random_crop"], random_flip=job["random_flip"],
                 rng=rng,
             )
-            for row, rng in zip(rows, augmentation_draws(job["seed"], micro_step, len(rows)))
+            for row, rng in zip(rows, augmentation_draws(job["seed"], number, len(rows)))
         ]  # fmt: skip
         return self.networks.moments(np.stack(images))
 
@@ -242,7 +247,7 @@ class Batches:
 
 
 def generate(job: dict) -> dict:
-    """Draw job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline, a LoRA fused where given."""
+    """Draws job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline and the LoRA, if any."""
     networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     scheduler = DPMSolverMultistepScheduler.from_config(
         networks.schedule, algorithm_type="dpmsolver++", timestep_spacing="linspace"
@@ -260,12 +265,12 @@ def generate(job: dict) -> dict:
     folder = Path(job["output"]) / "samples"
     with tqdm(total=len(prompts), desc="sampling with diffusers", unit="image") as bar:
         for start in range(0, len(prompts), size):
-            texts = prompts[start : start + size]
+            batch = prompts[start : start + size]
             guided = job["scale"] != 1.0
-            states = networks.text_states([*texts, ""])
+            text_embeddings = networks.encode_texts([*batch, ""])
             images = pipeline(
-                prompt_embeds=states[:-1],
-                negative_prompt_embeds=states[-1:].repeat(len(texts), 1, 1) if guided else None,
+                prompt_embeds=text_embeddings[:-1],
+                negative_prompt_embeds=text_embeddings[-1:].repeat(len(batch), 1, 1) if guided else None,
                 latents=starting[start : start + size],
                 height=job["image_size"],
                 width=job["image_size"],
@@ -276,7 +281,7 @@ def generate(job: dict) -> dict:
             for index, image in enumerate(images, start):
                 with atomic_path(folder / f"{index:05d}.png") as path:
                     Image.fromarray(np.round(image * 255).astype(np.uint8)).save(path)
-            bar.update(len(texts))
+            bar.update(len(batch))
     return {}
 
 
@@ -284,7 +289,7 @@ def generate(job: dict) -> dict:
 
 
 def plot(job: dict) -> dict:
-    """Draw the losses of both for each seed, and below them their relative difference at each step."""
+    """Plots the losses of both sides for each seed, and below them their relative difference at each step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -315,7 +320,7 @@ def plot(job: dict) -> dict:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Over the tenth of the curve that ends at each step, or what there is of it."""
+    """Returns the mean over the tenth of the curve that ends at each step, or over all steps before it."""
     window = max(1, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
@@ -323,12 +328,9 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     command, path = sys.argv[1:]
-    # of what neither side uses: image processors, folders of the hub, other precisions
+    # Their warnings concern what this script does not use: image processors, the hub, other precisions.
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

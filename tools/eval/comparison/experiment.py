@@ -1,0 +1,194 @@
+"""What is compared: the recipe, the data and the model, checked before any work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ldm.data.batches import BatchOrder
+from ldm.data.cache import content_key
+from ldm.data.dataset import Row, read_image_text_csv
+from ldm.errors import UserError
+from ldm.files.inputs import is_file, is_folder, is_there, list_folder
+from ldm.files.outputs import claim_folder
+from ldm.files.paths import under_root
+from ldm.files.prompts import read_prompts
+from ldm.settings.declare import names_of
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.read import read_settings
+from ldm.settings.train import TrainSettings
+from ldm.settings.versions import default_guidance_scale
+from ldm.training.plan import RunPlan, make_plan
+from ldm.weights.architecture import config_with_tokens, detect_model_config
+from ldm.weights.base_model import base_model_hash
+from tools.grid import evenly
+
+SIDES = ("ours", "diffusers")
+
+
+class Experiment:
+    """The inputs of a comparison, and the places of its files in the output folder.
+
+    Args:
+        args: The command line of compare_diffusers.py.
+        flags: Settings of train_text_to_image.py that follow on the command line.
+
+    Raises:
+        UserError: The comparison is impossible, or a file or setting is wrong.
+    """
+
+    def __init__(self, args: argparse.Namespace, flags: Sequence[str]):
+        self.args, self.flags = args, list(flags)
+        self.base, self.output = Path(args.base), Path(args.output_path)
+        if not is_there(self.base, "--base"):
+            raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
+        settings = self.settings(args.seeds[0])
+        if settings.model_config is None:
+            self.config = detect_model_config(self.base, way_out="add --model_config with its YAML")
+        else:
+            self.config = config_with_tokens(load_model_config(under_root(settings.model_config)), self.base)
+        self.generate_flags = [] if settings.model_config is None else ["--config", self.config.path]
+        self.generate_flags += ["--device_target", settings.device_target] if settings.device_target else []
+        check_model(self.config)
+        self.training_folder = training_folder(Path(args.data))
+        self.rows, self.prompts, self.real = read_data(Path(args.data), settings, args.prompts)
+        self.plan(settings)  # raises the error for too few rows
+        self.image_size = settings.image_size or self.config.image_size
+        self.scale = default_guidance_scale(self.config.architecture) if args.scale is None else args.scale
+        self.batch_size = 16 if self.image_size <= 128 else 4
+        if is_folder(self.output, "--output_path"):
+            names = [name for name in list_folder(self.output, "--output_path") if not name.startswith(".")]
+            if names and "compared.json" not in names:
+                raise UserError(f"--output_path {self.output} holds something else: choose a new folder")
+        with claim_folder(self.output, "--output_path"):  # raises the error early; main claims it for the whole run
+            pass
+        self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.content, row.caption)))
+        self.base_hash = base_model_hash(self.base)
+
+    def settings(self, seed: int) -> TrainSettings:
+        """Returns the settings of both trainings with a seed."""
+        return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
+
+    def plan(self, settings: TrainSettings) -> RunPlan:
+        """Returns the length of both trainings."""
+        order = BatchOrder(len(self.rows), settings.train_batch_size, settings.seed)
+        return make_plan(settings, order.steps_per_epoch)
+
+    def recipe(self, settings: TrainSettings) -> dict[str, Any]:
+        """Returns what decides the trained weights, apart from the base model and the data."""
+        rules = {field.name: field.metadata for field in fields(settings)}
+        names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
+        return {**{name: getattr(settings, name) for name in names}, "steps": self.plan(settings).steps}
+
+    @property
+    def diffusers_base(self) -> Path:
+        """The base model as a diffusers folder."""
+        return self.output / "base" / "diffusers"
+
+    @property
+    def held_out(self) -> Path:
+        """The folder with the held-out prompts, their real images and the starting latents."""
+        return self.output / "held_out"
+
+    def start_lora(self, seed: int) -> Path:
+        """The LoRA that both trainings with a seed start from."""
+        return self.output / f"seed{seed}" / "start" / "pytorch_lora_weights.safetensors"
+
+    def images(self, folder: str) -> list[Path]:
+        """Returns the images in a folder below the output folder."""
+        return sorted((self.output / folder).glob("*.png"))
+
+
+def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> TrainSettings:
+    """Reads the settings of both trainings. Raises UserError for a setting that diffusers' LoRA training has not."""
+    for flag in flags:
+        name = flag[2:].partition("=")[0].replace("-", "_")
+        if flag.startswith("--") and name in names_of(TrainSettings, set_by_comparison=True):
+            way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
+            raise UserError(f"--{name} cannot be given here: {way}")
+    settings = read_settings(
+        TrainSettings,
+        ["--train_config", path, *flags, "--pretrained_model_path", base, "--seed", str(seed), "--precision", "fp32",
+         "--loss_scaler_type", "none"],
+        yaml_flag="train_config",
+    )  # fmt: skip
+    if not settings.use_lora:
+        raise UserError(f"{path} trains the whole UNet: this script compares LoRAs, add --use_lora True")
+    for field in fields(TrainSettings):
+        reason = field.metadata["not_in_diffusers"]
+        if reason and getattr(settings, field.name):
+            raise UserError(
+                f"{field.name} is set, which cannot be compared: {reason}; add --{field.name} {field.default}"
+            )
+    return settings
+
+
+def training_folder(data: Path) -> Path:
+    """Returns `data` if it has an img_txt.csv, which chooses the rows to train on, else its train/."""
+    return data if is_file(data / "img_txt.csv", "--data") else data / "train"
+
+
+def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[list[Row], list[str], list[Row]]:
+    """Reads the data of a comparison.
+
+    Args:
+        data: The folder with train/ and test/.
+        settings: The settings of the trainings.
+        count: Number of held-out prompts, spread evenly over test/. None for all.
+
+    Returns:
+        The rows to train on, the held-out prompts, and the rows with their real images. The last is empty if test/ has
+        only a prompts.txt.
+
+    Raises:
+        UserError: The data cannot be read or cannot be compared.
+    """
+
+    def read(folder: Path) -> list[Row]:
+        return read_image_text_csv(
+            folder, image_column=settings.image_column, caption_column=settings.caption_column
+        ).rows
+
+    train_folder, test_folder = training_folder(data), data / "test"
+    if not is_folder(train_folder, "--data") or not is_folder(test_folder, "--data"):
+        raise UserError(
+            f"--data {data} must hold the folders train and test, with img_txt.csv and images in each (test may hold "
+            "only a prompts.txt): images that the training has seen do not show what was learned"
+        )
+    train = read(train_folder)
+    prompts_file = test_folder / "prompts.txt"
+    test: list[Row] = []
+    if is_file(prompts_file, "--data") and not is_file(test_folder / "img_txt.csv", "--data"):
+        prompts = read_prompts(prompts_file, "data_path")
+    else:
+        test = read(test_folder)
+        prompts = [" ".join(row.caption.split()) for row in test]
+        both = {row.path.resolve() for row in train} & {row.path.resolve() for row in test}
+        if both:
+            raise UserError(
+                f"{train_folder / 'img_txt.csv'}: {len(both)} rows are held-out images of {test_folder} "
+                f"({min(both).name}, ...): remove them from the training rows"
+            )
+    if "" in prompts:
+        raise UserError(f"{test_folder}: held-out prompt {prompts.index('') + 1} is empty: write one or remove the row")
+    if len(prompts) < 2:
+        raise UserError(f"{test_folder} has one prompt: give 2 or more, one image has no distribution")
+    chosen = evenly(len(prompts), count or len(prompts))
+    return train, [prompts[i] for i in chosen], [test[i] for i in chosen] if test else []
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises UserError for a model that diffusers' classes cannot represent."""
+    if config.unet["channel_mult"][0] != 1:
+        raise UserError(
+            f"{config.path}: channel_mult must begin with 1, because diffusers' UNet begins with the width of its "
+            "first level; such a model cannot be compared"
+        )
+    if config.vae["z_channels"] != config.vae["embed_dim"] or not config.vae.get("double_z", True):
+        raise UserError(
+            f"{config.path}: z_channels and embed_dim must be equal and double_z must be true, as in diffusers' "
+            "autoencoder; such a model cannot be compared"
+        )

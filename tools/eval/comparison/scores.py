@@ -1,0 +1,96 @@
+"""The scores of the images of both sides, and of the differences between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.metrics.bootstrap import bootstrap_std
+from ldm.metrics.clip_score import clip_scores
+from ldm.metrics.evaluate import encode_images
+from ldm.metrics.frechet import frechet_of_features
+from ldm.metrics.kernel import kernel_distance
+from ldm.metrics.networks import ClipNetwork, ImageNetwork
+
+RESAMPLES = 200
+
+
+class Scores:
+    """Scores sets of images of the same prompts with the same networks. Standard deviations are over the prompts.
+
+    Args:
+        prompts: The prompts.
+        real: The real image of each prompt. Empty if there are none: then there are no distances.
+        image_network: The network of the distances.
+        clip_network: The network of the CLIP score.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], real: Sequence[Path], image_network: ImageNetwork, clip_network: ClipNetwork
+    ):
+        self.batch_size = min(32, len(prompts))
+        self.image_network, self.clip_network = image_network, clip_network
+        self.count = len(prompts)
+        self.prompt_features = clip_network.encode_texts(prompts, self.batch_size)
+        self.real_features = self._features(real, image_network) if real else None
+        self.real_clip_score = float(self._clip_scores(real).mean()) if real else None
+        self.features: dict[str, np.ndarray] = {}
+        self.clip_scores: dict[str, np.ndarray] = {}
+        self.pixels: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, files: Sequence[Path]) -> dict[str, float | None]:
+        """Scores a set: {"fid", "fid_std", "kid", "kid_std", "clip_score", "clip_score_std"}."""
+        if len(files) != self.count:
+            raise UserError(f"{name} has {len(files)} images for {self.count} prompts: remove it and run again")
+        self.clip_scores[name] = clip = self._clip_scores(files)
+        self.pixels[name] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+        scores: dict[str, float | None] = {
+            "fid": None, "fid_std": None, "kid": None, "kid_std": None,
+            "clip_score": float(clip.mean()), "clip_score_std": self._std(lambda i: float(clip[i].mean())),
+        }  # fmt: skip
+        if self.real_features is not None:
+            self.features[name] = self._features(files, self.image_network)
+            scores["fid"] = self._fid(name, np.arange(self.count))
+            scores["fid_std"] = self._std(lambda i: self._fid(name, i))
+            if self.count >= 4:
+                scores["kid"], scores["kid_std"] = kernel_distance(self.real_features, self.features[name])
+        return scores
+
+    def difference(self, name: str, other: str) -> dict[str, float | None]:
+        """Returns the scores of `name` minus those of `other`.
+
+        The standard deviations are of the differences: the same prompts are drawn for both. "pixels" is the mean
+        absolute difference of the images over pixels and channels, from 0 to 255.
+        """
+        clip = self.clip_scores[name] - self.clip_scores[other]
+        pixels = np.abs(self.pixels[name].astype(np.float64) - self.pixels[other])
+        scores: dict[str, float | None] = {
+            "fid": None, "fid_std": None,
+            "clip_score": float(clip.mean()), "clip_score_std": self._std(lambda i: float(clip[i].mean())),
+            "pixels": float(pixels.mean()),
+        }  # fmt: skip
+        if self.real_features is not None:
+
+            def fid(i: np.ndarray) -> float:
+                return self._fid(name, i) - self._fid(other, i)
+
+            scores["fid"], scores["fid_std"] = fid(np.arange(self.count)), self._std(fid)
+        return scores
+
+    def _std(self, statistic: Callable[[np.ndarray], float]) -> float:
+        return bootstrap_std(statistic, self.count, RESAMPLES)
+
+    def _fid(self, name: str, indices: np.ndarray) -> float:
+        assert self.real_features is not None
+        return frechet_of_features(self.real_features[indices], self.features[name][indices])
+
+    def _clip_scores(self, files: Sequence[Path]) -> np.ndarray:
+        return clip_scores(self._features(files, self.clip_network), self.prompt_features)
+
+    def _features(self, files: Sequence[Path], network: ImageNetwork) -> np.ndarray:
+        return encode_images(files, network, self.batch_size).features

@@ -1,0 +1,68 @@
+"""The stages of a comparison, each done once for the same inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.metrics.report import write_json
+
+
+class Stages:
+    """Runs stages, each in its own folder, and skips those that are done with the same inputs.
+
+    A stage's done.json holds its inputs and its result, and is written last. If the inputs differ, or the stage was
+    interrupted, its folder is removed and the stage starts again, unless it can continue.
+
+    Args:
+        output: The folder of all stages.
+        count: Number of stages, for the messages.
+    """
+
+    def __init__(self, output: Path, count: int):
+        self.output, self.count, self.number = output, count, 0
+
+    def run(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+        can_continue: bool = False,
+    ) -> dict[str, Any]:
+        """Returns the result of `work(folder)`, from an earlier run if there is one.
+
+        Args:
+            name: The folder of the stage.
+            inputs: Everything that the result depends on, for JSON.
+            work: Does the work in the folder and returns a result for JSON.
+            can_continue: Whether `work` can continue in the folder of an interrupted run.
+        """
+        self.number += 1
+        label = f"[{self.number}/{self.count}] {name}"
+        folder, inputs = self.output / name, json.loads(json.dumps(inputs))
+        done, begun = folder / "done.json", folder / "begun.json"
+        earlier = read_json_or_none(done)
+        if earlier is not None and earlier["settings"] == inputs:
+            print(f"{label}: done already", flush=True)
+            return earlier["result"]
+        if folder.exists() and not (can_continue and not done.exists() and read_json_or_none(begun) == inputs):
+            shutil.rmtree(folder)
+        print(f"{label} ...", flush=True)
+        begin = time.time()
+        write_json(begun, inputs)
+        result = work(folder)
+        write_json(done, {"settings": inputs, "result": result})
+        print(f"{label}: {time.time() - begin:.0f} s", flush=True)
+        return result
+
+
+def read_json_or_none(path: Path) -> Any:
+    """Returns the content of a JSON file that this script wrote, None if it is missing or incomplete."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
