@@ -27,9 +27,8 @@ def _main() -> None:
         description="Fine-tune Stable Diffusion on captioned images, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
     check_settings(settings)
-    # MindSpore takes seconds to import, so wrong settings are reported before. ldm.runtime.device sets its log level.
-    import ldm.runtime.device  # noqa: F401, isort: skip
-    from ldm.training.trainer import train  # isort: skip
+    # MindSpore takes seconds to import, so wrong settings are reported before.
+    from ldm.training.trainer import train
 
     train(settings)
 
