@@ -60,7 +60,7 @@ class Archive:
         self._file.close()
 
     def read(self, name: str, most: int) -> bytes:
-        """Return the content of a member.
+        """Returns the content of a member.
 
         Raises:
             UserError: the content has more than `most` bytes or cannot be decompressed.

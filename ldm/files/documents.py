@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge the mappings that `<<` names into `node`, each key once.
+        """Merges the mappings that `<<` names into `node`, each key once.
 
         PyYAML copies repeated keys, and the copies double with every level.
         """
@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _key(node: yaml.Node) -> object:
-    """Return what identifies a key: its text, or the node itself for a list or mapping, which PyYAML rejects later."""
+    """Returns what identifies a key: its text, or the node itself for a list or mapping, which PyYAML rejects later."""
     return node.value if isinstance(node, yaml.ScalarNode) else node
 
 
@@ -131,7 +131,7 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path of a YAML file") -> Any:
-    """Return the content of a YAML file.
+    """Returns the content of a YAML file.
 
     Args:
         path: the file.
@@ -153,18 +153,18 @@ def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 
 def write_yaml(content: Any) -> str:
-    """Return the YAML text that `read_yaml` reads as `content`."""
+    """Returns the YAML text that `read_yaml` reads as `content`."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path of a JSON file") -> Any:
-    """Return the content of a JSON file. Arguments and errors are those of `read_yaml`."""
+    """Returns the content of a JSON file. Arguments and errors are those of `read_yaml`."""
     text = read_text(path, name, way, MOST_BYTES)
     return parse_json(text, f"{name} {plain(os.fspath(path))}".strip())
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the content of a JSON text.
+    """Returns the content of a JSON text.
 
     Args:
         text: the JSON.
@@ -182,12 +182,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """Return `content` as JSON without escaping letters. Reading it restores file names that are not UTF-8, too."""
+    """Returns `content` as JSON without escaping letters. Reading it restores file names that are not UTF-8, too."""
     return valid_text(json.dumps(content, ensure_ascii=False, indent=indent))
 
 
 def valid_text(text: str) -> str:
-    """Return `text` with every character that UTF-8 cannot encode (bytes of file names) replaced by its escape."""
+    """Returns `text` with every character that UTF-8 cannot encode (bytes of file names) replaced by its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -223,11 +223,11 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raise UserError for more than MOST_ENTRIES or MOST_DEPTH with aliases expanded, and for invalid characters."""
+    """Raises UserError for more than MOST_ENTRIES or MOST_DEPTH with aliases expanded, and for invalid characters."""
     sizes: dict[int, tuple[int, int]] = {}
 
     def measure(value: Any) -> tuple[int, int]:
-        """Return the number of entries and the depth."""
+        """Returns the number of entries and the depth."""
         if not isinstance(value, (dict, list, tuple, set, str, bytes)):
             return 1, 0
         if id(value) not in sizes:

@@ -38,7 +38,7 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int) -> Header:
-    """Read the header at the beginning of `file`, and leave the position at the array's data.
+    """Reads the header at the beginning of `file`, and leaves the position at the array's data.
 
     Args:
         file: positioned at its beginning.
@@ -70,7 +70,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
 
 
 def read_array(file: BinaryIO, header: Header) -> np.ndarray:
-    """Return the array that follows its header. Raises NotNumpy if the file has become shorter since."""
+    """Returns the array that follows its header. Raises NotNumpy if the file has become shorter since."""
     raw = file.read(header.nbytes)
     if len(raw) != header.nbytes:
         raise NotNumpy("it is truncated")

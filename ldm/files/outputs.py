@@ -39,7 +39,7 @@ _HOLDER = "process "  # the beginning of the text in a lock file
 
 @contextmanager
 def claim_folder(path: str | Path, name: str) -> Iterator[None]:
-    """Hold the folder `path` within the block, and create it if needed. New folders that stay empty are removed.
+    """Holds the folder `path` within the block, and creates it if needed. New folders that stay empty are removed.
 
     Raises:
         UserError: the folder cannot be created or written, is not a folder, or is held by another process.
@@ -57,7 +57,7 @@ def claim_folder(path: str | Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
-    """Hold the file `path` within the block, without changing it. None claims nothing.
+    """Holds the file `path` within the block, without changing it. None claims nothing.
 
     Raises:
         UserError: the file could not be written (see `check_file_target`; its folder cannot be created or written; its
@@ -73,7 +73,7 @@ def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
 
 @contextmanager
 def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[None]:
-    """Hold `path` within the block, a file or folder that must not exist yet.
+    """Holds `path` within the block, a file or folder that must not exist yet.
 
     Args:
         folder: whether it will be a folder; an empty folder may exist then.
@@ -89,7 +89,7 @@ def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[Non
 
 @contextmanager
 def claim_all(*claims: AbstractContextManager[None]) -> Iterator[None]:
-    """Enter several claims in their order."""
+    """Enters several claims in their order."""
     with ExitStack() as stack:
         for claim in claims:
             stack.enter_context(claim)
@@ -97,7 +97,7 @@ def claim_all(*claims: AbstractContextManager[None]) -> Iterator[None]:
 
 
 def check_file_target(path: Path, name: str) -> None:
-    """Raise UserError if `path` is a folder, a device, a pipe, or a link into a folder that does not exist."""
+    """Raises UserError if `path` is a folder, a device, a pipe, or a link into a folder that does not exist."""
     status = file_status(path, name)
     if status is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise UserError(
@@ -112,7 +112,7 @@ def check_file_target(path: Path, name: str) -> None:
 
 @contextmanager
 def _locked_beside(target: Path, name: str) -> Iterator[None]:
-    """Check that `target` can be written beside and renamed, and hold a lock beside it."""
+    """Checks that `target` can be written beside and renamed, and holds a lock beside it."""
     with _created_folder(target.parent, name):
         trial = temporary_path(target)
         try:
@@ -129,7 +129,7 @@ def _locked_beside(target: Path, name: str) -> Iterator[None]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise OSError for another user's file in a folder like /tmp, where users can only replace their own files."""
+    """Raises OSError for another user's file in a folder like /tmp, where users can only replace their own files."""
     folder, user = os.stat(target.parent), os.geteuid()
     if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid) and os.path.lexists(target):
         if os.lstat(target).st_uid != user:
@@ -138,7 +138,7 @@ def _check_replaceable(target: Path) -> None:
 
 @contextmanager
 def _created_folder(folder: Path, name: str) -> Iterator[None]:
-    """Create a folder and its parents, and remove the new ones that are empty at the end."""
+    """Creates a folder and its parents, and removes the new ones that are empty at the end."""
     new: list[Path] = []
     for place in (folder, *folder.absolute().parents):
         status = file_status(place, name)
@@ -166,7 +166,7 @@ def _created_folder(folder: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
-    """Hold the lock file `lock` of `target`."""
+    """Holds the lock file `lock` of `target`."""
     handle = _acquire(lock, target, name)
     if handle is None:
         yield
@@ -180,7 +180,7 @@ def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(lock: Path, target: Path, name: str) -> int | None:
-    """Return a handle of the locked file, or None if the file system does not support locks."""
+    """Returns a handle of the locked file, or None if the file system does not support locks."""
     us = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
     for _ in range(MOST_TRIES):
         with ExitStack() as stack:  # closes the handle unless it is returned
@@ -217,7 +217,7 @@ def _acquire(lock: Path, target: Path, name: str) -> int | None:
 
 
 def _open_lock(lock: Path, target: Path, name: str) -> tuple[int, bool]:
-    """Open a lock file without following links.
+    """Opens a lock file without following links.
 
     Returns:
         The handle, and whether the file is another user's, which cannot be written.
@@ -241,7 +241,7 @@ def _open_lock(lock: Path, target: Path, name: str) -> tuple[int, bool]:
 
 
 def _write_holder(handle: int, us: str) -> None:
-    """Name this process in its lock file."""
+    """Names this process in its lock file."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{us} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
     try:

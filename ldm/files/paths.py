@@ -20,7 +20,7 @@ MOST_STRENGTH = 1000  # largest absolute strength of a LoRA
 
 
 def expanded(text: str) -> str:
-    """Expand `~` and `~name` at the beginning of a path, and `$NAME` and `${NAME}` anywhere, as a shell does.
+    """Expands `~` and `~name` at the beginning of a path, and `$NAME` and `${NAME}` anywhere, as a shell does.
 
     Unknown users and variables stay as they are. This serves YAML files and flags such as `--x=~/y`, which no shell
     expands.
@@ -29,12 +29,12 @@ def expanded(text: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """Return an expanded path. This is the type of the tools' path flags."""
+    """Returns an expanded path. This is the type of the tools' path flags."""
     return Path(expanded(text))
 
 
 def under_root(path: str | Path) -> Path:
-    """Return `path` if it exists or is not below ROOT either, else the path below ROOT.
+    """Returns `path` if it exists or is not below ROOT either, else the path below ROOT.
 
     So `configs/nano.yaml` is found from any working directory, and the user's own file of that name takes precedence.
     """
@@ -43,7 +43,7 @@ def under_root(path: str | Path) -> Path:
 
 
 def path_and_strengths(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
-    """Split `path`, `path:strength` or `path:strength:strength` into the path and its strengths.
+    """Splits `path`, `path:strength` or `path:strength:strength` into the path and its strengths.
 
     A file whose name contains colons is found by its whole name first.
 
@@ -77,7 +77,7 @@ def _strength(word: str, text: str, name: str) -> float:
 
 
 def check_free(path: str | Path, empty_folder: bool = False) -> None:
-    """Raise UserError if `path` exists, since tools never overwrite. An empty folder may exist with `empty_folder`."""
+    """Raises UserError if `path` exists, since tools never overwrite. An empty folder may exist with `empty_folder`."""
     if os.path.lexists(path) and not (empty_folder and _is_empty_folder(Path(path))):
         raise UserError(f"{plain(path)} exists: choose another name, or remove it first")
 
@@ -91,7 +91,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError in the block, such as a full disk, into a UserError that names `path`."""
+    """Converts an OSError in the block, such as a full disk, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z]+")
 
 
 def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
-    """Return the prompts of a UTF-8 text file, one per line, without surrounding spaces.
+    """Returns the prompts of a UTF-8 text file, one per line, without surrounding spaces.
 
     Line feeds at the end of the file are ignored. Every other empty line is an empty prompt, and so is a line of
     spaces, which allows an empty prompt at the end. Comments (`#`) and the flags of other projects' prompt files

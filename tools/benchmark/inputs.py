@@ -15,7 +15,7 @@ PROMPT = "an image of the number"
 
 
 def draw_inputs(config: ModelConfig, work: Work) -> dict[str, np.ndarray]:
-    """Return latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77), int32."""
+    """Returns latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77), int32."""
     random = np.random.default_rng(SEED)
     shape = (work.batch, config.latent_channels, work.size, work.size)
     return {
@@ -28,14 +28,14 @@ def draw_inputs(config: ModelConfig, work: Work) -> dict[str, np.ndarray]:
 
 
 def draw_tokens(count: int) -> np.ndarray:
-    """Return tokens (count, 77), int32. The end token is last, where transformers looks for it."""
+    """Returns tokens (count, 77), int32. The end token is last, where transformers looks for it."""
     tokens = np.random.default_rng(SEED).integers(0, 49000, (count, 77), np.int32)
     tokens[:, 0], tokens[:, -1] = 49406, 49407
     return tokens
 
 
 def write_images(folder: Path, size: int) -> None:
-    """Write a data set of EPOCH_IMAGES PNG files of noise, each with its own caption."""
+    """Writes a data set of EPOCH_IMAGES PNG files of noise, each with its own caption."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(SEED)
     with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:

@@ -40,7 +40,7 @@ NAMES = ("this project", "pytorch-fid", "torchmetrics")
 
 
 def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
-    """Return a round of this project."""
+    """Returns a round of this project."""
     from ldm.runtime.device import setup_runtime
 
     setup_runtime("CPU")
@@ -60,7 +60,7 @@ def this_project(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
 
 def import_pytorch_fid():
-    """Import pytorch-fid with random Inception weights."""
+    """Imports pytorch-fid with random Inception weights."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -79,7 +79,7 @@ def import_pytorch_fid():
 
 
 def pytorch_fid(paths: list[Path], batch_size: int) -> Callable[[], None]:
-    """Return a round of pytorch-fid."""
+    """Returns a round of pytorch-fid."""
     _, fid_score, inception, _ = import_pytorch_fid()
     network = inception.InceptionV3()
 
@@ -90,7 +90,7 @@ def pytorch_fid(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
 
 def torchmetrics(paths: list[Path], batch_size: int) -> Callable[[], None]:
-    """Return a round of torchmetrics."""
+    """Returns a round of torchmetrics."""
     torch, _, _, state = import_pytorch_fid()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -109,7 +109,7 @@ def torchmetrics(paths: list[Path], batch_size: int) -> Callable[[], None]:
 
 
 def serve(name: str, folder: Path, batch_size: int) -> None:
-    """Answer every line of input with the seconds and CPU seconds of a round, and the peak memory so far."""
+    """Answers every line of input with the seconds and CPU seconds of a round, and the peak memory so far."""
     paths = sorted(folder.glob("*.png"))
     work = dict(zip(NAMES, (this_project, pytorch_fid, torchmetrics)))[name](paths, batch_size)
     for _ in sys.stdin:
@@ -124,7 +124,7 @@ def serve(name: str, folder: Path, batch_size: int) -> None:
 
 
 def processor_seconds() -> float:
-    """Return the CPU seconds of this process and of its finished children."""
+    """Returns the CPU seconds of this process and of its finished children."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 

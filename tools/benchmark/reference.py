@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
 
 
 def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
-    """Replace the attention projections by LoRA layers, and return their parameters."""
+    """Replaces the attention projections by LoRA layers, and returns their parameters."""
     names = [
         name
         for name, module in unet.named_modules()

@@ -138,7 +138,7 @@ class Worker:
             os.kill(self.process.pid, number)
 
     def _status(self, key: str) -> float:
-        """Return a value of /proc/PID/status in GB."""
+        """Returns a value of /proc/PID/status in GB."""
         with open(f"/proc/{self.process.pid}/status") as status:
             return next((int(line.split()[1]) / 2**20 for line in status if line.startswith(key)), 0.0)
 
@@ -155,12 +155,12 @@ class Worker:
 
 
 def environment(cores: set[int]) -> dict[str, str]:
-    """Return this process's environment with as many threads as cores."""
+    """Returns this process's environment with as many threads as cores."""
     return {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
 
 
 def confine(cores: set[int]) -> Callable[[], None]:
-    """Return a `preexec_fn` that restricts a process to `cores` and ends it with this process, even while stopped."""
+    """Returns a `preexec_fn` that restricts a process to `cores` and ends it with this process, even while stopped."""
 
     def prepare() -> None:
         os.sched_setaffinity(0, cores)
@@ -170,7 +170,7 @@ def confine(cores: set[int]) -> Callable[[], None]:
 
 
 def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Return {side: the command of its worker}."""
+    """Returns {side: the command of its worker}."""
     rest = [work.name, "--threads", str(len(args.cores))]
     ours = [sys.executable, "-m", "tools.benchmark.ours", *rest]
     if work.peer == "ours":
@@ -181,7 +181,7 @@ def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
-    """Return {side: its measurements, or why it has none}."""
+    """Returns {side: its measurements, or why it has none}."""
     if work.kind == "script":
         return {"ours": measure_script(args)}
     if work.kind == "first_step_cached":
@@ -217,7 +217,7 @@ def reason(error: Exception, args: argparse.Namespace) -> str:
 
 
 def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
-    """Measure the first call of a second process, after a first process has filled the cache."""
+    """Measures the first call of a second process, after a first process has filled the cache."""
     with temporary_folder(SCRATCH) as folder:
         for _ in range(2):
             worker = None
@@ -234,7 +234,7 @@ def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
 
 
 def measure_script(args: argparse.Namespace) -> Side | str:
-    """Measure text_to_image.py from the start of the process to its end. The PNG is written last."""
+    """Measures text_to_image.py from the start of the process to its end. The PNG is written last."""
     command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
     seconds, cpu_seconds, peak = [], [], 0.0
     for _ in range(args.calls + 1):
@@ -258,7 +258,7 @@ def measure_script(args: argparse.Namespace) -> Side | str:
 
 
 def summarise(work: Work, repeats: list[dict[str, Side | str]]) -> dict:
-    """Return the medians and ratios of a workload over all repeats, for the JSON and the table."""
+    """Returns the medians and ratios of a workload over all repeats, for the JSON and the table."""
     line: dict = {
         "name": work.name,
         "title": work.title,
@@ -306,7 +306,7 @@ def machine(args: argparse.Namespace) -> dict:
 
 
 def reference_python(path: Path) -> str | None:
-    """Return the interpreter if it has the packages of diffusers' side. Otherwise print a hint and return None."""
+    """Returns the interpreter if it has the packages of diffusers' side. Otherwise prints a hint and returns None."""
     if is_file(path, "--reference_python"):
         command = [str(path), "-c", "import torch, diffusers, transformers"]
         if subprocess.run(command, capture_output=True).returncode == 0:
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, table: Path) -> None:
-    """Measure the workloads in turn, and write the results after each."""
+    """Measures the workloads in turn, and writes the results after each."""
     args.reference_python = reference_python(args.reference_python)
     result = {
         "machine": machine(args),

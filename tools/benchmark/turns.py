@@ -24,7 +24,7 @@ class Turns:
         self.begin = time.perf_counter()
 
     def serve(self, call: Callable[[], Any], versions: dict[str, str]) -> None:
-        """Answer until "end". `call` must return when its work is done, not when it is queued."""
+        """Answers until "end". `call` must return when its work is done, not when it is queued."""
         self._answer(build_seconds=time.perf_counter() - self.begin, versions=versions)
         for line in sys.stdin:
             if line.strip() == "end":

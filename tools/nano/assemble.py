@@ -31,7 +31,7 @@ FILES = ("nano.safetensors", "clip.safetensors")
 
 
 def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Round arrays to fp16. Raises UserError for a value that overflows."""
+    """Rounds arrays to fp16. Raises UserError for a value that overflows."""
     with np.errstate(over="ignore"):  # checked below, by name
         rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
     for name, array in rounded.items():
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def assemble(args: argparse.Namespace) -> None:
-    """Write the two files."""
+    """Writes the two files."""
     base, _ = read_checkpoint(args.vae / "vae.safetensors")
     clip, _ = read_checkpoint(args.clip / "clip.safetensors")
     base.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})

@@ -40,7 +40,7 @@ class Step(nn.Cell):
 
 
 def learning_rates(peak: float, steps: int, warmup: int) -> list[float]:
-    """Return the rates of a linear warm-up and a cosine decay to 1 % of the peak."""
+    """Returns the rates of a linear warm-up and a cosine decay to 1 % of the peak."""
     return [
         peak * min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / steps)))
         for i in range(steps)
@@ -56,7 +56,7 @@ def train(
     settings: str = "",
     save_every: int = 200,
 ) -> None:
-    """Run `steps` steps, and resume from `folder`/state.safetensors if it exists.
+    """Runs `steps` steps, and resumes from `folder`/state.safetensors if it exists.
 
     Args:
         step: the training step.
@@ -88,7 +88,7 @@ def train(
             parameter.set_data(Tensor(arrays[name].astype(parameter.asnumpy().dtype)))
     step.set_train()
     done = saved = first
-    describe_progress(lambda: f"after step {done} of {steps}; step {saved} is saved: the same command resumes from there")
+    describe_progress(lambda: f"after step {done} of {steps}; step {saved} is saved: the same command resumes there")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, mininterval=5)
     for i in bar:
         values = step(*[Tensor(array) for array in batch(i)])

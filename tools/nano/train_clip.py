@@ -99,7 +99,7 @@ class StylesLoss(nn.Cell):
 
 
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
-    """Return how often a caption's own image is among the 5 nearest of its data set, as text."""
+    """Returns how often a caption's own image is among the 5 nearest of its data set, as text."""
     lines = []
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("test",)) for s in STYLES)):
         images = [image for split in splits for image in read_images(style, split)]
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """Train, print the report, and write the weights."""
+    """Trains, prints the report, and writes the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
