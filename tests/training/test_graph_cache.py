@@ -30,9 +30,9 @@ def test_the_key_depends_on_settings_source_version_and_kernels(monkeypatch, tmp
     monkeypatch.undo()
     (tmp_path / "a.py").write_text("1")
     monkeypatch.setattr(graph_cache, "SOURCE", tmp_path)
-    one = graph_key()
+    before = graph_key()
     (tmp_path / "a.py").write_text("2")
-    assert graph_key() != one != key
+    assert graph_key() != before != key
 
 
 def test_a_graph_gets_its_name_when_the_step_has_run_and_is_found_then(tmp_path, context):

@@ -54,12 +54,12 @@ class Text(nn.Cell):
 @pytest.fixture
 def rows(tmp_path):
     rng = np.random.default_rng(0)
-    found = []
+    rows = []
     for i in range(6):
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
-        found.append(Row(path, f"image {i}", file_hash(path)))
-    return found
+        rows.append(Row(path, f"image {i}", file_hash(path)))
+    return rows
 
 
 def build(rows, tmp_path, seed=1, rank=0, rank_size=1, model=None, **others):
@@ -86,7 +86,7 @@ def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
     assert batch.timesteps.shape == (2,)
 
 
-def test_latents_and_texts_are_those_of_the_rows_in_order(rows, tmp_path):
+def test_latents_and_text_embeddings_are_those_of_the_rows_in_order(rows, tmp_path):
     inputs = build(rows, tmp_path)
     tokens = Tokenizer(pad="end").encode([row.caption for row in rows])
     for step in range(4):
@@ -98,11 +98,11 @@ def test_latents_and_texts_are_those_of_the_rows_in_order(rows, tmp_path):
 
 
 def test_a_batch_depends_on_seed_number_and_process_alone(rows, tmp_path):
-    one = build(rows, tmp_path)
-    later = one.batch(7)
-    one.batch(3)
-    assert same(one.batch(7), later) and same(build(rows, tmp_path).batch(7), later)
-    assert not np.array_equal(one.batch(8).noise, later.noise)
+    inputs = build(rows, tmp_path)
+    later = inputs.batch(7)
+    inputs.batch(3)
+    assert same(inputs.batch(7), later) and same(build(rows, tmp_path).batch(7), later)
+    assert not np.array_equal(inputs.batch(8).noise, later.noise)
     assert not np.array_equal(build(rows, tmp_path, seed=2).batch(7).noise, later.noise)
     ranks = [build(rows, tmp_path, rank=rank, rank_size=2).batch(0) for rank in (0, 1)]
     assert not np.array_equal(ranks[0].noise, ranks[1].noise)
@@ -120,7 +120,7 @@ def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):
 
 @pytest.mark.parametrize("cache_text", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, share, cache_text):
+def test_captions_are_dropped_at_the_share_in_the_settings(rows, tmp_path, share, cache_text):
     inputs = build(rows, tmp_path, caption_dropout=share, cache_text=cache_text)
     empty = Tokenizer(pad="end").encode([""])[0]
     dropped = [
@@ -129,7 +129,7 @@ def test_captions_are_dropped_at_the_share_that_was_asked_for(rows, tmp_path, sh
     assert abs(np.mean(dropped) - share) <= (0.1 if 0 < share < 1 else 0)
 
 
-def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
+def test_tokens_are_returned_if_the_text_encoder_is_trained(rows, tmp_path):
     inputs = build(rows, tmp_path, use_lora=True, lora_ft_text_encoder=True, caption_dropout=0.5)
     batch = inputs.batch(0)
     assert batch.text_embeddings.dtype == np.int32 and batch.text_embeddings.shape == (2, 77)
@@ -137,7 +137,7 @@ def test_tokens_are_given_where_the_text_encoder_trains(rows, tmp_path):
 
 
 def counted(monkeypatch, inputs_of):
-    """How many images and texts the networks saw while `inputs_of` ran."""
+    """Count the images and captions that are encoded while `inputs_of` runs."""
     calls = {"images": 0, "texts": 0}
     from ldm.training import inputs as module
 
@@ -154,7 +154,7 @@ def counted(monkeypatch, inputs_of):
     return calls
 
 
-def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
+def test_a_second_run_encodes_only_what_changed(rows, tmp_path, monkeypatch):
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 6, "texts": 7}
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 0, "texts": 0}
     Image.new("RGB", (SIZE, SIZE)).save(rows[2].path)
@@ -163,7 +163,7 @@ def test_a_second_run_computes_what_changed_alone(rows, tmp_path, monkeypatch):
     assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 1, "texts": 1}
 
 
-def test_another_model_computes_anew(rows, tmp_path, monkeypatch):
+def test_another_model_encodes_again(rows, tmp_path, monkeypatch):
     build(rows, tmp_path)
     model = SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
     model.first_stage_model.scale.set_data(Tensor(np.full(1, 2.0, np.float32)))
@@ -171,11 +171,11 @@ def test_another_model_computes_anew(rows, tmp_path, monkeypatch):
 
 
 def test_without_caches_the_batches_are_the_same_and_nothing_is_kept(rows, tmp_path):
-    wanted = build(rows, tmp_path / "a")
+    cached = build(rows, tmp_path / "a")
     inputs = build(rows, tmp_path / "b", cache_latents=False, cache_text=False)
     for step in (0, 1, 2, 1):
-        for found, array in zip(inputs.batch(step), wanted.batch(step)):
-            np.testing.assert_allclose(found, array, rtol=1e-6)
+        for array, expected in zip(inputs.batch(step), cached.batch(step)):
+            np.testing.assert_allclose(array, expected, rtol=1e-6)
     assert not (tmp_path / "b" / "run" / "cache").exists()
 
 
@@ -202,13 +202,13 @@ def test_latents_are_a_draw_from_the_moments_times_the_scale():
     assert latents.dtype == np.float32
 
 
-def test_an_absurd_variance_is_cut_off():
+def test_the_variance_is_clipped():
     moments = np.concatenate([np.zeros((1, 1, 1, 2)), [[[[1000.0, -1000.0]]]]], 1).astype(np.float32)
     latents = sample_latents(moments, np.ones((1, 1, 1, 2), np.float32), 1.0)
     np.testing.assert_allclose(latents.ravel(), [np.exp(10.0), np.exp(-15.0)], rtol=1e-5)
 
 
-def test_the_feed_gives_the_steps_from_where_it_starts(rows, tmp_path):
+def test_the_feed_returns_the_micro_batches_from_its_start(rows, tmp_path):
     inputs = build(rows, tmp_path)
     following = feed.make_feed(inputs, 3, 5, sink=False)
     for step in (3, 4):
@@ -218,7 +218,7 @@ def test_the_feed_gives_the_steps_from_where_it_starts(rows, tmp_path):
 
 
 def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch):
-    """data_sink itself runs on Ascend only: what it is given is checked here."""
+    """data_sink runs on Ascend only. Its arguments are checked here."""
 
     def data_sink(function, dataset, sink_size):
         assert sink_size == 1
@@ -232,7 +232,7 @@ def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch)
         assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
 
 
-def test_the_queues_length_is_known_without_making_the_batches(rows, tmp_path, monkeypatch):
+def test_the_length_of_the_queue_is_known_without_making_the_batches(rows, tmp_path, monkeypatch):
     inputs, made = build(rows, tmp_path), []
     batch = inputs.batch
     monkeypatch.setattr(inputs, "batch", lambda step: made.append(step) or batch(step))

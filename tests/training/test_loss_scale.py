@@ -21,7 +21,7 @@ def test_dynamic_scale_falls_at_an_overflow_and_rises_after_the_window():
     assert scaler.updates == 6
 
 
-def test_an_overflow_starts_the_window_anew():
+def test_an_overflow_starts_the_window_again():
     scaler = LossScaler(1024.0, dynamic=True, window=2)
     for finite in (True, False, True):
         scaler.after_step(finite, finite)
@@ -37,21 +37,21 @@ def test_static_scale_stays():
     assert scaler.scale == 128.0
 
 
-def test_it_never_rises_above_the_largest():
+def test_the_scale_never_rises_above_the_largest():
     scaler = LossScaler(2.0**22, dynamic=True, window=1)
     for _ in range(5):
         scaler.after_step(True, True)
     assert scaler.scale == LARGEST_SCALE == 2.0**24
 
 
-def test_it_never_falls_below_one():
+def test_the_scale_never_falls_below_one():
     scaler = LossScaler(2.0, dynamic=True)
     for _ in range(5):
         scaler.after_step(False, False)
     assert scaler.scale == 1.0
 
 
-def test_overflow_at_every_step_stops_the_run_with_a_way_out():
+def test_an_overflow_at_every_step_stops_the_run_with_a_way_out():
     scaler = LossScaler(65536.0, dynamic=True)
     with pytest.raises(UserError, match="overflowed at .* in a row.*--precision fp32"):
         for _ in range(OVERFLOWS_ALLOWED):

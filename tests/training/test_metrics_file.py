@@ -22,7 +22,7 @@ def test_rows_are_on_disk_as_they_are_written(tmp_path):
     metrics.close()
 
 
-def test_resuming_drops_what_was_written_beyond_the_state(tmp_path):
+def test_resuming_drops_rows_after_the_training_state(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = MetricsFile(path, 0)
     for step in range(1, 8):

@@ -59,7 +59,7 @@ def test_pruning_keeps_the_last_files_and_all_that_are_not_the_run_s(tmp_path):
     assert {name for name in users if (tmp_path / name).read_text() == "a user's"} == users
 
 
-def test_the_record_is_there_before_the_files(tmp_path):
+def test_the_record_is_written_before_the_files(tmp_path):
     own = OwnFiles(tmp_path, resumed=False)
     own.begin([LORAS[0], STATES[0]])
     assert json.loads((tmp_path / "files.json").read_text()) == {"files": [LORAS[0], STATES[0]]}
@@ -86,7 +86,7 @@ def test_a_file_in_the_way_that_is_not_the_run_s_is_renamed_with_a_warning(tmp_p
     assert str(path) in caplog.text and kept.name in caplog.text
 
 
-def test_a_link_that_somebody_put_in_the_place_of_an_own_file_is_not_followed(tmp_path):
+def test_a_link_in_the_place_of_an_own_file_is_not_followed(tmp_path):
     save(OwnFiles(tmp_path, resumed=False), "lora.ckpt")
     (tmp_path / "best.ckpt").write_text("a user's")
     (tmp_path / "lora.ckpt").unlink()
@@ -172,7 +172,7 @@ def test_files_of_an_interrupted_save_are_not_taken_for_another_run_s(tmp_path, 
     assert not caplog.text and names(tmp_path) == {"lora-00000005.ckpt", STATES[0], "files.json"}
 
 
-def test_a_folder_that_refuses_is_named(unprivileged):
+def test_a_folder_that_cannot_be_written_is_named(unprivileged):
     (unprivileged / "ckpt").mkdir()
     own = OwnFiles(unprivileged / "ckpt", resumed=False)
     (unprivileged / "ckpt").chmod(0o555)

@@ -1,4 +1,4 @@
-"""Training by a lora_config: what it names is trained and saved; a resumed run drops what an uninterrupted one did."""
+"""Training with a lora_config: its layers are trained and saved, and dropout is the same after resuming."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def uninterrupted(micro_base_model, micro_data, tmp_path_factory) -> Path:
     return output
 
 
-def test_the_lora_has_each_modules_rank_and_the_scale_that_was_learned(uninterrupted):
+def test_the_lora_has_the_rank_of_each_module_and_the_learned_scale(uninterrupted):
     lora = read_lora(uninterrupted / "ckpt" / "lora.ckpt")
     state = load_state(uninterrupted / "ckpt" / "state-00000004.safetensors").arrays
     ranks = {".attn1.to_q": 2, ".attn2.to_q": 3, ".in_layers.2": 1}
@@ -62,7 +62,7 @@ def test_the_lora_has_each_modules_rank_and_the_scale_that_was_learned(uninterru
     assert {next(end for end in ranks if name.endswith(end)) for name in lora.layers} == set(ranks)
 
 
-def test_the_base_that_was_trained_with_it_lies_beside_it(uninterrupted, micro_base_model):
+def test_the_base_model_that_was_trained_with_it_is_saved_beside_it(uninterrupted, micro_base_model):
     path = uninterrupted / "ckpt" / "model.ckpt"
     assert load_base_model(build_model(load_model_config(MICRO)), path).ok
     before, after = read_checkpoint(micro_base_model)[0], read_checkpoint(path)[0]
@@ -118,6 +118,6 @@ def test_a_mistake_is_found_before_the_data_is_encoded(micro_base_model, micro_d
         (dict(use_lora=False, lora_config="a.json"), "lora_config needs use_lora"),
     ],
 )
-def test_settings_that_contradict_it(others, error):
+def test_settings_that_contradict_a_lora_config(others, error):
     with pytest.raises(UserError, match=error):
         TrainSettings(**others)

@@ -1,4 +1,4 @@
-"""Epochs and steps."""
+"""The length of a run in steps, and when it saves."""
 
 from __future__ import annotations
 

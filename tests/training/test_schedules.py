@@ -11,7 +11,7 @@ def rate(step, scheduler, warmup=0, decay=10, start=1.0, end=0.1):
     return learning_rate(step, scheduler=scheduler, start=start, end=end, warmup_steps=warmup, decay_steps=decay)
 
 
-def test_constant_stays():
+def test_constant_stays_at_the_start_rate():
     assert [rate(step, "constant") for step in (0, 5, 1000)] == [1.0, 1.0, 1.0]
 
 
@@ -29,5 +29,5 @@ def test_cosine_is_half_a_cosine():
     assert rate(2, "cosine") > rate(2, "linear") and rate(8, "cosine") < rate(8, "linear")
 
 
-def test_the_average_starts_short():
+def test_the_decay_of_the_average_rises():
     assert [ema_decay_at(step, 0.99) for step in (0, 8, 10**6)] == pytest.approx([0.1, 0.5, 0.99])

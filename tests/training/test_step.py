@@ -51,15 +51,15 @@ def test_adamw_equals_torch():
             np.testing.assert_allclose(parameter.asnumpy(), golden[f"after{t}_{i}"], rtol=1e-6, atol=1e-6)
 
 
-def test_loss_and_norm_are_those_by_hand_and_only_what_is_given_is_trained():
+def test_loss_and_norm_equal_those_by_hand_and_other_parameters_stay():
     loss = Linear()
     step = TrainStep(loss, [loss.w])
     latents, noise = numbers()
-    wanted_loss, gradient = loss.by_hand(latents, noise)
+    expected_loss, gradient = loss.by_hand(latents, noise)
     before = loss.b.asnumpy().copy()
     old = loss.w.asnumpy().copy()
     result = step([batch(latents, noise)], scalars())
-    assert result.loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert result.loss == pytest.approx(expected_loss, rel=1e-5)
     assert result.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
     assert result.finite
     # AdamW's first update is the rate times the sign of the gradient
@@ -158,12 +158,12 @@ def test_the_moving_average_follows():
     np.testing.assert_allclose(step.state()["ema.w"], average, rtol=1e-5)
 
 
-def test_without_an_average_the_parameters_stand_for_it():
+def test_without_an_average_the_parameters_are_returned_for_it():
     loss = Linear()
     np.testing.assert_array_equal(TrainStep(loss, [loss.w]).averages()["w"], loss.w.asnumpy())
 
 
-def test_a_state_taken_over_goes_on_bit_for_bit():
+def test_a_loaded_state_continues_bit_for_bit():
     data = [numbers(seed=seed) for seed in range(4)]
     loss = Linear()
     step = TrainStep(loss, [loss.w], use_ema=True)

@@ -1,4 +1,4 @@
-"""What training takes from its base: added tokens, a VAE of its own, and both in what identifies the run."""
+"""What training takes from its base model: added tokens and a separate VAE, which resuming compares as well."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ TOKEN = AddedToken("<cat-toy>", 49408)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """token/: a diffusers folder with a learned token; bare.safetensors: the base without token and VAE; a.safetensors
-    and b.safetensors: two VAEs; data/."""
+    """A diffusers folder token/ with a learned token, bare.safetensors without token and VAE, two VAEs, and data/."""
     folder = tmp_path_factory.mktemp("files")
     setup_runtime("CPU", seed=3)
     arrays = {p.name: p.asnumpy() for p in build_model(load_model_config(MICRO)).get_parameters()}
@@ -40,8 +39,8 @@ def files(tmp_path_factory):
     bare = {name: array for name, array in arrays.items() if not name.startswith(VAE)}
     write_checkpoint(folder / "bare.safetensors", bare)
     learned = np.concatenate([arrays[TOKEN_EMBEDDING], 3 * np.ones((1, 32), np.float32)])
-    write_checkpoint(folder / "one.safetensors", {**arrays, TOKEN_EMBEDDING: learned}, tokens_metadata((TOKEN,)))
-    convert(folder / "one.safetensors", folder / "token", model_config=MICRO)
+    write_checkpoint(folder / "token.safetensors", {**arrays, TOKEN_EMBEDDING: learned}, tokens_metadata((TOKEN,)))
+    convert(folder / "token.safetensors", folder / "token", model_config=MICRO)
     (folder / "token.yaml").unlink()
     (folder / "data").mkdir()
     rows = ["dir,text"]
@@ -59,7 +58,7 @@ def settings(files, output, base, **others) -> TrainSettings:
     })  # fmt: skip
 
 
-def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_path):
+def test_the_added_tokens_of_a_folder_are_used_and_saved(files, tmp_path):
     run = prepare(settings(files, tmp_path / "run", "token", model_config=None))
     assert run.model.config.added_tokens == (TOKEN,)
     assert (run.inputs.tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
@@ -73,7 +72,7 @@ def test_a_folders_tokens_are_trained_with_and_stay_with_the_model(files, tmp_pa
     ])  # fmt: skip
 
 
-def test_a_vae_of_its_own_is_trained_with_and_part_of_what_is_resumed(files, tmp_path):
+def test_a_separate_vae_is_used_and_compared_on_resume(files, tmp_path):
     runs = {
         name: prepare(settings(files, tmp_path / name, "bare.safetensors", vae_ckpt_path=str(files / name)))
         for name in ("a.safetensors", "b.safetensors")
@@ -87,12 +86,12 @@ def test_a_vae_of_its_own_is_trained_with_and_part_of_what_is_resumed(files, tmp
     assert any((x != y).any() for x, y in zip(*(run.inputs.moments for run in runs.values())))
 
 
-def test_a_base_without_a_vae_asks_for_one(files, tmp_path):
+def test_a_base_model_without_a_vae_is_refused_with_the_flag_to_give(files, tmp_path):
     with pytest.raises(UserError, match="bare.safetensors does not fit .*holds no VAE .*give --vae_ckpt_path"):
         train(settings(files, tmp_path / "run", "bare.safetensors"))
 
 
-def test_generation_takes_a_vae_of_its_own_and_says_so_in_the_png(files, tmp_path):
+def test_generation_uses_a_separate_vae_and_names_it_in_the_png(files, tmp_path):
     drawn = {}
     for name in ("a", "b"):
         text_to_image.main([
@@ -106,6 +105,8 @@ def test_generation_takes_a_vae_of_its_own_and_says_so_in_the_png(files, tmp_pat
     assert (drawn["a"] != drawn["b"]).any()
 
 
-def test_the_folder_and_its_single_file_tell_one_token(files):
-    told = json.loads((files / "token" / "tokenizer" / "added_tokens.json").read_text())
-    assert told == {"<cat-toy>": 49408} and read_added_tokens(open_base_model(files / "one.safetensors")) == (TOKEN,)
+def test_a_folder_and_its_single_file_have_the_same_added_token(files):
+    tokens = json.loads((files / "token" / "tokenizer" / "added_tokens.json").read_text())
+    assert tokens == {"<cat-toy>": 49408} and read_added_tokens(open_base_model(files / "token.safetensors")) == (
+        TOKEN,
+    )
