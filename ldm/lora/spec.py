@@ -16,7 +16,6 @@ A name is that of a layer or its last dotted parts. `*`, `?` and `[...]` match c
 from __future__ import annotations
 
 import difflib
-import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -143,10 +142,10 @@ class LoRASpec:
         if not self.targets:
             raise UserError(f"lora_targets is empty: give {', '.join(TARGETS)}, or the last parts of layers' names")
         _check_names(self.targets, "lora_targets")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, numbers.Integral) or self.rank < 1:
-            raise UserError(f"lora_rank is {plain(self.rank, 40)}: it must be a whole number, 1 or more (4 is usual)")
         layer = self._layer_spec()
         _check(layer, "lora_")
+        if layer.rank == 0:
+            raise UserError("lora_rank: 0 is not allowed: at least 1 (4 is usual)")
         return {name: layer for entry in self.target_list() for name in TARGETS.get(entry, (entry,))}
 
     def target_list(self) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from typing import Any
 MOST_COUNT = 1_000_000_000  # steps, epochs, files
 MOST_BATCH = 10_000
 MOST_RANK = 4096
+MOST_SEED = 2**32 - 1
+MOST_NETWORK_BATCH = 4096  # rows in a call of a network
 
 
 class _Required:
@@ -35,6 +37,8 @@ def setting(
     *,
     group: str = "settings",
     key: str | None = None,
+    aliases: tuple[str, ...] = (),
+    positional: bool = False,
     choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
@@ -55,9 +59,11 @@ def setting(
 
     Args:
         default: The value where none is given, or REQUIRED. It is neither checked nor expanded.
-        help: What `-h` says about it.
+        help: What `-h` says about it. Without a text, `-h` does not list it.
         group: The heading in `-h`.
         key: Its name in files and flags where that is not the field's name.
+        aliases: Further names as a flag.
+        positional: Whether a list also takes the words of a command line that belong to no flag.
         choices: The allowed values.
         low, high: The range, ends included. For a list, they hold for each entry.
         above, below: The range, ends excluded.

@@ -54,11 +54,11 @@ class _Setting(NamedTuple):
 
 def read_settings(
     cls: type[Settings],
-    argv: Sequence[str],
+    argv: Sequence[str] | None = None,
     *,
     yaml_flag: str | None = None,
     prog: str = "",
-    description: str = "",
+    description: str | None = "",
 ) -> Settings:
     """Builds settings from defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
 
@@ -68,7 +68,7 @@ def read_settings(
 
     Args:
         cls: A dataclass of settings.
-        argv: The words of the command line, without the program's name.
+        argv: The words of the command line, without the program's name. None stands for those of this process.
         yaml_flag: A setting of type Optional[str].
         prog: The name of the program in the help text.
         description: What the program does, for the help text. Line breaks are kept.
@@ -78,8 +78,9 @@ def read_settings(
             cannot be read.
     """
     settings = _settings(cls)
+    argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        _print(explain(cls, prog=prog, description=description))
+        _print(explain(cls, prog=prog, description=description or "", yaml_flag=yaml_flag))
         sys.exit(0)
 
     flags = _read_flags(argv, settings)
@@ -126,15 +127,15 @@ def check_values(settings: DataclassInstance, prefix: str = "") -> None:
     Raises:
         UserError: A value is missing, of a wrong type or out of range.
     """
-    for key, setting in _settings(type(settings)).items():
-        given = getattr(settings, setting.name)
+    for setting in _settings(type(settings)).values():
+        given, where = getattr(settings, setting.name), f"{prefix}{setting.name}"
         if given is REQUIRED:
-            raise UserError(f"{prefix}{key} is missing: give {_wanted(setting)}")
-        value = _convert(_plain_python(given), setting.hint, f"{prefix}{key}")
-        _check_range(value, setting, f"{prefix}{key}")
+            raise UserError(f"{where} is missing: give {_wanted(setting)}")
+        value = _convert(_plain_python(given), setting.hint, where)
+        _check_range(value, setting, where)
         value = _as_paths(value, setting)
         if value is not given:
-            object.__setattr__(settings, setting.name, value)  # of a frozen dataclass, too
+            object.__setattr__(settings, setting.name, value)  # also where the dataclass is frozen
 
 
 def save_settings(
@@ -157,24 +158,31 @@ def save_settings(
         temporary.write_text(text, encoding="utf-8")
 
 
-def explain(cls: type, *, prog: str = "", description: str = "", width: int | None = None) -> str:
-    """Returns the help text: every setting, by group, with its type, choices, range and default."""
+def explain(
+    cls: type, *, prog: str = "", description: str = "", yaml_flag: str | None = None, width: int | None = None
+) -> str:
+    """Returns the help text: every setting that has one, by group, with its type, choices, range and default."""
     width = width or max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
         lines += ["", *([description.rstrip()] if "\n" in description else textwrap.wrap(description, width))]
     groups: dict[str, dict[str, _Setting]] = {}
     for key, setting in _settings(cls).items():
-        groups.setdefault(setting.rules["group"], {})[key] = setting
+        if setting.rules["help"]:
+            groups.setdefault(setting.rules["group"], {})[key] = setting
     for group, members in groups.items():
         lines += ["", f"{group}:"]
         for key, setting in members.items():
             limits = _limits(setting)
             text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{_show(setting.default)}]"
-            lines.append(f"  --{key} <{_type_name(setting.hint)}>")
-            lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
-    lines += ["", "In brackets: the default. A flag wins over the YAML file, the YAML file over the default."]
-    return "\n".join(lines)
+            names = ", ".join(f"--{name}" for name in (key, *setting.rules["aliases"]))
+            names = f"[{names}]" if setting.rules["positional"] else names
+            lines.append(f"  {names} <{_type_name(setting.hint)}>")
+            indent = "      "
+            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    order = " A flag wins over the YAML file, the YAML file over the default." if yaml_flag else ""
+    lines += ["", f"In brackets: the default.{order}"]
+    return "\n".join(lines).lstrip("\n")
 
 
 def _print(text: str) -> None:
@@ -202,20 +210,47 @@ def _settings(cls: type[DataclassInstance]) -> dict[str, _Setting]:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the flags of a command line that `cls` declares, with their values, and all other words."""
+    names = _flag_names(_settings(cls))
+    own: list[str] = []
+    rest: list[str] = []
+    words = rest
+    for word in argv:
+        if word.startswith("--"):
+            words = own if _flag_name(word) in names else rest
+        words.append(word)
+    return own, rest
+
+
+def _flag_names(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
+    """Returns the settings by all names that they have as flags."""
+    return {name: setting for key, setting in settings.items() for name in (key, *setting.rules["aliases"])}
+
+
+def _flag_name(word: str) -> str:
+    return word[2:].partition("=")[0].replace("-", "_")
+
+
 def _read_flags(argv: Sequence[str], settings: Mapping[str, _Setting]) -> dict[str, Any]:
+    names = _flag_names(settings)
+    positional = next((setting for setting in settings.values() if setting.rules["positional"]), None)
     values: dict[str, Any] = {}
     position = 0
     while position < len(argv):
         token = argv[position]
         position += 1
         if not token.startswith("--"):
-            raise UserError(f'"{plain(token)}" does not belong to a setting: write --name value (-h lists the names)')
-        key, equals, attached = token[2:].partition("=")
-        key = key.replace("-", "_")
-        if key not in settings:
-            near = nearest(key, list(settings))
-            raise UserError(f"unknown setting --{plain(key)}: did you mean --{near}? (-h lists all)")
-        setting, where = settings[key], f"--{key}"
+            if positional is None:
+                word = plain(token)
+                raise UserError(f'"{word}" does not belong to a setting: write --name value (-h lists the names)')
+            values.setdefault(positional.name, []).append(token)
+            continue
+        name, equals, attached = _flag_name(token), "=" in token, token.partition("=")[2]
+        if name not in names:
+            near = nearest(name, list(names))
+            raise UserError(f"unknown setting --{plain(name)}: did you mean --{near}? (-h lists all)")
+        setting, where = names[name], f"--{name}"
         words = [attached] if equals else []
         if not equals:
             limit = len(argv) if _list_item(setting.hint) else position + 1
@@ -365,7 +400,8 @@ def _dict_entry(hint: Any) -> Any:
 
 def _wanted(setting: _Setting) -> str:
     limits = _limits(setting)
-    return f"{_wanted_type(setting.hint)}{f', {limits}' if limits else ''}"
+    kind = _wanted_type(setting.hint)
+    return f"{kind.replace('a text', 'a path') if setting.rules['path'] else kind}{f', {limits}' if limits else ''}"
 
 
 def _wanted_type(hint: Any) -> str:
@@ -443,8 +479,9 @@ def _check_range(value: Any, setting: _Setting, where: str) -> None:
                 if rounded in (rules["above"], rules["below"]):
                     wrong, note = True, f" (in fp32, which is computed with, it is {rounded})"
         if wrong:
-            if choices and isinstance(entry, str):
-                note = f'; did you mean "{nearest(entry, [str(choice) for choice in choices])}"?'
+            similar = difflib.get_close_matches(str(entry)[:LONGEST_NAME], map(str, choices or ()), n=1)
+            if similar:
+                note = f'; did you mean "{similar[0]}"?'
             raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(setting)}{note}")
     if rules["length"] and isinstance(value, (list, dict)):
         length = rules["length"]

@@ -111,5 +111,5 @@ def test_a_lora_of_another_base_is_named(tmp_path):
 
 
 def test_a_flag_that_is_not_there_names_the_nearest():
-    with pytest.raises(UserError, match="no flag --tarket: did you mean --target"):
+    with pytest.raises(UserError, match="unknown setting --tarket: did you mean --target"):
         main(["--source", "x", "--tarket", "y"])

@@ -43,7 +43,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--target", "x.ckpt"], "required: --source"),
+        (["--target", "x.ckpt"], "--source is missing"),
         (["--source", "nowhere", "--target", "x.bin"], "x.bin: .bin is not written"),
         (["--source", "nowhere", "--target", "x.ckpt", "--format", "ldm"], "x.ckpt is no name for the format ldm"),
         (["--source", "nowhere", "--target", "dead/x.ckpt"], "dead is a link to nowhere/else, which does not exist"),

@@ -13,7 +13,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.files.outputs import claim_new
-from ldm.lora.algebra import difference, weighted_sum
+from ldm.lora.algebra import relative_difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA, LoRALayer, Strength
@@ -86,7 +86,7 @@ def folder(tmp_path):
 
 
 def assert_sum(path, *weighted):
-    assert difference(read_lora(path), weighted_sum(weighted)) < 1e-6
+    assert relative_difference(read_lora(path), weighted_sum(weighted)) < 1e-6
 
 
 class TestLoRAAndLoRA:
@@ -153,7 +153,7 @@ class TestLoRAAndLoRA:
         out = str(tmp_path / "out.ckpt")
         lora_add.main(["--paths", paths["one"], paths["two"], "--output_path", out, "--rank", "2"])
         assert read_lora(out).ranks() == [2]
-        off = difference(read_lora(out), weighted_sum([(ONE, 1.0), (TWO, 1.0)]))
+        off = relative_difference(read_lora(out), weighted_sum([(ONE, 1.0), (TWO, 1.0)]))
         assert off > 0.1 and f"all together {off:.2g}" in capsys.readouterr().out
 
     def test_without_the_text_encoder(self, files):
@@ -172,7 +172,7 @@ class TestLoRAAndLoRA:
             (["{one}:x", "{two}", "{out}"], "after the colon is not a number"),
             (["{one}:nan", "{two}", "{out}"], "not a finite number"),
             (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
-            (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "--rank: .0. is not a whole number"),
+            (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "--rank: 0 is not allowed: at least 1"),
             (["--mode", "sum", "--output_path", "{out}"], "takes at least one"),
             (["--mode", "upl", "--path_1", "{one}", "--path_2", "{two}", "--output_path", "{out}"], "is a LoRA file"),
         ],
@@ -188,13 +188,13 @@ class TestLoRAAndLoRA:
         "words, says",
         [
             (["a", "b"], "--output_path is needed"),
-            (["a", "b", "c", "0.5", "d"], "5 places given"),
+            (["a", "b", "c", "0.5", "d"], "5 values without a flag"),
             (["--mode", "upl", "--path_2", "b", "--output_path", "c"], "--path_1 is needed"),
-            (["--mode", "add", "a", "b", "c"], "invalid choice"),
-            (["a", "b", "c", "--with_text_lora", "perhaps"], "neither True nor False"),
+            (["--mode", "add", "a", "b", "c"], "--mode: .add. is not allowed: one of .lpl."),
+            (["a", "b", "c", "--with_text_lora", "perhaps"], "with_text_lora: .perhaps. is not True or False"),
             (["a", "b", "c", "x"], '--alpha: "x" is not a number'),
             (["a", "b", "c", "--alpha", "nan"], '--alpha: "nan" is not a number'),
-            (["--path1", "a", "b", "c"], "no flag --path1: did you mean --path_1?"),
+            (["--path1", "a", "b", "c"], "unknown setting --path1: did you mean --path_1?"),
         ],
     )
     def test_mistakes_in_the_flags(self, words, says):
@@ -340,14 +340,14 @@ class TestExtractAndResize:
         extract_lora.main(["--base_model", base[0], "--target_model", str(tmp_path / "tuned.safetensors"),
                            "--rank", "3", "--save_path", str(tmp_path / "found.ckpt")])  # fmt: skip
         assert "relative error" in capsys.readouterr().out
-        assert difference(read_lora(tmp_path / "found.ckpt"), THREE) < 1e-6
+        assert relative_difference(read_lora(tmp_path / "found.ckpt"), THREE) < 1e-6
 
     def test_resize_says_what_it_costs(self, files, capsys):
         tmp_path, paths = files
         resize_lora.main(["--source", paths["three"], "--target", str(tmp_path / "small.ckpt"), "--rank", "2"])
         found = read_lora(tmp_path / "small.ckpt")
         assert found.ranks() == [2]
-        assert f"all together {difference(found, THREE):.2g}" in capsys.readouterr().out
+        assert f"all together {relative_difference(found, THREE):.2g}" in capsys.readouterr().out
 
     def test_resize_wants_a_size(self, files):
         with pytest.raises(UserError, match="neither a rank nor an energy"):
@@ -507,7 +507,7 @@ class TestWholeModel:
         cvtckpt.main(["--mode", "embed", "--model_ckpt", str(root / "folder"), "--lora_ckpt",
                       f"{root / 'lora.ckpt'}:0.5", "--out_ckpt", both])  # fmt: skip
         cvtckpt.main(["--mode", "extract", "--model_ckpt", both, "--out_ckpt", lora])
-        assert difference(read_lora(lora), weighted_sum([(state, 0.5)])) < 1e-6
+        assert relative_difference(read_lora(lora), weighted_sum([(state, 0.5)])) < 1e-6
         cvtckpt.main(["--mode", "merge", "--model_ckpt", both, "--out_ckpt", str(tmp_path / "merged.ckpt")])
         found, _ = read_checkpoint(tmp_path / "merged.ckpt")
         for name, array in merged.items():
@@ -520,7 +520,7 @@ class TestWholeModel:
                            "--rank", "2", "--save_path", str(tmp_path / "found.ckpt")])  # fmt: skip
         found = read_lora(tmp_path / "found.ckpt")
         assert found.layers.keys() == state.layers.keys()
-        assert difference(found, weighted_sum([(state, 0.5)])) < 1e-4
+        assert relative_difference(found, weighted_sum([(state, 0.5)])) < 1e-4
 
 
 class TestLearnedTokens:

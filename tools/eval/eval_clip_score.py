@@ -9,13 +9,15 @@ OpenCLIP's or mindone's file; left out, the embedded nano CLIP scores. With R th
 in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md says what the scores can and cannot say.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.documents import valid_text  # noqa: E402
 from ldm.files.inputs import is_there  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
-from ldm.files.paths import expanded, user_path  # noqa: E402
+from ldm.files.paths import expanded  # noqa: E402
 from ldm.files.prompts import read_prompts  # noqa: E402
 from ldm.metrics.clip_score import clip_scores, mean_of_all_pairs, paired_prompts  # noqa: E402
 from ldm.metrics.image_files import find_images  # noqa: E402
@@ -43,58 +45,47 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
-from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 
 
-def parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--image_path_or_dir",
-        "--gen_image_path_or_dir",
-        type=expanded,
-        required=True,
-        help="an image, or a folder of images",
+@dataclass
+class Settings:
+    """The command line."""
+
+    image_path_or_dir: str = setting(
+        REQUIRED, "an image, or a folder of images", path=True, aliases=("gen_image_path_or_dir",)
     )
-    parser.add_argument("--prompt_or_path", help="a prompt, or a text file with one a line")
-    parser.add_argument(
-        "--real_image_path_or_dir", type=expanded, help="compare with these images instead of with prompts"
+    prompt_or_path: Optional[str] = setting(None, "a prompt, or a text file with one in each line")
+    real_image_path_or_dir: Optional[str] = setting(
+        None, "compare with these images instead of with prompts", path=True
     )
-    parser.add_argument(
-        "--ckpt_path",
-        type=expanded,
-        help="CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; without "
-        "it the embedded nano CLIP scores",
+    ckpt_path: Optional[str] = setting(
+        None,
+        "CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; None for the embedded nano "
+        "CLIP",
+        path=True,
     )
-    parser.add_argument(
-        "--config",
-        type=expanded,
-        help="the model's config.json or mindone's YAML, where the weights are none of the published models",
+    config: Optional[str] = setting(
+        None, "the model's config.json or mindone's YAML, where the weights are none of the published models", path=True
     )
-    parser.add_argument(
-        "--model_name",
-        help="refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or Hugging Face's names of them",
+    model_name: Optional[str] = setting(
+        None, "refuse other weights: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-H/14, or Hugging Face's names of them"
     )
-    parser.add_argument(
-        "--preprocessing",
+    preprocessing: str = setting(
+        "openai",
+        "openai: shorter side to 224, centre crop; squash: to 224x224 whatever the shape, as mindone does. The "
+        "embedded CLIP always squashes, to 64x64",
         choices=CLIP_PREPROCESSING,
-        default="openai",
-        help="openai: shorter side to 224, centre crop (default); squash: to 224x224 whatever the "
-        "shape, as mindone does. The embedded CLIP always squashes, to 64x64",
     )
-    parser.add_argument(
-        "--output", "--result_path", type=user_path, help="write the score and each image's to this JSON"
+    output: Optional[Path] = setting(
+        None, "write the score and each image's to this JSON", path=True, aliases=("result_path",)
     )
-    parser.add_argument(
-        "--batch_size",
-        type=whole_number(1, MOST_BATCH),
-        default=32,
-        help="images a call of the network; default %(default)s",
-    )
-    parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
-    parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
-    return parser
+    batch_size: int = setting(32, "images in a call of the network", low=1, high=MOST_NETWORK_BATCH)
+    backend: str = setting("ms", "ms (MindSpore), the only one here")
+    device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
 def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
@@ -120,7 +111,7 @@ def _names_file(text: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    args = read_settings(Settings, argv, description=__doc__)
     if args.backend != "ms":
         raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms)")
     if args.real_image_path_or_dir is not None and args.prompt_or_path is not None:
@@ -137,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score(args, images, real, prompts)
 
 
-def score(args: argparse.Namespace, images: list[Path], real: list[Path], prompts: list[str]) -> None:
+def score(args: Settings, images: list[Path], real: list[Path], prompts: list[str]) -> None:
     """Score the images against the real ones, or else the prompts; print the scores and write what is wanted."""
     describe_progress(lambda: "before there was a score")
     batch_size = min(args.batch_size, max(len(images), len(real)))

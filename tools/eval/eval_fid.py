@@ -8,13 +8,14 @@ Without --ckpt_path the embedded nano CLIP's image features take the place of In
 what the scores can and cannot say.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,7 +26,6 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
-from ldm.files.paths import expanded, user_path  # noqa: E402
 from ldm.metrics.image_files import find_images  # noqa: E402
 from ldm.metrics.report import (  # noqa: E402
     ENOUGH_IMAGES,
@@ -35,44 +35,36 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
-from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 
 
-def parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--real_dir", type=expanded, required=True, help="folder of real images, or their statistics in an .npz"
+@dataclass
+class Settings:
+    """The command line."""
+
+    real_dir: str = setting(REQUIRED, "folder of real images, or their statistics in an .npz", path=True)
+    gen_dir: Optional[str] = setting(
+        None,
+        "folder of generated images, or their statistics in an .npz; may be left out where --save_stats is given",
+        path=True,
     )
-    parser.add_argument(
-        "--gen_dir",
-        type=expanded,
-        help="folder of generated images, or their statistics in an .npz; may be left out where --save_stats is given",
+    ckpt_path: Optional[str] = setting(
+        None,
+        "Inception weights: pt_inception-2015-12-05-6726825d.pth or inception_v3_fid-9ec6dfe4.ckpt; None for the "
+        "embedded nano CLIP",
+        path=True,
     )
-    parser.add_argument(
-        "--ckpt_path",
-        type=expanded,
-        help="Inception weights: pt_inception-2015-12-05-6726825d.pth or "
-        "inception_v3_fid-9ec6dfe4.ckpt; without it the embedded "
-        "nano CLIP scores",
+    save_stats: Optional[Path] = setting(
+        None, "write the statistics of --real_dir to this .npz (mu and sigma, as pytorch-fid reads them)", path=True
     )
-    parser.add_argument(
-        "--save_stats",
-        type=user_path,
-        help="write the statistics of --real_dir to this .npz (mu and sigma, as pytorch-fid reads them)",
-    )
-    parser.add_argument("--output", type=user_path, help="write the scores to this JSON file")
-    parser.add_argument(
-        "--batch_size",
-        type=whole_number(1, MOST_BATCH),
-        default=32,
-        help="images a call of the network; default %(default)s",
-    )
-    parser.add_argument("--backend", default="ms", help="ms (MindSpore), the only one here")
-    parser.add_argument("--device_target", help="Ascend or CPU; default: Ascend where there is one")
-    return parser
+    output: Optional[Path] = setting(None, "write the scores to this JSON file", path=True)
+    batch_size: int = setting(32, "images in a call of the network", low=1, high=MOST_NETWORK_BATCH)
+    backend: str = setting("ms", "ms (MindSpore), the only one here")
+    device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
-def check(args: argparse.Namespace) -> dict[str, list[Path]]:
+def check(args: Settings) -> dict[str, list[Path]]:
     """Raise UserError for what can be seen to be wrong before a network is built; the images of each side that is a
     folder.
     """
@@ -92,13 +84,13 @@ def check(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    args = read_settings(Settings, argv, description=__doc__)
     images = check(args)
     with claim_file(args.output, "--output"), claim_file(args.save_stats, "--save_stats"):
         score(args, images)
 
 
-def score(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
+def score(args: Settings, images: dict[str, list[Path]]) -> None:
     """Measure the images of each folder, print the distances and write what is wanted."""
     describe_progress(lambda: "before there was a score")
 

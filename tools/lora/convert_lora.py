@@ -6,14 +6,16 @@
 docs/lora_files.md says what each format keeps.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,14 +25,15 @@ if __name__ == "__main__":
     start_script()
 
 from ldm.errors import UserError  # noqa: E402
-from ldm.files.paths import expanded, under_root, user_path  # noqa: E402
+from ldm.files.paths import under_root  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
 from ldm.lora.formats.modules import BaseModules, fitting, known_bases  # noqa: E402
 from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
-from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
 
 # What a layer is for, by diffusers' name: the first that fits.
@@ -45,8 +48,28 @@ KINDS = (
 HEADER = ("component", "layers", "modules", "rank", "alpha", "of the base's shape", "all zero")
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    source: str = setting(REQUIRED, "a LoRA of any known format: a file, or a folder of PEFT's", path=True)
+    target: Optional[Path] = setting(None, "what to write; None only prints the table", path=True)
+    to: Optional[str] = setting(
+        None,
+        "the format to write. " + "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items()),
+        choices=tuple(FORMATS),
+    )
+    dtype: str = setting("fp32", "type of the factors written", choices=DTYPES)
+    base: Optional[str] = setting(
+        None,
+        "model YAML of the base model, for models other than SD1.x, SD2.x and the embedded one, and where shapes do "
+        "not tell SD1.x from SD2.x",
+        path=True,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options = read_settings(Settings, argv, description=__doc__)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr, force=True)
     if (options.target is None) != (options.to is None):
         raise UserError("--target and --to go together: where to write, and as what; neither only looks at --source")
@@ -57,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             convert(options)
 
 
-def convert(options: argparse.Namespace) -> None:
+def convert(options: Settings) -> None:
     """Write the LoRA in the other format."""
     config, state = look(options)
     write_lora(options.target, state, options.to, config, options.dtype)
     print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
 
 
-def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRA]:
+def look(options: Settings) -> tuple[ModelConfig | None, LoRA]:
     """Say what the LoRA holds; the model that it is said to be for, and the LoRA."""
     config = load_model_config(under_root(options.base)) if options.base else None
     found = detect_format(options.source)
@@ -78,27 +101,6 @@ def look(options: argparse.Namespace) -> tuple[ModelConfig | None, LoRA]:
     print(table(state, base_of(state, config, options.source)))
     print(f"  made for {' or '.join(base.label for base in fits)}, by the shapes")
     return config, state
-
-
-def parser() -> Parser:
-    formats = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
-    made = Parser(__doc__, "convert_lora.py")
-    made.add_argument(
-        "--source", type=expanded, required=True, help="a LoRA of any known format: a file, or a folder of PEFT's"
-    )
-    made.add_argument(
-        "--target", type=user_path, help="where to write; without it the table is printed and that is all"
-    )
-    made.add_argument("--to", choices=FORMATS, metavar="FORMAT", help=f"what to write. {formats}")
-    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors written (fp32)")
-    made.add_argument(
-        "--base",
-        type=expanded,
-        metavar="YAML",
-        help="model YAML of the base, for models other than SD1.x, SD2.x and "
-        "the embedded one, and where shapes do not tell SD1.x from SD2.x",
-    )
-    return made
 
 
 def table(state: LoRA, base: BaseModules) -> str:

@@ -14,12 +14,14 @@ A base is a single file of any kind that this project reads or a diffusers folde
 FILE:0.7:0.3 0.3 of its text encoder's part.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
@@ -30,19 +32,37 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
-from ldm.files.paths import path_and_strengths, user_path  # noqa: E402
+from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
-from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    mode: str = setting(REQUIRED, "see above", choices=("embed", "extract", "merge"))
+    model_ckpt: Path = setting(REQUIRED, "the base model, or for extract the file with LoRA in it", path=True)
+    lora_ckpt: list[str] = setting([], "LoRAs of any format: FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT_STRENGTH")
+    out_ckpt: Path = setting(REQUIRED, "what to write", path=True)
+    out_base: Optional[Path] = setting(
+        None, "extract: write the base model without the LoRA to this file too", path=True
+    )
+    to: Optional[str] = setting(
+        None, "extract: format of the LoRA; None for mindone, this project's own", choices=tuple(FORMATS)
+    )
+    dtype: Optional[str] = setting(None, "extract: type of the LoRA's factors; None for fp32", choices=DTYPES)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     if args.mode != "extract":
         for flag in ("out_base", "to", "dtype"):
             if getattr(args, flag) is not None:
@@ -61,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
 
 
-def embed(args: argparse.Namespace) -> None:
+def embed(args: Settings) -> None:
     state = read_loras(args.lora_ckpt)
     with as_single_file(args.model_ckpt, args.out_ckpt) as base:
         if split_embedded(base)[1] is not None:
@@ -71,7 +91,7 @@ def embed(args: argparse.Namespace) -> None:
     print(f"{args.out_ckpt}: {args.model_ckpt} and beside it {state}")
 
 
-def extract(args: argparse.Namespace) -> None:
+def extract(args: Settings) -> None:
     if args.lora_ckpt:
         raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
     checkpoint = open_base_model(args.model_ckpt)
@@ -88,7 +108,7 @@ def extract(args: argparse.Namespace) -> None:
         print(f"{args.out_base}: {len(base)} arrays without LoRA")
 
 
-def merge(args: argparse.Namespace) -> None:
+def merge(args: Settings) -> None:
     checkpoint = open_base_model(args.model_ckpt)
     base, inside = split_embedded(checkpoint)
     if inside is None and not args.lora_ckpt:
@@ -112,25 +132,6 @@ def read_loras(texts: Sequence[str]) -> LoRA:
         states.append((read_lora(path), weights))
         print(f"{path}: {states[-1][0]}; weight {weights}")
     return weighted_sum(states)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--mode", required=True, choices=("embed", "extract", "merge"), help="see above")
-    parser.add_argument("--model_ckpt", required=True, type=user_path,
-                        help="the base model, or for extract the file with "
-                        "LoRA in it")  # fmt: skip
-    parser.add_argument(
-        "--lora_ckpt", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="LoRAs of any format"
-    )
-    parser.add_argument("--out_ckpt", required=True, type=user_path, help="what is written")
-    parser.add_argument(
-        "--out_base", type=user_path, help="extract: write the base without the LoRA to this file as well"
-    )
-    parser.add_argument("--to", choices=tuple(FORMATS), help="extract: format of the LoRA [mindone, "
-                        "this project's own]")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="extract: of the LoRA's factors [fp32]")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

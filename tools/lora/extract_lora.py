@@ -7,11 +7,14 @@ printed. Both models may be in any form that this project reads, and not the sam
 cloneofsimo's svd_distill. It cuts off the factors' largest values as well; this does not.)
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
@@ -20,37 +23,39 @@ from ldm.runtime.script import run_script, start_script  # noqa: E402
 if __name__ == "__main__":
     start_script()
 
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.lora.algebra import check_cut  # noqa: E402
 from ldm.lora.checkpoints import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
-from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    base_model: Path = setting(REQUIRED, "the model that the fine-tune started from", path=True)
+    target_model: Path = setting(REQUIRED, "the fine-tune", path=True)
+    save_path: Path = setting(REQUIRED, "the LoRA to write", path=True)
+    rank: Optional[int] = setting(None, "largest rank of a layer; None: 32, or no limit where --energy is given", low=1)
+    energy: Optional[float] = setting(
+        None,
+        "share of each layer's squared difference to keep, such as 0.95: the smallest rank that keeps it, and no more "
+        "than --rank",
+        low=0,
+        high=1,
+    )
+    targets: list[str] = setting(
+        ["all"], "which layers: attention, all, or the last parts of layers' names, * standing for anything"
+    )
+    networks: list[str] = setting(["unet", "text_encoder"], "which networks", choices=("unet", "text_encoder"))
+    to: str = setting("mindone", "format of the LoRA; mindone is this project's own", choices=tuple(FORMATS))
+    dtype: str = setting("fp32", "type of the factors", choices=DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--base_model", required=True, type=user_path, help="what the fine-tune started from")
-    parser.add_argument("--target_model", required=True, type=user_path, help="the fine-tune")
-    parser.add_argument("--save_path", required=True, type=user_path, help="the LoRA")
-    parser.add_argument(
-        "--rank", type=whole_number(low=1), help="largest rank of a layer [32, unless --energy is given]"
-    )
-    parser.add_argument("--energy", type=number(low=0, high=1),
-                        help="share of each layer's squared difference that is kept, such as "
-                        "0.95: the smallest rank that does, and no more than --rank")  # fmt: skip
-    parser.add_argument("--targets", nargs="+", default=["all"], help="which layers: attention, all, or the last parts "
-                        "of layers' names, * standing for anything [all]")  # fmt: skip
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=("unet", "text_encoder"),
-        default=["unet", "text_encoder"],
-        help="of which networks [both]",
-    )
-    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     rank = 32 if args.rank is None and args.energy is None else args.rank
     check_cut(rank, args.energy)
     with claim_lora(args.save_path, args.to, "--save_path"):

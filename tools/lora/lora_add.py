@@ -18,13 +18,15 @@ modes:
 A weight after a path (FILE:0.7) holds in the place of alpha, a second one (FILE:0.7:0.3) is the text encoder's.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 
@@ -37,20 +39,52 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
-from ldm.files.paths import expanded, path_and_strengths, user_path  # noqa: E402
+from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import Merged, write_base, write_published  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
-from ldm.settings.command_line import Parser, number, truth, whole_number  # noqa: E402
+from ldm.settings.declare import setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
 
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
+PLACES = ("path_1", "path_2", "output_path", "alpha")
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    places: list[str] = setting(
+        [], "values without flags are path_1, path_2, output_path and alpha, as in the original", positional=True
+    )
+    path_1: Optional[str] = setting(None, "a LoRA, or in the modes upl and upl-ckpt-v2 the base model", path=True)
+    path_2: Optional[str] = setting(
+        None, "a LoRA: a file of any format, or a folder of PEFT's or diffusers'", path=True
+    )
+    paths: list[str] = setting([], "more LoRAs: FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT_STRENGTH")
+    output_path: Optional[Path] = setting(None, "what to write", path=True)
+    alpha: float = setting(0.5, "strength of the LoRA (upl), or of the first of two; the second has 1 - alpha")
+    alpha_1: Optional[float] = setting(None, "strength of the first alone, as in later versions of the original")
+    alpha_2: Optional[float] = setting(None, "strength of the second alone")
+    mode: Optional[str] = setting(None, "see above; None: lpl for two LoRAs, sum with --paths", choices=MODES)
+    with_text_lora: bool = setting(True, "take the text encoder's LoRA too, where there is one")
+    rank: Optional[int] = setting(None, "sum, ljl: cut the result down to this rank by SVD", low=1)
+    energy: Optional[float] = setting(
+        None, "sum, ljl: cut each layer down to this share of its squared norm", low=0, high=1
+    )
+    to: Optional[str] = setting(
+        None,
+        "format of the LoRA written; None: mindone, this project's own, or cloneofsimo-pt for a .pt",
+        choices=tuple(FORMATS),
+    )
+    dtype: Optional[str] = setting(None, "type of the LoRA written; None for fp32", choices=DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             add_loras(args, weighted)
 
 
-def claim(args: argparse.Namespace) -> AbstractContextManager[None]:
+def claim(args: Settings) -> AbstractContextManager[None]:
     """Hold what the mode writes."""
     if args.mode == "upl":
         return claim_base(args.output_path, Path(args.path_1), "--output_path")
@@ -85,12 +119,12 @@ def claim(args: argparse.Namespace) -> AbstractContextManager[None]:
     return claim_lora(args.output_path, lora_format(args), "--output_path")
 
 
-def lora_format(args: argparse.Namespace) -> str:
+def lora_format(args: Settings) -> str:
     """The format of the LoRA that is written: what --to says, else by the suffix."""
     return args.to or ("cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone")
 
 
-def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]]) -> None:
+def add_loras(args: Settings, weighted: list[tuple[LoRA, Strength]]) -> None:
     """LoRA and LoRA."""
     if args.mode == "lpl":
         (first, one), (second, two) = weighted
@@ -108,7 +142,7 @@ def add_loras(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]]) -
     print(f"{args.output_path}: {result}")
 
 
-def add_to_base(args: argparse.Namespace, weighted: list[tuple[LoRA, Strength]], texts: list[str]) -> None:
+def add_to_base(args: Settings, weighted: list[tuple[LoRA, Strength]], texts: list[str]) -> None:
     """Base and LoRAs; `texts` are the LoRAs' paths as given."""
     base = open_base_model(args.path_1)
     key_map = map_base_model(base)
@@ -147,7 +181,7 @@ def read(text: str, with_text_lora: bool) -> LoRA:
     return state if with_text_lora else state.only("unet")
 
 
-def _weights(texts: list[str], args: argparse.Namespace) -> list[Strength]:
+def _weights(texts: list[str], args: Settings) -> list[Strength]:
     """Of each LoRA: what is after its path, or else what the mode says."""
     first = args.alpha if args.alpha_1 is None else args.alpha_1
     second = (1 - args.alpha) if args.alpha_2 is None else args.alpha_2
@@ -165,56 +199,24 @@ def _weights(texts: list[str], args: argparse.Namespace) -> list[Strength]:
     return weights
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__, "lora_add")
-    parser.add_argument(
-        "places",
-        nargs="*",
-        metavar="PATH_1 PATH_2 OUTPUT_PATH [ALPHA]",
-        help="the first flags without their names, as the original takes them",
-    )
-    parser.add_argument("--path_1", type=expanded, help="a LoRA, or in the modes upl and upl-ckpt-v2 the base model")
-    parser.add_argument(
-        "--path_2", type=expanded, help="a LoRA: a file of any format, or a folder of PEFT's or diffusers'"
-    )
-    parser.add_argument("--paths", nargs="+", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="more LoRAs")
-    parser.add_argument("--output_path", type=user_path, help="what is written")
-    parser.add_argument("--alpha", type=number(), default=0.5, help="weight of the LoRA (upl), or of the first of two; "
-                        "the second has 1 - alpha [0.5]")  # fmt: skip
-    parser.add_argument(
-        "--alpha_1", type=number(), help="weight of the first alone, as in later versions of the original"
-    )
-    parser.add_argument("--alpha_2", type=number(), help="weight of the second alone")
-    parser.add_argument("--mode", choices=MODES, help="see above [lpl for two LoRAs, sum with --paths]")
-    parser.add_argument(
-        "--with_text_lora",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="True|False",
-        help="take the text encoder's LoRA too, where there is one [True]",
-    )
-    parser.add_argument("--rank", type=whole_number(low=1), help="sum, ljl: cut the result down to this rank by SVD")
-    parser.add_argument(
-        "--energy", type=number(low=0, high=1), help="sum, ljl: cut each layer down to this share of its squared norm"
-    )
-    parser.add_argument("--to", choices=tuple(FORMATS), help="format of the LoRA written [mindone, this project's "
-                        "own; of a .pt cloneofsimo-pt]")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="of the LoRA written [fp32]")
-    args = parser.parse_args(argv)
-    names = ("path_1", "path_2", "output_path", "alpha")
-    if len(args.places) > len(names):
-        parser.error(f"{len(args.places)} places given, there are {len(names)}; give further LoRAs as --paths")
+def parse(argv: Sequence[str] | None) -> Settings:
+    """Reads the command line, with paths that are given without their flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = read_settings(Settings, argv, description=__doc__)
+    if len(args.places) > len(PLACES):
+        raise UserError(
+            f"{len(args.places)} values without a flag are given, at most {len(PLACES)} are read: give further LoRAs "
+            "as --paths"
+        )
     if args.places:
-        flags = zip(names, args.places)
-        parser.parse_args([f"--{name}={text}" for name, text in flags], args)
+        flags = [f"--{name}={text}" for name, text in zip(PLACES, args.places)]
+        args = read_settings(Settings, [*argv, *flags], description=__doc__)
     if args.output_path is None:
-        parser.error("--output_path is needed: what is to be written")
+        raise UserError("--output_path is needed: what to write")
     if args.mode is None:
         args.mode = "sum" if args.paths else "lpl"
     if args.mode in ("upl", "upl-ckpt-v2") and not args.path_1:
-        parser.error(f"--path_1 is needed: the base model that mode {args.mode} adds to")
+        raise UserError(f"--path_1 is needed: the base model that mode {args.mode} adds to")
     return args
 
 

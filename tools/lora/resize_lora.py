@@ -6,11 +6,14 @@
 What is cut off is printed; a layer that has no larger rank keeps its factors, bit for bit.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
@@ -19,24 +22,27 @@ from ldm.runtime.script import run_script, start_script  # noqa: E402
 if __name__ == "__main__":
     start_script()
 
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.lora.algebra import check_cut, resize  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
-from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    source: Path = setting(REQUIRED, "a LoRA of any format", path=True)
+    target: Path = setting(REQUIRED, "the LoRA to write", path=True)
+    rank: Optional[int] = setting(None, "largest rank of a layer", low=1)
+    energy: Optional[float] = setting(None, "share of each layer's squared norm to keep, such as 0.9", low=0, high=1)
+    to: str = setting("mindone", "format to write; mindone is this project's own", choices=tuple(FORMATS))
+    dtype: str = setting("fp32", "type of the factors", choices=DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--source", required=True, type=user_path, help="a LoRA of any format")
-    parser.add_argument("--target", required=True, type=user_path, help="what is written")
-    parser.add_argument("--rank", type=whole_number(low=1), help="largest rank of a layer")
-    parser.add_argument(
-        "--energy", type=number(low=0, high=1), help="share of each layer's squared norm that is kept, such as 0.9"
-    )
-    parser.add_argument("--to", choices=tuple(FORMATS), default="mindone", help="format [mindone, this project's own]")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the factors [fp32]")
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     check_cut(args.rank, args.energy)
     with claim_lora(args.target, args.to, "--target"):
         state = read_lora(args.source)

@@ -5,6 +5,7 @@ expression for the end of its name) says otherwise. The update is alpha / rank *
 alpha / sqrt(rank) * B @ A (Kalajdzievski 2023).
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import math
@@ -13,15 +14,17 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import regex
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Module
 from ldm.lora.lora import LoRALayer
+from ldm.settings.declare import setting
+from ldm.settings.read import read_mapping
 
-R, LORA_ALPHA = 8, 8  # LoraConfig's own defaults
 # Settings with which the factors are not what is added to the published base.
 REFUSED = {
     "use_dora": "a DoRA: it scales whole columns beside the low-rank pairs, which is not supported",
@@ -36,7 +39,23 @@ MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 100
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
 # What `regex` reads otherwise than `re` does, with which PEFT compares: approximate matches and classes by name.
 _READ_OTHERWISE = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
+MOST_NUMBER = 1e30
 MODIFIED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass
+class _Numbers:
+    """What the factors are multiplied by, with LoraConfig's own defaults."""
+
+    r: Union[int, float] = setting(8, low=-MOST_NUMBER, high=MOST_NUMBER)
+    lora_alpha: Union[int, float] = setting(8, low=-MOST_NUMBER, high=MOST_NUMBER)
+    use_rslora: Optional[bool] = setting(None)
+    rank_pattern: Optional[dict[str, Union[int, float]]] = setting(
+        None, low=-MOST_NUMBER, high=MOST_NUMBER, length=(0, MOST_PATTERNS)
+    )
+    alpha_pattern: Optional[dict[str, Union[int, float]]] = setting(
+        None, low=-MOST_NUMBER, high=MOST_NUMBER, length=(0, MOST_PATTERNS)
+    )
 
 
 class Adapter:
@@ -56,14 +75,10 @@ class Adapter:
                 f"{where}: init_lora_weights is {plain(start, 40)}: it belongs to a base that was changed with it; let "
                 "PEFT write it for the published base (path_initial_model_for_weight_conversion)"
             )
-        self.r = self._number(settings, "r", R)
-        self.lora_alpha = self._number(settings, "lora_alpha", LORA_ALPHA)
-        self.use_rslora = settings.get("use_rslora") or False
-        if not isinstance(self.use_rslora, bool):
-            raise UserError(f"{where}: use_rslora is {plain(self.use_rslora, 40)!r}; it must be true or false")
+        numbers = _Numbers(**read_mapping(_Numbers, settings, where, ignore_unknown=True))
+        self.r, self.lora_alpha, self.use_rslora = numbers.r, numbers.lora_alpha, bool(numbers.use_rslora)
+        self.rank_pattern, self.alpha_pattern = numbers.rank_pattern or {}, numbers.alpha_pattern or {}
         self.target_modules = settings.get("target_modules")
-        self.rank_pattern = self._pattern(settings, "rank_pattern")
-        self.alpha_pattern = self._pattern(settings, "alpha_pattern")
         self._seconds = MOST_SECONDS
         self._ranks, self._alphas = (self._compiled(key) for key in ("rank_pattern", "alpha_pattern"))
 
@@ -87,23 +102,6 @@ class Adapter:
             "lora_dropout": 0.0,
             "bias": "none",
         }
-
-    def _number(self, settings: Mapping[str, Any], key: str, default: float) -> float:
-        value = settings.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise UserError(f"{self.where}: {plain(key)} is {plain(value, 40)!r}; it must be a finite number")
-        return value
-
-    def _pattern(self, settings: Mapping[str, Any], key: str) -> dict[str, float]:
-        pattern = settings.get(key) or {}
-        if not isinstance(pattern, dict):
-            raise UserError(f"{self.where}: {key} is {plain(pattern)!r}; it must be a mapping from layers to numbers")
-        if len(pattern) > MOST_PATTERNS:
-            raise UserError(
-                f"{self.where}: {key} holds {len(pattern):,} patterns, at most {MOST_PATTERNS:,} are read: "
-                "more than a model has layers"
-            )
-        return {name: self._number(pattern, name, 0) for name in pattern}
 
     def _compiled(self, key: str) -> list[tuple[Any, float]]:
         """The patterns of a setting as PEFT compares them, for the end of a layer's name, each with its number.
