@@ -1,4 +1,4 @@
-"""tools/find_python: which Python the environments are made from, and what is said before anything is installed."""
+"""tools/find_python chooses the Python of the virtual environments, or says why there is none."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_python_that_cannot_be_used_is_named_at_once(tmp_path, version, venv, 
 
 def test_no_python_at_all(tmp_path):
     code, _, error = find(tmp_path, "9")
-    assert code == 2 and "python3 is not there" in error
+    assert code == 2 and "python3 was not found" in error
 
 
 def test_the_one_asked_for_is_taken_or_refused_and_no_other(tmp_path):
