@@ -280,10 +280,10 @@ class TestBadSettings:
     @pytest.mark.parametrize(
         "setting, pattern",
         [
-            (dict(rank=0), "lora_rank is 0"),
-            (dict(rank=-4), "lora_rank is -4"),
-            (dict(rank=2.5), "lora_rank is 2.5"),
-            (dict(rank=True), "lora_rank is True"),
+            (dict(rank=0), "lora_rank: 0 is not allowed"),
+            (dict(rank=-4), "lora_rank: -4 is not allowed"),
+            (dict(rank=2.5), "lora_rank: 2.5 is not a whole number"),
+            (dict(rank=True), "lora_rank: True is not a whole number"),
             (dict(rank=9), "lora_rank 9 is more than the width 8"),
             (dict(rank=2**31), "lora_rank 2147483648 is more than the width 8"),
             (dict(rank=2**100), "lora_rank 1267650600228229401496703205376 is more than the width 8"),

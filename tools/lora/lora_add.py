@@ -131,8 +131,8 @@ def add_loras(args: Settings, weighted: list[tuple[LoRA, Strength]]) -> None:
         if one.unet != one.text_encoder or two.unet != two.text_encoder:
             raise UserError("mode lpl has one weight for both networks: take --mode sum for weights of their own")
         result = mix_factors(first, second, one.unet, two.unet)
-        print(f"mixed factors: {relative_difference(result, weighted_sum(weighted)):.2g} of the norm of the exact weighted sum "
-              "away from it (--mode sum is exact)")  # fmt: skip
+        error = relative_difference(result, weighted_sum(weighted))
+        print(f"mixed factors: relative error {error:.2g} against the exact weighted sum (--mode sum)")
     else:
         result = weighted_sum(weighted)
     if args.rank is not None or args.energy is not None:
