@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding, and its vocabulary."""
+"""CLIP's tokenizer and its vocabulary."""
 
 from ldm.tokenizer.tokenizer import (
     CONTEXT_LENGTH,

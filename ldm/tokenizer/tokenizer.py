@@ -1,7 +1,7 @@
-"""Text to token ids, as CLIP's text encoders were trained on them: byte-level BPE (Radford et al., 2021).
+"""CLIP's tokenizer: text to token ids by byte-level byte-pair encoding (Radford et al. 2021).
 
-One vocabulary serves every model: 256 byte symbols, the same 256 closing a word, 48,894 merges, start and end. SD1.x
-(OpenAI CLIP) fills up with the end token, SD2.x (OpenCLIP) with zeros.
+All models share one vocabulary: 256 byte symbols, the same 256 at the end of a word, 48,894 merges, and the start and
+end tokens. SD1.x (OpenAI CLIP) pads with the end token, SD2.x (OpenCLIP) with zeros.
 """
 
 from __future__ import annotations
@@ -29,30 +29,35 @@ MERGES = VOCABULARY_SIZE - 2 - 2 * 256
 
 START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-# Contractions, runs of letters, single digits, runs of anything else: a merge never crosses these. IGNORECASE although
-# the text is lower-cased by now, since it also lets a long s (U+017F), which has no lower case, close a contraction.
+# Contractions, runs of letters, single digits, runs of other characters. Merges never cross their borders. IGNORECASE
+# matters although the text is in lower case: a long s (U+017F), which has no lower case, ends a contraction.
 WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 
 
 def clean_text(text: str) -> str:
-    """Clean a text as CLIPTokenizer does with ftfy: mended, html entities unescaped, white space folded, lower case.
+    """Cleans a text like CLIPTokenizer with ftfy: encoding, HTML entities, white space and case.
 
-    ftfy mends encodings gone wrong, composes accents (NFC), straightens quotes, narrows full-width letters and takes
-    out control characters. It unescapes entities to the last (`&amp;amp;lt;` too), except in a line that holds a `<`
-    and those without their semicolon. OpenAI's and OpenCLIP's own code unescapes these as well; CLIPTokenizer, which is
-    what pipelines run, does not, and is followed here.
+    ftfy repairs wrong encodings, composes accents (NFC), straightens quotes, narrows full-width letters and removes
+    control characters. It unescapes nested entities too (`&amp;amp;lt;`), but not in a line with a `<`, and not those
+    without a semicolon. OpenAI's and OpenCLIP's own code unescapes these as well. This function follows CLIPTokenizer,
+    which pipelines use.
     """
     return " ".join(ftfy.fix_text(text).split()).lower()
 
 
 class AddedToken(NamedTuple):
-    """A text that stands for one token of its own, such as the `<cat-toy>` that a textual inversion learns.
+    """A text with its own token, such as the `<cat-toy>` that a textual inversion learns.
 
-    text, token: what is found in a prompt, and its id. normalized: upper and lower case are the same. single_word: it
-    is not found beside a letter, a digit or an underscore. The flags have the names of transformers' AddedToken; its
-    `lstrip` and `rstrip` take white space away, which has no token here.
+    The flags are those of transformers' AddedToken. Its `lstrip` and `rstrip` remove white space, which has no token
+    here.
+
+    Attributes:
+        text: The text in a prompt.
+        token: Its id.
+        normalized: Whether upper and lower case are the same.
+        single_word: Whether a letter, digit or underscore beside the text prevents a match.
     """
 
     text: str
@@ -62,22 +67,22 @@ class AddedToken(NamedTuple):
 
 
 class Tokenizer:
-    """Texts to (N, 77) int32 ids: start, up to 75 tokens, end, then padding.
+    """Turns texts into token ids: the start token, up to 75 tokens, the end token, and padding.
 
-    Added tokens are found as CLIPTokenizer finds them: in the text as it is given, before it is cleaned, also within
-    words, the first and among those the longest; what lies between is cleaned and encoded by itself.
+    Added tokens are matched as CLIPTokenizer matches them: in the text before it is cleaned, also inside words, the
+    leftmost first and of several the longest. The text between them is cleaned and encoded separately.
 
     Args:
-        pad: "end" fills up with the end token (SD1.x), "zero" with 0 (SD2.x).
-        added_tokens: further tokens, with the ids that the text encoder's rows have.
+        pad: "end" pads with the end token (SD1.x), "zero" with 0 (SD2.x).
+        added_tokens: Additional tokens, with the ids of their rows in the text encoder.
 
     Raises:
-        UserError: another padding rule, or a vocabulary file that is missing or not CLIP's.
+        UserError: The padding is unknown, or the vocabulary file is missing or is not CLIP's.
     """
 
     def __init__(self, pad: str = "end", added_tokens: Sequence[AddedToken] = ()):
         if pad not in ("end", "zero"):
-            raise UserError(f"pad_token '{pad}' is unknown: it is 'end' (SD1.x and nano) or 'zero' (SD2.x)")
+            raise UserError(f"pad_token '{pad}' is unknown: use 'end' (SD1.x and nano) or 'zero' (SD2.x)")
         self.pad_id = END_TOKEN if pad == "end" else 0
         self._vocabulary = vocabulary()
         self._words: dict[str, tuple[int, ...]] = {START_TEXT: (START_TOKEN,), END_TEXT: (END_TOKEN,)}
@@ -85,9 +90,9 @@ class Tokenizer:
         self._added_pattern, self._added_ids = _added_pattern(added_tokens)
 
     def encode(self, texts: Iterable[str]) -> np.ndarray:
-        """Token ids (N, 77) int32 of N texts; a text of more than 75 tokens is cut and keeps its end token."""
+        """Returns token ids (N, 77) int32. Texts of more than 75 tokens are cut and keep their end token."""
         if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts, not one text")
+            raise TypeError("encode takes a list of texts, not a single text")
         texts = list(texts)
         tokens = np.full((len(texts), CONTEXT_LENGTH), self.pad_id, dtype=np.int32)
         for row, text in zip(tokens, texts):
@@ -96,22 +101,22 @@ class Tokenizer:
         return tokens
 
     def cut_off(self, texts: Iterable[str]) -> list[str]:
-        """Of each text that `encode` cuts, what it leaves out, cleaned."""
+        """Returns the part that `encode` cuts off, cleaned, for each text that it cuts."""
         ids = (self.tokenize(text) for text in texts)
         return [self.decode(tokens[CONTEXT_LENGTH - 2 :]) for tokens in ids if len(tokens) > CONTEXT_LENGTH - 2]
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a whole text, however long, without start, end and padding."""
+        """Returns the ids of a whole text of any length, without start, end and padding."""
         tokens: list[int] = []
         end = 0
-        for found in self._added_pattern.finditer(text) if self._added_ids else ():
-            tokens += self._tokenize_words(text[end : found.start()])
-            tokens.append(self._added_ids[found.lastindex - 1])
-            end = found.end()
+        for match in self._added_pattern.finditer(text) if self._added_ids else ():
+            tokens += self._tokenize_words(text[end : match.start()])
+            tokens.append(self._added_ids[match.lastindex - 1])
+            end = match.end()
         return tokens + self._tokenize_words(text[end:])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The cleaned text of one row of ids, up to its end token; words come back parted by single spaces."""
+        """Returns the cleaned text of a row of ids up to its end token, with single spaces between words."""
         symbols = self._vocabulary.symbols
         byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
         raw = b""
@@ -121,7 +126,7 @@ class Tokenizer:
             if token in self._added_texts:
                 raw += f" {self._added_texts[token]} ".encode("utf-8", errors="replace")
             elif token != START_TOKEN:
-                # A space is no byte symbol: it stands for a word's end only.
+                # A space is not a byte symbol: it can only be the end of a word.
                 raw += bytes(byte_of.get(letter, ord(" ")) for letter in symbols[token].replace(WORD_END, " "))
         return " ".join(part for part in raw.decode("utf-8", errors="replace").split(" ") if part)
 
@@ -135,7 +140,7 @@ class Tokenizer:
         return known
 
     def _merge(self, word: str) -> list[str]:
-        """Join neighbouring symbols, the earliest learned merge first, until no pair is in the vocabulary."""
+        """Merges neighbouring symbols, in the order that the merges were learned, until no merge applies."""
         byte_symbols = _byte_symbols()
         parts = [byte_symbols[byte] for byte in word.encode("utf-8")]
         parts[-1] += WORD_END
@@ -158,22 +163,25 @@ class Tokenizer:
 
 
 def _added_pattern(added_tokens: Sequence[AddedToken]) -> tuple[regex.Pattern, list[int]]:
-    """(a pattern with a group for each way to write an added token, the ids in the order of the groups)."""
-    ways = [(added, False) for added in added_tokens] + [(added, True) for added in added_tokens if added.normalized]
-    # Alternatives are tried in order: the longest first, and what is written in the same case before what is not.
-    ways.sort(key=lambda way: (-len(way[0].text), way[1]))
+    """Returns a pattern with a group for each spelling of an added token, and the ids in the order of the groups."""
+    spellings = [(added, False) for added in added_tokens] + [
+        (added, True) for added in added_tokens if added.normalized
+    ]
+    # Alternatives are tried in order: the longest first, and the same case before any case.
+    spellings.sort(key=lambda spelling: (-len(spelling[0].text), spelling[1]))
     groups = []
-    for added, any_case in ways:
+    for added, any_case in spellings:
         group = f"(?i:{regex.escape(added.text)})" if any_case else regex.escape(added.text)
         groups.append(rf"(?<!\w){group}(?!\w)" if added.single_word else group)
-    return regex.compile("|".join(f"({group})" for group in groups)), [added.token for added, _ in ways]
+    return regex.compile("|".join(f"({group})" for group in groups)), [added.token for added, _ in spellings]
 
 
 @lru_cache(maxsize=1)
 def _byte_symbols() -> dict[int, str]:
-    """A printable character for every byte, so that merges are lines of text: its own where it has one (GPT-2's table).
+    """Returns a printable character for every byte, so that merges are lines of text (GPT-2's table).
 
-    The others, controls and spaces, take the characters from U+0100 on. The order is that of the vocabulary.
+    Printable bytes keep their own character. The others, controls and spaces, get those from U+0100 on. The order is
+    that of the vocabulary.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -183,17 +191,19 @@ def _byte_symbols() -> dict[int, str]:
 
 
 class Vocabulary(NamedTuple):
+    """CLIP's vocabulary."""
+
     symbols: list[str]  # by token id
     ids: dict[str, int]  # by symbol
-    ranks: dict[tuple[str, str], int]  # place of every merge in the order it was learned
+    ranks: dict[tuple[str, str], int]  # by merge: its place in the order of learning
 
 
 @lru_cache(maxsize=1)
 def vocabulary() -> Vocabulary:
-    """CLIP's vocabulary: byte symbols, byte symbols that close a word, what each merge makes, start and end.
+    """Loads CLIP's vocabulary: byte symbols, byte symbols at the end of a word, merges, start and end token.
 
     Raises:
-        UserError: the vocabulary file is missing, broken or another one.
+        UserError: The vocabulary file is missing, broken or another one.
     """
     try:
         with gzip.open(VOCABULARY_FILE, "rt", encoding="utf-8") as file:
@@ -202,14 +212,15 @@ def vocabulary() -> Vocabulary:
         raise UserError(
             f"the CLIP vocabulary {VOCABULARY_FILE} cannot be read ({error}): restore it from the repository"
         ) from None
-    # The file lists more merges than CLIP uses; its first line names its version.
-    merges = [tuple(line.split()) for line in lines[1 : 1 + MERGES]]
-    if len(merges) != MERGES or any(len(merge) != 2 for merge in merges):
+    # The first line is a version, and the file lists more merges than CLIP uses.
+    pairs = [line.split() for line in lines[1 : 1 + MERGES]]
+    if len(pairs) != MERGES or any(len(pair) != 2 for pair in pairs):
         raise UserError(
             f"{VOCABULARY_FILE} is not CLIP's vocabulary ({MERGES} merges of two): restore it from the repository"
         )
+    merges = [(first, second) for first, second in pairs]
     letters = list(_byte_symbols().values())
-    closing = [letter + WORD_END for letter in letters]
-    symbols = [*letters, *closing, *(first + second for first, second in merges), START_TEXT, END_TEXT]
+    word_ends = [letter + WORD_END for letter in letters]
+    symbols = [*letters, *word_ends, *(first + second for first, second in merges), START_TEXT, END_TEXT]
     ids = {symbol: token for token, symbol in enumerate(symbols)}
     return Vocabulary(symbols, ids, {merge: rank for rank, merge in enumerate(merges)})

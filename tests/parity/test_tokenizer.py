@@ -1,4 +1,4 @@
-"""The tokenizer against the installed CLIPTokenizer, which from transformers 5 on does no cleaning with ftfy."""
+"""The tokenizer equals the installed CLIPTokenizer, which does not clean with ftfy from transformers 5 on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers import CLIPTokenizer
 from ldm.tokenizer import Tokenizer, clean_text
 from tests.golden.make_tokenizer import clip_tokenizer, texts
 
-# A lone surrogate is no text to a tokenizer in Rust.
+# A tokenizer in Rust refuses lone surrogates.
 TEXTS = [text for _, text in texts() if text.encode("utf-8", "ignore").decode() == text]
-# transformers 5 does not ignore case, so to it a long s does not close a contraction.
+# A long s ends a contraction only if case is ignored. transformers 5 does not ignore it.
 LONG_S = "i'ſ a long s"
 
 

@@ -1,7 +1,7 @@
-"""Added tokens against tests/golden/added_tokens.json: found as CLIPTokenizer finds them.
+"""Added tokens are matched as CLIPTokenizer matches them (tests/golden/added_tokens.json).
 
-transformers 4 and 5 agree but for the case (5 takes any) and for what counts as a word's neighbour (5: letters, digits,
-underscore), where 5 is followed; and for entities, which 5 does not unescape, where 4 is followed as everywhere.
+transformers 4 and 5 differ in three ways. This tokenizer follows 5 in the case (5 ignores it) and in the neighbours of
+a single word (5: letters, digits, underscore). It follows 4 in entities, which 5 does not unescape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def ids(tokenizer, text):
 
 
 @pytest.mark.parametrize("column, other", [("clip4", ANY_CASE), ("clip5", UNESCAPED)])
-def test_equals_clip_tokenizer_but_for_what_its_versions_differ_in(column, other):
+def test_equals_clip_tokenizer_except_where_its_versions_differ(column, other):
     tokenizer = Tokenizer("end", ADDED)
     differing = {entry["text"] for entry in GOLDEN["texts"] if ids(tokenizer, entry["text"]) != entry[column]}
     assert differing == other
@@ -37,15 +37,15 @@ def test_the_ids_of_a_usual_textual_inversion():
     assert row[:8].tolist() == [START_TOKEN, 320, 1125, 539, 49408, 49409, END_TOKEN, END_TOKEN]
 
 
-def test_what_is_added_changes_no_other_text():
+def test_an_added_token_changes_no_other_text():
     texts = ["a photo of a cat", "cat toy", "", "<cat-toys>"]
     assert (Tokenizer("zero", [CAT]).encode(texts) == Tokenizer("zero").encode(texts)).all()
 
 
-def test_what_is_cut_off_is_told_with_the_added_tokens_in_it():
+def test_a_part_that_is_cut_off_contains_its_added_tokens():
     assert Tokenizer("end", [CAT]).cut_off(["word " * 75 + "a <cat-toy>s eye"]) == ["a <cat-toy> s eye"]
 
 
-def test_of_two_that_differ_in_case_each_is_found_as_it_is_written():
+def test_of_two_tokens_that_differ_in_case_the_same_case_is_matched():
     tokenizer = Tokenizer("end", [AddedToken("<A>", 49408), AddedToken("<a>", 49409)])
     assert tokenizer.tokenize("<A> <a>") == [49408, 49409]

@@ -1,8 +1,8 @@
-"""The tokenizer against tests/golden/tokenizer.json.gz: 903 texts, as the published tokenizers encode them.
+"""The tokenizer encodes 903 texts as the published tokenizers do (tests/golden/tokenizer.json.gz).
 
-There is no one CLIPTokenizer. Up to transformers 4 it cleans with ftfy, and this project's equals it on every text.
-From transformers 5 on it neither mends nor unescapes: this one's equals it on the texts that cleaning leaves alone, and
-on all the others once they are cleaned. OpenCLIP's, which SD2 was trained with, unescapes a little more.
+Up to transformers 4, CLIPTokenizer cleans with ftfy, and this tokenizer equals it on every text. From transformers 5 on
+it neither repairs nor unescapes: this tokenizer equals it on texts that cleaning does not change, and on all others
+after cleaning. OpenCLIP's tokenizer, which SD2 was trained with, unescapes a little more.
 """
 
 import gzip
@@ -21,7 +21,7 @@ with gzip.open(Path(__file__).parents[1] / "golden" / "tokenizer.json.gz", "rt",
     GOLDEN = json.load(file)["texts"]
 KINDS = sorted({entry["kind"] for entry in GOLDEN})
 
-# Lines with a `<` and entities without a semicolon: only OpenCLIP unescapes those.
+# Only OpenCLIP unescapes entities in lines with a `<` and entities without a semicolon.
 OPEN_CLIP_UNESCAPES = {
     "&amp",
     "&ampersand",
@@ -33,11 +33,11 @@ OPEN_CLIP_UNESCAPES = {
     "x &lt; y < z",
     "<br/>line &nbsp; two",
 }
-# OpenCLIP spells its start and end tokens otherwise, so these are plain text to it.
+# OpenCLIP's start and end tokens have other spellings, so these are plain text.
 SPECIAL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
-# A long s closes a contraction where case is ignored, which transformers 5 does not.
+# A long s ends a contraction only if case is ignored. transformers 5 does not ignore it.
 LONG_S = "i'ſ a long s"
-# transformers 5 has one lower-case sigma, and knows its end token before it lowers the case.
+# transformers 5 has one lower-case sigma, and matches its end token before lower-casing.
 CASE_5 = {"ΟΔΟΣ ΣΟΦΟΣ", "<|ENDOFTEXT|>"}
 
 
@@ -48,7 +48,7 @@ def ids(text: str) -> list:
     return row[:length]
 
 
-def test_the_golden_file_is_what_the_comparison_needs():
+def test_the_golden_file_has_all_kinds_of_texts():
     assert len(GOLDEN) >= 500
     assert {"emoji", "accents", "cjk", "control", "entities", "long", "space", "contractions"} <= set(KINDS)
     assert any(entry["text"] == "" for entry in GOLDEN)
@@ -101,7 +101,7 @@ def test_no_texts_give_no_rows():
     assert Tokenizer().encode([]).shape == (0, CONTEXT_LENGTH)
 
 
-def test_one_text_instead_of_a_list_is_not_taken_letter_by_letter():
+def test_a_single_text_instead_of_a_list_is_refused():
     with pytest.raises(TypeError):
         Tokenizer().encode("a cat")
 
@@ -122,7 +122,7 @@ def test_a_long_text_is_cut_and_keeps_its_end_token(pad, words):
     assert row[kept + 1] == END_TOKEN
 
 
-def test_what_is_cut_off_is_given_of_the_texts_that_are_cut():
+def test_cut_off_gives_the_lost_part_of_each_text_that_is_cut():
     texts = ["a cat", "word " * 75, "word " * 75 + "in the END", "", "word " * 74 + "fox hen"]
     assert Tokenizer().cut_off(texts) == ["in the end", "hen"]
 
@@ -151,12 +151,12 @@ def test_decode_gives_the_words_back(pad, text, decoded):
 
 
 def test_tokenizing_again_gives_the_same_ids():
-    once = Tokenizer()
-    assert once.tokenize("some uncommonword here") == once.tokenize("some uncommonword here")
+    tokenizer = Tokenizer()
+    assert tokenizer.tokenize("some uncommonword here") == tokenizer.tokenize("some uncommonword here")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fault"),
     [
         (None, "cannot be read"),
         (b"", "not CLIP's vocabulary"),
@@ -167,14 +167,14 @@ def test_tokenizing_again_gives_the_same_ids():
         (tokenizer.VOCABULARY_FILE.read_bytes()[:1000] + b"\0" * 1000, "cannot be read"),
     ],
 )
-def test_a_broken_vocabulary_is_named(tmp_path, monkeypatch, content, said):
+def test_a_broken_vocabulary_is_named(tmp_path, monkeypatch, content, fault):
     path = tmp_path / "vocabulary.txt.gz"
     if content is not None:
         path.write_bytes(content)
     monkeypatch.setattr(tokenizer, "VOCABULARY_FILE", path)
     tokenizer.vocabulary.cache_clear()
     try:
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=fault) as caught:
             Tokenizer()
         assert str(path) in str(caught.value)
     finally:
