@@ -229,7 +229,7 @@ def _unet_problem(unet: dict[str, Any]) -> str:
         return f"{'num_heads' if heads == 0 else 'num_head_channels'} in unet_config is 0; it must be above 0"
     if heads == head_channels == -1:
         return "unet_config needs num_heads (SD1.x) or num_head_channels (SD2.x)"
-    if unet["in_channels"] in OTHER_TASKS:
+    if unet["in_channels"] in OTHER_TASKS and unet["in_channels"] != unet["out_channels"]:
         return (
             f"in_channels in unet_config is {unet['in_channels']}, which {OTHER_TASKS[unet['in_channels']]} model has; "
             "take the YAML and the checkpoint of a text-to-image model"

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.files.paths import ROOT
 from ldm.settings.model import load_model_config, model_document, parse_model_config
 from ldm.weights.architecture import (
-    KNOWN,
+    KNOWN_CONFIGS,
     candidate_configs,
     detect_model_config,
     known_config_path,
@@ -24,11 +24,11 @@ from ldm.weights.architecture import (
 )
 from ldm.weights.arrays import Arrays
 from ldm.weights.base_model import map_base_model
+from ldm.weights.diffusers_folder.configs import scheduler_config, text_config, unet_config, vae_config
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
-from ldm.weights.diffusers_folder.writer import scheduler_config, text_config, unet_config, vae_config
 
 HERE = Path(__file__).parent
-V1, V2, V2_V, NANO = KNOWN
+V1, V2, V2_V, NANO = KNOWN_CONFIGS
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ class TestSingleFiles:
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if not name.startswith("model.")})
         said = missing_information(checkpoint, map_base_model(checkpoint), "say it")
-        assert said == "Its shapes do not tell whether it predicts noise or velocity: say it"
+        assert said == "Its shapes do not show whether it predicts noise or velocity: say it"
 
     def test_a_unet_of_eight_channels_on_both_sides_is_no_other_task(self, published):
         names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 8, 3, 3]}
@@ -208,7 +208,7 @@ class TestDiffusersFolders:
         key_map = map_base_model(folder)
         assert candidate_configs(folder, key_map) == []
         said = missing_information(folder, key_map, "say it")
-        assert "has no unet/config.json, and its shapes do not tell the rest: say it" in said
+        assert "has no unet/config.json, and its shapes do not show the rest: say it" in said
 
     @pytest.mark.parametrize(
         "changed, field, value",
@@ -297,7 +297,7 @@ class TestDiffusersFolders:
 
 @pytest.mark.parametrize(
     "path",
-    [*(ROOT / path for path in KNOWN), *sorted(ROOT.glob("tests/golden/*.yaml")), ROOT / "tests" / "tiny.yaml"],
+    [*(ROOT / path for path in KNOWN_CONFIGS), *sorted(ROOT.glob("tests/golden/*.yaml")), ROOT / "tests" / "tiny.yaml"],
     ids=lambda path: path.stem,
 )
 def test_a_model_written_as_yaml_reads_back_as_itself(path):

@@ -129,7 +129,7 @@ class TestForms:
             write_checkpoint(place / "diffusion_pytorch_model.non_ema.safetensors", UNET)
 
         path = folder(tmp_path / "sd", unet=write)
-        with pytest.raises(UserError, match="non_ema.: leave out the flag that asks for EMA"):
+        with pytest.raises(UserError, match="its file is non_ema: leave out the flag that asks for EMA"):
             map_base_model(open_diffusers_folder(path), ema=True)
         write_checkpoint(path / "unet" / "diffusion_pytorch_model.safetensors", UNET)
         assert map_base_model(open_diffusers_folder(path), ema=True) == map_base_model(open_diffusers_folder(path))

@@ -1,0 +1,1 @@
+"""The diffusers folder: reading and writing it, and its config.json files."""

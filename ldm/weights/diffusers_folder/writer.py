@@ -1,4 +1,4 @@
-"""Write a diffusers folder that StableDiffusionPipeline.from_pretrained loads without a network connection."""
+"""Writes a diffusers folder that StableDiffusionPipeline.from_pretrained loads without a network connection."""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ from typing import Any
 
 from ldm.files.atomic import atomic_folder
 from ldm.files.paths import writing
-from ldm.settings.model import NUM_GROUPS, ModelConfig
-from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
+from ldm.settings.model import ModelConfig
+from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN
 from ldm.tokenizer.tokenizer import END_TEXT, START_TEXT, vocabulary
 from ldm.weights.arrays import Arrays
+from ldm.weights.diffusers_folder.configs import (
+    DIFFUSERS_VERSION,
+    scheduler_config,
+    text_config,
+    unet_config,
+    vae_config,
+)
+from ldm.weights.diffusers_folder.reader import STEMS
 from ldm.weights.file_formats.safetensors_file import write_safetensors
 
-FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-VERSION = "0.42.1"  # of diffusers, whose settings these are
 
+def write_folder(path: Path, config: ModelConfig, arrays: Mapping[str, Arrays]) -> None:
+    """Write a diffusers folder under a temporary name and rename it to `path`.
 
-def write_folder(path: Path, model: ModelConfig, parts: Mapping[str, Arrays]) -> None:
-    """Write `path` with the arrays of "unet", "vae" and "text_encoder" under diffusers' names, beside it and then
-    renamed. Raises UserError where the disk refuses.
+    Args:
+        path: The folder, which does not exist or is empty.
+        config: Configuration of the model.
+        arrays: "unet", "vae" and "text_encoder" -> arrays under diffusers' names.
+
+    Raises:
+        UserError: The disk refuses.
     """
-    texts = {
+    files = {
         "model_index.json": _index(),
-        "unet/config.json": unet_config(model),
-        "vae/config.json": vae_config(model),
-        "text_encoder/config.json": text_config(model),
-        "scheduler/scheduler_config.json": scheduler_config(model),
-        **_tokenizer(model),
+        "unet/config.json": unet_config(config),
+        "vae/config.json": vae_config(config),
+        "text_encoder/config.json": text_config(config),
+        "scheduler/scheduler_config.json": scheduler_config(config),
+        **_tokenizer(config),
     }
     with writing(path), atomic_folder(path) as folder:
-        for name, content in texts.items():
+        for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-        for component, arrays in parts.items():
-            write_safetensors(folder / component / FILES[component], arrays, {"format": "pt"})
+        for component, component_arrays in arrays.items():
+            file = folder / component / f"{STEMS[component][0]}.safetensors"
+            write_safetensors(file, component_arrays, {"format": "pt"})
 
 
 def _index() -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -60,123 +69,24 @@ def _index() -> dict[str, Any]:
     }
 
 
-def unet_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of UNet2DConditionModel."""
-    unet = model.unet
-    channels = [unet["model_channels"] * mult for mult in unet["channel_mult"]]
-    attends = [2**level in unet["attention_resolutions"] for level in range(len(channels))]
-    head_channels = unet.get("num_head_channels", -1)
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": VERSION,
-        "act_fn": "silu",
-        # The number of heads, in spite of its name.
-        "attention_head_dim": [c // head_channels for c in channels] if head_channels > 0 else unet["num_heads"],
-        "block_out_channels": channels,
-        "center_input_sample": False,
-        "cross_attention_dim": unet["context_dim"],
-        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": unet["in_channels"],
-        "layers_per_block": unet["num_res_blocks"],
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-05,
-        "norm_num_groups": unet.get("num_groups", NUM_GROUPS),
-        "out_channels": unet["out_channels"],
-        "sample_size": model.image_size // model.vae_factor,
-        "transformer_layers_per_block": unet.get("transformer_depth", 1),
-        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "use_linear_projection": unet.get("use_linear_in_transformer", False),
-    }
-
-
-def vae_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of AutoencoderKL."""
-    vae = model.vae
-    channels = [vae["ch"] * mult for mult in vae["ch_mult"]]
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": VERSION,
-        "act_fn": "silu",
-        "block_out_channels": channels,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "in_channels": vae["in_channels"],
-        "latent_channels": vae["embed_dim"],
-        "layers_per_block": vae["num_res_blocks"],
-        "norm_num_groups": vae.get("num_groups", NUM_GROUPS),
-        "out_channels": vae["out_ch"],
-        "sample_size": model.image_size,
-        "scaling_factor": model.scale_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-    }
-
-
-def text_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of CLIPTextModel; SD2's with the 23 layers that are used, so that the last one is taken."""
-    text = model.text
-    return {
-        "architectures": ["CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": START_TOKEN,
-        "eos_token_id": END_TOKEN,
-        "hidden_act": text["activation"],
-        "hidden_size": text["width"],
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": 4 * text["width"],
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": text.get("length", CONTEXT_LENGTH),
-        "model_type": "clip_text_model",
-        "num_attention_heads": text["num_heads"],
-        "num_hidden_layers": text["num_layers"],
-        "pad_token_id": 1,
-        "projection_dim": text["width"],
-        "vocab_size": text.get("vocab_size", VOCABULARY_SIZE),
-    }
-
-
-def scheduler_config(model: ModelConfig) -> dict[str, Any]:
-    """scheduler_config.json of the sampler that is the default here, with what the others of diffusers need to be
-    made from it (DDIM clips its predictions otherwise).
-    """
-    return {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "_diffusers_version": VERSION,
-        "algorithm_type": "dpmsolver++",
-        "beta_end": model.linear_end,
-        "beta_schedule": model.beta_schedule,
-        "beta_start": model.linear_start,
-        "clip_sample": False,
-        "num_train_timesteps": model.timesteps,
-        "prediction_type": model.prediction_type,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "steps_offset": 1,
-        "timestep_spacing": "linspace",
-        "trained_betas": None,
-    }
-
-
-def _tokenizer(model: ModelConfig) -> dict[str, Any]:
+def _tokenizer(config: ModelConfig) -> dict[str, Any]:
+    """Return the files of the tokenizer: path -> JSON content, or a text."""
     words = vocabulary()
-    pad = END_TEXT if model.pad_token == "end" else words.symbols[0]
+    pad = END_TEXT if config.pad_token == "end" else words.symbols[0]
 
     def special(text: str, normalized: bool = True, single_word: bool = False) -> dict[str, Any]:
         return {
             "content": text, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": single_word,
         }  # fmt: skip
 
-    added, listed = {}, {}
-    if model.added_tokens:
-        added["tokenizer/added_tokens.json"] = {text: token for text, token, *_ in model.added_tokens}
+    added: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
+    if config.added_tokens:
+        added["tokenizer/added_tokens.json"] = {text: token for text, token, *_ in config.added_tokens}
         listed["added_tokens_decoder"] = {
             str(START_TOKEN): {**special(START_TEXT), "special": True},
             str(END_TOKEN): {**special(END_TEXT), "special": True},
-            **{str(token): {**special(text, *flags), "special": False} for text, token, *flags in model.added_tokens},
+            **{str(token): {**special(text, *flags), "special": False} for text, token, *flags in config.added_tokens},
         }
     return {
         **added,

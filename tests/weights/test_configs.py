@@ -6,7 +6,7 @@ import pytest
 
 from ldm.files.paths import ROOT
 from ldm.settings.model import load_model_config
-from ldm.weights.diffusers_folder.writer import scheduler_config, text_config, unet_config, vae_config
+from ldm.weights.diffusers_folder.configs import scheduler_config, text_config, unet_config, vae_config
 
 SD1 = {
     "unet": {
