@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from ldm.runtime.script import run_script, start_script
@@ -20,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings from the command line and generate the images."""
     settings = read_settings(
         GenerateSettings,
-        sys.argv[1:] if argv is None else argv,
+        argv,
+        yaml_flag="generate_config",
         prog="text_to_image.py",
         description="Generate images for prompts with Stable Diffusion, and with a LoRA where one is given.",
     )

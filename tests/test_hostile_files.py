@@ -1,4 +1,4 @@
-"""The bar for every setting that names a file: whatever stands there, a UserError of one line that names it."""
+"""Every setting that names a file: whatever is there instead of the file, the error is one line that names it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ IMAGES = str(ROOT / "datasets" / "emoji_fluent_hc" / "test")
 
 GENERATE = "--prompt x --device_target CPU --output_path out"
 TRAIN = f"--data_path {IMAGES} --pretrained_model_path {NANO} --use_lora True --device_target CPU --output_path out"
-# The program, what else it is given, and the flag of the file; a flag given twice counts the second time.
+# The program, its other flags, and the flag of the file. The last one of repeated flags counts.
 FILES = [
     (text_to_image.main, "--device_target CPU --output_path out", "data_path"),
     *((text_to_image.main, GENERATE, name) for name in (
-        "negative_data_path", "init_latents", "config", "ckpt_path", "unet_ckpt_path", "vae_ckpt_path",
-        "lora_ckpt_path")),
+        "generate_config", "negative_data_path", "init_latents", "config", "ckpt_path", "unet_ckpt_path",
+        "vae_ckpt_path", "lora_ckpt_path")),
     *((train_text_to_image._main, TRAIN, name) for name in (
         "train_config", "data_path", "pretrained_model_path", "vae_ckpt_path", "model_config", "lora_config",
         "lora_init_path", "resume")),
@@ -43,25 +43,26 @@ FILES = [
     (extract_lora.main, f"--base_model {NANO} --save_path out.ckpt", "target_model"),
     (convert_weights.main, "--target out.ckpt", "source"),
 ]  # fmt: skip
-THINGS = ("missing", "pipe", "link to a pipe", "device", "circle of links", "over-long", "zeros", "another's")
+OBSTACLES = ("missing", "pipe", "link to a pipe", "device", "circle of links", "over-long", "zeros", "another's")
 
 
-def _place(thing: str, folder: Path) -> str:
-    path = folder / thing.replace(" ", "-").replace("'", "")
-    if thing == "pipe":
+def make_obstacle(kind: str, folder: Path) -> str:
+    """Create what is there instead of a file, and return its path."""
+    path = folder / kind.replace(" ", "-").replace("'", "")
+    if kind == "pipe":
         os.mkfifo(path)
-    elif thing == "link to a pipe":
+    elif kind == "link to a pipe":
         os.mkfifo(folder / "pipe")
         path.symlink_to(folder / "pipe")
-    elif thing == "device":
+    elif kind == "device":
         path.symlink_to("/dev/zero")
-    elif thing == "circle of links":
+    elif kind == "circle of links":
         path.symlink_to(path)
-    elif thing == "over-long":
+    elif kind == "over-long":
         path = path.with_name("y" * 300)
-    elif thing == "zeros":
+    elif kind == "zeros":
         path.write_bytes(bytes(5000))
-    elif thing == "another's":
+    elif kind == "another's":
         path.mkdir()
         (path / "inside").touch()
         path.chmod(0)
@@ -69,11 +70,11 @@ def _place(thing: str, folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 @pytest.mark.parametrize("main, others, flag", FILES, ids=[f"{main.__module__}-{flag}" for main, _, flag in FILES])
-def test_whatever_stands_in_the_place_of_a_file_is_named(main, others, flag, thing, unprivileged, monkeypatch):
+def test_an_unsuitable_file_is_named_in_one_line(main, others, flag, obstacle, unprivileged, monkeypatch):
     monkeypatch.chdir(unprivileged)
-    path = _place(thing, unprivileged)
+    path = make_obstacle(obstacle, unprivileged)
     arguments = [*others.split(), f"--{flag}", path]
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
     try:
@@ -86,7 +87,7 @@ def test_whatever_stands_in_the_place_of_a_file_is_named(main, others, flag, thi
     assert Path(path).name[:60] in message or flag in message
     assert len(message) < LONGEST_MESSAGE and plain(message, LONGEST_MESSAGE) == message
     assert ":" in message.replace(path, "")  # what, and the way out
-    if thing == "another's":
+    if obstacle == "another's":
         assert "Permission denied" in message
-    if thing in ("pipe", "link to a pipe", "device"):
+    if obstacle in ("pipe", "link to a pipe", "device"):
         assert "a pipe" in message or "a device" in message or "not a f" in message

@@ -22,6 +22,14 @@ MOST_GUIDANCE = 1000
 class GenerateSettings:
     """Names as in mindone's published text_to_image.py, with this project's own beside them."""
 
+    generate_config: Optional[str] = setting(
+        None,
+        "YAML file with any of these settings; flags win over it",
+        group="file of settings",
+        path=True,
+        project=True,
+    )
+
     # A text, not Optional: "none" may be a prompt.
     prompt: str = setting("", "the text to draw", group="what to draw")
     data_path: Optional[str] = setting(

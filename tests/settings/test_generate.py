@@ -51,6 +51,16 @@ def test_every_published_flag_is_known():
     assert config.sampler == "ddim" and config.lora_ft_unet is True and config.lora_ft_text_encoder is None
 
 
+def test_a_yaml_file_holds_settings_and_flags_win_over_it(tmp_path):
+    path = tmp_path / "generate.yaml"
+    path.write_text("prompt: a cat\nsampling_steps: 10\nlora_ckpt_path: [a.ckpt, 'b.ckpt:0.5']\nscale: 3\n")
+    settings = read_settings(
+        GenerateSettings, ["--generate_config", str(path), "--scale", "5"], yaml_flag="generate_config"
+    )
+    assert (settings.prompt, settings.sampling_steps, settings.scale) == ("a cat", 10, 5.0)
+    assert settings.lora_ckpt_path == ["a.ckpt", "b.ckpt:0.5"]
+
+
 def test_dpm_solver_plus_plus_is_the_default():
     assert parse("--prompt x").sampler == "dpm_solver_pp"
 
