@@ -1,4 +1,4 @@
-"""text_to_image.py as a user runs it, on a very small random model: images, LoRA rules, mistakes that are named."""
+"""text_to_image.py as a user runs it, on a small random model: images, LoRAs and errors."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ PROMPTS = ["a red cat", "a dog, 犬"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mode_as_it_was():
+def restored_mode():
     yield
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base checkpoint, LoRA files for the UNet and for both networks, a file of prompts, and what is none of them."""
+    """A base checkpoint, LoRA files for the UNet and for both networks, a file of prompts, and unsuitable files."""
     folder = tmp_path_factory.mktemp("files")
     config = load_model_config(TINY)
     np.random.seed(0)
@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(folder, tmp_path_factory):
-    """What the published command leaves, in graph mode, its paths and sizes changed only."""
+    """The output of the published command in graph mode. Only its paths and sizes are changed."""
     out = tmp_path_factory.mktemp("published")
     text_to_image.main(
         ["--version", "2.0", "--config", str(TINY), "--n_iter", "1", "--n_samples", "2", "--scale", "9.0"]
@@ -99,7 +99,7 @@ def published(folder, tmp_path_factory):
     return out
 
 
-def test_the_published_command_draws_its_images_in_graph_mode(published):
+def test_the_published_command_writes_its_images_in_graph_mode(published):
     assert ms.get_context("mode") == ms.GRAPH_MODE
     assert sorted(path.name for path in published.iterdir()) == [
         "final.init.npy",
@@ -118,13 +118,13 @@ def test_the_published_command_draws_its_images_in_graph_mode(published):
     assert Image.open(published / "grid.png").size == (66, 66)
 
 
-def test_the_pngs_pair_with_the_prompts_in_order(published):
+def test_the_pngs_are_in_the_order_of_the_prompts(published):
     lines = (published / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert [Image.open(path).text["prompt"] for path in sorted((published / "samples").glob("*.png"))] == lines
 
 
-def test_a_png_says_how_to_make_it_again(published, folder):
+def test_a_png_holds_what_is_needed_to_make_it_again(published, folder):
     texts = Image.open(published / "samples" / "00002.png").text
     digest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("base.ckpt", "both.ckpt")}
     assert texts["seed"] == "42" and texts["index"] == "2" and texts["negative_prompt"] == ""
@@ -143,7 +143,7 @@ def test_a_png_says_how_to_make_it_again(published, folder):
         "precision": "fp32",
         "prediction_type": "epsilon",
     }
-    assert str(folder) not in "".join(texts.values())  # an image is passed on; the folders of its maker are not
+    assert str(folder) not in "".join(texts.values())  # the folders of its maker are private
 
 
 def test_starting_and_final_latents_are_saved_in_the_order_of_the_images(published):
@@ -170,7 +170,7 @@ def test_the_pipeline_generates_the_same_images(published, folder):
 
 
 def run(folder, out, *flags, prompt="a red cat"):
-    """Run the script on the tiny model; the flags may hold the placeholder FILES."""
+    """Run the script on the tiny model. FILES in the flags stands for the folder of the files."""
     flags = [str(flag).replace("FILES", str(folder)) for flag in flags]
     prompts = ["--prompt", prompt] if prompt else []
     text_to_image.main(
@@ -179,20 +179,35 @@ def run(folder, out, *flags, prompt="a red cat"):
     )
 
 
-def drawn(folder, out, *flags):
-    """Final latents (N, 4, 8, 8) of such a run."""
+def final_latents(folder, out, *flags):
+    """Returns the final latents (N, 4, 8, 8) of a run without images."""
     run(folder, out, "--skip_save", "--skip_grid", "--save_latents", out / "latents.npy", *flags)
     return np.load(out / "latents.npy")
 
 
 @pytest.fixture(scope="module")
-def base(folder, tmp_path_factory):
-    return drawn(folder, tmp_path_factory.mktemp("base"))
+def base_output(folder, tmp_path_factory):
+    """The folder of a run without a LoRA."""
+    out = tmp_path_factory.mktemp("base")
+    final_latents(folder, out)
+    return out
 
 
-def test_a_diffusers_folder_is_drawn_from_as_it_is(folder, base, tmp_path):
+@pytest.fixture(scope="module")
+def base(base_output):
+    """The final latents of the run without a LoRA."""
+    return np.load(base_output / "latents.npy")
+
+
+@pytest.fixture(scope="module")
+def with_lora(folder, tmp_path_factory):
+    """The final latents of the run with both.ckpt."""
+    return final_latents(folder, tmp_path_factory.mktemp("lora"), "--use_lora", "--lora_ckpt_path", "FILES/both.ckpt")
+
+
+def test_a_diffusers_folder_is_a_checkpoint(folder, base, tmp_path):
     convert(folder / "base.ckpt", tmp_path / "sd", model_config=TINY)
-    (tmp_path / "sd.yaml").unlink()  # the folder says itself which model it is
+    (tmp_path / "sd.yaml").unlink()  # the folder itself says which model it is
     text_to_image.main(
         ["--prompt", "a red cat", "--ckpt_path", str(tmp_path / "sd"), "--mode", "1", "--sampling_steps", "1"]
         + ["--scale", "1", "--output_path", str(tmp_path), "--skip_grid", "--save_latents", str(tmp_path / "final.npy")]
@@ -205,46 +220,42 @@ def test_a_diffusers_folder_is_drawn_from_as_it_is(folder, base, tmp_path):
 @pytest.mark.parametrize(
     "flags", [["FILES/both.ckpt", "--lora_scale", "0"], ["FILES/both.ckpt:0", "FILES/unet_lora.ckpt:0"]]
 )
-def test_a_lora_of_scale_0_is_the_base_bit_for_bit(folder, base, tmp_path, flags):
-    np.testing.assert_array_equal(drawn(folder, tmp_path, "--lora_ckpt_path", *flags), base)
+def test_a_lora_at_strength_0_changes_nothing(folder, base, tmp_path, flags):
+    np.testing.assert_array_equal(final_latents(folder, tmp_path, "--lora_ckpt_path", *flags), base)
 
 
-def test_a_lora_changes_the_image_and_halves_add_up(folder, base, tmp_path):
-    whole = drawn(folder, tmp_path, "--use_lora", "--lora_ckpt_path", "FILES/both.ckpt")
-    assert np.abs(whole - base).max() > 1e-3
-    halves = drawn(
+def test_a_lora_changes_the_image_and_strengths_add_up(folder, base, with_lora, tmp_path):
+    assert np.abs(with_lora - base).max() > 1e-3
+    parts = final_latents(
         folder, tmp_path, "--lora_ckpt_path", "FILES/both.ckpt:0.75", "FILES/both.ckpt:0.25", "--lora_rank", "4"
     )
-    np.testing.assert_allclose(halves, whole, atol=1e-4 * np.abs(whole).max())
+    np.testing.assert_allclose(parts, with_lora, atol=1e-4 * np.abs(with_lora).max())
 
 
 @pytest.mark.parametrize("format, name", [("peft", "folder"), ("kohya", "lora.safetensors")])
-def test_a_lora_of_another_project_draws_the_same(folder, tiny_config, tmp_path, format, name):
+def test_a_lora_in_another_format_gives_the_same_image(folder, tiny_config, with_lora, tmp_path, format, name):
     write_lora(tmp_path / name, read_lora(folder / "both.ckpt"), format, tiny_config)
-    ours = drawn(folder, tmp_path, "--lora_ckpt_path", "FILES/both.ckpt")
-    theirs = drawn(folder, tmp_path, "--lora_ckpt_path", tmp_path / name)
-    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
-    run(folder, tmp_path, "--skip_grid", "--lora_ckpt_path", tmp_path / name)
+    latents = tmp_path / "latents.npy"
+    run(folder, tmp_path, "--skip_grid", "--save_latents", latents, "--lora_ckpt_path", tmp_path / name)
+    np.testing.assert_allclose(np.load(latents), with_lora, atol=1e-5 * np.abs(with_lora).max())
     (lora,) = json.loads(Image.open(next((tmp_path / "samples").glob("*.png"))).text["lora"])
     assert lora["file"] == name and {len(digest) for digest in lora["sha256"].split()} == {64}
 
 
-def test_use_lora_false_leaves_it_out(folder, base, tmp_path):
-    off = drawn(folder, tmp_path, "--use_lora", "False", "--lora_ckpt_path", "FILES/both.ckpt")
+def test_use_lora_false_leaves_the_lora_out(folder, base, tmp_path):
+    off = final_latents(folder, tmp_path, "--use_lora", "False", "--lora_ckpt_path", "FILES/both.ckpt")
     np.testing.assert_array_equal(off, base)
 
 
-def test_given_starting_latents_give_the_image_again(folder, base, tmp_path):
-    drawn(folder, tmp_path)
-    start = tmp_path / "start.npy"
-    (tmp_path / "latents.init.npy").rename(start)
-    again = drawn(folder, tmp_path, "--seed", "7", "--init_latents", start)
+def test_saved_starting_latents_give_the_image_again(folder, base, base_output, tmp_path):
+    start = base_output / "latents.init.npy"
+    again = final_latents(folder, tmp_path, "--seed", "7", "--init_latents", start)
     np.testing.assert_array_equal(again, base)
-    assert np.abs(drawn(folder, tmp_path, "--seed", "7") - base).max() > 1e-3
+    assert np.abs(final_latents(folder, tmp_path, "--seed", "7") - base).max() > 1e-3
 
 
-def test_a_unet_of_its_own_takes_the_place_of_the_checkpoints(folder, base, tmp_path):
-    assert np.abs(drawn(folder, tmp_path, "--unet_ckpt_path", "FILES/unet.safetensors") - base).max() > 1e-3
+def test_unet_ckpt_path_replaces_the_checkpoints_unet(folder, base, tmp_path):
+    assert np.abs(final_latents(folder, tmp_path, "--unet_ckpt_path", "FILES/unet.safetensors") - base).max() > 1e-3
 
 
 def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path, monkeypatch):
@@ -255,7 +266,7 @@ def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path,
         return networks[0]
 
     monkeypatch.setattr(ldm.generation.loading, "build_model", built)
-    half = drawn(folder, tmp_path, "--precision", "fp16")
+    half = final_latents(folder, tmp_path, "--precision", "fp16")
     assert 0 < np.abs(half - base).max() < 0.02 * np.abs(base).max()
     (model,) = networks
     dtypes = {
@@ -265,13 +276,13 @@ def test_fp16_is_close_to_fp32_and_the_vae_stays_in_fp32(folder, base, tmp_path,
     assert dtypes == {"model": {ms.float16}, "cond_stage_model": {ms.float16}, "first_stage_model": {ms.float32}}
 
 
-def test_ddim_and_its_fresh_noise_are_there(folder, tmp_path):
-    plain = drawn(folder, tmp_path, "--ddim", "--sampling_steps", "2")
-    noisy = drawn(folder, tmp_path, "--ddim", "--sampling_steps", "2", "--ddim_eta", "1")
+def test_ddims_fresh_noise_changes_the_image(folder, tmp_path):
+    plain = final_latents(folder, tmp_path, "--ddim", "--sampling_steps", "2")
+    noisy = final_latents(folder, tmp_path, "--ddim", "--sampling_steps", "2", "--ddim_eta", "1")
     assert np.abs(plain - noisy).max() > 1e-3
 
 
-def test_a_second_run_keeps_the_images_of_the_first(folder, tmp_path, caplog):
+def test_a_second_run_renames_the_images_of_the_first(folder, tmp_path, caplog):
     run(folder, tmp_path)
     first = (tmp_path / "samples" / "00000.png").read_bytes()
     run(folder, tmp_path, "--seed", "7")
@@ -289,7 +300,7 @@ def model(tiny_config):
 
 
 def changed(model, before):
-    """The networks whose weights differ from those before."""
+    """Returns the networks whose weights differ from `before`."""
     names = {p.name.split(".")[0] for p in model.get_parameters() if not np.array_equal(p.asnumpy(), before[p.name])}
     short = {"model": "unet", "cond_stage_model": "text", "first_stage_model": "vae"}
     return "both" if names == {"model", "cond_stage_model"} else "".join(short[name] for name in names)
@@ -315,7 +326,7 @@ def test_a_part_is_applied_unless_it_is_left_out(
     Pipeline(model).load_lora(folder / f"{file}.ckpt", unet=unet, text_encoder=text_encoder)
     assert changed(model, before) == applied
     assert words in caplog.text and bool(words) == ("left out" in caplog.text)
-    assert len(list(model.get_parameters())) == len(before)  # merged: nothing is added to what runs
+    assert len(list(model.get_parameters())) == len(before)  # merged: no layers are added
 
 
 @pytest.mark.parametrize(
@@ -333,7 +344,7 @@ def test_a_part_is_applied_unless_it_is_left_out(
         ("cut", None, None, "cut.ckpt"),
     ],
 )
-def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
+def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(
     model, tiny_config, folder, file, unet, text_encoder, words
 ):
     before = {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
@@ -342,7 +353,7 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
     assert not changed(model, before)
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,7 +388,7 @@ def test_a_lora_that_does_not_go_is_refused_and_nothing_changed(
         (["--prompt", "x", "--device_target", "Ascend"], "device_target Ascend cannot be used here"),
     ],
 )
-def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, flags, words):
+def test_errors_are_named_and_nothing_is_written(folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words) as error:
         run(folder, tmp_path / "out", *flags, prompt=None)
     assert list(tmp_path.iterdir()) == []
@@ -407,8 +418,10 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
         (["--save_latents", "DIR/used.npy"], "save_latents .*used.npy is the path of two outputs"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr(ldm.generation.generate, "generate_plan", lambda *arguments: pytest.fail("it was drawn"))
+def test_an_impossible_output_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(
+        ldm.generation.generate, "generate_plan", lambda *arguments: pytest.fail("images were generated")
+    )
     for name in ("dead", "dead.npy"):
         (tmp_path / name).symlink_to("nowhere/x")
     (tmp_path / "file").touch()
@@ -433,7 +446,7 @@ def test_permission_is_what_a_closed_folder_lacks(unprivileged, flag, mode):
     assert [path.name for path in unprivileged.iterdir()] == ["closed"]
 
 
-def test_a_mistake_ends_the_process_with_2_and_one_line(tmp_path):
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, str(ROOT / "text_to_image.py"), "--data_path", "none.txt", "--output_path", "out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert result.returncode == 2 and result.stdout == ""

@@ -60,7 +60,7 @@ def test_a_pipeline_without_a_checkpoint_is_the_nano_model(monkeypatch):
     loaded = []
 
     def load_model(config, checkpoint, **options):
-        loaded.append((config.architecture, checkpoint))
+        loaded.append((config.architecture, checkpoint.resolve()))
         return build_model(config, random=False)
 
     monkeypatch.setattr("ldm.generation.pipeline.load_model", load_model)

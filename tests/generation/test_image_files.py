@@ -1,4 +1,4 @@
-"""What generation writes: numbered PNGs that know their prompt, a list, a grid, latents; earlier files are kept."""
+"""The files of generation: numbered PNGs with their prompts, a list, a grid and latents. Earlier files are kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_pngs_are_numbered_in_the_order_of_the_prompts(tmp_path):
     assert np.asarray(Image.open(tmp_path / "samples" / "00002.png"))[0, 0].tolist() == [20, 20, 20]
 
 
-def test_names_sort_as_numbers_however_many_there_are(tmp_path):
+def test_names_sort_like_numbers(tmp_path):
     writer = ImageWriter(tmp_path, ["x"] * 100_001, [""] * 100_001, 1, {})
     assert writer.name(7) == "000007.png" and writer.name(100_000) == "100000.png"
 
@@ -50,7 +50,7 @@ def test_a_png_holds_its_prompt_its_settings_and_its_index(tmp_path):
     assert Image.open(tmp_path / "samples" / "00002.png").text["prompt"] == "two\nlines"
 
 
-def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
+def test_names_that_are_not_utf_8_are_written_as_escapes(tmp_path):
     name = os.fsdecode(b"\xb7\xe7.ckpt")  # GBK
     writer = ImageWriter(tmp_path, ["a"], [""], 1, {"checkpoint": name, "lora": [{"file": name, "weight": 1}]})
     writer.add([0], images(1))
@@ -58,7 +58,7 @@ def test_names_of_any_bytes_are_written_as_escapes(tmp_path):
     assert texts["checkpoint"] == "\\udcb7\\udce7.ckpt" and json.loads(texts["lora"])[0]["file"] == name
 
 
-def test_what_is_kept_of_an_interrupted_run_is_said(tmp_path):
+def test_an_interrupted_run_names_the_images_that_are_kept(tmp_path):
     writer = ImageWriter(tmp_path, PROMPTS, NEGATIVE, 2, {})
     assert writer.progress() == "after 0 of 4 images: nothing is kept"
     writer.add([0, 1, 2], images(3))
@@ -76,7 +76,7 @@ def test_the_grid_has_a_row_for_each_prompt(tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (2 * 8 + 2, 2 * 6 + 2)
 
 
-def test_the_grid_of_single_images_is_about_square_and_ends_at_64(tmp_path):
+def test_the_grid_of_single_images_is_nearly_square_and_has_at_most_64(tmp_path):
     writer = ImageWriter(tmp_path, ["x"] * 70, [""] * 70, 1, {}, pngs=False)
     writer.add(range(70), np.zeros((70, 6, 8, 3), np.uint8))
     writer.finish()
@@ -90,7 +90,7 @@ def test_tiles_lie_in_rows_on_white():
     assert sheet[0, 0, 0] == 0 and sheet[0, 10, 0] == 10 and sheet[8, 0, 0] == 20 and sheet[8, 10, 0] == 255
 
 
-def test_a_second_run_keeps_the_first_beside_its_own(tmp_path):
+def test_a_second_run_renames_the_files_of_the_first(tmp_path):
     for value in (0, 100, 200):
         write(tmp_path, value)
     firsts = {
@@ -102,13 +102,13 @@ def test_a_second_run_keeps_the_first_beside_its_own(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"grid.png", "grid.old1.png", "grid.old2.png"}
 
 
-def test_a_grid_of_another_run_does_not_stay_beside_new_samples(tmp_path):
+def test_an_earlier_grid_is_renamed_where_none_is_written(tmp_path):
     write(tmp_path)
     write(tmp_path, grid=False)
     assert not (tmp_path / "grid.png").exists() and (tmp_path / "grid.old1.png").exists()
 
 
-def test_nothing_is_touched_before_the_first_image(tmp_path):
+def test_nothing_is_renamed_before_the_first_image(tmp_path):
     write(tmp_path)
     ImageWriter(tmp_path, PROMPTS, NEGATIVE, 2, {}).finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "samples"]
@@ -119,7 +119,7 @@ def test_nothing_is_written_where_neither_pngs_nor_a_grid_are_wanted(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_refuses_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "out").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="out cannot be written: .*: check the path"):
         write(tmp_path / "out")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.generation import plan
 from ldm.generation.plan import LoRAFile, parse_lora_path, plan_generation
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_settings
@@ -18,7 +17,7 @@ from ldm.settings.versions import VERSIONS
 from ldm.weights.checkpoint import write_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
-codecs.lookup("utf-8-sig")  # Python's own files may not be another user's to read
+codecs.lookup("utf-8-sig")  # loaded now: an unprivileged test may not be allowed to read Python's own files
 
 
 def parse(command):
@@ -26,8 +25,8 @@ def parse(command):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with prompts, a checkpoint of no known width and a LoRA file, to run in; nothing is opened yet."""
+def folder(tmp_path, monkeypatch):
+    """The working directory, with prompts, a checkpoint of no known width and a LoRA file. Planning opens neither."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n", encoding="utf-8")
     write_checkpoint(tmp_path / "base.safetensors", {"x.attn2.to_k.weight": np.zeros((8, 32), np.float32)})
@@ -36,22 +35,23 @@ def place(tmp_path, monkeypatch):
 
 
 def planned(command):
+    """Returns the plan for a command with the tiny model."""
     return plan_generation(parse(f"--config {TINY} --ckpt_path base.safetensors {command}"))
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_images_go_by_prompt_first(place):
-    job = planned("--data_path prompts.txt --n_iter 2 --n_samples 1 --negative_prompt blurry")
-    assert job.prompts == ["a cat", "a cat", "a dog", "a dog", "a cow", "a cow"]
-    assert job.negative_prompts == ["blurry"] * 6 and job.images_per_prompt == 2
+def test_all_images_of_a_prompt_are_consecutive(folder):
+    plan = planned("--data_path prompts.txt --n_iter 2 --n_samples 1 --negative_prompt blurry")
+    assert plan.prompts == ["a cat", "a cat", "a dog", "a dog", "a cow", "a cow"]
+    assert plan.negative_prompts == ["blurry"] * 6 and plan.images_per_prompt == 2
 
 
-def test_negative_prompts_are_one_for_all_or_one_each(place, caplog):
+def test_there_is_one_negative_prompt_for_all_prompts_or_one_for_each(folder, caplog):
     caplog.set_level("INFO")
-    (place / "one.txt").write_text("blurry\n\n")
-    (place / "three.txt").write_text("blurry\n\ngrey\n")
+    (folder / "one.txt").write_text("blurry\n\n")
+    (folder / "three.txt").write_text("blurry\n\ngrey\n")
     assert planned("--data_path prompts.txt --negative_data_path one.txt").negative_prompts == ["blurry"] * 3
     assert "negative_data_path one.txt: its only line is for all 3 prompts" in caplog.text
     assert planned("--data_path prompts.txt --negative_data_path three.txt").negative_prompts == ["blurry", "", "grey"]
@@ -68,8 +68,8 @@ def test_negative_prompts_are_one_for_all_or_one_each(place, caplog):
         (b"  spaces  \n\ttab\n", ["spaces", "tab"]),
     ],
 )
-def test_a_line_is_a_prompt_however_lines_end(place, content, prompts):
-    (place / "p.txt").write_bytes(content)
+def test_a_line_is_a_prompt_however_lines_end(folder, content, prompts):
+    (folder / "p.txt").write_bytes(content)
     assert planned("--data_path p.txt").prompts == prompts
 
 
@@ -85,32 +85,32 @@ def test_a_line_is_a_prompt_however_lines_end(place, content, prompts):
     ],
 )
 @pytest.mark.parametrize("flag", ["data_path", "negative_data_path"])
-def test_prompt_files_that_are_none_are_named(place, flag, content, words):
+def test_files_without_prompts_are_named(folder, flag, content, words):
     if content is not None:
-        (place / "p.txt").write_bytes(content)
+        (folder / "p.txt").write_bytes(content)
     other = "" if flag == "data_path" else "--prompt x"
     with pytest.raises(UserError, match=f"{flag} {words}"):
         planned(f"{other} --{flag} p.txt")
 
 
-def test_a_file_of_empty_prompts_only_is_empty(place):
-    (place / "p.txt").write_text("\n \n\n")
+def test_a_file_of_empty_prompts_only_is_empty(folder):
+    (folder / "p.txt").write_text("\n \n\n")
     with pytest.raises(UserError, match="p.txt is empty"):
         planned("--data_path p.txt")
 
 
-def test_a_folder_is_no_prompt_file(place):
+def test_a_folder_is_not_a_prompt_file(folder):
     with pytest.raises(UserError, match="is a folder"):
         planned("--data_path .")
 
 
-def test_negative_prompts_that_do_not_pair_are_counted(place):
-    (place / "two.txt").write_text("a\nb\n")
+def test_negative_prompts_that_do_not_pair_are_counted(folder):
+    (folder / "two.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="two.txt has 2 negative prompts for 3 prompts"):
         planned("--data_path prompts.txt --negative_data_path two.txt")
 
 
-def test_more_images_than_a_folder_holds_are_refused(place):
+def test_more_images_than_a_folder_holds_are_refused(folder):
     with pytest.raises(UserError, match="n_samples 1000000"):
         planned("--data_path prompts.txt --n_samples 1000000")
 
@@ -122,8 +122,8 @@ def test_more_images_than_a_folder_holds_are_refused(place):
         (["--prompt", "x", "--negative_prompt", "\udce9"], r"--negative_prompt is not UTF-8 text \(character 1"),
     ],
 )
-def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
-    """Python hands them on as lone surrogates, which no file can hold."""
+def test_prompts_that_are_not_utf_8_are_named(folder, flags, words):
+    """Python decodes such bytes to lone surrogates, which cannot be written to a file."""
     config = read_settings(GenerateSettings, [*flags, "--config", str(TINY), "--ckpt_path", "base.safetensors"])
     with pytest.raises(UserError, match=words) as error:
         plan_generation(config)
@@ -134,12 +134,12 @@ def test_prompts_of_bytes_that_are_no_text_are_named(place, flags, words):
 
 
 @pytest.fixture
-def checkout(place, monkeypatch):
+def checkout(folder, monkeypatch):
     """The project's folder without any checkpoint in models/."""
-    monkeypatch.setattr(plan, "ROOT", place)
-    monkeypatch.setattr("ldm.files.paths.ROOT", place)
-    (place / "configs").symlink_to(TINY.parents[1] / "configs")
-    return place
+    monkeypatch.setattr("ldm.generation.plan.ROOT", folder)
+    monkeypatch.setattr("ldm.files.paths.ROOT", folder)
+    (folder / "configs").symlink_to(TINY.parents[1] / "configs")
+    return folder
 
 
 @pytest.mark.parametrize("version", [version for version in VERSIONS if version != "nano"])
@@ -155,8 +155,8 @@ def test_nano_is_drawn_where_neither_version_nor_checkpoint_is_given(checkout):
         plan_generation(parse("--prompt x"))
     (checkout / "models" / "nano").mkdir(parents=True)
     (checkout / "models" / "nano" / "nano.safetensors").write_bytes(b"")
-    job = plan_generation(parse("--prompt x"))
-    assert job.version == "nano" and job.config.architecture == "nano" and job.guidance_scale == 4.0
+    plan = plan_generation(parse("--prompt x"))
+    assert plan.version == "nano" and plan.config.architecture == "nano" and plan.guidance_scale == 4.0
 
 
 @pytest.mark.parametrize(
@@ -169,26 +169,27 @@ def test_nano_is_drawn_where_neither_version_nor_checkpoint_is_given(checkout):
         ("2.1-v", "sd2", "v_prediction", 768, 9.0),
     ],
 )
-def test_versions_bring_their_model_and_guidance(checkout, version, architecture, prediction_type, size, scale):
-    job = plan_generation(parse(f"--prompt x --version {version} --ckpt_path base.safetensors"))
-    assert (job.config.architecture, job.config.prediction_type) == (architecture, prediction_type)
-    assert (job.config.image_size, job.guidance_scale) == (size, scale)
+def test_a_version_decides_model_and_guidance_scale(checkout, version, architecture, prediction_type, size, scale):
+    plan = plan_generation(parse(f"--prompt x --version {version} --ckpt_path base.safetensors"))
+    assert (plan.config.architecture, plan.config.prediction_type) == (architecture, prediction_type)
+    assert (plan.config.image_size, plan.guidance_scale) == (size, scale)
 
 
-def test_a_checkpoint_under_a_published_name_needs_no_version(place):
-    (place / "sd_v2-1_768_v-061732d1.ckpt").write_bytes(b"")
+def test_a_checkpoint_with_a_published_file_name_needs_no_version(folder):
+    (folder / "sd_v2-1_768_v-061732d1.ckpt").write_bytes(b"")
     assert plan_generation(parse("--prompt x --ckpt_path sd_v2-1_768_v-061732d1.ckpt")).version == "2.1-v"
 
 
-def context_file(path, width, metadata=None):
+def write_base_model(path, width, metadata=None):
+    """Write a checkpoint whose UNet takes text embeddings of a width."""
     arrays = {"model.diffusion_model.a.attn2.to_k.weight": np.zeros((8, width), np.float32)}
     for part in ("first_stage_model.", "cond_stage_model.transformer.text_model."):
         arrays[part + "a.weight"] = np.zeros((1,), np.float32)
     write_checkpoint(path, arrays, metadata)
 
 
-def test_a_checkpoint_whose_shapes_tell_needs_no_version(place):
-    context_file(place / "mine.safetensors", 768)
+def test_a_checkpoint_is_detected_by_its_shapes(folder):
+    write_base_model(folder / "mine.safetensors", 768)
     assert plan_generation(parse("--prompt x --ckpt_path mine.safetensors")).version == "1.5"
 
 
@@ -200,32 +201,32 @@ def test_a_checkpoint_whose_shapes_tell_needs_no_version(place):
         ("sd2", "epsilon", 1024, "2.0"),
         ("sd2", "v_prediction", 1024, "2.0-v"),
         (None, "v_prediction", 1024, "2.0-v"),
-        ("stable-diffusion-v2", "v", 768, "1.5"),  # another project's words: the shapes tell
+        ("stable-diffusion-v2", "v", 768, "1.5"),  # metadata of another project, the shapes decide
     ],
 )
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_checkpoint_that_says_what_it_is_needs_no_version(
-    place, suffix, architecture, prediction_type, width, version
-):
-    said = {"architecture": architecture, "prediction_type": prediction_type, "step": "5"}
-    said = {key: text for key, text in said.items() if text is not None}
-    context_file(place / f"mine{suffix}", width, said)
-    job = plan_generation(parse(f"--prompt x --ckpt_path mine{suffix}"))
-    assert job.version == version
+def test_a_checkpoint_is_detected_by_its_metadata(folder, suffix, architecture, prediction_type, width, version):
+    metadata = {"architecture": architecture, "prediction_type": prediction_type, "step": "5"}
+    metadata = {key: text for key, text in metadata.items() if text is not None}
+    write_base_model(folder / f"mine{suffix}", width, metadata)
+    plan = plan_generation(parse(f"--prompt x --ckpt_path mine{suffix}"))
+    assert plan.version == version
     if prediction_type != "v":
-        assert job.config.prediction_type == prediction_type
+        assert plan.config.prediction_type == prediction_type
 
 
-@pytest.mark.parametrize("said", [{"architecture": "sd2"}, {"architecture": "custom", "prediction_type": "epsilon"}])
-def test_a_checkpoint_that_says_too_little_needs_a_version(place, said):
-    context_file(place / "mine.safetensors", 1024, said)
-    with pytest.raises(UserError, match=f"It says architecture {said['architecture']}.*--version.*--config"):
+@pytest.mark.parametrize(
+    "metadata", [{"architecture": "sd2"}, {"architecture": "custom", "prediction_type": "epsilon"}]
+)
+def test_a_checkpoint_with_incomplete_metadata_needs_a_version(folder, metadata):
+    write_base_model(folder / "mine.safetensors", 1024, metadata)
+    with pytest.raises(UserError, match=f"It says architecture {metadata['architecture']}.*--version.*--config"):
         plan_generation(parse("--prompt x --ckpt_path mine.safetensors"))
 
 
 @pytest.mark.parametrize("width", [1024, 32])
-def test_a_checkpoint_whose_shapes_do_not_tell_needs_a_version(place, width):
-    context_file(place / "mine.safetensors", width)
+def test_a_checkpoint_of_ambiguous_shapes_needs_a_version(folder, width):
+    write_base_model(folder / "mine.safetensors", width)
     with pytest.raises(UserError, match="which model is mine.safetensors.*--version.*--config"):
         plan_generation(parse("--prompt x --ckpt_path mine.safetensors"))
 
@@ -234,7 +235,7 @@ def test_a_checkpoint_whose_shapes_do_not_tell_needs_a_version(place, width):
     "flag", ["data_path", "ckpt_path", "unet_ckpt_path", "lora_ckpt_path", "config", "init_latents"]
 )
 @pytest.mark.parametrize("kind", ["a file", "a folder on the way"])
-def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, kind):
+def test_a_file_that_may_not_be_read_is_not_called_missing(unprivileged, flag, kind):
     closed = unprivileged / "closed"
     closed.mkdir()
     (closed / "file").write_text("x")
@@ -254,7 +255,7 @@ def test_what_belongs_to_another_user_is_not_called_missing(unprivileged, flag, 
         ("1.5", "configs/v2-inference.yaml", "architecture sd2, version 1.5 has sd1"),
     ],
 )
-def test_a_yaml_of_another_model_than_the_versions_is_refused(place, version, config, words):
+def test_a_yaml_of_another_model_than_the_versions_is_refused(folder, version, config, words):
     with pytest.raises(UserError, match=words):
         plan_generation(parse(f"--prompt x --version {version} --config {config} --ckpt_path base.safetensors"))
 
@@ -271,7 +272,7 @@ def test_a_yaml_of_another_model_than_the_versions_is_refused(place, version, co
         ("--unet_ckpt_path none.ckpt --version 1.5 --ckpt_path base.safetensors", "unet_ckpt_path none.ckpt does not"),
     ],
 )
-def test_model_files_that_are_not_there_are_named(place, flags, words):
+def test_missing_or_unsuitable_model_files_are_named(folder, flags, words):
     with pytest.raises(UserError, match=words):
         plan_generation(parse(f"--prompt x {flags}"))
 
@@ -279,17 +280,17 @@ def test_model_files_that_are_not_there_are_named(place, flags, words):
 # ---- LoRA files ------------------------------------------------------------------------------------------------------
 
 
-def test_each_lora_has_its_strength_times_lora_scale(place):
-    (place / "b.ckpt").write_bytes(b"")
-    job = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 b.ckpt:0.7:-2 --lora_scale 0.5")
-    assert job.loras == [
+def test_each_lora_has_its_strength_times_lora_scale(folder):
+    (folder / "b.ckpt").write_bytes(b"")
+    plan = planned("--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.7 b.ckpt:0.7:-2 --lora_scale 0.5")
+    assert plan.loras == [
         LoRAFile(Path("lora.ckpt"), 0.5, 0.5),
         LoRAFile(Path("b.ckpt"), 0.35, 0.35),
         LoRAFile(Path("b.ckpt"), 0.35, -1.0),
     ]
 
 
-def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
+def test_a_lora_is_left_out_where_use_lora_is_false(folder, caplog):
     assert planned("--prompt x --use_lora False --lora_ckpt_path lora.ckpt").loras == []
     assert "not applied" in caplog.text
 
@@ -304,7 +305,7 @@ def test_a_lora_is_left_out_where_use_lora_is_false(place, caplog):
         ("--lora_ckpt_path lora.ckpt --lora_scale 0.5 --scale 2 --negative_prompt ugly --skip_save", ""),
     ],
 )
-def test_settings_without_an_effect_are_said(place, caplog, flags, words):
+def test_settings_without_an_effect_are_reported(folder, caplog, flags, words):
     planned(f"--prompt x {flags}")
     assert words in caplog.text and bool(words) == bool(caplog.text)
 
@@ -320,13 +321,13 @@ def test_settings_without_an_effect_are_said(place, caplog, flags, words):
         ("a:1:2:3", "a:1", (2.0, 3.0)),
     ],
 )
-def test_strengths_stand_after_the_last_colons(place, text, path, strengths):
-    (place / path).write_bytes(b"")
+def test_strengths_stand_after_the_last_colons(folder, text, path, strengths):
+    (folder / path).write_bytes(b"")
     assert parse_lora_path(text) == LoRAFile(Path(path), *strengths)
 
 
-def test_a_file_with_a_colon_in_its_name_is_a_file(place):
-    (place / "a:1").write_bytes(b"")
+def test_a_file_with_a_colon_in_its_name_is_a_file(folder):
+    (folder / "a:1").write_bytes(b"")
     assert parse_lora_path("a:1") == LoRAFile(Path("a:1"), 1.0, 1.0)
 
 
@@ -347,12 +348,12 @@ def test_a_file_with_a_colon_in_its_name_is_a_file(place):
         ('""', '"" is no path'),
     ],
 )
-def test_lora_paths_that_are_none_are_named(place, text, words):
+def test_wrong_lora_paths_are_named(folder, text, words):
     with pytest.raises(UserError, match=words):
         planned(f"--prompt x --lora_ckpt_path {text}")
 
 
-# ---- where it goes ---------------------------------------------------------------------------------------------------
+# ---- outputs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,9 +365,9 @@ def test_lora_paths_that_are_none_are_named(place, text, words):
         ("--init_latents in.npy --save_latents ./in.npy", "would overwrite init_latents"),
     ],
 )
-def test_places_that_cannot_be_written_are_named_before_anything_runs(place, flags, words):
-    (place / "folder.npy").mkdir()
-    before = sorted(path.name for path in place.iterdir())
+def test_unsuitable_outputs_are_named_before_anything_runs(folder, flags, words):
+    (folder / "folder.npy").mkdir()
+    before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(UserError, match=words):
         planned(f"--prompt x {flags}")
-    assert sorted(path.name for path in place.iterdir()) == before
+    assert sorted(path.name for path in folder.iterdir()) == before
