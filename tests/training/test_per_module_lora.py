@@ -101,7 +101,7 @@ def test_another_lora_config_is_another_run(uninterrupted, micro_base_model, mic
     [
         ({"qkv_proj": {"r": 8}}, "match"),
         ({"to_q": {"r": 8}, "to_qv": {"r": 8}}, "did you mean to_v, to_q"),
-        ({"to_q": {"rank": 8}}, "lora.json: to_q: unknown setting"),
+        ({"to_q": {"rank": 8}}, 'lora.json: unknown setting "to_q.rank"'),
         ({"to_q": {"r": 8}, "q_proj": {"r": 8}}, "lora_ft_text_encoder True"),
     ],
 )

@@ -96,7 +96,7 @@ def write(folder, **changed):
         (dict(step="ten"), "invalid step 'ten'"),
         (dict(step="-1"), "invalid step '-1'"),
         (dict(step="1" + "0" * 30), "invalid step '1000"),
-        (dict(step="\u0661"), "its step is"),
+        (dict(step="\u0661"), "invalid step"),
         (dict(step=""), "invalid step ''"),
         (dict(scaler="no JSON"), "not valid JSON"),
         (dict(scaler="[" * 100_000), "nested too deeply"),
