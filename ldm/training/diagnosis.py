@@ -29,7 +29,7 @@ def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
                 path = run.inputs.rows[rows[not_finite[0]]].path
                 raise UserError(
                     f"the {what} of {plain(path)} are not finite at step {run.status.steps_done}: look at that image "
-                    f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; {run.status.way_on()}"
+                    f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; {run.status.how_to_continue()}"
                 )
 
 

@@ -60,7 +60,7 @@ def _base_identity(settings: TrainSettings) -> str:
     return base_model_hash(settings.pretrained_model_path)[:16] + "-ema" * settings.pretrained_model_ema + vae
 
 
-def check_nothing_is_lost(settings: TrainSettings) -> None:
+def check_no_earlier_run(settings: TrainSettings) -> None:
     """Raise UserError if output_path holds training states and the run does not resume: they would be overwritten."""
     folder = Path(settings.output_path) / "ckpt"
     if not settings.resume and find_states(folder):

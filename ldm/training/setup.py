@@ -35,7 +35,7 @@ from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler, make_loss_scaler
 from ldm.training.plan import RunPlan, make_plan
-from ldm.training.resume import check_nothing_is_lost, find_state_to_resume, make_fingerprint
+from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.weights.architecture import config_with_tokens, detect_model_config
@@ -76,7 +76,7 @@ class Run:
 def begin(settings: TrainSettings) -> Runtime:
     """Check the settings, which all processes do alike, then set up MindSpore and wait for the other processes."""
     check_settings(settings)
-    check_nothing_is_lost(settings)
+    check_no_earlier_run(settings)
     set_up_logging(settings.log_level)
     return setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
@@ -91,7 +91,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     encoded, which may take hours.
     """
     output, is_first_process = Path(settings.output_path), runtime.rank == 0
-    check_nothing_is_lost(settings)  # again, as the folder is claimed only now
+    check_no_earlier_run(settings)  # again, as the folder is claimed only now
     check_flash_attention(settings.enable_flash_attention, runtime)
     check_sink(settings, runtime)
     if is_first_process:

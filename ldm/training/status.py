@@ -19,9 +19,9 @@ class Status:
 
     def describe(self) -> str:
         """Say what is done and how to continue, as in "after step 3 of 10; nothing was saved yet"."""
-        return f"{self.phase or f'after step {self.steps_done} of {self.total_steps}'}; {self.way_on()}"
+        return f"{self.phase or f'after step {self.steps_done} of {self.total_steps}'}; {self.how_to_continue()}"
 
-    def way_on(self) -> str:
+    def how_to_continue(self) -> str:
         """Say how the run can be continued."""
         if self.last_state is None:
             return "what was saved before is kept" if self.resumes else "nothing was saved yet"

@@ -156,7 +156,7 @@ def save(run: Run) -> None:
     try:
         run.status.last_state = run.checkpoints.save(state)
     except UserError as error:
-        raise UserError(f"{error}; {run.status.way_on()}") from error
+        raise UserError(f"{error}; {run.status.how_to_continue()}") from error
 
 
 def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
@@ -207,7 +207,7 @@ def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[Ten
     if (not math.isfinite(result.loss) and not run.runtime.fp16) or (applied and not result.finite):
         raise UserError(
             f"the loss or its gradients are not finite at step {run.status.steps_done} (loss {result.loss}): "
-            f"{cause_of_not_finite(run)}; {run.status.way_on()}"
+            f"{cause_of_not_finite(run)}; {run.status.how_to_continue()}"
         )
 
 

@@ -91,8 +91,11 @@ def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
         run.step = step
         with pytest.raises(KeyboardInterrupt):
             run_steps(run)
-        way_on = f"--resume {resume} continues from {newest}"
-        assert descriptions == [f"while compiling the step; {way_on}", f"after step 13 of 14; {way_on}"]
+        how_to_continue = f"--resume {resume} continues from {newest}"
+        assert descriptions == [
+            f"while compiling the step; {how_to_continue}",
+            f"after step 13 of 14; {how_to_continue}",
+        ]
 
 
 def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, monkeypatch):
@@ -112,12 +115,15 @@ def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsave
     settings, saved_run, monkeypatch, place
 ):
     newest = find_states(saved_run / "ckpt")[0]
-    way_on = {"load_base_model": "what was saved before is kept", "Inputs": f"--resume True continues from {newest}"}
+    how_to_continue = {
+        "load_base_model": "what was saved before is kept",
+        "Inputs": f"--resume True continues from {newest}",
+    }
     monkeypatch.setattr(f"ldm.training.setup.{place}", interrupt)
     status = Status(saved_run / "ckpt", resumes=True)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings(saved_run, **FULL, resume=True), status)
-    assert status.describe() == f"before the first step; {way_on[place]}"
+    assert status.describe() == f"before the first step; {how_to_continue[place]}"
 
 
 @pytest.mark.parametrize(
