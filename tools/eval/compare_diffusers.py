@@ -16,15 +16,16 @@ results:
     OUTPUT/grid_seed1.png           prompt, real image, base model, LoRA of both sides
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from PIL import Image
@@ -42,9 +43,10 @@ from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
-from ldm.files.paths import ROOT, expanded  # noqa: E402
+from ldm.files.paths import ROOT  # noqa: E402
 from ldm.metrics.report import describe_network, write_json  # noqa: E402
-from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_SEED, REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings, split_flags  # noqa: E402
 from ldm.weights.checkpoint import content_hash  # noqa: E402
 from tools.eval.comparison.experiment import SIDES, Experiment  # noqa: E402
 from tools.eval.comparison.jobs import Worker, reference_python  # noqa: E402
@@ -63,10 +65,46 @@ from tools.grid import draw_grid, evenly  # noqa: E402
 GRID_PROMPTS = 24
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    train_config: str = setting(REQUIRED, "recipe of the LoRA, as for train_text_to_image.py", path=True)
+    base: str = setting(REQUIRED, "base checkpoint: a file or a diffusers folder", path=True)
+    data: str = setting(
+        REQUIRED,
+        "folder with train/ and test/, with img_txt.csv and images in each; test/ may hold a prompts.txt alone (no FID "
+        "then); an img_txt.csv beside them chooses the training rows",
+        path=True,
+    )
+    output_path: str = setting(REQUIRED, "folder for the results; an interrupted run continues there", path=True)
+    seeds: list[int] = setting([1, 2, 3], "a training for each", low=0, high=MOST_SEED)
+    prompts: Optional[int] = setting(None, "number of held-out prompts, evenly spread; None for all", low=2)
+    sampling_steps: int = setting(20, "steps of DPM-Solver++", low=1, high=1000)
+    scale: Optional[float] = setting(
+        None, "guidance, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=1, high=1000
+    )
+    latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MOST_SEED)
+    inception_path: Optional[str] = setting(
+        None,
+        "Inception weights for FID and KID; None for the image tower of the embedded nano CLIP, whose scores compare "
+        "only here",
+        path=True,
+    )
+    clip_path: Optional[str] = setting(
+        None, "CLIP folder or file for the CLIP score; None for the embedded nano CLIP", path=True
+    )
+    reference_python: Optional[str] = setting(
+        None,
+        "interpreter with requirements-parity.txt; None: .venv-parity, which is made where it is missing",
+        path=True,
+    )
+
+
 class Comparison:
     """Runs an experiment in stages and writes its report. Raises UserError for mistakes before any work."""
 
-    def __init__(self, args: argparse.Namespace, flags: Sequence[str]):
+    def __init__(self, args: Settings, flags: Sequence[str]):
         self.args = args
         self.experiment = Experiment(args, flags)
         self.output = self.experiment.output
@@ -242,58 +280,8 @@ class Comparison:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--train_config", type=expanded, required=True, help="recipe of the LoRA, as for train_text_to_image.py"
-    )
-    parser.add_argument("--base", type=expanded, required=True, help="base checkpoint, a file or a diffusers folder")
-    parser.add_argument(
-        "--data",
-        type=expanded,
-        required=True,
-        help="folder with train/ and test/, an img_txt.csv with images in each; test/ may hold a "
-        "prompts.txt alone (no FID then); an img_txt.csv beside them chooses the training rows",
-    )
-    parser.add_argument(
-        "--output_path", type=expanded, required=True, help="folder for the results; a run that stopped goes on there"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(0, 2**32 - 1),
-        nargs="+",
-        default=[1, 2, 3],
-        help="a training of each; default 1 2 3",
-    )
-    parser.add_argument(
-        "--prompts", type=whole_number(2), help="so many of the held-out prompts, evenly spread; default all"
-    )
-    parser.add_argument(
-        "--sampling_steps", type=whole_number(1, 1000), default=20, help="of DPM-Solver++; default %(default)s"
-    )
-    parser.add_argument(
-        "--scale", type=number(1, 1000), help="guidance, 1 for none; default 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)"
-    )
-    parser.add_argument(
-        "--latents_seed",
-        type=whole_number(0, 2**32 - 1),
-        default=1,
-        help="of the starting latents; default %(default)s",
-    )
-    parser.add_argument(
-        "--inception_path",
-        type=expanded,
-        help="Inception weights for FID and KID; default: the embedded nano CLIP's image tower takes "
-        "its place, whose scores compare only here",
-    )
-    parser.add_argument(
-        "--clip_path", type=expanded, help="CLIP folder or file for the CLIP score; default: the embedded nano CLIP"
-    )
-    parser.add_argument(
-        "--reference_python",
-        type=expanded,
-        help="interpreter with requirements-parity.txt; default: .venv-parity, which is made where it is missing",
-    )
-    args, flags = parser.parse_known_args()
+    own, flags = split_flags(Settings, sys.argv[1:])
+    args = read_settings(Settings, own, description=__doc__)
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones")
     comparison = Comparison(args, flags)

@@ -1,12 +1,13 @@
-"""CLIP score: how well images fit their prompts, 100 max(cos, 0) between the features of both, averaged.
+"""CLIP score: how well images fit their prompts, the mean of 100 max(cos, 0) between their features.
 
     python tools/eval/eval_clip_score.py --image_path_or_dir I --prompt_or_path P --ckpt_path C
     python tools/eval/eval_clip_score.py --image_path_or_dir I --real_image_path_or_dir R --ckpt_path C
 
-I: an image or a folder of them, sorted by name. P: a prompt, or a text file with one a line; k images a prompt are
-paired in order. Left out, it is the prompts.txt beside this project's samples. C: a Hugging Face folder, or OpenAI's,
-OpenCLIP's or mindone's file; left out, the embedded nano CLIP scores. With R the images are compared with real ones,
-in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md says what the scores can and cannot say.
+I is an image or a folder of images, sorted by name. P is a prompt, or a text file with one prompt per line, each for
+the same number of images in order. Without P, the prompts.txt in the folder of the images is used. C is a Hugging Face
+folder, or a file of OpenAI, OpenCLIP or mindone. Without C, the embedded nano CLIP scores. With R, the images are
+compared with real images, in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md explains what
+the scores show.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -88,108 +89,109 @@ class Settings:
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
-def find_prompts(given: str | None, images: Sequence[Path]) -> list[str]:
-    """One prompt for each image. Raises UserError where there are none, or they do not divide."""
-    if given is None:
+def find_prompts(prompt_or_path: str | None, images: Sequence[Path]) -> list[str]:
+    """Returns the prompt of each image. Raises UserError if there are no prompts or their number does not fit."""
+    if prompt_or_path is None:
         beside = images[0].parent / "prompts.txt"
         if not is_there(beside):
             raise UserError(
-                f"--prompt_or_path is missing, and {plain(images[0].parent)} has no prompts.txt: give a "
-                "prompt, or a text file with one a line"
+                f"--prompt_or_path is missing, and {plain(images[0].parent)} has no prompts.txt: give a prompt, or a "
+                "text file with one per line"
             )
         return paired_prompts(read_prompts(beside, "prompts"), len(images))
-    path = expanded(given)
-    return paired_prompts(read_prompts(path, "prompt_or_path") if _names_file(path) else [given], len(images))
+    if not _names_file(prompt_or_path):
+        return paired_prompts([prompt_or_path], len(images))
+    return paired_prompts(read_prompts(expanded(prompt_or_path), "prompt_or_path"), len(images))
 
 
-def _names_file(text: str) -> bool:
-    """Whether a prompt_or_path is the path of a file; a prompt may be longer than a path can be."""
-    raw = os.fsencode(text)
+def _names_file(prompt_or_path: str) -> bool:
+    """Returns whether it is the path of a file. A prompt may be longer than a path can be."""
+    raw = os.fsencode(prompt_or_path)
     if len(raw) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in raw.split(b"/")):
         return False
-    return text.endswith(".txt") or is_there(text, "prompt_or_path")
+    return prompt_or_path.endswith(".txt") or is_there(prompt_or_path, "prompt_or_path")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_settings(Settings, argv, description=__doc__)
-    if args.backend != "ms":
-        raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms)")
-    if args.real_image_path_or_dir is not None and args.prompt_or_path is not None:
+    """Checks the settings and the files, then scores."""
+    settings = read_settings(Settings, argv, description=__doc__)
+    if settings.backend != "ms":
+        raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
+    if settings.real_image_path_or_dir is not None and settings.prompt_or_path is not None:
         raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
-    images = find_images(args.image_path_or_dir)
-    real = find_images(args.real_image_path_or_dir) if args.real_image_path_or_dir is not None else []
-    prompts = [] if real else find_prompts(args.prompt_or_path, images)
+    images = find_images(settings.image_path_or_dir)
+    real = find_images(settings.real_image_path_or_dir) if settings.real_image_path_or_dir is not None else []
+    prompts = [] if real else find_prompts(settings.prompt_or_path, images)
     if any(valid_text(prompt) != prompt for prompt in prompts):
         raise UserError(
-            f"--prompt_or_path {plain(args.prompt_or_path)} is not UTF-8 text: type it anew, or set the "
-            "terminal to UTF-8"
+            f"--prompt_or_path {plain(settings.prompt_or_path)} is not UTF-8 text: type it again, or set the terminal "
+            "to UTF-8"
         )
-    with claim_file(args.output, "--output"):
-        score(args, images, real, prompts)
+    with claim_file(settings.output, "--output"):
+        score(settings, images, real, prompts)
 
 
-def score(args: Settings, images: list[Path], real: list[Path], prompts: list[str]) -> None:
-    """Score the images against the real ones, or else the prompts; print the scores and write what is wanted."""
+def score(settings: Settings, images: list[Path], real: list[Path], prompts: list[str]) -> None:
+    """Scores the images against the real images, or else against their prompts. Prints and writes the scores."""
     describe_progress(lambda: "before there was a score")
-    batch_size = min(args.batch_size, max(len(images), len(real)))
+    batch_size = min(settings.batch_size, max(len(images), len(real)))
 
-    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
+    # MindSpore is imported after the settings are checked, so that a wrong flag is reported at once.
     from ldm.runtime.device import setup_runtime
 
-    setup_runtime(args.device_target)
+    setup_runtime(settings.device_target)
     from ldm.metrics.evaluate import encode_images, prompt_scores
     from ldm.metrics.networks import clip, nano_clip
 
-    network = (
-        clip(args.ckpt_path, args.preprocessing, args.config, args.model_name)
-        if args.ckpt_path is not None
-        else nano_clip()
-    )
-    print_network(network)
-    made = encode_images(images, network, batch_size)
-    print_broken(made.broken, "images")
-    result = {"images": len(made.indices), "broken": describe_broken(made.broken)}
-    places = made.indices
-    if real:
-        others = encode_images(real, network, batch_size, "real images")
-        print_broken(others.broken, "real images")
-        result.update(
-            real_images=len(others.indices),
-            real_broken=describe_broken(others.broken),
-            mean_of_all_pairs=mean_of_all_pairs(made.features, others.features),
-        )
-        scores = None
-        if len(images) == len(real):
-            places, ours, theirs = np.intersect1d(made.indices, others.indices, return_indices=True)
-            scores = clip_scores(made.features[ours], others.features[theirs])
-        print(f"images: {len(made.indices)} generated, {len(others.indices)} real")
+    if settings.ckpt_path is None:
+        network = nano_clip()
     else:
-        scores = prompt_scores(made, prompts, network, batch_size)
-        print(f"images: {len(made.indices)} with {len(set(prompts))} different prompts")
-    if len(made.indices) < ENOUGH_IMAGES:
-        print(f"warning: {len(made.indices):,} images are fewer than {ENOUGH_IMAGES:,}: mind the mean's deviation")
+        network = clip(settings.ckpt_path, settings.preprocessing, settings.config, settings.model_name)
+    print_network(network)
+    generated = encode_images(images, network, batch_size)
+    print_broken(generated.broken, "images")
+    result: dict[str, Any] = {"images": len(generated.indices), "broken": describe_broken(generated.broken)}
+    indices, scores, label = generated.indices, None, "CLIP score"
+    if real:
+        encoded = encode_images(real, network, batch_size, "real images")
+        print_broken(encoded.broken, "real images")
+        result.update(
+            real_images=len(encoded.indices),
+            real_broken=describe_broken(encoded.broken),
+            mean_of_all_pairs=mean_of_all_pairs(generated.features, encoded.features),
+        )
+        if len(images) == len(real):
+            indices, ours, theirs = np.intersect1d(generated.indices, encoded.indices, return_indices=True)
+            scores = clip_scores(generated.features[ours], encoded.features[theirs])
+            label = "CLIP image-to-image score, in pairs"
+        print(f"images: {len(generated.indices)} generated, {len(encoded.indices)} real")
+    else:
+        scores = prompt_scores(generated, prompts, network, batch_size)
+        print(f"images: {len(generated.indices)} with {len(set(prompts))} different prompts")
+    if len(generated.indices) < ENOUGH_IMAGES:
+        print(
+            f"warning: {len(generated.indices):,} images are fewer than {ENOUGH_IMAGES:,}: note the mean's standard "
+            "deviation"
+        )
     if real:
         print(f"CLIP image-to-image score, all with all: {result['mean_of_all_pairs']:.4f}")
     if scores is not None:
-        deviation = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+        std = float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
         result.update(
             score=float(scores.mean()),
-            score_std=deviation and float(deviation),
+            score_std=std,
             scores=[
                 {
-                    "image": str(images[place]),
-                    **({"real": str(real[place])} if real else {"prompt": prompts[place]}),
-                    "score": float(score),
+                    "image": str(images[i]),
+                    **({"real": str(real[i])} if real else {"prompt": prompts[i]}),
+                    "score": float(value),
                 }
-                for place, score in zip(places, scores)
+                for i, value in zip(indices, scores)
             ],
         )
-        print(
-            f"CLIP {'image-to-image score, in pairs' if real else 'score'}: {scores.mean():.4f}"
-            + (f" +- {deviation:.4f}" if deviation is not None else "")
-        )
-    if args.output is not None:
-        write_json(args.output, {**result, **describe_network(network)})
+        print(f"{label}: {scores.mean():.4f}" + (f" +- {std:.4f}" if std is not None else ""))
+    if settings.output is not None:
+        write_json(settings.output, {**result, **describe_network(network)})
 
 
 if __name__ == "__main__":

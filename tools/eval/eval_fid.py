@@ -1,11 +1,11 @@
-"""FID and KID between a folder of real images and a folder of generated ones.
+"""FID and KID between a folder of real images and a folder of generated images.
 
     python tools/eval/eval_fid.py --real_dir R --gen_dir G --ckpt_path pt_inception-2015-12-05-6726825d.pth
     python tools/eval/eval_fid.py --real_dir R --save_stats real.npz --ckpt_path ...
     python tools/eval/eval_fid.py --real_dir real.npz --gen_dir G --ckpt_path ...
 
-Without --ckpt_path the embedded nano CLIP's image features take the place of Inception's. tools/eval/README.md says
-what the scores can and cannot say.
+Without --ckpt_path, the image features of the embedded nano CLIP replace those of Inception. tools/eval/README.md
+explains what the scores show.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -64,53 +64,46 @@ class Settings:
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
-def check(args: Settings) -> dict[str, list[Path]]:
-    """Raise UserError for what can be seen to be wrong before a network is built; the images of each side that is a
-    folder.
-    """
-    if args.backend != "ms":
-        raise UserError(f"--backend {args.backend} is not here: MindSpore scores (ms), with pytorch-fid's result")
-    if args.gen_dir is None and args.save_stats is None:
+def find_all_images(settings: Settings) -> dict[str, list[Path]]:
+    """Checks the settings and returns the images of each folder. Raises UserError before a network is built."""
+    if settings.backend != "ms":
+        raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
+    if settings.gen_dir is None and settings.save_stats is None:
         raise UserError("--gen_dir is missing: give the folder of generated images")
-    if args.save_stats is not None and args.real_dir.endswith(".npz"):
-        raise UserError("--save_stats wants a folder of images as --real_dir, not an .npz")
-    if args.save_stats is not None and args.save_stats.suffix != ".npz":
-        raise UserError(f"--save_stats {args.save_stats}: name an .npz file")
-    return {
-        path: find_images(path)
-        for path in (args.real_dir, args.gen_dir)
-        if path is not None and not path.endswith(".npz")
-    }
+    if settings.save_stats is not None and settings.real_dir.endswith(".npz"):
+        raise UserError("--save_stats needs a folder of images as --real_dir, not an .npz")
+    if settings.save_stats is not None and settings.save_stats.suffix != ".npz":
+        raise UserError(f"--save_stats {settings.save_stats}: name an .npz file")
+    paths = [path for path in (settings.real_dir, settings.gen_dir) if path is not None]
+    return {path: find_images(path) for path in paths if not path.endswith(".npz")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_settings(Settings, argv, description=__doc__)
-    images = check(args)
-    with claim_file(args.output, "--output"), claim_file(args.save_stats, "--save_stats"):
-        score(args, images)
+    """Checks the settings and the files, then scores."""
+    settings = read_settings(Settings, argv, description=__doc__)
+    images = find_all_images(settings)
+    with claim_file(settings.output, "--output"), claim_file(settings.save_stats, "--save_stats"):
+        score(settings, images)
 
 
-def score(args: Settings, images: dict[str, list[Path]]) -> None:
-    """Measure the images of each folder, print the distances and write what is wanted."""
+def score(settings: Settings, images: dict[str, list[Path]]) -> None:
+    """Computes the statistics of each folder, then prints and writes the distances."""
     describe_progress(lambda: "before there was a score")
 
-    # MindSpore comes after the settings: a wrong flag is answered at once, and ldm.runtime.device quiets it.
+    # MindSpore is imported after the settings are checked, so that a wrong flag is reported at once.
     from ldm.runtime.device import setup_runtime
 
-    setup_runtime(args.device_target)
+    setup_runtime(settings.device_target)
     from ldm.metrics.evaluate import ImageSet, distances, measure_images, read_image_set
     from ldm.metrics.networks import inception, nano_clip
 
-    network = inception(args.ckpt_path) if args.ckpt_path is not None else nano_clip()
+    network = inception(settings.ckpt_path) if settings.ckpt_path is not None else nano_clip()
     print_network(network)
-    batch_size = min(args.batch_size, max(map(len, images.values()), default=1))
+    batch_size = min(settings.batch_size, max(map(len, images.values()), default=1))
 
-    # Before the images are measured, which takes long.
-    saved = {
-        path: read_image_set(path, network)
-        for path in (args.real_dir, args.gen_dir)
-        if path is not None and path not in images
-    }
+    # Statistics are read before images are measured, which takes long.
+    paths = [path for path in (settings.real_dir, settings.gen_dir) if path is not None]
+    saved = {path: read_image_set(path, network) for path in paths if path not in images}
 
     def image_set(path: str, label: str, save_to: Path | None = None) -> ImageSet:
         if path in saved:
@@ -119,15 +112,15 @@ def score(args: Settings, images: dict[str, list[Path]]) -> None:
         print_broken(measured.broken, label)
         return measured
 
-    real = image_set(args.real_dir, "real images", args.save_stats)
-    if args.save_stats is not None:
-        print(f"statistics of {real.count} images written to {args.save_stats}")
-        describe_progress(lambda: f"before there was a score; the statistics in {args.save_stats} are kept")
-    if args.gen_dir is None:
+    real = image_set(settings.real_dir, "real images", settings.save_stats)
+    if settings.save_stats is not None:
+        print(f"statistics of {real.count} images written to {settings.save_stats}")
+        describe_progress(lambda: f"before there was a score; the statistics in {settings.save_stats} are kept")
+    if settings.gen_dir is None:
         return
-    generated = image_set(args.gen_dir, "generated images")
+    generated = image_set(settings.gen_dir, "generated images")
 
-    found = distances(real, generated)
+    scores = distances(real, generated)
     counts = [side.count for side in (real, generated) if side.count is not None]
     print(f"images: {real.count or 'unknown'} real, {generated.count or 'unknown'} generated")
     if counts and min(counts) < ENOUGH_IMAGES:
@@ -135,27 +128,17 @@ def score(args: Settings, images: dict[str, list[Path]]) -> None:
             f"warning: {min(counts):,} images are fewer than {ENOUGH_IMAGES:,}: this FID lies far above its limit "
             "and compares only with FIDs of as many images; the KID's mean does not depend on their number"
         )
-    print(f"FID: {found.fid:.6g}")
-    print(
-        "KID: only from images, four or more a side, not from statistics"
-        if found.kid is None
-        else f"KID: {found.kid:.6g} +- {found.kid_std:.2g}"
-    )
-    if args.output is not None:
+    print(f"FID: {scores.fid:.6g}")
+    if scores.kid is None:
+        print("KID: only from images, four or more a side, not from statistics")
+    else:
+        print(f"KID: {scores.kid:.6g} +- {scores.kid_std:.2g}")
+    if settings.output is not None:
         sides: dict[str, Any] = {
             name: {"path": path, "images": side.count, "broken": describe_broken(side.broken)}
-            for name, path, side in (("real", args.real_dir, real), ("generated", args.gen_dir, generated))
+            for name, path, side in (("real", settings.real_dir, real), ("generated", settings.gen_dir, generated))
         }
-        write_json(
-            args.output,
-            {
-                "fid": found.fid,
-                "kid": found.kid,
-                "kid_std": found.kid_std,
-                **sides,
-                **describe_network(network),
-            },
-        )
+        write_json(settings.output, {**asdict(scores), **sides, **describe_network(network)})
 
 
 if __name__ == "__main__":
