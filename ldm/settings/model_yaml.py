@@ -50,7 +50,7 @@ class UNetParams:
     context_dim: int = setting(REQUIRED, low=1, high=16384)
     use_linear_in_transformer: bool = setting(False)
     num_groups: int = setting(32, low=1, high=8192)
-    IGNORED: ClassVar = (
+    IGNORED: ClassVar[tuple[str, ...]] = (
         "image_size", "use_checkpoint", "legacy", "use_spatial_transformer", "use_fp16", "dropout", "conv_resample",
         "dims", "num_classes", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
         "enable_flash_attention", "enable_fa_with_pad",
@@ -78,7 +78,7 @@ class VAENetworkParams:
     num_res_blocks: int = setting(REQUIRED, low=1, high=16)
     num_groups: int = setting(32, low=1, high=8192)
     attn_resolutions: Optional[list[int]] = setting(None)
-    IGNORED: ClassVar = ("resolution", "dropout")
+    IGNORED: ClassVar[tuple[str, ...]] = ("resolution", "dropout")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class VAEParams:
 
     embed_dim: int = setting(REQUIRED, low=1, high=128)
     ddconfig: VAENetworkParams = setting(REQUIRED)
-    IGNORED: ClassVar = ("lossconfig", "monitor", "ckpt_path")
+    IGNORED: ClassVar[tuple[str, ...]] = ("lossconfig", "monitor", "ckpt_path")
 
 
 @dataclass
@@ -108,7 +108,7 @@ class TextParams:
     activation: str = setting(REQUIRED, choices=("quick_gelu", "gelu"))
     vocab_size: int = setting(49408, low=1, high=1_000_000)
     length: int = setting(77, low=1, high=1024)
-    IGNORED: ClassVar = ("freeze", "layer", "device", "max_length", "version", "arch", "use_fp16")
+    IGNORED: ClassVar[tuple[str, ...]] = ("freeze", "layer", "device", "max_length", "version", "arch", "use_fp16")
 
 
 @dataclass
@@ -132,7 +132,7 @@ class ModelParams:
     unet_config: UNetSection = setting(REQUIRED)
     first_stage_config: VAESection = setting(REQUIRED)
     cond_stage_config: TextSection = setting(REQUIRED)
-    IGNORED: ClassVar = (
+    IGNORED: ClassVar[tuple[str, ...]] = (
         "num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "cond_stage_trainable", "channels",
         "conditioning_key", "monitor", "use_ema", "scheduler_config", "finetune_keys", "use_fp16", "ckpt_path",
         "ignore_keys", "load_only_unet", "clip_denoised",
@@ -147,7 +147,7 @@ class ModelSection:
     target: str = setting(REQUIRED, choices=(DIFFUSION_TARGET,))
     pad_token: Optional[str] = setting(None, choices=("end", "zero"))
     params: ModelParams = setting(REQUIRED)
-    IGNORED: ClassVar = ("base_learning_rate",)
+    IGNORED: ClassVar[tuple[str, ...]] = ("base_learning_rate",)
 
 
 @dataclass
