@@ -12,34 +12,34 @@ class BatchOrder:
     """The rows of each batch, as a pure function of the batch's number. Resuming needs no other state.
 
     Every epoch is a new permutation of the rows, the same in all processes. It is divided into batches of
-    `batch_size * rank_size` rows, and each process takes `batch_size` rows of each. Rows that do not fill a last batch
-    are left out of that epoch.
+    `batch_size * process_count` rows, and each process takes `batch_size` rows of each. Rows that do not fill a last
+    batch are left out of that epoch.
 
     Args:
         n_rows: Number of rows in the data set.
         batch_size: Rows per batch and process. With gradient accumulation this is a micro-batch.
         seed: The run's seed.
-        rank: The number of this process.
-        rank_size: Number of processes.
+        process_index: The number of this process.
+        process_count: Number of processes.
 
     Raises:
         UserError: There are fewer rows than one batch needs.
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, rank: int = 0, rank_size: int = 1):
+    def __init__(self, n_rows: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
         if batch_size < 1:
             raise UserError(f"train_batch_size is {batch_size}: it must be at least 1")
-        if not 0 <= rank < rank_size:
-            raise ValueError(f"rank {rank} must be from 0 to {rank_size - 1}")
-        if n_rows < batch_size * rank_size:
-            devices = f" on each of {rank_size} devices" if rank_size > 1 else ""
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index {process_index} must be from 0 to {process_count - 1}")
+        if n_rows < batch_size * process_count:
+            devices = f" on each of {process_count} devices" if process_count > 1 else ""
             raise UserError(
                 f"the data set has {n_rows} usable rows, too few for one batch of {batch_size}{devices}: "
                 "lower train_batch_size or add images"
             )
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.rank, self.rank_size = rank, rank_size
-        self.steps_per_epoch = n_rows // (batch_size * rank_size)
+        self.process_index, self.process_count = process_index, process_count
+        self.steps_per_epoch = n_rows // (batch_size * process_count)
         # The permutation of the latest epoch, kept only for speed.
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
@@ -51,5 +51,5 @@ class BatchOrder:
         if epoch != self._epoch:
             self._permutation = draws(self.seed, "order", epoch).permutation(self.n_rows)
             self._epoch = epoch
-        start = (step_in_epoch * self.rank_size + self.rank) * self.batch_size
+        start = (step_in_epoch * self.process_count + self.process_index) * self.batch_size
         return self._permutation[start : start + self.batch_size].copy()

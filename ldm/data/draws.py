@@ -8,18 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 
-def draws(seed: int, stream: str, step: int, rank: int = 0) -> np.random.Generator:
+def draws(seed: int, stream: str, step: int, process_index: int = 0) -> np.random.Generator:
     """Returns a generator that depends only on the arguments.
 
     Args:
         seed: The run's seed.
         stream: What is drawn ("noise", "timesteps", "flip", ...). Streams are independent of each other.
         step: The number of the draw in its stream: of a micro-batch, an epoch or an image.
-        rank: The number of the process, for draws that differ between processes.
+        process_index: The number of the process, for draws that differ between processes.
     """
     # A digest of the text, because SeedSequence joins lists of integers: (1, 2 ** 32) and (2 ** 64 + 1,) are the same
     # seed.
-    digest = hashlib.sha256(f"{seed:d}/{stream}/{step:d}/{rank:d}".encode()).digest()
+    digest = hashlib.sha256(f"{seed:d}/{stream}/{step:d}/{process_index:d}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
@@ -33,7 +33,7 @@ class MicroBatchDraws(NamedTuple):
 
 
 def micro_batch_draws(
-    seed: int, micro_batch: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, rank: int = 0
+    seed: int, micro_batch: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, process_index: int = 0
 ) -> MicroBatchDraws:
     """Returns the draws of a micro-batch.
 
@@ -43,11 +43,11 @@ def micro_batch_draws(
         shape: Shape of the latents, (N, C, h, w).
         timesteps: The model's number of time steps.
         caption_dropout: Probability that a caption is dropped.
-        rank: The number of the process.
+        process_index: The number of the process.
     """
 
     def stream(name: str) -> np.random.Generator:
-        return draws(seed, name, micro_batch, rank)
+        return draws(seed, name, micro_batch, process_index)
 
     return MicroBatchDraws(
         stream("posterior").standard_normal(shape, dtype=np.float32),
@@ -57,7 +57,7 @@ def micro_batch_draws(
     )
 
 
-def augmentation_draws(seed: int, micro_batch: int, count: int, rank: int = 0) -> list[np.random.Generator]:
+def augmentation_draws(seed: int, micro_batch: int, count: int, process_index: int = 0) -> list[np.random.Generator]:
     """Returns a generator for each of a micro-batch's `count` images, for its crop and flip."""
-    seeds = draws(seed, "augment", micro_batch, rank).integers(0, 2**63, count)
+    seeds = draws(seed, "augment", micro_batch, process_index).integers(0, 2**63, count)
     return [np.random.default_rng(image_seed) for image_seed in seeds]

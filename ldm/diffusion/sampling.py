@@ -45,15 +45,13 @@ class Sampling:
         # Linux grants memory that it does not have, and ends the process that uses it without an exception.
         image_bytes = 4 * 3 * height * width * config.vae_factor**2
         if image_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise self.out_of_memory(config)
+            raise UserError(self.out_of_memory_message(config))
         check_steps(self.num_inference_steps, config.timesteps)
 
-    def out_of_memory(self, config: ModelConfig) -> UserError:
-        """Returns the error that names the settings which decide how much memory sampling takes."""
+    def out_of_memory_message(self, config: ModelConfig) -> str:
+        """Returns an error message that names the settings which decide how much memory sampling takes."""
         height, width = self.height or config.image_size, self.width or config.image_size
-        return UserError(
-            f"not enough memory for batch_size {self.batch_size}, H {height}, W {width}: lower one of them"
-        )
+        return f"not enough memory for batch_size {self.batch_size}, H {height}, W {width}: lower one of them"
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from ldm.lora.lora import LoRA, Strength
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
-from ldm.runtime.device import check_flash_attention, current_runtime, is_out_of_memory, setup_runtime
+from ldm.runtime.device import check_flash_attention, current_runtime, failed_allocations_as, setup_runtime
 from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
@@ -301,7 +300,7 @@ class Pipeline:
                 size = len(indices)
                 # The last batch is filled up, or the networks would be compiled for its size too.
                 filled = fill_batch(indices, sampling.batch_size)
-                with self._memory_errors(sampling):
+                with failed_allocations_as(sampling.out_of_memory_message(self.config)):
                     if starting_latents is None:
                         start = self.starting_latents(seed, filled.tolist(), shape)
                     else:
@@ -390,16 +389,6 @@ class Pipeline:
         batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
         unscaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
         return to_uint8(run_in_batches(self.decoder, unscaled, batch_size))
-
-    @contextmanager
-    def _memory_errors(self, sampling: Sampling) -> Iterator[None]:
-        """Turn an allocation that numpy or MindSpore could not make into a UserError that names the settings."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise sampling.out_of_memory(self.config) from error
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

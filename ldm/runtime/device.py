@@ -7,6 +7,8 @@ import glob
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -39,15 +41,15 @@ class Runtime:
     Attributes:
         device: "Ascend" or "CPU".
         compute_dtype: The type in which the networks compute, ms.float16 or ms.float32.
-        rank: The index of this process in a data-parallel run, 0 otherwise.
-        rank_size: The number of processes.
+        process_index: The index of this process in a data-parallel run, 0 otherwise.
+        process_count: The number of processes.
         mode: GRAPH or PYNATIVE.
     """
 
     device: str
     compute_dtype: ms.Type
-    rank: int
-    rank_size: int
+    process_index: int
+    process_count: int
     mode: int
 
     @property
@@ -111,12 +113,12 @@ def setup_runtime(
         else:
             logger.info("jit_level %s has no effect on the CPU", jit_level)
 
-    rank, rank_size = (0, 1) if not use_parallel else _join_ranks()
+    process_index, process_count = (0, 1) if not use_parallel else _join_processes()
     if seed is not None:
         ms.set_seed(seed)
         np.random.seed(seed)
     fp16 = precision == "fp16" or (precision == "auto" and device == "Ascend")
-    _current = Runtime(device, ms.float16 if fp16 else ms.float32, rank, rank_size, mode)
+    _current = Runtime(device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode)
     return _current
 
 
@@ -135,6 +137,17 @@ def give_back_memory() -> None:
         trim(0)
 
 
+@contextmanager
+def failed_allocations_as(message: str) -> Iterator[None]:
+    """Raise a UserError with `message` in place of an error of numpy or MindSpore that reports a failed allocation."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of numpy or MindSpore reports a failed allocation."""
     return isinstance(error, MemoryError) or any(part in str(error).lower() for part in OUT_OF_MEMORY)
@@ -145,7 +158,7 @@ def _has_ascend() -> bool:
     return bool(glob.glob("/dev/davinci[0-9]*")) and ms.hal.is_available("Ascend")
 
 
-def _join_ranks() -> tuple[int, int]:
+def _join_processes() -> tuple[int, int]:
     from mindspore import communication
 
     if "MS_ROLE" not in os.environ and "RANK_TABLE_FILE" not in os.environ:
@@ -161,6 +174,8 @@ def _join_ranks() -> tuple[int, int]:
             f"a process of this run did not start or has ended ({reason}): its own error is above, or in the "
             "launcher's log of that process"
         ) from None
-    rank, rank_size = communication.get_rank(), communication.get_group_size()
-    ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=rank_size)
-    return rank, rank_size
+    process_index, process_count = communication.get_rank(), communication.get_group_size()
+    ms.set_auto_parallel_context(
+        parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=process_count
+    )
+    return process_index, process_count

@@ -29,7 +29,8 @@ def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
                 path = run.inputs.rows[rows[not_finite[0]]].path
                 raise UserError(
                     f"the {what} of {plain(path)} are not finite at step {run.status.steps_done}: look at that image "
-                    f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; {run.status.how_to_continue()}"
+                    f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; "
+                    f"{run.status.how_to_continue()}"
                 )
 
 
@@ -50,6 +51,6 @@ def cause_of_not_finite(run: Run) -> str:
                 "earlier training state with a lower start_learning_rate, or start again"
             )
     way = "lower start_learning_rate, or set clip_grad"
-    if run.runtime.rank_size > 1:
+    if run.runtime.process_count > 1:
         way += f", or see {run.output}/log-*.txt: another process's inputs may be the cause"
     return way

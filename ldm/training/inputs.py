@@ -110,7 +110,7 @@ class Inputs:
         shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
         settings, config = self.settings, self.config
         drawn = micro_batch_draws(
-            settings.seed, number, shape, config.timesteps, settings.caption_dropout, self.order.rank
+            settings.seed, number, shape, config.timesteps, settings.caption_dropout, self.order.process_index
         )
         return Batch(
             sample_latents(moments, drawn.posterior, config.scale_factor),
@@ -134,7 +134,7 @@ class Inputs:
 
     def _load(self, rows: np.ndarray, number: int) -> list[Future]:
         settings = self.settings
-        generators = augmentation_draws(settings.seed, number, len(rows), self.order.rank)
+        generators = augmentation_draws(settings.seed, number, len(rows), self.order.process_index)
         return [
             self.pool.submit(
                 load_image, self.rows[row].path, self.image_size,

@@ -45,7 +45,7 @@ def make_fingerprint(
         data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
         model=content_key("model", repr(config.content()))[:16],
         base=_base_identity(settings),
-        rank_size=runtime.rank_size,
+        rank_size=runtime.process_count,
         precision="fp16" if runtime.fp16 else "fp32",
         image_size=image_size(settings, config),
         updates=plan.steps,

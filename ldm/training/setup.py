@@ -70,7 +70,7 @@ class Run:
     @property
     def is_first_process(self) -> bool:
         """Whether this process logs and saves."""
-        return self.runtime.rank == 0
+        return self.runtime.process_index == 0
 
 
 def begin(settings: TrainSettings) -> Runtime:
@@ -90,7 +90,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     Raises UserError if a setting, a file or the data is wrong. What can be wrong is checked before the images are
     encoded, which may take hours.
     """
-    output, is_first_process = Path(settings.output_path), runtime.rank == 0
+    output, is_first_process = Path(settings.output_path), runtime.process_index == 0
     check_no_earlier_run(settings)  # again, as the folder is claimed only now
     check_flash_attention(settings.enable_flash_attention, runtime)
     check_sink(settings, runtime)
@@ -102,7 +102,9 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     config = _read_model_config(settings)
     image_size(settings, config)
     rows = _read_rows(settings)
-    order = BatchOrder(len(rows), settings.train_batch_size, settings.seed, runtime.rank, runtime.rank_size)
+    order = BatchOrder(
+        len(rows), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count
+    )
     plan = make_plan(settings, order.steps_per_epoch)
     status.total_steps = plan.steps
     scaler = make_loss_scaler(settings, runtime.fp16)
@@ -249,7 +251,7 @@ def _build_step(
         use_ema=settings.use_ema,
         skip_overflow=skips_overflow,
         micro_batches=settings.gradient_accumulation_steps,
-        process_count=runtime.rank_size,
+        process_count=runtime.process_count,
         dropout_key=dropout_key(model),
     )
 

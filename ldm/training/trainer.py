@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm.data.draws import draws
 from ldm.errors import UserError
 from ldm.files.outputs import check_file_target, claim_folder
-from ldm.runtime.device import is_out_of_memory
+from ldm.runtime.device import failed_allocations_as
 from ldm.runtime.parallel import output_to_file
 from ldm.runtime.script import describe_progress
 from ldm.settings.declare import names_of
@@ -81,7 +81,9 @@ def train(settings: TrainSettings) -> Path:
     runtime = begin(settings)
     output = Path(settings.output_path)
     status = Status(output / "ckpt", bool(settings.resume))
-    with _claimed(output) if runtime.rank == 0 else output_to_file(output / f"log-{runtime.rank}.txt"):
+    with (
+        _claimed(output) if runtime.process_index == 0 else output_to_file(output / f"log-{runtime.process_index}.txt")
+    ):
         describe_progress(status.describe)
         path = run_steps(set_up(settings, runtime, status))
         describe_progress(None)  # not in a `finally`: after an interrupt, the status is printed when this has unwound
@@ -103,8 +105,8 @@ def run_steps(run: Run) -> Path:
     micro_batches = settings.gradient_accumulation_steps
     logger.info(
         "%d steps of %d x %d x %d images (processes, micro-batches, batch size): %.1f epochs of %d rows, on %s in %s",
-        plan.steps, run.runtime.rank_size, micro_batches, settings.train_batch_size, plan.steps / plan.steps_per_epoch,
-        len(run.inputs.rows), run.runtime.device, "fp16" if run.runtime.fp16 else "fp32",
+        plan.steps, run.runtime.process_count, micro_batches, settings.train_batch_size,
+        plan.steps / plan.steps_per_epoch, len(run.inputs.rows), run.runtime.device, "fp16" if run.runtime.fp16 else "fp32",
     )  # fmt: skip
     status.phase = "while compiling the step"
     if status.steps_done >= plan.steps:
@@ -177,15 +179,11 @@ def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
         adamw_scalars(scaler.updates + 1, rate, settings.betas, EPSILON, settings.weight_decay),
         1.0 - ema_decay_at(scaler.updates, settings.ema_decay),
     )
-    try:
+    with failed_allocations_as(
+        f"the device's memory is not enough for a step with train_batch_size {settings.train_batch_size} and "
+        f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
+    ):
         result = run.step(batches, scalars, _dropout_keys(run))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the device's memory is not enough for a step with train_batch_size {settings.train_batch_size} and "
-            f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
-        ) from error
     status.steps_done += 1
     applied = result.finite or not run.skips_overflow
     _check_finite(run, result, applied, batches)
@@ -216,7 +214,9 @@ def _dropout_keys(run: Run) -> list[np.ndarray]:
     micro_batches = run.settings.gradient_accumulation_steps
     first = run.status.steps_done * micro_batches
     return [
-        draws(run.settings.seed, "lora_dropout", number, run.runtime.rank).integers(-(2**31), 2**31, 2, dtype=np.int32)
+        draws(run.settings.seed, "lora_dropout", number, run.runtime.process_index).integers(
+            -(2**31), 2**31, 2, dtype=np.int32
+        )
         for number in range(first, first + micro_batches)
     ]
 
@@ -231,4 +231,4 @@ def _graph_cache(run: Run) -> AbstractContextManager:
         run.model.config.content(), run.inputs.image_size, run.skips_overflow, str(run.runtime),
         run.lora_spec.modules, run.lora_spec.trainable_model,
     )  # fmt: skip
-    return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.rank}", key)
+    return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.process_index}", key)

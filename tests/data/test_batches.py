@@ -42,16 +42,16 @@ def test_changing_the_returned_rows_does_not_change_the_order():
 
 
 def test_processes_share_an_epoch_without_overlap():
-    ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=4) for rank in range(4)]
-    assert ranks[0].steps_per_epoch == 2
-    assert sorted(np.concatenate([epoch(order, 1) for order in ranks])) == list(range(24))
+    processes = [BatchOrder(24, 3, seed=1, process_index=process_index, process_count=4) for process_index in range(4)]
+    assert processes[0].steps_per_epoch == 2
+    assert sorted(np.concatenate([epoch(order, 1) for order in processes])) == list(range(24))
 
 
 def test_two_processes_see_the_rows_of_one_with_twice_the_batch():
     alone = BatchOrder(24, 6, seed=1)
-    ranks = [BatchOrder(24, 3, seed=1, rank=rank, rank_size=2) for rank in range(2)]
+    processes = [BatchOrder(24, 3, seed=1, process_index=process_index, process_count=2) for process_index in range(2)]
     for step in range(8):
-        assert np.concatenate([order.indices(step) for order in ranks]).tolist() == alone.indices(step).tolist()
+        assert np.concatenate([order.indices(step) for order in processes]).tolist() == alone.indices(step).tolist()
 
 
 def test_rows_that_fill_no_batch_are_left_to_another_epoch():
@@ -60,10 +60,10 @@ def test_rows_that_fill_no_batch_are_left_to_another_epoch():
     assert set(np.concatenate([epoch(order, number) for number in range(20)])) == set(range(10))
 
 
-@pytest.mark.parametrize(("rows", "batch", "ranks"), [(0, 1, 1), (3, 4, 1), (7, 4, 2)])
-def test_too_few_rows_are_refused(rows, batch, ranks):
+@pytest.mark.parametrize(("rows", "batch", "processes"), [(0, 1, 1), (3, 4, 1), (7, 4, 2)])
+def test_too_few_rows_are_refused(rows, batch, processes):
     with pytest.raises(UserError, match=f"{rows} usable rows.*train_batch_size"):
-        BatchOrder(rows, batch, seed=0, rank_size=ranks)
+        BatchOrder(rows, batch, seed=0, process_count=processes)
 
 
 @pytest.mark.parametrize("batch", [0, -1])

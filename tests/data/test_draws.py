@@ -23,8 +23,10 @@ def test_the_published_values_stay():
 
 def test_any_other_argument_draws_something_else():
     seen = [
-        first_draw(seed, stream, step, rank)
-        for seed, stream, step, rank in itertools.product((0, 1, 11, 2**32), ("noise", "flip"), (0, 1, 11), (0, 1, 11))
+        first_draw(seed, stream, step, process_index)
+        for seed, stream, step, process_index in itertools.product(
+            (0, 1, 11, 2**32), ("noise", "flip"), (0, 1, 11), (0, 1, 11)
+        )
     ]
     assert len(set(seen)) == len(seen)
 
@@ -50,7 +52,7 @@ def test_numpys_own_state_is_neither_used_nor_moved():
 
 
 def test_each_draw_of_a_micro_batch_has_its_own_stream():
-    drawn = micro_batch_draws(3, 8, (2, 4, 3, 3), 1000, 0.5, rank=1)
+    drawn = micro_batch_draws(3, 8, (2, 4, 3, 3), 1000, 0.5, process_index=1)
     assert (drawn.posterior == draws(3, "posterior", 8, 1).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
     assert (drawn.noise == draws(3, "noise", 8, 1).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
     assert drawn.timesteps.tolist() == draws(3, "timesteps", 8, 1).integers(0, 1000, 2).tolist()

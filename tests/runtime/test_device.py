@@ -33,7 +33,7 @@ def no_ascend(monkeypatch):
 def test_without_an_ascend_the_cpu_computes_in_fp32_and_graph_mode(no_ascend):
     found = setup_runtime()
     assert found == device.current_runtime()
-    assert (found.device, found.compute_dtype, found.rank, found.rank_size) == ("CPU", ms.float32, 0, 1)
+    assert (found.device, found.compute_dtype, found.process_index, found.process_count) == ("CPU", ms.float32, 0, 1)
     assert ms.get_context("mode") == ms.GRAPH_MODE and not found.is_ascend and not found.fp16
 
 

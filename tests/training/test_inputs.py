@@ -62,10 +62,10 @@ def rows(tmp_path):
     return rows
 
 
-def build(rows, tmp_path, seed=1, rank=0, rank_size=1, model=None, **others):
+def build(rows, tmp_path, seed=1, process_index=0, process_count=1, model=None, **others):
     settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, image_size=SIZE, **others)
     model = model or SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
-    order = BatchOrder(len(rows), 2, seed, rank, rank_size)
+    order = BatchOrder(len(rows), 2, seed, process_index, process_count)
     return Inputs(settings, model, rows, order)
 
 
@@ -104,9 +104,11 @@ def test_a_batch_depends_on_seed_number_and_process_alone(rows, tmp_path):
     assert same(inputs.batch(7), later) and same(build(rows, tmp_path).batch(7), later)
     assert not np.array_equal(inputs.batch(8).noise, later.noise)
     assert not np.array_equal(build(rows, tmp_path, seed=2).batch(7).noise, later.noise)
-    ranks = [build(rows, tmp_path, rank=rank, rank_size=2).batch(0) for rank in (0, 1)]
-    assert not np.array_equal(ranks[0].noise, ranks[1].noise)
-    assert not np.array_equal(ranks[0].latents, ranks[1].latents)
+    processes = [
+        build(rows, tmp_path, process_index=process_index, process_count=2).batch(0) for process_index in (0, 1)
+    ]
+    assert not np.array_equal(processes[0].noise, processes[1].noise)
+    assert not np.array_equal(processes[0].latents, processes[1].latents)
 
 
 def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):

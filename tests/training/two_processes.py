@@ -16,14 +16,14 @@ from tests.training.toy import Linear, batch, numbers, scalars  # noqa: E402
 runtime = setup_runtime("CPU", use_parallel=True)
 
 loss = Linear()
-step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, process_count=runtime.rank_size)
+step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, process_count=runtime.process_count)
 latents, noise = numbers(rows=8)
-half = slice(4 * runtime.rank, 4 * runtime.rank + 4)
+half = slice(4 * runtime.process_index, 4 * runtime.process_index + 4)
 results = [step([batch(latents[half], noise[half])], scalars(t)) for t in (1, 2)]
 spoilt = latents[half].copy()
-if runtime.rank == 1:
+if runtime.process_index == 1:
     spoilt[0, 0] = np.inf
 before = step.state()["p.w"]
 overflow = step([batch(spoilt, noise[half])], scalars(3))
 assert not overflow.finite and np.array_equal(step.state()["p.w"], before)
-np.savez(Path(sys.argv[1]) / f"process{runtime.rank}.npz", norm=results[-1].gradient_norm, **step.state())
+np.savez(Path(sys.argv[1]) / f"process{runtime.process_index}.npz", norm=results[-1].gradient_norm, **step.state())
