@@ -7,6 +7,7 @@ the prompt, the base model, the LoRA and the real image, which was not used in t
 Running it again resumes an interrupted demo.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import os
@@ -14,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +33,9 @@ from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.runtime import subprocesses  # noqa: E402
-from ldm.settings.command_line import Parser, whole_number  # noqa: E402
+from ldm.settings.declare import setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
@@ -89,11 +91,16 @@ def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> s
     return "\n".join(lines)
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    output_path: Path = setting(Path("output/demo"), "folder of the results", path=True)
+    prompts: int = setting(24, "number of held-out prompts", low=1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--output_path", type=user_path, default=Path("output/demo"), help="default: output/demo")
-    parser.add_argument("--prompts", type=whole_number(1), default=24, help="number of held-out prompts; default 24")
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     # The scripts run in the project's folder, so the printed paths are relative to it.
     output = Path(os.path.relpath(args.output_path, ROOT))
     os.chdir(ROOT)

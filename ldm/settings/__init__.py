@@ -1,0 +1,1 @@
+"""Settings of scripts, tools and configuration files: declared once, read and checked in one way."""

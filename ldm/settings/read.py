@@ -97,6 +97,19 @@ def read_settings(
     return cls(**values)
 
 
+def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the flags of a command line that `cls` declares, with their values, and all other words."""
+    names = _flag_names(_settings(cls))
+    own: list[str] = []
+    rest: list[str] = []
+    words = rest
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            words = own if word in ("-h", "--help") or _flag_name(word) in names else rest
+        words.append(word)
+    return own, rest
+
+
 def read_mapping(
     cls: type, content: Any, source: str, prefix: str = "", ignore_unknown: bool = False
 ) -> dict[str, Any]:
@@ -177,7 +190,8 @@ def explain(
             text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{_show(setting.default)}]"
             names = ", ".join(f"--{name}" for name in (key, *setting.rules["aliases"]))
             names = f"[{names}]" if setting.rules["positional"] else names
-            lines.append(f"  {names} <{_type_name(setting.hint)}>")
+            kind = _type_name(setting.hint)
+            lines.append(f"  {names} <{kind.replace('text', 'path') if setting.rules['path'] else kind}>")
             indent = "      "
             lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     order = " A flag wins over the YAML file, the YAML file over the default." if yaml_flag else ""
@@ -208,19 +222,6 @@ def _settings(cls: type[DataclassInstance]) -> dict[str, _Setting]:
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the flags of a command line that `cls` declares, with their values, and all other words."""
-    names = _flag_names(_settings(cls))
-    own: list[str] = []
-    rest: list[str] = []
-    words = rest
-    for word in argv:
-        if word.startswith("--"):
-            words = own if _flag_name(word) in names else rest
-        words.append(word)
-    return own, rest
 
 
 def _flag_names(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional, Union
 
+import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.settings.declare import setting
-from ldm.settings.read import read_settings, save_settings
+from ldm.settings.declare import REQUIRED, names_of, setting
+from ldm.settings.read import check_values, read_mapping, read_settings, save_settings, split_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,3 +272,139 @@ def test_saved_settings_are_read_back(tmp_path):
     again = parse("--config", str(tmp_path / "args.yaml"))
     assert not again.resume
     assert asdict(again) == {**asdict(config), "config": str(tmp_path / "args.yaml"), "resume": False}
+
+
+@dataclass
+class Tool:
+    """The command line of a tool."""
+
+    source: Path = setting(REQUIRED, "what to read", path=True)
+    output: Optional[Path] = setting(None, "what to write", path=True, aliases=("result_path",))
+    texts: list[str] = setting([], "words", positional=True)
+    layers: list[int] = setting([1], "numbers", low=0, length=(1, 3))
+    hidden: bool = setting(False, key="secret")
+
+
+class TestToolCommandLines:
+    def test_paths_aliases_positional_words_and_other_names(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/me")
+        settings = read_settings(Tool, ["a", "--source", "~/x", "--result-path=b", "c", "--layers", "1,2", "--secret"])
+        assert settings == Tool(Path("/home/me/x"), Path("b"), ["a", "c"], [1, 2], True)
+
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            ([], "--source is missing: give a path (what to read)"),
+            (["--source", ""], '--source: "" is no path'),
+            (["--source", "x", "--layers"], "--layers needs a value"),
+            (["--source", "x", "--layers", "1", "2", "3", "4"], "--layers: 4 values given, wanted 1 to 3"),
+            (["--source", "x", "--result", "y"], "unknown setting --result: did you mean --result_path?"),
+        ],
+    )
+    def test_mistakes_are_named(self, argv, says):
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_settings(Tool, argv)
+
+    def test_help_keeps_the_description_and_hides_what_has_no_help(self, capsys):
+        with pytest.raises(SystemExit):
+            read_settings(Tool, ["-h"], description="A tool.\n\n    an example\n")
+        text = capsys.readouterr().out
+        assert text.startswith("A tool.\n\n    an example\n") and "secret" not in text
+        assert "--source <path>\n      what to read [required]" in text and "--output, --result_path" in text
+
+    def test_flags_of_two_classes_are_told_apart(self):
+        argv = ["--source", "x", "--epochs", "3", "--layers", "1", "2", "--unknown=1", "-h"]
+        assert split_flags(Tool, argv) == (
+            ["--source", "x", "--layers", "1", "2", "-h"],
+            ["--epochs", "3", "--unknown=1"],
+        )
+
+
+@dataclass
+class Inner:
+    """A section of a file."""
+
+    rate: float = setting(REQUIRED, above=0)
+    names: Optional[dict[str, Union[int, float]]] = setting(None, low=0, length=(0, 2))
+    on: bool = setting(False, zero_one=True)
+    IGNORED = ("old",)
+
+
+@dataclass
+class Outer:
+    """A whole file."""
+
+    kind: str = setting("a", choices=("a", "b"), resume="fixed")
+    inner: Inner = setting(REQUIRED, graph_key=True)
+    extra: Optional[dict] = setting(None)
+
+
+class TestMappings:
+    def test_given_values_in_the_order_of_declaration(self):
+        content = {"extra": {"x": 1}, "inner": {"on": 1, "old": 3, "rate": 2, "names": {"a": 1, "b": 0.5}}}
+        values = read_mapping(Outer, content, "file")
+        assert values == {"inner": {"rate": 2.0, "names": {"a": 1, "b": 0.5}, "on": True}, "extra": {"x": 1}}
+        assert list(values) == ["inner", "extra"] and list(values["inner"]) == ["rate", "names", "on"]
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ([], "file must hold lines of `setting: value`, not a value of type list"),
+            ({}, "file: inner is missing: give a section"),
+            ({"inner": 3}, "file: inner must hold lines of"),
+            ({"inner": {}}, "file: inner.rate is missing: give a number, above 0"),
+            ({"inner": {"rats": 1}}, 'file: unknown setting "inner.rats": did you mean "rate"?'),
+            ({"inner": {"rate": "1"}}, 'file: inner.rate: "1" is a text, not a number'),
+            ({"inner": {"rate": 1, "on": 2}}, "file: inner.on: 2 is not True or False"),
+            (
+                {"inner": {"rate": 1, "names": {"a": "x"}}},
+                'file: inner.names: a: "x" is not a whole number or a number',
+            ),
+            ({"inner": {"rate": 1, "names": {"a": -1}}}, "file: inner.names: -1 is not allowed: at least 0"),
+            (
+                {"inner": {"rate": 1, "names": dict.fromkeys("abc", 1)}},
+                "file: inner.names: 3 values given, wanted 0 to 2",
+            ),
+            ({"inner": {"rate": 1, "names": [1]}}, "file: inner.names: [1] is not a mapping from names"),
+            ({"inner": {"rate": 1}, "extra": [1]}, "file: extra: [1] is not a section"),
+            ({"kind": "c", "inner": {"rate": 1}}, 'file: kind: "c" is not allowed: one of "a", "b"'),
+        ],
+    )
+    def test_mistakes_are_named_with_file_and_place(self, content, says):
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_mapping(Outer, content, "file")
+
+    def test_unknown_names_may_be_passed_over(self):
+        assert read_mapping(Inner, {"rate": 1, "other": 2}, "file", ignore_unknown=True) == {"rate": 1.0}
+
+
+class TestValuesFromPython:
+    def test_other_types_of_the_same_values_are_taken(self):
+        settings = Config(epochs=np.int64(3), rate=1, betas=(0.5, np.float32(0.25)), folder=Path("x"), resume=Path("y"))
+        check_values(settings)
+        assert (settings.epochs, settings.rate, settings.betas) == (3, 1.0, [0.5, 0.25])
+        assert (settings.folder, settings.resume) == ("x", "y")
+        assert {type(settings.epochs), type(settings.rate), type(settings.folder)} == {int, float, str}
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            (dict(epochs=0), "epochs: 0 is not allowed: at least 1"),
+            (dict(epochs="3"), 'epochs: "3" is a text, not a whole number'),
+            (dict(epochs=True), "epochs: True is not a whole number"),
+            (dict(rate=float("nan")), "rate: nan is not a number"),
+            (dict(betas=[0.5]), "betas: 1 values given, wanted 2"),
+            (dict(name="adamww"), 'name: "adamww" is not allowed: one of "adamw", "adam"; did you mean "adamw"?'),
+        ],
+    )
+    def test_mistakes_are_named(self, given, says):
+        with pytest.raises(UserError, match="^" + re.escape(says)):
+            check_values(Config(**given))
+
+    def test_a_missing_value(self):
+        with pytest.raises(UserError, match="^source is missing"):
+            check_values(Tool())
+
+
+def test_settings_are_found_by_what_they_are_part_of():
+    assert names_of(Outer, resume="fixed") == ("kind",) and names_of(Outer, graph_key=True) == ("inner",)

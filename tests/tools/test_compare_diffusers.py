@@ -166,11 +166,11 @@ class TestSettings:
         "flags, words",
         [
             (["--seeds", "1", "1"], "--seeds 1 1: give different ones"),
-            (["--seeds", "-1"], "--seeds: .-1. is not a whole number, 0 or more"),
-            (["--prompts", "1"], "--prompts: .1. is not a whole number, 2 or more"),
+            (["--seeds", "-1"], "--seeds: -1 is not allowed: at least 0"),
+            (["--prompts", "1"], "--prompts: 1 is not allowed: at least 2"),
             (["--scale", "0.5"], "--scale: .0.5. is not a number, 1 or more"),
             (["--scale", "nan"], "--scale: .nan. is not a number"),
-            (["--sampling_steps", "0"], "--sampling_steps: .0. is not a whole number"),
+            (["--sampling_steps", "0"], "--sampling_steps: 0 is not allowed: at least 1"),
         ],
     )
     def test_numbers_out_of_range_are_refused(self, monkeypatch, flags, words):

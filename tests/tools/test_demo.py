@@ -42,7 +42,7 @@ def test_the_scripts_find_their_paths_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--prompts", "0"], '--prompts: "0" is not a whole number, 1 or more'),
+        (["--prompts", "0"], "--prompts: 0 is not allowed: at least 1"),
         (["--output_path", "file"], "cannot be a folder, as .*file is a file"),
         (["--output_path", "used"], "--output_path .*used is the path of two outputs"),
         (["--output_path", "kept"], "--output_path .*kept/grid.png is a folder"),

@@ -9,9 +9,9 @@ which includes mapped files and can be reclaimed. Both are the largest of sample
 multiples of the size of the weights in fp32.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +33,8 @@ if __name__ == "__main__":
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import temporary_folder  # noqa: E402
 from ldm.files.inputs import check_file, is_folder  # noqa: E402
-from ldm.files.paths import expanded, user_path  # noqa: E402
-from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.declare import setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 
 
 def memory() -> dict[str, int]:
@@ -127,22 +128,19 @@ def in_a_process(*arguments: str) -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    model_config: str = setting(
+        str(ROOT / "configs" / "v1-inference.yaml"), "the model's YAML, Stable Diffusion 1.x by default", path=True
+    )
+    folder: Path = setting(Path(tempfile.gettempdir()), "folder for temporary files", path=True)
+    measure: list[str] = setting([])  # for the processes that are measured
+
+
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--model_config",
-        type=expanded,
-        default=str(ROOT / "configs" / "v1-inference.yaml"),
-        help="the model's YAML (default: Stable Diffusion 1.x)",
-    )
-    parser.add_argument(
-        "--folder",
-        type=user_path,
-        default=Path(tempfile.gettempdir()),
-        help="for temporary files (default: the system's)",
-    )
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = read_settings(Settings, description=__doc__)
     if args.measure:
         kind, *rest = args.measure
         print(json.dumps({"load": measure_load, "convert": measure_convert}[kind](*rest)))

@@ -10,9 +10,9 @@ other programs on the machine slow all of them. CPU seconds are measured too, wh
 first round, which compiles graphs, is not counted. taskset chooses the cores.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from PIL import Image
@@ -32,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import temporary_folder  # noqa: E402
-from ldm.files.paths import expanded, user_path  # noqa: E402
 from ldm.runtime.script import run_script  # noqa: E402
-from ldm.settings.command_line import MOST_BATCH, Parser, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_NETWORK_BATCH, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 
 NAMES = ("this project", "pytorch-fid", "torchmetrics")
 
@@ -129,22 +131,24 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    reference_python: Optional[str] = setting(
+        None, "a Python with torch, pytorch-fid, torchmetrics and torch-fidelity", path=True
+    )
+    images: int = setting(64, "images in a round", low=1, high=100_000)
+    size: int = setting(256, "width and height in pixels", low=1, high=8192)
+    batch_size: int = setting(32, "images in a call of the network", low=1, high=MOST_NETWORK_BATCH)
+    rounds: int = setting(3, "counted rounds", low=1)
+    # For the processes that are measured.
+    serve: Optional[str] = setting(None, choices=NAMES)
+    folder: Optional[Path] = setting(None, path=True)
+
+
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--reference_python", type=expanded, help="a Python with torch, pytorch-fid, torchmetrics and torch-fidelity"
-    )
-    parser.add_argument(
-        "--images", type=whole_number(1, 100_000), default=64, help="images per round; default %(default)s"
-    )
-    parser.add_argument(
-        "--size", type=whole_number(1, 8192), default=256, help="width and height in pixels; default %(default)s"
-    )
-    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=32, help="default %(default)s")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, help="counted rounds; default %(default)s")
-    parser.add_argument("--serve", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=user_path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = read_settings(Settings, description=__doc__)
     if args.serve:
         return serve(args.serve, args.folder, args.batch_size)
     names = NAMES if args.reference_python else NAMES[:1]

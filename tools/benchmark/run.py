@@ -10,9 +10,9 @@ other process is stopped. The table compares the medians, without the first call
 largest resident size (VmHWM). Results are written to OUTPUT.json and OUTPUT.md.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -43,8 +43,8 @@ from ldm.files.atomic import atomic_path, temporary_folder  # noqa: E402
 from ldm.files.documents import json_text  # noqa: E402
 from ldm.files.inputs import is_file  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
-from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
 from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
 
@@ -169,7 +169,25 @@ def confine(cores: set[int]) -> Callable[[], None]:
     return prepare
 
 
-def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
+@dataclass
+class Settings:
+    """The command line."""
+
+    works: list[str] = setting([], "names of workloads (see --list); none for the whole table", positional=True)
+    list_works: bool = setting(False, "list the workloads and exit", key="list")
+    memory_table: bool = setting(False, "run the workloads of the memory table")
+    repeats: int = setting(2, "pairs of processes for each workload", low=1)
+    calls: int = setting(5, "calls in a process after the first, more for short workloads", low=1)
+    cores: list[int] = setting(
+        sorted(os.sched_getaffinity(0)), "the cores to run on, with as many threads, such as 0,1"
+    )
+    apart: bool = setting(False, "run one process after the other instead of in turns, if memory does not hold both")
+    memory_limit: float = setting(20.0, "end a process that exceeds this many GB", low=0.1)
+    reference_python: Path = setting(ROOT / ".venv-parity" / "bin" / "python", "a Python with diffusers", path=True)
+    output: Path = setting(ROOT / "output" / "benchmark", "path of the results, without a suffix", path=True)
+
+
+def commands(work: Work, args: Settings) -> dict[str, list[str]]:
     """Returns {side: the command of its worker}."""
     rest = [work.name, "--threads", str(len(args.cores))]
     ours = [sys.executable, "-m", "tools.benchmark.ours", *rest]
@@ -180,7 +198,7 @@ def commands(work: Work, args: argparse.Namespace) -> dict[str, list[str]]:
     return {"ours": ours}
 
 
-def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
+def measure(work: Work, args: Settings) -> dict[str, Side | str]:
     """Returns {side: its measurements, or why it has none}."""
     if work.kind == "script":
         return {"ours": measure_script(args)}
@@ -212,11 +230,11 @@ def measure(work: Work, args: argparse.Namespace) -> dict[str, Side | str]:
     return measured
 
 
-def reason(error: Exception, args: argparse.Namespace) -> str:
+def reason(error: Exception, args: Settings) -> str:
     return f"over {args.memory_limit:g} GB" if isinstance(error, OverLimit) else f"failed: {error}"
 
 
-def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
+def measure_cached(work: Work, args: Settings) -> Side | str:
     """Measures the first call of a second process, after a first process has filled the cache."""
     with temporary_folder(SCRATCH) as folder:
         for _ in range(2):
@@ -233,7 +251,7 @@ def measure_cached(work: Work, args: argparse.Namespace) -> Side | str:
     return side
 
 
-def measure_script(args: argparse.Namespace) -> Side | str:
+def measure_script(args: Settings) -> Side | str:
     """Measures text_to_image.py from the start of the process to its end. The PNG is written last."""
     command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
     seconds, cpu_seconds, peak = [], [], 0.0
@@ -291,7 +309,7 @@ def summarise(work: Work, repeats: list[dict[str, Side | str]]) -> dict:
     return line
 
 
-def machine(args: argparse.Namespace) -> dict:
+def machine(args: Settings) -> dict:
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -319,7 +337,7 @@ def reference_python(path: Path) -> str | None:
     return None
 
 
-def chosen_works(args: argparse.Namespace) -> list[Work]:
+def chosen_works(args: Settings) -> list[Work]:
     known = {**TABLE, **MEMORY_TABLE}
     for name in args.works:
         if name not in known:
@@ -327,60 +345,18 @@ def chosen_works(args: argparse.Namespace) -> list[Work]:
     return [known[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("works", nargs="*", help="names of workloads (see --list); default: the whole table")
-    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
-    parser.add_argument("--memory_table", action="store_true", help="run the workloads of the memory table")
-    parser.add_argument(
-        "--repeats", type=whole_number(1), default=2, help="pairs of processes per workload (default 2)"
-    )
-    parser.add_argument(
-        "--calls",
-        type=whole_number(1),
-        default=5,
-        help="calls per process after the first, more for short workloads (default 5)",
-    )
-    parser.add_argument(
-        "--cores",
-        default=",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        help="the cores to run on, with as many threads (default: all, %(default)s)",
-    )
-    parser.add_argument(
-        "--apart",
-        action="store_true",
-        help="run one process after the other instead of in turns, if memory does not hold both",
-    )
-    parser.add_argument(
-        "--memory_limit", type=number(0.1), default=20.0, help="end a process that exceeds this many GB (default 20)"
-    )
-    parser.add_argument(
-        "--reference_python",
-        type=user_path,
-        default=ROOT / ".venv-parity" / "bin" / "python",
-        help="a Python with diffusers (default: that of .venv-parity)",
-    )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=ROOT / "output" / "benchmark",
-        help="path of the results without suffix (default output/benchmark)",
-    )
-    args = parser.parse_args(argv)
-    try:
-        args.cores = {int(core) for core in args.cores.split(",")}
-    except ValueError:
-        parser.error(f"--cores {args.cores}: give numbers such as 0,1")
+def parse(argv: list[str] | None = None) -> Settings:
+    args = read_settings(Settings, argv, description=__doc__)
     if not args.output.name:
-        parser.error(f"--output {args.output} is a folder: give the name of a file in it")
-    if not args.cores <= os.sched_getaffinity(0):
-        parser.error(f"--cores {sorted(args.cores)}: give some of {sorted(os.sched_getaffinity(0))}")
+        raise UserError(f"--output {args.output} is a folder: give the name of a file in it")
+    if not set(args.cores) <= os.sched_getaffinity(0):
+        raise UserError(f"--cores {args.cores}: give some of {sorted(os.sched_getaffinity(0))}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.list:
+    if args.list_works:
         for work in {**TABLE, **MEMORY_TABLE}.values():
             print(f"{work.name:16s} {work.title}")
         return
@@ -390,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_all(works, args, *results)
 
 
-def measure_all(works: list[Work], args: argparse.Namespace, numbers: Path, table: Path) -> None:
+def measure_all(works: list[Work], args: Settings, numbers: Path, table: Path) -> None:
     """Measures the workloads in turn, and writes the results after each."""
     args.reference_python = reference_python(args.reference_python)
     result = {

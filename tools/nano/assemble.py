@@ -8,10 +8,13 @@ Writes nano.safetensors (the autoencoder, CLIP's text tower as the text encoder,
 from.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
 
 from ldm.runtime.script import run_script, start_script
 
@@ -22,8 +25,8 @@ import numpy as np  # noqa: E402
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all, claim_file  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
-from ldm.settings.command_line import Parser  # noqa: E402
+from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 TEXT = "cond_stage_model.transformer."
@@ -40,20 +43,23 @@ def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rounded
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    vae: Path = setting(REQUIRED, "output folder of train_vae", path=True)
+    clip: Path = setting(REQUIRED, "output folder of train_clip", path=True)
+    unet: Optional[Path] = setting(None, "checkpoint of train_text_to_image.py with the vanilla nano recipe", path=True)
+    output_path: Path = setting(REQUIRED, "folder of the two files", path=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--vae", type=user_path, required=True, help="output folder of train_vae")
-    parser.add_argument("--clip", type=user_path, required=True, help="output folder of train_clip")
-    parser.add_argument(
-        "--unet", type=user_path, help="checkpoint of train_text_to_image.py with the vanilla nano recipe"
-    )
-    parser.add_argument("--output_path", type=user_path, required=True, help="folder of the two files")
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     with claim_all(*(claim_file(args.output_path / name, "--output_path") for name in FILES)):
         assemble(args)
 
 
-def assemble(args: argparse.Namespace) -> None:
+def assemble(args: Settings) -> None:
     """Writes the two files."""
     base, _ = read_checkpoint(args.vae / "vae.safetensors")
     clip, _ = read_checkpoint(args.clip / "clip.safetensors")

@@ -11,11 +11,14 @@ mean chroma (max - min of RGB, 0 to 1) of base model and LoRA, and how often the
 the generated image than another one.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
 
 from ldm.runtime.script import describe_progress, run_script, start_script
 
@@ -30,11 +33,11 @@ from ldm.data.draws import draws  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
 from ldm.metrics.networks import nano_clip  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
-from ldm.settings.command_line import Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_SEED, REQUIRED, setting  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from tools.grid import evenly  # noqa: E402
 from tools.nano.images import DATASETS, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
@@ -84,26 +87,27 @@ def grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None, zo
     return sheet
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    output_path: Path = setting(REQUIRED, "folder of the grid and measure.json", path=True)
+    models: Path = setting(MODELS, "folder of nano.safetensors and clip.safetensors", path=True)
+    lora_ckpt_path: Optional[Path] = setting(None, "a LoRA for emoji_fluent_hc", path=True)
+    lora_scale: float = setting(1.0, "its strength")
+    captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
+    scale: float = setting(4.0, "guidance", low=1)
+    seed: int = setting(1, "seed of the starting latents", low=0, high=MOST_SEED)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--output_path", type=user_path, required=True, help="folder of the grid and measure.json")
-    parser.add_argument(
-        "--models", type=user_path, default=MODELS, help="folder of nano.safetensors and clip.safetensors"
-    )
-    parser.add_argument("--lora_ckpt_path", type=user_path, help="a LoRA for emoji_fluent_hc")
-    parser.add_argument("--lora_scale", type=number(), default=1.0, help="its strength")
-    parser.add_argument(
-        "--captions", type=whole_number(2), help="number of captions; default 200, or all held-out ones with a LoRA"
-    )
-    parser.add_argument("--scale", type=number(1), default=4.0, help="guidance")
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     grid_path, json_path = (args.output_path / name for name in ("grid.png", "measure.json"))
     with claim_file(grid_path, "--output_path"), claim_file(json_path, "--output_path"):
         measure(args)
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: Settings) -> None:
     """Generates images, measures them, and writes the grid and the numbers."""
     describe_progress(lambda: "before there was a result")
     setup_runtime("CPU")

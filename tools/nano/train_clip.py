@@ -14,11 +14,14 @@ valid. It teaches the image tower to recognise a concept in any style: a batch s
 in another style or as line art of its image. Both images and the caption are matched with each other.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
 
 from ldm.runtime.script import run_script, start_script
 
@@ -31,11 +34,11 @@ from mindspore import Tensor, nn, ops  # noqa: E402
 
 from ldm.data.draws import draws  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
-from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_NETWORK_BATCH, MOST_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.images import STYLES, blur, line_art, read_images, shift, to_network, turn  # noqa: E402
@@ -120,28 +123,28 @@ def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    output_path: Path = setting(REQUIRED, "folder of clip.safetensors, the log and the training state", path=True)
+    steps: int = setting(1500, "optimizer steps", low=1, high=10_000_000)
+    batch_size: int = setting(96, "images in a step", low=1, high=MOST_NETWORK_BATCH)
+    learning_rate: float = setting(1e-3, "learning rate", low=0)
+    seed: int = setting(1, "seed of the weights and the batches", low=0, high=MOST_SEED)
+    image_tower_only: Optional[Path] = setting(
+        None, "folder of a finished run, whose image tower is trained further", path=True
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--output_path", type=user_path, required=True, help="folder of clip.safetensors, log and state"
-    )
-    parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=1500)
-    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=96)
-    parser.add_argument("--learning_rate", type=number(0), default=1e-3)
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
-    parser.add_argument(
-        "--image_tower_only",
-        type=user_path,
-        metavar="FOLDER",
-        help="folder of a finished run, whose image tower is trained further",
-    )
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     weights = args.output_path / "clip.safetensors"
     with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
         train_clip(args)
 
 
-def train_clip(args: argparse.Namespace) -> None:
+def train_clip(args: Settings) -> None:
     """Trains, prints the report, and writes the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)

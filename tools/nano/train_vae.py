@@ -11,11 +11,13 @@ variance. --decoder_only keeps the encoder of a finished run, and thereby all la
 the loss instead of the KL term.
 """
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from ldm.runtime.script import run_script, start_script
 
@@ -28,11 +30,11 @@ from mindspore import Tensor, nn, ops  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.files.paths import user_path  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
-from ldm.settings.command_line import MOST_BATCH, Parser, number, whole_number  # noqa: E402
+from ldm.settings.declare import MOST_NETWORK_BATCH, MOST_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
+from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.images import STYLES, read_images, shift, to_network, to_pixels, vary_colours  # noqa: E402
 from tools.nano.loop import Step, learning_rates, train  # noqa: E402
@@ -117,26 +119,29 @@ def report(vae: AutoencoderKL) -> str:
     return "\n".join(lines)
 
 
+@dataclass
+class Settings:
+    """The command line."""
+
+    output_path: Path = setting(REQUIRED, "folder of vae.safetensors, the log and the training state", path=True)
+    steps: int = setting(3000, "optimizer steps", low=1, high=10_000_000)
+    batch_size: int = setting(16, "images in a step", low=1, high=MOST_NETWORK_BATCH)
+    learning_rate: float = setting(2e-3, "learning rate", low=0)
+    kl_weight: float = setting(1e-4, "weight of the KL divergence in the loss", low=0)
+    seed: int = setting(1, "seed of the weights and the batches", low=0, high=MOST_SEED)
+    decoder_only: Optional[Path] = setting(
+        None, "folder of a finished run, whose decoder is trained further", path=True
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--output_path", type=user_path, required=True, help="folder of vae.safetensors, the log, the state"
-    )
-    parser.add_argument("--steps", type=whole_number(1, 10_000_000), default=3000)
-    parser.add_argument("--batch_size", type=whole_number(1, MOST_BATCH), default=16)
-    parser.add_argument("--learning_rate", type=number(0), default=2e-3)
-    parser.add_argument("--kl_weight", type=number(0), default=1e-4)
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1)
-    parser.add_argument(
-        "--decoder_only", type=user_path, help="folder of a finished run, whose decoder is trained further"
-    )
-    args = parser.parse_args(argv)
+    args = read_settings(Settings, argv, description=__doc__)
     weights = args.output_path / "vae.safetensors"
     with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
         train_vae(args)
 
 
-def train_vae(args: argparse.Namespace) -> None:
+def train_vae(args: Settings) -> None:
     """Trains, prints the report, and writes the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
