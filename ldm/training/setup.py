@@ -100,7 +100,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 
     config = _read_model_config(settings)
-    image_size(settings, config)
+    image_size(settings, config)  # raises UserError if it does not fit the model
     rows = _read_rows(settings)
     order = BatchOrder(
         len(rows), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count
