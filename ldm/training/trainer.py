@@ -81,9 +81,8 @@ def train(settings: TrainSettings) -> Path:
     runtime = begin(settings)
     output = Path(settings.output_path)
     status = Status(output / "ckpt", bool(settings.resume))
-    with (
-        _claimed(output) if runtime.process_index == 0 else output_to_file(output / f"log-{runtime.process_index}.txt")
-    ):
+    process = runtime.process_index
+    with _claimed(output) if process == 0 else output_to_file(output / f"log-{process}.txt"):
         describe_progress(status.describe)
         path = run_steps(set_up(settings, runtime, status))
         describe_progress(None)  # not in a `finally`: after an interrupt, the status is printed when this has unwound
@@ -212,13 +211,11 @@ def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[Ten
 
 def _dropout_keys(run: Run) -> list[np.ndarray]:
     """Return the key of LoRA's dropout for each micro-batch of the next step, a function of its number."""
-    micro_batches = run.settings.gradient_accumulation_steps
-    first = run.status.steps_done * micro_batches
+    seed, process, count = run.settings.seed, run.runtime.process_index, run.settings.gradient_accumulation_steps
+    first = run.status.steps_done * count
     return [
-        draws(run.settings.seed, "lora_dropout", number, run.runtime.process_index).integers(
-            -(2**31), 2**31, 2, dtype=np.int32
-        )
-        for number in range(first, first + micro_batches)
+        draws(seed, "lora_dropout", number, process).integers(-(2**31), 2**31, 2, dtype=np.int32)
+        for number in range(first, first + count)
     ]
 
 
