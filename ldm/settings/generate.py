@@ -8,7 +8,7 @@ from typing import Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.paths import MOST_STRENGTH
-from ldm.settings.declare import MOST_BATCH, MOST_RANK, setting
+from ldm.settings.declare import MOST_BATCH, MOST_RANK, MOST_SEED, setting
 from ldm.settings.model_yaml import MOST_SIDE, MOST_TIMESTEPS
 from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
@@ -17,181 +17,176 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MOST_IMAGES = 1_000_000
 MOST_GUIDANCE = 1000
 
+IMAGES, MODEL, LORA = "images", "model", "LoRA"
+SAMPLING, OUTPUT, DEVICE = "sampling", "output", "device"
+
 
 @dataclass
 class GenerateSettings:
-    """Names as in mindone's published text_to_image.py, with this project's own beside them."""
+    """What text_to_image.py does: the names of mindone's published script, and this project's own."""
 
     generate_config: Optional[str] = setting(
-        None,
-        "YAML file with any of these settings; flags win over it",
-        group="file of settings",
-        path=True,
-        project=True,
+        None, "YAML file with any of these settings; flags win over it", group=IMAGES, path=True, project=True
     )
-
-    # A text, not Optional: "none" may be a prompt.
-    prompt: str = setting("", "the text to draw", group="what to draw")
+    # Not Optional, because "none" may be a prompt.
+    prompt: str = setting("", "the prompt", group=IMAGES)
     data_path: Optional[str] = setting(
         None,
-        "a text file of prompts instead, one a line (UTF-8); an empty line is an empty prompt, but empty lines at "
-        "the end do not count (a line with a space does)",
-        group="what to draw",
+        "text file (UTF-8) with one prompt per line, instead of prompt; an empty line is an empty prompt, but empty "
+        "lines at the end do not count (a line with a space does)",
+        group=IMAGES,
         path=True,
         project=True,
     )
-    negative_prompt: str = setting("", "what to keep away from, for all prompts", group="what to draw")
+    negative_prompt: str = setting("", "what the images should not show, for all prompts", group=IMAGES)
     negative_data_path: Optional[str] = setting(
         None,
-        "a text file of negative prompts, read as data_path is: as many as prompts, or one for all",
-        group="what to draw",
+        "text file with one negative prompt per line, as many as prompts, or one for all",
+        group=IMAGES,
         path=True,
         project=True,
     )
     n_iter: int = setting(
-        1, "rounds a prompt; a prompt gets n_iter x n_samples images", group="what to draw", low=1, high=MOST_IMAGES
+        1, "rounds; each prompt gets n_iter x n_samples images", group=IMAGES, low=1, high=MOST_IMAGES
     )
-    n_samples: int = setting(1, "images a prompt and round", group="what to draw", low=1, high=MOST_IMAGES)
-    H: Optional[int] = setting(
-        None, "height in pixels; None for the model's own", group="what to draw", low=1, high=MOST_SIDE
-    )
-    W: Optional[int] = setting(
-        None, "width in pixels; None for the model's own", group="what to draw", low=1, high=MOST_SIDE
-    )
+    n_samples: int = setting(1, "images of each prompt in a round", group=IMAGES, low=1, high=MOST_IMAGES)
+    H: Optional[int] = setting(None, "height in pixels; None for the model's own", group=IMAGES, low=1, high=MOST_SIDE)
+    W: Optional[int] = setting(None, "width in pixels; None for the model's own", group=IMAGES, low=1, high=MOST_SIDE)
     seed: int = setting(
         42,
-        "image i comes from (seed, i) alone, whatever the batch size; counted over all prompts",
-        group="what to draw",
+        "image i depends on (seed, i) only, not on the batch size; i counts the images of all prompts",
+        group=IMAGES,
         low=0,
-        high=2**32 - 1,
+        high=MOST_SEED,
     )
     init_latents: Optional[str] = setting(
         None,
-        "start from these latents (.npy, float, images x channels x height x width) instead of the seed's",
-        group="what to draw",
+        "starting latents instead of the seed's: an .npy of floats, (images, channels, height, width)",
+        group=IMAGES,
         path=True,
     )
 
     version: Optional[str] = setting(
         None,
-        "which model; nano where neither this nor a checkpoint is given, read from the checkpoint where that says it",
-        group="model",
+        "version of the model; None: what the checkpoint is, and nano without a checkpoint",
+        group=MODEL,
         choices=tuple(VERSIONS),
     )
     config: Optional[str] = setting(
-        None, "the model's YAML; None for the version's", group="model", path=True, project=True
+        None, "YAML of the model; None for that of the version", group=MODEL, path=True, project=True
     )
     ckpt_path: Optional[str] = setting(
         None,
-        "the base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for the "
-        "version's, under models/",
-        group="model",
+        "base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for that of "
+        "the version, under models/",
+        group=MODEL,
         path=True,
         project=True,
     )
     ckpt_ema: bool = setting(
-        False, "take the moving averages of the UNet (EMA) that the checkpoint holds beside its weights", group="model"
+        False, "take the moving averages (EMA) of the UNet that the checkpoint holds beside its weights", group=MODEL
     )
     unet_ckpt_path: Optional[str] = setting(
         None,
-        "a UNet to put in the place of the checkpoint's, as training without LoRA saves it",
-        group="model",
+        "checkpoint with a UNet that replaces the base checkpoint's, as training without LoRA saves it",
+        group=MODEL,
         path=True,
         project=True,
     )
-
     vae_ckpt_path: Optional[str] = setting(
         None,
-        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
-        "any base model",
-        group="model",
+        "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, or "
+        "any base model, as a file or a folder",
+        group=MODEL,
         path=True,
         project=True,
     )
 
-    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: yes where lora_ckpt_path is given", group="LoRA")
+    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: if lora_ckpt_path is given", group=LORA)
     lora_ckpt_path: Optional[list[str]] = setting(
         None,
-        "LoRA file or files, each with a weight where wanted, or with a second one for the text encoder: a.ckpt "
-        "b.ckpt:0.7 c.ckpt:0.7:0.3",
-        group="LoRA",
+        "LoRA files, each with a strength if wanted, and a second one for the text encoder: a.ckpt b.ckpt:0.7 "
+        "c.ckpt:0.7:0.3",
+        group=LORA,
         path=True,
     )
     lora_scale: float = setting(
         1.0,
-        "multiplies the weight of every LoRA; 0 is the base, bit for bit",
-        group="LoRA",
+        "multiplies the strength of every LoRA; 0 gives the base model, bit for bit",
+        group=LORA,
         low=-MOST_STRENGTH,
         high=MOST_STRENGTH,
         needs="lora_ckpt_path",
     )
     lora_ft_unet: Optional[bool] = setting(
         None,
-        "None: as the file has it; False: leave its UNet part out; True: it must have one",
-        group="LoRA",
+        "None: apply the UNet part if there is one; False: leave it out; True: it must be there",
+        group=LORA,
         needs="lora_ckpt_path",
     )
     lora_ft_text_encoder: Optional[bool] = setting(
         None,
-        "None: as the file has it; False: leave its text encoder part out; True: it must have one",
-        group="LoRA",
+        "None: apply the text encoder part if there is one; False: leave it out; True: it must be there",
+        group=LORA,
         needs="lora_ckpt_path",
     )
     lora_rank: Optional[int] = setting(
         None,
-        "the rank is read from the file; given here, it is compared with it",
-        group="LoRA",
+        "rank, which is read from the file; a value given here is compared with it",
+        group=LORA,
         low=1,
         high=MOST_RANK,
         needs="lora_ckpt_path",
     )
 
-    sampling_steps: int = setting(20, "network calls an image", group="sampling", low=1, high=MOST_TIMESTEPS)
+    sampling_steps: int = setting(20, "steps of the sampler", group=SAMPLING, low=1, high=MOST_TIMESTEPS)
     scale: Optional[float] = setting(
         None,
-        "guidance; 1 for none; None for 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)",
-        group="sampling",
+        "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)",
+        group=SAMPLING,
         low=0,
         high=MOST_GUIDANCE,
     )
-    dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++", group="sampling")
-    ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++", group="sampling")
-    ddim_eta: float = setting(0.0, "DDIM's share of fresh noise", group="sampling", low=0, high=1)
+    dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++", group=SAMPLING)
+    ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++", group=SAMPLING)
+    ddim_eta: float = setting(0.0, "share of fresh noise in DDIM", group=SAMPLING, low=0, high=1)
 
     output_path: str = setting(
         "output",
-        "folder for samples/ and grid.png; an earlier run's are kept as samples.old1 ...",
-        group="output",
+        "folder for samples/ and grid.png; those of an earlier run are kept as samples.old1 and so on",
+        group=OUTPUT,
         path=True,
     )
-    skip_save: bool = setting(False, "write no PNGs", group="output")
-    skip_grid: bool = setting(False, "write no grid", group="output")
+    skip_save: bool = setting(False, "write no PNGs", group=OUTPUT)
+    skip_grid: bool = setting(False, "write no grid", group=OUTPUT)
     save_latents: Optional[str] = setting(
         None,
-        "write the final latents to this .npy and the starting ones to the same name with .init.npy",
-        group="output",
+        "write the final latents to this .npy, and the starting latents to the same name with .init.npy",
+        group=OUTPUT,
         path=True,
     )
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", group="output")
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", group=OUTPUT)
 
     device_target: Optional[str] = setting(
-        None, "None: Ascend where there is one, else CPU", group="runtime", choices=("Ascend", "CPU")
+        None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
     )
-    mode: int = setting(0, "0 graph, 1 pynative", group="runtime", choices=(0, 1))
-    ms_mode: Optional[int] = setting(None, "another name of mode", group="runtime", choices=(0, 1))
-    jit_level: Optional[str] = setting(None, "Ascend's compiler level", group="runtime", choices=("O0", "O1", "O2"))
+    mode: int = setting(0, "0: graph, 1: pynative", group=DEVICE, choices=(0, 1))
+    ms_mode: Optional[int] = setting(None, "another name of mode", group=DEVICE, choices=(0, 1))
+    jit_level: Optional[str] = setting(
+        None, "optimization level of Ascend's graph compiler", group=DEVICE, choices=("O0", "O1", "O2")
+    )
     precision: str = setting(
         "auto",
-        "of UNet and text encoder: auto is fp16 on Ascend, fp32 on CPU; the VAE is always fp32",
-        group="runtime",
+        "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
+        group=DEVICE,
         choices=("auto", "fp16", "fp32"),
     )
-    enable_flash_attention: bool = setting(False, "fused attention, on Ascend only", group="runtime")
+    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", group=DEVICE)
     batch_size: Optional[int] = setting(
         None,
-        "images a network call; None: n_samples, 16 where they are small, at most 8 of 512 x 512 pixels. The images "
-        "are the same",
-        group="runtime",
+        "images in a call of the network, which does not change them; None: n_samples, at least 16 up to 128 x 128 "
+        "pixels, and at most as many as 8 of 512 x 512 pixels",
+        group=DEVICE,
         low=1,
         high=MOST_BATCH,
     )
@@ -200,7 +195,7 @@ class GenerateSettings:
         """Check each setting, and the settings against each other. Raises UserError."""
         check_values(self)
         if not self.prompt and self.data_path is None:
-            raise UserError('nothing to draw: give --prompt "a text" or --data_path with a file of prompts')
+            raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')
         if self.prompt and self.data_path is not None:
             raise UserError("--prompt and --data_path are both given: leave one of them out")
         if self.negative_prompt and self.negative_data_path is not None:
@@ -208,7 +203,7 @@ class GenerateSettings:
         if self.dpm_solver and self.ddim:
             raise UserError("--dpm_solver and --ddim are both given: leave one of them out")
         if self.ddim_eta and not self.ddim:
-            raise UserError(f"--ddim_eta {self.ddim_eta} has a meaning for DDIM only: add --ddim, or leave it out")
+            raise UserError(f"--ddim_eta {self.ddim_eta} needs DDIM: add --ddim, or leave it out")
         if self.use_lora and not self.lora_ckpt_path:
             raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
         if self.ms_mode is not None:

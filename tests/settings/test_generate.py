@@ -72,8 +72,8 @@ def test_a_prompt_may_be_the_word_none():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("", "nothing to draw.*--prompt.*--data_path"),
-        ('--prompt ""', "nothing to draw"),
+        ("", "nothing to generate.*--prompt.*--data_path"),
+        ('--prompt ""', "nothing to generate"),
         ("--prompt x --data_path p.txt", "--prompt and --data_path"),
         ("--prompt x --negative_prompt y --negative_data_path n.txt", "--negative_prompt and --negative_data_path"),
         ("--prompt x --dpm_solver --ddim", "--dpm_solver and --ddim"),
