@@ -206,7 +206,7 @@ def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
     check_free(path, empty_folder=True)
     with writing(path), atomic_folder(path) as folder:
         shutil.copytree(base.path, folder, ignore=_weights_of(base), dirs_exist_ok=True)
-        for component, place in base.places.items():
+        for component, place in base.folders.items():
             prefix = f"{component}/"
             names = {name[len(prefix) :]: name for name in arrays if name.startswith(prefix)}
             file = folder / place.relative_to(base.path) / f"{STEMS[component][0]}.safetensors"
@@ -215,7 +215,7 @@ def _write_folder(path: Path, arrays: Arrays, base: DiffusersFolder) -> None:
 
 def _weights_of(base: DiffusersFolder):
     """For copytree: what is not to be copied, since the weights that are written stand in its place."""
-    places = {str(place) for place in base.places.values()}
+    places = {str(place) for place in base.folders.values()}
     return lambda folder, names: [name for name in names if folder in places and name.endswith(_WEIGHT_SUFFIXES)]
 
 

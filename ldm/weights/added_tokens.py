@@ -1,7 +1,7 @@
-"""Tokens that a checkpoint adds to CLIP's vocabulary, as textual inversion does: where they stand, whether they fit.
+"""Tokens that a checkpoint adds to CLIP's vocabulary, as textual inversion does.
 
-A diffusers folder tells them in its tokenizer's files, a single file written here in its texts. They belong to the
-checkpoint and not to the architecture: its text encoder has one row more for each.
+A diffusers folder names them in the files of its tokenizer, a single file of this project in its metadata. They belong
+to the checkpoint, not to the architecture: its token embedding has one more row for each.
 """
 
 from __future__ import annotations
@@ -21,52 +21,59 @@ from ldm.weights.arrays import Checkpoint
 from ldm.weights.names import CanonicalArrays, KeyMap
 from ldm.weights.names.tables import TEXT_PREFIX
 
-METADATA = "added_tokens"  # the key of a checkpoint's texts
+METADATA = "added_tokens"  # key of the metadata
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 MOST_TOKENS = 100_000
 LONGEST_TEXT = 500
-# transformers can fill the embedding up with rows of no token, to a multiple that suits a device (8, 64, 128).
-ROWS_MULTIPLE, MOST_FILLING = 8, 128
-# transformers lists these among the added tokens; "!" is what SD2's tokenizer fills up with.
+# transformers can pad the embedding with rows of no token to a multiple that suits a device (8, 64, 128).
+ROWS_MULTIPLE, MOST_PADDING = 8, 128
+# transformers lists these among the added tokens. SD2's tokenizer pads with "!".
 _OWN_TEXTS = (START_TEXT, END_TEXT, "!")
 
 
 def read_tokenizer_tokens(read_json: Callable[[str], Mapping[str, Any]], path: Path) -> tuple[AddedToken, ...]:
-    """The tokens that the tokenizer of a diffusers folder adds, by id.
+    """Read the tokens that the tokenizer of a diffusers folder adds.
 
     Args:
-        read_json: gives a file of the folder, empty where it is not there.
-        path: of the folder, for errors.
+        read_json: Reads a file of the folder. Empty if it is missing.
+        path: The folder, for errors.
+
+    Returns:
+        The tokens in the order of their ids.
 
     Raises:
-        UserError: the files contradict each other or CLIP's vocabulary, or the vocabulary is another one.
+        UserError: The files contradict each other or CLIP's vocabulary, or the vocabulary is another one.
     """
     where = path / "tokenizer"
     names = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "vocab.json")
     files = {name: read_json(f"tokenizer/{name}") for name in names}
-    found: dict[str, AddedToken] = {}
+    tokens: dict[str, AddedToken] = {}
     for file, entries in _listed(files, where).items():
         for text, token, flags in entries:
             added = _added_token(text, token, flags, f"{where / file}")
-            other = found.setdefault(added.text, added)
+            other = tokens.setdefault(added.text, added)
             if other.token != added.token:
                 raise UserError(
                     f"{where / file} gives {plain(text, 60)} the id {added.token}, another file beside it "
                     f"{other.token}: save the tokenizer again"
                 )
     _check_vocabulary(files, where)
-    return _checked([added for added in found.values() if added.text not in _OWN_TEXTS], str(where))
+    return _checked([added for added in tokens.values() if added.text not in _OWN_TEXTS], str(where))
 
 
 def read_added_tokens(checkpoint: Checkpoint) -> tuple[AddedToken, ...]:
-    """The tokens that a checkpoint adds, by id. Raises UserError for a file whose texts tell none that can be."""
+    """Read the tokens that a checkpoint adds from its metadata, in the order of their ids.
+
+    Raises:
+        UserError: The metadata names tokens that cannot be.
+    """
     text = checkpoint.metadata.get(METADATA)
     if text is None:
         return ()
     where = f"{checkpoint.path}, {METADATA} in its metadata,"
     entries = parse_json(text, where)
     if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) == 4 for entry in entries):
-        raise UserError(f"{where} is no list of tokens: convert the checkpoint again")
+        raise UserError(f"{where} is not a list of tokens: convert the checkpoint again")
     tokens = [
         _added_token(text, token, {"normalized": normalized, "single_word": single_word}, where)
         for text, token, normalized, single_word in entries
@@ -75,52 +82,52 @@ def read_added_tokens(checkpoint: Checkpoint) -> tuple[AddedToken, ...]:
 
 
 def tokens_metadata(tokens: tuple[AddedToken, ...]) -> dict[str, str]:
-    """The tokens as a text of a checkpoint, which tokens_of reads; nothing where there are none."""
+    """Return the tokens as metadata for read_added_tokens. Empty if there are none."""
     return {METADATA: json.dumps(tokens, ensure_ascii=False)} if tokens else {}
 
 
-def with_added_tokens(model: ModelConfig, checkpoint: Checkpoint, key_map: KeyMap) -> ModelConfig:
-    """The model with the tokens that a checkpoint adds, and its text encoder with as many rows.
+def with_added_tokens(config: ModelConfig, checkpoint: Checkpoint, key_map: KeyMap) -> ModelConfig:
+    """Add the tokens of a checkpoint to a configuration, and their rows to the text encoder.
 
-    Raises UserError where the rows of the file's token embedding are not as many as the tokens, nor filled up to a
-    multiple of ROWS_MULTIPLE.
+    Raises:
+        UserError: The token embedding has neither one row for each token nor is padded to a multiple of ROWS_MULTIPLE.
     """
     if TOKEN_EMBEDDING not in key_map.sources:
-        return model
+        return config
     tokens = read_added_tokens(checkpoint)
     shape = CanonicalArrays(checkpoint, key_map).shape(TOKEN_EMBEDDING)
     rows = shape[0] if shape else 0
     learned = [added for added in tokens if added.token >= VOCABULARY_SIZE]
-    if not learned and rows <= model.text.get("vocab_size", VOCABULARY_SIZE):
-        return replace(model, added_tokens=tokens)  # where there are less, loading names the shapes
+    if not learned and rows <= config.text.get("vocab_size", VOCABULARY_SIZE):
+        return replace(config, added_tokens=tokens)  # fewer rows are reported by the comparison of shapes
     expected = VOCABULARY_SIZE + len(learned)
-    filled_up = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MOST_FILLING
-    if rows != expected and not filled_up:
+    is_padded = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MOST_PADDING
+    if rows != expected and not is_padded:
         raise UserError(
             f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
             f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and "
             "text_encoder/ of one run, the embedding resized to the tokenizer's length"
         )
-    return replace(model, text={**model.text, "vocab_size": rows}, added_tokens=tokens)
+    return replace(config, text={**config.text, "vocab_size": rows}, added_tokens=tokens)
 
 
-def without_added_tokens(model: ModelConfig) -> ModelConfig:
-    """The architecture alone: the reverse of with_added_tokens."""
-    text = {key: value for key, value in model.text.items() if key != "vocab_size"}
-    return replace(model, text=text, added_tokens=()) if model.added_tokens else model
+def without_added_tokens(config: ModelConfig) -> ModelConfig:
+    """Remove the added tokens, the reverse of with_added_tokens."""
+    text = {key: value for key, value in config.text.items() if key != "vocab_size"}
+    return replace(config, text=text, added_tokens=()) if config.added_tokens else config
 
 
 def _listed(files: Mapping[str, Mapping[str, Any]], where: Path) -> dict[str, list[tuple[Any, Any, dict]]]:
-    """File -> (text, id, flags) of each token that it lists. Raises UserError for lists of another form."""
+    """Return file -> (text, id, flags) of each token that it lists. Raises UserError for lists of another form."""
     decoder = files["tokenizer_config.json"].get("added_tokens_decoder") or {}
     whole = files["tokenizer.json"].get("added_tokens") or []
     if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
         raise UserError(
-            f"{where / 'tokenizer_config.json'}: added_tokens_decoder is no list of tokens by id: save the "
+            f"{where / 'tokenizer_config.json'}: added_tokens_decoder is not a list of tokens by id: save the "
             "tokenizer again"
         )
     if not isinstance(whole, list) or not all(isinstance(entry, dict) for entry in whole):
-        raise UserError(f"{where / 'tokenizer.json'}: added_tokens is no list of tokens: save the tokenizer again")
+        raise UserError(f"{where / 'tokenizer.json'}: added_tokens is not a list of tokens: save the tokenizer again")
     return {
         "tokenizer_config.json": [
             (entry.get("content"), int(token) if token.isdecimal() and len(token) < 10 else token, entry)
@@ -149,7 +156,7 @@ def _added_token(text: Any, token: Any, flags: Mapping[str, Any], where: str) ->
 
 
 def _checked(tokens: list[AddedToken], where: str) -> tuple[AddedToken, ...]:
-    """The tokens by id. Raises UserError where two have one id, an id is left out, or CLIP has it for another text."""
+    """Sort tokens by id. Raises UserError for ids that are used twice, missing, or CLIP's for another text."""
     tokens = sorted(tokens, key=lambda added: added.token)
     symbols = vocabulary().symbols
     expected = VOCABULARY_SIZE
@@ -171,11 +178,13 @@ def _checked(tokens: list[AddedToken], where: str) -> tuple[AddedToken, ...]:
 
 
 def _check_vocabulary(files: Mapping[str, Mapping[str, Any]], where: Path) -> None:
-    """Raise UserError for another vocabulary than CLIP's, with which every prompt would mean something else."""
-    file, ids = "vocab.json", files["vocab.json"]
+    """Raise UserError for a vocabulary other than CLIP's, with which every prompt would have another meaning."""
+    file = "vocab.json"
+    ids: Any = files[file]
     if not ids:
-        model = files["tokenizer.json"].get("model")
-        file, ids = "tokenizer.json", model.get("vocab") if isinstance(model, dict) else None
+        file = "tokenizer.json"
+        model = files[file].get("model")
+        ids = model.get("vocab") if isinstance(model, dict) else None
     if not ids:
         return
     ours = vocabulary().ids

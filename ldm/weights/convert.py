@@ -1,9 +1,8 @@
-"""A base model from any form into any other, one array at a time."""
+"""Converts a base model from any form into any other, one array at a time."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,68 +18,74 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config, model_document, model_metadata
 from ldm.weights.added_tokens import tokens_metadata, with_added_tokens, without_added_tokens
 from ldm.weights.architecture import candidate_configs, known_config_path, missing_information, same_config, yaml_beside
-from ldm.weights.arrays import Arrays
+from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.diffusers_folder.writer import write_folder
 from ldm.weights.load import LoadReport, check_metadata, compare_shapes, mismatch_message
-from ldm.weights.names import COMPONENTS, CanonicalArrays, compvis, diffusers, mindone
+from ldm.weights.names import COMPONENTS, CanonicalArrays, KeyMap, compvis, diffusers, mindone
 from ldm.weights.names.tables import TEXT_PREFIX, Concatenation
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("ldm", "diffusers", "mindone", "own")
+# Suffix of the target -> format if none is given.
 FORMAT_OF_SUFFIX = {".safetensors": "ldm", ".ckpt": "mindone", "": "diffusers"}
-SUFFIXES_OF = {"ldm": (".safetensors",), "mindone": (".ckpt",), "own": (".safetensors", ".ckpt")}
+# Format -> suffixes that its targets may have, "" for a folder.
+SUFFIXES = {"ldm": (".safetensors",), "diffusers": ("",), "mindone": (".ckpt",), "own": (".safetensors", ".ckpt")}
 DTYPES = {"keep": None, "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class ConvertedArrays(Arrays):
-    """Arrays under the names of another family, made of canonical ones when they are asked for.
+    """Arrays of another family of names, made of canonical ones when they are asked for.
 
-    dtype: of the floating-point arrays, None for each its own. constants: further arrays, given as they are.
+    Args:
+        canonical: The canonical arrays.
+        layout: Name -> canonical arrays that make it up.
+        dtype: Element type of floating-point arrays, None to keep that of each array.
+        constants: Further arrays, which are not changed.
     """
 
     def __init__(
         self,
         canonical: CanonicalArrays,
-        made: Mapping[str, Concatenation],
+        layout: Mapping[str, Concatenation],
         dtype: np.dtype | None = None,
         constants: Mapping[str, np.ndarray] | None = None,
     ):
-        self._canonical, self._made, self._dtype = canonical, made, dtype
+        self._canonical, self._layout, self._dtype = canonical, layout, dtype
         self._constants = constants or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Return the element type and the shape of an array."""
         if name in self._constants:
             return self._constants[name].dtype, self._constants[name].shape
-        made = self._made[name]
-        specs = [self._canonical.spec(part) for part in made.names]
-        dtype = np.result_type(*(own for own, _ in specs))
+        specs = [self._canonical.spec(part) for part in self._layout[name].names]
+        dtype = np.result_type(*(dtype for dtype, _ in specs))
         if self._dtype is not None and dtype.kind == "f":
             dtype = self._dtype
-        shape = specs[0][1] if len(specs) == 1 else (sum(own[0] for _, own in specs), *specs[0][1][1:])
-        return dtype, made.shape or shape
+        shape = specs[0][1] if len(specs) == 1 else (sum(shape[0] for _, shape in specs), *specs[0][1][1:])
+        return dtype, self._layout[name].shape or shape
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._constants:
             return self._constants[name]
         dtype, shape = self.spec(name)
-        parts = [self._canonical[part] for part in self._made[name].names]
+        parts = [self._canonical[part] for part in self._layout[name].names]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return _cast(name, array.reshape(shape), dtype)
 
     def release(self, name: str) -> None:
-        if name in self._made:
-            for part in self._made[name].names:
+        """Free the memory that reading an array took."""
+        if name in self._layout:
+            for part in self._layout[name].names:
                 self._canonical.release(part)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._made
+        yield from self._layout
         yield from self._constants
 
     def __len__(self) -> int:
-        return len(self._made) + len(self._constants)
+        return len(self._layout) + len(self._constants)
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -92,166 +97,202 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    form: str | None = None,
+    source: str | Path,
+    target: str | Path,
+    format: str | None = None,
     dtype: str = "keep",
     ema: bool = False,
-    model_config: str | os.PathLike | None = None,
+    model_config: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> LoadReport:
-    """Write the base model `source`, a file or folder of any form, to `target`; beside it a model YAML where the model
-    is none of configs/.
+    """Convert a base model, and write a model YAML beside it if it is none of the models in configs/.
 
     Args:
-        form: "ldm" (CompVis's and Stability AI's single file), "diffusers" (a folder), "mindone", "own" (this project's
-            names); None for the one that goes with the target's suffix, see FORMAT_OF_SUFFIX.
-        dtype: "fp32" or "fp16" for all weights, "keep" for each as it is (bfloat16 becomes fp32).
-        ema: the UNet's moving averages in place of its weights.
-        model_config: the model YAML, where the source does not say enough.
-        prediction_type: "epsilon" or "v_prediction", where the source does not say it.
+        source: File or folder of any form.
+        target: What to write.
+        format: "ldm" (the single file of CompVis and Stability AI), "diffusers" (a folder), "mindone" or "own" (the
+            names of this project). None for the format of the target's suffix in FORMAT_OF_SUFFIX.
+        dtype: "fp32" or "fp16" for all weights, or "keep". bfloat16 becomes fp32.
+        ema: Take the moving averages of the UNet's weights in place of the weights.
+        model_config: Model YAML, if the source does not say which model it is.
+        prediction_type: "epsilon" or "v_prediction", if the source does not say it.
 
     Returns:
-        What of the source was taken.
+        How the source fits the networks.
 
     Raises:
-        UserError: the source is no complete base model or not known well enough, the target exists or its suffix is not
-            the form's, a value is too large for fp16, the disk refuses.
+        UserError: The source is not a whole base model or does not say which one, the target exists or its suffix is
+            not one of the format, a value is too large for fp16, or the disk refuses.
     """
     source, target = Path(source), Path(target)
-    form = target_format(target, form)
+    format = target_format(target, format)
     checkpoint = open_base_model(source)
     key_map = map_base_model(checkpoint, ema)
-    if model_config is not None:
-        found = [with_added_tokens(load_model_config(model_config), checkpoint, key_map)]
-    else:
-        found = candidate_configs(checkpoint, key_map, prediction_type)
-    if not found:
+    configs = _configs_of_source(checkpoint, key_map, format, model_config, prediction_type)
+    config = configs[0]
+    is_certain = len(configs) == 1  # else only the prediction type is unknown
+    if format == "diffusers":
+        check_diffusers_sizes(config)
+    beside = yaml_beside(target, as_folder=format == "diffusers")
+    has_yaml = is_file(beside)
+    without_tokens = [without_added_tokens(other) for other in configs]  # a YAML has none, the checkpoint names them
+    if has_yaml and not any(same_config(load_model_config(beside), other) for other in without_tokens):
         raise UserError(
-            f"which model is {source}? {missing_information(checkpoint, key_map, 'add --model_config with its YAML')}"
-        )
-    if len(found) > 1 and form == "diffusers":
-        says = missing_information(checkpoint, key_map, "add --prediction_type epsilon or v_prediction")
-        raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: {says}")
-    model = found[0]
-    if prediction_type is not None:
-        said = model_metadata(checkpoint.metadata).get("prediction_type", prediction_type)
-        for where, other in ((source, said), (model.path, model.prediction_type)):
-            if other != prediction_type:
-                raise UserError(
-                    f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
-                    "out, or choose another YAML"
-                )
-    if len(found) == 1:
-        check_metadata(checkpoint.metadata, model, source)
-    if form == "diffusers":
-        check_diffusers_sizes(model)
-    beside = yaml_beside(target, as_folder=form == "diffusers")
-    there = is_file(beside)
-    architectures = [without_added_tokens(other) for other in found]  # the tokens are told by the checkpoint itself
-    if there and not any(same_config(load_model_config(beside), other) for other in architectures):
-        raise UserError(
-            f"{beside} describes another model, and is read wherever {target} is: choose another name, or "
-            "remove it first"
+            f"{beside} describes another model, and is read together with {target}: choose another name, or remove it "
+            "first"
         )
 
-    networks = build_model(model, random=False)
+    networks = build_model(config, random=False)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
     del networks
     report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
     if not report.ok:
         raise UserError(mismatch_message(checkpoint, report))
     canonical = CanonicalArrays(checkpoint, key_map, shapes)
-    metadata = {"architecture": model.architecture, **tokens_metadata(model.added_tokens)}
-    if model.added_tokens and form in ("ldm", "mindone"):
+    metadata = {"architecture": config.architecture, **tokens_metadata(config.added_tokens)}
+    if is_certain:
+        metadata["prediction_type"] = config.prediction_type
+    if config.added_tokens and format in ("ldm", "mindone"):
         logger.warning(
-            "%s holds %d added tokens (%s) for this project alone: other programs read no tokens from such a file, and "
-            "may refuse its token embedding; a diffusers folder holds them for all",
-            target, len(model.added_tokens), ", ".join(plain(added.text, 60) for added in model.added_tokens[:3]),
+            "%s: only this project reads the %d added tokens (%s) from such a file, and other programs may refuse its "
+            "token embedding; a diffusers folder holds them for all",
+            target, len(config.added_tokens), ", ".join(plain(added.text, 60) for added in config.added_tokens[:3]),
         )  # fmt: skip
-    if len(found) == 1:
-        metadata["prediction_type"] = model.prediction_type
 
-    if form == "diffusers":
-        write_folder(target, model, diffusers_arrays(canonical, shapes, model, DTYPES[dtype]))
+    if format == "diffusers":
+        write_folder(target, config, diffusers_arrays(canonical, shapes, config, DTYPES[dtype]))
     else:
         constants: dict[str, np.ndarray] = {}
-        if form == "ldm":
-            openclip = model.pad_token == "zero"
-            made = compvis.layout(shapes, openclip)
-            constants = compvis.schedule_buffers(model.linear_start, model.linear_end, model.timesteps)
-            if not openclip:
-                length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
-                constants[compvis.POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
-            if key_map.family == "ldm":  # what a published file holds besides, SD2's unused layer for example
-                kept = [name for name in key_map.ignored if compvis.is_published(name)]
-                for name in kept:
-                    array = checkpoint[name]
-                    is_weight = "." in name and array.dtype.kind == "f"  # the noise schedule's names have no dot
-                    constants[name] = _cast(name, array, DTYPES[dtype] or array.dtype) if is_weight else array
-                report.ignored = dict(Counter(report.ignored) - Counter(key_map.ignored[name] for name in kept))
+        if format == "ldm":
+            layout = compvis.layout(shapes, openclip=config.pad_token == "zero")
+            constants, kept = _published_constants(checkpoint, key_map, config, shapes, DTYPES[dtype])
+            report.ignored = dict(Counter(report.ignored) - Counter(key_map.ignored[name] for name in kept))
             metadata["format"] = "pt"
-        elif form == "mindone":
-            made = mindone.layout(shapes)
+        elif format == "mindone":
+            layout = mindone.layout(shapes)
         else:
-            made = {name: Concatenation((name,)) for name in shapes}
-        write_checkpoint(target, ConvertedArrays(canonical, made, DTYPES[dtype], constants), metadata)
-    if len(found) == 1 and known_config_path(architectures[0]) is None and not there:
-        _write_yaml(beside, architectures[0], source)
+            layout = {name: Concatenation((name,)) for name in shapes}
+        write_checkpoint(target, ConvertedArrays(canonical, layout, DTYPES[dtype], constants), metadata)
+    if is_certain and known_config_path(without_tokens[0]) is None and not has_yaml:
+        _write_yaml(beside, without_tokens[0], source)
     return report
 
 
+def _configs_of_source(
+    checkpoint: Checkpoint,
+    key_map: KeyMap,
+    format: str,
+    model_config: str | Path | None,
+    prediction_type: str | None,
+) -> list[ModelConfig]:
+    """Return the configurations that the source may have: one, or several if only the prediction type is unknown.
+
+    Raises UserError if there is none, if the format needs the prediction type, and for contradictions.
+    """
+    source = checkpoint.path
+    if model_config is not None:
+        configs = [with_added_tokens(load_model_config(model_config), checkpoint, key_map)]
+    else:
+        configs = candidate_configs(checkpoint, key_map, prediction_type)
+    if not configs:
+        reason = missing_information(checkpoint, key_map, "add --model_config with its YAML")
+        raise UserError(f"which model is {source}? {reason}")
+    if len(configs) > 1 and format == "diffusers":
+        reason = missing_information(checkpoint, key_map, "add --prediction_type epsilon or v_prediction")
+        raise UserError(f"a diffusers folder says whether noise or velocity is predicted. {source}: {reason}")
+    if prediction_type is not None:
+        stated = model_metadata(checkpoint.metadata).get("prediction_type", prediction_type)
+        for where, other in ((source, stated), (configs[0].path, configs[0].prediction_type)):
+            if other != prediction_type:
+                raise UserError(
+                    f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
+                    "out, or choose another YAML"
+                )
+    if len(configs) == 1:
+        check_metadata(checkpoint.metadata, configs[0], source)
+    return configs
+
+
+def _published_constants(
+    checkpoint: Checkpoint,
+    key_map: KeyMap,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype | None,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return what a published single file holds beside the weights, and which keys of it come from the source."""
+    constants = compvis.schedule_buffers(config.linear_start, config.linear_end, config.timesteps)
+    if config.pad_token != "zero":  # SD1's Hugging Face text encoder
+        length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
+        constants[compvis.POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
+    kept = []
+    if key_map.family == "ldm":  # such as the layer of SD2's text encoder that is not used
+        kept = [name for name in key_map.ignored if compvis.is_published(name)]
+    for name in kept:
+        array = checkpoint[name]
+        is_weight = "." in name and array.dtype.kind == "f"  # names of the noise schedule have no dot
+        constants[name] = _cast(name, array, dtype or array.dtype) if is_weight else array
+    return constants, kept
+
+
 def diffusers_arrays(
-    canonical: CanonicalArrays, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, dtype: np.dtype | None = None
+    canonical: CanonicalArrays,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    dtype: np.dtype | None = None,
 ) -> dict[str, ConvertedArrays]:
-    """The arrays of a diffusers folder's networks, for write_folder; `shapes` are those of the canonical ones."""
-    made = diffusers.layout(shapes, model)
-    return {
-        component: ConvertedArrays(
-            canonical,
-            {name.partition("/")[2]: how for name, how in made.items() if name.startswith(f"{component}/")},
-            dtype,
-        )
-        for component in COMPONENTS
-    }
+    """Return the arrays of a diffusers folder's networks, for write_folder.
+
+    Args:
+        canonical: The canonical arrays.
+        shapes: Canonical name -> shape in the networks.
+        config: Configuration of the model.
+        dtype: Element type of floating-point arrays, None to keep that of each array.
+    """
+    layouts: dict[str, dict[str, Concatenation]] = {component: {} for component in COMPONENTS}
+    for key, concatenation in diffusers.layout(shapes, config).items():
+        component, _, name = key.partition("/")
+        layouts[component][name] = concatenation
+    return {component: ConvertedArrays(canonical, layout, dtype) for component, layout in layouts.items()}
 
 
-def check_diffusers_sizes(model: ModelConfig) -> None:
+def check_diffusers_sizes(config: ModelConfig) -> None:
     """Raise UserError for a model whose sizes diffusers' networks cannot have."""
-    unet, vae = model.unet, model.vae
+    unet, vae = config.unet, config.vae
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
         raise UserError(
-            f"{model.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "
+            f"{config.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "
             "convolution is as wide as the first level; write ldm or own"
         )
     if vae["z_channels"] != vae["embed_dim"]:
         raise UserError(
-            f"{model.path}: z_channels {vae['z_channels']} and embed_dim {vae['embed_dim']} are one number "
+            f"{config.path}: z_channels {vae['z_channels']} and embed_dim {vae['embed_dim']} are one number "
             "in a diffusers folder; write ldm or own"
         )
 
 
-def target_format(target: Path, form: str | None) -> str:
-    """The form that `target` is written in: the one given, or the one of its suffix. Raises UserError for a suffix that
-    is not the form's, and where something is there.
+def target_format(target: Path, format: str | None) -> str:
+    """Return the format to write: the given one, or that of the target's suffix.
+
+    Raises:
+        UserError: The suffix is not one of the format, or something is at `target`.
     """
     suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
-    if form is None:
+    if format is None:
         if suffix not in FORMAT_OF_SUFFIX:
             raise UserError(f"{target}: {suffix} is not written; give a .safetensors, a .ckpt or a folder")
-        form = FORMAT_OF_SUFFIX[suffix]
-    wanted = SUFFIXES_OF.get(form, ("",))
-    if suffix not in wanted:
-        words = " or ".join(suffix or "a folder's name, without suffix" for suffix in wanted)
-        raise UserError(f"{target} is no name for the format {form}, which wants {words}")
-    check_free(target, empty_folder=form == "diffusers")
-    return form
+        format = FORMAT_OF_SUFFIX[suffix]
+    if suffix not in SUFFIXES[format]:
+        words = " or ".join(suffix or "a folder's name, without suffix" for suffix in SUFFIXES[format])
+        raise UserError(f"{target} is no name for the format {format}, which wants {words}")
+    check_free(target, empty_folder=format == "diffusers")
+    return format
 
 
-def _write_yaml(path: Path, model: ModelConfig, source: Path) -> None:
+def _write_yaml(path: Path, config: ModelConfig, source: Path) -> None:
     text = f"# The model of {source.name}, as it was converted.\n"
-    text += yaml.safe_dump(model_document(model), sort_keys=False, allow_unicode=True, width=120)
+    text += yaml.safe_dump(model_document(config), sort_keys=False, allow_unicode=True, width=120)
     with writing(path), atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    assert same_config(model, load_model_config(path))
-    logger.info("%s: the model's YAML, for --config and --model_config", path)
+    assert same_config(config, load_model_config(path))
+    logger.info("%s: the YAML of the model, for --config and --model_config", path)

@@ -1,4 +1,4 @@
-"""Loading a base checkpoint into the networks: strict, judged before anything is changed, and reported."""
+"""Loads base models into the networks. A checkpoint has to fit exactly, which is decided before anything is changed."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ from mindspore import Tensor, nn
 from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig, model_metadata
 from ldm.weights.arrays import Arrays, Checkpoint
-from ldm.weights.base_model import (
-    map_base_model,
-    open_base_model,
-    open_component,
-)
+from ldm.weights.base_model import map_base_model, open_base_model, open_component
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of, same_up_to_1x1, source_shape
 from ldm.weights.recognise import other_task, version_of_width
 
 logger = logging.getLogger(__name__)
 
+Shape = tuple[int, ...]
+
 
 @dataclass
 class ComponentReport:
-    """What of one network was found in a file; names are canonical, shapes are (in the file, in the network), types
-    those of a file's arrays that are no floating-point numbers.
+    """How the arrays of a checkpoint fit one network.
+
+    Attributes:
+        matched: Number of parameters that have their array.
+        missing: Canonical names of parameters without an array.
+        unexpected: Names of arrays without a parameter.
+        wrong_shape: (canonical name, shape in the checkpoint, shape in the network).
+        wrong_type: (canonical name, element type in the checkpoint) of arrays that are not floating-point.
     """
 
     matched: int = 0
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    wrong_shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    wrong_shape: list[tuple[str, Shape, Shape]] = field(default_factory=list)
     wrong_type: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
+        """Whether the arrays are exactly the parameters."""
         return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_type)
 
     def __str__(self) -> str:
@@ -55,7 +60,13 @@ class ComponentReport:
 
 @dataclass
 class LoadReport:
-    """What loading a file did: per component, with the keys that were left out counted by reason."""
+    """How a checkpoint fits the networks.
+
+    Attributes:
+        family: Family of its names.
+        components: Report of each network.
+        ignored: Reason -> number of keys that are left out for it.
+    """
 
     family: str
     components: dict[str, ComponentReport]
@@ -63,7 +74,13 @@ class LoadReport:
 
     @property
     def ok(self) -> bool:
+        """Whether the checkpoint fits exactly."""
         return all(component.ok for component in self.components.values())
+
+    @property
+    def absent(self) -> list[str]:
+        """Components that the checkpoint does not hold."""
+        return [name for name, component in self.components.items() if component.missing and not component.matched]
 
     def __str__(self) -> str:
         text = "; ".join(f"{LABELS[name]}: {component}" for name, component in self.components.items())
@@ -79,51 +96,58 @@ def load_base_model(
     partial: bool = False,
     ema: bool = False,
 ) -> LoadReport:
-    """Load a checkpoint of any family, file or diffusers folder, into a StableDiffusion, or some of its components.
+    """Load a base model, or some of its components, into a StableDiffusion.
 
-    One array is read at a time and becomes its parameter's own memory, in place of the memory that it had before.
+    One array at a time is read. It becomes the memory of its parameter and replaces the memory that the parameter had.
+    Arrays are cast to the types of the parameters. A linear layer can be loaded into a 1x1 convolution and vice versa.
 
     Args:
-        model: has parameters with canonical names; LoRA parameters in it are left alone.
-        path: .safetensors, MindSpore .ckpt, PyTorch file, or diffusers folder.
-        components: which of "unet", "vae", "text_encoder" to load; the rest of the file is left out, and counted.
-        partial: load what fits and leave the rest as it is, instead of an error.
-        ema: take the UNet's moving averages, which some published files hold beside its weights.
+        model: Network whose parameters have canonical names. LoRA parameters are left alone.
+        path: A .safetensors file, a MindSpore .ckpt, a PyTorch file or a diffusers folder.
+        components: Which of "unet", "vae" and "text_encoder" to load. The others are left out and counted.
+        partial: Load what fits and leave the other parameters as they are, instead of raising an error.
+        ema: Load the moving averages of the UNet's weights, which some published files hold beside the weights.
 
     Returns:
-        The report. Arrays are cast to the parameters' types; a linear layer and a 1x1 convolution stand for each other.
+        How the checkpoint fits.
 
     Raises:
-        UserError: the file cannot be read, is not a base checkpoint, or (unless `partial`) does not fit, with counts.
-            The model is unchanged then.
+        UserError: The checkpoint cannot be read, is not a base model, or does not fit (unless `partial`). The model is
+            unchanged then.
     """
     return _load(model, open_base_model(path), components, partial, ema)
 
 
 def load_component(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
-    """Load one network, "unet" or "vae", in the place of the base's: from a file or folder that holds it alone, under
-    its own names, or from any base model. See load_base_model for the rest; raises UserError also where what the file says
-    contradicts the model configuration.
+    """Load the weights of one network from a checkpoint of its own, in place of those of the base model.
+
+    Args:
+        model: See load_base_model.
+        path: File or folder with the network alone, under its own names, or with a base model.
+        component: "unet" or "vae".
+        config: Configuration of the model.
+
+    Returns:
+        How the checkpoint fits.
+
+    Raises:
+        UserError: See load_base_model. Also if the checkpoint contradicts the configuration.
     """
     checkpoint = open_component(path, component)
-    if component == "unet":  # what it predicts, and for which text embeddings
+    if component == "unet":
         check_metadata(checkpoint.metadata, config, path)
     if component == "vae" and isinstance(checkpoint, DiffusersFolder):
         factor = checkpoint.config("vae").get("scaling_factor", config.scale_factor)
         if factor != config.scale_factor:
             raise UserError(
-                f"{path} is a VAE with a scaling_factor of {plain(repr(factor))}, the model wants "
+                f"{path} is a VAE with a scaling_factor of {plain(repr(factor))}, the model has "
                 f"{config.scale_factor}: take a VAE of SD1.x or SD2.x"
             )
     return _load(model, checkpoint, (component,))
 
 
 def _load(
-    model: nn.Cell,
-    checkpoint: Checkpoint,
-    components: Sequence[str],
-    partial: bool = False,
-    ema: bool = False,
+    model: nn.Cell, checkpoint: Checkpoint, components: Sequence[str], partial: bool = False, ema: bool = False
 ) -> LoadReport:
     key_map = map_base_model(checkpoint, ema)
     if isinstance(checkpoint, DiffusersFolder):
@@ -136,8 +160,8 @@ def _load(
     }
     report = compare_shapes(checkpoint, key_map, {name: tuple(p.shape) for name, p in parameters.items()}, components)
     if not report.ok and not partial:
-        way = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
-        raise UserError(mismatch_message(checkpoint, report) + way * (_absent(report) == ["vae"]))
+        way_out = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
+        raise UserError(mismatch_message(checkpoint, report) + way_out * (report.absent == ["vae"]))
     if not any(component.matched for component in report.components.values()):
         raise UserError(f"{checkpoint.path}: none of its {len(checkpoint)} arrays fits the model ({report})")
     wrong = {name for part in report.components.values() for name, *_ in (*part.wrong_shape, *part.wrong_type)}
@@ -151,23 +175,29 @@ def _load(
 
 
 def check_metadata(metadata: Mapping[str, str], config: ModelConfig, path: str | os.PathLike) -> None:
-    """Raise UserError where the texts of the base checkpoint at `path` contradict the model configuration.
+    """Raise UserError if the metadata of the base model at `path` contradicts the configuration.
 
-    A checkpoint that says nothing passes: its shapes are judged by load_base_model, its prediction type is taken on trust.
+    A checkpoint without such metadata passes. load_base_model checks its shapes; its prediction type is not checked.
     """
-    for key, said in model_metadata(metadata).items():
-        wanted = getattr(config, key)
-        if said != wanted:
+    for key, stated in model_metadata(metadata).items():
+        if stated != getattr(config, key):
             raise UserError(
-                f"{path} says that its {key} is {said}, but the model configuration {config.path} has {wanted}: choose "
-                "the version or the model YAML that belongs to the checkpoint"
+                f"{path} says that its {key} is {stated}, but the model configuration {config.path} has "
+                f"{getattr(config, key)}: choose the version or the model YAML that belongs to the checkpoint"
             )
 
 
 def compare_shapes(
-    checkpoint: Arrays, key_map: KeyMap, wanted: dict[str, tuple[int, ...]], components: Sequence[str]
+    checkpoint: Arrays, key_map: KeyMap, wanted: Mapping[str, Shape], components: Sequence[str]
 ) -> LoadReport:
-    """Compare a file's plan with the shapes of the parameters that want to be filled; nothing is read but shapes."""
+    """Compare the arrays of a checkpoint with parameters, without reading them.
+
+    Args:
+        checkpoint: The arrays.
+        key_map: The keys of the checkpoint.
+        wanted: Canonical name -> shape of the parameters.
+        components: Components that the parameters belong to.
+    """
     reports = {component: ComponentReport() for component in components}
     ignored = Counter(key_map.ignored.values())
     for name, shape in wanted.items():
@@ -176,67 +206,56 @@ def compare_shapes(
             report.missing.append(name)
             continue
         source = key_map.sources[name]
-        dtype, whole = checkpoint.spec(source.name)
-        found = source_shape(whole, source)
-        if dtype.kind != "f":  # numbers of a quantised file, which mean nothing without their scales
+        dtype, key_shape = checkpoint.spec(source.name)
+        array_shape = source_shape(key_shape, source)
+        if dtype.kind != "f":  # the integers of a quantized file mean nothing without their scales
             report.wrong_type.append((name, dtype.name))
-        elif same_up_to_1x1(found, shape):
+        elif same_up_to_1x1(array_shape, shape):
             report.matched += 1
         else:
-            report.wrong_shape.append((name, found, shape))
-    for name in key_map.sources:
-        component = component_of(name)
-        if component not in reports:
-            ignored[f"{LABELS[component]}, not asked for"] += 1
-        elif name not in wanted:
-            reports[component].unexpected.append(name)
-    for name in key_map.unknown:
+            report.wrong_shape.append((name, array_shape, shape))
+    for name in (*key_map.sources, *key_map.unknown):
         component = component_of(name)
         if component in COMPONENTS and component not in reports:
             ignored[f"{LABELS[component]}, not asked for"] += 1
-        else:
+        elif name not in wanted:
             reports.setdefault(component, ComponentReport()).unexpected.append(name)
     return LoadReport(key_map.family, reports, dict(ignored))
 
 
 def mismatch_message(checkpoint: Checkpoint, report: LoadReport) -> str:
-    """One line on why a file does not fit: what it is where that is known, the counts, an example."""
-    why = _architecture_mismatch(report)
-    wrong, types, missing, unexpected = (
+    """Say in one line why a checkpoint does not fit: what it is where that is known, the counts, and an example."""
+    reason = _architecture_mismatch(report)
+    wrong_shape, wrong_type, missing, unexpected = (
         [entry for component in report.components.values() for entry in getattr(component, kind)]
         for kind in ("wrong_shape", "wrong_type", "missing", "unexpected")
     )
-    absent = [LABELS[component] for component in _absent(report)]
-    if not why and absent and not wrong:
-        why = f"it holds no {' and no '.join(absent)}"
-    example = ""
-    if wrong:
-        name, found, wanted = wrong[0]
-        example = f"; for example {name} is {found}, wanted {wanted}"
-    elif types:
-        example = f"; for example {types[0][0]} is {types[0][1]}: take the file in fp32, fp16 or bf16"
+    if not reason and report.absent and not wrong_shape:
+        reason = f"it holds no {' and no '.join(LABELS[component] for component in report.absent)}"
+    example = way_out = ""
+    if wrong_shape:
+        name, shape, wanted = wrong_shape[0]
+        example = f"; for example {name} is {shape}, wanted {wanted}"
+    elif wrong_type:
+        name, dtype = wrong_type[0]
+        example = f"; for example {name} is {dtype}: take the file in fp32, fp16 or bf16"
     elif missing or unexpected:
         example = f"; for example {plain((missing or unexpected)[0])}"
-    way = "" if wrong or types or missing else ": take out of the file what no network here has"
-    return f"{checkpoint.path} does not fit the model{f': {why}' if why else ''} ({report}{example}){way}"
-
-
-def _absent(report: LoadReport) -> list[str]:
-    """The components of which nothing was found."""
-    return [name for name, found in report.components.items() if found.missing and not found.matched]
+    if not (wrong_shape or wrong_type or missing):
+        way_out = ": remove the arrays that the networks do not have from the file"
+    return f"{checkpoint.path} does not fit the model{f': {reason}' if reason else ''} ({report}{example}){way_out}"
 
 
 def _architecture_mismatch(report: LoadReport) -> str:
-    for component in report.components.values():
-        for name, found, wanted in component.wrong_shape:
-            if name.endswith("input_blocks.0.0.weight") and len(found) == 4 and found[1] != wanted[1]:
-                task = other_task(found[1])
-                return f"it is {task}" if task is not None else ""
-    for component in report.components.values():
-        for name, found, wanted in component.wrong_shape:
-            if name.endswith("attn2.to_k.weight") and found[-1] != wanted[-1]:
-                return (
-                    f"it is of another architecture, {version_of_width(found[-1])}, and the model configuration "
-                    f"describes {version_of_width(wanted[-1])}"
-                )
+    wrong_shape = [entry for component in report.components.values() for entry in component.wrong_shape]
+    for name, shape, wanted in wrong_shape:
+        if name.endswith("input_blocks.0.0.weight") and len(shape) == 4 and shape[1] != wanted[1]:
+            task = other_task(shape[1])
+            return f"it is {task}" if task is not None else ""
+    for name, shape, wanted in wrong_shape:
+        if name.endswith("attn2.to_k.weight") and shape[-1] != wanted[-1]:
+            return (
+                f"it is of another architecture, {version_of_width(shape[-1])}, and the model configuration describes "
+                f"{version_of_width(wanted[-1])}"
+            )
     return ""

@@ -1,4 +1,4 @@
-"""From every form into every other and back, bit for bit; what cannot be is said before anything is written."""
+"""From every format into every other and back, bit for bit; what cannot be is said before anything is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights():
 
 @pytest.fixture
 def source(tmp_path, weights):
-    """A function that writes a model in this project's own form, or changed, and gives the path."""
+    """A function that writes a model in this project's own format, or changed, and gives the path."""
 
     def write(model="tiny", name="source.safetensors", metadata=None, **changed):
         arrays = {**weights[model], **changed}
@@ -65,29 +65,29 @@ def listing(folder):
 class TestAllDirections:
     @pytest.mark.parametrize("model", MODELS)
     def test_a_round_through_all_forms_ends_where_it_began(self, tmp_path, source, weights, model):
-        # The order holds each form as source and as target of an unlike one.
+        # The order holds each format as source and as target of an unlike one.
         path, config = source(model), MODELS[model]
-        for number, form in enumerate(("diffusers", "mindone", "ldm", "diffusers", "own", "ldm", "mindone", "own")):
-            target = tmp_path / f"{number}" / TARGETS[form]
-            report = convert(path, target, form, model_config=config)
+        for number, format in enumerate(("diffusers", "mindone", "ldm", "diffusers", "own", "ldm", "mindone", "own")):
+            target = tmp_path / f"{number}" / TARGETS[format]
+            report = convert(path, target, format, model_config=config)
             assert report.ok and sum(part.matched for part in report.components.values()) == len(weights[model])
             # From here on a YAML lies beside each, or the folder says it itself.
             path, config = target, None
         equal(read_checkpoint(path)[0], weights[model])
 
-    @pytest.mark.parametrize("form", TARGETS)
-    def test_every_form_loads_into_the_networks(self, tmp_path, source, weights, form):
-        target = tmp_path / "out" / TARGETS[form]
-        convert(source("sd2"), target, form, model_config=MODELS["sd2"])
+    @pytest.mark.parametrize("format", TARGETS)
+    def test_every_form_loads_into_the_networks(self, tmp_path, source, weights, format):
+        target = tmp_path / "out" / TARGETS[format]
+        convert(source("sd2"), target, format, model_config=MODELS["sd2"])
         model = build_model(load_model_config(MODELS["sd2"]), random=False)
         assert load_base_model(model, target).ok
         equal({p.name: p.asnumpy() for p in model.get_parameters()}, weights["sd2"])
 
-    @pytest.mark.parametrize("form", TARGETS)
+    @pytest.mark.parametrize("format", TARGETS)
     @pytest.mark.parametrize("model", ["sd1", "sd2"])
-    def test_the_model_is_known_from_what_was_written(self, tmp_path, source, model, form):
-        target = tmp_path / "out" / TARGETS[form]
-        convert(source(model), target, form, model_config=MODELS[model])
+    def test_the_model_is_known_from_what_was_written(self, tmp_path, source, model, format):
+        target = tmp_path / "out" / TARGETS[format]
+        convert(source(model), target, format, model_config=MODELS[model])
         assert same_config(detect_model_config(target), load_model_config(MODELS[model]))
 
     def test_a_folder_says_all_of_its_model_without_a_yaml(self, tmp_path, source):
@@ -170,8 +170,8 @@ class TestWhatIsWritten:
         }  # fmt: skip
         assert detect_model_config(tmp_path / "nano.ckpt").architecture == "nano"
 
-    @pytest.mark.parametrize("form", TARGETS)
-    def test_one_array_is_held_at_a_time(self, tmp_path, source, monkeypatch, form):
+    @pytest.mark.parametrize("format", TARGETS)
+    def test_one_array_is_held_at_a_time(self, tmp_path, source, monkeypatch, format):
         """Of each array nothing is held when the one after the next is made."""
         import weakref
 
@@ -185,19 +185,19 @@ class TestWhatIsWritten:
                 return array
 
         monkeypatch.setattr(convert_module, "ConvertedArrays", Watched)
-        convert(source(), tmp_path / "out" / TARGETS[form], form, model_config=MODELS["tiny"])
+        convert(source(), tmp_path / "out" / TARGETS[format], format, model_config=MODELS["tiny"])
         assert len(alive) >= 300
 
 
 class TestTypes:
-    @pytest.mark.parametrize("form", TARGETS)
-    def test_fp16_halves_the_weights_and_nothing_else(self, tmp_path, source, weights, form):
-        target = tmp_path / "out" / TARGETS[form]
-        convert(source(), target, form, dtype="fp16", model_config=MODELS["tiny"])
+    @pytest.mark.parametrize("format", TARGETS)
+    def test_fp16_halves_the_weights_and_nothing_else(self, tmp_path, source, weights, format):
+        target = tmp_path / "out" / TARGETS[format]
+        convert(source(), target, format, dtype="fp16", model_config=MODELS["tiny"])
         checkpoint = open_base_model(target)
         dtypes = {name: checkpoint.spec(name)[0] for name in checkpoint}
         halves = [name for name, dtype in dtypes.items() if dtype == np.float16]
-        assert len(halves) == sum(1 for name in dtypes if form == "diffusers" or "." in name and "_ids" not in name)
+        assert len(halves) == sum(1 for name in dtypes if format == "diffusers" or "." in name and "_ids" not in name)
         convert(target, tmp_path / "back.safetensors", "own", dtype="fp32")
         back, _ = read_checkpoint(tmp_path / "back.safetensors")
         equal(back, {name: array.astype(np.float16).astype(np.float32) for name, array in weights["tiny"].items()})
@@ -296,22 +296,22 @@ class TestRefusing:
         (tmp_path / "source.yaml").write_text(MODELS["tiny"].read_text())
         assert "says that its prediction_type is v_prediction" in self.refused(path, tmp_path / "x.ckpt")
 
-    @pytest.mark.parametrize("form", TARGETS)
-    def test_a_yaml_beside_the_target_that_is_of_another_model(self, tmp_path, source, form):
-        target = tmp_path / "out" / ("sd.v1" if form == "diffusers" else TARGETS[form])
+    @pytest.mark.parametrize("format", TARGETS)
+    def test_a_yaml_beside_the_target_that_is_of_another_model(self, tmp_path, source, format):
+        target = tmp_path / "out" / ("sd.v1" if format == "diffusers" else TARGETS[format])
         target.parent.mkdir()
-        beside = target.parent / ("sd.v1.yaml" if form == "diffusers" else f"{target.stem}.yaml")
+        beside = target.parent / ("sd.v1.yaml" if format == "diffusers" else f"{target.stem}.yaml")
         beside.write_text(MODELS["sd1"].read_text())
         assert f"{beside} describes another model" in self.refused(
-            source(), target, form=form, model_config=MODELS["tiny"]
+            source(), target, format=format, model_config=MODELS["tiny"]
         )
         own = "# my own\n" + MODELS["tiny"].read_text()
         beside.write_text(own)
-        convert(source(), target, form, model_config=MODELS["tiny"])
+        convert(source(), target, format, model_config=MODELS["tiny"])
         assert beside.read_text() == own
 
     @pytest.mark.parametrize(
-        "name, form, words",
+        "name, format, words",
         [
             ("x.ckpt", "ldm", "x.ckpt is no name for the format ldm, which wants .safetensors"),
             ("x.safetensors", "mindone", "wants .ckpt"),
@@ -321,8 +321,8 @@ class TestRefusing:
             ("x.pt", "diffusers", "wants a folder's name"),
         ],
     )
-    def test_a_name_that_does_not_go_with_the_form(self, tmp_path, source, name, form, words):
-        assert words in self.refused(source(), tmp_path / name, form=form, model_config=MODELS["tiny"])
+    def test_a_name_that_does_not_go_with_the_form(self, tmp_path, source, name, format, words):
+        assert words in self.refused(source(), tmp_path / name, format=format, model_config=MODELS["tiny"])
 
     @pytest.mark.parametrize("name", ["there.ckpt", "there"])
     def test_a_target_that_exists(self, tmp_path, source, name):

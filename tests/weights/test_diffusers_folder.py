@@ -106,7 +106,7 @@ class TestForms:
 
         (note,) = open_diffusers_folder(folder(tmp_path / "sd", unet=write)).notes
         assert note == (
-            f"unet/diffusion_pytorch_model.{variant}.safetensors is taken, the variant {variant}, as there is none "
+            f"unet/diffusion_pytorch_model.{variant}.safetensors is used, the variant {variant}, as there is no file "
             "without"
         )
 

@@ -242,7 +242,7 @@ class TestAVAEOfItsOwn:
     def test_one_whose_latents_have_another_scale(self, model, config, weights, tmp_path):
         (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}')
         save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[1])
-        with pytest.raises(UserError, match="a VAE with a scaling_factor of 0.13025, the model wants 0.5"):
+        with pytest.raises(UserError, match="a VAE with a scaling_factor of 0.13025, the model has 0.5"):
             load_component(model, tmp_path, "vae", config)
 
 
@@ -281,7 +281,9 @@ class TestRefusing:
 
     def test_unknown_keys(self, model, weights, tmp_path):
         message = refused(model, save(tmp_path / "base.ckpt", {**weights, "refiner.step": np.zeros(1)}))
-        assert "other: 1 unexpected; for example refiner.step): take out of the file what no network here" in message
+        assert (
+            "other: 1 unexpected; for example refiner.step): remove the arrays that the networks do not have" in message
+        )
 
     def test_another_architecture_is_named(self, model, weights, tmp_path):
         sd1 = {**weights, TO_K: np.zeros((32, 768), np.float32)}

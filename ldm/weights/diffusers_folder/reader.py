@@ -1,4 +1,4 @@
-"""A diffusers folder: unet/, vae/, text_encoder/, each with a config.json and weights in one file or several."""
+"""Opens diffusers folders: unet/, vae/ and text_encoder/, each with a config.json and its weights."""
 
 from __future__ import annotations
 
@@ -16,52 +16,56 @@ from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.recognise import unsupported_folder
 
-# Component -> the stems of its weights as .safetensors and as PyTorch's .bin.
+# Component -> stems of its weights as .safetensors and as PyTorch's .bin.
 STEMS = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "text_encoder": ("model", "pytorch_model"),
 }
-# What stands in the names of files beside the stem: full precision first. Published files without a variant and in half
-# precision are the moving averages; the weights that they are of come last.
+# What follows the stem in names of files, in the order of preference: full precision first. Published files without a
+# variant and those in half precision hold moving averages. The weights that were averaged (non_ema) come last.
 VARIANTS = ("", ".fp32", ".ema", ".fp16", ".bf16", ".non_ema")
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
 WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 
 
 class DiffusersFolder(Checkpoint):
-    """The weights of a folder's components as one mapping, under `component/name`; see Checkpoint.
+    """The weights of a folder under the names `component/name`.
 
-    `files` holds the files that the weights come from, `variants` what is in their names for each component, `notes`
-    what a user should know of the choice; `metadata` the scheduler's prediction type and the tokens that the tokenizer
-    adds, where there are any.
+    Attributes:
+        folders: Component -> its folder.
+        files: Files that the weights come from.
+        variants: Component -> variant of its files.
+        notes: What a user should know about the choice of the files.
+        has_averages: Whether the weights of the UNet are known to be moving averages.
+        metadata: The prediction type of the scheduler and the tokens that the tokenizer adds, if there are any.
     """
 
     format = "diffusers"
 
-    def __init__(self, path: Path, places: dict[str, Path]):
+    def __init__(self, path: Path, folders: dict[str, Path]):
         self.path = path
-        self.places = places
+        self.folders = folders
         self.files: list[Path] = []
         self.variants: dict[str, str] = {}
         self.notes: list[str] = []
-        self.has_averages = False  # whether the UNet's weights are known to be moving averages
+        self.has_averages = False
         self._arrays: dict[str, tuple[Checkpoint, str]] = {}
-        for component, place in places.items():
-            for checkpoint in self._open(component, place):
+        for component, folder in folders.items():
+            for checkpoint in self._open(component, folder):
                 self.files.append(checkpoint.path)
                 self._arrays.update({f"{component}/{name}": (checkpoint, name) for name in checkpoint})
         prediction_type = self.read_json("scheduler/scheduler_config.json").get("prediction_type")
         self.metadata = {"prediction_type": prediction_type} if isinstance(prediction_type, str) else {}
-        if "text_encoder" in places and path not in places.values():
+        if "text_encoder" in folders and path not in folders.values():
             self.metadata.update(tokens_metadata(read_tokenizer_tokens(self.read_json, path)))
 
-    def _open(self, component: str, place: Path) -> list[Checkpoint]:
-        names = list_folder(place)
-        found = [
+    def _open(self, component: str, folder: Path) -> list[Checkpoint]:
+        """Open the preferred weights of a component, one file or the shards of an index."""
+        names = list_folder(folder)
+        listed = [
             (variant, name)
             for variant in VARIANTS
-            # .safetensors before .bin
             for stem, suffix in zip(STEMS[component], (".safetensors", ".bin"))
             for name in (
                 f"{stem}{variant}{suffix}",
@@ -70,39 +74,40 @@ class DiffusersFolder(Checkpoint):
             )
             if name in names
         ]
-        there = [(variant, name) for variant, name in found if is_there(place / name)]
-        if not there:
-            if found:
+        present = [(variant, name) for variant, name in listed if is_there(folder / name)]
+        if not present:
+            if listed:
                 raise UserError(
-                    f"{place / found[0][1]} is a link to a file that is not there: a download that "
-                    "stopped? Fetch it again"
+                    f"{folder / listed[0][1]} is a link to a missing file: did a download stop? Fetch it again"
                 )
-            safe, torch = STEMS[component]
+            safetensors, torch = STEMS[component]
             shown = ", ".join(plain(name, 60) for name in names[:5]) or "nothing"
-            raise UserError(f"{place} holds no weights ({safe}.safetensors or {torch}.bin), but {shown}")
-        variant, name = there[0]
+            raise UserError(f"{folder} holds no weights ({safetensors}.safetensors or {torch}.bin), but {shown}")
+        variant, name = present[0]
         self.variants[component] = variant[1:]
-        non_ema = next((other for other_variant, other in there if other_variant == ".non_ema"), None)
+        non_ema = next((other for other_variant, other in present if other_variant == ".non_ema"), None)
         if variant != ".non_ema" and non_ema is not None:
             self.has_averages = self.has_averages or component == "unet"
-            self.notes.append(f"{component}/{name} is taken, the moving averages (EMA), and not {non_ema} beside it")
+            self.notes.append(f"{component}/{name} is used, the moving averages (EMA), and not {non_ema} beside it")
         elif variant:
-            self.notes.append(f"{component}/{name} is taken, the variant {variant[1:]}, as there is none without")
-        return _open_shards(place / name) if name.endswith(".json") else [open_checkpoint(place / name)]
+            self.notes.append(f"{component}/{name} is used, the variant {variant[1:]}, as there is no file without one")
+        return _open_shards(folder / name) if name.endswith(".json") else [open_checkpoint(folder / name)]
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's config.json; empty where there is none."""
-        return _read_json(self.places[component] / "config.json") if component in self.places else {}
+        """Read the config.json of a component. Empty if there is none."""
+        return _read_json(self.folders[component] / "config.json") if component in self.folders else {}
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A file of the folder, `scheduler/scheduler_config.json` for example; empty where there is none."""
+        """Read a file of the folder, such as `scheduler/scheduler_config.json`. Empty if it is missing."""
         return _read_json(self.path / name)
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Return the element type and the shape of an array."""
         checkpoint, inner = self._arrays[name]
         return checkpoint.spec(inner)
 
     def release(self, name: str) -> None:
+        """Free the memory that reading an array took."""
         checkpoint, inner = self._arrays[name]
         checkpoint.release(inner)
 
@@ -118,9 +123,10 @@ class DiffusersFolder(Checkpoint):
 
 
 def open_diffusers_folder(path: Path) -> DiffusersFolder:
-    """Open a diffusers folder, one component of it, or a model's folder in the Hugging Face hub's cache.
+    """Open a diffusers folder, a folder of one component, or the folder of a model in the Hugging Face hub's cache.
 
-    Raises UserError for any other folder, and says what it is.
+    Raises:
+        UserError: It is another folder, or its weights are missing or damaged.
     """
     path = _snapshot(path)
     names = list_folder(path)
@@ -128,15 +134,15 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
     unsupported = unsupported_folder(names, pipeline)
     if unsupported is not None:
         raise UserError(f"{path} is {unsupported}")
-    places = {component: path / component for component in STEMS if is_folder(path / component)}
-    if places:
-        return DiffusersFolder(path, places)
+    folders = {component: path / component for component in STEMS if is_folder(path / component)}
+    if folders:
+        return DiffusersFolder(path, folders)
     config = _read_json(path / "config.json")
-    listed = config.get("architectures")
-    classes = [config.get("_class_name"), *(listed if isinstance(listed, list) else ())]
-    own = [component for name, component in CLASSES.items() if name in classes]
-    if own:
-        return DiffusersFolder(path, {own[0]: path})
+    architectures = config.get("architectures")
+    classes = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+    components = [component for name, component in CLASSES.items() if name in classes]
+    if components:
+        return DiffusersFolder(path, {components[0]: path})
     if "adapter_config.json" in names or any("lora" in name and name.endswith(".safetensors") for name in names):
         raise UserError(f"{path} holds a LoRA, not a base model ({WHOLE}): give its file as --lora_ckpt_path")
     files = [name for name in names if name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))]
@@ -149,9 +155,9 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
 
 
 def _snapshot(path: Path) -> Path:
-    """The folder itself; of a model's folder in the hub's cache the snapshot that refs/main names, else the only one.
+    """Return the snapshot in a model's folder of the hub's cache: that of refs/main, or the only one.
 
-    Raises UserError where there are several or none, and for the whole cache.
+    Any other folder is returned as it is. Raises UserError if no snapshot can be chosen, and for the whole cache.
     """
     names = list_folder(path)
     models = [name for name in names if name.startswith("models--")]
@@ -162,8 +168,8 @@ def _snapshot(path: Path) -> Path:
     if "snapshots" not in names or not ("refs" in names or "blobs" in names):
         return path
     snapshots = [name for name in list_folder(path / "snapshots") if is_folder(path / "snapshots" / name)]
-    reference = path / "refs" / "main"
-    revision = read_text(reference, most=1000).strip() if is_file(reference) else ""
+    main = path / "refs" / "main"
+    revision = read_text(main, most=1000).strip() if is_file(main) else ""
     if revision in snapshots:
         return path / "snapshots" / revision
     if len(snapshots) == 1:
@@ -178,6 +184,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def _open_shards(index: Path) -> list[Checkpoint]:
+    """Open the files that an index names. Raises UserError if the index and the files contradict each other."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map: fetch it again")
@@ -185,9 +192,10 @@ def _open_shards(index: Path) -> list[Checkpoint]:
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index} names {plain(repr(file))}, which is no file beside it: fetch it again")
     shards = [open_checkpoint(index.parent / file) for file in sorted(set(weight_map.values()))]
-    found = {name: shard.path.name for shard in shards for name in shard}
-    if found != weight_map:
-        wrong = sorted(name for name in found.keys() | weight_map.keys() if found.get(name) != weight_map.get(name))
+    contained = {name: shard.path.name for shard in shards for name in shard}
+    if contained != weight_map:
+        names = contained.keys() | weight_map.keys()
+        wrong = sorted(name for name in names if contained.get(name) != weight_map.get(name))
         raise UserError(
             f"{index} and its files do not agree on {len(wrong)} arrays, such as {plain(wrong[0])}: fetch them again"
         )
