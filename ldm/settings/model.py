@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_yaml
@@ -32,14 +32,30 @@ from ldm.settings.model_yaml import (
 )
 from ldm.settings.read import read_mapping
 
-if TYPE_CHECKING:
-    from ldm.tokenizer import AddedToken
-
 # Input channels of UNets that take more than noisy latents, and the models that have them.
 OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
 LEAST_LEFT = 1e-16  # of the image's variance at the last time step; Stable Diffusion leaves 5e-3
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
+
+
+class AddedToken(NamedTuple):
+    """A text with its own token, such as the `<cat-toy>` that a textual inversion learns.
+
+    The flags are those of transformers' AddedToken. Its `lstrip` and `rstrip` remove white space, which has no token
+    here.
+
+    Attributes:
+        text: The text in a prompt.
+        token: Its id.
+        normalized: Whether upper and lower case are the same.
+        single_word: Whether a letter, digit or underscore beside the text prevents a match.
+    """
+
+    text: str
+    token: int
+    normalized: bool = True
+    single_word: bool = False
 
 
 @dataclass(frozen=True)

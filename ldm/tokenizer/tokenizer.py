@@ -11,13 +11,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import ftfy
 import numpy as np
 import regex
 
 from ldm.errors import UserError
+from ldm.settings.model import AddedToken
 
 CONTEXT_LENGTH = 77
 VOCABULARY_SIZE = 49408
@@ -45,25 +45,6 @@ def clean_text(text: str) -> str:
     which pipelines use.
     """
     return " ".join(ftfy.fix_text(text).split()).lower()
-
-
-class AddedToken(NamedTuple):
-    """A text with its own token, such as the `<cat-toy>` that a textual inversion learns.
-
-    The flags are those of transformers' AddedToken. Its `lstrip` and `rstrip` remove white space, which has no token
-    here.
-
-    Attributes:
-        text: The text in a prompt.
-        token: Its id.
-        normalized: Whether upper and lower case are the same.
-        single_word: Whether a letter, digit or underscore beside the text prevents a match.
-    """
-
-    text: str
-    token: int
-    normalized: bool = True
-    single_word: bool = False
 
 
 class Tokenizer:
