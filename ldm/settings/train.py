@@ -1,6 +1,6 @@
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 """The settings of train_text_to_image.py, under the names of the published recipes."""
 
+# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ldm.settings.model_yaml import MOST_SIDE
 from ldm.settings.read import check_values
 
 SCHEDULERS = ("constant", "linear", "cosine")
-# the names in mindone's recipes
+# The names in mindone's recipes.
 ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear"}
 
 FILES, NETWORK, LORA, DATA = "files", "network", "LoRA", "data"
@@ -40,8 +40,8 @@ class TrainSettings:
     )
     pretrained_model_path: Optional[str] = setting(
         None,
-        "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers "
-        "folder",
+        "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a "
+        "diffusers folder",
         group=FILES,
         path=True,
         project=True,
@@ -49,14 +49,14 @@ class TrainSettings:
     )
     pretrained_model_ema: bool = setting(
         False,
-        "start from the moving averages of the UNet (EMA) that the checkpoint holds beside its weights",
+        "start from the moving averages (EMA) of the UNet that the checkpoint holds beside its weights",
         group=FILES,
         not_in_diffusers="convert the base model with --ema first",
     )
     vae_ckpt_path: Optional[str] = setting(
         None,
-        "a VAE to put in the place of the checkpoint's, or where that has none: a file or folder with a VAE alone, or "
-        "any base model",
+        "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, "
+        "or any base model, as a file or a folder",
         group=FILES,
         path=True,
         project=True,
@@ -64,30 +64,30 @@ class TrainSettings:
     )
     model_config: Optional[str] = setting(
         None,
-        "YAML of the architecture; None: what the checkpoint is, by what it says and its shapes",
+        "YAML of the model; None: what the metadata and the shapes of the checkpoint show",
         group=FILES,
         path=True,
         project=True,
     )
     resume: Union[bool, str] = setting(
         False,
-        "go on from the last state in output_path (True), or from that state file or folder",
+        "True: continue from the last training state in output_path; a path: from that training state or folder",
         group=FILES,
         path=True,
         set_by_comparison=True,
     )
 
     unet_initialize_random: bool = setting(
-        False, "start from a random UNet and take the VAE and the text encoder alone from the checkpoint", group=NETWORK
+        False, "start from a random UNet, and take only the VAE and the text encoder from the checkpoint", group=NETWORK
     )
 
     use_lora: bool = setting(
-        False, "train low-rank updates instead of the whole UNet", group=LORA, resume="fixed", graph_key=True
+        False, "train low-rank updates (LoRA) instead of the whole UNet", group=LORA, resume="fixed", graph_key=True
     )
-    lora_ft_unet: bool = setting(True, "put LoRA into the UNet", group=LORA, resume="fixed", graph_key=True)
+    lora_ft_unet: bool = setting(True, "add LoRA to the UNet", group=LORA, resume="fixed", graph_key=True)
     lora_ft_text_encoder: bool = setting(
         False,
-        "put LoRA into the text encoder",
+        "add LoRA to the text encoder",
         group=LORA,
         resume="fixed",
         graph_key=True,
@@ -96,7 +96,7 @@ class TrainSettings:
     )
     lora_rank: int = setting(
         4,
-        "rank: larger learns more, and makes a larger file",
+        "rank; a larger one learns more and makes a larger file",
         group=LORA,
         low=1,
         high=MOST_RANK,
@@ -105,7 +105,7 @@ class TrainSettings:
     )
     lora_alpha: Optional[float] = setting(
         None,
-        "the update is scaled by lora_alpha / lora_rank; None: by 1",
+        "the update is multiplied by lora_alpha / lora_rank; None: by 1",
         group=LORA,
         above=0,
         high=1e6,
@@ -113,20 +113,20 @@ class TrainSettings:
         graph_key=True,
     )
     lora_scale: float = setting(
-        1.0, "a further factor on the update", group=LORA, above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
+        1.0, "a further factor of the update", group=LORA, above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
     )
     lora_targets: list[str] = setting(
         ["attention"],
-        "which layers: attention (q, k, v and out), all (also feed-forward, projections and convolutions), or the last "
-        "parts of layers' names, such as to_q to_v",
+        "which layers: attention (q, k, v and output projections), all (also feed-forward, projections and "
+        "convolutions), or the last parts of layers' names, such as to_q to_v",
         group=LORA,
         resume="fixed",
         graph_key=True,
     )
     lora_config: Optional[str] = setting(
         None,
-        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, in the "
-        "place of lora_targets (docs/lora_toolbox.md); what it leaves out is taken from the settings here",
+        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, "
+        "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
         group=LORA,
         path=True,
         project=True,
@@ -146,8 +146,7 @@ class TrainSettings:
     )
     lora_init_path: Optional[str] = setting(
         None,
-        "LoRA file whose factors training starts from, of any known format; it must have the layers and ranks that are "
-        "trained here",
+        "LoRA file of any known format that training starts from; its layers and ranks must be those trained here",
         group=LORA,
         path=True,
         needs="use_lora",
@@ -164,11 +163,11 @@ class TrainSettings:
     image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
     caption_column: str = setting("text", "column of img_txt.csv with the caption", group=DATA)
     image_size: Optional[int] = setting(
-        None, "pixels of a side; None: the model's own", group=DATA, low=8, high=MOST_SIDE, resume="fixed"
+        None, "width and height in pixels; None for the model's own", group=DATA, low=8, high=MOST_SIDE, resume="fixed"
     )
     image_filter_size: int = setting(
         0,
-        "leave out images with a side shorter than this",
+        "leave out images whose width or height is smaller, in pixels",
         group=DATA,
         low=0,
         high=100_000,
@@ -176,7 +175,7 @@ class TrainSettings:
     )
     random_crop: bool = setting(
         False,
-        "take a square anywhere in the image, not its middle; latents are then not cached",
+        "crop the square at a random place instead of the middle; latents are then not cached",
         group=DATA,
         resume="fixed",
         shared_with_diffusers=True,
@@ -206,13 +205,15 @@ class TrainSettings:
     num_workers: int = setting(1, "threads that load images", group=DATA, low=1, high=256)
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
-    max_steps: Optional[int] = setting(None, "updates in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT)
+    max_steps: Optional[int] = setting(
+        None, "optimizer steps in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT
+    )
     train_batch_size: int = setting(
-        4, "images a step and device", group=LENGTH, low=1, high=MOST_BATCH, resume="fixed", graph_key=True
+        4, "images per batch and device", group=LENGTH, low=1, high=MOST_BATCH, resume="fixed", graph_key=True
     )
     gradient_accumulation_steps: int = setting(
         1,
-        "batches that one update is the mean over",
+        "batches whose gradients one optimizer step averages",
         group=LENGTH,
         low=1,
         high=MOST_BATCH,
@@ -223,7 +224,7 @@ class TrainSettings:
     optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
     betas: list[float] = setting(
         [0.9, 0.999],
-        "AdamW's decay rates",
+        "decay rates of AdamW",
         group=RATE,
         low=0,
         below=1,
@@ -234,7 +235,7 @@ class TrainSettings:
     )
     weight_decay: float = setting(
         0.01,
-        "AdamW's weight decay, of every trained parameter",
+        "weight decay of AdamW, for every trained parameter",
         group=RATE,
         low=0,
         high=1000,
@@ -243,7 +244,7 @@ class TrainSettings:
     )
     scheduler: str = setting(
         "constant",
-        "course of the learning rate after the warm-up",
+        "learning rate schedule after the warm-up",
         group=RATE,
         choices=(*SCHEDULERS, *ALIASES),
         resume="followed",
@@ -269,7 +270,7 @@ class TrainSettings:
     )
     warmup_steps: int = setting(
         0,
-        "updates of linear warm-up",
+        "steps of linear warm-up",
         group=RATE,
         low=0,
         high=MOST_COUNT,
@@ -278,7 +279,7 @@ class TrainSettings:
     )
     decay_steps: int = setting(
         0,
-        "updates from start to end rate; 0: all after the warm-up",
+        "steps from the start to the end learning rate; 0: all steps after the warm-up",
         group=RATE,
         low=0,
         high=MOST_COUNT,
@@ -311,11 +312,11 @@ class TrainSettings:
         set_by_comparison=True,
     )
     init_loss_scale: float = setting(
-        65536.0, "first loss scale (static: the only one)", group=GRADIENTS, above=0, high=2**32
+        65536.0, "first loss scale; with static, the only one", group=GRADIENTS, above=0, high=2**32
     )
     loss_scale_factor: float = setting(
         2.0,
-        "dynamic: divides the scale on overflow, multiplies it after scale_window",
+        "dynamic: the scale is divided by it at an overflow and multiplied by it after scale_window steps",
         group=GRADIENTS,
         above=1,
         high=65536,
@@ -330,25 +331,32 @@ class TrainSettings:
         resume="followed",
     )
     drop_overflow_update: bool = setting(
-        True, "skip the update of a step that overflows", group=GRADIENTS, resume="followed", graph_key=True
+        True, "skip the optimizer step when the gradients overflow", group=GRADIENTS, resume="followed", graph_key=True
     )
 
     use_ema: bool = setting(
         False,
-        "keep a moving average of what is trained; it is what the checkpoints hold",
+        "keep a moving average (EMA) of the trained parameters, and save it in the checkpoints",
         group=SAVING,
         resume="fixed",
         graph_key=True,
         not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
-    ema_decay: float = setting(0.9999, "the average's decay a step", group=SAVING, low=0, below=1, resume="followed")
+    ema_decay: float = setting(
+        0.9999, "decay of the moving average in each step", group=SAVING, low=0, below=1, resume="followed"
+    )
     ckpt_save_interval: int = setting(
-        1, "save every this many epochs (step_mode: steps)", group=SAVING, low=1, high=MOST_COUNT
+        1, "epochs between checkpoints (steps with step_mode)", group=SAVING, low=1, high=MOST_COUNT
     )
     step_mode: bool = setting(False, "count ckpt_save_interval in steps, not epochs", group=SAVING)
-    ckpt_max_keep: int = setting(10, "checkpoints to keep, the newest ones", group=SAVING, low=1, high=MOST_COUNT)
+    ckpt_max_keep: int = setting(
+        10, "number of checkpoints to keep, the newest ones", group=SAVING, low=1, high=MOST_COUNT
+    )
     log_level: str = setting(
-        "INFO", "what log.txt and the screen show", group=SAVING, choices=("DEBUG", "INFO", "WARNING", "ERROR")
+        "INFO",
+        "the least level of messages in log.txt and on the screen",
+        group=SAVING,
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
     )
 
     device_target: Optional[str] = setting(
@@ -356,7 +364,7 @@ class TrainSettings:
     )
     mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", group=DEVICE, choices=(0, 1), graph_key=True)
     jit_level: Optional[str] = setting(
-        None, "how much Ascend's graph compiler optimises", group=DEVICE, choices=("O0", "O1", "O2"), graph_key=True
+        None, "optimization level of Ascend's graph compiler", group=DEVICE, choices=("O0", "O1", "O2"), graph_key=True
     )
     precision: str = setting(
         "auto",
@@ -368,7 +376,7 @@ class TrainSettings:
     )
     seed: int = setting(
         42,
-        "of everything that is drawn",
+        "seed of all random draws",
         group=DEVICE,
         low=0,
         below=2**32,
@@ -377,16 +385,14 @@ class TrainSettings:
         set_by_comparison=True,
     )
     compile_cache: bool = setting(
-        False, "keep the compiled step under output_path/cache, so that resuming starts sooner", group=DEVICE
+        False, "keep the compiled training step under output_path/cache, so that resuming starts sooner", group=DEVICE
     )
     use_parallel: bool = setting(
         False, "data parallel over the processes that msrun started", group=DEVICE, set_by_comparison=True
     )
-    enable_flash_attention: bool = setting(
-        False, "Ascend's fused attention (Ascend only)", group=DEVICE, graph_key=True
-    )
+    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", group=DEVICE, graph_key=True)
     dataset_sink_mode: bool = setting(
-        False, "feed batches through Ascend's data queue while the step runs (Ascend only)", group=DEVICE
+        False, "feed batches through Ascend's data queue while a step runs (Ascend only)", group=DEVICE
     )
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
+from ldm.settings.declare import names_of
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
 from ldm.settings.read import read_settings
@@ -32,6 +33,41 @@ def test_the_defaults_of_the_published_recipe():
 def test_every_setting_is_explained():
     for field in dataclasses.fields(TrainSettings):
         assert len(field.metadata["help"]) > 5, field.name
+
+
+def test_the_settings_in_a_training_state_stay_the_same():
+    """States that earlier versions wrote are compared by these names. One that is missing would not be compared."""
+    assert sorted(names_of(TrainSettings, resume="fixed")) == [
+        "caption_dropout", "gradient_accumulation_steps", "image_size", "lora_alpha", "lora_config", "lora_dropout",
+        "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale", "lora_targets", "optim",
+        "precision", "random_crop", "random_flip", "seed", "train_batch_size", "use_ema", "use_lora",
+    ]  # fmt: skip
+    assert sorted(names_of(TrainSettings, resume="followed")) == [
+        "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
+        "loss_scale_factor", "loss_scaler_type", "max_grad_norm", "scale_window", "scheduler", "start_learning_rate",
+        "warmup_steps", "weight_decay",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "known"), [(TrainSettings, {"use_lora"}), (GenerateSettings, {"lora_ckpt_path"})])
+def test_what_a_setting_is_part_of_is_declared_in_known_words(cls, known):
+    rules = [field.metadata for field in dataclasses.fields(cls)]
+    assert {rule["resume"] for rule in rules} <= {None, "fixed", "followed"}
+    assert {rule["needs"] for rule in rules} == {None} | known
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(lora_rank=0), "lora_rank: 0 is not allowed: at least 1"),
+        (dict(epochs="3"), 'epochs: "3" is a text, not a whole number'),
+        (dict(scheduler="cosinus"), 'did you mean "cosine"'),
+        (dict(start_learning_rate=float("nan")), "start_learning_rate: nan is not a number"),
+    ],
+)
+def test_settings_made_in_python_are_checked_like_flags(change, says):
+    with pytest.raises(UserError, match=says):
+        TrainSettings(**change)
 
 
 def test_there_is_a_recipe_for_each_model_and_way():
@@ -76,6 +112,7 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
         (["--use_lora", "--unet_initialize_random"], "unet_initialize_random"),
         (["--lora_ft_text_encoder"], "needs use_lora"),
         (["--lora_init_path", "lora.ckpt"], "lora_init_path needs use_lora"),
+        (["--lora_config", "lora.json"], "lora_config needs use_lora"),
         (["--lora_rank", "0"], "at least 1"),
         (["--scheduler", "cosinus"], '"cosine"'),
         (["--precision", "bf16"], "fp16"),
