@@ -99,8 +99,8 @@ class ArrayCache:
 
         Args:
             keys: Keys from `content_key`. Equal keys share an array.
-            compute_batch: Takes the places in `keys` of exactly `batch_size` arrays and returns these arrays in the
-                same order. The last batch is filled by repeating its last place, so that one graph serves all batches.
+            compute_batch: Takes the places in `keys` of at most `batch_size` arrays and returns these arrays in the
+                same order.
             batch_size: At least 1.
             desc: What is computed, for the progress bar and messages ("latents").
             shape: Expected shape of every array. None accepts any.
@@ -127,11 +127,9 @@ class ArrayCache:
             with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    batch_places = [places[key] for key in batch]
-                    padding = batch_places[-1:] * (batch_size - len(batch))
-                    computed = list(compute_batch(batch_places + padding))
-                    if len(computed) != batch_size:
-                        raise ValueError(f"{desc}: {len(computed)} arrays for a batch of {batch_size}")
+                    computed = list(compute_batch([places[key] for key in batch]))
+                    if len(computed) != len(batch):
+                        raise ValueError(f"{desc}: {len(computed)} arrays for a batch of {len(batch)}")
                     for key, array in zip(batch, computed):
                         self._store(key, np.array(array), desc)
                     bar.update(len(batch))

@@ -19,6 +19,7 @@ from ldm.data.draws import augmentation_draws, micro_batch_draws
 from ldm.data.transforms import load_image
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.runtime.batches import run_in_batches
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 from ldm.training.checks import image_size
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 LOGVAR_RANGE = (-30.0, 20.0)  # of LDM's DiagonalGaussianDistribution
 # Pixels that are encoded at once for the cache: one image of 512 x 512, or 4 of 256 x 256 (2.3 GB; 16 took 7.1 GB).
 CACHE_PIXELS = 512 * 512
+TEXTS_IN_CALL = 16  # captions that the text encoder encodes at once for the cache
 
 
 class Batch(NamedTuple):
@@ -148,15 +150,15 @@ class Inputs:
         keys = [content_key("moments", weights, self.image_size, row.content) for row in self.rows]
         batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
         side = self.image_size // self.config.vae_factor
-        shape = (2 * self.config.latent_channels, side, side)
-        return cache.get_or_compute(keys, self._encode_images, batch_size, "latents", shape)
 
-    def _encode_images(self, places: list[int]) -> np.ndarray:
-        images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
-        moments = self.vae_encoder(Tensor(np.stack(images))).asnumpy()
-        if self.status is not None:
-            self.status.phase = f"after encoding {places[-1] + 1} of {len(self.rows)} images"
-        return moments
+        def encode(places: list[int]) -> np.ndarray:
+            images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
+            moments = run_in_batches(self.vae_encoder, np.stack(images), batch_size)
+            if self.status is not None:
+                self.status.phase = f"after encoding {places[-1] + 1} of {len(self.rows)} images"
+            return moments
+
+        return cache.get_or_compute(keys, encode, batch_size, "latents", (2 * self.config.latent_channels, side, side))
 
     def _cached_text_embeddings(self, cache: ArrayCache) -> list[np.ndarray]:
         """Return the text embeddings of each row's caption and, as the last, of the empty caption."""
@@ -165,6 +167,6 @@ class Inputs:
         keys = [content_key("text", weights, row.tobytes()) for row in tokens]
 
         def encode(places: list[int]) -> np.ndarray:
-            return self.text_encoder(Tensor(tokens[places])).asnumpy()
+            return run_in_batches(self.text_encoder, tokens[places], TEXTS_IN_CALL)
 
-        return cache.get_or_compute(keys, encode, 16, "texts", (tokens.shape[1], self.config.context_dim))
+        return cache.get_or_compute(keys, encode, TEXTS_IN_CALL, "texts", (tokens.shape[1], self.config.context_dim))

@@ -47,17 +47,17 @@ def test_every_key_gets_its_array(tmp_path, on_disk):
     assert len(files(tmp_path)) == (5 if on_disk else 0)
 
 
-def test_every_batch_is_full_so_that_one_graph_serves_all():
+def test_arrays_are_computed_in_batches():
     compute = Doubler()
     ArrayCache().get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
-    assert compute.asked == [[0, 1], [2, 3], [4, 4]]
+    assert compute.asked == [[0, 1], [2, 3], [4]]
 
 
 def test_nothing_is_computed_twice_in_memory():
     cache, compute = ArrayCache(), Doubler()
     cache.get_or_compute(keys(4), compute, batch_size=4, desc="numbers")
     arrays = cache.get_or_compute(keys(6), compute, batch_size=4, desc="numbers")
-    assert compute.asked == [[0, 1, 2, 3], [4, 5, 5, 5]]
+    assert compute.asked == [[0, 1, 2, 3], [4, 5]]
     assert [array[0] for array in arrays] == [0, 2, 4, 6, 8, 10]
 
 
