@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.steps import check_steps
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
@@ -38,6 +39,10 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}")
 
     def check(self, config: ModelConfig) -> None:
         """Raise UserError unless size and steps fit the model, and an image in fp32 fits into this machine's memory."""

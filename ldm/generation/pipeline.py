@@ -209,9 +209,12 @@ class Pipeline:
 
         Raises:
             UserError: The size or the steps do not fit the model, or memory does not suffice.
-            ValueError: Prompts, negative prompts and latents differ in number.
+            ValueError: There is no prompt, the sampler is unknown, or prompts, negative prompts and latents differ in
+                number.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or num_images_per_prompt < 1:
+            raise ValueError("nothing to generate: give at least one prompt, and num_images_per_prompt of at least 1")
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompts = [negative_prompt or ""] * len(prompts)
         else:

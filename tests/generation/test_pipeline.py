@@ -273,6 +273,20 @@ def test_an_image_larger_than_the_memory_is_refused_before_anything_runs(pipelin
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": "a cat", "num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"prompt": "a cat", "sampler": "euler"}, "dpm_solver_pp, dpm_solver, ddim, not 'euler'"),
+        ({"prompt": ["a cat", "a dog"], "negative_prompt": ["blurry"]}, "2 prompts, but 1 negative prompts"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused(pipeline, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        pipeline(**arguments)
+
+
+@pytest.mark.parametrize(
     "more",
     [
         {"negative_prompts": ["one"]},
