@@ -1,4 +1,4 @@
-"""What every test stands on: a quiet MindSpore, fixed seeds, graph mode where a test asks for it, a tiny model."""
+"""Shared fixtures: fixed seeds, graph mode, an unprivileged user, and a tiny model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
-# A shell that starts the tests in the background lets them, and the processes that they start, ignore Ctrl-C.
+# Tests that a shell starts in the background inherit that Ctrl-C is ignored, and so do their subprocesses.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def dump_graphs(module: str, folder: Path) -> None:
-    """Run a module that compiles graphs and writes them into `folder`, in a process of its own."""
+    """Run a module that compiles graphs and writes them into `folder`, in its own process."""
     run = subprocess.run([sys.executable, "-m", module, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
 def validated_graphs(folder: Path) -> str:
-    """The text of the graphs there as they are after the compiler's last check."""
+    """Return the text of the graphs in `folder` after the compiler's last check."""
     return "".join(path.read_text(errors="replace") for path in folder.glob("*_validate_*.ir"))
 
 
@@ -43,7 +43,7 @@ def fixed_seed():
 
 @pytest.fixture
 def unprivileged():
-    """A folder, and the test running without root's right to read and write everything: as an ordinary user's."""
+    """A folder, for a test that runs without root's permission to read and write everything."""
     folder = Path(tempfile.mkdtemp(prefix="ordinary-user-"))
     restore = _drop_file_rights() if os.geteuid() == 0 else lambda: None
     yield folder
@@ -53,7 +53,7 @@ def unprivileged():
 
 
 def _drop_file_rights() -> Callable[[], None]:
-    """Take CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH from this thread (see `man capset`); the result gives them back."""
+    """Drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (see `man capset`); return a function that restores them."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
     before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 of each
@@ -74,7 +74,7 @@ def tiny_config():
 
 @pytest.fixture
 def graph_mode():
-    """The mode that training and sampling run in; pynative afterwards, as MindSpore starts."""
+    """Graph mode, in which training and sampling run. Afterwards MindSpore's default, pynative mode."""
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)

@@ -1,4 +1,4 @@
-"""What users name is looked at, opened and read; whatever stands in its place is named."""
+"""Files that users name are opened and read, and errors name what is found instead of a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READERS = (open_file, check_file, read_bytes, read_text)
 
 @pytest.fixture
 def places(tmp_path):
-    """One of everything that can stand in the place of a file, and a link to each."""
+    """A folder with every kind of file, and links to them."""
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -58,7 +58,7 @@ def places(tmp_path):
         ("a\0b", "is not a valid path"),
     ],
 )
-def test_whatever_stands_in_the_place_of_a_file_is_named(read, name, words, places):
+def test_anything_but_a_file_is_refused_by_name(read, name, words, places):
     with pytest.raises(UserError, match=words) as error:
         read(places / name if "\0" not in name else f"{places}/{name}", "data_path", "give a.png")
     assert str(error.value).startswith("data_path ") and len(str(error.value)) < 400
@@ -72,7 +72,7 @@ def test_a_file_is_read_through_a_link(places):
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_no_permission_is_not_called_missing(read, unprivileged):
+def test_a_missing_permission_is_named(read, unprivileged):
     (unprivileged / "closed").mkdir()
     for path in (unprivileged / "closed" / "a", unprivileged / "b"):
         path.touch()
@@ -83,7 +83,7 @@ def test_no_permission_is_not_called_missing(read, unprivileged):
             read(path)
 
 
-def test_looking_tells_what_is_there(places):
+def test_the_status_distinguishes_files_and_folders(places):
     assert is_file(places / "link-file") and not is_folder(places / "link-file") and is_there(places / "link-file")
     assert is_folder(places / "link-folder") and not is_file(places / "link-folder")
     assert is_there(places / "pipe") and not is_file(places / "pipe") and not is_folder(places / "pipe")
@@ -92,7 +92,7 @@ def test_looking_tells_what_is_there(places):
         assert file_status(places / name) is None and not is_there(places / name)
 
 
-def test_looking_names_what_cannot_be_seen(places, unprivileged):
+def test_an_inaccessible_path_is_refused_by_name(places, unprivileged):
     (unprivileged / "closed").mkdir(0)
     for path in (unprivileged / "closed" / "a", "x" * 300, "a\0b"):
         for ask in (file_status, is_there, is_file, is_folder):
@@ -102,14 +102,14 @@ def test_looking_names_what_cannot_be_seen(places, unprivileged):
         list_folder(unprivileged / "closed")
 
 
-def test_a_folder_is_listed_in_order(places):
+def test_a_folder_is_listed_in_sorted_order(places):
     assert list_folder(places)[:3] == ["circle", "dead", "device"]
     for name in ("file", "nowhere"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             list_folder(places / name)
 
 
-def test_no_more_is_read_than_allowed(places):
+def test_large_files_are_refused(places):
     assert read_bytes(places / "file", most=7) == b"content"
     with pytest.raises(UserError, match="has 7 bytes, at most 6 are read"):
         read_bytes(places / "file", most=6)
@@ -120,7 +120,7 @@ def test_no_more_is_read_than_allowed(places):
 @pytest.mark.parametrize(
     "raw, text", [(b"\xef\xbb\xbfa\n", "a\n"), (b"a\r\nb\rc", "a\nb\nc"), ("\u2028é".encode(), "\u2028é"), (b"", "")]
 )
-def test_a_text_is_utf8_whatever_its_line_ends(raw, text, tmp_path):
+def test_texts_are_utf8_with_any_line_ends(raw, text, tmp_path):
     (tmp_path / "a.txt").write_bytes(raw)
     assert read_text(tmp_path / "a.txt") == text
 
@@ -133,7 +133,7 @@ def test_a_text_is_utf8_whatever_its_line_ends(raw, text, tmp_path):
         (b"a\nb\nc\0", "line 3: not a text file"),
     ],
 )
-def test_another_encoding_is_named_with_its_line(raw, words, tmp_path):
+def test_another_encoding_is_refused_with_its_line(raw, words, tmp_path):
     (tmp_path / "a.txt").write_bytes(raw)
     with pytest.raises(UserError, match=words):
         read_text(tmp_path / "a.txt")
@@ -150,10 +150,10 @@ def test_another_encoding_is_named_with_its_line(raw, words, tmp_path):
         ("\ud800", r"\ud800"),
     ],
 )
-def test_foreign_text_is_shown_plainly(text, shown):
+def test_untrusted_text_is_escaped(text, shown):
     assert plain(text) == shown
 
 
-def test_long_foreign_text_loses_its_middle():
+def test_the_middle_of_a_long_text_is_left_out():
     shown = plain("begin" + "x" * 10**7 + "end")
     assert len(shown) == 200 and shown.startswith("beginx") and shown.endswith("xend") and " ... " in shown

@@ -1,4 +1,4 @@
-"""Outputs are tried and locked before the work: who else writes there is named, and nothing is left behind."""
+"""Outputs are checked and locked before the work. Errors name other processes, and no files are left behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLAIMS = {"claim_folder": claim_folder, "claim_file": claim_file, "claim_new": c
 
 @contextmanager
 def held_elsewhere(claim: str, path: Path):
-    """The claim made by another process, which ends with the block."""
+    """Hold the claim in another process, which ends with the block."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER.format(claim=claim, path=path)], cwd=ROOT, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
@@ -51,7 +51,7 @@ def names(folder: Path) -> list[str]:
 
 class TestASecondRun:
     @pytest.mark.parametrize("claim", CLAIMS)
-    def test_is_told_who_holds_the_output_until_that_ends(self, tmp_path, claim):
+    def test_is_refused_until_the_first_ends(self, tmp_path, claim):
         path = tmp_path / "out"
         with held_elsewhere(claim, path) as process:
             words = rf"--output .*out is in use by process {process.pid} on \S+ \(other.py, since 20.*: wait for it"
@@ -70,13 +70,13 @@ class TestASecondRun:
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert names(tmp_path) == []
 
-    def test_within_one_process_is_one_path_given_twice(self, tmp_path):
+    def test_in_the_same_process_means_two_outputs_with_one_path(self, tmp_path):
         with claim_file(tmp_path / "a.json", "--output"):
             with pytest.raises(UserError, match="--save a?.*a.json is the path of two outputs of this run"):
                 with claim_file(tmp_path / "." / "a.json", "--save"):
                     pass
 
-    def test_by_a_link_is_the_same_output(self, tmp_path):
+    def test_is_refused_by_a_link_to_the_same_output(self, tmp_path):
         (tmp_path / "link").symlink_to("folder")
         (tmp_path / "link.npz").symlink_to("file.npz")
         (tmp_path / "folder").mkdir()
@@ -86,12 +86,12 @@ class TestASecondRun:
                     pass
         assert (tmp_path / "link.npz").is_symlink()
 
-    def test_of_another_path_goes_on(self, tmp_path):
+    def test_with_other_paths_is_allowed(self, tmp_path):
         with claim_all(*(claim_file(tmp_path / f"{i}.json", "--output") for i in range(3))):
             assert names(tmp_path) == [".0.json.lock", ".1.json.lock", ".2.json.lock"]
         assert names(tmp_path) == []
 
-    def test_never_shares_a_lock_file_that_its_holder_removes_meanwhile(self, tmp_path, monkeypatch):
+    def test_never_shares_a_lock_file_that_is_being_removed(self, tmp_path, monkeypatch):
         first = claim_folder(tmp_path, "output_path")
         first.__enter__()
         real, turns = fcntl.flock, []
@@ -108,8 +108,8 @@ class TestASecondRun:
         assert names(tmp_path) == []
 
 
-class TestNothingIsLeft:
-    def test_of_folders_that_stay_empty(self, tmp_path):
+class TestCleanUp:
+    def test_new_folders_that_stay_empty_are_removed(self, tmp_path):
         with pytest.raises(KeyError), claim_folder(tmp_path / "a" / "b", "output_path"):
             assert (tmp_path / "a" / "b").is_dir()
             raise KeyError
@@ -117,12 +117,12 @@ class TestNothingIsLeft:
             pass
         assert names(tmp_path) == []
 
-    def test_but_of_the_results_all(self, tmp_path):
+    def test_folders_with_results_stay(self, tmp_path):
         with claim_folder(tmp_path / "a" / "b", "output_path"):
             (tmp_path / "a" / "b" / "result").touch()
         assert names(tmp_path) == ["a", "b", "result"]
 
-    def test_where_a_process_ends_without_unwinding(self, tmp_path):
+    def test_a_process_that_ends_without_unwinding_leaves_nothing(self, tmp_path):
         out = tmp_path / "a"
         with pytest.raises(KeyError), claim_folder(out, "output_path"), claim_file(out / "b.npz", "--save"):
             with atomic_path(out / "x.npy") as file, atomic_folder(out / "y") as folder, temporary_folder(out) as parts:
@@ -132,7 +132,7 @@ class TestNothingIsLeft:
                 assert names(tmp_path) == []
                 raise KeyError
 
-    def test_where_the_folder_is_taken_away_meanwhile(self, tmp_path):
+    def test_a_folder_that_was_moved_meanwhile_is_no_error(self, tmp_path):
         with claim_file(tmp_path / "a" / "b.json", "--output"):
             (tmp_path / "a").rename(tmp_path / "c")
         assert not (tmp_path / "a").exists()
@@ -165,7 +165,7 @@ LONG = "n" * 255
         ("claim_new", "m" * 256, "cannot be accessed: File name too long"),
     ],
 )
-def test_an_output_that_cannot_be_is_named_before_the_work(tmp_path, claim, path, words):
+def test_an_unusable_output_is_named_before_the_work(tmp_path, claim, path, words):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "dead").symlink_to("nowhere/x")
@@ -177,7 +177,7 @@ def test_an_output_that_cannot_be_is_named_before_the_work(tmp_path, claim, path
     assert str(error.value).startswith(("output", str(tmp_path))) and names(tmp_path) == before
 
 
-def test_a_new_folder_may_take_the_place_of_an_empty_one_only(tmp_path):
+def test_a_new_folder_may_replace_an_empty_one_only(tmp_path):
     (tmp_path / "empty").mkdir()
     with claim_new(tmp_path / "empty", "--target", folder=True), atomic_folder(tmp_path / "empty") as folder:
         (folder / "unet").touch()
@@ -193,14 +193,14 @@ def test_a_name_of_255_bytes_is_claimed_and_written(tmp_path, name):
     with claim_file(tmp_path / name, "--output"):
         with pytest.raises(UserError, match="two outputs"), claim_file(tmp_path / name, "--output"):
             pass
-        with claim_file(tmp_path / (name[:-1] + "z"), "--save"):  # like it but for its end
+        with claim_file(tmp_path / (name[:-1] + "z"), "--save"):  # differs in its last character
             pass
         with atomic_path(tmp_path / name) as temporary:
             temporary.touch()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_link_to_a_file_that_is_not_there_yet_is_written_through(tmp_path):
+def test_a_link_to_a_file_that_does_not_exist_yet_is_followed(tmp_path):
     (tmp_path / "link.json").symlink_to("there.json")
     with claim_file(tmp_path / "link.json", "--output"), atomic_path(tmp_path / "link.json") as temporary:
         temporary.touch()
@@ -253,7 +253,7 @@ class TestWithAnotherUser:
                 pass
         assert names(shared) == ["theirs.json"]
 
-    def test_another_users_lock_is_told_while_it_is_held_and_removed_afterwards(self, nobody):
+    def test_another_users_lock_is_respected_while_it_is_held_and_removed_afterwards(self, nobody):
         os.seteuid(0)
         lock = nobody / ".lock"
         lock.write_text("process 7 on another")
@@ -269,7 +269,7 @@ class TestWithAnotherUser:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog, number):
     def flock(handle, operation):
         raise OSError(number, os.strerror(number))
 
@@ -279,13 +279,13 @@ def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch
     assert "has no locks" in caplog.text and names(tmp_path) == []
 
 
-def test_a_file_system_without_lasting_inode_numbers_is_warned_of_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_lasting_inode_numbers_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
     with claim_folder(tmp_path, "output_path"):
         assert "no lasting inode numbers" in caplog.text
 
 
-def test_a_full_disk_keeps_the_text_of_a_lock_back_not_the_lock(tmp_path, monkeypatch):
+def test_a_lock_holds_although_a_full_disk_has_no_room_for_its_text(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -296,7 +296,7 @@ def test_a_full_disk_keeps_the_text_of_a_lock_back_not_the_lock(tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", ["text", "link", "folder", "pipe"])
-def test_what_another_program_calls_its_lock_is_left_alone(tmp_path, kind):
+def test_the_lock_file_of_another_program_is_not_touched(tmp_path, kind):
     elsewhere, lock = tmp_path / "elsewhere", tmp_path / "out" / ".lock"
     lock.parent.mkdir()
     {"text": lambda: lock.write_text("pid 7"), "link": lambda: lock.symlink_to(elsewhere), "folder": lock.mkdir,

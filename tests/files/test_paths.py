@@ -1,4 +1,4 @@
-"""Paths from settings: short forms, found beside the project, LoRAs with weights."""
+"""Paths from settings: expansion, lookup below ROOT, and LoRA paths with strengths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.errors import UserError
 from ldm.files.paths import ROOT, check_free, expanded, path_and_strengths, under_root, writing
 
 
-def test_a_path_is_taken_as_given_or_found_under_the_project(tmp_path, monkeypatch):
+def test_a_path_is_looked_up_below_root_if_it_does_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert under_root("configs/nano.yaml") == ROOT / "configs/nano.yaml"
     (tmp_path / "configs").mkdir()
@@ -39,7 +39,7 @@ def test_a_path_is_expanded_as_a_shell_does(text, path, monkeypatch):
     assert expanded(text) == path
 
 
-def test_a_weighted_path_is_expanded_and_read_from_its_end(tmp_path, monkeypatch):
+def test_strengths_are_read_from_the_end_of_an_expanded_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a.ckpt", "b:0.5", "c"):
         (tmp_path / name).touch()
@@ -56,7 +56,7 @@ def test_a_weighted_path_is_expanded_and_read_from_its_end(tmp_path, monkeypatch
             path_and_strengths(text, "lora")
 
 
-def test_a_folder_that_may_not_be_entered_is_not_called_missing(unprivileged):
+def test_a_missing_permission_for_a_folder_is_named(unprivileged):
     (unprivileged / "closed").mkdir()
     (unprivileged / "closed" / "a.ckpt").touch()
     (unprivileged / "closed").chmod(0)
@@ -65,7 +65,7 @@ def test_a_folder_that_may_not_be_entered_is_not_called_missing(unprivileged):
             path_and_strengths(str(unprivileged / "closed" / text), "lora")
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     check_free(tmp_path / "new")
     (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
             check_free(tmp_path / name)
 
 
-def test_what_the_system_refuses_names_the_path_and_the_way_out():
+def test_a_failed_write_names_the_path_and_the_way_out():
     with pytest.raises(UserError, match="out.npy cannot be written: No space left on device: free space"):
         with writing("out.npy"):
             raise OSError(errno.ENOSPC, "No space left on device")
