@@ -168,7 +168,7 @@ class TestSettings:
             (["--seeds", "1", "1"], "--seeds 1 1: give different ones"),
             (["--seeds", "-1"], "--seeds: -1 is not allowed: at least 0"),
             (["--prompts", "1"], "--prompts: 1 is not allowed: at least 2"),
-            (["--scale", "0.5"], "--scale: .0.5. is not a number, 1 or more"),
+            (["--scale", "0.5"], "--scale: 0.5 is not allowed: at least 1"),
             (["--scale", "nan"], "--scale: .nan. is not a number"),
             (["--sampling_steps", "0"], "--sampling_steps: 0 is not allowed: at least 1"),
         ],

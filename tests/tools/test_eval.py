@@ -145,19 +145,16 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
         (fid, (*REAL, "--gen_dir", "nowhere"), "nowhere does not exist"),
         (fid, ("--real_dir", "nowhere.npz", *MADE), "nowhere.npz does not exist"),
         (fid, (*REAL, *MADE, "--backend", "pt"), "--backend pt"),
-        (fid, (*REAL, *MADE, "--batch_size", "0"), '--batch_size: 0 is not allowed: at least 1'),
+        (fid, (*REAL, *MADE, "--batch_size", "0"), "--batch_size: 0 is not allowed: at least 1"),
         (fid, (*REAL, *MADE, "--batch_size", "1000000000"), "--batch_size: .* at most 4096"),
         (fid, (*REAL, *MADE, "--gendir", "x"), "unknown setting --gendir: did you mean --gen_dir"),
         (fid, MADE, "--real_dir is missing: give a path"),
         (fid, (*REAL, "--save_stats", "real.txt"), "name an .npz"),
-        (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "wants a folder"),
+        (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "needs a folder"),
         (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
         (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
-        (
-            fid,
-            (*REAL, *MADE, "--ckpt_path", ""),
-            "is a folder",
-        ),  # of a variable that is not set: no other network instead
+        # An empty path comes from a variable that is not set. The embedded network must not take its place.
+        (fid, (*REAL, *MADE, "--ckpt_path", ""), '--ckpt_path: "" is no path'),
         (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG image"),
         (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),
         (

@@ -179,7 +179,10 @@ class Settings:
     repeats: int = setting(2, "pairs of processes for each workload", low=1)
     calls: int = setting(5, "calls in a process after the first, more for short workloads", low=1)
     cores: list[int] = setting(
-        sorted(os.sched_getaffinity(0)), "the cores to run on, with as many threads, such as 0,1"
+        sorted(os.sched_getaffinity(0)),
+        "the cores to run on, with as many threads, such as 0,1",
+        low=0,
+        length=(1, 4096),
     )
     apart: bool = setting(False, "run one process after the other instead of in turns, if memory does not hold both")
     memory_limit: float = setting(20.0, "end a process that exceeds this many GB", low=0.1)
