@@ -352,6 +352,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     args = read_settings(Settings, argv, description=__doc__)
     if not args.output.name:
         raise UserError(f"--output {args.output} is a folder: give the name of a file in it")
+    args.cores = sorted(set(args.cores))
     if not set(args.cores) <= os.sched_getaffinity(0):
         raise UserError(f"--cores {args.cores}: give some of {sorted(os.sched_getaffinity(0))}")
     return args
