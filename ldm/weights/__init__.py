@@ -1,0 +1,1 @@
+"""Checkpoints: file formats, name tables, recognising what a file holds, and strict loading."""

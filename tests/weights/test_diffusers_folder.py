@@ -107,7 +107,7 @@ class TestForms:
         (note,) = open_diffusers_folder(folder(tmp_path / "sd", unet=write)).notes
         assert note == (
             f"unet/diffusion_pytorch_model.{variant}.safetensors is used, the variant {variant}, as there is no file "
-            "without"
+            "without one"
         )
 
     def test_full_precision_goes_before_half_and_averages_before_what_they_are_of(self, tmp_path):
@@ -276,7 +276,7 @@ class TestOtherFolders:
 
         evil = {"w": Call("os", "system", ("true",))}
         path = folder(tmp_path / "sd", unet=lambda place: write_torch(place / "diffusion_pytorch_model.bin", evil))
-        with pytest.raises(UserError, match="wants to run os.system"):
+        with pytest.raises(UserError, match="would execute os.system"):
             open_diffusers_folder(path)
 
     @pytest.mark.parametrize("part", ["", "unet", "tokenizer"])

@@ -200,7 +200,7 @@ FOREIGN = {
     "XML": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "XML"),
     "PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 300, "PNG image"),
     "JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 300, "JPEG image"),
-    "torch zip": (torch_zip(), "names fractions.Fraction"),
+    "torch zip": (torch_zip(), "refers to fractions.Fraction"),
     "pickle": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=2), "pickle"),
     "PyTorch before 1.6": (pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + b"\x80\x02M\xe9\x03.", "before 1.6"),
     "pickle protocol 5": (pickle.dumps({"state_dict": [1, 2, 3]}, protocol=5), "pickle"),

@@ -41,12 +41,12 @@ FLAT = tensor("0", np.ones((1,) * 30, np.float32))
 @pytest.mark.parametrize(
     "content, answer",
     [
-        (legacy(program=b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR."), "wants to run os.system"),
-        (legacy(version=1000), "in a form that is not read here"),
-        (legacy(machine={"little_endian": False}), "in a form that is not read here"),
+        (legacy(program=b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR."), "would execute os.system"),
+        (legacy(version=1000), "in a form that cannot be read"),
+        (legacy(machine={"little_endian": False}), "in a form that cannot be read"),
         (legacy(machine=[]), "damaged"),
         (legacy(program=b"\x80\x02K\x05."), "damaged"),
-        (legacy({}, program=b"\x80\x02]q\0h\0a."), "lists hold one another"),
+        (legacy({}, program=b"\x80\x02]q\0h\0a."), "lists are nested"),
         (legacy(program=b"\x80\x02}" + encode("w") + FLAT.replace(b"K\x01" * 30, b"K\x01" * 50) + b"s."), "at most 32"),
         (legacy().replace(b"X\x01\0\0\x000", b"X\x01\0\0\x009", 1), "damaged"),
     ],

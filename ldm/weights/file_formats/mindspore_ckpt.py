@@ -1,8 +1,8 @@
-"""MindSpore's .ckpt, a protobuf message (`checkpoint.proto`: repeated Value {tag, tensor {dims, type, content}}).
+"""MindSpore's .ckpt format, a protobuf message (`checkpoint.proto`: repeated Value {tag, tensor {dims, type, data}}).
 
-`mindspore.load_checkpoint` parses it as a whole: file, message and tensors are then in memory at once. Its wire format
-is a plain sequence, so it is walked here instead: names, shapes and offsets at opening, each array from the mapped file
-when it is asked for. Both directions are tested against `mindspore.load_checkpoint` and `mindspore.save_checkpoint`.
+`mindspore.load_checkpoint` parses the whole message, so that file, message and tensors are in memory at once. Since the
+wire format is a sequence, this module reads names, shapes and offsets when a file is opened, and each array from the
+mapped file when it is asked for. Both directions are tested against MindSpore's own functions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,20 +28,24 @@ DTYPES = {
 DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
-MOST_TEXT = 64 << 20  # bytes of a text, four a character
-CRC_TAIL = 17  # b"crc_num" and a number of 10 bytes, which MindSpore appends when asked to
+MOST_TEXT = 64 << 20  # bytes of a text, which has four per character
+CRC_TAIL = 17  # bytes of b"crc_num" and a number of 10 bytes, which MindSpore appends as an option
 
 
 class _CutOff(Exception):
-    """A field reaches past the end of what holds it."""
+    """A field ends after the message that contains it."""
 
 
 class _NotACheckpoint(Exception):
-    """A field that checkpoint.proto does not have."""
+    """A field is not one of checkpoint.proto."""
 
 
 def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
-    """Walk through the message. Raises UserError for a cut-off or damaged file, and for one that is something else."""
+    """Open a .ckpt file that is mapped into memory.
+
+    Raises:
+        UserError: The file is cut off, damaged, or something else.
+    """
     end = len(data)
     if data[-CRC_TAIL:-10] == b"crc_num":
         end -= CRC_TAIL
@@ -63,7 +68,7 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
                 entries[name] = entry
             last = name
     except _CutOff as error:
-        # A foreign file gives a nonsensical length at once; a cut-off one after at least a whole name.
+        # The first length in a file of another format makes no sense. A cut-off file has at least one whole name.
         if entries or _starts_with_a_name(data, end):
             after = f" after {plain(last)!r}" if last else ""
             raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
@@ -90,12 +95,12 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
             raise UserError(
-                f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which is not read here: save it as Float32"
+                f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which cannot be read: save it as Float32"
             )
         entry.dtype = DTYPES[entry.dtype]
         itemsize = 2 if entry.dtype == "bf16" else np.dtype(entry.dtype).itemsize
         if entry.shape == (0,) and entry.nbytes == itemsize:
-            entry.shape = ()  # how older versions of MindSpore write a scalar
+            entry.shape = ()  # a scalar, as older versions of MindSpore write it
         if entry.nbytes != math.prod(entry.shape) * itemsize:
             raise UserError(
                 f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: write it again"
@@ -125,7 +130,7 @@ def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
 
 
 def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """The fields of a message as (number, wire type, start, stop); for a number, `start` is its value."""
+    """Yield the fields of a message as (number, wire type, start, stop). For an integer, `start` is its value."""
     while position < end:
         key, position = _varint(data, position, end)
         number, wire = key >> 3, key & 7
@@ -143,7 +148,7 @@ def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int
 
 
 def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, Entry]:
-    """One Value. Each of its fields comes once: a file of fields given again would be walked through for hours."""
+    """Parse a Value. A field that is repeated is refused, since reading many repetitions would take hours."""
     name = tensor = None
     for number, wire, first, last in _fields(data, start, end):
         if (number, wire) == (1, 2) and name is None:
@@ -186,7 +191,7 @@ def _text(data: mmap.mmap, start: int, end: int) -> str:
 
 
 def _starts_with_a_name(data: mmap.mmap, end: int) -> bool:
-    """Whether the file opens like a Value: a length, then a tag of readable characters."""
+    """Whether the file begins like a Value: a length, then a tag of printable characters."""
     try:
         _, position = _varint(data, 1, end)
         if data[position] != 0x0A:
@@ -198,22 +203,26 @@ def _starts_with_a_name(data: mmap.mmap, end: int) -> bool:
 
 
 def write_ckpt(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
-    """Write `arrays` to `path`, holding one at a time. Raises TypeError for an element type the format has not."""
+    """Write a .ckpt file. One array at a time is in memory.
+
+    Raises:
+        TypeError: The format does not have an element type.
+    """
     for name in arrays:
         if arrays.spec(name)[0] not in DTYPE_NAMES:
-            raise TypeError(f"{name}: {arrays.spec(name)[0]} has no place in a .ckpt")
+            raise TypeError(f"{name}: {arrays.spec(name)[0]} cannot be written to a .ckpt")
     with open(path, "wb") as file:
         for name in arrays:
             dtype, shape = arrays.spec(name)
             content = np.asarray(arrays[name], dtype, order="C").reshape(-1).view(np.uint8)
             for start in range(0, max(1, len(content)), CHUNK):
-                _write_value(file, name, shape, DTYPE_NAMES[dtype], content[start : start + CHUNK])
+                _write_value(file, name, shape, DTYPE_NAMES[dtype], content[start : start + CHUNK].data)
             arrays.release(name)
         for name, text in metadata.items():
             _write_value(file, name, [0], "str", np.array(text).astype("<U").tobytes())
 
 
-def _write_value(file, name: str, shape, dtype: str, content) -> None:
+def _write_value(file: BinaryIO, name: str, shape: Sequence[int], dtype: str, content: bytes | memoryview) -> None:
     def encoded(value: int) -> bytes:
         out = bytearray()
         while value > 0x7F:
@@ -222,12 +231,12 @@ def _write_value(file, name: str, shape, dtype: str, content) -> None:
         out.append(value)
         return bytes(out)
 
-    def lengthy(number: int, size: int) -> bytes:
+    def prefix(number: int, size: int) -> bytes:
         return encoded(number << 3 | 2) + encoded(size)
 
-    tensor = b"".join(b"\x08" + encoded(size) for size in shape) + lengthy(2, len(dtype)) + dtype.encode()
-    tensor += lengthy(3, len(content))
+    tensor = b"".join(b"\x08" + encoded(size) for size in shape) + prefix(2, len(dtype)) + dtype.encode()
+    tensor += prefix(3, len(content))
     tag = name.encode("utf-8")
-    value = lengthy(1, len(tag)) + tag + lengthy(2, len(tensor) + len(content)) + tensor
-    file.write(lengthy(1, len(value) + len(content)) + value)
+    value = prefix(1, len(tag)) + tag + prefix(2, len(tensor) + len(content)) + tensor
+    file.write(prefix(1, len(value) + len(content)) + value)
     file.write(content)

@@ -1,5 +1,7 @@
-"""The .safetensors file: 8 bytes of length, a JSON header, the data. Read from the mapped file, written one array at a
-time (the library's own writer wants all of them in memory).
+"""The .safetensors format: the length of the header in 8 bytes, a JSON header, and the data.
+
+Arrays are read from the mapped file and written one at a time. The writer of the safetensors library needs all of them
+in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -17,22 +20,28 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, CheckpointFile, Entry
 
-# Element types by the format's names; bfloat16, which numpy lacks, is widened to float32.
+# Element types by their names in the format. bfloat16, which numpy does not have, is widened to float32.
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-LIBRARYS_MOST = 100_000_000  # bytes of a header, which the library takes
-MOST_HEADER = 16 << 20  # what is read here: one of 100 MB becomes 1 GB; those of Stable Diffusion have 0.3 MB
+LARGEST_VALID_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+# Bytes of the largest header that is read: one of 100 MB takes 1 GB in memory. Those of Stable Diffusion have 0.3 MB.
+MOST_HEADER = 16 << 20
 DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 
 def is_safetensors(data: mmap.mmap) -> bool:
-    return len(data) >= 9 and data[8:9] == b"{" and _header_size(data) < LIBRARYS_MOST
+    """Whether the bytes begin like a .safetensors file."""
+    return len(data) >= 9 and data[8:9] == b"{" and _header_size(data) < LARGEST_VALID_HEADER
 
 
 def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
-    """Read the header. Raises UserError for a damaged or very large one and for element types that numpy has not."""
+    """Open a .safetensors file that is mapped into memory.
+
+    Raises:
+        UserError: The header is damaged or too large, or an element type is one that numpy does not have.
+    """
     again = "fetch or write it again"
     size = _header_size(data)
     if size > MOST_HEADER:
@@ -41,7 +50,7 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
             f"are read: {again}"
         )
     try:
-        # The library checks the header: lengths, overlaps, coverage of the file.
+        # The library checks lengths and overlaps in the header, and that the tensors cover the file.
         with safetensors.safe_open(path, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
@@ -54,7 +63,7 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
         dtype, (first, last) = info["dtype"], info["data_offsets"]
         if dtype not in DTYPES:
             raise UserError(
-                f"{path}: {plain(name)} is of type {plain(dtype)}, which is not read here: convert it to F16 or F32"
+                f"{path}: {plain(name)} is of type {plain(dtype)}, which cannot be read: convert it to F16 or F32"
             )
         entries[name] = Entry(DTYPES[dtype], tuple(info["shape"]), [(start + first, last - first)])
     return CheckpointFile(path, "safetensors", data, entries, metadata)
@@ -65,14 +74,19 @@ def _header_size(data: mmap.mmap) -> int:
 
 
 def write_safetensors(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> None:
-    """Write `arrays` to `path`, holding one at a time. Raises TypeError for an element type the format has not."""
+    """Write a .safetensors file. One array at a time is in memory.
+
+    Raises:
+        TypeError: The format does not have an element type.
+    """
     specs = {name: arrays.spec(name) for name in arrays}
     for name, (dtype, _) in specs.items():
         if dtype not in DTYPE_NAMES:
-            raise TypeError(f"{name}: {dtype} has no place in a .safetensors")
-    # Wider types first, as the library does, so that every array lies at a multiple of its element's size.
+            raise TypeError(f"{name}: {dtype} cannot be written to a .safetensors file")
+    # As in the library, wider types are first, so that every array is aligned to the size of its elements.
     names = sorted(specs, key=lambda name: -specs[name][0].itemsize)
-    header, end = ({"__metadata__": dict(metadata)} if metadata else {}), 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in names:
         dtype, shape = specs[name]
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -85,6 +99,6 @@ def write_safetensors(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -
             dtype, shape = specs[name]
             array = np.asarray(arrays[name], dtype, order="C")
             if array.shape != shape:
-                raise ValueError(f"{name} is {array.shape}, announced as {shape}")
-            file.write(array.reshape(-1).view(np.uint8))
+                raise ValueError(f"{name} is {array.shape}, but its spec says {shape}")
+            file.write(array.reshape(-1).view(np.uint8).data)
             arrays.release(name)

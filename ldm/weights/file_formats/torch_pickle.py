@@ -1,17 +1,17 @@
-"""The pickles in PyTorch's files, read without running them.
+"""Reads the pickles in PyTorch's files without executing them.
 
-A pickle is a program, and Python's unpickler calls what it names. Even with a closed list of names, a program of 100
-bytes could fill the memory (a memo index of 2^28), never end (a key made of nested tuples is hashed in exponential
-time) or overflow the interpreter's stack. So `pickletools`, which runs nothing, splits the program into its
-instructions, and those that PyTorch's files are made of are worked through here on plain values: what rebuilds a tensor
-becomes a record of where its bytes lie, and what training frameworks leave beside the weights (callbacks, numpy's
-scalars) becomes an object that holds and does nothing. Any other name is refused.
+A pickle is a program, and Python's unpickler calls the functions that it names. Even if only some names are allowed, a
+program of 100 bytes can fill the memory (a memo index of 2^28), never end (hashing a key of nested tuples takes
+exponential time) or overflow the stack of the interpreter. Therefore `pickletools`, which executes nothing, splits the
+program into instructions, and this module interprets those that PyTorch's files consist of. A call that rebuilds a
+tensor gives a record of where its data is. Objects that training frameworks leave beside the weights, such as callbacks
+and numpy scalars, become a placeholder. Any other name is refused.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -23,23 +23,23 @@ from ldm.weights.arrays import MOST_ELEMENTS, MOST_NAME, MOST_TENSORS
 
 MOST_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB
 MOST_STEPS = 2_000_000  # instructions; 4,000 tensors, those of a training checkpoint, take 120,000
-MOST_VALUES = 1_000_000  # values that are looked at for tensors, those that are held twice counted twice
-MOST_LEVELS = 32  # dictionaries and lists in one another
+MOST_VALUES = 1_000_000  # values that are searched for tensors, counted again for every reference
+MOST_LEVELS = 32  # nested dictionaries and lists
 
 DTYPES = {
     "float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "bf16", "int64": "<i8", "int32": "<i4",
     "int16": "<i2", "int8": "i1", "uint8": "u1", "bool": "?", "uint64": "<u8", "uint32": "<u4", "uint16": "<u2",
 }  # fmt: skip
-# The type of a storage's elements. That of an untyped one comes with its tensor (see _tensor_of_type).
+# Element types of storages. That of an untyped one is given with its tensor, see _tensor_of_type.
 STORAGES = {
     "torch.DoubleStorage": "<f8", "torch.FloatStorage": "<f4", "torch.HalfStorage": "<f2",
     "torch.BFloat16Storage": "bf16", "torch.LongStorage": "<i8", "torch.IntStorage": "<i4",
     "torch.ShortStorage": "<i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1", "torch.BoolStorage": "?",
     "torch.storage.UntypedStorage": "u1", "torch.storage._UntypedStorage": "u1",
 }  # fmt: skip
-# What stands beside the weights in files of PyTorch Lightning, of textual inversion and of trainers; nothing of it is
-# needed, and nothing of it is made.
-INERT = {
+# Classes and functions of objects that files of PyTorch Lightning, textual inversion and trainers hold beside the
+# weights. The objects are not needed and become placeholders.
+UNUSED_OBJECTS = {
     "_codecs.encode", "argparse.Namespace", "collections.deque", "typing.Any",
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in (  # the second is Python 3.13's
@@ -60,7 +60,7 @@ INERT = {
     "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
     "omegaconf.base.Metadata", "omegaconf.base.ContainerMetadata",
 }  # fmt: skip
-# Packages whose names in a pickle are there to run something.
+# Packages whose functions have no use in a pickle other than to execute something.
 PROGRAMS = {
     "builtins", "__builtin__", "os", "posix", "nt", "io", "sys", "subprocess", "shutil", "socket", "ctypes",
     "importlib", "runpy", "pty", "commands", "webbrowser", "operator", "functools", "types", "code", "pip", "asyncio",
@@ -70,55 +70,64 @@ PROGRAMS = {
 
 
 class Refused(Exception):
-    """The pickle names what is not in the list, or goes over a bound: the message says which, and the way out."""
+    """The pickle refers to something that is not allowed, or exceeds a bound. The message has the way out."""
 
 
 class Damaged(Exception):
-    """The pickle is cut off, or is none that PyTorch writes."""
+    """The pickle is cut off, or not one that PyTorch writes."""
 
 
 @dataclass(frozen=True)
 class Storage:
+    """A storage of elements: their type, and the name of its data in the file."""
+
     dtype: str
     key: str
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one element."""
         return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Tensor:
+    """A view of a storage. `offset` and `stride` are in elements."""
+
     storage: Storage
-    offset: int  # elements
+    offset: int
     shape: tuple[int, ...]
-    stride: tuple[int, ...]  # elements
+    stride: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Name:
-    """The name of a function or class, which is never looked up."""
+    """The name of a function or class, which is never imported."""
 
     text: str
 
 
-class _Inert:
-    """Stands for an object that is not made: it takes any state and items, and holds none."""
+class _Placeholder:
+    """Stands for an object that is not created. It ignores the state and the items that it is given."""
 
 
-_NOTHING = _Inert()
+_PLACEHOLDER = _Placeholder()
 
 
-def run(file: BinaryIO, pickles: int = 1) -> tuple[list[Any], dict[str, Storage]]:
-    """Work through `pickles` that stand one after another from the file's position on, and no further.
+def read_pickles(file: BinaryIO, pickles: int = 1) -> tuple[list[Any], dict[str, Storage]]:
+    """Read consecutive pickles from the position of a file on.
+
+    Args:
+        file: It is read up to the end of the last pickle.
+        pickles: Number of pickles.
 
     Returns:
-        Their values: None, numbers, texts, bytes, lists, tuples, dictionaries (keys are texts and whole numbers, others
-        are left out) and Tensors; and every storage that was named, by its key.
+        The values: None, numbers, texts, bytes, lists, tuples, dictionaries (without keys that are neither texts nor
+        integers), Tensors and placeholders. And every storage that is named, by its key.
 
     Raises:
-        Refused: see there.
-        Damaged: see there.
+        Refused: A pickle refers to something that is not allowed, or exceeds a bound.
+        Damaged: A pickle is cut off, or not one that PyTorch writes.
     """
     machine, values = _Machine(), []
     try:
@@ -128,13 +137,15 @@ def run(file: BinaryIO, pickles: int = 1) -> tuple[list[Any], dict[str, Storage]
             values.append(machine.finish())
     except IndexError:
         raise Damaged("an instruction finds too few values") from None
-    except ValueError as error:  # of genops: a text that is cut off or no UTF-8, an unknown instruction, no end
+    except (
+        ValueError
+    ) as error:  # from genops: a text is cut off or not UTF-8, an instruction is unknown, or the end is missing
         raise Damaged(plain(error, 100)) from None
     return values, machine.storages
 
 
 class _Machine:
-    """What the instructions of pickles work on."""
+    """The state that the instructions of pickles change."""
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
@@ -143,14 +154,14 @@ class _Machine:
 
     def _clear(self) -> None:
         self.stack: list[Any] = []
-        self._below: list[list[Any]] = []  # the stacks below each mark
+        self._below: list[list[Any]] = []  # the stack below each mark
         self._memo: dict[int, Any] = {}
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
     def finish(self) -> Any:
-        """The value of the pickle that has ended."""
+        """Return the value of the pickle that has ended."""
         value = self.stack.pop()
         self._clear()
         return value
@@ -159,13 +170,13 @@ class _Machine:
         self._count(1)
         if name in _LITERALS:
             self.push(argument)
-        elif name in _ON_TOP:
-            _ON_TOP[name](self)
+        elif name in _ON_STACK:
+            _ON_STACK[name](self)
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._memo[argument] = self.stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             if argument not in self._memo:
-                raise Damaged("a value is used before it is there")
+                raise Damaged("a value is used before it is stored")
             self.push(self._memo[argument])
         elif name == "GLOBAL":
             self._name(*argument.split(" ", 1))
@@ -188,6 +199,10 @@ class _Machine:
         values, self.stack = self.stack, self._below.pop()
         return values
 
+    def _frozenset(self) -> None:
+        self._since_mark()
+        self.push(_PLACEHOLDER)
+
     def _take(self, count: int) -> tuple[Any, ...]:
         if len(self.stack) < count:
             raise IndexError
@@ -202,26 +217,26 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
-        elif target is not _NOTHING:
-            raise Damaged("values are added to what is no list")
+        elif target is not _PLACEHOLDER:
+            raise Damaged("values are appended to something that is not a list")
 
     def _set(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
-            # Whatever else may be a key is not hashed: a tuple of tuples could take for ever, or overflow the stack.
+            # Other keys are not hashed: for nested tuples it could take for ever, or overflow the stack.
             target.update((key, value) for key, value in zip(values[::2], values[1::2]) if isinstance(key, (str, int)))
-        elif target is not _NOTHING:
-            raise Damaged("items are set of what is no dictionary")
+        elif target is not _PLACEHOLDER:
+            raise Damaged("items are set in something that is not a dictionary")
 
     def _build(self) -> None:
         self.stack.pop()  # attributes, such as the `_metadata` of a state dict
-        if not isinstance(self.stack[-1], (dict, Tensor, _Inert)):
-            raise Damaged("attributes are set of what has none")
+        if not isinstance(self.stack[-1], (dict, Tensor, _Placeholder)):
+            raise Damaged("attributes are set on a value that has none")
 
     def _global(self) -> None:
         module, name = self._take(2)
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Damaged("a name that is no text")
+            raise Damaged("a name that is not a text")
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:
@@ -233,24 +248,24 @@ class _Machine:
     def _call(self, count: int = 2) -> None:
         function, arguments, *_ = self._take(count)
         if not (isinstance(function, _Name) and isinstance(arguments, tuple)):
-            raise Damaged("a call of what is no function")
+            raise Damaged("a call of something that is not a function")
         if function.text in _DICTIONARIES:
             self.push({})
             for argument in arguments:
                 if isinstance(argument, (dict, list)):
-                    self._count(len(argument))  # a copy that a memo index asks for is no less work than its parts
+                    self._count(len(argument))  # copying costs as many steps as there are items
                     self._set(_flat(argument))
         else:
-            self.push(_CALLS[function.text](arguments) if function.text in _CALLS else _NOTHING)
+            self.push(_CALLS[function.text](arguments) if function.text in _CALLS else _PLACEHOLDER)
 
     def _persistent(self) -> None:
         identity = self.stack.pop()
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
-            self.push(identity[1])  # files of before 1.6 have the source of a module's class beside its name
+            self.push(identity[1])  # before 1.6 the source of a module's class follows its name
             return
         if not (isinstance(identity, tuple) and 5 <= len(identity) <= 6 and identity[0] == "storage"):
             raise Damaged("an unknown kind of storage")
-        _, kind, key, _device, _count, *view = identity  # what a storage is a view of, in files of before 1.6
+        _, kind, key, _device, _count, *view = identity  # before 1.6 a storage can be a view of another
         if any(part is not None for part in view):
             raise Damaged("a storage that is a part of another")
         if not (isinstance(kind, _Name) and kind.text in STORAGES and isinstance(key, str) and len(key) <= MOST_NAME):
@@ -263,15 +278,15 @@ _LITERALS = {
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
     "BINBYTES8", "BYTEARRAY8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
 }  # fmt: skip
-_ON_TOP = {
+_ON_STACK: dict[str, Callable[[_Machine], object]] = {
     "NONE": lambda machine: machine.push(None),
     "NEWTRUE": lambda machine: machine.push(True),
     "NEWFALSE": lambda machine: machine.push(False),
     "EMPTY_LIST": lambda machine: machine.push([]),
     "EMPTY_DICT": lambda machine: machine.push({}),
     "EMPTY_TUPLE": lambda machine: machine.push(()),
-    "EMPTY_SET": lambda machine: machine.push(_NOTHING),
-    "FROZENSET": lambda machine: (machine._since_mark(), machine.push(_NOTHING)),
+    "EMPTY_SET": lambda machine: machine.push(_PLACEHOLDER),
+    "FROZENSET": _Machine._frozenset,
     "ADDITEMS": lambda machine: machine._since_mark(),
     "TUPLE": lambda machine: machine.push(tuple(machine._since_mark())),
     "TUPLE1": lambda machine: machine.push(machine._take(1)),
@@ -295,7 +310,7 @@ _ON_TOP = {
 
 
 def _flat(items: dict | list) -> list[Any]:
-    """The keys and values of a dictionary, or of a list of pairs, in turn; what is no pair is left out."""
+    """Return keys and values in turn, of a dictionary or a list of pairs. Items that are not pairs are left out."""
     pairs = items.items() if isinstance(items, dict) else items
     return [part for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2 for part in pair]
 
@@ -303,17 +318,17 @@ def _flat(items: dict | list) -> list[Any]:
 def _refusal(module: str, name: str) -> str:
     if module.startswith("__torch__"):
         return (
-            "it is a TorchScript archive, a program with its weights (OpenAI's CLIP came so): get the weights "
+            "it is a TorchScript archive, a program with its weights, as OpenAI's CLIP was published: get the weights "
             "alone, as .safetensors or a Hugging Face folder"
         )
     name = plain(name, 100)
     if module.split(".")[0] in PROGRAMS:
         return (
-            f"its pickle wants to run {name}, which no weights need, so it may be malicious: get the weights as "
+            f"its pickle would execute {name}, which weights do not need, so it may be malicious: get the weights as "
             ".safetensors"
         )
     return (
-        f"its pickle names {name}, which is unknown here and is not run: save its state_dict alone, of plain "
+        f"its pickle refers to {name}, which is unknown and is not executed: save its state_dict alone, with plain "
         "tensors, or get the weights as .safetensors"
     )
 
@@ -325,7 +340,7 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
     storage, offset, shape, stride = arguments[:4]
     for sizes in (shape, stride):
         if not isinstance(sizes, (tuple, list)):
-            raise Damaged("a tensor whose shape is none")
+            raise Damaged("a tensor whose shape is not a tuple")
         if len(sizes) > MOST_DIMENSIONS:
             raise Damaged(f"a tensor of {len(sizes):,} dimensions, at most {MOST_DIMENSIONS} are read")
     if not all(isinstance(size, int) and abs(size) <= MOST_ELEMENTS for size in (offset, *shape, *stride)):
@@ -341,46 +356,50 @@ def _tensor_of_type(arguments: tuple[Any, ...]) -> Tensor:
         raise Damaged("a tensor without a type")
     dtype = DTYPES.get(kind.text[len("torch.") :])
     if dtype is None:
-        raise Refused(f"it holds tensors of type {kind.text}, which is not read here: convert it to float16 or float32")
+        raise Refused(f"it holds tensors of type {kind.text}, which cannot be read: convert it to float16 or float32")
     return Tensor(Storage(dtype, tensor.storage.key), tensor.offset, tensor.shape, tensor.stride)
 
 
 def _tensor_with_attributes(arguments: tuple[Any, ...]) -> Any:
     """torch._tensor._rebuild_from_type_v2: (function, class, its arguments, attributes)."""
     if len(arguments) < 3 or not isinstance(arguments[0], _Name) or not isinstance(arguments[2], tuple):
-        raise Damaged("a tensor that nothing rebuilds")
+        raise Damaged("a tensor without a function that rebuilds it")
     rebuild = _CALLS.get(arguments[0].text)
-    if rebuild not in (_tensor, _tensor_of_type, _first):
-        raise Damaged("a tensor that nothing rebuilds")
+    if rebuild not in (_tensor, _tensor_of_type, _first_argument):
+        raise Damaged("a tensor without a function that rebuilds it")
     return rebuild(arguments[2])
 
 
-def _first(arguments: tuple[Any, ...]) -> Any:
-    """For what wraps its first argument: torch.Size, and the parameter around a tensor."""
+def _first_argument(arguments: tuple[Any, ...]) -> Any:
+    """torch.Size and functions that wrap a tensor: (value, ...)."""
     if not arguments:
-        raise Damaged("a parameter without a tensor")
+        raise Damaged("a call without a value")
     return arguments[0]
 
 
 _DICTIONARIES = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
 _CALLS = {
-    "torch.Size": _first,
+    "torch.Size": _first_argument,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_type,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    "torch._utils._rebuild_parameter": _first_argument,
+    "torch._utils._rebuild_parameter_with_state": _first_argument,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first_argument,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
 }
-_KNOWN = {*_CALLS, *_DICTIONARIES, *STORAGES, *INERT}
+_KNOWN = {*_CALLS, *_DICTIONARIES, *STORAGES, *UNUSED_OBJECTS}
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of `state_dict` where there is one, else all; nested names are joined by dots, numbers are the places
-    in a list.
+    """Return the tensors in `content`, or in its `state_dict` if there is one.
 
-    Raises Refused for more than MOST_TENSORS, MOST_VALUES or MOST_LEVELS: lists that hold one another have no end.
+    Returns:
+        Name -> tensor. Keys of nested dictionaries and positions in lists are joined by dots.
+
+    Raises:
+        Refused: There are more than MOST_TENSORS, MOST_VALUES or MOST_LEVELS. Lists that contain each other have no
+            end.
     """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -397,13 +416,11 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _walk(value: Any, name: str, level: int) -> Iterator[tuple[str, Tensor | None]]:
-    """Every value within `value`, in order, with its name; None for what is no tensor."""
+    """Yield the name of every value in `value` in order, with the tensor, or None for other values."""
     yield name, value if isinstance(value, Tensor) else None
     if isinstance(value, (dict, list, tuple)):
         if level == MOST_LEVELS:
-            raise Refused(
-                f"its lists hold one another, over more than {MOST_LEVELS} levels: get the weights as .safetensors"
-            )
+            raise Refused(f"its lists are nested in more than {MOST_LEVELS} levels: get the weights as .safetensors")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if len(name) + (len(key) if isinstance(key, str) else 0) > MOST_NAME:
                 raise Refused(f"a name in it has more than {MOST_NAME:,} characters: get the weights as .safetensors")

@@ -1,6 +1,6 @@
-"""Writing arrays as torch.save does, without PyTorch: a zip of a small pickle and the arrays' bytes.
+"""Writes arrays as torch.save does, without PyTorch: a zip of a small pickle and the data of the arrays.
 
-Nothing is pickled here: the program is put together from its few instructions. torch.load(weights_only=True) reads it.
+The pickle is composed of the few instructions that it needs. torch.load(weights_only=True) reads it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ Value = Union[np.ndarray, str, Sequence["Value"], Mapping[str, "Value"]]
 
 
 def write_torch(path: Path, value: Value) -> None:
-    """Write arrays (fp32, fp16, int64, or bfloat16's bits as `to_bfloat16` gives them) and texts, in lists and dicts.
+    """Write arrays and texts, in lists and dictionaries.
 
-    Raises UserError where the disk refuses, KeyError for arrays of other types.
+    Args:
+        path: File to write.
+        value: Arrays are fp32, fp16, int64, or bfloat16 as `to_bfloat16` returns it.
+
+    Raises:
+        UserError: The disk refuses.
+        KeyError: An array is of another type.
     """
     arrays: list[np.ndarray] = []
-    program = b"\x80\x02" + _made(value, arrays) + b"."
+    program = b"\x80\x02" + _instructions(value, arrays) + b"."
     with writing(path), atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("archive/data.pkl", program)
@@ -40,20 +46,20 @@ def write_torch(path: Path, value: Value) -> None:
             archive.writestr("archive/version", "3\n")
 
 
-def _made(value: Value, arrays: list[np.ndarray]) -> bytes:
-    """Instructions of protocol 2 that leave `value` on the stack; its arrays are added to `arrays`."""
+def _instructions(value: Value, arrays: list[np.ndarray]) -> bytes:
+    """Return instructions of protocol 2 that put `value` on the stack. Its arrays are appended to `arrays`."""
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, np.ndarray):
         arrays.append(value)
         return _tensor(str(len(arrays) - 1), value.shape, STORAGES[value.dtype])
     if isinstance(value, Mapping):
-        return b"}(" + b"".join(_text(key) + _made(inner, arrays) for key, inner in value.items()) + b"u"
-    return b"](" + b"".join(_made(inner, arrays) for inner in value) + b"e"
+        return b"}(" + b"".join(_text(key) + _instructions(inner, arrays) for key, inner in value.items()) + b"u"
+    return b"](" + b"".join(_instructions(inner, arrays) for inner in value) + b"e"
 
 
 def _tensor(key: str, shape: tuple[int, ...], storage: str) -> bytes:
-    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
+    """Return the call torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())."""
     count = int(np.prod(shape))
     strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     reference = b"(" + _text("storage") + b"ctorch\n" + storage.encode() + b"\n" + _text(key) + _text("cpu")
