@@ -12,8 +12,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.lora.dropout import StepDropout
-from ldm.models.layers import Conv2d, Identity, Linear
-from ldm.ops import cast, conv2d, shared_cell
+from ldm.models.layers import Conv2d, Linear
+from ldm.ops import cast, conv2d, identity, shared_cell
 
 
 class Factor(nn.Cell):
@@ -66,7 +66,7 @@ class LoRACell(nn.Cell):
             self.insert_param_to_cell("lora_scale", Parameter(start, name=f"{name}.lora_scale"))
         else:
             self.lora_scale = None
-        self.insert_child_to_cell("lora_dropout", dropout or shared_cell(Identity))
+        self.insert_child_to_cell("lora_dropout", dropout or identity())
         self.set_train(base.training)
 
     def lora_parameters(self) -> list[Parameter]:

@@ -41,7 +41,7 @@ class LoRAMatch:
             raise UserError(self._mismatch(path))
 
     def _mismatch(self, path: str) -> str:
-        """Say in one line why the LoRA does not fit: counts by component, and the model it was made for or an example."""
+        """Say in one line why the LoRA does not fit, with counts by component and an example."""
         if not (self.matched or self.unmatched or self.wrong_shape):
             return f"{path} holds no layers: there is nothing to merge"
         example = ""

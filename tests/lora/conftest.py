@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import Conv2d, Linear
 from ldm.models.stable_diffusion import build_model
-from ldm.models.unet import ResBlock, block_of
+from ldm.models.unet import ResBlock, TimestepBlock
 from ldm.settings.model import load_model_config
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
@@ -36,7 +36,7 @@ class _Diffusion(nn.Cell):
     def __init__(self):
         super().__init__()
         transformer = SpatialTransformer(8, 2, 4, 1, 6, use_linear=False, num_groups=4)
-        self.input_blocks = nn.CellList([block_of(ResBlock(8, 16, 8, num_groups=4), transformer)])
+        self.input_blocks = nn.CellList([TimestepBlock(ResBlock(8, 16, 8, num_groups=4), transformer)])
         self.out = nn.SequentialCell([Conv2d(8, 4, 3, stride=2, padding=1)])
 
 

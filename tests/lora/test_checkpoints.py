@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.checkpoints import Embedded, Merged, extract_lora, split_embedded
+from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
+from ldm.lora.extract import extract_lora
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
@@ -66,7 +67,7 @@ def canonical(checkpoint):
 class TestMerging:
     @pytest.mark.parametrize("scale", [1.0, -0.5])
     def test_adds_the_updates_and_leaves_the_rest(self, base, state, scale):
-        merged = Merged(base, map_base_model(base), state, scale)
+        merged = MergedArrays(base, map_base_model(base), state, scale)
         assert list(merged) == list(base)
         for name, array in base.items():
             layer = state.layers.get(name.removesuffix(".weight"))
@@ -79,7 +80,7 @@ class TestMerging:
         arrays = {name: np.where(array > 0.5, np.float32(-0.0), array) for name, array in arrays_of().items()}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        merged = Merged(base, map_base_model(base), state, 0.0)
+        merged = MergedArrays(base, map_base_model(base), state, 0.0)
         for name in base:
             assert merged[name].tobytes() == arrays[name].tobytes()
 
@@ -89,7 +90,7 @@ class TestMerging:
         arrays = arrays_of(family)
         write_checkpoint(tmp_path / "a.safetensors", arrays)
         base = open_checkpoint(tmp_path / "a.safetensors")
-        merged = Merged(base, map_base_model(base), state)
+        merged = MergedArrays(base, map_base_model(base), state)
         fused, fc = FUSED[family]
         np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + state.layers[Q].update())
         np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + state.layers[K].update())
@@ -100,12 +101,12 @@ class TestMerging:
         arrays = arrays_of(dtype=np.float16)
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        found = Merged(base, map_base_model(base), state)[f"{TO_Q}.weight"]
+        found = MergedArrays(base, map_base_model(base), state)[f"{TO_Q}.weight"]
         wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + state.layers[TO_Q].update()
         assert found.dtype == np.float16
         np.testing.assert_array_equal(found, wanted.astype(np.float16))
         with pytest.raises(UserError, match="beyond float16's range"):
-            _ = Merged(base, map_base_model(base), state, 1e6)[f"{TO_Q}.weight"]
+            _ = MergedArrays(base, map_base_model(base), state, 1e6)[f"{TO_Q}.weight"]
 
     @pytest.mark.parametrize(
         "wrong, says",
@@ -125,7 +126,7 @@ class TestMerging:
 class TestEmbedding:
     def test_and_taking_out_gives_both_back_bit_for_bit(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, Embedded(base, map_base_model(base), state), base.metadata)
+        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), state), base.metadata)
         alone, lora = split_embedded(open_checkpoint(path))
         assert list(alone) == list(base)
         for name in base:
@@ -138,7 +139,7 @@ class TestEmbedding:
 
     def test_it_is_no_base_that_could_be_loaded(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, Embedded(base, map_base_model(base), state))
+        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), state))
         with pytest.raises(UserError, match="has LoRA beside its weights.*cvtckpt.py --mode merge"):
             map_base_model(open_checkpoint(path))
 
@@ -167,7 +168,7 @@ class TestEmbedding:
 
     def test_settings_of_the_whole_file_are_the_loras(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        both = Embedded(base, map_base_model(base), state)
+        both = EmbeddedArrays(base, map_base_model(base), state)
         factors = {name: array for name, array in both.items() if not name.endswith(".alpha")}
         settings = {"lora_rank": np.array(2), "lora_alpha": np.array(6.0), "lora_scale": np.array(0.5)}
         write_checkpoint(path, {**factors, **settings})
@@ -196,7 +197,7 @@ class TestExtracting:
         write_checkpoint(tmp_path / "base.safetensors", arrays_of("openclip"))
         write_checkpoint(tmp_path / "plain.ckpt", arrays_of())
         base = open_checkpoint(tmp_path / "plain.ckpt")
-        tuned = dict(Merged(base, map_base_model(base), state))
+        tuned = dict(MergedArrays(base, map_base_model(base), state))
         tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 2
         write_checkpoint(tmp_path / "tuned.ckpt", tuned, {"architecture": "sd1", "prediction_type": "epsilon"})
         return tmp_path / "base.safetensors", tmp_path / "tuned.ckpt"

@@ -134,7 +134,7 @@ class TestWrittenHere:
         for dtype, torch_dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
             write_lora(tmp_path / "lora.pt", state, "cloneofsimo-pt", case.config, dtype)
             loaded = torch.load(tmp_path / "lora.pt", weights_only=True)
-            modules = in_order(case.base.of("unet"), ("Attention",), "unet")
+            modules = in_order(case.base.of_component("unet"), ("Attention",), "unet")
             assert len(loaded) == 2 * len(modules) and loaded[0].dtype == torch_dtype
             for i, module in enumerate(modules):
                 layer = state.layers[module.name]
@@ -211,7 +211,7 @@ def test_the_classes_hold_the_layers_that_they_hold_there(case):
             name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
         ordered = [name.replace("text_model.", "") for name, _ in network.named_modules() if name in layers]
-        assert ordered == [module.path for module in case.base.of(component)]
+        assert ordered == [module.path for module in case.base.of_component(component)]
         for name in CLASSES[component]:
             theirs = [
                 f"{outer}.{inner}".strip(".").replace("text_model.", "")
@@ -220,7 +220,9 @@ def test_the_classes_hold_the_layers_that_they_hold_there(case):
                 for inner, module in ancestor.named_modules()
                 if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
             ]
-            found = [module.path for module in in_order(case.base.of(component), [name], component, early=False)]
+            found = [
+                module.path for module in in_order(case.base.of_component(component), [name], component, early=False)
+            ]
             if theirs:
                 assert [path for path in theirs if path in ordered] == found, name
             else:  # names of other versions

@@ -11,7 +11,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
-from tests.lora.formats.files import assert_same_updates, random_state
+from tests.lora.formats.files import assert_same_updates, random_lora
 from tools.lora.convert_lora import main
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ SD1, SD2, NANO = known_bases()
 def source(tmp_path):
     """A LoRA on the attention of the embedded model, both networks."""
     layers = {
-        **random_state(NANO, rank=2, alpha=1.0, only="to_q").layers,
-        **random_state(NANO, rank=3, only="q_proj").layers,
+        **random_lora(NANO, rank=2, alpha=1.0, only="to_q").layers,
+        **random_lora(NANO, rank=3, only="q_proj").layers,
     }
     write_lora(tmp_path / "source.ckpt", LoRA(layers, {"architecture": "nano", "prediction_type": "v_prediction"}))
     return tmp_path / "source.ckpt"
@@ -72,13 +72,13 @@ def test_the_text_encoder_has_no_place_in_the_oldest(source, tmp_path):
 
 
 def test_shapes_that_fit_two_bases(tmp_path, capsys):
-    write_lora(tmp_path / "lora.safetensors", random_state(SD1, rank=1, only="attn1.to_q"), "kohya")
+    write_lora(tmp_path / "lora.safetensors", random_lora(SD1, rank=1, only="attn1.to_q"), "kohya")
     main(["--source", str(tmp_path / "lora.safetensors")])
     assert "made for SD1.x or SD2.x, by the shapes" in capsys.readouterr().out
 
 
 def test_zero_layers_are_counted(tmp_path, capsys):
-    state = random_state(NANO, rank=1, only="to_q")
+    state = random_lora(NANO, rank=1, only="to_q")
     for layer in list(state.layers.values())[:5]:
         layer.up[:] = 0
     write_lora(tmp_path / "lora.ckpt", state)
@@ -105,7 +105,7 @@ def test_mistakes(source, tmp_path, monkeypatch, flags, pattern):
 
 
 def test_a_lora_of_another_base_is_named(tmp_path):
-    write_lora(tmp_path / "lora.safetensors", random_state(SD1, rank=1, only="0.attn2.to_k"), "kohya")
+    write_lora(tmp_path / "lora.safetensors", random_lora(SD1, rank=1, only="0.attn2.to_k"), "kohya")
     with pytest.raises(UserError, match="does not fit SD2.x: .*attn2.to_k is .320, 768., there it is .320, 1024."):
         main(["--source", str(tmp_path / "lora.safetensors"), "--base", str(ROOT / "configs" / "v2-inference.yaml")])
 

@@ -20,7 +20,7 @@ from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import CanonicalArrays
-from tests.lora.formats.files import random_state
+from tests.lora.formats.files import random_lora
 from tools.lora import cvtckpt, extract_lora, lora_add, resize_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ class TestLoRAAndLoRA:
     def test_a_pt_is_written_as_the_originals(self, tmp_path):
         nano = known_bases()[2]
         paths = [tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out.pt"]
-        states = [random_state(nano, rank=2, only="to_q", component="unet", seed=seed) for seed in (1, 2)]
+        states = [random_lora(nano, rank=2, only="to_q", component="unet", seed=seed) for seed in (1, 2)]
         for path, state in zip(paths, states):
             write_lora(path, state, "cloneofsimo-pt")
         lora_add.main([*map(str, paths), "0.3"])
@@ -527,7 +527,7 @@ class TestLearnedTokens:
     """upl-ckpt-v2 onto the embedded nano, of LoRAs of cloneofsimo's with textual inversion in them."""
 
     def lora(self, target, **vectors):
-        write_lora(target, random_state(known_bases()[2], rank=2, only="to_q", component="unet"), "cloneofsimo")
+        write_lora(target, random_lora(known_bases()[2], rank=2, only="to_q", component="unet"), "cloneofsimo")
         arrays, metadata = read_checkpoint(target)
         write_checkpoint(target, {**arrays, **{f"<{name}>": vector for name, vector in vectors.items()}}, metadata)
         return str(target)

@@ -1,0 +1,1 @@
+"""Command-line tools for LoRA files and base models with a LoRA."""

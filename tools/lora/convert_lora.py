@@ -1,6 +1,6 @@
-"""Say what a LoRA file holds, and write it in another format.
+"""Print what a LoRA file holds, and convert it to another format.
 
-    python tools/lora/convert_lora.py --source style.safetensors                                   # only look
+    python tools/lora/convert_lora.py --source style.safetensors                                   # only print
     python tools/lora/convert_lora.py --source style.safetensors --target style.ckpt --to mindone
 
 docs/lora_files.md says what each format keeps.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -26,8 +26,8 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import under_root  # noqa: E402
-from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora, zero_layers  # noqa: E402
-from ldm.lora.formats.modules import BaseModules, fitting, known_bases  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases  # noqa: E402
 from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
@@ -36,7 +36,7 @@ from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
 
-# What a layer is for, by diffusers' name: the first that fits.
+# What a layer is for: the first pattern that matches diffusers' name.
 KINDS = (
     (r"\.attn[12]\.|\.self_attn\.", "attention"),
     (r"\.ff\.|\.mlp\.", "feed-forward"),
@@ -45,7 +45,7 @@ KINDS = (
     (r"samplers\.", "resampling"),
     (r"", "first, last, time"),
 )
-HEADER = ("component", "layers", "modules", "rank", "alpha", "of the base's shape", "all zero")
+HEADER = ("component", "layers", "number", "rank", "alpha", "shape as in the base model", "all zero")
 
 
 @dataclass
@@ -69,49 +69,50 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = read_settings(Settings, argv, description=__doc__)
+    """Run the tool."""
+    settings = read_settings(Settings, argv, description=__doc__)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr, force=True)
-    if (options.target is None) != (options.to is None):
-        raise UserError("--target and --to go together: where to write, and as what; neither only looks at --source")
-    if options.target is None:
-        look(options)
+    if (settings.target is None) != (settings.to is None):
+        raise UserError("--target and --to go together: what to write, and its format. Leave out both to only print")
+    if settings.target is None:
+        inspect_lora(settings)
     else:
-        with claim_lora(options.target, options.to, "--target"):
-            convert(options)
+        with claim_lora(settings.target, settings.to, "--target"):
+            convert(settings)
 
 
-def convert(options: Settings) -> None:
-    """Write the LoRA in the other format."""
-    config, state = look(options)
-    write_lora(options.target, state, options.to, config, options.dtype)
-    print(f"{options.target}: {options.to} ({FORMATS[options.to].about}), {options.dtype}")
+def convert(settings: Settings) -> None:
+    """Print what the LoRA holds and write it in the other format."""
+    config, lora = inspect_lora(settings)
+    write_lora(settings.target, lora, settings.to, config, settings.dtype)
+    print(f"{settings.target}: {settings.to} ({FORMATS[settings.to].about}), {settings.dtype}")
 
 
-def look(options: Settings) -> tuple[ModelConfig | None, LoRA]:
-    """Say what the LoRA holds; the model that it is said to be for, and the LoRA."""
-    config = load_model_config(under_root(options.base)) if options.base else None
-    found = detect_format(options.source)
-    state = read_lora(options.source, config)
+def inspect_lora(settings: Settings) -> tuple[ModelConfig | None, LoRA]:
+    """Read the LoRA and print what it holds. Returns the configuration of --base, and the LoRA."""
+    config = load_model_config(under_root(settings.base)) if settings.base else None
+    format = detect_format(settings.source)
+    lora = read_lora(settings.source, config)
     if config:
-        check_compatible(state, config, options.source)
-    fits = fitting(state, (BaseModules(config),) if config else known_bases())
-    print(f"{options.source}: {found} ({FORMATS[found].about})")
-    for key, value in state.metadata.items():
+        check_compatible(lora, config, settings.source)
+    bases = fitting_bases(lora, (BaseModules(config),) if config else known_bases())
+    print(f"{settings.source}: {format} ({FORMATS[format].about})")
+    for key, value in lora.metadata.items():
         print(f"  {key}: {value}")
-    print(table(state, base_of(state, config, options.source)))
-    print(f"  made for {' or '.join(base.label for base in fits)}, by the shapes")
-    return config, state
+    print(table(lora, base_of(lora, config, settings.source)))
+    print(f"  made for {' or '.join(base.label for base in bases)}, by the shapes")
+    return config, lora
 
 
-def table(state: LoRA, base: BaseModules) -> str:
-    """One line for each kind of layer of each component: how many, ranks, alphas, how many have the base's shape."""
-    zeros, match = set(zero_layers(state)), match_shapes(base.shapes, state)
+def table(lora: LoRA, base: BaseModules) -> str:
+    """Return a table with a line for each kind of layer of each component."""
+    zeros, match = set(lora.zero_layers()), match_shapes(base.shapes, lora)
     matched = {name for names in match.matched.values() for name in names}
     rows: dict[tuple[str, str], dict[str, LoRALayer]] = {}
     for module in base.modules:
-        if module.name in state.layers:
+        if module.name in lora.layers:
             kind = next(label for pattern, label in KINDS if re.search(pattern, module.path))
-            rows.setdefault((LABELS[module.component], kind), {})[module.name] = state.layers[module.name]
+            rows.setdefault((LABELS[module.component], kind), {})[module.name] = lora.layers[module.name]
     lines = [HEADER]
     for (component, kind), layers in rows.items():
         lines.append((
@@ -123,7 +124,7 @@ def table(state: LoRA, base: BaseModules) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _span(values) -> str:
+def _span(values: Iterable[float]) -> str:
     distinct = sorted(set(values))
     return f"{distinct[0]:g}" if len(distinct) == 1 else f"{distinct[0]:g} to {distinct[-1]:g}"
 

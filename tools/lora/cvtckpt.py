@@ -1,17 +1,17 @@
-"""Base checkpoints with and without LoRA in them, as lora_wrapper's cvtckpt makes them of each other.
+"""Put a LoRA beside a base model's weights, take it out again, or merge it, with the flags of lora_wrapper's cvtckpt.
 
     python tools/lora/cvtckpt.py --mode embed   --model_ckpt BASE --lora_ckpt LORA [LORA:0.5 ...] --out_ckpt BOTH.ckpt
     python tools/lora/cvtckpt.py --mode extract --model_ckpt BOTH.ckpt --out_ckpt LORA.ckpt [--out_base BASE.ckpt]
     python tools/lora/cvtckpt.py --mode merge   --model_ckpt BASE --lora_ckpt LORA [LORA:0.5 ...] --out_ckpt MERGED
 
 modes:
-  embed    put LoRA's factors beside the base's weights in one file; several LoRAs are joined to one, exactly
-  extract  take the LoRA out of such a file (also of lora_wrapper's and mindone's), and with --out_base the base
-  merge    add the LoRAs to the base's weights, W + weight * alpha / rank * up @ down, summed in fp32, and what the file
-           has embedded too; written in the base's own form and types
+  embed    write the base model's weights and the LoRA's factors to one file; several LoRAs are joined exactly
+  extract  take the LoRA out of such a file (also lora_wrapper's and mindone's), and with --out_base the base model
+  merge    add the LoRAs, and one that is embedded already, to the weights: W + strength * alpha / rank * up @ down,
+           summed in fp32 and written in the form and types of the base model
 
-A base is a single file of any kind that this project reads or a diffusers folder. FILE:0.7 takes 0.7 of a LoRA,
-FILE:0.7:0.3 0.3 of its text encoder's part.
+A base model is a file of any kind that this project reads, or a diffusers folder. FILE:0.7 is a LoRA at strength 0.7,
+FILE:0.7:0.3 one at strength 0.3 in the text encoder.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -34,7 +34,13 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import weighted_sum  # noqa: E402
-from ldm.lora.checkpoints import Embedded, Merged, as_single_file, split_embedded, write_base  # noqa: E402
+from ldm.lora.checkpoints import (  # noqa: E402
+    EmbeddedArrays,
+    MergedArrays,
+    open_as_single_file,
+    split_embedded,
+    write_base_model,
+)
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
 from ldm.lora.targets import claim_base, claim_checkpoint, claim_lora  # noqa: E402
@@ -62,76 +68,81 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_settings(Settings, argv, description=__doc__)
-    if args.mode != "extract":
+    """Run the tool."""
+    settings = read_settings(Settings, argv, description=__doc__)
+    if settings.mode != "extract":
         for flag in ("out_base", "to", "dtype"):
-            if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} belongs to --mode extract: leave it out of {args.mode}")
-    if args.out_base and args.out_base.resolve() == args.out_ckpt.resolve():
-        raise UserError(f"--out_ckpt and --out_base are both {args.out_ckpt}: give each a name of its own")
-    claims = {
-        "embed": lambda: claim_checkpoint(args.out_ckpt, "--out_ckpt"),
-        "merge": lambda: claim_base(args.out_ckpt, args.model_ckpt, "--out_ckpt"),
-        "extract": lambda: claim_all(
-            claim_lora(args.out_ckpt, args.to or "mindone", "--out_ckpt"),
-            *([claim_checkpoint(args.out_base, "--out_base")] if args.out_base else ()),
-        ),
-    }
-    with claims[args.mode]():
-        {"embed": embed, "extract": extract, "merge": merge}[args.mode](args)
+            if getattr(settings, flag) is not None:
+                raise UserError(f"--{flag} belongs to --mode extract: leave it out of {settings.mode}")
+    if settings.out_base and settings.out_base.resolve() == settings.out_ckpt.resolve():
+        raise UserError(f"--out_ckpt and --out_base are both {settings.out_ckpt}: give each a name of its own")
+    {"embed": embed, "extract": extract, "merge": merge}[settings.mode](settings)
 
 
-def embed(args: Settings) -> None:
-    state = read_loras(args.lora_ckpt)
-    with as_single_file(args.model_ckpt, args.out_ckpt) as base:
-        if split_embedded(base)[1] is not None:
-            raise UserError(f"{args.model_ckpt} has LoRA in it already: merge adds to it, extract takes it out")
-        embedded = Embedded(base, map_base_model(base), state)
-        write_checkpoint(args.out_ckpt, embedded, {**base.metadata, **state.metadata})
-    print(f"{args.out_ckpt}: {args.model_ckpt} and beside it {state}")
+def embed(settings: Settings) -> None:
+    """Write the base model with the LoRA beside its weights."""
+    with claim_checkpoint(settings.out_ckpt, "--out_ckpt"):
+        lora = read_loras(settings.lora_ckpt)
+        with open_as_single_file(settings.model_ckpt, settings.out_ckpt) as base:
+            if split_embedded(base)[1] is not None:
+                raise UserError(f"{settings.model_ckpt} has a LoRA in it: merge adds to it, extract takes it out")
+            embedded = EmbeddedArrays(base, map_base_model(base), lora)
+            write_checkpoint(settings.out_ckpt, embedded, {**base.metadata, **lora.metadata})
+        print(f"{settings.out_ckpt}: {settings.model_ckpt} and beside it {lora}")
 
 
-def extract(args: Settings) -> None:
-    if args.lora_ckpt:
-        raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
-    checkpoint = open_base_model(args.model_ckpt)
-    base, state = split_embedded(checkpoint)
-    if state is None:
-        raise UserError(
-            f"{args.model_ckpt} has no LoRA beside its weights; one that was merged into them is found by "
-            "tools/lora/extract_lora.py, given the base without it"
-        )
-    write_lora(args.out_ckpt, state, args.to or "mindone", dtype=args.dtype or "fp32")
-    print(f"{args.out_ckpt}: {state}")
-    if args.out_base:
-        write_checkpoint(args.out_base, base, checkpoint.metadata)
-        print(f"{args.out_base}: {len(base)} arrays without LoRA")
+def extract(settings: Settings) -> None:
+    """Write the LoRA beside a base model's weights to a file of its own, and the base model if --out_base is given."""
+    format = settings.to or "mindone"
+    claims = [claim_lora(settings.out_ckpt, format, "--out_ckpt")]
+    if settings.out_base:
+        claims.append(claim_checkpoint(settings.out_base, "--out_base"))
+    with claim_all(*claims):
+        if settings.lora_ckpt:
+            raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
+        checkpoint = open_base_model(settings.model_ckpt)
+        base, lora = split_embedded(checkpoint)
+        if lora is None:
+            raise UserError(
+                f"{settings.model_ckpt} has no LoRA beside its weights. tools/lora/extract_lora.py finds one that was "
+                "merged into them, given the base model without it"
+            )
+        write_lora(settings.out_ckpt, lora, format, dtype=settings.dtype or "fp32")
+        print(f"{settings.out_ckpt}: {lora}")
+        if settings.out_base:
+            write_checkpoint(settings.out_base, base, checkpoint.metadata)
+            print(f"{settings.out_base}: {len(base)} arrays without LoRA")
 
 
-def merge(args: Settings) -> None:
-    checkpoint = open_base_model(args.model_ckpt)
-    base, inside = split_embedded(checkpoint)
-    if inside is None and not args.lora_ckpt:
-        raise UserError(f"{args.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge")
-    states = [(inside, Strength())] if inside is not None else []
-    if args.lora_ckpt:
-        states.append((read_loras(args.lora_ckpt), Strength()))
-    write_base(args.out_ckpt, Merged(base, map_base_model(base), weighted_sum(states)), checkpoint)
-    print(f"{args.out_ckpt}: {args.model_ckpt} with {'the LoRA inside it and ' * (inside is not None)}"
-          f"{len(args.lora_ckpt)} LoRA files merged")  # fmt: skip
+def merge(settings: Settings) -> None:
+    """Write the base model with the LoRAs, and one that is beside its weights, added to the weights."""
+    with claim_base(settings.out_ckpt, settings.model_ckpt, "--out_ckpt"):
+        checkpoint = open_base_model(settings.model_ckpt)
+        base, embedded = split_embedded(checkpoint)
+        if embedded is None and not settings.lora_ckpt:
+            raise UserError(
+                f"{settings.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge"
+            )
+        loras = [embedded] if embedded is not None else []
+        if settings.lora_ckpt:
+            loras.append(read_loras(settings.lora_ckpt))
+        lora = weighted_sum([(lora, 1.0) for lora in loras])
+        write_base_model(settings.out_ckpt, MergedArrays(base, map_base_model(base), lora), checkpoint)
+        sources = f"{'the LoRA inside it and ' if embedded is not None else ''}{len(settings.lora_ckpt)} LoRA files"
+        print(f"{settings.out_ckpt}: {settings.model_ckpt} with {sources} merged")
 
 
-def read_loras(texts: Sequence[str]) -> LoRA:
-    """The weighted sum of the files, each said."""
-    if not texts:
+def read_loras(paths: Sequence[str]) -> LoRA:
+    """Read LoRAs at the strengths after their paths, print what they hold, and return their sum."""
+    if not paths:
         raise UserError("--lora_ckpt is needed: one or several LoRAs")
-    states = []
-    for text in texts:
-        path, given = path_and_strengths(text, "lora_ckpt")
-        weights = Strength(*given) if len(given) == 2 else Strength(*(given or (1.0,)) * 2)
-        states.append((read_lora(path), weights))
-        print(f"{path}: {states[-1][0]}; weight {weights}")
-    return weighted_sum(states)
+    loras = []
+    for path_and_strength in paths:
+        path, numbers = path_and_strengths(path_and_strength, "lora_ckpt")
+        lora, strength = read_lora(path), Strength.from_numbers(numbers)
+        print(f"{path}: {lora}; strength {strength}")
+        loras.append((lora, strength))
+    return weighted_sum(loras)
 
 
 if __name__ == "__main__":

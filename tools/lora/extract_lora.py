@@ -1,10 +1,10 @@
-"""The LoRA between a full fine-tune and its base, by the SVD of the difference of each layer's weights.
+"""Extract the LoRA between a base model and its full fine-tuning, by the SVD of the difference of each layer's weights.
 
     python tools/lora/extract_lora.py --base_model BASE --target_model TUNED --rank 32 --save_path LORA.ckpt
 
-Exact where a layer's difference has no larger rank; what is cut off, and what no LoRA can hold (norms, biases), is
-printed. Both models may be in any form that this project reads, and not the same one. (The names are those of
-cloneofsimo's svd_distill. It cuts off the factors' largest values as well; this does not.)
+It is exact where the difference of a layer has no larger rank. What is cut off, and what no LoRA can hold (norms,
+biases), is printed. The models may be checkpoints of any two forms. The flags have the names of cloneofsimo's
+svd_distill, which also clamps the largest values of the factors. This tool does not.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     start_script()
 
 from ldm.lora.algebra import check_cut  # noqa: E402
-from ldm.lora.checkpoints import extract_lora  # noqa: E402
+from ldm.lora.extract import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
 from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
@@ -55,14 +55,17 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_settings(Settings, argv, description=__doc__)
-    rank = 32 if args.rank is None and args.energy is None else args.rank
-    check_cut(rank, args.energy)
-    with claim_lora(args.save_path, args.to, "--save_path"):
-        found = extract_lora(args.base_model, args.target_model, rank, args.energy, args.targets, args.networks)
-        print(found)
-        write_lora(args.save_path, found.state, args.to, dtype=args.dtype)
-    print(f"{args.save_path}: {found.state}")
+    """Run the tool."""
+    settings = read_settings(Settings, argv, description=__doc__)
+    rank = 32 if settings.rank is None and settings.energy is None else settings.rank
+    check_cut(rank, settings.energy)
+    with claim_lora(settings.save_path, settings.to, "--save_path"):
+        extraction = extract_lora(
+            settings.base_model, settings.target_model, rank, settings.energy, settings.targets, settings.networks
+        )
+        print(extraction)
+        write_lora(settings.save_path, extraction.lora, settings.to, dtype=settings.dtype)
+    print(f"{settings.save_path}: {extraction.lora}")
 
 
 if __name__ == "__main__":

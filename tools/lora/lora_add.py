@@ -1,21 +1,21 @@
-"""Add LoRAs to each other, or to a base model: the command line of cloneofsimo's lora_add, for any LoRA file and base.
+"""Add LoRAs to each other or to a base model, with the flags of cloneofsimo's lora_add, for files of any format.
 
     python tools/lora/lora_add.py --path_1 BASE --path_2 LORA --mode upl --alpha 1.0 --output_path OUT
     python tools/lora/lora_add.py --path_1 A --path_2 B --mode sum --alpha 0.3 --output_path OUT.ckpt
     python tools/lora/lora_add.py --paths A:0.7 B:0.5:0 C:-0.2 --output_path OUT.safetensors --to kohya --rank 8
 
 modes:
-  lpl          two LoRAs, as the original does it: their factors are mixed, (a U1 + b U2)(a D1 + b D2), a = alpha and
-               b = 1 - alpha. That is not the mean of what they do; how far it is from it is printed
-  sum          any number of LoRAs: the weighted sum of their updates, exact, with their ranks added; --rank or --energy
-               make it smaller, and print what that costs. Weights alpha and 1 - alpha of two, 1 of --paths
-  ljl          as sum, with weight 1 each: ranks joined side by side
-  upl          path_1 is a base model in any form, the rest are LoRAs: base + alpha * LoRA, in the base's own form (a
+  lpl          mix the factors of two LoRAs as the original does, (a U1 + b U2)(a D1 + b D2) with a = alpha and
+               b = 1 - alpha. That is not the sum of their updates. The relative error against it is printed
+  sum          add the updates of any number of LoRAs exactly. The ranks add up. --rank or --energy make the result
+               smaller, and the error is printed. Strengths are alpha and 1 - alpha for two, 1 for --paths
+  ljl          as sum, at strength 1 each: the factors are joined side by side
+  upl          add LoRAs to a base model at --path_1 of any form: base + alpha * LoRA, written in the same form (a
                diffusers folder stays one)
-  upl-ckpt-v2  as upl, written as one file in fp16: .safetensors (the published names) or .ckpt (mindone's). Tokens that
+  upl-ckpt-v2  as upl, written as one fp16 file: .safetensors (the published names) or .ckpt (mindone's). Tokens that
                cloneofsimo's LoRAs learned go into a .pt of the same name, an embedding for A1111's web UI
 
-A weight after a path (FILE:0.7) holds in the place of alpha, a second one (FILE:0.7:0.3) is the text encoder's.
+FILE:0.7 is a LoRA at strength 0.7 in place of alpha, FILE:0.7:0.3 one at strength 0.3 in the text encoder.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -41,7 +41,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
-from ldm.lora.checkpoints import Merged, write_base, write_published  # noqa: E402
+from ldm.lora.checkpoints import MergedArrays, write_base_model, write_fp16_file  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
@@ -53,7 +53,8 @@ from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
 
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
-MODES = ("lpl", "sum", "ljl", "upl", "upl-ckpt-v2")
+BASE_MODES = ("upl", "upl-ckpt-v2")  # write a base model
+MODES = ("lpl", "sum", "ljl", *BASE_MODES)
 PLACES = ("path_1", "path_2", "output_path", "alpha")
 
 
@@ -88,136 +89,140 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    bases = args.mode in ("upl", "upl-ckpt-v2")
-    if bases:
+    """Run the tool."""
+    settings = parse(argv)
+    to_base = settings.mode in BASE_MODES
+    if to_base:
         for flag in ("rank", "energy", "to", "dtype"):
-            if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} is of a LoRA: leave it out, mode {args.mode} writes a base model")
-    elif args.rank is not None or args.energy is not None:
-        check_cut(args.rank, args.energy)
-    texts = [text for text in (None if bases else args.path_1, args.path_2, *args.paths) if text]
-    if not texts or (args.mode == "lpl" and len(texts) != 2):
-        wanted = "two" if args.mode == "lpl" else "at least one"
-        raise UserError(f"mode {args.mode} takes {wanted}, {len(texts)} LoRAs are given: --path_1, --path_2, --paths")
-    with claim(args):
-        weighted = [(read(text, args.with_text_lora), weights) for text, weights in zip(texts, _weights(texts, args))]
-        for text, (state, weights) in zip(texts, weighted):
-            print(f"{text}: {state}; weight {weights}")
-        if bases:
-            add_to_base(args, weighted, texts)
+            if getattr(settings, flag) is not None:
+                raise UserError(f"--{flag} is for a LoRA: leave it out, mode {settings.mode} writes a base model")
+    elif settings.rank is not None or settings.energy is not None:
+        check_cut(settings.rank, settings.energy)
+    paths = [path for path in (None if to_base else settings.path_1, settings.path_2, *settings.paths) if path]
+    if not paths or (settings.mode == "lpl" and len(paths) != 2):
+        wanted = "two" if settings.mode == "lpl" else "at least one"
+        raise UserError(
+            f"mode {settings.mode} takes {wanted}, {len(paths)} LoRAs are given: --path_1, --path_2, --paths"
+        )
+    with claim_output(settings):
+        loras = read_loras(paths, settings)
+        if to_base:
+            add_to_base(settings, loras, paths)
         else:
-            add_loras(args, weighted)
+            add_loras(settings, loras)
 
 
-def claim(args: Settings) -> AbstractContextManager[None]:
-    """Hold what the mode writes."""
-    if args.mode == "upl":
-        return claim_base(args.output_path, Path(args.path_1), "--output_path")
-    if args.mode == "upl-ckpt-v2":
-        return claim_checkpoint(args.output_path, "--output_path")
-    return claim_lora(args.output_path, lora_format(args), "--output_path")
+def claim_output(settings: Settings) -> AbstractContextManager[None]:
+    """Claim what the mode writes."""
+    if settings.mode == "upl":
+        return claim_base(settings.output_path, Path(settings.path_1), "--output_path")
+    if settings.mode == "upl-ckpt-v2":
+        return claim_checkpoint(settings.output_path, "--output_path")
+    return claim_lora(settings.output_path, lora_format(settings), "--output_path")
 
 
-def lora_format(args: Settings) -> str:
-    """The format of the LoRA that is written: what --to says, else by the suffix."""
-    return args.to or ("cloneofsimo-pt" if args.output_path.suffix == ".pt" else "mindone")
+def lora_format(settings: Settings) -> str:
+    """Return the format of the LoRA that is written, given by --to or the suffix."""
+    return settings.to or ("cloneofsimo-pt" if settings.output_path.suffix == ".pt" else "mindone")
 
 
-def add_loras(args: Settings, weighted: list[tuple[LoRA, Strength]]) -> None:
-    """LoRA and LoRA."""
-    if args.mode == "lpl":
-        (first, one), (second, two) = weighted
-        if one.unet != one.text_encoder or two.unet != two.text_encoder:
-            raise UserError("mode lpl has one weight for both networks: take --mode sum for weights of their own")
-        result = mix_factors(first, second, one.unet, two.unet)
-        error = relative_difference(result, weighted_sum(weighted))
+def read_loras(paths: list[str], settings: Settings) -> list[tuple[LoRA, Strength]]:
+    """Read the LoRAs and print what they hold. Returns each with its strength."""
+    loras = []
+    for text, default in zip(paths, _default_strengths(len(paths), settings)):
+        path, numbers = path_and_strengths(text, "LoRA")
+        lora = read_lora(path)
+        lora = lora if settings.with_text_lora else lora.only("unet")
+        loras.append((lora, Strength.from_numbers(numbers, default)))
+    for text, (lora, strength) in zip(paths, loras):
+        print(f"{text}: {lora}; strength {strength}")
+    return loras
+
+
+def add_loras(settings: Settings, loras: list[tuple[LoRA, Strength]]) -> None:
+    """Write the sum of LoRAs."""
+    if settings.mode == "lpl":
+        (first, strength1), (second, strength2) = loras
+        if any(strength.unet != strength.text_encoder for strength in (strength1, strength2)):
+            raise UserError("mode lpl has one strength for both networks: take --mode sum for two different ones")
+        result = mix_factors(first, second, strength1.unet, strength2.unet)
+        error = relative_difference(result, weighted_sum(loras))
         print(f"mixed factors: relative error {error:.2g} against the exact weighted sum (--mode sum)")
     else:
-        result = weighted_sum(weighted)
-    if args.rank is not None or args.energy is not None:
-        result, report = resize(result, args.rank, args.energy)
-        print(report)
-    write_lora(args.output_path, result, lora_format(args), dtype=args.dtype or "fp32")
-    print(f"{args.output_path}: {result}")
+        result = weighted_sum(loras)
+    if settings.rank is not None or settings.energy is not None:
+        result, truncation = resize(result, settings.rank, settings.energy)
+        print(truncation)
+    write_lora(settings.output_path, result, lora_format(settings), dtype=settings.dtype or "fp32")
+    print(f"{settings.output_path}: {result}")
 
 
-def add_to_base(args: Settings, weighted: list[tuple[LoRA, Strength]], texts: list[str]) -> None:
-    """Base and LoRAs; `texts` are the LoRAs' paths as given."""
-    base = open_base_model(args.path_1)
+def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: list[str]) -> None:
+    """Write the base model with LoRAs, given with their paths, added to its weights."""
+    base = open_base_model(settings.path_1)
     key_map = map_base_model(base)
-    merged = Merged(base, key_map, weighted_sum(weighted))
-    tokens, beside = [], args.output_path.with_suffix(".pt")
-    if args.mode == "upl-ckpt-v2":
-        tokens = tokens_of(texts, base.shape(key_map.sources[TOKEN_EMBEDDING].name)[1])
-    with claim_new(beside, "--output_path") if tokens else nullcontext():
-        write = write_published if args.mode == "upl-ckpt-v2" else write_base
-        write(args.output_path, merged, base)
-        print(f"{args.output_path}: {args.path_1} with {len(weighted)} LoRA{'s' * (len(weighted) > 1)} in it")
-        if tokens:
-            write_embedding(beside, np.stack([vector for _, vector in tokens]))
-            print(
-                f"{beside}: {', '.join(token for token, _ in tokens)}, in this order, as one embedding: its file "
-                "name is its word in a prompt"
-            )
-
-
-def tokens_of(texts: list[str], width: int) -> list[tuple[str, np.ndarray]]:
-    """The learned tokens that lie in the LoRAs' files, given by their paths, LoRA by LoRA: (token, vector (width,))."""
+    merged = MergedArrays(base, key_map, weighted_sum(loras))
+    one_file = settings.mode == "upl-ckpt-v2"
     tokens = []
-    for file in (file for text in texts for file in lora_files(path_and_strengths(text, "LoRA")[0])):
+    if one_file:
+        tokens = read_tokens(paths, width=base.shape(key_map.sources[TOKEN_EMBEDDING].name)[1])
+    embedding = settings.output_path.with_suffix(".pt")
+    with claim_new(embedding, "--output_path") if tokens else nullcontext():
+        write = write_fp16_file if one_file else write_base_model
+        write(settings.output_path, merged, base)
+        print(f"{settings.output_path}: {settings.path_1} with {len(loras)} LoRA{'s' * (len(loras) > 1)} in it")
+        if tokens:
+            write_embedding(embedding, np.stack([vector for _, vector in tokens]))
+            names = ", ".join(token for token, _ in tokens)
+            print(f"{embedding}: {names}, in this order, as one embedding: its file name is its word in a prompt")
+
+
+def read_tokens(paths: list[str], width: int) -> list[tuple[str, np.ndarray]]:
+    """Return (token, vector (width,)) for the learned tokens in the files of LoRAs, in order."""
+    tokens = []
+    for file in (file for path in paths for file in lora_files(path_and_strengths(path, "LoRA")[0])):
         for token, vector in learned_tokens(open_checkpoint(file)).items():
             if vector.shape != (width,):
                 raise UserError(
-                    f"{file}: the learned token {token} has {len(vector)} numbers, the base's tokens have "
+                    f"{file}: the learned token {token} has {len(vector)} numbers, the base model's tokens have "
                     f"{width}: it was made for another model (--mode upl leaves tokens out)"
                 )
             tokens.append((token, vector))
     return tokens
 
 
-def read(text: str, with_text_lora: bool) -> LoRA:
-    state = read_lora(path_and_strengths(text, "LoRA")[0])
-    return state if with_text_lora else state.only("unet")
-
-
-def _weights(texts: list[str], args: Settings) -> list[Strength]:
-    """Of each LoRA: what is after its path, or else what the mode says."""
-    first = args.alpha if args.alpha_1 is None else args.alpha_1
-    second = (1 - args.alpha) if args.alpha_2 is None else args.alpha_2
-    if args.mode in ("upl", "upl-ckpt-v2"):
-        usual = [first] if args.path_2 else []
-    elif args.mode == "ljl" or not args.path_1:
-        usual = []
+def _default_strengths(count: int, settings: Settings) -> list[float]:
+    """Return the strength of each of `count` LoRAs without one after its path."""
+    first = settings.alpha if settings.alpha_1 is None else settings.alpha_1
+    second = 1 - settings.alpha if settings.alpha_2 is None else settings.alpha_2
+    if settings.mode in BASE_MODES:
+        strengths = [first] if settings.path_2 else []
+    elif settings.mode == "ljl" or not settings.path_1:
+        strengths = []
     else:
-        usual = [first, second] if args.path_2 else [1.0]
-    usual += [1.0] * (len(texts) - len(usual))
-    weights = []
-    for text, weight in zip(texts, usual):
-        given = path_and_strengths(text, "LoRA")[1]
-        weights.append(Strength(*given) if len(given) == 2 else Strength(*(given or (weight,)) * 2))
-    return weights
+        strengths = [first, second] if settings.path_2 else [1.0]
+    return strengths + [1.0] * (count - len(strengths))
 
 
 def parse(argv: Sequence[str] | None) -> Settings:
-    """Reads the command line, with paths that are given without their flags."""
+    """Read the command line, with values that are given without their flags."""
     argv = sys.argv[1:] if argv is None else argv
-    args = read_settings(Settings, argv, description=__doc__)
-    if len(args.places) > len(PLACES):
+    settings = read_settings(Settings, argv, description=__doc__)
+    if len(settings.places) > len(PLACES):
         raise UserError(
-            f"{len(args.places)} values without a flag are given, at most {len(PLACES)} are read: give further LoRAs "
-            "as --paths"
+            f"{len(settings.places)} values without a flag are given, at most {len(PLACES)} are read: give further "
+            "LoRAs as --paths"
         )
-    if args.places:
-        flags = [f"--{name}={text}" for name, text in zip(PLACES, args.places)]
-        args = read_settings(Settings, [*argv, *flags], description=__doc__)
-    if args.output_path is None:
+    if settings.places:
+        flags = [f"--{name}={text}" for name, text in zip(PLACES, settings.places)]
+        settings = read_settings(Settings, [*argv, *flags], description=__doc__)
+    if settings.output_path is None:
         raise UserError("--output_path is needed: what to write")
-    if args.mode is None:
-        args.mode = "sum" if args.paths else "lpl"
-    if args.mode in ("upl", "upl-ckpt-v2") and not args.path_1:
-        raise UserError(f"--path_1 is needed: the base model that mode {args.mode} adds to")
-    return args
+    if settings.mode is None:
+        settings.mode = "sum" if settings.paths else "lpl"
+    if settings.mode in BASE_MODES and not settings.path_1:
+        raise UserError(f"--path_1 is needed: the base model that mode {settings.mode} adds to")
+    return settings
 
 
 if __name__ == "__main__":

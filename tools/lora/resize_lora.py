@@ -1,9 +1,9 @@
-"""A LoRA of a smaller rank, by SVD of each layer's update.
+"""Reduce the rank of a LoRA, by the SVD of each layer's update.
 
     python tools/lora/resize_lora.py --source LORA --target SMALLER.ckpt --rank 4
     python tools/lora/resize_lora.py --source LORA --target SMALLER.safetensors --energy 0.9 --to kohya
 
-What is cut off is printed; a layer that has no larger rank keeps its factors, bit for bit.
+The relative error is printed. A layer of no larger rank keeps its factors, bit for bit.
 """
 
 # ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
@@ -42,15 +42,16 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_settings(Settings, argv, description=__doc__)
-    check_cut(args.rank, args.energy)
-    with claim_lora(args.target, args.to, "--target"):
-        state = read_lora(args.source)
-        print(f"{args.source}: {state}")
-        smaller, report = resize(state, args.rank, args.energy)
-        print(report)
-        write_lora(args.target, smaller, args.to, dtype=args.dtype)
-    print(f"{args.target}: {smaller}")
+    """Run the tool."""
+    settings = read_settings(Settings, argv, description=__doc__)
+    check_cut(settings.rank, settings.energy)
+    with claim_lora(settings.target, settings.to, "--target"):
+        lora = read_lora(settings.source)
+        print(f"{settings.source}: {lora}")
+        smaller, truncation = resize(lora, settings.rank, settings.energy)
+        print(truncation)
+        write_lora(settings.target, smaller, settings.to, dtype=settings.dtype)
+    print(f"{settings.target}: {smaller}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""cloneofsimo's lora: factors by number, in the order in which diffusers registers the layers that it looks into.
+"""cloneofsimo's lora: factors by number, in the order in which diffusers registers the layers of certain classes.
 
-A .safetensors has `unet:0:up`, `unet:0:down`, `unet:1:up`, ...; `text_encoder:...` likewise; the texts `unet` and
-`text_encoder` list the classes of diffusers whose layers were taken. Learned tokens lie beside them as `<name>`. A .pt
-is a list, up and down in turn, of the UNet alone; the text encoder's is in `<stem>.text_encoder.pt` beside it, and the
-classes are not noted. There is no alpha: `up` takes it over. A class has all of its layers in the file: those without a
-LoRA are written as zeros.
+    unet:0:up, unet:0:down, unet:1:up, ..., text_encoder:0:up, ...
 
-diffusers registered a transformer block's feed-forward before its second attention at first, and does after it now.
-Published files have the first order, and so has what is written here; shapes tell which a file has. They tell the
-layers too where the classes are missing or have names that are not known here: transformers gave its attention others
-for a while, and any program may.
+The metadata of a .safetensors lists the classes of each network as `unet` and `text_encoder`. Learned tokens lie beside
+the factors as `<name>`. A .pt is a list of up and down in turn, for the UNet alone and without the classes. The text
+encoder's list is in `<stem>.text_encoder.pt` beside it. There is no alpha: it is multiplied into `up`. A file has all
+layers of its classes, so those without a LoRA are written as zeros.
+
+diffusers first registered the feed-forward of a transformer block before its second attention, and now does so after
+it. Published files have the first order, and it is the one that is written. Shapes tell which order a file has. They
+tell the layers too where the classes are missing or unknown: transformers once renamed its attention, and other
+programs may use other names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.inputs import is_there
-from ldm.lora.formats import pairs
+from ldm.lora.formats.factors import (
+    base_metadata,
+    check_pair,
+    fold_alpha,
+    open_lora,
+    read_factors,
+    reshape_layer,
+    to_dtype,
+    warn_of_textual_inversion,
+    without_extras,
+    write_factors,
+)
 from ldm.lora.formats.modules import BaseModules, Module, known_bases
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.settings.model import model_metadata
@@ -35,10 +47,10 @@ from ldm.weights.file_formats.torch_writer import write_torch
 from ldm.weights.names import LABELS, same_up_to_1x1
 
 COMPONENTS = ("unet", "text_encoder")
-# diffusers' and transformers' classes, and what the names of the layers within them contain.
+# Classes of diffusers and transformers, and what the names of the layers within them contain.
 CLASSES = {
     "unet": {
-        "CrossAttention": r"\.attn[12]\.",  # what diffusers called it at first
+        "CrossAttention": r"\.attn[12]\.",  # the first name in diffusers
         "Attention": r"\.attn[12]\.",
         "GEGLU": r"\.ff\.net\.0\.",
         "FeedForward": r"\.ff\.",
@@ -51,13 +63,13 @@ CLASSES = {
     },
     "text_encoder": {
         "CLIPAttention": r"\.self_attn\.",
-        "CLIPSdpaAttention": r"\.self_attn\.",  # two names of the same, in transformers of 2024
+        "CLIPSdpaAttention": r"\.self_attn\.",  # two other names in transformers of 2024
         "CLIPFlashAttention2": r"\.self_attn\.",
         "CLIPMLP": r"\.mlp\.",
         "CLIPEncoderLayer": r"\.layers\.",
     },
 }
-# What a file without a note of its classes may have been made from, and what is written: the first that holds all.
+# Classes that a file that does not list them may have been made from. Writing uses the first choice that holds all.
 CHOICES = {
     "unet": (
         ("CrossAttention", "Attention"),
@@ -72,91 +84,79 @@ CHOICES = {
     ),
     "text_encoder": (("CLIPAttention",), ("CLIPAttention", "CLIPMLP")),
 }
-WIDEST = 1 << 16  # channels of a learned token
+MOST_CHANNELS = 1 << 16  # of a learned token
 _KEY = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,6}):(up|down)\Z")
-_PLACE = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
+_NUMBER = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
 
 log = logging.getLogger(__name__)
 
+Rows = Mapping[str, Sequence[LoRALayer]]  # component -> layers in the file's order
+Classes = tuple[str, ...]
 
-def detect(names: Iterable[str]) -> str | None:
-    """The name of the form that these keys have: numbers alone are the places in a list."""
-    names = list(names)
-    if any(_KEY.match(name) for name in names):
+
+def detect(keys: Iterable[str]) -> str | None:
+    """Return "cloneofsimo", "cloneofsimo-pt" for keys that are numbers, as of a list, or None."""
+    keys = list(keys)
+    if any(_KEY.match(key) for key in keys):
         return "cloneofsimo"
-    return "cloneofsimo-pt" if names and all(_PLACE.match(name) for name in names) else None
+    return "cloneofsimo-pt" if keys and all(_NUMBER.match(key) for key in keys) else None
 
 
 def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
-    """Read an opened .safetensors.
+    """Read an opened .safetensors. Learned tokens are left out with a warning.
 
-    Raises UserError for gaps in the numbers, half a pair, other keys than learned tokens (which are left out with a
-    warning), and factors that are not those of the noted classes in any known base, or in `base`. Where classes are
-    not known or not noted: for factors that are in no known order, or in two of them.
+    Raises:
+        UserError: A number or half of a pair is missing, a key is unknown, or the factors are not those of the listed
+            classes in any known base model, or in `base`. Where the classes are unknown or missing: the factors are in
+            no known order, or in two of them.
     """
     path = checkpoint.path
-    factors: dict[str, dict[int, dict[str, str]]] = {}
+    keys: dict[str, dict[int, dict[str, str]]] = {}
     tokens, others = [], []
     for key in checkpoint:
-        found = _KEY.match(key)
-        if found:
-            component, index, half = found.groups()
-            factors.setdefault(component, {}).setdefault(int(index), {})[half] = key
+        match = _KEY.match(key)
+        if match:
+            component, index, factor = match.groups()
+            keys.setdefault(component, {}).setdefault(int(index), {})[factor] = key
         elif _is_token(key):
             tokens.append(key)
         else:
             others.append(key)
-    others = pairs.without_extras(path, others)
+    others = without_extras(path, others)
     if others:
         raise UserError(
             f"{path}: {plain(others[0])} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?"
         )
-    if tokens:
-        log.warning(
-            "%s: %d learned token(s), %s, are textual inversion and no part of the LoRA: without them prompts that "
-            "name them will not mean what they did", path, len(tokens), plain(", ".join(tokens)),
-        )  # fmt: skip
-    rows = {}
-    for component, numbered in factors.items():
-        if sorted(numbered) != list(range(len(numbered))):
-            missing = next(i for i in range(max(numbered) + 1) if i not in numbered)
-            raise UserError(f"{path}: {component}:{missing} is missing, its layers go by number: the file is damaged")
-        for index, halves in numbered.items():
-            for half in ("up", "down"):
-                if half not in halves:
-                    raise UserError(f"{path}: {component}:{index} lacks its {half}, half of a pair: it is damaged")
-        rows[component] = [
-            pairs.read_factors(checkpoint, f"{component}:{i}", numbered[i]["down"], numbered[i]["up"])
-            for i in range(len(numbered))
-        ]
-    notes = {component: _noted(checkpoint, component) for component in rows}
-    choices = {component: _choices(component, classes) for component, classes in notes.items()}
+    warn_of_textual_inversion(path, "learned token(s)", tokens)
+    rows = {component: _read_row(checkpoint, component, numbered) for component, numbered in keys.items()}
+    listed = {component: _listed_classes(checkpoint, component) for component in rows}
+    choices = {component: _choices(component, classes) for component, classes in listed.items()}
     bases = (base,) if base else known_bases()
-    layers = _placed(path, rows, choices, bases)
+    layers = _assign(path, rows, choices, bases)
     if layers is None:
         counts = ", ".join(f"{len(row)} layers of the {LABELS[component]}" for component, row in rows.items())
-        said = ", ".join(name for classes in notes.values() for name in classes or ("classes that are not noted",))
+        names = ", ".join(name for classes in listed.values() for name in classes or ("classes that are not listed",))
         raise UserError(
-            f"{path}: its {counts} ({plain(said)}) are not those of {_labels(bases)}: it was made for another model, "
+            f"{path}: its {counts} ({plain(names)}) are not those of {_labels(bases)}: it was made for another model, "
             "or saved again by another program"
         )
     return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
 def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
-    """Read an opened .pt, and the text encoder's beside it where there is one. Raises UserError as `read`."""
+    """Read an opened .pt, and the text encoder's .pt beside it if there is one. Raises UserError as `read`."""
     path = Path(checkpoint.path)
-    beside = text_encoder_path(path)
-    rows = {"text_encoder" if path.name.endswith(".text_encoder.pt") else "unet": _row(checkpoint)}
-    if is_there(beside):
-        log.info("%s: its text encoder is %s", path, beside.name)
-        rows["text_encoder"] = _row(pairs.open_lora(beside))
+    text_encoder = text_encoder_path(path)
+    rows = {"text_encoder" if path.name.endswith(".text_encoder.pt") else "unet": _read_list_row(checkpoint)}
+    if is_there(text_encoder):
+        log.info("%s: its text encoder is %s", path, text_encoder.name)
+        rows["text_encoder"] = _read_list_row(open_lora(text_encoder))
     choices = {component: _choices(component, None) for component in COMPONENTS}
     bases = (base,) if base else known_bases()
-    layers = _placed(path, rows, choices, bases)
-    if layers is None and len(rows) == 1:  # a text encoder's file may have lost its name
+    layers = _assign(path, rows, choices, bases)
+    if layers is None and len(rows) == 1:  # the file of a text encoder may have been renamed
         ((component, row),) = rows.items()
-        layers = _placed(path, {other: row for other in COMPONENTS if other != component}, choices, bases)
+        layers = _assign(path, {other: row for other in COMPONENTS if other != component}, choices, bases)
     if layers is None:
         counts = " and ".join(f"{len(row)} pairs for the {LABELS[component]}" for component, row in rows.items())
         raise UserError(
@@ -165,53 +165,55 @@ def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     return LoRA(layers, {})
 
 
-def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
-    """Write a .safetensors. Raises UserError for layers that no class holds (the UNet's first and last convolution)."""
-    arrays, texts = {}, {}
-    for component, (classes, row) in _rows(path, state, base).items():
-        texts[component] = json.dumps(classes)
+def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
+    """Write a .safetensors. Raises UserError for layers in no class (the UNet's first and last convolution)."""
+    arrays, metadata = {}, base_metadata(lora.metadata)
+    for component, (classes, row) in _rows_to_write(path, lora, base).items():
+        metadata[component] = json.dumps(classes)
         for i, layer in enumerate(row):
             arrays[f"{component}:{i}:up"], arrays[f"{component}:{i}:down"] = layer.up, layer.down
-            texts[f"{component}:{i}:rank"] = str(layer.rank)
-    pairs.save(path, arrays, {**pairs.base_texts(state), **texts}, dtype)
+            metadata[f"{component}:{i}:rank"] = str(layer.rank)
+    write_factors(path, arrays, metadata, dtype)
 
 
 def text_encoder_path(path: Path) -> Path:
-    """Where the text encoder's part lies beside a .pt of the UNet's."""
+    """Return the path of the text encoder's .pt beside the UNet's."""
     return path.with_name(f"{path.stem}.text_encoder.pt")
 
 
-def write_list(path, state: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
-    """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, of what there is.
+def write_list(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
+    """Write a .pt for the UNet and `<stem>.text_encoder.pt` beside it, as far as the LoRA has layers of them.
 
-    Raises UserError as `write` does, and where a second lies there already: it is another LoRA's.
+    Raises:
+        UserError: As for `write`, and if a text encoder's file is there already, which belongs to another LoRA.
     """
     path = Path(path)
-    beside = text_encoder_path(path)
-    rows = _rows(path, state, base)
-    if os.path.lexists(beside):
+    text_encoder = text_encoder_path(path)
+    rows = _rows_to_write(path, lora, base)
+    if os.path.lexists(text_encoder):
         raise UserError(
-            f"{path}: {beside.name} lies beside it and would be taken for its text encoder, or replaced: move it away"
+            f"{path}: {text_encoder.name} is beside it and would be read as its text encoder, or replaced: move it away"
         )
     for component, (_, row) in rows.items():
-        flat = [array for layer in row for array in (layer.up, layer.down)]
+        arrays = [array for layer in row for array in (layer.up, layer.down)]
         write_torch(
-            path if component == "unet" else beside,
-            [pairs.as_dtype(array, dtype, f"{path}: array {i}") for i, array in enumerate(flat)],
+            path if component == "unet" else text_encoder,
+            [to_dtype(array, dtype, f"{path}: array {i}") for i, array in enumerate(arrays)],
         )
     if "text_encoder" in rows:
-        log.info("%s: its text encoder is %s", path, beside.name)
+        log.info("%s: its text encoder is %s", path, text_encoder.name)
 
 
 def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Textual inversion's vectors that lie beside a LoRA, fp32: token -> (channels,), in order of name.
+    """Return the textual inversion's vectors beside a LoRA, token -> (channels,) fp32, sorted by token.
 
-    Raises UserError for one that is no vector of finite numbers.
+    Raises:
+        UserError: One is no vector of finite numbers.
     """
     tokens = {}
     for token in sorted(filter(_is_token, checkpoint)):
         dtype, shape = checkpoint.spec(token)
-        if len(shape) == 1 and shape[0] <= WIDEST and dtype.kind == "f":
+        if len(shape) == 1 and shape[0] <= MOST_CHANNELS and dtype.kind == "f":
             tokens[token] = np.asarray(checkpoint[token], np.float32)
         if token not in tokens or not np.isfinite(tokens[token]).all():
             raise UserError(
@@ -222,49 +224,65 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def write_embedding(path: Path, vectors: np.ndarray) -> None:
-    """Write learned tokens (tokens, channels) fp32 as the original does for A1111's web UI: one embedding of as many
-    vectors, in a .pt. Raises UserError where the disk refuses.
-    """
+    """Write learned tokens (tokens, channels) fp32 as a .pt for A1111's web UI: one embedding of several vectors."""
     token_of_star = np.array(265, np.int64)
     write_torch(path, {"string_to_token": {"*": token_of_star}, "string_to_param": {"*": vectors}, "name": ""})
 
 
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
-    """The modules of a component within some classes, as cloneofsimo's lora walks them.
+    """Return the modules of a component within some classes, in the order of cloneofsimo's lora.
 
-    early: diffusers' first order, with the feed-forward between the two attentions.
+    Args:
+        modules: The component's modules in diffusers' present order.
+        classes: Keys of CLASSES[component].
+        component: "unet" or "text_encoder".
+        early: Use diffusers' first order, with the feed-forward between the two attentions.
     """
-    within = [CLASSES[component][name] for name in classes]
-    chosen = [module for module in modules if any(re.search(part, module.path) for part in within)]
+    patterns = [CLASSES[component][name] for name in classes]
+    chosen = [module for module in modules if any(re.search(pattern, module.path) for pattern in patterns)]
     if not early:
         return chosen
-    within_block = {"attn1": 0, "ff": 1, "attn2": 2}
-    first: dict[str, int] = {}
+    order_in_block = {"attn1": 0, "ff": 1, "attn2": 2}
+    block_start: dict[str, int] = {}
 
-    def place(item: tuple[int, Module]) -> tuple[int, int]:
+    def position(item: tuple[int, Module]) -> tuple[int, int]:
         index, module = item
-        block = re.match(r"(.+\.transformer_blocks\.\d+)\.(\w+)\.", module.path)
-        return (first.setdefault(block.group(1), index), within_block[block.group(2)]) if block else (index, 0)
+        match = re.match(r"(.+\.transformer_blocks\.\d+)\.(\w+)\.", module.path)
+        if match is None:
+            return index, 0
+        return block_start.setdefault(match.group(1), index), order_in_block[match.group(2)]
 
-    return [module for _, module in sorted(enumerate(chosen), key=place)]
+    return [module for _, module in sorted(enumerate(chosen), key=position)]
 
 
 def _is_token(key: str) -> bool:
     return key.startswith("<") and key.endswith(">")
 
 
-def _row(checkpoint: Checkpoint) -> list[LoRALayer]:
+def _read_row(checkpoint: Checkpoint, component: str, keys: Mapping[int, Mapping[str, str]]) -> list[LoRALayer]:
+    """Read a component's layers by number."""
+    path = checkpoint.path
+    missing = next((i for i in range(max(keys) + 1) if i not in keys), None)
+    if missing is not None:
+        raise UserError(f"{path}: {component}:{missing} is missing, its layers go by number: the file is damaged")
+    for index, factors in keys.items():
+        check_pair(path, f"{component}:{index}", factors, ("up", "down"))
+    return [read_factors(checkpoint, f"{component}:{i}", keys[i]["down"], keys[i]["up"]) for i in range(len(keys))]
+
+
+def _read_list_row(checkpoint: Checkpoint) -> list[LoRALayer]:
+    """Read the layers of a list: up and down in turn."""
     count = len(checkpoint)
     if count % 2:
         raise UserError(f"{checkpoint.path}: a list of {count} tensors, up and down in turn: half of a pair is missing")
     missing = next((i for i in range(count) if str(i) not in checkpoint), None)
     if missing is not None:
         raise UserError(f"{checkpoint.path}: its arrays go by number, and {missing} is missing: the file is damaged")
-    return [pairs.read_factors(checkpoint, f"pair {i // 2}", down=str(i + 1), up=str(i)) for i in range(0, count, 2)]
+    return [read_factors(checkpoint, f"pair {i // 2}", down=str(i + 1), up=str(i)) for i in range(0, count, 2)]
 
 
-def _noted(checkpoint: Checkpoint, component: str) -> list[str] | None:
-    """The classes that the file says a component was made from; None where it does not say."""
+def _listed_classes(checkpoint: Checkpoint, component: str) -> list[str] | None:
+    """Return the classes that the metadata lists for a component, or None if it lists none."""
     text = checkpoint.metadata.get(component)
     if text is None:
         return None
@@ -274,53 +292,57 @@ def _noted(checkpoint: Checkpoint, component: str) -> list[str] | None:
     return classes
 
 
-def _choices(component: str, noted: list[str] | None) -> tuple[tuple[str, ...], ...]:
-    """The classes that a component may have been made from: those noted, or where not all of them are known, every
-    usual choice and every class alone.
+def _choices(component: str, listed: list[str] | None) -> tuple[Classes, ...]:
+    """Return the classes that a component may have been made from.
+
+    Those that are listed, or if not all of them are known, every usual choice and every single class.
     """
-    if noted is not None and set(noted) <= CLASSES[component].keys():
-        return (tuple(noted),)
+    if listed is not None and set(listed) <= CLASSES[component].keys():
+        return (tuple(listed),)
     return CHOICES[component] + tuple((name,) for name in CLASSES[component])
 
 
-def _placed(
-    path,
-    rows: Mapping[str, list[LoRALayer]],
-    choices: Mapping[str, Iterable[tuple[str, ...]]],
-    bases: Iterable[BaseModules],
+def _assign(
+    path: Path, rows: Rows, choices: Mapping[str, Iterable[Classes]], bases: Iterable[BaseModules]
 ) -> dict[str, LoRALayer] | None:
-    """The layers of all components, in the first base that has a place for all; None if none has."""
+    """Return the layers of all components by canonical name, in the first base model that has all. None if none has."""
     for base in bases:
-        parts = [_place(path, row, component, choices[component], base) for component, row in rows.items()]
-        if all(part is not None for part in parts):
-            return {name: layer for part in parts for name, layer in part.items()}
+        layers: dict[str, LoRALayer] = {}
+        for component, row in rows.items():
+            part = _assign_component(path, row, component, choices[component], base)
+            if part is None:
+                break
+            layers.update(part)
+        else:
+            return layers
     return None
 
 
-def _place(
-    path, row: list[LoRALayer], component: str, choices: Iterable[tuple[str, ...]], base: BaseModules
+def _assign_component(
+    path: Path, row: Sequence[LoRALayer], component: str, choices: Iterable[Classes], base: BaseModules
 ) -> dict[str, LoRALayer] | None:
-    """Layers by canonical name, in the classes and the order whose shapes are those of `row`; None if none has them.
+    """Return layers by canonical name, in the classes and the order whose shapes are those of `row`. None if none are.
 
-    Raises UserError where two have them that give the layers otherwise.
+    Raises:
+        UserError: Two choices have the shapes and give the layers different names.
     """
     axes = {layer.down.ndim for layer in row}
-    found: dict[tuple[Module, ...], tuple[str, ...]] = {}
+    found: dict[tuple[Module, ...], Classes] = {}
     for classes in choices:
         for early in (True, False):
-            ordered = in_order(base.of(component), classes, component, early)
-            # Without convolutions in the file, those of the classes were passed over, and the other way round.
+            ordered = in_order(base.of_component(component), classes, component, early)
+            # A file without convolutions leaves out those of its classes, and a file without linear layers likewise.
             modules = tuple(module for module in ordered if len(module.shape) in axes)
-            if len(modules) == len(row) and all(_fits(layer, module) for layer, module in zip(row, modules)):
+            if len(modules) == len(row) and all(same_up_to_1x1(a.shape, b.shape) for a, b in zip(row, modules)):
                 found.setdefault(modules, classes)
     if len(found) > 1:
-        one, two = (" and ".join(classes) for classes in list(found.values())[:2])
+        first, second = (" and ".join(classes) for classes in list(found.values())[:2])
         raise UserError(
-            f"{path}: its {len(row)} layers of the {LABELS[component]} may be those of {one} or of {two}, and nothing "
-            "in it says which: take a file that notes its classes, or a LoRA in another format"
+            f"{path}: its {len(row)} layers of the {LABELS[component]} may be those of {first} or of {second}, and "
+            "nothing in it tells which: take a file that lists its classes, or a LoRA in another format"
         )
     for modules in found:
-        return {module.name: pairs.conformed(layer, module.shape) for layer, module in zip(row, modules)}
+        return {module.name: reshape_layer(layer, module.shape) for layer, module in zip(row, modules)}
     return None
 
 
@@ -328,47 +350,36 @@ def _labels(bases: Iterable[BaseModules]) -> str:
     return " or ".join(base.label for base in bases)
 
 
-def _fits(layer: LoRALayer, module: Module) -> bool:
-    return same_up_to_1x1((layer.up.shape[0], *layer.down.shape[1:]), module.shape)
-
-
-def _rows(path, state: LoRA, base: BaseModules) -> dict[str, tuple[list[str], list[LoRALayer]]]:
-    """Component -> (classes, layers in order, zeros for those that are not in `state`)."""
-    rows = {}
+def _rows_to_write(
+    path: str | os.PathLike, lora: LoRA, base: BaseModules
+) -> dict[str, tuple[Classes, list[LoRALayer]]]:
+    """Return component -> (classes, layers in order), with zeros for the layers that are not in `lora`."""
+    rows: dict[str, tuple[Classes, list[LoRALayer]]] = {}
     for component in COMPONENTS:
-        there = [module for module in base.of(component) if module.name in state.layers]
-        if not there:
+        all_modules = base.of_component(component)
+        present = {module for module in all_modules if module.name in lora.layers}
+        if not present:
             continue
-        choices = {classes: in_order(base.of(component), classes, component) for classes in CHOICES[component]}
-        held = [classes for classes, modules in choices.items() if set(there) <= set(modules)]
-        if not held:
-            lone = next(m for m in there if m not in list(choices.values())[-1])
-            raise UserError(f"{path}: cloneofsimo's lora has no place for {lone.path}: write another format")
-        axes = {len(module.shape) for module in there}
-        modules = [module for module in choices[held[0]] if len(module.shape) in axes]
-        rank = max(state.only(component).ranks())
-        if len(modules) > len(there):
-            log.info(
-                "%s: %d layers of the %s without a LoRA are written as zeros",
-                path,
-                len(modules) - len(there),
-                LABELS[component],
-            )
-        rows[component] = (
-            list(held[0]),
-            [
-                pairs.folded(state.layers[module.name]) if module.name in state.layers else _zero(module, rank)
-                for module in modules
-            ],
-        )
+        choices = {classes: in_order(all_modules, classes, component) for classes in CHOICES[component]}
+        classes = next((classes for classes, modules in choices.items() if present <= set(modules)), None)
+        if classes is None:
+            largest = list(choices.values())[-1]
+            outside = next(module for module in all_modules if module in present and module not in largest)
+            raise UserError(f"{path}: cloneofsimo's lora has no place for {outside.path}: write another format")
+        axes = {len(module.shape) for module in present}
+        modules = [module for module in choices[classes] if len(module.shape) in axes]
+        zeros = len(modules) - len(present)
+        if zeros:
+            log.info("%s: %d layers of the %s without a LoRA are written as zeros", path, zeros, LABELS[component])
+        rank = max(lora.only(component).ranks())
+        rows[component] = (classes, [
+            fold_alpha(lora.layers[module.name]) if module in present else _zero_layer(module, rank)
+            for module in modules
+        ])  # fmt: skip
     return rows
 
 
-def _zero(module: Module, rank: int) -> LoRALayer:
-    ones = (1,) * (len(module.shape) - 2)
+def _zero_layer(module: Module, rank: int) -> LoRALayer:
     rank = min(rank, module.shape[0])
-    return LoRALayer(
-        np.zeros((rank, *module.shape[1:]), np.float32),
-        np.zeros((module.shape[0], rank, *ones), np.float32),
-        float(rank),
-    )
+    down, up = (rank, *module.shape[1:]), (module.shape[0], rank, *(1,) * (len(module.shape) - 2))
+    return LoRALayer(np.zeros(down, np.float32), np.zeros(up, np.float32), float(rank))

@@ -1,130 +1,141 @@
-"""diffusers' LoRA files, `pytorch_lora_weights.safetensors`, in the four ways that it has named their keys.
+"""diffusers' LoRA files, `pytorch_lora_weights.safetensors`, with the four kinds of keys that it has written.
 
-| | a key of the UNet | a key of the text encoder |
-| oldest | <attention>.processor.to_q_lora.down.weight | none |
-| middle | unet.<attention>.processor.to_q_lora.down.weight | text_encoder.<layer>.lora_linear_layer.down.weight |
-| newer | unet.<layer>.lora.down.weight | the same |
-| today's | unet.<layer>.lora_A.weight (A is down, B is up) | text_encoder.<layer>.lora_A.weight |
+| Format           | UNet                                           | Text encoder                                |
+| ---------------- | ---------------------------------------------- | ------------------------------------------- |
+| diffusers        | unet.<layer>.lora_A.weight, lora_B.weight      | text_encoder.<layer>.lora_A.weight          |
+| diffusers-newer  | unet.<layer>.lora.down.weight                  | text_encoder.<layer>.lora_linear_layer.down |
+| diffusers-middle | unet.<attention>.processor.to_q_lora.down      | as diffusers-newer                          |
+| diffusers-oldest | <attention>.processor.to_q_lora.down           | none                                        |
 
-Files mix them, so all are read at once. None of the first three has an alpha (`up` takes it over on writing); the last
-has it in a text of the file, `lora_adapter_metadata`: the arguments of PEFT's LoraConfig as JSON, each behind `unet.`
-or `text_encoder.`. A diffusers that does not know it takes alpha = rank: for that, write "diffusers-newer".
+lora_A is down and lora_B is up. Files mix them, so all are read at once. The first has alpha in its metadata,
+`lora_adapter_metadata`: the arguments of PEFT's LoraConfig as JSON, each with the prefix `unet.` or `text_encoder.`. A
+diffusers version that does not know it uses alpha = rank: for that, write "diffusers-newer". The other three have no
+alpha. It is multiplied into `up`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from ldm.errors import UserError
 from ldm.files.documents import parse_json
-from ldm.lora.formats import pairs
-from ldm.lora.formats.lora_config import Adapter, adapter_of
+from ldm.lora.formats.factors import base_metadata, by_component, fold_alpha, write_factors
+from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
+from ldm.lora.formats.lora_config import LoraConfig
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
 
-NAMES = ("diffusers", "diffusers-newer", "diffusers-middle", "diffusers-oldest")
+# The formats, and who writes or wrote them.
+VERSIONS = {
+    "diffusers": "diffusers today",
+    "diffusers-newer": "diffusers before PEFT",
+    "diffusers-middle": "diffusers, earlier",
+    "diffusers-oldest": "diffusers, the UNet's attention",
+}
 METADATA = "lora_adapter_metadata"
-# The beginnings of other formats' names.
-OTHERS = ("base_model.model.", "lora_", "diffusion_model.", "text_encoders.", "model.diffusion_model.",
-          "cond_stage_model.")  # fmt: skip
-_PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
-_KEY = re.compile(
-    r"(.+)\.(?:"
-    rf"{pairs.PEFT_HALF}"
-    r"|lora(?:_linear_layer)?\.(down|up)\.weight"
-    r"|(alpha))\Z"
+OTHER_FORMATS = (
+    "base_model.model.",
+    "lora_",
+    "diffusion_model.",
+    "text_encoders.",
+    "model.diffusion_model.",
+    "cond_stage_model.",
 )
+_PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
+_FACTOR = re.compile(rf"(.+)\.(?:{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))\Z")
 _ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight\Z")
 
 
-def detect(names: Iterable[str]) -> str | None:
-    """The name of the form that these keys have, None for keys that are not diffusers'."""
-    names = [name for name in names if not name.startswith(OTHERS)]
-    halves = [name for name in names if _ATTENTION.match(name) or _KEY.match(name) and not name.endswith(".alpha")]
-    if not halves:
+def detect(keys: Iterable[str]) -> str | None:
+    """Return which of VERSIONS has such keys, None for keys that are not diffusers'."""
+    keys = [key for key in keys if not key.startswith(OTHER_FORMATS)]
+    factors = [key for key in keys if _ATTENTION.match(key) or _FACTOR.match(key) and not key.endswith(".alpha")]
+    if not factors:
         return None
-    if any(".lora_A." in name or ".lora_B." in name for name in halves):
+    if any(".lora_A." in key or ".lora_B." in key for key in factors):
         return "diffusers"
-    if any(_ATTENTION.match(name) for name in halves):
-        return "diffusers-middle" if any(_PREFIX.match(name) for name in halves) else "diffusers-oldest"
+    if any(_ATTENTION.match(key) for key in factors):
+        return "diffusers-middle" if any(_PREFIX.match(key) for key in factors) else "diffusers-oldest"
     return "diffusers-newer"
 
 
 def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
-    """Read an opened file, see pairs.read_pairs."""
-    adapters = _adapters(checkpoint)
+    """Read an opened file. Raises UserError as `read_keyed`."""
+    configs = _lora_configs(checkpoint)
 
     def alpha(layer: str, rank: int) -> float:
         component = "text_encoder" if layer.startswith("encoder.") else "unet"
-        return adapters[component].alpha(layer, rank) if component in adapters else rank
+        return configs[component].alpha(layer, rank) if component in configs else rank
 
-    layers = pairs.read_pairs(checkpoint, parse, table, base, alpha)
+    layers = read_keyed(checkpoint, parse, table, base, alpha)
     return LoRA(layers, model_metadata(checkpoint.metadata))
 
 
-def write(path, state: LoRA, base: BaseModules, dtype: str = "fp32", name: str = "diffusers") -> None:
-    """Write a .safetensors in one of NAMES.
+def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32", name: str = "diffusers") -> None:
+    """Write a .safetensors in one of VERSIONS.
 
-    Raises UserError for "diffusers-oldest" where there is more than the UNet's attention.
+    Raises:
+        UserError: The format is "diffusers-oldest" and there are layers other than the UNet's attention.
     """
-    arrays, adapters = {}, {}
-    for component, layers in pairs.by_component(state, base).items():
+    arrays: dict[str, np.ndarray] = {}
+    configs: dict[str, Any] = {}
+    for component, layers in by_component(lora, base).items():
         for module, layer in layers.items():
-            kept = layer if name == "diffusers" else pairs.folded(layer)
-            down, up = _keys(component, module, name, str(path))
-            arrays[down], arrays[up] = kept.down, kept.up
-        adapters[component] = adapter_of(layers, base.of(component))
-    texts = {"format": "pt", **pairs.base_texts(state)}
+            written = layer if name == "diffusers" else fold_alpha(layer)
+            down, up = _keys(component, module, name, path)
+            arrays[down], arrays[up] = written.down, written.up
+        config = LoraConfig.from_layers(layers, base.of_component(component))
+        configs.update({f"{component}.{key}": value for key, value in config.to_dict().items()})
+    metadata = {"format": "pt", **base_metadata(lora.metadata)}
     if name == "diffusers":
-        arguments = {
-            f"{component}.{key}": value
-            for component, adapter in adapters.items()
-            for key, value in adapter.arguments().items()
-        }
-        texts[METADATA] = json.dumps(arguments, sort_keys=True)
-    pairs.save(path, arrays, texts, dtype)
+        metadata[METADATA] = json.dumps(configs, sort_keys=True)
+    write_factors(path, arrays, metadata, dtype)
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """(name of the layer as in Module.path, role) of a key with or without `unet.`, `text_encoder.`, `text_model.`."""
+    """Return (Module.path, factor) of a key with or without `unet.`, `text_encoder.` and `text_model.`, or None."""
     prefixed = _PREFIX.match(key)
     name = prefixed.group(2) if prefixed else key
     name = name[len("text_model.") :] if name.startswith("text_model.") else name
-    found = _ATTENTION.match(name)
-    if found:
-        module, part, half = found.groups()
+    match = _ATTENTION.match(name)
+    if match:
+        module, part, factor = match.groups()
         if module.startswith("encoder."):
-            return f"{module}.{part}_proj", half
-        return f"{module}.to_{part}" + (".0" if part == "out" else ""), half
-    found = _KEY.match(name)
-    if found is None:
+            return f"{module}.{part}_proj", factor
+        return f"{module}.to_{part}" + (".0" if part == "out" else ""), factor
+    match = _FACTOR.match(name)
+    if match is None:
         return None
-    module, letter, half, alpha = found.groups()
+    module, letter, factor, alpha = match.groups()
     module += ".0" if module.endswith(".to_out") else ""
-    return module, pairs.HALF_OF_LETTER.get(letter) or half or alpha
+    return module, FACTOR_OF_LETTER.get(letter) or factor or alpha
 
 
 def table(base: BaseModules) -> dict[str, Module]:
-    """The modules of a base by the names that `parse` gives."""
+    """Return the modules of a base model by the names that `parse` returns."""
     return {module.path: module for module in base.modules}
 
 
-def _keys(component: str, module: str, name: str, path: str) -> tuple[str, str]:
-    """The keys of down and up."""
-    text = component == "text_encoder"
-    layer = f"text_encoder.text_model.{module}" if text else f"unet.{module}"
+def _keys(component: str, module: str, name: str, path: str | os.PathLike) -> tuple[str, str]:
+    """Return the keys of down and up."""
+    in_text_encoder = component == "text_encoder"
+    layer = f"text_encoder.text_model.{module}" if in_text_encoder else f"unet.{module}"
     if name == "diffusers":
         return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
     attention = re.match(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?$", module)
-    if name == "diffusers-oldest" and (text or not attention):
+    if name == "diffusers-oldest" and (in_text_encoder or not attention):
         raise UserError(
-            f"{path}: diffusers-oldest holds the UNet's attention alone, not {layer}: write diffusers-middle"
+            f"{path}: diffusers-oldest holds only the UNet's attention, not {layer}: write diffusers-middle"
         )
-    if text:
+    if in_text_encoder:
         layer += ".lora_linear_layer"
     elif attention and name != "diffusers-newer":
         prefix = "" if name == "diffusers-oldest" else "unet."
@@ -134,8 +145,8 @@ def _keys(component: str, module: str, name: str, path: str) -> tuple[str, str]:
     return f"{layer}.down.weight", f"{layer}.up.weight"
 
 
-def _adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
-    """What `lora_adapter_metadata` says, by component; without a component's name in front it is the UNet's."""
+def _lora_configs(checkpoint: Checkpoint) -> dict[str, LoraConfig]:
+    """Return the LoraConfig in the metadata, by component. Arguments without a prefix are the UNet's."""
     text = checkpoint.metadata.get(METADATA)
     if not text:
         return {}
@@ -143,10 +154,10 @@ def _adapters(checkpoint: Checkpoint) -> dict[str, Adapter]:
     arguments = parse_json(text, where)
     if not isinstance(arguments, dict):
         raise UserError(f"{where} is no JSON object")
-    parts: dict[str, dict] = {}
+    components: dict[str, dict[str, Any]] = {}
     for key, value in arguments.items():
         component, _, name = key.partition(".")
         if component not in ("unet", "text_encoder"):
             component, name = "unet", key
-        parts.setdefault(component, {})[name] = value
-    return {component: Adapter(part, where) for component, part in parts.items()}
+        components.setdefault(component, {})[name] = value
+    return {component: LoraConfig(settings, where) for component, settings in components.items()}

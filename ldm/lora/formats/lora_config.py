@@ -1,11 +1,10 @@
 """PEFT's LoraConfig, the settings beside its factors: in a folder's adapter_config.json, and in diffusers' files.
 
-The rank of a layer is `r`, its alpha `lora_alpha`, unless a key of `rank_pattern` or `alpha_pattern` (a regular
-expression for the end of its name) says otherwise. The update is alpha / rank * B @ A, with `use_rslora`
+The rank of a layer is `r` and its alpha is `lora_alpha`, unless a key of `rank_pattern` or `alpha_pattern` (a regular
+expression for the end of the layer's name) gives another. The update is alpha / rank * B @ A, with `use_rslora`
 alpha / sqrt(rank) * B @ A (Kalajdzievski 2023).
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import math
@@ -25,21 +24,22 @@ from ldm.lora.lora import LoRALayer
 from ldm.settings.declare import setting
 from ldm.settings.read import read_mapping
 
-# Settings with which the factors are not what is added to the published base.
-REFUSED = {
+# Settings with which the factors are not the update of the published base model.
+UNSUPPORTED = {
     "use_dora": "a DoRA: it scales whole columns beside the low-rank pairs, which is not supported",
     "use_qalora": "a QALoRA, which pools the inputs: not supported",
-    "alora_invocation_tokens": "an activated LoRA, which acts from some words of a text on: not supported",
+    "alora_invocation_tokens": "an activated LoRA, which acts only after certain words of a text: not supported",
     "layer_replication": "for a model with replicated layers: not supported",
     "modules_to_save": "saved with whole layers (modules_to_save), which are no low-rank pairs: not supported",
 }
-# Bounds for the patterns of a file: how many, characters of one, repetitions within one ("{2,3}", multiplied), which
-# `regex` writes out, and seconds of computing for all together: its own clock is that too.
+# Bounds for the patterns of a file: their number, the characters of a pattern, its repetitions ("{2,3}", multiplied,
+# because `regex` expands them), and the seconds of CPU time for all comparisons together.
 MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 3.0
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
-# What `regex` reads otherwise than `re` does, with which PEFT compares: approximate matches and classes by name.
-_READ_OTHERWISE = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
+# Syntax that `regex` reads differently from `re`, which PEFT uses: approximate matches and named character classes.
+_DIFFERENT_SYNTAX = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
 MOST_NUMBER = 1e30
+# Values of init_lora_weights with which the base model was changed as well.
 MODIFIED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -58,40 +58,78 @@ class _Numbers:
     )
 
 
-class Adapter:
-    """The settings of one network's factors. Raises UserError for what is no plain LoRA, and for nonsense."""
+class LoraConfig:
+    """The settings of one network's factors.
+
+    Args:
+        settings: PEFT's arguments.
+        where: Name of their file in errors.
+
+    Raises:
+        UserError: The settings are not those of a plain LoRA, or make no sense.
+    """
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         self.where = where
         kind = settings.get("peft_type") or "LORA"
         if str(kind).upper() != "LORA":
             raise UserError(f"{where}: peft_type is {plain(kind, 40)}: only LORA is a pair of low-rank factors")
-        for key, what in REFUSED.items():
+        for key, what in UNSUPPORTED.items():
             if settings.get(key):
                 raise UserError(f"{where}: {key} is set: it is {what}")
-        start = str(settings.get("init_lora_weights")).lower()
-        if start.startswith(MODIFIED_BASE):
+        init = str(settings.get("init_lora_weights")).lower()
+        if init.startswith(MODIFIED_BASE):
             raise UserError(
-                f"{where}: init_lora_weights is {plain(start, 40)}: it belongs to a base that was changed with it; let "
-                "PEFT write it for the published base (path_initial_model_for_weight_conversion)"
+                f"{where}: init_lora_weights is {plain(init, 40)}: it belongs to a base model that was changed with "
+                "it. Let PEFT write it for the published one (path_initial_model_for_weight_conversion)"
             )
         numbers = _Numbers(**read_mapping(_Numbers, settings, where, ignore_unknown=True))
         self.r, self.lora_alpha, self.use_rslora = numbers.r, numbers.lora_alpha, bool(numbers.use_rslora)
         self.rank_pattern, self.alpha_pattern = numbers.rank_pattern or {}, numbers.alpha_pattern or {}
         self.target_modules = settings.get("target_modules")
-        self._seconds = MOST_SECONDS
-        self._ranks, self._alphas = (self._compiled(key) for key in ("rank_pattern", "alpha_pattern"))
+        self._seconds_left = MOST_SECONDS
+        self._ranks, self._alphas = (self._compile(key) for key in ("rank_pattern", "alpha_pattern"))
+
+    @classmethod
+    def from_layers(cls, layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> LoraConfig:
+        """Return the shortest settings for one network's layers.
+
+        Names are without `text_model.`, which transformers 5 does not have. They match names that have it as well.
+
+        Args:
+            layers: Module.path -> layer.
+            modules: All modules of that network.
+        """
+        ranks = {path: layer.rank for path, layer in layers.items()}
+        alphas = {path: _as_int(layer.alpha) for path, layer in layers.items()}
+        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        settings = {
+            "r": r,
+            "lora_alpha": alpha,
+            "target_modules": _targets(list(layers), [module.path for module in modules]),
+            "rank_pattern": {path: value for path, value in ranks.items() if value != r},
+            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        }
+        return cls(settings, "the LoRA")
 
     def alpha(self, module: str, rank: int) -> float:
-        """The alpha of a layer by this project's formula. Raises UserError if its factors have another rank."""
-        said = self._of("rank_pattern", self._ranks, module, self.r)
-        if said != rank:
-            raise UserError(f"{self.where}: the rank of {module} is {said:g}, but its factors have {rank}")
-        alpha = self._of("alpha_pattern", self._alphas, module, self.lora_alpha)
+        """Return the alpha of a layer in this project's formula.
+
+        Args:
+            module: The layer's name in diffusers or transformers.
+            rank: The rank of its factors.
+
+        Raises:
+            UserError: The settings give the layer another rank.
+        """
+        expected = self._value_for("rank_pattern", self._ranks, module, self.r)
+        if expected != rank:
+            raise UserError(f"{self.where}: the rank of {module} is {expected:g}, but its factors have {rank}")
+        alpha = self._value_for("alpha_pattern", self._alphas, module, self.lora_alpha)
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of LoraConfig that say it all."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return PEFT's arguments."""
         return {
             "r": self.r,
             "lora_alpha": self.lora_alpha,
@@ -103,10 +141,10 @@ class Adapter:
             "bias": "none",
         }
 
-    def _compiled(self, key: str) -> list[tuple[Any, float]]:
-        """The patterns of a setting as PEFT compares them, for the end of a layer's name, each with its number.
+    def _compile(self, key: str) -> list[tuple[Any, float]]:
+        """Return (compiled pattern, number) for each pattern of a setting. As in PEFT, it matches the end of a name.
 
-        `re` says whether they are regular expressions; `regex` compares, which stops after a time that is given.
+        `re` checks that it is a regular expression. `regex` compares, because it stops after a given time.
         """
         compiled = []
         start = time.process_time()
@@ -122,24 +160,24 @@ class Adapter:
                     f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
                     f"{MOST_REPETITIONS:,} times: name the layers"
                 )
-            if _READ_OTHERWISE.search(pattern):
+            if _DIFFERENT_SYNTAX.search(pattern):
                 raise UserError(
                     f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
                     "has: name the layers"
                 )
-            if time.process_time() - start > self._seconds:
+            if time.process_time() - start > self._seconds_left:
                 raise self._too_long(key, pattern)
             whole = rf"(.*\.)?({pattern})$"
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of forms that may mean something else one day
+                    warnings.simplefilter("ignore")  # about syntax that may change its meaning in future
                     re.compile(whole)
                     compiled.append((regex.compile(whole, regex.VERSION0), value))
             except (re.error, regex.error, OverflowError, RecursionError) as error:
                 raise UserError(
                     f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression ({plain(error, 80)})"
                 ) from None
-        self._seconds -= time.process_time() - start
+        self._seconds_left -= time.process_time() - start
         return compiled
 
     def _too_long(self, key: str, pattern: str) -> UserError:
@@ -148,13 +186,13 @@ class Adapter:
             f"now at {plain(pattern, 60)!r}: name the layers, without repetitions"
         )
 
-    def _of(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
-        """What the first pattern that fits a layer says; of all comparisons, MOST_SECONDS together."""
-        # transformers 4 has `text_model.` before the names of a text encoder, and a pattern may have it.
+    def _value_for(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
+        """Return the number of the first pattern that matches a layer. All comparisons take at most MOST_SECONDS."""
+        # transformers 4 has `text_model.` before the names of a text encoder, and so may a pattern.
         names = (f"text_model.{module}", module)
         start = time.process_time()
         for pattern, value in patterns:
-            left = self._seconds - (time.process_time() - start)
+            left = self._seconds_left - (time.process_time() - start)
             try:
                 if left <= 0:
                     raise TimeoutError
@@ -163,39 +201,20 @@ class Adapter:
                     break
             except TimeoutError:
                 raise self._too_long(key, pattern.pattern[len(r"(.*\.)?(") : -len(")$")]) from None
-        self._seconds -= time.process_time() - start
+        self._seconds_left -= time.process_time() - start
         return default
 
 
-def adapter_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> Adapter:
-    """The settings for one network's layers (by the path of the module), as short as they can be said.
-
-    modules: all of that network. Names are without `text_model.`, which transformers 5 does not have: being ends of
-    names, they match with it as well.
-    """
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    alphas = {path: whole(layer.alpha) for path, layer in layers.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    settings = {
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": _targets(list(layers), [module.path for module in modules]),
-        "rank_pattern": {path: value for path, value in ranks.items() if value != r},
-        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
-    }
-    return Adapter(settings, "the LoRA")
-
-
-def whole(number: float) -> float:
-    """`number` as an int where it is one, which is how PEFT writes it."""
+def _as_int(number: float) -> float:
+    """Return an integral `number` as an int, as PEFT writes it."""
     return int(number) if number == int(number) else number
 
 
-def _targets(paths: Sequence[str], everything: Sequence[str]) -> list[str]:
-    """Names whose matches (a name itself, or what ends with it after a dot) are `paths` exactly."""
+def _targets(paths: Sequence[str], all_paths: Sequence[str]) -> list[str]:
+    """Return names that match exactly `paths`. A name matches itself and what ends with it after a dot."""
     targets = []
     for path in paths:
-        short = re.sub(r"^.*\.(?=[a-z_0-9]*[a-z])", "", path)  # its last part, with the number after it: to_out.0
-        matched = {other for other in everything if f".{other}".endswith(f".{short}")}
+        short = re.sub(r"^.*\.(?=[a-z_0-9]*[a-z])", "", path)  # the last part, with a number after it: to_out.0
+        matched = {other for other in all_paths if f".{other}".endswith(f".{short}")}
         targets.append(short if matched <= set(paths) else path)
     return sorted(set(targets))

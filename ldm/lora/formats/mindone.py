@@ -1,10 +1,12 @@
-"""This project's LoRA files, in the names of mindone's Stable Diffusion example.
+"""This project's LoRA files, in the names of mindone's Stable Diffusion example: a .ckpt, or a .safetensors.
 
-`<layer>.lora_down.weight` and `<layer>.lora_up.weight` with canonical layer names, and entries of the whole file:
-lora_rank; lora_alpha and lora_scale (dW = lora_scale * lora_alpha / rank * up @ down; mindone writes neither, which
-stands for alpha = rank and scale 1); architecture and prediction_type of the base (texts). A layer with an alpha of its
-own has `<layer>.alpha`. mindone's text encoder has q, k and v in one layer `in_proj`: its `up` is split by rows, which
-is exact with `down` shared. The file is a MindSpore .ckpt, or .safetensors with the same entries.
+    model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight
+    model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_up.weight
+    lora_rank, lora_alpha, lora_scale; architecture, prediction_type (texts)
+
+Layers have their canonical names. dW = lora_scale * lora_alpha / rank * up @ down. A layer with an alpha of its own has
+`<layer>.alpha`. mindone writes neither alpha nor scale, which stands for alpha = rank and scale 1. Its text encoder has
+q, k and v in one layer `in_proj`: its `up` is split by rows, which is exact, and `down` is shared.
 """
 
 from __future__ import annotations
@@ -15,94 +17,96 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.lora.formats import pairs
+from ldm.lora.formats.factors import base_metadata, check_pair, read_factors, read_number, to_dtype, without_extras
+from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA, LoRALayer
-from ldm.weights.arrays import Arrays
+from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone
 
-METADATA = ("architecture", "prediction_type")
 _SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")
 _FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)\Z")
 
 log = logging.getLogger(__name__)
 
 
-def detect(names: Iterable[str]) -> bool:
-    """Whether these are the names of such a file."""
-    factors = [name for name in names if name.endswith((".lora_down.weight", ".lora_up.weight"))]
-    return bool(factors) and all(component_of(name) != "other" for name in factors)
+def detect(keys: Iterable[str]) -> str | None:
+    """Return "mindone" for the keys of such a file, otherwise None."""
+    factors = [key for key in keys if key.endswith((".lora_down.weight", ".lora_up.weight"))]
+    return "mindone" if factors and all(component_of(key) != "other" for key in factors) else None
 
 
-def read(checkpoint: Arrays) -> LoRA:
-    """Read an opened file.
+def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
+    """Read an opened file. `base` is not needed.
 
-    Other arrays are left out with a warning: mindone's files have frozen weights beside the factors. Raises UserError
-    for half a pair, factors that do not go together, a lora_rank that is not the factors', keys of what is no plain
-    LoRA (DoRA, LyCORIS), and names that are not canonical and not mindone's.
+    Other arrays are left out with a warning: mindone's files have frozen weights beside the factors.
+
+    Raises:
+        UserError: Half of a pair is missing, factors do not go together or have another rank than lora_rank, or a name
+            is neither canonical nor mindone's.
     """
     path = checkpoint.path
-    settings = {key: _number(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
-    factors: dict[str, dict[str, str]] = {}
+    settings = {key: _setting(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
+    keys: dict[str, dict[str, str]] = {}
     others = []
     for key in checkpoint:
-        found = _FACTOR.match(key)
-        if found and component_of(key) != "other":
-            factors.setdefault(found.group(1), {})[found.group(2).split(".")[0]] = key
+        match = _FACTOR.match(key)
+        if match and component_of(key) != "other":
+            keys.setdefault(match.group(1), {})[match.group(2).split(".")[0]] = key
         elif key not in _SETTINGS:
             others.append(key)
-    others = pairs.without_extras(path, others)
+    others = without_extras(path, others)
     if others:
         log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), plain(others[0]))
 
     layers: dict[str, LoRALayer] = {}
-    for module, pair in factors.items():
-        for half in ("lora_down", "lora_up"):
-            if half not in pair:
-                raise UserError(f"{path}: {plain(module)} lacks its {half}, half of a pair: the file is damaged")
+    for module, factors in keys.items():
+        check_pair(path, module, factors, ("lora_down", "lora_up"))
         alpha = settings.get("lora_alpha")
-        if "alpha" in pair:
-            alpha = pairs.read_number(checkpoint, module, pair["alpha"])
-        whole = pairs.read_factors(checkpoint, module, pair["lora_down"], pair["lora_up"], alpha)
-        for name, rows in _layers_of(path, module, whole.up):
+        if "alpha" in factors:
+            alpha = read_number(checkpoint, module, factors["alpha"])
+        layer = read_factors(checkpoint, module, factors["lora_down"], factors["lora_up"], alpha)
+        for name, rows in _canonical_layers(path, module, layer.up):
             if name in layers:
-                raise UserError(f"{path}: {plain(name)} is there twice, whole and in one with others")
-            layers[name] = replace(whole, up=rows, alpha=whole.alpha * settings.get("lora_scale", 1.0))
-    state = LoRA(layers, {key: checkpoint.metadata[key] for key in METADATA if key in checkpoint.metadata})
-    if "lora_rank" in settings and settings["lora_rank"] != max(state.ranks()):
-        raise UserError(f"{path} says lora_rank {settings['lora_rank']:g}, but its factors are of {state.ranks()}")
-    return state
+                raise UserError(f"{path}: {plain(name)} is there twice, alone and in one layer with others")
+            layers[name] = replace(layer, up=rows, alpha=layer.alpha * settings.get("lora_scale", 1.0))
+    lora = LoRA(layers, base_metadata(checkpoint.metadata))
+    if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks()):
+        raise UserError(f"{path} has lora_rank {settings['lora_rank']:g}, but its factors have {lora.ranks()}")
+    return lora
 
 
-def write(path: str | os.PathLike, state: LoRA, dtype: str = "fp32") -> None:
-    """Write `state` as .ckpt or .safetensors, the factors as "fp32", "fp16" or "bf16".
+def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, dtype: str = "fp32") -> None:
+    """Write a .ckpt or .safetensors, with the factors in "fp32", "fp16" or "bf16". `base` is not needed.
 
-    Raises UserError if it is empty or cannot be written.
+    Raises:
+        UserError: The LoRA is empty, or the file cannot be written.
     """
-    if not state.layers:
+    if not lora.layers:
         raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
     arrays: dict[str, np.ndarray] = {}
-    for name, layer in state.layers.items():
-        for half, array in (("down", layer.down), ("up", layer.up)):
-            arrays[f"{name}.lora_{half}.weight"] = pairs.as_dtype(array, dtype, f"{path}: {name}")
-    alphas = {layer.alpha for layer in state.layers.values()}
+    for name, layer in lora.layers.items():
+        for factor, array in (("down", layer.down), ("up", layer.up)):
+            arrays[f"{name}.lora_{factor}.weight"] = to_dtype(array, dtype, f"{path}: {name}")
+    alphas = {layer.alpha for layer in lora.layers.values()}
     if len(alphas) == 1:
         arrays["lora_alpha"] = np.array(alphas.pop(), np.float64)
     else:
-        arrays.update({f"{name}.alpha": np.array(layer.alpha, np.float64) for name, layer in state.layers.items()})
-    arrays["lora_rank"] = np.array(max(state.ranks()), np.int64)
+        arrays.update({f"{name}.alpha": np.array(layer.alpha, np.float64) for name, layer in lora.layers.items()})
+    arrays["lora_rank"] = np.array(max(lora.ranks()), np.int64)
     arrays["lora_scale"] = np.array(1.0, np.float64)
-    write_checkpoint(path, arrays, {key: state.metadata[key] for key in METADATA if key in state.metadata})
+    write_checkpoint(path, arrays, base_metadata(lora.metadata))
 
 
-def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """(canonical layer name, its rows of up) of a layer as the file names it."""
+def _canonical_layers(path: Path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return (canonical layer name, its rows of up) for each layer that a layer of the file stands for."""
     weight = f"{module}.weight"
-    # In the UNet mindone's names for attention are the canonical ones; of its text encoder's none is.
+    # In the UNet mindone's names for attention are the canonical ones. In its text encoder none is.
     names = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
     if not isinstance(names, tuple):
         raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
@@ -112,9 +116,10 @@ def _layers_of(path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]
     return [(name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, name in enumerate(names)]
 
 
-def _number(checkpoint: Arrays, key: str) -> float:
+def _setting(checkpoint: Checkpoint, key: str) -> float:
+    """Read an entry for the whole file, which is an array or a text of the metadata."""
     if key in checkpoint:
-        number = pairs.read_number(checkpoint, "the whole file", key)
+        number = read_number(checkpoint, "the whole file", key)
     else:
         text = checkpoint.metadata[key]
         try:

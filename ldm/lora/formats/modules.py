@@ -1,8 +1,8 @@
-"""The layers of a base that a LoRA can act on: their canonical names, the names that other projects use, their shapes.
+"""The layers of a base model that a LoRA can act on: canonical names, other projects' names, and shapes.
 
-Every format but this project's own goes by diffusers' names: dotted, with `.` turned into `_` (kohya), or counted in
-the order in which diffusers registers them (cloneofsimo). The list is complete, so a name is looked up and never
-guessed; the canonical names come from ldm.weights.names.diffusers.
+Every format but this project's own goes by diffusers' names: as they are, with "_" for "." (kohya), or counted in the
+order in which diffusers registers them (cloneofsimo). The list is complete, so a name is looked up and never guessed.
+The canonical names come from ldm.weights.names.diffusers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from ldm.weights.names import LABELS
 from ldm.weights.names.diffusers import UNET_PREFIX, unet_modules
 from ldm.weights.names.tables import TEXT_PREFIX, rename
 
-LABEL_OF = {"sd1": "SD1.x", "sd2": "SD2.x", "nano": "the nano model"}
+LABELS_OF_ARCHITECTURE = {"sd1": "SD1.x", "sd2": "SD2.x", "nano": "the nano model"}
 KNOWN = ("configs/v1-inference.yaml", "configs/v2-inference.yaml", "configs/nano.yaml")
 
 
 @dataclass(frozen=True)
 class Module:
-    """A dense layer or a convolution.
+    """A linear layer or a convolution of a base model.
 
-    name: canonical. component: "unet" or "text_encoder". path: diffusers' name in its network; a text encoder's without
-    `text_model.`, as transformers 5 has it. shape: of its weight, (out, in) or (out, in, k, k).
+    Attributes:
+        name: Canonical name.
+        component: "unet" or "text_encoder".
+        path: diffusers' name within its network, for a text encoder without `text_model.`, as in transformers 5.
+        shape: Shape of the weight, (out, in) or (out, in, k, k).
     """
 
     name: str
@@ -38,11 +41,11 @@ class Module:
 
 
 class BaseModules:
-    """The modules of one architecture, in diffusers' order, UNet first."""
+    """The modules of one architecture in diffusers' order, the UNet's first."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.label = LABEL_OF.get(config.architecture, f"the model of {config.path}")
+        self.label = LABELS_OF_ARCHITECTURE.get(config.architecture, f"the model of {config.path}")
         table = unet_modules(config.unet)
         self.modules = [
             Module(f"{UNET_PREFIX}{rename(path, table)}", "unet", path, shape) for path, shape in _unet(config.unet)
@@ -50,38 +53,34 @@ class BaseModules:
         self.by_name = {module.name: module for module in self.modules}
         self.shapes = {f"{module.name}.weight": module.shape for module in self.modules}
 
-    def of(self, component: str) -> list[Module]:
+    def of_component(self, component: str) -> list[Module]:
         return [module for module in self.modules if module.component == component]
 
-    def why_not(self, state: LoRA) -> str:
-        """What of `state` is not this base's, in a few words; "" where all of it fits."""
-        match = match_shapes(self.shapes, state)
+    def mismatch(self, lora: LoRA) -> str:
+        """Say in a few words why a LoRA does not fit, or "" if it does."""
+        match = match_shapes(self.shapes, lora)
         for wrong in match.wrong_shape.values():
-            name, found, wanted = wrong[0]
-            return f"{self.path_of(name)} is {found}, there it is {wanted}"
+            name, shape, wanted = wrong[0]
+            return f"{self.by_name[name].path} is {shape}, there it is {wanted}"
         for component, names in match.unmatched.items():
             return f"{len(names)} layers of the {LABELS[component]} are not there, such as {names[0]}"
         return ""
 
-    def path_of(self, name: str) -> str:
-        return self.by_name[name].path if name in self.by_name else name
-
 
 @lru_cache(maxsize=1)
 def known_bases() -> tuple[BaseModules, ...]:
-    """SD1.x, SD2.x and the embedded model."""
+    """Return the modules of SD1.x, SD2.x and the nano model."""
     return tuple(BaseModules(load_model_config(ROOT / path)) for path in KNOWN)
 
 
-def fitting(state: LoRA, bases: tuple[BaseModules, ...]) -> list[BaseModules]:
-    """The bases that have every layer of `state` in its shape, those that say so themselves before all others."""
-    said = state.metadata.get("architecture")
-    fits = [base for base in bases if not base.why_not(state)]
-    return [base for base in fits if base.config.architecture == said] or fits
+def fitting_bases(lora: LoRA, bases: tuple[BaseModules, ...]) -> list[BaseModules]:
+    """Return the base models with every layer of a LoRA in its shape, only those of its architecture if it has one."""
+    fitting = [base for base in bases if not base.mismatch(lora)]
+    return [base for base in fitting if base.config.architecture == lora.metadata.get("architecture")] or fitting
 
 
 def _unet(unet: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each layer of diffusers' UNet2DConditionModel, in the order of its `named_modules()`.
+    """Yield (name, shape) of each layer of diffusers' UNet2DConditionModel, in the order of its `named_modules()`.
 
     Down blocks come before up blocks and these before the middle one, attentions before resnets.
     """
@@ -141,7 +140,7 @@ def _unet(unet: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _text_encoder(text: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each layer of transformers' CLIPTextModel, in the order of its `named_modules()`."""
+    """Yield (name, shape) of each layer of transformers' CLIPTextModel, in the order of its `named_modules()`."""
     width = text["width"]
     for layer in range(text["num_layers"]):
         for part in ("k", "v", "q", "out"):

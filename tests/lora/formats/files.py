@@ -5,7 +5,7 @@ import numpy as np
 from ldm.lora.lora import LoRA, LoRALayer
 
 
-def random_state(base, rank=2, alpha=None, only="", component="", seed=0, **metadata):
+def random_lora(base, rank=2, alpha=None, only="", component="", seed=0, **metadata):
     """A LoRA on every module of `base` whose name ends with `only`; `rank` and `alpha` are numbers, or functions of
     the module's place in the row."""
     random = np.random.RandomState(seed)

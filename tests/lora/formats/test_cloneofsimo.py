@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora, write_lora, zero_layers
+from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import in_order
 from ldm.lora.formats.modules import BaseModules, known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
-from tests.lora.formats.files import assert_same_updates, random_state
+from tests.lora.formats.files import assert_same_updates, random_lora
 
 NANO = known_bases()[2]
 UP, DOWN = np.ones((64, 2), np.float32), np.ones((2, 64), np.float32)
@@ -31,7 +31,7 @@ class TestOrder:
         (False, ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.0.proj"]),
     ])  # fmt: skip
     def test_of_a_block(self, early, last):
-        modules = in_order(known_bases()[0].of("unet"), PUBLISHED, "unet", early)
+        modules = in_order(known_bases()[0].of_component("unet"), PUBLISHED, "unet", early)
         assert len(modules) == 144
         first = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
         for start in range(0, 144, 9):
@@ -39,13 +39,13 @@ class TestOrder:
 
     def test_of_the_blocks(self):
         """The middle one comes last: diffusers registers it after the others."""
-        modules = in_order(known_bases()[0].of("unet"), PUBLISHED, "unet")
+        modules = in_order(known_bases()[0].of_component("unet"), PUBLISHED, "unet")
         blocks = list(dict.fromkeys(module.path.split(".")[0] for module in modules))
         assert blocks == ["down_blocks", "up_blocks", "mid_block"]
 
     def test_of_the_text_encoder(self):
         for base, count in zip(known_bases(), (12, 23, 3)):
-            modules = in_order(base.of("text_encoder"), ("CLIPAttention",), "text_encoder")
+            modules = in_order(base.of_component("text_encoder"), ("CLIPAttention",), "text_encoder")
             assert [m.path.rpartition(".")[2] for m in modules] == ["k_proj", "v_proj", "q_proj", "out_proj"] * count
 
 
@@ -60,13 +60,13 @@ def numbered(state, modules, component):
 
 @pytest.fixture
 def whole():
-    return random_state(NANO, rank=2)
+    return random_lora(NANO, rank=2)
 
 
 class TestReading:
     @pytest.mark.parametrize("early", [True, False])
     def test_both_orders_by_the_shapes(self, tmp_path, whole, early):
-        modules = in_order(NANO.of("unet"), PUBLISHED, "unet", early)
+        modules = in_order(NANO.of_component("unet"), PUBLISHED, "unet", early)
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": json.dumps(PUBLISHED)})
         state = read_lora(path)
@@ -79,13 +79,15 @@ class TestReading:
         ("Transformer2DModel",), ("Downsample2D", "Upsample2D", "TimestepEmbedding"),
     ])  # fmt: skip
     def test_other_classes(self, tmp_path, whole, classes):
-        modules = in_order(NANO.of("unet"), classes, "unet")
+        modules = in_order(NANO.of_component("unet"), classes, "unet")
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": json.dumps(classes)})
         assert read_lora(path).layers.keys() == {module.name for module in modules}
 
     def test_linear_layers_alone_pass_the_convolutions_over(self, tmp_path, whole):
-        modules = [m for m in in_order(NANO.of("unet"), ("ResnetBlock2D", "GEGLU"), "unet") if len(m.shape) == 2]
+        modules = [
+            m for m in in_order(NANO.of_component("unet"), ("ResnetBlock2D", "GEGLU"), "unet") if len(m.shape) == 2
+        ]
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": '["ResnetBlock2D", "GEGLU"]'})
         assert read_lora(path).layers.keys() == {module.name for module in modules}
@@ -95,7 +97,7 @@ class TestReading:
     ])  # fmt: skip
     @pytest.mark.parametrize("early", [True, False])
     def test_the_shapes_tell_where_the_classes_are_not_known(self, tmp_path, whole, noted, early):
-        modules = in_order(NANO.of("unet"), PUBLISHED, "unet", early)
+        modules = in_order(NANO.of_component("unet"), PUBLISHED, "unet", early)
         write_checkpoint(tmp_path / "lora.safetensors", numbered(whole, modules, "unet"), noted)
         state = read_lora(tmp_path / "lora.safetensors")
         assert state.layers.keys() == {module.name for module in modules}
@@ -104,7 +106,7 @@ class TestReading:
 
     @pytest.mark.parametrize("attention", ["CLIPSdpaAttention", "CLIPFlashAttention2", "AttentionOfTomorrow"])
     def test_a_text_encoder_of_any_attention(self, tmp_path, whole, attention):
-        modules = in_order(NANO.of("text_encoder"), ("CLIPAttention",), "text_encoder")
+        modules = in_order(NANO.of_component("text_encoder"), ("CLIPAttention",), "text_encoder")
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "text_encoder"), {"text_encoder": json.dumps([attention])})
         assert list(read_lora(path).layers) == [module.name for module in modules]
@@ -113,8 +115,8 @@ class TestReading:
         """Of a model with the same width at every level, the convolutions down and up have the same shapes."""
         config = dataclasses.replace(NANO.config, unet={**NANO.config.unet, "channel_mult": [1, 1, 1]})
         base = BaseModules(config)
-        state = random_state(base, rank=1)
-        modules = in_order(base.of("unet"), ("Downsample2D",), "unet")
+        state = random_lora(base, rank=1)
+        modules = in_order(base.of_component("unet"), ("Downsample2D",), "unet")
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(state, modules, "unet"), {"unet": '["Resampling"]'})
         with pytest.raises(UserError, match="2 layers of the UNet may be those of Downsample2D or of Upsample2D"):
@@ -123,7 +125,7 @@ class TestReading:
         assert list(read_lora(path, config).layers) == [module.name for module in modules]
 
     def test_classes_that_are_not_known_and_nothing_that_fits(self, tmp_path, whole):
-        modules = in_order(NANO.of("unet"), PUBLISHED, "unet")[:-1]
+        modules = in_order(NANO.of_component("unet"), PUBLISHED, "unet")[:-1]
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": '["Attn\\n", "Attn2"]'})
         with pytest.raises(UserError, match=r"its 89 layers of the UNet \(Attn , Attn2\) are not those of SD1.x or"):
@@ -133,7 +135,7 @@ class TestReading:
             read_lora(path)
 
     def test_learned_tokens_are_left_out_with_a_warning(self, tmp_path, whole, caplog):
-        modules = in_order(NANO.of("text_encoder"), ("CLIPAttention",), "text_encoder")
+        modules = in_order(NANO.of_component("text_encoder"), ("CLIPAttention",), "text_encoder")
         arrays = {**numbered(whole, modules, "text_encoder"), "<s1>": np.ones(96, np.float32)}
         write_checkpoint(tmp_path / "lora.safetensors", arrays, {"text_encoder": '["CLIPAttention"]'})
         assert len(read_lora(tmp_path / "lora.safetensors").layers) == 12
@@ -149,7 +151,7 @@ class TestDamage:
 
     @pytest.fixture
     def arrays(self, whole):
-        return numbered(whole, in_order(NANO.of("unet"), PUBLISHED, "unet"), "unet")
+        return numbered(whole, in_order(NANO.of_component("unet"), PUBLISHED, "unet"), "unet")
 
     def test_half_a_pair(self, tmp_path, arrays):
         del arrays["unet:7:up"]
@@ -199,12 +201,12 @@ class TestDamage:
 
 class TestWriting:
     def test_a_part_of_a_class_is_filled_up_with_zeros(self, tmp_path, caplog):
-        state = random_state(NANO, rank=2, alpha=3.0, only="to_q", component="unet")
+        state = random_lora(NANO, rank=2, alpha=3.0, only="to_q", component="unet")
         with caplog.at_level(logging.INFO):
             write_lora(tmp_path / "lora.safetensors", state, "cloneofsimo")
         assert "60 layers of the UNet without a LoRA are written as zeros" in caplog.text
         back = read_lora(tmp_path / "lora.safetensors")
-        assert len(back.layers) == 80 and len(zero_layers(back)) == 60
+        assert len(back.layers) == 80 and len(back.zero_layers()) == 60
         assert_same_updates(back, state)
 
     @pytest.mark.parametrize("only, classes", [
@@ -216,14 +218,14 @@ class TestWriting:
         ("downsamplers.0.conv", ["ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D"]),
     ])  # fmt: skip
     def test_the_classes_are_as_few_as_hold_it(self, tmp_path, only, classes):
-        state = random_state(NANO, rank=1, only=only, component="unet")
+        state = random_lora(NANO, rank=1, only=only, component="unet")
         write_lora(tmp_path / "lora.safetensors", state, "cloneofsimo")
         _, texts = read_checkpoint(tmp_path / "lora.safetensors")
         assert json.loads(texts["unet"]) == classes and texts["unet:0:rank"] == "1"
 
     def test_a_pt_is_two_files(self, tmp_path):
-        text = random_state(NANO, rank=2, only="_proj", component="text_encoder")
-        unet = random_state(NANO, rank=2, only="to_q", component="unet")
+        text = random_lora(NANO, rank=2, only="_proj", component="text_encoder")
+        unet = random_lora(NANO, rank=2, only="to_q", component="unet")
         write_lora(tmp_path / "a.b.pt", text, "cloneofsimo-pt")
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
         with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it"):
@@ -240,7 +242,7 @@ class TestWriting:
         assert len(read_lora(tmp_path / "text.pt").layers) == 12
 
     def test_a_pt_is_a_list_up_and_down_in_turn(self, tmp_path):
-        state = random_state(NANO, rank=2, only="to_q", component="unet")
+        state = random_lora(NANO, rank=2, only="to_q", component="unet")
         write_lora(tmp_path / "lora.pt", state, "cloneofsimo-pt", dtype="fp16")
         checkpoint = open_checkpoint(tmp_path / "lora.pt")
         assert list(checkpoint) == [str(i) for i in range(160)]

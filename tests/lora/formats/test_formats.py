@@ -15,12 +15,11 @@ from ldm.lora.formats import (
     base_of,
     detect_format,
     diffusers,
+    factors,
     kohya,
     lora_files,
-    pairs,
     read_lora,
     write_lora,
-    zero_layers,
 )
 from ldm.lora.formats.modules import BaseModules, known_bases
 from ldm.lora.lora import LoRA, LoRALayer
@@ -28,7 +27,7 @@ from ldm.lora.merge import match_shapes
 from ldm.weights.arrays import CheckpointFile
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.recognise import unsupported_lora
-from tests.lora.formats.files import assert_same_updates, random_state
+from tests.lora.formats.files import assert_same_updates, random_lora
 
 CANONICAL = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 THEIRS = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -64,7 +63,7 @@ def base(tiny_config):
 @pytest.fixture(scope="module")
 def whole(base):
     """Every layer of the tiny model, ranks and alphas that differ."""
-    return random_state(
+    return random_lora(
         base, rank=lambda i: 1 + i % 3, alpha=lambda i: 0.5 + i % 2, architecture="custom", prediction_type="epsilon"
     )
 
@@ -89,7 +88,7 @@ class TestDetection:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_one_pair_is_enough(self, base, tmp_path, name):
-        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        state = random_lora(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
         write_lora(path_for(tmp_path, name), state, name, base.config)
         keys = list(open_checkpoint(lora_files(path_for(tmp_path, name))[0]))
         assert [other for other, format in FORMATS.items() if format.detect(keys)] == [name]
@@ -128,7 +127,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("dtype, bits, limit", [("fp16", 11, 2e-3), ("bf16", 8, 2e-2)])
     @pytest.mark.parametrize("name", FORMATS)
     def test_half_precision(self, base, tmp_path, name, dtype, bits, limit):
-        state = random_state(base, rank=2, alpha=2.0, only="attn1.to_q")
+        state = random_lora(base, rank=2, alpha=2.0, only="attn1.to_q")
         write_lora(path_for(tmp_path, name), state, name, base.config, dtype)
         back = read_lora(path_for(tmp_path, name), base.config)
         assert_same_updates(back, state, rtol=limit)
@@ -155,7 +154,7 @@ class TestRoundTrip:
     def test_a_file_knows_its_base(self, tmp_path):
         """By its shapes: no configuration is given, and none is noted."""
         sd2 = known_bases()[1]
-        state = random_state(sd2, rank=1, only="0.transformer_blocks.0.attn2.to_k", component="unet")
+        state = random_lora(sd2, rank=1, only="0.transformer_blocks.0.attn2.to_k", component="unet")
         write_lora(tmp_path / "lora.safetensors", state, "kohya")
         back = read_lora(tmp_path / "lora.safetensors")
         assert back.metadata == {} and base_of(back) is sd2
@@ -194,12 +193,12 @@ class TestWriting:
     )
     def test_a_layer_without_a_place_is_named(self, tmp_path, base, name, layer):
         with pytest.raises(UserError, match=layer):
-            write_lora(path_for(tmp_path, name), random_state(base, only=layer), name, base.config)
+            write_lora(path_for(tmp_path, name), random_lora(base, only=layer), name, base.config)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_values_beyond_fp16(self, tmp_path, base, name):
-        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        state = random_lora(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
         (layer,) = state.layers.values()
         layer.up[0, 0] = 1e5
         with pytest.raises(UserError, match="fp16 ends at 65504"):
@@ -207,7 +206,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_values_that_fp16_makes_zero(self, tmp_path, base, name):
-        state = random_state(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+        state = random_lora(base, rank=1, only="down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
         (layer,) = state.layers.values()
         layer.down[:] *= 1e-10
         with pytest.raises(UserError, match="is 0 in fp16: write --dtype fp32"):
@@ -217,7 +216,7 @@ class TestWriting:
     @pytest.mark.parametrize("alpha", [0.0, -3.0])
     @pytest.mark.parametrize("name", FORMATS)
     def test_a_strength_that_is_not_positive(self, tmp_path, base, name, alpha):
-        state = random_state(base, rank=2, alpha=alpha, only="attn1.to_q")
+        state = random_lora(base, rank=2, alpha=alpha, only="attn1.to_q")
         write_lora(path_for(tmp_path, name), state, name, base.config)
         assert_same_updates(read_lora(path_for(tmp_path, name), base.config), state)
 
@@ -231,7 +230,7 @@ class TestWriting:
             write_lora(tmp_path / "lora.safetensors", whole, "kohya")
 
     def test_layers_of_another_base(self, tmp_path, tiny_config):
-        state = random_state(known_bases()[0], rank=1, only="down_blocks.0.attentions.0.proj_in")
+        state = random_lora(known_bases()[0], rank=1, only="down_blocks.0.attentions.0.proj_in")
         with pytest.raises(UserError, match="proj_in is .320, 320, 1, 1., there it is"):
             write_lora(tmp_path / "lora.safetensors", state, "kohya", tiny_config)
 
@@ -320,7 +319,7 @@ class TestDamage:
     def test_an_absurd_rank(self, tmp_path, name, rank, monkeypatch):
         path = save(tmp_path, pair(name))
         pretend(monkeypatch, {keys_of(name)[0]: (rank, 320), keys_of(name)[1]: (320, rank)})
-        monkeypatch.setattr(pairs, "MOST_BYTES_A_BYTE", 1e30)
+        monkeypatch.setattr(factors, "MOST_EXPANSION", 1e30)
         refused(path, f"is of rank {rank:,}, at most 16,384 is read")
 
     def test_arrays_that_the_file_does_not_hold(self, tmp_path, name, monkeypatch):
@@ -389,7 +388,7 @@ class TestDamage:
         arrays[keys_of(name)[1]][:] = 0
         with caplog.at_level(logging.WARNING):
             state = read_lora(save(tmp_path, arrays))
-        assert zero_layers(state) == [CANONICAL] and "updates of all its 1 layers are zero" in caplog.text
+        assert state.zero_layers() == [CANONICAL] and "updates of all its 1 layers are zero" in caplog.text
 
     def test_a_stray_key(self, tmp_path, name, caplog):
         path = save(tmp_path, {**pair(name), f"{keys_of(name)[0][:-7]}.surplus": np.ones(3, np.float32)})
@@ -617,7 +616,7 @@ def test_a_name_of_any_length_is_looked_at_once(part):
         names = [head + part * (50_000 // len(part)) + tail]
         for format in FORMATS.values():
             format.detect(names)
-        unsupported_lora(names, {}), pairs.without_extras("lora", names)
+        unsupported_lora(names, {}), factors.without_extras("lora", names)
         kohya._parse(names[0]), diffusers.parse(names[0])
     assert time.perf_counter() - start < 10
 

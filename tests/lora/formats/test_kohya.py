@@ -12,7 +12,7 @@ from ldm.lora.formats import FORMATS, base_of, detect_format, kohya, read_lora, 
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
-from tests.lora.formats.files import random_state
+from tests.lora.formats.files import random_lora
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -276,7 +276,7 @@ def test_a_lone_first_text_encoder_is_the_text_encoder(tmp_path):
 
 
 def test_an_alpha_of_0_which_others_take_for_the_rank_is_not_written(tmp_path):
-    state = random_state(known_bases()[2], rank=2, alpha=0.0, only="attn1.to_q")
+    state = random_lora(known_bases()[2], rank=2, alpha=0.0, only="attn1.to_q")
     write_lora(tmp_path / "lora.safetensors", state, "kohya")
     arrays, _ = read_checkpoint(tmp_path / "lora.safetensors")
     assert {float(array) for name, array in arrays.items() if name.endswith(".alpha")} == {2.0}
@@ -284,7 +284,7 @@ def test_an_alpha_of_0_which_others_take_for_the_rank_is_not_written(tmp_path):
 
 
 def test_alphas_that_differ_are_warned_of(tmp_path, caplog):
-    state = random_state(known_bases()[2], rank=2, alpha=lambda i: 1 + i % 2, only="to_q")
+    state = random_lora(known_bases()[2], rank=2, alpha=lambda i: 1 + i % 2, only="to_q")
     write_lora(tmp_path / "lora.safetensors", state, "kohya")
     assert "for diffusers, write diffusers" in caplog.text
 
@@ -292,7 +292,7 @@ def test_alphas_that_differ_are_warned_of(tmp_path, caplog):
 def test_what_is_written_for_other_programs(tmp_path):
     sd2 = known_bases()[1]
     state = LoRA(
-        random_state(sd2, rank=4, alpha=2.0, only="0.resnets.0.conv1").layers,
+        random_lora(sd2, rank=4, alpha=2.0, only="0.resnets.0.conv1").layers,
         {"architecture": "sd2", "prediction_type": "v_prediction"},
     )
     write_lora(tmp_path / "lora.safetensors", state, "kohya")

@@ -11,11 +11,11 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import lora_config as adapters
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.formats.lora_config import Adapter, adapter_of
+from ldm.lora.formats.lora_config import LoraConfig
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import write_checkpoint
-from tests.lora.formats.files import random_state
+from tests.lora.formats.files import random_lora
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LAYER = f"{BLOCK}.attn1.to_q"
@@ -44,7 +44,7 @@ TEXT = "encoder.layers.3.self_attn.q_proj"
     ],
 )
 def test_alpha(settings, layer, rank, alpha):
-    assert Adapter(settings, "adapter_config.json").alpha(layer, rank) == pytest.approx(alpha)
+    assert LoraConfig(settings, "adapter_config.json").alpha(layer, rank) == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_alpha(settings, layer, rank, alpha):
 )
 def test_refused(settings, pattern):
     with pytest.raises(UserError, match=pattern) as caught:
-        Adapter(settings, "adapter_config.json")
+        LoraConfig(settings, "adapter_config.json")
     assert "adapter_config.json" in str(caught.value)
 
 
@@ -92,11 +92,11 @@ class TestPatterns:
     def test_matches_as_re_does(self, pattern):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapter = Adapter({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
+            config = LoraConfig({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
             for module in known_bases()[0].modules:
                 names = (module.path, f"text_model.{module.path}")
                 fits = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-                assert adapter.alpha(module.path, 8) == (1 if fits else 8), module.path
+                assert config.alpha(module.path, 8) == (1 if fits else 8), module.path
 
     @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
     @pytest.mark.parametrize("pattern", [
@@ -106,14 +106,14 @@ class TestPatterns:
     def test_one_that_never_ends_is_given_up(self, monkeypatch, key, pattern):
         monkeypatch.setattr(adapters, "MOST_SECONDS", 0.1)
         with pytest.raises(UserError, match=rf"adapter_config.json: {key} takes more than 0.1 s .*31.*name the layers"):
-            adapter = Adapter({key: {pattern: 8}}, "adapter_config.json")
+            config = LoraConfig({key: {pattern: 8}}, "adapter_config.json")
             for module in known_bases()[0].modules:
-                adapter.alpha(module.path, 8)
+                config.alpha(module.path, 8)
 
     @pytest.mark.parametrize("pattern", [r"(a+)+", r"([a-z_.0-9]+)+!", r"(.*)*!", r"(\w|\w|\w|\.)*!", ".*" * 20 + "!"])
     def test_the_usual_ones_that_never_end(self, pattern):
-        adapter = Adapter({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
-        assert all(adapter.alpha(module.path, 8) == 8 for module in known_bases()[0].modules)
+        config = LoraConfig({"alpha_pattern": {pattern: 1}}, "adapter_config.json")
+        assert all(config.alpha(module.path, 8) == 8 for module in known_bases()[0].modules)
 
     @pytest.mark.parametrize("patterns, says", [
         ({"(((a?){99}){99}){99}": 1}, "repeats more than 1,000 times"),
@@ -123,57 +123,61 @@ class TestPatterns:
     ])  # fmt: skip
     def test_bounds(self, patterns, says):
         with pytest.raises(UserError, match=says) as caught:
-            Adapter({"rank_pattern": patterns}, "adapter_config.json")
+            LoraConfig({"rank_pattern": patterns}, "adapter_config.json")
         assert "adapter_config.json" in str(caught.value) and len(str(caught.value)) < 300
 
     def test_one_for_each_layer_of_a_model(self):
         paths = [module.path for module in known_bases()[0].modules]
-        adapter = Adapter({"alpha_pattern": {path: i for i, path in enumerate(paths)}}, "adapter_config.json")
-        assert [adapter.alpha(path, 8) for path in paths] == list(range(len(paths)))
+        config = LoraConfig({"alpha_pattern": {path: i for i, path in enumerate(paths)}}, "adapter_config.json")
+        assert [config.alpha(path, 8) for path in paths] == list(range(len(paths)))
 
 
 def test_a_rank_that_is_not_the_factors():
     with pytest.raises(UserError, match="the rank of .*to_q is 8, but its factors have 4"):
-        Adapter({}, "adapter_config.json").alpha(LAYER, 4)
+        LoraConfig({}, "adapter_config.json").alpha(LAYER, 4)
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
 def test_starting_values_of_the_published_base(start):
-    assert Adapter({"init_lora_weights": start}, "x").alpha(LAYER, 8) == 8
+    assert LoraConfig({"init_lora_weights": start}, "x").alpha(LAYER, 8) == 8
 
 
 class TestWritten:
     def settings(self, state, component="unet"):
         base = known_bases()[2]
         layers = {
-            module.path: state.layers[module.name] for module in base.of(component) if module.name in state.layers
+            module.path: state.layers[module.name]
+            for module in base.of_component(component)
+            if module.name in state.layers
         }
-        return adapter_of(layers, base.of(component)).arguments()
+        return LoraConfig.from_layers(layers, base.of_component(component)).to_dict()
 
     def test_whole_kinds_of_layers_are_named_by_their_end(self):
         base = known_bases()[2]
-        layers = {**random_state(base, only="to_q").layers, **random_state(base, only="to_out.0").layers}
+        layers = {**random_lora(base, only="to_q").layers, **random_lora(base, only="to_out.0").layers}
         assert self.settings(LoRA(layers))["target_modules"] == ["to_out.0", "to_q"]
 
     def test_single_layers_are_named_in_full(self):
-        found = self.settings(random_state(known_bases()[2], only="attn1.to_q"))["target_modules"]
+        found = self.settings(random_lora(known_bases()[2], only="attn1.to_q"))["target_modules"]
         assert len(found) == 10 and f"{BLOCK}.attn1.to_q" in found
 
     @pytest.mark.parametrize("component", ["unet", "text_encoder"])
     def test_targets_match_what_is_there_and_nothing_else(self, component):
         base = known_bases()[2]
-        chosen = {m.path: m for i, m in enumerate(base.of(component)) if i % 3 or m.path.endswith("to_v")}
-        layers = random_state(base, rank=1).layers
-        adapter = adapter_of({path: layers[m.name] for path, m in chosen.items()}, base.of(component))
+        chosen = {m.path: m for i, m in enumerate(base.of_component(component)) if i % 3 or m.path.endswith("to_v")}
+        layers = random_lora(base, rank=1).layers
+        config = LoraConfig.from_layers(
+            {path: layers[m.name] for path, m in chosen.items()}, base.of_component(component)
+        )
         matched = {
             m.path
-            for m in base.of(component)
-            if any(f".{m.path}".endswith(f".{target}") for target in adapter.target_modules)
+            for m in base.of_component(component)
+            if any(f".{m.path}".endswith(f".{target}") for target in config.target_modules)
         }
         assert matched == chosen.keys()
 
     def test_patterns_hold_what_differs_from_the_most(self):
-        state = random_state(known_bases()[2], rank=lambda i: 4 if i == 40 else 2, alpha=lambda i: 3 if i == 41 else 1)
+        state = random_lora(known_bases()[2], rank=lambda i: 4 if i == 40 else 2, alpha=lambda i: 3 if i == 41 else 1)
         settings = self.settings(state)
         assert settings["r"] == 2 and settings["lora_alpha"] == 1
         assert list(settings["rank_pattern"].values()) == [4] and list(settings["alpha_pattern"].values()) == [3]
@@ -182,7 +186,7 @@ class TestWritten:
 class TestFolder:
     def write(self, tmp_path, **settings):
         nano = known_bases()[2]
-        write_lora(tmp_path / "lora", random_state(nano, rank=2, alpha=1.0, only="to_q"), "peft", nano.config)
+        write_lora(tmp_path / "lora", random_lora(nano, rank=2, alpha=1.0, only="to_q"), "peft", nano.config)
         path = tmp_path / "lora" / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
         return tmp_path / "lora"
@@ -193,15 +197,15 @@ class TestFolder:
             "adapter_config.json",
             "adapter_model.safetensors",
         ]
-        write_lora(tmp_path / "both", random_state(nano, rank=1), "peft", nano.config)
+        write_lora(tmp_path / "both", random_lora(nano, rank=1), "peft", nano.config)
         assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["text_encoder", "unet"]
 
     @pytest.mark.parametrize("first, second", [("to_q", ""), ("", "to_q")])
     def test_another_adapter_in_the_folder_would_be_read_in_its_place(self, tmp_path, first, second):
         nano = known_bases()[2]
-        one, two = (random_state(nano, rank=1, only=only) for only in (first, second))
+        one, two = (random_lora(nano, rank=1, only=only) for only in (first, second))
         write_lora(tmp_path / "lora", one, "peft")
-        with pytest.raises(UserError, match="holds another adapter.*give a new folder"):
+        with pytest.raises(UserError, match="holds another config.*give a new folder"):
             write_lora(tmp_path / "lora", two, "peft")
         assert read_lora(tmp_path / "lora").layers.keys() == one.layers.keys()
         write_lora(tmp_path / "lora", one, "peft")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ldm.lora.formats.modules import KNOWN, BaseModules, fitting, known_bases
+from ldm.lora.formats.modules import KNOWN, BaseModules, fitting_bases, known_bases
 from ldm.lora.lora import LoRA
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
-from tests.lora.formats.files import random_state
+from tests.lora.formats.files import random_lora
 
 TESTS = Path(__file__).parents[2]
 
@@ -32,16 +32,16 @@ class TestPublished:
         ]
 
     def test_the_unet_in_diffusers_order(self, published, number, version):
-        found = [(module.path, module.shape) for module in known_bases()[number].of("unet")]
+        found = [(module.path, module.shape) for module in known_bases()[number].of_component("unet")]
         assert found == self.layers(published[f"diffusers_unet_sd{version}"])
 
     def test_the_text_encoder_in_transformers_order(self, published, number, version):
-        found = [(module.path, module.shape) for module in known_bases()[number].of("text_encoder")]
+        found = [(module.path, module.shape) for module in known_bases()[number].of_component("text_encoder")]
         assert found == self.layers(published[f"transformers_text_encoder_sd{version}"])
 
     def test_the_canonical_names_of_the_unet(self, published, number, version):
         keys = published[f"sd{version}_ldm_ckpt_keys"]
-        found = {f"{module.name}.weight": module.shape for module in known_bases()[number].of("unet")}
+        found = {f"{module.name}.weight": module.shape for module in known_bases()[number].of_component("unet")}
         unet = {name: shape for name, shape in keys.items() if name.startswith("model.diffusion_model.")}
         assert found == {f"{name}.weight": shape for name, shape in self.layers(unet)}
 
@@ -60,20 +60,20 @@ def test_a_network_of_another_size(tiny_config):
 
 def test_the_known_ones_are_told_apart_by_their_shapes():
     for base in known_bases():
-        assert fitting(random_state(base, rank=1), known_bases()) == [base]
+        assert fitting_bases(random_lora(base, rank=1), known_bases()) == [base]
     assert [base.config.architecture for base in known_bases()] == ["sd1", "sd2", "nano"] and len(KNOWN) == 3
 
 
 def test_what_fits_two_is_told_apart_by_what_it_says():
     sd1, sd2, _ = known_bases()
-    state = random_state(sd1, rank=1, only="attn1.to_q")
-    assert fitting(state, known_bases()) == [sd1, sd2]
-    assert fitting(LoRA(state.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
+    state = random_lora(sd1, rank=1, only="attn1.to_q")
+    assert fitting_bases(state, known_bases()) == [sd1, sd2]
+    assert fitting_bases(LoRA(state.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
 
 
 def test_what_does_not_fit_is_said():
     sd1, sd2, nano = known_bases()
-    state = random_state(sd1, rank=1, only="attn2.to_k")
+    state = random_lora(sd1, rank=1, only="attn2.to_k")
     assert "attn2.to_k is (320, 768), there it is (320, 1024)" in sd2.why_not(state)
     assert "there it is (64, 96)" in nano.why_not(state)
     assert sd1.why_not(state) == ""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora, zero_layers
-from ldm.lora.formats.modules import fitting, known_bases
+from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora
+from ldm.lora.formats.modules import fitting_bases, known_bases
 from ldm.lora.merge import match_shapes
 from ldm.weights.checkpoint import open_checkpoint
 
@@ -44,7 +44,7 @@ class TestMore:
     def test_a_text_encoder_by_the_class_of_newer_transformers(self, caplog):
         state = read_lora(MORE / "cloneofsimo-rank1-fp16_TedLee109.safetensors")
         assert len(state.only("unet").layers) == 144 and len(state.only("text_encoder").layers) == 48
-        assert state.ranks() == [1] and fitting(state, known_bases()) == [SD1] and "<s1>, <s2>" in caplog.text
+        assert state.ranks() == [1] and fitting_bases(state, known_bases()) == [SD1] and "<s1>, <s2>" in caplog.text
 
     @pytest.mark.parametrize("name", [f"lycoris-lokr{factor}_KohakuBlueleaf.safetensors" for factor in (4, 8)])
     def test_lycoris(self, name):
@@ -67,9 +67,9 @@ class TestPublished:
             state = read_lora(path)
         assert len(state.only("unet").layers) == unet and len(state.only("text_encoder").layers) == text
         assert state.ranks() == [rank] and {layer.alpha for layer in state.layers.values()} == {alpha}
-        assert match_shapes(SD1.shapes, state).ok and len(zero_layers(state)) == zeros
+        assert match_shapes(SD1.shapes, state).ok and len(state.zero_layers()) == zeros
         if unet:
-            assert fitting(state, known_bases()) == [SD1]
+            assert fitting_bases(state, known_bases()) == [SD1]
         assert ("<s1>, <s2>" in caplog.text) == ("disney" in name)
 
     def test_its_keys_are_those_of_one_format(self, tmp_path, name):

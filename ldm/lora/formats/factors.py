@@ -1,0 +1,204 @@
+"""Between the arrays of a file and LoRALayer, for all formats: checks before reading, shapes, alpha and types."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError, plain
+from ldm.lora.formats.modules import BaseModules
+from ldm.lora.lora import LoRA, LoRALayer, update_shape
+from ldm.weights.arrays import Checkpoint, to_bfloat16
+from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
+from ldm.weights.names import same_up_to_1x1
+
+# No layer of the published models is wider than 11,520. A sum of LoRAs has the sum of their ranks.
+MOST_RANK = 1 << 14
+# Bytes of all arrays for each byte of the file: bfloat16 is widened to twice its size, and some tools store a tensor
+# once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60 elements.
+MOST_EXPANSION = 8
+
+# Keys beside the factors of real files that change no layer.
+_BUNDLED_EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.")
+_HARMLESS = re.compile(r".*embeddings[._]position_ids$|(global_step|epoch)$")
+_NO_TEXTUAL_INVERSION = (
+    "%s: %d %s, %s, are textual inversion and no part of the LoRA: without them prompts that name them will not mean "
+    "what they did"
+)
+
+log = logging.getLogger(__name__)
+
+
+def open_lora(path: str | os.PathLike) -> Checkpoint:
+    """Open a file with factors.
+
+    Raises:
+        UserError: As for `open_checkpoint`, and for arrays that are much larger than the file.
+    """
+    checkpoint = open_checkpoint(path)
+    specs = map(checkpoint.spec, checkpoint)
+    stored, held = os.stat(path).st_size, sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
+    if held > MOST_EXPANSION * stored:
+        raise UserError(
+            f"{path} has {stored:,} bytes and its arrays would have {plain(f'{held:,}', 40)}: it is damaged or made to "
+            "fill the memory, fetch it again"
+        )
+    return checkpoint
+
+
+def without_extras(path: str | os.PathLike, keys: Iterable[str]) -> list[str]:
+    """Remove keys that may lie beside the factors: bundled embeddings, with a warning, and training counters."""
+    keys = list(keys)
+    embeddings = sorted({match[1] for match in map(_BUNDLED_EMBEDDING.match, keys) if match})
+    warn_of_textual_inversion(path, "bundled embedding(s)", embeddings)
+    return [key for key in keys if not _BUNDLED_EMBEDDING.match(key) and not _HARMLESS.match(key)]
+
+
+def warn_of_textual_inversion(path: str | os.PathLike, kind: str, names: list[str]) -> None:
+    """Warn that a file has textual inversion beside its LoRA, which is ignored."""
+    if names:
+        log.warning(_NO_TEXTUAL_INVERSION, path, len(names), kind, plain(", ".join(names)))
+
+
+def read_factors(checkpoint: Checkpoint, name: str, down: str, up: str, alpha: float | None = None) -> LoRALayer:
+    """Read a layer, with factors converted to fp32.
+
+    Args:
+        checkpoint: The opened file.
+        name: Name of the layer in errors.
+        down: Key of the factor down.
+        up: Key of the factor up.
+        alpha: The layer's alpha. None stands for the rank.
+
+    Returns:
+        The layer.
+
+    Raises:
+        UserError: The factors are no pair, are integers, or have an absurd rank. No array is read then.
+    """
+    factors_shape(checkpoint, name, down, up)
+    return make_layer(checkpoint.path, name, checkpoint[down], checkpoint[up], alpha)
+
+
+def factors_shape(checkpoint: Checkpoint, name: str, down: str, up: str) -> tuple[int, ...]:
+    """Return the shape of the update of two factors without reading them. Arguments and errors as `read_factors`."""
+    check_types(checkpoint, name, {"down": down, "up": up})
+    return checked_shape(checkpoint.path, name, checkpoint.shape(down), checkpoint.shape(up))
+
+
+def checked_shape(path: Path, name: str, down: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the update, given the shapes of its factors. Raises UserError as `read_factors`."""
+    try:
+        shape = update_shape(down, up)
+    except ValueError as error:
+        raise UserError(f"{path}: {plain(name)}: {plain(error)}") from None
+    if down[0] > MOST_RANK:
+        raise UserError(
+            f"{path}: {plain(name)} is of rank {down[0]:,}, at most {MOST_RANK:,} is read: is the file damaged?"
+        )
+    return shape
+
+
+def check_types(checkpoint: Checkpoint, name: str, keys: Mapping[str, str]) -> None:
+    """Raise UserError unless all factors, factor -> key, are floating-point arrays."""
+    for factor, key in keys.items():
+        dtype = checkpoint.spec(key)[0]
+        if dtype.kind != "f":
+            raise UserError(
+                f"{checkpoint.path}: the {factor} of {plain(name)} is of type {dtype}: quantised? Factors "
+                "are fp32, fp16 or bf16"
+            )
+
+
+def check_pair(path: Path, name: str, found: Iterable[str], factors: Iterable[str] = ("down", "up")) -> None:
+    """Raise UserError unless both factors of a layer are found."""
+    for factor in factors:
+        if factor not in found:
+            raise UserError(f"{path}: {plain(name)} lacks its {factor}, half of a pair: the file is damaged")
+
+
+def read_number(checkpoint: Checkpoint, name: str, key: str) -> float:
+    """Read the number in an array of one element. Raises UserError for a larger array, without reading it."""
+    dtype, shape = checkpoint.spec(key)
+    if len(shape) > 4 or math.prod(shape) != 1 or dtype.kind not in "fiu":
+        raise UserError(
+            f"{checkpoint.path}: {plain(name)}: {plain(key.rpartition('.')[2])} is of shape {plain(shape)} "
+            f"and type {dtype}, not one number"
+        )
+    return float(checkpoint[key].reshape(()))
+
+
+def make_layer(path: Path, name: str, down: np.ndarray, up: np.ndarray, alpha: float | None = None) -> LoRALayer:
+    """Make a layer of fp32 factors. Raises UserError for factors that are no pair. `alpha` None stands for the rank."""
+    with np.errstate(over="ignore"):  # read_lora checks for values that are not finite
+        down, up = down.astype(np.float32), up.astype(np.float32)
+    try:
+        return LoRALayer(down, up, float(down.shape[0] if alpha is None else alpha))
+    except ValueError as error:
+        raise UserError(f"{path}: {plain(name)}: {plain(error)}") from None
+
+
+def reshape_layer(layer: LoRALayer, shape: tuple[int, ...]) -> LoRALayer:
+    """Give a layer as many axes as a weight of `shape` has, if the shapes differ only in axes of size 1.
+
+    kohya writes 4-D factors for some linear layers. A projection is a convolution in SD1.x and a linear layer in SD2.x.
+    """
+    if not same_up_to_1x1(layer.shape, shape):
+        return layer
+    up_shape = (*layer.up.shape[:2], *(1,) * (len(shape) - 2))
+    return replace(layer, down=layer.down.reshape(layer.rank, *shape[1:]), up=layer.up.reshape(up_shape))
+
+
+def fold_alpha(layer: LoRALayer) -> LoRALayer:
+    """Return the same update with alpha = rank, for formats without an alpha: `up` is multiplied by alpha / rank."""
+    if layer.alpha == layer.rank:
+        return layer
+    return replace(layer, up=layer.up * np.float32(layer.alpha / layer.rank), alpha=float(layer.rank))
+
+
+def write_factors(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], dtype: str
+) -> None:
+    """Write a file of factors and scalars, see `to_dtype`."""
+    cast = {key: to_dtype(array, dtype, f"{path}: {key}") for key, array in arrays.items()}
+    write_checkpoint(path, cast, metadata)
+
+
+def to_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Convert a factor to "fp32", "fp16" or "bf16", and a scalar to fp32.
+
+    Raises:
+        UserError: fp16 does not hold the values. `name` tells which array.
+    """
+    if dtype == "bf16" and array.ndim:
+        return to_bfloat16(array)
+    if dtype != "fp16" or not array.ndim:
+        return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if array.any() and not half.any():
+        raise UserError(f"{name} goes up to {np.abs(array).max():.3g}, which is 0 in fp16: write --dtype fp32 or bf16")
+    if not np.isfinite(half).all():
+        raise UserError(f"{name} goes up to {np.abs(array).max():.3g}, fp16 ends at 65504: write --dtype fp32 or bf16")
+    return half
+
+
+def base_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of a file's or a LoRA's metadata that describes the base model."""
+    return {key: metadata[key] for key in ("architecture", "prediction_type") if key in metadata}
+
+
+def by_component(lora: LoRA, base: BaseModules) -> dict[str, dict[str, LoRALayer]]:
+    """Return component -> diffusers' name -> layer, in diffusers' order. Components without layers are left out."""
+    components: dict[str, dict[str, LoRALayer]] = {}
+    for module in base.modules:
+        if module.name in lora.layers:
+            components.setdefault(module.component, {})[module.path] = lora.layers[module.name]
+    return components
