@@ -21,7 +21,7 @@ from ldm.weights.convert import convert
 from ldm.weights.load import load_base_model
 from ldm.weights.names import mindone
 from ldm.weights.names.compvis import ema_name
-from tests.weights.torch_files import Tensor, write_torch
+from tests.weights.file_formats.torch_files import Tensor, write_torch
 
 TESTS = Path(__file__).parents[1]
 MODELS = {"tiny": TESTS / "tiny.yaml", "sd1": TESTS / "golden/small_sd1.yaml", "sd2": TESTS / "golden/small_sd2.yaml"}

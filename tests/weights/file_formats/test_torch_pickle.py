@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.file_formats import torch_pickle
 from ldm.weights.file_formats.torch_pickle import Damaged, Refused, find_tensors, read_pickles
-from tests.weights.torch_files import Call, Tensor, write_torch
+from tests.weights.file_formats.torch_files import Call, Tensor, write_torch
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -18,8 +18,8 @@ from ldm.errors import UserError
 from ldm.weights import arrays as checkpoint
 from ldm.weights.checkpoint import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.file_formats import mindspore_ckpt, safetensors_file
-from tests.weights.legacy_files import legacy
-from tests.weights.torch_files import torch_bytes
+from tests.weights.file_formats.legacy_files import legacy
+from tests.weights.file_formats.torch_files import torch_bytes
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

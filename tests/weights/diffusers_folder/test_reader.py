@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.weights.base_model import base_model_hash, map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.diffusers_folder.reader import open_diffusers_folder
-from tests.weights.torch_files import write_torch
+from tests.weights.file_formats.torch_files import write_torch
 
 UNET = {
     "conv_in.weight": np.arange(4, dtype=np.float32),
@@ -272,7 +272,7 @@ class TestOtherFolders:
             open_diffusers_folder(path)
 
     def test_a_component_of_a_malicious_pickle(self, tmp_path):
-        from tests.weights.torch_files import Call
+        from tests.weights.file_formats.torch_files import Call
 
         evil = {"w": Call("os", "system", ("true",))}
         path = folder(tmp_path / "sd", unet=lambda place: write_torch(place / "diffusion_pytorch_model.bin", evil))

@@ -7,7 +7,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.weights.checkpoint import open_checkpoint
-from tests.weights.legacy_files import ARRAYS, encode, legacy, tensor
+from tests.weights.file_formats.legacy_files import ARRAYS, encode, legacy, tensor
 
 
 def opened(tmp_path, content: bytes):

@@ -12,7 +12,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint
-from tests.weights.torch_files import Call, Tensor, torch_bytes, write_torch
+from tests.weights.file_formats.torch_files import Call, Tensor, torch_bytes, write_torch
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
