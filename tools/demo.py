@@ -7,7 +7,6 @@ the prompt, the base model, the LoRA and the real image, which was not used in t
 Running it again resumes an interrupted demo.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import os

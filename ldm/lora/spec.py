@@ -12,7 +12,6 @@ The file has the form of lora_wrapper, a project that injects LoRA into MindSpor
 A name is that of a layer or its last dotted parts. `*`, `?` and `[...]` match characters, dots included.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import difflib

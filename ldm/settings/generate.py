@@ -1,6 +1,5 @@
 """The settings of text_to_image.py."""
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ use here: they choose memory tricks, configure another training, or repeat the o
 Upper bounds are far above every published model: a larger value is a typing error, or a file made to exhaust memory.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 from dataclasses import dataclass

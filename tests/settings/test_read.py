@@ -1,6 +1,5 @@
 """Settings: defaults < YAML < flags, and mistakes that are named."""
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import os

@@ -9,7 +9,6 @@ which includes mapped files and can be reclaimed. Both are the largest of sample
 multiples of the size of the weights in fp32.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import json

@@ -10,7 +10,6 @@ other programs on the machine slow all of them. CPU seconds are measured too, wh
 first round, which compiles graphs, is not counted. taskset chooses the cores.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import json

@@ -10,7 +10,6 @@ other process is stopped. The table compares the medians, without the first call
 largest resident size (VmHWM). Results are written to OUTPUT.json and OUTPUT.md.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import ctypes

@@ -16,7 +16,6 @@ results:
     OUTPUT/grid_seed1.png           prompt, real image, base model, LoRA of both sides
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import platform

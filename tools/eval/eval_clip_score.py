@@ -10,7 +10,6 @@ compared with real images, in pairs and all with all: the CLIP image-to-image sc
 the scores show.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import os

@@ -8,7 +8,6 @@ Without --ckpt_path, the image features of the embedded nano CLIP replace those 
 explains what the scores show.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys

@@ -6,7 +6,6 @@
 docs/lora_files.md says what each format keeps.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import logging

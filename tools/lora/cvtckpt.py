@@ -14,7 +14,6 @@ A base model is a file of any kind that this project reads, or a diffusers folde
 FILE:0.7:0.3 one at strength 0.3 in the text encoder.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys

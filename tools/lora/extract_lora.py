@@ -7,7 +7,6 @@ biases), is printed. The models may be checkpoints of any two forms. The flags h
 svd_distill, which also clamps the largest values of the factors. This tool does not.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys

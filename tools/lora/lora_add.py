@@ -18,7 +18,6 @@ modes:
 FILE:0.7 is a LoRA at strength 0.7 in place of alpha, FILE:0.7:0.3 one at strength 0.3 in the text encoder.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys

@@ -6,7 +6,6 @@
 The relative error is printed. A layer of no larger rank keeps its factors, bit for bit.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import sys

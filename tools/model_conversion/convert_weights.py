@@ -8,7 +8,6 @@ by what is in it. The target is a .safetensors (the published single file), a .c
 docs/checkpoints.md tells more.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import logging

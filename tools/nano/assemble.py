@@ -8,7 +8,6 @@ Writes nano.safetensors (the autoencoder, CLIP's text tower as the text encoder,
 from.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 from collections.abc import Sequence

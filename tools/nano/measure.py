@@ -11,7 +11,6 @@ mean chroma (max - min of RGB, 0 to 1) of base model and LoRA, and how often the
 the generated image than another one.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import json

@@ -14,7 +14,6 @@ valid. It teaches the image tower to recognise a concept in any style: a batch s
 in another style or as line art of its image. Both images and the caption are matched with each other.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 import re

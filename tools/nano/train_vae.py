@@ -11,7 +11,6 @@ variance. --decoder_only keeps the encoder of a finished run, and thereby all la
 the loss instead of the KL term.
 """
 
-# ruff: noqa: UP007, UP045 (the annotations are read when it runs, on Python 3.9 too)
 from __future__ import annotations
 
 from collections.abc import Sequence
