@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SOURCES = ("ldm", "configs", "models", "tools", "datasets/LICENSES")
+SOURCES = ("ldm", "configs", "models/nano", "tools", "datasets/LICENSES")
 FILES = ("pyproject.toml", "setup.py", "requirements.txt", "README.md", "LICENSE", "NOTICE", "text_to_image.py",
          "train_text_to_image.py")  # fmt: skip
 
@@ -60,7 +60,11 @@ def commands(installed):
 def test_every_file_of_the_library_and_its_data_is_installed(installed):
     missing = [
         path.relative_to(ROOT)
-        for folder, place in (("ldm", "ldm"), ("configs", "ldm/bundled/configs"), ("models", "ldm/bundled/models"))
+        for folder, place in (
+            ("ldm", "ldm"),
+            ("configs", "ldm/bundled/configs"),
+            ("models/nano", "ldm/bundled/models/nano"),
+        )
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
