@@ -112,7 +112,7 @@ def clip(
 ) -> ClipNetwork:
     """Loads a CLIP from a Hugging Face folder or a file. Arguments and errors as in ldm.weights.clip.read_clip."""
     weights = read_clip(path, config, model_name)
-    size = weights.form["vision"]["image_size"]
+    size = weights.arguments["vision"]["image_size"]
     descriptions = {
         "openai": f"openai: RGB, shorter side to {size} bicubic, centre crop, CLIP's mean and standard deviation",
         "squash": f"squash: RGB, {size}x{size} bicubic whatever the shape, CLIP's mean and standard deviation",
@@ -123,7 +123,7 @@ def clip(
         weights.name,
         content_hash(weights.path),
         descriptions[preprocessing],
-        weights.form["projection_dim"],
+        weights.arguments["projection_dim"],
         False,
         prepare,
         ImageFeatures(network),

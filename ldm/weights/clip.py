@@ -1,4 +1,4 @@
-"""CLIP's weights, both towers: Hugging Face's names (canonical here), OpenAI's and OpenCLIP's, and mindone's."""
+"""Reads the weights of CLIP, both towers, from files with the names of Hugging Face, OpenAI, OpenCLIP or mindone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
@@ -31,10 +32,17 @@ MODEL_NAMES = (*(name for name in FORMS if name != "nano"), *_HUGGING_FACE)
 
 @dataclass(frozen=True)
 class ClipWeights:
-    """Arrays by canonical name, the arguments of CLIPModel that they fit, the file they are from."""
+    """The weights of a CLIP.
+
+    Attributes:
+        arrays: Name (Hugging Face's) -> array.
+        arguments: Arguments of CLIPModel that the arrays fit.
+        name: Name of the model, for reports.
+        path: File that the arrays come from.
+    """
 
     arrays: dict[str, np.ndarray]
-    form: dict
+    arguments: dict[str, Any]
     name: str
     path: Path
 
@@ -42,21 +50,26 @@ class ClipWeights:
 def read_clip(
     path: str | os.PathLike, config_path: str | os.PathLike | None = None, model_name: str | None = None
 ) -> ClipWeights:
-    """Read a Hugging Face folder or a file with both towers.
+    """Read a CLIP with both towers.
 
-    Sizes come from the arrays. The number of heads and the activation, which no array shows, come from `config_path`
-    (a Hugging Face config.json or mindone's YAML), else from a config.json beside the weights, else from `model_name`
-    (one of MODEL_NAMES), else from the published model of these sizes.
+    The arrays show its sizes. Its number of heads and its activation are those of the first of: `config_path`, a
+    config.json beside the weights, `model_name`, the published model with the same sizes.
 
-    Raises UserError for a file that is no whole CLIP, and where heads and activation are not known.
+    Args:
+        path: A Hugging Face folder or a file.
+        config_path: A Hugging Face config.json or mindone's YAML.
+        model_name: One of MODEL_NAMES.
+
+    Raises:
+        UserError: The file is not a whole CLIP, or its heads and activation are not known.
     """
     path = Path(path)
     file = _weights_of_folder(path) if is_folder(path) else path
     if config_path is None and is_file(file.parent / "config.json"):
         config_path = file.parent / "config.json"
-    arrays = _canonical(open_checkpoint(file))
+    arrays = _read_arrays(open_checkpoint(file))
     sizes = _sizes(file, arrays)
-    known = next((name for name, form in FORMS.items() if _same_sizes(form, sizes)), None)
+    known = next((name for name, arguments in FORMS.items() if _same_sizes(arguments, sizes)), None)
     if model_name is not None:
         if model_name not in MODEL_NAMES:
             raise UserError(f"model_name {model_name} is unknown: choose from {', '.join(MODEL_NAMES)}")
@@ -64,30 +77,30 @@ def read_clip(
         if not _same_sizes(FORMS[wanted], sizes):
             raise UserError(f"{file} is not {model_name}: it has the sizes of {known or 'another model'}")
     if config_path is not None:
-        form = _configured(Path(config_path), sizes)
+        arguments = _configured(Path(config_path), sizes)
     elif known:
-        form = FORMS[known]
+        arguments = FORMS[known]
     else:
         raise UserError(
-            f"{file}: its sizes are those of no model known here, so its heads and activation are not known: give "
+            f"{file}: its sizes are not those of a known model, so its heads and activation are not known: give "
             "--config with its config.json"
         )
     for tower in ("text", "vision"):
-        sizes[tower].update(num_heads=form[tower]["num_heads"], activation=form[tower]["activation"])
+        sizes[tower].update(num_heads=arguments[tower]["num_heads"], activation=arguments[tower]["activation"])
     activation = sizes["vision"]["activation"]
     return ClipWeights(arrays, sizes, f"CLIP {known or 'of other sizes'} ({activation})", file)
 
 
 def build_clip(weights: ClipWeights) -> CLIPModel:
-    """The network with its weights, for scoring. Raises UserError unless they are exactly its parameters."""
+    """Build the network for scoring. Raises UserError unless the arrays are exactly its parameters."""
     with no_init_weights():
-        clip = CLIPModel(**weights.form)
+        clip = CLIPModel(**weights.arguments)
     parameters, arrays = clip.parameters_dict(), weights.arrays
     missing = [name for name in parameters if name not in arrays]
     unknown = [name for name in arrays if name not in parameters]
     if missing or unknown:
         raise UserError(
-            f"{weights.path} is no whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
+            f"{weights.path} is not a whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
             f"({plain((missing or unknown)[0])}, ...)"
         )
     for name, parameter in parameters.items():
@@ -114,7 +127,7 @@ def _weights_of_folder(folder: Path) -> Path:
     return found
 
 
-def _canonical(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _read_arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Read all arrays under Hugging Face's names. Raises UserError for names of anything else."""
     arrays: dict[str, np.ndarray] = {}
     unknown = []
@@ -135,14 +148,14 @@ def _canonical(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
                 arrays.update(zip(names, blocks))
     if unknown:
         raise UserError(
-            f"{checkpoint.path} is no CLIP: {len(unknown)} of {len(checkpoint)} names are unknown "
+            f"{checkpoint.path} is not a CLIP: {len(unknown)} of {len(checkpoint)} names are unknown "
             f"({plain(unknown[0])}, ...)"
         )
     return arrays
 
 
-def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
-    """CLIPModel's arguments as far as the arrays show them."""
+def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the arguments of CLIPModel that the arrays show."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in arrays or len(arrays[name].shape) != dimensions or not all(arrays[name].shape):
@@ -153,11 +166,11 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
         return arrays[name].shape
 
     def layers(tower: str) -> int:
-        found = (re.match(rf"{tower}encoder\.layers\.(\d{{1,9}})\.", name) for name in arrays)
-        numbers = {int(match.group(1)) for match in found if match}
+        matches = (re.match(rf"{tower}encoder\.layers\.(\d{{1,9}})\.", name) for name in arrays)
+        numbers = {int(match.group(1)) for match in matches if match}
         if numbers != set(range(len(numbers))):
             raise UserError(
-                f"{file} has {len(numbers)} layers of {tower[:-1]}, but one is numbered {max(numbers)}: "
+                f"{file} has {len(numbers)} layers in {tower[:-1]}, but a layer has the number {max(numbers)}: "
                 "the file is damaged"
             )
         return len(numbers)
@@ -189,29 +202,32 @@ def _sizes(file: Path, arrays: Mapping[str, np.ndarray]) -> dict:
     }
 
 
-def _same_sizes(form: dict, sizes: dict) -> bool:
+def _same_sizes(arguments: dict[str, Any], sizes: dict[str, Any]) -> bool:
     shown = ("width", "num_layers", "patch_size", "image_size")
-    return form["projection_dim"] == sizes["projection_dim"] and all(
-        form[tower][key] == sizes[tower][key] for tower in ("text", "vision") for key in shown if key in form[tower]
+    return arguments["projection_dim"] == sizes["projection_dim"] and all(
+        arguments[tower][key] == sizes[tower][key]
+        for tower in ("text", "vision")
+        for key in shown
+        if key in arguments[tower]
     )
 
 
-def _configured(path: Path, sizes: dict) -> dict:
-    """Heads and activation of both towers from a configuration, with Hugging Face's defaults."""
+def _configured(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Read the heads and the activation of both towers from a configuration. Defaults are those of Hugging Face."""
     content = read_yaml(path, way="give the model's config.json, or leave --config out")
     towers = {}
     for tower, heads in (("text", 8), ("vision", 12)):
-        found = content.get(f"{tower}_config") if isinstance(content, dict) else None
-        if not isinstance(found, dict):
+        section = content.get(f"{tower}_config") if isinstance(content, dict) else None
+        if not isinstance(section, dict):
             raise UserError(f"{path} has no {tower}_config: it is not the configuration of a CLIP")
-        heads, activation = found.get("num_attention_heads", heads), found.get("hidden_act", "quick_gelu")
-        width = found.get("hidden_size", sizes[tower]["width"])
+        heads, activation = section.get("num_attention_heads", heads), section.get("hidden_act", "quick_gelu")
+        width = section.get("hidden_size", sizes[tower]["width"])
         if width != sizes[tower]["width"]:
             raise UserError(
                 f"{path} says that the {tower} tower is {plain(width, 60)} wide, the weights "
                 f"{sizes[tower]['width']}: they do not belong together"
             )
-        layers = found.get("num_hidden_layers", sizes[tower]["num_layers"])
+        layers = section.get("num_hidden_layers", sizes[tower]["num_layers"])
         if layers != sizes[tower]["num_layers"]:
             raise UserError(
                 f"{path} says that the {tower} tower has {plain(layers, 60)} layers, the weights have "

@@ -1,4 +1,4 @@
-"""The Inception network's weights: PyTorch's published file, this network's form of it, and mindone's names."""
+"""Reads the published weights of the Inception network for the FID, PyTorch's file or mindone's, and loads them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ldm.errors import UserError, plain
 from ldm.models.inception import BLOCKS, STEM, Convolution, InceptionFeatures, out_channels
 from ldm.weights.checkpoint import open_checkpoint
 
-EPSILON = 1e-3  # of the published batch normalisation
-UNUSED = ("fc.", "AuxLogits.")  # what follows the pooled features
+EPSILON = 1e-3  # of the batch normalization in the published network
+UNUSED = ("fc.", "AuxLogits.")  # layers after the pooled features
 
-# The first eight digits of the SHA-256 stand in the names of the published files.
+# First eight digits of the SHA-256, which are in the names of the published files -> names.
 PUBLISHED = {
     "6726825d": "pt_inception-2015-12-05-6726825d.pth",
     "9ec6dfe4": "inception_v3_fid-9ec6dfe4.ckpt",
 }
+# PyTorch's parameters of a convolution and its normalization -> mindone's.
 _KINDS = {
     "conv.weight": "conv.weight", "bn.weight": "bn.gamma", "bn.bias": "bn.beta",
     "bn.running_mean": "bn.moving_mean", "bn.running_var": "bn.moving_variance",
@@ -27,7 +28,11 @@ _KINDS = {
 
 
 def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
-    """Every published convolution with its normalisation: PyTorch's name -> (mindone's name, shape of its kernel)."""
+    """List the convolutions of the published network.
+
+    Returns:
+        PyTorch's name of the convolution with its normalization -> (mindone's name, shape of the kernel).
+    """
     modules, channels = {}, 3
     for conv in STEM:
         short = conv.name[: -len("_3x3")]
@@ -36,10 +41,10 @@ def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
     for block in BLOCKS:
         for number, branch in enumerate(block.branches):
             width = channels
-            for place, conv in enumerate(branch.chain):
-                theirs = f"branch{number}" + (f".{place}" if len(branch.chain) > 1 else "")
+            for position, conv in enumerate(branch.chain):
+                mindone = f"branch{number}" + (f".{position}" if len(branch.chain) > 1 else "")
                 modules[f"{block.name}.{conv.name}"] = (
-                    f"{block.name}.{theirs}",
+                    f"{block.name}.{mindone}",
                     (conv.channels, width, conv.height, conv.width),
                 )
                 width = conv.channels
@@ -58,15 +63,18 @@ def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
 
 
 def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an Inception file by PyTorch's names, those that the features need.
+    """Read the arrays that the features need, under PyTorch's names.
 
-    Raises UserError for a file that does not hold the network: missing or unknown names, other shapes, values that
-    are not finite.
+    Raises:
+        UserError: The file does not hold the network: names are missing or unknown, shapes are wrong, or values are
+            not finite.
     """
     checkpoint = open_checkpoint(path)
     modules = published_modules()
     mindone = {
-        f"{theirs}.{kind}": f"{ours}.{_kind}" for ours, (theirs, _) in modules.items() for _kind, kind in _KINDS.items()
+        f"{module}.{kind}": f"{name}.{torch_kind}"
+        for name, (module, _) in modules.items()
+        for torch_kind, kind in _KINDS.items()
     }
     wanted = {
         f"{name}.{kind}": shape if kind == "conv.weight" else shape[:1]
@@ -95,13 +103,21 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {sources[name]} holds values that are not finite: fetch the file again")
         if name.endswith("running_var") and (array < 0).any():
-            raise UserError(f"{path}: {sources[name]} is negative, which no variance is: fetch the file again")
+            raise UserError(f"{path}: {sources[name]} is a negative variance: fetch the file again")
         arrays[name] = array
     return arrays
 
 
-def folded(arrays: Mapping[str, np.ndarray], module: str) -> tuple[np.ndarray, np.ndarray]:
-    """(weight, bias) in float64 of a published convolution together with the normalisation after it."""
+def fold(arrays: Mapping[str, np.ndarray], module: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fold a published convolution and the normalization after it into one convolution.
+
+    Args:
+        arrays: Arrays under PyTorch's names.
+        module: Name of the convolution.
+
+    Returns:
+        Weight and bias, float64.
+    """
     parts = {kind: arrays[f"{module}.{kind}"].astype(np.float64) for kind in _KINDS}
     scale = parts["bn.weight"] / np.sqrt(parts["bn.running_var"] + EPSILON)
     weight = parts["conv.weight"] * scale[:, None, None, None]
@@ -109,9 +125,9 @@ def folded(arrays: Mapping[str, np.ndarray], module: str) -> tuple[np.ndarray, n
 
 
 def load_inception(network: InceptionFeatures, arrays: Mapping[str, np.ndarray]) -> None:
-    """Fill `network` from arrays by PyTorch's names (read_inception)."""
+    """Load the arrays that read_inception returns into a network."""
     for _, cell in network.cells_and_names():
         if isinstance(cell, Convolution):
-            weights, biases = zip(*(folded(arrays, module) for module in cell.published))
+            weights, biases = zip(*(fold(arrays, module) for module in cell.published))
             cell.weight.set_data(Tensor(np.concatenate(weights).astype(np.float32)))
             cell.bias.set_data(Tensor(np.concatenate(biases).astype(np.float32)))

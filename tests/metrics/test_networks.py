@@ -132,7 +132,7 @@ def test_every_familys_clip_is_the_same(tmp_path, family):
     expected = clip_arrays()
     assert set(weights.arrays) == set(expected)
     assert all((weights.arrays[name] == array).all() for name, array in expected.items())
-    assert weights.form == {**CLIP_FORM, "text": {**CLIP_FORM["text"]}}
+    assert weights.arguments == {**CLIP_FORM, "text": {**CLIP_FORM["text"]}}
 
 
 def test_clips_features_are_transformers(tmp_path):
@@ -162,7 +162,7 @@ def test_a_long_text_keeps_its_end_token(tmp_path):
     assert np.abs(long - short).max() > 1e-4
 
 
-SIZES = "its sizes are those of no model known here"
+SIZES = "its sizes are not those of a known model"
 
 
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
@@ -179,7 +179,7 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
         (without("visual_projection.weight"), CONFIG, "needs the whole CLIP"),
         (lambda a: {k: v for k, v in a.items() if k.startswith("text_model.")}, CONFIG, "needs the whole CLIP"),
         (lambda a: {**a, "unet.weight": np.zeros(3, np.float32)}, CONFIG, "1 of .* names are unknown"),
-        (lambda a: {"lora.weight": np.zeros(3, np.float32)}, CONFIG, "is no CLIP"),
+        (lambda a: {"lora.weight": np.zeros(3, np.float32)}, CONFIG, "is not a CLIP"),
         (lambda a: {**a, "vision_model.post_layernorm.weight": np.zeros(3, np.float32)}, CONFIG, "wanted"),
         (
             lambda a: {**a, "text_model.embeddings.position_embedding.weight": np.zeros((32, 32), np.float32)},
@@ -199,7 +199,7 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
         (
             lambda a: {**a, "text_model.encoder.layers.999999999.other.weight": np.zeros(3, np.float32)},
             CONFIG,
-            "has 3 layers of text_model, but one is numbered 999999999",
+            "has 3 layers in text_model, but a layer has the number 999999999",
         ),
         (lambda a: {**a, PATCHES: np.zeros((24, 3, 1, 100_000), np.float32)}, CONFIG, "wanted .width, 3, size, size"),
         (lambda a: {**a, TOKENS: np.zeros((100, 32), np.float32)}, CONFIG, "knows 100 tokens"),
@@ -224,7 +224,7 @@ def test_what_is_not_a_whole_clip_is_refused(tmp_path, change, config, answer):
 
 
 def heads(weights) -> tuple[int, int]:
-    return weights.form["text"]["num_heads"], weights.form["vision"]["num_heads"]
+    return weights.arguments["text"]["num_heads"], weights.arguments["vision"]["num_heads"]
 
 
 def test_heads_come_from_the_configuration_that_is_given_then_from_the_one_beside_the_weights(tmp_path):
@@ -238,7 +238,7 @@ def test_heads_of_a_published_model_are_known_by_its_sizes(tmp_path, monkeypatch
     monkeypatch.setitem(FORMS, "ViT-B/32", CLIP_FORM)
     weights = read_clip(hugging_face(tmp_path / "folder", config=None))
     assert heads(weights) == (2, 3) and "ViT-B/32" in weights.name
-    assert read_clip(weights.path, model_name="openai/clip-vit-base-patch32").form == weights.form
+    assert read_clip(weights.path, model_name="openai/clip-vit-base-patch32").arguments == weights.arguments
 
 
 def test_positions_that_older_files_count_out_are_passed_over(tmp_path):
