@@ -1,0 +1,1 @@
+"""The networks: UNet, autoencoder, text encoder, CLIP and Inception."""

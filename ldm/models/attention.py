@@ -1,61 +1,59 @@
-"""The transformer of the UNet: attention from pixels to pixels and to the text."""
+"""The transformer of the UNet (Rombach et al. 2022, section 3.3), with the published names.
+
+Tokens are kept as one matrix (N * tokens, channels), the form that linear layers and LayerNorm compute in. Only the
+attention itself needs N.
+"""
 
 from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from ldm.models.layers import Conv2d, GroupNorm, Identity, LayerNorm, Linear
-from ldm.ops import add, attention, gelu_gate, pixels_to_tokens, shared_cell, tokens_to_pixels
+from ldm.models.layers import Conv2d, GroupNorm, LayerNorm, Linear
+from ldm.ops import Sequential, add, attention, gelu_gate, identity, pixels_to_tokens, tokens_to_pixels
 
 
 class CrossAttention(nn.Cell):
-    """Multi-head attention from x (N tokens, query_dim) to context (N context tokens, context_dim). Published names:
-    to_q, to_k, to_v (no bias), to_out.0.
-    """
+    """Multi-head attention from x (N tokens, query_dim) to context (N context tokens, context_dim)."""
 
     def __init__(self, query_dim: int, context_dim: int, num_heads: int, head_dim: int):
         super().__init__()
-        inner = num_heads * head_dim
+        inner_dim = num_heads * head_dim
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.to_q = Linear(query_dim, inner, has_bias=False)
-        self.to_k = Linear(context_dim, inner, has_bias=False)
-        self.to_v = Linear(context_dim, inner, has_bias=False)
-        self.to_out = nn.SequentialCell([Linear(inner, query_dim), Identity()])
+        self.to_q = Linear(query_dim, inner_dim, has_bias=False)
+        self.to_k = Linear(context_dim, inner_dim, has_bias=False)
+        self.to_v = Linear(context_dim, inner_dim, has_bias=False)
+        self.to_out = Sequential(Linear(inner_dim, query_dim), identity())
         self.attention = attention(num_heads, head_dim)
 
     def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
-        return self.to_out[0](self.attention(self.to_q(x), self.to_k(context), self.to_v(context), n))
+        return self.to_out(self.attention(self.to_q(x), self.to_k(context), self.to_v(context), n))
 
 
 class GEGLU(nn.Cell):
-    """x W1 * gelu(x W2), both products in one layer `proj`."""
+    """x W1 * gelu(x W2), with both products in the layer `proj` (Shazeer 2020)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.proj = Linear(in_channels, 2 * out_channels)
-        self.gate = gelu_gate()
+        self.gelu_gate = gelu_gate()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.gate(self.proj(x))
+        return self.gelu_gate(self.proj(x))
 
 
 class FeedForward(nn.Cell):
-    """GEGLU to four times the width and back. Published names: net.0.proj, net.2."""
+    """GEGLU to four times the width and a linear layer back."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.SequentialCell([GEGLU(channels, 4 * channels), Identity(), Linear(4 * channels, channels)])
+        self.net = Sequential(GEGLU(channels, 4 * channels), identity(), Linear(4 * channels, channels))
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        return self.net(x)
 
 
 class BasicTransformerBlock(nn.Cell):
-    """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each after a LayerNorm, each added.
-
-    x (N tokens, channels), context (N context tokens, context_dim): a matrix for all images, which the dense layers
-    need anyway.
-    """
+    """Self-attention, cross-attention to the text and a feed-forward network, each with a LayerNorm before it."""
 
     def __init__(self, channels: int, num_heads: int, head_dim: int, context_dim: int):
         super().__init__()
@@ -65,23 +63,25 @@ class BasicTransformerBlock(nn.Cell):
         self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
 
     def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
-        normed = self.norm1(x)
-        x = add(x, self.attn1(normed, normed, n))
+        h = self.norm1(x)
+        x = add(x, self.attn1(h, h, n))
         x = add(x, self.attn2(self.norm2(x), context, n))
         return add(x, self.ff(self.norm3(x)))
 
 
-class First(nn.Cell):
-    """(y, x) -> y, where the other projection has TokensToPixels."""
-
-    def construct(self, y: Tensor, x: Tensor) -> Tensor:
-        return y
-
-
 class SpatialTransformer(nn.Cell):
-    """Transformer blocks over the pixels of x (N, C, H, W), added to it; context (N tokens, context_dim). The
-    projections before and after are 1x1 convolutions in SD1.x, of pixels, and linear layers in SD2.x (`use_linear`), of
-    tokens.
+    """Transformer blocks over the pixels of an image, between two projections. The result is added to the image.
+
+    construct(x (N, channels, H, W), emb (not used), context (N context tokens, context_dim)) -> (N, channels, H, W).
+
+    Args:
+        channels: Channels of the image.
+        num_heads: Heads of each attention.
+        head_dim: Channels of a head.
+        depth: The number of transformer blocks.
+        context_dim: Channels of the text embeddings.
+        use_linear: The projections are linear layers, of tokens (SD2.x), not 1x1 convolutions, of pixels (SD1.x).
+        num_groups: Groups of the GroupNorm.
     """
 
     def __init__(
@@ -95,36 +95,37 @@ class SpatialTransformer(nn.Cell):
         num_groups: int = 32,
     ):
         super().__init__()
-        inner = num_heads * head_dim
+        inner_dim = num_heads * head_dim
+        self.use_linear = use_linear
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
-        self.proj_in = Linear(channels, inner) if use_linear else Conv2d(channels, inner, 1)
+        self.proj_in = Linear(channels, inner_dim) if use_linear else Conv2d(channels, inner_dim, 1)
         self.transformer_blocks = nn.CellList(
-            [BasicTransformerBlock(inner, num_heads, head_dim, context_dim) for _ in range(depth)]
+            [BasicTransformerBlock(inner_dim, num_heads, head_dim, context_dim) for _ in range(depth)]
         )
-        self.proj_out = Linear(inner, channels) if use_linear else Conv2d(inner, channels, 1)
-        # No `if` in construct: each is three functions for the compiler, in each layer.
-        to_tokens, to_pixels = pixels_to_tokens(), tokens_to_pixels()
-        self.before_in, self.after_in = (
-            (to_tokens, shared_cell(Identity)) if use_linear else (shared_cell(Identity), to_tokens)
-        )
-        self.before_out, self.after_out = (
-            (shared_cell(First), to_pixels) if use_linear else (to_pixels, shared_cell(First))
-        )
+        self.proj_out = Linear(inner_dim, channels) if use_linear else Conv2d(inner_dim, channels, 1)
+        self.to_tokens, self.to_pixels = pixels_to_tokens(), tokens_to_pixels()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        y = self.after_in(self.proj_in(self.before_in(self.norm(x))))
+        h = self.norm(x)
+        if self.use_linear:
+            tokens = self.proj_in(self.to_tokens(h))
+        else:
+            tokens = self.to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            y = block(y, context, x.shape[0])
-        return add(x, self.after_out(self.proj_out(self.before_out(y, x)), x))
+            tokens = block(tokens, context, x.shape[0])
+        if self.use_linear:
+            h = self.to_pixels(self.proj_out(tokens), x)
+        else:
+            h = self.proj_out(self.to_pixels(tokens, x))
+        return add(x, h)
 
 
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
-    """Put Ascend's fused attention into every CrossAttention of `net` (or take it out); returns how many were changed.
-    On the CPU the operator does not exist: `ldm.runtime.device` decides, the graph compiler refuses.
+    """Switches Ascend's fused attention on or off in every CrossAttention of `net`; returns their number.
+
+    The operator does not exist on the CPU. `ldm.runtime.device.check_flash_attention` refuses it there.
     """
-    count = 0
-    for _, cell in net.cells_and_names():
-        if isinstance(cell, CrossAttention):
-            cell.attention = attention(cell.num_heads, cell.head_dim, flash=enable)
-            count += 1
-    return count
+    layers = [cell for _, cell in net.cells_and_names() if isinstance(cell, CrossAttention)]
+    for layer in layers:
+        layer.attention = attention(layer.num_heads, layer.head_dim, flash=enable)
+    return len(layers)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from ldm.models.layers import Conv2d, GroupNorm, Identity, Upsample2x
-from ldm.ops import attention, pixels_to_tokens, silu, tokens_to_pixels
+from ldm.models.layers import Conv2d, GroupNorm, Upsample2x
+from ldm.ops import attention, identity, pixels_to_tokens, silu, tokens_to_pixels
 
 
 class ResnetBlock(nn.Cell):
@@ -17,7 +17,7 @@ class ResnetBlock(nn.Cell):
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(out_channels, num_groups, eps=1e-6)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else Identity()
+        self.nin_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else identity()
         self.silu = silu()
 
     def construct(self, x: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class Level(nn.Cell):
         super().__init__()
         self.block = nn.CellList(blocks)
         channels = blocks[-1].conv2.out_channels
-        self.downsample = Downsample(channels) if downsample else Identity()
-        self.upsample = Upsample(channels) if upsample else Identity()
+        self.downsample = Downsample(channels) if downsample else identity()
+        self.upsample = Upsample(channels) if upsample else identity()
 
     def construct(self, x: Tensor) -> Tensor:
         for block in self.block:

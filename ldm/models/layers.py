@@ -85,13 +85,6 @@ class LayerNorm(nn.Cell):
         return self.norm(x, self.weight, self.bias, self.dtype)
 
 
-class Identity(nn.Cell):
-    """Returns x. It replaces the dropouts of the published networks, so that the layers after them keep their index."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return x
-
-
 class QuickGELU(nn.Cell):
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
 

@@ -18,10 +18,11 @@ from mindspore import nn, ops
 
 from ldm.ops import ascend, composite, cpu, portable
 from ldm.ops.cpu.library import kernel_library
-from ldm.ops.graph import RepeatedCell, add, cast, shared_cell
+from ldm.ops.graph import Identity, RepeatedCell, Sequential, add, cast, shared_cell
 
 __all__ = [
     "RepeatedCell",
+    "Sequential",
     "add",
     "attention",
     "broadcast_add",
@@ -30,6 +31,7 @@ __all__ = [
     "gelu",
     "gelu_gate",
     "group_norm",
+    "identity",
     "kernels_in_use",
     "layer_norm",
     "linear",
@@ -116,6 +118,11 @@ def gelu_gate() -> nn.Cell:
 def broadcast_add() -> nn.Cell:
     """Addition with broadcasting: (x, y) -> x + y, where y has ones in its shape."""
     return add if on_ascend() else shared_cell(cpu.BroadcastAdd)
+
+
+def identity() -> nn.Cell:
+    """Identity: x -> x. It stands for the dropouts of the published networks, so that later cells keep their index."""
+    return shared_cell(Identity)
 
 
 def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False) -> nn.Cell:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from ldm.runtime.device import give_back_memory
 
-# One primitive for all uses. The methods of tensors, `x.astype(t)` and `x + y`, are functions that the compiler reads
-# again at each use.
+# One primitive for all uses. `x.astype(t)` and `x + y` are functions that the compiler reads again at each use: the
+# additions alone make 38 of 1,081 functions in the training graph of a small UNet.
 cast = ops.Cast()
 add = ops.Add()
 
@@ -28,6 +28,28 @@ def shared_cell(cell_type: type, *args: Any, **kwargs: Any) -> nn.Cell:
         kwargs: Its keyword arguments, likewise.
     """
     return cell_type(*args, **kwargs)
+
+
+class Identity(nn.Cell):
+    """x -> x."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Sequential(nn.SequentialCell):
+    """One to four cells, called one after the other.
+
+    They are filled up to four with Identity and called without a loop. The loop of nn.SequentialCell costs the compiler
+    three functions for each cell: 406 of 1,040 in the training graph of a small UNet.
+    """
+
+    def __init__(self, *cells: nn.Cell):
+        super().__init__([*cells, *[shared_cell(Identity)] * (4 - len(cells))])
+
+    def construct(self, x: Tensor) -> Tensor:
+        cells = self.cell_list
+        return cells[3](cells[2](cells[1](cells[0](x))))
 
 
 class RepeatedCell(nn.Cell):

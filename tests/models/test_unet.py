@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from ldm.models.layers import set_compute_dtype
-from ldm.models.unet import TimestepEmbedding, block_of
+from ldm.models.unet import TimestepBlock, TimestepEmbedding
 from tests.named_weights import relative_error
 from tests.network_cases import inputs_for, model_with_named_weights, run_network
 
@@ -68,7 +68,7 @@ def test_a_block_runs_all_its_members(count):
         def construct(self, x, emb, context):
             return x * self.factor + emb + context
 
-    block = block_of(*(Scaled(2.0 + i) for i in range(count)))
+    block = TimestepBlock(*(Scaled(2.0 + i) for i in range(count)))
     found = block(Tensor(1.0), Tensor(0.25), Tensor(0.5)).asnumpy()
     expected = 1.0
     for i in range(count):
