@@ -168,7 +168,7 @@ def main() -> None:
                 rows.append((what, in_a_process("convert", str(source), str(target), dtype)))
             print(rows[-1][0], file=sys.stderr, flush=True)
         print(f"{Path(args.model_config).name}: {weights / 1e9:.2f} GB of weights in fp32\n")
-        print("| what | seconds | processor, s | own memory, at most | resident, at most |\n" + "| --- " * 5 + "|")
+        print("| work | seconds | processor, s | own memory, peak | resident, peak |\n" + "| --- " * 5 + "|")
         for what, found in rows:
             own, resident = found["RssAnon"], found["VmRSS"]
             print(

@@ -1,11 +1,11 @@
-"""Convert a Stable Diffusion base model from whatever form it has into another one.
+"""Convert a Stable Diffusion base model into another format.
 
     python tools/model_conversion/convert_weights.py --source v1-5-pruned.safetensors --target models/sd15
     python tools/model_conversion/convert_weights.py --source models/sd15 --target sd15.ckpt
 
-The source is a single file (.safetensors, PyTorch's .ckpt, MindSpore's .ckpt) or a diffusers folder, and is told apart
-by what is in it. The target is a .safetensors (the published single file), a .ckpt (mindone's) or a diffusers folder.
-docs/checkpoints.md tells more.
+The source is a single file (.safetensors, PyTorch's .ckpt, MindSpore's .ckpt) or a diffusers folder. Its content decides
+which. The target is a .safetensors (the published single file), a .ckpt (mindone's) or a diffusers folder. See
+docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from ldm.files.outputs import claim_file, claim_new  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.settings.model import PREDICTION_TYPES  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
 
@@ -43,18 +44,18 @@ class Settings:
     )
     dtype: str = setting(
         "keep",
-        "type of the weights; keep leaves each as it is, with bfloat16 as fp32",
+        "type of the weights; keep changes none, except that bfloat16 becomes fp32",
         choices=("keep", "fp32", "fp16"),
     )
-    ema: bool = setting(False, "take the UNet's moving averages that the file holds")
+    ema: bool = setting(False, "use the moving averages of the UNet's weights that the file holds")
     model_config: Optional[str] = setting(
-        None, "the model's YAML, where the source does not tell which model it is", path=True
+        None, "YAML of the model, if the source does not say which model it is", path=True
     )
     prediction_type: Optional[str] = setting(
         None,
-        "what the UNet predicts, where the source does not tell it: shapes are the same for the base versions of "
-        "SD2.x (epsilon) and the 768 versions (v_prediction)",
-        choices=("epsilon", "v_prediction"),
+        "what the UNet predicts, if the source does not say it: the base versions of SD2.x (epsilon) and the 768 "
+        "versions (v_prediction) have the same shapes",
+        choices=PREDICTION_TYPES,
     )
 
 
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
 
-    # After the arguments are known to be right: MindSpore, which gives the shapes of the networks, takes a second.
+    # The networks give the shapes. Importing MindSpore takes a second, so the arguments are checked before.
     from ldm.weights.architecture import yaml_beside
     from ldm.weights.convert import convert, target_format
 
     folder = target_format(args.target, args.format) == "diffusers"
     with claim_new(args.target, "--target", folder), claim_file(yaml_beside(args.target, folder), "--target"):
-        describe_progress(lambda: f"before {args.target} was whole: it is not kept")
+        describe_progress(lambda: f"before {args.target} was complete: it is not kept")
         report = convert(
             args.source, args.target, args.format, args.dtype, args.ema, args.model_config, args.prediction_type
         )
