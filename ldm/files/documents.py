@@ -1,4 +1,7 @@
-"""Safe reading of untrusted YAML and JSON, bounded in size and depth, and the writing of both."""
+"""Safe reading of untrusted YAML and JSON, bounded in size and depth, and the writing of both.
+
+The arguments `name` and `way` are those of ldm.files.inputs.
+"""
 
 from __future__ import annotations
 
@@ -133,11 +136,6 @@ _Dumper.yaml_implicit_resolvers = {
 def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path of a YAML file") -> Any:
     """Returns the content of a YAML file.
 
-    Args:
-        path: the file.
-        name: of the setting, which begins the error.
-        way: what to do about a missing file, which ends the error.
-
     Raises:
         UserError: the file cannot be read (see ldm.files.inputs), is not valid YAML (with the line), or exceeds
             MOST_YAML_BYTES, MOST_ENTRIES or MOST_DEPTH.
@@ -164,15 +162,7 @@ def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns the content of a JSON text.
-
-    Args:
-        text: the JSON.
-        where: the name of the text, for errors.
-
-    Raises:
-        UserError: the text is not valid JSON, or repeats a key.
-    """
+    """Returns the content of a JSON text. Raises UserError, which begins with `where`, if it is not valid JSON."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from tools.benchmark.turns import Turns
@@ -91,14 +92,6 @@ def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
     return lambda: step([batch], scalars(next(updates)))
 
 
-def full(work: Work, config: ModelConfig) -> Callable:
-    return lora(work, config, full=True)
-
-
-def first_step(work: Work, config: ModelConfig) -> Callable:
-    return lora(work, config)
-
-
 def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable:
     """The first step, whose graph is written to a cache or read from it."""
     call, waits = lora(work, config), [True]
@@ -144,10 +137,6 @@ def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
     return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))
 
 
-def merged(work: Work, config: ModelConfig) -> Callable:
-    return generate(work, config, merged=True)
-
-
 def decode(work: Work, config: ModelConfig) -> Callable:
     net = VAEDecode(frozen(AutoencoderKL(**config.vae)))
     latents = Tensor(draw_inputs(config, work)["latents"])
@@ -159,18 +148,11 @@ def text(work: Work, config: ModelConfig) -> Callable:
     return lambda: net(tokens).asnumpy()
 
 
-KINDS = {
-    "unet": unet,
-    "lora": lora,
-    "full": full,
-    "epoch": epoch,
-    "generate": generate,
-    "merged": merged,
-    "decode": decode,
-    "text": text,
-    "first_step": first_step,
+KINDS: dict[str, Callable[..., Callable]] = {
+    "unet": unet, "lora": lora, "full": partial(lora, full=True), "epoch": epoch, "generate": generate,
+    "merged": partial(generate, merged=True), "decode": decode, "text": text, "first_step": lora,
     "first_step_cached": first_step_cached,
-}
+}  # fmt: skip
 
 
 def main() -> None:

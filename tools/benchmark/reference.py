@@ -13,6 +13,7 @@ import csv
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tools.benchmark.turns import Turns
@@ -120,10 +121,6 @@ def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
     return lambda: step(latents, noise, timesteps.long(), context)
 
 
-def full(work: Work, config: ModelConfig) -> Callable:
-    return lora(work, config, full=True)
-
-
 def epoch(work: Work, config: ModelConfig) -> Callable:
     """The loop of train_text_to_image_lora.py, where every step encodes its images and captions."""
     vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
@@ -195,7 +192,10 @@ def text(work: Work, config: ModelConfig) -> Callable:
     return torch.no_grad()(lambda: net(tokens.long()).last_hidden_state)
 
 
-KINDS = {"unet": unet, "lora": lora, "full": full, "epoch": epoch, "generate": generate, "decode": decode, "text": text}
+KINDS = {
+    "unet": unet, "lora": lora, "full": partial(lora, full=True), "epoch": epoch, "generate": generate,
+    "decode": decode, "text": text,
+}  # fmt: skip
 
 
 def main() -> None:
