@@ -56,41 +56,18 @@ TABLE = _named(
     Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
     Work("lora_nano", "nano LoRA step, rank 4, batch 16", "lora", NANO, 16, 16, (1.0, 0.6), calls=15),
     Work("epoch_256", "SD1.5 LoRA epoch, 64 images of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
-    Work(
-        "generate_nano",
-        "nano generation, 20 steps of DPM-Solver++, guidance, batch 16",
-        "generate",
-        NANO,
-        16,
-        16,
-        (1.0, 0.6),
-    ),
+    Work("generate_nano", "nano generation, 20 steps of DPM-Solver++, guidance, batch 16", "generate", NANO, 16, 16,
+         (1.0, 0.6)),
     Work("merged_nano", "the same with a merged LoRA, against the base", "merged", NANO, 16, 16, peer="ours"),
     Work("decode_512", "SD1.5 VAE decode, 512 px", "decode", SD1, 1, 64, (1.1, 0.8)),
     Work("text", "SD1.5 text encoding, batch 2", "text", SD1, 2, 64, (1.1, 0.8), calls=15),
-    Work(
-        "first_step",
-        "first step of the SD1.5 LoRA graph, compile included, 64x64",
-        "first_step",
-        SD1,
-        1,
-        64,
-        (25.0, 10.0),
-        peer="none",
-    ),
+    Work("first_step", "first step of the SD1.5 LoRA graph, compile included, 64x64", "first_step", SD1, 1, 64,
+         (25.0, 10.0), peer="none"),
     Work("first_step_256", "the same, 32x32", "first_step", SD1, 1, 32, (25.0, 10.0), peer="none"),
-    Work(
-        "first_step_cached",
-        "the same, 64x64, from the compile cache",
-        "first_step_cached",
-        SD1,
-        1,
-        64,
-        (25.0, 5.0),
-        peer="none",
-    ),
+    Work("first_step_cached", "the same, 64x64, from the compile cache", "first_step_cached", SD1, 1, 64, (25.0, 5.0),
+         peer="none"),
     Work("script_nano", "text_to_image.py nano, process start to PNG", "script", NANO, 1, 16, (20.0, 8.0), peer="none"),
-)
+)  # fmt: skip
 MEMORY_TABLE = _named(
     *(
         Work(f"{kind}_{8 * size}_b{batch}", f"SD1.5 {label} step, {8 * size} px, batch {batch}", kind, SD1, batch, size)
