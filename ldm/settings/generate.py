@@ -191,7 +191,7 @@ class GenerateSettings:
     )
 
     def __post_init__(self) -> None:
-        """Check each setting, and the settings against each other. Raises UserError."""
+        """Checks each setting, and the settings against each other. Raises UserError."""
         check_values(self)
         if not self.prompt and self.data_path is None:
             raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')

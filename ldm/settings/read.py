@@ -11,45 +11,43 @@ or Union of those. `None` and `null` stand for None where a setting is Optional.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import numbers
 import os
 import re
 import shutil
-import struct
 import sys
 import textwrap
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import read_yaml, write_yaml
-from ldm.files.paths import expanded, under_root
-from ldm.settings.declare import REQUIRED, default_of
+from ldm.settings.declare import REQUIRED
+from ldm.settings.values import (
+    NONE_WORDS,
+    Setting,
+    accept,
+    as_paths,
+    check_range,
+    convert,
+    from_word,
+    kinds_of,
+    limits_of,
+    list_item,
+    nearest,
+    plain_python,
+    settings_of,
+    show,
+    type_name,
+    wanted,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
-
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_NONE = ("none", "null")
-LONGEST_NAME = 100  # characters: the time to compare names grows with their square
-
-
-class _Setting(NamedTuple):
-    """A declared setting: its field, its type (Path read as str) and its rules."""
-
-    name: str
-    default: Any
-    hint: Any
-    rules: Mapping[str, Any]
 
 
 def read_settings(
@@ -77,7 +75,7 @@ def read_settings(
         UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range, or the file
             cannot be read.
     """
-    settings = _settings(cls)
+    settings = settings_of(cls)
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         _print(explain(cls, prog=prog, description=description or "", yaml_flag=yaml_flag))
@@ -93,13 +91,13 @@ def read_settings(
     values.update(flags)
     for key, setting in settings.items():
         if values.get(setting.name, setting.default) is REQUIRED:
-            raise UserError(f"--{key} is missing: give {_wanted(setting)} ({setting.rules['help']})")
+            raise UserError(f"--{key} is missing: give {wanted(setting)} ({setting.rules['help']})")
     return cls(**values)
 
 
 def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the flags of a command line that `cls` declares, with their values, and all other words."""
-    names = _flag_names(_settings(cls))
+    names = _flag_names(settings_of(cls))
     own: list[str] = []
     rest: list[str] = []
     words = rest
@@ -128,7 +126,7 @@ def read_mapping(
     Raises:
         UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range.
     """
-    return _read_mapping(cls, _settings(cls), content, source, prefix, ignore_unknown)
+    return _read_mapping(cls, settings_of(cls), content, source, prefix, ignore_unknown)
 
 
 def check_values(settings: DataclassInstance, prefix: str = "") -> None:
@@ -140,13 +138,13 @@ def check_values(settings: DataclassInstance, prefix: str = "") -> None:
     Raises:
         UserError: A value is missing, of a wrong type or out of range.
     """
-    for setting in _settings(type(settings)).values():
+    for setting in settings_of(type(settings)).values():
         given, where = getattr(settings, setting.name), f"{prefix}{setting.name}"
         if given is REQUIRED:
-            raise UserError(f"{where} is missing: give {_wanted(setting)}")
-        value = _convert(_plain_python(given), setting.hint, where)
-        _check_range(value, setting, where)
-        value = _as_paths(value, setting)
+            raise UserError(f"{where} is missing: give {wanted(setting)}")
+        value = convert(plain_python(given), setting.hint, where)
+        check_range(value, setting, where)
+        value = as_paths(value, setting)
         if value is not given:
             object.__setattr__(settings, setting.name, value)  # also where the dataclass is frozen
 
@@ -179,18 +177,18 @@ def explain(
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
         lines += ["", *([description.rstrip()] if "\n" in description else textwrap.wrap(description, width))]
-    groups: dict[str, dict[str, _Setting]] = {}
-    for key, setting in _settings(cls).items():
+    groups: dict[str, dict[str, Setting]] = {}
+    for key, setting in settings_of(cls).items():
         if setting.rules["help"]:
             groups.setdefault(setting.rules["group"], {})[key] = setting
     for group, members in groups.items():
         lines += ["", f"{group}:"]
         for key, setting in members.items():
-            limits = _limits(setting)
-            text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{_show(setting.default)}]"
+            limits = limits_of(setting)
+            text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{show(setting.default)}]"
             names = ", ".join(f"--{name}" for name in (key, *setting.rules["aliases"]))
             names = f"[{names}]" if setting.rules["positional"] else names
-            kind = _type_name(setting.hint)
+            kind = type_name(setting.hint)
             lines.append(f"  {names} <{kind.replace('text', 'path') if setting.rules['path'] else kind}>")
             indent = "      "
             lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
@@ -206,25 +204,10 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns the known name most similar to `name`, for error messages."""
-    return difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.0)[0]
-
-
-@cache
-def _settings(cls: type[DataclassInstance]) -> dict[str, _Setting]:
-    """Returns the declared settings by their names in files and flags."""
-    hints = typing.get_type_hints(cls)
-    return {
-        field.metadata["key"] or field.name: _Setting(field.name, default_of(field), hints[field.name], field.metadata)
-        for field in dataclasses.fields(cls)
-    }
-
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def _flag_names(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
+def _flag_names(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     """Returns the settings by all names that they have as flags."""
     return {name: setting for key, setting in settings.items() for name in (key, *setting.rules["aliases"])}
 
@@ -233,7 +216,7 @@ def _flag_name(word: str) -> str:
     return word[2:].partition("=")[0].replace("-", "_")
 
 
-def _read_flags(argv: Sequence[str], settings: Mapping[str, _Setting]) -> dict[str, Any]:
+def _read_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> dict[str, Any]:
     names = _flag_names(settings)
     positional = next((setting for setting in settings.values() if setting.rules["positional"]), None)
     values: dict[str, Any] = {}
@@ -254,48 +237,28 @@ def _read_flags(argv: Sequence[str], settings: Mapping[str, _Setting]) -> dict[s
         setting, where = names[name], f"--{name}"
         words = [attached] if equals else []
         if not equals:
-            limit = len(argv) if _list_item(setting.hint) else position + 1
+            limit = len(argv) if list_item(setting.hint) else position + 1
             while position < min(limit, len(argv)) and not argv[position].startswith("--"):
                 words.append(argv[position])
                 position += 1
-        values[setting.name] = _accept(_from_words(words, setting, where), setting, where)
+        values[setting.name] = accept(_from_words(words, setting, where), setting, where)
     return values
 
 
-def _from_words(words: list[str], setting: _Setting, where: str) -> Any:
+def _from_words(words: list[str], setting: Setting, where: str) -> Any:
     hint = setting.hint
     if not words:
-        if bool in _kinds(hint):
+        if bool in kinds_of(hint):
             return True
-        raise UserError(f"{where} needs a value: {_type_name(hint)}")
-    item = _list_item(hint)
+        raise UserError(f"{where} needs a value: {type_name(hint)}")
+    item = list_item(hint)
     if item is None:
-        return _from_word(words[0], hint, where)
-    if len(words) == 1 and words[0].lower() in _NONE and type(None) in _kinds(hint):
+        return from_word(words[0], hint, where)
+    if len(words) == 1 and words[0].lower() in NONE_WORDS and type(None) in kinds_of(hint):
         return None
-    if str not in _kinds(item):  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
+    if str not in kinds_of(item):  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
         words = [word for word in re.split(r"[\s,\[\]()]+", " ".join(words)) if word]
-    return [_from_word(word, item, where) for word in words]
-
-
-def _from_word(word: str, hint: Any, where: str) -> Any:
-    kinds = _kinds(hint)
-    if type(None) in kinds and word.lower() in _NONE:
-        return None
-    # 1 and 0 are truth values only where no number is wanted.
-    if bool in kinds and word.lower() in _TRUE + _FALSE:
-        return word.lower() in _TRUE
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                number = kind(word)
-            except ValueError:
-                continue
-            if kind is int or math.isfinite(number):
-                return number
-    if str in kinds:
-        return word
-    raise UserError(f"{where}: {_show(word)} is not {_wanted_type(hint)}")
+    return [from_word(word, item, where) for word in words]
 
 
 # ---- YAML and JSON ---------------------------------------------------------------------------------------------------
@@ -303,7 +266,7 @@ def _from_word(word: str, hint: Any, where: str) -> Any:
 
 def _read_mapping(
     cls: type,
-    settings: Mapping[str, _Setting],
+    settings: Mapping[str, Setting],
     content: Any,
     source: str,
     prefix: str = "",
@@ -323,196 +286,16 @@ def _read_mapping(
         where = f"{source}: {prefix}{key}"
         if key not in content:
             if setting.default is REQUIRED and not partial:
-                raise UserError(f"{where} is missing: give {_wanted(setting)}")
+                raise UserError(f"{where} is missing: give {wanted(setting)}")
         elif dataclasses.is_dataclass(setting.hint):
             section = typing.cast(type, setting.hint)
-            values[setting.name] = _read_mapping(section, _settings(section), content[key], source, f"{prefix}{key}.")
+            values[setting.name] = _read_mapping(section, settings_of(section), content[key], source, f"{prefix}{key}.")
         else:
             value = content[key]
             if setting.rules["zero_one"] and type(value) is int and value in (0, 1):
                 value = bool(value)
-            values[setting.name] = _accept(_convert(value, setting.hint, where), setting, where)
+            values[setting.name] = accept(convert(value, setting.hint, where), setting, where)
     return values
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Returns a value of YAML, JSON or Python as the type that is wanted. Texts are not taken for numbers."""
-    kinds = _kinds(hint)
-    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in _NONE)):
-        return None
-    item, entry = _list_item(hint), _dict_entry(hint)
-    if item is not None and isinstance(value, list):
-        return [_convert(element, item, where) for element in value]
-    if entry is not None and isinstance(value, dict):
-        return {str(name): _convert(element, entry, f"{where}: {plain(name, 60)}") for name, element in value.items()}
-    if item is None and entry is None:
-        # The exact type: a bool is an int to Python, not to a person.
-        if type(value) in kinds and (type(value) is not float or math.isfinite(value)):
-            return value
-        if type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
-            return float(value)
-        if isinstance(value, str) and _reads_unquoted(value, hint):
-            # YAML has no numbers with a zero before them: some read them as octal.
-            zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""
-            raise UserError(
-                f"{where}: {_show(value)} is a text, not {_wanted_type(hint)}: leave the quotes away{zeros}"
-            )
-        if str in kinds and not isinstance(value, (list, dict)):
-            raise UserError(f"{where}: {_show(value)} is read as a {type(value).__name__}; put the text in quotes")
-    raise UserError(f"{where}: {_show(value)} is not {_wanted_type(hint)}")
-
-
-def _reads_unquoted(text: str, hint: Any) -> bool:
-    try:
-        _from_word(text, hint, "")
-    except UserError:
-        return False
-    return True
-
-
-def _plain_python(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain_python(entry) for entry in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
 # ---- types and ranges ------------------------------------------------------------------------------------------------
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """Returns the types that a type hint allows. Paths are given as texts."""
-    union = typing.get_origin(hint) in (Union, getattr(types, "UnionType", Union))
-    return tuple(str if kind is Path else kind for kind in (typing.get_args(hint) if union else (hint,)))
-
-
-def _list_item(hint: Any) -> Any:
-    return next((typing.get_args(kind)[0] for kind in _kinds(hint) if typing.get_origin(kind) is list), None)
-
-
-def _dict_entry(hint: Any) -> Any:
-    return next((typing.get_args(kind)[1] for kind in _kinds(hint) if typing.get_origin(kind) is dict), None)
-
-
-def _wanted(setting: _Setting) -> str:
-    limits = _limits(setting)
-    kind = _wanted_type(setting.hint)
-    return f"{kind.replace('a text', 'a path') if setting.rules['path'] else kind}{f', {limits}' if limits else ''}"
-
-
-def _wanted_type(hint: Any) -> str:
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
-    texts = []
-    for kind in _kinds(hint):
-        if typing.get_origin(kind) is list:
-            texts.append(f"a list, each {_wanted_type(_list_item(kind))}")
-        elif typing.get_origin(kind) is dict:
-            texts.append(f"a mapping from names, each to {_wanted_type(_dict_entry(kind))}")
-        else:
-            texts.append(names.get(kind, "a section"))
-    return " or ".join(texts)
-
-
-def _type_name(hint: Any) -> str:
-    names = {bool: "True|False", int: "int", float: "float", str: "text", type(None): "None"}
-    return "|".join(f"{_type_name(_list_item(kind))} ..." if _list_item(kind) else names[kind] for kind in _kinds(hint))
-
-
-def _limits(setting: _Setting) -> str:
-    rules, texts = setting.rules, []
-    if rules["choices"]:
-        texts.append("one of " + ", ".join(_show(choice) for choice in rules["choices"]))
-    names = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
-    texts += [f"{name} {rules[rule]}" for rule, name in names if rules[rule] is not None]
-    if rules["length"]:
-        texts.append(f"{_wanted_length(rules['length'])} values")
-    return ", ".join(texts)
-
-
-def _wanted_length(length: int | tuple[int, int]) -> str:
-    return str(length) if isinstance(length, int) else f"{length[0]} to {length[1]:,}"
-
-
-def _accept(value: Any, setting: _Setting, where: str) -> Any:
-    """Returns a value from a file or a flag with its paths expanded. Raises UserError where it is out of range."""
-    if setting.rules["path"]:
-        if isinstance(value, list):
-            value = [_expand(entry, setting, where) for entry in value]
-        else:
-            value = _expand(value, setting, where)
-    _check_range(value, setting, where)
-    return _as_paths(value, setting)
-
-
-def _expand(value: Any, setting: _Setting, where: str) -> Any:
-    if not isinstance(value, str):  # None, or True where a setting is a path or a truth value
-        return value
-    path = expanded(value)
-    if not path:
-        raise UserError(f"{where}: {_show(value)} is no path: give one, or leave the setting out")
-    return str(under_root(path)) if setting.rules["project"] else path
-
-
-def _as_paths(value: Any, setting: _Setting) -> Any:
-    """Returns texts as Path where the type is Path."""
-    kinds = typing.get_args(setting.hint) or (setting.hint,)
-    if Path in kinds and isinstance(value, str):
-        return Path(value)
-    return value
-
-
-def _check_range(value: Any, setting: _Setting, where: str) -> None:
-    rules = setting.rules
-    choices = rules["choices"]
-    for entry in _entries(value):
-        wrong, note = bool(choices) and entry not in choices, ""
-        if isinstance(entry, (int, float)) and not isinstance(entry, bool):
-            wrong = wrong or _is_outside(entry, rules)
-            if isinstance(entry, float) and not wrong:
-                rounded = _in_fp32(entry)
-                if math.isinf(rounded):
-                    raise UserError(f"{where}: {entry} is not allowed: fp32, which is computed with, ends at 3.4e38")
-                if rounded in (rules["above"], rules["below"]):
-                    wrong, note = True, f" (in fp32, which is computed with, it is {rounded})"
-        if wrong:
-            similar = difflib.get_close_matches(str(entry)[:LONGEST_NAME], map(str, choices or ()), n=1)
-            if similar:
-                note = f'; did you mean "{similar[0]}"?'
-            raise UserError(f"{where}: {_show(entry)} is not allowed: {_limits(setting)}{note}")
-    if rules["length"] and isinstance(value, (list, dict)):
-        length = rules["length"]
-        least, most = (length, length) if isinstance(length, int) else length
-        if not least <= len(value) <= most:
-            raise UserError(f"{where}: {len(value):,} values given, wanted {_wanted_length(length)}")
-
-
-def _entries(value: Any) -> Iterator[Any]:
-    """Yields the entries of a list or mapping, or the value itself, without None."""
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return (entry for entry in entries if entry is not None)
-
-
-def _is_outside(number: float, rules: Mapping[str, Any]) -> bool:
-    low, high, above, below = (rules[rule] for rule in ("low", "high", "above", "below"))
-    return (
-        (low is not None and number < low)
-        or (high is not None and number > high)
-        or (above is not None and number <= above)
-        or (below is not None and number >= below)
-    )
-
-
-def _in_fp32(number: float) -> float:
-    try:
-        return float(struct.unpack("f", struct.pack("f", number))[0])
-    except OverflowError:
-        return math.copysign(math.inf, number)
-
-
-def _show(value: Any) -> str:
-    return f'"{plain(value)}"' if isinstance(value, str) else plain(value)

@@ -395,7 +395,7 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
-        """Check each setting, and the settings against each other. Raises UserError."""
+        """Checks each setting, and the settings against each other. Raises UserError."""
         check_values(self)
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
