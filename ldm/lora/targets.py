@@ -1,4 +1,4 @@
-"""What the tools write of LoRAs and base models, claimed before the work with everything that lies beside it."""
+"""Claims for the LoRAs and base models that tools write, made before the work, with the files beside them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from ldm.weights.checkpoint import WRITERS
 
 
 def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[None]:
-    """Hold what ldm.lora.formats.write_lora writes to `path`, a new file or folder, within the block.
+    """Holds the new file or folder that ldm.lora.formats.write_lora writes, within the block.
 
-    name: of the flag, for errors. Raises UserError for a name that is not the format's, and as claim_new.
+    Args:
+        path: The file or folder.
+        format: The format of the LoRA.
+        name: Name of the flag, for errors.
+
+    Raises:
+        UserError: The name is not one of the format, or the path cannot be claimed (see claim_new).
     """
     check_lora_name(path, format)
     beside = [text_encoder_path(path)] if format == "cloneofsimo-pt" else []
@@ -27,8 +33,17 @@ def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[Non
 
 
 def claim_base(path: Path, source: Path, name: str) -> AbstractContextManager[None]:
-    """Hold what ldm.lora.checkpoints.write_base writes to `path` in the form of the base `source`: a file or a folder, and
-    the model YAML where one lies beside `source`. Raises UserError as claim_new, and for another suffix.
+    """Holds the new base model that ldm.lora.checkpoints.write_base writes, within the block.
+
+    It has the form of `source`, a file or a folder. A model YAML beside `source` is written too.
+
+    Args:
+        path: The file or folder to write.
+        source: The base model whose form it has.
+        name: Name of the flag, for errors.
+
+    Raises:
+        UserError: A file's suffix is not one of a checkpoint, or the path cannot be claimed (see claim_new).
     """
     folder = is_folder(source)
     if not folder:
@@ -38,15 +53,15 @@ def claim_base(path: Path, source: Path, name: str) -> AbstractContextManager[No
 
 
 def claim_checkpoint(path: Path, name: str) -> AbstractContextManager[None]:
-    """Hold the single file that ldm.weights.checkpoint.write_checkpoint writes. Raises UserError as claim_base."""
+    """Holds the file that ldm.weights.checkpoint.write_checkpoint writes. Raises UserError as claim_base."""
     check_checkpoint_name(path, name)
     return _claim([path], name)
 
 
 def check_checkpoint_name(path: Path, name: str) -> None:
-    """Raise UserError for a suffix that no checkpoint is written with."""
+    """Raises UserError for a suffix that checkpoints are not written with."""
     if path.suffix not in WRITERS:
-        raise UserError(f"{name} {plain(path)}: a base model is written as {' or '.join(WRITERS)}: name it so")
+        raise UserError(f"{name} {plain(path)}: give the base model a name that ends in {' or '.join(WRITERS)}")
 
 
 @contextmanager
