@@ -1,4 +1,4 @@
-"""tools/eval: the published commands, what they print and write, and how they answer mistakes."""
+"""The evaluation commands: their output, their JSON and their errors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def one_network(monkeypatch):
     """The embedded CLIP, built once for all tests."""
-    if not hasattr(one_network, "found"):
-        one_network.found = networks.nano_clip()
-    monkeypatch.setattr(networks, "nano_clip", lambda: one_network.found)
+    if not hasattr(one_network, "network"):
+        one_network.network = networks.nano_clip()
+    monkeypatch.setattr(networks, "nano_clip", lambda: one_network.network)
 
 
 def images(folder: Path, count: int, seed: int = 0) -> Path:
@@ -52,25 +52,25 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
     fid("--real_dir", real, "--gen_dir", made, "--output", tmp_path / "fid.json", "--batch_size", 4)
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == EMBEDDED
-    found = json.loads((tmp_path / "fid.json").read_text())
+    result = json.loads((tmp_path / "fid.json").read_text())
     for text in (
         "images: 6 real, 5 generated",
         "fewer than 2,048",
         "00009.png is no image",
         "generated images: 1 left",
-        f"sha256 {found['sha256'][:16]}",
-        found["preprocessing"],
-        f"FID: {found['fid']:.6g}",
-        f"KID: {found['kid']:.6g} +- {found['kid_std']:.2g}",
+        f"sha256 {result['sha256'][:16]}",
+        result["preprocessing"],
+        f"FID: {result['fid']:.6g}",
+        f"KID: {result['kid']:.6g} +- {result['kid_std']:.2g}",
     ):
         assert text in printed
-    assert found["generated"]["broken"][0]["file"].endswith("00009.png")
-    assert "no image" in found["generated"]["broken"][0]["fault"]
-    assert (found["real"]["images"], found["generated"]["images"]) == (6, 5)
-    assert found["fid"] > 0 and found["compares_only_with_itself"]
+    assert result["generated"]["broken"][0]["file"].endswith("00009.png")
+    assert "no image" in result["generated"]["broken"][0]["fault"]
+    assert (result["real"]["images"], result["generated"]["images"]) == (6, 5)
+    assert result["fid"] > 0 and result["compares_only_with_itself"]
 
 
-def test_statistics_take_the_place_of_their_images(tmp_path, capsys, one_network):
+def test_statistics_replace_their_images(tmp_path, capsys, one_network):
     real, made = images(tmp_path / "real", 6), images(tmp_path / "made", 5, 1)
     fid("--real_dir", real, "--save_stats", tmp_path / "real.npz")
     fid("--real_dir", real, "--gen_dir", made)
@@ -95,27 +95,27 @@ def test_a_set_with_itself_has_no_distance(tmp_path, capsys, one_network):
     assert abs(json.loads((tmp_path / "fid.json").read_text())["fid"]) < 1e-9
 
 
-def test_clip_score_of_two_images_a_prompt(tmp_path, capsys, one_network):
+def test_clip_score_of_two_images_per_prompt(tmp_path, capsys, one_network):
     made = images(tmp_path / "made", 4)
     (tmp_path / "prompts.txt").write_text("a cat\nthe number six\n")
     clip_score(
         "--image_path_or_dir", made, "--prompt_or_path", tmp_path / "prompts.txt", "--output", tmp_path / "clip.json"
     )
-    found = json.loads((tmp_path / "clip.json").read_text())
-    assert [row["prompt"] for row in found["scores"]] == ["a cat", "a cat", "the number six", "the number six"]
-    assert found["score"] == pytest.approx(np.mean([row["score"] for row in found["scores"]]))
+    result = json.loads((tmp_path / "clip.json").read_text())
+    assert [row["prompt"] for row in result["scores"]] == ["a cat", "a cat", "the number six", "the number six"]
+    assert result["score"] == pytest.approx(np.mean([row["score"] for row in result["scores"]]))
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == EMBEDDED and f"CLIP score: {found['score']:.4f} +- " in printed
+    assert printed.splitlines()[0] == EMBEDDED and f"CLIP score: {result['score']:.4f} +- " in printed
 
 
 def test_a_broken_image_takes_its_prompt_with_it(tmp_path, capsys, one_network):
     made = images(tmp_path / "made", 3)
     (made / "00001.png").write_bytes(b"")
-    (made / "prompts.txt").write_text("one\ntwo\nthree\n")  # as this project's samples have it
+    (made / "prompts.txt").write_text("one\ntwo\nthree\n")  # as in this project's samples
     clip_score("--image_path_or_dir", made, "--output", tmp_path / "clip.json")
-    found = json.loads((tmp_path / "clip.json").read_text())
-    assert [row["prompt"] for row in found["scores"]] == ["one", "three"]
-    assert "00001.png is an empty file" in capsys.readouterr().out and len(found["broken"]) == 1
+    result = json.loads((tmp_path / "clip.json").read_text())
+    assert [row["prompt"] for row in result["scores"]] == ["one", "three"]
+    assert "00001.png is an empty file" in capsys.readouterr().out and len(result["broken"]) == 1
 
 
 def test_a_prompt_for_one_image(tmp_path, capsys, one_network):
@@ -127,8 +127,8 @@ def test_a_prompt_for_one_image(tmp_path, capsys, one_network):
 def test_images_compared_with_images(tmp_path, capsys, one_network):
     real = images(tmp_path / "real", 3)
     clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", real, "--output", tmp_path / "clip.json")
-    found = json.loads((tmp_path / "clip.json").read_text())
-    assert found["score"] == pytest.approx(100) and found["mean_of_all_pairs"] < 100
+    result = json.loads((tmp_path / "clip.json").read_text())
+    assert result["score"] == pytest.approx(100) and result["mean_of_all_pairs"] < 100
     assert "in pairs: 100.0" in capsys.readouterr().out
     clip_score("--image_path_or_dir", real, "--real_image_path_or_dir", images(tmp_path / "more", 4))
     printed = capsys.readouterr().out
@@ -175,7 +175,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
         ),
     ],
 )
-def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
+def test_mistakes_are_named(tmp_path, one_network, main, args, answer):
     made, two = images(tmp_path / "made", 3), tmp_path / "two.txt"
     two.write_text("a\nb\n")
     with pytest.raises(UserError, match=answer):
@@ -187,7 +187,7 @@ def test_mistakes_are_answered(tmp_path, one_network, main, args, answer):
 )
 def test_the_published_paths_answer_from_anywhere(tmp_path, script):
     name = "--real_dir" if "fid" in script else "--image_path_or_dir"
-    found = subprocess.run(
+    done = subprocess.run(
         [
             sys.executable,
             str(ROOT / script),
@@ -200,7 +200,7 @@ def test_the_published_paths_answer_from_anywhere(tmp_path, script):
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 2 and found.stderr.startswith("error: nowhere does not exist") and not found.stdout
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere does not exist") and not done.stdout
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monk
     (made / "00000.png").rename(made / name)
     clip_score("--image_path_or_dir", "~/made", "--prompt_or_path", "a", "--output=$HOME/clip.json")
     fid("--real_dir=~/made", "--gen_dir", made, "--output=~/fid.json", "--save_stats=~/real.npz")
-    found = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
-    assert str(made / name) in [row["image"] for row in found["scores"]]
+    result = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
+    assert str(made / name) in [row["image"] for row in result["scores"]]
     assert json.loads((tmp_path / "fid.json").read_text())["real"]["images"] == 2 and (tmp_path / "real.npz").is_file()
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
