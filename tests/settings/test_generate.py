@@ -17,12 +17,12 @@ def parse(command):
 
 
 def test_the_published_command_reads_as_it_is():
-    config = parse(
+    settings = parse(
         '--version "2.0" --config "configs/v2-inference.yaml" --n_iter 1 --n_samples 2 --scale 9.0 --W 512 --H 512 '
         "--use_lora True --lora_ft_text_encoder False --lora_ckpt_path output/lora_pokemon/txt2img/ckpt/rank_0/"
         "sd-72.ckpt --dpm_solver --sampling_steps 20 --data_path datasets/pokemon_blip/test/prompts.txt"
     )
-    assert config == GenerateSettings(
+    assert settings == GenerateSettings(
         version="2.0",
         config="configs/v2-inference.yaml",
         n_iter=1,
@@ -37,18 +37,18 @@ def test_the_published_command_reads_as_it_is():
         sampling_steps=20,
         data_path="datasets/pokemon_blip/test/prompts.txt",
     )
-    assert config.sampler == "dpm_solver"
+    assert settings.sampler == "dpm_solver"
 
 
 def test_every_published_flag_is_known():
-    config = parse(
+    settings = parse(
         '--ms_mode 0 --device_target "CPU" --data_path p.txt --negative_data_path n.txt --version 2.1-v '
         "--output_path out --skip_grid --skip_save --sampling_steps 50 --ddim --ddim_eta 0.5 --n_iter 2 --n_samples 4 "
         "--H 768 --W 768 --scale 9 --config c.yaml --use_lora False --lora_ft_unet True --lora_rank 4 "
         "--ckpt_path m.ckpt --lora_scale 0.8 --seed 1 --log_level logging.WARNING"
     )
-    assert config.log_level == "WARNING" and config.mode == 0 and config.skip_grid and config.skip_save
-    assert config.sampler == "ddim" and config.lora_ft_unet is True and config.lora_ft_text_encoder is None
+    assert settings.log_level == "WARNING" and settings.mode == 0 and settings.skip_grid and settings.skip_save
+    assert settings.sampler == "ddim" and settings.lora_ft_unet is True and settings.lora_ft_text_encoder is None
 
 
 def test_a_yaml_file_holds_settings_and_flags_win_over_it(tmp_path):

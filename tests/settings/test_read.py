@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass
-class Config:
+class Example:
+    """Settings of all types."""
+
     config: Optional[str] = setting(None, "a YAML file", path=True, project=True)
     epochs: int = setting(10, "passes over the data", group="schedule", low=1)
     rate: float = setting(1e-5, "learning rate", group="schedule", above=0)
@@ -43,12 +45,12 @@ def parse(*argv, text=None, tmp_path=None):
     if text is not None:
         (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
         argv = ["--config", str(tmp_path / "c.yaml"), *argv]
-    return read_settings(Config, argv, yaml_flag="config", prog="train.py")
+    return read_settings(Example, argv, yaml_flag="config", prog="train.py")
 
 
 def test_defaults_then_yaml_then_flags(tmp_path):
-    config = parse("--epochs", "3", text="epochs: 2\nseed: 7\n", tmp_path=tmp_path)
-    assert (config.epochs, config.seed, config.name) == (3, 7, "adamw")
+    settings = parse("--epochs", "3", text="epochs: 2\nseed: 7\n", tmp_path=tmp_path)
+    assert (settings.epochs, settings.seed, settings.name) == (3, 7, "adamw")
 
 
 def test_a_default_list_is_not_shared():
@@ -228,15 +230,15 @@ def test_paths_are_expanded_and_texts_are_not(way, tmp_path, monkeypatch):
         "files": ["~/b"],
     }  # fmt: skip
     if way == "yaml":
-        config = parse(text="".join(f"{name}: {value}\n" for name, value in given.items()), tmp_path=tmp_path)
+        settings = parse(text="".join(f"{name}: {value}\n" for name, value in given.items()), tmp_path=tmp_path)
     elif way == "flag":
-        config = parse(*(word for n, v in given.items() for word in (f"--{n}", *(v if isinstance(v, list) else [v]))))
+        settings = parse(*(word for n, v in given.items() for word in (f"--{n}", *(v if isinstance(v, list) else [v]))))
     else:
-        config = parse(*(f"--{name}={value}" for name, value in given.items() if isinstance(value, str)))
-    assert (config.folder, config.resume, config.prompt) == ("/home/me/run 7", "/home/me/run", "~ $RUN")
+        settings = parse(*(f"--{name}={value}" for name, value in given.items() if isinstance(value, str)))
+    assert (settings.folder, settings.resume, settings.prompt) == ("/home/me/run 7", "/home/me/run", "~ $RUN")
     if way != "flag=":
-        assert config.loras == ["/home/me/a.ckpt:0.7", "run 7.ckpt"] and config.files == ["~/b"]
-    save_settings(config, tmp_path / "args.yaml")
+        assert settings.loras == ["/home/me/a.ckpt:0.7", "run 7.ckpt"] and settings.files == ["~/b"]
+    save_settings(settings, tmp_path / "args.yaml")
     assert "folder: /home/me/run 7\n" in (tmp_path / "args.yaml").read_text()
 
 
@@ -249,8 +251,8 @@ def test_the_yaml_file_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_files_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = parse("--folder", "configs", text="data: configs/train\n", tmp_path=tmp_path)
-    assert (config.folder, config.data) == ("configs", str(ROOT / "configs" / "train"))
+    settings = parse("--folder", "configs", text="data: configs/train\n", tmp_path=tmp_path)
+    assert (settings.folder, settings.data) == ("configs", str(ROOT / "configs" / "train"))
     (tmp_path / "configs" / "train").mkdir(parents=True)
     assert parse("--data", "configs/train").data == "configs/train"
     assert parse("--data", "configs/nowhere").data == "configs/nowhere"
@@ -263,14 +265,14 @@ def test_a_saved_text_is_read_back_as_it_was(text, tmp_path):
 
 
 def test_saved_settings_are_read_back(tmp_path):
-    config = parse("--rate", "1e-7", "--files", "a", "--resume")
-    config.config = "recipe.yaml"
-    save_settings(config, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
+    settings = parse("--rate", "1e-7", "--files", "a", "--resume")
+    settings.config = "recipe.yaml"
+    save_settings(settings, tmp_path / "args.yaml", header="python train.py", leave_out=("config", "resume"))
     text = (tmp_path / "args.yaml").read_text()
     assert text.startswith("# python train.py\n# config: recipe.yaml\n# resume: true\n")
     again = parse("--config", str(tmp_path / "args.yaml"))
     assert not again.resume
-    assert asdict(again) == {**asdict(config), "config": str(tmp_path / "args.yaml"), "resume": False}
+    assert asdict(again) == {**asdict(settings), "config": str(tmp_path / "args.yaml"), "resume": False}
 
 
 @dataclass
@@ -379,7 +381,9 @@ class TestMappings:
 
 class TestValuesFromPython:
     def test_other_types_of_the_same_values_are_taken(self):
-        settings = Config(epochs=np.int64(3), rate=1, betas=(0.5, np.float32(0.25)), folder=Path("x"), resume=Path("y"))
+        settings = Example(
+            epochs=np.int64(3), rate=1, betas=(0.5, np.float32(0.25)), folder=Path("x"), resume=Path("y")
+        )
         check_values(settings)
         assert (settings.epochs, settings.rate, settings.betas) == (3, 1.0, [0.5, 0.25])
         assert (settings.folder, settings.resume) == ("x", "y")
@@ -398,7 +402,7 @@ class TestValuesFromPython:
     )
     def test_mistakes_are_named(self, given, says):
         with pytest.raises(UserError, match="^" + re.escape(says)):
-            check_values(Config(**given))
+            check_values(Example(**given))
 
     def test_a_missing_value(self):
         with pytest.raises(UserError, match="^source is missing"):

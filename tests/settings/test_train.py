@@ -24,10 +24,10 @@ def parse(*argv):
 
 
 def test_the_defaults_of_the_published_recipe():
-    config = parse()
-    assert (config.use_lora, config.lora_ft_unet, config.lora_ft_text_encoder) == (False, True, False)
-    assert (config.lora_rank, config.lora_alpha, config.lora_scale, config.lora_fp16) == (4, None, 1.0, True)
-    assert (config.mode, config.device_target, config.precision, config.resume) == (0, None, "auto", False)
+    settings = parse()
+    assert (settings.use_lora, settings.lora_ft_unet, settings.lora_ft_text_encoder) == (False, True, False)
+    assert (settings.lora_rank, settings.lora_alpha, settings.lora_scale, settings.lora_fp16) == (4, None, 1.0, True)
+    assert (settings.mode, settings.device_target, settings.precision, settings.resume) == (0, None, "auto", False)
 
 
 def test_every_setting_is_explained():
@@ -78,10 +78,10 @@ def test_there_is_a_recipe_for_each_model_and_way():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_reads_fits_its_model_and_opens_with_its_command(path):
-    config = parse("--train_config", str(path))
-    model = load_model_config(ROOT / config.model_config)
-    assert config.image_size == model.image_size
-    assert config.use_lora == ("_lora_" in path.stem)
+    settings = parse("--train_config", str(path))
+    model = load_model_config(ROOT / settings.model_config)
+    assert settings.image_size == model.image_size
+    assert settings.use_lora == ("_lora_" in path.stem)
     assert model.prediction_type == ("v_prediction" if path.stem.endswith(("vpred", "nano")) else "epsilon")
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     command = "".join(line.lstrip("# ").rstrip("\\") for line in header[1:])
@@ -100,9 +100,9 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
         'decay_steps: 0\noptim: "adamw"\nbetas: [0.9, 0.98]\nweight_decay: 0.01\nuse_lora: True\n'
         "lora_ft_text_encoder: False\nlora_rank: 128\nlora_fp16: True\n"
     )
-    config = parse("--train_config", str(recipe))
-    assert (config.scheduler, config.start_learning_rate, config.end_learning_rate) == ("cosine", 1e-4, 0.0)
-    assert (config.epochs, config.betas, config.lora_rank) == (72, [0.9, 0.98], 128)
+    settings = parse("--train_config", str(recipe))
+    assert (settings.scheduler, settings.start_learning_rate, settings.end_learning_rate) == ("cosine", 1e-4, 0.0)
+    assert (settings.epochs, settings.betas, settings.lora_rank) == (72, [0.9, 0.98], 128)
 
 
 @pytest.mark.parametrize(
