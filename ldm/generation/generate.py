@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
+from ldm.diffusion.sampling import latent_shape
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
 from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
@@ -50,20 +50,9 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     from ldm.runtime.device import check_flash_attention, setup_runtime
 
     config = config_with_tokens(plan.config, plan.checkpoint)
-    height, width = settings.H or config.image_size, settings.W or config.image_size
-    sampling = Sampling(
-        sampler=settings.sampler,
-        num_inference_steps=settings.sampling_steps,
-        guidance_scale=plan.guidance_scale,
-        eta=settings.ddim_eta,
-        height=height,
-        width=width,
-        batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
-    )
-    sampling.check(config)
     starting_latents = None
     if settings.init_latents is not None:
-        shape = (len(plan.prompts), *latent_shape(config, height, width))
+        shape = (len(plan.prompts), *latent_shape(config, plan.sampling.height, plan.sampling.width))
         starting_latents = read_latents(settings.init_latents, shape)
 
     runtime = setup_runtime(
@@ -94,12 +83,14 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         plan.prompts,
         plan.negative_prompts,
         plan.images_per_prompt,
-        _metadata(settings, plan, sampling, "fp16" if runtime.fp16 else "fp32"),
+        _metadata(settings, plan, "fp16" if runtime.fp16 else "fp32"),
         pngs=not settings.skip_save,
         grid=not settings.skip_grid,
     )
     describe_progress(writer.progress)
-    batches = Pipeline(model).generate(plan.prompts, sampling, settings.seed, plan.negative_prompts, starting_latents)
+    batches = Pipeline(model).generate(
+        plan.prompts, plan.sampling, settings.seed, plan.negative_prompts, starting_latents
+    )
     latents: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in batches:
         writer.add(batch.indices, batch.images)
@@ -118,7 +109,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
 
 
-def _metadata(settings: GenerateSettings, plan: GenerationPlan, sampling: Sampling, precision: str) -> dict[str, Any]:
+def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
     """Returns what a PNG's text fields hold besides the prompts: enough to make the image again.
 
     File names without their folders: an image is passed on, and the folders of its maker are private.
@@ -142,12 +133,12 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, sampling: Sampli
         metadata["init_latents"] = Path(settings.init_latents).name
         metadata["init_latents_sha256"] = content_hash(settings.init_latents)
     metadata["settings"] = {
-        "sampler": sampling.sampler,
-        "sampling_steps": sampling.num_inference_steps,
-        "scale": sampling.guidance_scale,
-        "ddim_eta": sampling.eta,
-        "H": sampling.height,
-        "W": sampling.width,
+        "sampler": plan.sampling.sampler,
+        "sampling_steps": plan.sampling.num_inference_steps,
+        "scale": plan.sampling.guidance_scale,
+        "ddim_eta": plan.sampling.eta,
+        "H": plan.sampling.height,
+        "W": plan.sampling.width,
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.diffusion.sampling import Sampling
+from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import ROOT, path_and_strengths, under_root
@@ -54,7 +54,7 @@ class GenerationPlan:
         unet_checkpoint: A checkpoint whose UNet replaces the base checkpoint's.
         vae_checkpoint: A checkpoint whose VAE replaces the base checkpoint's.
         loras: The LoRA files, in the order in which they are merged.
-        guidance_scale: The scale of classifier-free guidance, 1 for none.
+        sampling: How the images are sampled, with their size, guidance scale and batch size.
     """
 
     prompts: list[str]
@@ -66,7 +66,7 @@ class GenerationPlan:
     unet_checkpoint: Path | None
     vae_checkpoint: Path | None
     loras: list[LoRAFile]
-    guidance_scale: float
+    sampling: Sampling
 
 
 def plan_generation(settings: GenerateSettings) -> GenerationPlan:
@@ -92,15 +92,19 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     unet_checkpoint = None if unet is None else _existing(unet, "unet_ckpt_path")
     vae_checkpoint = None if vae is None else _existing(vae, "vae_ckpt_path")
     loras = _lora_files(settings)
-    Sampling(
-        num_inference_steps=settings.sampling_steps,
-        height=settings.H,
-        width=settings.W,
-        batch_size=settings.batch_size or 1,
-    ).check(config)
-    _check_latents_paths(settings)
-
+    height, width = settings.H or config.image_size, settings.W or config.image_size
     scale = settings.scale if settings.scale is not None else default_guidance_scale(config.architecture)
+    sampling = Sampling(
+        sampler=settings.sampler,
+        num_inference_steps=settings.sampling_steps,
+        guidance_scale=scale,
+        eta=settings.ddim_eta,
+        height=height,
+        width=width,
+        batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
+    )
+    sampling.check(config)
+    _check_latents_paths(settings)
     if scale == 1 and any(negative_prompts):
         logger.warning("scale 1 is without guidance: the negative prompts are not used")
     if settings.skip_save and settings.skip_grid and settings.save_latents is None:
@@ -115,7 +119,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         unet_checkpoint=unet_checkpoint,
         vae_checkpoint=vae_checkpoint,
         loras=loras,
-        guidance_scale=scale,
+        sampling=sampling,
     )
 
 

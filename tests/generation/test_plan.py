@@ -156,7 +156,7 @@ def test_nano_is_drawn_where_neither_version_nor_checkpoint_is_given(checkout):
     (checkout / "models" / "nano").mkdir(parents=True)
     (checkout / "models" / "nano" / "nano.safetensors").write_bytes(b"")
     plan = plan_generation(parse("--prompt x"))
-    assert plan.version == "nano" and plan.config.architecture == "nano" and plan.guidance_scale == 4.0
+    assert plan.version == "nano" and plan.config.architecture == "nano" and plan.sampling.guidance_scale == 4.0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_nano_is_drawn_where_neither_version_nor_checkpoint_is_given(checkout):
 def test_a_version_decides_model_and_guidance_scale(checkout, version, architecture, prediction_type, size, scale):
     plan = plan_generation(parse(f"--prompt x --version {version} --ckpt_path base.safetensors"))
     assert (plan.config.architecture, plan.config.prediction_type) == (architecture, prediction_type)
-    assert (plan.config.image_size, plan.guidance_scale) == (size, scale)
+    assert (plan.config.image_size, plan.sampling.guidance_scale) == (size, scale)
 
 
 def test_a_checkpoint_with_a_published_file_name_needs_no_version(folder):
