@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.files.paths import ROOT
 from ldm.metrics.image_files import ImageBatches
 from ldm.metrics.preprocessing import clip_input, inception_input, nano_input
-from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures
+from ldm.models.clip import CLIP_MODELS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
 from ldm.runtime.batches import run_in_batches
 from ldm.tokenizer import Tokenizer
@@ -134,12 +134,12 @@ def clip(
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
     """Loads the embedded CLIP, whose text encoder is that of the nano model."""
     network, arrays = load_nano_clip(folder)
-    size = FORMS["nano"]["vision"]["image_size"]
+    size = CLIP_MODELS["nano"]["vision"]["image_size"]
     return ClipNetwork(
         "the embedded nano CLIP",
         _hash(arrays),
         f"RGB, {size}x{size} bicubic whatever the shape, [-1, 1]",
-        FORMS["nano"]["projection_dim"],
+        CLIP_MODELS["nano"]["projection_dim"],
         True,
         partial(nano_input, size=size),
         ImageFeatures(network),
@@ -156,7 +156,7 @@ def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray
     base = open_checkpoint(folder / "nano.safetensors")
     prefix = TEXT_PREFIX[: -len("text_model.")]
     arrays.update({name[len(prefix) :]: base[name] for name in base if name.startswith(prefix)})
-    return build_clip(ClipWeights(arrays, FORMS["nano"], "nano", folder / "clip.safetensors")), arrays
+    return build_clip(ClipWeights(arrays, CLIP_MODELS["nano"], "nano", folder / "clip.safetensors")), arrays
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mindspore import Tensor, nn
 
 from ldm.models.layers import Conv2d, GroupNorm, Upsample2x
@@ -9,7 +11,7 @@ from ldm.ops import attention, identity, pixels_to_tokens, silu, tokens_to_pixel
 
 
 class ResnetBlock(nn.Cell):
-    """(N, in, H, W) -> (N, out, H, W)."""
+    """Two convolutions added to their input: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
@@ -26,7 +28,7 @@ class ResnetBlock(nn.Cell):
 
 
 class AttnBlock(nn.Cell):
-    """Self-attention of one head over the pixels, added to its input."""
+    """Self-attention with one head over the pixels, added to its input."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -43,6 +45,8 @@ class AttnBlock(nn.Cell):
 
 
 class Middle(nn.Cell):
+    """The blocks at the lowest resolution."""
+
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, num_groups)
@@ -54,7 +58,7 @@ class Middle(nn.Cell):
 
 
 class Downsample(nn.Cell):
-    """Strided 3x3 convolution, padded below and to the right only, as the published encoder is."""
+    """A 3x3 convolution with stride 2, padded at the bottom and right only, as in the published encoder."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,6 +69,8 @@ class Downsample(nn.Cell):
 
 
 class Upsample(nn.Cell):
+    """Nearest-neighbour doubling of height and width, then a 3x3 convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.double = Upsample2x()
@@ -75,9 +81,9 @@ class Upsample(nn.Cell):
 
 
 class Level(nn.Cell):
-    """The residual blocks of one resolution, then a change of resolution (none at the ends)."""
+    """The residual blocks of one resolution, then a change of resolution, except at the ends."""
 
-    def __init__(self, blocks: list, downsample: bool = False, upsample: bool = False):
+    def __init__(self, blocks: list[ResnetBlock], downsample: bool = False, upsample: bool = False):
         super().__init__()
         self.block = nn.CellList(blocks)
         channels = blocks[-1].conv2.out_channels
@@ -91,14 +97,22 @@ class Level(nn.Cell):
 
 
 class Encoder(nn.Cell):
-    """Images (N, in_channels, H, W) -> moments before quant_conv, (N, 2 z_channels, H/f, W/f)."""
+    """Images (N, in_channels, H, W) -> moments before quant_conv (N, 2 z_channels, H/f, W/f)."""
 
     def __init__(
-        self, in_channels: int, ch: int, ch_mult, num_res_blocks: int, z_channels: int, double_z: bool, num_groups: int
+        self,
+        in_channels: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        double_z: bool,
+        num_groups: int,
     ):
         super().__init__()
         self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
-        channels, down = ch, []
+        channels = ch
+        down = []
         for level, mult in enumerate(ch_mult):
             blocks = []
             for _ in range(num_res_blocks):
@@ -121,12 +135,20 @@ class Encoder(nn.Cell):
 class Decoder(nn.Cell):
     """Latents after post_quant_conv (N, z_channels, h, w) -> images (N, out_ch, h f, w f)."""
 
-    def __init__(self, out_ch: int, ch: int, ch_mult, num_res_blocks: int, z_channels: int, num_groups: int):
+    def __init__(
+        self,
+        out_ch: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        num_groups: int,
+    ):
         super().__init__()
         channels = ch * ch_mult[-1]
         self.conv_in = Conv2d(z_channels, channels, 3, padding=1)
         self.mid = Middle(channels, num_groups)
-        up = []
+        up: list[Level] = []
         for level, mult in reversed(list(enumerate(ch_mult))):
             blocks = []
             for _ in range(num_res_blocks + 1):
@@ -147,8 +169,9 @@ class Decoder(nn.Cell):
 
 
 class AutoencoderKL(nn.Cell):
-    """Encoder and decoder with their 1x1 convolutions; the parameters are `first_stage_config.params` of the published
-    YAMLs. Call it through `VAEEncode` and `VAEDecode`, which are one graph each.
+    """The autoencoder, which is called through `VAEEncode` and `VAEDecode`, one graph each.
+
+    The arguments are `first_stage_config.params` of the published YAMLs.
     """
 
     def __init__(
@@ -157,7 +180,7 @@ class AutoencoderKL(nn.Cell):
         in_channels: int,
         out_ch: int,
         ch: int,
-        ch_mult,
+        ch_mult: Sequence[int],
         num_res_blocks: int,
         z_channels: int,
         double_z: bool = True,
@@ -170,21 +193,21 @@ class AutoencoderKL(nn.Cell):
         self.post_quant_conv = Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] -> mean and log variance in one tensor (N, 2 embed_dim, H/f, W/f), not scaled."""
+        """Images in [-1, 1] -> mean and log variance as one tensor (N, 2 embed_dim, H/f, W/f), not scaled."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, embed_dim, h, w), divided by the scale factor already -> images around [-1, 1]."""
+        """Latents (N, embed_dim, h, w), already divided by the scale factor -> images of about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
     def construct(self, images: Tensor) -> Tensor:
-        """Reconstruction through the mean."""
+        """Images -> their reconstruction from the mean of their latents."""
         moments = self.encode(images)
         return self.decode(moments[:, : moments.shape[1] // 2])
 
 
 class VAEEncode(nn.Cell):
-    """`AutoencoderKL.encode` as a graph of its own."""
+    """`AutoencoderKL.encode` as a graph."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__(auto_prefix=False)
@@ -195,7 +218,7 @@ class VAEEncode(nn.Cell):
 
 
 class VAEDecode(nn.Cell):
-    """`AutoencoderKL.decode` as a graph of its own."""
+    """`AutoencoderKL.decode` as a graph."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__(auto_prefix=False)

@@ -1,6 +1,8 @@
-"""CLIP: an image tower and a text tower whose projections meet (Radford et al. 2021), with Hugging Face's names."""
+"""CLIP (Radford et al. 2021): an image tower and a text tower with features in common, with Hugging Face's names."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -10,13 +12,20 @@ from ldm.models.layers import Conv2d, LayerNorm, Linear
 from ldm.models.text_encoder import CLIPEncoder, CLIPTextTransformer, Embedding
 
 
-def _form(
+def _arguments(
     text: tuple[int, int, int],
     vision: tuple[int, int, int, int, int],
     projection_dim: int,
     activation: str = "quick_gelu",
-) -> dict:
-    """CLIPModel's arguments from width, layers, heads of both towers, and the image tower's patch and image size."""
+) -> dict[str, Any]:
+    """Returns CLIPModel's arguments.
+
+    Args:
+        text: Width, layers and heads of the text tower.
+        vision: Width, layers, heads, patch size and image size of the image tower.
+        projection_dim: Channels of the features.
+        activation: "quick_gelu" or "gelu".
+    """
     return {
         "text": dict(zip(("width", "num_layers", "num_heads"), text), activation=activation),
         "vision": dict(
@@ -26,18 +35,18 @@ def _form(
     }
 
 
-# The published models that score images, and the embedded one (its text tower is that of configs/nano.yaml).
-FORMS = {
-    "ViT-B/32": _form((512, 12, 8), (768, 12, 12, 32, 224), 512),
-    "ViT-B/16": _form((512, 12, 8), (768, 12, 12, 16, 224), 512),
-    "ViT-L/14": _form((768, 12, 12), (1024, 24, 16, 14, 224), 768),
-    "ViT-H/14": _form((1024, 24, 16), (1280, 32, 16, 14, 224), 1024, "gelu"),
-    "nano": _form((96, 3, 3), (144, 4, 4, 8, 64), 96),
+# The published models that score images, and the nano model, whose text tower is that of configs/nano.yaml.
+CLIP_MODELS = {
+    "ViT-B/32": _arguments((512, 12, 8), (768, 12, 12, 32, 224), 512),
+    "ViT-B/16": _arguments((512, 12, 8), (768, 12, 12, 16, 224), 512),
+    "ViT-L/14": _arguments((768, 12, 12), (1024, 24, 16, 14, 224), 768),
+    "ViT-H/14": _arguments((1024, 24, 16), (1280, 32, 16, 14, 224), 1024, "gelu"),
+    "nano": _arguments((96, 3, 3), (144, 4, 4, 8, 64), 96),
 }
 
 
 class VisionEmbeddings(nn.Cell):
-    """Images (N, 3, S, S) -> class token and patches, with positions: (N, 1 + (S / patch)^2, width)."""
+    """Images (N, 3, S, S) -> embeddings of the class token and the patches, (N, 1 + (S / patch)^2, width)."""
 
     def __init__(self, width: int, image_size: int, patch_size: int):
         super().__init__()
@@ -55,13 +64,13 @@ class VisionEmbeddings(nn.Cell):
         patches = self.patch_embedding(images)
         n, width = patches.shape[:2]
         patches = patches.reshape(n, width, -1).transpose(0, 2, 1).astype(ms.float32)
-        first = ops.broadcast_to(self.class_embedding.astype(ms.float32).reshape(1, 1, width), (n, 1, width))
-        x = self.concat_tokens((first, patches))
+        class_token = ops.broadcast_to(self.class_embedding.astype(ms.float32).reshape(1, 1, width), (n, 1, width))
+        x = self.concat_tokens((class_token, patches))
         return x + ops.broadcast_to(self.position_embedding(self.positions), x.shape)
 
 
 class CLIPVisionTransformer(nn.Cell):
-    """Images (N, 3, S, S), normalised as the model was trained -> pooled features (N, width): the class token."""
+    """Images (N, 3, S, S), normalized as in the model's training -> the class token's output (N, width)."""
 
     def __init__(
         self,
@@ -88,7 +97,7 @@ class CLIPModel(nn.Cell):
     construct(images (N, 3, S, S), tokens (M, 77) int32) -> unit vectors (N, projection_dim), (M, projection_dim).
     """
 
-    def __init__(self, text: dict, vision: dict, projection_dim: int):
+    def __init__(self, text: dict[str, Any], vision: dict[str, Any], projection_dim: int):
         super().__init__()
         self.text_model = CLIPTextTransformer(**text)
         self.vision_model = CLIPVisionTransformer(**vision)
@@ -102,19 +111,19 @@ class CLIPModel(nn.Cell):
         return self.normalise(self.visual_projection(self.vision_model(images)))
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Pooled at each text's first end token, the largest of all token numbers."""
-        states = self.text_model(tokens)
-        n, length, width = states.shape
+        """Returns the features of each text's first end token, which has the largest of all token numbers."""
+        embeddings = self.text_model(tokens)
+        n, length, width = embeddings.shape
         end = tokens.astype(ms.float32).argmax(1).astype(ms.int32)
         rows = end + ops.arange(n).astype(ms.int32) * length
-        return self.normalise(self.text_projection(self.gather(states.reshape(n * length, width), rows, 0)))
+        return self.normalise(self.text_projection(self.gather(embeddings.reshape(n * length, width), rows, 0)))
 
-    def construct(self, images: Tensor, tokens: Tensor):
+    def construct(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.image_features(images), self.text_features(tokens)
 
 
 class ImageFeatures(nn.Cell):
-    """Images (N, 3, S, S) -> unit vectors (N, projection_dim), one graph."""
+    """`CLIPModel.image_features` as a graph: images (N, 3, S, S) -> unit vectors (N, projection_dim)."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__(auto_prefix=False)
@@ -125,7 +134,7 @@ class ImageFeatures(nn.Cell):
 
 
 class TextFeatures(nn.Cell):
-    """Tokens (N, 77) int32 -> unit vectors (N, projection_dim), one graph."""
+    """`CLIPModel.text_features` as a graph: tokens (N, 77) int32 -> unit vectors (N, projection_dim)."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__(auto_prefix=False)

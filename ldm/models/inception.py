@@ -1,9 +1,9 @@
-"""The Inception network of the FID: the 2015-12-05 graph, in the form of pytorch-fid's FIDInception blocks.
+"""The Inception network of the FID: the graph of 2015-12-05, with the names of pytorch-fid's FIDInception blocks.
 
-It is Inception v3 but for its poolings: the average poolings leave the padding out of their mean, and the last block
-takes the maximum. Only the 2,048 pooled features are computed. Each convolution holds the batch normalisation that
-follows it, and a block's 1x1 convolutions of the same input are one; what the parameters are made of stands in
-`Convolution.published` (ldm.weights.inception puts them together).
+It differs from Inception v3 (Szegedy et al. 2015) in its poolings: the average poolings leave the padding out of their
+mean, and the last block takes a maximum. Only the 2,048 pooled features are computed. The batch normalization after a
+convolution is merged into it, and the 1x1 convolutions of the same input in a block are one. `Convolution.published`
+names the published modules that a parameter is made of, and ldm.weights.inception merges them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ SIZE = 299  # pixels a side
 
 
 class Conv(NamedTuple):
-    """One published convolution of a block's branch; `height`, `width`: the kernel."""
+    """A published convolution, with a kernel of `height` x `width`."""
 
     name: str
     channels: int
     height: int = 1
     width: int = 1
     stride: int = 1
-    pad: bool = True  # so that the size stays
-    pooled: bool = False  # by a 3x3 maximum of stride 2 after it
+    pad: bool = True  # keep the size
+    pooled: bool = False  # followed by a 3x3 maximum with stride 2
 
 
 class Branch(NamedTuple):
-    """A chain of convolutions; those of `fork` all take the chain's output, side by side."""
+    """A chain of convolutions. Those of `fork` all take the output of the chain."""
 
     chain: tuple[Conv, ...]
     fork: tuple[Conv, ...] = ()
 
 
 class Block(NamedTuple):
-    """A block: branches of the same input, side by side, with a pooling as the last.
+    """Branches of the same input and a pooling, whose outputs are concatenated.
 
-    pool: "average" (then the 1x1 convolution `branch_pool`), "maximum" (likewise), "stride" (a maximum of stride 2
-    with no convolution).
+    `pool` is "average" or "maximum", each followed by the 1x1 convolution `branch_pool`, or "stride", a maximum with
+    stride 2 without a convolution.
     """
 
     name: str
@@ -125,21 +125,21 @@ BLOCKS = (
 
 
 def out_channels(block: Block, in_channels: int) -> int:
-    """Channels of a block's output, for `in_channels` of its input."""
+    """Returns the channels of a block's output."""
     last = [conv for branch in block.branches for conv in (branch.fork or branch.chain[-1:])]
     return sum(conv.channels for conv in last) + (block.pool_channels or in_channels)
 
 
 class Convolution(nn.Cell):
-    """x (N, C, H, W) -> convolution and bias. `published`: the modules whose rows the weights are, in order."""
+    """Convolution and bias of (N, C, H, W). `published` names the modules whose rows make up the weight, in order."""
 
     def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
         super().__init__()
         self.published = published
         pads = (conv.height // 2, conv.height // 2, conv.width // 2, conv.width // 2) if conv.pad else 0
         shape = (conv.channels, in_channels, conv.height, conv.width)
-        deviation = np.sqrt(2.0 / np.prod(shape[1:]))
-        self.weight = Parameter(Tensor(np.random.normal(0.0, deviation, shape).astype(np.float32)), name="weight")
+        std = np.sqrt(2.0 / np.prod(shape[1:]))
+        self.weight = Parameter(Tensor(np.random.normal(0.0, std, shape).astype(np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(conv.channels, np.float32)), name="bias")
         self.conv = ops.Conv2D(conv.channels, (conv.height, conv.width), pad_mode="pad", pad=pads, stride=conv.stride)
         self.bias_add = ops.BiasAdd(data_format="NCHW")
@@ -149,8 +149,10 @@ class Convolution(nn.Cell):
 
 
 class RectifiedConvolution(Convolution):
-    """The same, then max(x, 0). A maximum over pixels that follows is taken first: it may change places with both, and
-    leaves a quarter of the pixels to them.
+    """Convolution, bias and ReLU.
+
+    A maximum pooling that follows is computed before bias and ReLU. The result is the same, and a quarter of the pixels
+    is left for them.
     """
 
     def __init__(self, in_channels: int, conv: Conv, published: tuple[str, ...]):
@@ -167,7 +169,7 @@ class RectifiedConvolution(Convolution):
 
 
 class MixedBranch(nn.Cell):
-    """What comes after a branch's first convolution: the rest of the chain, then its fork."""
+    """The convolutions of a branch that are not merged with those of other branches."""
 
     def __init__(self, block: str, branch: Branch, in_channels: int, chain: tuple[Conv, ...]):
         super().__init__()
@@ -187,15 +189,17 @@ class MixedBranch(nn.Cell):
             x = conv(x)
         if not self.forks:
             return x
-        sides = ()
+        sides: tuple[Tensor, ...] = ()
         for conv in self.fork:
             sides += (conv(x),)
         return self.concat(sides)
 
 
 class Mixed(nn.Cell):
-    """A block. The branches that begin with a 1x1 convolution share one, with the one of an average pooling in its
-    last rows: a mean over pixels and a sum over channels may change places, so the pooling sees `pool_channels` only.
+    """A block, whose branches that begin with a 1x1 convolution share one.
+
+    The last rows of that convolution are the one after an average pooling. A mean over pixels and a sum over channels
+    can be exchanged, so that only `pool_channels` are averaged.
     """
 
     def __init__(self, block: Block, in_channels: int):
@@ -211,7 +215,7 @@ class Mixed(nn.Cell):
             names.append("branch_pool")
         merged = Conv("first", self.rectified + (block.pool_channels if block.pool == "average" else 0))
         self.first = Convolution(in_channels, merged, tuple(f"{block.name}.{name}" for name in names))
-        self.cut = ops.Slice()  # copies blocks, where indexing would go number by number
+        self.slice = ops.Slice()  # copies blocks, where indexing copies value by value
         self.rest = nn.CellList(
             [
                 MixedBranch(
@@ -223,10 +227,10 @@ class Mixed(nn.Cell):
                 for branch, shared in zip(block.branches, self.shared)
             ]
         )
-        self.average = ops.AvgPool(3, 1, "same")  # a mean over the pixels that are there
+        self.average = ops.AvgPool(3, 1, "same")  # without the padding
         self.maximum = ops.MaxPool(3, 1, "same")
         self.stride = ops.MaxPool(3, 2, "valid")
-        self.branch_pool = None
+        self.branch_pool: nn.Cell = None
         if block.pool == "maximum":
             self.branch_pool = RectifiedConvolution(
                 in_channels, Conv("branch_pool", block.pool_channels), (f"{block.name}.branch_pool",)
@@ -237,17 +241,18 @@ class Mixed(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         first = self.first(x)
         n, channels, height, width = first.shape
-        outputs, used = (), 0
+        outputs: tuple[Tensor, ...] = ()
+        used = 0
         for i in range(len(self.shared)):
-            taken = x
+            branch_input = x
             if self.shared[i]:
                 begin, count = self.places[used]
-                taken = self.relu(self.cut(first, (0, begin, 0, 0), (n, count, height, width)))
+                branch_input = self.relu(self.slice(first, (0, begin, 0, 0), (n, count, height, width)))
                 used += 1
-            outputs += (self.rest[i](taken),)
+            outputs += (self.rest[i](branch_input),)
         if self.pool == "average":
             size = (n, channels - self.rectified, height, width)
-            pooled = self.relu(self.average(self.cut(first, (0, self.rectified, 0, 0), size)))
+            pooled = self.relu(self.average(self.slice(first, (0, self.rectified, 0, 0), size)))
         elif self.pool == "maximum":
             pooled = self.branch_pool(self.maximum(x))
         else:
@@ -258,7 +263,7 @@ class Mixed(nn.Cell):
 class InceptionFeatures(nn.Cell):
     """Images (N, 3, 299, 299) in [-1, 1] -> pooled features (N, 2048)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         cells, channels = [], 3
         for conv in STEM:

@@ -1,4 +1,4 @@
-"""UNet, autoencoder and text encoder, put together from a model configuration, with the published names."""
+"""Stable Diffusion: UNet, autoencoder and text encoder, built from a model configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.settings.model import ModelConfig
 
 
 class DiffusionWrapper(nn.Cell):
-    """Holds `diffusion_model`, as the published names have it."""
+    """Holds the UNet under its published name, `diffusion_model`."""
 
     def __init__(self, unet: UNetModel):
         super().__init__()
@@ -25,10 +25,10 @@ class DiffusionWrapper(nn.Cell):
 
 
 class StableDiffusion(nn.Cell):
-    """The three networks: `model.diffusion_model`, `first_stage_model`, `cond_stage_model`.
+    """Holds the three networks `model.diffusion_model`, `first_stage_model` and `cond_stage_model`.
 
-    A container: each network runs as a graph of its own. `parameters_dict()` has the names of the published single-file
-    checkpoints.
+    It has no graph of its own: each network is called by itself. The parameters have the names of the published
+    single-file checkpoints.
 
     Attributes:
         config: The configuration that the networks are built from.
@@ -43,14 +43,17 @@ class StableDiffusion(nn.Cell):
 
 
 def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
-    """Random weights (numpy's global state), fp32, frozen; load a checkpoint over them with `ldm.weights.load`.
+    """Builds the networks with random weights in fp32, all frozen.
 
-    random: False for zeros, which cost no time and no memory, where a checkpoint is loaded next.
+    Args:
+        config: The configuration.
+        random: Draw the weights from numpy's global random state. False gives zeros, which cost no time and no memory,
+            for a checkpoint that `ldm.weights.load` loads next.
     """
     with nullcontext() if random else no_init_weights():
         model = StableDiffusion(config)
     model.set_train(False)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
-        parameter.init_data()  # zeros that are not made yet, as in data-parallel mode, would be made at the first run
+        parameter.init_data()  # In data-parallel mode, zeros would otherwise be allocated at the first run.
     return model

@@ -1,12 +1,13 @@
-"""CLIP's text transformer, in the form that Stable Diffusion conditions on, and the encoder layers it shares with
-CLIP's image tower.
+"""CLIP's text transformer (Radford et al. 2021), and the encoder layers that CLIP's image tower shares.
 
-One form of names for both published text encoders, Hugging Face's: OpenCLIP's fused projections are split on reading.
-SD1.x: ViT-L/14, 12 layers, quick GELU. SD2.x: ViT-H/14, exact GELU, the first 23 of 24 layers. Both end in the final
-LayerNorm.
+SD1.x uses the text tower of ViT-L/14, with 12 layers and quick GELU. SD2.x uses the first 23 of the 24 layers of
+ViT-H/14, with exact GELU. The final LayerNorm follows in both. The names are Hugging Face's for both architectures: the
+fused projections of OpenCLIP are split when a checkpoint is read.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -18,7 +19,10 @@ from ldm.ops import attention, gelu
 
 
 class CLIPAttention(nn.Cell):
-    """Multi-head self-attention over (N, tokens, width); `causal_length` tokens see only those before them."""
+    """Multi-head self-attention over (N, tokens, width).
+
+    If `causal_length` is the number of tokens and not 0, each token attends only to itself and those before.
+    """
 
     def __init__(self, width: int, num_heads: int, causal_length: int = 0):
         super().__init__()
@@ -31,6 +35,8 @@ class CLIPAttention(nn.Cell):
 
 
 class CLIPMLP(nn.Cell):
+    """The feed-forward network of a layer."""
+
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
@@ -41,7 +47,7 @@ class CLIPMLP(nn.Cell):
 
 
 class CLIPEncoderLayer(nn.Cell):
-    """Pre-norm transformer layer of CLIP, in both towers."""
+    """A transformer layer with LayerNorms before attention and MLP."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, activation: str, causal_length: int = 0):
         super().__init__()
@@ -55,6 +61,8 @@ class CLIPEncoderLayer(nn.Cell):
 
 
 class CLIPEncoder(nn.Cell):
+    """The transformer layers of a tower."""
+
     def __init__(
         self, width: int, num_layers: int, num_heads: int, hidden: int, activation: str, causal_length: int = 0
     ):
@@ -70,7 +78,7 @@ class CLIPEncoder(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """Rows of `weight` (entries, width), fp32."""
+    """Looks up rows of `weight` (entries, width): index (...) int32 -> (..., width) fp32."""
 
     def __init__(self, entries: int, width: int):
         super().__init__()
@@ -82,6 +90,8 @@ class Embedding(nn.Cell):
 
 
 class TextEmbeddings(nn.Cell):
+    """The sum of token and position embeddings: tokens (N, length) int32 -> (N, length, width) fp32."""
+
     def __init__(self, vocab_size: int, length: int, width: int):
         super().__init__()
         self.token_embedding, self.position_embedding = Embedding(vocab_size, width), Embedding(length, width)
@@ -93,7 +103,7 @@ class TextEmbeddings(nn.Cell):
 
 
 class CLIPTextTransformer(nn.Cell):
-    """Tokens (N, length) int32 -> last hidden states after the final LayerNorm (N, length, width)."""
+    """Tokens (N, length) int32 -> text embeddings (N, length, width), after the final LayerNorm."""
 
     def __init__(
         self,
@@ -114,9 +124,9 @@ class CLIPTextTransformer(nn.Cell):
 
 
 class TextModel(nn.Cell):
-    """Holds `text_model`, as the published names have it."""
+    """Holds the transformer under its published name, `text_model`."""
 
-    def __init__(self, **params):
+    def __init__(self, **params: Any):
         super().__init__()
         self.text_model = CLIPTextTransformer(**params)
 
@@ -125,9 +135,12 @@ class TextModel(nn.Cell):
 
 
 class CLIPTextEncoder(nn.Cell):
-    """The conditioning stage: tokens (N, 77) int32 -> text states (N, 77, width) fp32."""
+    """The text encoder of Stable Diffusion: tokens (N, 77) int32 -> text embeddings (N, 77, width) fp32.
 
-    def __init__(self, **params):
+    The arguments are those of CLIPTextTransformer.
+    """
+
+    def __init__(self, **params: Any):
         super().__init__()
         self.transformer = TextModel(**params)
 

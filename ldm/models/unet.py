@@ -15,9 +15,9 @@ from ldm.ops import RepeatedCell, Sequential, add, broadcast_add, identity, shar
 
 
 class InputConv(Conv2d):
-    """The first convolution."""
+    """The first convolution, with the arguments of a TimestepBlock's cells."""
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]  # see above
         return super().construct(x)
 
 
@@ -210,7 +210,7 @@ class UNetModel(RepeatedCell):
         # The number of latents gives the shape, so that a context for another number of images is an error.
         context = context.astype(self.dtype).reshape(latents.shape[0] * context.shape[1], context.shape[2])
         h = latents.astype(self.dtype)
-        skips = ()
+        skips: tuple[Tensor, ...] = ()
         for block in self.input_blocks:
             h = block(h, emb, context)
             skips = skips + (h,)

@@ -147,7 +147,7 @@ class ScaledDotProductAttention(nn.Cell):
         out = self.forward_block(q[:, :, :rows], k, v) if rows < tokens else self.forward_block(q, k, v)
         if rows == tokens:
             return out
-        blocks = (out,)
+        blocks: tuple[Tensor, ...] = (out,)
         for start in range(rows, tokens, rows):
             block = ops.depend(q[:, :, start : start + rows], blocks[-1])
             blocks = blocks + (self.forward_block(block, k, v),)
@@ -164,7 +164,7 @@ class ScaledDotProductAttention(nn.Cell):
         if rows == tokens:
             return self.backward_block(scaled_q, k, v, dout, dout_delta)
         dq, dk, dv = self.backward_block(scaled_q[:, :, :rows], k, v, dout[:, :, :rows], dout_delta[:, :, :rows])
-        blocks = (dq,)
+        blocks: tuple[Tensor, ...] = (dq,)
         for start in range(rows, tokens, rows):
             end = start + rows
             block = ops.depend(scaled_q[:, :, start:end], (blocks[-1], dk, dv))

@@ -16,7 +16,7 @@ from mindspore import Tensor
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_yaml
 from ldm.files.inputs import is_file, is_folder
-from ldm.models.clip import FORMS, CLIPModel
+from ldm.models.clip import CLIP_MODELS, CLIPModel
 from ldm.models.initial_values import no_init_weights
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from ldm.weights.arrays import Checkpoint
@@ -27,7 +27,7 @@ _HUGGING_FACE = {
     "openai/clip-vit-base-patch32": "ViT-B/32", "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "ViT-H/14",
 }  # fmt: skip
-MODEL_NAMES = (*(name for name in FORMS if name != "nano"), *_HUGGING_FACE)
+MODEL_NAMES = (*(name for name in CLIP_MODELS if name != "nano"), *_HUGGING_FACE)
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ def read_clip(
         config_path = file.parent / "config.json"
     arrays = _read_arrays(open_checkpoint(file))
     sizes = _sizes(file, arrays)
-    known = next((name for name, arguments in FORMS.items() if _same_sizes(arguments, sizes)), None)
+    known = next((name for name, arguments in CLIP_MODELS.items() if _same_sizes(arguments, sizes)), None)
     if model_name is not None:
         if model_name not in MODEL_NAMES:
             raise UserError(f"model_name {model_name} is unknown: choose from {', '.join(MODEL_NAMES)}")
         wanted = _HUGGING_FACE.get(model_name, model_name)
-        if not _same_sizes(FORMS[wanted], sizes):
+        if not _same_sizes(CLIP_MODELS[wanted], sizes):
             raise UserError(f"{file} is not {model_name}: it has the sizes of {known or 'another model'}")
     if config_path is not None:
         arguments = _configured(Path(config_path), sizes)
     elif known:
-        arguments = FORMS[known]
+        arguments = CLIP_MODELS[known]
     else:
         raise UserError(
             f"{file}: its sizes are not those of a known model, so its heads and activation are not known: give "

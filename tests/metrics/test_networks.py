@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.metrics.networks import clip, inception, nano_clip
 from ldm.metrics.preprocessing import inception_input
-from ldm.models.clip import FORMS, CLIPModel
+from ldm.models.clip import CLIP_MODELS, CLIPModel
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.clip import read_clip
 from ldm.weights.inception import published_modules, read_inception
@@ -235,7 +235,7 @@ def test_heads_come_from_the_configuration_that_is_given_then_from_the_one_besid
 
 
 def test_heads_of_a_published_model_are_known_by_its_sizes(tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMS, "ViT-B/32", CLIP_FORM)
+    monkeypatch.setitem(CLIP_MODELS, "ViT-B/32", CLIP_FORM)
     weights = read_clip(hugging_face(tmp_path / "folder", config=None))
     assert heads(weights) == (2, 3) and "ViT-B/32" in weights.name
     assert read_clip(weights.path, model_name="openai/clip-vit-base-patch32").arguments == weights.arguments
@@ -262,7 +262,7 @@ def test_a_folder_without_weights_says_what_it_should_hold(tmp_path):
 def test_the_published_forms_have_their_published_sizes():
     assert {
         name: (form["text"]["width"], form["vision"]["width"], form["projection_dim"])
-        for name, form in FORMS.items()
+        for name, form in CLIP_MODELS.items()
         if name != "nano"
     } == {
         "ViT-B/32": (512, 768, 512),
@@ -270,7 +270,7 @@ def test_the_published_forms_have_their_published_sizes():
         "ViT-L/14": (768, 1024, 768),
         "ViT-H/14": (1024, 1280, 1024),
     }
-    assert [form["text"]["activation"] for form in FORMS.values()] == ["quick_gelu"] * 3 + ["gelu", "quick_gelu"]
+    assert [form["text"]["activation"] for form in CLIP_MODELS.values()] == ["quick_gelu"] * 3 + ["gelu", "quick_gelu"]
 
 
 def test_the_embedded_clip_knows_its_captions():

@@ -33,7 +33,7 @@ from mindspore import Tensor, nn, ops  # noqa: E402
 
 from ldm.data.draws import draws  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.models.clip import FORMS, CLIPModel, ImageFeatures, TextFeatures  # noqa: E402
+from ldm.models.clip import CLIP_MODELS, CLIPModel, ImageFeatures, TextFeatures  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.declare import MOST_NETWORK_BATCH, MOST_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
@@ -148,7 +148,7 @@ def train_clip(args: Settings) -> None:
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)
-    clip = CLIPModel(**FORMS["nano"])
+    clip = CLIPModel(**CLIP_MODELS["nano"])
     parameters = clip.parameters_dict()  # before the optimizer prefixes their names
 
     concepts: dict[str, list] = {}
