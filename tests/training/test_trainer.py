@@ -9,7 +9,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
-from ldm.training.inputs import Inputs
+from ldm.training import inputs
 from ldm.training.own_files import find_states
 from ldm.training.status import Status
 from ldm.training.step import StepResult
@@ -99,10 +99,10 @@ def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
 
 
 def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.inputs.CACHE_PIXELS", 16 * 16)  # one image at a time
-    encode = Inputs._encode_images
+    monkeypatch.setattr(inputs, "CACHE_PIXELS", 16 * 16)  # one image at a time
+    load = inputs.load_image
     monkeypatch.setattr(
-        Inputs, "_encode_images", lambda self, places: (interrupt if places == [3] else encode)(self, places)
+        inputs, "load_image", lambda path, size: (interrupt if path.name == "3.png" else load)(path, size)
     )
     status = Status(tmp_path / "run" / "ckpt", resumes=False)
     with pytest.raises(KeyboardInterrupt):
