@@ -61,6 +61,34 @@ class Checkpoint(Arrays):
     metadata: dict[str, str]
 
 
+class CheckpointView(Checkpoint):
+    """Arrays of other checkpoints under other names.
+
+    Attributes:
+        sources: Name -> (checkpoint, name in the checkpoint).
+    """
+
+    sources: dict[str, tuple[Checkpoint, str]]
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        checkpoint, inner = self.sources[name]
+        return checkpoint.spec(inner)
+
+    def release(self, name: str) -> None:
+        checkpoint, inner = self.sources[name]
+        checkpoint.release(inner)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        checkpoint, inner = self.sources[name]
+        return checkpoint[inner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
 @dataclass
 class Entry:
     """Where an array lies in a mapped file.
@@ -151,7 +179,6 @@ class CheckpointFile(Checkpoint):
         return len(self._entries)
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Return the element type and the shape of an array."""
         entry = self._entries[name]
         return np.dtype("<f4" if entry.dtype == "bf16" else entry.dtype), entry.shape
 

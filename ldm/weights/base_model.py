@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from ldm.errors import UserError
 from ldm.files.inputs import is_folder
-from ldm.weights.arrays import Checkpoint
+from ldm.weights.arrays import Checkpoint, CheckpointView
 from ldm.weights.checkpoint import content_hash, open_checkpoint
 from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_diffusers_folder
 from ldm.weights.names import LABELS, KeyMap, component_of, detect_family, map_keys
 from ldm.weights.recognise import check_base_model, recognise
 
 
-class PrefixedCheckpoint(Checkpoint):
+class PrefixedCheckpoint(CheckpointView):
     """A checkpoint with a prefix before the names of its arrays."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str):
         self.path, self.format, self.metadata = checkpoint.path, checkpoint.format, checkpoint.metadata
-        self._checkpoint, self._prefix = checkpoint, prefix
-
-    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Return the element type and the shape of an array."""
-        return self._checkpoint.spec(name[len(self._prefix) :])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._checkpoint[name[len(self._prefix) :]]
-
-    def release(self, name: str) -> None:
-        """Free the memory that reading an array took."""
-        self._checkpoint.release(name[len(self._prefix) :])
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._prefix + name for name in self._checkpoint)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint)
+        self.sources = {prefix + name: (checkpoint, name) for name in checkpoint}
 
 
 def open_base_model(path: str | os.PathLike) -> Checkpoint:

@@ -56,7 +56,6 @@ class ConvertedArrays(Arrays):
         self._constants = constants or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Return the element type and the shape of an array."""
         if name in self._constants:
             return self._constants[name].dtype, self._constants[name].shape
         specs = [self._canonical.spec(part) for part in self._layout[name].names]
@@ -75,7 +74,6 @@ class ConvertedArrays(Arrays):
         return _cast(name, array.reshape(shape), dtype)
 
     def release(self, name: str) -> None:
-        """Free the memory that reading an array took."""
         if name in self._layout:
             for part in self._layout[name].names:
                 self._canonical.release(part)

@@ -3,8 +3,8 @@
     python tools/model_conversion/convert_weights.py --source v1-5-pruned.safetensors --target models/sd15
     python tools/model_conversion/convert_weights.py --source models/sd15 --target sd15.ckpt
 
-The source is a single file (.safetensors, PyTorch's .ckpt, MindSpore's .ckpt) or a diffusers folder. Its content decides
-which. The target is a .safetensors (the published single file), a .ckpt (mindone's) or a diffusers folder. See
+The source is a single file (.safetensors, PyTorch's or MindSpore's .ckpt) or a diffusers folder, as its content says.
+The target is a .safetensors (the published single file), a .ckpt (mindone's) or a diffusers folder. See
 docs/checkpoints.md.
 """
 

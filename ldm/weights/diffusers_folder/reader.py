@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_json
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder, read_text
 from ldm.weights.added_tokens import read_tokenizer_tokens, tokens_metadata
-from ldm.weights.arrays import Checkpoint
+from ldm.weights.arrays import Checkpoint, CheckpointView
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.recognise import unsupported_folder
 
@@ -29,7 +26,7 @@ CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextMode
 WHOLE = "a diffusers folder has unet/, vae/ and text_encoder/"
 
 
-class DiffusersFolder(Checkpoint):
+class DiffusersFolder(CheckpointView):
     """The weights of a folder under the names `component/name`.
 
     Attributes:
@@ -50,11 +47,11 @@ class DiffusersFolder(Checkpoint):
         self.variants: dict[str, str] = {}
         self.notes: list[str] = []
         self.has_averages = False
-        self._arrays: dict[str, tuple[Checkpoint, str]] = {}
+        self.sources = {}
         for component, folder in folders.items():
             for checkpoint in self._open(component, folder):
                 self.files.append(checkpoint.path)
-                self._arrays.update({f"{component}/{name}": (checkpoint, name) for name in checkpoint})
+                self.sources.update({f"{component}/{name}": (checkpoint, name) for name in checkpoint})
         prediction_type = self.read_json("scheduler/scheduler_config.json").get("prediction_type")
         self.metadata = {"prediction_type": prediction_type} if isinstance(prediction_type, str) else {}
         if "text_encoder" in folders and path not in folders.values():
@@ -100,26 +97,6 @@ class DiffusersFolder(Checkpoint):
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a file of the folder, such as `scheduler/scheduler_config.json`. Empty if it is missing."""
         return _read_json(self.path / name)
-
-    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Return the element type and the shape of an array."""
-        checkpoint, inner = self._arrays[name]
-        return checkpoint.spec(inner)
-
-    def release(self, name: str) -> None:
-        """Free the memory that reading an array took."""
-        checkpoint, inner = self._arrays[name]
-        checkpoint.release(inner)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        checkpoint, inner = self._arrays[name]
-        return checkpoint[inner]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
 
 def open_diffusers_folder(path: Path) -> DiffusersFolder:

@@ -151,7 +151,6 @@ class CanonicalArrays(Arrays):
         self._shapes = shapes or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        """Return the element type and the shape of an array."""
         source = self._sources[name]
         dtype, shape = self._checkpoint.spec(source.name)
         shape = source_shape(shape, source)
@@ -162,7 +161,6 @@ class CanonicalArrays(Arrays):
         return read_source(self._checkpoint, self._sources[name]).reshape(self.shape(name))
 
     def release(self, name: str) -> None:
-        """Free the memory that reading an array took."""
         self._checkpoint.release(self._sources[name].name)
 
     def __iter__(self) -> Iterator[str]:
