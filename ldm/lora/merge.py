@@ -49,7 +49,7 @@ class LoRAMatch:
             name, shape, wanted = wrong[0]
             if name.endswith(("attn2.to_k", "attn2.to_v")) and shape[1] != wanted[1]:
                 lora_is, model_is = version_of_width(shape[1]), version_of_width(wanted[1])
-                example = f"; it was made for {lora_is}, the model is {model_is}"
+                example = f"; it was made for {lora_is}, not for {model_is}"
                 break
             example = example or f"; for example {name} is {shape}, wanted {wanted}"
         if not example and self.unmatched:
@@ -107,7 +107,7 @@ def check_compatible(lora: LoRA, config: ModelConfig, path: str = "the LoRA") ->
     ):
         if lora.metadata.get(key, wanted) != wanted:
             raise UserError(
-                f"{path} was made for {other}: its {key} is {lora.metadata[key]}, the one of {config.path} is {wanted}; "
+                f"{path} was made for {other}: its {key} is {lora.metadata[key]}, that of {config.path} is {wanted}; "
                 "choose the version or configuration that it was trained on"
             )
 

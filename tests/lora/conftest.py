@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
+from ldm.lora.inject import get_lora, inject_lora
+from ldm.lora.spec import LoRASpec
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import Conv2d, Linear
 from ldm.models.stable_diffusion import build_model
@@ -103,3 +105,11 @@ def randomise():
                 parameter.set_data(Tensor(values.astype(np.float32)))
 
     return fill
+
+
+@pytest.fixture
+def trained(small_net, randomise):
+    """(network with LoRA layers of random values, their LoRA)."""
+    inject_lora(small_net, LoRASpec(rank=2, alpha=3.0, scale=0.5, targets="all"))
+    randomise(small_net)
+    return small_net, get_lora(small_net)

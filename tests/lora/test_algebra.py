@@ -132,7 +132,7 @@ class TestMixedFactors:
 
     @pytest.mark.parametrize(
         "other, says",
-        [(lora(3), "same rank"), (lora(2, names=(A,)), "2 are in only one"), (LoRA({}), "in one alone")],
+        [(lora(3), "same rank"), (lora(2, names=(A,)), "2 are in only one"), (LoRA({}), "in only one")],
     )
     def test_want_the_same_layers_and_ranks(self, other, says):
         with pytest.raises(UserError, match=f"{says}.*--mode sum"):

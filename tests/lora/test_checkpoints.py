@@ -105,7 +105,7 @@ class TestMerging:
         wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + state.layers[TO_Q].update()
         assert found.dtype == np.float16
         np.testing.assert_array_equal(found, wanted.astype(np.float16))
-        with pytest.raises(UserError, match="beyond float16's range"):
+        with pytest.raises(UserError, match="outside the range of float16"):
             _ = MergedArrays(base, map_base_model(base), state, 1e6)[f"{TO_Q}.weight"]
 
     @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ class TestMerging:
         ],
     )
     def test_what_does_not_fit(self, base, wrong, says):
-        for way in (Merged, Embedded):
+        for arrays_type in (MergedArrays, EmbeddedArrays):
             with pytest.raises(UserError, match=says):
-                way(base, map_base_model(base), wrong)
+                arrays_type(base, map_base_model(base), wrong)
 
 
 class TestEmbedding:
@@ -140,7 +140,7 @@ class TestEmbedding:
     def test_it_is_no_base_that_could_be_loaded(self, base, state, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
         write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), state))
-        with pytest.raises(UserError, match="has LoRA beside its weights.*cvtckpt.py --mode merge"):
+        with pytest.raises(UserError, match="with a LoRA beside its weights.*cvtckpt.py --mode merge"):
             map_base_model(open_checkpoint(path))
 
     def test_a_plain_base_holds_none(self, base):
@@ -204,11 +204,11 @@ class TestExtracting:
 
     def test_finds_a_lora_again_that_was_merged(self, pair, state):
         found = extract_lora(*pair, rank=2)
-        assert found.state.layers.keys() == state.layers.keys()
+        assert found.lora.layers.keys() == state.layers.keys()
         for name, layer in state.layers.items():
-            np.testing.assert_allclose(found.state.layers[name].update(), layer.update(), rtol=0, atol=2e-6)
+            np.testing.assert_allclose(found.lora.layers[name].update(), layer.update(), rtol=0, atol=2e-6)
         assert found.truncation.error() < 1e-6
-        assert found.state.metadata == {"architecture": "sd1", "prediction_type": "epsilon"}
+        assert found.lora.metadata == {"architecture": "sd1", "prediction_type": "epsilon"}
 
     def test_says_what_no_lora_holds(self, pair):
         found = extract_lora(*pair, rank=2)
@@ -227,15 +227,15 @@ class TestExtracting:
 
     def test_says_what_a_rank_cuts_off(self, pair, state):
         found = extract_lora(*pair, rank=1)
-        lost = sum(np.sum((found.state.layers[n].update() - e.update()) ** 2) for n, e in state.layers.items())
+        lost = sum(np.sum((found.lora.layers[n].update() - e.update()) ** 2) for n, e in state.layers.items())
         whole = sum(np.sum(e.update() ** 2) for e in state.layers.values())
         assert found.truncation.error() == pytest.approx(np.sqrt(lost / whole), rel=1e-3)
 
     def test_some_layers_and_networks(self, pair):
-        assert list(extract_lora(*pair, rank=2, targets=("attention",)).state.layers) == [TO_Q, Q]
-        assert list(extract_lora(*pair, rank=2, targets=("attention",), components=("unet",)).state.layers) == [TO_Q]
+        assert list(extract_lora(*pair, rank=2, targets=("attention",)).lora.layers) == [TO_Q, Q]
+        assert list(extract_lora(*pair, rank=2, targets=("attention",), components=("unet",)).lora.layers) == [TO_Q]
         found = extract_lora(*pair, rank=2, targets=("in_layers.*",))
-        assert list(found.state.layers) == [CONV] and found.left_out["text_encoder"][0] == 2
+        assert list(found.lora.layers) == [CONV] and found.left_out["text_encoder"][0] == 2
 
     def test_a_target_that_matches_nothing(self, pair):
         with pytest.raises(UserError, match='"to_qq" matches no layer'):

@@ -1,5 +1,6 @@
 """Injection: exactly the layers asked for, everything else frozen, and not a name of the base changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -10,17 +11,17 @@ from mindspore.common.initializer import initializer
 
 from ldm.errors import UserError
 from ldm.lora.formats import write_lora
-from ldm.lora.inject import assert_trainable, get_lora, inject_lora, remove_lora
+from ldm.lora.inject import assert_trainable, get_lora, inject_lora, remove_lora, set_lora
 from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear, StepDropout
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import merge_lora, unmerge_lora
 from ldm.lora.spec import LoRASpec
-from ldm.models import layers
+from ldm.models import initial_values, layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
+from tests.lora.helpers import TEXT, TO_Q, UNET, assert_unchanged, weights_of
 
 ROOT = Path(__file__).parent.parent.parent
-UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 TEXT_LAYER = f"{TEXT}transformer.text_model.encoder.layers.0."
 
 
@@ -394,10 +395,10 @@ class TestPerModule:
             ({"qkv_proj": {"r": 2}}, {}, "did you mean"),
             ({"to_q": {"r": 2}, "to_qq": {"r": 2}}, {}, '"to_qq" .* matches no .*: did you mean to_q'),
             ({"to_q": {"r": 2}, "attn3.*": {"r": 2}}, {}, '"attn3.\\*" .* matches no'),
-            ({"to_q": {"r": 2}, "q_proj": {"r": 2}}, {}, "text encoder alone.*lora_ft_text_encoder True"),
+            ({"to_q": {"r": 2}, "q_proj": {"r": 2}}, {}, "only layers of the text encoder.*lora_ft_text_encoder True"),
             ({"q_proj": {"r": 2}}, dict(text_encoder=True), "match no layer of the UNet"),
             ({"to_q": {"r": 2}}, dict(text_encoder=True), "match no layer of the text encoder"),
-            ({"attn1.to_q": {"r": 2}, "to_q": {"r": 3}}, {}, '"attn1.to_q" .* holds for no layer'),
+            ({"attn1.to_q": {"r": 2}, "to_q": {"r": 3}}, {}, '"attn1.to_q" .* is used for no layer'),
             ({"to_q": {"r": 0}}, {}, "leaves out every layer"),
             ({"to_q": {"r": 9}}, {}, '"to_q": r 9 is more than the width 8'),
             ({"in_layers.2": {"r": 2, "hard": 1}}, {}, "in_layers.2 is 3x3: set hard 0"),
@@ -467,3 +468,93 @@ class TestRemoving:
     def test_nothing_injected(self, small_net):
         with pytest.raises(UserError, match="nothing to remove"):
             remove_lora(small_net)
+
+
+class TestGetting:
+    def test_holds_every_injected_layer_with_its_strength(self, trained):
+        net, lora = trained
+        parameters = net.parameters_dict()
+        assert {f"{name}.lora_up.weight" for name in lora.layers} == {n for n in parameters if ".lora_up." in n}
+        for name, layer in lora.layers.items():
+            np.testing.assert_array_equal(layer.up, parameters[f"{name}.lora_up.weight"].asnumpy())
+            assert layer.rank == 2 and layer.alpha == 3.0 * 0.5
+
+    def test_is_a_copy(self, trained):
+        net, lora = trained
+        layer = lora.layers[TO_Q]
+        before = layer.down.copy(), layer.up.copy()
+        for parameter in net.trainable_params():
+            ops.assign_add(parameter, Tensor(np.ones(parameter.shape, np.float32)))  # in place, as an optimizer does
+        np.testing.assert_array_equal(layer.down, before[0])
+        np.testing.assert_array_equal(layer.up, before[1])
+
+    def test_notes_what_it_was_made_for(self, small_net, tiny_config):
+        inject_lora(small_net, LoRASpec())
+        assert get_lora(small_net, tiny_config).metadata == {"architecture": "custom", "prediction_type": "epsilon"}
+
+    def test_nothing_injected(self, small_net):
+        with pytest.raises(UserError, match="no LoRA layers"):
+            get_lora(small_net)
+
+
+class TestSetting:
+    @pytest.mark.parametrize("alpha, scale", [(None, 1.0), (3.0, 0.5), (1.0, 4.0)])
+    def test_every_layer_begins_at_its_update(self, trained, fresh_net, alpha, scale):
+        _, lora = trained
+        inject_lora(fresh_net, LoRASpec(rank=2, alpha=alpha, scale=scale, targets="all", seed=9))
+        set_lora(fresh_net, lora)
+        begun = get_lora(fresh_net)
+        assert begun.layers.keys() == lora.layers.keys()
+        for name, layer in begun.layers.items():
+            np.testing.assert_array_equal(layer.down, lora.layers[name].down)
+            np.testing.assert_allclose(layer.update(), lora.layers[name].update(), rtol=1e-5, atol=1e-7)
+            assert layer.alpha == (alpha or 2) * scale
+
+    def test_a_hard_convolution_takes_its_kernels(self, small_net, randomise, fresh_net):
+        config = {"in_layers.2": {"r": 2}, "proj_in": {"r": 2, "hard": 1}}
+        for net in (small_net, fresh_net):
+            inject_lora(net, LoRASpec().with_config(config))
+        randomise(small_net)
+        lora = get_lora(small_net)
+        set_lora(fresh_net, lora)
+        for name, layer in get_lora(fresh_net).layers.items():
+            np.testing.assert_array_equal(layer.up, lora.layers[name].up)
+
+    @pytest.mark.parametrize(
+        "spec, words",
+        [
+            (LoRASpec(rank=2), "of its layers get no LoRA here.*lora_targets"),
+            (LoRASpec(rank=2, targets="all", text_encoder=True), "0 of its layers.* 1 of those to be trained.*q_proj"),
+            (LoRASpec(rank=3, targets="all"), "has rank 2, here it is 3: set lora_rank 2"),
+        ],
+    )
+    def test_another_spec_is_refused(self, trained, fresh_net, spec, words):
+        inject_lora(fresh_net, spec)
+        before = weights_of(fresh_net)
+        with pytest.raises(UserError, match=f"mine.ckpt.*{words}"):
+            set_lora(fresh_net, trained[1], "mine.ckpt")
+        assert_unchanged(fresh_net, before)
+
+    def test_factors_beyond_fp32_are_refused(self, trained, fresh_net, recwarn):
+        _, lora = trained
+        inject_lora(fresh_net, LoRASpec(rank=2, alpha=1e-9, scale=1e-9, targets="all"))
+        layers = {name: replace(layer, alpha=1e30) for name, layer in lora.layers.items()}
+        with pytest.raises(
+            UserError, match="at alpha 1e-18 are outside the range of fp32: set lora_alpha and lora_scale"
+        ):
+            set_lora(fresh_net, LoRA(layers))
+        assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+    def test_a_scale_of_zero_is_refused(self, trained, fresh_net):
+        inject_lora(fresh_net, LoRASpec(rank=2, scale=0.0, targets="all"))
+        with pytest.raises(UserError, match="mine.ckpt.*at scale 0.*set lora_scale"):
+            set_lora(fresh_net, trained[1], "mine.ckpt")
+
+    def test_another_models_shapes_are_refused(self, trained, fresh_net):
+        inject_lora(fresh_net, LoRASpec(rank=2, targets="all"))
+        layer = trained[1].layers[TO_Q]
+        trained[1].layers[TO_Q] = LoRALayer(layer.down[:, :-1], layer.up, layer.alpha)
+        before = weights_of(fresh_net)
+        with pytest.raises(UserError, match="another model"):
+            set_lora(fresh_net, trained[1])
+        assert_unchanged(fresh_net, before)

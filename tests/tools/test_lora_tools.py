@@ -98,7 +98,7 @@ class TestLoRAAndLoRA:
         one, two = ONE.layers[TO_Q], TWO.layers[TO_Q]
         np.testing.assert_allclose(found.down, 0.3 * one.down + 0.7 * two.down, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.up, 0.3 * 0.5 * one.up + 0.7 * two.up, rtol=1e-5, atol=1e-6)
-        assert "away from it (--mode sum is exact)" in capsys.readouterr().out
+        assert "against the exact weighted sum (--mode sum)" in capsys.readouterr().out
 
     def test_sum_is_exact(self, files):
         tmp_path, paths = files
@@ -121,7 +121,7 @@ class TestLoRAAndLoRA:
         lora_add.main(["--paths", f"{paths['one']}:0.7", f"{paths['two']}:-0.5:0", paths["three"],
                        "--output_path", out])  # fmt: skip
         assert_sum(out, (ONE, 0.7), (TWO, Strength(-0.5, 0.0)), (THREE, 1.0))
-        assert "weight -0.5 (text encoder 0)" in capsys.readouterr().out
+        assert "strength -0.5 (text encoder 0)" in capsys.readouterr().out
 
     def test_the_originals_order_without_flags(self, files):
         tmp_path, paths = files
@@ -167,14 +167,14 @@ class TestLoRAAndLoRA:
         [
             (["{one}", "{three}", "{out}"], "same rank.*--mode sum"),
             (["--paths", "{one}", "{two}", "{three}", "--mode", "lpl", "--output_path", "{out}"], "takes two"),
-            (["{one}:1:0", "{two}", "{out}"], "one weight for both networks"),
+            (["{one}:1:0", "{two}", "{out}"], "one strength for both networks"),
             (["{one}", "nowhere.ckpt", "{out}"], "nowhere.ckpt does not exist"),
             (["{one}:x", "{two}", "{out}"], "after the colon is not a number"),
-            (["{one}:nan", "{two}", "{out}"], "not a finite number"),
+            (["{one}:nan", "{two}", "{out}"], "nan" after the colon is not a number"),
             (["--paths", "{one}:0", "--output_path", "{out}"], "nothing is left"),
             (["--paths", "{one}", "--output_path", "{out}", "--rank", "0"], "--rank: 0 is not allowed: at least 1"),
             (["--mode", "sum", "--output_path", "{out}"], "takes at least one"),
-            (["--mode", "upl", "--path_1", "{one}", "--path_2", "{two}", "--output_path", "{out}"], "is a LoRA file"),
+            (["--mode", "upl", "--path_1", "{one}", "--path_2", "{two}", "--output_path", "{out}"], "is a LoRA, not a base model"),
         ],
     )
     def test_mistakes(self, files, words, says):
@@ -252,7 +252,7 @@ class TestBaseAndLoRA:
     @pytest.mark.parametrize("mode", ["upl", "upl-ckpt-v2"])
     def test_flags_of_a_lora_make_no_sense(self, files, base, mode, flag):
         tmp_path, paths = files
-        with pytest.raises(UserError, match=f"{flag[0]} is of a LoRA: leave it out, mode {mode} writes"):
+        with pytest.raises(UserError, match=f"{flag[0]} is for a LoRA: leave it out, mode {mode} writes"):
             lora_add.main([base[0], paths["one"], str(tmp_path / "o.ckpt"), "--mode", mode, *flag])
         assert not (tmp_path / "o.ckpt").exists()
 
@@ -315,8 +315,8 @@ class TestCvtckpt:
             ("merge", "base", [], "nothing to merge"),
             ("embed", "base", [], "--lora_ckpt is needed"),
             ("extract", "base", ["--lora_ckpt", "{one}"], "leave out --lora_ckpt"),
-            ("embed", "both", ["--lora_ckpt", "{one}"], "has LoRA in it already"),
-            ("merge", "one", ["--lora_ckpt", "{two}"], "not a Stable Diffusion checkpoint|LoRA"),
+            ("embed", "both", ["--lora_ckpt", "{one}"], "has a LoRA in it"),
+            ("merge", "one", ["--lora_ckpt", "{two}"], "without any arrays|LoRA"),
             ("merge", "base", ["--lora_ckpt", "{one}:0"], "nothing is left"),
             ("merge", "base", ["--lora_ckpt", "{one}", "--to", "kohya"], "--to belongs to --mode extract"),
             ("embed", "base", ["--lora_ckpt", "{one}", "--dtype", "fp16"], "--dtype belongs to --mode extract"),

@@ -52,7 +52,7 @@ class Format:
     write: Write
 
 
-_DETECTORS = (mindone.detect, kohya.detect, diffusers.detect, peft.detect, cloneofsimo.detect)
+DETECTORS = (mindone.detect, kohya.detect, diffusers.detect, peft.detect, cloneofsimo.detect)
 FORMATS: dict[str, Format] = {
     "mindone": Format("this project's own, and mindone's", (".ckpt", ".safetensors"), mindone.read, mindone.write),
     "kohya": Format("kohya's sd-scripts, A1111, ComfyUI", (".safetensors",), kohya.read, kohya.write),
@@ -199,7 +199,7 @@ def _open(path: Path) -> tuple[str, Checkpoint]:
     """Open a file. Returns its format and content."""
     checkpoint = open_lora(path)
     keys = list(checkpoint)
-    name = next((name for detect in _DETECTORS if (name := detect(keys))), None)
+    name = next((name for detect in DETECTORS if (name := detect(keys))), None)
     if name is None:
         raise UserError(f"{path} is {describe_non_lora(checkpoint)}")
     unsupported = unsupported_lora(keys, checkpoint.metadata)

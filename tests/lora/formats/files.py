@@ -28,7 +28,7 @@ def random_lora(base, rank=2, alpha=None, only="", component="", seed=0, **metad
 def assert_same_updates(found, wanted, rtol=1e-5):
     """Whether two LoRAs change a base alike; a layer that only one of them has must be zero."""
     for name in found.layers.keys() | wanted.layers.keys():
-        updates = [state.layers[name].update() if name in state.layers else 0.0 for state in (found, wanted)]
+        updates = [lora.layers[name].update() if name in lora.layers else 0.0 for lora in (found, wanted)]
         one, two = updates
         if not np.isscalar(one) and not np.isscalar(two):
             assert one.size == two.size, name

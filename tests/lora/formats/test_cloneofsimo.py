@@ -49,11 +49,11 @@ class TestOrder:
             assert [m.path.rpartition(".")[2] for m in modules] == ["k_proj", "v_proj", "q_proj", "out_proj"] * count
 
 
-def numbered(state, modules, component):
+def numbered(lora, modules, component):
     """A file's arrays for `modules` in a row."""
     arrays = {}
     for i, module in enumerate(modules):
-        layer = state.layers[module.name]
+        layer = lora.layers[module.name]
         arrays[f"{component}:{i}:up"], arrays[f"{component}:{i}:down"] = layer.up, layer.down
     return arrays
 
@@ -69,9 +69,9 @@ class TestReading:
         modules = in_order(NANO.of_component("unet"), PUBLISHED, "unet", early)
         path = tmp_path / "lora.safetensors"
         write_checkpoint(path, numbered(whole, modules, "unet"), {"unet": json.dumps(PUBLISHED)})
-        state = read_lora(path)
-        assert state.layers.keys() == {module.name for module in modules}
-        for name, layer in state.layers.items():
+        lora = read_lora(path)
+        assert lora.layers.keys() == {module.name for module in modules}
+        for name, layer in lora.layers.items():
             np.testing.assert_array_equal(layer.down, whole.layers[name].down)
 
     @pytest.mark.parametrize("classes", [
@@ -99,9 +99,9 @@ class TestReading:
     def test_the_shapes_tell_where_the_classes_are_not_known(self, tmp_path, whole, noted, early):
         modules = in_order(NANO.of_component("unet"), PUBLISHED, "unet", early)
         write_checkpoint(tmp_path / "lora.safetensors", numbered(whole, modules, "unet"), noted)
-        state = read_lora(tmp_path / "lora.safetensors")
-        assert state.layers.keys() == {module.name for module in modules}
-        for name, layer in state.layers.items():
+        lora = read_lora(tmp_path / "lora.safetensors")
+        assert lora.layers.keys() == {module.name for module in modules}
+        for name, layer in lora.layers.items():
             np.testing.assert_array_equal(layer.down, whole.layers[name].down)
 
     @pytest.mark.parametrize("attention", ["CLIPSdpaAttention", "CLIPFlashAttention2", "AttentionOfTomorrow"])
@@ -115,13 +115,13 @@ class TestReading:
         """Of a model with the same width at every level, the convolutions down and up have the same shapes."""
         config = dataclasses.replace(NANO.config, unet={**NANO.config.unet, "channel_mult": [1, 1, 1]})
         base = BaseModules(config)
-        state = random_lora(base, rank=1)
+        lora = random_lora(base, rank=1)
         modules = in_order(base.of_component("unet"), ("Downsample2D",), "unet")
         path = tmp_path / "lora.safetensors"
-        write_checkpoint(path, numbered(state, modules, "unet"), {"unet": '["Resampling"]'})
+        write_checkpoint(path, numbered(lora, modules, "unet"), {"unet": '["Resampling"]'})
         with pytest.raises(UserError, match="2 layers of the UNet may be those of Downsample2D or of Upsample2D"):
             read_lora(path, config)
-        write_checkpoint(path, numbered(state, modules, "unet"), {"unet": '["Downsample2D"]'})
+        write_checkpoint(path, numbered(lora, modules, "unet"), {"unet": '["Downsample2D"]'})
         assert list(read_lora(path, config).layers) == [module.name for module in modules]
 
     def test_classes_that_are_not_known_and_nothing_that_fits(self, tmp_path, whole):
@@ -131,7 +131,7 @@ class TestReading:
         with pytest.raises(UserError, match=r"its 89 layers of the UNet \(Attn , Attn2\) are not those of SD1.x or"):
             read_lora(path)
         write_checkpoint(path, numbered(whole, modules, "unet"))
-        with pytest.raises(UserError, match=r"89 layers of the UNet \(classes that are not noted\) .* saved again by"):
+        with pytest.raises(UserError, match=r"89 layers of the UNet \(classes that are not listed\) .* saved again by"):
             read_lora(path)
 
     def test_learned_tokens_are_left_out_with_a_warning(self, tmp_path, whole, caplog):
@@ -201,13 +201,13 @@ class TestDamage:
 
 class TestWriting:
     def test_a_part_of_a_class_is_filled_up_with_zeros(self, tmp_path, caplog):
-        state = random_lora(NANO, rank=2, alpha=3.0, only="to_q", component="unet")
+        lora = random_lora(NANO, rank=2, alpha=3.0, only="to_q", component="unet")
         with caplog.at_level(logging.INFO):
-            write_lora(tmp_path / "lora.safetensors", state, "cloneofsimo")
+            write_lora(tmp_path / "lora.safetensors", lora, "cloneofsimo")
         assert "60 layers of the UNet without a LoRA are written as zeros" in caplog.text
         back = read_lora(tmp_path / "lora.safetensors")
         assert len(back.layers) == 80 and len(back.zero_layers()) == 60
-        assert_same_updates(back, state)
+        assert_same_updates(back, lora)
 
     @pytest.mark.parametrize("only, classes", [
         ("to_q", ["CrossAttention", "Attention"]),
@@ -218,8 +218,8 @@ class TestWriting:
         ("downsamplers.0.conv", ["ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D"]),
     ])  # fmt: skip
     def test_the_classes_are_as_few_as_hold_it(self, tmp_path, only, classes):
-        state = random_lora(NANO, rank=1, only=only, component="unet")
-        write_lora(tmp_path / "lora.safetensors", state, "cloneofsimo")
+        lora = random_lora(NANO, rank=1, only=only, component="unet")
+        write_lora(tmp_path / "lora.safetensors", lora, "cloneofsimo")
         _, texts = read_checkpoint(tmp_path / "lora.safetensors")
         assert json.loads(texts["unet"]) == classes and texts["unet:0:rank"] == "1"
 
@@ -228,10 +228,10 @@ class TestWriting:
         unet = random_lora(NANO, rank=2, only="to_q", component="unet")
         write_lora(tmp_path / "a.b.pt", text, "cloneofsimo-pt")
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
-        with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it"):
+        with pytest.raises(UserError, match="a.b.text_encoder.pt is beside it"):
             write_lora(tmp_path / "a.b.pt", unet, "cloneofsimo-pt")
         both = LoRA({**text.layers, **unet.layers})
-        with pytest.raises(UserError, match="a.b.text_encoder.pt lies beside it and .* or replaced: move it away"):
+        with pytest.raises(UserError, match="a.b.text_encoder.pt is beside it and .* or replaced: move it away"):
             write_lora(tmp_path / "a.b.pt", both, "cloneofsimo-pt")
         assert [path.name for path in tmp_path.iterdir()] == ["a.b.text_encoder.pt"]
         (tmp_path / "a.b.text_encoder.pt").unlink()
@@ -242,8 +242,8 @@ class TestWriting:
         assert len(read_lora(tmp_path / "text.pt").layers) == 12
 
     def test_a_pt_is_a_list_up_and_down_in_turn(self, tmp_path):
-        state = random_lora(NANO, rank=2, only="to_q", component="unet")
-        write_lora(tmp_path / "lora.pt", state, "cloneofsimo-pt", dtype="fp16")
+        lora = random_lora(NANO, rank=2, only="to_q", component="unet")
+        write_lora(tmp_path / "lora.pt", lora, "cloneofsimo-pt", dtype="fp16")
         checkpoint = open_checkpoint(tmp_path / "lora.pt")
         assert list(checkpoint) == [str(i) for i in range(160)]
         assert checkpoint.shape("0") == (64, 2) and checkpoint.shape("1") == (2, 64)

@@ -42,21 +42,21 @@ class TestRoundTrip:
     def test_every_kind_of_layer_bit_for_bit(self, tiny_model, tiny_config, randomise, tmp_path, suffix):
         inject_lora(tiny_model, LoRASpec(rank=3, alpha=1.5, scale=0.7, targets="all", text_encoder=True))
         randomise(tiny_model)
-        state = get_lora(tiny_model, tiny_config)
-        write_lora(tmp_path / f"lora{suffix}", state)
+        lora = get_lora(tiny_model, tiny_config)
+        write_lora(tmp_path / f"lora{suffix}", lora)
         back = read_lora(tmp_path / f"lora{suffix}")
-        same(back, state)
+        same(back, lora)
         assert match_lora(tiny_model, back).ok
 
     def test_layers_with_ranks_and_alphas_of_their_own(self, tmp_path):
-        state = LoRA(
+        lora = LoRA(
             {
                 TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 1.0),
                 f"{TEXT_LAYER}q_proj": LoRALayer(normal(5, 6), normal(6, 5), 10.0),
             }
         )
-        write_lora(tmp_path / "lora.ckpt", state)
-        same(read_lora(tmp_path / "lora.ckpt"), state)
+        write_lora(tmp_path / "lora.ckpt", lora)
+        same(read_lora(tmp_path / "lora.ckpt"), lora)
 
     def test_mindspore_finds_the_published_entries(self, tmp_path):
         metadata = {"architecture": "sd2", "prediction_type": "v_prediction"}
@@ -96,10 +96,10 @@ class TestMindonesFiles:
 
     def test_without_an_alpha_it_is_the_rank(self, tmp_path):
         arrays = {**pair(TO_Q), **pair(f"{BLOCK}attn1.to_out.0")}
-        state = read_lora(self.save(tmp_path / "lora.ckpt", arrays, lora_rank=4))
-        assert set(state.layers) == {TO_Q, f"{BLOCK}attn1.to_out.0"}
-        assert all(layer.alpha == layer.rank == 4 for layer in state.layers.values())
-        assert state.metadata == {}
+        lora = read_lora(self.save(tmp_path / "lora.ckpt", arrays, lora_rank=4))
+        assert set(lora.layers) == {TO_Q, f"{BLOCK}attn1.to_out.0"}
+        assert all(layer.alpha == layer.rank == 4 for layer in lora.layers.values())
+        assert lora.metadata == {}
 
     def test_without_any_entry(self, tmp_path):
         assert read_lora(self.save(tmp_path / "lora.ckpt", pair(TO_Q))).layers[TO_Q].alpha == 4
@@ -114,16 +114,16 @@ class TestMindonesFiles:
         fused = f"{TEXT}transformer_layer.resblocks.3.attn.attn.in_proj"
         arrays = {f"{fused}.lora_down.weight": normal(4, 6), f"{fused}.lora_up.weight": normal(18, 4)}
         arrays.update(pair(f"{TEXT}transformer_layer.resblocks.3.attn.attn.out_proj", width=6))
-        state = read_lora(self.save(tmp_path / "lora.ckpt", arrays, lora_rank=4))
-        assert set(state.layers) == {f"{TEXT_LAYER}{part}_proj" for part in ("q", "k", "v", "out")}
+        lora = read_lora(self.save(tmp_path / "lora.ckpt", arrays, lora_rank=4))
+        assert set(lora.layers) == {f"{TEXT_LAYER}{part}_proj" for part in ("q", "k", "v", "out")}
         whole = arrays[f"{fused}.lora_up.weight"] @ arrays[f"{fused}.lora_down.weight"]
-        updates = [state.layers[f"{TEXT_LAYER}{part}_proj"].update() for part in "qkv"]
+        updates = [lora.layers[f"{TEXT_LAYER}{part}_proj"].update() for part in "qkv"]
         np.testing.assert_allclose(np.concatenate(updates), whole, rtol=1e-6)
 
     def test_base_weights_beside_the_factors_are_left_out_with_a_warning(self, tmp_path, caplog):
         arrays = {**pair(TO_Q), f"{TO_Q}.linear.weight": normal(8, 8)}
-        state = read_lora(self.save(tmp_path / "lora.ckpt", arrays))
-        assert list(state.layers) == [TO_Q]
+        lora = read_lora(self.save(tmp_path / "lora.ckpt", arrays))
+        assert list(lora.layers) == [TO_Q]
         assert "1 arrays that are not LoRA's are left out" in caplog.text
 
 

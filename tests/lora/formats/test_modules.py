@@ -66,15 +66,15 @@ def test_the_known_ones_are_told_apart_by_their_shapes():
 
 def test_what_fits_two_is_told_apart_by_what_it_says():
     sd1, sd2, _ = known_bases()
-    state = random_lora(sd1, rank=1, only="attn1.to_q")
-    assert fitting_bases(state, known_bases()) == [sd1, sd2]
-    assert fitting_bases(LoRA(state.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
+    lora = random_lora(sd1, rank=1, only="attn1.to_q")
+    assert fitting_bases(lora, known_bases()) == [sd1, sd2]
+    assert fitting_bases(LoRA(lora.layers, {"architecture": "sd2"}), known_bases()) == [sd2]
 
 
 def test_what_does_not_fit_is_said():
     sd1, sd2, nano = known_bases()
-    state = random_lora(sd1, rank=1, only="attn2.to_k")
-    assert "attn2.to_k is (320, 768), there it is (320, 1024)" in sd2.why_not(state)
-    assert "there it is (64, 96)" in nano.why_not(state)
-    assert sd1.why_not(state) == ""
+    lora = random_lora(sd1, rank=1, only="attn2.to_k")
+    assert "attn2.to_k is (320, 768), there it is (320, 1024)" in sd2.mismatch(lora)
+    assert "there it is (64, 96)" in nano.mismatch(lora)
+    assert sd1.mismatch(lora) == ""
     assert load_model_config(sd1.config.path).architecture == "sd1"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import FORMATS, detect_format, lora_files, read_lora, write_lora
+from ldm.lora.formats import DETECTORS, detect_format, lora_files, read_lora, write_lora
 from ldm.lora.formats.modules import fitting_bases, known_bases
 from ldm.lora.merge import match_shapes
 from ldm.weights.checkpoint import open_checkpoint
@@ -42,9 +42,9 @@ def at_hand(name, folder):
 @needs(MORE)
 class TestMore:
     def test_a_text_encoder_by_the_class_of_newer_transformers(self, caplog):
-        state = read_lora(MORE / "cloneofsimo-rank1-fp16_TedLee109.safetensors")
-        assert len(state.only("unet").layers) == 144 and len(state.only("text_encoder").layers) == 48
-        assert state.ranks() == [1] and fitting_bases(state, known_bases()) == [SD1] and "<s1>, <s2>" in caplog.text
+        lora = read_lora(MORE / "cloneofsimo-rank1-fp16_TedLee109.safetensors")
+        assert len(lora.only("unet").layers) == 144 and len(lora.only("text_encoder").layers) == 48
+        assert lora.ranks() == [1] and fitting_bases(lora, known_bases()) == [SD1] and "<s1>, <s2>" in caplog.text
 
     @pytest.mark.parametrize("name", [f"lycoris-lokr{factor}_KohakuBlueleaf.safetensors" for factor in (4, 8)])
     def test_lycoris(self, name):
@@ -64,25 +64,25 @@ class TestPublished:
         kind, unet, text, rank, alpha, zeros = FILES[name]
         assert detect_format(path) == kind
         with caplog.at_level(logging.INFO):
-            state = read_lora(path)
-        assert len(state.only("unet").layers) == unet and len(state.only("text_encoder").layers) == text
-        assert state.ranks() == [rank] and {layer.alpha for layer in state.layers.values()} == {alpha}
-        assert match_shapes(SD1.shapes, state).ok and len(state.zero_layers()) == zeros
+            lora = read_lora(path)
+        assert len(lora.only("unet").layers) == unet and len(lora.only("text_encoder").layers) == text
+        assert lora.ranks() == [rank] and {layer.alpha for layer in lora.layers.values()} == {alpha}
+        assert match_shapes(SD1.shapes, lora).ok and len(lora.zero_layers()) == zeros
         if unet:
-            assert fitting_bases(state, known_bases()) == [SD1]
+            assert fitting_bases(lora, known_bases()) == [SD1]
         assert ("<s1>, <s2>" in caplog.text) == ("disney" in name)
 
     def test_its_keys_are_those_of_one_format(self, tmp_path, name):
         for file in lora_files(at_hand(name, tmp_path)):
             keys = list(open_checkpoint(file))
-            assert [other for other, format in FORMATS.items() if format.detect(keys)] == [FILES[name][0]]
+            assert [format for detect in DETECTORS if (format := detect(keys))] == [FILES[name][0]]
 
     def test_goes_through_kohyas_format_bit_for_bit(self, tmp_path, name):
-        state = read_lora(at_hand(name, tmp_path))
-        write_lora(tmp_path / "kohya.safetensors", state, "kohya")
+        lora = read_lora(at_hand(name, tmp_path))
+        write_lora(tmp_path / "kohya.safetensors", lora, "kohya")
         back = read_lora(tmp_path / "kohya.safetensors")
-        assert back.layers.keys() == state.layers.keys()
-        for key, layer in state.layers.items():
+        assert back.layers.keys() == lora.layers.keys()
+        for key, layer in lora.layers.items():
             other = back.layers[key]
             np.testing.assert_array_equal(layer.up, other.up)
             np.testing.assert_array_equal(layer.down, other.down)
