@@ -1,8 +1,9 @@
 """What the name tables share: their result types and the names of text encoder layers.
 
-Every table module has `map_key(key)`, which gives the canonical names of a key of its family, and `layout(...)`, which
-gives the reverse: how each array of the family is made of canonical ones. diffusers has `key_mapper` for the first,
-since its names depend on the number of levels and layers.
+Every table module has `map_key(key)` and `layout(...)`. `map_key` returns the canonical names whose arrays are the rows of
+the key's array in equal blocks (one name for almost all keys), Ignored for a key that is not used, or None for an
+unknown key. `layout` is the reverse: how each array of the family is made of canonical ones. diffusers has `key_mapper`
+in place of `map_key`, since its names depend on the number of levels and layers.
 """
 
 from __future__ import annotations
@@ -10,10 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-# What map_key returns: the canonical names whose arrays are, in equal blocks, the rows of the key's array (one name
-# for almost all keys), why the key is not used, or None for an unknown key.
-# MappedKey = tuple[str, ...] | Ignored | None
 
 
 @dataclass(frozen=True)
