@@ -1,4 +1,4 @@
-"""Every name of the published checkpoints has its place among the canonical ones, none is left over, and back again.
+"""Every name of the published checkpoints maps to a canonical one and back, and no name is left over.
 
 published_names.json.gz holds names and shapes of the published files: LDM SD1 and SD2 (made with CompVis's and
 Stability AI's own classes), mindone's .ckpt, and diffusers' and transformers' networks.
@@ -55,7 +55,7 @@ def shapes_of(arrays):
 
 
 def made_shapes(layout, canonical):
-    """Name -> shape of what a layout makes, by numpy's own concatenation."""
+    """Name -> shape of what a layout makes, by concatenation."""
     return {name: np.concatenate([canonical[part] for part in made.names]).shape for name, made in layout.items()}
 
 
@@ -64,7 +64,7 @@ def canonical_shapes(published, version):
 
 
 class TestPublishedFiles:
-    def test_sd1_is_canonical_as_it_is(self, published):
+    def test_sd1_has_canonical_names(self, published):
         names = published["sd1_ldm_ckpt_keys"]
         key_map = map_keys(names)
         assert key_map.family == "ldm" and not key_map.unknown
@@ -79,7 +79,7 @@ class TestPublishedFiles:
         assert shorter != list(names) and key_map.sources.keys() == map_keys(names).sources.keys()
         assert not key_map.unknown and len(key_map.ignored) == 13
 
-    def test_sd2_places_every_key_once(self, published):
+    def test_sd2_maps_every_key_once(self, published):
         names = published["sd2_ldm_ckpt_keys"]
         key_map = map_keys(names)
         assert key_map.family == "ldm" and not key_map.unknown
@@ -157,7 +157,7 @@ class TestPublishedFiles:
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_LAYER = "cond_stage_model.transformer.text_model.encoder.layers."
-# Names of arrays that shapes do not tell from each other, in their published form and in the canonical one.
+# Published and canonical names of arrays whose shapes are equal.
 SAME_SHAPES = {
     "diffusers": [
         ("unet/time_embedding.linear_2.bias", f"{UNET}time_embed.2.bias"),
@@ -206,7 +206,7 @@ SAME_SHAPES = {
 }
 
 
-class TestNamesThatShapesDoNotTellApart:
+class TestNamesOfArraysWithEqualShapes:
     @pytest.fixture
     def tables(self, published):
         """Family -> (its names, its layout)."""
@@ -220,7 +220,7 @@ class TestNamesThatShapesDoNotTellApart:
         }
 
     @pytest.mark.parametrize("family", SAME_SHAPES)
-    def test_go_to_their_places_and_back(self, tables, family):
+    def test_map_to_canonical_names_and_back(self, tables, family):
         names, layout = tables[family]
         sources = map_keys(names).sources
         for theirs, ours in SAME_SHAPES[family]:
@@ -240,7 +240,7 @@ def tiny(request):
     return config, {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
 
 
-class TestThisProjectsNetworks:
+class TestNetworksOfThisProject:
     def test_have_canonical_names(self, tiny):
         _, arrays = tiny
         key_map = map_keys(arrays)
@@ -267,7 +267,7 @@ class TestFusedProjections:
         for part, name in enumerate(canonical):
             np.testing.assert_array_equal(canonical[name], fused[2 * part : 2 * part + 2])
 
-    def test_mindones_as_well(self):
+    def test_mindones_rows_too(self):
         prefix = "cond_stage_model.transformer.transformer_layer.resblocks.0.attn.attn.in_proj."
         canonical = to_canonical({f"{prefix}bias": np.arange(6.0)})
         layer = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn."
@@ -293,7 +293,7 @@ class TestFusedProjections:
         ((), (), True),
     ],
 )
-def test_a_linear_layer_and_a_1x1_convolution_stand_for_each_other(found, wanted, same):
+def test_a_linear_layer_has_the_shape_of_a_1x1_convolution(found, wanted, same):
     assert same_up_to_1x1(found, wanted) is same
 
 
@@ -322,7 +322,7 @@ class TestUnknownNames:
             "cond_stage_model.transformer.transformer_layer.resblocks.0.ln_3.gamma",
         ],
     )
-    def test_a_single_one_is_kept_apart_and_refused(self, name):
+    def test_a_single_one_is_unknown(self, name):
         known = "model.diffusion_model.out.0.gamma" if "gamma" in name else "model.diffusion_model.out.0.weight"
         assert map_keys([name, known]).unknown == [name]
         with pytest.raises(UserError, match="1 unknown name"):
@@ -337,7 +337,7 @@ class TestUnknownNames:
         names = ["model.diffusion_model.out.0.weight", "model_ema.diffusion_modelout0weight", "model_ema.decay"]
         assert set(map_keys(names).ignored.values()) == {"EMA copy"}
 
-    def test_moving_averages_take_the_weights_places(self):
+    def test_moving_averages_replace_the_weights(self):
         unet = ["model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "model.diffusion_model.out.2.bias"]
         averages = ["model_ema.diffusion_modelinput_blocks10in_layers2weight", "model_ema.diffusion_modelout2bias"]
         vae = "first_stage_model.quant_conv.bias"
@@ -346,7 +346,7 @@ class TestUnknownNames:
         assert key_map.ignored == {"model_ema.decay": "EMA copy", **dict.fromkeys(unet, "weight that has an EMA copy")}
 
     @pytest.mark.parametrize("kept", [0, 1])
-    def test_moving_averages_that_are_not_all_there(self, kept):
+    def test_incomplete_moving_averages(self, kept):
         unet = ["model.diffusion_model.out.0.bias", "model.diffusion_model.out.2.bias"]
         averages = ["model_ema.diffusion_modelout0bias", "model_ema.diffusion_modelout2bias"][:kept]
         with pytest.raises(UserError, match=f"{kept} of 2 UNet arrays have an EMA copy"):
@@ -428,10 +428,10 @@ class TestUnusedKeys:
         assert list(map_keys(["unet/conv_out.weight", name]).ignored) == [name]
 
     @pytest.mark.parametrize("name", UNKNOWN)
-    def test_unknown_ones_are_told_apart(self, name):
+    def test_unknown_keys_are_not_ignored(self, name):
         key_map = map_keys([self.BASES[0], name])
         assert not key_map.ignored and (name in key_map.unknown or name in key_map.sources)
 
-    def test_published_weights_are_none(self, published):
+    def test_published_weights_are_not_among_them(self, published):
         for names in published.values():
             assert not [name for name in names if find_unused(name) and not name.endswith("position_ids")]

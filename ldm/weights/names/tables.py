@@ -1,7 +1,7 @@
 """What the name tables share: their result types and the names of text encoder layers.
 
-Every table module has `map_key(key)` and `layout(...)`. `map_key` returns the canonical names whose arrays are the rows of
-the key's array in equal blocks (one name for almost all keys), Ignored for a key that is not used, or None for an
+Every table module has `map_key(key)` and `layout(...)`. `map_key` returns the canonical names whose arrays are the rows
+of the key's array in equal blocks (one name for almost all keys), Ignored for a key that is not used, or None for an
 unknown key. `layout` is the reverse: how each array of the family is made of canonical ones. diffusers has `key_mapper`
 in place of `map_key`, since its names depend on the number of levels and layers.
 """
