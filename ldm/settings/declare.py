@@ -35,7 +35,7 @@ def setting(
     default: Any,
     help: str = "",
     *,
-    group: str = "settings",
+    group: str | None = None,
     key: str | None = None,
     aliases: tuple[str, ...] = (),
     positional: bool = False,
@@ -60,7 +60,7 @@ def setting(
     Args:
         default: The value where none is given, or REQUIRED. It is neither checked nor expanded.
         help: What `-h` says about it. Without a text, `-h` does not list it.
-        group: The heading in `-h`.
+        group: The heading in `-h`, from this setting to the next one with a group.
         key: Its name in files and flags where that is not the field's name.
         aliases: Further names as a flag.
         positional: Whether a list also takes the words of a command line that belong to no flag.

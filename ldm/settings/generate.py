@@ -28,41 +28,30 @@ class GenerateSettings:
         None, "YAML file with any of these settings; flags win over it", group=IMAGES, path=True, project=True
     )
     # Not Optional, because "none" may be a prompt.
-    prompt: str = setting("", "the prompt", group=IMAGES)
+    prompt: str = setting("", "the prompt")
     data_path: Optional[str] = setting(
         None,
         "text file (UTF-8) with one prompt per line, instead of prompt; an empty line is an empty prompt, but empty "
         "lines at the end do not count (a line with a space does)",
-        group=IMAGES,
         path=True,
         project=True,
     )
-    negative_prompt: str = setting("", "what the images should not show, for all prompts", group=IMAGES)
+    negative_prompt: str = setting("", "what the images should not show, for all prompts")
     negative_data_path: Optional[str] = setting(
-        None,
-        "text file with one negative prompt per line, as many as prompts, or one for all",
-        group=IMAGES,
-        path=True,
-        project=True,
+        None, "text file with one negative prompt per line, as many as prompts, or one for all", path=True, project=True
     )
-    n_iter: int = setting(
-        1, "rounds; each prompt gets n_iter x n_samples images", group=IMAGES, low=1, high=MOST_IMAGES
-    )
-    n_samples: int = setting(1, "images of each prompt in a round", group=IMAGES, low=1, high=MOST_IMAGES)
-    H: Optional[int] = setting(None, "height in pixels; None for the model's own", group=IMAGES, low=1, high=MOST_SIDE)
-    W: Optional[int] = setting(None, "width in pixels; None for the model's own", group=IMAGES, low=1, high=MOST_SIDE)
+    n_iter: int = setting(1, "rounds; each prompt gets n_iter x n_samples images", low=1, high=MOST_IMAGES)
+    n_samples: int = setting(1, "images of each prompt in a round", low=1, high=MOST_IMAGES)
+    H: Optional[int] = setting(None, "height in pixels; None for the model's own", low=1, high=MOST_SIDE)
+    W: Optional[int] = setting(None, "width in pixels; None for the model's own", low=1, high=MOST_SIDE)
     seed: int = setting(
         42,
         "image i depends on (seed, i) only, not on the batch size; i counts the images of all prompts",
-        group=IMAGES,
         low=0,
         high=MOST_SEED,
     )
     init_latents: Optional[str] = setting(
-        None,
-        "starting latents instead of the seed's: an .npy of floats, (images, channels, height, width)",
-        group=IMAGES,
-        path=True,
+        None, "starting latents instead of the seed's: an .npy of floats, (images, channels, height, width)", path=True
     )
 
     version: Optional[str] = setting(
@@ -71,24 +60,20 @@ class GenerateSettings:
         group=MODEL,
         choices=tuple(VERSIONS),
     )
-    config: Optional[str] = setting(
-        None, "YAML of the model; None for that of the version", group=MODEL, path=True, project=True
-    )
+    config: Optional[str] = setting(None, "YAML of the model; None for that of the version", path=True, project=True)
     ckpt_path: Optional[str] = setting(
         None,
         "base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for that of "
         "the version, under models/",
-        group=MODEL,
         path=True,
         project=True,
     )
     ckpt_ema: bool = setting(
-        False, "take the moving averages (EMA) of the UNet that the checkpoint holds beside its weights", group=MODEL
+        False, "take the moving averages (EMA) of the UNet that the checkpoint holds beside its weights"
     )
     unet_ckpt_path: Optional[str] = setting(
         None,
         "checkpoint with a UNet that replaces the base checkpoint's, as training without LoRA saves it",
-        group=MODEL,
         path=True,
         project=True,
     )
@@ -96,7 +81,6 @@ class GenerateSettings:
         None,
         "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, or "
         "any base model, as a file or a folder",
-        group=MODEL,
         path=True,
         project=True,
     )
@@ -106,13 +90,11 @@ class GenerateSettings:
         None,
         "LoRA files, each with a strength if wanted, and a second one for the text encoder: a.ckpt b.ckpt:0.7 "
         "c.ckpt:0.7:0.3",
-        group=LORA,
         path=True,
     )
     lora_scale: float = setting(
         1.0,
         "multiplies the strength of every LoRA; 0 gives the base model, bit for bit",
-        group=LORA,
         low=-MOST_STRENGTH,
         high=MOST_STRENGTH,
         needs="lora_ckpt_path",
@@ -120,19 +102,16 @@ class GenerateSettings:
     lora_ft_unet: Optional[bool] = setting(
         None,
         "None: apply the UNet part if there is one; False: leave it out; True: it must be there",
-        group=LORA,
         needs="lora_ckpt_path",
     )
     lora_ft_text_encoder: Optional[bool] = setting(
         None,
         "None: apply the text encoder part if there is one; False: leave it out; True: it must be there",
-        group=LORA,
         needs="lora_ckpt_path",
     )
     lora_rank: Optional[int] = setting(
         None,
         "rank, which is read from the file; a value given here is compared with it",
-        group=LORA,
         low=1,
         high=MOST_RANK,
         needs="lora_ckpt_path",
@@ -140,15 +119,11 @@ class GenerateSettings:
 
     sampling_steps: int = setting(20, "steps of the sampler", group=SAMPLING, low=1, high=MOST_TIMESTEPS)
     scale: Optional[float] = setting(
-        None,
-        "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)",
-        group=SAMPLING,
-        low=0,
-        high=MOST_GUIDANCE,
+        None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MOST_GUIDANCE
     )
-    dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++", group=SAMPLING)
-    ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++", group=SAMPLING)
-    ddim_eta: float = setting(0.0, "share of fresh noise in DDIM", group=SAMPLING, low=0, high=1)
+    dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++")
+    ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++")
+    ddim_eta: float = setting(0.0, "share of fresh noise in DDIM", low=0, high=1)
 
     output_path: str = setting(
         "output",
@@ -156,36 +131,33 @@ class GenerateSettings:
         group=OUTPUT,
         path=True,
     )
-    skip_save: bool = setting(False, "write no PNGs", group=OUTPUT)
-    skip_grid: bool = setting(False, "write no grid", group=OUTPUT)
+    skip_save: bool = setting(False, "write no PNGs")
+    skip_grid: bool = setting(False, "write no grid")
     save_latents: Optional[str] = setting(
         None,
         "write the final latents to this .npy, and the starting latents to the same name with .init.npy",
-        group=OUTPUT,
         path=True,
     )
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", group=OUTPUT)
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     device_target: Optional[str] = setting(
         None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
     )
-    mode: int = setting(0, "0: graph, 1: pynative", group=DEVICE, choices=(0, 1))
-    ms_mode: Optional[int] = setting(None, "another name of mode", group=DEVICE, choices=(0, 1))
+    mode: int = setting(0, "0: graph, 1: pynative", choices=(0, 1))
+    ms_mode: Optional[int] = setting(None, "another name of mode", choices=(0, 1))
     jit_level: Optional[str] = setting(
-        None, "optimization level of Ascend's graph compiler", group=DEVICE, choices=("O0", "O1", "O2")
+        None, "optimization level of Ascend's graph compiler", choices=("O0", "O1", "O2")
     )
     precision: str = setting(
         "auto",
         "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
-        group=DEVICE,
         choices=("auto", "fp16", "fp32"),
     )
-    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", group=DEVICE)
+    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)")
     batch_size: Optional[int] = setting(
         None,
         "images in a call of the network, which does not change them; None: n_samples, at least 16 up to 128 x 128 "
         "pixels, and at most as many as 8 of 512 x 512 pixels",
-        group=DEVICE,
         low=1,
         high=MOST_BATCH,
     )

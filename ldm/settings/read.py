@@ -177,21 +177,21 @@ def explain(
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
         lines += ["", *([description.rstrip()] if "\n" in description else textwrap.wrap(description, width))]
-    groups: dict[str, dict[str, Setting]] = {}
+    group = ""
     for key, setting in settings_of(cls).items():
-        if setting.rules["help"]:
-            groups.setdefault(setting.rules["group"], {})[key] = setting
-    for group, members in groups.items():
-        lines += ["", f"{group}:"]
-        for key, setting in members.items():
-            limits = limits_of(setting)
-            text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{show(setting.default)}]"
-            names = ", ".join(f"--{name}" for name in (key, *setting.rules["aliases"]))
-            names = f"[{names}]" if setting.rules["positional"] else names
-            kind = type_name(setting.hint)
-            lines.append(f"  {names} <{kind.replace('text', 'path') if setting.rules['path'] else kind}>")
-            indent = "      "
-            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+        if not setting.rules["help"]:
+            continue
+        if not group or setting.rules["group"] not in (None, group):
+            group = setting.rules["group"] or "settings"
+            lines += ["", f"{group}:"]
+        limits = limits_of(setting)
+        text = f"{setting.rules['help']}{f' ({limits})' if limits else ''} [{show(setting.default)}]"
+        names = ", ".join(f"--{name}" for name in (key, *setting.rules["aliases"]))
+        names = f"[{names}]" if setting.rules["positional"] else names
+        kind = type_name(setting.hint)
+        lines.append(f"  {names} <{kind.replace('text', 'path') if setting.rules['path'] else kind}>")
+        indent = " " * 6
+        lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     order = " A flag wins over the YAML file, the YAML file over the default." if yaml_flag else ""
     lines += ["", f"In brackets: the default.{order}"]
     return "\n".join(lines).lstrip("\n")

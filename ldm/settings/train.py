@@ -32,16 +32,15 @@ class TrainSettings:
         set_by_comparison=True,
     )
     data_path: Optional[str] = setting(
-        None, "folder with the images and img_txt.csv", group=FILES, path=True, project=True, set_by_comparison=True
+        None, "folder with the images and img_txt.csv", path=True, project=True, set_by_comparison=True
     )
     output_path: str = setting(
-        "output/train", "folder for checkpoints, logs and the cache", group=FILES, path=True, set_by_comparison=True
+        "output/train", "folder for checkpoints, logs and the cache", path=True, set_by_comparison=True
     )
     pretrained_model_path: Optional[str] = setting(
         None,
         "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a "
         "diffusers folder",
-        group=FILES,
         path=True,
         project=True,
         set_by_comparison=True,
@@ -49,14 +48,12 @@ class TrainSettings:
     pretrained_model_ema: bool = setting(
         False,
         "start from the moving averages (EMA) of the UNet that the checkpoint holds beside its weights",
-        group=FILES,
         not_in_diffusers="convert the base model with --ema first",
     )
     vae_ckpt_path: Optional[str] = setting(
         None,
         "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, "
         "or any base model, as a file or a folder",
-        group=FILES,
         path=True,
         project=True,
         not_in_diffusers="give a diffusers folder with that VAE in it as --base",
@@ -64,14 +61,12 @@ class TrainSettings:
     model_config: Optional[str] = setting(
         None,
         "YAML of the model; None: what the metadata and the shapes of the checkpoint show",
-        group=FILES,
         path=True,
         project=True,
     )
     resume: Union[bool, str] = setting(
         False,
         "True: continue from the last training state in output_path; a path: from that training state or folder",
-        group=FILES,
         path=True,
         set_by_comparison=True,
     )
@@ -83,11 +78,10 @@ class TrainSettings:
     use_lora: bool = setting(
         False, "train low-rank updates (LoRA) instead of the whole UNet", group=LORA, resume="fixed", graph_key=True
     )
-    lora_ft_unet: bool = setting(True, "add LoRA to the UNet", group=LORA, resume="fixed", graph_key=True)
+    lora_ft_unet: bool = setting(True, "add LoRA to the UNet", resume="fixed", graph_key=True)
     lora_ft_text_encoder: bool = setting(
         False,
         "add LoRA to the text encoder",
-        group=LORA,
         resume="fixed",
         graph_key=True,
         needs="use_lora",
@@ -96,7 +90,6 @@ class TrainSettings:
     lora_rank: int = setting(
         4,
         "rank; a larger one learns more and makes a larger file",
-        group=LORA,
         low=1,
         high=MOST_RANK,
         resume="fixed",
@@ -105,20 +98,18 @@ class TrainSettings:
     lora_alpha: Optional[float] = setting(
         None,
         "the update is multiplied by lora_alpha / lora_rank; None: by 1",
-        group=LORA,
         above=0,
         high=1e6,
         resume="fixed",
         graph_key=True,
     )
     lora_scale: float = setting(
-        1.0, "a further factor of the update", group=LORA, above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
+        1.0, "a further factor of the update", above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
     )
     lora_targets: list[str] = setting(
         ["attention"],
         "which layers: attention (q, k, v and output projections), all (also feed-forward, projections and "
         "convolutions), or the last parts of layers' names, such as to_q to_v",
-        group=LORA,
         resume="fixed",
         graph_key=True,
     )
@@ -126,7 +117,6 @@ class TrainSettings:
         None,
         "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, "
         "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
-        group=LORA,
         path=True,
         project=True,
         resume="fixed",
@@ -136,7 +126,6 @@ class TrainSettings:
     lora_dropout: float = setting(
         0.0,
         "share of a layer's inputs that LoRA does not see in a step",
-        group=LORA,
         low=0,
         below=1,
         resume="fixed",
@@ -146,7 +135,6 @@ class TrainSettings:
     lora_init_path: Optional[str] = setting(
         None,
         "LoRA file of any known format that training starts from; its layers and ranks must be those trained here",
-        group=LORA,
         path=True,
         needs="use_lora",
         set_by_comparison=True,
@@ -154,20 +142,18 @@ class TrainSettings:
     lora_fp16: bool = setting(
         True,
         "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32",
-        group=LORA,
         resume="fixed",
         graph_key=True,
     )
 
     image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
-    caption_column: str = setting("text", "column of img_txt.csv with the caption", group=DATA)
+    caption_column: str = setting("text", "column of img_txt.csv with the caption")
     image_size: Optional[int] = setting(
-        None, "width and height in pixels; None for the model's own", group=DATA, low=8, high=MOST_SIDE, resume="fixed"
+        None, "width and height in pixels; None for the model's own", low=8, high=MOST_SIDE, resume="fixed"
     )
     image_filter_size: int = setting(
         0,
         "leave out images whose width or height is smaller, in pixels",
-        group=DATA,
         low=0,
         high=100_000,
         not_in_diffusers="leave small images out of the data set instead",
@@ -175,56 +161,41 @@ class TrainSettings:
     random_crop: bool = setting(
         False,
         "crop the square at a random place instead of the middle; latents are then not cached",
-        group=DATA,
         resume="fixed",
         shared_with_diffusers=True,
     )
     random_flip: bool = setting(
-        False,
-        "mirror half of the images; latents are then not cached",
-        group=DATA,
-        resume="fixed",
-        shared_with_diffusers=True,
+        False, "mirror half of the images; latents are then not cached", resume="fixed", shared_with_diffusers=True
     )
     caption_dropout: float = setting(
         0.0,
         "share of captions replaced by the empty one, for guidance",
-        group=DATA,
         low=0,
         high=1,
         resume="fixed",
         shared_with_diffusers=True,
     )
     cache_latents: bool = setting(
-        True, "encode each image once and keep it under output_path/cache", group=DATA, shared_with_diffusers=True
+        True, "encode each image once and keep it under output_path/cache", shared_with_diffusers=True
     )
     cache_text: bool = setting(
-        True, "encode each caption once and keep it under output_path/cache", group=DATA, shared_with_diffusers=True
+        True, "encode each caption once and keep it under output_path/cache", shared_with_diffusers=True
     )
-    num_workers: int = setting(1, "threads that load images", group=DATA, low=1, high=256)
+    num_workers: int = setting(1, "threads that load images", low=1, high=256)
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
-    max_steps: Optional[int] = setting(
-        None, "optimizer steps in all; wins over epochs", group=LENGTH, low=1, high=MOST_COUNT
-    )
+    max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MOST_COUNT)
     train_batch_size: int = setting(
-        4, "images per batch and device", group=LENGTH, low=1, high=MOST_BATCH, resume="fixed", graph_key=True
+        4, "images per batch and device", low=1, high=MOST_BATCH, resume="fixed", graph_key=True
     )
     gradient_accumulation_steps: int = setting(
-        1,
-        "batches whose gradients one optimizer step averages",
-        group=LENGTH,
-        low=1,
-        high=MOST_BATCH,
-        resume="fixed",
-        graph_key=True,
+        1, "batches whose gradients one optimizer step averages", low=1, high=MOST_BATCH, resume="fixed", graph_key=True
     )
 
     optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
     betas: list[float] = setting(
         [0.9, 0.999],
         "decay rates of AdamW",
-        group=RATE,
         low=0,
         below=1,
         length=2,
@@ -235,7 +206,6 @@ class TrainSettings:
     weight_decay: float = setting(
         0.01,
         "weight decay of AdamW, for every trained parameter",
-        group=RATE,
         low=0,
         high=1000,
         resume="followed",
@@ -244,42 +214,27 @@ class TrainSettings:
     scheduler: str = setting(
         "constant",
         "learning rate schedule after the warm-up",
-        group=RATE,
         choices=(*SCHEDULERS, *ALIASES),
         resume="followed",
         shared_with_diffusers=True,
     )
     start_learning_rate: float = setting(
-        1e-5,
-        "learning rate after the warm-up",
-        group=RATE,
-        above=0,
-        high=100,
-        resume="followed",
-        shared_with_diffusers=True,
+        1e-5, "learning rate after the warm-up", above=0, high=100, resume="followed", shared_with_diffusers=True
     )
     end_learning_rate: float = setting(
         1e-7,
         "learning rate at the end of linear and cosine",
-        group=RATE,
         low=0,
         high=100,
         resume="followed",
         shared_with_diffusers=True,
     )
     warmup_steps: int = setting(
-        0,
-        "steps of linear warm-up",
-        group=RATE,
-        low=0,
-        high=MOST_COUNT,
-        resume="followed",
-        shared_with_diffusers=True,
+        0, "steps of linear warm-up", low=0, high=MOST_COUNT, resume="followed", shared_with_diffusers=True
     )
     decay_steps: int = setting(
         0,
         "steps from the start to the end learning rate; 0: all steps after the warm-up",
-        group=RATE,
         low=0,
         high=MOST_COUNT,
         resume="followed",
@@ -294,43 +249,28 @@ class TrainSettings:
         shared_with_diffusers=True,
     )
     max_grad_norm: float = setting(
-        1.0,
-        "largest global norm of the gradients",
-        group=GRADIENTS,
-        above=0,
-        high=1e30,
-        resume="followed",
-        shared_with_diffusers=True,
+        1.0, "largest global norm of the gradients", above=0, high=1e30, resume="followed", shared_with_diffusers=True
     )
     loss_scaler_type: str = setting(
         "auto",
         "auto: dynamic in fp16, none in fp32",
-        group=GRADIENTS,
         choices=("auto", "dynamic", "static", "none"),
         resume="followed",
         set_by_comparison=True,
     )
-    init_loss_scale: float = setting(
-        65536.0, "first loss scale; with static, the only one", group=GRADIENTS, above=0, high=2**32
-    )
+    init_loss_scale: float = setting(65536.0, "first loss scale; with static, the only one", above=0, high=2**32)
     loss_scale_factor: float = setting(
         2.0,
         "dynamic: the scale is divided by it at an overflow and multiplied by it after scale_window steps",
-        group=GRADIENTS,
         above=1,
         high=65536,
         resume="followed",
     )
     scale_window: int = setting(
-        1000,
-        "dynamic: steps without overflow before the scale grows",
-        group=GRADIENTS,
-        low=1,
-        high=MOST_COUNT,
-        resume="followed",
+        1000, "dynamic: steps without overflow before the scale grows", low=1, high=MOST_COUNT, resume="followed"
     )
     drop_overflow_update: bool = setting(
-        True, "skip the optimizer step when the gradients overflow", group=GRADIENTS, resume="followed", graph_key=True
+        True, "skip the optimizer step when the gradients overflow", resume="followed", graph_key=True
     )
 
     use_ema: bool = setting(
@@ -341,34 +281,26 @@ class TrainSettings:
         graph_key=True,
         not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
-    ema_decay: float = setting(
-        0.9999, "decay of the moving average in each step", group=SAVING, low=0, below=1, resume="followed"
-    )
-    ckpt_save_interval: int = setting(
-        1, "epochs between checkpoints (steps with step_mode)", group=SAVING, low=1, high=MOST_COUNT
-    )
-    step_mode: bool = setting(False, "count ckpt_save_interval in steps, not epochs", group=SAVING)
-    ckpt_max_keep: int = setting(
-        10, "number of checkpoints to keep, the newest ones", group=SAVING, low=1, high=MOST_COUNT
-    )
+    ema_decay: float = setting(0.9999, "decay of the moving average in each step", low=0, below=1, resume="followed")
+    ckpt_save_interval: int = setting(1, "epochs between checkpoints (steps with step_mode)", low=1, high=MOST_COUNT)
+    step_mode: bool = setting(False, "count ckpt_save_interval in steps, not epochs")
+    ckpt_max_keep: int = setting(10, "number of checkpoints to keep, the newest ones", low=1, high=MOST_COUNT)
     log_level: str = setting(
         "INFO",
         "the least level of messages in log.txt and on the screen",
-        group=SAVING,
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
     )
 
     device_target: Optional[str] = setting(
         None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
     )
-    mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", group=DEVICE, choices=(0, 1), graph_key=True)
+    mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", choices=(0, 1), graph_key=True)
     jit_level: Optional[str] = setting(
-        None, "optimization level of Ascend's graph compiler", group=DEVICE, choices=("O0", "O1", "O2"), graph_key=True
+        None, "optimization level of Ascend's graph compiler", choices=("O0", "O1", "O2"), graph_key=True
     )
     precision: str = setting(
         "auto",
         "auto: fp16 on Ascend, fp32 on the CPU",
-        group=DEVICE,
         choices=("auto", "fp16", "fp32"),
         resume="fixed",
         set_by_comparison=True,
@@ -376,7 +308,6 @@ class TrainSettings:
     seed: int = setting(
         42,
         "seed of all random draws",
-        group=DEVICE,
         low=0,
         below=2**32,
         resume="fixed",
@@ -384,15 +315,11 @@ class TrainSettings:
         set_by_comparison=True,
     )
     compile_cache: bool = setting(
-        False, "keep the compiled training step under output_path/cache, so that resuming starts sooner", group=DEVICE
+        False, "keep the compiled training step under output_path/cache, so that resuming starts sooner"
     )
-    use_parallel: bool = setting(
-        False, "data parallel over the processes that msrun started", group=DEVICE, set_by_comparison=True
-    )
-    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", group=DEVICE, graph_key=True)
-    dataset_sink_mode: bool = setting(
-        False, "feed batches through Ascend's data queue while a step runs (Ascend only)", group=DEVICE
-    )
+    use_parallel: bool = setting(False, "data parallel over the processes that msrun started", set_by_comparison=True)
+    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", graph_key=True)
+    dataset_sink_mode: bool = setting(False, "feed batches through Ascend's data queue while a step runs (Ascend only)")
 
     def __post_init__(self) -> None:
         """Checks each setting, and the settings against each other. Raises UserError."""

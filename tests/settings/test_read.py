@@ -27,7 +27,7 @@ class Example:
     config: Optional[str] = setting(None, "a YAML file", path=True, project=True)
     epochs: int = setting(10, "passes over the data", group="schedule", low=1)
     rate: float = setting(1e-5, "learning rate", group="schedule", above=0)
-    name: str = setting("adamw", "optimizer", choices=("adamw", "adam"))
+    name: str = setting("adamw", "optimizer", group="others", choices=("adamw", "adam"))
     use_lora: bool = setting(False, "train a LoRA")
     seed: Optional[int] = setting(None, "seed")
     betas: list[float] = setting([0.9, 0.999], "decay of the moments", low=0, below=1, length=2)
