@@ -1,6 +1,7 @@
 """tools/lora/convert_lora.py as it is run: the table, every format, and mistakes in one line with exit code 2."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_every_format(source, tmp_path, capsys, name, dtype):
 
 
 def test_the_text_encoder_has_no_place_in_the_oldest(source, tmp_path):
-    with pytest.raises(UserError, match="diffusers-oldest holds the UNet's attention alone"):
+    with pytest.raises(UserError, match="diffusers-oldest holds only the UNet's attention"):
         main(["--source", str(source), "--target", str(tmp_path / "x.safetensors"), "--to", "diffusers-oldest"])
 
 
@@ -83,7 +84,7 @@ def test_zero_layers_are_counted(tmp_path, capsys):
         layer.up[:] = 0
     write_lora(tmp_path / "lora.ckpt", state)
     main(["--source", str(tmp_path / "lora.ckpt")])
-    assert "20 of 20             5" in capsys.readouterr().out
+    assert re.search("20 of 20 +5", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_zero_layers_are_counted(tmp_path, capsys):
         (["--to", "kohya"], "go together"),
         (["--to", "kohya", "--target", "x.ckpt", "--source", "nothing.ckpt"], "kohya is written as .safetensors"),
         (["--to", "mindone", "--target", "SOURCE"], "exists: choose another name, or remove it first"),
-        (["--base", str(ROOT / "configs" / "v1-inference.yaml")], "its architecture is nano, the one of .* is sd1"),
+        (["--base", str(ROOT / "configs" / "v1-inference.yaml")], "its architecture is nano, that of .* is sd1"),
         (["--base", "nothing.yaml"], "nothing.yaml"),
         (["--source", "nothing.ckpt"], "nothing.ckpt does not exist"),
     ],

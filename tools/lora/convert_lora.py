@@ -44,7 +44,7 @@ KINDS = (
     (r"samplers\.", "resampling"),
     (r"", "first, last, time"),
 )
-HEADER = ("component", "layers", "number", "rank", "alpha", "shape as in the base model", "all zero")
+HEADER = ("component", "layers", "number", "rank", "alpha", "fit the base model", "all zero")
 
 
 @dataclass
