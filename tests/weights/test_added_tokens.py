@@ -78,7 +78,7 @@ def make_folder(plain_folder, path, files=FORMS["added_tokens.json"], rows=2):
 
 class TestAreUsed:
     @pytest.mark.parametrize("form", FORMS)
-    def test_wherever_the_tokenizer_tells_them(self, plain_folder, tmp_path, form):
+    def test_in_every_file_of_the_tokenizer(self, plain_folder, tmp_path, form):
         model = detect_model_config(make_folder(plain_folder, tmp_path / "sd", FORMS[form]))
         assert model.added_tokens == TOKENS and model.text["vocab_size"] == 49410
 
@@ -104,7 +104,7 @@ class TestAreUsed:
         assert same_config(config_with_tokens(model, folder), model)
 
     @pytest.mark.parametrize("target", ["x.safetensors", "x.ckpt", "own.safetensors", "folder"])
-    def test_by_what_the_folder_is_converted_to_and_back(self, plain_folder, tmp_path, target, caplog):
+    def test_survive_a_conversion_and_back(self, plain_folder, tmp_path, target, caplog):
         folder = make_folder(plain_folder, tmp_path / "sd", FORMS["tokenizer_config.json"])
         path = tmp_path / target
         convert(folder, path, "own" if target.startswith("own") else None)
@@ -156,7 +156,7 @@ class TestAreRefused:
             load_model(detect_model_config(folder), folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
-    def test_where_a_single_file_does_not_tell_them(self, plain_folder, tmp_path):
+    def test_a_single_file_without_them_in_its_metadata(self, plain_folder, tmp_path):
         convert(make_folder(plain_folder, tmp_path / "sd"), tmp_path / "own.safetensors", "own")
         arrays, _ = read_checkpoint(tmp_path / "own.safetensors")
         write_checkpoint(tmp_path / "bare.safetensors", arrays)
@@ -199,12 +199,12 @@ class TestAreRefused:
     @pytest.mark.parametrize(
         "text", ["", "5", "[5]", '[["<x>", 49408]]', '[["<x>", "49408", true, false]]', "[" * 99_999]
     )
-    def test_where_a_files_texts_tell_none_that_can_be(self, tmp_path, text):
+    def test_impossible_tokens_in_metadata(self, tmp_path, text):
         write_checkpoint(tmp_path / "x.safetensors", {"a": np.zeros(1)}, {"added_tokens": text})
         with pytest.raises(UserError, match="x.safetensors, added_tokens in its metadata"):
             read_added_tokens(open_base_model(tmp_path / "x.safetensors"))
 
-    def test_where_one_fills_up(self, plain_folder, tmp_path):
+    def test_padding_with_an_added_token(self, plain_folder, tmp_path):
         files = {**FORMS["added_tokens.json"], "special_tokens_map.json": {"pad_token": "<cat-toy>"}}
         with pytest.raises(UserError, match="pad_token in tokenizer/special_tokens_map.json is <cat-toy>"):
             detect_model_config(make_folder(plain_folder, tmp_path / "sd", files))

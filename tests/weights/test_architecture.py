@@ -115,7 +115,7 @@ class TestSingleFiles:
         assert found(Shapes(names, prediction_type=prediction_type)) == [path]
         assert found(Shapes(names), prediction_type) == [path]
 
-    def test_a_known_model_that_was_trained_to_predict_the_other_thing(self, published):
+    def test_a_known_model_with_the_other_prediction_type(self, published):
         checkpoint = Shapes(published["sd1_ldm_ckpt_keys"])
         (model,) = candidate_configs(checkpoint, map_base_model(checkpoint), "v_prediction")
         assert (
@@ -137,12 +137,12 @@ class TestSingleFiles:
         with pytest.raises(UserError, match="adds 0 tokens to CLIP's 49,408, but .* 49,409 rows"):
             found(Shapes(names))
 
-    def test_other_sizes_are_of_no_known_model(self, published):
+    def test_other_sizes_are_not_those_of_a_known_model(self, published):
         names = dict(published["sd1_ldm_ckpt_keys"])
         names["first_stage_model.post_quant_conv.weight"] = [16, 16, 1, 1]
         assert found(Shapes(names)) == []
 
-    def test_one_component_is_judged_by_what_it_has(self, published):
+    def test_a_single_component_is_compared_with_the_known_models(self, published):
         names = published["sd1_ldm_ckpt_keys"]
         for part in ("model.diffusion_model.", "cond_stage_model."):
             assert found(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
@@ -154,12 +154,12 @@ class TestSingleFiles:
             ("cond_stage_model.", "holds no UNet and no VAE"),
         ],
     )
-    def test_what_is_missing_is_said_before_what_is_not_known(self, published, part, words):
+    def test_missing_components_are_reported_first(self, published, part, words):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if name.startswith(part)})
         assert f"{words}: give the whole model" in missing_information(checkpoint, map_base_model(checkpoint), "say it")
 
-    def test_a_file_without_a_unet_may_be_what_training_begins_with(self, published):
+    def test_a_file_without_a_unet_can_start_a_training(self, published):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if not name.startswith("model.")})
         said = missing_information(checkpoint, map_base_model(checkpoint), "say it")
@@ -202,7 +202,7 @@ class TestDiffusersFolders:
         folder._shapes = {name: shape for name, shape in folder._shapes.items() if not name.startswith(part)}
         assert words in missing_information(folder, map_base_model(folder), "say it")
 
-    def test_a_config_that_is_missing_is_named_where_the_shapes_are_of_no_known_model(self, published):
+    def test_a_missing_config_is_named_for_an_unknown_model(self, published):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), unet=None))
         folder._shapes = {**folder._shapes, "vae/post_quant_conv.weight": [16, 16, 1, 1]}
         key_map = map_base_model(folder)
@@ -222,7 +222,7 @@ class TestDiffusersFolders:
             ({"tokenizer": {"pad_token": {"content": "!"}}}, "pad_token", "zero"),
         ],
     )
-    def test_what_differs_makes_another_model(self, published, changed, field, value):
+    def test_a_different_setting_makes_another_model(self, published, changed, field, value):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
         (model,) = candidate_configs(folder, map_base_model(folder))
         assert getattr(model, field) == value and model.architecture == "sd1" and known_config_path(model) is None
@@ -239,7 +239,7 @@ class TestDiffusersFolders:
             ({"text": {"num_attention_heads": 8}}, "text", "num_heads", 8),
         ],
     )
-    def test_what_shapes_do_not_tell(self, published, changed, part, key, value):
+    def test_settings_that_shapes_do_not_show(self, published, changed, part, key, value):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1), **changed))
         (model,) = candidate_configs(folder, map_base_model(folder))
         assert getattr(model, part)[key] == value
@@ -300,7 +300,7 @@ class TestDiffusersFolders:
     [*(ROOT / path for path in KNOWN_CONFIGS), *sorted(ROOT.glob("tests/golden/*.yaml")), ROOT / "tests" / "tiny.yaml"],
     ids=lambda path: path.stem,
 )
-def test_a_model_written_as_yaml_reads_back_as_itself(path):
+def test_a_written_model_yaml_is_read_back(path):
     model = load_model_config(path)
     document = yaml.safe_load(yaml.safe_dump(model_document(model)))
     back = parse_model_config(document, path)

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is written is read back, by MindSpore too; what is not a checkpoint is called by its name."""
+"""Checkpoint files are read back as written, by MindSpore too. Errors say what other files are."""
 
 import fractions
 import hashlib
@@ -70,7 +70,7 @@ class TestRoundTrip:
         assert shapes == {name: array.shape for name, array in ARRAYS.items()}
         assert checkpoint.shape("count") == ()
 
-    def test_the_content_tells_the_format_not_the_suffix(self, tmp_path, suffix):
+    def test_the_content_decides_the_format_not_the_suffix(self, tmp_path, suffix):
         path = whole_file(tmp_path, suffix).rename(tmp_path / "renamed.bin")
         assert open_checkpoint(path).format == suffix[1:]
 
@@ -100,7 +100,7 @@ class TestRoundTrip:
 
 
 class TestMindSporeAgrees:
-    def test_mindspore_loads_what_is_written_here(self, tmp_path):
+    def test_mindspore_loads_written_files(self, tmp_path):
         write_checkpoint(tmp_path / "x.ckpt", ARRAYS, TEXTS)
         loaded = ms.load_checkpoint(str(tmp_path / "x.ckpt"))
         assert {name: loaded[name] for name in TEXTS} == TEXTS
@@ -109,7 +109,7 @@ class TestMindSporeAgrees:
             assert loaded[name].asnumpy().dtype == array.dtype
 
     @pytest.mark.parametrize("crc_check", [False, True])
-    def test_what_mindspore_saves_is_read_here(self, tmp_path, crc_check):
+    def test_files_that_mindspore_saves_are_read(self, tmp_path, crc_check):
         parameters = [
             {"name": "w", "data": ms.Tensor(ARRAYS["a.weight"])},
             {"name": "half", "data": ms.Tensor(ARRAYS["half"])},
@@ -159,7 +159,7 @@ class TestCutOff:
                 assert suffix == ".ckpt" and arrays.keys() < whole.keys() | {"k"}
         assert refused >= len(range(1, len(content), 7)) - 4
 
-    def test_it_is_said_in_so_many_words(self, tmp_path, suffix):
+    def test_the_error_says_so(self, tmp_path, suffix):
         content = whole_file(tmp_path, suffix).read_bytes()
         for part in (0.3, 0.5, 0.9):
             with pytest.raises(UserError, match="cut.off"):
@@ -362,7 +362,7 @@ def test_a_flipped_bit_is_answered_or_changes_a_number(tmp_path, kind):
 
 class TestForeignFiles:
     @pytest.mark.parametrize("kind", FOREIGN)
-    def test_is_named_for_what_it_is(self, tmp_path, suffix, kind):
+    def test_the_error_says_what_it_is(self, tmp_path, suffix, kind):
         content, pattern = FOREIGN[kind]
         path = write(tmp_path / f"model{suffix}", content)
         with pytest.raises(UserError, match=pattern) as caught:
@@ -385,7 +385,7 @@ class TestForeignFiles:
 
     @pytest.mark.parametrize("linked", [False, True])
     @pytest.mark.parametrize("kind, words", [("fifo", "is a pipe"), ("device", "is a device")])
-    def test_what_is_no_regular_file_is_not_opened(self, tmp_path, kind, words, linked):
+    def test_a_path_that_is_not_a_regular_file_is_not_opened(self, tmp_path, kind, words, linked):
         path = tmp_path / "model.safetensors"
         if kind == "fifo":
             os.mkfifo(path)

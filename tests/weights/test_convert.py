@@ -85,7 +85,7 @@ class TestAllDirections:
 
     @pytest.mark.parametrize("format", TARGETS)
     @pytest.mark.parametrize("model", ["sd1", "sd2"])
-    def test_the_model_is_known_from_what_was_written(self, tmp_path, source, model, format):
+    def test_a_written_checkpoint_names_its_model(self, tmp_path, source, model, format):
         target = tmp_path / "out" / TARGETS[format]
         convert(source(model), target, format, model_config=MODELS[model])
         assert same_config(detect_model_config(target), load_model_config(MODELS[model]))
@@ -121,7 +121,7 @@ class TestWhatIsWritten:
         parts = [weights["sd2"][f"{TEXT}encoder.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
         np.testing.assert_array_equal(fused, np.concatenate(parts))
 
-    def test_a_published_file_keeps_what_has_no_use_here_in_the_type_asked_for(self, tmp_path, source):
+    def test_a_published_file_keeps_unused_arrays_in_the_given_type(self, tmp_path, source):
         convert(source("sd2"), tmp_path / "x.safetensors", model_config=MODELS["sd2"])
         arrays, metadata = read_checkpoint(tmp_path / "x.safetensors")
         more = {
@@ -150,7 +150,7 @@ class TestWhatIsWritten:
         assert weights["tiny"][f"first_stage_model.{name}"].ndim == 4 and metadata == {"format": "pt"}
 
     @pytest.mark.parametrize("model, token", [("sd1", "<|endoftext|>"), ("sd2", "!")])
-    def test_the_tokenizer_in_the_folder_is_the_one_used_here(self, tmp_path, source, model, token):
+    def test_the_folder_has_the_tokenizer_of_this_project(self, tmp_path, source, model, token):
         convert(source(model), tmp_path / "sd", model_config=MODELS[model])
         vocabulary = json.loads((tmp_path / "sd/tokenizer/vocab.json").read_text(encoding="utf-8"))
         merges = (tmp_path / "sd/tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
@@ -171,7 +171,7 @@ class TestWhatIsWritten:
         assert detect_model_config(tmp_path / "nano.ckpt").architecture == "nano"
 
     @pytest.mark.parametrize("format", TARGETS)
-    def test_one_array_is_held_at_a_time(self, tmp_path, source, monkeypatch, format):
+    def test_one_array_at_a_time_is_in_memory(self, tmp_path, source, monkeypatch, format):
         """Of each array nothing is held when the one after the next is made."""
         import weakref
 
@@ -202,7 +202,7 @@ class TestTypes:
         back, _ = read_checkpoint(tmp_path / "back.safetensors")
         equal(back, {name: array.astype(np.float16).astype(np.float32) for name, array in weights["tiny"].items()})
 
-    def test_keep_leaves_each_as_it_is(self, tmp_path, source, weights):
+    def test_keep_changes_no_weight(self, tmp_path, source, weights):
         half = weights["tiny"][CONV_IN].astype(np.float16)
         convert(source(**{CONV_IN: half}), tmp_path / "x.ckpt", model_config=MODELS["tiny"])
         checkpoint = open_base_model(tmp_path / "x.ckpt")
@@ -251,7 +251,7 @@ class TestRefusing:
         assert listing(target.parent) == before and "\n" not in str(caught.value)
         return str(caught.value)
 
-    def test_an_unknown_model_without_its_yaml(self, tmp_path, source):
+    def test_an_unknown_model_without_a_yaml(self, tmp_path, source):
         assert "add --model_config" in self.refused(source(), tmp_path / "x.ckpt")
 
     @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ class TestRefusing:
         message = self.refused(path, tmp_path / "x.ckpt", model_config=MODELS["tiny"], prediction_type="v_prediction")
         assert "contradicts" in message
 
-    def test_a_prediction_type_that_contradicts_what_the_source_says(self, tmp_path, source):
+    def test_a_prediction_type_that_contradicts_the_source(self, tmp_path, source):
         path = source(metadata={"prediction_type": "v_prediction"})
         (tmp_path / "source.yaml").write_text(MODELS["tiny"].read_text() + "    parameterization: v\n")
         assert convert(path, tmp_path / "good.ckpt", prediction_type="v_prediction").ok

@@ -98,7 +98,7 @@ class TestLoading:
         assert load_base_model(model, save(tmp_path / "base.ckpt", flat)).ok
         np.testing.assert_array_equal(arrays_of(model)[name], weights[name])
 
-    def test_what_has_no_use_is_counted_by_reason(self, model, weights, tmp_path):
+    def test_unused_keys_are_counted_by_reason(self, model, weights, tmp_path):
         more = {**weights, "betas": np.zeros(3), "alphas_cumprod": np.zeros(3), "model_ema.decay": np.zeros(1)}
         report = load_base_model(model, save(tmp_path / "base.ckpt", more))
         assert report.ignored == {"noise schedule": 2, "EMA copy": 1}
@@ -162,18 +162,18 @@ class TestLoading:
 VAE = "first_stage_model."
 
 
-class TestAVAEOfItsOwn:
-    """vae_ckpt_path: in the place of the base's VAE, or where the base has none."""
+class TestSeparateVAE:
+    """vae_ckpt_path replaces the VAE of a base model, or supplies a missing one."""
 
     @pytest.fixture
     def bare(self, weights, tmp_path):
-        """A base without a VAE."""
+        """A base model without a VAE."""
         arrays = {name: array for name, array in weights.items() if not name.startswith(VAE)}
         return save(tmp_path / "bare.safetensors", arrays)
 
     @pytest.fixture(params=["single file", "its training's file", "of a folder", "folder", "whole model", "mindone's"])
     def other(self, request, weights, config, tmp_path):
-        """(a file or folder with another VAE, that VAE's parameters)"""
+        """A file or folder with another VAE, and its parameters."""
         parameters = {name: array + 1 for name, array in weights.items() if name.startswith(VAE)}
         single = {name[len(VAE) :]: array for name, array in parameters.items()}
         if request.param == "single file":
@@ -200,13 +200,13 @@ class TestAVAEOfItsOwn:
             path = save(tmp_path / "other.ckpt", arrays)
         return path, parameters
 
-    def test_is_put_into_a_base_without_one(self, config, weights, bare, other):
+    def test_completes_a_base_model_without_one(self, config, weights, bare, other):
         path, parameters = other
         loaded = arrays_of(load_model(config, bare, vae=path))
         for name, array in {**weights, **parameters}.items():
             np.testing.assert_array_equal(loaded[name], array)
 
-    def test_takes_the_place_of_the_bases(self, config, weights, tmp_path):
+    def test_replaces_that_of_the_base_model(self, config, weights, tmp_path):
         single = {name[len(VAE) :]: array + 1 for name, array in weights.items() if name.startswith(VAE)}
         base, vae = save(tmp_path / "base.safetensors", weights), save(tmp_path / "vae.safetensors", single)
         loaded = arrays_of(load_model(config, base, vae=vae))
@@ -239,20 +239,20 @@ class TestAVAEOfItsOwn:
         with pytest.raises(UserError, match=words):
             load_component(model, save(tmp_path / "x.safetensors", single), "vae", config)
 
-    def test_one_whose_latents_have_another_scale(self, model, config, weights, tmp_path):
+    def test_another_scaling_factor_is_refused(self, model, config, weights, tmp_path):
         (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}')
         save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[1])
         with pytest.raises(UserError, match="a VAE with a scaling_factor of 0.13025, the model has 0.5"):
             load_component(model, tmp_path, "vae", config)
 
 
-class TestAUNetOfItsOwn:
+class TestSeparateUNet:
     def test_comes_from_a_diffusers_file_too(self, model, config, weights, tmp_path):
         path = save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(weights, config)[0])
         assert load_component(model, path, "unet", config).ok
         np.testing.assert_array_equal(arrays_of(model)[TO_K], weights[TO_K])
 
-    def test_predicts_what_the_model_predicts(self, model, config, weights, tmp_path):
+    def test_another_prediction_type_is_refused(self, model, config, weights, tmp_path):
         path = save(tmp_path / "unet.safetensors", weights, {"prediction_type": "v_prediction"})
         with pytest.raises(UserError, match="unet.safetensors says that its prediction_type is v_prediction"):
             load_component(model, path, "unet", config)
@@ -337,7 +337,7 @@ class TestRefusing:
         vae = {name[len("first_stage_model.") :]: array for name, array in weights.items() if name.startswith("first_")}
         assert "is the VAE of a single file alone" in refused(model, save(tmp_path / "b.safetensors", vae))
 
-    def test_what_is_no_base_model(self, model, tmp_path):
+    def test_other_checkpoints(self, model, tmp_path):
         sdxl = {"conditioner.embedders.0.transformer.x": np.zeros(1), "model.diffusion_model.out.0.weight": np.zeros(1)}
         assert "is an SDXL checkpoint" in refused(model, save(tmp_path / "b.safetensors", sdxl))
 
