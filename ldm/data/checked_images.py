@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Another Pillow, or a later version of this record, starts an empty record.
 VERSION = f"1, Pillow {PIL.__version__}"
-MOST_BYTES = 128 << 20  # half a million images
+MAX_BYTES = 128 << 20  # half a million images
 # A file can change twice within the resolution of its date, which is 2 s on FAT. The date of a file that has changed so
 # shortly before is not trusted (git calls such files racily clean).
 RESOLUTION_NS = 2_000_000_000
@@ -109,7 +109,7 @@ def _read(record: Path) -> dict[str, _Image]:
     try:
         if not is_there(record):
             return {}
-        content = parse_json(read_text(record, most=MOST_BYTES), plain(record))
+        content = parse_json(read_text(record, most=MAX_BYTES), plain(record))
         if isinstance(content, dict) and content.get("version") != VERSION:
             return {}
         if not isinstance(content, dict) or content.get("checksum") != _checksum(content.get("images")):

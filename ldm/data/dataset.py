@@ -28,8 +28,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 # The csv module's default limit. Checked here as well, because some MindSpore modules raise it for the whole process.
 LONGEST_FIELD = 131_072
-MOST_ROWS = 1_000_000  # they take 1 GB of memory
-MOST_BYTES = 128 << 20  # size of the CSV: a million rows of 130 characters
+MAX_ROWS = 1_000_000  # they take 1 GB of memory
+MAX_BYTES = 128 << 20  # size of the CSV: a million rows of 130 characters
 
 
 class Row(NamedTuple):
@@ -163,7 +163,7 @@ def _find_csv(folder: Path, csv_name: str) -> Path:
 def _parse(csv_path: Path, image_column: str, caption_column: str) -> list[_CsvRow]:
     way = "write it as a UTF-8 CSV, a large one in parts"
     # The text is not kept in a variable, because StringIO copies it.
-    reader = csv.reader(io.StringIO(read_text(csv_path, way=way, most=MOST_BYTES), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(csv_path, way=way, most=MAX_BYTES), newline=""), strict=True)
     rows: list[_CsvRow] = []
     image_at = caption_at = -1
     header: list[str] = []
@@ -179,8 +179,8 @@ def _parse(csv_path: Path, image_column: str, caption_column: str) -> list[_CsvR
                 header = [name.strip() for name in fields]
                 image_at, caption_at = _columns(csv_path, header, (image_column, caption_column))
                 continue
-            if len(rows) == MOST_ROWS:
-                raise UserError(f"{plain(csv_path)} has more than {MOST_ROWS:,} rows: split it")
+            if len(rows) == MAX_ROWS:
+                raise UserError(f"{plain(csv_path)} has more than {MAX_ROWS:,} rows: split it")
             while len(fields) > len(header) and not fields[-1].strip():
                 fields.pop()
             # Spreadsheets omit empty fields at the end of a line.

@@ -23,12 +23,12 @@ from ldm.files.inputs import open_file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 # Decoding and scaling take up to 12 bytes a pixel (a progressive CMYK JPEG), or 16 for a WebP. All threads together
-# decode within MOST_MEMORY, so the process stays within 2 GB, MindSpore included.
+# decode within MAX_MEMORY, so the process stays within 2 GB, MindSpore included.
 BYTES_A_PIXEL = 12
 WEBP_BYTES_A_PIXEL = 16
-MOST_MEMORY = 1_440_000_000  # 120 million pixels, or 90 million of a WebP
-MOST_SIDE = 100_000  # scaling a strip of 1 x 1,000,000 pixels to a square takes 1 GB
-MOST_BYTES = 720_000_000  # size of a file: 120 million pixels in RGB with 16 bits, uncompressed
+MAX_MEMORY = 1_440_000_000  # 120 million pixels, or 90 million of a WebP
+MAX_SIDE = 100_000  # scaling a strip of 1 x 1,000,000 pixels to a square takes 1 GB
+MAX_BYTES = 720_000_000  # size of a file: 120 million pixels in RGB with 16 bits, uncompressed
 BYTES_AT_ONCE = 128_000_000  # size of all files that are open together, because a file may be mostly metadata
 STRIP_PIXELS = 1 << 20  # conversions that need floats or more channels work in strips of this size
 
@@ -96,7 +96,7 @@ class _Budget:
 
 
 _open_bytes = _Budget(BYTES_AT_ONCE)
-_memory = _Budget(MOST_MEMORY)
+_memory = _Budget(MAX_MEMORY)
 
 
 @contextmanager
@@ -108,8 +108,8 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
     """
     with _regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MOST_BYTES:
-            raise BrokenImage(path, f"has {size:,} bytes, at most {MOST_BYTES:,} are read: scale it down")
+        if size > MAX_BYTES:
+            raise BrokenImage(path, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
         with _open_bytes.hold(size):
             with _faults(path, size):
                 image = Image.open(file, formats=FORMATS)
@@ -209,7 +209,7 @@ def _faults(path: str | Path, size: int) -> Iterator[None]:
     except BrokenImage:
         raise
     except Image.DecompressionBombError:
-        most = MOST_MEMORY // BYTES_A_PIXEL
+        most = MAX_MEMORY // BYTES_A_PIXEL
         raise BrokenImage(path, f"has too many pixels, at most {most:,} are read: scale it down") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
@@ -229,11 +229,11 @@ def _needed_memory(path: str | Path, image: Image.Image) -> int:
     if 0 in image.size:
         raise BrokenImage(path, "has no pixels")
     a_pixel = WEBP_BYTES_A_PIXEL if image.format == "WEBP" else BYTES_A_PIXEL
-    if width * height * a_pixel > MOST_MEMORY:
-        most = f"{MOST_MEMORY // a_pixel:,}{' of a WebP' if image.format == 'WEBP' else ''}"
+    if width * height * a_pixel > MAX_MEMORY:
+        most = f"{MAX_MEMORY // a_pixel:,}{' of a WebP' if image.format == 'WEBP' else ''}"
         raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {most} are read: scale it down")
-    if max(image.size) > MOST_SIDE:
-        raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {MOST_SIDE:,} a side are read: cut it up")
+    if max(image.size) > MAX_SIDE:
+        raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {MAX_SIDE:,} a side are read: cut it up")
     return width * height * a_pixel
 
 

@@ -11,7 +11,7 @@ import zlib
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
-MOST_LIST = 16 << 20  # bytes of the archive's directory; zipfile needs 13 times as many in memory
+MAX_LIST = 16 << 20  # bytes of the archive's directory; zipfile needs 13 times as many in memory
 CHUNK = 1 << 20
 
 # What zipfile raises for a damaged archive, a password (RuntimeError) and unsupported features (NotImplementedError).
@@ -22,8 +22,8 @@ class _BoundedFile(io.BufferedReader):
     """A file for zipfile, which reads the archive's whole directory at once, whatever size the archive declares."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > MOST_LIST:
-            raise zipfile.BadZipFile(f"the list of its members has {size:,} bytes, at most {MOST_LIST:,} are read")
+        if size is not None and size > MAX_LIST:
+            raise zipfile.BadZipFile(f"the list of its members has {size:,} bytes, at most {MAX_LIST:,} are read")
         return super().read(size)
 
 

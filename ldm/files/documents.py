@@ -15,11 +15,11 @@ import yaml
 from ldm.errors import UserError, plain
 from ldm.files.inputs import read_text
 
-MOST_BYTES = 16 << 20  # of a JSON file
-MOST_YAML_BYTES = 256 << 10  # PyYAML reads some 10,000 words per second
-MOST_ENTRIES = 1_000_000  # of a YAML, with aliases expanded; 32 characters of text count as one entry
-MOST_DIGITS = 1000  # of an integer
-MOST_DEPTH = 100  # of nested mappings and lists in a YAML
+MAX_BYTES = 16 << 20  # of a JSON file
+MAX_YAML_BYTES = 256 << 10  # PyYAML reads some 10,000 words per second
+MAX_ENTRIES = 1_000_000  # of a YAML, with aliases expanded; 32 characters of text count as one entry
+MAX_DIGITS = 1000  # of an integer
+MAX_DEPTH = 100  # of nested mappings and lists in a YAML
 
 # What PyYAML and json raise for malformed text: besides their own errors, `!!int x` raises ValueError, `!!bool x`
 # KeyError, and 100,000 brackets RecursionError.
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
-        if self._depth > MOST_DEPTH:
+        if self._depth > MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -64,8 +64,8 @@ class _Loader(yaml.SafeLoader):
             raise _syntax_error(node, f'"{plain(node.value, 60)}" is not a valid !!{plain(kind, 20)}') from None
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(self.construct_scalar(node)) > MOST_DIGITS:
-            raise _syntax_error(node, f"a number of more than {MOST_DIGITS} digits")
+        if len(self.construct_scalar(node)) > MAX_DIGITS:
+            raise _syntax_error(node, f"a number of more than {MAX_DIGITS} digits")
         return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -91,8 +91,8 @@ class _Loader(yaml.SafeLoader):
                     raise _syntax_error(value, "<< must name a mapping, or a list of mappings")
                 self.flatten_mapping(source)
                 self._merged_entries += len(source.value)
-                if self._merged_entries > MOST_ENTRIES:
-                    raise _syntax_error(value, f"more than {MOST_ENTRIES:,} entries are merged (<<)")
+                if self._merged_entries > MAX_ENTRIES:
+                    raise _syntax_error(value, f"more than {MAX_ENTRIES:,} entries are merged (<<)")
                 for entry in source.value:
                     merged.setdefault(_key(entry[0]), entry)
         node.value = list({**merged, **own}.values())
@@ -138,9 +138,9 @@ def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path
 
     Raises:
         UserError: the file cannot be read (see ldm.files.inputs), is not valid YAML (with the line), or exceeds
-            MOST_YAML_BYTES, MOST_ENTRIES or MOST_DEPTH.
+            MAX_YAML_BYTES, MAX_ENTRIES or MAX_DEPTH.
     """
-    text = read_text(path, name, way, MOST_YAML_BYTES)
+    text = read_text(path, name, way, MAX_YAML_BYTES)
     where = f"{name} {plain(os.fspath(path))}".strip()
     try:
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -157,7 +157,7 @@ def write_yaml(content: Any) -> str:
 
 def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path of a JSON file") -> Any:
     """Returns the content of a JSON file. Arguments and errors are those of `read_yaml`."""
-    text = read_text(path, name, way, MOST_BYTES)
+    text = read_text(path, name, way, MAX_BYTES)
     return parse_json(text, f"{name} {plain(os.fspath(path))}".strip())
 
 
@@ -191,8 +191,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits, at most {MOST_DIGITS} are read")
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, at most {MAX_DIGITS} are read")
     return int(digits)
 
 
@@ -213,7 +213,7 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raises UserError for more than MOST_ENTRIES or MOST_DEPTH with aliases expanded, and for invalid characters."""
+    """Raises UserError for more than MAX_ENTRIES or MAX_DEPTH with aliases expanded, and for invalid characters."""
     sizes: dict[int, tuple[int, int]] = {}
 
     def measure(value: Any) -> tuple[int, int]:
@@ -227,12 +227,12 @@ def _check_entries(content: Any, where: str) -> None:
             if isinstance(value, (str, bytes)):
                 sizes[id(value)] = 1 + len(value) // 32, 0
             else:
-                sizes[id(value)] = MOST_ENTRIES, 0  # counts if the value contains itself
+                sizes[id(value)] = MAX_ENTRIES, 0  # counts if the value contains itself
                 inner = [measure(entry) for entry in ([*value, *value.values()] if isinstance(value, dict) else value)]
                 sizes[id(value)] = 1 + sum(n for n, _ in inner), 1 + max((depth for _, depth in inner), default=0)
         return sizes[id(value)]
 
     entries, depth = measure(content)
-    if entries > MOST_ENTRIES or depth > MOST_DEPTH:
-        most = f"{MOST_ENTRIES:,} entries" if entries > MOST_ENTRIES else f"{MOST_DEPTH} levels"
+    if entries > MAX_ENTRIES or depth > MAX_DEPTH:
+        most = f"{MAX_ENTRIES:,} entries" if entries > MAX_ENTRIES else f"{MAX_DEPTH} levels"
         raise UserError(f"{where}: with its aliases (&, *) expanded, it has more than {most}: write it without aliases")

@@ -21,7 +21,7 @@ KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
-MOST_TEXT = 64 << 20  # bytes of a text file
+MAX_TEXT = 64 << 20  # bytes of a text file
 
 
 def file_status(path: str | os.PathLike, name: str = "") -> os.stat_result | None:
@@ -106,7 +106,7 @@ def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the pa
             raise UserError(f"{subject} cannot be read: {system_reason(error)}") from None
 
 
-def read_text(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int = MOST_TEXT) -> str:
+def read_text(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int = MAX_TEXT) -> str:
     """Returns the text of a UTF-8 file, without its byte-order mark, with line feeds as the only line ends.
 
     Raises:

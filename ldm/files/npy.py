@@ -16,8 +16,8 @@ import numpy as np
 
 from ldm.errors import plain
 
-MOST_HEADER = 1024  # bytes; numpy writes 118 for most arrays
-MOST_DIMENSIONS = 32  # of numpy 1
+MAX_HEADER = 1024  # bytes; numpy writes 118 for most arrays
+MAX_DIMENSIONS = 32  # of numpy 1
 
 
 class NotNumpy(Exception):
@@ -54,8 +54,8 @@ def read_header(file: BinaryIO, size: int) -> Header:
         raise NotNumpy(f"it begins with {plain(start)}" if start else "it is empty")
     count = 2 if start[6:7] == b"\1" else 4
     length = int.from_bytes(file.read(count), "little")
-    if length > MOST_HEADER:
-        raise NotNumpy(f"its header has {length:,} bytes, at most {MOST_HEADER:,} are read")
+    if length > MAX_HEADER:
+        raise NotNumpy(f"its header has {length:,} bytes, at most {MAX_HEADER:,} are read")
     try:
         # Python 2 wrote 3L for 3.
         fields = ast.literal_eval(re.sub(r"(\d)L\b", r"\1", file.read(length).decode("latin-1")).strip())
@@ -92,6 +92,6 @@ def _shape(sizes: object) -> tuple[int, ...]:
     if not isinstance(sizes, tuple) or not all(type(size) is int and size >= 0 for size in sizes):
         raise NotNumpy(f"its shape is {plain(sizes, 60)}")
     # numpy limits the product of the sizes even where one of them is 0.
-    if len(sizes) > MOST_DIMENSIONS or math.prod(size or 1 for size in sizes) >= 1 << 48:
+    if len(sizes) > MAX_DIMENSIONS or math.prod(size or 1 for size in sizes) >= 1 << 48:
         raise NotNumpy(f"its shape {plain(sizes, 60)} exceeds what can be read")
     return sizes

@@ -33,7 +33,7 @@ from ldm.files.paths import check_free
 
 logger = logging.getLogger(__name__)
 
-MOST_TRIES = 100  # to open and lock a lock file before another process removes it
+MAX_TRIES = 100  # to open and lock a lock file before another process removes it
 _HOLDER = "process "  # the beginning of the text in a lock file
 
 
@@ -182,7 +182,7 @@ def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
 def _acquire(lock: Path, target: Path, name: str) -> int | None:
     """Returns a handle of the locked file, or None if the file system does not support locks."""
     us = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         with ExitStack() as stack:  # closes the handle unless it is returned
             handle, foreign = _open_lock(lock, target, name)
             stack.callback(os.close, handle)

@@ -16,7 +16,7 @@ from ldm.files.inputs import is_there
 _BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
 ROOT = _BUNDLED if _BUNDLED.is_dir() else _BUNDLED.parents[1]
 
-MOST_STRENGTH = 1000  # largest absolute strength of a LoRA
+MAX_STRENGTH = 1000  # largest absolute strength of a LoRA
 
 
 def expanded(text: str) -> str:
@@ -52,7 +52,7 @@ def path_and_strengths(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
         name: of the setting, for errors.
 
     Raises:
-        UserError: the path does not exist, or a strength is not a number within MOST_STRENGTH.
+        UserError: the path does not exist, or a strength is not a number within MAX_STRENGTH.
     """
     text = expanded(text)
     for count in (0, 1, 2):
@@ -68,10 +68,10 @@ def _strength(word: str, text: str, name: str) -> float:
         strength = float(word)
     except ValueError:
         strength = float("nan")
-    if not abs(strength) <= MOST_STRENGTH:
+    if not abs(strength) <= MAX_STRENGTH:
         raise UserError(
             f'{name} "{plain(text)}": the strength "{plain(word, 40)}" after the colon is not a number from '
-            f"-{MOST_STRENGTH} to {MOST_STRENGTH}, such as 0.7"
+            f"-{MAX_STRENGTH} to {MAX_STRENGTH}, such as 0.7"
         )
     return strength
 

@@ -12,9 +12,9 @@ from ldm.files.inputs import read_text
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 128 << 20  # of a file: a million prompts of 130 characters
-MOST_PROMPTS = 1_000_000
-MOST_CHARACTERS = 10_000  # of a prompt; the text encoder reads about 300 of them
+MAX_BYTES = 128 << 20  # of a file: a million prompts of 130 characters
+MAX_PROMPTS = 1_000_000
+MAX_CHARACTERS = 10_000  # of a prompt; the text encoder reads about 300 of them
 LINES_NAMED = 5  # in a warning
 WAY = "give a text file with one prompt a line"
 
@@ -33,21 +33,21 @@ def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
         name: of the setting, for messages.
 
     Raises:
-        UserError: the file cannot be read (see ldm.files.inputs), is empty, or exceeds MOST_BYTES, MOST_PROMPTS or
-            MOST_CHARACTERS per prompt.
+        UserError: the file cannot be read (see ldm.files.inputs), is empty, or exceeds MAX_BYTES, MAX_PROMPTS or
+            MAX_CHARACTERS per prompt.
     """
     where = f"{name} {plain(os.fspath(path))}"
-    text = read_text(path, name, WAY, MOST_BYTES).rstrip("\n")
+    text = read_text(path, name, WAY, MAX_BYTES).rstrip("\n")
     count = text.count("\n") + 1
-    if count > MOST_PROMPTS:
-        raise UserError(f"{where} has {count:,} lines, at most {MOST_PROMPTS:,} are read: split it into several files")
+    if count > MAX_PROMPTS:
+        raise UserError(f"{where} has {count:,} lines, at most {MAX_PROMPTS:,} are read: split it into several files")
     prompts = [line.strip() for line in text.split("\n")]
     if not any(prompts):
         raise UserError(f"{where} is empty: write one prompt a line")
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > MOST_CHARACTERS:
+        if len(prompt) > MAX_CHARACTERS:
             raise UserError(
-                f"{where}, line {number}: a prompt of {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are "
+                f"{where}, line {number}: a prompt of {len(prompt):,} characters, at most {MAX_CHARACTERS:,} are "
                 "read: write one prompt a line"
             )
 

@@ -16,9 +16,9 @@ from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import ROOT, path_and_strengths, under_root
-from ldm.files.prompts import MOST_CHARACTERS, read_prompts
+from ldm.files.prompts import MAX_CHARACTERS, read_prompts
 from ldm.settings.declare import names_of
-from ldm.settings.generate import MOST_IMAGES, GenerateSettings
+from ldm.settings.generate import MAX_IMAGES, GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.versions import VERSIONS, default_guidance_scale
 from ldm.weights.architecture import detect_model_config
@@ -81,10 +81,10 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     """
     prompts, negative_prompts = _prompts(settings)
     images_per_prompt = settings.n_iter * settings.n_samples
-    if len(prompts) * images_per_prompt > MOST_IMAGES:
+    if len(prompts) * images_per_prompt > MAX_IMAGES:
         raise UserError(
             f"{len(prompts)} prompts x n_iter {settings.n_iter} x n_samples {settings.n_samples} are more than "
-            f"{MOST_IMAGES} images: lower them"
+            f"{MAX_IMAGES} images: lower them"
         )
 
     version, checkpoint, config = find_model(settings.ckpt_path, settings.version, settings.config)
@@ -188,9 +188,9 @@ def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
 
 def _check_text(text: str, name: str) -> None:
     """Raise UserError for a prompt that is too long or is not UTF-8 (Python reads such bytes as surrogates)."""
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MAX_CHARACTERS:
         raise UserError(
-            f"--{name} has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read: shorten it, or give several "
+            f"--{name} has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read: shorten it, or give several "
             "prompts in the file of --data_path"
         )
     try:

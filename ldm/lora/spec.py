@@ -36,7 +36,7 @@ TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS
 
 # Bounds for a configuration: the number of names, the characters of a name, and the size of an alpha or a scale and of
 # its inverse.
-MOST_NAMES, LONGEST_NAME, LARGEST = 4096, 200, 1e9
+MAX_NAMES, LONGEST_NAME, LARGEST = 4096, 200, 1e9
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def fits(pattern: str, name: str) -> bool:
     return bool(_pattern(pattern).match(f".{name}"))
 
 
-@lru_cache(maxsize=MOST_NAMES)
+@lru_cache(maxsize=MAX_NAMES)
 def _pattern(pattern: str) -> re.Pattern[str]:
     # fnmatchcase would keep fewer compiled patterns than a model has layers. The expression that `translate` makes of
     # several `*` does not backtrack into an earlier one, so the time grows with their number times the name's length.
@@ -177,8 +177,8 @@ def near_names(pattern: str, names: Iterable[str]) -> list[str]:
 def _check_names(names: Iterable[Any], where: str) -> None:
     """Raises UserError for more names than a model has layers, or longer ones."""
     names = list(names)
-    if len(names) > MOST_NAMES:
-        raise UserError(f"{where} holds {len(names):,} names, at most {MOST_NAMES:,} are read: use * for several")
+    if len(names) > MAX_NAMES:
+        raise UserError(f"{where} holds {len(names):,} names, at most {MAX_NAMES:,} are read: use * for several")
     long = next((name for name in map(str, names) if len(name) > LONGEST_NAME), None)
     if long is not None:
         raise UserError(

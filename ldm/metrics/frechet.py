@@ -22,7 +22,7 @@ from ldm.files.atomic import atomic_path
 from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
 
-MOST_BYTES = 129 << 20  # size of an array in saved statistics: the covariance of 4096 features (Inception has 2048)
+MAX_BYTES = 129 << 20  # size of an array in saved statistics: the covariance of 4096 features (Inception has 2048)
 MERGED_AT_ONCE = 512  # features that are merged together: every merge passes over the whole covariance
 
 
@@ -142,7 +142,7 @@ def read_statistics(path: str | os.PathLike) -> SavedStatistics:
     with Archive(path, "an .npz file of numbers", way) as archive:
         for name in ("mu", "sigma", "count", "network"):
             if f"{name}.npy" in archive.members:
-                raw = archive.read(f"{name}.npy", MOST_BYTES)
+                raw = archive.read(f"{name}.npy", MAX_BYTES)
                 file = io.BytesIO(raw)
                 try:
                     arrays[name] = read_array(file, read_header(file, len(raw)))

@@ -13,7 +13,7 @@ from ldm.errors import plain
 from ldm.files.paths import writing
 
 LONGEST_LINE = 2000  # characters
-MOST_WARNINGS = 20  # of one kind; the rest is counted
+MAX_WARNINGS = 20  # of one kind; the rest is counted
 
 
 class PlainFormatter(logging.Formatter):
@@ -77,8 +77,8 @@ def set_up_logging(level: str, log_file: Path | None = None, prefix: bool = True
 
 
 def warn_each(logger: logging.Logger, message: str, items: Sequence[str]) -> None:
-    """Warn of each of the first MOST_WARNINGS items, and of the number of the others, which are logged at DEBUG."""
+    """Warn of each of the first MAX_WARNINGS items, and of the number of the others, which are logged at DEBUG."""
     for i, item in enumerate(items):
-        logger.log(logging.WARNING if i < MOST_WARNINGS else logging.DEBUG, message, item)
-    if len(items) > MOST_WARNINGS:
-        logger.warning(message, f"{len(items) - MOST_WARNINGS:,} more (log_level DEBUG names all)")
+        logger.log(logging.WARNING if i < MAX_WARNINGS else logging.DEBUG, message, item)
+    if len(items) > MAX_WARNINGS:
+        logger.warning(message, f"{len(items) - MAX_WARNINGS:,} more (log_level DEBUG names all)")

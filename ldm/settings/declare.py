@@ -2,7 +2,7 @@
 
     @dataclass
     class Settings:
-        epochs: int = setting(10, "passes over the data", group="length", low=1, high=MOST_COUNT)
+        epochs: int = setting(10, "passes over the data", group="length", low=1, high=MAX_COUNT)
         precision: str = setting("auto", "type to compute in", choices=("auto", "fp16", "fp32"), resume="fixed")
 
 `ldm.settings.read` checks values against these declarations, whether they come from flags, YAML, JSON or Python.
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 # Upper bounds that several settings share. A larger value is a typing error and would fail late.
-MOST_COUNT = 1_000_000_000  # steps, epochs, files
-MOST_BATCH = 10_000
-MOST_RANK = 4096
-MOST_SEED = 2**32 - 1
-MOST_NETWORK_BATCH = 4096  # rows in a call of a network
+MAX_COUNT = 1_000_000_000  # steps, epochs, files
+MAX_BATCH = 10_000
+MAX_RANK = 4096
+MAX_SEED = 2**32 - 1
+MAX_NETWORK_BATCH = 4096  # rows in a call of a network
 
 
 class _Required:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Optional
 
 from ldm.errors import UserError, plain
-from ldm.files.paths import MOST_STRENGTH
-from ldm.settings.declare import MOST_BATCH, MOST_RANK, MOST_SEED, setting
-from ldm.settings.model_yaml import MOST_SIDE, MOST_TIMESTEPS
+from ldm.files.paths import MAX_STRENGTH
+from ldm.settings.declare import MAX_BATCH, MAX_RANK, MAX_SEED, setting
+from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
 from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-MOST_IMAGES = 1_000_000
-MOST_GUIDANCE = 1000
+MAX_IMAGES = 1_000_000
+MAX_GUIDANCE = 1000
 
 IMAGES, MODEL, LORA = "images", "model", "LoRA"
 SAMPLING, OUTPUT, DEVICE = "sampling", "output", "device"
@@ -40,15 +40,15 @@ class GenerateSettings:
     negative_data_path: Optional[str] = setting(
         None, "text file with one negative prompt per line, as many as prompts, or one for all", path=True, project=True
     )
-    n_iter: int = setting(1, "rounds; each prompt gets n_iter x n_samples images", low=1, high=MOST_IMAGES)
-    n_samples: int = setting(1, "images of each prompt in a round", low=1, high=MOST_IMAGES)
-    H: Optional[int] = setting(None, "height in pixels; None for the model's own", low=1, high=MOST_SIDE)
-    W: Optional[int] = setting(None, "width in pixels; None for the model's own", low=1, high=MOST_SIDE)
+    n_iter: int = setting(1, "rounds; each prompt gets n_iter x n_samples images", low=1, high=MAX_IMAGES)
+    n_samples: int = setting(1, "images of each prompt in a round", low=1, high=MAX_IMAGES)
+    H: Optional[int] = setting(None, "height in pixels; None for the model's own", low=1, high=MAX_SIDE)
+    W: Optional[int] = setting(None, "width in pixels; None for the model's own", low=1, high=MAX_SIDE)
     seed: int = setting(
         42,
         "image i depends on (seed, i) only, not on the batch size; i counts the images of all prompts",
         low=0,
-        high=MOST_SEED,
+        high=MAX_SEED,
     )
     init_latents: Optional[str] = setting(
         None, "starting latents instead of the seed's: an .npy of floats, (images, channels, height, width)", path=True
@@ -95,8 +95,8 @@ class GenerateSettings:
     lora_scale: float = setting(
         1.0,
         "multiplies the strength of every LoRA; 0 gives the base model, bit for bit",
-        low=-MOST_STRENGTH,
-        high=MOST_STRENGTH,
+        low=-MAX_STRENGTH,
+        high=MAX_STRENGTH,
         needs="lora_ckpt_path",
     )
     lora_ft_unet: Optional[bool] = setting(
@@ -113,13 +113,13 @@ class GenerateSettings:
         None,
         "rank, which is read from the file; a value given here is compared with it",
         low=1,
-        high=MOST_RANK,
+        high=MAX_RANK,
         needs="lora_ckpt_path",
     )
 
-    sampling_steps: int = setting(20, "steps of the sampler", group=SAMPLING, low=1, high=MOST_TIMESTEPS)
+    sampling_steps: int = setting(20, "steps of the sampler", group=SAMPLING, low=1, high=MAX_TIMESTEPS)
     scale: Optional[float] = setting(
-        None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MOST_GUIDANCE
+        None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MAX_GUIDANCE
     )
     dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++")
     ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++")
@@ -159,7 +159,7 @@ class GenerateSettings:
         "images in a call of the network, which does not change them; None: n_samples, at least 16 up to 128 x 128 "
         "pixels, and at most as many as 8 of 512 x 512 pixels",
         low=1,
-        high=MOST_BATCH,
+        high=MAX_BATCH,
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from ldm.settings.model_yaml import (
     ARCHITECTURES,
     DIFFUSION_TARGET,
     INPAINT_TARGET,
-    MOST_SIDE,
+    MAX_SIDE,
     OPENCLIP_TARGET,
     PARAMETERIZATIONS,
     TEXT_TARGET,
@@ -35,7 +35,7 @@ from ldm.settings.read import read_mapping
 # Input channels of UNets that take more than noisy latents, and the models that have them.
 OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
-LEAST_LEFT = 1e-16  # of the image's variance at the last time step; Stable Diffusion leaves 5e-3
+MIN_LEFT = 1e-16  # of the image's variance at the last time step; Stable Diffusion leaves 5e-3
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
 
 
@@ -176,16 +176,16 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
             "betas increase"
         )
     left = _left_at_the_end(linear_start, linear_end, timesteps)
-    if left < LEAST_LEFT:
+    if left < MIN_LEFT:
         refuse(
             f"after timesteps {timesteps} with linear_end {linear_end} only {left:.1g} of the image's variance is "
             "left; lower one of them"
         )
     vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
     image_size = params["image_size"] * vae_factor
-    if image_size > MOST_SIDE:
+    if image_size > MAX_SIDE:
         refuse(
-            f"model.params.image_size: {params['image_size']} latents of {vae_factor} pixels are more than {MOST_SIDE} "
+            f"model.params.image_size: {params['image_size']} latents of {vae_factor} pixels are more than {MAX_SIDE} "
             "pixels"
         )
     context_dim = unet["context_dim"]

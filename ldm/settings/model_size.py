@@ -6,11 +6,11 @@ from typing import Any
 
 from ldm.errors import UserError
 
-MOST_PARAMETERS = 5_000_000_000  # Stable Diffusion 2.x has 1.3 billion
+MAX_PARAMETERS = 5_000_000_000  # Stable Diffusion 2.x has 1.3 billion
 
 
 def check_parameters(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], source: str) -> None:
-    """Checks that the networks together have no more than MOST_PARAMETERS parameters.
+    """Checks that the networks together have no more than MAX_PARAMETERS parameters.
 
     Args:
         unet, vae, text: The arguments of the networks.
@@ -20,9 +20,9 @@ def check_parameters(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, 
         UserError: They have more.
     """
     total = unet_parameters(**unet) + vae_parameters(**vae) + text_parameters(**text)
-    if total > MOST_PARAMETERS:
+    if total > MAX_PARAMETERS:
         raise UserError(
-            f"{source}: the networks would have {total:,} parameters; {MOST_PARAMETERS:,} is the most: lower "
+            f"{source}: the networks would have {total:,} parameters; {MAX_PARAMETERS:,} is the most: lower "
             "model_channels, channel_mult, num_res_blocks or transformer_depth in unet_config, ch or ch_mult in "
             "ddconfig, or width or num_layers in cond_stage_config"
         )

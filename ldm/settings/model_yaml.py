@@ -26,11 +26,11 @@ TEXT_TARGETS = {"ldm.modules.encoders.modules.FrozenCLIPEmbedder": VIT_L14, OPEN
 
 ARCHITECTURES = ("sd1", "sd2", "nano", "custom")
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction"}  # `parameterization` in a YAML -> prediction type
-MOST_SIDE = 8192  # pixels
-MOST_TIMESTEPS = 100_000
-LEAST_BETA = 1e-8  # the standard deviation of the first noise is its square root, 1e-4
-MOST_SCALE_FACTOR = 1000
-MOST_LEVELS = 10  # resolutions of a network
+MAX_SIDE = 8192  # pixels
+MAX_TIMESTEPS = 100_000
+MIN_BETA = 1e-8  # the standard deviation of the first noise is its square root, 1e-4
+MAX_SCALE_FACTOR = 1000
+MAX_LEVELS = 10  # resolutions of a network
 
 
 @dataclass
@@ -41,8 +41,8 @@ class UNetParams:
     model_channels: int = setting(REQUIRED, low=1, high=8192)
     out_channels: int = setting(REQUIRED, low=1, high=128)
     num_res_blocks: int = setting(REQUIRED, low=1, high=16)
-    attention_resolutions: list[int] = setting(REQUIRED, low=1, high=1024, length=(1, MOST_LEVELS))
-    channel_mult: list[int] = setting(REQUIRED, low=1, high=64, length=(1, MOST_LEVELS))
+    attention_resolutions: list[int] = setting(REQUIRED, low=1, high=1024, length=(1, MAX_LEVELS))
+    channel_mult: list[int] = setting(REQUIRED, low=1, high=64, length=(1, MAX_LEVELS))
     num_heads: int = setting(-1, low=-1, high=1024)
     num_head_channels: int = setting(-1, low=-1, high=8192)
     transformer_depth: int = setting(1, low=1, high=32)
@@ -73,7 +73,7 @@ class VAENetworkParams:
     in_channels: int = setting(REQUIRED, choices=(3,))
     out_ch: int = setting(REQUIRED, choices=(3,))
     ch: int = setting(REQUIRED, low=1, high=4096)
-    ch_mult: list[int] = setting(REQUIRED, low=1, high=64, length=(1, MOST_LEVELS))
+    ch_mult: list[int] = setting(REQUIRED, low=1, high=64, length=(1, MAX_LEVELS))
     num_res_blocks: int = setting(REQUIRED, low=1, high=16)
     num_groups: int = setting(32, low=1, high=8192)
     attn_resolutions: Optional[list[int]] = setting(None)
@@ -122,11 +122,11 @@ class TextSection:
 class ModelParams:
     """The section model.params. Samplers leave the last time step out and need one before it."""
 
-    linear_start: float = setting(REQUIRED, low=LEAST_BETA, below=1)
-    linear_end: float = setting(REQUIRED, low=LEAST_BETA, below=1)
-    timesteps: int = setting(REQUIRED, low=2, high=MOST_TIMESTEPS)
-    image_size: int = setting(REQUIRED, low=1, high=MOST_SIDE)
-    scale_factor: float = setting(REQUIRED, low=1 / MOST_SCALE_FACTOR, high=MOST_SCALE_FACTOR)
+    linear_start: float = setting(REQUIRED, low=MIN_BETA, below=1)
+    linear_end: float = setting(REQUIRED, low=MIN_BETA, below=1)
+    timesteps: int = setting(REQUIRED, low=2, high=MAX_TIMESTEPS)
+    image_size: int = setting(REQUIRED, low=1, high=MAX_SIDE)
+    scale_factor: float = setting(REQUIRED, low=1 / MAX_SCALE_FACTOR, high=MAX_SCALE_FACTOR)
     parameterization: str = setting("eps", choices=tuple(PARAMETERIZATIONS))
     unet_config: UNetSection = setting(REQUIRED)
     first_stage_config: VAESection = setting(REQUIRED)

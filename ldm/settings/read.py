@@ -296,6 +296,3 @@ def _read_mapping(
                 value = bool(value)
             values[setting.name] = accept(convert(value, setting.hint, where), setting, where)
     return values
-
-
-# ---- types and ranges ------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 from ldm.errors import UserError
-from ldm.files.paths import MOST_STRENGTH
-from ldm.settings.declare import MOST_BATCH, MOST_COUNT, MOST_RANK, names_of, setting
-from ldm.settings.model_yaml import MOST_SIDE
+from ldm.files.paths import MAX_STRENGTH
+from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, names_of, setting
+from ldm.settings.model_yaml import MAX_SIDE
 from ldm.settings.read import check_values
 
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -91,7 +91,7 @@ class TrainSettings:
         4,
         "rank; a larger one learns more and makes a larger file",
         low=1,
-        high=MOST_RANK,
+        high=MAX_RANK,
         resume="fixed",
         graph_key=True,
     )
@@ -104,7 +104,7 @@ class TrainSettings:
         graph_key=True,
     )
     lora_scale: float = setting(
-        1.0, "a further factor of the update", above=0, high=MOST_STRENGTH, resume="fixed", graph_key=True
+        1.0, "a further factor of the update", above=0, high=MAX_STRENGTH, resume="fixed", graph_key=True
     )
     lora_targets: list[str] = setting(
         ["attention"],
@@ -149,7 +149,7 @@ class TrainSettings:
     image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
     caption_column: str = setting("text", "column of img_txt.csv with the caption")
     image_size: Optional[int] = setting(
-        None, "width and height in pixels; None for the model's own", low=8, high=MOST_SIDE, resume="fixed"
+        None, "width and height in pixels; None for the model's own", low=8, high=MAX_SIDE, resume="fixed"
     )
     image_filter_size: int = setting(
         0,
@@ -183,13 +183,13 @@ class TrainSettings:
     )
     num_workers: int = setting(1, "threads that load images", low=1, high=256)
 
-    epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MOST_COUNT)
-    max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MOST_COUNT)
+    epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MAX_COUNT)
+    max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MAX_COUNT)
     train_batch_size: int = setting(
-        4, "images per batch and device", low=1, high=MOST_BATCH, resume="fixed", graph_key=True
+        4, "images per batch and device", low=1, high=MAX_BATCH, resume="fixed", graph_key=True
     )
     gradient_accumulation_steps: int = setting(
-        1, "batches whose gradients one optimizer step averages", low=1, high=MOST_BATCH, resume="fixed", graph_key=True
+        1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH, resume="fixed", graph_key=True
     )
 
     optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
@@ -230,13 +230,13 @@ class TrainSettings:
         shared_with_diffusers=True,
     )
     warmup_steps: int = setting(
-        0, "steps of linear warm-up", low=0, high=MOST_COUNT, resume="followed", shared_with_diffusers=True
+        0, "steps of linear warm-up", low=0, high=MAX_COUNT, resume="followed", shared_with_diffusers=True
     )
     decay_steps: int = setting(
         0,
         "steps from the start to the end learning rate; 0: all steps after the warm-up",
         low=0,
-        high=MOST_COUNT,
+        high=MAX_COUNT,
         resume="followed",
     )
 
@@ -267,7 +267,7 @@ class TrainSettings:
         resume="followed",
     )
     scale_window: int = setting(
-        1000, "dynamic: steps without overflow before the scale grows", low=1, high=MOST_COUNT, resume="followed"
+        1000, "dynamic: steps without overflow before the scale grows", low=1, high=MAX_COUNT, resume="followed"
     )
     drop_overflow_update: bool = setting(
         True, "skip the optimizer step when the gradients overflow", resume="followed", graph_key=True
@@ -282,9 +282,9 @@ class TrainSettings:
         not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
     ema_decay: float = setting(0.9999, "decay of the moving average in each step", low=0, below=1, resume="followed")
-    ckpt_save_interval: int = setting(1, "epochs between checkpoints (steps with step_mode)", low=1, high=MOST_COUNT)
+    ckpt_save_interval: int = setting(1, "epochs between checkpoints (steps with step_mode)", low=1, high=MAX_COUNT)
     step_mode: bool = setting(False, "count ckpt_save_interval in steps, not epochs")
-    ckpt_max_keep: int = setting(10, "number of checkpoints to keep, the newest ones", low=1, high=MOST_COUNT)
+    ckpt_max_keep: int = setting(10, "number of checkpoints to keep, the newest ones", low=1, high=MAX_COUNT)
     log_level: str = setting(
         "INFO",
         "the least level of messages in log.txt and on the screen",

@@ -23,10 +23,10 @@ from ldm.weights.names.tables import TEXT_PREFIX
 
 METADATA = "added_tokens"  # key of the metadata
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
-MOST_TOKENS = 100_000
+MAX_TOKENS = 100_000
 LONGEST_TEXT = 500
 # transformers can pad the embedding with rows of no token to a multiple that suits a device (8, 64, 128).
-ROWS_MULTIPLE, MOST_PADDING = 8, 128
+ROWS_MULTIPLE, MAX_PADDING = 8, 128
 # transformers lists these among the added tokens. SD2's tokenizer pads with "!".
 _OWN_TEXTS = (START_TEXT, END_TEXT, "!")
 
@@ -101,7 +101,7 @@ def with_added_tokens(config: ModelConfig, checkpoint: Checkpoint, key_map: KeyM
     if not learned and rows <= config.text.get("vocab_size", VOCABULARY_SIZE):
         return replace(config, added_tokens=tokens)  # fewer rows are reported by the comparison of shapes
     expected = VOCABULARY_SIZE + len(learned)
-    is_padded = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MOST_PADDING
+    is_padded = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MAX_PADDING
     if rows != expected and not is_padded:
         raise UserError(
             f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
@@ -145,10 +145,10 @@ def _added_token(text: Any, token: Any, flags: Mapping[str, Any], where: str) ->
             f"{where} adds a token whose text is {plain(repr(text), 60)}: it must be a text of 1 to "
             f"{LONGEST_TEXT} characters"
         )
-    if type(token) is not int or not 0 <= token < VOCABULARY_SIZE + MOST_TOKENS:
+    if type(token) is not int or not 0 <= token < VOCABULARY_SIZE + MAX_TOKENS:
         raise UserError(
             f"{where} gives {plain(text, 60)} the id {plain(repr(token), 60)}: it must be a whole number "
-            f"below {VOCABULARY_SIZE + MOST_TOKENS:,}"
+            f"below {VOCABULARY_SIZE + MAX_TOKENS:,}"
         )
     if type(normalized) is not bool or type(single_word) is not bool:
         raise UserError(f"{where}: normalized and single_word of {plain(text, 60)} must be true or false")

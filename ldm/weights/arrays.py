@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.files.npy import MOST_DIMENSIONS
+from ldm.files.npy import MAX_DIMENSIONS
 
 PAGE = mmap.PAGESIZE
 # Bounds for the content of a file, far above those of every published Stable Diffusion checkpoint.
-MOST_TENSORS = 100_000
-MOST_ELEMENTS = 1 << 40  # of one tensor
-MOST_NAME = 1000  # characters
+MAX_TENSORS = 100_000
+MAX_ELEMENTS = 1 << 40  # of one tensor
+MAX_NAME = 1000  # characters
 # Several tensors may share one storage, and a tensor may repeat a part of it. All tensors together hold at most
-# MOST_SHARED times the bytes of the file, or SMALL bytes for a small file. Weights tied in pairs need a factor of 2.
-MOST_SHARED, SMALL = 8, 64 << 20
+# MAX_SHARED times the bytes of the file, or SMALL bytes for a small file. Weights tied in pairs need a factor of 2.
+MAX_SHARED, SMALL = 8, 64 << 20
 # Stands for bfloat16, which numpy does not have, in arrays that are written. Readers widen bfloat16 to float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
@@ -132,26 +132,26 @@ class CheckpointFile(Checkpoint):
     def _check_bounds(self) -> None:
         damaged = f"{self.path} is damaged or no checkpoint"
         again = "fetch or write it again"
-        if len(self._entries) > MOST_TENSORS:
-            raise UserError(f"{damaged}: it names {len(self._entries):,} tensors, at most {MOST_TENSORS:,}: {again}")
+        if len(self._entries) > MAX_TENSORS:
+            raise UserError(f"{damaged}: it names {len(self._entries):,} tensors, at most {MAX_TENSORS:,}: {again}")
         total = 0
         for name, entry in self._entries.items():
-            if len(name) > MOST_NAME:
+            if len(name) > MAX_NAME:
                 raise UserError(
                     f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
-                    f"{MOST_NAME:,}: {again}"
+                    f"{MAX_NAME:,}: {again}"
                 )
-            if len(entry.shape) > MOST_DIMENSIONS:
+            if len(entry.shape) > MAX_DIMENSIONS:
                 raise UserError(
-                    f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MOST_DIMENSIONS}: {again}"
+                    f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MAX_DIMENSIONS}: {again}"
                 )
             # numpy refuses large dimensions even where another dimension is 0.
-            if math.prod(size or 1 for size in entry.shape) > MOST_ELEMENTS:
+            if math.prod(size or 1 for size in entry.shape) > MAX_ELEMENTS:
                 raise UserError(
-                    f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MOST_ELEMENTS:,} elements: {again}"
+                    f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MAX_ELEMENTS:,} elements: {again}"
                 )
             total += math.prod(entry.shape) * self.spec(name)[0].itemsize
-        if total > max(MOST_SHARED * len(self._data), SMALL):
+        if total > max(MAX_SHARED * len(self._data), SMALL):
             raise UserError(
                 f"{damaged}: its tensors overlap, {total:,} bytes in a file of {len(self._data):,}: {again}"
             )

@@ -332,7 +332,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded_and_the_bound_is_named(tmp_p
 
 
 def test_an_image_of_a_hundred_megapixels_is_within_the_bounds():
-    assert transforms.MOST_MEMORY // transforms.BYTES_A_PIXEL > 11_648 * 8_736 < transforms.MOST_BYTES // 6
+    assert transforms.MAX_MEMORY // transforms.BYTES_A_PIXEL > 11_648 * 8_736 < transforms.MAX_BYTES // 6
 
 
 def test_the_memory_of_a_large_image_goes_back_to_the_system():

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ldm.errors import UserError
-from ldm.files.documents import MOST_BYTES, MOST_YAML_BYTES, read_json, read_yaml, write_yaml
+from ldm.files.documents import MAX_BYTES, MAX_YAML_BYTES, read_json, read_yaml, write_yaml
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_variants_that_editors_write(content, yaml_file):
         (b"a: caf\xe9", ", line 1: not a UTF-8 text file: save it as UTF-8"),
         ("a: 1".encode("utf-16"), " is UTF-16: save it as UTF-8"),
         ("a: 1".encode("utf-16-be"), ", line 1: not a text file"),
-        ("a" * (MOST_YAML_BYTES + 1), f" has 262,145 bytes, at most {MOST_YAML_BYTES:,} are read"),
+        ("a" * (MAX_YAML_BYTES + 1), f" has 262,145 bytes, at most {MAX_YAML_BYTES:,} are read"),
         ("a: 1\na: 2", ' line 2 is not valid YAML: "a" is given twice'),
         ("a: " + "x" * 300 + ": 1", " line 1 is not valid YAML: mapping values are not allowed here"),
     ],
@@ -158,7 +158,7 @@ def test_texts_survive_writing_and_reading(text, yaml_file):
         ('{"a": ' + "9" * 5000 + "}", " is not valid JSON: a number of 5,000 digits"),
         ("[" * 100_000, " is not valid JSON: it is nested too deeply"),
         ("1 2", " line 1 is not valid JSON: Extra data"),
-        (" " * (MOST_BYTES + 1), f"at most {MOST_BYTES:,} are read"),
+        (" " * (MAX_BYTES + 1), f"at most {MAX_BYTES:,} are read"),
     ],
 )
 def test_invalid_json_is_refused(content, says, tmp_path):

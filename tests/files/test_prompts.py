@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.files.prompts import MOST_BYTES, MOST_CHARACTERS, read_prompts
+from ldm.files.prompts import MAX_BYTES, MAX_CHARACTERS, read_prompts
 from ldm.generation.image_files import ImageWriter
 from ldm.generation.plan import plan_generation
 from ldm.metrics.image_files import find_images
@@ -101,7 +101,7 @@ def test_ordinary_prompts_log_no_warning(content, prompts, caplog):
     ("content", "says"),
     [
         (b"\n \n\n", "is empty: write one prompt a line"),
-        (b"a\n" + b"x" * (MOST_CHARACTERS + 1), f"line 2: a prompt of 10,001 characters, at most {MOST_CHARACTERS:,}"),
+        (b"a\n" + b"x" * (MAX_CHARACTERS + 1), f"line 2: a prompt of 10,001 characters, at most {MAX_CHARACTERS:,}"),
         (b"a\n" * 1_000_001, "has 1,000,001 lines, at most 1,000,000 are read: split it"),
         (b"a cat\n\xb0\xa1\n", "line 2: not a UTF-8 text file"),
         ("a cat\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
@@ -116,7 +116,7 @@ def test_an_unreadable_file_is_named_with_the_way_out(content, says, prompts):
 def test_a_gigabyte_is_refused_before_it_is_read(prompts):
     path = prompts("")
     os.truncate(path, 1 << 30)
-    with pytest.raises(UserError, match=f"1,073,741,824 bytes, at most {MOST_BYTES:,} are read: give a text file"):
+    with pytest.raises(UserError, match=f"1,073,741,824 bytes, at most {MAX_BYTES:,} are read: give a text file"):
         read_prompts(path, "data_path")
 
 

@@ -174,7 +174,7 @@ def test_statistics_compressed_so_that_a_chunk_has_no_largest_size(tmp_path, com
 
 
 def test_a_list_of_a_million_members_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MOST_LIST", 200)
+    monkeypatch.setattr(archives, "MAX_LIST", 200)
     np.savez(tmp_path / "x.npz", **{f"array{i}": np.zeros(1) for i in range(9)})
     with pytest.raises(UserError, match="the list of its members has .* bytes, at most 200 are read"):
         read_statistics(tmp_path / "x.npz")

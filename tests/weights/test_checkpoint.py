@@ -276,7 +276,7 @@ class TestDamagedCkpt:
         ],
     )
     def test_no_number_is_believed(self, tmp_path, monkeypatch, tensor, words):
-        monkeypatch.setattr(mindspore_ckpt, "MOST_TEXT", 400)
+        monkeypatch.setattr(mindspore_ckpt, "MAX_TEXT", 400)
         with pytest.raises(UserError, match=words):
             open_checkpoint(write(tmp_path / "x.ckpt", field(1, field(1, b"w") + field(2, tensor))))
 
@@ -287,7 +287,7 @@ class TestDamagedCkpt:
                 open_checkpoint(write(tmp_path / "x.ckpt", field(1, value)))
 
     def test_pieces_are_counted_as_tensors(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(mindspore_ckpt, "MOST_TENSORS", 10)
+        monkeypatch.setattr(mindspore_ckpt, "MAX_TENSORS", 10)
         content = ckpt(("w", [1], "Float32", b"")) * 12
         with pytest.raises(UserError, match="more than 10 tensors"):
             open_checkpoint(write(tmp_path / "x.ckpt", content))
@@ -324,12 +324,12 @@ class TestDamagedSafetensors:
         assert len(str(caught.value)) < 500
 
     def test_a_large_header(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(safetensors_file, "MOST_HEADER", 1000)
+        monkeypatch.setattr(safetensors_file, "MAX_HEADER", 1000)
         with pytest.raises(UserError, match="its header has 1,002 bytes, at most 1,000"):
             open_checkpoint(write(tmp_path / "x.safetensors", safetensors_of(b"{" + b" " * 1000 + b"}")))
 
     def test_more_tensors_than_any_model_has(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(checkpoint, "MOST_TENSORS", 10)
+        monkeypatch.setattr(checkpoint, "MAX_TENSORS", 10)
         entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         header = json.dumps({str(i): entry for i in range(11)}).encode()
         with pytest.raises(UserError, match="names 11 tensors, at most 10"):

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import temporary_folder  # noqa: E402
 from ldm.runtime.script import run_script  # noqa: E402
-from ldm.settings.declare import MOST_NETWORK_BATCH, setting  # noqa: E402
+from ldm.settings.declare import MAX_NETWORK_BATCH, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
 NAMES = ("this project", "pytorch-fid", "torchmetrics")
@@ -139,7 +139,7 @@ class Settings:
     )
     images: int = setting(64, "images in a round", low=1, high=100_000)
     size: int = setting(256, "width and height in pixels", low=1, high=8192)
-    batch_size: int = setting(32, "images in a call of the network", low=1, high=MOST_NETWORK_BATCH)
+    batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
     rounds: int = setting(3, "counted rounds", low=1)
     # For the processes that are measured.
     serve: Optional[str] = setting(None, choices=NAMES)

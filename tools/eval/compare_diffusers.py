@@ -44,7 +44,7 @@ from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT  # noqa: E402
 from ldm.metrics.report import describe_network, write_json  # noqa: E402
-from ldm.settings.declare import MOST_SEED, REQUIRED, setting  # noqa: E402
+from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings, split_flags  # noqa: E402
 from ldm.weights.checkpoint import content_hash  # noqa: E402
 from tools.eval.comparison.experiment import SIDES, Experiment  # noqa: E402
@@ -77,13 +77,13 @@ class Settings:
         path=True,
     )
     output_path: str = setting(REQUIRED, "folder for the results; an interrupted run continues there", path=True)
-    seeds: list[int] = setting([1, 2, 3], "a training for each", low=0, high=MOST_SEED)
+    seeds: list[int] = setting([1, 2, 3], "a training for each", low=0, high=MAX_SEED)
     prompts: Optional[int] = setting(None, "number of held-out prompts, evenly spread; None for all", low=2)
     sampling_steps: int = setting(20, "steps of DPM-Solver++", low=1, high=1000)
     scale: Optional[float] = setting(
         None, "guidance, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=1, high=1000
     )
-    latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MOST_SEED)
+    latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
     inception_path: Optional[str] = setting(
         None,
         "Inception weights for FID and KID; None for the image tower of the embedded nano CLIP, whose scores compare "

@@ -34,7 +34,7 @@ from ldm.metrics.report import (  # noqa: E402
     print_network,
     write_json,
 )
-from ldm.settings.declare import MOST_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
+from ldm.settings.declare import MAX_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
 
@@ -58,7 +58,7 @@ class Settings:
         None, "write the statistics of --real_dir to this .npz (mu and sigma, as pytorch-fid reads them)", path=True
     )
     output: Optional[Path] = setting(None, "write the scores to this JSON file", path=True)
-    batch_size: int = setting(32, "images in a call of the network", low=1, high=MOST_NETWORK_BATCH)
+    batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
     backend: str = setting("ms", "ms (MindSpore), the only one here")
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 

@@ -35,7 +35,7 @@ from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
 from ldm.metrics.networks import nano_clip  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
-from ldm.settings.declare import MOST_SEED, REQUIRED, setting  # noqa: E402
+from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.grid import evenly  # noqa: E402
 from tools.nano.images import DATASETS, read_images  # noqa: E402
@@ -96,7 +96,7 @@ class Settings:
     lora_scale: float = setting(1.0, "its strength")
     captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
     scale: float = setting(4.0, "guidance", low=1)
-    seed: int = setting(1, "seed of the starting latents", low=0, high=MOST_SEED)
+    seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

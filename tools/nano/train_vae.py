@@ -31,7 +31,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
-from ldm.settings.declare import MOST_NETWORK_BATCH, MOST_SEED, REQUIRED, setting  # noqa: E402
+from ldm.settings.declare import MAX_NETWORK_BATCH, MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
@@ -124,10 +124,10 @@ class Settings:
 
     output_path: Path = setting(REQUIRED, "folder of vae.safetensors, the log and the training state", path=True)
     steps: int = setting(3000, "optimizer steps", low=1, high=10_000_000)
-    batch_size: int = setting(16, "images in a step", low=1, high=MOST_NETWORK_BATCH)
+    batch_size: int = setting(16, "images in a step", low=1, high=MAX_NETWORK_BATCH)
     learning_rate: float = setting(2e-3, "learning rate", low=0)
     kl_weight: float = setting(1e-4, "weight of the KL divergence in the loss", low=0)
-    seed: int = setting(1, "seed of the weights and the batches", low=0, high=MOST_SEED)
+    seed: int = setting(1, "seed of the weights and the batches", low=0, high=MAX_SEED)
     decoder_only: Optional[Path] = setting(
         None, "folder of a finished run, whose decoder is trained further", path=True
     )

@@ -84,7 +84,7 @@ CHOICES = {
     ),
     "text_encoder": (("CLIPAttention",), ("CLIPAttention", "CLIPMLP")),
 }
-MOST_CHANNELS = 1 << 16  # of a learned token
+MAX_CHANNELS = 1 << 16  # of a learned token
 _KEY = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,6}):(up|down)\Z")
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
 
@@ -213,7 +213,7 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     tokens = {}
     for token in sorted(filter(_is_token, checkpoint)):
         dtype, shape = checkpoint.spec(token)
-        if len(shape) == 1 and shape[0] <= MOST_CHANNELS and dtype.kind == "f":
+        if len(shape) == 1 and shape[0] <= MAX_CHANNELS and dtype.kind == "f":
             tokens[token] = np.asarray(checkpoint[token], np.float32)
         if token not in tokens or not np.isfinite(tokens[token]).all():
             raise UserError(

@@ -20,10 +20,10 @@ from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
 from ldm.weights.names import same_up_to_1x1
 
 # No layer of the published models is wider than 11,520. A sum of LoRAs has the sum of their ranks.
-MOST_RANK = 1 << 14
+MAX_RANK = 1 << 14
 # Bytes of all arrays for each byte of the file: bfloat16 is widened to twice its size, and some tools store a tensor
 # once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60 elements.
-MOST_EXPANSION = 8
+MAX_EXPANSION = 8
 
 # Keys beside the factors of real files that change no layer.
 _BUNDLED_EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.")
@@ -45,7 +45,7 @@ def open_lora(path: str | os.PathLike) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     specs = map(checkpoint.spec, checkpoint)
     stored, held = os.stat(path).st_size, sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
-    if held > MOST_EXPANSION * stored:
+    if held > MAX_EXPANSION * stored:
         raise UserError(
             f"{path} has {stored:,} bytes and its arrays would have {plain(f'{held:,}', 40)}: it is damaged or made to "
             "fill the memory, fetch it again"
@@ -99,9 +99,9 @@ def checked_shape(path: Path, name: str, down: tuple[int, ...], up: tuple[int, .
         shape = update_shape(down, up)
     except ValueError as error:
         raise UserError(f"{path}: {plain(name)}: {plain(error)}") from None
-    if down[0] > MOST_RANK:
+    if down[0] > MAX_RANK:
         raise UserError(
-            f"{path}: {plain(name)} is of rank {down[0]:,}, at most {MOST_RANK:,} is read: is the file damaged?"
+            f"{path}: {plain(name)} is of rank {down[0]:,}, at most {MAX_RANK:,} is read: is the file damaged?"
         )
     return shape
 

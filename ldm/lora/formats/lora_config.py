@@ -34,11 +34,11 @@ UNSUPPORTED = {
 }
 # Bounds for the patterns of a file: their number, the characters of a pattern, its repetitions ("{2,3}", multiplied,
 # because `regex` expands them), and the seconds of CPU time for all comparisons together.
-MOST_PATTERNS, LONGEST_PATTERN, MOST_REPETITIONS, MOST_SECONDS = 4096, 1000, 1000, 3.0
+MAX_PATTERNS, LONGEST_PATTERN, MAX_REPETITIONS, MAX_SECONDS = 4096, 1000, 1000, 3.0
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
 # Syntax that `regex` reads differently from `re`, which PEFT uses: approximate matches and named character classes.
 _DIFFERENT_SYNTAX = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
-MOST_NUMBER = 1e30
+MAX_NUMBER = 1e30
 # Values of init_lora_weights with which the base model was changed as well.
 MODIFIED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -47,14 +47,14 @@ MODIFIED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class _Numbers:
     """What the factors are multiplied by, with LoraConfig's own defaults."""
 
-    r: Union[int, float] = setting(8, low=-MOST_NUMBER, high=MOST_NUMBER)
-    lora_alpha: Union[int, float] = setting(8, low=-MOST_NUMBER, high=MOST_NUMBER)
+    r: Union[int, float] = setting(8, low=-MAX_NUMBER, high=MAX_NUMBER)
+    lora_alpha: Union[int, float] = setting(8, low=-MAX_NUMBER, high=MAX_NUMBER)
     use_rslora: Optional[bool] = setting(None)
     rank_pattern: Optional[dict[str, Union[int, float]]] = setting(
-        None, low=-MOST_NUMBER, high=MOST_NUMBER, length=(0, MOST_PATTERNS)
+        None, low=-MAX_NUMBER, high=MAX_NUMBER, length=(0, MAX_PATTERNS)
     )
     alpha_pattern: Optional[dict[str, Union[int, float]]] = setting(
-        None, low=-MOST_NUMBER, high=MOST_NUMBER, length=(0, MOST_PATTERNS)
+        None, low=-MAX_NUMBER, high=MAX_NUMBER, length=(0, MAX_PATTERNS)
     )
 
 
@@ -87,7 +87,7 @@ class LoraConfig:
         self.r, self.lora_alpha, self.use_rslora = numbers.r, numbers.lora_alpha, bool(numbers.use_rslora)
         self.rank_pattern, self.alpha_pattern = numbers.rank_pattern or {}, numbers.alpha_pattern or {}
         self.target_modules = settings.get("target_modules")
-        self._seconds_left = MOST_SECONDS
+        self._seconds_left = MAX_SECONDS
         self._ranks, self._alphas = (self._compile(key) for key in ("rank_pattern", "alpha_pattern"))
 
     @classmethod
@@ -155,10 +155,10 @@ class LoraConfig:
                     f"most {LONGEST_PATTERN:,} are read: name the layers"
                 )
             repetitions = math.prod(int(count) for pair in _REPETITION.findall(pattern) for count in pair if count)
-            if repetitions > MOST_REPETITIONS:
+            if repetitions > MAX_REPETITIONS:
                 raise UserError(
                     f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
-                    f"{MOST_REPETITIONS:,} times: name the layers"
+                    f"{MAX_REPETITIONS:,} times: name the layers"
                 )
             if _DIFFERENT_SYNTAX.search(pattern):
                 raise UserError(
@@ -182,12 +182,12 @@ class LoraConfig:
 
     def _too_long(self, key: str, pattern: str) -> UserError:
         return UserError(
-            f"{self.where}: {key} takes more than {MOST_SECONDS:g} s to compare with the layers' names, "
+            f"{self.where}: {key} takes more than {MAX_SECONDS:g} s to compare with the layers' names, "
             f"now at {plain(pattern, 60)!r}: name the layers, without repetitions"
         )
 
     def _value_for(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
-        """Return the number of the first pattern that matches a layer. All comparisons take at most MOST_SECONDS."""
+        """Return the number of the first pattern that matches a layer. All comparisons take at most MAX_SECONDS."""
         # transformers 4 has `text_model.` before the names of a text encoder, and so may a pattern.
         names = (f"text_model.{module}", module)
         start = time.process_time()

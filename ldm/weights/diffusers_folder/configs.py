@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from ldm.errors import UserError, plain
 from ldm.settings.model import NUM_GROUPS, PREDICTION_TYPES, ModelConfig, model_document, parse_model_config
-from ldm.settings.model_yaml import MOST_SIDE, MOST_TIMESTEPS
+from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
 from ldm.tokenizer import CONTEXT_LENGTH, END_TOKEN, START_TOKEN, VOCABULARY_SIZE
 from ldm.tokenizer.tokenizer import END_TEXT
 from ldm.weights.added_tokens import read_added_tokens
@@ -15,8 +15,8 @@ from ldm.weights.diffusers_folder.reader import DiffusersFolder
 
 DIFFUSERS_VERSION = "0.42.1"  # whose settings these are
 # The largest numbers that are read, beside those of a model YAML.
-MOST_HEADS = 1024
-MOST_GROUPS = 65_536
+MAX_HEADS = 1024
+MAX_GROUPS = 65_536
 
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -83,9 +83,9 @@ def read_model_config(
     heads = unet.get(key, 8)
     per_level = heads if isinstance(heads, list) else [heads] * len(channels)
     if len(per_level) != len(channels) or any(
-        type(count) is not int or not 1 <= count <= MOST_HEADS for count in per_level
+        type(count) is not int or not 1 <= count <= MAX_HEADS for count in per_level
     ):
-        wanted = f"a number from 1 to {MOST_HEADS:,}, or one for each of the {len(channels)} levels"
+        wanted = f"a number from 1 to {MAX_HEADS:,}, or one for each of the {len(channels)} levels"
         refuse(UNET, key, heads, f"; it must be {wanted}")
     head_channels = {width // count for width, count in zip(channels, per_level)}
     if len(set(per_level)) == 1:
@@ -104,28 +104,28 @@ def read_model_config(
         prediction_type=prediction_type or "epsilon",
         linear_start=scheduler.get("beta_start", 0.00085),
         linear_end=scheduler.get("beta_end", 0.012),
-        timesteps=integer(SCHEDULER, "num_train_timesteps", 1000, MOST_TIMESTEPS, least=2),
+        timesteps=integer(SCHEDULER, "num_train_timesteps", 1000, MAX_TIMESTEPS, least=2),
         beta_schedule="scaled_linear",
         scale_factor=vae.get("scaling_factor", 0.18215),
-        image_size=integer(UNET, "sample_size", 64, MOST_SIDE // vae_factor) * vae_factor,
+        image_size=integer(UNET, "sample_size", 64, MAX_SIDE // vae_factor) * vae_factor,
         latent_channels=sizes["vae"]["embed_dim"],
         vae_factor=vae_factor,
         context_dim=sizes["unet"]["context_dim"],
         pad_token=_pad_token(folder, text),
         unet={
             **sizes["unet"],
-            "num_groups": integer(UNET, "norm_num_groups", NUM_GROUPS, MOST_GROUPS),
+            "num_groups": integer(UNET, "norm_num_groups", NUM_GROUPS, MAX_GROUPS),
             **attention,
         },
         vae={
             **sizes["vae"],
             "double_z": True,
-            "num_groups": integer(VAE, "norm_num_groups", NUM_GROUPS, MOST_GROUPS),
+            "num_groups": integer(VAE, "norm_num_groups", NUM_GROUPS, MAX_GROUPS),
         },
         text={
             **sizes["text"],
             "vocab_size": VOCABULARY_SIZE,
-            "num_heads": integer(TEXT, "num_attention_heads", 8, MOST_HEADS),
+            "num_heads": integer(TEXT, "num_attention_heads", 8, MAX_HEADS),
             "activation": text.get("hidden_act", "quick_gelu"),
         },
     )

@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.files.npy import MOST_DIMENSIONS
-from ldm.weights.arrays import BFLOAT16, MOST_NAME, MOST_TENSORS, Arrays, Checkpoint, CheckpointFile, Entry
+from ldm.files.npy import MAX_DIMENSIONS
+from ldm.weights.arrays import BFLOAT16, MAX_NAME, MAX_TENSORS, Arrays, Checkpoint, CheckpointFile, Entry
 from ldm.weights.recognise import describe_file
 
 DTYPES = {
@@ -28,7 +28,7 @@ DTYPES = {
 DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
-MOST_TEXT = 64 << 20  # bytes of a text, which has four per character
+MAX_TEXT = 64 << 20  # bytes of a text, which has four per character
 CRC_TAIL = 17  # bytes of b"crc_num" and a number of 10 bytes, which MindSpore appends as an option
 
 
@@ -57,8 +57,8 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
             if (number, wire) != (1, 2):
                 raise _NotACheckpoint(f"field {number} at byte {start}")
             name, entry = _parse_value(data, start, stop)
-            if values == MOST_TENSORS:
-                raise _NotACheckpoint(f"more than {MOST_TENSORS:,} tensors")
+            if values == MAX_TENSORS:
+                raise _NotACheckpoint(f"more than {MAX_TENSORS:,} tensors")
             values += 1
             if name == last and entry.shape == entries[name].shape:  # a large tensor lies in several pieces, in order
                 entries[name].pieces += entry.pieces
@@ -81,9 +81,9 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     metadata = {}
     for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
         entry = entries.pop(name)
-        if entry.nbytes > MOST_TEXT:
+        if entry.nbytes > MAX_TEXT:
             raise UserError(
-                f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MOST_TEXT:,} are "
+                f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MAX_TEXT:,} are "
                 "read: write the file again without it"
             )
         raw = b"".join(data[offset : offset + size] for offset, size in entry.pieces)
@@ -168,7 +168,7 @@ def _parse_tensor(data: mmap.mmap, start: int, end: int) -> Entry:
         if (number, wire) == (1, 0):
             shape.append(first)
         elif (number, wire) == (1, 2):  # packed
-            while first < last and len(shape) <= MOST_DIMENSIONS:
+            while first < last and len(shape) <= MAX_DIMENSIONS:
                 size, first = _varint(data, first, last)
                 shape.append(size)
         elif (number, wire) == (2, 2) and dtype is None:
@@ -177,15 +177,15 @@ def _parse_tensor(data: mmap.mmap, start: int, end: int) -> Entry:
             piece = (first, last - first)
         else:
             raise _NotACheckpoint(f"field {number} of a tensor at byte {first}")
-        if len(shape) > MOST_DIMENSIONS:
-            raise _NotACheckpoint(f"more than {MOST_DIMENSIONS} dimensions of a tensor at byte {start}")
+        if len(shape) > MAX_DIMENSIONS:
+            raise _NotACheckpoint(f"more than {MAX_DIMENSIONS} dimensions of a tensor at byte {start}")
     if dtype is None or piece is None:
         raise _NotACheckpoint(f"an incomplete tensor at byte {start}")
     return Entry(dtype, tuple(shape), [piece])
 
 
 def _text(data: mmap.mmap, start: int, end: int) -> str:
-    if end - start > MOST_NAME:
+    if end - start > MAX_NAME:
         raise _NotACheckpoint(f"a name of {end - start:,} bytes at byte {start}")
     return data[start:end].decode("utf-8")
 

@@ -27,7 +27,7 @@ DTYPES = {
 }  # fmt: skip
 LARGEST_VALID_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 # Bytes of the largest header that is read: one of 100 MB takes 1 GB in memory. Those of Stable Diffusion have 0.3 MB.
-MOST_HEADER = 16 << 20
+MAX_HEADER = 16 << 20
 DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
 
 
@@ -44,9 +44,9 @@ def open_safetensors(path: Path, data: mmap.mmap) -> Checkpoint:
     """
     again = "fetch or write it again"
     size = _header_size(data)
-    if size > MOST_HEADER:
+    if size > MAX_HEADER:
         raise UserError(
-            f"{path} is damaged or no checkpoint: its header has {size:,} bytes, at most {MOST_HEADER:,} "
+            f"{path} is damaged or no checkpoint: its header has {size:,} bytes, at most {MAX_HEADER:,} "
             f"are read: {again}"
         )
     try:

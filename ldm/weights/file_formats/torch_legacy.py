@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.weights.arrays import Checkpoint, CheckpointFile
-from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, find_tensors, read_pickles
+from ldm.weights.file_formats.torch_pickle import MAX_PICKLE, Damaged, Refused, find_tensors, read_pickles
 from ldm.weights.file_formats.torch_zip import entry_of
 
 # The pickled number that identifies the format. The protocol takes two bytes before it.
@@ -32,7 +32,7 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
         UserError: The file is cut off or damaged, or a pickle refers to something that is not allowed.
     """
     try:
-        file = io.BytesIO(data[:MOST_PICKLE])
+        file = io.BytesIO(data[:MAX_PICKLE])
         (_, version, machine, content, keys), storages = read_pickles(file, 5)
         if not isinstance(machine, dict) or not isinstance(keys, list):
             raise Damaged("the machine or the list of storages is missing")

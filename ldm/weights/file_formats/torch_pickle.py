@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ldm.errors import plain
-from ldm.files.npy import MOST_DIMENSIONS
-from ldm.weights.arrays import MOST_ELEMENTS, MOST_NAME, MOST_TENSORS
+from ldm.files.npy import MAX_DIMENSIONS
+from ldm.weights.arrays import MAX_ELEMENTS, MAX_NAME, MAX_TENSORS
 
-MOST_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB
-MOST_STEPS = 2_000_000  # instructions; 4,000 tensors, those of a training checkpoint, take 120,000
-MOST_VALUES = 1_000_000  # values that are searched for tensors, counted again for every reference
-MOST_LEVELS = 32  # nested dictionaries and lists
+MAX_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB
+MAX_STEPS = 2_000_000  # instructions; 4,000 tensors, those of a training checkpoint, take 120,000
+MAX_VALUES = 1_000_000  # values that are searched for tensors, counted again for every reference
+MAX_LEVELS = 32  # nested dictionaries and lists
 
 DTYPES = {
     "float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "bf16", "int64": "<i8", "int32": "<i4",
@@ -188,8 +188,8 @@ class _Machine:
 
     def _count(self, steps: int) -> None:
         self._steps += steps
-        if self._steps > MOST_STEPS:
-            raise Refused(f"its pickle has more than {MOST_STEPS:,} instructions: get the weights as .safetensors")
+        if self._steps > MAX_STEPS:
+            raise Refused(f"its pickle has more than {MAX_STEPS:,} instructions: get the weights as .safetensors")
 
     def _mark(self) -> None:
         self._below.append(self.stack)
@@ -268,7 +268,7 @@ class _Machine:
         _, kind, key, _device, _count, *view = identity  # before 1.6 a storage can be a view of another
         if any(part is not None for part in view):
             raise Damaged("a storage that is a part of another")
-        if not (isinstance(kind, _Name) and kind.text in STORAGES and isinstance(key, str) and len(key) <= MOST_NAME):
+        if not (isinstance(kind, _Name) and kind.text in STORAGES and isinstance(key, str) and len(key) <= MAX_NAME):
             raise Damaged("an unknown kind of storage")
         self.storages[key] = Storage(STORAGES[kind.text], key)
         self.push(self.storages[key])
@@ -341,10 +341,10 @@ def _tensor(arguments: tuple[Any, ...]) -> Tensor:
     for sizes in (shape, stride):
         if not isinstance(sizes, (tuple, list)):
             raise Damaged("a tensor whose shape is not a tuple")
-        if len(sizes) > MOST_DIMENSIONS:
-            raise Damaged(f"a tensor of {len(sizes):,} dimensions, at most {MOST_DIMENSIONS} are read")
-    if not all(isinstance(size, int) and abs(size) <= MOST_ELEMENTS for size in (offset, *shape, *stride)):
-        raise Damaged(f"a tensor whose sizes are not whole numbers of at most {MOST_ELEMENTS:,}")
+        if len(sizes) > MAX_DIMENSIONS:
+            raise Damaged(f"a tensor of {len(sizes):,} dimensions, at most {MAX_DIMENSIONS} are read")
+    if not all(isinstance(size, int) and abs(size) <= MAX_ELEMENTS for size in (offset, *shape, *stride)):
+        raise Damaged(f"a tensor whose sizes are not whole numbers of at most {MAX_ELEMENTS:,}")
     return Tensor(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -398,17 +398,16 @@ def find_tensors(content: Any) -> dict[str, Tensor]:
         Name -> tensor. Keys of nested dictionaries and positions in lists are joined by dots.
 
     Raises:
-        Refused: There are more than MOST_TENSORS, MOST_VALUES or MOST_LEVELS. Lists that contain each other have no
+        Refused: There are more than MAX_TENSORS, MAX_VALUES or MAX_LEVELS. Lists that contain each other have no
             end.
     """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors: dict[str, Tensor] = {}
     for values, (name, tensor) in enumerate(_walk(content, "", 0)):
-        if values >= MOST_VALUES or len(tensors) > MOST_TENSORS:
+        if values >= MAX_VALUES or len(tensors) > MAX_TENSORS:
             raise Refused(
-                f"it holds more than {MOST_VALUES:,} values or {MOST_TENSORS:,} tensors: get the weights as "
-                ".safetensors"
+                f"it holds more than {MAX_VALUES:,} values or {MAX_TENSORS:,} tensors: get the weights as .safetensors"
             )
         if tensor is not None:
             tensors[name] = tensor
@@ -419,9 +418,9 @@ def _walk(value: Any, name: str, level: int) -> Iterator[tuple[str, Tensor | Non
     """Yield the name of every value in `value` in order, with the tensor, or None for other values."""
     yield name, value if isinstance(value, Tensor) else None
     if isinstance(value, (dict, list, tuple)):
-        if level == MOST_LEVELS:
-            raise Refused(f"its lists are nested in more than {MOST_LEVELS} levels: get the weights as .safetensors")
+        if level == MAX_LEVELS:
+            raise Refused(f"its lists are nested in more than {MAX_LEVELS} levels: get the weights as .safetensors")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            if len(name) + (len(key) if isinstance(key, str) else 0) > MOST_NAME:
-                raise Refused(f"a name in it has more than {MOST_NAME:,} characters: get the weights as .safetensors")
+            if len(name) + (len(key) if isinstance(key, str) else 0) > MAX_NAME:
+                raise Refused(f"a name in it has more than {MAX_NAME:,} characters: get the weights as .safetensors")
             yield from _walk(inner, f"{name}.{key}" if name else str(key), level + 1)

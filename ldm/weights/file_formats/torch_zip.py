@@ -15,10 +15,10 @@ from pathlib import Path
 from ldm.errors import UserError, plain
 from ldm.files.archives import Archive
 from ldm.weights.arrays import Checkpoint, CheckpointFile, Entry
-from ldm.weights.file_formats.torch_pickle import MOST_PICKLE, Damaged, Refused, Tensor, find_tensors, read_pickles
+from ldm.weights.file_formats.torch_pickle import MAX_PICKLE, Damaged, Refused, Tensor, find_tensors, read_pickles
 from ldm.weights.recognise import TEXTUAL_INVERSION
 
-MOST_ORDER = 16  # bytes of the member that names the byte order
+MAX_ORDER = 16  # bytes of the member that names the byte order
 
 
 def is_torch_zip(data: mmap.mmap) -> bool:
@@ -45,8 +45,8 @@ def open_torch_zip(path: Path, data: mmap.mmap) -> Checkpoint:
         read = (name for name in members if name in pickles or name.startswith(f"{root}data/"))
         if any(members[name].compress_type != zipfile.ZIP_STORED for name in read):
             raise UserError(f"{path} is a compressed zip; PyTorch writes uncompressed ones: {again}")
-        program = archive.read(pickles[0], MOST_PICKLE)
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder", MOST_ORDER) != b"little":
+        program = archive.read(pickles[0], MAX_PICKLE)
+        if f"{root}byteorder" in members and archive.read(f"{root}byteorder", MAX_ORDER) != b"little":
             raise UserError(
                 f"{path} was written on a big-endian machine and cannot be read: save it again as .safetensors"
             )

@@ -323,7 +323,7 @@ class TestDamage:
     def test_an_absurd_rank(self, tmp_path, name, rank, monkeypatch):
         path = save(tmp_path, pair(name))
         pretend(monkeypatch, {keys_of(name)[0]: (rank, 320), keys_of(name)[1]: (320, rank)})
-        monkeypatch.setattr(factors, "MOST_EXPANSION", 1e30)
+        monkeypatch.setattr(factors, "MAX_EXPANSION", 1e30)
         refused(path, f"is of rank {rank:,}, at most 16,384 is read")
 
     def test_arrays_that_the_file_does_not_hold(self, tmp_path, name, monkeypatch):

@@ -104,7 +104,7 @@ class TestPatterns:
         "(?:.*(?!q)){1,31}[A-Z]",  # more than minutes for one
     ])  # fmt: skip
     def test_one_that_never_ends_is_given_up(self, monkeypatch, key, pattern):
-        monkeypatch.setattr(adapters, "MOST_SECONDS", 0.1)
+        monkeypatch.setattr(adapters, "MAX_SECONDS", 0.1)
         with pytest.raises(UserError, match=rf"adapter_config.json: {key} takes more than 0.1 s .*31.*name the layers"):
             config = LoraConfig({key: {pattern: 8}}, "adapter_config.json")
             for module in known_bases()[0].modules:

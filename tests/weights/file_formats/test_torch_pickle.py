@@ -128,7 +128,7 @@ class TestBounds:
             tensors(b"]q\0h\0a")
 
     def test_lists_that_double_at_every_level(self, monkeypatch):
-        monkeypatch.setattr(torch_pickle, "MOST_VALUES", 1000)
+        monkeypatch.setattr(torch_pickle, "MAX_VALUES", 1000)
         doubled = b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(30))
         with pytest.raises(Refused, match="more than 1,000 values"):
             tensors(b"]q\0" + doubled)
@@ -155,18 +155,18 @@ class TestBounds:
 
     @pytest.mark.parametrize("program", [b"]", b"(", b"Nr\0\0\0\0", b"ccollections\nOrderedDict\n0"])
     def test_instructions_are_counted(self, monkeypatch, program):
-        monkeypatch.setattr(torch_pickle, "MOST_STEPS", 1000)
+        monkeypatch.setattr(torch_pickle, "MAX_STEPS", 1000)
         with pytest.raises(Refused, match="more than 1,000 instructions"):
             content(program * 1001)
 
     def test_copies_are_counted_as_instructions(self, monkeypatch):
-        monkeypatch.setattr(torch_pickle, "MOST_STEPS", 1000)
+        monkeypatch.setattr(torch_pickle, "MAX_STEPS", 1000)
         pairs = b"](" + b"K\x01K\x01\x86" * 100 + b"e\x85q\0"
         with pytest.raises(Refused, match="more than 1,000 instructions"):
             content(pairs + b"ccollections\nOrderedDict\nh\0R" * 10)
 
     def test_tensors_are_counted(self, monkeypatch):
-        monkeypatch.setattr(torch_pickle, "MOST_TENSORS", 10)
+        monkeypatch.setattr(torch_pickle, "MAX_TENSORS", 10)
         with pytest.raises(Refused, match="10 tensors"):
             tensors(b"](" + tensor() + b"q\0" + b"h\0" * 12 + b"e")
 
