@@ -81,7 +81,7 @@ class TestPyTorchsFiles:
 
     def test_a_whole_module_is_refused(self, tmp_path):
         torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
-        with pytest.raises(UserError, match="names torch.nn.modules.linear.Linear, which is unknown"):
+        with pytest.raises(UserError, match="refers to torch.nn.modules.linear.Linear, which is unknown"):
             open_checkpoint(tmp_path / "x.pt")
 
 
