@@ -44,7 +44,7 @@ class BatchOrder:
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns the rows (batch_size,) int64 of batch number `step`, counted from 0 over all epochs."""
+        """Return the rows (batch_size,) int64 of batch number `step`, counted from 0 over all epochs."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

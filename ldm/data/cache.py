@@ -31,7 +31,7 @@ class FileHash(str):
 
 
 def file_hash(path: Path) -> FileHash:
-    """Returns the hash of a file's content. Raises UserError if the file cannot be read."""
+    """Return the hash of a file's content. Raises UserError if the file cannot be read."""
     digest = hashlib.sha256()
     with open_file(path, way="check data_path") as file:
         try:
@@ -43,7 +43,7 @@ def file_hash(path: Path) -> FileHash:
 
 
 def content_key(*parts: str | int | float | bytes | Path | FileHash) -> str:
-    """Returns the key of an array: the sha256 (64 hex digits) of everything that the array is computed from.
+    """Return the key of an array: the sha256 (64 hex digits) of everything that the array is computed from.
 
     Give the kind of array first, then the hash of the weights and the settings, for example
     `content_key("latents", weights_hash, 512, path)`.
@@ -95,7 +95,7 @@ class ArrayCache:
         desc: str,
         shape: tuple[int, ...] | None = None,
     ) -> list[np.ndarray]:
-        """Returns the array of every key. Arrays that are neither in memory nor on disk are computed.
+        """Return the array of every key. Arrays that are neither in memory nor on disk are computed.
 
         Args:
             keys: Keys from `content_key`. Equal keys share an array.
@@ -136,7 +136,7 @@ class ArrayCache:
         return [self._arrays[key] for key in keys]
 
     def _read(self, key: str, shape: tuple[int, ...] | None) -> np.ndarray | None:
-        """Returns the array on disk, or None if there is none. Raises UserError if its file cannot be used."""
+        """Return the array on disk, or None if there is none. Raises UserError if its file cannot be used."""
         if self.folder is None:
             return None
         path = _array_path(self.folder, key)
@@ -175,7 +175,7 @@ class ArrayCache:
 
     @staticmethod
     def _remove_unfinished(folder: Path) -> None:
-        """Removes unfinished files of killed processes. Recent ones may belong to another process that is running."""
+        """Remove unfinished files of killed processes. Recent ones may belong to another process that is running."""
         for path in folder.rglob(".*.partial.*"):
             try:
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
@@ -190,5 +190,5 @@ def _array_path(folder: Path, key: str) -> Path:
 
 
 def _checksum(key: str, body: bytes) -> bytes:
-    """Returns the checksum behind the array in its file, where NumPy ignores it. A renamed file does not match."""
+    """Return the checksum behind the array in its file, where NumPy ignores it. A renamed file does not match."""
     return hashlib.sha256(key.encode() + body).digest()

@@ -1,4 +1,4 @@
-"""Remembers which images decode, so that a run does not decode all of them again at every start."""
+"""Remember which images decode, so that a run does not decode all of them again at every start."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CheckedImages:
         self._checked: dict[str, _Image] = {}
 
     def check(self, path: Path) -> FileHash:
-        """Returns the hash of an image file's content. Raises BrokenImage if the image does not decode."""
+        """Return the hash of an image file's content. Raises BrokenImage if the image does not decode."""
         name = os.path.abspath(path)
         recorded = self._recorded.get(name)
         size, dates = _status(path)
@@ -72,7 +72,7 @@ class CheckedImages:
         return content
 
     def save(self) -> None:
-        """Writes the images that were checked to the record. A record that cannot be written is not an error."""
+        """Write the images that were checked to the record. A record that cannot be written is not an error."""
         if self._record is None or self._checked == self._recorded:
             return
         images = {name: list(image) for name, image in sorted(self._checked.items())}
@@ -94,7 +94,7 @@ def _content(path: Path) -> FileHash:
 
 
 def _status(path: Path) -> tuple[int, tuple[int, ...]]:
-    """Returns the size and the dates of a file. The dates are empty if the file changed just now or is not there."""
+    """Return the size and the dates of a file. The dates are empty if the file changed just now or is not there."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # opening the image raises the error
@@ -105,7 +105,7 @@ def _status(path: Path) -> tuple[int, tuple[int, ...]]:
 
 
 def _read(record: Path) -> dict[str, _Image]:
-    """Returns the images of a record, none if there is no record or it is damaged."""
+    """Return the images of a record, none if there is no record or it is damaged."""
     try:
         if not is_there(record):
             return {}

@@ -1,4 +1,4 @@
-"""Reads a data set: a folder of images, with a CSV that names each image and gives its caption."""
+"""Read a data set: a folder of images, with a CSV that names each image and gives its caption."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_image_text_csv(
     max_bad_fraction: float = 0.10,
     record: Path | None = None,
 ) -> ImageTextRows:
-    """Reads the rows of a data set and checks that every image decodes, so that training meets no broken image.
+    """Read the rows of a data set and check that every image decodes, so that training meets no broken image.
 
     The CSV is UTF-8, with or without a byte-order mark, and has a header. Other columns are ignored. Image names are
     relative to `folder` and may be links to anywhere. If no file has a name, the only file whose name differs in case,
@@ -205,7 +205,7 @@ def _parse(csv_path: Path, image_column: str, caption_column: str) -> list[_CsvR
 
 
 def _columns(csv_path: Path, header: list[str], wanted: tuple[str, str]) -> tuple[int, int]:
-    """Returns the places of the image column and the caption column."""
+    """Return the places of the image column and the caption column."""
     missing = [name for name in wanted if name not in header]
     if not missing:
         twice = [name for name in wanted if header.count(name) > 1]
@@ -229,7 +229,7 @@ def _columns(csv_path: Path, header: list[str], wanted: tuple[str, str]) -> tupl
 
 
 def _check_inside(folder: Path, csv_path: Path, row: _CsvRow) -> None:
-    """Raises UserError for a name that leads out of the folder. Links in the folder are allowed."""
+    """Raise UserError for a name that leads out of the folder. Links in the folder are allowed."""
     inside = os.path.normpath(row.name)
     if os.path.isabs(inside) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise UserError(
@@ -244,7 +244,7 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _check_images(folder: Path, names: list[str], checked_images: CheckedImages) -> dict[str, _CheckedImage]:
-    """Finds and checks every named image."""
+    """Find and check every named image."""
     similar_names = _SimilarNames(folder)
 
     def check(name: str) -> _CheckedImage:
@@ -271,7 +271,7 @@ def _check_images(folder: Path, names: list[str], checked_images: CheckedImages)
 
 
 def _may_exist(path: Path) -> bool:
-    """Returns whether there is a file or a dead link at `path`, also if this cannot be determined."""
+    """Return whether there is a file or a dead link at `path`, also if this cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -289,14 +289,14 @@ class _SimilarNames:
         self._listed: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> list[Path]:
-        """Returns the paths of all such files. They are inside the folder, because no listing contains ".."."""
+        """Return the paths of all such files. They are inside the folder, because no listing contains ".."."""
         paths = [self._folder]
         for part in os.path.normpath(name.replace("\\", "/")).split("/"):
             paths = [path / similar for path in paths for similar in self._names(path).get(_folded(part), ())]
         return paths
 
     def _names(self, folder: Path) -> dict[str, list[str]]:
-        """Returns the names in a folder by their folded form."""
+        """Return the names in a folder by their folded form."""
         if folder not in self._listed:
             names: dict[str, list[str]] = {}
             try:
@@ -310,12 +310,12 @@ class _SimilarNames:
 
 
 def _folded(name: str) -> str:
-    """Returns a file name without the differences that operating systems introduce."""
+    """Return a file name without the differences that operating systems introduce."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def _from_gbk(name: str) -> str:
-    """Decodes a file name as GBK, which archives from Chinese Windows use, even if its bytes are valid UTF-8."""
+    """Decode a file name as GBK, which archives from Chinese Windows use, even if its bytes are valid UTF-8."""
     try:
         return os.fsencode(name).decode("gb18030")
     except UnicodeError:

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def draws(seed: int, stream: str, step: int, process_index: int = 0) -> np.random.Generator:
-    """Returns a generator that depends only on the arguments.
+    """Return a generator that depends only on the arguments.
 
     Args:
         seed: The run's seed.
@@ -35,7 +35,7 @@ class MicroBatchDraws(NamedTuple):
 def micro_batch_draws(
     seed: int, micro_batch: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, process_index: int = 0
 ) -> MicroBatchDraws:
-    """Returns the draws of a micro-batch.
+    """Return the draws of a micro-batch.
 
     Args:
         seed: The run's seed.
@@ -58,6 +58,6 @@ def micro_batch_draws(
 
 
 def augmentation_draws(seed: int, micro_batch: int, count: int, process_index: int = 0) -> list[np.random.Generator]:
-    """Returns a generator for each of a micro-batch's `count` images, for its crop and flip."""
+    """Return a generator for each of a micro-batch's `count` images, for its crop and flip."""
     seeds = draws(seed, "augment", micro_batch, process_index).integers(0, 2**63, count)
     return [np.random.default_rng(image_seed) for image_seed in seeds]

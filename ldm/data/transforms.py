@@ -1,4 +1,4 @@
-"""Decodes image files of any common format and mode into square RGB arrays in [-1, 1]."""
+"""Decode image files of any common format and mode into square RGB arrays in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ _memory = _Budget(MAX_MEMORY)
 
 @contextmanager
 def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Iterator[Image.Image]:
-    """Yields an image file decoded by `to_rgb`, within the memory that all threads share.
+    """Yield an image file decoded by `to_rgb`, within the memory that all threads share.
 
     Raises:
         BrokenImage: The file is missing, is not an image, is damaged or too large.
@@ -125,13 +125,13 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Returns the whole image as RGB (see `on_white`). Raises BrokenImage as `decoded` does."""
+    """Return the whole image as RGB (see `on_white`). Raises BrokenImage as `decoded` does."""
     with decoded(path, on_white) as image:
         return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, turned by its EXIF orientation, with transparent parts on white.
+    """Convert an image to RGB, turned by its EXIF orientation, with transparent parts on white.
 
     An animation gives its first frame. Grey with 16 bits is scaled to 8 bits, not clipped.
     """
@@ -153,7 +153,7 @@ def load_image(
     random_flip: bool = False,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """Returns an image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
+    """Return an image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
 
     Args:
         path: The image file.
@@ -203,7 +203,7 @@ def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _faults(path: str | Path, size: int) -> Iterator[None]:
-    """Raises a readable BrokenImage for any error that decoding raises within the block."""
+    """Raise a readable BrokenImage for any error that decoding raises within the block."""
     try:
         yield
     except BrokenImage:
@@ -224,7 +224,7 @@ def _faults(path: str | Path, size: int) -> Iterator[None]:
 
 
 def _needed_memory(path: str | Path, image: Image.Image) -> int:
-    """Returns the bytes that decoding takes. Raises BrokenImage for an image without pixels or of too many."""
+    """Return the bytes that decoding takes. Raises BrokenImage for an image without pixels or of too many."""
     width, height = image.size
     if 0 in image.size:
         raise BrokenImage(path, "has no pixels")
@@ -238,7 +238,7 @@ def _needed_memory(path: str | Path, image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns how to turn an image upright, None for a damaged EXIF block or one without an orientation."""
+    """Return how to turn an image upright, None for a damaged EXIF block or one without an orientation."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 0))
     except _DECODER_ERRORS:
@@ -246,7 +246,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yields (top, strip) for strips of full width, so that a conversion takes little memory."""
+    """Yield (top, strip) for strips of full width, so that a conversion takes little memory."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -43,7 +43,7 @@ class GuidedDenoiser:
         self.text_embeddings = ms.Tensor(np.ascontiguousarray(text_embeddings, np.float32))
 
     def __call__(self, latents: np.ndarray, timestep: int) -> np.ndarray:
-        """Returns the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
+        """Return the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
         if self.guided:
             latents = np.concatenate([latents, latents])
         timesteps = np.full(len(latents), timestep, np.int32)

@@ -44,7 +44,7 @@ class DiffusionLoss(nn.Cell):
     def construct(
         self, latents: ms.Tensor, noise: ms.Tensor, timesteps: ms.Tensor, text_embeddings: ms.Tensor
     ) -> ms.Tensor:
-        """Computes the loss of one micro-batch.
+        """Compute the loss of one micro-batch.
 
         Args:
             latents: (N, C, h, w) float32, already multiplied by the model's scale factor.

@@ -54,13 +54,13 @@ class Sampling:
         check_steps(self.num_inference_steps, config.timesteps)
 
     def out_of_memory_message(self, config: ModelConfig) -> str:
-        """Returns an error message that names the settings which decide how much memory sampling takes."""
+        """Return an error message that names the settings which decide how much memory sampling takes."""
         height, width = self.height or config.image_size, self.width or config.image_size
         return f"not enough memory for batch_size {self.batch_size}, H {height}, W {width}: lower one of them"
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """Returns the shape (C, h, w) of an image's latents.
+    """Return the shape (C, h, w) of an image's latents.
 
     Args:
         config: The model's configuration.
@@ -82,7 +82,7 @@ def latent_shape(config: ModelConfig, height: int | None = None, width: int | No
 
 
 def default_batch_size(images_per_prompt: int, height: int, width: int) -> int:
-    """Returns how many images a call of the network takes where no batch size is given.
+    """Return how many images a call of the network takes where no batch size is given.
 
     As in mindone's script these are the images of one prompt: at least SMALL_IMAGE_BATCH of them where they are small,
     and no more than CALL_PIXELS hold.

@@ -47,7 +47,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> NoiseSchedule:
-        """Builds the schedule that a model was trained with."""
+        """Build the schedule that a model was trained with."""
         return cls(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
 
     @property
@@ -67,6 +67,6 @@ class NoiseSchedule:
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """Raises ValueError unless `prediction_type` is what a network can predict."""
+    """Raise ValueError unless `prediction_type` is what a network can predict."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")

@@ -10,7 +10,7 @@ from ldm.data.draws import draws
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0) -> np.ndarray:
-    """Computes a statistic on samples that are drawn with replacement.
+    """Compute a statistic on samples that are drawn with replacement.
 
     Scores of the same prompts stay paired if they are computed from the same indices. Use a statistic that is their
     difference, or the same seed.
@@ -29,5 +29,5 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: i
 
 
 def bootstrap_std(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0) -> float:
-    """Returns the standard deviation of `bootstrap`."""
+    """Return the standard deviation of `bootstrap`."""
     return float(bootstrap(statistic, count, resamples, seed).std(ddof=1))

@@ -10,7 +10,7 @@ from ldm.errors import UserError
 
 
 def clip_scores(features: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns the scores (N,) of N pairs of features (N, D): of an image and its prompt, or of two images.
+    """Return the scores (N,) of N pairs of features (N, D): of an image and its prompt, or of two images.
 
     Each score is clamped at 0 before the mean is taken. torchmetrics clamps the mean.
     """
@@ -18,12 +18,12 @@ def clip_scores(features: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def mean_of_all_pairs(features: np.ndarray, others: np.ndarray) -> float:
-    """Returns the mean of 100 cos over all N x M pairs, without a clamp: mindone's image-to-image score."""
+    """Return the mean of 100 cos over all N x M pairs, without a clamp: mindone's image-to-image score."""
     return float(100.0 * (_unit(features).mean(axis=0) @ _unit(others).mean(axis=0)))
 
 
 def paired_prompts(prompts: Sequence[str], images: int) -> list[str]:
-    """Returns the prompt of each image, for an equal number of images per prompt, in the order of the prompts.
+    """Return the prompt of each image, for an equal number of images per prompt, in the order of the prompts.
 
     Raises UserError if the number of images is not a multiple of the number of prompts.
     """

@@ -65,7 +65,7 @@ class EncodedImages:
 def measure_images(
     paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images", save_to: Path | None = None
 ) -> ImageSet:
-    """Computes the statistics of images, and saves them to an .npz if `save_to` is given.
+    """Compute the statistics of images, and save them to an .npz if `save_to` is given.
 
     Raises UserError if fewer than two images can be read.
     """
@@ -82,7 +82,7 @@ def measure_images(
 
 
 def read_image_set(path: str | Path, network: ImageNetwork) -> ImageSet:
-    """Reads the statistics in an .npz. Raises UserError if they are known to come from another network."""
+    """Read the statistics in an .npz. Raises UserError if they are known to come from another network."""
     saved = read_statistics(path)
     if len(saved.mean) != network.dimensions:
         raise UserError(
@@ -97,7 +97,7 @@ def read_image_set(path: str | Path, network: ImageNetwork) -> ImageSet:
 
 
 def distances(real: ImageSet, generated: ImageSet) -> Distances:
-    """Returns the FID, and the KID if both sets are images, four or more."""
+    """Return the FID, and the KID if both sets are images, four or more."""
     fid = frechet_distance(real.mean, real.covariance, generated.mean, generated.covariance)
     if real.sample is None or generated.sample is None or min(real.sample.count, generated.sample.count) < 4:
         return Distances(fid, None, None)
@@ -107,12 +107,12 @@ def distances(real: ImageSet, generated: ImageSet) -> Distances:
 def encode_images(
     paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images"
 ) -> EncodedImages:
-    """Returns the features of images, 2 to 8 kB each. Raises UserError if none can be read."""
+    """Return the features of images, 2 to 8 kB each. Raises UserError if none can be read."""
     batches = ImageBatches(paths, network.prepare, batch_size, label)
     indices, features = zip(*network.encode_batches(batches))
     return EncodedImages(np.concatenate(indices), np.concatenate(features), batches.broken)
 
 
 def prompt_scores(images: EncodedImages, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:
-    """Returns the CLIP scores (N,) of images. `prompts` holds one for each image of the list, broken ones included."""
+    """Return the CLIP scores (N,) of images. `prompts` holds one for each image of the list, broken ones included."""
     return clip_scores(images.features, network.encode_texts([prompts[i] for i in images.indices], batch_size))

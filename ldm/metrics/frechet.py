@@ -37,7 +37,7 @@ class FeatureStatistics:
         self._pending: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Adds a batch (N, D)."""
+        """Add a batch (N, D)."""
         self._pending.append(features.astype(np.float64))
         self.count += len(features)
         if self.count - self._merged >= MERGED_AT_ONCE:
@@ -57,7 +57,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def _merge(self) -> None:
-        """Merges pending features by their own mean (Chan et al. 1983), so that no digits cancel."""
+        """Merge pending features by their own mean (Chan et al. 1983), so that no digits cancel."""
         if not self._pending:
             return
         features = np.concatenate(self._pending)
@@ -75,13 +75,13 @@ class FeatureStatistics:
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
-    """Returns the distance between two normal distributions, given by means (D,) and covariances (D, D)."""
+    """Return the distance between two normal distributions, given by means (D,) and covariances (D, D)."""
     root1, root2 = _factor(covariance1), _factor(covariance2)
     return _distance(mean1, root1, mean2, root2)
 
 
 def frechet_of_features(features1: np.ndarray, features2: np.ndarray) -> float:
-    """Returns the distance between features (N, D) and (M, D). It needs no covariances: fast for small N and M."""
+    """Return the distance between features (N, D) and (M, D). It needs no covariances: fast for small N and M."""
     means, roots = [], []
     for features in (features1, features2):
         features = np.asarray(features, np.float64)
@@ -97,7 +97,7 @@ def _check_count(count: int) -> None:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """Returns F (rank, D) with F^T F = covariance, without the eigenvalues that are only rounding errors."""
+    """Return F (rank, D) with F^T F = covariance, without the eigenvalues that are only rounding errors."""
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
@@ -121,7 +121,7 @@ class SavedStatistics:
 
 
 def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
-    """Writes an .npz that pytorch-fid reads, with the number of images and the identity of the network."""
+    """Write an .npz that pytorch-fid reads, with the number of images and the identity of the network."""
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")
@@ -136,7 +136,7 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
 
 
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:
-    """Reads an .npz with `mu` and `sigma`. Raises UserError for another file, and for impossible values."""
+    """Read an .npz with `mu` and `sigma`. Raises UserError for another file, and for impossible values."""
     way = "give a folder of images or statistics in an .npz, such as --save_stats writes"
     arrays = {}
     with Archive(path, "an .npz file of numbers", way) as archive:

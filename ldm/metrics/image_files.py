@@ -1,4 +1,4 @@
-"""Finds image files and reads them in batches for the networks that score them."""
+"""Find image files and read them in batches for the networks that score them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)\.[A-Za-z]+")
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """Returns an image, or the images of a folder in order: by the numbers at the end of their names, else by name.
+    """Return an image, or the images of a folder in order: by the numbers at the end of their names, else by name.
 
     In an output folder of this project these are the images in samples/. Raises UserError if there are none.
     """
@@ -126,7 +126,7 @@ class ImageBatches:
             )
 
     def _open(self, path: Path) -> np.ndarray | str:
-        """Returns the prepared image, or its fault."""
+        """Return the prepared image, or its fault."""
         try:
             with decoded(path, plain_rgb) as image:
                 return self.prepare(image)

@@ -28,7 +28,7 @@ class FeatureSample:
         self._rng = draws(seed, "feature sample", 0)
 
     def add(self, features: np.ndarray) -> None:
-        """Adds a batch (N, D)."""
+        """Add a batch (N, D)."""
         for row in features:
             self.count += 1
             if len(self._rows) < self.max_count:
@@ -43,7 +43,7 @@ class FeatureSample:
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Computes the kernel distance and its standard deviation.
+    """Compute the kernel distance and its standard deviation.
 
     The standard deviation is that over random halves of both sets, drawn without replacement. The spread of an estimate
     over halves is the standard error of the estimate over all images (the delete-half jackknife). The distance uses
@@ -73,7 +73,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int =
 
 
 def _choices(rng: np.random.Generator, count: int, halves: int) -> np.ndarray:
-    """Returns (count, 1 + halves) of zeros and ones that choose all images, then random halves."""
+    """Return (count, 1 + halves) of zeros and ones that choose all images, then random halves."""
     chosen = np.ones((count, 1 + halves))
     for i in range(halves):
         chosen[rng.permutation(count)[count // 2 :], 1 + i] = 0.0
@@ -81,7 +81,7 @@ def _choices(rng: np.random.Generator, count: int, halves: int) -> np.ndarray:
 
 
 def _sums(x: np.ndarray, y: np.ndarray, chosen_x: np.ndarray, chosen_y: np.ndarray) -> np.ndarray:
-    """Sums the kernel over the rows and columns of each choice, without the diagonal if x is y."""
+    """Sum the kernel over the rows and columns of each choice, without the diagonal if x is y."""
     total = np.zeros(chosen_x.shape[1])
     transposed = np.asarray(y, np.float64).T
     for start in range(0, len(x), BLOCK):

@@ -56,12 +56,12 @@ class ImageNetwork:
         return f"{self.name}, sha256 {self.sha256[:16]}; {self.preprocessing}"
 
     def encode_batches(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (indices (n,), features (n, D) float32) for each batch."""
+        """Yield (indices (n,), features (n, D) float32) for each batch."""
         for indices, images in batches:
             yield indices, run_in_batches(self.image_encoder, images, batches.batch_size)
 
     def encode_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Returns features (N, D) of images in memory, (N, H, W, 3) uint8."""
+        """Return features (N, D) of images in memory, (N, H, W, 3) uint8."""
         prepared = np.stack([self.prepare(Image.fromarray(image)) for image in pixels])
         return run_in_batches(self.image_encoder, prepared, min(batch_size, len(prepared)))
 
@@ -77,7 +77,7 @@ class ClipNetwork(ImageNetwork):
     text_encoder: nn.Cell
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Returns unit vectors (N, D). Texts of more than 77 tokens are cut and keep their end token."""
+        """Return unit vectors (N, D). Texts of more than 77 tokens are cut and keep their end token."""
         distinct = list(dict.fromkeys(texts))
         tokens = Tokenizer().encode(distinct)
         features = run_in_batches(self.text_encoder, tokens, min(batch_size, len(distinct)))
@@ -86,7 +86,7 @@ class ClipNetwork(ImageNetwork):
 
 
 def inception(path: str | Path) -> ImageNetwork:
-    """Loads the FID's Inception from a PyTorch or MindSpore file. Raises UserError if it is another file."""
+    """Load the FID's Inception from a PyTorch or MindSpore file. Raises UserError if it is another file."""
     weights = read_inception(path)
     network = InceptionFeatures()
     load_inception(network, weights)
@@ -110,7 +110,7 @@ def inception(path: str | Path) -> ImageNetwork:
 def clip(
     path: str | Path, preprocessing: str = "openai", config: str | Path | None = None, model_name: str | None = None
 ) -> ClipNetwork:
-    """Loads a CLIP from a Hugging Face folder or a file. Arguments and errors as in ldm.weights.clip.read_clip."""
+    """Load a CLIP from a Hugging Face folder or a file. Arguments and errors as in ldm.weights.clip.read_clip."""
     weights = read_clip(path, config, model_name)
     size = weights.arguments["vision"]["image_size"]
     descriptions = {
@@ -132,7 +132,7 @@ def clip(
 
 
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
-    """Loads the embedded CLIP, whose text encoder is that of the nano model."""
+    """Load the embedded CLIP, whose text encoder is that of the nano model."""
     network, arrays = load_nano_clip(folder)
     size = CLIP_MODELS["nano"]["vision"]["image_size"]
     return ClipNetwork(
@@ -148,7 +148,7 @@ def nano_clip(folder: Path = NANO) -> ClipNetwork:
 
 
 def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray]]:
-    """Returns the embedded CLIP and its arrays.
+    """Return the embedded CLIP and its arrays.
 
     The image encoder and the projections are in clip.safetensors, the text encoder in nano.safetensors.
     """

@@ -14,7 +14,7 @@ STRIP = 20  # images this many times as long as wide are cropped before they are
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB with Pillow's `convert`, as pytorch-fid does.
+    """Convert an image to RGB with Pillow's `convert`, as pytorch-fid does.
 
     An alpha channel is dropped, 16 bits become 8 as the installed Pillow decides, and the EXIF orientation is ignored.
     """
@@ -22,7 +22,7 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 
 
 def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
-    """Returns an RGB image as (3, size, size) float32 in [-1, 1], scaled bilinearly as pytorch-fid does.
+    """Return an RGB image as (3, size, size) float32 in [-1, 1], scaled bilinearly as pytorch-fid does.
 
     The scaling is torch's `interpolate(mode="bilinear", align_corners=False)`. It uses two neighbours per axis at any
     size, so an image that is made smaller is not smoothed.
@@ -40,7 +40,7 @@ def inception_input(image: Image.Image, size: int = 299) -> np.ndarray:
 
 
 def _neighbours(old_size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the two old pixels next to each of the `new_size` pixels, and the weight of the second."""
+    """Return the two old pixels next to each of the `new_size` pixels, and the weight of the second."""
     # In float32 and rounded once, as torch's compiled form computes it (a fused multiply-add): the product of two
     # float32 is exact in float64. Rounded twice, a position is off by half a unit in its last place, a pixel by 5e-6.
     scale = np.float64(np.float32(old_size) / np.float32(new_size))
@@ -54,7 +54,7 @@ def _interpolate(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.nd
 
 
 def clip_input(image: Image.Image, size: int = 224, preprocessing: str = "openai") -> np.ndarray:
-    """Returns an RGB image as (3, size, size) float32, normalised by CLIP's mean and standard deviation.
+    """Return an RGB image as (3, size, size) float32, normalised by CLIP's mean and standard deviation.
 
     Args:
         image: The image, in RGB.
@@ -86,7 +86,7 @@ def clip_input(image: Image.Image, size: int = 224, preprocessing: str = "openai
 
 
 def nano_input(image: Image.Image, size: int = 64) -> np.ndarray:
-    """Returns an RGB image as (3, size, size) float32 in [-1, 1], squashed to a square as the nano CLIP expects."""
+    """Return an RGB image as (3, size, size) float32 in [-1, 1], squashed to a square as the nano CLIP expects."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1.0)

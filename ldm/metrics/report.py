@@ -1,4 +1,4 @@
-"""Prints and describes how a score was made: the network, the preprocessing and the images left out."""
+"""Print and describe how a score was made: the network, the preprocessing and the images left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMBEDDED = (
 
 
 def print_network(network: ImageNetwork) -> None:
-    """Prints the network, its hash and its preprocessing, after a warning if it is the embedded network."""
+    """Print the network, its hash and its preprocessing, after a warning if it is the embedded network."""
     if network.embedded:
         print(EMBEDDED)
     print(f"network: {network.name}, sha256 {network.sha256[:16]}")
@@ -30,7 +30,7 @@ def print_network(network: ImageNetwork) -> None:
 
 
 def describe_network(network: ImageNetwork) -> dict[str, Any]:
-    """Returns the entries of a JSON report that describe the network."""
+    """Return the entries of a JSON report that describe the network."""
     return {
         "network": network.name,
         "sha256": network.sha256,
@@ -40,7 +40,7 @@ def describe_network(network: ImageNetwork) -> dict[str, Any]:
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
-    """Prints every image that was left out, and their number."""
+    """Print every image that was left out, and their number."""
     for path, fault in broken:
         print(f"left out: {path} {fault}")
     if broken:
@@ -48,11 +48,11 @@ def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
 
 
 def describe_broken(broken: Sequence[tuple[Path, str]]) -> list[dict[str, str]]:
-    """Returns the entries of a JSON report for images that were left out."""
+    """Return the entries of a JSON report for images that were left out."""
     return [{"file": str(path), "fault": fault} for path, fault in broken]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON report. Raises UserError if it cannot be written."""
+    """Write a JSON report. Raises UserError if it cannot be written."""
     with writing(path), atomic_path(path) as temporary:
         temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

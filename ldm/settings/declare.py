@@ -55,7 +55,7 @@ def setting(
     set_by_comparison: bool = False,
     not_in_diffusers: str | None = None,
 ) -> Any:
-    """Returns a dataclass field that carries the rules of one setting in its metadata.
+    """Return a dataclass field that carries the rules of one setting in its metadata.
 
     Args:
         default: The value where none is given, or REQUIRED. It is neither checked nor expanded.
@@ -87,7 +87,7 @@ def setting(
 
 
 def names_of(cls: type, **rules: Any) -> tuple[str, ...]:
-    """Returns the names of the settings declared with these rules, such as `resume="fixed"` or `graph_key=True`."""
+    """Return the names of the settings declared with these rules, such as `resume="fixed"` or `graph_key=True`."""
     return tuple(
         field.name
         for field in dataclasses.fields(cls)
@@ -96,5 +96,5 @@ def names_of(cls: type, **rules: Any) -> tuple[str, ...]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Returns the default value of a field, a new list or mapping each time."""
+    """Return the default value of a field, a new list or mapping each time."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -163,7 +163,7 @@ class GenerateSettings:
     )
 
     def __post_init__(self) -> None:
-        """Checks each setting, and the settings against each other. Raises UserError."""
+        """Check each setting, and the settings against each other. Raises UserError."""
         check_values(self)
         if not self.prompt and self.data_path is None:
             raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')

@@ -86,7 +86,7 @@ class ModelConfig:
         return self.vae_factor * 2 ** (len(self.unet["channel_mult"]) - 1)
 
     def content(self) -> dict[str, Any]:
-        """Returns everything that makes the model what it is, for hashes.
+        """Return everything that makes the model what it is, for hashes.
 
         The path is left out. Added tokens are there only where the checkpoint has any, so that training states from
         before they were read still match.
@@ -98,7 +98,7 @@ class ModelConfig:
 
 
 def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns `architecture` and `prediction_type` from the metadata of a checkpoint, where they are known words.
+    """Return `architecture` and `prediction_type` from the metadata of a checkpoint, where they are known words.
 
     Training writes both. Other projects may write other words under these names, which are ignored.
     """
@@ -107,7 +107,7 @@ def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """Reads a model YAML.
+    """Read a model YAML.
 
     Raises:
         UserError: The file is missing or not YAML, a `target` is unknown, a key is missing or unknown, or a value is
@@ -123,7 +123,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
 
 def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
-    """Returns the model that the content of a YAML describes. `path` names it in errors.
+    """Return the model that the content of a YAML describes. `path` names it in errors.
 
     Raises:
         UserError: As load_model_config.
@@ -211,7 +211,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
 
 
 def model_document(config: ModelConfig) -> dict[str, Any]:
-    """Returns the content of a YAML that parse_model_config reads as `config`, with every size written out."""
+    """Return the content of a YAML that parse_model_config reads as `config`, with every size written out."""
     vae = dict(config.vae)
     embed_dim = vae.pop("embed_dim")
     parameterization = next(key for key, value in PARAMETERIZATIONS.items() if value == config.prediction_type)
@@ -239,7 +239,7 @@ def model_document(config: ModelConfig) -> dict[str, Any]:
 
 
 def _unet_problem(unet: dict[str, Any]) -> str:
-    """Returns what does not go together in the UNet's parameters, or ""."""
+    """Return what does not go together in the UNet's parameters, or ""."""
     heads, head_channels = unet.get("num_heads", -1), unet.get("num_head_channels", -1)
     if 0 in (heads, head_channels):
         return f"{'num_heads' if heads == 0 else 'num_head_channels'} in unet_config is 0; it must be above 0"
@@ -275,7 +275,7 @@ def _text_problem(text: dict[str, Any], context_dim: int) -> str:
 
 
 def _indivisible(mults: Sequence[int], name: str, width: int, key: str, divisor: int, section: str) -> str:
-    """Returns what is wrong where mult * width is not a multiple of `divisor`, or ""."""
+    """Return what is wrong where mult * width is not a multiple of `divisor`, or ""."""
     for mult in mults:
         if mult * width % divisor:
             return (
@@ -285,7 +285,7 @@ def _indivisible(mults: Sequence[int], name: str, width: int, key: str, divisor:
 
 
 def _left_at_the_end(linear_start: float, linear_end: float, timesteps: int) -> float:
-    """Returns the share of the image's variance at the last time step of a scaled_linear schedule."""
+    """Return the share of the image's variance at the last time step of a scaled_linear schedule."""
     first, last = linear_start**0.5, linear_end**0.5
     steps = (first + (last - first) * i / (timesteps - 1) for i in range(timesteps))
     return math.exp(sum(math.log1p(-step * step) for step in steps))

@@ -10,7 +10,7 @@ MAX_PARAMETERS = 5_000_000_000  # Stable Diffusion 2.x has 1.3 billion
 
 
 def check_parameters(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], source: str) -> None:
-    """Checks that the networks together have no more than MAX_PARAMETERS parameters.
+    """Check that the networks together have no more than MAX_PARAMETERS parameters.
 
     Args:
         unet, vae, text: The arguments of the networks.
@@ -39,7 +39,7 @@ def unet_parameters(
     transformer_depth: int = 1,
     **others: Any,
 ) -> int:
-    """Returns the number of parameters of UNetModel."""
+    """Return the number of parameters of UNetModel."""
     embedding = 4 * model_channels
     widths = [mult * model_channels for mult in channel_mult]
 
@@ -78,7 +78,7 @@ def vae_parameters(
     z_channels: int,
     **others: Any,
 ) -> int:
-    """Returns the number of parameters of AutoencoderKL."""
+    """Return the number of parameters of AutoencoderKL."""
     widths = [mult * ch for mult in ch_mult]
 
     def block(inputs: int, outputs: int) -> int:
@@ -109,7 +109,7 @@ def vae_parameters(
 
 
 def text_parameters(width: int, num_layers: int, vocab_size: int = 49408, length: int = 77, **others: Any) -> int:
-    """Returns the number of parameters of CLIPTextEncoder."""
+    """Return the number of parameters of CLIPTextEncoder."""
     layer = 4 * _dense(width, width) + _dense(width, 4 * width) + _dense(4 * width, width) + 2 * _norm(width)
     return (vocab_size + length) * width + num_layers * layer + _norm(width)
 
@@ -126,7 +126,7 @@ def _conv(inputs: int, outputs: int) -> int:
 
 
 def _dense(inputs: int, outputs: int) -> int:
-    """The parameters of a linear layer or a 1x1 convolution."""
+    """Return the number of parameters of a linear layer or a 1x1 convolution."""
     return inputs * outputs + outputs
 
 

@@ -1,4 +1,4 @@
-"""Reads settings that are declared with `ldm.settings.declare.setting`, wherever they come from, with the same checks.
+"""Read settings that are declared with `ldm.settings.declare.setting`, wherever they come from, with the same checks.
 
 - `read_settings`: a dataclass from its defaults, then a YAML file, then command-line flags. The later wins.
 - `read_mapping`: the values of a YAML or JSON document, with nested sections.
@@ -58,7 +58,7 @@ def read_settings(
     prog: str = "",
     description: str | None = "",
 ) -> Settings:
-    """Builds settings from defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
+    """Build settings from defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
 
     Booleans read as `--flag True`, `--flag=True` or the bare `--flag`, lists as `--betas 0.9 0.98`, a value that begins
     with `--` as `--flag=--value`. `-h` or `--help` prints every setting with its default and exits. Checks between
@@ -96,7 +96,7 @@ def read_settings(
 
 
 def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the flags of a command line that `cls` declares, with their values, and all other words."""
+    """Return the flags of a command line that `cls` declares, with their values, and all other words."""
     names = _flag_names(settings_of(cls))
     own: list[str] = []
     rest: list[str] = []
@@ -111,7 +111,7 @@ def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def read_mapping(
     cls: type, content: Any, source: str, prefix: str = "", ignore_unknown: bool = False
 ) -> dict[str, Any]:
-    """Returns the values that a mapping from YAML or JSON gives, checked against the declarations of `cls`.
+    """Return the values that a mapping from YAML or JSON gives, checked against the declarations of `cls`.
 
     Args:
         cls: A dataclass of settings. A field whose type is such a class is a section, and read in the same way.
@@ -130,7 +130,7 @@ def read_mapping(
 
 
 def check_values(settings: DataclassInstance, prefix: str = "") -> None:
-    """Checks the values of settings that were made in Python as those from files and flags.
+    """Check the values of settings that were made in Python as those from files and flags.
 
     Tuples become lists, paths become texts where the setting is a text, and NumPy's numbers become Python's. `prefix`
     stands before the names in errors. Paths are not expanded.
@@ -152,7 +152,7 @@ def check_values(settings: DataclassInstance, prefix: str = "") -> None:
 def save_settings(
     settings: DataclassInstance, path: str | Path, header: str = "", leave_out: Sequence[str] = ()
 ) -> None:
-    """Writes settings as a YAML file that `read_settings` reads back.
+    """Write settings as a YAML file that `read_settings` reads back.
 
     Args:
         settings: A dataclass of settings.
@@ -172,7 +172,7 @@ def save_settings(
 def explain(
     cls: type, *, prog: str = "", description: str = "", yaml_flag: str | None = None, width: int | None = None
 ) -> str:
-    """Returns the help text: every setting that has one, by group, with its type, choices, range and default."""
+    """Return the help text: every setting that has one, by group, with its type, choices, range and default."""
     width = width or max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
@@ -208,7 +208,7 @@ def _print(text: str) -> None:
 
 
 def _flag_names(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Returns the settings by all names that they have as flags."""
+    """Return the settings by all names that they have as flags."""
     return {name: setting for key, setting in settings.items() for name in (key, *setting.rules["aliases"])}
 
 

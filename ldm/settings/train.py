@@ -322,7 +322,7 @@ class TrainSettings:
     dataset_sink_mode: bool = setting(False, "feed batches through Ascend's data queue while a step runs (Ascend only)")
 
     def __post_init__(self) -> None:
-        """Checks each setting, and the settings against each other. Raises UserError."""
+        """Check each setting, and the settings against each other. Raises UserError."""
         check_values(self)
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
 @cache
 def settings_of(cls: type[DataclassInstance]) -> dict[str, Setting]:
-    """Returns the declared settings by their names in files and flags."""
+    """Return the declared settings by their names in files and flags."""
     hints = typing.get_type_hints(cls)
     return {
         field.metadata["key"] or field.name: Setting(field.name, default_of(field), hints[field.name], field.metadata)
@@ -49,7 +49,7 @@ def settings_of(cls: type[DataclassInstance]) -> dict[str, Setting]:
 
 
 def accept(value: Any, setting: Setting, where: str) -> Any:
-    """Returns a value from a file or a flag with its paths expanded. Raises UserError where it is out of range."""
+    """Return a value from a file or a flag with its paths expanded. Raises UserError where it is out of range."""
     if setting.rules["path"]:
         if isinstance(value, list):
             value = [_expand(entry, setting, where) for entry in value]
@@ -60,7 +60,7 @@ def accept(value: Any, setting: Setting, where: str) -> Any:
 
 
 def check_range(value: Any, setting: Setting, where: str) -> None:
-    """Checks choices, range and length, of every entry of a list or mapping. Raises UserError."""
+    """Check choices, range and length, of every entry of a list or mapping. Raises UserError."""
     rules = setting.rules
     choices = rules["choices"]
     for entry in _entries(value):
@@ -86,7 +86,7 @@ def check_range(value: Any, setting: Setting, where: str) -> None:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """Returns a value of YAML, JSON or Python as the type that is wanted. Texts are not taken for numbers."""
+    """Return a value of YAML, JSON or Python as the type that is wanted. Texts are not taken for numbers."""
     kinds = kinds_of(hint)
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)):
         return None
@@ -111,7 +111,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def from_word(word: str, hint: Any, where: str) -> Any:
-    """Returns a word of the command line as the type that is wanted. Raises UserError where it is none."""
+    """Return a word of the command line as the type that is wanted. Raises UserError where it is none."""
     kinds = kinds_of(hint)
     if type(None) in kinds and word.lower() in NONE_WORDS:
         return None
@@ -132,7 +132,7 @@ def from_word(word: str, hint: Any, where: str) -> Any:
 
 
 def plain_python(value: Any) -> Any:
-    """Returns tuples as lists, paths as texts and numbers of NumPy as those of Python."""
+    """Return tuples as lists, paths as texts and numbers of NumPy as those of Python."""
     if isinstance(value, tuple):
         return [plain_python(entry) for entry in value]
     if isinstance(value, os.PathLike):
@@ -145,7 +145,7 @@ def plain_python(value: Any) -> Any:
 
 
 def as_paths(value: Any, setting: Setting) -> Any:
-    """Returns texts as Path where the type is Path."""
+    """Return texts as Path where the type is Path."""
     kinds = typing.get_args(setting.hint) or (setting.hint,)
     if Path in kinds and isinstance(value, str):
         return Path(value)
@@ -170,7 +170,7 @@ def _reads_unquoted(text: str, hint: Any) -> bool:
 
 
 def _entries(value: Any) -> Iterator[Any]:
-    """Yields the entries of a list or mapping, or the value itself, without None."""
+    """Yield the entries of a list or mapping, or the value itself, without None."""
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return (entry for entry in entries if entry is not None)
 
@@ -193,13 +193,13 @@ def _in_fp32(number: float) -> float:
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """Returns the types that a type hint allows. Paths are given as texts."""
+    """Return the types that a type hint allows. Paths are given as texts."""
     union = typing.get_origin(hint) in (Union, getattr(types, "UnionType", Union))
     return tuple(str if kind is Path else kind for kind in (typing.get_args(hint) if union else (hint,)))
 
 
 def list_item(hint: Any) -> Any:
-    """Returns the type of the entries where the type is a list, else None."""
+    """Return the type of the entries where the type is a list, else None."""
     return next((typing.get_args(kind)[0] for kind in kinds_of(hint) if typing.get_origin(kind) is list), None)
 
 
@@ -208,7 +208,7 @@ def _dict_entry(hint: Any) -> Any:
 
 
 def wanted(setting: Setting) -> str:
-    """Returns what a setting takes, for errors: "a number, above 0"."""
+    """Return what a setting takes, for errors: "a number, above 0"."""
     limits = limits_of(setting)
     kind = _wanted_type(setting.hint)
     return f"{kind.replace('a text', 'a path') if setting.rules['path'] else kind}{f', {limits}' if limits else ''}"
@@ -228,13 +228,13 @@ def _wanted_type(hint: Any) -> str:
 
 
 def type_name(hint: Any) -> str:
-    """Returns a type for the help text: "int|None"."""
+    """Return a type for the help text: "int|None"."""
     names = {bool: "True|False", int: "int", float: "float", str: "text", type(None): "None"}
     return "|".join(f"{type_name(list_item(kind))} ..." if list_item(kind) else names[kind] for kind in kinds_of(hint))
 
 
 def limits_of(setting: Setting) -> str:
-    """Returns the choices, the range and the length that are allowed: "at least 1, at most 10"."""
+    """Return the choices, the range and the length that are allowed: "at least 1, at most 10"."""
     rules, texts = setting.rules, []
     if rules["choices"]:
         texts.append("one of " + ", ".join(show(choice) for choice in rules["choices"]))
@@ -250,10 +250,10 @@ def _wanted_length(length: int | tuple[int, int]) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns the known name most similar to `name`, for error messages."""
+    """Return the known name most similar to `name`, for error messages."""
     return difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.0)[0]
 
 
 def show(value: Any) -> str:
-    """Returns a value for a message, texts in quotes."""
+    """Return a value for a message, texts in quotes."""
     return f'"{plain(value)}"' if isinstance(value, str) else plain(value)

@@ -33,5 +33,5 @@ _GUIDANCE_SCALE = 7.5
 
 
 def default_guidance_scale(architecture: str) -> float:
-    """Returns the guidance scale that is used where none is given."""
+    """Return the guidance scale that is used where none is given."""
     return _GUIDANCE_SCALES.get(architecture, _GUIDANCE_SCALE)

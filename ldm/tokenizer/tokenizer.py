@@ -38,7 +38,7 @@ WORDS = regex.compile(
 
 
 def clean_text(text: str) -> str:
-    """Cleans a text like CLIPTokenizer with ftfy: encoding, HTML entities, white space and case.
+    """Clean a text like CLIPTokenizer with ftfy: encoding, HTML entities, white space and case.
 
     ftfy repairs wrong encodings, composes accents (NFC), straightens quotes, narrows full-width letters and removes
     control characters. It unescapes nested entities too (`&amp;amp;lt;`), but not in a line with a `<`, and not those
@@ -72,7 +72,7 @@ class Tokenizer:
         self._added_pattern, self._added_ids = _added_pattern(added_tokens)
 
     def encode(self, texts: Iterable[str]) -> np.ndarray:
-        """Returns token ids (N, 77) int32. Texts of more than 75 tokens are cut and keep their end token."""
+        """Return token ids (N, 77) int32. Texts of more than 75 tokens are cut and keep their end token."""
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not a single text")
         texts = list(texts)
@@ -83,12 +83,12 @@ class Tokenizer:
         return tokens
 
     def cut_off(self, texts: Iterable[str]) -> list[str]:
-        """Returns the part that `encode` cuts off, cleaned, for each text that it cuts."""
+        """Return the part that `encode` cuts off, cleaned, for each text that it cuts."""
         ids = (self.tokenize(text) for text in texts)
         return [self.decode(tokens[CONTEXT_LENGTH - 2 :]) for tokens in ids if len(tokens) > CONTEXT_LENGTH - 2]
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a whole text of any length, without start, end and padding."""
+        """Return the ids of a whole text of any length, without start, end and padding."""
         tokens: list[int] = []
         end = 0
         for match in self._added_pattern.finditer(text) if self._added_ids else ():
@@ -98,7 +98,7 @@ class Tokenizer:
         return tokens + self._tokenize_words(text[end:])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Returns the cleaned text of a row of ids up to its end token, with single spaces between words."""
+        """Return the cleaned text of a row of ids up to its end token, with single spaces between words."""
         symbols = self._vocabulary.symbols
         byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
         raw = b""
@@ -122,7 +122,7 @@ class Tokenizer:
         return known
 
     def _merge(self, word: str) -> list[str]:
-        """Merges neighbouring symbols, in the order that the merges were learned, until no merge applies."""
+        """Merge neighbouring symbols, in the order that the merges were learned, until no merge applies."""
         byte_symbols = _byte_symbols()
         parts = [byte_symbols[byte] for byte in word.encode("utf-8")]
         parts[-1] += WORD_END
@@ -145,7 +145,7 @@ class Tokenizer:
 
 
 def _added_pattern(added_tokens: Sequence[AddedToken]) -> tuple[regex.Pattern, list[int]]:
-    """Returns a pattern with a group for each spelling of an added token, and the ids in the order of the groups."""
+    """Return a pattern with a group for each spelling of an added token, and the ids in the order of the groups."""
     spellings = [(added, False) for added in added_tokens] + [
         (added, True) for added in added_tokens if added.normalized
     ]
@@ -160,7 +160,7 @@ def _added_pattern(added_tokens: Sequence[AddedToken]) -> tuple[regex.Pattern, l
 
 @lru_cache(maxsize=1)
 def _byte_symbols() -> dict[int, str]:
-    """Returns a printable character for every byte, so that merges are lines of text (GPT-2's table).
+    """Return a printable character for every byte, so that merges are lines of text (GPT-2's table).
 
     Printable bytes keep their own character. The others, controls and spaces, get those from U+0100 on. The order is
     that of the vocabulary.
@@ -182,7 +182,7 @@ class Vocabulary(NamedTuple):
 
 @lru_cache(maxsize=1)
 def vocabulary() -> Vocabulary:
-    """Loads CLIP's vocabulary: byte symbols, byte symbols at the end of a word, merges, start and end token.
+    """Load CLIP's vocabulary: byte symbols, byte symbols at the end of a word, merges, start and end token.
 
     Raises:
         UserError: The vocabulary file is missing, broken or another one.

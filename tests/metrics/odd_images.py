@@ -12,13 +12,13 @@ from ldm.metrics.preprocessing import plain_rgb
 
 
 def open_plain(path: Path) -> Image.Image:
-    """Opens an image as the evaluation does."""
+    """Open an image as the evaluation does."""
     with decoded(path, plain_rgb) as image:
         return image
 
 
 def write_odd_images(folder: Path) -> dict[str, Path]:
-    """Writes the images to a folder and returns the file of each kind."""
+    """Write the images to a folder and return the file of each kind."""
     rng = np.random.RandomState(3)
 
     def smooth(height: int, width: int, channels: int) -> np.ndarray:

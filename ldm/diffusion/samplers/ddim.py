@@ -24,7 +24,7 @@ def sample(
     eta: float = 0.0,
     draw_noise: Callable[[], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Samples latents. The arguments not listed here are described in `steps.py`.
+    """Sample latents. The arguments not listed here are described in `steps.py`.
 
     Args:
         eta: Share of DDPM's noise that each step adds, from 0 to 1.

@@ -24,7 +24,7 @@ def sample(
     prediction_type: str,
     callback: Callback | None = None,
 ) -> np.ndarray:
-    """Samples latents. Arguments and errors as in `steps.py`."""
+    """Sample latents. Arguments and errors as in `steps.py`."""
     check_prediction_type(prediction_type)
     timesteps = linspace_timesteps(steps, schedule)
     levels = NoiseLevels.from_sigmas(np.append(schedule.sigmas[timesteps], schedule.sigmas[0]))

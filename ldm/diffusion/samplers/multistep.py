@@ -20,12 +20,12 @@ class NoiseLevels(NamedTuple):
 
     @classmethod
     def from_sigmas(cls, sigmas: np.ndarray) -> NoiseLevels:
-        """Builds the levels from ratios of noise to image, which diffusers calls sigmas."""
+        """Build the levels from ratios of noise to image, which diffusers calls sigmas."""
         alpha = 1.0 / np.sqrt(1.0 + sigmas**2)
         return cls(alpha, sigmas * alpha)
 
     def log_snr(self, i: int) -> float:
-        """Returns lambda, log(alpha / sigma), at point i. It is infinite for a sigma of 0."""
+        """Return lambda, log(alpha / sigma), at point i. It is infinite for a sigma of 0."""
         return float(np.log(self.alpha[i] / self.sigma[i]))
 
 

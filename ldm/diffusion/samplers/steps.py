@@ -30,7 +30,7 @@ Callback = Callable[[int], None]
 
 
 def check_steps(steps: int, timesteps: int) -> None:
-    """Raises UserError unless `steps` is from 1 to one less than the model's number of time steps."""
+    """Raise UserError unless `steps` is from 1 to one less than the model's number of time steps."""
     if not 1 <= steps < timesteps:
         raise UserError(
             f"sampling_steps is {steps}: give a number from 1 to {timesteps - 1}, "
@@ -39,13 +39,13 @@ def check_steps(steps: int, timesteps: int) -> None:
 
 
 def linspace_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    """Returns evenly spaced time steps from the last one down to above 0, for DPM-Solver: int64 (steps,), falling."""
+    """Return evenly spaced time steps from the last one down to above 0, for DPM-Solver: int64 (steps,), falling."""
     check_steps(steps, schedule.timesteps)
     return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].astype(np.int64)
 
 
 def leading_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    """Returns 1 + the multiples of timesteps // steps, for DDIM (`steps_offset` 1): int64 (steps,), falling."""
+    """Return 1 + the multiples of timesteps // steps, for DDIM (`steps_offset` 1): int64 (steps,), falling."""
     check_steps(steps, schedule.timesteps)
     return np.arange(steps - 1, -1, -1, dtype=np.int64) * (schedule.timesteps // steps) + 1
 
@@ -53,7 +53,7 @@ def leading_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 def predict_denoised(
     output: np.ndarray, latents: np.ndarray, alpha: np.floating, sigma: np.floating, prediction_type: str
 ) -> np.ndarray:
-    """Returns the network's estimate of the clean latents, given its output for `latents`.
+    """Return the network's estimate of the clean latents, given its output for `latents`.
 
     `latents` are alpha * clean latents + sigma * noise, with alpha^2 + sigma^2 = 1.
     """
@@ -65,7 +65,7 @@ def predict_denoised(
 def predict_noise(
     output: np.ndarray, latents: np.ndarray, alpha: np.floating, sigma: np.floating, prediction_type: str
 ) -> np.ndarray:
-    """Returns the network's estimate of the noise in `latents`. Arguments as in `predict_denoised`."""
+    """Return the network's estimate of the noise in `latents`. Arguments as in `predict_denoised`."""
     if prediction_type == "v_prediction":
         return alpha * output + sigma * latents
     return output
