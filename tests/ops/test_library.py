@@ -122,7 +122,7 @@ class TestCompiling:
         assert find_library() == ready
         assert not left.exists() and young.exists()
 
-    @pytest.mark.parametrize("part", ["kernels.cc"])
+    @pytest.mark.parametrize("part", ["kernels.cc", "norms.h"])
     def test_a_changed_source_is_compiled_anew(self, find_library, ready, tmp_path, monkeypatch, part):
         monkeypatch.setattr(library, "_output", lambda command, _=None: made(command, ready.read_bytes()[:-32]))
         first = find_library()
