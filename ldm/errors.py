@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 def plain(text: object, longest: int = LONGEST_QUOTE) -> str:
-    """Returns `text` on one line that is safe to print.
+    """Return `text` on one line that is safe to print.
 
     Control characters and invalid UTF-8 are escaped. The middle of a text of more than `longest` characters is left
     out.
@@ -53,14 +53,14 @@ def _escaped(char: str) -> str:
 
 
 def system_reason(error: OSError) -> str:
-    """Returns the reason of a system error and what to do, such as "Permission denied: give this user ..."."""
+    """Return the reason of a system error and what to do, such as "Permission denied: give this user ..."."""
     reason = error.strerror or str(error) or type(error).__name__
     way = _WAYS.get(error.errno or 0, "check the path, its disk and its permissions")
     return f"{reason}: {way}"
 
 
 def system_error(error: OSError) -> UserError:
-    """Returns the UserError for a system error, with the file that it names."""
+    """Return the UserError for a system error, with the file that it names."""
     path = "standard output, or an open file," if error.filename is None else error.filename
     if isinstance(path, bytes):
         path = path.decode("utf-8", "surrogateescape")

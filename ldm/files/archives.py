@@ -31,15 +31,15 @@ class Archive:
     """An open zip archive, to be used as a context manager.
 
     Attributes:
-        members: maps each member's name to its entry in the archive's directory.
+        members: Maps each member's name to its entry in the archive's directory.
 
     Args:
-        path: the file.
-        kind: what the file should be, for errors ("a PyTorch file").
-        way: what the user can do about an unreadable file, for errors.
+        path: The file.
+        kind: What the file should be, for errors ("a PyTorch file").
+        way: What the user can do about an unreadable file, for errors.
 
     Raises:
-        UserError: the file does not exist, is not a regular file, or is not a readable archive.
+        UserError: The file does not exist, is not a regular file, or is not a readable archive.
     """
 
     def __init__(self, path: str | os.PathLike, kind: str, way: str):
@@ -60,10 +60,10 @@ class Archive:
         self._file.close()
 
     def read(self, name: str, most: int) -> bytes:
-        """Returns the content of a member.
+        """Return the content of a member.
 
         Raises:
-            UserError: the content has more than `most` bytes or cannot be decompressed.
+            UserError: The content has more than `most` bytes or cannot be decompressed.
         """
         member = self.members[name]
         problem = None

@@ -19,14 +19,14 @@ _temporaries: dict[Path, Callable[[Path], None]] = {}  # path -> the function th
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` when the block ends without an error.
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an error.
 
     The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders
     are created. If `path` is a link, the file that it leads to is replaced.
 
     Args:
-        path: the file to write.
-        sync: wait until the file is on the disk, so that a power cut cannot leave an empty or truncated file. Files
+        path: The file to write.
+        sync: Wait until the file is on the disk, so that a power cut cannot leave an empty or truncated file. Files
             with their own checksum do without it.
 
     Raises:
@@ -45,7 +45,7 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, and renames it to `path` when the block ends without an error.
+    """Yield a temporary folder beside `path`, and rename it to `path` when the block ends without an error.
 
     Raises:
         OSError: `path` exists and is not an empty folder.
@@ -60,7 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside `path`, on the same disk, and removes it at the end of the block."""
+    """Yield a new folder beside `path`, on the same disk, and remove it at the end of the block."""
     path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with removed_at_end(temporary_path(path.with_name(f"{path.stem}.parts"))) as temporary:
@@ -77,7 +77,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iterator[Path]:
-    """Yields `path` and calls `remove` with it at the end of the block, ignoring an OSError.
+    """Yield `path` and call `remove` with it at the end of the block, ignoring an OSError.
 
     A process that ends without unwinding removes it with `remove_temporaries`.
     """
@@ -93,12 +93,12 @@ def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iter
 
 
 def resolved(path: str | Path) -> Path:
-    """Returns the target of a link, or `path` itself if it is not a link."""
+    """Return the target of a link, or `path` itself if it is not a link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns the hidden path beside `path` for writing it. Its name is shortened to LONGEST_NAME bytes."""
+    """Return the hidden path beside `path` for writing it. Its name is shortened to LONGEST_NAME bytes."""
     suffix = path.suffix if len(path.suffix) <= 16 else ""  # longer ones do not select a format
     stem, ending = path.stem, f".{os.getpid()}.partial{suffix}"
     while len(os.fsencode(f".{stem}{ending}")) > LONGEST_NAME:
@@ -107,7 +107,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Waits until the content of the file or folder `path` is on the disk."""
+    """Wait until the content of the file or folder `path` is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -116,7 +116,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def remove_temporaries() -> None:
-    """Removes all files and folders that are being written. For a process that ends without unwinding."""
+    """Remove all files and folders that are being written. For a process that ends without unwinding."""
     for path, remove in reversed(list(_temporaries.items())):
         try:
             remove(path)

@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges the mappings that `<<` names into `node`, each key once.
+        """Merge the mappings that `<<` names into `node`, each key once.
 
         PyYAML copies repeated keys, and the copies double with every level.
         """
@@ -99,7 +99,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _key(node: yaml.Node) -> object:
-    """Returns what identifies a key: its text, or the node itself for a list or mapping, which PyYAML rejects later."""
+    """Return what identifies a key: its text, or the node itself for a list or mapping, which PyYAML rejects later."""
     return node.value if isinstance(node, yaml.ScalarNode) else node
 
 
@@ -134,10 +134,10 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path of a YAML file") -> Any:
-    """Returns the content of a YAML file.
+    """Return the content of a YAML file.
 
     Raises:
-        UserError: the file cannot be read (see ldm.files.inputs), is not valid YAML (with the line), or exceeds
+        UserError: The file cannot be read (see ldm.files.inputs), is not valid YAML (with the line), or exceeds
             MAX_YAML_BYTES, MAX_ENTRIES or MAX_DEPTH.
     """
     text = read_text(path, name, way, MAX_YAML_BYTES)
@@ -151,18 +151,18 @@ def read_yaml(path: str | os.PathLike, name: str = "", way: str = "give the path
 
 
 def write_yaml(content: Any) -> str:
-    """Returns the YAML text that `read_yaml` reads as `content`."""
+    """Return the YAML text that `read_yaml` reads as `content`."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path of a JSON file") -> Any:
-    """Returns the content of a JSON file. Arguments and errors are those of `read_yaml`."""
+    """Return the content of a JSON file. Arguments and errors are those of `read_yaml`."""
     text = read_text(path, name, way, MAX_BYTES)
     return parse_json(text, f"{name} {plain(os.fspath(path))}".strip())
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns the content of a JSON text. Raises UserError, which begins with `where`, if it is not valid JSON."""
+    """Return the content of a JSON text. Raises UserError, which begins with `where`, if it is not valid JSON."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
     except json.JSONDecodeError as error:
@@ -172,12 +172,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """Returns `content` as JSON without escaping letters. Reading it restores file names that are not UTF-8, too."""
+    """Return `content` as JSON without escaping letters. Reading it restores file names that are not UTF-8, too."""
     return valid_text(json.dumps(content, ensure_ascii=False, indent=indent))
 
 
 def valid_text(text: str) -> str:
-    """Returns `text` with every character that UTF-8 cannot encode (bytes of file names) replaced by its escape."""
+    """Return `text` with every character that UTF-8 cannot encode (bytes of file names) replaced by its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -213,11 +213,11 @@ def _problem(error: Exception) -> str:
 
 
 def _check_entries(content: Any, where: str) -> None:
-    """Raises UserError for more than MAX_ENTRIES or MAX_DEPTH with aliases expanded, and for invalid characters."""
+    """Raise UserError for more than MAX_ENTRIES or MAX_DEPTH with aliases expanded, and for invalid characters."""
     sizes: dict[int, tuple[int, int]] = {}
 
     def measure(value: Any) -> tuple[int, int]:
-        """Returns the number of entries and the depth."""
+        """Return the number of entries and the depth."""
         if not isinstance(value, (dict, list, tuple, set, str, bytes)):
             return 1, 0
         if id(value) not in sizes:

@@ -25,10 +25,10 @@ MAX_TEXT = 64 << 20  # bytes of a text file
 
 
 def file_status(path: str | os.PathLike, name: str = "") -> os.stat_result | None:
-    """Returns the status of the file or folder at `path`, or None if there is none. Links are followed.
+    """Return the status of the file or folder at `path`, or None if there is none. Links are followed.
 
     Raises:
-        UserError: the system refuses access: a missing permission, a circle of links, an invalid path.
+        UserError: The system refuses access: a missing permission, a circle of links, an invalid path.
     """
     try:
         return os.stat(path)
@@ -41,24 +41,24 @@ def file_status(path: str | os.PathLike, name: str = "") -> os.stat_result | Non
 
 
 def is_there(path: str | os.PathLike, name: str = "") -> bool:
-    """Returns whether anything exists at `path`. Raises as `file_status`."""
+    """Return whether anything exists at `path`. Raises as `file_status`."""
     return file_status(path, name) is not None
 
 
 def is_file(path: str | os.PathLike, name: str = "") -> bool:
-    """Returns whether `path` is a regular file. Raises as `file_status`."""
+    """Return whether `path` is a regular file. Raises as `file_status`."""
     status = file_status(path, name)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_folder(path: str | os.PathLike, name: str = "") -> bool:
-    """Returns whether `path` is a folder. Raises as `file_status`."""
+    """Return whether `path` is a folder. Raises as `file_status`."""
     status = file_status(path, name)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def list_folder(path: str | os.PathLike, name: str = "") -> list[str]:
-    """Returns the sorted names in a folder. Raises UserError if it is not a folder or cannot be read."""
+    """Return the sorted names in a folder. Raises UserError if it is not a folder or cannot be read."""
     try:
         return sorted(os.listdir(path))
     except OSError as error:
@@ -66,10 +66,10 @@ def list_folder(path: str | os.PathLike, name: str = "") -> list[str]:
 
 
 def open_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> io.BufferedReader:
-    """Opens a regular file for reading. Links are followed.
+    """Open a regular file for reading. Links are followed.
 
     Raises:
-        UserError: the file does not exist, is not a regular file, or cannot be read.
+        UserError: The file does not exist, is not a regular file, or cannot be read.
     """
     subject = _named(path, name)
     try:
@@ -89,12 +89,12 @@ def open_file(path: str | os.PathLike, name: str = "", way: str = "check the pat
 
 
 def check_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> None:
-    """Raises UserError if `open_file` would. For files that a library opens itself."""
+    """Raise UserError if `open_file` would. For files that a library opens itself."""
     open_file(path, name, way).close()
 
 
 def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int | None = None) -> bytes:
-    """Returns the content of a regular file. Raises as `open_file`, and UserError for more than `most` bytes."""
+    """Return the content of a regular file. Raises as `open_file`, and UserError for more than `most` bytes."""
     subject = _named(path, name)
     with open_file(path, name, way) as file:
         size = os.fstat(file.fileno()).st_size
@@ -107,10 +107,10 @@ def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the pa
 
 
 def read_text(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int = MAX_TEXT) -> str:
-    """Returns the text of a UTF-8 file, without its byte-order mark, with line feeds as the only line ends.
+    """Return the text of a UTF-8 file, without its byte-order mark, with line feeds as the only line ends.
 
     Raises:
-        UserError: as `read_bytes`, for another encoding (with the line), and for a zero byte.
+        UserError: As `read_bytes`, for another encoding (with the line), and for a zero byte.
     """
     subject = _named(path, name)
     raw = read_bytes(path, name, way, most)
@@ -134,7 +134,7 @@ def _named(path: str | os.PathLike, name: str) -> str:
 
 
 def _other_encoding(raw: bytes) -> str:
-    """Returns a guess at the encoding of a text that is not UTF-8, for the end of an error."""
+    """Return a guess at the encoding of a text that is not UTF-8, for the end of an error."""
     if b"\0" in raw:
         return ""
     for encoding, name in (("gb18030", "GBK"), ("cp1252", "Windows-1252")):

@@ -38,14 +38,14 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int) -> Header:
-    """Reads the header at the beginning of `file`, and leaves the position at the array's data.
+    """Read the header at the beginning of `file`, and leave the position at the array's data.
 
     Args:
-        file: positioned at its beginning.
-        size: of the whole file, in bytes.
+        file: Positioned at its beginning.
+        size: Of the whole file, in bytes.
 
     Raises:
-        NotNumpy: the file is not an array of numbers or texts, or is shorter than its header declares.
+        NotNumpy: The file is not an array of numbers or texts, or is shorter than its header declares.
     """
     start = file.read(8)
     if start[:2] == b"PK":
@@ -70,7 +70,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
 
 
 def read_array(file: BinaryIO, header: Header) -> np.ndarray:
-    """Returns the array that follows its header. Raises NotNumpy if the file has become shorter since."""
+    """Return the array that follows its header. Raises NotNumpy if the file has become shorter since."""
     raw = file.read(header.nbytes)
     if len(raw) != header.nbytes:
         raise NotNumpy("it is truncated")

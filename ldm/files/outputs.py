@@ -39,10 +39,10 @@ _HOLDER = "process "  # the beginning of the text in a lock file
 
 @contextmanager
 def claim_folder(path: str | Path, name: str) -> Iterator[None]:
-    """Holds the folder `path` within the block, and creates it if needed. New folders that stay empty are removed.
+    """Hold the folder `path` within the block, and create it if needed. New folders that stay empty are removed.
 
     Raises:
-        UserError: the folder cannot be created or written, is not a folder, or is held by another process.
+        UserError: The folder cannot be created or written, is not a folder, or is held by another process.
     """
     folder = Path(path)
     with _created_folder(folder, name):
@@ -50,17 +50,17 @@ def claim_folder(path: str | Path, name: str) -> Iterator[None]:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise _write_error(folder, name, error) from None
-        with _locked(folder / ".lock", folder, name):
+            raise _write_error(f"{name} {plain(folder)}", error) from None
+        with _locked(folder / ".lock", f"{name} {plain(folder)}"):
             yield
 
 
 @contextmanager
 def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
-    """Holds the file `path` within the block, without changing it. None claims nothing.
+    """Hold the file `path` within the block, without changing it. None claims nothing.
 
     Raises:
-        UserError: the file could not be written (see `check_file_target`; its folder cannot be created or written; its
+        UserError: The file could not be written (see `check_file_target`; its folder cannot be created or written; its
             name is too long), or is held by another process.
     """
     if path is None:
@@ -73,13 +73,9 @@ def claim_file(path: str | Path | None, name: str) -> Iterator[None]:
 
 @contextmanager
 def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[None]:
-    """Holds `path` within the block, a file or folder that must not exist yet.
+    """Hold `path` within the block, a file or folder that must not exist yet.
 
-    Args:
-        folder: whether it will be a folder; an empty folder may exist then.
-
-    Raises:
-        UserError: as `claim_file`, or `path` exists.
+    With `folder`, an empty folder may exist. Raises UserError as `claim_file`, or if `path` exists.
     """
     file_status(path, name)
     check_free(path, empty_folder=folder)
@@ -89,7 +85,7 @@ def claim_new(path: str | Path, name: str, folder: bool = False) -> Iterator[Non
 
 @contextmanager
 def claim_all(*claims: AbstractContextManager[None]) -> Iterator[None]:
-    """Enters several claims in their order."""
+    """Enter several claims in their order."""
     with ExitStack() as stack:
         for claim in claims:
             stack.enter_context(claim)
@@ -97,7 +93,7 @@ def claim_all(*claims: AbstractContextManager[None]) -> Iterator[None]:
 
 
 def check_file_target(path: Path, name: str) -> None:
-    """Raises UserError if `path` is a folder, a device, a pipe, or a link into a folder that does not exist."""
+    """Raise UserError if `path` is a folder, a device, a pipe, or a link into a folder that does not exist."""
     status = file_status(path, name)
     if status is None and os.path.islink(path) and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise UserError(
@@ -112,7 +108,8 @@ def check_file_target(path: Path, name: str) -> None:
 
 @contextmanager
 def _locked_beside(target: Path, name: str) -> Iterator[None]:
-    """Checks that `target` can be written beside and renamed, and holds a lock beside it."""
+    """Check that files can be written beside `target` and renamed to it, and hold a lock beside it."""
+    subject = f"{name} {plain(target)}"
     with _created_folder(target.parent, name):
         trial = temporary_path(target)
         try:
@@ -120,16 +117,16 @@ def _locked_beside(target: Path, name: str) -> Iterator[None]:
             trial.unlink()
             _check_replaceable(target)
         except OSError as error:
-            raise _write_error(target, name, error) from None
+            raise _write_error(subject, error) from None
         lock = f".{target.name}.lock"
         if len(os.fsencode(lock)) > LONGEST_NAME:
             lock = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}.lock"
-        with _locked(target.with_name(lock), target, name):
+        with _locked(target.with_name(lock), subject):
             yield
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raises OSError for another user's file in a folder like /tmp, where users can only replace their own files."""
+    """Raise OSError for another user's file in a folder like /tmp, where users can only replace their own files."""
     folder, user = os.stat(target.parent), os.geteuid()
     if folder.st_mode & stat.S_ISVTX and user not in (0, folder.st_uid) and os.path.lexists(target):
         if os.lstat(target).st_uid != user:
@@ -138,7 +135,7 @@ def _check_replaceable(target: Path) -> None:
 
 @contextmanager
 def _created_folder(folder: Path, name: str) -> Iterator[None]:
-    """Creates a folder and its parents, and removes the new ones that are empty at the end."""
+    """Create a folder and its parents, and remove the new ones that are empty at the end."""
     new: list[Path] = []
     for place in (folder, *folder.absolute().parents):
         status = file_status(place, name)
@@ -165,9 +162,9 @@ def _created_folder(folder: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
-    """Holds the lock file `lock` of `target`."""
-    handle = _acquire(lock, target, name)
+def _locked(lock: Path, subject: str) -> Iterator[None]:
+    """Hold the lock file `lock`. `subject` begins the errors: the setting and the path that are locked."""
+    handle = _acquire(lock, subject)
     if handle is None:
         yield
         return
@@ -179,26 +176,27 @@ def _locked(lock: Path, target: Path, name: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(lock: Path, target: Path, name: str) -> int | None:
-    """Returns a handle of the locked file, or None if the file system does not support locks."""
+def _acquire(lock: Path, subject: str) -> int | None:
+    """Return a handle of the locked file, or None if the file system does not support locks."""
     us = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
     for _ in range(MAX_TRIES):
         with ExitStack() as stack:  # closes the handle unless it is returned
-            handle, foreign = _open_lock(lock, target, name)
+            handle, foreign = _open_lock(lock, subject)
             stack.callback(os.close, handle)
             holder = os.read(handle, 500).decode("utf-8", "replace")
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise _in_use_error(target, name, holder, holder.startswith(f"{us} ")) from None
+                    raise _in_use_error(subject, holder, holder.startswith(f"{us} ")) from None
                 if not holder:
                     lock.unlink(missing_ok=True)
-                logger.warning("%s: this file system has no locks (%s): do not run two at once there", target,
-                               error.strerror)  # fmt: skip
+                logger.warning(
+                    "%s: this file system has no locks (%s): do not run two at once there", subject, error.strerror
+                )
                 return None
             if holder and not holder.startswith(_HOLDER):
-                raise _foreign_lock_error(lock, target, name)
+                raise _foreign_lock_error(lock, subject)
             try:
                 # Its holder may have removed the file between the opening and the locking. Try again then.
                 current = os.path.samestat(os.lstat(lock), os.fstat(handle))
@@ -211,17 +209,15 @@ def _acquire(lock: Path, target: Path, name: str) -> int | None:
             except FileNotFoundError:
                 pass
             except OSError as error:
-                raise _write_error(target, name, error) from None
-    logger.warning("%s: this file system has no lasting inode numbers for a lock: do not run two at once there", target)
+                raise _write_error(subject, error) from None
+    logger.warning(
+        "%s: this file system has no lasting inode numbers for a lock: do not run two at once there", subject
+    )
     return None
 
 
-def _open_lock(lock: Path, target: Path, name: str) -> tuple[int, bool]:
-    """Opens a lock file without following links.
-
-    Returns:
-        The handle, and whether the file is another user's, which cannot be written.
-    """
+def _open_lock(lock: Path, subject: str) -> tuple[int, bool]:
+    """Open a lock file, not through links. Return its handle, and whether it is another user's and read-only."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         try:
@@ -232,16 +228,16 @@ def _open_lock(lock: Path, target: Path, name: str) -> tuple[int, bool]:
             handle, foreign = os.open(lock, os.O_RDONLY | flags), True
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
-            raise _foreign_lock_error(lock, target, name) from None
-        raise _write_error(target, name, error) from None
+            raise _foreign_lock_error(lock, subject) from None
+        raise _write_error(subject, error) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _foreign_lock_error(lock, target, name)
+        raise _foreign_lock_error(lock, subject)
     return handle, foreign
 
 
 def _write_holder(handle: int, us: str) -> None:
-    """Names this process in its lock file."""
+    """Name this process in its lock file."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{us} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
     try:
@@ -251,19 +247,19 @@ def _write_holder(handle: int, us: str) -> None:
         pass
 
 
-def _in_use_error(target: Path, name: str, holder: str, same_process: bool) -> UserError:
+def _in_use_error(subject: str, holder: str, same_process: bool) -> UserError:
     if same_process:
-        return UserError(f"{name} {plain(target)} is the path of two outputs of this run: give each its own path")
-    holder = plain(holder) or "another process"
-    return UserError(f"{name} {plain(target)} is in use by {holder}: wait for it to end, or give another path")
-
-
-def _foreign_lock_error(lock: Path, target: Path, name: str) -> UserError:
+        return UserError(f"{subject} is the path of two outputs of this run: give each its own path")
     return UserError(
-        f"{name} {plain(target)} cannot be locked, because {plain(lock)} belongs to another program: give another "
-        "path, or remove it"
+        f"{subject} is in use by {plain(holder) or 'another process'}: wait for it to end, or give another path"
     )
 
 
-def _write_error(target: Path, name: str, error: OSError) -> UserError:
-    return UserError(f"{name} {plain(target)} cannot be written: {system_reason(error)}")
+def _foreign_lock_error(lock: Path, subject: str) -> UserError:
+    return UserError(
+        f"{subject} cannot be locked, because {plain(lock)} belongs to another program: give another path, or remove it"
+    )
+
+
+def _write_error(subject: str, error: OSError) -> UserError:
+    return UserError(f"{subject} cannot be written: {system_reason(error)}")

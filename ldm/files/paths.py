@@ -20,7 +20,7 @@ MAX_STRENGTH = 1000  # largest absolute strength of a LoRA
 
 
 def expanded(text: str) -> str:
-    """Expands `~` and `~name` at the beginning of a path, and `$NAME` and `${NAME}` anywhere, as a shell does.
+    """Expand `~` and `~name` at the beginning of a path, and `$NAME` and `${NAME}` anywhere, as a shell does.
 
     Unknown users and variables stay as they are. This serves YAML files and flags such as `--x=~/y`, which no shell
     expands.
@@ -28,13 +28,8 @@ def expanded(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
-def user_path(text: str) -> Path:
-    """Returns an expanded path. This is the type of the tools' path flags."""
-    return Path(expanded(text))
-
-
 def under_root(path: str | Path) -> Path:
-    """Returns `path` if it exists or is not below ROOT either, else the path below ROOT.
+    """Return `path` if it exists or is not below ROOT either, else the path below ROOT.
 
     So `configs/nano.yaml` is found from any working directory, and the user's own file of that name takes precedence.
     """
@@ -43,16 +38,16 @@ def under_root(path: str | Path) -> Path:
 
 
 def path_and_strengths(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
-    """Splits `path`, `path:strength` or `path:strength:strength` into the path and its strengths.
+    """Split `path`, `path:strength` or `path:strength:strength` into the path and its strengths.
 
     A file whose name contains colons is found by its whole name first.
 
     Args:
-        text: as the user wrote it; `~` and variables are expanded.
-        name: of the setting, for errors.
+        text: As the user wrote it; `~` and variables are expanded.
+        name: Of the setting, for errors.
 
     Raises:
-        UserError: the path does not exist, or a strength is not a number within MAX_STRENGTH.
+        UserError: The path does not exist, or a strength is not a number within MAX_STRENGTH.
     """
     text = expanded(text)
     for count in (0, 1, 2):
@@ -77,21 +72,18 @@ def _strength(word: str, text: str, name: str) -> float:
 
 
 def check_free(path: str | Path, empty_folder: bool = False) -> None:
-    """Raises UserError if `path` exists, since tools never overwrite. An empty folder may exist with `empty_folder`."""
-    if os.path.lexists(path) and not (empty_folder and _is_empty_folder(Path(path))):
-        raise UserError(f"{plain(path)} exists: choose another name, or remove it first")
-
-
-def _is_empty_folder(path: Path) -> bool:
+    """Raise UserError if `path` exists, since tools never overwrite. An empty folder may exist with `empty_folder`."""
     try:
-        return not any(path.iterdir())
+        is_free = not os.path.lexists(path) or (empty_folder and not os.listdir(path))
     except OSError:  # a file, or a folder without read permission
-        return False
+        is_free = False
+    if not is_free:
+        raise UserError(f"{plain(path)} exists: choose another name, or remove it first")
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Converts an OSError in the block, such as a full disk, into a UserError that names `path`."""
+    """Convert an OSError in the block, such as a full disk, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:

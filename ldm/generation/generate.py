@@ -110,7 +110,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
 
 
 def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
-    """Returns what a PNG's text fields hold besides the prompts: enough to make the image again.
+    """Return what a PNG's text fields hold besides the prompts: enough to make the image again.
 
     File names without their folders: an image is passed on, and the folders of its maker are private.
     """

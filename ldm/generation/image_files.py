@@ -70,7 +70,7 @@ class ImageWriter:
         self._started = False
 
     def name(self, index: int) -> str:
-        """Returns the file name of image `index`, padded so that names sort like numbers."""
+        """Return the file name of image `index`, padded so that names sort like numbers."""
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
     def add(self, indices: Iterable[int], images: np.ndarray) -> None:
@@ -100,7 +100,7 @@ class ImageWriter:
                     self._grid_images.append(image)
 
     def progress(self) -> str:
-        """Returns what is written so far, for the message of an interrupted run."""
+        """Return what is written so far, for the message of an interrupted run."""
         done = f"after {self.written:,} of {len(self.prompts):,} images"
         return f"{done}, which are in {self.samples}" if self.written else f"{done}: nothing is kept"
 
@@ -208,5 +208,5 @@ def write_latents(path: str | Path, starting: np.ndarray, final: np.ndarray) -> 
 
 
 def starting_latents_path(path: str | Path) -> Path:
-    """Returns the path of the starting latents: out.init.npy for out.npy."""
+    """Return the path of the starting latents: out.init.npy for out.npy."""
     return Path(path).with_suffix(".init.npy")

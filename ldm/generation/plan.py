@@ -164,7 +164,7 @@ def parse_lora_path(text: str) -> LoRAFile:
 
 
 def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
-    """Returns the prompts and as many negative prompts."""
+    """Return the prompts and as many negative prompts."""
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(settings, name), name)
     if settings.data_path is not None:
@@ -203,7 +203,7 @@ def _check_text(text: str, name: str) -> None:
 
 
 def _existing(path: str | Path, name: str) -> Path:
-    """Returns the path of a file or folder; raises UserError where it does not exist or may not be read."""
+    """Return the path of a file or folder; raises UserError where it does not exist or may not be read."""
     if not is_folder(path, name):
         check_file(path, name)
     return Path(path)

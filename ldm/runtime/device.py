@@ -19,9 +19,6 @@ from ldm.errors import UserError, plain
 logger = logging.getLogger(__name__)
 
 GRAPH, PYNATIVE = 0, 1
-DEVICES = ("Ascend", "CPU")
-PRECISIONS = ("auto", "fp16", "fp32")
-JIT_LEVELS = ("O0", "O1", "O2")
 
 # Parts of the messages of a failed allocation: pynative mode, graph mode (host and device), and C++.
 OUT_OF_MEMORY = (
@@ -65,7 +62,7 @@ _current: Runtime | None = None
 
 
 def current_runtime() -> Runtime | None:
-    """Returns what the last call of setup_runtime returned, None before the first."""
+    """Return what the last call of setup_runtime returned, None before the first."""
     return _current
 
 

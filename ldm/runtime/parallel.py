@@ -24,7 +24,7 @@ LONGEST_LOGGED_ERROR = 2000  # characters
 
 
 def process_index() -> int:
-    """Returns this process's index among those of the launcher, 0 without one. It is known before they connect."""
+    """Return this process's index among those of the launcher, 0 without one. It is known before they connect."""
     if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return 0
     index = os.environ.get("RANK_ID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"

@@ -114,7 +114,7 @@ class _Update(nn.Cell):
         self.cast = ops.Cast()
 
     def construct(self, gradients: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Returns the norm and whether it is finite. `scalars`: those of StepScalars, one tensor each."""
+        """Return the norm and whether it is finite. `scalars`: those of StepScalars, one tensor each."""
         if self.reduce is not None:
             gradients = self.reduce(gradients)
         _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars

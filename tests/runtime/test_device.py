@@ -13,6 +13,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.runtime import device
 from ldm.runtime.device import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
+from ldm.settings.train import TrainSettings
+from ldm.settings.values import settings_of
 from tests.conftest import ROOT
 
 
@@ -84,8 +86,10 @@ def test_the_overflow_mode_is_set_before_an_ascend_is_looked_for(monkeypatch):
 
 def test_mindspore_accepts_the_jit_levels():
     """In a process of its own, because the setting cannot be undone."""
+    levels = settings_of(TrainSettings)["jit_level"].rules["choices"]
+    assert levels
     code = "import mindspore as ms\n" + "\n".join(
-        f"ms.set_context(jit_config={{'jit_level': '{level}'}})" for level in device.JIT_LEVELS
+        f"ms.set_context(jit_config={{'jit_level': '{level}'}})" for level in levels
     )
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert completed.returncode == 0, completed.stderr
