@@ -167,12 +167,10 @@ class GenerateSettings:
         check_values(self)
         if not self.prompt and self.data_path is None:
             raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')
-        if self.prompt and self.data_path is not None:
-            raise UserError("--prompt and --data_path are both given: leave one of them out")
-        if self.negative_prompt and self.negative_data_path is not None:
-            raise UserError("--negative_prompt and --negative_data_path are both given: leave one of them out")
-        if self.dpm_solver and self.ddim:
-            raise UserError("--dpm_solver and --ddim are both given: leave one of them out")
+        exclusive = ("prompt", "data_path"), ("negative_prompt", "negative_data_path"), ("dpm_solver", "ddim")
+        for name, other in exclusive:
+            if getattr(self, name) and getattr(self, other):
+                raise UserError(f"--{name} and --{other} are both given: leave one of them out")
         if self.ddim_eta and not self.ddim:
             raise UserError(f"--ddim_eta {self.ddim_eta} needs DDIM: add --ddim, or leave it out")
         if self.use_lora and not self.lora_ckpt_path:

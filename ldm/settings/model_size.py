@@ -43,26 +43,26 @@ def unet_parameters(
     embedding = 4 * model_channels
     widths = [mult * model_channels for mult in channel_mult]
 
-    def block(inputs: int, outputs: int, attends: bool) -> int:
-        count = _norm(inputs) + _conv(inputs, outputs) + _dense(embedding, outputs) + _norm(outputs)
-        count += _conv(outputs, outputs) + (_dense(inputs, outputs) if inputs != outputs else 0)
-        return count + (_transformer(outputs, context_dim, transformer_depth) if attends else 0)
+    def block(inputs: int, level: int) -> int:
+        attends = 2**level in attention_resolutions
+        attention = _transformer(widths[level], context_dim, transformer_depth) if attends else 0
+        return _res_block(inputs, widths[level], embedding) + attention
 
-    total = _dense(model_channels, embedding) + _dense(embedding, embedding) + _conv(in_channels, model_channels)
+    total = _linear(model_channels, embedding) + _linear(embedding, embedding) + _conv(in_channels, model_channels)
     width, skips = model_channels, [model_channels]
-    for level, outputs in enumerate(widths):
+    for level in range(len(widths)):
         for _ in range(num_res_blocks):
-            total += block(width, outputs, 2**level in attention_resolutions)
-            width = outputs
+            total += block(width, level)
+            width = widths[level]
             skips.append(width)
         if level < len(widths) - 1:
             total += _conv(width, width)
             skips.append(width)
-    total += block(width, width, True) + block(width, width, False)
-    for level, outputs in reversed(list(enumerate(widths))):
+    total += 2 * _res_block(width, width, embedding) + _transformer(width, context_dim, transformer_depth)
+    for level in reversed(range(len(widths))):
         for _ in range(num_res_blocks + 1):
-            total += block(width + skips.pop(), outputs, 2**level in attention_resolutions)
-            width = outputs
+            total += block(width + skips.pop(), level)
+            width = widths[level]
         if level:
             total += _conv(width, width)
     return total + _norm(width) + _conv(width, out_channels)
@@ -80,52 +80,45 @@ def vae_parameters(
 ) -> int:
     """Return the number of parameters of AutoencoderKL."""
     widths = [mult * ch for mult in ch_mult]
+    bottom = widths[-1]
 
-    def block(inputs: int, outputs: int) -> int:
-        count = _norm(inputs) + _conv(inputs, outputs) + _norm(outputs) + _conv(outputs, outputs)
-        return count + (_dense(inputs, outputs) if inputs != outputs else 0)
+    def levels(inputs: list[int], outputs: list[int], blocks: int) -> int:
+        pairs = zip(inputs, outputs)
+        return sum(_res_block(before, after) + (blocks - 1) * _res_block(after, after) for before, after in pairs)
 
-    def middle(width: int) -> int:
-        return 2 * block(width, width) + _norm(width) + 4 * _dense(width, width)
-
-    total, width = _conv(in_channels, ch), ch
-    for level, outputs in enumerate(widths):
-        for _ in range(num_res_blocks):
-            total += block(width, outputs)
-            width = outputs
-        if level < len(widths) - 1:
-            total += _conv(width, width)
-    total += middle(width) + _norm(width) + _conv(width, 2 * z_channels)
-    width = widths[-1]
-    total += _conv(z_channels, width) + middle(width)
-    for level, outputs in reversed(list(enumerate(widths))):
-        for _ in range(num_res_blocks + 1):
-            total += block(width, outputs)
-            width = outputs
-        if level:
-            total += _conv(width, width)
-    total += _norm(width) + _conv(width, out_ch)
-    return total + _dense(2 * z_channels, 2 * embed_dim) + _dense(embed_dim, z_channels)
+    encoder = _conv(in_channels, ch) + levels([ch, *widths], widths, num_res_blocks)
+    encoder += sum(_conv(width, width) for width in widths[:-1]) + _norm(bottom) + _conv(bottom, 2 * z_channels)
+    decoder = _conv(z_channels, bottom) + levels([bottom, *widths[::-1]], widths[::-1], num_res_blocks + 1)
+    decoder += sum(_conv(width, width) for width in widths[1:]) + _norm(widths[0]) + _conv(widths[0], out_ch)
+    middle = 2 * _res_block(bottom, bottom) + _norm(bottom) + 4 * _linear(bottom, bottom)  # of both
+    return encoder + decoder + 2 * middle + _linear(2 * z_channels, 2 * embed_dim) + _linear(embed_dim, z_channels)
 
 
 def text_parameters(width: int, num_layers: int, vocab_size: int = 49408, length: int = 77, **others: Any) -> int:
     """Return the number of parameters of CLIPTextEncoder."""
-    layer = 4 * _dense(width, width) + _dense(width, 4 * width) + _dense(4 * width, width) + 2 * _norm(width)
+    layer = 4 * _linear(width, width) + _linear(width, 4 * width) + _linear(4 * width, width) + 2 * _norm(width)
     return (vocab_size + length) * width + num_layers * layer + _norm(width)
 
 
+def _res_block(inputs: int, outputs: int, embedding: int = 0) -> int:
+    """Return the parameters of a residual block, with a projection of the time embedding if that has a width."""
+    count = _norm(inputs) + _conv(inputs, outputs) + _norm(outputs) + _conv(outputs, outputs)
+    count += _linear(embedding, outputs) if embedding else 0
+    return count + (_linear(inputs, outputs) if inputs != outputs else 0)
+
+
 def _transformer(width: int, context_dim: int, depth: int) -> int:
-    attention = width * width + _dense(width, width)  # to_q and to_out
+    attention = width * width + _linear(width, width)  # to_q and to_out
     block = 2 * attention + 2 * width * width + 2 * context_dim * width  # to_k and to_v of both
-    block += _dense(width, 8 * width) + _dense(4 * width, width) + 3 * _norm(width)
-    return _norm(width) + 2 * _dense(width, width) + depth * block
+    block += _linear(width, 8 * width) + _linear(4 * width, width) + 3 * _norm(width)
+    return _norm(width) + 2 * _linear(width, width) + depth * block
 
 
 def _conv(inputs: int, outputs: int) -> int:
     return 9 * inputs * outputs + outputs
 
 
-def _dense(inputs: int, outputs: int) -> int:
+def _linear(inputs: int, outputs: int) -> int:
     """Return the number of parameters of a linear layer or a 1x1 convolution."""
     return inputs * outputs + outputs
 

@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,11 +83,10 @@ def read_settings(
 
     flags = _read_flags(argv, settings)
     values: dict[str, Any] = {}
-    path = flags.get(yaml_flag, settings[yaml_flag].default) if yaml_flag is not None else None
-    if path is not None:
+    if yaml_flag is not None and (path := flags.get(yaml_flag, settings[yaml_flag].default)) is not None:
         content = read_yaml(path, f"--{yaml_flag}")
-        ignored = {key: setting for key, setting in settings.items() if key != yaml_flag}
-        values = _read_mapping(cls, ignored, {} if content is None else content, plain(path), partial=True)
+        content = {} if content is None else content
+        values = read_mapping(cls, content, plain(path), partial=True, leave_out=(yaml_flag,))
     values.update(flags)
     for key, setting in settings.items():
         if values.get(setting.name, setting.default) is REQUIRED:
@@ -109,7 +108,14 @@ def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_mapping(
-    cls: type, content: Any, source: str, prefix: str = "", ignore_unknown: bool = False
+    cls: type,
+    content: Any,
+    source: str,
+    prefix: str = "",
+    *,
+    ignore_unknown: bool = False,
+    partial: bool = False,
+    leave_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the values that a mapping from YAML or JSON gives, checked against the declarations of `cls`.
 
@@ -119,6 +125,8 @@ def read_mapping(
         source: Names the file in errors.
         prefix: Stands before the names in errors, such as "model.params.".
         ignore_unknown: Whether names that are not declared are passed over.
+        partial: Whether settings without a default may be missing.
+        leave_out: Declared settings that are unknown here.
 
     Returns:
         Field name -> value, in the order of declaration, of the settings that are there. Sections are such mappings.
@@ -126,7 +134,30 @@ def read_mapping(
     Raises:
         UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range.
     """
-    return _read_mapping(cls, settings_of(cls), content, source, prefix, ignore_unknown)
+    if not isinstance(content, Mapping):
+        place = f"{source}: {prefix[:-1]}" if prefix else source  # without the last dot
+        raise UserError(f"{place} must hold lines of `setting: value`, not a value of type {type(content).__name__}")
+    settings = {key: setting for key, setting in settings_of(cls).items() if key not in leave_out}
+    known = (*settings, *getattr(cls, "IGNORED", ()))
+    unknown = next((str(key) for key in content if key not in known), None)
+    if unknown is not None and not ignore_unknown:
+        near = nearest(unknown, known)
+        raise UserError(f'{source}: unknown setting "{prefix}{plain(unknown, 100)}": did you mean "{near}"?')
+    values = {}
+    for key, setting in settings.items():
+        where = f"{source}: {prefix}{key}"
+        if key not in content:
+            if setting.default is REQUIRED and not partial:
+                raise UserError(f"{where} is missing: give {wanted(setting)}")
+        elif dataclasses.is_dataclass(setting.hint):
+            section = typing.cast(type, setting.hint)
+            values[setting.name] = read_mapping(section, content[key], source, f"{prefix}{key}.")
+        else:
+            value = content[key]
+            if setting.rules["zero_one"] and type(value) is int and value in (0, 1):
+                value = bool(value)
+            values[setting.name] = accept(convert(value, setting.hint, where), setting, where)
+    return values
 
 
 def check_values(settings: DataclassInstance, prefix: str = "") -> None:
@@ -259,40 +290,3 @@ def _from_words(words: list[str], setting: Setting, where: str) -> Any:
     if str not in kinds_of(item):  # also as "0.9,0.98" or "[0.9, 0.98]"; texts may hold commas themselves
         words = [word for word in re.split(r"[\s,\[\]()]+", " ".join(words)) if word]
     return [from_word(word, item, where) for word in words]
-
-
-# ---- YAML and JSON ---------------------------------------------------------------------------------------------------
-
-
-def _read_mapping(
-    cls: type,
-    settings: Mapping[str, Setting],
-    content: Any,
-    source: str,
-    prefix: str = "",
-    ignore_unknown: bool = False,
-    partial: bool = False,
-) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        place = f"{source}: {prefix[:-1]}" if prefix else source  # without the last dot
-        raise UserError(f"{place} must hold lines of `setting: value`, not a value of type {type(content).__name__}")
-    ignored = getattr(cls, "IGNORED", ())
-    for key in content:
-        if not ignore_unknown and key not in settings and key not in ignored:
-            near = nearest(str(key), (*settings, *ignored))
-            raise UserError(f'{source}: unknown setting "{prefix}{plain(key, 100)}": did you mean "{near}"?')
-    values = {}
-    for key, setting in settings.items():
-        where = f"{source}: {prefix}{key}"
-        if key not in content:
-            if setting.default is REQUIRED and not partial:
-                raise UserError(f"{where} is missing: give {wanted(setting)}")
-        elif dataclasses.is_dataclass(setting.hint):
-            section = typing.cast(type, setting.hint)
-            values[setting.name] = _read_mapping(section, settings_of(section), content[key], source, f"{prefix}{key}.")
-        else:
-            value = content[key]
-            if setting.rules["zero_one"] and type(value) is int and value in (0, 1):
-                value = bool(value)
-            values[setting.name] = accept(convert(value, setting.hint, where), setting, where)
-    return values

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import difflib
 import math
 import numbers
+import operator
 import os
 import re
-import struct
 import sys
 import types
 import typing
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NONE_WORDS = ("none", "null")
 LONGEST_NAME = 100  # characters: the time to compare names grows with their square
+# The rules of a range: their words, and how a number breaks them.
+_BOUNDS = {
+    "low": ("at least", operator.lt),
+    "above": ("above", operator.le),
+    "high": ("at most", operator.gt),
+    "below": ("below", operator.ge),
+}
 
 
 class Setting(NamedTuple):
@@ -51,24 +59,21 @@ def settings_of(cls: type[DataclassInstance]) -> dict[str, Setting]:
 def accept(value: Any, setting: Setting, where: str) -> Any:
     """Return a value from a file or a flag with its paths expanded. Raises UserError where it is out of range."""
     if setting.rules["path"]:
-        if isinstance(value, list):
-            value = [_expand(entry, setting, where) for entry in value]
-        else:
-            value = _expand(value, setting, where)
+        many = isinstance(value, list)
+        value = [_expand(entry, setting, where) for entry in value] if many else _expand(value, setting, where)
     check_range(value, setting, where)
     return as_paths(value, setting)
 
 
 def check_range(value: Any, setting: Setting, where: str) -> None:
     """Check choices, range and length, of every entry of a list or mapping. Raises UserError."""
-    rules = setting.rules
-    choices = rules["choices"]
+    rules, choices = setting.rules, setting.rules["choices"]
     for entry in _entries(value):
         wrong, note = bool(choices) and entry not in choices, ""
         if isinstance(entry, (int, float)) and not isinstance(entry, bool):
             wrong = wrong or _is_outside(entry, rules)
             if isinstance(entry, float) and not wrong:
-                rounded = _in_fp32(entry)
+                rounded = ctypes.c_float(entry).value
                 if math.isinf(rounded):
                     raise UserError(f"{where}: {entry} is not allowed: fp32, which is computed with, ends at 3.4e38")
                 if rounded in (rules["above"], rules["below"]):
@@ -78,8 +83,8 @@ def check_range(value: Any, setting: Setting, where: str) -> None:
             if similar:
                 note = f'; did you mean "{similar[0]}"?'
             raise UserError(f"{where}: {show(entry)} is not allowed: {limits_of(setting)}{note}")
-    if rules["length"] and isinstance(value, (list, dict)):
-        length = rules["length"]
+    length = rules["length"]
+    if length and isinstance(value, (list, dict)):
         least, most = (length, length) if isinstance(length, int) else length
         if not least <= len(value) <= most:
             raise UserError(f"{where}: {len(value):,} values given, wanted {_wanted_length(length)}")
@@ -146,10 +151,8 @@ def plain_python(value: Any) -> Any:
 
 def as_paths(value: Any, setting: Setting) -> Any:
     """Return texts as Path where the type is Path."""
-    kinds = typing.get_args(setting.hint) or (setting.hint,)
-    if Path in kinds and isinstance(value, str):
-        return Path(value)
-    return value
+    takes_path = Path in (typing.get_args(setting.hint) or (setting.hint,))
+    return Path(value) if takes_path and isinstance(value, str) else value
 
 
 def _expand(value: Any, setting: Setting, where: str) -> Any:
@@ -176,20 +179,7 @@ def _entries(value: Any) -> Iterator[Any]:
 
 
 def _is_outside(number: float, rules: Mapping[str, Any]) -> bool:
-    low, high, above, below = (rules[rule] for rule in ("low", "high", "above", "below"))
-    return (
-        (low is not None and number < low)
-        or (high is not None and number > high)
-        or (above is not None and number <= above)
-        or (below is not None and number >= below)
-    )
-
-
-def _in_fp32(number: float) -> float:
-    try:
-        return float(struct.unpack("f", struct.pack("f", number))[0])
-    except OverflowError:
-        return math.copysign(math.inf, number)
+    return any(rules[rule] is not None and breaks(number, rules[rule]) for rule, (_, breaks) in _BOUNDS.items())
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -238,8 +228,7 @@ def limits_of(setting: Setting) -> str:
     rules, texts = setting.rules, []
     if rules["choices"]:
         texts.append("one of " + ", ".join(show(choice) for choice in rules["choices"]))
-    names = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
-    texts += [f"{name} {rules[rule]}" for rule, name in names if rules[rule] is not None]
+    texts += [f"{words} {rules[rule]}" for rule, (words, _) in _BOUNDS.items() if rules[rule] is not None]
     if rules["length"]:
         texts.append(f"{_wanted_length(rules['length'])} values")
     return ", ".join(texts)
