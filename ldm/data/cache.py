@@ -14,9 +14,9 @@ from typing import Callable
 import numpy as np
 from tqdm import tqdm
 
-from ldm.errors import UserError, plain, system_reason
+from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
-from ldm.files.inputs import is_there, open_file, read_bytes
+from ldm.files.inputs import content_hash, is_there, read_bytes
 from ldm.runtime.logs import warn_each
 
 logger = logging.getLogger(__name__)
@@ -31,15 +31,8 @@ class FileHash(str):
 
 
 def file_hash(path: Path) -> FileHash:
-    """Return the hash of a file's content. Raises UserError if the file cannot be read."""
-    digest = hashlib.sha256()
-    with open_file(path, way="check data_path") as file:
-        try:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        except OSError as error:
-            raise UserError(f"{plain(path)} cannot be read: {system_reason(error)}") from None
-    return FileHash(digest.hexdigest())
+    """Return the hash of a file of the data set. Raises UserError if the file cannot be read."""
+    return FileHash(content_hash(path, way="check data_path"))
 
 
 def content_key(*parts: str | int | float | bytes | Path | FileHash) -> str:

@@ -11,6 +11,7 @@ The functions share these arguments:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -91,6 +92,18 @@ def open_file(path: str | os.PathLike, name: str = "", way: str = "check the pat
 def check_file(path: str | os.PathLike, name: str = "", way: str = "check the path") -> None:
     """Raise UserError if `open_file` would. For files that a library opens itself."""
     open_file(path, name, way).close()
+
+
+def content_hash(path: str | os.PathLike, way: str = "check the path") -> str:
+    """Return the SHA-256 of a file in hexadecimal, which identifies weights and images. Raises as `open_file`."""
+    digest = hashlib.sha256()
+    with open_file(path, way=way) as file:
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:
+            raise UserError(f"{_named(path, '')} cannot be read: {system_reason(error)}") from None
+    return digest.hexdigest()
 
 
 def read_bytes(path: str | os.PathLike, name: str = "", way: str = "check the path", most: int | None = None) -> bytes:

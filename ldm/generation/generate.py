@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm.diffusion.sampling import latent_shape
+from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
 from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
@@ -16,7 +17,6 @@ from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_model import base_model_hash
-from ldm.weights.checkpoint import content_hash
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
+from ldm.files.inputs import content_hash
 from ldm.files.paths import ROOT
 from ldm.metrics.image_files import ImageBatches
 from ldm.metrics.preprocessing import clip_input, inception_input, nano_input
@@ -20,7 +21,7 @@ from ldm.models.clip import CLIP_MODELS, CLIPModel, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
 from ldm.runtime.batches import run_in_batches
 from ldm.tokenizer import Tokenizer
-from ldm.weights.checkpoint import content_hash, open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.clip import ClipWeights, build_clip, read_clip
 from ldm.weights.inception import PUBLISHED, load_inception, read_inception
 from ldm.weights.names.tables import TEXT_PREFIX

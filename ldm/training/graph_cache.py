@@ -26,8 +26,8 @@ import mindspore as ms
 
 from ldm.errors import UserError, system_reason
 from ldm.files.documents import read_json
+from ldm.files.inputs import content_hash
 from ldm.ops import kernels_in_use
-from ldm.weights.checkpoint import content_hash
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.files.inputs import is_folder
+from ldm.files.inputs import content_hash, is_folder
 from ldm.weights.arrays import Checkpoint, CheckpointView
-from ldm.weights.checkpoint import content_hash, open_checkpoint
+from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_diffusers_folder
 from ldm.weights.names import LABELS, KeyMap, component_of, detect_family, map_keys
 from ldm.weights.recognise import check_base_model, recognise

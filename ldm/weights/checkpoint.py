@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.errors import UserError, plain, system_reason
+from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.inputs import is_folder, is_there, open_file
 from ldm.files.paths import writing
@@ -100,18 +99,6 @@ class _ArraysInMemory(Arrays):
 
     def __len__(self) -> int:
         return len(self._arrays)
-
-
-def content_hash(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file in hexadecimal, which identifies weights in caches and in the text of PNG files."""
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        try:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-        except OSError as error:
-            raise UserError(f"{plain(os.fspath(path))} cannot be read: {system_reason(error)}") from None
-    return digest.hexdigest()
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -15,8 +15,9 @@ import pytest
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from ldm.errors import UserError
+from ldm.files.inputs import content_hash
 from ldm.weights import arrays as checkpoint
-from ldm.weights.checkpoint import content_hash, open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.file_formats import mindspore_ckpt, safetensors_file
 from tests.weights.file_formats.legacy_files import legacy
 from tests.weights.file_formats.torch_files import torch_bytes

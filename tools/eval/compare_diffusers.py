@@ -41,12 +41,12 @@ from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
+from ldm.files.inputs import content_hash  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT  # noqa: E402
 from ldm.metrics.report import describe_network, write_json  # noqa: E402
 from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings, split_flags  # noqa: E402
-from ldm.weights.checkpoint import content_hash  # noqa: E402
 from tools.eval.comparison.experiment import SIDES, Experiment  # noqa: E402
 from tools.eval.comparison.jobs import Worker, reference_python  # noqa: E402
 from tools.eval.comparison.report import (  # noqa: E402

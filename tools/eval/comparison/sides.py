@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.files.inputs import content_hash
 from ldm.settings.declare import names_of
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
-from ldm.weights.checkpoint import content_hash
 from tools.eval.comparison.experiment import Experiment
 from tools.eval.comparison.jobs import Worker, run_command, script
 
