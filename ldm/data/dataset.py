@@ -60,12 +60,6 @@ class _CsvRow(NamedTuple):
     fault: str  # empty if the line is well-formed
 
 
-class _CheckedImage(NamedTuple):
-    path: Path
-    content: FileHash | None  # None if the image is unusable
-    fault: str  # empty if the image is usable
-
-
 def read_image_text_csv(
     folder: str | Path,
     csv_name: str = "img_txt.csv",
@@ -101,22 +95,20 @@ def read_image_text_csv(
         if not row.fault:
             _check_inside(folder, csv_path, row)
     names = list(dict.fromkeys(row.name for row in csv_rows if not row.fault))
-    checked_images = CheckedImages(record)
-    images = _check_images(folder, names, checked_images)
-    checked_images.save()
+    images = _check_images(folder, names, record)
 
     rows: list[Row] = []
     left_out: list[tuple[str, str]] = []
     for row in csv_rows:
-        image = None if row.fault else images[row.name]
-        if image is not None and image.content is not None:
-            rows.append(Row(image.path, row.caption, image.content))
+        image = row.fault or images[row.name]
+        if isinstance(image, str):
+            left_out.append((row.name, f"line {row.line}: {image}"))
         else:
-            left_out.append((row.name, f"line {row.line}: {image.fault if image else row.fault}"))
+            path, content = image
+            rows.append(Row(path, row.caption, content))
     _report_left_out(csv_path, left_out, len(csv_rows), max_bad_fraction)
-    similar = [
-        (name, image.path) for name, image in images.items() if image.content and image.path != _path(folder, name)
-    ]
+    paths = {name: image[0] for name, image in images.items() if not isinstance(image, str)}
+    similar = [(name, path) for name, path in paths.items() if path != _path(folder, name)]
     if similar:
         logger.warning(
             "%s: %d image names differ from the CSV's in case, Unicode form, slashes or encoding, the first for %s: %s",
@@ -144,11 +136,10 @@ def _report_left_out(csv_path: Path, left_out: list[tuple[str, str]], count: int
 
 
 def _find_csv(folder: Path, csv_name: str) -> Path:
-    name = f"data_path {plain(folder)}"
     if not is_there(folder, "data_path"):
         raise UserError(f"the data folder {plain(folder)} does not exist: check data_path")
     if not is_folder(folder, "data_path"):
-        raise UserError(f"{name} is not a folder: give the folder that holds {csv_name}")
+        raise UserError(f"data_path {plain(folder)} is not a folder: give the folder that holds {csv_name}")
     csv_path = folder / csv_name
     if not is_there(csv_path):
         try:
@@ -243,31 +234,34 @@ def _path(folder: Path, name: str) -> Path:
     return folder / os.path.normpath(name)
 
 
-def _check_images(folder: Path, names: list[str], checked_images: CheckedImages) -> dict[str, _CheckedImage]:
-    """Find and check every named image."""
+def _check_images(folder: Path, names: list[str], record: Path | None) -> dict[str, tuple[Path, FileHash] | str]:
+    """Return the path and the content of every named image, or the fault of an unusable one."""
+    checked_images = CheckedImages(record)
     similar_names = _SimilarNames(folder)
 
-    def check(name: str) -> _CheckedImage:
+    def check(name: str) -> tuple[Path, FileHash] | str:
         path = _path(folder, name)
         if not _may_exist(path):
             similar = similar_names.find(name)
             if len(similar) > 1:
                 both = " and ".join(plain(other.name) for other in similar[:2])
-                return _CheckedImage(path, None, f"the image does not exist, only {both}")
+                return f"the image does not exist, only {both}"
             path = similar[0] if similar else path
         try:
-            return _CheckedImage(path, checked_images.check(path), "")
+            return path, checked_images.check(path)
         except BrokenImage as error:
-            return _CheckedImage(path, None, f"the image {error.fault}")
+            return f"the image {error.fault}"
 
     # Decoding releases Python's lock, so threads help.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         # The bar appears only if the check takes longer than a second.
         checked = tqdm(pool.map(check, names), total=len(names), desc="checking images", unit="image", delay=1)
-        return dict(zip(names, checked))
+        images = dict(zip(names, checked))
     finally:
         pool.shutdown(cancel_futures=True)
+    checked_images.save()
+    return images
 
 
 def _may_exist(path: Path) -> bool:
@@ -277,7 +271,7 @@ def _may_exist(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError):  # no permission, or too long a name: the error comes when the image is opened
-        return True
+        pass
     return True
 
 

@@ -41,22 +41,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# The errors that Pillow raises on damaged files. For 6,800 files with random damage all were among the first five. The
-# others belong to the modules that its decoders and its EXIF reader use.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    Image.DecompressionBombError,
-    EOFError,
-    TypeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
+# The errors that Pillow raises on damaged files. For 6,800 files with random damage all were usual ones. The rare ones
+# belong to the modules that its decoders and its EXIF reader use.
+_USUAL_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+_RARE_ERRORS = (EOFError, TypeError, LookupError, AssertionError, ArithmeticError, struct.error, zlib.error)
+_DECODER_ERRORS = _USUAL_ERRORS + _RARE_ERRORS
 
 _ORIENTATION = 0x0112  # in EXIF
 _TURNS = {
@@ -106,7 +95,7 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
     Raises:
         BrokenImage: The file is missing, is not an image, is damaged or too large.
     """
-    with _regular_file(path) as file:
+    with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise BrokenImage(path, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
@@ -190,15 +179,12 @@ def _square(image: Image.Image, size: int, rng: np.random.Generator | None) -> I
     return image
 
 
-@contextmanager
-def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
+def _open(path: str | Path) -> BinaryIO:
     try:
-        file = open_file(path)
+        return open_file(path)
     except UserError as error:
         # The message begins with the path, which BrokenImage adds itself.
         raise BrokenImage(path, str(error).removeprefix(f"{plain(os.fspath(path))} ")) from None
-    with file:
-        yield file
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import numpy as np
 
 from ldm.settings.model import PREDICTION_TYPES, ModelConfig
 
-BETA_SCHEDULES = ("scaled_linear", "linear")
-
 
 class NoiseSchedule:
     """A variance-preserving noise schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, for t in [0, timesteps).
+
+    The betas are linear in their square root, as in Stable Diffusion: diffusers calls this "scaled_linear", LDM's own
+    code "linear".
 
     `alphas_cumprod` is abar, float64 (timesteps,). The float32 tables of other projects are the same values, rounded.
 
@@ -18,37 +19,24 @@ class NoiseSchedule:
         linear_start: The first beta.
         linear_end: The last beta.
         timesteps: Number of time steps.
-        beta_schedule: "scaled_linear" for betas that are linear in their square root (Stable Diffusion, which LDM's
-            own code calls "linear"), or "linear" for linear betas. Both names are those of diffusers.
 
     Raises:
-        ValueError: The name is unknown, there are fewer than two time steps, or the betas do not rise within (0, 1).
+        ValueError: There are fewer than two time steps, or the betas do not rise within (0, 1).
     """
 
-    def __init__(
-        self,
-        linear_start: float = 0.00085,
-        linear_end: float = 0.012,
-        timesteps: int = 1000,
-        beta_schedule: str = "scaled_linear",
-    ) -> None:
+    def __init__(self, linear_start: float = 0.00085, linear_end: float = 0.012, timesteps: int = 1000) -> None:
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 time steps, not {timesteps}")
         if not 0.0 < linear_start <= linear_end < 1.0:
             raise ValueError(f"betas must rise within (0, 1): linear_start is {linear_start}, linear_end {linear_end}")
-        if beta_schedule == "scaled_linear":
-            betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
-        elif beta_schedule == "linear":
-            betas = np.linspace(linear_start, linear_end, timesteps, dtype=np.float64)
-        else:
-            raise ValueError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, not {beta_schedule!r}")
+        betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
         self.timesteps = timesteps
         self.alphas_cumprod = np.cumprod(1.0 - betas)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> NoiseSchedule:
         """Build the schedule that a model was trained with."""
-        return cls(config.linear_start, config.linear_end, config.timesteps, config.beta_schedule)
+        return cls(config.linear_start, config.linear_end, config.timesteps)
 
     @property
     def sqrt_alphas(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from ldm.files.inputs import content_hash
 from ldm.files.paths import ROOT
 from ldm.metrics.image_files import ImageBatches
 from ldm.metrics.preprocessing import clip_input, inception_input, nano_input
-from ldm.models.clip import CLIP_MODELS, CLIPModel, ImageFeatures, TextFeatures
+from ldm.models.clip import CLIP_MODELS, ImageFeatures, TextFeatures
 from ldm.models.inception import FEATURES, SIZE, InceptionFeatures
 from ldm.runtime.batches import run_in_batches
 from ldm.tokenizer import Tokenizer
@@ -35,10 +35,10 @@ class ImageNetwork:
 
     Attributes:
         name: Which network and weights.
-        sha256: Hash of the weights' file. For the embedded network, hash of its arrays.
+        sha256: Hash of the weights' file. For the nano CLIP, hash of its arrays.
         preprocessing: A description of the preprocessing.
         dimensions: Number of features.
-        embedded: Whether it is this project's own small network, with which no other program scores.
+        is_nano: Whether it is this project's own small network, with which no other program scores.
         prepare: Turns an RGB image into the network's input (3, S, S).
         image_encoder: Turns inputs (N, 3, S, S) into features (N, D).
     """
@@ -47,7 +47,7 @@ class ImageNetwork:
     sha256: str
     preprocessing: str
     dimensions: int
-    embedded: bool
+    is_nano: bool
     prepare: Callable[[Image.Image], np.ndarray]
     image_encoder: nn.Cell
 
@@ -94,11 +94,9 @@ def inception(path: str | Path) -> ImageNetwork:
     network.set_train(False)
     sha256 = content_hash(path)
     published = PUBLISHED.get(sha256[:8])
-    name = "Inception 2015-12-05" + (
-        f" ({published}, as published)" if published else f" ({Path(path).name}, not one of the published files)"
-    )
+    source = f"{published}, as published" if published else f"{Path(path).name}, not one of the published files"
     return ImageNetwork(
-        name,
+        f"Inception 2015-12-05 ({source})",
         sha256,
         f"RGB / 255, bilinear to {SIZE}x{SIZE} without smoothing, 2x - 1 (pytorch-fid's)",
         FEATURES,
@@ -133,11 +131,18 @@ def clip(
 
 
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
-    """Load the embedded CLIP, whose text encoder is that of the nano model."""
-    network, arrays = load_nano_clip(folder)
+    """Load the nano CLIP.
+
+    Its image encoder and projections are in clip.safetensors. Its text encoder is that of the nano model.
+    """
+    arrays = dict(open_checkpoint(folder / "clip.safetensors"))
+    base_model = open_checkpoint(folder / "nano.safetensors")
+    prefix = TEXT_PREFIX.removesuffix("text_model.")
+    arrays.update({name[len(prefix) :]: base_model[name] for name in base_model if name.startswith(prefix)})
+    network = build_clip(ClipWeights(arrays, CLIP_MODELS["nano"], "nano", folder / "clip.safetensors"))
     size = CLIP_MODELS["nano"]["vision"]["image_size"]
     return ClipNetwork(
-        "the embedded nano CLIP",
+        "the nano CLIP",
         _hash(arrays),
         f"RGB, {size}x{size} bicubic whatever the shape, [-1, 1]",
         CLIP_MODELS["nano"]["projection_dim"],
@@ -146,18 +151,6 @@ def nano_clip(folder: Path = NANO) -> ClipNetwork:
         ImageFeatures(network),
         TextFeatures(network),
     )
-
-
-def load_nano_clip(folder: Path = NANO) -> tuple[CLIPModel, dict[str, np.ndarray]]:
-    """Return the embedded CLIP and its arrays.
-
-    The image encoder and the projections are in clip.safetensors, the text encoder in nano.safetensors.
-    """
-    arrays = dict(open_checkpoint(folder / "clip.safetensors"))
-    base = open_checkpoint(folder / "nano.safetensors")
-    prefix = TEXT_PREFIX[: -len("text_model.")]
-    arrays.update({name[len(prefix) :]: base[name] for name in base if name.startswith(prefix)})
-    return build_clip(ClipWeights(arrays, CLIP_MODELS["nano"], "nano", folder / "clip.safetensors")), arrays
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:

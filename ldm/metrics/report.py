@@ -15,16 +15,15 @@ if TYPE_CHECKING:  # it imports MindSpore, which comes after a script's settings
 
 # With fewer images the covariance of Inception's 2,048 features is singular, and the FID far from its limit.
 ENOUGH_IMAGES = 2048
-EMBEDDED = (
-    "no weights given, so the embedded nano CLIP scores: these scores compare only with each other, never with "
-    "published scores"
+NANO_CLIP = (
+    "no weights given, so the nano CLIP scores: these scores compare only with each other, never with published scores"
 )
 
 
 def print_network(network: ImageNetwork) -> None:
-    """Print the network, its hash and its preprocessing, after a warning if it is the embedded network."""
-    if network.embedded:
-        print(EMBEDDED)
+    """Print the network, its hash and its preprocessing, after a warning if it is the nano CLIP."""
+    if network.is_nano:
+        print(NANO_CLIP)
     print(f"network: {network.name}, sha256 {network.sha256[:16]}")
     print(f"preprocessing: {network.preprocessing}")
 
@@ -35,7 +34,7 @@ def describe_network(network: ImageNetwork) -> dict[str, Any]:
         "network": network.name,
         "sha256": network.sha256,
         "preprocessing": network.preprocessing,
-        "compares_only_with_itself": network.embedded,
+        "compares_only_with_itself": network.is_nano,
     }
 
 

@@ -1,4 +1,4 @@
-"""The scoring networks: golden features, weights of every family, the embedded CLIP. tests/parity has the live ones."""
+"""The scoring networks: golden features, weights of every family, the nano CLIP. tests/parity has the live ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_inceptions_features_are_pytorch_fids(tmp_path):
     golden = np.load(GOLDEN, allow_pickle=False)
     write_checkpoint(tmp_path / "inception.safetensors", inception_weights())
     network = inception(tmp_path / "inception.safetensors")
-    assert "not one of the published files" in network.name and not network.embedded
+    assert "not one of the published files" in network.name and not network.is_nano
     prepared = network.prepare(open_plain(write_odd_images(tmp_path)["odd.png"]))
     np.testing.assert_allclose(
         network.image_encoder(Tensor(prepared[None])).asnumpy()[0], golden["features"], atol=1e-4
@@ -273,7 +273,7 @@ def test_the_published_forms_have_their_published_sizes():
     assert [form["text"]["activation"] for form in CLIP_MODELS.values()] == ["quick_gelu"] * 3 + ["gelu", "quick_gelu"]
 
 
-def test_the_embedded_clip_knows_its_captions():
+def test_the_nano_clip_knows_its_captions():
     from tools.nano.images import read_images
 
     network = nano_clip()
@@ -282,7 +282,7 @@ def test_the_embedded_clip_knows_its_captions():
         network.encode_pixels(np.stack([p.pixels for p in images]))
         @ network.encode_texts([p.caption for p in images]).T
     )
-    assert network.embedded
+    assert network.is_nano
     assert (scores.argmax(axis=0) == np.arange(40)).mean() > 0.7
 
 

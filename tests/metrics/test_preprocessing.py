@@ -120,7 +120,7 @@ def test_an_unknown_preprocessing_is_refused():
         clip_input(Image.new("RGB", (4, 4)), 4, "stretch")
 
 
-def test_the_embedded_clips_input_is_what_it_was_trained_on():
+def test_the_nano_clips_input_is_what_it_was_trained_on():
     from tools.nano.images import to_network
 
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -39,7 +39,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    """A folder with a model's YAML, base, recipe and data. As the embedded model's, its encoder begins narrower than
+    """A folder with a model's YAML, base, recipe and data. As the nano model's, its encoder begins narrower than
     diffusers' own can, and it predicts velocity."""
     folder = tmp_path_factory.mktemp("experiment")
     document = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())

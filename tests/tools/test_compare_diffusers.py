@@ -202,7 +202,7 @@ class TestSettings:
         with pytest.raises(UserError, match=words):
             check_model(model)
 
-    def test_the_embedded_model_is_expressible(self):
+    def test_the_nano_model_is_expressible(self):
         check_model(load_model_config(ROOT / "configs" / "nano.yaml"))
 
 
@@ -410,7 +410,7 @@ class TestMarkdown:
         assert rows_of(differences)["LoRA, seed 1"][:2] == ["-2.00 +- 4.00", "+0.25 +- 0.50"]
 
     def test_small_scores_have_four_decimals(self):
-        """The embedded network's FIDs."""
+        """The nano CLIP's FIDs."""
         table = a_table([1])
         for kind in ("sets", "pairs"):
             table["scores"][kind] = {

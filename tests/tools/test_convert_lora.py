@@ -21,7 +21,7 @@ SD1, SD2, NANO = known_bases()
 
 @pytest.fixture
 def source(tmp_path):
-    """A LoRA on the attention of the embedded model, both networks."""
+    """A LoRA on the attention of the nano model, both networks."""
     layers = {
         **random_lora(NANO, rank=2, alpha=1.0, only="to_q").layers,
         **random_lora(NANO, rank=3, only="q_proj").layers,

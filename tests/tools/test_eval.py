@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.files.outputs import claim_file
 from ldm.metrics import networks
-from ldm.metrics.report import EMBEDDED
+from ldm.metrics.report import NANO_CLIP
 from tools.eval import eval_clip_score, eval_fid
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def one_network(monkeypatch):
-    """The embedded CLIP, built once for all tests."""
+    """The nano CLIP, built once for all tests."""
     if not hasattr(one_network, "network"):
         one_network.network = networks.nano_clip()
     monkeypatch.setattr(networks, "nano_clip", lambda: one_network.network)
@@ -51,7 +51,7 @@ def test_fid_prints_its_protocol_and_writes_it(tmp_path, capsys, one_network):
     (made / "00009.png").write_bytes(b"broken")
     fid("--real_dir", real, "--gen_dir", made, "--output", tmp_path / "fid.json", "--batch_size", 4)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == EMBEDDED
+    assert printed.splitlines()[0] == NANO_CLIP
     result = json.loads((tmp_path / "fid.json").read_text())
     for text in (
         "images: 6 real, 5 generated",
@@ -105,7 +105,7 @@ def test_clip_score_of_two_images_per_prompt(tmp_path, capsys, one_network):
     assert [row["prompt"] for row in result["scores"]] == ["a cat", "a cat", "the number six", "the number six"]
     assert result["score"] == pytest.approx(np.mean([row["score"] for row in result["scores"]]))
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == EMBEDDED and f"CLIP score: {result['score']:.4f} +- " in printed
+    assert printed.splitlines()[0] == NANO_CLIP and f"CLIP score: {result['score']:.4f} +- " in printed
 
 
 def test_a_broken_image_takes_its_prompt_with_it(tmp_path, capsys, one_network):
@@ -153,7 +153,7 @@ MADE, REAL = ("--gen_dir", "{made}"), ("--real_dir", "{made}")
         (fid, ("--real_dir", "a.npz", *MADE, "--save_stats", "b.npz"), "needs a folder"),
         (fid, (*REAL, *MADE, "--output", "{made}"), "is a folder"),
         (fid, (*REAL, *MADE, "--ckpt_path", "nowhere.pth"), "nowhere.pth does not exist"),
-        # An empty path comes from a variable that is not set. The embedded network must not take its place.
+        # An empty path comes from a variable that is not set. The nano CLIP must not take its place.
         (fid, (*REAL, *MADE, "--ckpt_path", ""), '--ckpt_path: "" is no path'),
         (fid, (*REAL, *MADE, "--ckpt_path", "{made}/00000.png"), "PNG image"),
         (clip_score, ("--image_path_or_dir", "{made}"), "no prompts.txt"),

@@ -527,7 +527,7 @@ class TestWholeModel:
 
 
 class TestLearnedTokens:
-    """upl-ckpt-v2 onto the embedded nano, of LoRAs of cloneofsimo's with textual inversion in them."""
+    """upl-ckpt-v2 onto the nano model, of LoRAs of cloneofsimo's with textual inversion in them."""
 
     def lora(self, target, **vectors):
         write_lora(target, random_lora(known_bases()[2], rank=2, only="to_q", component="unet"), "cloneofsimo")

@@ -122,7 +122,7 @@ class TestSingleFiles:
             model.prediction_type == "v_prediction" and model.architecture == "sd1" and known_config_path(model) is None
         )
 
-    def test_the_embedded_model(self):
+    def test_the_nano_model(self):
         assert same_config(
             detect_model_config(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO)
         )

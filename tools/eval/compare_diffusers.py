@@ -86,12 +86,11 @@ class Settings:
     latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
     inception_path: Optional[str] = setting(
         None,
-        "Inception weights for FID and KID; None for the image tower of the embedded nano CLIP, whose scores compare "
-        "only here",
+        "Inception weights for FID and KID; None for the image tower of the nano CLIP, whose scores compare only here",
         path=True,
     )
     clip_path: Optional[str] = setting(
-        None, "CLIP folder or file for the CLIP score; None for the embedded nano CLIP", path=True
+        None, "CLIP folder or file for the CLIP score; None for the nano CLIP", path=True
     )
     reference_python: Optional[str] = setting(
         None,

@@ -5,7 +5,7 @@
 
 I is an image or a folder of images, sorted by name. P is a prompt, or a text file with one prompt per line, each for
 the same number of images in order. Without P, the prompts.txt in the folder of the images is used. C is a Hugging Face
-folder, or a file of OpenAI, OpenCLIP or mindone. Without C, the embedded nano CLIP scores. With R, the images are
+folder, or a file of OpenAI, OpenCLIP or mindone. Without C, the nano CLIP scores. With R, the images are
 compared with real images, in pairs and all with all: the CLIP image-to-image score. tools/eval/README.md explains what
 the scores show.
 """
@@ -64,8 +64,7 @@ class Settings:
     )
     ckpt_path: Optional[str] = setting(
         None,
-        "CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; None for the embedded nano "
-        "CLIP",
+        "CLIP weights: a Hugging Face folder, or a .safetensors, .bin, .pt or .ckpt file; None for the nano CLIP",
         path=True,
     )
     config: Optional[str] = setting(
@@ -77,7 +76,7 @@ class Settings:
     preprocessing: str = setting(
         "openai",
         "openai: shorter side to 224, centre crop; squash: to 224x224 whatever the shape, as mindone does. The "
-        "embedded CLIP always squashes, to 64x64",
+        "nano CLIP always squashes, to 64x64",
         choices=CLIP_PREPROCESSING,
     )
     output: Optional[Path] = setting(

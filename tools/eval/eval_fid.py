@@ -4,7 +4,7 @@
     python tools/eval/eval_fid.py --real_dir R --save_stats real.npz --ckpt_path ...
     python tools/eval/eval_fid.py --real_dir real.npz --gen_dir G --ckpt_path ...
 
-Without --ckpt_path, the image features of the embedded nano CLIP replace those of Inception. tools/eval/README.md
+Without --ckpt_path, the image features of the nano CLIP replace those of Inception. tools/eval/README.md
 explains what the scores show.
 """
 
@@ -51,7 +51,7 @@ class Settings:
     ckpt_path: Optional[str] = setting(
         None,
         "Inception weights: pt_inception-2015-12-05-6726825d.pth or inception_v3_fid-9ec6dfe4.ckpt; None for the "
-        "embedded nano CLIP",
+        "nano CLIP",
         path=True,
     )
     save_stats: Optional[Path] = setting(

@@ -61,7 +61,7 @@ class Settings:
     dtype: str = setting("fp32", "type of the factors written", choices=DTYPES)
     base: Optional[str] = setting(
         None,
-        "model YAML of the base model, for models other than SD1.x, SD2.x and the embedded one, and where shapes do "
+        "model YAML of the base model, for models other than SD1.x, SD2.x and nano, and where shapes do "
         "not tell SD1.x from SD2.x",
         path=True,
     )

@@ -69,7 +69,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     if len(seeds) > 1:
         rows.append((f"LoRA, mean of {len(seeds)} seeds", [f"seed{seed}/" for seed in seeds]))
 
-    # FIDs of the embedded network are far below 1.
+    # FIDs of the nano CLIP are far below 1.
     digits = {key: 2 if max(abs(score[key] or 0) * factor for score in scores["sets"].values()) >= 0.5 else 4
               for key, _, factor in COLUMNS}  # fmt: skip
     score_rows, difference_rows, training_rows = [], [], []
@@ -109,7 +109,7 @@ def markdown(table: Mapping[str, Any], command: str) -> str:
     if data["prompts"] < 2048:
         notes.append(f"{data['prompts']} images are fewer than 2,048: an FID compares only within this table.")
     if any(network["compares_only_with_itself"] for network in networks):
-        notes.append("Scores by the embedded nano CLIP compare only with each other, never with published scores.")
+        notes.append("Scores by the nano CLIP compare only with each other, never with published scores.")
     ours, theirs = (", ".join(f"{name} {value}" for name, value in table["versions"][side].items()) for side in SIDES)
     return "\n".join([
         f"# {base['file']}, LoRA on {data['folder']}",
