@@ -62,31 +62,63 @@ class Checkpoint(Arrays):
 
 
 class CheckpointView(Checkpoint):
-    """Arrays of other checkpoints under other names.
+    """Arrays from other places, under names of its own.
 
     Attributes:
-        sources: Name -> (checkpoint, name in the checkpoint).
+        sources: Name -> (arrays, name in them).
     """
 
-    sources: dict[str, tuple[Checkpoint, str]]
+    sources: dict[str, tuple[Arrays, str]]
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        checkpoint, inner = self.sources[name]
-        return checkpoint.spec(inner)
+        arrays, inner = self.sources[name]
+        return arrays.spec(inner)
 
     def release(self, name: str) -> None:
-        checkpoint, inner = self.sources[name]
-        checkpoint.release(inner)
+        arrays, inner = self.sources[name]
+        arrays.release(inner)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        checkpoint, inner = self.sources[name]
-        return checkpoint[inner]
+        arrays, inner = self.sources[name]
+        return arrays[inner]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
 
     def __len__(self) -> int:
         return len(self.sources)
+
+
+class RenamedCheckpoint(CheckpointView):
+    """Some arrays of a checkpoint under other names, with its path and metadata.
+
+    Args:
+        checkpoint: The checkpoint.
+        names: New name -> name in the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]):
+        self.path, self.format, self.metadata = checkpoint.path, checkpoint.format, checkpoint.metadata
+        self.sources = {name: (checkpoint, inner) for name, inner in names.items()}
+
+
+class ArraysInMemory(Arrays):
+    """Arrays that are in memory already."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+
+    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        return self._arrays[name].dtype, self._arrays[name].shape
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 @dataclass

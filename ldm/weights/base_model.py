@@ -8,19 +8,11 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.files.inputs import content_hash, is_folder
-from ldm.weights.arrays import Checkpoint, CheckpointView
+from ldm.weights.arrays import Checkpoint, RenamedCheckpoint
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_diffusers_folder
 from ldm.weights.names import LABELS, KeyMap, component_of, detect_family, map_keys
 from ldm.weights.recognise import check_base_model, recognise
-
-
-class PrefixedCheckpoint(CheckpointView):
-    """A checkpoint with a prefix before the names of its arrays."""
-
-    def __init__(self, checkpoint: Checkpoint, prefix: str):
-        self.path, self.format, self.metadata = checkpoint.path, checkpoint.format, checkpoint.metadata
-        self.sources = {prefix + name: (checkpoint, name) for name in checkpoint}
 
 
 def open_base_model(path: str | os.PathLike) -> Checkpoint:
@@ -46,7 +38,7 @@ def open_component(path: str | os.PathLike, component: str) -> Checkpoint:
     checkpoint = open_base_model(path)
     content = recognise(checkpoint)
     if content.kind == "component":
-        checkpoint = PrefixedCheckpoint(checkpoint, content.prefix)
+        checkpoint = RenamedCheckpoint(checkpoint, {content.prefix + name: name for name in checkpoint})
     if detect_family(checkpoint) is not None and component not in map(component_of, checkpoint):
         raise UserError(f"{checkpoint.path} holds no {LABELS[component]}: give a file or folder with one")
     return checkpoint

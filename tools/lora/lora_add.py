@@ -40,7 +40,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
-from ldm.lora.checkpoints import MergedArrays, write_base_model, write_fp16_file  # noqa: E402
+from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.lora import LoRA, Strength  # noqa: E402
@@ -50,6 +50,7 @@ from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
+from ldm.weights.rewrite import write_base_model, write_fp16_file  # noqa: E402
 
 TOKEN_EMBEDDING = f"{TEXT_PREFIX}embeddings.token_embedding.weight"
 BASE_MODES = ("upl", "upl-ckpt-v2")  # write a base model

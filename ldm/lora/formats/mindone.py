@@ -29,7 +29,7 @@ from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone
 
-_SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")
+SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")  # entries for the whole file
 _FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)\Z")
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             is neither canonical nor mindone's.
     """
     path = checkpoint.path
-    settings = {key: _setting(checkpoint, key) for key in _SETTINGS if key in checkpoint or key in checkpoint.metadata}
+    settings = {key: _setting(checkpoint, key) for key in SETTINGS if key in checkpoint or key in checkpoint.metadata}
     keys: dict[str, dict[str, str]] = {}
     others = []
     for key in checkpoint:
         match = _FACTOR.match(key)
         if match and component_of(key) != "other":
             keys.setdefault(match.group(1), {})[match.group(2).split(".")[0]] = key
-        elif key not in _SETTINGS:
+        elif key not in SETTINGS:
             others.append(key)
     others = without_extras(path, others)
     if others:
