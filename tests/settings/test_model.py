@@ -17,16 +17,27 @@ from ldm.settings.model_yaml import ModelParams, TextParams, UNetParams, VAENetw
 from tests.conftest import ROOT
 
 V1 = ROOT / "configs" / "v1-inference.yaml"
+SECTIONS = {
+    "params": "model.params",
+    "unet": "model.params.unet_config.params",
+    "vae": "model.params.first_stage_config.params",
+    "ddconfig": "model.params.first_stage_config.params.ddconfig",
+    "text": "model.params.cond_stage_config.params",
+}
 
 
 @pytest.fixture
 def change(tmp_path):
-    """Write v1-inference.yaml with the value at a dotted place set (or removed, for None), and read it."""
+    """Write v1-inference.yaml with the value at a dotted place set (or removed, for None), and read it.
+
+    A place begins at the top, or in one of SECTIONS.
+    """
 
     def write_and_read(place=None, value=None):
         document = yaml.safe_load(V1.read_text())
         if place is not None:
-            *folders, last = place.split(".")
+            section_name, dot, rest = place.partition(".")
+            *folders, last = (SECTIONS.get(section_name, section_name) + dot + rest).split(".")
             section = document
             for folder in folders:
                 section = section[folder]
@@ -44,48 +55,17 @@ def change(tmp_path):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        (
-            "v1-inference",
-            dict(
-                architecture="sd1",
-                prediction_type="epsilon",
-                image_size=512,
-                context_dim=768,
-                pad_token="end",
-                scale_factor=0.18215,
-            ),
-        ),
-        (
-            "v2-inference",
-            dict(
-                architecture="sd2",
-                prediction_type="epsilon",
-                image_size=512,
-                context_dim=1024,
-                pad_token="zero",
-                scale_factor=0.18215,
-            ),
-        ),
-        (
-            "v2-vpred-inference",
-            dict(
-                architecture="sd2",
-                prediction_type="v_prediction",
-                image_size=768,
-                context_dim=1024,
-                pad_token="zero",
-                scale_factor=0.18215,
-            ),
-        ),
-        (
-            "nano",
-            dict(architecture="nano", prediction_type="v_prediction", image_size=64, pad_token="end", vae_factor=4),
-        ),
+        ("v1-inference", ("sd1", "epsilon", 512, 768, "end", 8)),
+        ("v2-inference", ("sd2", "epsilon", 512, 1024, "zero", 8)),
+        ("v2-vpred-inference", ("sd2", "v_prediction", 768, 1024, "zero", 8)),
+        ("nano", ("nano", "v_prediction", 64, 96, "end", 4)),
     ],
 )
 def test_bundled_configurations(name, expected):
     config = load_model_config(ROOT / "configs" / f"{name}.yaml")
-    assert {key: getattr(config, key) for key in expected} == expected
+    image = (config.image_size, config.context_dim, config.pad_token, config.vae_factor)
+    assert (config.architecture, config.prediction_type, *image) == expected
+    assert config.scale_factor == 0.18215 or name == "nano"
     assert (config.linear_start, config.linear_end, config.timesteps) == (0.00085, 0.012, 1000)
     assert config.beta_schedule == "scaled_linear" and config.latent_channels == 4
 
@@ -129,157 +109,97 @@ def test_a_published_yaml_reads_unchanged(change):
     "place, value, says",
     [
         ("model.target", "os.system", 'model.target: "os.system" is not allowed'),
-        ("model.params.unet_config.target", "somewhere.UNet", "unet_config.target: "),
-        ("model.params.first_stage_config.target", "torch.nn.Identity", "first_stage_config.target"),
-        ("model.params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenT5Embedder", "cond_stage_config"),
-        (
-            "model.params.unet_config.params.num_haeds",
-            8,
-            'unknown setting "model.params.unet_config.params.num_haeds": did you mean "num_heads"?',
-        ),
-        ("model.params.first_stage_config.params.ddconfig.z", 8, 'ddconfig.z": did you mean'),
-        (
-            "model.params.first_stage_config.params.ddconfig.attn_resolutions",
-            [16],
-            "attn_resolutions in ddconfig must be empty",
-        ),
-        ("model.params.parameterization", "x0", 'parameterization: "x0" is not allowed: one of "eps", "v"'),
+        ("params.unet_config.target", "somewhere.UNet", "unet_config.target: "),
+        ("params.first_stage_config.target", "torch.nn.Identity", "first_stage_config.target"),
+        ("params.cond_stage_config.target", "ldm.modules.encoders.modules.FrozenT5Embedder", "cond_stage_config"),
+        ("unet.num_haeds", 8, 'unknown setting "model.params.unet_config.params.num_haeds": did you mean "num_heads"?'),
+        ("ddconfig.z", 8, 'ddconfig.z": did you mean'),
+        ("ddconfig.attn_resolutions", [16], "attn_resolutions in ddconfig must be empty"),
+        ("params.parameterization", "x0", 'parameterization: "x0" is not allowed: one of "eps", "v"'),
         ("model.pad_token", "start", 'pad_token: "start" is not allowed: one of "end", "zero"'),
-        ("model.params.unet_config.params.context_dim", 1024, "width 768 is not the UNet's context_dim 1024"),
-        ("model.params.linear_start", None, "linear_start is missing"),
-        ("model.params.scale_factor", None, "scale_factor is missing"),
-        ("model.params.unet_config", None, "model.params.unet_config is missing: give a section"),
-        (
-            "model.params.first_stage_config.params.ddconfig",
-            None,
-            "first_stage_config.params.ddconfig is missing: give a section",
-        ),
+        ("unet.context_dim", 1024, "width 768 is not the UNet's context_dim 1024"),
+        ("params.linear_start", None, "linear_start is missing"),
+        ("params.scale_factor", None, "scale_factor is missing"),
+        ("params.unet_config", None, "model.params.unet_config is missing: give a section"),
+        ("vae.ddconfig", None, "first_stage_config.params.ddconfig is missing: give a section"),
         ("model", None, "no section model"),
-        ("model.params.unet_config.params.model_channels", None, "unet_config.params.model_channels is missing"),
-        ("model.params.first_stage_config.params.embed_dim", None, "first_stage_config.params.embed_dim is missing"),
-        (
-            "model.params.first_stage_config.params.ddconfig.ch_mult",
-            None,
-            "ddconfig.ch_mult is missing: give a list, each a whole number",
-        ),
-        ("model.params.unet_config.params.in_channels", None, "unet_config.params.in_channels is missing"),
-        ("model.params.unet_config.params.num_heads", None, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
-        ("model.params.unet_config.params.channel_mult", 4, "channel_mult: 4 is not a list, each a whole number"),
-        ("model.params.unet_config.params.channel_mult", [1, "2"], 'channel_mult: "2" is a text, not a whole number'),
-        ("model.params.unet_config.params.channel_mult", [], "channel_mult: 0 values given, wanted 1 to 10"),
-        ("model.params.unet_config.params.model_channels", "wide", 'model_channels: "wide" is not a whole number'),
-        ("model.params.unet_config.params.model_channels", True, "model_channels: True is not a whole number"),
-        ("model.params.first_stage_config.params.ddconfig.ch", 1.5, "ddconfig.ch: 1.5 is not a whole number"),
-        ("model.params.timesteps", "many", 'timesteps: "many" is not a whole number'),
-        ("model.params.timesteps", float("inf"), "timesteps: inf is not a whole number"),
-        ("model.params.timesteps", 1, "timesteps: 1 is not allowed: at least 2"),
-        ("model.params.timesteps", 999.5, "timesteps: 999.5 is not a whole number"),
-        ("model.params.image_size", 0.5, "image_size: 0.5 is not a whole number"),
-        ("model.params.image_size", True, "image_size: True is not"),
-        ("model.params.linear_start", 0.02, "linear_start 0.02 is above linear_end 0.012"),
-        ("model.params.linear_end", 1.0, "linear_end: 1.0 is not allowed: at least 1e-08, below 1"),
-        ("model.params.scale_factor", float("nan"), "scale_factor: nan is not a number"),
-        ("model.params.scale_factor", 10**400, "is not a number"),
-        ("model.params.parameterisation", "v", '"model.params.parameterisation": did you mean "parameterization"'),
-        ("model.params.beta_schedule", "linear", 'unknown setting "model.params.beta_schedule"'),
+        ("unet.model_channels", None, "unet_config.params.model_channels is missing"),
+        ("vae.embed_dim", None, "first_stage_config.params.embed_dim is missing"),
+        ("ddconfig.ch_mult", None, "ddconfig.ch_mult is missing: give a list, each a whole number"),
+        ("unet.in_channels", None, "unet_config.params.in_channels is missing"),
+        ("unet.num_heads", None, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+        ("unet.channel_mult", 4, "channel_mult: 4 is not a list, each a whole number"),
+        ("unet.channel_mult", [1, "2"], 'channel_mult: "2" is a text, not a whole number'),
+        ("unet.channel_mult", [], "channel_mult: 0 values given, wanted 1 to 10"),
+        ("unet.model_channels", "wide", 'model_channels: "wide" is not a whole number'),
+        ("unet.model_channels", True, "model_channels: True is not a whole number"),
+        ("ddconfig.ch", 1.5, "ddconfig.ch: 1.5 is not a whole number"),
+        ("params.timesteps", "many", 'timesteps: "many" is not a whole number'),
+        ("params.timesteps", float("inf"), "timesteps: inf is not a whole number"),
+        ("params.timesteps", 1, "timesteps: 1 is not allowed: at least 2"),
+        ("params.timesteps", 999.5, "timesteps: 999.5 is not a whole number"),
+        ("params.image_size", 0.5, "image_size: 0.5 is not a whole number"),
+        ("params.image_size", True, "image_size: True is not"),
+        ("params.linear_start", 0.02, "linear_start 0.02 is above linear_end 0.012"),
+        ("params.linear_end", 1.0, "linear_end: 1.0 is not allowed: at least 1e-08, below 1"),
+        ("params.scale_factor", float("nan"), "scale_factor: nan is not a number"),
+        ("params.scale_factor", 10**400, "is not a number"),
+        ("params.parameterisation", "v", '"model.params.parameterisation": did you mean "parameterization"'),
+        ("params.beta_schedule", "linear", 'unknown setting "model.params.beta_schedule"'),
         ("model.pad_tokn", "zero", 'unknown setting "model.pad_tokn": did you mean "pad_token"?'),
         ("model.architecture", "sdxl", 'architecture: "sdxl" is not allowed: one of "sd1", "sd2", "nano", "custom"'),
         ("model.params.unet_config.parms", {}, 'unet_config.parms": did you mean "params"?'),
         ("model.target", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "inpainting models are not supported"),
-        ("model.params.cond_stage_config.target", ["a"], "cond_stage_config.target: ['a'] is not a text"),
-        ("model.params.cond_stage_config.params", [1], "cond_stage_config.params: [1] is not a section"),
-        (
-            "model.params.cond_stage_config.params",
-            {"activation": "quickgelu"},
-            'activation: "quickgelu" is not allowed: one of "quick_gelu", "gelu"',
-        ),
-        ("model.params.cond_stage_config.params", {"num_heads": 7}, "width 768 is not a multiple of its num_heads 7"),
-        (
-            "model.params.cond_stage_config.params",
-            {"num_heads": 0},
-            "cond_stage_config.params.num_heads: 0 is not allowed: at least 1",
-        ),
-        (
-            "model.params.cond_stage_config.params",
-            {"num_layers": 1, "layer": "penultimate"},
-            "num_layers in cond_stage",
-        ),
-        ("model.params.unet_config.params.num_heads", 0, "num_heads in unet_config is 0; it must be above 0"),
-        ("model.params.unet_config.params.num_heads", -1, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
-        ("model.params.unet_config.params.num_heads", 7, "are not a multiple of num_heads 7"),
-        ("model.params.unet_config.params.num_head_channels", 48, "are not a multiple of num_head_channels 48"),
-        ("model.params.unet_config.params.channel_mult", [1, 0], "channel_mult: 0 is not allowed: at least 1"),
-        ("model.params.unet_config.params.model_channels", 30, "30 channels (model_channels 30 x 1) in unet_config"),
-        ("model.params.unet_config.params.num_groups", 48, "are not a multiple of num_groups 48"),
-        ("model.params.unet_config.params.in_channels", 9, "which an inpainting model has"),
-        ("model.params.unet_config.params.out_channels", 8, "in_channels 4 and out_channels 8"),
-        ("model.params.first_stage_config.params.embed_dim", 8, "embed_dim 8 must be the same"),
-        (
-            "model.params.first_stage_config.params.ddconfig.ch",
-            100,
-            "100 channels (ch 100 x 1) in ddconfig are not a mult",
-        ),
-        (
-            "model.params.first_stage_config.params.ddconfig.in_channels",
-            1,
-            "ddconfig.in_channels: 1 is not allowed: one of 3",
-        ),
-        (
-            "model.params.first_stage_config.params.ddconfig.double_z",
-            False,
-            "double_z: False is not allowed: one of True",
-        ),
-        ("model.params.scale_factor", 0, "scale_factor: 0.0 is not allowed: at least 0.001"),
-        (
-            "model.params.linear_start",
-            "8.5e-4",
-            'linear_start: "8.5e-4" is a text, not a number: leave the quotes away',
-        ),
-        ("model.params.linear_end", [1], "linear_end: [1] is not a number"),
-        ("model.params.unet_config.params", 5, "unet_config.params must hold lines of"),
+        ("params.cond_stage_config.target", ["a"], "cond_stage_config.target: ['a'] is not a text"),
+        ("text", [1], "cond_stage_config.params: [1] is not a section"),
+        ("text", {"activation": "quickgelu"}, 'activation: "quickgelu" is not allowed: one of "quick_gelu", "gelu"'),
+        ("text", {"num_heads": 7}, "width 768 is not a multiple of its num_heads 7"),
+        ("text", {"num_heads": 0}, "cond_stage_config.params.num_heads: 0 is not allowed: at least 1"),
+        ("text", {"num_layers": 1, "layer": "penultimate"}, "num_layers in cond_stage"),
+        ("unet.num_heads", 0, "num_heads in unet_config is 0; it must be above 0"),
+        ("unet.num_heads", -1, "needs num_heads (SD1.x) or num_head_channels (SD2.x)"),
+        ("unet.num_heads", 7, "are not a multiple of num_heads 7"),
+        ("unet.num_head_channels", 48, "are not a multiple of num_head_channels 48"),
+        ("unet.channel_mult", [1, 0], "channel_mult: 0 is not allowed: at least 1"),
+        ("unet.model_channels", 30, "30 channels (model_channels 30 x 1) in unet_config"),
+        ("unet.num_groups", 48, "are not a multiple of num_groups 48"),
+        ("unet.in_channels", 9, "which an inpainting model has"),
+        ("unet.out_channels", 8, "in_channels 4 and out_channels 8"),
+        ("vae.embed_dim", 8, "embed_dim 8 must be the same"),
+        ("ddconfig.ch", 100, "100 channels (ch 100 x 1) in ddconfig are not a mult"),
+        ("ddconfig.in_channels", 1, "ddconfig.in_channels: 1 is not allowed: one of 3"),
+        ("ddconfig.double_z", False, "double_z: False is not allowed: one of True"),
+        ("params.scale_factor", 0, "scale_factor: 0.0 is not allowed: at least 0.001"),
+        ("params.linear_start", "8.5e-4", 'linear_start: "8.5e-4" is a text, not a number: leave the quotes away'),
+        ("params.linear_end", [1], "linear_end: [1] is not a number"),
+        ("unet", 5, "unet_config.params must hold lines of"),
         # more than any model has: named with the bound, before anything is built
-        ("model.params.timesteps", 10**12, "timesteps: 1000000000000 is not allowed: at least 2, at most 100000"),
-        ("model.params.image_size", 10**6, "image_size: 1000000 is not allowed: at least 1, at most 8192"),
-        ("model.params.scale_factor", 1e300, "scale_factor: 1e+300 is not allowed: at least 0.001, at most 1000"),
-        ("model.params.scale_factor", 1e-30, "scale_factor: 1e-30 is not allowed: at least 0.001"),
-        ("model.params.linear_start", 1e-300, "linear_start: 1e-300 is not allowed: at least 1e-08"),
-        ("model.params.linear_end", 0.9999, "after timesteps 1000 with linear_end 0.9999 only"),
-        ("model.params.unet_config.params.num_res_blocks", 10**8, "num_res_blocks: 100000000 is not allowed"),
-        (
-            "model.params.unet_config.params.channel_mult",
-            [1] * 10**4,
-            "channel_mult: 10,000 values given, wanted 1 to 10",
-        ),
-        ("model.params.unet_config.params.channel_mult", [1, 10**9], "channel_mult: 1000000000 is not allowed"),
-        (
-            "model.params.unet_config.params.attention_resolutions",
-            [1] * 11,
-            "attention_resolutions: 11 values given, wanted 1 to 10",
-        ),
-        ("model.params.unet_config.params.model_channels", 10**300, "model_channels: 1000000"),
-        ("model.params.unet_config.params.transformer_depth", 10**6, "transformer_depth: 1000000 is not"),
-        (
-            "model.params.unet_config.params.num_groups",
-            10**9,
-            "num_groups: 1000000000 is not allowed: at least 1, at most 8192",
-        ),
-        ("model.params.unet_config.params.model_channels", 8192, "parameters; 5,000,000,000 is the most: lower"),
-        (
-            "model.params.first_stage_config.params.ddconfig.ch",
-            10**9,
-            "ddconfig.ch: 1000000000 is not allowed: at least 1, at most 4096",
-        ),
-        ("model.params.first_stage_config.params.ddconfig.ch_mult", [1] * 11, "ch_mult: 11 values given"),
-        ("model.params.first_stage_config.params.ddconfig.z_channels", 10**9, "z_channels: 1000000000 is not"),
-        ("model.params.first_stage_config.params.embed_dim", 10**9, "embed_dim: 1000000000 is not"),
-        ("model.params.cond_stage_config.params", {"num_layers": 10**8}, "num_layers: 100000000 is not"),
-        ("model.params.cond_stage_config.params", {"vocab_size": 10**12}, "vocab_size: 1000000000000 is not"),
-        ("model.params.cond_stage_config.params", {"length": 10**9}, "length: 1000000000 is not"),
+        ("params.timesteps", 10**12, "timesteps: 1000000000000 is not allowed: at least 2, at most 100000"),
+        ("params.image_size", 10**6, "image_size: 1000000 is not allowed: at least 1, at most 8192"),
+        ("params.scale_factor", 1e300, "scale_factor: 1e+300 is not allowed: at least 0.001, at most 1000"),
+        ("params.scale_factor", 1e-30, "scale_factor: 1e-30 is not allowed: at least 0.001"),
+        ("params.linear_start", 1e-300, "linear_start: 1e-300 is not allowed: at least 1e-08"),
+        ("params.linear_end", 0.9999, "after timesteps 1000 with linear_end 0.9999 only"),
+        ("unet.num_res_blocks", 10**8, "num_res_blocks: 100000000 is not allowed"),
+        ("unet.channel_mult", [1] * 10**4, "channel_mult: 10,000 values given, wanted 1 to 10"),
+        ("unet.channel_mult", [1, 10**9], "channel_mult: 1000000000 is not allowed"),
+        ("unet.attention_resolutions", [1] * 11, "attention_resolutions: 11 values given, wanted 1 to 10"),
+        ("unet.model_channels", 10**300, "model_channels: 1000000"),
+        ("unet.transformer_depth", 10**6, "transformer_depth: 1000000 is not"),
+        ("unet.num_groups", 10**9, "num_groups: 1000000000 is not allowed: at least 1, at most 8192"),
+        ("unet.model_channels", 8192, "parameters; 5,000,000,000 is the most: lower"),
+        ("ddconfig.ch", 10**9, "ddconfig.ch: 1000000000 is not allowed: at least 1, at most 4096"),
+        ("ddconfig.ch_mult", [1] * 11, "ch_mult: 11 values given"),
+        ("ddconfig.z_channels", 10**9, "z_channels: 1000000000 is not"),
+        ("vae.embed_dim", 10**9, "embed_dim: 1000000000 is not"),
+        ("text", {"num_layers": 10**8}, "num_layers: 100000000 is not"),
+        ("text", {"vocab_size": 10**12}, "vocab_size: 1000000000000 is not"),
+        ("text", {"length": 10**9}, "length: 1000000000 is not"),
         # foreign text is cut out of the middle
-        ("model.params.parameterization", "x" * 10**5, 'parameterization: "xxx'),
-        ("model.params." + "x" * 10**5, 1, 'unknown setting "model.params.xxx'),
-        ("model.params.cond_stage_config.params", ["x" * 10**5] * 2, "cond_stage_config.params: ['xxx"),
-        ("model.params.scale_factor", "1\x1b[2J", 'scale_factor: "1'),
+        ("params.parameterization", "x" * 10**5, 'parameterization: "xxx'),
+        ("params." + "x" * 10**5, 1, 'unknown setting "model.params.xxx'),
+        ("text", ["x" * 10**5] * 2, "cond_stage_config.params: ['xxx"),
+        ("params.scale_factor", "1\x1b[2J", 'scale_factor: "1'),
     ],
 )
 def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says):
@@ -291,10 +211,10 @@ def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says
 @pytest.mark.parametrize(
     "place, value",
     [
-        ("model.params.unet_config.params.num_head_channels", -1),  # num_heads counts then
-        ("model.params.cond_stage_config.params", {"activation": "gelu"}),
-        ("model.params.scale_factor", 1),
-        ("model.params.timesteps", 2),
+        ("unet.num_head_channels", -1),  # num_heads counts then
+        ("text", {"activation": "gelu"}),
+        ("params.scale_factor", 1),
+        ("params.timesteps", 2),
         ("model.base_learning_rate", 1e-4),
     ],
 )
