@@ -25,6 +25,7 @@ from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.diffusers_folder.configs import read_model_config
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of
+from ldm.weights.names.tables import NUMBER, TEXT_PREFIX, count_numbers
 from ldm.weights.recognise import other_task
 
 KNOWN_CONFIGS = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
@@ -101,9 +102,8 @@ def _candidates_without_tokens(
     canonical = CanonicalArrays(checkpoint, key_map)
     shapes = {name: canonical.shape(name) for name in canonical}
     sizes = {"unet": _unet_sizes(shapes), "vae": _vae_sizes(shapes), "text": _text_sizes(shapes)}
-    in_channels = sizes["unet"].get("in_channels", 0)
-    task = other_task(in_channels)
-    if task is not None and in_channels != sizes["unet"]["out_channels"]:
+    task = other_task(sizes["unet"].get("in_channels", 0), sizes["unet"].get("out_channels", 0))
+    if task is not None:
         raise UserError(f"{checkpoint.path} is {task}")
     stated = model_metadata(checkpoint.metadata)
     if prediction_type is not None:
@@ -181,8 +181,7 @@ def _has_sizes(config: ModelConfig, sizes: Mapping[str, Mapping[str, Any]]) -> b
 
 def _unet_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the arguments of UNetModel that the shapes show, only `context_dim` if arrays are missing."""
-    prefix = COMPONENTS["unet"]
-    unet = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    unet = _component_shapes(shapes, "unet")
     contexts = {shape[-1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight") and shape}
     sizes: dict[str, Any] = {"context_dim": contexts.pop()} if len(contexts) == 1 else {}
     conv_in, conv_out = unet.get("input_blocks.0.0.weight", ()), unet.get("out.2.weight", ())
@@ -193,7 +192,7 @@ def _unet_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     layers: list[int] = []
     attends: list[bool] = []
     level = 0
-    for block in range(1, _count(unet, r"input_blocks\.(\d+)\.")):
+    for block in range(1, count_numbers(unet, rf"input_blocks\.{NUMBER}\.")):
         if f"input_blocks.{block}.0.op.weight" in unet:
             level += 1
             continue
@@ -212,7 +211,7 @@ def _unet_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         num_res_blocks=layers[0],
         attention_resolutions=[2**i for i, attention in enumerate(attends) if attention],
         channel_mult=[width // conv_in[0] for width in widths],
-        transformer_depth=max(1, _count(unet, r"middle_block\.1\.transformer_blocks\.(\d+)\.")),
+        transformer_depth=max(1, count_numbers(unet, rf"middle_block\.1\.transformer_blocks\.{NUMBER}\.")),
         use_linear_in_transformer=len(proj_in) == 2,
     )
     return sizes
@@ -220,13 +219,12 @@ def _unet_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the arguments of AutoencoderKL that the shapes show, none if arrays are missing."""
-    prefix = COMPONENTS["vae"]
-    vae = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    vae = _component_shapes(shapes, "vae")
     names = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
     if any(len(vae.get(name, ())) != 4 for name in names):
         return {}
     conv_in, decoder_in, decoder_out, post_quant = (vae[name] for name in names)
-    levels = range(_count(vae, r"encoder\.down\.(\d+)\."))
+    levels = range(count_numbers(vae, rf"encoder\.down\.{NUMBER}\."))
     widths = [vae.get(f"encoder.down.{level}.block.0.conv1.weight", (0,))[0] for level in levels]
     if not conv_in[0] or any(width % conv_in[0] for width in widths):
         return {}
@@ -237,23 +235,21 @@ def _vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         out_ch=decoder_out[0],
         ch=conv_in[0],
         ch_mult=[width // conv_in[0] for width in widths],
-        num_res_blocks=_count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
+        num_res_blocks=count_numbers(vae, rf"encoder\.down\.0\.block\.{NUMBER}\."),
     )
 
 
 def _text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the arguments of CLIPTextEncoder that the shapes show, none if arrays are missing."""
-    prefix = COMPONENTS["text_encoder"] + "transformer.text_model."
-    tokens = shapes.get(f"{prefix}embeddings.token_embedding.weight", ())
-    positions = shapes.get(f"{prefix}embeddings.position_embedding.weight", ())
+    tokens = shapes.get(f"{TEXT_PREFIX}embeddings.token_embedding.weight", ())
+    positions = shapes.get(f"{TEXT_PREFIX}embeddings.position_embedding.weight", ())
     if len(tokens) != 2 or len(positions) != 2:
         return {}
-    layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+    layers = count_numbers(shapes, rf"{re.escape(TEXT_PREFIX)}encoder\.layers\.{NUMBER}\.")
     # The number of rows in `tokens` follows from the added tokens, see ldm.weights.added_tokens.
     return dict(width=tokens[1], num_layers=layers, length=positions[0])
 
 
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    """Count the different numbers that `pattern` matches at the beginning of the names."""
-    compiled = re.compile(pattern)
-    return len({match[1] for match in map(compiled.match, names) if match})
+def _component_shapes(shapes: Mapping[str, tuple[int, ...]], component: str) -> dict[str, tuple[int, ...]]:
+    prefix = COMPONENTS[component]
+    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}

@@ -17,6 +17,7 @@ from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.base_model import map_base_model, open_base_model, open_component
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, component_of, same_up_to_1x1, source_shape
+from ldm.weights.names.tables import UNET_PREFIX
 from ldm.weights.recognise import other_task, version_of_width
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,7 @@ class LoadReport:
 
 
 def load_base_model(
-    model: nn.Cell,
-    path: str | os.PathLike,
-    components: Sequence[str] = tuple(COMPONENTS),
-    partial: bool = False,
-    ema: bool = False,
+    model: nn.Cell, path: str | os.PathLike, components: Sequence[str] = tuple(COMPONENTS), ema: bool = False
 ) -> LoadReport:
     """Load a base model, or some of its components, into a StableDiffusion.
 
@@ -105,17 +102,15 @@ def load_base_model(
         model: Network whose parameters have canonical names. LoRA parameters are left alone.
         path: A .safetensors file, a MindSpore .ckpt, a PyTorch file or a diffusers folder.
         components: Which of "unet", "vae" and "text_encoder" to load. The others are left out and counted.
-        partial: Load what fits and leave the other parameters as they are, instead of raising an error.
         ema: Load the moving averages of the UNet's weights, which some published files hold beside the weights.
 
     Returns:
         How the checkpoint fits.
 
     Raises:
-        UserError: The checkpoint cannot be read, is not a base model, or does not fit (unless `partial`). The model is
-            unchanged then.
+        UserError: The checkpoint cannot be read, is not a base model, or does not fit. The model is unchanged then.
     """
-    return _load(model, open_base_model(path), components, partial, ema)
+    return _load(model, open_base_model(path), components, ema)
 
 
 def load_component(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
@@ -146,9 +141,7 @@ def load_component(model: nn.Cell, path: str | os.PathLike, component: str, conf
     return _load(model, checkpoint, (component,))
 
 
-def _load(
-    model: nn.Cell, checkpoint: Checkpoint, components: Sequence[str], partial: bool = False, ema: bool = False
-) -> LoadReport:
+def _load(model: nn.Cell, checkpoint: Checkpoint, components: Sequence[str], ema: bool = False) -> LoadReport:
     key_map = map_base_model(checkpoint, ema)
     if isinstance(checkpoint, DiffusersFolder):
         for note in checkpoint.notes:
@@ -158,18 +151,15 @@ def _load(
         for parameter in model.get_parameters()
         if component_of(parameter.name) in components and ".lora_" not in parameter.name
     }
-    report = compare_shapes(checkpoint, key_map, {name: tuple(p.shape) for name, p in parameters.items()}, components)
-    if not report.ok and not partial:
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    report = compare_shapes(checkpoint, key_map, shapes, components)
+    if not report.ok:
         way_out = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
         raise UserError(mismatch_message(checkpoint, report) + way_out * (report.absent == ["vae"]))
-    if not any(component.matched for component in report.components.values()):
-        raise UserError(f"{checkpoint.path}: none of its {len(checkpoint)} arrays fits the model ({report})")
-    wrong = {name for part in report.components.values() for name, *_ in (*part.wrong_shape, *part.wrong_type)}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in key_map.sources and name not in wrong}
     canonical = CanonicalArrays(checkpoint, key_map, shapes)
-    for name in shapes:
+    for name, parameter in parameters.items():
         array = np.asarray(canonical[name], order="C")
-        parameters[name].set_data(Tensor(array, dtype=parameters[name].dtype))
+        parameter.set_data(Tensor(array, dtype=parameter.dtype))
         canonical.release(name)
     return report
 
@@ -247,12 +237,18 @@ def mismatch_message(checkpoint: Checkpoint, report: LoadReport) -> str:
 
 
 def _architecture_mismatch(report: LoadReport) -> str:
-    wrong_shape = [entry for component in report.components.values() for entry in component.wrong_shape]
-    for name, shape, wanted in wrong_shape:
-        if name.endswith("input_blocks.0.0.weight") and len(shape) == 4 and shape[1] != wanted[1]:
-            task = other_task(shape[1])
-            return f"it is {task}" if task is not None else ""
-    for name, shape, wanted in wrong_shape:
+    wrong_shape = {
+        name: (shape, wanted)
+        for component in report.components.values()
+        for name, shape, wanted in component.wrong_shape
+    }
+    shape, wanted = wrong_shape.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ((), ()))
+    if len(shape) == 4 and shape[1] != wanted[1]:
+        # Without an entry, the output has as many channels as the model's latents.
+        out_shape, _ = wrong_shape.get(f"{UNET_PREFIX}out.2.weight", ((wanted[1],), ()))
+        task = other_task(shape[1], next(iter(out_shape), 0))
+        return f"it is {task}" if task is not None else ""
+    for name, (shape, wanted) in wrong_shape.items():
         if name.endswith("attn2.to_k.weight") and shape[-1] != wanted[-1]:
             return (
                 f"it is of another architecture, {version_of_width(shape[-1])}, and the model configuration describes "

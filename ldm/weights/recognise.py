@@ -46,32 +46,28 @@ class _OtherModel:
 
     Attributes:
         keys: Pattern of the beginning of a key in its checkpoints.
-        lora_keys: Pattern anywhere in a key of its LoRAs.
         entry: Name of an entry in its diffusers folder.
         pipeline: Part of the pipeline's class name in model_index.json.
     """
 
     name: str
     keys: str | None = None
-    lora_keys: str | None = None
     entry: str | None = None
     pipeline: str | None = None
 
 
 # The first match counts. The folders of Stable Diffusion 3 have several text encoders, as those of SDXL.
-_SDXL = _OtherModel(
-    "an SDXL",
-    keys=r"conditioner\.embedders\.|model\.diffusion_model\.label_emb\.|unet/add_embedding\.",
-    lora_keys=r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|label_emb[._]|conditioner\.",
-    entry="text_encoder_2",
-    pipeline="XL",
-)
 _OTHER_MODELS = (
     _OtherModel("a diffusion transformer's", entry="transformer"),
     _OtherModel("a ControlNet", keys=r"control_model\.|controlnet_cond_embedding\."),
     _OtherModel("an unCLIP", keys=r"noise_augmentor\."),
     _OtherModel("an upscaler's", keys=r"low_scale_model\."),
-    _SDXL,
+    _OtherModel(
+        "an SDXL",
+        keys=r"conditioner\.embedders\.|model\.diffusion_model\.label_emb\.|unet/add_embedding\.",
+        entry="text_encoder_2",
+        pipeline="XL",
+    ),
     _OtherModel("a Stable Diffusion 3", keys=r"model\.diffusion_model\.joint_blocks\."),
     _OtherModel("a Flux", keys=r"(model\.diffusion_model\.)?double_blocks\."),
     _OtherModel("an inpainting", pipeline="Inpaint"),
@@ -90,6 +86,8 @@ _OTHER_LORAS = (
     (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases: biases are not supported"),
     (r"lora_embedding_[AB]", "a LoRA of an embedding table: only linear layers and convolutions are supported"),
 )  # fmt: skip
+SDXL_LORA = f"an SDXL LoRA; {SUPPORTED}"
+_SDXL_LORA_KEY = re.compile(r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.|label_emb[._]|conditioner\.")
 # SDXL's transformers have up to ten blocks, those of SD1.x and SD2.x have one.
 _SDXL_LAYER = re.compile(r"\d[._]transformer_blocks[._][1-9]")
 _CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
@@ -104,10 +102,8 @@ _COMPONENTS = {
     "encoder.down.": ("the VAE of a single file", COMPONENTS["vae"]),
     "input_blocks.": ("the UNet of a single file", COMPONENTS["unet"]),
 }
-
-
 # First bytes of files that are not checkpoints, and what the files are.
-_MAGIC = (
+_MAGIC: tuple[tuple[bytes | tuple[bytes, ...], str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` or download it again"),
     (b"\x89PNG", "a PNG image, not a checkpoint"),
     (b"\xff\xd8\xff", "a JPEG image, not a checkpoint"),
@@ -119,6 +115,11 @@ _MAGIC = (
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),
+    (b"PK", "a zip archive: unpack it first"),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a Python pickle, which could run code: convert it to .safetensors",
+    ),
 )
 
 
@@ -142,10 +143,8 @@ def recognise(checkpoint: Checkpoint) -> Content:
     for start, (name, prefix) in _COMPONENTS.items():
         if any(key.startswith(start) for key in keys):
             return Content("component", f"{name} alone", prefix)
-    shown = plain(", ".join(keys[:2]))
-    return Content(
-        "other", f"neither a Stable Diffusion checkpoint nor a LoRA: {len(keys)} unknown names ({shown}, ...)"
-    )
+    names = f"{len(keys)} unknown names ({plain(', '.join(keys[:2]))}, ...)"
+    return Content("other", f"neither a Stable Diffusion checkpoint nor a LoRA: {names}")
 
 
 def check_base_model(checkpoint: Checkpoint) -> None:
@@ -175,12 +174,9 @@ def describe_non_lora(checkpoint: Checkpoint) -> str:
 def unsupported_lora(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
     """Say what a LoRA is that cannot be used, by its keys and kohya's metadata. None if neither tells."""
     keys = list(keys)
-    for model in _OTHER_MODELS:
-        pattern = model.lora_keys
-        if pattern is not None and any(re.search(pattern, key) for key in keys):
-            return _lora_for(model)
-    if metadata.get("ss_base_model_version", "").startswith("sdxl"):
-        return _lora_for(_SDXL)
+    is_sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
+    if is_sdxl or any(_SDXL_LORA_KEY.search(key) for key in keys):
+        return SDXL_LORA
     return next((name for pattern, name in _OTHER_LORAS if any(re.search(pattern, key) for key in keys)), None)
 
 
@@ -192,7 +188,7 @@ def sdxl_lora(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     for layer, shape in shapes.items():
         if _SDXL_LAYER.search(layer) or _CROSS_ATTENTION.search(layer) and shape[1:2] == (2048,):
-            return _lora_for(_SDXL)
+            return SDXL_LORA
     return None
 
 
@@ -209,9 +205,9 @@ def unsupported_folder(entries: Collection[str], pipeline: str) -> str | None:
     return None
 
 
-def other_task(in_channels: int) -> str | None:
-    """Say what a checkpoint is whose UNet takes `in_channels` channels. None for a number that tells nothing."""
-    if in_channels not in OTHER_TASKS:
+def other_task(in_channels: int, out_channels: int) -> str | None:
+    """Say what a checkpoint is whose UNet takes more than noisy latents. None for other numbers of channels."""
+    if in_channels not in OTHER_TASKS or in_channels == out_channels:
         return None
     return f"{OTHER_TASKS[in_channels]} checkpoint ({in_channels} input channels), which is not supported"
 
@@ -219,10 +215,6 @@ def other_task(in_channels: int) -> str | None:
 def version_of_width(width: int) -> str:
     """Name the version of Stable Diffusion whose text embeddings have `width` channels."""
     return VERSION_OF_WIDTH.get(width, f"a model with text embeddings of width {width}")
-
-
-def _lora_for(model: _OtherModel) -> str:
-    return f"{model.name} LoRA; {SUPPORTED}"
 
 
 def describe_file(path: Path, head: bytes) -> str:
@@ -241,10 +233,6 @@ def _name_file(path: Path, head: bytes) -> str:
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
-    if head.startswith(b"PK"):
-        return "a zip archive: unpack it first"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "a Python pickle, which could run code: convert it to .safetensors"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head")):
         return "an HTML page, not a checkpoint: a download that needed a login? Fetch the file itself"

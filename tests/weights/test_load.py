@@ -24,7 +24,7 @@ from tests.weights.file_formats.torch_files import write_torch
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 QUANT = "first_stage_model.quant_conv.bias"
 TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+CONV_IN, CONV_OUT = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight"
 TEXT = "cond_stage_model.transformer.text_model."
 
 
@@ -134,17 +134,6 @@ class TestLoading:
         path = save(tmp_path / "unet.ckpt", unet)
         assert load_base_model(model, path, components=["unet"]).ok
         assert "it holds no VAE and no text encoder" in refused(model, path)
-
-    def test_partial_loads_what_fits(self, model, weights, tmp_path):
-        before = arrays_of(model)
-        part = {**weights, TO_K: np.zeros((5, 5), np.float32)}
-        del part[QUANT]
-        report = load_base_model(model, save(tmp_path / "base.ckpt", part), partial=True)
-        assert report.components["vae"].missing == [QUANT]
-        assert [name for name, _, _ in report.components["unet"].wrong_shape] == [TO_K]
-        after = arrays_of(model)
-        np.testing.assert_array_equal(after[CONV_IN], weights[CONV_IN])
-        np.testing.assert_array_equal(after[TO_K], before[TO_K])
 
     def test_injected_factors_are_no_part_of_a_base(self, config, weights, tmp_path):
         model = build_model(config)
@@ -305,6 +294,10 @@ class TestRefusing:
         other = {**weights, CONV_IN: np.zeros((32, channels, 3, 3), np.float32)}
         assert f"it is {words}" in refused(model, save(tmp_path / "b.ckpt", other))
 
+    def test_other_latents_are_no_other_task(self, model, weights, tmp_path):
+        both = {**weights, CONV_IN: np.zeros((32, 8, 3, 3), np.float32), CONV_OUT: np.zeros((8, 32, 3, 3), np.float32)}
+        assert "does not fit the model (UNet" in refused(model, save(tmp_path / "b.ckpt", both))
+
     def test_another_size_of_input_is_no_other_task(self, model, weights, tmp_path):
         for size in ((32, 3, 3, 3), (64, 4, 3, 3)):
             message = refused(model, save(tmp_path / "b.ckpt", {**weights, CONV_IN: np.zeros(size, np.float32)}))
@@ -316,13 +309,6 @@ class TestRefusing:
         message = refused(model, path)
         assert "UNet: 285 matched, 1 of a wrong type" in message
         assert f"{TO_K} is {dtype}: take the file in fp32, fp16 or bf16" in message
-
-    def test_partial_leaves_them_out(self, model, weights, tmp_path):
-        before = arrays_of(model)[TO_K]
-        load_base_model(
-            model, save(tmp_path / "b.ckpt", {**weights, TO_K: weights[TO_K].astype(np.int8)}), partial=True
-        )
-        np.testing.assert_array_equal(arrays_of(model)[TO_K], before)
 
     @pytest.mark.parametrize("part, label", [(0, "UNet"), (1, "VAE"), (2, "text encoder")])
     def test_a_component_of_a_diffusers_folder(self, config, model, weights, tmp_path, part, label):
@@ -340,10 +326,6 @@ class TestRefusing:
     def test_other_checkpoints(self, model, tmp_path):
         sdxl = {"conditioner.embedders.0.transformer.x": np.zeros(1), "model.diffusion_model.out.0.weight": np.zeros(1)}
         assert "is an SDXL checkpoint" in refused(model, save(tmp_path / "b.safetensors", sdxl))
-
-    def test_nothing_fits_even_partially(self, model, tmp_path):
-        path = save(tmp_path / "b.ckpt", {TO_K: np.zeros((5, 5), np.float32)})
-        assert "none of its 1 arrays fits" in refused(model, path, partial=True)
 
     def test_a_truncated_text_encoder(self, model, weights, tmp_path):
         short = {name: array for name, array in weights.items() if f"{TEXT}encoder.layers.1." not in name}

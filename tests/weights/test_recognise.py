@@ -103,8 +103,8 @@ class TestBaseModels:
         [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix"), (9, "an inpainting")],
     )
     def test_models_of_other_tasks(self, channels, name):
-        assert other_task(channels) == f"{name} checkpoint ({channels} input channels), which is not supported"
-        assert other_task(4) is None
+        assert other_task(channels, 4) == f"{name} checkpoint ({channels} input channels), which is not supported"
+        assert other_task(4, 4) is None and other_task(channels, channels) is None
 
     def test_versions_by_the_width_of_their_text_embeddings(self):
         assert [version_of_width(width) for width in (768, 1024, 2048)] == ["SD1.x", "SD2.x", "SDXL"]

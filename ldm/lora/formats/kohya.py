@@ -30,7 +30,7 @@ from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
 from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.names.diffusers import UNET_PREFIX
+from ldm.weights.names.tables import UNET_PREFIX
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 # Values of ss_base_model_version. "_v" follows for a model that predicts the velocity.

@@ -16,8 +16,8 @@ from ldm.lora.lora import LoRA
 from ldm.lora.merge import match_shapes
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.weights.names import LABELS
-from ldm.weights.names.diffusers import UNET_PREFIX, unet_modules
-from ldm.weights.names.tables import TEXT_PREFIX, rename
+from ldm.weights.names.diffusers import unet_modules
+from ldm.weights.names.tables import TEXT_PREFIX, UNET_PREFIX, rename
 
 LABELS_OF_ARCHITECTURE = {"sd1": "SD1.x", "sd2": "SD2.x", "nano": "the nano model"}
 KNOWN = ("configs/v1-inference.yaml", "configs/v2-inference.yaml", "configs/nano.yaml")

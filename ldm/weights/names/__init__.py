@@ -15,15 +15,10 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.weights.arrays import Arrays
 from ldm.weights.names import compvis, diffusers, mindone
-from ldm.weights.names.tables import Ignored
+from ldm.weights.names.tables import COMPONENTS, UNET_PREFIX, Ignored
 from ldm.weights.names.unused import find_unused
 
-COMPONENTS = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.",
-}
-FOLDERS = ("unet/", "vae/", "text_encoder/")  # of a diffusers folder, in the order of COMPONENTS
+FOLDERS = tuple(f"{component}/" for component in COMPONENTS)  # of a diffusers folder
 LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "other": "other"}
 
 
@@ -75,8 +70,8 @@ class KeyMap:
 
 def component_of(name: str) -> str:
     """Return the component of a canonical or a diffusers name: "unet", "vae", "text_encoder" or "other"."""
-    for (component, prefix), folder in zip(COMPONENTS.items(), FOLDERS):
-        if name.startswith((prefix, folder)):
+    for component, prefix in COMPONENTS.items():
+        if name.startswith((prefix, f"{component}/")):
             return component
     return "other"
 
@@ -121,17 +116,17 @@ def map_keys(keys: Iterable[str], ema: bool = False) -> KeyMap:
 
 
 def _use_averages(key_map: KeyMap) -> None:
-    unet = [name for name in key_map.sources if name.startswith(COMPONENTS["unet"])]
-    averages = {name: compvis.ema_name(key_map.sources[name].name) for name in unet}
+    weights = {name: source.name for name, source in key_map.sources.items() if name.startswith(UNET_PREFIX)}
+    averages = {name: compvis.ema_name(key) for name, key in weights.items()}
     count = sum(average in key_map.ignored for average in averages.values())
-    if not count or count < len(unet):
+    if not count or count < len(weights):
         raise UserError(
-            f"{count} of {len(unet)} UNet arrays have an EMA copy (model_ema. ...): leave out the flag for EMA"
+            f"{count} of {len(weights)} UNet arrays have an EMA copy (model_ema. ...): leave out the flag for EMA"
         )
-    for name in unet:
-        key_map.ignored[key_map.sources[name].name] = "weight that has an EMA copy"
-        del key_map.ignored[averages[name]]
-        key_map.sources[name] = Source(averages[name])
+    for name, average in averages.items():
+        key_map.ignored[weights[name]] = "weight that has an EMA copy"
+        del key_map.ignored[average]
+        key_map.sources[name] = Source(average)
 
 
 class CanonicalArrays(Arrays):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from ldm.weights.names.tables import Ignored, text_layer
+from ldm.weights.names.tables import KINDS, Ignored, split_layer, text_layer
 
 TEXT, VISION = "text_model.", "vision_model."
 # Modules and parameters of OpenAI's CLIP -> those of Hugging Face's.
@@ -23,13 +21,9 @@ _PARAMETERS = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
-TRANSPOSED = (
-    "visual.proj",
-    "text_projection",
-)  # (width, projection) in OpenAI's, (projection, width) in Hugging Face's
-_KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+TRANSPOSED = ("visual.proj", "text_projection")  # (width, projection) in OpenAI's, the reverse in Hugging Face's
+_KINDS = {**KINDS, "embedding_table": "weight"}
 _UNUSED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias|gamma|beta)$")
 
 
 def map_key(key: str) -> tuple[str, ...] | Ignored | None:
@@ -38,10 +32,8 @@ def map_key(key: str) -> tuple[str, ...] | Ignored | None:
         return Ignored("constant")
     if key in _PARAMETERS:
         return (_PARAMETERS[key],)
-    layer = _LAYER.match(key)
-    if layer:
-        visual, index, module, kind = layer.groups()
-        module = module[len("mlp.") :] if module.startswith("mlp.") else module
-        return text_layer(index, module, _KINDS[kind], VISION if visual else TEXT)
+    layer = split_layer(key.removeprefix("visual."))
+    if layer is not None:
+        return text_layer(*layer, prefix=VISION if key.startswith("visual.") else TEXT)
     module, _, kind = key.rpartition(".")
     return (f"{_MODULES[module]}.{_KINDS[kind]}",) if module in _MODULES and kind in _KINDS else None

@@ -5,27 +5,21 @@ Checkpoints of this project, of a whole model or a part, have the same names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, openclip_layer, text_layer
-
-SCHEDULE_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
+from ldm.weights.names.tables import (
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Concatenation,
+    Ignored,
+    openclip_layer,
+    split_layer,
+    text_layer,
 )
+
 POSITION_IDS = f"{TEXT_PREFIX}embeddings.position_ids"
 OPENCLIP = "cond_stage_model.model."
 OPENCLIP_NAMES = {
@@ -39,7 +33,6 @@ TEXT_WITHOUT_MODEL = tuple(
 )
 OPENCLIP_LAYERS_USED = 23  # of ViT-H/14's 24: SD2 uses the output of the penultimate layer
 _OPENCLIP_KEY = {name: key for key, name in OPENCLIP_NAMES.items()}
-_LAYER = re.compile(r"transformer\.resblocks\.([0-9]{1,4})\.(.+?)[._](weight|bias)$")
 
 
 def map_key(key: str) -> tuple[str, ...] | Ignored | None:
@@ -48,11 +41,11 @@ def map_key(key: str) -> tuple[str, ...] | Ignored | None:
         return _map_openclip_key(key[len(OPENCLIP) :])
     if key == POSITION_IDS:
         return Ignored("position numbers")
-    if key.startswith(("model.diffusion_model.", "first_stage_model.", TEXT_PREFIX)):
+    if key.startswith((UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX)):
         return (key,)
     if key.startswith(TEXT_WITHOUT_MODEL):  # written by some tools that merge checkpoints
         return (TEXT_PREFIX + key[len("cond_stage_model.transformer.") :],)
-    if key in SCHEDULE_BUFFERS:
+    if key in _SCHEDULE_BUFFERS:
         return Ignored("noise schedule")
     return None
 
@@ -73,9 +66,6 @@ def layout(names: Iterable[str], openclip: bool) -> dict[str, Concatenation]:
     Args:
         names: All canonical names.
         openclip: Use OpenCLIP's names for the text encoder, as SD2's files do. Queries, keys and values are one array.
-
-    Returns:
-        Key -> canonical names.
     """
     return dict(_openclip_key(name) if openclip else (name, Concatenation((name,))) for name in names)
 
@@ -85,13 +75,10 @@ def _map_openclip_key(key: str) -> tuple[str, ...] | Ignored | None:
         return (TEXT_PREFIX + OPENCLIP_NAMES[key],)
     if key in ("text_projection", "logit_scale", "attn_mask"):
         return Ignored("text projection and scale of CLIP")
-    layer = _LAYER.match(key)
-    if layer is None:
-        return None
-    index, module, kind = layer.groups()
-    if int(index) >= OPENCLIP_LAYERS_USED:
+    layer = split_layer(key)
+    if layer is not None and int(layer[0]) >= OPENCLIP_LAYERS_USED:
         return Ignored("the text encoder's last layer, unused by SD2")
-    return text_layer(index, module[4:] if module.startswith("mlp.") else module, kind)
+    return text_layer(*layer) if layer is not None else None
 
 
 def _openclip_key(name: str) -> tuple[str, Concatenation]:
@@ -101,7 +88,7 @@ def _openclip_key(name: str) -> tuple[str, Concatenation]:
         module = f"mlp.{module}" if module.startswith("c_") else module
         separator = "_" if module == "attn.in_proj" else "."
         return f"{OPENCLIP}transformer.resblocks.{index}.{module}{separator}{kind}", Concatenation(names)
-    tail = name[len(TEXT_PREFIX) :] if name.startswith(TEXT_PREFIX) else ""
+    tail = name.removeprefix(TEXT_PREFIX)
     return (OPENCLIP + _OPENCLIP_KEY[tail] if tail in _OPENCLIP_KEY else name), Concatenation((name,))
 
 
@@ -112,24 +99,27 @@ def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> 
     Ho et al. 2020, "Denoising diffusion probabilistic models".
 
     Returns:
-        Key -> array (timesteps,), float32, for all SCHEDULE_BUFFERS.
+        Key -> array (timesteps,), float32.
     """
     betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
     alphas = np.cumprod(1.0 - betas)
     previous = np.append(1.0, alphas[:-1])
     variance = betas * (1.0 - previous) / (1.0 - alphas)
-    values = (
-        betas,
-        alphas,
-        previous,
-        np.sqrt(alphas),
-        np.sqrt(1.0 - alphas),
-        np.log(1.0 - alphas),
-        np.sqrt(1.0 / alphas),
-        np.sqrt(1.0 / alphas - 1.0),
-        variance,
-        np.log(np.maximum(variance, 1e-20)),
-        betas * np.sqrt(previous) / (1.0 - alphas),
-        (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alphas),
-    )
-    return {name: value.astype(np.float32) for name, value in zip(SCHEDULE_BUFFERS, values)}
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(alphas),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - alphas),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alphas),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alphas - 1.0),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - alphas),
+        "posterior_mean_coef2": (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alphas),
+    }
+    return {name: value.astype(np.float32) for name, value in buffers.items()}
+
+
+_SCHEDULE_BUFFERS = frozenset(schedule_buffers(0.1, 0.2, timesteps=2))

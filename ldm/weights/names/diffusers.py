@@ -13,10 +13,16 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, rename
+from ldm.weights.names.tables import (
+    NUMBER,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Concatenation,
+    count_numbers,
+    rename,
+)
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
 TEXT_MODEL = "text_model."  # transformers 5 omits it
 
 UNET_RESNET = {
@@ -29,8 +35,6 @@ UNET_RESNET = {
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 VAE_ATTENTION_BEFORE_2023 = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-# Number of a level or a layer, at most 63. A key with a larger number is unknown.
-_NUMBER = r"([0-9]|[1-5][0-9]|6[0-3])"
 
 
 def unet_modules(unet: Mapping[str, Any]) -> dict[str, str]:
@@ -120,7 +124,7 @@ def key_mapper(keys: Iterable[str]) -> Callable[[str], tuple[str, ...] | None]:
             return None if canonical is None else (canonical,)
         if component != "text_encoder":
             return None
-        return (TEXT_PREFIX + (name[len(TEXT_MODEL) :] if name.startswith(TEXT_MODEL) else name),)
+        return (TEXT_PREFIX + name.removeprefix(TEXT_MODEL),)
 
     return map_key
 
@@ -152,37 +156,25 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
         if path is None:
             unknown.append(name)
         else:
-            linear = tuple(shape[:2]) if is_vae_projection(name, shape) else None
+            # The projections in the VAE's attention are linear layers in diffusers, 1x1 convolutions here.
+            linear = tuple(shape[:2]) if ".attn_1." in name and len(shape) == 4 else None
             made[f"{component}/{path}"] = Concatenation((name,), linear)
     if unknown:
         raise UserError(f"{len(unknown)} names do not fit the configuration {config.path}: {', '.join(unknown[:3])}")
     return made
 
 
-def is_vae_projection(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a canonical array is a 1x1 convolution in the VAE's attention, where diffusers has a linear layer."""
-    return ".attn_1." in name and len(shape) == 4
-
-
 def _unet_structure(keys: list[str]) -> dict[str, Any]:
-    levels = _count(keys, rf"unet/down_blocks\.{_NUMBER}\.")
-    attention = re.compile(rf"unet/down_blocks\.{_NUMBER}\.attentions\.")
-    levels_with_attention = {int(match[1]) for match in map(attention.match, keys) if match}
+    attention = re.compile(rf"unet/down_blocks\.{NUMBER}\.attentions\.")
     return {
-        "channel_mult": [1] * levels,
-        "num_res_blocks": _count(keys, rf"unet/down_blocks\.0\.resnets\.{_NUMBER}\."),
-        "attention_resolutions": [2**level for level in levels_with_attention],
+        "channel_mult": [1] * count_numbers(keys, rf"unet/down_blocks\.{NUMBER}\."),
+        "num_res_blocks": count_numbers(keys, rf"unet/down_blocks\.0\.resnets\.{NUMBER}\."),
+        "attention_resolutions": {2 ** int(match[1]) for match in map(attention.match, keys) if match},
     }
 
 
 def _vae_structure(keys: list[str]) -> dict[str, Any]:
     return {
-        "ch_mult": [1] * _count(keys, rf"vae/encoder\.down_blocks\.{_NUMBER}\."),
-        "num_res_blocks": _count(keys, rf"vae/encoder\.down_blocks\.0\.resnets\.{_NUMBER}\."),
+        "ch_mult": [1] * count_numbers(keys, rf"vae/encoder\.down_blocks\.{NUMBER}\."),
+        "num_res_blocks": count_numbers(keys, rf"vae/encoder\.down_blocks\.0\.resnets\.{NUMBER}\."),
     }
-
-
-def _count(keys: list[str], pattern: str) -> int:
-    """Return one more than the largest number that `pattern` matches at the beginning of a key."""
-    compiled = re.compile(pattern)
-    return max((int(match[1]) for match in map(compiled.match, keys) if match), default=-1) + 1

@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ldm.weights.names.tables import TEXT_PREFIX, Concatenation, Ignored, openclip_layer, text_layer
+from ldm.weights.names.tables import (
+    KINDS,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Concatenation,
+    openclip_layer,
+    split_layer,
+    text_layer,
+)
 
 TEXT = "cond_stage_model.transformer."
 TEXT_NAMES = {
@@ -19,7 +28,6 @@ TEXT_NAMES = {
     "ln_final.beta": "final_layer_norm.bias",
 }
 _MINDONE_KEY = {name: key for key, name in TEXT_NAMES.items()}
-NORM_KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias"}
 # Layers of a residual block -> their numbers in the canonical sequences.
 RESIDUAL = {
     "in_layers_norm": "in_layers.0",
@@ -27,7 +35,6 @@ RESIDUAL = {
     "out_layers_norm": "out_layers.0",
     "out_layers_conv": "out_layers.3",
 }
-_LAYER = re.compile(r"transformer_layer\.resblocks\.(\d+)\.(.+)\.(weight|bias|gamma|beta)$")
 _RESIDUAL = re.compile(r"\.({})\.".format("|".join(RESIDUAL)))
 
 
@@ -40,37 +47,27 @@ def is_typical(key: str) -> bool:
     )
 
 
-def map_key(key: str) -> tuple[str, ...] | Ignored | None:
+def map_key(key: str) -> tuple[str, ...] | None:
     """Map a key to canonical names, see ldm.weights.names.tables."""
     if key.startswith(TEXT):
-        return _map_text_key(key[len(TEXT) :])
+        name = key[len(TEXT) :]
+        layer = split_layer(name)
+        if layer is not None:
+            return text_layer(*layer)
+        return (TEXT_PREFIX + TEXT_NAMES[name],) if name in TEXT_NAMES else None
     module, _, kind = key.rpartition(".")
-    if kind not in NORM_KINDS:
+    if kind not in KINDS or not key.startswith((UNET_PREFIX, VAE_PREFIX)):
         return None
-    if key.startswith("first_stage_model."):
-        return (f"{module}.{NORM_KINDS[kind]}",)
-    if key.startswith("model.diffusion_model."):
+    if key.startswith(UNET_PREFIX):
         # Every convolution of the UNet, except the projections around attention, is in a cell under the name `conv`.
-        module = module[: -len(".conv")] if module.endswith(".conv") else module
-        module = _RESIDUAL.sub(lambda match: f".{RESIDUAL[match.group(1)]}.", f"{module}.")[:-1]
-        return (f"{module}.{NORM_KINDS[kind]}",)
-    return None
+        module = module.removesuffix(".conv")
+        module = _RESIDUAL.sub(lambda match: f".{RESIDUAL[match[1]]}.", f"{module}.")[:-1]
+    return (f"{module}.{KINDS[kind]}",)
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Concatenation]:
     """Return how the arrays of a mindone checkpoint are made of canonical ones, given by name and shape."""
     return dict(_mindone_key(name, shapes) for name in shapes)
-
-
-def _map_text_key(key: str) -> tuple[str, ...] | None:
-    if key in TEXT_NAMES:
-        return (TEXT_PREFIX + TEXT_NAMES[key],)
-    layer = _LAYER.match(key)
-    if layer is None:
-        return None
-    index, module, kind = layer.groups()
-    module = module[len("attn.") :] if module.startswith("attn.attn.") else module
-    return text_layer(index, module, NORM_KINDS[kind])
 
 
 def _mindone_key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, Concatenation]:
@@ -85,10 +82,10 @@ def _mindone_key(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str,
         index, layer_module, _, names = layer
         layer_module = f"attn.{layer_module}" if layer_module.startswith("attn.") else layer_module
         return f"{TEXT}transformer_layer.resblocks.{index}.{layer_module}.{kind}", Concatenation(names)
-    if name.startswith("model.diffusion_model."):
+    if name.startswith(UNET_PREFIX):
         for mindone, canonical in RESIDUAL.items():
             if module.endswith(f".{canonical}"):
-                module = module[: -len(canonical)] + mindone
+                module = module.removesuffix(canonical) + mindone
         if len(weight) == 4 and not module.endswith((".proj_in", ".proj_out")):
             module += ".conv"
     return f"{module}.{kind}", Concatenation((name,))

@@ -1,4 +1,4 @@
-"""What the name tables share: their result types and the names of text encoder layers.
+"""What the name tables share: result types, prefixes of the components, and the layers of the text encoder.
 
 Every table module has `map_key(key)` and `layout(...)`. `map_key` returns the canonical names whose arrays are the rows
 of the key's array in equal blocks (one name for almost all keys), Ignored for a key that is not used, or None for an
@@ -9,8 +9,19 @@ in place of `map_key`, since its names depend on the number of levels and layers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+# Component -> what its canonical names begin with.
+COMPONENTS = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
+UNET_PREFIX, VAE_PREFIX, _ = COMPONENTS.values()
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+# Number of a level or a layer, at most 63. A key with a larger number is unknown.
+NUMBER = r"([0-9]|[1-5][0-9]|6[0-3])"
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,16 @@ def rename(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+    """Return one more than the largest number that `pattern` matches at the beginning of a name, 0 without a match.
+
+    Args:
+        names: The names.
+        pattern: A pattern with NUMBER as its only group.
+    """
+    return max((int(match[1]) for match in map(re.compile(pattern).match, names) if match), default=-1) + 1
+
+
 # Layer names of OpenCLIP's text transformer, which mindone uses too -> those of Hugging Face.
 TEXT_LAYER = {
     "ln_1": "layer_norm1",
@@ -51,10 +72,25 @@ TEXT_LAYER = {
     "c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 _OPENCLIP_LAYER = {theirs: ours for ours, theirs in TEXT_LAYER.items()}
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _CANONICAL_LAYER = re.compile(re.escape(TEXT_PREFIX) + r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+# Only mindone has `transformer_layer`, a second `attn.`, gamma and beta. Only OpenCLIP has `mlp.` and `in_proj_weight`.
+_LAYER = re.compile(
+    r"transformer(?:_layer)?\.resblocks\.([0-9]{1,9})\.(?:mlp\.|attn\.(?=attn\.))?(.+?)[._](weight|bias|gamma|beta)$"
+)
+# Kinds of parameters in MindSpore and PyTorch -> PyTorch's.
+KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+
+
+def split_layer(key: str) -> tuple[str, str, str] | None:
+    """Split a key of a text transformer's layer, OpenCLIP's or mindone's, into the arguments of text_layer.
+
+    Returns:
+        (index, module, kind), or None for a key outside of the layers.
+    """
+    layer = _LAYER.match(key)
+    return (layer[1], layer[2], KINDS[layer[3]]) if layer else None
 
 
 def text_layer(index: str, module: str, kind: str, prefix: str = TEXT_PREFIX) -> tuple[str, ...] | None:
