@@ -86,6 +86,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def input_path(help: str, **rules: Any) -> Any:
+    """Return the setting of a path to read, which may be in the project's folder. The default is None."""
+    return setting(None, help, path=True, project=True, **rules)
+
+
 def names_of(cls: type, **rules: Any) -> tuple[str, ...]:
     """Return the names of the settings declared with these rules, such as `resume="fixed"` or `graph_key=True`."""
     return tuple(

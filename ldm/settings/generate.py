@@ -7,7 +7,7 @@ from typing import Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.paths import MAX_STRENGTH
-from ldm.settings.declare import MAX_BATCH, MAX_RANK, MAX_SEED, setting
+from ldm.settings.declare import MAX_BATCH, MAX_RANK, MAX_SEED, input_path, setting
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
 from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
@@ -24,21 +24,16 @@ SAMPLING, OUTPUT, DEVICE = "sampling", "output", "device"
 class GenerateSettings:
     """What text_to_image.py does: the names of mindone's published script, and this project's own."""
 
-    generate_config: Optional[str] = setting(
-        None, "YAML file with any of these settings; flags win over it", group=IMAGES, path=True, project=True
-    )
+    generate_config: Optional[str] = input_path("YAML file with any of these settings; flags win over it", group=IMAGES)
     # Not Optional, because "none" may be a prompt.
     prompt: str = setting("", "the prompt")
-    data_path: Optional[str] = setting(
-        None,
+    data_path: Optional[str] = input_path(
         "text file (UTF-8) with one prompt per line, instead of prompt; an empty line is an empty prompt, but empty "
-        "lines at the end do not count (a line with a space does)",
-        path=True,
-        project=True,
+        "lines at the end do not count (a line with a space does)"
     )
     negative_prompt: str = setting("", "what the images should not show, for all prompts")
-    negative_data_path: Optional[str] = setting(
-        None, "text file with one negative prompt per line, as many as prompts, or one for all", path=True, project=True
+    negative_data_path: Optional[str] = input_path(
+        "text file with one negative prompt per line, as many as prompts, or one for all"
     )
     n_iter: int = setting(1, "rounds; each prompt gets n_iter x n_samples images", low=1, high=MAX_IMAGES)
     n_samples: int = setting(1, "images of each prompt in a round", low=1, high=MAX_IMAGES)
@@ -60,29 +55,20 @@ class GenerateSettings:
         group=MODEL,
         choices=tuple(VERSIONS),
     )
-    config: Optional[str] = setting(None, "YAML of the model; None for that of the version", path=True, project=True)
-    ckpt_path: Optional[str] = setting(
-        None,
+    config: Optional[str] = input_path("YAML of the model; None for that of the version")
+    ckpt_path: Optional[str] = input_path(
         "base checkpoint: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a diffusers folder; None for that of "
-        "the version, under models/",
-        path=True,
-        project=True,
+        "the version, under models/"
     )
     ckpt_ema: bool = setting(
         False, "take the moving averages (EMA) of the UNet that the checkpoint holds beside its weights"
     )
-    unet_ckpt_path: Optional[str] = setting(
-        None,
-        "checkpoint with a UNet that replaces the base checkpoint's, as training without LoRA saves it",
-        path=True,
-        project=True,
+    unet_ckpt_path: Optional[str] = input_path(
+        "checkpoint with a UNet that replaces the base checkpoint's, as training without LoRA saves it"
     )
-    vae_ckpt_path: Optional[str] = setting(
-        None,
+    vae_ckpt_path: Optional[str] = input_path(
         "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, or "
-        "any base model, as a file or a folder",
-        path=True,
-        project=True,
+        "any base model, as a file or a folder"
     )
 
     use_lora: Optional[bool] = setting(None, "apply a LoRA; None: if lora_ckpt_path is given", group=LORA)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Optional, Union
 
 from ldm.errors import UserError
 from ldm.files.paths import MAX_STRENGTH
-from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, names_of, setting
+from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
 from ldm.settings.model_yaml import MAX_SIDE
 from ldm.settings.read import check_values
 
@@ -18,31 +19,26 @@ ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear"}
 FILES, NETWORK, LORA, DATA = "files", "network", "LoRA", "data"
 LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and loss scale", "saving", "device"
 
+# Settings that decide the trained weights and the compiled training step.
+graph_setting = partial(setting, resume="fixed", graph_key=True)
+# Settings of the optimizer's course: a resumed run may change them, and the comparison with diffusers shares them.
+followed_setting = partial(setting, resume="followed", shared_with_diffusers=True)
+
 
 @dataclass
 class TrainSettings:
     """What train_text_to_image.py does: the names of mindone's published recipes, and this project's own."""
 
-    train_config: Optional[str] = setting(
-        None,
-        "YAML file with any of these settings; flags win over it",
-        group=FILES,
-        path=True,
-        project=True,
-        set_by_comparison=True,
+    train_config: Optional[str] = input_path(
+        "YAML file with any of these settings; flags win over it", group=FILES, set_by_comparison=True
     )
-    data_path: Optional[str] = setting(
-        None, "folder with the images and img_txt.csv", path=True, project=True, set_by_comparison=True
-    )
+    data_path: Optional[str] = input_path("folder with the images and img_txt.csv", set_by_comparison=True)
     output_path: str = setting(
         "output/train", "folder for checkpoints, logs and the cache", path=True, set_by_comparison=True
     )
-    pretrained_model_path: Optional[str] = setting(
-        None,
+    pretrained_model_path: Optional[str] = input_path(
         "base checkpoint that training starts from: a .safetensors, a .ckpt (MindSpore's or PyTorch's) or a "
         "diffusers folder",
-        path=True,
-        project=True,
         set_by_comparison=True,
     )
     pretrained_model_ema: bool = setting(
@@ -50,19 +46,13 @@ class TrainSettings:
         "start from the moving averages (EMA) of the UNet that the checkpoint holds beside its weights",
         not_in_diffusers="convert the base model with --ema first",
     )
-    vae_ckpt_path: Optional[str] = setting(
-        None,
+    vae_ckpt_path: Optional[str] = input_path(
         "checkpoint with a VAE that replaces the base checkpoint's, or is used where that has none: a VAE alone, "
         "or any base model, as a file or a folder",
-        path=True,
-        project=True,
         not_in_diffusers="give a diffusers folder with that VAE in it as --base",
     )
-    model_config: Optional[str] = setting(
-        None,
-        "YAML of the model; None: what the metadata and the shapes of the checkpoint show",
-        path=True,
-        project=True,
+    model_config: Optional[str] = input_path(
+        "YAML of the model; None: what the metadata and the shapes of the checkpoint show"
     )
     resume: Union[bool, str] = setting(
         False,
@@ -75,61 +65,36 @@ class TrainSettings:
         False, "start from a random UNet, and take only the VAE and the text encoder from the checkpoint", group=NETWORK
     )
 
-    use_lora: bool = setting(
-        False, "train low-rank updates (LoRA) instead of the whole UNet", group=LORA, resume="fixed", graph_key=True
-    )
-    lora_ft_unet: bool = setting(True, "add LoRA to the UNet", resume="fixed", graph_key=True)
-    lora_ft_text_encoder: bool = setting(
+    use_lora: bool = graph_setting(False, "train low-rank updates (LoRA) instead of the whole UNet", group=LORA)
+    lora_ft_unet: bool = graph_setting(True, "add LoRA to the UNet")
+    lora_ft_text_encoder: bool = graph_setting(
         False,
         "add LoRA to the text encoder",
-        resume="fixed",
-        graph_key=True,
         needs="use_lora",
         not_in_diffusers="diffusers' script trains the UNet alone",
     )
-    lora_rank: int = setting(
-        4,
-        "rank; a larger one learns more and makes a larger file",
-        low=1,
-        high=MAX_RANK,
-        resume="fixed",
-        graph_key=True,
+    lora_rank: int = graph_setting(4, "rank; a larger one learns more and makes a larger file", low=1, high=MAX_RANK)
+    lora_alpha: Optional[float] = graph_setting(
+        None, "the update is multiplied by lora_alpha / lora_rank; None: by 1", above=0, high=1e6
     )
-    lora_alpha: Optional[float] = setting(
-        None,
-        "the update is multiplied by lora_alpha / lora_rank; None: by 1",
-        above=0,
-        high=1e6,
-        resume="fixed",
-        graph_key=True,
-    )
-    lora_scale: float = setting(
-        1.0, "a further factor of the update", above=0, high=MAX_STRENGTH, resume="fixed", graph_key=True
-    )
-    lora_targets: list[str] = setting(
+    lora_scale: float = graph_setting(1.0, "a further factor of the update", above=0, high=MAX_STRENGTH)
+    lora_targets: list[str] = graph_setting(
         ["attention"],
         "which layers: attention (q, k, v and output projections), all (also feed-forward, projections and "
         "convolutions), or the last parts of layers' names, such as to_q to_v",
-        resume="fixed",
-        graph_key=True,
     )
-    lora_config: Optional[str] = setting(
-        None,
+    lora_config: Optional[str] = input_path(
         "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, "
         "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
-        path=True,
-        project=True,
         resume="fixed",
         needs="use_lora",
         not_in_diffusers="it may train scales and drop inputs, which diffusers' script does not; use lora_targets",
     )
-    lora_dropout: float = setting(
+    lora_dropout: float = graph_setting(
         0.0,
         "share of a layer's inputs that LoRA does not see in a step",
         low=0,
         below=1,
-        resume="fixed",
-        graph_key=True,
         not_in_diffusers="its masks are drawn differently",
     )
     lora_init_path: Optional[str] = setting(
@@ -139,11 +104,8 @@ class TrainSettings:
         needs="use_lora",
         set_by_comparison=True,
     )
-    lora_fp16: bool = setting(
-        True,
-        "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32",
-        resume="fixed",
-        graph_key=True,
+    lora_fp16: bool = graph_setting(
+        True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32"
     )
 
     image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
@@ -185,53 +147,22 @@ class TrainSettings:
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MAX_COUNT)
     max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MAX_COUNT)
-    train_batch_size: int = setting(
-        4, "images per batch and device", low=1, high=MAX_BATCH, resume="fixed", graph_key=True
-    )
-    gradient_accumulation_steps: int = setting(
-        1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH, resume="fixed", graph_key=True
+    train_batch_size: int = graph_setting(4, "images per batch and device", low=1, high=MAX_BATCH)
+    gradient_accumulation_steps: int = graph_setting(
+        1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH
     )
 
     optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
-    betas: list[float] = setting(
-        [0.9, 0.999],
-        "decay rates of AdamW",
-        low=0,
-        below=1,
-        length=2,
-        resume="followed",
-        graph_key=True,
-        shared_with_diffusers=True,
+    betas: list[float] = followed_setting(
+        [0.9, 0.999], "decay rates of AdamW", low=0, below=1, length=2, graph_key=True
     )
-    weight_decay: float = setting(
-        0.01,
-        "weight decay of AdamW, for every trained parameter",
-        low=0,
-        high=1000,
-        resume="followed",
-        shared_with_diffusers=True,
+    weight_decay: float = followed_setting(0.01, "weight decay of AdamW, for every trained parameter", low=0, high=1000)
+    scheduler: str = followed_setting(
+        "constant", "learning rate schedule after the warm-up", choices=(*SCHEDULERS, *ALIASES)
     )
-    scheduler: str = setting(
-        "constant",
-        "learning rate schedule after the warm-up",
-        choices=(*SCHEDULERS, *ALIASES),
-        resume="followed",
-        shared_with_diffusers=True,
-    )
-    start_learning_rate: float = setting(
-        1e-5, "learning rate after the warm-up", above=0, high=100, resume="followed", shared_with_diffusers=True
-    )
-    end_learning_rate: float = setting(
-        1e-7,
-        "learning rate at the end of linear and cosine",
-        low=0,
-        high=100,
-        resume="followed",
-        shared_with_diffusers=True,
-    )
-    warmup_steps: int = setting(
-        0, "steps of linear warm-up", low=0, high=MAX_COUNT, resume="followed", shared_with_diffusers=True
-    )
+    start_learning_rate: float = followed_setting(1e-5, "learning rate after the warm-up", above=0, high=100)
+    end_learning_rate: float = followed_setting(1e-7, "learning rate at the end of linear and cosine", low=0, high=100)
+    warmup_steps: int = followed_setting(0, "steps of linear warm-up", low=0, high=MAX_COUNT)
     decay_steps: int = setting(
         0,
         "steps from the start to the end learning rate; 0: all steps after the warm-up",
@@ -240,17 +171,8 @@ class TrainSettings:
         resume="followed",
     )
 
-    clip_grad: bool = setting(
-        False,
-        "scale gradients down to max_grad_norm",
-        group=GRADIENTS,
-        resume="followed",
-        graph_key=True,
-        shared_with_diffusers=True,
-    )
-    max_grad_norm: float = setting(
-        1.0, "largest global norm of the gradients", above=0, high=1e30, resume="followed", shared_with_diffusers=True
-    )
+    clip_grad: bool = followed_setting(False, "scale gradients down to max_grad_norm", group=GRADIENTS, graph_key=True)
+    max_grad_norm: float = followed_setting(1.0, "largest global norm of the gradients", above=0, high=1e30)
     loss_scaler_type: str = setting(
         "auto",
         "auto: dynamic in fp16, none in fp32",
@@ -273,12 +195,10 @@ class TrainSettings:
         True, "skip the optimizer step when the gradients overflow", resume="followed", graph_key=True
     )
 
-    use_ema: bool = setting(
+    use_ema: bool = graph_setting(
         False,
         "keep a moving average (EMA) of the trained parameters, and save it in the checkpoints",
         group=SAVING,
-        resume="fixed",
-        graph_key=True,
         not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
     ema_decay: float = setting(0.9999, "decay of the moving average in each step", low=0, below=1, resume="followed")
