@@ -17,14 +17,15 @@ from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
 from ldm.settings.model import load_model_config
 from tests.conftest import ROOT
-from tools.benchmark import inputs, run, works
+from tools.benchmark import inputs, metrics, run, works
 from tools.benchmark.report import markdown
-from tools.benchmark.run import Side, Worker, WorkerFailed, summarise
-from tools.benchmark.works import MEMORY_TABLE, TABLE, Work
+from tools.benchmark.run import summarise
+from tools.benchmark.worker import Measurement, Worker, WorkerFailed
+from tools.benchmark.works import MEMORY_TABLE, TABLE, WORKS, Work
 
 FAKE = """
 import sys, time
-from tools.benchmark.turns import Turns
+from tools.benchmark.worker import Turns
 turns = Turns()
 kind, log = sys.argv[1], sys.argv[2]
 if kind == "broken":
@@ -122,7 +123,7 @@ class TestMeasuring:
         commands("a", kind)
         found = run.measure(WORK, arguments)
         assert found["peer"] == f"failed: error: {said}"
-        assert isinstance(found["ours"], Side)
+        assert isinstance(found["ours"], Measurement)
 
     def test_a_missing_program_fails_too(self):
         with pytest.raises((OSError, WorkerFailed)):
@@ -130,7 +131,7 @@ class TestMeasuring:
 
     def test_the_processes_end_with_the_runner_even_while_stopped(self, tmp_path):
         program = (
-            f"import os, sys, time; from tools.benchmark.run import Worker; "
+            f"import os, sys, time; from tools.benchmark.worker import Worker; "
             f"worker = Worker({fake('a', tmp_path / 'log')!r}, os.sched_getaffinity(0), 4.0); "
             f"print(worker.process.pid, flush=True); time.sleep(60)"
         )
@@ -148,7 +149,7 @@ class TestMeasuring:
 
 
 def side(*seconds, memory=1.0, first=9.0):
-    return Side(first, list(seconds), [value / 2 for value in seconds], memory, 1.0, {"numpy": "1"})
+    return Measurement(first, list(seconds), [value / 2 for value in seconds], memory, 1.0, {"numpy": "1"})
 
 
 class TestTheTable:
@@ -204,8 +205,8 @@ class TestTheTable:
 class TestChoosing:
     def test_the_table_and_the_memory_table_share_no_name(self):
         assert not set(TABLE) & set(MEMORY_TABLE)
-        assert all(work.config.is_file() for work in {**TABLE, **MEMORY_TABLE}.values())
-        assert all(name == work.name for name, work in {**TABLE, **MEMORY_TABLE}.items())
+        assert all(work.config.is_file() for work in WORKS.values())
+        assert all(name == work.name for name, work in WORKS.items())
 
     @pytest.mark.parametrize(
         "argv, expected",
@@ -262,7 +263,7 @@ class TestInputs:
         assert {name: array.shape for name, array in first.items()} == {
             "latents": (16, 4, 16, 16),
             "noise": (16, 4, 16, 16),
-            "context": (16, 77, 96),
+            "text_embeddings": (16, 77, 96),
             "timesteps": (16,),
             "tokens": (16, 77),
         }
@@ -272,6 +273,28 @@ class TestInputs:
         inputs.write_images(tmp_path / "data", 16)
         rows = read_image_text_csv(tmp_path / "data").rows
         assert len(rows) == len({row.caption for row in rows}) == works.EPOCH_IMAGES
+
+
+class TestMetrics:
+    def test_every_side_gets_its_row(self, monkeypatch, capsys):
+        monkeypatch.setattr(metrics, "take_turns", lambda commands, *rest, **more: dict.fromkeys(commands, side(2, 4)))
+        metrics.main(["--images", "8", "--size", "8", "--reference_python", "python"])
+        rows = capsys.readouterr().out.splitlines()[-3:]
+        assert rows[0] == "| this project | 4.00 | 2.67 | 8.00 | 9.0 | 1024 |"
+        assert [row.split(" | ")[0] for row in rows[1:]] == ["| pytorch-fid", "| torchmetrics"]
+
+    def test_a_side_that_fails_is_an_error_with_its_python(self, monkeypatch):
+        measured = {"this project": side(1, 2), "pytorch-fid": "failed: no torch", "torchmetrics": side(1, 2)}
+        monkeypatch.setattr(metrics, "take_turns", lambda *arguments, **more: measured)
+        with pytest.raises(UserError, match="pytorch-fid failed: no torch: check that a/python has"):
+            metrics.main(["--images", "1", "--size", "8", "--reference_python", "a/python"])
+
+    def test_the_references_need_no_package_of_this_project(self):
+        program = (
+            "import sys; import tools.benchmark.metrics_worker; print('ldm' in sys.modules, 'yaml' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == "False False\n"
 
 
 @pytest.mark.usefixtures("graph_mode")

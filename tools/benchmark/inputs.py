@@ -15,27 +15,27 @@ PROMPT = "an image of the number"
 
 
 def draw_inputs(config: ModelConfig, work: Work) -> dict[str, np.ndarray]:
-    """Returns latents and noise (N, C, h, w), context (N, 77, D), timesteps (N,) and tokens (N, 77), int32."""
+    """Return latents and noise (N, C, h, w), text embeddings (N, 77, D), timesteps (N,) and tokens (N, 77), int32."""
     random = np.random.default_rng(SEED)
     shape = (work.batch, config.latent_channels, work.size, work.size)
     return {
         "latents": random.standard_normal(shape, np.float32),
         "noise": random.standard_normal(shape, np.float32),
-        "context": random.standard_normal((work.batch, 77, config.context_dim), np.float32),
+        "text_embeddings": random.standard_normal((work.batch, 77, config.context_dim), np.float32),
         "timesteps": random.integers(0, config.timesteps, work.batch, np.int32),
         "tokens": draw_tokens(work.batch),
     }
 
 
 def draw_tokens(count: int) -> np.ndarray:
-    """Returns tokens (count, 77), int32. The end token is last, where transformers looks for it."""
+    """Return tokens (count, 77), int32. The end token is last, where transformers looks for it."""
     tokens = np.random.default_rng(SEED).integers(0, 49000, (count, 77), np.int32)
     tokens[:, 0], tokens[:, -1] = 49406, 49407
     return tokens
 
 
 def write_images(folder: Path, size: int) -> None:
-    """Writes a data set of EPOCH_IMAGES PNG files of noise, each with its own caption."""
+    """Write a data set of EPOCH_IMAGES PNG files of noise, each with its own caption."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(SEED)
     with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:

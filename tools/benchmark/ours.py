@@ -1,19 +1,18 @@
 """This project's side of a workload, started by run.py.
 
-python -m tools.benchmark.ours NAME --threads 2
+python -m tools.benchmark.ours NAME
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import itertools
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from tools.benchmark.turns import Turns
+from tools.benchmark.worker import Turns
 
 turns = Turns() if __name__ == "__main__" else None  # the tests import this
 
@@ -45,7 +44,7 @@ from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
 from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import PROMPT, draw_inputs, write_images  # noqa: E402
-from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+from tools.benchmark.works import WORKS, Work  # noqa: E402
 
 
 class UNetAlone(nn.Cell):
@@ -74,56 +73,56 @@ def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
     return TrainStep(DiffusionLoss(unet, schedule, config.prediction_type), trainable, clip=True)
 
 
-def scalars(update: int) -> StepScalars:
-    return StepScalars(1.0, 1.0, 1.0, adamw_scalars(update, 1e-4, (0.9, 0.999), 1e-8, 0.01), 0.0)
+def scalars(step: int) -> StepScalars:
+    return StepScalars(1.0, 1.0, 1.0, adamw_scalars(step, 1e-4, (0.9, 0.999), 1e-8, 0.01), 0.0)
 
 
 def unet(work: Work, config: ModelConfig) -> Callable:
     net, given = frozen(UNetModel(**config.unet)), draw_inputs(config, work)
-    inputs = [Tensor(given[name]) for name in ("latents", "timesteps", "context")]
+    inputs = [Tensor(given[name]) for name in ("latents", "timesteps", "text_embeddings")]
     return lambda: net(*inputs).asnumpy()
 
 
 def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
     unet = frozen(UNetAlone(config)).model.diffusion_model
     step, given = train_step(config, unet, full), draw_inputs(config, work)
-    batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "context"))
-    updates = iter(range(1, 10**9))
-    return lambda: step([batch], scalars(next(updates)))
+    batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "text_embeddings"))
+    numbers = itertools.count(1)
+    return lambda: step([batch], scalars(next(numbers)))
 
 
 def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable:
-    """The first step, whose graph is written to a cache or read from it."""
-    call, waits = lora(work, config), [True]
+    """Build the first step, whose graph is written to a cache or read from it."""
+    call = lora(work, config)
 
     def cached() -> None:
-        with cached_graphs(folder, graph_key(work.name)) if waits.pop() else nullcontext():
+        with cached_graphs(folder, graph_key(work.name)):
             call()
 
     return cached
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """An epoch without loading weights: reading and encoding images and captions, compiling, and all steps."""
+    """Build an epoch without loading weights: reading and encoding images and captions, compiling, and all steps."""
     model, size = build_model(config), work.size * config.vae_factor
 
     def run() -> None:
-        folder = Path(tempfile.mkdtemp())
-        write_images(folder / "data", size)
-        settings = TrainSettings(output_path=str(folder / "output"), train_batch_size=work.batch, image_size=size)
-        rows = read_image_text_csv(folder / "data").rows
-        order = BatchOrder(len(rows), work.batch, works.SEED)
-        step = train_step(config, model.model.diffusion_model, full=False)
-        inputs = Inputs(settings, model, rows, order)
-        for i in range(order.steps_per_epoch):
-            step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1))
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            write_images(data, size)
+            settings = TrainSettings(output_path=f"{folder}/output", train_batch_size=work.batch, image_size=size)
+            rows = read_image_text_csv(data).rows
+            order = BatchOrder(len(rows), work.batch, works.SEED)
+            step = train_step(config, model.model.diffusion_model, full=False)
+            inputs = Inputs(settings, model, rows, order)
+            for i in range(order.steps_per_epoch):
+                step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1))
 
     return run
 
 
 def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
-    """Generation from prompts: text encoding, sampling, decoding."""
+    """Build a generation from prompts: text encoding, sampling, decoding."""
     model, size = build_model(config), work.size * config.vae_factor
     if merged:
         source = build_model(config)
@@ -158,12 +157,11 @@ KINDS: dict[str, Callable[..., Callable]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
-    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kind", help="instead of the workload's")
     parser.add_argument("--graphs", type=Path, help="the cache folder of first_step_cached")
     args = parser.parse_args()
     setup_runtime("CPU", seed=works.SEED)
-    work = {**TABLE, **MEMORY_TABLE}[args.work]
+    work = WORKS[args.work]
     extra = {"folder": args.graphs} if args.graphs else {}
     call = KINDS[args.kind or work.kind](work, load_model_config(work.config), **extra)
     turns.serve(call, {"mindspore": ms.__version__, "numpy": np.__version__})

@@ -1,6 +1,6 @@
 """diffusers' side of a workload, started by run.py in an environment with torch, diffusers and transformers.
 
-    python -m tools.benchmark.reference NAME --threads 2
+    python -m tools.benchmark.reference NAME
 
 Prompts are given as tokens, because tokenizing takes no time worth measuring. LoRA is PEFT's arithmetic without its
 wrappers: x W^T + b + (x A^T) B^T * scale.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tools.benchmark.turns import Turns
+from tools.benchmark.worker import Turns
 
 turns = Turns() if __name__ == "__main__" else None  # the tests import this
 
@@ -32,7 +33,7 @@ from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
 from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import draw_inputs, draw_tokens, write_images  # noqa: E402
-from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+from tools.benchmark.works import WORKS, Work  # noqa: E402
 
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -52,7 +53,7 @@ class LoRALinear(nn.Module):
 
 
 def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
-    """Replaces the attention projections by LoRA layers, and returns their parameters."""
+    """Replace the attention projections by LoRA layers, and return their parameters."""
     names = [
         name
         for name, module in unet.named_modules()
@@ -65,7 +66,7 @@ def inject_lora(unet: nn.Module) -> list[nn.Parameter]:
     return [p for p in unet.parameters() if p.requires_grad]
 
 
-def scheduler(cls, config: ModelConfig, **settings):
+def scheduler(cls: type, config: ModelConfig, **settings: Any) -> Any:
     return cls(
         num_train_timesteps=config.timesteps,
         beta_start=config.linear_start,
@@ -91,12 +92,14 @@ class TrainStep:
         self.noise = scheduler(DDPMScheduler, config)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.01)
 
-    def __call__(self, latents, noise, timesteps, context) -> float:
-        noised = self.noise.add_noise(latents, noise, timesteps)
+    def __call__(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text_embeddings: torch.Tensor
+    ) -> float:
+        noisy_latents = self.noise.add_noise(latents, noise, timesteps)
         target = noise
         if self.noise.config.prediction_type == "v_prediction":
             target = self.noise.get_velocity(latents, noise, timesteps)
-        prediction = self.unet(noised, timesteps, context, return_dict=False)[0]
+        prediction = self.unet(noisy_latents, timesteps, text_embeddings, return_dict=False)[0]
         loss = nn.functional.mse_loss(prediction.float(), target.float(), reduction="mean")
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -106,23 +109,25 @@ class TrainStep:
 
 
 def given(config: ModelConfig, work: Work, *names: str) -> list[torch.Tensor]:
+    """Return the named inputs. Integers are int64, as PyTorch's embeddings need them."""
     inputs = draw_inputs(config, work)
-    return [torch.from_numpy(inputs[name]) for name in names]
+    integers = ("timesteps", "tokens")
+    return [torch.from_numpy(inputs[name].astype(np.int64 if name in integers else np.float32)) for name in names]
 
 
 def unet(work: Work, config: ModelConfig) -> Callable:
-    net, inputs = frozen(reference_unet(config)), given(config, work, "latents", "timesteps", "context")
+    net, inputs = frozen(reference_unet(config)), given(config, work, "latents", "timesteps", "text_embeddings")
     return torch.no_grad()(lambda: net(*inputs).sample)
 
 
 def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
     step = TrainStep(config, full)
-    latents, noise, timesteps, context = given(config, work, "latents", "noise", "timesteps", "context")
-    return lambda: step(latents, noise, timesteps.long(), context)
+    inputs = given(config, work, "latents", "noise", "timesteps", "text_embeddings")
+    return lambda: step(*inputs)
 
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
-    """The loop of train_text_to_image_lora.py, where every step encodes its images and captions."""
+    """Build the loop of train_text_to_image_lora.py, where every step encodes its images and captions."""
     vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
     step, size = TrainStep(config, full=False), work.size * config.vae_factor
 
@@ -131,19 +136,19 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
             return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)
 
     def run() -> None:
-        folder = Path(tempfile.mkdtemp())
-        write_images(folder / "data", size)
-        with open(folder / "data" / "img_txt.csv", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        tokens = torch.from_numpy(draw_tokens(len(rows))).long()
-        order = torch.randperm(len(rows)).split(work.batch)
-        for batch in order:
-            pixels = torch.stack([image(folder / "data" / rows[i]["dir"]) for i in batch])
-            with torch.no_grad():
-                latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
-                text_embeddings = encoder(tokens[batch], return_dict=False)[0]
-            step(latents, torch.randn_like(latents), torch.randint(0, config.timesteps, (len(batch),)), text_embeddings)
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data"
+            write_images(data, size)
+            with open(data / "img_txt.csv", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            tokens = torch.from_numpy(draw_tokens(len(rows))).long()
+            for batch in torch.randperm(len(rows)).split(work.batch):
+                pixels = torch.stack([image(data / rows[i]["dir"]) for i in batch])
+                with torch.no_grad():
+                    latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
+                    text_embeddings = encoder(tokens[batch], return_dict=False)[0]
+                timesteps = torch.randint(0, config.timesteps, (len(batch),))
+                step(latents, torch.randn_like(latents), timesteps, text_embeddings)
 
     return run
 
@@ -189,7 +194,7 @@ def decode(work: Work, config: ModelConfig) -> Callable:
 
 def text(work: Work, config: ModelConfig) -> Callable:
     net, (tokens,) = frozen(reference_text_encoder(config)), given(config, work, "tokens")
-    return torch.no_grad()(lambda: net(tokens.long()).last_hidden_state)
+    return torch.no_grad()(lambda: net(tokens).last_hidden_state)
 
 
 KINDS = {
@@ -201,11 +206,10 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
-    parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(works.SEED)
-    work = {**TABLE, **MEMORY_TABLE}[args.work]
+    work = WORKS[args.work]
     call = KINDS[work.kind](work, load_model_config(work.config))
     turns.serve(
         call, {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}

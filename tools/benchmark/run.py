@@ -12,20 +12,16 @@ largest resident size (VmHWM). Results are written to OUTPUT.json and OUTPUT.md.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -45,127 +41,10 @@ from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.benchmark.report import markdown  # noqa: E402
-from tools.benchmark.works import MEMORY_TABLE, TABLE, Work  # noqa: E402
+from tools.benchmark.worker import Measurement, confine, environment, take_turns  # noqa: E402
+from tools.benchmark.works import MEMORY_TABLE, TABLE, WORKS, Work  # noqa: E402
 
 SCRATCH = Path(tempfile.gettempdir()) / "benchmark"
-WATCH_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-
-
-class OverLimit(Exception):
-    """A worker exceeded the memory limit."""
-
-
-class WorkerFailed(Exception):
-    """A worker ended unexpectedly. The message is the last line that it wrote."""
-
-
-@dataclass
-class Side:
-    """The measurements of a process: seconds of its first call and of the others, and its peak memory."""
-
-    first: float
-    seconds: list[float]
-    cpu_seconds: list[float]
-    memory_gb: float
-    build_seconds: float
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-class Worker:
-    """A process that performs a call on request, and is stopped in between."""
-
-    def __init__(self, command: list[str], cores: set[int], limit_gb: float):
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment(cores),
-            preexec_fn=confine(cores),
-        )
-        self.over_limit, self.limit_gb = False, limit_gb
-        self.calls: list[dict] = []
-        threading.Thread(target=self._watch, daemon=True).start()
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.kill()
-            raise
-        self._signal(signal.SIGSTOP)
-
-    def call(self) -> None:
-        self._signal(signal.SIGCONT)
-        self.process.stdin.write("call\n")
-        self.process.stdin.flush()
-        self.calls.append(self._answer())
-        self._signal(signal.SIGSTOP)
-
-    def end(self) -> Side:
-        peak = self._status("VmHWM")
-        self.kill()
-        first, *steady = self.calls
-        return Side(
-            first["seconds"],
-            [call["seconds"] for call in steady],
-            [call["cpu_seconds"] for call in steady],
-            peak,
-            self.ready["build_seconds"],
-            self.ready["versions"],
-        )
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self.process.wait()
-        if self.over_limit:
-            raise OverLimit
-        self.log.seek(0)
-        lines = [line for line in self.log.read().splitlines() if line.strip()]
-        raise WorkerFailed(lines[-1] if lines else f"exit code {self.process.returncode}")
-
-    def _signal(self, number: int) -> None:
-        if self.process.poll() is None:
-            os.kill(self.process.pid, number)
-
-    def _status(self, key: str) -> float:
-        """Returns a value of /proc/PID/status in GB."""
-        with open(f"/proc/{self.process.pid}/status") as status:
-            return next((int(line.split()[1]) / 2**20 for line in status if line.startswith(key)), 0.0)
-
-    def _watch(self) -> None:
-        while self.process.poll() is None:
-            try:
-                over = self._status("VmRSS") > self.limit_gb
-            except OSError:
-                return
-            if over:
-                self.over_limit = True
-                self.process.kill()
-            time.sleep(WATCH_SECONDS)
-
-
-def environment(cores: set[int]) -> dict[str, str]:
-    """Returns this process's environment with as many threads as cores."""
-    return {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
-
-
-def confine(cores: set[int]) -> Callable[[], None]:
-    """Returns a `preexec_fn` that restricts a process to `cores` and ends it with this process, even while stopped."""
-
-    def prepare() -> None:
-        os.sched_setaffinity(0, cores)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return prepare
 
 
 @dataclass
@@ -190,71 +69,37 @@ class Settings:
 
 
 def commands(work: Work, args: Settings) -> dict[str, list[str]]:
-    """Returns {side: the command of its worker}."""
-    rest = [work.name, "--threads", str(len(args.cores))]
-    ours = [sys.executable, "-m", "tools.benchmark.ours", *rest]
+    """Return {side: the command of its worker}."""
+    ours = [sys.executable, "-m", "tools.benchmark.ours", work.name]
     if work.peer == "ours":
         return {"ours": ours, "peer": [*ours, "--kind", "generate"]}
     if work.peer == "reference" and args.reference_python:
-        return {"ours": ours, "peer": [args.reference_python, "-m", "tools.benchmark.reference", *rest]}
+        return {"ours": ours, "peer": [str(args.reference_python), "-m", "tools.benchmark.reference", work.name]}
     return {"ours": ours}
 
 
-def measure(work: Work, args: Settings) -> dict[str, Side | str]:
-    """Returns {side: its measurements, or why it has none}."""
+def measure(work: Work, args: Settings) -> dict[str, Measurement | str]:
+    """Return {side: its measurement, or the reason why there is none}."""
+
+    def turns(sides: dict[str, list[str]], calls: int) -> dict[str, Measurement | str]:
+        return take_turns(sides, calls, args.cores, args.memory_limit)
+
     if work.kind == "script":
         return {"ours": measure_script(args)}
-    if work.kind == "first_step_cached":
-        return {"ours": measure_cached(work, args)}
-    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + work.calls + 1
     sides = commands(work, args)
-    measured: dict[str, Side | str] = {}
-    groups = [[name] for name in sides] if args.apart else [list(sides)]
-    for group in groups:
-        workers: dict[str, Worker] = {}
-        try:
-            for name in group:
-                try:
-                    workers[name] = Worker(sides[name], args.cores, args.memory_limit)
-                except (OverLimit, WorkerFailed) as error:
-                    measured[name] = reason(error, args)
-            for _ in range(calls):
-                for name, worker in list(workers.items()):
-                    try:
-                        worker.call()
-                    except (OverLimit, WorkerFailed) as error:
-                        measured[name] = reason(error, args)
-                        del workers[name]
-            measured.update({name: worker.end() for name, worker in workers.items()})
-        finally:
-            for worker in workers.values():
-                worker.kill()
-    return measured
+    if work.kind == "first_step_cached":  # the first process fills the cache, the second one is measured
+        with temporary_folder(SCRATCH) as folder:
+            sides["ours"] += ["--graphs", str(folder)]
+            filled = turns(sides, 1)
+            return filled if isinstance(filled["ours"], str) else turns(sides, 1)
+    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + work.calls + 1
+    if not args.apart:
+        return turns(sides, calls)
+    return {name: turns({name: command}, calls)[name] for name, command in sides.items()}
 
 
-def reason(error: Exception, args: Settings) -> str:
-    return f"over {args.memory_limit:g} GB" if isinstance(error, OverLimit) else f"failed: {error}"
-
-
-def measure_cached(work: Work, args: Settings) -> Side | str:
-    """Measures the first call of a second process, after a first process has filled the cache."""
-    with temporary_folder(SCRATCH) as folder:
-        for _ in range(2):
-            worker = None
-            try:
-                worker = Worker([*commands(work, args)["ours"], "--graphs", str(folder)], args.cores, args.memory_limit)
-                worker.call()
-                side = worker.end()
-            except (OverLimit, WorkerFailed) as error:
-                return reason(error, args)
-            finally:
-                if worker is not None:
-                    worker.kill()
-    return side
-
-
-def measure_script(args: Settings) -> Side | str:
-    """Measures text_to_image.py from the start of the process to its end. The PNG is written last."""
+def measure_script(args: Settings) -> Measurement | str:
+    """Measure text_to_image.py from the start of the process to its end. The PNG is written last."""
     command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
     seconds, cpu_seconds, peak = [], [], 0.0
     for _ in range(args.calls + 1):
@@ -274,33 +119,29 @@ def measure_script(args: Settings) -> Side | str:
                 return f"failed: text_to_image.py ended with {os.waitstatus_to_exitcode(status)} and wrote no PNG"
         cpu_seconds.append(usage.ru_utime + usage.ru_stime)
         peak = max(peak, usage.ru_maxrss / 2**20)
-    return Side(seconds[0], seconds[1:], cpu_seconds[1:], peak, 0.0)
+    return Measurement(seconds[0], seconds[1:], cpu_seconds[1:], peak)
 
 
-def summarise(work: Work, repeats: list[dict[str, Side | str]]) -> dict:
-    """Returns the medians and ratios of a workload over all repeats, for the JSON and the table."""
-    line: dict = {
-        "name": work.name,
-        "title": work.title,
-        "time": work.time,
-        "memory": work.memory,
-        "peer_is": work.peer,
-    }
+def summarise(work: Work, repeats: list[dict[str, Measurement | str]]) -> dict[str, Any]:
+    """Return the medians and ratios of a workload over all repeats, for the JSON and the table."""
+    line: dict[str, Any] = {name: getattr(work, name) for name in ("name", "title", "time", "memory")}
+    line["peer_is"] = work.peer
     for name in ("ours", "peer"):
-        sides = [measured[name] for measured in repeats if name in measured]
-        failed = [side for side in sides if isinstance(side, str)]
-        if failed or not sides:
+        found = [measured[name] for measured in repeats if name in measured]
+        failed = [reason for reason in found if isinstance(reason, str)]
+        if failed or not found:
             line[name] = {"problem": failed[0] if failed else "none" if work.peer == "none" else "not measured"}
             continue
-        once = not sides[0].seconds  # an epoch or a first step has a single call
+        runs = [run for run in found if isinstance(run, Measurement)]
+        once = not runs[0].seconds  # an epoch or a first step has a single call
         line[name] = {
-            "seconds": statistics.median(s for side in sides for s in ([side.first] if once else side.seconds)),
-            "first_seconds": statistics.median(side.first for side in sides),
-            "cpu_seconds": None if once else statistics.median(s for side in sides for s in side.cpu_seconds),
-            "build_seconds": statistics.median(side.build_seconds for side in sides),
-            "memory_gb": statistics.median(side.memory_gb for side in sides),
-            "all_seconds": [[side.first, *side.seconds] for side in sides],
-            "versions": sides[0].versions,
+            "seconds": statistics.median(s for run in runs for s in ([run.first] if once else run.seconds)),
+            "cpu_seconds": None if once else statistics.median(s for run in runs for s in run.cpu_seconds),
+            "first_seconds": statistics.median(run.first for run in runs),
+            "build_seconds": statistics.median(run.build_seconds for run in runs),
+            "memory_gb": statistics.median(run.memory_gb for run in runs),
+            "all_seconds": [[run.first, *run.seconds] for run in runs],
+            "versions": runs[0].versions,
         }
     ours, peer = line["ours"], line["peer"]
     if "problem" not in ours and "problem" not in peer:
@@ -311,7 +152,8 @@ def summarise(work: Work, repeats: list[dict[str, Side | str]]) -> dict:
     return line
 
 
-def machine(args: Settings) -> dict:
+def machine(args: Settings) -> dict[str, Any]:
+    """Return the description of the machine for the JSON and the table."""
     with open("/proc/cpuinfo") as file:
         model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -325,12 +167,12 @@ def machine(args: Settings) -> dict:
     }
 
 
-def reference_python(path: Path) -> str | None:
-    """Returns the interpreter if it has the packages of diffusers' side. Otherwise prints a hint and returns None."""
+def reference_python(path: Path) -> Path | None:
+    """Return the interpreter if it has the packages of diffusers' side. Otherwise print a hint and return None."""
     if is_file(path, "--reference_python"):
         command = [str(path), "-c", "import torch, diffusers, transformers"]
         if subprocess.run(command, capture_output=True).returncode == 0:
-            return str(path)
+            return path
     print(
         f"{path} has no torch, diffusers and transformers: only this project is measured (`make test-parity` creates "
         ".venv-parity, or give --reference_python)",
@@ -340,14 +182,15 @@ def reference_python(path: Path) -> str | None:
 
 
 def chosen_works(args: Settings) -> list[Work]:
-    known = {**TABLE, **MEMORY_TABLE}
+    """Return the named workloads, or all of a table. Raises UserError for an unknown name."""
     for name in args.works:
-        if name not in known:
+        if name not in WORKS:
             raise UserError(f"there is no workload '{plain(name)}': --list names them")
-    return [known[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
+    return [WORKS[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
 
 
 def parse(argv: list[str] | None = None) -> Settings:
+    """Read the command line. Raises UserError for an output without a name, and for cores that cannot be used."""
     args = read_settings(Settings, argv, description=__doc__)
     if not args.output.name:
         raise UserError(f"--output {args.output} is a folder: give the name of a file in it")
@@ -360,7 +203,7 @@ def parse(argv: list[str] | None = None) -> Settings:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.list_works:
-        for work in {**TABLE, **MEMORY_TABLE}.values():
+        for work in WORKS.values():
             print(f"{work.name:16s} {work.title}")
         return
     works = chosen_works(args)
@@ -370,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_all(works: list[Work], args: Settings, numbers: Path, table: Path) -> None:
-    """Measures the workloads in turn, and writes the results after each."""
+    """Measure the workloads in turn, and write the results after each."""
     args.reference_python = reference_python(args.reference_python)
     result = {
         "machine": machine(args),

@@ -76,3 +76,4 @@ MEMORY_TABLE = _named(
         for batch in PUBLISHED_BATCHES
     )
 )
+WORKS = {**TABLE, **MEMORY_TABLE}
