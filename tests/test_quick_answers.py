@@ -35,7 +35,7 @@ def test_mistakes_are_answered_without_mindspore(tmp_path):
     text = (ROOT / "configs" / "nano.yaml").read_text()
     (tmp_path / "huge.yaml").write_text(text.replace("timesteps: 1000", "timesteps: 1000000000000"))
     mistakes = {
-        "H is 100: this model draws multiples of 16": ["generate", "--prompt", "x", "--H", "100"],
+        "H is 100: this model takes multiples of 16": ["generate", "--prompt", "x", "--H", "100"],
         "sampling_steps is 5000: give a number from 1": ["generate", "--prompt", "x", "--sampling_steps", "5000"],
         "init_latents pipe is a pipe (FIFO)": ["generate", "--prompt", "x", "--init_latents", "pipe"],
         "data_path pipe is a pipe (FIFO)": ["generate", "--data_path", "pipe"],

@@ -9,7 +9,6 @@ import logging
 import os
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +39,11 @@ class Row(NamedTuple):
     content: FileHash  # of the image file
 
 
-@dataclass
-class ImageTextRows:
-    """The rows of a data set.
-
-    Attributes:
-        rows: The usable rows, in the order of the CSV.
-        left_out: The unusable rows, as (name in the CSV, line and reason).
-    """
+class ImageTextRows(NamedTuple):
+    """The rows of a data set, in the order of the CSV."""
 
     rows: list[Row]
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]]  # the unusable rows: name in the CSV, line and reason
 
 
 class _CsvRow(NamedTuple):

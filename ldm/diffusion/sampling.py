@@ -76,7 +76,7 @@ def latent_shape(config: ModelConfig, height: int | None = None, width: int | No
         size = config.image_size if size is None else size
         if size < multiple or size % multiple:
             nearest = max(multiple, round(size / multiple) * multiple)
-            raise UserError(f"{name} is {size}: this model draws multiples of {multiple} pixels, {nearest} is nearest")
+            raise UserError(f"{name} is {size}: this model takes multiples of {multiple} pixels, {nearest} is nearest")
         sizes.append(size // config.vae_factor)
     return config.latent_channels, sizes[0], sizes[1]
 

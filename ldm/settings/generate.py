@@ -16,15 +16,14 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MAX_IMAGES = 1_000_000
 MAX_GUIDANCE = 1000
 
-IMAGES, MODEL, LORA = "images", "model", "LoRA"
-SAMPLING, OUTPUT, DEVICE = "sampling", "output", "device"
-
 
 @dataclass
 class GenerateSettings:
     """What text_to_image.py does: the names of mindone's published script, and this project's own."""
 
-    generate_config: Optional[str] = input_path("YAML file with any of these settings; flags win over it", group=IMAGES)
+    generate_config: Optional[str] = input_path(
+        "YAML file with any of these settings; flags win over it", group="images"
+    )
     # Not Optional, because "none" may be a prompt.
     prompt: str = setting("", "the prompt")
     data_path: Optional[str] = input_path(
@@ -52,7 +51,7 @@ class GenerateSettings:
     version: Optional[str] = setting(
         None,
         "version of the model; None: what the checkpoint is, and nano without a checkpoint",
-        group=MODEL,
+        group="model",
         choices=tuple(VERSIONS),
     )
     config: Optional[str] = input_path("YAML of the model; None for that of the version")
@@ -71,7 +70,7 @@ class GenerateSettings:
         "any base model, as a file or a folder"
     )
 
-    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: if lora_ckpt_path is given", group=LORA)
+    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: if lora_ckpt_path is given", group="LoRA")
     lora_ckpt_path: Optional[list[str]] = setting(
         None,
         "LoRA files, each with a strength if wanted, and a second one for the text encoder: a.ckpt b.ckpt:0.7 "
@@ -103,7 +102,7 @@ class GenerateSettings:
         needs="lora_ckpt_path",
     )
 
-    sampling_steps: int = setting(20, "steps of the sampler", group=SAMPLING, low=1, high=MAX_TIMESTEPS)
+    sampling_steps: int = setting(20, "steps of the sampler", group="sampling", low=1, high=MAX_TIMESTEPS)
     scale: Optional[float] = setting(
         None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MAX_GUIDANCE
     )
@@ -114,7 +113,7 @@ class GenerateSettings:
     output_path: str = setting(
         "output",
         "folder for samples/ and grid.png; those of an earlier run are kept as samples.old1 and so on",
-        group=OUTPUT,
+        group="output",
         path=True,
     )
     skip_save: bool = setting(False, "write no PNGs")
@@ -127,7 +126,7 @@ class GenerateSettings:
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     device_target: Optional[str] = setting(
-        None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
+        None, "device; None: Ascend where there is one, else CPU", group="device", choices=("Ascend", "CPU")
     )
     mode: int = setting(0, "0: graph, 1: pynative", choices=(0, 1))
     ms_mode: Optional[int] = setting(None, "another name of mode", choices=(0, 1))

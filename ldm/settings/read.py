@@ -38,6 +38,7 @@ from ldm.settings.values import (
     list_item,
     nearest,
     plain_python,
+    reads_as,
     settings_of,
     show,
     type_name,
@@ -268,8 +269,13 @@ def _read_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> dict[st
         setting, where = names[name], f"--{name}"
         words = [attached] if equals else []
         if not equals:
-            limit = len(argv) if list_item(setting.hint) else position + 1
+            item = list_item(setting.hint)
+            limit = len(argv) if item else position + 1
             while position < min(limit, len(argv)) and not argv[position].startswith("--"):
+                # In `--apart name` and `--cores 0 1 name`, the name belongs to no flag.
+                may_end = positional is not None and (words or bool in kinds_of(setting.hint))
+                if may_end and not reads_as(argv[position], item or setting.hint):
+                    break
                 words.append(argv[position])
                 position += 1
         values[setting.name] = accept(_from_words(words, setting, where), setting, where)

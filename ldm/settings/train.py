@@ -16,8 +16,6 @@ SCHEDULERS = ("constant", "linear", "cosine")
 # The names in mindone's recipes.
 ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear"}
 
-FILES, NETWORK, LORA, DATA = "files", "network", "LoRA", "data"
-LENGTH, RATE, GRADIENTS, SAVING, DEVICE = "length", "optimizer", "gradients and loss scale", "saving", "device"
 
 # Settings that decide the trained weights and the compiled training step.
 graph_setting = partial(setting, resume="fixed", graph_key=True)
@@ -30,7 +28,7 @@ class TrainSettings:
     """What train_text_to_image.py does: the names of mindone's published recipes, and this project's own."""
 
     train_config: Optional[str] = input_path(
-        "YAML file with any of these settings; flags win over it", group=FILES, set_by_comparison=True
+        "YAML file with any of these settings; flags win over it", group="files", set_by_comparison=True
     )
     data_path: Optional[str] = input_path("folder with the images and img_txt.csv", set_by_comparison=True)
     output_path: str = setting(
@@ -62,10 +60,12 @@ class TrainSettings:
     )
 
     unet_initialize_random: bool = setting(
-        False, "start from a random UNet, and take only the VAE and the text encoder from the checkpoint", group=NETWORK
+        False,
+        "start from a random UNet, and take only the VAE and the text encoder from the checkpoint",
+        group="network",
     )
 
-    use_lora: bool = graph_setting(False, "train low-rank updates (LoRA) instead of the whole UNet", group=LORA)
+    use_lora: bool = graph_setting(False, "train low-rank updates (LoRA) instead of the whole UNet", group="LoRA")
     lora_ft_unet: bool = graph_setting(True, "add LoRA to the UNet")
     lora_ft_text_encoder: bool = graph_setting(
         False,
@@ -108,7 +108,7 @@ class TrainSettings:
         True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32"
     )
 
-    image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group=DATA)
+    image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group="data")
     caption_column: str = setting("text", "column of img_txt.csv with the caption")
     image_size: Optional[int] = setting(
         None, "width and height in pixels; None for the model's own", low=8, high=MAX_SIDE, resume="fixed"
@@ -145,14 +145,14 @@ class TrainSettings:
     )
     num_workers: int = setting(1, "threads that load images", low=1, high=256)
 
-    epochs: int = setting(10, "passes over the data, unless max_steps is given", group=LENGTH, low=1, high=MAX_COUNT)
+    epochs: int = setting(10, "passes over the data, unless max_steps is given", group="length", low=1, high=MAX_COUNT)
     max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MAX_COUNT)
     train_batch_size: int = graph_setting(4, "images per batch and device", low=1, high=MAX_BATCH)
     gradient_accumulation_steps: int = graph_setting(
         1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH
     )
 
-    optim: str = setting("adamw", "optimizer", group=RATE, choices=("adamw",), resume="fixed")
+    optim: str = setting("adamw", "optimizer", group="optimizer", choices=("adamw",), resume="fixed")
     betas: list[float] = followed_setting(
         [0.9, 0.999], "decay rates of AdamW", low=0, below=1, length=2, graph_key=True
     )
@@ -171,7 +171,9 @@ class TrainSettings:
         resume="followed",
     )
 
-    clip_grad: bool = followed_setting(False, "scale gradients down to max_grad_norm", group=GRADIENTS, graph_key=True)
+    clip_grad: bool = followed_setting(
+        False, "scale gradients down to max_grad_norm", group="gradients and loss scale", graph_key=True
+    )
     max_grad_norm: float = followed_setting(1.0, "largest global norm of the gradients", above=0, high=1e30)
     loss_scaler_type: str = setting(
         "auto",
@@ -198,7 +200,7 @@ class TrainSettings:
     use_ema: bool = graph_setting(
         False,
         "keep a moving average (EMA) of the trained parameters, and save it in the checkpoints",
-        group=SAVING,
+        group="saving",
         not_in_diffusers="diffusers' script keeps no moving average of a LoRA",
     )
     ema_decay: float = setting(0.9999, "decay of the moving average in each step", low=0, below=1, resume="followed")
@@ -212,7 +214,7 @@ class TrainSettings:
     )
 
     device_target: Optional[str] = setting(
-        None, "device; None: Ascend where there is one, else CPU", group=DEVICE, choices=("Ascend", "CPU")
+        None, "device; None: Ascend where there is one, else CPU", group="device", choices=("Ascend", "CPU")
     )
     mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", choices=(0, 1), graph_key=True)
     jit_level: Optional[str] = setting(

@@ -106,7 +106,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return value
         if type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
             return float(value)
-        if isinstance(value, str) and _reads_unquoted(value, hint):
+        if isinstance(value, str) and reads_as(value, hint):
             # YAML has no numbers with a zero before them: some read them as octal.
             zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""
             raise UserError(f"{where}: {show(value)} is a text, not {_wanted_type(hint)}: leave the quotes away{zeros}")
@@ -164,9 +164,10 @@ def _expand(value: Any, setting: Setting, where: str) -> Any:
     return str(under_root(path)) if setting.rules["project"] else path
 
 
-def _reads_unquoted(text: str, hint: Any) -> bool:
+def reads_as(word: str, hint: Any) -> bool:
+    """Return whether from_word accepts a word for this type."""
     try:
-        from_word(text, hint, "")
+        from_word(word, hint, "")
     except UserError:
         return False
     return True

@@ -53,12 +53,9 @@ def test_there_is_an_image_for_each_prompt_in_the_models_size(generated):
 
 
 def test_a_prompt_that_is_cut_off_is_reported(pipeline, caplog):
-    next(
-        pipeline.generate(
-            ["word " * 75 + "and a hat", "a cat"] * 2, replace(FEW, num_inference_steps=1), 7, progress=False
-        )
-    )
-    assert '1 prompts are longer than 75 tokens and cut there; the first loses "and a hat"' in caplog.text
+    prompts = ["word " * 75 + "and a hat", "a cat"] * 2
+    next(pipeline.generate(prompts, replace(FEW, num_inference_steps=1), 7, progress=False))
+    assert '1 prompts are longer than 75 tokens and are cut there; the first loses "and a hat"' in caplog.text
 
 
 def test_batches_come_in_order_with_their_starting_latents(pipeline):
@@ -199,7 +196,7 @@ def test_pixels_are_rounded_and_clipped():
 @pytest.mark.parametrize(
     ("height", "width", "words"),
     [
-        (33, 32, "H is 33: this model draws multiples of 8 pixels, 32 is nearest"),
+        (33, 32, "H is 33: this model takes multiples of 8 pixels, 32 is nearest"),
         (32, 12, "W is 12"),
         (4, 32, "H is 4.*8 is nearest"),
         (0, 32, "H is 0"),
