@@ -114,7 +114,7 @@ def read_image_text_csv(
 
 
 def _report_left_out(csv_path: Path, left_out: list[tuple[str, str]], count: int, max_bad_fraction: float) -> None:
-    """Warns about rows that are left out. Raises UserError if they are more than `max_bad_fraction` of `count`."""
+    """Warn about rows that are left out. Raises UserError if they are more than `max_bad_fraction` of `count`."""
     rows = [f"{name or 'a row without an image'} ({reason})" for name, reason in left_out]
     warn_each(logger, "left out: %s", rows)
     if len(left_out) > max_bad_fraction * count:

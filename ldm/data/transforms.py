@@ -168,7 +168,7 @@ def load_image(
 
 
 def _square(image: Image.Image, size: int, rng: np.random.Generator | None) -> Image.Image:
-    """Crops a square of the shorter side from the middle, or from where `rng` draws it, and scales it to `size`."""
+    """Crop a square of the shorter side from the middle, or from where `rng` draws it, and scale it to `size`."""
     side = min(image.size)
     margins = (image.width - side, image.height - side)
     left, top = (int(rng.integers(margin + 1)) if rng is not None else margin / 2 for margin in margins)
@@ -239,7 +239,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _composited(image: Image.Image) -> Image.Image:
-    """Pastes an image with transparent parts on white."""
+    """Paste an image with transparent parts on white."""
     rgb = Image.new("RGB", image.size)
     for top, strip in _strips(image):
         strip = strip.convert("RGBA")
@@ -249,7 +249,7 @@ def _composited(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scales grey with 16 bits, 32 bits or floats to 8 bits."""
+    """Scale grey with 16 bits, 32 bits or floats to 8 bits."""
     if image.mode == "F":
         # The range of floats is 0 to 1 if none is above 1, else 0 to 255.
         highest = np.max([np.asarray(strip).max() for _, strip in _strips(image)])

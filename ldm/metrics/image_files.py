@@ -54,7 +54,7 @@ def find_images(path: str | Path) -> list[Path]:
 
 
 def _in_order(names: list[str]) -> list[str]:
-    """Sorts names that differ only in a number at their end by that number (2.png before 10.png).
+    """Sort names that differ only in a number at their end by that number (2.png before 10.png).
 
     Other names stay sorted as text, which is the order of lists of prompts.
     """

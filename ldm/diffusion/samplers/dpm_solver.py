@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.diffusion.samplers.multistep import FEW_STEPS, NoiseLevels, solve
-from ldm.diffusion.samplers.steps import Callback, Denoise, linspace_timesteps, predict_noise
-from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
+from ldm.diffusion.samplers.steps import Callback, Denoise, predict_noise
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 def sample(
@@ -25,17 +25,13 @@ def sample(
     callback: Callback | None = None,
 ) -> np.ndarray:
     """Sample latents. Arguments and errors as in `steps.py`."""
-    check_prediction_type(prediction_type)
-    timesteps = linspace_timesteps(steps, schedule)
-    levels = NoiseLevels.from_sigmas(np.append(schedule.sigmas[timesteps], schedule.sigmas[0]))
+    return solve(
+        denoise, latents, steps, schedule, prediction_type, callback,
+        final_sigma=schedule.sigmas[0], predict=predict_noise, advance=_advance, first_order_end=steps < FEW_STEPS,
+    )  # fmt: skip
 
-    def estimate(output: np.ndarray, latents: np.ndarray, i: int) -> np.ndarray:
-        return predict_noise(output, latents, levels.alpha[i], levels.sigma[i], prediction_type)
 
-    def advance(latents: np.ndarray, noise: np.ndarray, i: int) -> np.ndarray:
-        # alpha_t / alpha_s latents - sigma_t (e^h - 1) noise, with sigma_t e^h = alpha_t sigma_s / alpha_s.
-        ratio = levels.alpha[i + 1] / levels.alpha[i]
-        return ratio * latents + (levels.sigma[i + 1] - ratio * levels.sigma[i]) * noise
-
-    few = steps < FEW_STEPS
-    return solve(denoise, latents, timesteps, levels, estimate, advance, first_order_end=few, callback=callback)
+def _advance(latents: np.ndarray, noise: np.ndarray, levels: NoiseLevels, i: int) -> np.ndarray:
+    # alpha_t / alpha_s latents - sigma_t (e^h - 1) noise, with sigma_t e^h = alpha_t sigma_s / alpha_s.
+    ratio = levels.alpha[i + 1] / levels.alpha[i]
+    return ratio * latents + (levels.sigma[i + 1] - ratio * levels.sigma[i]) * noise

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.diffusion.samplers.multistep import NoiseLevels, solve
-from ldm.diffusion.samplers.steps import Callback, Denoise, linspace_timesteps, predict_denoised
-from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
+from ldm.diffusion.samplers.steps import Callback, Denoise, predict_denoised
+from ldm.diffusion.schedule import NoiseSchedule
 
 
 def sample(
@@ -23,17 +23,14 @@ def sample(
     callback: Callback | None = None,
 ) -> np.ndarray:
     """Sample latents. Arguments and errors as in `steps.py`."""
-    check_prediction_type(prediction_type)
-    timesteps = linspace_timesteps(steps, schedule)
-    levels = NoiseLevels.from_sigmas(np.append(schedule.sigmas[timesteps], 0.0))
+    return solve(
+        denoise, latents, steps, schedule, prediction_type, callback,
+        final_sigma=0.0, predict=predict_denoised, advance=_advance, first_order_end=True,
+    )  # fmt: skip
 
-    def estimate(output: np.ndarray, latents: np.ndarray, i: int) -> np.ndarray:
-        return predict_denoised(output, latents, levels.alpha[i], levels.sigma[i], prediction_type)
 
-    def advance(latents: np.ndarray, denoised: np.ndarray, i: int) -> np.ndarray:
-        # sigma_t / sigma_s latents - alpha_t (e^-h - 1) denoised. With alpha_t e^-h = sigma_t alpha_s / sigma_s this
-        # also holds at sigma_t = 0, where h is infinite.
-        ratio = levels.sigma[i + 1] / levels.sigma[i]
-        return ratio * latents + (levels.alpha[i + 1] - ratio * levels.alpha[i]) * denoised
-
-    return solve(denoise, latents, timesteps, levels, estimate, advance, first_order_end=True, callback=callback)
+def _advance(latents: np.ndarray, denoised: np.ndarray, levels: NoiseLevels, i: int) -> np.ndarray:
+    # sigma_t / sigma_s latents - alpha_t (e^-h - 1) denoised. With alpha_t e^-h = sigma_t alpha_s / sigma_s this
+    # also holds at sigma_t = 0, where h is infinite.
+    ratio = levels.sigma[i + 1] / levels.sigma[i]
+    return ratio * latents + (levels.alpha[i + 1] - ratio * levels.alpha[i]) * denoised

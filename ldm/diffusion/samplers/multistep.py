@@ -6,7 +6,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from ldm.diffusion.samplers.steps import Callback, Denoise
+from ldm.diffusion.samplers.steps import Callback, Denoise, linspace_timesteps
+from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
 
 # With fewer steps the last one is of first order, which is more stable (diffusers' `lower_order_final`).
 FEW_STEPS = 15
@@ -32,35 +33,42 @@ class NoiseLevels(NamedTuple):
 def solve(
     denoise: Denoise,
     latents: np.ndarray,
-    timesteps: np.ndarray,
-    levels: NoiseLevels,
-    estimate: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-    advance: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-    first_order_end: bool,
+    steps: int,
+    schedule: NoiseSchedule,
+    prediction_type: str,
     callback: Callback | None,
+    *,
+    final_sigma: float,
+    predict: Callable[..., np.ndarray],
+    advance: Callable[[np.ndarray, np.ndarray, NoiseLevels, int], np.ndarray],
+    first_order_end: bool,
 ) -> np.ndarray:
-    """Solves the sampling equation from point 0 of `levels` to the last one.
+    """Solve the sampling equation. The arguments not listed here are described in `steps.py`.
 
     The second order comes from extrapolating the estimate by half a step in lambda, along the line through it and the
     estimate before it (the midpoint rule). The first step has no estimate before it and is of first order.
 
     Args:
-        estimate: estimate(output, latents, i) returns what the solver extrapolates, the denoised latents or the noise,
-            given the network's output at point i.
-        advance: advance(latents, estimate, i) returns the latents at point i + 1. It is exact for a constant estimate.
+        final_sigma: The ratio of noise to image after the last step.
+        predict: What the solver extrapolates: `predict_denoised` or `predict_noise`.
+        advance: advance(latents, estimate, levels, i) returns the latents at point i + 1 of the noise levels. It is
+            exact for a constant estimate.
         first_order_end: Whether the last step is of first order.
     """
+    check_prediction_type(prediction_type)
+    timesteps = linspace_timesteps(steps, schedule)
+    levels = NoiseLevels.from_sigmas(np.append(schedule.sigmas[timesteps], final_sigma))
     latents = np.asarray(latents, np.float32)
     previous = None
-    last = len(timesteps) - 1
     for i, timestep in enumerate(timesteps):
-        current = estimate(np.asarray(denoise(latents, int(timestep)), np.float32), latents, i)
+        output = np.asarray(denoise(latents, int(timestep)), np.float32)
+        current = predict(output, latents, levels.alpha[i], levels.sigma[i], prediction_type)
         extrapolated = current
-        if previous is not None and not (i == last and first_order_end):
+        if previous is not None and not (i == steps - 1 and first_order_end):
             step = levels.log_snr(i + 1) - levels.log_snr(i)
             step_before = levels.log_snr(i) - levels.log_snr(i - 1)
             extrapolated = current + (0.5 * step / step_before) * (current - previous)
-        latents = advance(latents, extrapolated, i).astype(np.float32)
+        latents = advance(latents, extrapolated, levels, i).astype(np.float32)
         previous = current
         if callback is not None:
             callback(i + 1)
