@@ -70,7 +70,7 @@ def graphs(config: ModelConfig):
         skip_overflow=True,
         micro_batches=2,
     )
-    yield "train", step.micro, (latents, latents, timesteps, tokens, scalars)
+    yield "train", step.micro, (scalars, latents, latents, timesteps, tokens)
     yield "update", step.finish, (scalars,)
 
 

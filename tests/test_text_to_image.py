@@ -78,7 +78,6 @@ def folder(tmp_path_factory):
     (folder / "empty.txt").write_text("")
     np.save(folder / "nan.npy", np.full((1, 4, 8, 8), np.nan, np.float32))
     np.save(folder / "shape.npy", np.ones((1, 4, 8, 9), np.float32))
-    np.save(folder / "pickled.npy", np.array([{}], object))
     return folder
 
 
@@ -101,19 +100,9 @@ def published(folder, tmp_path_factory):
 
 def test_the_published_command_writes_its_images_in_graph_mode(published):
     assert ms.get_context("mode") == ms.GRAPH_MODE
-    assert sorted(path.name for path in published.iterdir()) == [
-        "final.init.npy",
-        "final.npy",
-        "grid.png",
-        "samples",
-    ]
-    assert sorted(path.name for path in (published / "samples").iterdir()) == [
-        "00000.png",
-        "00001.png",
-        "00002.png",
-        "00003.png",
-        "prompts.txt",
-    ]
+    assert sorted(path.name for path in published.iterdir()) == ["final.init.npy", "final.npy", "grid.png", "samples"]
+    names = [path.name for path in (published / "samples").iterdir()]
+    assert sorted(names) == ["00000.png", "00001.png", "00002.png", "00003.png", "prompts.txt"]
     assert Image.open(published / "samples" / "00003.png").size == (32, 32)
     assert Image.open(published / "grid.png").size == (66, 66)
 
@@ -359,19 +348,13 @@ def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data_path", "FILES/none.txt"], "none.txt does not exist"),
         (["--data_path", "FILES/empty.txt"], "empty.txt is empty"),
         (["--prompt", "x", "--W", "36"], "W is 36.*multiples of 8"),
-        (["--prompt", "x", "--H", "4"], "H is 4.*8 is nearest"),
         (["--prompt", "x", "--H", "4000000", "--W", "4000000"], "--H: 4000000 is not allowed"),
         (["--prompt", "x", "--sampling_steps", "1000"], "sampling_steps is 1000.*1 to 999"),
-        (["--prompt", "x", "--init_latents", "FILES/none.npy"], "none.npy does not exist"),
         (["--prompt", "x", "--init_latents", "FILES/nan.npy"], "nan.npy holds values that are not finite"),
         (["--prompt", "x", "--init_latents", "FILES/shape.npy"], "shape.npy is 1 x 4 x 8 x 9, expected 1 x 4 x 8 x 8"),
-        (["--prompt", "x", "--init_latents", "FILES/pickled.npy"], "pickled.npy is not a .npy file of numbers"),
-        (["--prompt", "x", "--init_latents", "FILES/prompts.txt"], "prompts.txt is not a .npy file"),
         (["--prompt", "x", "--n_samples", "2", "--init_latents", "FILES/nan.npy"], "expected 2 x 4 x 8 x 8"),
-        (["--prompt", "x", "--lora_ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/both.ckpt:abc"], '"abc" after the colon'),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/base.ckpt"], "base.ckpt is base weights, not a LoRA"),
         (["--prompt", "x", "--lora_ckpt_path", "FILES/prompts.txt"], "prompts.txt is"),
@@ -379,7 +362,6 @@ def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(
         (["--prompt", "x", "--ckpt_path", "FILES/both.ckpt"], "both.ckpt is a LoRA.*--lora_ckpt_path"),
         (["--prompt", "x", "--ckpt_path", "FILES/cut.ckpt"], "cut.ckpt"),
         (["--prompt", "x", "--ckpt_path", "FILES/novae.ckpt"], "novae.ckpt does not fit.*it holds no VAE"),
-        (["--prompt", "x", "--ckpt_path", "FILES/none.ckpt"], "none.ckpt does not exist"),
         (["--prompt", "x", "--ckpt_path", "FILES/velocity.ckpt"], "is v_prediction, but.*tiny.yaml has epsilon"),
         (["--prompt", "x", "--ckpt_path", "FILES/nano.safetensors"], "architecture is nano, but.*has custom"),
         (["--prompt", "x", "--unet_ckpt_path", "FILES/velocity.ckpt"], "velocity.ckpt says.*is v_prediction"),

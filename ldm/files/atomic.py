@@ -68,7 +68,8 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, a link, or a folder with its content. There may be nothing at `path`."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -76,7 +77,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def removed_at_end(path: Path, remove: Callable[[Path], None] = _remove) -> Iterator[Path]:
+def removed_at_end(path: Path, remove: Callable[[Path], None] = remove_path) -> Iterator[Path]:
     """Yield `path` and call `remove` with it at the end of the block, ignoring an OSError.
 
     A process that ends without unwinding removes it with `remove_temporaries`.

@@ -41,8 +41,7 @@ class ImageWriter:
         prompts: One for each image.
         negative_prompts: One for each image.
         images_per_prompt: Consecutive images that share a prompt.
-        metadata: Text fields of every PNG besides prompt, negative prompt and index. Values that are not strings are
-            written as JSON.
+        metadata: More text fields of every PNG. Values that are not strings are written as JSON.
         pngs: Whether to write PNGs.
         grid: Whether to write the grid.
     """
@@ -74,11 +73,7 @@ class ImageWriter:
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
     def add(self, indices: Iterable[int], images: np.ndarray) -> None:
-        """Write a batch of images.
-
-        Args:
-            indices: The places of the images in the list of prompts, (N,).
-            images: (N, H, W, 3) uint8.
+        """Write images (N, H, W, 3) uint8, whose places in the list of prompts are `indices` (N,).
 
         Raises:
             UserError: A file cannot be written.
@@ -128,14 +123,9 @@ class ImageWriter:
 def rename_earlier(paths: Sequence[Path]) -> list[Path]:
     """Rename existing files and folders to name.oldN, where N is the first number that is free for all of them.
 
-    Empty folders are left alone.
-
-    Returns:
-        The new paths.
+    Empty folders are left alone. Returns the new paths.
     """
     present = [path for path in paths if path.exists() and not (path.is_dir() and not any(path.iterdir()))]
-    if not present:
-        return []
 
     def old(path: Path, number: int) -> Path:
         return path.with_name(f"{path.stem}.old{number}{path.suffix}")
@@ -167,11 +157,7 @@ def tile(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
 
 
 def read_latents(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read latents from a .npy file as float32.
-
-    Args:
-        path: The file of the setting init_latents.
-        shape: The expected shape, (N, C, h, w).
+    """Read latents of the shape (N, C, h, w) from the .npy file of the setting init_latents, as float32.
 
     Raises:
         UserError: The file is missing or not a .npy file, or its values are not finite floating-point numbers of

@@ -1,4 +1,4 @@
-"""Loading a base model for generation, and merging LoRA files into it."""
+"""Loading a base model, and merging LoRA files into it."""
 
 from __future__ import annotations
 
@@ -32,24 +32,21 @@ def load_model(
     vae: str | Path | None = None,
     ema: bool = False,
     flash_attention: bool = False,
+    random_unet: bool = False,
 ) -> StableDiffusion:
-    """Build the networks and load a base checkpoint into them.
+    """Build the networks of a configuration and load a base checkpoint, a file or a diffusers folder, into them.
 
-    Args:
-        config: The model's configuration.
-        checkpoint: A file or a diffusers folder.
-        dtype: The type in which UNet and text encoder compute. The VAE computes in fp32, as it overflows in fp16.
-        unet: A checkpoint whose UNet replaces the base checkpoint's.
-        vae: A checkpoint whose VAE replaces the base checkpoint's, which may be without one then.
-        ema: Load the moving averages of the UNet's weights that the checkpoint holds.
-        flash_attention: Use Ascend's fused attention in the UNet.
+    `dtype` is that in which UNet and text encoder compute. The VAE computes in fp32, as it overflows in fp16. With
+    `random_unet`, the UNet is initialised at random. The other options are those of Pipeline.from_checkpoint. The base
+    checkpoint may lack a VAE if `vae` is given, and a UNet if it is random.
 
     Raises:
         UserError: A file does not fit the configuration, or its metadata names another model (see ldm.weights.load).
     """
     check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
-    model = build_model(config, random=False)
-    components = [component for component in COMPONENTS if component != "vae" or vae is None]
+    model = build_model(config, random=random_unet)
+    not_loaded = {"unet": random_unet, "vae": vae is not None}
+    components = [component for component in COMPONENTS if not not_loaded.get(component)]
     logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
     for component, path in (("unet", unet), ("vae", vae)):
         if path is not None:
@@ -66,11 +63,7 @@ def select_lora(
 ) -> LoRA:
     """Read the parts of a LoRA file that are to be applied, and check that they fit the model.
 
-    Args:
-        config: The model's configuration.
-        path: A file or folder in any known format.
-        unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
-        text_encoder: The same for its text encoder part.
+    See Pipeline.load_lora for the arguments.
 
     Raises:
         UserError: The file is not a LoRA or was made for another model, a required part is missing, or no part remains.

@@ -46,19 +46,12 @@ DECODE_PIXELS = 512 * 512
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images that were generated together.
+    """Images that were generated together."""
 
-    Attributes:
-        indices: Their places in the list of prompts, (N,).
-        starting_latents: The latents at the first time step, (N, C, h, w) float32.
-        latents: The final latents, (N, C, h, w) float32.
-        images: (N, H, W, 3) uint8.
-    """
-
-    indices: np.ndarray
-    starting_latents: np.ndarray
-    latents: np.ndarray
-    images: np.ndarray
+    indices: np.ndarray  # their places in the list of prompts, (N,)
+    starting_latents: np.ndarray  # at the first timestep, (N, C, h, w) float32
+    latents: np.ndarray  # the final ones, (N, C, h, w) float32
+    images: np.ndarray  # (N, H, W, 3) uint8
 
 
 @dataclass(frozen=True)
@@ -219,28 +212,15 @@ class Pipeline:
             negative_prompts = [negative_prompt or ""] * len(prompts)
         else:
             negative_prompts = list(negative_prompt)
+        if guidance_scale is None:
+            guidance_scale = default_guidance_scale(self.config.architecture)
         side = self.config.image_size
-        sampling = Sampling(
-            sampler=sampler,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=default_guidance_scale(self.config.architecture)
-            if guidance_scale is None
-            else guidance_scale,
-            eta=eta,
-            height=height,
-            width=width,
-            batch_size=batch_size or default_batch_size(num_images_per_prompt, height or side, width or side),
+        batch_size = batch_size or default_batch_size(num_images_per_prompt, height or side, width or side)
+        sampling = Sampling(sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size)
+        prompts, negative_prompts = (
+            [text for text in texts for _ in range(num_images_per_prompt)] for texts in (prompts, negative_prompts)
         )
-        batches = list(
-            self.generate(
-                [text for text in prompts for _ in range(num_images_per_prompt)],
-                sampling,
-                seed,
-                [text for text in negative_prompts for _ in range(num_images_per_prompt)],
-                latents,
-                progress,
-            )
-        )
+        batches = list(self.generate(prompts, sampling, seed, negative_prompts, latents, progress))
         return PipelineOutput(
             [Image.fromarray(image) for batch in batches for image in batch.images],
             np.concatenate([batch.latents for batch in batches]),
@@ -282,11 +262,8 @@ class Pipeline:
         guided = sampling.guidance_scale != 1.0
         cut_off = self.tokenizer.cut_off(dict.fromkeys([*prompts, *(negative_prompts if guided else ())]))
         if cut_off:
-            logger.warning(
-                '%d prompts are longer than 75 tokens and cut there; the first loses "%s"',
-                len(cut_off),
-                cut_off[0],
-            )
+            message = '%d prompts are longer than 75 tokens and are cut there; the first loses "%s"'
+            logger.warning(message, len(cut_off), cut_off[0])
         texts = [
             [*(prompts[i] for i in indices), *(negative_prompts[i] for i in indices if guided)] for indices in batches
         ]
@@ -323,9 +300,7 @@ class Pipeline:
     def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
         """Compute text embeddings (N, 77, D) float32. Equal texts are encoded once.
 
-        Args:
-            texts: The prompts.
-            batch_size: Texts in a call of the text encoder, None for all of them but at most 16.
+        `batch_size`: texts in a call of the text encoder, None for all of them but at most 16.
         """
         distinct = list(dict.fromkeys(texts))
         tokens = self.tokenizer.encode(distinct)
@@ -364,15 +339,9 @@ class Pipeline:
         """
         denoise = GuidedDenoiser(self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale)
         options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-        final = SAMPLERS[sampling.sampler](
-            denoise,
-            latents,
-            sampling.num_inference_steps,
-            self.schedule,
-            self.config.prediction_type,
-            callback=callback,
-            **options,
-        )
+        steps, prediction_type = sampling.num_inference_steps, self.config.prediction_type
+        sampler = SAMPLERS[sampling.sampler]
+        final = sampler(denoise, latents, steps, self.schedule, prediction_type, callback=callback, **options)
         if not np.isfinite(final).all():
             raise UserError(
                 "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "
@@ -383,10 +352,7 @@ class Pipeline:
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode scaled latents (N, C, h, w) to images (N, H, W, 3) uint8.
 
-        Args:
-            latents: The latents.
-            batch_size: Images in a call of the decoder at most, None for all. Large images are decoded in smaller
-                batches.
+        `batch_size`: the most images in a call of the decoder, None for all. Large images take smaller batches.
         """
         pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
         batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
@@ -400,6 +366,6 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def _ddim_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
-    """DDIM's fresh noise. Each image has a generator of its own, so the noise does not depend on the batch size."""
+    """Return what draws DDIM's fresh noise. Each image has its own generator, so the batch size has no effect."""
     generators = [draws(seed, "ddim noise", i) for i in indices]
     return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])

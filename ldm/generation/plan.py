@@ -27,46 +27,27 @@ logger = logging.getLogger(__name__)
 
 
 class LoRAFile(NamedTuple):
-    """A LoRA file to apply.
-
-    Attributes:
-        path: The file or folder.
-        strength: How much of its UNet part is applied.
-        text_encoder_strength: How much of its text encoder part is applied.
-    """
+    """A LoRA file or folder to apply."""
 
     path: Path
-    strength: float
+    strength: float  # how much of its UNet part is applied
     text_encoder_strength: float
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """What a run generates, and from which files.
+    """What a run generates, and from which files."""
 
-    Attributes:
-        prompts: One for each image. All images of the first prompt come first.
-        negative_prompts: One for each image, in the same order.
-        images_per_prompt: The number of images of each prompt.
-        config: The model's configuration.
-        version: A key of VERSIONS, None for a model that is not published.
-        checkpoint: The base checkpoint.
-        unet_checkpoint: A checkpoint whose UNet replaces the base checkpoint's.
-        vae_checkpoint: A checkpoint whose VAE replaces the base checkpoint's.
-        loras: The LoRA files, in the order in which they are merged.
-        sampling: How the images are sampled, with their size, guidance scale and batch size.
-    """
-
-    prompts: list[str]
-    negative_prompts: list[str]
+    prompts: list[str]  # one for each image, all images of the first prompt first
+    negative_prompts: list[str]  # in the same order
     images_per_prompt: int
     config: ModelConfig
-    version: str | None
+    version: str | None  # a key of VERSIONS, None for a model that is not published
     checkpoint: Path
-    unet_checkpoint: Path | None
+    unet_checkpoint: Path | None  # whose UNet replaces the checkpoint's
     vae_checkpoint: Path | None
-    loras: list[LoRAFile]
-    sampling: Sampling
+    loras: list[LoRAFile]  # in the order in which they are merged
+    sampling: Sampling  # with size, guidance scale and batch size
 
 
 def plan_generation(settings: GenerateSettings) -> GenerationPlan:
@@ -88,12 +69,13 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         )
 
     version, checkpoint, config = find_model(settings.ckpt_path, settings.version, settings.config)
-    unet, vae = settings.unet_ckpt_path, settings.vae_ckpt_path
-    unet_checkpoint = None if unet is None else _existing(unet, "unet_ckpt_path")
-    vae_checkpoint = None if vae is None else _existing(vae, "vae_ckpt_path")
+    unet, vae = (
+        None if path is None else _existing(path, name)
+        for name, path in (("unet_ckpt_path", settings.unet_ckpt_path), ("vae_ckpt_path", settings.vae_ckpt_path))
+    )
     loras = _lora_files(settings)
     height, width = settings.H or config.image_size, settings.W or config.image_size
-    scale = settings.scale if settings.scale is not None else default_guidance_scale(config.architecture)
+    scale = default_guidance_scale(config.architecture) if settings.scale is None else settings.scale
     sampling = Sampling(
         sampler=settings.sampler,
         num_inference_steps=settings.sampling_steps,
@@ -116,8 +98,8 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         config=config,
         version=version,
         checkpoint=checkpoint,
-        unet_checkpoint=unet_checkpoint,
-        vae_checkpoint=vae_checkpoint,
+        unet_checkpoint=unet,
+        vae_checkpoint=vae,
         loras=loras,
         sampling=sampling,
     )
@@ -150,27 +132,11 @@ def find_model(
     return version, path, _model_config(version, config)
 
 
-def parse_lora_path(text: str) -> LoRAFile:
-    """Read `path`, `path:strength` or `path:strength:strength of the text encoder`.
-
-    A file whose whole name is `text` takes precedence.
-
-    Raises:
-        UserError: The file does not exist, or a strength is not a number.
-    """
-    path, numbers = path_and_strengths(text, "lora_ckpt_path")
-    strength = numbers[0] if numbers else 1.0
-    return LoRAFile(path, strength, numbers[1] if len(numbers) == 2 else strength)
-
-
 def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
     """Return the prompts and as many negative prompts."""
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(settings, name), name)
-    if settings.data_path is not None:
-        prompts = read_prompts(settings.data_path, "data_path")
-    else:
-        prompts = [settings.prompt]
+    prompts = [settings.prompt] if settings.data_path is None else read_prompts(settings.data_path, "data_path")
     if settings.negative_data_path is None:
         return prompts, [settings.negative_prompt] * len(prompts)
     path = plain(settings.negative_data_path)
@@ -270,9 +236,10 @@ def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
         return []
     files = []
     for text in settings.lora_ckpt_path:
-        path, strength, text_encoder_strength = parse_lora_path(text)
+        path, strengths = path_and_strengths(text, "lora_ckpt_path")
         _existing(path, "lora_ckpt_path")
-        files.append(LoRAFile(path, strength * settings.lora_scale, text_encoder_strength * settings.lora_scale))
+        scaled = [strength * settings.lora_scale for strength in strengths or (1.0,)]
+        files.append(LoRAFile(path, scaled[0], scaled[-1]))
     return files
 
 

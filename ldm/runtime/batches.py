@@ -14,15 +14,9 @@ def fill_batch(rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def run_in_batches(network: Callable[[ms.Tensor], ms.Tensor], rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Run a network on batches of `batch_size` rows. The last batch is filled up, and its output is cut again.
+    """Run a network, which maps N rows to N rows, on batches of `batch_size` rows, and return all its outputs.
 
-    Args:
-        network: Maps a tensor of N rows to a tensor of N rows.
-        rows: The input of all batches, at least one row.
-        batch_size: Rows in a call of the network.
-
-    Returns:
-        The outputs, one for each of `rows`.
+    The last batch is filled up, and its output is cut again.
     """
     outputs = []
     for start in range(0, len(rows), batch_size):

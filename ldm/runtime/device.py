@@ -33,21 +33,13 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """How MindSpore was set up.
+    """How MindSpore was set up."""
 
-    Attributes:
-        device: "Ascend" or "CPU".
-        compute_dtype: The type in which the networks compute, ms.float16 or ms.float32.
-        process_index: The index of this process in a data-parallel run, 0 otherwise.
-        process_count: The number of processes.
-        mode: GRAPH or PYNATIVE.
-    """
-
-    device: str
-    compute_dtype: ms.Type
-    process_index: int
+    device: str  # "Ascend" or "CPU"
+    compute_dtype: ms.Type  # in which the networks compute, ms.float16 or ms.float32
+    process_index: int  # of this process in a data-parallel run, 0 otherwise
     process_count: int
-    mode: int
+    mode: int  # GRAPH or PYNATIVE
 
     @property
     def is_ascend(self) -> bool:

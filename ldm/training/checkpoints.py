@@ -85,7 +85,7 @@ class Checkpoints:
         return path
 
     def _write_lora(self, path: Path, step: int) -> None:
-        """Write the LoRA, with its moving averages if there are any."""
+        """Write the LoRA: the moving averages of its parameters, or the parameters without them."""
         mindone.write(path, get_lora(self.model, self.model.config, self.step.averages()))
 
     def _write_model(self, path: Path, step: int) -> None:

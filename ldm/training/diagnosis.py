@@ -15,9 +15,7 @@ LARGEST_WEIGHT = 1e4  # weights of a network that trains well are below 100
 def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
     """Raise UserError if the latents or text embeddings of an image are not finite. A smaller loss scale cannot help.
 
-    Args:
-        run: The run, after its newest step.
-        batches: Micro-batches of that step.
+    `batches` are the micro-batches of the newest step.
     """
     first = (run.status.steps_done - 1) * len(batches)
     for number, (latents, _, _, text_embeddings) in enumerate(batches, first):

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 import mindspore as ms
 
 from ldm.errors import UserError, system_reason
+from ldm.files.atomic import remove_path
 from ldm.files.documents import read_json
 from ldm.files.inputs import content_hash
 from ldm.ops import kernels_in_use
@@ -57,7 +57,7 @@ def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
     writing = folder / f"{key}.{os.getpid()}.partial"
     try:
         if not found:
-            _remove(final)
+            remove_path(final)
             writing.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         logger.warning("compile_cache: %s cannot be made (%s): the graph is not kept", writing, system_reason(error))
@@ -72,16 +72,8 @@ def cached_graphs(folder: Path, key: str) -> Iterator[bool]:
         ms.set_context(enable_compile_cache=False)
         for path in folder.iterdir():
             if path != final or not kept:
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or a file in its place, as far as possible."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+                with contextlib.suppress(OSError):
+                    remove_path(path)
 
 
 def _keep(writing: Path, final: Path) -> bool:

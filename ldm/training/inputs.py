@@ -59,14 +59,9 @@ def sample_latents(moments: np.ndarray, eps: np.ndarray, scale_factor: float) ->
 
 
 class Inputs:
-    """The micro-batches of a run. What can be cached is encoded, or read from the cache, when this is built.
+    """The micro-batches of a run: `order` says which rows each has.
 
-    Args:
-        settings: Settings of the run.
-        model: The model, whose VAE and text encoder are used.
-        rows: Images and captions.
-        order: Which rows each micro-batch has.
-        status: Is told how many images are encoded.
+    What can be cached is encoded, or read from the cache, when this is built. `status` is told how far that has come.
     """
 
     def __init__(
@@ -110,16 +105,10 @@ class Inputs:
         else:
             moments = self._encode_now(rows, number)
         shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
-        settings, config = self.settings, self.config
-        drawn = micro_batch_draws(
-            settings.seed, number, shape, config.timesteps, settings.caption_dropout, self.order.process_index
-        )
-        return Batch(
-            sample_latents(moments, drawn.posterior, config.scale_factor),
-            drawn.noise,
-            drawn.timesteps,
-            self._text_embeddings(rows, drawn.dropped),
-        )
+        settings, config, process = self.settings, self.config, self.order.process_index
+        drawn = micro_batch_draws(settings.seed, number, shape, config.timesteps, settings.caption_dropout, process)
+        latents = sample_latents(moments, drawn.posterior, config.scale_factor)
+        return Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(rows, drawn.dropped))
 
     def _text_embeddings(self, rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         if self.text_embeddings is not None:

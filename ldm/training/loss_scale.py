@@ -10,6 +10,7 @@ from ldm.settings.train import TrainSettings
 
 OVERFLOWS_ALLOWED = 50  # in a row: a scale of 65536 reaches 1 after 16
 SMALLEST_SCALE = 1.0
+COUNTS = ("good_steps", "overflows_in_a_row", "overflows", "updates")  # fields of LossScaler
 LARGEST_SCALE = 2.0**24  # without it, the scale of a run without overflows would double until fp32 overflows
 
 
@@ -57,9 +58,16 @@ class LossScaler:
     def state(self) -> dict[str, Any]:
         return asdict(self)
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue with the counts of another scaler's `state`, and with its scale if both are dynamic."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        if self.dynamic and state["dynamic"]:
+            self.scale = state["scale"]
 
-def make_loss_scaler(settings: TrainSettings, fp16: bool, state: dict[str, Any] | None = None) -> LossScaler:
-    """Build the loss scaler that the settings ask for. `state` is LossScaler.state() of a run that is resumed.
+
+def make_loss_scaler(settings: TrainSettings, fp16: bool) -> LossScaler:
+    """Build the loss scaler that the settings ask for.
 
     Raises UserError if the scale is dynamic, but steps that overflow are not skipped.
     """
@@ -71,15 +79,9 @@ def make_loss_scaler(settings: TrainSettings, fp16: bool, state: dict[str, Any] 
             "drop_overflow_update False does not go with a dynamic loss scale, the default in fp16, because that "
             "depends on overflows: leave it True, or set loss_scaler_type static with a small init_loss_scale"
         )
-    scaler = LossScaler(
+    return LossScaler(
         scale=1.0 if kind == "none" else settings.init_loss_scale,
         dynamic=kind == "dynamic",
         factor=settings.loss_scale_factor,
         window=settings.scale_window,
     )
-    if state is not None:
-        for name in ("good_steps", "overflows_in_a_row", "overflows", "updates"):
-            setattr(scaler, name, state[name])
-        if scaler.dynamic and state["dynamic"]:
-            scaler.scale = state["scale"]
-    return scaler

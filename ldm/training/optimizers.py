@@ -73,11 +73,9 @@ class AdamW(nn.Cell):
         super().__init__(auto_prefix=False)
         self.use_ema = use_ema
         self.parameters = ParameterTuple(parameters)
-        self.m = ParameterTuple([_companion("m", p, ops.zeros_like(p)) for p in parameters])
-        self.v = ParameterTuple([_companion("v", p, ops.zeros_like(p)) for p in parameters])
-        self.averages = (
-            ParameterTuple([_companion("ema", p, p.value().copy()) for p in parameters]) if use_ema else None
-        )
+        self.m = ParameterTuple([companion("m", p, ops.zeros_like(p)) for p in parameters])
+        self.v = ParameterTuple([companion("v", p, ops.zeros_like(p)) for p in parameters])
+        self.averages = ParameterTuple([companion("ema", p, p.value().copy()) for p in parameters]) if use_ema else None
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
 
     def construct(
@@ -99,6 +97,6 @@ class AdamW(nn.Cell):
         return _each(update, self.parameters, self.m, self.v, gradients)
 
 
-def _companion(prefix: str, parameter: Parameter, value: Tensor) -> Parameter:
+def companion(prefix: str, parameter: Parameter, value: Tensor) -> Parameter:
     """Return an array of the training state that belongs to a parameter."""
     return Parameter(value, name=f"{prefix}.{parameter.name}", requires_grad=False)

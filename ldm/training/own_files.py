@@ -7,6 +7,7 @@ have exactly the form of a run's own are taken for its own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -79,13 +80,12 @@ class OwnFiles:
         record = self.folder / RECORD
         if not os.path.lexists(record):
             return self._without_record()
+        names, fault = None, f"{record} is not a list of a run's files"
         try:
             content = read_json(record)
+            names = content.get("files") if isinstance(content, dict) else None
         except UserError as error:
-            content, fault = None, str(error)
-        else:
-            fault = f"{record} is not a list of a run's files"
-        names = content.get("files") if isinstance(content, dict) else None
+            fault = str(error)
         if not isinstance(names, list):
             self._record_is_foreign = True
             logger.warning("%s: the files beside it are not taken for this run's", fault)
@@ -175,8 +175,5 @@ def _make_room(path: Path) -> None:
 
 def _free_name(path: Path) -> Path:
     """Return `path`, or with a number added if it exists."""
-    free, number = path, 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))

@@ -75,10 +75,7 @@ def find_state_to_resume(
 ) -> TrainingState | None:
     """Read the training state that `resume` names: the newest one of a folder that can be used, or a file.
 
-    Args:
-        settings: Settings of the run.
-        fingerprint: Its fingerprint.
-        shapes: Names and shapes of the arrays that the state must have.
+    `shapes` are the names and shapes of the arrays that the state must have.
 
     Returns:
         The state, or None if the run does not resume, or if it resumes its own output_path and nothing was saved yet.
@@ -88,8 +85,7 @@ def find_state_to_resume(
     """
     if not settings.resume:
         return None
-    own = Path(settings.output_path) / "ckpt"
-    where = Path(settings.resume) if isinstance(settings.resume, str) else own
+    where = Path(settings.resume) if isinstance(settings.resume, str) else Path(settings.output_path) / "ckpt"
     if is_folder(where, "resume") and is_folder(where / "ckpt", "resume"):
         where = where / "ckpt"
 

@@ -16,6 +16,7 @@ from ldm.data.transforms import FORMATS
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.files.paths import under_root, writing
+from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key
 from ldm.lora.formats import read_lora
 from ldm.lora.inject import inject_lora, set_lora
@@ -23,7 +24,7 @@ from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
-from ldm.models.stable_diffusion import StableDiffusion, build_model
+from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.device import Runtime, check_flash_attention, setup_runtime
 from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig, load_model_config
@@ -39,8 +40,6 @@ from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.weights.architecture import config_with_tokens, detect_model_config
-from ldm.weights.base_model import open_base_model
-from ldm.weights.load import check_metadata, load_base_model, load_component
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +113,22 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         remove_leftovers(status.folder)
         remove_leftovers(output)
 
-    model = _load_model(settings, config)
+    model = load_model(
+        config,
+        _base_model(settings),
+        vae=settings.vae_ckpt_path,
+        ema=settings.pretrained_model_ema,
+        random_unet=settings.unet_initialize_random,
+    )
     trainable = _choose_trainable(settings, model, lora_spec)
     state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
     if state is not None:
         status.last_state = state.path
     elif settings.lora_init_path is not None:
-        _start_from_lora(model, settings.lora_init_path)
+        lora = read_lora(settings.lora_init_path, config)
+        check_compatible(lora, config, settings.lora_init_path)
+        set_lora(model, lora, settings.lora_init_path)
+        logger.info("training starts from %s: %s", settings.lora_init_path, lora)
     if is_first_process:
         with writing(output / "train_args.yaml"):
             # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states.
@@ -131,12 +139,14 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     step = _build_step(settings, runtime, model, trainable, skips_overflow)
     if state is not None:
         step.load_state(state.arrays)
-        scaler = make_loss_scaler(settings, runtime.fp16, state.scaler)
+        scaler.load_state(state.scaler)
         status.steps_done = state.step
         logger.info("continuing after step %d of %d, from %s", state.step, plan.steps, state.path)
     micro_batches = settings.gradient_accumulation_steps
     feed = make_feed(inputs, status.steps_done * micro_batches, plan.steps * micro_batches, settings.dataset_sink_mode)
-    resumed_here = settings.resume is True or _is_below(status.last_state, status.folder)
+    resumed_here = settings.resume is True or (
+        state is not None and state.path is not None and status.folder.resolve() in state.path.resolve().parents
+    )
     checkpoints = Checkpoints(
         settings, model, step,
         trains_base=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
@@ -147,9 +157,13 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     )  # fmt: skip
 
 
+def _base_model(settings: TrainSettings) -> str:
+    assert settings.pretrained_model_path is not None  # check_settings
+    return settings.pretrained_model_path
+
+
 def _read_model_config(settings: TrainSettings) -> ModelConfig:
-    base = settings.pretrained_model_path
-    assert base is not None  # check_settings
+    base = _base_model(settings)
     if settings.model_config is not None:
         return config_with_tokens(load_model_config(under_root(settings.model_config)), base)
     config = detect_model_config(
@@ -169,7 +183,7 @@ def _read_rows(settings: TrainSettings) -> list[Row]:
     ).rows
     if not settings.image_filter_size:
         return rows
-    large = [row for row in rows if _shorter_side(row.path) >= settings.image_filter_size]
+    large = [row for row in rows if min(_size(row.path)) >= settings.image_filter_size]
     if len(large) < len(rows):
         logger.info(
             "%d of %d images left out: a side is shorter than image_filter_size %d",
@@ -178,9 +192,9 @@ def _read_rows(settings: TrainSettings) -> list[Row]:
     return large
 
 
-def _shorter_side(path: Path) -> int:
+def _size(path: Path) -> tuple[int, int]:
     with Image.open(path, formats=FORMATS) as image:
-        return min(image.size)
+        return image.size
 
 
 def make_lora_spec(settings: TrainSettings) -> LoRASpec:
@@ -199,19 +213,6 @@ def make_lora_spec(settings: TrainSettings) -> LoRASpec:
     return spec if settings.lora_config is None else spec.with_config(under_root(settings.lora_config))
 
 
-def _load_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
-    path, vae_path = settings.pretrained_model_path, settings.vae_ckpt_path
-    random_unet = settings.unet_initialize_random
-    assert path is not None  # check_settings
-    check_metadata(open_base_model(path).metadata, config, path)
-    model = build_model(config, random=random_unet)
-    networks = [*(() if random_unet else ("unet",)), *(("vae",) if vae_path is None else ()), "text_encoder"]
-    logger.info("%s: %s", path, load_base_model(model, path, networks, ema=settings.pretrained_model_ema))
-    if vae_path is not None:
-        logger.info("%s: %s", vae_path, load_component(model, vae_path, "vae", config))
-    return model
-
-
 def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec: LoRASpec) -> list[Parameter]:
     """Inject LoRA, or unfreeze the whole UNet, and return the parameters that are trained."""
     layers = ""
@@ -223,13 +224,6 @@ def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec
     trainable = list(model.trainable_params())
     logger.info("training %s parameters in %d arrays%s", f"{sum(p.size for p in trainable):,}", len(trainable), layers)
     return trainable
-
-
-def _start_from_lora(model: StableDiffusion, path: str) -> None:
-    lora = read_lora(path, model.config)
-    check_compatible(lora, model.config, path)
-    set_lora(model, lora, path)
-    logger.info("training starts from %s: %s", path, lora)
 
 
 def _build_step(
@@ -254,7 +248,3 @@ def _build_step(
         process_count=runtime.process_count,
         dropout_key=dropout_key(model),
     )
-
-
-def _is_below(path: Path | None, folder: Path) -> bool:
-    return path is not None and folder.resolve() in path.resolve().parents

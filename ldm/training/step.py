@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
-from ldm.training.optimizers import AdamW, AdamWScalars
+from ldm.training.optimizers import AdamW, AdamWScalars, companion
 
 _each = ops.HyperMap()
 _half_square = ops.L2Loss()
@@ -69,22 +69,18 @@ class LossFromTokens(nn.Cell):
 
 
 class _Gradients(nn.Cell):
-    """Returns the scaled loss and the gradients of the parameters alone."""
+    """Returns the scaled loss of a micro-batch and its gradients with respect to the parameters."""
 
     def __init__(self, loss: nn.Cell, parameters: tuple[Parameter, ...]):
         super().__init__(auto_prefix=False)
         self.loss = loss
         self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(parameters))
 
-    def scaled_loss(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, loss_scale: Tensor
-    ) -> Tensor:
-        return self.loss(latents, noise, timesteps, text_embeddings) * loss_scale
+    def scaled_loss(self, loss_scale: Tensor, *batch: Tensor) -> Tensor:
+        return self.loss(*batch) * loss_scale
 
-    def construct(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, loss_scale: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.value_and_grad(latents, noise, timesteps, text_embeddings, loss_scale)
+    def construct(self, loss_scale: Tensor, *batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.value_and_grad(loss_scale, *batch)
 
 
 class _Update(nn.Cell):
@@ -94,19 +90,10 @@ class _Update(nn.Cell):
     the gradients, a check of each of them several.
     """
 
-    def __init__(
-        self,
-        parameters: tuple[Parameter, ...],
-        betas: tuple[float, float],
-        clip: bool,
-        use_ema: bool,
-        skip_overflow: bool,
-        process_count: int,
-    ):
+    def __init__(self, optimizer: AdamW, clip: bool, skip_overflow: bool, process_count: int):
         super().__init__(auto_prefix=False)
-        self.clip, self.skip_overflow = clip, skip_overflow
-        self.optimizer = AdamW(parameters, betas, use_ema)
-        self.reduce = nn.DistributedGradReducer(ParameterTuple(parameters)) if process_count > 1 else None
+        self.optimizer, self.clip, self.skip_overflow = optimizer, clip, skip_overflow
+        self.reduce = nn.DistributedGradReducer(optimizer.parameters) if process_count > 1 else None
         self.add_n = ops.AddN()
         self.sqrt = ops.Sqrt()
         self.minimum = ops.Minimum()
@@ -114,7 +101,7 @@ class _Update(nn.Cell):
         self.cast = ops.Cast()
 
     def construct(self, gradients: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return the norm and whether it is finite. `scalars`: those of StepScalars, one tensor each."""
+        """Return the norm, and 1.0 if it is finite or else 0.0. `scalars`: those of StepScalars, one tensor each."""
         if self.reduce is not None:
             gradients = self.reduce(gradients)
         _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars
@@ -139,11 +126,9 @@ class _WholeStep(RepeatedCell):
         self.gradients, self.update = gradients, update
         self.stack, self.unstack = ops.Stack(), ops.Unstack()
 
-    def construct(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, scalars: Tensor
-    ) -> Tensor:
+    def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
         scalars = self.unstack(scalars)
-        loss, gradients = self.gradients(latents, noise, timesteps, text_embeddings, scalars[0])
+        loss, gradients = self.gradients(scalars[0], *batch)
         norm, finite = self.update(gradients, scalars)
         return self.stack((loss / scalars[0], norm, finite))
 
@@ -155,10 +140,8 @@ class _MicroBatch(RepeatedCell):
         super().__init__(auto_prefix=False)
         self.gradients, self.totals = gradients, totals
 
-    def construct(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, text_embeddings: Tensor, scalars: Tensor
-    ) -> Tensor:
-        loss, gradients = self.gradients(latents, noise, timesteps, text_embeddings, scalars[0])
+    def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
+        loss, gradients = self.gradients(scalars[0], *batch)
         return ops.depend(loss / scalars[0], _each(_add_into, self.totals, gradients))
 
 
@@ -216,10 +199,9 @@ class TrainStep:
             if parameter.dtype != ms.float32:
                 raise ValueError(f"{parameter.name} is {parameter.dtype}: what is trained must be fp32")
             parameter.requires_grad = True
-        self.micro_batches = micro_batches
-        self.dropout_key = dropout_key
-        self.update = _Update(self.parameters, betas, clip, use_ema, skip_overflow, process_count)
-        optimizer = self.update.optimizer
+        self.micro_batches, self.dropout_key, self.use_ema = micro_batches, dropout_key, use_ema
+        optimizer = AdamW(self.parameters, betas, use_ema)
+        update = _Update(optimizer, clip, skip_overflow, process_count)
         groups = {"p": self.parameters, "m": optimizer.m, "v": optimizer.v}
         if use_ema:
             groups["ema"] = optimizer.averages
@@ -228,24 +210,16 @@ class TrainStep:
         }
         gradients = _Gradients(loss, self.parameters)
         if micro_batches == 1:
-            self.whole = _WholeStep(gradients, self.update)
+            self.whole = _WholeStep(gradients, update)
             self.whole.set_train()
         else:
-            totals = ParameterTuple(
-                [
-                    Parameter(ops.zeros(p.shape, ms.float32), name=f"total.{p.name}", requires_grad=False)
-                    for p in self.parameters
-                ]
-            )
+            totals = ParameterTuple([companion("total", p, ops.zeros_like(p)) for p in self.parameters])
             self.micro = _MicroBatch(gradients, totals)
-            self.finish = _UpdateFromTotals(self.update, totals)
+            self.finish = _UpdateFromTotals(update, totals)
             self.micro.set_train()
 
     def __call__(
-        self,
-        batches: Sequence[tuple[Tensor, ...]],
-        scalars: StepScalars,
-        dropout_keys: Sequence[np.ndarray] = (),
+        self, batches: Sequence[tuple[Tensor, ...]], scalars: StepScalars, dropout_keys: Sequence[np.ndarray] = ()
     ) -> StepResult:
         """Train one step.
 
@@ -257,12 +231,12 @@ class TrainStep:
         numbers = scalars.tensor()
         if self.micro_batches == 1:
             self._set_dropout_key(dropout_keys, 0)
-            loss, norm, finite = self.whole(*batches[0], numbers).asnumpy()
+            loss, norm, finite = self.whole(numbers, *batches[0]).asnumpy()
         else:
             losses = []
             for i, batch in enumerate(batches):
                 self._set_dropout_key(dropout_keys, i)
-                losses.append(self.micro(*batch, numbers))
+                losses.append(self.micro(numbers, *batch))
             norm, finite = self.finish(numbers).asnumpy()
             # Read at the end, because reading a loss waits for the device.
             loss = np.mean([float(loss.asnumpy()) for loss in losses])
@@ -290,7 +264,7 @@ class TrainStep:
 
     def averages(self) -> dict[str, np.ndarray]:
         """Return what to sample with, by parameter name: the moving averages, or the parameters without them."""
-        group = "ema" if self.update.optimizer.use_ema else "p"
+        group = "ema" if self.use_ema else "p"
         return {p.name: self._state[f"{group}.{p.name}"].asnumpy().copy() for p in self.parameters}
 
 

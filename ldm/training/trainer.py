@@ -109,11 +109,12 @@ def run_steps(run: Run) -> Path:
         "fp16" if run.runtime.fp16 else "fp32",
     )  # fmt: skip
     status.phase = "while compiling the step"
+    newest = run.checkpoints.newest
     if status.steps_done >= plan.steps:
         logger.info("all %d steps are done already, at step %d", plan.steps, status.steps_done)
-        if not run.checkpoints.newest.exists():
+        if not newest.exists():
             save(run)  # the state is from another folder, or the checkpoint was removed
-        return run.checkpoints.newest
+        return newest
 
     metrics_file = MetricsFile(run.output / "metrics.csv", status.steps_done) if run.is_first_process else None
     bar = tqdm(total=plan.steps, initial=status.steps_done, desc="training", unit="step", smoothing=0.1,
@@ -146,8 +147,8 @@ def run_steps(run: Run) -> Path:
     if run.scaler.overflows:
         skipped = " and were skipped" if settings.drop_overflow_update else ""
         logger.warning("%d of %d steps overflowed%s", run.scaler.overflows, plan.steps, skipped)
-    logger.info("done: %s", run.checkpoints.newest)
-    return run.checkpoints.newest
+    logger.info("done: %s", newest)
+    return newest
 
 
 def save(run: Run) -> None:
@@ -199,7 +200,7 @@ def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
 
 
 def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[TensorBatch]) -> None:
-    """Raise UserError if a result is not finite for another reason than the loss scale."""
+    """Raise UserError if the loss or its gradients are not finite, unless only the loss scale is too large."""
     if not result.finite:
         check_inputs_finite(run, batches)
     if (not math.isfinite(result.loss) and not run.runtime.fp16) or (applied and not result.finite):
@@ -212,11 +213,8 @@ def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[Ten
 def _dropout_keys(run: Run) -> list[np.ndarray]:
     """Return the key of LoRA's dropout for each micro-batch of the next step, a function of its number."""
     seed, process, count = run.settings.seed, run.runtime.process_index, run.settings.gradient_accumulation_steps
-    first = run.status.steps_done * count
-    return [
-        draws(seed, "lora_dropout", number, process).integers(-(2**31), 2**31, 2, dtype=np.int32)
-        for number in range(first, first + count)
-    ]
+    generators = [draws(seed, "lora_dropout", run.status.steps_done * count + i, process) for i in range(count)]
+    return [generator.integers(-(2**31), 2**31, 2, dtype=np.int32) for generator in generators]
 
 
 def _graph_cache(run: Run) -> AbstractContextManager:

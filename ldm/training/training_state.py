@@ -20,6 +20,7 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
+from ldm.training.loss_scale import COUNTS
 from ldm.training.own_files import Numbered, find_states
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 # Format 1 had a checksum over the names and values of the arrays alone.
 _FORMATS = ("1", "2")
 _LARGEST_COUNT = 10**12
-_SCALER_COUNTS = ("good_steps", "overflows_in_a_row", "overflows", "updates")
 
 
 @dataclass
@@ -88,11 +88,11 @@ def load_state(path: Path) -> TrainingState:
         raise UserError(f"{path} is not a training state (those are named state-<step>.safetensors)")
     if checksum != _checksum(arrays, metadata):
         raise UserError(f"the training state {path} is damaged (its checksum does not match)")
-    step, scaler, fingerprint = (metadata.get(name, "") for name in ("step", "scaler", "fingerprint"))
+    step = metadata.get("step", "")
     if not re.fullmatch("[0-9]{1,12}", step):
         raise UserError(f"the training state {path} is damaged (invalid step {plain(repr(step), 40)})")
-    scaler = parse_json(scaler, f"the loss scaler in the training state {path}")
-    fingerprint = parse_json(fingerprint, f"the settings in the training state {path}")
+    scaler = parse_json(metadata.get("scaler", ""), f"the loss scaler in the training state {path}")
+    fingerprint = parse_json(metadata.get("fingerprint", ""), f"the settings in the training state {path}")
     if not isinstance(fingerprint, dict) or not all(map(_is_setting, fingerprint.values())):
         raise UserError(f"the training state {path} is damaged (invalid settings)")
     if not _is_scaler(scaler):
@@ -119,12 +119,11 @@ def _is_setting(value: object) -> bool:
 def _is_scaler(state: Any) -> bool:
     if not isinstance(state, dict) or not isinstance(state.get("dynamic"), bool):
         return False
-    counts, scale = [state.get(name) for name in _SCALER_COUNTS], state.get("scale")
-    if not all(type(count) is int and 0 <= count <= _LARGEST_COUNT for count in counts):
-        return False
+    counts, scale = [state.get(name) for name in COUNTS], state.get("scale")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         return False
-    return 0 < scale <= float(np.finfo(np.float32).max)
+    are_counts = all(type(count) is int and 0 <= count <= _LARGEST_COUNT for count in counts)
+    return are_counts and 0 < scale <= float(np.finfo(np.float32).max)
 
 
 def _checksum(arrays: dict[str, np.ndarray], texts: dict[str, str]) -> str:

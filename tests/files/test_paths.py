@@ -41,15 +41,17 @@ def test_a_path_is_expanded_as_a_shell_does(text, path, monkeypatch):
 
 def test_strengths_are_read_from_the_end_of_an_expanded_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("a.ckpt", "b:0.5", "c"):
+    for name in ("a.ckpt", "b:0.5", "c", "c:1", "d:e"):
         (tmp_path / name).touch()
     assert path_and_strengths("~/a.ckpt", "lora") == (tmp_path / "a.ckpt", ())
     assert path_and_strengths("~/a.ckpt:0.7", "lora") == (tmp_path / "a.ckpt", (0.7,))
     assert path_and_strengths("~/a.ckpt:0.7:-1", "lora") == (tmp_path / "a.ckpt", (0.7, -1.0))
     assert path_and_strengths("~/b:0.5", "lora") == (tmp_path / "b:0.5", ())
     assert path_and_strengths("~/b:0.5:2", "lora") == (tmp_path / "b:0.5", (2.0,))
-    for text in ("~/d", "~/d:0.7", "~/d:0.7:0.3"):
-        with pytest.raises(UserError, match=r"lora .*/d does not exist"):
+    assert path_and_strengths("~/c:1:2:3", "lora") == (tmp_path / "c:1", (2.0, 3.0))
+    assert path_and_strengths("~/d:e:2", "lora") == (tmp_path / "d:e", (2.0,))
+    for text in ("~/f", "~/f:0.7", "~/f:0.7:0.3"):
+        with pytest.raises(UserError, match=r"lora .*/f does not exist"):
             path_and_strengths(text, "lora")
     for text in ("~/c:much", "~/c:nan", "~/c:inf"):
         with pytest.raises(UserError, match="lora"):

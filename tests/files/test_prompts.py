@@ -38,6 +38,9 @@ def prompts(tmp_path):
         ("a cat\n \n", ["a cat", ""]),  # a line of spaces is an empty prompt
         ("a cat\r\na dog\r\n\r\n", ["a cat", "a dog"]),
         ("\ufeffa cat\n", ["a cat"]),
+        ("猫\n🐈\n", ["猫", "🐈"]),
+        ("a\u2028b\x0bc\nd", ["a\u2028b\x0bc", "d"]),
+        ("  spaces  \n\ttab\n", ["spaces", "tab"]),
     ],
 )
 def test_generation_and_evaluation_read_the_same_prompts(content, read, prompts, tmp_path):
@@ -47,15 +50,6 @@ def test_generation_and_evaluation_read_the_same_prompts(content, read, prompts,
     against = plan_generation(GenerateSettings(data_path=str(path), negative_data_path=str(path), **model))
     scored = find_prompts(str(path), [tmp_path / f"{i}.png" for i in range(len(read))])
     assert drawn.prompts == against.negative_prompts == scored == read
-
-
-def test_a_single_negative_prompt_applies_to_all_prompts(prompts, tmp_path):
-    (tmp_path / "negative.txt").write_text("blurry\n\n")
-    path = prompts("a cat\na dog\n")
-    config = GenerateSettings(
-        data_path=str(path), negative_data_path=str(tmp_path / "negative.txt"), version="nano", ckpt_path=str(path)
-    )
-    assert plan_generation(config).negative_prompts == ["blurry", "blurry"]
 
 
 def test_the_prompts_of_samples_pair_with_their_images(prompts, tmp_path):

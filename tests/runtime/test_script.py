@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -21,32 +22,26 @@ start_script()
 ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def script(main: str) -> str:
+    """A script whose `main` has these lines."""
+    return f"{START}def main():\n{textwrap.indent(main, '    ')}\nrun_script(main)"
+
+
 def completed(main: str, folder: Path, **options) -> subprocess.CompletedProcess:
     """Run a script whose `main` has these lines."""
-    body = "".join(f"    {line}\n" for line in main.splitlines())
-    return subprocess.run(
-        [sys.executable, "-c", f"{START}def main():\n{body}run_script(main)"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=30,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})},
-        **options,
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
+    return subprocess.run([sys.executable, "-c", script(main)], text=True, cwd=folder, timeout=30, **options)
 
 
 def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, str, str]:
     """Run code until it prints "ready", send the signal, and give its exit code, standard output and error."""
     options.setdefault("preexec_fn", lambda: [signal.signal(number, signal.SIG_DFL) for number, _ in ENDS])
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", START + code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **options,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-u", "-c", START + code]
+    process = subprocess.Popen(command, **pipes, text=True, cwd=folder, env=ENVIRONMENT, **options)
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -92,13 +87,8 @@ def test_a_reader_that_stops_reading_does_not_block_the_end(tmp_path):
         "import os, ldm.runtime.script\nldm.runtime.script.GRACE_SECONDS = 0.1\nos.write(1, b'ready\\n')\n"
         "while True: print('x' * 65536, file=sys.stderr)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", START + code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", START + code], **pipes, cwd=tmp_path, env=ENVIRONMENT)
     try:
         assert os.read(process.stdout.fileno(), 6) == b"ready\n"
         time.sleep(0.2)
@@ -179,24 +169,16 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path):
 
 def test_any_text_can_be_printed(tmp_path):
     printing = "print('\\u7ea2 \\udcff')\nprint('\\u7ea2', file=sys.stderr)"
-    done = completed(printing, tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    done = completed(printing, tmp_path, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u7ea2 \\udcff\n", "\\u7ea2\n")
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    script = f"{START}def main():\n    print('x' * 100000)\nrun_script(main)"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=30,
-    )
+    done = completed("print('x' * 100000)", tmp_path, stdout=writer)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_another_pipe_without_a_reader_is_an_error(tmp_path):
@@ -210,15 +192,7 @@ def test_failed_writes_to_standard_error_are_ignored(full, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     main = "from tqdm import tqdm\nfor i in tqdm(range(3)): print(i, file=sys.stderr)\nopen('done', 'w').close()"
-    target = open("/dev/full", "w") if full else writer
-    body = "".join(f"    {line}\n" for line in main.splitlines())
-    done = subprocess.run(
-        [sys.executable, "-c", f"{START}def main():\n{body}run_script(main)"],
-        stderr=target,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=30,
-    )
+    done = completed(main, tmp_path, stdout=None, stderr=open("/dev/full", "w") if full else writer)
     os.close(writer)
     assert done.returncode == 0 and (tmp_path / "done").exists()
 
@@ -229,13 +203,7 @@ def test_nothing_is_printed_into_a_file_when_the_streams_are_closed(tmp_path):
         "    print('a')\n    print('b', file=sys.stderr)\n    os.write(1, b'c')\n    os.write(2, b'd')\n"
         "    sys.stdout.flush()\n    raise UserError('e')"
     )
-    body = "".join(f"    {line}\n" for line in main.splitlines())
-    (tmp_path / "script.py").write_text(f"{START}def main():\n{body}run_script(main)\n")
-    done = subprocess.run(
-        f"'{sys.executable}' script.py >&- 2>&-",
-        shell=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=30,
-    )
+    (tmp_path / "script.py").write_text(script(main))
+    command = f"'{sys.executable}' script.py >&- 2>&-"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, timeout=30)
     assert done.returncode == 2 and (tmp_path / "result").read_bytes() == b"sound"

@@ -36,14 +36,8 @@ OTHER = "import time; print('ready', flush=True); time.sleep(60)"
 
 
 def script(program: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, program],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, program], cwd=ROOT, **pipes, text=True, **options)
 
 
 @pytest.mark.parametrize("program, line", [(OF_THIS_PROJECT, "interrupted in the program\n"), (OTHER, "")])

@@ -21,6 +21,11 @@ def set_up(graph_mode):
     setup_runtime("CPU")
 
 
+def toy_step(dtype=ms.float32, **options):
+    loss = Linear(dtype=dtype)
+    return loss, TrainStep(loss, [loss.w], **options)
+
+
 class Product(nn.Cell):
     """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents."""
 
@@ -52,8 +57,7 @@ def test_adamw_equals_torch():
 
 
 def test_loss_and_norm_equal_those_by_hand_and_other_parameters_stay():
-    loss = Linear()
-    step = TrainStep(loss, [loss.w])
+    loss, step = toy_step()
     latents, noise = numbers()
     expected_loss, gradient = loss.by_hand(latents, noise)
     before = loss.b.asnumpy().copy()
@@ -69,8 +73,7 @@ def test_loss_and_norm_equal_those_by_hand_and_other_parameters_stay():
 
 
 def test_clipping_scales_the_gradients_down_to_the_norm():
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], clip=True)
+    loss, step = toy_step(clip=True)
     latents, noise = numbers()
     _, gradient = loss.by_hand(latents, noise)
     norm = np.linalg.norm(gradient)
@@ -79,8 +82,7 @@ def test_clipping_scales_the_gradients_down_to_the_norm():
     # m after the first update is (1 - beta1) times the gradient that AdamW was given
     np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient / 4, rtol=1e-4)
 
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], clip=True)
+    _, step = toy_step(clip=True)
     step([batch(latents, noise)], scalars(norm=norm * 4))
     np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient, rtol=1e-4)
 
@@ -89,8 +91,7 @@ def test_two_micro_batches_equal_one_step_of_twice_the_batch():
     latents, noise = numbers(rows=8)
     states = []
     for parts in (1, 2):
-        loss = Linear()
-        step = TrainStep(loss, [loss.w], micro_batches=parts, use_ema=True, clip=True)
+        _, step = toy_step(micro_batches=parts, use_ema=True, clip=True)
         for t in (1, 2, 3):
             batches = [batch(*half) for half in zip(np.split(latents, parts), np.split(noise, parts))]
             result = step(batches, scalars(t, micro=parts))
@@ -105,8 +106,7 @@ def test_the_loss_scale_cancels_out():
     latents, noise = numbers()
     results = []
     for scale in (1.0, 1024.0):
-        loss = Linear()
-        step = TrainStep(loss, [loss.w], skip_overflow=scale != 1)
+        _, step = toy_step(skip_overflow=scale != 1)
         results.append((step([batch(latents, noise)], scalars(scale=scale)), step.state()["m.w"]))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
@@ -114,8 +114,7 @@ def test_the_loss_scale_cancels_out():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_batches):
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], use_ema=True, skip_overflow=True, micro_batches=micro_batches)
+    loss, step = toy_step(use_ema=True, skip_overflow=True, micro_batches=micro_batches)
     latents, noise = numbers()
     spoilt = latents.copy()
     spoilt[0, 0] = np.inf
@@ -132,15 +131,13 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_batch
 def test_fp16_overflows_at_a_large_loss_scale_and_not_at_a_small_one():
     latents, noise = numbers()
     for scale, finite in ((2.0**24, False), (2.0**4, True)):
-        loss = Linear(dtype=ms.float16)
-        step = TrainStep(loss, [loss.w], skip_overflow=True)
+        loss, step = toy_step(dtype=ms.float16, skip_overflow=True)
         assert step([batch(latents, noise)], scalars(scale=scale)).finite == finite
         assert loss.w.dtype == ms.float32
 
 
 def test_without_skipping_an_overflow_reaches_the_weights():
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], skip_overflow=False)
+    loss, step = toy_step(skip_overflow=False)
     latents, noise = numbers()
     latents[0, 0] = np.inf
     assert not step([batch(latents, noise)], scalars(scale=8.0)).finite
@@ -148,8 +145,7 @@ def test_without_skipping_an_overflow_reaches_the_weights():
 
 
 def test_the_moving_average_follows():
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], use_ema=True)
+    loss, step = toy_step(use_ema=True)
     average = loss.w.asnumpy().copy()
     for t in (1, 2):
         step([batch(*numbers())], scalars(t, ema_rate=0.25))
@@ -165,14 +161,12 @@ def test_without_an_average_the_parameters_are_returned_for_it():
 
 def test_a_loaded_state_continues_bit_for_bit():
     data = [numbers(seed=seed) for seed in range(4)]
-    loss = Linear()
-    step = TrainStep(loss, [loss.w], use_ema=True)
+    loss, step = toy_step(use_ema=True)
     for t, pair in enumerate(data, 1):
         step([batch(*pair)], scalars(t))
         if t == 2:
             half = step.state()
-    other_loss = Linear()
-    other = TrainStep(other_loss, [other_loss.w], use_ema=True)
+    _, other = toy_step(use_ema=True)
     other.load_state(half)
     for t, pair in enumerate(data[2:], 3):
         other([batch(*pair)], scalars(t))
@@ -181,8 +175,7 @@ def test_a_loaded_state_continues_bit_for_bit():
 
 
 def test_a_state_of_another_run_is_refused():
-    loss = Linear()
-    step = TrainStep(loss, [loss.w])
+    loss, step = toy_step()
     state = step.state()
     with pytest.raises(ValueError, match="m.w"):
         step.load_state({**state, "m.w": np.zeros((2, 2), np.float32)})
@@ -194,8 +187,7 @@ def test_pynative_mode_computes_the_same():
     states = []
     for mode in (0, 1):
         setup_runtime("CPU", mode=mode)
-        loss = Linear()
-        step = TrainStep(loss, [loss.w], use_ema=True, clip=True, skip_overflow=True, micro_batches=2)
+        _, step = toy_step(use_ema=True, clip=True, skip_overflow=True, micro_batches=2)
         for t in (1, 2):
             step([batch(*numbers())] * 2, scalars(t, micro=2))
         states.append(step.state())

@@ -110,13 +110,13 @@ def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, 
     assert status.describe() == "after encoding 3 of 10 images; nothing was saved yet"
 
 
-@pytest.mark.parametrize("place", ["load_base_model", "Inputs"])
+@pytest.mark.parametrize("place", ["load_model", "Inputs"])
 def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsaved(
     settings, saved_run, monkeypatch, place
 ):
     newest = find_states(saved_run / "ckpt")[0]
     how_to_continue = {
-        "load_base_model": "what was saved before is kept",
+        "load_model": "what was saved before is kept",
         "Inputs": f"--resume True continues from {newest}",
     }
     monkeypatch.setattr(f"ldm.training.setup.{place}", interrupt)
