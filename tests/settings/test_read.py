@@ -292,6 +292,10 @@ class TestToolCommandLines:
         settings = read_settings(Tool, ["a", "--source", "~/x", "--result-path=b", "c", "--layers", "1,2", "--secret"])
         assert settings == Tool(Path("/home/me/x"), Path("b"), ["a", "c"], [1, 2], True)
 
+    def test_a_positional_word_may_follow_a_bare_boolean_or_a_list_of_numbers(self):
+        settings = read_settings(Tool, ["--source", "x", "--secret", "a", "--layers", "1", "2", "b"])
+        assert (settings.hidden, settings.layers, settings.texts) == (True, [1, 2], ["a", "b"])
+
     @pytest.mark.parametrize(
         ("argv", "says"),
         [

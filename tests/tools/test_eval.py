@@ -95,6 +95,12 @@ def test_a_set_with_itself_has_no_distance(tmp_path, capsys, one_network):
     assert abs(json.loads((tmp_path / "fid.json").read_text())["fid"]) < 1e-9
 
 
+def test_the_prompts_path_is_expanded(tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text("a cat\nthe number six\n")  # without .txt, so that it must exist to be a path
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert eval_clip_score.find_prompts("$HERE/prompts", [Path("0.png"), Path("1.png")]) == ["a cat", "the number six"]
+
+
 def test_clip_score_of_two_images_per_prompt(tmp_path, capsys, one_network):
     made = images(tmp_path / "made", 4)
     (tmp_path / "prompts.txt").write_text("a cat\nthe number six\n")

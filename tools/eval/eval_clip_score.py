@@ -88,7 +88,7 @@ class Settings:
 
 
 def find_prompts(prompt_or_path: str | None, images: Sequence[Path]) -> list[str]:
-    """Returns the prompt of each image. Raises UserError if there are no prompts or their number does not fit."""
+    """Return the prompt of each image. Raises UserError if there are no prompts or their number does not fit."""
     if prompt_or_path is None:
         beside = images[0].parent / "prompts.txt"
         if not is_there(beside):
@@ -97,21 +97,21 @@ def find_prompts(prompt_or_path: str | None, images: Sequence[Path]) -> list[str
                 "text file with one per line"
             )
         return paired_prompts(read_prompts(beside, "prompts"), len(images))
-    if not _names_file(prompt_or_path):
-        return paired_prompts([prompt_or_path], len(images))
-    return paired_prompts(read_prompts(expanded(prompt_or_path), "prompt_or_path"), len(images))
+    path = expanded(prompt_or_path)
+    prompts = read_prompts(path, "prompt_or_path") if _names_file(path) else [prompt_or_path]
+    return paired_prompts(prompts, len(images))
 
 
-def _names_file(prompt_or_path: str) -> bool:
-    """Returns whether it is the path of a file. A prompt may be longer than a path can be."""
-    raw = os.fsencode(prompt_or_path)
+def _names_file(text: str) -> bool:
+    """Return whether a text is the path of a file. A prompt may be longer than a path can be."""
+    raw = os.fsencode(text)
     if len(raw) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in raw.split(b"/")):
         return False
-    return prompt_or_path.endswith(".txt") or is_there(prompt_or_path, "prompt_or_path")
+    return text.endswith(".txt") or is_there(text, "prompt_or_path")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks the settings and the files, then scores."""
+    """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
     if settings.backend != "ms":
         raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def score(settings: Settings, images: list[Path], real: list[Path], prompts: list[str]) -> None:
-    """Scores the images against the real images, or else against their prompts. Prints and writes the scores."""
+    """Score the images against the real images, or else against their prompts. Prints and writes the scores."""
     describe_progress(lambda: "before there was a score")
     batch_size = min(settings.batch_size, max(len(images), len(real)))
 
