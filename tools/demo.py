@@ -42,7 +42,7 @@ LORA_SCALE = "0.8"  # 1 leaves slightly less colour, and fewer recognisable shap
 
 
 def call(*command: str) -> None:
-    """Prints the command of a script as a user would type it, and runs it. Raises UserError if it fails."""
+    """Print the command of a script as a user would type it, and run it. Raises UserError if it fails."""
     print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
     code = subprocesses.run([sys.executable, *command], cwd=ROOT)
     if code:
@@ -50,7 +50,7 @@ def call(*command: str) -> None:
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
-    """Returns a table of Fréchet distances to the real images and CLIP scores, by the nano CLIP."""
+    """Return a table of Fréchet distances to the real images and CLIP scores, by the nano CLIP."""
     # Imported late: the scripts run in other processes, so this one needs MindSpore for the scores only.
     from ldm.runtime.device import setup_runtime
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def demonstrate(output: Path, prompts: int) -> None:
-    """Trains a LoRA, generates images for `prompts` held-out prompts before and after, and writes the grid."""
+    """Train a LoRA, generate images for `prompts` held-out prompts before and after, and write the grid."""
     begin = time.time()
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), prompts)]

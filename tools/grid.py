@@ -14,12 +14,12 @@ SIZE, GAP, TEXT_WIDTH = 128, 8, 300
 
 
 def evenly(total: int, count: int) -> np.ndarray:
-    """Returns `count` evenly spaced indices from 0 to total - 1, or all of them where there are fewer."""
+    """Return `count` evenly spaced indices from 0 to total - 1, or all of them where there are fewer."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Writes a grid to `path`: the prompts, and for each title in `columns` one image file per prompt."""
+    """Write a grid to `path`: the prompts, and for each title in `columns` one image file per prompt."""
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
     height = 40 + len(prompts) * (SIZE + GAP)
     sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (SIZE + GAP) + GAP, height), "white")
@@ -41,7 +41,7 @@ def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], pat
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` characters, between words."""
+    """Break a text into lines of at most `width` characters, between words."""
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

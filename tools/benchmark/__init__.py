@@ -1,1 +1,1 @@
-"""Measures time and memory of this project and of diffusers on the same machine."""
+"""The measurement of time and memory of this project and of diffusers on the same machine."""

@@ -37,14 +37,14 @@ from ldm.settings.read import read_settings  # noqa: E402
 
 
 def memory() -> dict[str, int]:
-    """Returns RssAnon and VmRSS of this process in bytes."""
+    """Return RssAnon and VmRSS of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines)
     return {name: int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
 
 
 def measured(work: Callable[[], None]) -> dict[str, float]:
-    """Returns the wall and CPU seconds of `work`, and the largest growth of both kinds of memory."""
+    """Return the wall and CPU seconds of `work`, and the largest growth of both kinds of memory."""
     before = memory()
     most, done = dict(before), threading.Event()
 
@@ -66,7 +66,7 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
 
 
 def write_random(config_path: str, target: Path) -> None:
-    """Writes a single file with random fp32 weights of the model, one array at a time, and its YAML beside it."""
+    """Write a single file with random fp32 weights of the model, one array at a time, and its YAML beside it."""
     import numpy as np
 
     from ldm.models.stable_diffusion import build_model
@@ -96,7 +96,7 @@ def write_random(config_path: str, target: Path) -> None:
 
 
 def measure_load(config_path: str, source: str) -> dict[str, float]:
-    """Measures what both scripts do first: build the networks and load a checkpoint into them."""
+    """Measure what both scripts do first: build the networks and load a checkpoint into them."""
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
     from ldm.weights.load import load_base_model
@@ -113,14 +113,14 @@ def measure_load(config_path: str, source: str) -> dict[str, float]:
 
 
 def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
-    """Measures a conversion."""
+    """Measure a conversion."""
     from ldm.weights.convert import convert
 
     return measured(lambda: convert(source, target, dtype=dtype))
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
-    """Runs a measurement in its own process."""
+    """Run a measurement in its own process."""
     result = subprocess.run([sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{' '.join(arguments)} ended with {result.returncode}: {result.stderr.strip()[-400:]}")

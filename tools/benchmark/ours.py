@@ -63,7 +63,7 @@ def frozen(net: nn.Cell) -> nn.Cell:
 
 
 def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
-    """Builds the step of train_text_to_image.py for this workload."""
+    """Build the step of train_text_to_image.py for this workload."""
     if full:
         trainable = list(unet.get_parameters())
     else:

@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns a paragraph about the machine and the method, and the table."""
+    """Return a paragraph about the machine and the method, and the table."""
     machine, settings = result["machine"], result["settings"]
     versions: dict[str, str] = {}
     for line in result["works"]:
@@ -40,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def row(line: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the cells of a workload's row."""
+    """Return the cells of a workload's row."""
     ours, peer = line["ours"], line["peer"]
     return (
         line["title"],

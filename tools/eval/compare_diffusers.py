@@ -1,4 +1,4 @@
-r"""Trains the same LoRA here and with diffusers, draws the same held-out prompts with both, and scores both alike.
+r"""Train the same LoRA here and with diffusers, draw the same held-out prompts with both, and score both alike.
 
     python tools/eval/compare_diffusers.py --train_config configs/train/train_config_lora_nano.yaml \\
         --base models/nano/nano.safetensors --data datasets/emoji_fluent_hc --output_path output/compare
@@ -100,7 +100,7 @@ class Settings:
 
 
 class Comparison:
-    """Runs an experiment in stages and writes its report. Raises UserError for mistakes before any work."""
+    """The stages of an experiment and its report. Raises UserError for mistakes before any work."""
 
     def __init__(self, args: Settings, flags: Sequence[str]):
         self.args = args
@@ -113,7 +113,7 @@ class Comparison:
         }
 
     def run(self) -> None:
-        """Runs all stages that are not done."""
+        """Run all stages that are not done."""
         describe_progress(
             lambda: f"before the end; finished stages are kept in {self.output}: the same command continues from there"
         )
@@ -171,7 +171,7 @@ class Comparison:
         return {}
 
     def _train(self, seed: int, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Trains on both sides from the same untrained LoRA."""
+        """Train on both sides from the same untrained LoRA."""
         settings = self.experiment.settings(seed)
         inputs = {**inputs, "recipe": self.experiment.recipe(settings)}
         start = self.stages.run(
@@ -209,7 +209,7 @@ class Comparison:
         }
 
     def _score(self, names: Sequence[str]) -> dict[str, Any]:
-        """Scores every set of images and the differences between the sides."""
+        """Score every set of images and the differences between the sides."""
         from ldm.metrics.networks import clip, inception, nano_clip
         from tools.eval.comparison.scores import Scores
 

@@ -64,7 +64,7 @@ class Settings:
 
 
 def find_all_images(settings: Settings) -> dict[str, list[Path]]:
-    """Checks the settings and returns the images of each folder. Raises UserError before a network is built."""
+    """Check the settings and return the images of each folder. Raises UserError before a network is built."""
     if settings.backend != "ms":
         raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
     if settings.gen_dir is None and settings.save_stats is None:
@@ -78,7 +78,7 @@ def find_all_images(settings: Settings) -> dict[str, list[Path]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks the settings and the files, then scores."""
+    """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
     images = find_all_images(settings)
     with claim_file(settings.output, "--output"), claim_file(settings.save_stats, "--save_stats"):
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def score(settings: Settings, images: dict[str, list[Path]]) -> None:
-    """Computes the statistics of each folder, then prints and writes the distances."""
+    """Compute the statistics of each folder, then print and write the distances."""
     describe_progress(lambda: "before there was a score")
 
     # MindSpore is imported after the settings are checked, so that a wrong flag is reported at once.

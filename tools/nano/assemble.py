@@ -33,7 +33,7 @@ FILES = ("nano.safetensors", "clip.safetensors")
 
 
 def half(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rounds arrays to fp16. Raises UserError for a value that overflows."""
+    """Round arrays to fp16. Raises UserError for a value that overflows."""
     with np.errstate(over="ignore"):  # checked below, by name
         rounded = {name: array.astype(np.float16) for name, array in arrays.items()}
     for name, array in rounded.items():
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def assemble(args: Settings) -> None:
-    """Writes the two files."""
+    """Write the two files."""
     base, _ = read_checkpoint(args.vae / "vae.safetensors")
     clip, _ = read_checkpoint(args.clip / "clip.safetensors")
     base.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})

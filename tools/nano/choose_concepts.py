@@ -38,7 +38,7 @@ SUBCATEGORIES = (
 
 
 def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
-    """Writes datasets/<style>/img_txt.csv from rows of (split/file, caption), sorted by file; returns their number."""
+    """Write datasets/<style>/img_txt.csv from rows of (split/file, caption), sorted by file; return their number."""
     ordered = sorted(rows, key=lambda row: Path(row[0]).name)
     with atomic_path(DATASETS / style / "img_txt.csv") as path:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def choose() -> None:
-    """Writes the files and prints their lengths."""
+    """Write the files and print their lengths."""
     held_out_style = {row.path.name for row in read_rows("emoji_fluent_hc", "test")}
     kind = categories()
     chosen = {}

@@ -25,35 +25,35 @@ class CaptionedImage(NamedTuple):
 
 
 def read_rows(style: str, split: str) -> list[Row]:
-    """Returns the rows of a bundled data set: its style and split, such as "emoji_noto" and "train"."""
+    """Return the rows of a bundled data set: its style and split, such as "emoji_noto" and "train"."""
     return read_image_text_csv(DATASETS / style / split).rows
 
 
 def read_images(style: str, split: str) -> list[CaptionedImage]:
-    """Returns the images of a bundled data set."""
+    """Return the images of a bundled data set."""
     return [
         CaptionedImage(row.path.name, row.caption, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)
     ]
 
 
 def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
-    """Returns {file name: (category, subcategory)} from the data set's meta.csv."""
+    """Return {file name: (category, subcategory)} from the data set's meta.csv."""
     with open(DATASETS / style / "meta.csv", newline="", encoding="utf-8") as file:
         return {row["file"]: (row["category"], row["subcategory"]) for row in csv.DictReader(file)}
 
 
 def to_network(pixels: np.ndarray) -> np.ndarray:
-    """Converts uint8 pixels (N, H, W, 3) to fp32 (N, 3, H, W) in [-1, 1]."""
+    """Convert uint8 pixels (N, H, W, 3) to fp32 (N, 3, H, W) in [-1, 1]."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Converts images (N, 3, H, W) in about [-1, 1] to uint8 pixels (N, H, W, 3)."""
+    """Convert images (N, 3, H, W) in about [-1, 1] to uint8 pixels (N, H, W, 3)."""
     return np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def shift(pixels: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
-    """Shifts an image by up to `most` pixels in each direction, filled with white."""
+    """Shift an image by up to `most` pixels in each direction, filled with white."""
     size = pixels.shape[0]
     padded = np.full((size + 2 * most, size + 2 * most, 3), 255, np.uint8)
     padded[most:-most, most:-most] = pixels
@@ -62,17 +62,17 @@ def shift(pixels: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray
 
 
 def vary_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Permutes the colour channels at random, so that all hues are equally frequent."""
+    """Permute the colour channels at random, so that all hues are equally frequent."""
     return pixels[..., rng.permutation(3)]
 
 
 def blur(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blurs an image by 0.3 to 1.5 pixels, as the small decoder does."""
+    """Blur an image by 0.3 to 1.5 pixels, as the small decoder does."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
 
 
 def line_art(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws the edges of an image as black lines on white, and fills its dark parts in half of the cases."""
+    """Draw the edges of an image as black lines on white, and fill its dark parts in half of the cases."""
     image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
     low, high = (np.asarray(image.filter(kind(3)), int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
     black = (high - low).max(axis=2) > rng.uniform(20, 80)
@@ -83,7 +83,7 @@ def line_art(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def turn(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rotates an image by up to 12 degrees and scales it by 0.85 to 1.15, filled with white."""
+    """Rotate an image by up to 12 degrees and scale it by 0.85 to 1.15, filled with white."""
     angle, scale, centre = np.deg2rad(rng.uniform(-12, 12)), 1 / rng.uniform(0.85, 1.15), (pixels.shape[0] - 1) / 2
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     matrix = (cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre)

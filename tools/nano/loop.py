@@ -40,7 +40,7 @@ class Step(nn.Cell):
 
 
 def learning_rates(peak: float, steps: int, warmup: int) -> list[float]:
-    """Returns the rates of a linear warm-up and a cosine decay to 1 % of the peak."""
+    """Return the rates of a linear warm-up and a cosine decay to 1 % of the peak."""
     return [
         peak * min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / steps)))
         for i in range(steps)
@@ -56,7 +56,7 @@ def train(
     settings: str = "",
     save_every: int = 200,
 ) -> None:
-    """Runs `steps` steps, and resumes from `folder`/state.safetensors if it exists.
+    """Run `steps` steps, and resume from `folder`/state.safetensors if it exists.
 
     Args:
         step: the training step.

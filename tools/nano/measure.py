@@ -45,14 +45,14 @@ MODELS = CONFIG.parents[1] / "models" / "nano"
 
 
 def thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """Reduces uint8 pixels (N, 64, 64, 3) to (N, 768): 16x16 RGB, each the mean of 4x4 pixels."""
+    """Reduce uint8 pixels (N, 64, 64, 3) to (N, 768): 16x16 RGB, each the mean of 4x4 pixels."""
     n, size = pixels.shape[:2]
     small = pixels.reshape(n, 16, size // 16, 16, size // 16, 3).astype(np.float64).mean(axis=(2, 4))
     return small.reshape(n, -1)
 
 
 def own_among_nearest(made: np.ndarray, real: np.ndarray, own: np.ndarray, nearest: int = 5) -> float:
-    """Returns the share of rows of `made` (N, D) whose own row of `real` (M, D) is among the `nearest` nearest.
+    """Return the share of rows of `made` (N, D) whose own row of `real` (M, D) is among the `nearest` nearest.
 
     own: (N,), the index of each row's own row of `real`.
     """
@@ -62,18 +62,18 @@ def own_among_nearest(made: np.ndarray, real: np.ndarray, own: np.ndarray, neare
 
 
 def mean_chroma(pixels: np.ndarray) -> float:
-    """Returns the mean of max(R, G, B) - min(R, G, B) of uint8 pixels (N, H, W, 3), from 0 to 1."""
+    """Return the mean of max(R, G, B) - min(R, G, B) of uint8 pixels (N, H, W, 3), from 0 to 1."""
     return float((pixels.max(axis=3).astype(np.float64) - pixels.min(axis=3)).mean() / 255.0)
 
 
 def nearer_than_another(made: np.ndarray, real: np.ndarray) -> float:
-    """Returns how often real[i] is nearer to made[i] than another real is, over all pairs of unit vectors (N, D)."""
+    """Return how often real[i] is nearer to made[i] than another real is, over all pairs of unit vectors (N, D)."""
     cosines = made @ real.T
     return float((np.diag(cosines)[:, None] > cosines).sum() / (len(made) * (len(made) - 1)))
 
 
 def grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None, zoom: int = 2) -> Image.Image:
-    """Arranges images in rows, with their captions below them if given."""
+    """Arrange images in rows, with their captions below them if given."""
     size, line = pixels.shape[1] * zoom, 14 if captions else 0
     rows = -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(args: Settings) -> None:
-    """Generates images, measures them, and writes the grid and the numbers."""
+    """Generate images, measure them, and write the grid and the numbers."""
     describe_progress(lambda: "before there was a result")
     setup_runtime("CPU")
     pipeline = Pipeline.from_checkpoint(args.models / "nano.safetensors", config=CONFIG)

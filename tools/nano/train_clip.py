@@ -101,7 +101,7 @@ class StylesLoss(nn.Cell):
 
 
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
-    """Returns how often a caption's own image is among the 5 nearest of its data set, as text."""
+    """Return how often a caption's own image is among the 5 nearest of its data set, as text."""
     lines = []
     for style, splits in (("emoji_noto", ("train", "test")), *((s, ("test",)) for s in STYLES)):
         images = [image for split in splits for image in read_images(style, split)]
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_clip(args: Settings) -> None:
-    """Trains, prints the report, and writes the weights."""
+    """Train, print the report, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     tokenizer = Tokenizer(config.pad_token)

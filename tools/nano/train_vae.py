@@ -72,13 +72,13 @@ class ReconstructionLoss(nn.Cell):
 
 
 def psnr(real: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Returns the PSNR of each image in decibels (N,), for uint8 pixels (N, H, W, 3)."""
+    """Return the PSNR of each image in decibels (N,), for uint8 pixels (N, H, W, 3)."""
     error = ((real.astype(np.float64) - made) ** 2).mean(axis=(1, 2, 3))
     return 10 * np.log10(255.0**2 / np.maximum(error, 1e-9))
 
 
 def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
-    """Runs a cell over images (N, ...) in batches of `size`. The last is filled up, so that one graph is compiled."""
+    """Run a cell over images (N, ...) in batches of `size`. The last is filled up, so that one graph is compiled."""
     out = []
     for first in range(0, len(images), size):
         part = images[first : first + size]
@@ -88,7 +88,7 @@ def in_batches(cell: nn.Cell, images: np.ndarray, size: int = 19) -> np.ndarray:
 
 
 def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalises each latent channel over `pixels`, keeping the reconstruction; returns the old mean and std."""
+    """Normalise each latent channel over `pixels`, keeping the reconstruction; return the old mean and std."""
     means = in_batches(VAEEncode(vae), to_network(pixels))[:, :z]
     mean, std = means.mean(axis=(0, 2, 3)), means.std(axis=(0, 2, 3))
     quant_weight, quant_bias = vae.quant_conv.weight.asnumpy().copy(), vae.quant_conv.bias.asnumpy().copy()
@@ -109,7 +109,7 @@ def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[
 
 
 def report(vae: AutoencoderKL) -> str:
-    """Returns the PSNR on the held-out images of each style, as text."""
+    """Return the PSNR on the held-out images of each style, as text."""
     lines = []
     for style in ("emoji_noto", *STYLES):
         real = np.stack([image.pixels for image in read_images(style, "test")])
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_vae(args: Settings) -> None:
-    """Trains, prints the report, and writes the weights."""
+    """Train, print the report, and write the weights."""
     setup_runtime("CPU", seed=args.seed)
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)

@@ -72,20 +72,20 @@ class Networks:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        """Returns text embeddings (N, 77, D): the last layer's output after the final norm."""
+        """Return text embeddings (N, 77, D): the last layer's output after the final norm."""
         tokens = torch.from_numpy(self.tokenizer.encode(texts).astype(np.int64))
         parts = [self.text_encoder(part).last_hidden_state for part in tokens.split(ENCODE_BATCH)]
         return torch.cat(parts)
 
     @torch.no_grad()
     def moments(self, images: np.ndarray) -> torch.Tensor:
-        """Returns mean and log variance (N, 2C, h, w) of the latents of images (N, 3, H, W) in [-1, 1]."""
+        """Return mean and log variance (N, 2C, h, w) of the latents of images (N, 3, H, W) in [-1, 1]."""
         distribution = self.vae.encode(torch.from_numpy(images)).latent_dist
         return torch.cat([distribution.mean, distribution.logvar], dim=1)
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """Loads the autoencoder of a diffusers folder.
+    """Load the autoencoder of a diffusers folder.
 
     The first convolution of diffusers' class is as wide as its first level. LDM's is `ch` wide whatever ch_mult begins
     with, as in the nano model. For such a file, layers of that width replace those of the class.
@@ -105,7 +105,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 
 def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None:
-    """Loads a LoRA file, whose keys begin with `prefix`, into the UNet."""
+    """Load a LoRA file, whose keys begin with `prefix`, into the UNet."""
     # Without use_safetensors, diffusers ignores the metadata of a .safetensors, which holds lora_alpha. All alphas
     # would be the rank, without a warning.
     unet.load_lora_adapter(path, prefix=prefix, adapter_name="default", use_safetensors=True)
@@ -115,7 +115,7 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 
 
 def train(job: dict) -> dict:
-    """Trains a LoRA as diffusers' train_text_to_image_lora.py does.
+    """Train a LoRA as diffusers' train_text_to_image_lora.py does.
 
     It starts from the LoRA job["lora"], or continues from the state that an interrupted run left in job["output"].
     """
@@ -178,7 +178,7 @@ def train(job: dict) -> dict:
 
 
 def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
-    """Writes everything that later steps depend on. Random draws need no state: they follow from the step."""
+    """Write everything that later steps depend on. Random draws need no state: they follow from the step."""
     with atomic_path(path) as temporary:
         torch.save(
             {"done": done, "trained": [parameter.data for parameter in trained], "optimizer": optimizer.state_dict()},
@@ -187,7 +187,7 @@ def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.o
 
 
 def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Loads what save_state wrote. Returns the number of steps done."""
+    """Load what save_state wrote. Returns the number of steps done."""
     state = torch.load(path, weights_only=True)
     for parameter, values in zip(trained, state["trained"]):
         parameter.data.copy_(values)
@@ -196,7 +196,7 @@ def load_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.o
 
 
 class Batches:
-    """Returns micro-batches (latents, noise, timesteps, text embeddings), the same as ldm.training.inputs.Inputs."""
+    """The micro-batches (latents, noise, timesteps, text embeddings), the same as ldm.training.inputs.Inputs."""
 
     def __init__(self, job: dict, networks: Networks):
         self.job, self.networks = job, networks
@@ -247,7 +247,7 @@ class Batches:
 
 
 def generate(job: dict) -> dict:
-    """Draws job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline and the LoRA, if any."""
+    """Draw job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline and the LoRA, if any."""
     networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     scheduler = DPMSolverMultistepScheduler.from_config(
         networks.schedule, algorithm_type="dpmsolver++", timestep_spacing="linspace"
@@ -289,7 +289,7 @@ def generate(job: dict) -> dict:
 
 
 def plot(job: dict) -> dict:
-    """Plots the losses of both sides for each seed, and below them their relative difference at each step."""
+    """Plot the losses of both sides for each seed, and below them their relative difference at each step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -320,7 +320,7 @@ def plot(job: dict) -> dict:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over the tenth of the curve that ends at each step, or over all steps before it."""
+    """Return the mean over the tenth of the curve that ends at each step, or over all steps before it."""
     window = max(1, len(values) // 10)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)

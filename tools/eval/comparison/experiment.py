@@ -69,16 +69,16 @@ class Experiment:
         self.base_hash = base_model_hash(self.base)
 
     def settings(self, seed: int) -> TrainSettings:
-        """Returns the settings of both trainings with a seed."""
+        """Return the settings of both trainings with a seed."""
         return read_recipe(self.args.train_config, self.flags, str(self.base), seed)
 
     def plan(self, settings: TrainSettings) -> RunPlan:
-        """Returns the length of both trainings."""
+        """Return the length of both trainings."""
         order = BatchOrder(len(self.rows), settings.train_batch_size, settings.seed)
         return make_plan(settings, order.steps_per_epoch)
 
     def recipe(self, settings: TrainSettings) -> dict[str, Any]:
-        """Returns what decides the trained weights, apart from the base model and the data."""
+        """Return what decides the trained weights, apart from the base model and the data."""
         rules = {field.name: field.metadata for field in fields(settings)}
         names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
         return {**{name: getattr(settings, name) for name in names}, "steps": self.plan(settings).steps}
@@ -94,16 +94,16 @@ class Experiment:
         return self.output / "held_out"
 
     def start_lora(self, seed: int) -> Path:
-        """The LoRA that both trainings with a seed start from."""
+        """Return the path of the LoRA that both trainings with a seed start from."""
         return self.output / f"seed{seed}" / "start" / "pytorch_lora_weights.safetensors"
 
     def images(self, folder: str) -> list[Path]:
-        """Returns the images in a folder below the output folder."""
+        """Return the images in a folder below the output folder."""
         return sorted((self.output / folder).glob("*.png"))
 
 
 def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> TrainSettings:
-    """Reads the settings of both trainings. Raises UserError for a setting that diffusers' LoRA training has not."""
+    """Read the settings of both trainings. Raises UserError for a setting that diffusers' LoRA training has not."""
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name in names_of(TrainSettings, set_by_comparison=True):
@@ -127,12 +127,12 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
 
 
 def training_folder(data: Path) -> Path:
-    """Returns `data` if it has an img_txt.csv, which chooses the rows to train on, else its train/."""
+    """Return `data` if it has an img_txt.csv, which chooses the rows to train on, else its train/."""
     return data if is_file(data / "img_txt.csv", "--data") else data / "train"
 
 
 def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[list[Row], list[str], list[Row]]:
-    """Reads the data of a comparison.
+    """Read the data of a comparison.
 
     Args:
         data: The folder with train/ and test/.
@@ -181,7 +181,7 @@ def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[l
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raises UserError for a model that diffusers' classes cannot represent."""
+    """Raise UserError for a model that diffusers' classes cannot represent."""
     if config.unet["channel_mult"][0] != 1:
         raise UserError(
             f"{config.path}: channel_mult must begin with 1, because diffusers' UNet begins with the width of its "

@@ -1,4 +1,4 @@
-"""Runs the scripts of this project, and jobs in the environment with PyTorch and diffusers."""
+"""Run the scripts of this project, and jobs in the environment with PyTorch and diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "matplo
 
 
 def run_command(*command: str) -> dict[str, float | None]:
-    """Runs a command and shows it as one would type it.
+    """Run a command and print it as a user would type it.
 
     Returns:
         Its "seconds" and its "peak_memory_mb".
@@ -44,7 +44,7 @@ def run_command(*command: str) -> dict[str, float | None]:
 
 
 def _peak_memory(pid: int) -> float | None:
-    """Returns the peak memory of a process in MB (VmHWM), None if the system does not report it.
+    """Return the peak memory of a process in MB (VmHWM), None if the system does not report it.
 
     The resource usage of a child would include the memory of this process, from which it was forked.
     """
@@ -57,7 +57,7 @@ def _peak_memory(pid: int) -> float | None:
 
 
 def script(name: str) -> str:
-    """Returns the path of a script of this project as one would type it."""
+    """Return the path of a script of this project as a user would type it."""
     return os.path.relpath(ROOT / name)
 
 
@@ -72,14 +72,14 @@ class Worker:
         self.python = python
 
     def run(self, command: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a job in a folder. Returns its result with its seconds and its peak memory."""
+        """Run a job in a folder. Returns its result with its seconds and its peak memory."""
         write_json(folder / "job.json", {**job, "output": str(folder), "result": str(folder / "result.json")})
         usage = run_command(str(self.python), script(WORKER), command, str(folder / "job.json"))
         return {**json.loads((folder / "result.json").read_text(encoding="utf-8")), **usage}
 
 
 def reference_python(path: str | None) -> Path:
-    """Returns the interpreter with PyTorch.
+    """Return the interpreter with PyTorch.
 
     Args:
         path: The interpreter. None for that of .venv-parity, which `make` builds if it is missing or outdated.

@@ -21,14 +21,14 @@ COLUMNS = (("fid", "FID", 1), ("kid", "KID x 1000", 1000), ("clip_score", "CLIP 
 
 
 def read_metrics(folder: Path) -> dict[str, list[float]]:
-    """Returns the columns of a run's metrics.csv, with one value per step."""
+    """Return the columns of a run's metrics.csv, with one value per step."""
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def compare_runs(ours: Mapping[str, Sequence[float]], diffusers: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Compares the metrics of two runs.
+    """Compare the metrics of two runs.
 
     Returns:
         The largest relative differences of a step's loss and gradient norm over the first EARLY_STEPS ("early"), that
@@ -57,12 +57,12 @@ def compare_runs(ours: Mapping[str, Sequence[float]], diffusers: Mapping[str, Se
 
 
 def seconds_per_step(metrics: Mapping[str, Sequence[float]]) -> float:
-    """Returns the median over the steps without the first, which compiles."""
+    """Return the median over the steps without the first, which compiles."""
     return float(np.median(metrics["seconds"][1:] or metrics["seconds"]))
 
 
 def markdown(table: Mapping[str, Any], command: str) -> str:
-    """Returns the results as a Markdown page: the scores, their differences between the sides, and the trainings."""
+    """Return the results as a Markdown page: the scores, their differences between the sides, and the trainings."""
     scores, seeds, recipe = table["scores"], table["seeds"], table["recipe"]
     base, data, sampling = table["base"], table["data"], table["sampling"]
     rows = [("base", ["base_"]), *((f"LoRA, seed {seed}", [f"seed{seed}/"]) for seed in seeds)]
@@ -151,7 +151,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(scores: Sequence[Mapping[str, float | None]], key: str, digits: int, factor: float, sign: str = "") -> str:
-    """Formats a score with its standard deviation: by bootstrap for one run, between the runs for several."""
+    """Format a score with its standard deviation: by bootstrap for one run, between the runs for several."""
     values = [value for run in scores if (value := run[key]) is not None]
     if len(values) < len(scores):
         return "-"
@@ -161,7 +161,7 @@ def _cell(scores: Sequence[Mapping[str, float | None]], key: str, digits: int, f
 
 
 def shown_command(argv: Sequence[str]) -> str:
-    """Returns the command for the report, with paths relative to the project, and without other folders."""
+    """Return the command for the report, with paths relative to the project, and without other folders."""
     parts = list(argv)
     for i in reversed([i for i, part in enumerate(parts) if part.partition("=")[0] == "--reference_python"]):
         del parts[i : i + (1 if "=" in parts[i] else 2)]

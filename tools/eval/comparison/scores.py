@@ -21,7 +21,7 @@ RESAMPLES = 200
 
 
 class Scores:
-    """Scores sets of images of the same prompts with the same networks. Standard deviations are over the prompts.
+    """Scores of sets of images of the same prompts, by the same networks. Standard deviations are over the prompts.
 
     Args:
         prompts: The prompts.
@@ -44,7 +44,7 @@ class Scores:
         self.pixels: dict[str, np.ndarray] = {}
 
     def add(self, name: str, files: Sequence[Path]) -> dict[str, float | None]:
-        """Scores a set: {"fid", "fid_std", "kid", "kid_std", "clip_score", "clip_score_std"}."""
+        """Score a set: {"fid", "fid_std", "kid", "kid_std", "clip_score", "clip_score_std"}."""
         if len(files) != self.count:
             raise UserError(f"{name} has {len(files)} images for {self.count} prompts: remove it and run again")
         self.clip_scores[name] = clip = self._clip_scores(files)
@@ -62,7 +62,7 @@ class Scores:
         return scores
 
     def difference(self, name: str, other: str) -> dict[str, float | None]:
-        """Returns the scores of `name` minus those of `other`.
+        """Return the scores of `name` minus those of `other`.
 
         The standard deviations are of the differences: the same prompts are drawn for both. "pixels" is the mean
         absolute difference of the images over pixels and channels, from 0 to 255.

@@ -27,7 +27,7 @@ class Ours:
         self.experiment = experiment
 
     def train(self, settings: TrainSettings, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Trains the LoRA. Returns its place, its hash, the seconds and the peak memory."""
+        """Train the LoRA. Returns its place, its hash, the seconds and the peak memory."""
         inputs = self.experiment
         usage = run_command(
             sys.executable, script("train_text_to_image.py"), "--train_config", inputs.args.train_config,
@@ -38,7 +38,7 @@ class Ours:
         return {**usage, **_lora_entry(folder, "ckpt/lora.ckpt")}
 
     def draw(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
-        """Returns the function that draws all held-out prompts into a folder."""
+        """Return the function that draws all held-out prompts into a folder."""
         inputs = self.experiment
 
         def draw(folder: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Diffusers:
         }
 
     def train(self, settings: TrainSettings, start: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Trains the LoRA. Returns its place, its hash, the seconds and the peak memory."""
+        """Train the LoRA. Returns its place, its hash, the seconds and the peak memory."""
         inputs = self.experiment
         plan = inputs.plan(settings)
         job = {
@@ -86,7 +86,7 @@ class Diffusers:
         return {**self.worker.run("train", folder, job), **_lora_entry(folder, "pytorch_lora_weights.safetensors")}
 
     def draw(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
-        """Returns the function that draws all held-out prompts into a folder."""
+        """Return the function that draws all held-out prompts into a folder."""
         inputs = self.experiment
         job = {
             **self.model,
@@ -106,7 +106,7 @@ class Diffusers:
 
 
 def write_start_lora(config: ModelConfig, settings: TrainSettings, path: Path) -> dict[str, Any]:
-    """Writes the untrained LoRA that both sides start from. Returns its hash and its number of parameters."""
+    """Write the untrained LoRA that both sides start from. Returns its hash and its number of parameters."""
     from ldm.lora.formats import write_lora
     from ldm.lora.inject import get_lora, inject_lora
     from ldm.models.stable_diffusion import build_model
@@ -121,7 +121,7 @@ def write_start_lora(config: ModelConfig, settings: TrainSettings, path: Path) -
 
 
 def write_diffusers_base(base: Path, config: ModelConfig, folder: Path) -> None:
-    """Writes the base model as a diffusers folder in fp32.
+    """Write the base model as a diffusers folder in fp32.
 
     Unlike `ldm.weights.convert.convert`, it accepts an autoencoder whose first convolution is narrower than diffusers'
     can be, like that of the nano model. diffusers_worker.py loads such a folder.

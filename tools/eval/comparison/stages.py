@@ -33,7 +33,7 @@ class Stages:
         work: Callable[[Path], dict[str, Any]],
         can_continue: bool = False,
     ) -> dict[str, Any]:
-        """Returns the result of `work(folder)`, from an earlier run if there is one.
+        """Return the result of `work(folder)`, from an earlier run if there is one.
 
         Args:
             name: The folder of the stage.
@@ -61,7 +61,7 @@ class Stages:
 
 
 def read_json_or_none(path: Path) -> Any:
-    """Returns the content of a JSON file that this script wrote, None if it is missing or incomplete."""
+    """Return the content of a JSON file that this script wrote, None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
