@@ -12,14 +12,14 @@ from ldm.diffusion.schedule import NoiseSchedule
 
 
 class Scaled(nn.Cell):
-    """A stand-in for the UNet: one weight, and a trace of the time step and the context in what it says."""
+    """A stand-in for the UNet: one weight, and an output that depends on the time step and the text embeddings."""
 
     def __init__(self):
         super().__init__()
         self.weight = ms.Parameter(ms.Tensor(np.float32(0.5)), name="weight")
 
-    def construct(self, latents, timesteps, context):
-        offset = ops.reshape(timesteps.astype(ms.float32) / 1000.0 + context[:, 0, 0], (-1, 1, 1, 1))
+    def construct(self, latents, timesteps, text_embeddings):
+        offset = ops.reshape(timesteps.astype(ms.float32) / 1000.0 + text_embeddings[:, 0, 0], (-1, 1, 1, 1))
         return self.weight * latents + ops.broadcast_to(offset, latents.shape)
 
 
@@ -33,17 +33,17 @@ def sample():
         "latents": rng.standard_normal((3, 4, 5, 6)).astype(np.float32),
         "noise": rng.standard_normal((3, 4, 5, 6)).astype(np.float32),
         "timesteps": np.array([0, 500, 999], np.int32),
-        "context": rng.standard_normal((3, 7, 2)).astype(np.float32),
+        "text_embeddings": rng.standard_normal((3, 7, 2)).astype(np.float32),
     }
 
 
 def expected_loss(sample, prediction_type, weight=0.5):
     abar = NoiseSchedule().alphas_cumprod[sample["timesteps"]].reshape(-1, 1, 1, 1)
     latents, noise = sample["latents"].astype(np.float64), sample["noise"].astype(np.float64)
-    noised = np.sqrt(abar) * latents + np.sqrt(1 - abar) * noise
-    offset = (sample["timesteps"] / 1000 + sample["context"][:, 0, 0]).reshape(-1, 1, 1, 1)
+    noisy_latents = np.sqrt(abar) * latents + np.sqrt(1 - abar) * noise
+    offset = (sample["timesteps"] / 1000 + sample["text_embeddings"][:, 0, 0]).reshape(-1, 1, 1, 1)
     target = noise if prediction_type == "epsilon" else np.sqrt(abar) * noise - np.sqrt(1 - abar) * latents
-    return np.mean((weight * noised + offset - target) ** 2)
+    return np.mean((weight * noisy_latents + offset - target) ** 2)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

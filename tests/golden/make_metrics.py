@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from ldm.models.clip import CLIPModel  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
-from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights  # noqa: E402
+from tests.metrics.named_networks import CLIP_ARGUMENTS, clip_weights, inception_weights  # noqa: E402
 from tests.metrics.odd_images import write_odd_images  # noqa: E402
 from tests.parity.fid_reference import reference_clip, reference_inception, reference_input  # noqa: E402
 
@@ -34,7 +34,7 @@ def answers() -> dict[str, np.ndarray]:
             found[f"input {name}"] = reference_input(path).reshape(-1)[::EVERY]
         given = torch.from_numpy((reference_input(paths["odd.png"])[None] + 1) / 2)
         found["features"] = reference_inception(inception_weights())(given)[0][0, :, 0, 0].numpy()
-        shapes = {name: tuple(p.shape) for name, p in CLIPModel(**CLIP_FORM).parameters_dict().items()}
+        shapes = {name: tuple(p.shape) for name, p in CLIPModel(**CLIP_ARGUMENTS).parameters_dict().items()}
         clip = reference_clip(clip_weights(shapes), "quick_gelu")
         images = np.random.RandomState(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
         output = clip(

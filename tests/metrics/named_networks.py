@@ -9,62 +9,43 @@ import numpy as np
 from ldm.weights.inception import published_modules
 from tests.named_weights import named_weight
 
-CLIP_FORM = {
-    "text": {"width": 32, "num_layers": 2, "num_heads": 2, "activation": "quick_gelu", "vocab_size": 49408},
-    "vision": {
-        "width": 48,
-        "num_layers": 2,
-        "num_heads": 3,
-        "patch_size": 8,
-        "image_size": 32,
-        "activation": "quick_gelu",
-    },
+CLIP_ARGUMENTS = {
+    "text": dict(width=32, num_layers=2, num_heads=2, activation="quick_gelu", vocab_size=49408),
+    "vision": dict(width=48, num_layers=2, num_heads=3, activation="quick_gelu", patch_size=8, image_size=32),
     "projection_dim": 24,
 }
 
 
 def inception_weights() -> dict[str, np.ndarray]:
-    """The published file's arrays: kernels that keep the size of what goes through them, statistics near (0, 1)."""
+    """Return the arrays of the published file: weights that keep the size of activations, statistics near (0, 1)."""
     arrays = {}
     for module, (_, shape) in published_modules().items():
         arrays[f"{module}.conv.weight"] = _uniform(f"{module}.conv.weight", shape, np.sqrt(6.0 / np.prod(shape[1:])))
-        for kind, middle, spread in (
-            ("weight", 1.0, 0.3),
-            ("bias", 0.0, 0.3),
-            ("running_mean", 0.0, 0.3),
-            ("running_var", 1.0, 0.4),
-        ):
+        middles_and_spreads = {"weight": (1, 0.3), "bias": (0, 0.3), "running_mean": (0, 0.3), "running_var": (1, 0.4)}
+        for kind, (middle, spread) in middles_and_spreads.items():
             name = f"{module}.bn.{kind}"
             arrays[name] = (middle + _uniform(name, shape[:1], spread)).astype(np.float32)
     return arrays
 
 
 def clip_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Canonical name -> array for the parameters of a CLIP."""
+    """Return name -> array for the parameters of a CLIP."""
     return {name: named_weight(name, shape) if shape else np.array(2.0, np.float32) for name, shape in shapes.items()}
 
 
 def mindone_inception(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same under the names of mindone's .ckpt."""
-    kinds = {
-        "bn.weight": "bn.gamma",
-        "bn.bias": "bn.beta",
-        "bn.running_mean": "bn.moving_mean",
-        "bn.running_var": "bn.moving_variance",
-        "conv.weight": "conv.weight",
-    }
-    return {
-        f"{theirs}.{kinds[kind]}": arrays[f"{ours}.{kind}"]
-        for ours, (theirs, _) in published_modules().items()
-        for kind in kinds
-    }
+    """Return the same arrays under the names of mindone's .ckpt."""
+    norm = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    kinds = {"conv.weight": "conv.weight", **{f"bn.{ours}": f"bn.{theirs}" for ours, theirs in norm.items()}}
+    modules = {ours: theirs for ours, (theirs, _) in published_modules().items()}
+    return {f"{theirs}.{kinds[kind]}": arrays[f"{ours}.{kind}"] for ours, theirs in modules.items() for kind in kinds}
 
 
 def openai_clip(arrays: dict[str, np.ndarray], mindone: bool = False) -> dict[str, np.ndarray]:
-    """A CLIP under the names of OpenAI's state dictionary, or of mindone's .ckpt."""
+    """Return a CLIP under the names of OpenAI's state dictionary, or of mindone's .ckpt."""
     found = {"context_length": np.array(77, np.int64)} if not mindone else {}
     for tower, ours, theirs in (("text", "text_model.", ""), ("vision", "vision_model.", "visual.")):
-        for i in range(CLIP_FORM[tower]["num_layers"]):
+        for i in range(CLIP_ARGUMENTS[tower]["num_layers"]):
             layer, block = f"{ours}encoder.layers.{i}.", f"{theirs}transformer.resblocks.{i}."
             for kind in ("weight", "bias"):
                 fused = np.concatenate([arrays[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"])

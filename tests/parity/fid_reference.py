@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.metrics.named_networks import CLIP_FORM
+from tests.metrics.named_networks import CLIP_ARGUMENTS
 
 
 def import_torchvision() -> None:
@@ -59,23 +59,23 @@ def reference_input(path: Path) -> np.ndarray:
 
 
 def reference_clip(arrays: Mapping[str, np.ndarray], activation: str) -> torch.nn.Module:
-    """transformers' CLIPModel of CLIP_FORM with these weights."""
+    """transformers' CLIPModel of CLIP_ARGUMENTS with these weights."""
     from transformers import CLIPConfig, CLIPModel
 
     towers = {}
     for name in ("text", "vision"):
-        tower = CLIP_FORM[name]
+        tower = CLIP_ARGUMENTS[name]
         towers[f"{name}_config"] = dict(
             hidden_size=tower["width"],
             intermediate_size=4 * tower["width"],
             num_hidden_layers=tower["num_layers"],
             num_attention_heads=tower["num_heads"],
             hidden_act=activation,
-            projection_dim=CLIP_FORM["projection_dim"],
+            projection_dim=CLIP_ARGUMENTS["projection_dim"],
         )
     towers["text_config"]["eos_token_id"] = 2  # as in the published files: pooled at the largest token
-    towers["vision_config"].update({key: CLIP_FORM["vision"][key] for key in ("image_size", "patch_size")})
-    network = CLIPModel(CLIPConfig(**towers, projection_dim=CLIP_FORM["projection_dim"])).eval()
+    towers["vision_config"].update({key: CLIP_ARGUMENTS["vision"][key] for key in ("image_size", "patch_size")})
+    network = CLIPModel(CLIPConfig(**towers, projection_dim=CLIP_ARGUMENTS["projection_dim"])).eval()
     missing, unexpected = network.load_state_dict(
         {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}, strict=False
     )

@@ -22,7 +22,7 @@ from ldm.metrics.networks import clip, inception
 from ldm.metrics.preprocessing import clip_input, inception_input
 from ldm.models.clip import CLIPModel
 from ldm.tokenizer import Tokenizer
-from tests.metrics.named_networks import CLIP_FORM, clip_weights, inception_weights
+from tests.metrics.named_networks import CLIP_ARGUMENTS, clip_weights, inception_weights
 from tests.metrics.odd_images import open_plain, write_odd_images
 from tests.parity.fid_reference import pytorch_fid, reference_clip, reference_inception, reference_input
 
@@ -89,7 +89,7 @@ def test_statistics_go_both_ways(tmp_path):
 
 @functools.cache
 def shapes() -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in CLIPModel(**CLIP_FORM).parameters_dict().items()}
+    return {name: tuple(p.shape) for name, p in CLIPModel(**CLIP_ARGUMENTS).parameters_dict().items()}
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

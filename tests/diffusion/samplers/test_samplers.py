@@ -65,7 +65,7 @@ def exact_output(image, schedule, prediction_type, x, timestep):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("name", "left_over"), [("dpm_solver_pp", 1e-4), ("dpm_solver", 0.12), ("ddim", 0.12)])
 def test_a_network_that_knows_the_image_leads_to_it(name, left_over, prediction_type):
-    """DPM-Solver++ ends on the image; the two others leave the noise of time step 0, a deviation of 0.029."""
+    """DPM-Solver++ ends on the image; the two others leave the noise of time step 0, with a std of 0.029."""
     schedule = NoiseSchedule()
     image = np.random.default_rng(1).standard_normal((1, 4, 5, 6)).astype(np.float32)
     denoise = partial(exact_output, image, schedule, prediction_type)
