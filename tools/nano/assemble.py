@@ -60,18 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def assemble(args: Settings) -> None:
     """Write the two files."""
-    base, _ = read_checkpoint(args.vae / "vae.safetensors")
+    model, _ = read_checkpoint(args.vae / "vae.safetensors")
     clip, _ = read_checkpoint(args.clip / "clip.safetensors")
-    base.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})
+    model.update({TEXT + name: array for name, array in clip.items() if name.startswith("text_model.")})
     if args.unet:
         unet, _ = read_checkpoint(args.unet)
-        base.update({name: array for name, array in unet.items() if name.startswith("model.diffusion_model.")})
+        model.update({name: array for name, array in unet.items() if name.startswith("model.diffusion_model.")})
     rest = {name: array for name, array in clip.items() if not name.startswith("text_model.")}
     metadata = {"architecture": "nano", "licence": "see NOTICE", "prediction_type": "v_prediction"}
-    for path, arrays in zip(FILES, (base, rest)):
-        write_checkpoint(args.output_path / path, half(arrays), metadata)
-        size = (args.output_path / path).stat().st_size
-        print(f"{args.output_path / path}: {len(arrays)} arrays, {size / 1e6:.1f} MB")
+    for name, arrays in zip(FILES, (model, rest)):
+        path = args.output_path / name
+        write_checkpoint(path, half(arrays), metadata)
+        print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

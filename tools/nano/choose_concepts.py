@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ldm.files.atomic import atomic_path
 from ldm.files.outputs import claim_all, claim_file
+from ldm.runtime.script import run_script
 from tools.nano.images import DATASETS, STYLES, categories, read_rows
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
@@ -76,4 +77,4 @@ def choose() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,9 +36,9 @@ def read_images(style: str, split: str) -> list[CaptionedImage]:
     ]
 
 
-def categories(style: str = "emoji_noto") -> dict[str, tuple[str, str]]:
-    """Return {file name: (category, subcategory)} from the data set's meta.csv."""
-    with open(DATASETS / style / "meta.csv", newline="", encoding="utf-8") as file:
+def categories() -> dict[str, tuple[str, str]]:
+    """Return {file name: (category, subcategory)} of the images of Noto."""
+    with open(DATASETS / "emoji_noto" / "meta.csv", newline="", encoding="utf-8") as file:
         return {row["file"]: (row["category"], row["subcategory"]) for row in csv.DictReader(file)}
 
 

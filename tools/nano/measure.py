@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from ldm.runtime.script import describe_progress, run_script, start_script
 
@@ -33,7 +33,8 @@ from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
-from ldm.metrics.networks import nano_clip  # noqa: E402
+from ldm.metrics.networks import NANO, nano_clip  # noqa: E402
+from ldm.metrics.report import write_json  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
@@ -41,14 +42,10 @@ from tools.grid import evenly  # noqa: E402
 from tools.nano.images import DATASETS, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
 
-MODELS = CONFIG.parents[1] / "models" / "nano"
-
 
 def thumbnails(pixels: np.ndarray) -> np.ndarray:
     """Reduce uint8 pixels (N, 64, 64, 3) to (N, 768): 16x16 RGB, each the mean of 4x4 pixels."""
-    n, size = pixels.shape[:2]
-    small = pixels.reshape(n, 16, size // 16, 16, size // 16, 3).astype(np.float64).mean(axis=(2, 4))
-    return small.reshape(n, -1)
+    return pixels.reshape(-1, 16, 4, 16, 4, 3).astype(np.float64).mean(axis=(2, 4)).reshape(len(pixels), -1)
 
 
 def own_among_nearest(made: np.ndarray, real: np.ndarray, own: np.ndarray, nearest: int = 5) -> float:
@@ -72,17 +69,16 @@ def nearer_than_another(made: np.ndarray, real: np.ndarray) -> float:
     return float((np.diag(cosines)[:, None] > cosines).sum() / (len(made) * (len(made) - 1)))
 
 
-def grid(pixels: np.ndarray, columns: int, captions: list[str] | None = None, zoom: int = 2) -> Image.Image:
-    """Arrange images in rows, with their captions below them if given."""
-    size, line = pixels.shape[1] * zoom, 14 if captions else 0
+def grid(pixels: np.ndarray, columns: int, captions: list[str]) -> Image.Image:
+    """Arrange images in rows, at twice their size and with their captions below them."""
+    size, line = 2 * pixels.shape[1], 14
     rows = -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(pixels):
         x, y = i % columns * (size + 4), i // columns * (size + line + 4)
         sheet.paste(Image.fromarray(image).resize((size, size), Image.LANCZOS), (x, y))
-        if captions:
-            draw.text((x + 2, y + size + 1), captions[i][: size // 6], fill="black")
+        draw.text((x + 2, y + size + 1), captions[i][: size // 6], fill="black")
     return sheet
 
 
@@ -91,7 +87,7 @@ class Settings:
     """The command line."""
 
     output_path: Path = setting(REQUIRED, "folder of the grid and measure.json", path=True)
-    models: Path = setting(MODELS, "folder of nano.safetensors and clip.safetensors", path=True)
+    models: Path = setting(NANO, "folder of nano.safetensors and clip.safetensors", path=True)
     lora_ckpt_path: Optional[Path] = setting(None, "a LoRA for emoji_fluent_hc", path=True)
     lora_scale: float = setting(1.0, "its strength")
     captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
@@ -115,10 +111,9 @@ def measure(args: Settings) -> None:
     sampling = Sampling(num_inference_steps=20, guidance_scale=args.scale, batch_size=20)
 
     def images_of(prompts: list[str]) -> np.ndarray:
-        made = pipeline.generate(prompts, sampling, args.seed)
-        return np.concatenate([batch.images for batch in made])
+        return np.concatenate([batch.images for batch in pipeline.generate(prompts, sampling, args.seed)])
 
-    result: dict[str, float | int | str] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
+    result: dict[str, Any] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
     if args.lora_ckpt_path is None:
         vae_report = report(pipeline.model.first_stage_model)
         print(vae_report)
@@ -146,14 +141,13 @@ def measure(args: Settings) -> None:
         features = clip.encode_pixels(real)
         result["nearer_base"] = nearer_than_another(clip.encode_pixels(base), features)
         result["nearer_lora"] = nearer_than_another(clip.encode_pixels(made), features)
-        some = evenly(len(captions), 24)
-        triples = np.stack([base[some], made[some], real[some]], axis=1).reshape(-1, 64, 64, 3)
-        sheet = grid(triples, 12, [text for i in some for text in (captions[i], "with LoRA", "real")])
+        shown = evenly(len(captions), 24)
+        triples = np.stack([base[shown], made[shown], real[shown]], axis=1).reshape(-1, 64, 64, 3)
+        sheet = grid(triples, 12, [text for i in shown for text in (captions[i], "with LoRA", "real")])
     print(json.dumps({name: value for name, value in result.items() if name != "autoencoder"}, indent=2))
     with atomic_path(args.output_path / "grid.png") as path:
         sheet.save(path)
-    with atomic_path(args.output_path / "measure.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output_path / "measure.json", result)
 
 
 if __name__ == "__main__":

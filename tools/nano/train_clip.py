@@ -39,11 +39,12 @@ from ldm.settings.declare import MAX_NETWORK_BATCH, MAX_SEED, REQUIRED, setting 
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.tokenizer.tokenizer import Tokenizer  # noqa: E402
-from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.images import STYLES, blur, line_art, read_images, shift, to_network, turn  # noqa: E402
-from tools.nano.loop import Step, learning_rates, train  # noqa: E402
+from tools.nano.loop import Step, learning_rates, load_parameters, train, write_results  # noqa: E402
 from tools.nano.measure import nearer_than_another  # noqa: E402
 from tools.nano.train_vae import CONFIG, in_batches  # noqa: E402
+
+WEIGHTS = "clip.safetensors"
 
 
 class ContrastiveLoss(nn.Cell):
@@ -138,8 +139,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
-    weights = args.output_path / "clip.safetensors"
-    with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
+    with claim_folder(args.output_path, "--output_path"), claim_file(args.output_path / WEIGHTS, "--output_path"):
         train_clip(args)
 
 
@@ -182,9 +182,7 @@ def train_clip(args: Settings) -> None:
         return line_art(image, rng) if rng.random() < 0.6 else image
 
     if args.image_tower_only:
-        arrays, _ = read_checkpoint(args.image_tower_only / "clip.safetensors")
-        for name, parameter in parameters.items():
-            parameter.set_data(Tensor(arrays[name]))
+        load_parameters(parameters, args.image_tower_only / WEIGHTS)
         text_features = in_batches(TextFeatures(clip), np.stack([tokens[caption][0] for caption in captions]), 96)
         loss, batch = StylesLoss(clip, args.batch_size), batch_of_styles
         trainable = [p for name, p in parameters.items() if name.startswith(("vision_model.", "visual_projection."))]
@@ -192,15 +190,12 @@ def train_clip(args: Settings) -> None:
         loss = ContrastiveLoss(clip, args.batch_size)
         trainable = [p for p in clip.trainable_params() if p is not clip.logit_scale]
     step = Step(loss, trainable, learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
-    settings = f"batch {args.batch_size}, seed {args.seed}" + (
-        f", image tower of {args.image_tower_only}" if args.image_tower_only else ""
-    )
+    settings = f"batch {args.batch_size}, seed {args.seed}"
+    if args.image_tower_only:
+        settings += f", image tower of {args.image_tower_only}"
     train(step, batch, args.steps, args.output_path, ("loss", "right"), settings, save_every=100)
     clip.set_train(False)
-    text = report(clip, tokenizer)
-    print(text)
-    (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
-    write_checkpoint(args.output_path / "clip.safetensors", {name: p.asnumpy() for name, p in parameters.items()})
+    write_results(args.output_path / WEIGHTS, parameters, report(clip, tokenizer))
 
 
 if __name__ == "__main__":

@@ -27,18 +27,17 @@ import numpy as np  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
 
 from ldm.data.draws import draws  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.declare import MAX_NETWORK_BATCH, MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from tools.nano.images import STYLES, read_images, shift, to_network, to_pixels, vary_colours  # noqa: E402
-from tools.nano.loop import Step, learning_rates, train  # noqa: E402
+from tools.nano.loop import Step, learning_rates, load_parameters, train, write_results  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nano.yaml"
+WEIGHTS, PREFIX = "vae.safetensors", "first_stage_model."
 
 
 class ReconstructionLoss(nn.Cell):
@@ -59,9 +58,8 @@ class ReconstructionLoss(nn.Cell):
         kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
         error = self.vae.decode(mean + ops.exp(0.5 * logvar) * eps) - images
         l1, mse = error.abs().mean(), (error * error).mean()
-        edges = (error[:, :, 1:] - error[:, :, :-1]).abs().mean() + (
-            error[:, :, :, 1:] - error[:, :, :, :-1]
-        ).abs().mean()
+        rows, columns = error[:, :, 1:] - error[:, :, :-1], error[:, :, :, 1:] - error[:, :, :, :-1]
+        edges = rows.abs().mean() + columns.abs().mean()
         colour = (error[:, :2] - error[:, 1:]).abs().mean()
         loss = l1 + 2.0 * mse + 0.5 * edges + 0.5 * colour
         if self.decoder_only:  # the mean PSNR averages the logarithms of the images' errors
@@ -91,19 +89,15 @@ def fold_normalisation(vae: AutoencoderKL, pixels: np.ndarray, z: int) -> tuple[
     """Normalise each latent channel over `pixels`, keeping the reconstruction; return the old mean and std."""
     means = in_batches(VAEEncode(vae), to_network(pixels))[:, :z]
     mean, std = means.mean(axis=(0, 2, 3)), means.std(axis=(0, 2, 3))
-    quant_weight, quant_bias = vae.quant_conv.weight.asnumpy().copy(), vae.quant_conv.bias.asnumpy().copy()
+    layers = (vae.quant_conv, vae.post_quant_conv)
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    quant_weight, quant_bias, post_weight, post_bias = (parameter.asnumpy().copy() for parameter in parameters)
     quant_weight[:z] /= std.reshape(-1, 1, 1, 1)
     quant_bias[:z] = (quant_bias[:z] - mean) / std
     quant_bias[z:] -= 2 * np.log(std)
-    post_weight, post_bias = vae.post_quant_conv.weight.asnumpy().copy(), vae.post_quant_conv.bias.asnumpy().copy()
     post_bias += (post_weight[:, :, 0, 0] * mean).sum(axis=1)
     post_weight *= std.reshape(1, -1, 1, 1)
-    for parameter, array in (
-        (vae.quant_conv.weight, quant_weight),
-        (vae.quant_conv.bias, quant_bias),
-        (vae.post_quant_conv.weight, post_weight),
-        (vae.post_quant_conv.bias, post_bias),
-    ):
+    for parameter, array in zip(parameters, (quant_weight, quant_bias, post_weight, post_bias)):
         parameter.set_data(Tensor(array))
     return mean, std
 
@@ -126,7 +120,7 @@ class Settings:
     steps: int = setting(3000, "optimizer steps", low=1, high=10_000_000)
     batch_size: int = setting(16, "images in a step", low=1, high=MAX_NETWORK_BATCH)
     learning_rate: float = setting(2e-3, "learning rate", low=0)
-    kl_weight: float = setting(1e-4, "weight of the KL divergence in the loss", low=0)
+    kl_weight: float = setting(1e-4, "factor of the KL divergence in the loss", low=0)
     seed: int = setting(1, "seed of the weights and the batches", low=0, high=MAX_SEED)
     decoder_only: Optional[Path] = setting(
         None, "folder of a finished run, whose decoder is trained further", path=True
@@ -135,8 +129,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
-    weights = args.output_path / "vae.safetensors"
-    with claim_folder(args.output_path, "--output_path"), claim_file(weights, "--output_path"):
+    with claim_folder(args.output_path, "--output_path"), claim_file(args.output_path / WEIGHTS, "--output_path"):
         train_vae(args)
 
 
@@ -146,17 +139,10 @@ def train_vae(args: Settings) -> None:
     config = load_model_config(CONFIG)
     vae = AutoencoderKL(**config.vae)
     parameters = vae.parameters_dict()  # before the optimizer prefixes their names
+    trainable = list(parameters.values())
     if args.decoder_only:
-        arrays, _ = read_checkpoint(args.decoder_only / "vae.safetensors")
-        for name, parameter in parameters.items():
-            parameter.set_data(Tensor(arrays["first_stage_model." + name]))
-    trainable = [
-        p
-        for name, p in parameters.items()
-        if not args.decoder_only or name.startswith(("decoder.", "post_quant_conv."))
-    ]
-    if not trainable:
-        raise UserError("this autoencoder has no trainable parameters: choose another configuration")
+        load_parameters(parameters, args.decoder_only / WEIGHTS, PREFIX)
+        trainable = [p for name, p in parameters.items() if name.startswith(("decoder.", "post_quant_conv."))]
     pixels = np.stack([p.pixels for style in ("emoji_noto", *STYLES) for p in read_images(style, "train")])
     side = config.image_size // config.vae_factor
 
@@ -181,13 +167,7 @@ def train_vae(args: Settings) -> None:
     if not args.decoder_only:
         mean, std = fold_normalisation(vae, pixels[::3], config.latent_channels)
         text = f"latents before folding: mean {mean.round(3).tolist()}, std {std.round(3).tolist()}\n"
-    text += report(vae)
-    print(text)
-    (args.output_path / "report.txt").write_text(text + "\n", encoding="utf-8")
-    write_checkpoint(
-        args.output_path / "vae.safetensors",
-        {"first_stage_model." + name: p.asnumpy() for name, p in parameters.items()},
-    )
+    write_results(args.output_path / WEIGHTS, parameters, text + report(vae), PREFIX)
 
 
 if __name__ == "__main__":
