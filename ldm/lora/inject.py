@@ -15,7 +15,7 @@ from ldm.lora.layers import HardLoRAConv2d, LoRACell, LoRAConv2d, LoRALinear
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.lora.target_layers import find_target_layers
-from ldm.models.layers import Linear
+from ldm.models.layers import Conv2d, Linear
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import COMPONENTS, same_up_to_1x1
 
@@ -196,17 +196,19 @@ def assert_trainable(model: nn.Cell, names: Iterable[str], trained_base: Iterabl
         )
 
 
-def _lora_cell(base: nn.Cell, name: str, layer: LayerSpec, spec: LoRASpec, key: Parameter | None) -> LoRACell:
+def _lora_cell(base: Linear | Conv2d, name: str, layer: LayerSpec, spec: LoRASpec, key: Parameter | None) -> LoRACell:
     """Build the LoRA layer for `base`. `key` is the model's dropout key."""
     shape = (layer.rank, *base.weight.shape[1:])
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     down = np.random.default_rng([spec.seed, zlib.crc32(name.encode())]).uniform(-bound, bound, shape)
+    if isinstance(base, Linear):
+        cell_type: type[LoRACell] = LoRALinear
+    elif layer.hard:
+        cell_type, down = HardLoRAConv2d, down.reshape(layer.rank, -1)
+    else:
+        cell_type = LoRAConv2d
     alpha = layer.rank if layer.alpha is None else layer.alpha
-    if layer.hard and not isinstance(base, Linear):
-        matrix = down.reshape(layer.rank, -1)
-        return HardLoRAConv2d(base, matrix, name, alpha, layer.scale, spec.fp16, layer.trainable_scale)
     dropout = StepDropout(layer.dropout, name, key) if layer.dropout else None
-    cell_type = LoRALinear if isinstance(base, Linear) else LoRAConv2d
     return cell_type(base, down, name, alpha, layer.scale, spec.fp16, layer.trainable_scale, dropout)
 
 

@@ -17,7 +17,7 @@ from ldm.ops import cast, conv2d, identity, shared_cell
 
 
 class Factor(nn.Cell):
-    """Holds one factor as `weight`, fp32 and trainable. `name` is the parameter's full name."""
+    """One factor as `weight`, fp32 and trainable. `name` is the parameter's full name."""
 
     def __init__(self, array: np.ndarray, name: str):
         super().__init__()
@@ -25,31 +25,29 @@ class Factor(nn.Cell):
 
 
 class LoRACell(nn.Cell):
-    """The parameters of a layer with a LoRA. `up` starts at zero, so that the output is the base's until it is trained.
+    """Superclass of the layers with a LoRA. `up` starts at zero, so the output is the base layer's until it is trained.
 
     Args:
         base: The layer to replace.
         down: Initial values of the factor down.
-        up_shape: Shape of the factor up.
         name: Full name of the layer.
         alpha: The update is multiplied by alpha / rank.
         scale: The update is also multiplied by this.
-        fp16: Compute the update in the base's type instead of always in fp32.
+        fp16: Compute the update in the base layer's type instead of always in fp32.
         trainable_scale: Train the scale, starting from `scale`.
-        dropout: Dropout on the input of the update.
+        dropout: Dropout on the input of the update. HardLoRAConv2d has no such input.
     """
 
     def __init__(
         self,
-        base: nn.Cell,
+        base: Linear | Conv2d,
         down: np.ndarray,
-        up_shape: tuple[int, ...],
         name: str,
         alpha: float,
-        scale: float,
-        fp16: bool,
-        trainable_scale: bool,
-        dropout: StepDropout | None,
+        scale: float = 1.0,
+        fp16: bool = True,
+        trainable_scale: bool = False,
+        dropout: StepDropout | None = None,
     ):
         super().__init__()
         self.name, self.rank, self.alpha, self.scale, self.fp16 = name, len(down), float(alpha), float(scale), fp16
@@ -59,8 +57,9 @@ class LoRACell(nn.Cell):
         self.insert_child_to_cell("base", base)
         for key, parameter in base.parameters_and_names(expand=False):
             self.insert_param_to_cell(key, parameter)  # so that its place in the model still agrees with its name
+        up = np.zeros((base.out_channels, self.rank, *(1,) * (down.ndim - 2)))
         self.insert_child_to_cell("lora_down", Factor(down, f"{name}.lora_down.weight"))
-        self.insert_child_to_cell("lora_up", Factor(np.zeros(up_shape), f"{name}.lora_up.weight"))
+        self.insert_child_to_cell("lora_up", Factor(up, f"{name}.lora_up.weight"))
         if trainable_scale:
             start = Tensor(np.array([scale], np.float32))
             self.insert_param_to_cell("lora_scale", Parameter(start, name=f"{name}.lora_scale"))
@@ -68,6 +67,11 @@ class LoRACell(nn.Cell):
             self.lora_scale = None
         self.insert_child_to_cell("lora_dropout", dropout or identity())
         self.set_train(base.training)
+        self.create_operators()
+
+    def create_operators(self) -> None:
+        """Create the operators that `construct` calls."""
+        raise NotImplementedError
 
     def lora_parameters(self) -> list[Parameter]:
         """Return the parameters that are trained: both factors, and the scale if it is trainable."""
@@ -104,19 +108,7 @@ class LoRALinear(LoRACell):
     down is (rank, in) and up is (out, rank). See LoRACell for the arguments.
     """
 
-    def __init__(
-        self,
-        base: Linear,
-        down: np.ndarray,
-        name: str,
-        alpha: float,
-        scale: float = 1.0,
-        fp16: bool = True,
-        trainable_scale: bool = False,
-        dropout: StepDropout | None = None,
-    ):
-        up_shape = (base.out_channels, len(down))
-        super().__init__(base, down, up_shape, name, alpha, scale, fp16, trainable_scale, dropout)
+    def create_operators(self) -> None:
         self.update = shared_cell(LowRankUpdate)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -139,21 +131,9 @@ class LoRAConv2d(LoRACell):
     as well, which no single kernel could replace. See LoRACell for the arguments.
     """
 
-    def __init__(
-        self,
-        base: Conv2d,
-        down: np.ndarray,
-        name: str,
-        alpha: float,
-        scale: float = 1.0,
-        fp16: bool = True,
-        trainable_scale: bool = False,
-        dropout: StepDropout | None = None,
-    ):
-        rank = len(down)
-        up_shape = (base.out_channels, rank, 1, 1)
-        super().__init__(base, down, up_shape, name, alpha, scale, fp16, trainable_scale, dropout)
-        self.conv_down = conv2d(rank, base.kernel_size, base.stride, base.padding, has_bias=False)
+    def create_operators(self) -> None:
+        base = self.base
+        self.conv_down = conv2d(self.rank, base.kernel_size, base.stride, base.padding, has_bias=False)
         self.conv_up = ops.Conv2D(base.out_channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -174,17 +154,7 @@ class HardLoRAConv2d(LoRACell):
     in fp32. See LoRACell for the arguments.
     """
 
-    def __init__(
-        self,
-        base: Conv2d,
-        down: np.ndarray,
-        name: str,
-        alpha: float,
-        scale: float = 1.0,
-        fp16: bool = True,
-        trainable_scale: bool = False,
-    ):
-        super().__init__(base, down, (base.out_channels, len(down)), name, alpha, scale, fp16, trainable_scale, None)
+    def create_operators(self) -> None:
         self.matmul = ops.MatMul()
 
     def construct(self, x: Tensor) -> Tensor:

@@ -100,9 +100,6 @@ class LoRA:
         layers = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         return LoRA(layers, dict(self.metadata))
 
-    def has(self, component: str) -> bool:
-        return any(name.startswith(COMPONENTS[component]) for name in self.layers)
-
     def ranks(self) -> list[int]:
         """Return the distinct ranks of the layers, ascending."""
         return sorted({layer.rank for layer in self.layers.values()})

@@ -19,17 +19,17 @@ LARGEST_FP16 = 65504.0
 
 @dataclass
 class LoRAMatch:
-    """How the layers of a LoRA fit a model, by component ("unet", "vae", "text_encoder" or "other").
+    """How the layers of a LoRA fit a model.
 
     Attributes:
         matched: Names of the layers that the model has in the same shape.
         unmatched: Names of the layers that the model does not have.
-        wrong_shape: (name, shape in the LoRA, shape in the model) of the layers that have another shape.
+        wrong_shape: Name -> (shape in the LoRA, shape in the model) of the layers that have another shape.
     """
 
-    matched: dict[str, list[str]] = field(default_factory=dict)
-    unmatched: dict[str, list[str]] = field(default_factory=dict)
-    wrong_shape: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+    matched: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -37,36 +37,35 @@ class LoRAMatch:
 
     def require(self, path: str) -> None:
         """Raise UserError unless every layer fits. `path` names the LoRA in the error."""
-        if not self.ok:
-            raise UserError(self._mismatch(path))
-
-    def _mismatch(self, path: str) -> str:
-        """Say in one line why the LoRA does not fit, with counts by component and an example."""
         if not (self.matched or self.unmatched or self.wrong_shape):
-            return f"{path} holds no layers: there is nothing to merge"
-        example = ""
-        for wrong in self.wrong_shape.values():
-            name, shape, wanted = wrong[0]
+            raise UserError(f"{path} holds no layers: there is nothing to merge")
+        if not self.ok:
+            what = "does not fit the model" if self.matched else "matches nothing in the model"
+            raise UserError(f"{path} {what} ({self}; {self._example()})")
+
+    def _example(self) -> str:
+        """Return what a layer that does not fit tells about the models, or the layer itself."""
+        for name, (shape, wanted) in self.wrong_shape.items():
             if name.endswith(("attn2.to_k", "attn2.to_v")) and shape[1] != wanted[1]:
-                lora_is, model_is = version_of_width(shape[1]), version_of_width(wanted[1])
-                example = f"; it was made for {lora_is}, not for {model_is}"
-                break
-            example = example or f"; for example {name} is {shape}, wanted {wanted}"
-        if not example and self.unmatched:
-            example = f"; for example {next(iter(self.unmatched.values()))[0]} is not in the model"
-        what = "does not fit the model" if self.matched else "matches nothing in the model"
-        return f"{path} {what} ({self}{example})"
+                return f"it was made for {version_of_width(shape[1])}, not for {version_of_width(wanted[1])}"
+        for name, (shape, wanted) in self.wrong_shape.items():
+            return f"for example {name} is {shape}, wanted {wanted}"
+        return f"for example {self.unmatched[0]} is not in the model"
 
     def __str__(self) -> str:
         parts = []
         for component, label in LABELS.items():
-            counts = (
-                (len(self.matched.get(component, ())), "matched"),
-                (len(self.unmatched.get(component, ())), "unmatched"),
-                (len(self.wrong_shape.get(component, ())), "of a wrong shape"),
-            )
-            if any(count for count, _ in counts):
-                parts.append(f"{label}: " + ", ".join(f"{count} {what}" for count, what in counts if count))
+            counts = [
+                f"{count} {what}"
+                for names, what in (
+                    (self.matched, "matched"),
+                    (self.unmatched, "unmatched"),
+                    (self.wrong_shape, "of a wrong shape"),
+                )
+                if (count := sum(component_of(name) == component for name in names))
+            ]
+            if counts:
+                parts.append(f"{label}: {', '.join(counts)}")
         return "; ".join(parts) or "no layers"
 
 
@@ -79,14 +78,13 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch
     """Compare the layers of `lora` with a model given as parameter name -> shape."""
     match = LoRAMatch()
     for name, layer in lora.layers.items():
-        component = component_of(name)
         wanted = shapes.get(f"{name}.weight")
         if wanted is None:
-            match.unmatched.setdefault(component, []).append(name)
+            match.unmatched.append(name)
         elif same_up_to_1x1(layer.shape, wanted):  # SD1 has 1x1 convolutions where SD2 has linear layers
-            match.matched.setdefault(component, []).append(name)
+            match.matched.append(name)
         else:
-            match.wrong_shape.setdefault(component, []).append((name, layer.shape, wanted))
+            match.wrong_shape[name] = (layer.shape, wanted)
     return match
 
 

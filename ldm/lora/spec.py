@@ -97,7 +97,7 @@ class LoRASpec:
     trainable_model: bool = False
 
     def with_config(self, config: str | Path | Mapping[str, Any]) -> LoRASpec:
-        """Returns this spec with the modules of a configuration.
+        """Return this spec with the modules of a configuration.
 
         Args:
             config: The path of a JSON or YAML file, or its content. Its entries take what they leave out from this
@@ -122,7 +122,7 @@ class LoRASpec:
         return replace(self, modules=modules, **read_mapping(_ConfigFile, content, source, ignore_unknown=True))
 
     def layer_specs(self) -> dict[str, LayerSpec]:
-        """Returns name or pattern -> LayerSpec. The last one that matches a layer is used.
+        """Return name or pattern -> LayerSpec. The last one that matches a layer is used.
 
         Raises:
             UserError: A value is of a wrong type or out of range, or nothing is chosen.
@@ -148,7 +148,7 @@ class LoRASpec:
         return {name: layer for entry in self.target_list() for name in TARGETS.get(entry, (entry,))}
 
     def target_list(self) -> tuple[str, ...]:
-        """Returns the targets, a single one as well, as a tuple."""
+        """Return the targets as a tuple, even a single one."""
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
     def _layer_spec(self) -> LayerSpec:
@@ -156,7 +156,7 @@ class LoRASpec:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Returns whether a pattern matches the name of a layer or its last dotted parts."""
+    """Return whether a pattern matches the name of a layer or its last dotted parts."""
     return bool(_pattern(pattern).match(f".{name}"))
 
 
@@ -168,14 +168,14 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 
 def near_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Returns up to three names, or ends of names, that are similar to `pattern`."""
+    """Return up to three names, or ends of names, that are similar to `pattern`."""
     parts = pattern.count(".") + 1
     ends = {".".join(name.split(".")[-length:]) for name in names for length in range(1, parts + 1)}
     return difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
 
 
 def _check_names(names: Iterable[Any], where: str) -> None:
-    """Raises UserError for more names than a model has layers, or longer ones."""
+    """Raise UserError for more names than a model has layers, or longer ones."""
     names = list(names)
     if len(names) > MAX_NAMES:
         raise UserError(f"{where} holds {len(names):,} names, at most {MAX_NAMES:,} are read: use * for several")
@@ -188,7 +188,7 @@ def _check_names(names: Iterable[Any], where: str) -> None:
 
 
 def _check(layer: LayerSpec, prefix: str) -> None:
-    """Raises UserError for a value that is not allowed. `prefix` stands before its name."""
+    """Raise UserError for a value that is not allowed. `prefix` stands before its name."""
     check_values(layer, prefix)
     if 0 < abs(layer.scale) < 1 / LARGEST:
         raise UserError(f"{prefix}scale: {layer.scale:g} is not allowed: 0, or at least {1 / LARGEST:g} (1 is usual)")

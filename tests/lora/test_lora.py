@@ -35,8 +35,8 @@ class TestLoRA:
         lora = get_lora(small_net)
         unet, text = lora.only("unet"), lora.only("text_encoder")
         assert len(unet.layers) == 8 and list(text.layers) == [f"{TEXT}q_proj"]
-        assert lora.has("unet") and lora.has("text_encoder")
-        assert not unet.has("text_encoder") and not text.only("unet").layers
+        assert len(unet.layers) + len(text.layers) == len(lora.layers)
+        assert not unet.only("text_encoder").layers and not text.only("unet").layers
         assert "UNet: 8 layers, text encoder: 1 layers; rank 2; alpha 2" in str(lora)
 
 

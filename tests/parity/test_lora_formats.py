@@ -161,7 +161,9 @@ class TestWrittenThere:
         reference = case.reference(unet, text)
         maker.save_diffusers(reference, tmp_path)
         state = read_lora(tmp_path, case.config)
-        assert detect_format(tmp_path) == "diffusers" and state.has("unet") and state.has("text_encoder")
+        assert (
+            detect_format(tmp_path) == "diffusers" and state.only("unet").layers and state.only("text_encoder").layers
+        )
         case.agree(case.ours(state), reference)
 
     def test_peft_folders(self, case, tmp_path):

@@ -25,11 +25,11 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import under_root  # noqa: E402
+from ldm.lora.claims import claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases  # noqa: E402
 from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
-from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
@@ -105,8 +105,7 @@ def inspect_lora(settings: Settings) -> tuple[ModelConfig | None, LoRA]:
 
 def table(lora: LoRA, base: BaseModules) -> str:
     """Return a table with a line for each kind of layer of each component."""
-    zeros, match = set(lora.zero_layers()), match_shapes(base.shapes, lora)
-    matched = {name for names in match.matched.values() for name in names}
+    zeros, matched = set(lora.zero_layers()), set(match_shapes(base.shapes, lora).matched)
     rows: dict[tuple[str, str], dict[str, LoRALayer]] = {}
     for module in base.modules:
         if module.name in lora.layers:

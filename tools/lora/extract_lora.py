@@ -23,9 +23,9 @@ if __name__ == "__main__":
     start_script()
 
 from ldm.lora.algebra import check_cut  # noqa: E402
+from ldm.lora.claims import claim_lora  # noqa: E402
 from ldm.lora.extract import extract_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, write_lora  # noqa: E402
-from ldm.lora.targets import claim_lora  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 

@@ -28,7 +28,6 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.inputs import is_there
 from ldm.lora.formats.factors import (
-    base_metadata,
     check_pair,
     fold_alpha,
     open_lora,
@@ -167,7 +166,7 @@ def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
     """Write a .safetensors. Raises UserError for layers in no class (the UNet's first and last convolution)."""
-    arrays, metadata = {}, base_metadata(lora.metadata)
+    arrays, metadata = {}, dict(lora.metadata)
     for component, (classes, row) in _rows_to_write(path, lora, base).items():
         metadata[component] = json.dumps(classes)
         for i, layer in enumerate(row):

@@ -25,9 +25,9 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.files.documents import parse_json
-from ldm.lora.formats.factors import base_metadata, by_component, fold_alpha, write_factors
+from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
-from ldm.lora.formats.lora_config import LoraConfig
+from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
@@ -92,9 +92,9 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
             written = layer if name == "diffusers" else fold_alpha(layer)
             down, up = _keys(component, module, name, path)
             arrays[down], arrays[up] = written.down, written.up
-        config = LoraConfig.from_layers(layers, base.of_component(component))
-        configs.update({f"{component}.{key}": value for key, value in config.to_dict().items()})
-    metadata = {"format": "pt", **base_metadata(lora.metadata)}
+        settings = settings_of(layers, base.of_component(component))
+        configs.update({f"{component}.{key}": value for key, value in settings.items()})
+    metadata = {"format": "pt", **lora.metadata}
     if name == "diffusers":
         metadata[METADATA] = json.dumps(configs, sort_keys=True)
     write_factors(path, arrays, metadata, dtype)

@@ -84,7 +84,7 @@ def read_factors(checkpoint: Checkpoint, name: str, down: str, up: str, alpha: f
         UserError: The factors are no pair, are integers, or have an absurd rank. No array is read then.
     """
     factors_shape(checkpoint, name, down, up)
-    return make_layer(checkpoint.path, name, checkpoint[down], checkpoint[up], alpha)
+    return make_layer(checkpoint[down], checkpoint[up], alpha)
 
 
 def factors_shape(checkpoint: Checkpoint, name: str, down: str, up: str) -> tuple[int, ...]:
@@ -135,14 +135,10 @@ def read_number(checkpoint: Checkpoint, name: str, key: str) -> float:
     return float(checkpoint[key].reshape(()))
 
 
-def make_layer(path: Path, name: str, down: np.ndarray, up: np.ndarray, alpha: float | None = None) -> LoRALayer:
-    """Make a layer of fp32 factors. Raises UserError for factors that are no pair. `alpha` None stands for the rank."""
+def make_layer(down: np.ndarray, up: np.ndarray, alpha: float | None = None) -> LoRALayer:
+    """Make a layer with fp32 factors. An `alpha` of None stands for the rank."""
     with np.errstate(over="ignore"):  # read_lora checks for values that are not finite
-        down, up = down.astype(np.float32), up.astype(np.float32)
-    try:
-        return LoRALayer(down, up, float(down.shape[0] if alpha is None else alpha))
-    except ValueError as error:
-        raise UserError(f"{path}: {plain(name)}: {plain(error)}") from None
+        return LoRALayer(down.astype(np.float32), up.astype(np.float32), float(len(down) if alpha is None else alpha))
 
 
 def reshape_layer(layer: LoRALayer, shape: tuple[int, ...]) -> LoRALayer:
@@ -188,11 +184,6 @@ def to_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     if not np.isfinite(half).all():
         raise UserError(f"{name} goes up to {np.abs(array).max():.3g}, fp16 ends at 65504: write --dtype fp32 or bf16")
     return half
-
-
-def base_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of a file's or a LoRA's metadata that describes the base model."""
-    return {key: metadata[key] for key in ("architecture", "prediction_type") if key in metadata}
 
 
 def by_component(lora: LoRA, base: BaseModules) -> dict[str, dict[str, LoRALayer]]:

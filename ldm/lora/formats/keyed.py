@@ -188,7 +188,7 @@ def _layer(checkpoint: Checkpoint, name: str, keys: Mapping[str, str], alpha: Al
         with np.errstate(over="ignore", invalid="ignore"):
             down = np.einsum("rskl,si->rikl", mid.astype(np.float32), matrix.astype(np.float32))
     value = read_number(checkpoint, name, keys["alpha"]) if "alpha" in keys else alpha(name, len(down))
-    return make_layer(checkpoint.path, name, down, up, value)
+    return make_layer(down, up, value)
 
 
 def _duplicate(key: str, other: str) -> str:

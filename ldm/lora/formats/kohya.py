@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.lora.formats.factors import base_metadata, by_component, fold_alpha, write_factors
+from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA
@@ -131,4 +131,4 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         velocity = lora.metadata.get("prediction_type") == "v_prediction"
         texts["ss_base_model_version"] = version + ("_v" if velocity else "")
         texts["ss_v2"] = str(version == "sd_v2")
-    return {**base_metadata(lora.metadata), **texts}
+    return {**lora.metadata, **texts}

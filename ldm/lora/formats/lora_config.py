@@ -34,7 +34,7 @@ UNSUPPORTED = {
 }
 # Bounds for the patterns of a file: their number, the characters of a pattern, its repetitions ("{2,3}", multiplied,
 # because `regex` expands them), and the seconds of CPU time for all comparisons together.
-MAX_PATTERNS, LONGEST_PATTERN, MAX_REPETITIONS, MAX_SECONDS = 4096, 1000, 1000, 3.0
+MAX_PATTERNS, MAX_PATTERN_LENGTH, MAX_REPETITIONS, MAX_SECONDS = 4096, 1000, 1000, 3.0
 _REPETITION = re.compile(r"\{([0-9]{0,6})(?:,([0-9]{0,6}))?\}")
 # Syntax that `regex` reads differently from `re`, which PEFT uses: approximate matches and named character classes.
 _DIFFERENT_SYNTAX = re.compile(rf"(?!{_REPETITION.pattern})\{{|\[:")
@@ -83,34 +83,9 @@ class LoraConfig:
                 f"{where}: init_lora_weights is {plain(init, 40)}: it belongs to a base model that was changed with "
                 "it. Let PEFT write it for the published one (path_initial_model_for_weight_conversion)"
             )
-        numbers = _Numbers(**read_mapping(_Numbers, settings, where, ignore_unknown=True))
-        self.r, self.lora_alpha, self.use_rslora = numbers.r, numbers.lora_alpha, bool(numbers.use_rslora)
-        self.rank_pattern, self.alpha_pattern = numbers.rank_pattern or {}, numbers.alpha_pattern or {}
-        self.target_modules = settings.get("target_modules")
+        self._numbers = _Numbers(**read_mapping(_Numbers, settings, where, ignore_unknown=True))
         self._seconds_left = MAX_SECONDS
-        self._ranks, self._alphas = (self._compile(key) for key in ("rank_pattern", "alpha_pattern"))
-
-    @classmethod
-    def from_layers(cls, layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> LoraConfig:
-        """Return the shortest settings for one network's layers.
-
-        Names are without `text_model.`, which transformers 5 does not have. They match names that have it as well.
-
-        Args:
-            layers: Module.path -> layer.
-            modules: All modules of that network.
-        """
-        ranks = {path: layer.rank for path, layer in layers.items()}
-        alphas = {path: _as_int(layer.alpha) for path, layer in layers.items()}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-        settings = {
-            "r": r,
-            "lora_alpha": alpha,
-            "target_modules": _targets(list(layers), [module.path for module in modules]),
-            "rank_pattern": {path: value for path, value in ranks.items() if value != r},
-            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
-        }
-        return cls(settings, "the LoRA")
+        self._patterns = {key: self._compile(key) for key in ("rank_pattern", "alpha_pattern")}
 
     def alpha(self, module: str, rank: int) -> float:
         """Return the alpha of a layer in this project's formula.
@@ -122,61 +97,23 @@ class LoraConfig:
         Raises:
             UserError: The settings give the layer another rank.
         """
-        expected = self._value_for("rank_pattern", self._ranks, module, self.r)
+        expected = self._value_for("rank_pattern", module, self._numbers.r)
         if expected != rank:
             raise UserError(f"{self.where}: the rank of {module} is {expected:g}, but its factors have {rank}")
-        alpha = self._value_for("alpha_pattern", self._alphas, module, self.lora_alpha)
-        return alpha * math.sqrt(rank) if self.use_rslora else alpha
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return PEFT's arguments."""
-        return {
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "target_modules": self.target_modules,
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-            "use_rslora": False,
-            "lora_dropout": 0.0,
-            "bias": "none",
-        }
+        alpha = self._value_for("alpha_pattern", module, self._numbers.lora_alpha)
+        return alpha * math.sqrt(rank) if self._numbers.use_rslora else alpha
 
     def _compile(self, key: str) -> list[tuple[Any, float]]:
-        """Return (compiled pattern, number) for each pattern of a setting. As in PEFT, it matches the end of a name.
-
-        `re` checks that it is a regular expression. `regex` compares, because it stops after a given time.
-        """
+        """Return (compiled pattern, number) for each pattern of a setting."""
         compiled = []
         start = time.process_time()
-        for pattern, value in getattr(self, key).items():
-            if len(pattern) > LONGEST_PATTERN:
-                raise UserError(
-                    f"{self.where}: {plain(pattern, 60)!r} in {key} has {len(pattern):,} characters, at "
-                    f"most {LONGEST_PATTERN:,} are read: name the layers"
-                )
-            repetitions = math.prod(int(count) for pair in _REPETITION.findall(pattern) for count in pair if count)
-            if repetitions > MAX_REPETITIONS:
-                raise UserError(
-                    f"{self.where}: {plain(pattern, 60)!r} in {key} repeats more than "
-                    f"{MAX_REPETITIONS:,} times: name the layers"
-                )
-            if _DIFFERENT_SYNTAX.search(pattern):
-                raise UserError(
-                    f"{self.where}: {plain(pattern, 60)!r} in {key} holds a bracket that no layer's name "
-                    "has: name the layers"
-                )
+        for pattern, value in (getattr(self._numbers, key) or {}).items():
             if time.process_time() - start > self._seconds_left:
                 raise self._too_long(key, pattern)
-            whole = rf"(.*\.)?({pattern})$"
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about syntax that may change its meaning in future
-                    re.compile(whole)
-                    compiled.append((regex.compile(whole, regex.VERSION0), value))
-            except (re.error, regex.error, OverflowError, RecursionError) as error:
-                raise UserError(
-                    f"{self.where}: {plain(pattern, 60)!r} in {key} is no regular expression ({plain(error, 80)})"
-                ) from None
+                compiled.append((_compile(pattern), value))
+            except ValueError as error:
+                raise UserError(f"{self.where}: {plain(pattern, 60)!r} in {key} {error}") from None
         self._seconds_left -= time.process_time() - start
         return compiled
 
@@ -186,12 +123,12 @@ class LoraConfig:
             f"now at {plain(pattern, 60)!r}: name the layers, without repetitions"
         )
 
-    def _value_for(self, key: str, patterns: Sequence[tuple[Any, float]], module: str, default: float) -> float:
+    def _value_for(self, key: str, module: str, default: float) -> float:
         """Return the number of the first pattern that matches a layer. All comparisons take at most MAX_SECONDS."""
         # transformers 4 has `text_model.` before the names of a text encoder, and so may a pattern.
         names = (f"text_model.{module}", module)
         start = time.process_time()
-        for pattern, value in patterns:
+        for pattern, value in self._patterns[key]:
             left = self._seconds_left - (time.process_time() - start)
             try:
                 if left <= 0:
@@ -205,9 +142,58 @@ class LoraConfig:
         return default
 
 
-def _as_int(number: float) -> float:
-    """Return an integral `number` as an int, as PEFT writes it."""
-    return int(number) if number == int(number) else number
+def settings_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> dict[str, Any]:
+    """Return PEFT's arguments for one network's layers, with as few patterns as possible.
+
+    Names are without `text_model.`, which transformers 5 does not have. They match names that have it as well.
+
+    Args:
+        layers: Module.path -> layer.
+        modules: All modules of that network.
+
+    Raises:
+        UserError: An alpha is larger than LoraConfig reads.
+    """
+    ranks = {path: layer.rank for path, layer in layers.items()}
+    # PEFT writes an integral alpha as an int.
+    alphas = {path: int(layer.alpha) if layer.alpha % 1 == 0 else layer.alpha for path, layer in layers.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    settings = {
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": _targets(list(layers), [module.path for module in modules]),
+        "rank_pattern": {path: value for path, value in ranks.items() if value != r},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    LoraConfig(settings, "the LoRA")  # so that every file that is written can be read
+    return settings
+
+
+def _compile(pattern: str) -> Any:
+    """Compile a pattern, which matches the end of a name as in PEFT.
+
+    `re` checks that it is a regular expression. `regex` compares, because it stops after a given time.
+
+    Raises:
+        ValueError: It is too long, too expensive, or no regular expression.
+    """
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError(f"has {len(pattern):,} characters, at most {MAX_PATTERN_LENGTH:,} are read: name the layers")
+    if math.prod(int(count) for pair in _REPETITION.findall(pattern) for count in pair if count) > MAX_REPETITIONS:
+        raise ValueError(f"repeats more than {MAX_REPETITIONS:,} times: name the layers")
+    if _DIFFERENT_SYNTAX.search(pattern):
+        raise ValueError("holds a bracket that no layer's name has: name the layers")
+    whole = rf"(.*\.)?({pattern})$"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about syntax that may change its meaning in future
+            re.compile(whole)
+            return regex.compile(whole, regex.VERSION0)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is no regular expression ({plain(error, 80)})") from None
 
 
 def _targets(paths: Sequence[str], all_paths: Sequence[str]) -> list[str]:

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.lora.formats.factors import base_metadata, check_pair, read_factors, read_number, to_dtype, without_extras
+from ldm.lora.formats.factors import check_pair, read_factors, read_number, to_dtype, without_extras
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA, LoRALayer
+from ldm.settings.model import model_metadata
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone
@@ -75,20 +76,14 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             if name in layers:
                 raise UserError(f"{path}: {plain(name)} is there twice, alone and in one layer with others")
             layers[name] = replace(layer, up=rows, alpha=layer.alpha * settings.get("lora_scale", 1.0))
-    lora = LoRA(layers, base_metadata(checkpoint.metadata))
+    lora = LoRA(layers, model_metadata(checkpoint.metadata))
     if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks()):
         raise UserError(f"{path} has lora_rank {settings['lora_rank']:g}, but its factors have {lora.ranks()}")
     return lora
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, dtype: str = "fp32") -> None:
-    """Write a .ckpt or .safetensors, with the factors in "fp32", "fp16" or "bf16". `base` is not needed.
-
-    Raises:
-        UserError: The LoRA is empty, or the file cannot be written.
-    """
-    if not lora.layers:
-        raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
+    """Write a .ckpt or .safetensors, with the factors in "fp32", "fp16" or "bf16". `base` is not needed."""
     arrays: dict[str, np.ndarray] = {}
     for name, layer in lora.layers.items():
         for factor, array in (("down", layer.down), ("up", layer.up)):
@@ -100,7 +95,7 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, 
         arrays.update({f"{name}.alpha": np.array(layer.alpha, np.float64) for name, layer in lora.layers.items()})
     arrays["lora_rank"] = np.array(max(lora.ranks()), np.int64)
     arrays["lora_scale"] = np.array(1.0, np.float64)
-    write_checkpoint(path, arrays, base_metadata(lora.metadata))
+    write_checkpoint(path, arrays, lora.metadata)
 
 
 def _canonical_layers(path: Path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]]:

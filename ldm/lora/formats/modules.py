@@ -15,7 +15,6 @@ from ldm.files.paths import ROOT
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import match_shapes
 from ldm.settings.model import ModelConfig, load_model_config
-from ldm.weights.names import LABELS
 from ldm.weights.names.diffusers import unet_modules
 from ldm.weights.names.tables import TEXT_PREFIX, UNET_PREFIX, rename
 
@@ -59,11 +58,10 @@ class BaseModules:
     def mismatch(self, lora: LoRA) -> str:
         """Say in a few words why a LoRA does not fit, or "" if it does."""
         match = match_shapes(self.shapes, lora)
-        for wrong in match.wrong_shape.values():
-            name, shape, wanted = wrong[0]
+        for name, (shape, wanted) in match.wrong_shape.items():
             return f"{self.by_name[name].path} is {shape}, there it is {wanted}"
-        for component, names in match.unmatched.items():
-            return f"{len(names)} layers of the {LABELS[component]} are not there, such as {names[0]}"
+        if match.unmatched:
+            return f"{len(match.unmatched)} layers are not there, such as {match.unmatched[0]}"
         return ""
 
 

@@ -19,9 +19,9 @@ from ldm.files.documents import read_json
 from ldm.files.inputs import is_there
 from ldm.files.paths import writing
 from ldm.lora.formats import diffusers
-from ldm.lora.formats.factors import base_metadata, by_component, write_factors
+from ldm.lora.formats.factors import by_component, write_factors
 from ldm.lora.formats.keyed import read_keyed
-from ldm.lora.formats.lora_config import LoraConfig
+from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.settings.model import model_metadata
@@ -84,15 +84,14 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
         for module, layer in layers.items():
             arrays[f"{prefix}{module}.lora_A.weight"] = layer.down
             arrays[f"{prefix}{module}.lora_B.weight"] = layer.up
-        config = LoraConfig.from_layers(layers, base.of_component(component))
         settings = {
             "peft_type": "LORA",
             "base_model_name_or_path": None,
             "inference_mode": True,
             "task_type": None,
-            **config.to_dict(),
+            **settings_of(layers, base.of_component(component)),
         }
-        write_factors(folder / WEIGHTS[0], arrays, {"format": "pt", **base_metadata(lora.metadata)}, dtype)
+        write_factors(folder / WEIGHTS[0], arrays, {"format": "pt", **lora.metadata}, dtype)
         with writing(folder / CONFIG), atomic_path(folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

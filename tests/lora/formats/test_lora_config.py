@@ -11,7 +11,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import lora_config as adapters
 from ldm.lora.formats import read_lora, write_lora
-from ldm.lora.formats.lora_config import LoraConfig
+from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import write_checkpoint
@@ -150,7 +150,7 @@ class TestWritten:
             for module in base.of_component(component)
             if module.name in lora.layers
         }
-        return LoraConfig.from_layers(layers, base.of_component(component)).to_dict()
+        return settings_of(layers, base.of_component(component))
 
     def test_whole_kinds_of_layers_are_named_by_their_end(self):
         base = known_bases()[2]
@@ -166,13 +166,11 @@ class TestWritten:
         base = known_bases()[2]
         chosen = {m.path: m for i, m in enumerate(base.of_component(component)) if i % 3 or m.path.endswith("to_v")}
         layers = random_lora(base, rank=1).layers
-        config = LoraConfig.from_layers(
-            {path: layers[m.name] for path, m in chosen.items()}, base.of_component(component)
-        )
+        settings = settings_of({path: layers[m.name] for path, m in chosen.items()}, base.of_component(component))
         matched = {
             m.path
             for m in base.of_component(component)
-            if any(f".{m.path}".endswith(f".{target}") for target in config.target_modules)
+            if any(f".{m.path}".endswith(f".{target}") for target in settings["target_modules"])
         }
         assert matched == chosen.keys()
 

@@ -1,4 +1,7 @@
-"""Claims for the LoRAs and base models that tools write, made before the work, with the files beside them."""
+"""Claims for the LoRAs and base models that tools write, made before the work begins (see ldm.files.outputs).
+
+`name` is the name of the flag, for errors, in all functions.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,10 @@ from ldm.weights.checkpoint import WRITERS
 
 
 def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[None]:
-    """Holds the new file or folder that ldm.lora.formats.write_lora writes, within the block.
-
-    Args:
-        path: The file or folder.
-        format: The format of the LoRA.
-        name: Name of the flag, for errors.
+    """Hold the new file or folder that write_lora writes, and cloneofsimo's second file, within the block.
 
     Raises:
-        UserError: The name is not one of the format, or the path cannot be claimed (see claim_new).
+        UserError: The format is not written under such a name, or the path cannot be claimed (see claim_new).
     """
     check_lora_name(path, format)
     beside = [text_encoder_path(path)] if format == "cloneofsimo-pt" else []
@@ -33,33 +31,25 @@ def claim_lora(path: Path, format: str, name: str) -> AbstractContextManager[Non
 
 
 def claim_base(path: Path, source: Path, name: str) -> AbstractContextManager[None]:
-    """Holds the new base model that ldm.lora.checkpoints.write_base writes, within the block.
-
-    It has the form of `source`, a file or a folder. A model YAML beside `source` is written too.
-
-    Args:
-        path: The file or folder to write.
-        source: The base model whose form it has.
-        name: Name of the flag, for errors.
+    """Hold what write_base_model writes, within the block: a new base model in the form of `source`.
 
     Raises:
-        UserError: A file's suffix is not one of a checkpoint, or the path cannot be claimed (see claim_new).
+        UserError: A file's suffix is not one of a checkpoint, or a path cannot be claimed (see claim_new).
     """
     folder = is_folder(source)
     if not folder:
-        check_checkpoint_name(path, name)
-    settings = [claim_file(yaml_beside(path, folder), name)] if is_file(yaml_beside(source, folder)) else []
-    return claim_all(_claim([path], name, folder), *settings)
+        _check_checkpoint_name(path, name)
+    model_yaml = [claim_file(yaml_beside(path, folder), name)] if is_file(yaml_beside(source, folder)) else []
+    return claim_all(_claim([path], name, folder), *model_yaml)
 
 
 def claim_checkpoint(path: Path, name: str) -> AbstractContextManager[None]:
-    """Holds the file that ldm.weights.checkpoint.write_checkpoint writes. Raises UserError as claim_base."""
-    check_checkpoint_name(path, name)
+    """Hold the file that write_checkpoint writes, within the block. Raises UserError as claim_base."""
+    _check_checkpoint_name(path, name)
     return _claim([path], name)
 
 
-def check_checkpoint_name(path: Path, name: str) -> None:
-    """Raises UserError for a suffix that checkpoints are not written with."""
+def _check_checkpoint_name(path: Path, name: str) -> None:
     if path.suffix not in WRITERS:
         raise UserError(f"{name} {plain(path)}: give the base model a name that ends in {' or '.join(WRITERS)}")
 
