@@ -18,7 +18,7 @@ def _arguments(
     projection_dim: int,
     activation: str = "quick_gelu",
 ) -> dict[str, Any]:
-    """Returns CLIPModel's arguments.
+    """Return CLIPModel's arguments.
 
     Args:
         text: Width, layers and heads of the text tower.
@@ -111,7 +111,7 @@ class CLIPModel(nn.Cell):
         return self.normalise(self.visual_projection(self.vision_model(images)))
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Returns the features of each text's first end token, which has the largest of all token numbers."""
+        """Return the features of each text's first end token, which has the largest of all token numbers."""
         embeddings = self.text_model(tokens)
         n, length, width = embeddings.shape
         end = tokens.astype(ms.float32).argmax(1).astype(ms.int32)

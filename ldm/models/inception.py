@@ -125,7 +125,7 @@ BLOCKS = (
 
 
 def out_channels(block: Block, in_channels: int) -> int:
-    """Returns the channels of a block's output."""
+    """Return the channels of a block's output."""
     last = [conv for branch in block.branches for conv in (branch.fork or branch.chain[-1:])]
     return sum(conv.channels for conv in last) + (block.pool_channels or in_channels)
 

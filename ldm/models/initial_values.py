@@ -17,7 +17,7 @@ _draw_values = contextvars.ContextVar("draw_values", default=True)
 
 @contextmanager
 def no_init_weights() -> Iterator[None]:
-    """Makes large parameters zeros within the block, for networks that are loaded next.
+    """Make large parameters zeros within the block, for networks that are loaded next.
 
     Drawing a billion random numbers takes ten seconds. Zeros take no memory either, because the system allocates their
     pages only when they are written.
@@ -30,12 +30,12 @@ def no_init_weights() -> Iterator[None]:
 
 
 def drawn(shape: tuple[int, ...], draw: Callable[[], np.ndarray]) -> Tensor:
-    """Returns the result of `draw` as float32, or zeros within no_init_weights."""
+    """Return the result of `draw` as float32, or zeros within no_init_weights."""
     return Tensor(draw().astype(np.float32)) if _draw_values.get() else initializer("zeros", shape, ms.float32)
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
-    """Returns values uniform in +-1/sqrt(fan_in), the default of PyTorch's layers.
+    """Return values uniform in +-1/sqrt(fan_in), the default of PyTorch's layers.
 
     They come from numpy's global random state, which `ldm.runtime.device` seeds.
     """
@@ -44,5 +44,5 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
 
 
 def normal(shape: tuple[int, ...], std: float) -> Tensor:
-    """Returns values of a normal distribution with mean 0, from numpy's global random state."""
+    """Return values of a normal distribution with mean 0, from numpy's global random state."""
     return drawn(shape, lambda: np.random.normal(0.0, std, shape))

@@ -43,7 +43,7 @@ class StableDiffusion(nn.Cell):
 
 
 def build_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
-    """Builds the networks with random weights in fp32, all frozen.
+    """Build the networks with random weights in fp32, all frozen.
 
     Args:
         config: The configuration.

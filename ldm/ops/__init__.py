@@ -50,7 +50,7 @@ def on_ascend() -> bool:
 
 
 def kernels_in_use() -> Path | None:
-    """Returns the library that kernels.cc was compiled to, or None on Ascend or if it cannot be compiled."""
+    """Return the library that kernels.cc was compiled to, or None on Ascend or if it cannot be compiled."""
     return None if on_ascend() else kernel_library()
 
 

@@ -128,12 +128,12 @@ class ScaledDotProductAttention(nn.Cell):
         self.ones_like = ops.OnesLike()
 
     def rows(self, q: Tensor, k: Tensor) -> int:
-        """Returns the number of query rows in a block. A causal mask is not divided."""
+        """Return the number of query rows in a block. A causal mask is not divided."""
         n, heads, tokens, _ = q.shape
         return tokens if self.causal else block_rows(tokens, n * heads * k.shape[2], self.block_elements)
 
     def probabilities(self, scaled_q: Tensor, k: Tensor) -> Tensor:
-        """Returns fp32 probabilities (N, heads, query tokens, key tokens)."""
+        """Return fp32 probabilities (N, heads, query tokens, key tokens)."""
         scores = self.product_nt(scaled_q, k).astype(ms.float32)
         if self.causal:
             scores = scores + ops.broadcast_to(self.mask, scores.shape)
@@ -175,7 +175,7 @@ class ScaledDotProductAttention(nn.Cell):
     def backward_block(
         self, scaled_q: Tensor, k: Tensor, v_ones: Tensor, dout: Tensor, dout_delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq of the rows in scaled_q and their part of dk and dv.
+        """Return dq of the rows in scaled_q and their part of dk and dv.
 
         `v_ones` is v with a column of ones, `dout_delta` is dout with the column -delta.
         """
@@ -188,7 +188,7 @@ class ScaledDotProductAttention(nn.Cell):
 
 @ops.constexpr
 def block_rows(rows: int, elements_per_row: int, block_elements: int) -> int:
-    """Returns how many of `rows` make one of several blocks of about equal size, at most `block_elements` each.
+    """Return how many of `rows` make one of several blocks of about equal size, at most `block_elements` each.
 
     A block has at least one row, even if that is more than `block_elements`.
     """

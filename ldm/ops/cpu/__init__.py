@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 def kernel(name: str, *output_shapes: Callable[..., Shape]) -> ops.Custom:
-    """Returns a kernel of kernels.cc as an operator: float32 tensors -> one or more float32 tensors.
+    """Return a kernel of kernels.cc as an operator: float32 tensors -> one or more float32 tensors.
 
     Args:
         name: The kernel's function.
@@ -42,12 +42,12 @@ def kernel(name: str, *output_shapes: Callable[..., Shape]) -> ops.Custom:
 
 
 def first_shape(first: Shape, *_: Shape) -> Shape:
-    """The shape of the first input."""
+    """Return the shape of the first input."""
     return first
 
 
 def halved_last_axis(x: Shape) -> Shape:
-    """The shape of a gate's output."""
+    """Return the shape of a gate's output."""
     return (*x[:-1], x[-1] // 2)
 
 
@@ -236,5 +236,5 @@ class MultiHeadAttention(nn.Cell):
 
 @ops.constexpr
 def attention_settings(n: int, num_heads: int, causal: bool) -> Tensor:
-    """The attention kernel's last input, a constant of the graph."""
+    """Return the attention kernel's last input, a constant of the graph."""
     return Tensor(np.array([n, num_heads, causal], np.float32))

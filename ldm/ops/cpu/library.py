@@ -52,7 +52,7 @@ POLL_SECONDS = 0.1  # how often a waiting process looks for an interrupt
 
 @cache
 def kernel_library() -> Path | None:
-    """Returns the kernels compiled for this processor, or None, with a warning, if that is not possible.
+    """Return the kernels compiled for this processor, or None, with a warning, if that is not possible.
 
     The compiler is $CXX, or else c++. The result is cached in $XDG_CACHE_HOME (or ~/.cache) under a name that depends
     on the sources, the compiler, MindSpore and the processor. It ends in a checksum. A file whose checksum does not
@@ -113,7 +113,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def _seal(name: str, body: bytes) -> bytes:
-    """Returns the checksum that is appended to the library, where the loader ignores it."""
+    """Return the checksum that is appended to the library, where the loader ignores it."""
     return hashlib.sha256(name.encode() + body).digest()
 
 
@@ -133,7 +133,7 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 
 def _output(command: list[str], environment: dict[str, str] | None = None) -> bytes:
-    """Returns what a command prints. Its processes are killed if Python is interrupted.
+    """Return what a command prints. Its processes are killed if Python is interrupted.
 
     The command runs in a session of its own, so that the processes that a compiler starts can be killed with it. Ctrl-C
     therefore reaches Python alone.
@@ -163,7 +163,7 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> by
 
 
 def processor() -> str:
-    """Returns the processor's architecture and instruction sets, which -march=native compiles for."""
+    """Return the processor's architecture and instruction sets, which -march=native compiles for."""
     for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
         if line.startswith(("flags", "Features")):
             return f"{platform.machine()} {line}"
