@@ -44,14 +44,10 @@ DEFAULTS = {
 
 
 def detect_model_config(path: str | Path, way_out: str = "") -> ModelConfig:
-    """Find the configuration of a base model.
-
-    Args:
-        path: A file or a diffusers folder.
-        way_out: What to do if the checkpoint does not say enough, for the error.
+    """Find the configuration of a base model, a file or a diffusers folder.
 
     Raises:
-        UserError: It is not a base model, or it does not say which model it is.
+        UserError: It is not a base model, or it does not say which model it is. `way_out` ends the message.
     """
     checkpoint = open_base_model(path)
     key_map = map_base_model(checkpoint)
@@ -77,12 +73,12 @@ def candidate_configs(checkpoint: Checkpoint, key_map: KeyMap, prediction_type: 
     Args:
         checkpoint: The opened base model.
         key_map: Its keys.
-        prediction_type: What the UNet predicts, if it is known from elsewhere. A YAML beside the checkpoint goes
-            before it.
+        prediction_type: What the UNet predicts, if it is known from elsewhere. A YAML beside the checkpoint takes
+            precedence.
 
     Returns:
-        One configuration. Several if only the prediction type is unknown. None if the shapes are not those of a known
-        model and the checkpoint does not say the rest.
+        One configuration, several if only the prediction type is unknown, or none if the shapes are not those of a
+        known model and the checkpoint does not say the rest.
 
     Raises:
         UserError: The model is for another task, or the networks here do not support a setting of it.
@@ -123,13 +119,7 @@ def _candidates_without_tokens(
 
 
 def missing_information(checkpoint: Checkpoint, key_map: KeyMap, way_out: str) -> str:
-    """Say in one sentence why candidate_configs does not find exactly one configuration.
-
-    Args:
-        checkpoint: The opened base model.
-        key_map: Its keys.
-        way_out: How to give what is missing, for the end of the sentence.
-    """
+    """Say in one sentence, which `way_out` ends, why candidate_configs does not find exactly one configuration."""
     absent = [LABELS[part] for part in COMPONENTS if part not in map(component_of, key_map.sources)]
     # A training may start without a UNet, and the VAE may come from another file.
     if absent and absent not in ([LABELS["unet"]], [LABELS["vae"]]):
@@ -158,9 +148,7 @@ def known_config_path(config: ModelConfig) -> str | None:
 def yaml_beside(path: Path, as_folder: bool | None = None) -> Path:
     """Return the path of a checkpoint's model YAML: `x.yaml` for `x.safetensors`, `folder.yaml` for `folder`.
 
-    Args:
-        path: The checkpoint.
-        as_folder: Whether it is a folder, None to look at the disk.
+    `as_folder` says whether the checkpoint is a folder, if it does not exist yet.
     """
     as_folder = is_folder(path) if as_folder is None else as_folder
     return path.parent / f"{path.name}.yaml" if as_folder else path.with_suffix(".yaml")

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -22,7 +23,7 @@ MAX_NAME = 1000  # characters
 # Several tensors may share one storage, and a tensor may repeat a part of it. All tensors together hold at most
 # MAX_SHARED times the bytes of the file, or SMALL bytes for a small file. Weights tied in pairs need a factor of 2.
 MAX_SHARED, SMALL = 8, 64 << 20
-# Stands for bfloat16, which numpy does not have, in arrays that are written. Readers widen bfloat16 to float32.
+# Stands for bfloat16, which numpy does not have, in files. Arrays that are read are widened to float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
 
@@ -102,23 +103,11 @@ class RenamedCheckpoint(CheckpointView):
         self.sources = {name: (checkpoint, inner) for name, inner in names.items()}
 
 
-class ArraysInMemory(Arrays):
-    """Arrays that are in memory already."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self._arrays = arrays
+class ArraysInMemory(dict[str, np.ndarray], Arrays):
+    """Arrays that are in memory already. They are written with little-endian elements."""
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        return self._arrays[name].dtype, self._arrays[name].shape
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+        return self[name].dtype.newbyteorder("<"), self[name].shape
 
 
 @dataclass
@@ -126,13 +115,13 @@ class Entry:
     """Where an array lies in a mapped file.
 
     Attributes:
-        dtype: "bf16" or the name of a numpy element type.
+        dtype: Element type in the file.
         shape: Shape of the array.
         pieces: (offset, size) in bytes of the parts that together make up the array.
         strides: Bytes between elements, if they are not contiguous. The array is then one piece.
     """
 
-    dtype: str
+    dtype: np.dtype
     shape: tuple[int, ...]
     pieces: list[tuple[int, int]] = field(default_factory=list)
     strides: tuple[int, ...] | None = None
@@ -162,46 +151,35 @@ class CheckpointFile(Checkpoint):
         self._check_bounds()
 
     def _check_bounds(self) -> None:
-        damaged = f"{self.path} is damaged or no checkpoint"
-        again = "fetch or write it again"
+        def refuse(problem: str) -> NoReturn:
+            raise UserError(f"{self.path} is damaged or no checkpoint: {problem}: fetch or write it again")
+
         if len(self._entries) > MAX_TENSORS:
-            raise UserError(f"{damaged}: it names {len(self._entries):,} tensors, at most {MAX_TENSORS:,}: {again}")
+            refuse(f"it names {len(self._entries):,} tensors, at most {MAX_TENSORS:,}")
         total = 0
         for name, entry in self._entries.items():
             if len(name) > MAX_NAME:
-                raise UserError(
-                    f"{damaged}: the name {plain(name, 100)} has {len(name):,} characters, at most "
-                    f"{MAX_NAME:,}: {again}"
-                )
+                refuse(f"the name {plain(name, 100)} has {len(name):,} characters, at most {MAX_NAME:,}")
             if len(entry.shape) > MAX_DIMENSIONS:
-                raise UserError(
-                    f"{damaged}: {plain(name)} has {len(entry.shape):,} dimensions, at most {MAX_DIMENSIONS}: {again}"
-                )
+                refuse(f"{plain(name)} has {len(entry.shape):,} dimensions, at most {MAX_DIMENSIONS}")
             # numpy refuses large dimensions even where another dimension is 0.
             if math.prod(size or 1 for size in entry.shape) > MAX_ELEMENTS:
-                raise UserError(
-                    f"{damaged}: {plain(name)} is {plain(entry.shape)}, more than {MAX_ELEMENTS:,} elements: {again}"
-                )
+                refuse(f"{plain(name)} is {plain(entry.shape)}, more than {MAX_ELEMENTS:,} elements")
             total += math.prod(entry.shape) * self.spec(name)[0].itemsize
         if total > max(MAX_SHARED * len(self._data), SMALL):
-            raise UserError(
-                f"{damaged}: its tensors overlap, {total:,} bytes in a file of {len(self._data):,}: {again}"
-            )
+            refuse(f"its tensors overlap, {total:,} bytes in a file of {len(self._data):,}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
-        dtype = np.dtype("<u2" if entry.dtype == "bf16" else entry.dtype)
-        array: np.ndarray
+        dtype, array = entry.dtype, np.empty(0, entry.dtype)
         if entry.strides is not None:
             array = np.ndarray(entry.shape, dtype, self._data, entry.pieces[0][0], entry.strides)
             array.flags.writeable = False
-        else:
-            pieces = [
-                np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces if size
-            ]
-            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, dtype)])
-        if entry.dtype == "bf16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
+        elif entry.nbytes:
+            pieces = [np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces]
+            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if dtype == BFLOAT16:
+            array = (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
         return array.reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -212,7 +190,7 @@ class CheckpointFile(Checkpoint):
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         entry = self._entries[name]
-        return np.dtype("<f4" if entry.dtype == "bf16" else entry.dtype), entry.shape
+        return np.dtype("<f4") if entry.dtype == BFLOAT16 else entry.dtype, entry.shape
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of the array. Reading it again reads the disk."""

@@ -16,12 +16,7 @@ from ldm.weights.recognise import check_base_model, recognise
 
 
 def open_base_model(path: str | os.PathLike) -> Checkpoint:
-    """Open a single file of any format or a diffusers folder.
-
-    Raises:
-        UserError: See open_checkpoint and open_diffusers_folder. Whether it is a base model is checked by
-            map_base_model.
-    """
+    """Open a single file of any format or a diffusers folder. map_base_model checks whether it is a base model."""
     return open_diffusers_folder(Path(path)) if is_folder(path) else open_checkpoint(path)
 
 
@@ -45,14 +40,10 @@ def open_component(path: str | os.PathLike, component: str) -> Checkpoint:
 
 
 def map_base_model(checkpoint: Checkpoint, ema: bool = False) -> KeyMap:
-    """Map the keys of a base model to canonical names.
-
-    Args:
-        checkpoint: An opened file or folder.
-        ema: Use the moving averages of the UNet's weights, as in map_keys.
+    """Map the keys of a base model to canonical names, as map_keys.
 
     Raises:
-        UserError: It is not a base model, or it has no moving averages.
+        UserError: It is not a base model, or moving averages are asked for and missing.
     """
     check_base_model(checkpoint)
     if ema and isinstance(checkpoint, DiffusersFolder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.inputs import is_folder, is_there, open_file
 from ldm.files.paths import writing
-from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.arrays import Arrays, ArraysInMemory, Checkpoint
 from ldm.weights.file_formats.mindspore_ckpt import open_ckpt, write_ckpt
 from ldm.weights.file_formats.safetensors_file import is_safetensors, open_safetensors, write_safetensors
 from ldm.weights.file_formats.torch_legacy import is_torch_legacy, open_torch_legacy
@@ -78,27 +78,9 @@ def write_checkpoint(
         if not isinstance(text, str):
             raise TypeError(f"metadata {name!r} is {type(text).__name__}, not str")
     with writing(path), atomic_path(path) as temporary:
-        WRITERS[path.suffix](temporary, arrays if isinstance(arrays, Arrays) else _ArraysInMemory(arrays), metadata)
-
-
-class _ArraysInMemory(Arrays):
-    """Arrays of a mapping, with little-endian element types."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-
-    def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        array = self._arrays[name]
-        return array.dtype.newbyteorder("<"), array.shape
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+        if not isinstance(arrays, Arrays):
+            arrays = ArraysInMemory({name: np.asarray(array) for name, array in arrays.items()})
+        WRITERS[path.suffix](temporary, arrays, metadata)
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -18,7 +18,7 @@ from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config, model_document, model_metadata
 from ldm.weights.added_tokens import tokens_metadata, with_added_tokens, without_added_tokens
 from ldm.weights.architecture import candidate_configs, known_config_path, missing_information, same_config, yaml_beside
-from ldm.weights.arrays import Arrays, Checkpoint
+from ldm.weights.arrays import Arrays, ArraysInMemory, Checkpoint, CheckpointView
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.diffusers_folder.writer import write_folder
@@ -42,22 +42,12 @@ class ConvertedArrays(Arrays):
         canonical: The canonical arrays.
         layout: Name -> canonical arrays that make it up.
         dtype: Element type of floating-point arrays, None to keep that of each array.
-        constants: Further arrays, which are not changed.
     """
 
-    def __init__(
-        self,
-        canonical: CanonicalArrays,
-        layout: Mapping[str, Concatenation],
-        dtype: np.dtype | None = None,
-        constants: Mapping[str, np.ndarray] | None = None,
-    ):
+    def __init__(self, canonical: CanonicalArrays, layout: Mapping[str, Concatenation], dtype: np.dtype | None = None):
         self._canonical, self._layout, self._dtype = canonical, layout, dtype
-        self._constants = constants or {}
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
-        if name in self._constants:
-            return self._constants[name].dtype, self._constants[name].shape
         specs = [self._canonical.spec(part) for part in self._layout[name].names]
         dtype = np.result_type(*(dtype for dtype, _ in specs))
         if self._dtype is not None and dtype.kind == "f":
@@ -66,24 +56,20 @@ class ConvertedArrays(Arrays):
         return dtype, self._layout[name].shape or shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._constants:
-            return self._constants[name]
         dtype, shape = self.spec(name)
         parts = [self._canonical[part] for part in self._layout[name].names]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return _cast(name, array.reshape(shape), dtype)
 
     def release(self, name: str) -> None:
-        if name in self._layout:
-            for part in self._layout[name].names:
-                self._canonical.release(part)
+        for part in self._layout[name].names:
+            self._canonical.release(part)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._layout
-        yield from self._constants
+        return iter(self._layout)
 
     def __len__(self) -> int:
-        return len(self._layout) + len(self._constants)
+        return len(self._layout)
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -140,13 +126,7 @@ def convert(
             "first"
         )
 
-    networks = build_model(config, random=False)
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in networks.get_parameters()}
-    del networks
-    report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
-    if not report.ok:
-        raise UserError(mismatch_message(checkpoint, report))
-    canonical = CanonicalArrays(checkpoint, key_map, shapes)
+    canonical, shapes, report = fit_networks(checkpoint, key_map, config)
     metadata = {"architecture": config.architecture, **tokens_metadata(config.added_tokens)}
     if is_certain:
         metadata["prediction_type"] = config.prediction_type
@@ -158,30 +138,30 @@ def convert(
         )  # fmt: skip
 
     if format == "diffusers":
-        write_folder(target, config, diffusers_arrays(canonical, shapes, config, DTYPES[dtype]))
+        write_diffusers_folder(target, canonical, shapes, config, dtype)
     else:
         constants: dict[str, np.ndarray] = {}
         if format == "ldm":
             layout = compvis.layout(shapes, openclip=config.pad_token == "zero")
-            constants, kept = _published_constants(checkpoint, key_map, config, shapes, DTYPES[dtype])
+            constants, kept = _published_constants(checkpoint, key_map, config, shapes, dtype)
             report.ignored = dict(Counter(report.ignored) - Counter(key_map.ignored[name] for name in kept))
             metadata["format"] = "pt"
         elif format == "mindone":
             layout = mindone.layout(shapes)
         else:
             layout = {name: Concatenation((name,)) for name in shapes}
-        write_checkpoint(target, ConvertedArrays(canonical, layout, DTYPES[dtype], constants), metadata)
+        converted = ConvertedArrays(canonical, layout, DTYPES[dtype])
+        unchanged = ArraysInMemory(constants)
+        arrays = CheckpointView()
+        arrays.sources = {name: (part, name) for part in (converted, unchanged) for name in part}
+        write_checkpoint(target, arrays, metadata)
     if is_certain and known_config_path(without_tokens[0]) is None and not has_yaml:
         _write_yaml(beside, without_tokens[0], source)
     return report
 
 
 def _configs_of_source(
-    checkpoint: Checkpoint,
-    key_map: KeyMap,
-    format: str,
-    model_config: str | Path | None,
-    prediction_type: str | None,
+    checkpoint: Checkpoint, key_map: KeyMap, format: str, model_config: str | Path | None, prediction_type: str | None
 ) -> list[ModelConfig]:
     """Return the configurations that the source may have: one, or several if only the prediction type is unknown.
 
@@ -212,46 +192,48 @@ def _configs_of_source(
 
 
 def _published_constants(
-    checkpoint: Checkpoint,
-    key_map: KeyMap,
-    config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype | None,
+    checkpoint: Checkpoint, key_map: KeyMap, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtype: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return what a published single file holds beside the weights, and which keys of it come from the source."""
     constants = compvis.schedule_buffers(config.linear_start, config.linear_end, config.timesteps)
     if config.pad_token != "zero":  # SD1's Hugging Face text encoder
         length = shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0]
         constants[compvis.POSITION_IDS] = np.arange(length, dtype=np.int64)[None]
-    kept = []
-    if key_map.family == "ldm":  # such as the layer of SD2's text encoder that is not used
-        kept = [name for name in key_map.ignored if compvis.is_published(name)]
+    # Such as the layer of SD2's text encoder that is not used.
+    kept = [name for name in key_map.ignored if key_map.family == "ldm" and compvis.is_published(name)]
     for name in kept:
         array = checkpoint[name]
         is_weight = "." in name and array.dtype.kind == "f"  # names of the noise schedule have no dot
-        constants[name] = _cast(name, array, dtype or array.dtype) if is_weight else array
+        constants[name] = _cast(name, array, DTYPES[dtype] or array.dtype) if is_weight else array
     return constants, kept
 
 
-def diffusers_arrays(
-    canonical: CanonicalArrays,
-    shapes: Mapping[str, tuple[int, ...]],
-    config: ModelConfig,
-    dtype: np.dtype | None = None,
-) -> dict[str, ConvertedArrays]:
-    """Return the arrays of a diffusers folder's networks, for write_folder.
+def fit_networks(
+    checkpoint: Checkpoint, key_map: KeyMap, config: ModelConfig
+) -> tuple[CanonicalArrays, dict[str, tuple[int, ...]], LoadReport]:
+    """Return the arrays of a base model under canonical names, their shapes in the networks' order, and a report.
 
-    Args:
-        canonical: The canonical arrays.
-        shapes: Canonical name -> shape in the networks.
-        config: Configuration of the model.
-        dtype: Element type of floating-point arrays, None to keep that of each array.
+    Raises:
+        UserError: The checkpoint does not fit the networks.
     """
+    parameters = build_model(config, random=False).get_parameters()
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in parameters}
+    report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
+    if not report.ok:
+        raise UserError(mismatch_message(checkpoint, report))
+    return CanonicalArrays(checkpoint, key_map, shapes), shapes, report
+
+
+def write_diffusers_folder(
+    path: Path, canonical: CanonicalArrays, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, dtype: str
+) -> None:
+    """Write canonical arrays as a diffusers folder. Shapes are those of the networks, `dtype` is a key of DTYPES."""
     layouts: dict[str, dict[str, Concatenation]] = {component: {} for component in COMPONENTS}
     for key, concatenation in diffusers.layout(shapes, config).items():
         component, _, name = key.partition("/")
         layouts[component][name] = concatenation
-    return {component: ConvertedArrays(canonical, layout, dtype) for component, layout in layouts.items()}
+    parts = {component: ConvertedArrays(canonical, layout, DTYPES[dtype]) for component, layout in layouts.items()}
+    write_folder(path, config, parts)
 
 
 def check_diffusers_sizes(config: ModelConfig) -> None:
@@ -272,8 +254,7 @@ def check_diffusers_sizes(config: ModelConfig) -> None:
 def target_format(target: Path, format: str | None) -> str:
     """Return the format to write: the given one, or that of the target's suffix.
 
-    Raises:
-        UserError: The suffix is not one of the format, or something is at `target`.
+    Raises UserError if the suffix is not one of the format, or if something is at `target`.
     """
     suffix = target.suffix if target.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth") else ""
     if format is None:

@@ -116,17 +116,8 @@ def load_base_model(
 def load_component(model: nn.Cell, path: str | os.PathLike, component: str, config: ModelConfig) -> LoadReport:
     """Load the weights of one network from a checkpoint of its own, in place of those of the base model.
 
-    Args:
-        model: See load_base_model.
-        path: File or folder with the network alone, under its own names, or with a base model.
-        component: "unet" or "vae".
-        config: Configuration of the model.
-
-    Returns:
-        How the checkpoint fits.
-
-    Raises:
-        UserError: See load_base_model. Also if the checkpoint contradicts the configuration.
+    Arguments and errors are those of load_base_model and open_component. It is also an error if the checkpoint
+    contradicts the configuration.
     """
     checkpoint = open_component(path, component)
     if component == "unet":
@@ -180,13 +171,9 @@ def check_metadata(metadata: Mapping[str, str], config: ModelConfig, path: str |
 def compare_shapes(
     checkpoint: Arrays, key_map: KeyMap, wanted: Mapping[str, Shape], components: Sequence[str]
 ) -> LoadReport:
-    """Compare the arrays of a checkpoint with parameters, without reading them.
+    """Compare the arrays of a checkpoint with the parameters of some components, without reading them.
 
-    Args:
-        checkpoint: The arrays.
-        key_map: The keys of the checkpoint.
-        wanted: Canonical name -> shape of the parameters.
-        components: Components that the parameters belong to.
+    `wanted` has the shapes of the parameters under their canonical names.
     """
     reports = {component: ComponentReport() for component in components}
     ignored = Counter(key_map.ignored.values())

@@ -12,7 +12,7 @@ import mmap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,11 +21,11 @@ from ldm.files.npy import MAX_DIMENSIONS
 from ldm.weights.arrays import BFLOAT16, MAX_NAME, MAX_TENSORS, Arrays, Checkpoint, CheckpointFile, Entry
 from ldm.weights.recognise import describe_file
 
-DTYPES = {
-    "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "BFloat16": "bf16", "Int64": "<i8", "Int32": "<i4",
+DTYPES: dict[str, np.dtype] = {"BFloat16": BFLOAT16, **{name: np.dtype(code) for name, code in {
+    "Float64": "<f8", "Float32": "<f4", "Float16": "<f2", "Int64": "<i8", "Int32": "<i4",
     "Int16": "<i2", "Int8": "i1", "UInt64": "<u8", "UInt32": "<u4", "UInt16": "<u2", "UInt8": "u1", "Bool": "?",
-}  # fmt: skip
-DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
+}.items()}}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CHUNK = 512 * 1024 * 1024  # bytes of one tensor in one protobuf message, as MindSpore slices them
 MAX_TEXT = 64 << 20  # bytes of a text, which has four per character
@@ -40,6 +40,14 @@ class _NotACheckpoint(Exception):
     """A field is not one of checkpoint.proto."""
 
 
+class _Tensor(NamedTuple):
+    """A tensor as the file has it: the name of its type, its shape, and (offset, size) of its pieces."""
+
+    type: str
+    shape: tuple[int, ...]
+    pieces: list[tuple[int, int]]
+
+
 def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     """Open a .ckpt file that is mapped into memory.
 
@@ -50,61 +58,59 @@ def open_ckpt(path: Path, data: mmap.mmap) -> Checkpoint:
     if data[-CRC_TAIL:-10] == b"crc_num":
         end -= CRC_TAIL
         _check_crc(path, data, end)
-    entries: dict[str, Entry] = {}
+    tensors: dict[str, _Tensor] = {}
     last, values = None, 0
     try:
         for number, wire, start, stop in _fields(data, 0, end):
             if (number, wire) != (1, 2):
                 raise _NotACheckpoint(f"field {number} at byte {start}")
-            name, entry = _parse_value(data, start, stop)
+            name, tensor = _parse_value(data, start, stop)
             if values == MAX_TENSORS:
                 raise _NotACheckpoint(f"more than {MAX_TENSORS:,} tensors")
             values += 1
-            if name == last and entry.shape == entries[name].shape:  # a large tensor lies in several pieces, in order
-                entries[name].pieces += entry.pieces
-            elif name in entries:
+            if name == last and tensor.shape == tensors[name].shape:  # a large tensor lies in several pieces, in order
+                tensors[name].pieces.extend(tensor.pieces)
+            elif name in tensors:
                 raise _NotACheckpoint(f"{plain(name)!r} twice")
             else:
-                entries[name] = entry
+                tensors[name] = tensor
             last = name
-    except _CutOff as error:
+    except (_CutOff, _NotACheckpoint, UnicodeDecodeError) as error:
         # The first length in a file of another format makes no sense. A cut-off file has at least one whole name.
-        if entries or _starts_with_a_name(data, end):
-            after = f" after {plain(last)!r}" if last else ""
-            raise UserError(f"{path} is cut off{after} ({len(data)} bytes): fetch or write it again") from error
-        raise UserError(f"{path} is {describe_file(path, data[:512])}") from error
-    except (_NotACheckpoint, UnicodeDecodeError) as error:
-        if entries or _starts_with_a_name(data, end):
-            raise UserError(f"{path} is a damaged MindSpore .ckpt ({error}): fetch or write it again") from error
-        raise UserError(f"{path} is {describe_file(path, data[:512])}") from error
+        if not tensors and not _starts_with_a_name(data, end):
+            raise UserError(f"{path} is {describe_file(path, data[:512])}") from error
+        if isinstance(error, _CutOff):
+            problem = f"cut off{f' after {plain(last)!r}' if last else ''} ({len(data)} bytes)"
+        else:
+            problem = f"a damaged MindSpore .ckpt ({error})"
+        raise UserError(f"{path} is {problem}: fetch or write it again") from error
 
-    metadata = {}
-    for name in [name for name, entry in entries.items() if entry.dtype == "str"]:
-        entry = entries.pop(name)
-        if entry.nbytes > MAX_TEXT:
+    metadata, entries = {}, {}
+    for name, tensor in tensors.items():
+        size = sum(size for _, size in tensor.pieces)
+        if tensor.type == "str":
+            if size > MAX_TEXT:
+                raise UserError(
+                    f"{path}: the text {plain(name)!r} has {size:,} bytes, at most {MAX_TEXT:,} are read: write the "
+                    "file again without it"
+                )
+            try:
+                raw = b"".join(data[start : start + length] for start, length in tensor.pieces)
+                metadata[name] = raw.decode("utf-32-le").rstrip("\0")
+            except UnicodeDecodeError as error:
+                message = f"{path} is a damaged MindSpore .ckpt (the text {plain(name)!r}): write it again"
+                raise UserError(message) from error
+            continue
+        if tensor.type not in DTYPES:
             raise UserError(
-                f"{path}: the text {plain(name)!r} has {entry.nbytes:,} bytes, at most {MAX_TEXT:,} are "
-                "read: write the file again without it"
+                f"{path}: {plain(name)} is of type {plain(tensor.type)}, which cannot be read: save it as Float32"
             )
-        raw = b"".join(data[offset : offset + size] for offset, size in entry.pieces)
-        try:
-            metadata[name] = raw.decode("utf-32-le").rstrip("\0")
-        except UnicodeDecodeError as error:
-            message = f"{path} is a damaged MindSpore .ckpt (the text {plain(name)!r}): write it again"
-            raise UserError(message) from error
-    for name, entry in entries.items():
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{path}: {plain(name)} is of type {plain(entry.dtype)}, which cannot be read: save it as Float32"
-            )
-        entry.dtype = DTYPES[entry.dtype]
-        itemsize = 2 if entry.dtype == "bf16" else np.dtype(entry.dtype).itemsize
-        if entry.shape == (0,) and entry.nbytes == itemsize:
-            entry.shape = ()  # a scalar, as older versions of MindSpore write it
-        if entry.nbytes != math.prod(entry.shape) * itemsize:
-            raise UserError(
-                f"{path} is damaged: {plain(name)} {plain(entry.shape)} holds {entry.nbytes} bytes: write it again"
-            )
+        dtype = DTYPES[tensor.type]
+        # Older versions of MindSpore write a scalar with the shape (0,).
+        shape = () if tensor.shape == (0,) and size == dtype.itemsize else tensor.shape
+        if size != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path} is damaged: {plain(name)} {plain(shape)} holds {size} bytes: write it again")
+        entries[name] = Entry(dtype, shape, tensor.pieces)
     return CheckpointFile(path, "ckpt", data, entries, metadata)
 
 
@@ -147,7 +153,7 @@ def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int
             raise _NotACheckpoint(f"wire type {wire} at byte {position}")
 
 
-def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, Entry]:
+def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, _Tensor]:
     """Parse a Value. A field that is repeated is refused, since reading many repetitions would take hours."""
     name = tensor = None
     for number, wire, first, last in _fields(data, start, end):
@@ -162,7 +168,7 @@ def _parse_value(data: mmap.mmap, start: int, end: int) -> tuple[str, Entry]:
     return name, tensor
 
 
-def _parse_tensor(data: mmap.mmap, start: int, end: int) -> Entry:
+def _parse_tensor(data: mmap.mmap, start: int, end: int) -> _Tensor:
     dtype, shape, piece = None, [], None
     for number, wire, first, last in _fields(data, start, end):
         if (number, wire) == (1, 0):
@@ -181,7 +187,7 @@ def _parse_tensor(data: mmap.mmap, start: int, end: int) -> Entry:
             raise _NotACheckpoint(f"more than {MAX_DIMENSIONS} dimensions of a tensor at byte {start}")
     if dtype is None or piece is None:
         raise _NotACheckpoint(f"an incomplete tensor at byte {start}")
-    return Entry(dtype, tuple(shape), [piece])
+    return _Tensor(dtype, tuple(shape), [piece])
 
 
 def _text(data: mmap.mmap, start: int, end: int) -> str:

@@ -20,15 +20,15 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, CheckpointFile, Entry
 
-# Element types by their names in the format. bfloat16, which numpy does not have, is widened to float32.
-DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bf16", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+# Element types by their names in the format.
+DTYPES: dict[str, np.dtype] = {"BF16": BFLOAT16, **{name: np.dtype(code) for name, code in {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
+}.items()}}  # fmt: skip
 LARGEST_VALID_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 # Bytes of the largest header that is read: one of 100 MB takes 1 GB in memory. Those of Stable Diffusion have 0.3 MB.
 MAX_HEADER = 16 << 20
-DTYPE_NAMES = {BFLOAT16 if code == "bf16" else np.dtype(code): name for name, code in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def is_safetensors(data: mmap.mmap) -> bool:

@@ -46,7 +46,7 @@ def open_torch_legacy(path: Path, data: mmap.mmap) -> Checkpoint:
         position = file.tell()
         starts: dict[str, tuple[int, int]] = {}
         for key in keys:  # including those of an optimizer, which may be between those of the weights
-            size = int.from_bytes(data[position : position + 8], "little") * storages[key].itemsize
+            size = int.from_bytes(data[position : position + 8], "little") * storages[key].dtype.itemsize
             starts[key] = position + 8, size
             position += 8 + size
         if position > len(data):

@@ -12,31 +12,31 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ldm.errors import plain
 from ldm.files.npy import MAX_DIMENSIONS
-from ldm.weights.arrays import MAX_ELEMENTS, MAX_NAME, MAX_TENSORS
+from ldm.weights.arrays import BFLOAT16, MAX_ELEMENTS, MAX_NAME, MAX_TENSORS
 
 MAX_PICKLE = 64 << 20  # bytes; the pickle of the largest published Stable Diffusion files has 2 MB
 MAX_STEPS = 2_000_000  # instructions; 4,000 tensors, those of a training checkpoint, take 120,000
 MAX_VALUES = 1_000_000  # values that are searched for tensors, counted again for every reference
 MAX_LEVELS = 32  # nested dictionaries and lists
 
-DTYPES = {
-    "float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "bf16", "int64": "<i8", "int32": "<i4",
+DTYPES: dict[str, np.dtype] = {"bfloat16": BFLOAT16, **{name: np.dtype(code) for name, code in {
+    "float64": "<f8", "float32": "<f4", "float16": "<f2", "int64": "<i8", "int32": "<i4",
     "int16": "<i2", "int8": "i1", "uint8": "u1", "bool": "?", "uint64": "<u8", "uint32": "<u4", "uint16": "<u2",
-}  # fmt: skip
-# Element types of storages. That of an untyped one is given with its tensor, see _tensor_of_type.
-STORAGES = {
-    "torch.DoubleStorage": "<f8", "torch.FloatStorage": "<f4", "torch.HalfStorage": "<f2",
-    "torch.BFloat16Storage": "bf16", "torch.LongStorage": "<i8", "torch.IntStorage": "<i4",
-    "torch.ShortStorage": "<i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1", "torch.BoolStorage": "?",
-    "torch.storage.UntypedStorage": "u1", "torch.storage._UntypedStorage": "u1",
-}  # fmt: skip
+}.items()}}  # fmt: skip
+# Names of storages -> their element types. That of an untyped one is given with its tensor, see _tensor_of_type.
+STORAGES = {f"torch.{name}": DTYPES[dtype] for name, dtype in {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "storage.UntypedStorage": "uint8",
+    "storage._UntypedStorage": "uint8",
+}.items()}  # fmt: skip
 # Classes and functions of objects that files of PyTorch Lightning, textual inversion and trainers hold beside the
 # weights. The objects are not needed and become placeholders.
 UNUSED_OBJECTS = {
@@ -81,13 +81,8 @@ class Damaged(Exception):
 class Storage:
     """A storage of elements: their type, and the name of its data in the file."""
 
-    dtype: str
+    dtype: np.dtype
     key: str
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -137,9 +132,7 @@ def read_pickles(file: BinaryIO, pickles: int = 1) -> tuple[list[Any], dict[str,
             values.append(machine.finish())
     except IndexError:
         raise Damaged("an instruction finds too few values") from None
-    except (
-        ValueError
-    ) as error:  # from genops: a text is cut off or not UTF-8, an instruction is unknown, or the end is missing
+    except ValueError as error:  # from genops: a cut-off or wrong text, an unknown instruction, or no end
         raise Damaged(plain(error, 100)) from None
     return values, machine.storages
 
@@ -357,7 +350,7 @@ def _tensor_of_type(arguments: tuple[Any, ...]) -> Tensor:
     dtype = DTYPES.get(kind.text[len("torch.") :])
     if dtype is None:
         raise Refused(f"it holds tensors of type {kind.text}, which cannot be read: convert it to float16 or float32")
-    return Tensor(Storage(dtype, tensor.storage.key), tensor.offset, tensor.shape, tensor.stride)
+    return replace(tensor, storage=Storage(dtype, tensor.storage.key))
 
 
 def _tensor_with_attributes(arguments: tuple[Any, ...]) -> Any:

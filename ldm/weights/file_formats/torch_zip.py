@@ -84,7 +84,7 @@ def _start(data: mmap.mmap, member: zipfile.ZipInfo) -> int:
 
 def entry_of(tensor: Tensor, start: int, size: int) -> Entry | None:
     """Return where a tensor is in the file. None if it is not within its storage of `size` bytes at `start`."""
-    itemsize = tensor.storage.itemsize
+    itemsize = tensor.storage.dtype.itemsize
     if len(tensor.shape) != len(tensor.stride) or min((0, tensor.offset, *tensor.shape, *tensor.stride)) < 0:
         return None
     count, in_order, step = 1, True, 1

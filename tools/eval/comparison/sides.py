@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.errors import UserError
 from ldm.files.inputs import content_hash
 from ldm.settings.declare import names_of
 from ldm.settings.model import ModelConfig
@@ -126,22 +125,14 @@ def write_diffusers_base(base: Path, config: ModelConfig, folder: Path) -> None:
     Unlike `ldm.weights.convert.convert`, it accepts an autoencoder whose first convolution is narrower than diffusers'
     can be, like that of the nano model. diffusers_worker.py loads such a folder.
     """
-    from ldm.models.stable_diffusion import build_model
     from ldm.weights.base_model import map_base_model, open_base_model
-    from ldm.weights.convert import DTYPES, diffusers_arrays
-    from ldm.weights.diffusers_folder.writer import write_folder
-    from ldm.weights.load import check_metadata, compare_shapes, mismatch_message
-    from ldm.weights.names import COMPONENTS, CanonicalArrays
+    from ldm.weights.convert import fit_networks, write_diffusers_folder
+    from ldm.weights.load import check_metadata
 
     checkpoint = open_base_model(base)
     check_metadata(checkpoint.metadata, config, base)
-    key_map = map_base_model(checkpoint)
-    shapes = {p.name: tuple(p.shape) for p in build_model(config, random=False).get_parameters()}
-    report = compare_shapes(checkpoint, key_map, shapes, tuple(COMPONENTS))
-    if not report.ok:
-        raise UserError(mismatch_message(checkpoint, report))
-    canonical = CanonicalArrays(checkpoint, key_map, shapes)
-    write_folder(folder, config, diffusers_arrays(canonical, shapes, config, DTYPES["fp32"]))
+    canonical, shapes, _ = fit_networks(checkpoint, map_base_model(checkpoint), config)
+    write_diffusers_folder(folder, canonical, shapes, config, "fp32")
 
 
 def _lora_entry(folder: Path, name: str) -> dict[str, Any]:
