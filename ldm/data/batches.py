@@ -18,9 +18,6 @@ class BatchOrder:
     Args:
         n_rows: Number of rows in the data set.
         batch_size: Rows per batch and process. With gradient accumulation this is a micro-batch.
-        seed: The run's seed.
-        process_index: The number of this process.
-        process_count: Number of processes.
 
     Raises:
         UserError: There are fewer rows than one batch needs.

@@ -23,6 +23,7 @@ from ldm.runtime.logs import warn_each
 
 logger = logging.getLogger(__name__)
 
+CSV_NAME = "img_txt.csv"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 # The csv module's default limit. Checked here as well, because some MindSpore modules raise it for the whole process.
@@ -55,13 +56,12 @@ class _CsvRow(NamedTuple):
 
 def read_image_text_csv(
     folder: str | Path,
-    csv_name: str = "img_txt.csv",
     image_column: str = "dir",
     caption_column: str = "text",
     max_bad_fraction: float = 0.10,
     record: Path | None = None,
 ) -> ImageTextRows:
-    """Read the rows of a data set and check that every image decodes, so that training meets no broken image.
+    """Read the rows of the img_txt.csv in a folder, and check that every image decodes.
 
     The CSV is UTF-8, with or without a byte-order mark, and has a header. Other columns are ignored. Image names are
     relative to `folder` and may be links to anywhere. If no file has a name, the only file whose name differs in case,
@@ -70,10 +70,6 @@ def read_image_text_csv(
     captions are kept, because training without captions is useful, and a warning counts them.
 
     Args:
-        folder: The data folder.
-        csv_name: Name of the CSV in it.
-        image_column: The column with the image names.
-        caption_column: The column with the captions.
         max_bad_fraction: The data set is refused if more than this fraction of its rows is unusable.
         record: File that remembers which images decode (see `CheckedImages`). None decodes all of them.
 
@@ -82,7 +78,7 @@ def read_image_text_csv(
             columns, an image is outside the folder, or too many rows are unusable.
     """
     folder = Path(folder)
-    csv_path = _find_csv(folder, csv_name)
+    csv_path = _find_csv(folder)
     csv_rows = _parse(csv_path, image_column, caption_column)
     for row in csv_rows:
         if not row.fault:
@@ -128,19 +124,19 @@ def _report_left_out(csv_path: Path, left_out: list[tuple[str, str]], count: int
         logger.warning("%s: %d of %d rows left out", csv_path, len(left_out), count)
 
 
-def _find_csv(folder: Path, csv_name: str) -> Path:
+def _find_csv(folder: Path) -> Path:
     if not is_there(folder, "data_path"):
         raise UserError(f"the data folder {plain(folder)} does not exist: check data_path")
     if not is_folder(folder, "data_path"):
-        raise UserError(f"data_path {plain(folder)} is not a folder: give the folder that holds {csv_name}")
-    csv_path = folder / csv_name
+        raise UserError(f"data_path {plain(folder)} is not a folder: give the folder that holds {CSV_NAME}")
+    csv_path = folder / CSV_NAME
     if not is_there(csv_path):
         try:
-            below = sorted(inner.path for inner in os.scandir(folder) if os.path.isfile(f"{inner.path}/{csv_name}"))
+            below = sorted(inner.path for inner in os.scandir(folder) if os.path.isfile(f"{inner.path}/{CSV_NAME}"))
         except OSError:  # the folder may be entered but not listed
             below = []
         hint = f"; there is one in {plain(below[0])}" if below else ": write one with the columns dir,text into it"
-        raise UserError(f"the data folder {plain(folder)} has no {csv_name}{hint}")
+        raise UserError(f"the data folder {plain(folder)} has no {CSV_NAME}{hint}")
     return csv_path
 
 

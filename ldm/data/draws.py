@@ -38,12 +38,10 @@ def micro_batch_draws(
     """Return the draws of a micro-batch.
 
     Args:
-        seed: The run's seed.
         micro_batch: The number of the micro-batch, counted over the whole run.
         shape: Shape of the latents, (N, C, h, w).
         timesteps: The model's number of time steps.
         caption_dropout: Probability that a caption is dropped.
-        process_index: The number of the process.
     """
 
     def stream(name: str) -> np.random.Generator:

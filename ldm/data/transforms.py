@@ -145,8 +145,6 @@ def load_image(
     """Return an image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
 
     Args:
-        path: The image file.
-        size: Height and width of the result, in pixels.
         random_crop: Takes the square from a random place along the longer side instead of the middle.
         random_flip: Mirrors half of the images horizontally.
         rng: Generator for both, needed if either is on.

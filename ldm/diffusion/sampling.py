@@ -60,12 +60,7 @@ class Sampling:
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """Return the shape (C, h, w) of an image's latents.
-
-    Args:
-        config: The model's configuration.
-        height: In pixels, None for the model's own.
-        width: In pixels, None for the model's own.
+    """Return the shape (C, h, w) of an image's latents, for a size in pixels or the model's own.
 
     Raises:
         UserError: The size is not a multiple of `config.size_multiple`.

@@ -16,10 +16,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: i
     difference, or the same seed.
 
     Args:
-        statistic: Computes the score from indices (count,).
-        count: Number of images.
-        resamples: Number of samples.
-        seed: Seed of the samples.
+        statistic: Computes the score from indices (count,) of the images.
 
     Returns:
         The values, (resamples,). Their standard deviation is that of the score.
@@ -28,6 +25,6 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: i
     return np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
 
 
-def bootstrap_std(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200, seed: int = 0) -> float:
+def bootstrap_std(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200) -> float:
     """Return the standard deviation of `bootstrap`."""
-    return float(bootstrap(statistic, count, resamples, seed).std(ddof=1))
+    return float(bootstrap(statistic, count, resamples).std(ddof=1))

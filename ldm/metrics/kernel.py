@@ -13,6 +13,7 @@ from ldm.errors import UserError
 
 BLOCK = 1024  # rows of the kernel that are computed together
 MAX_FEATURES = 10_000  # 82 MB of Inception features
+HALVES = 100  # random halves that the standard deviation is computed from
 
 
 class FeatureSample:
@@ -42,21 +43,12 @@ class FeatureSample:
         return np.stack(self._rows)
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Compute the kernel distance and its standard deviation.
+def kernel_distance(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the kernel distance of features (N, D) and (M, D), and its standard deviation.
 
     The standard deviation is that over random halves of both sets, drawn without replacement. The spread of an estimate
     over halves is the standard error of the estimate over all images (the delete-half jackknife). The distance uses
     all images. Means over subsets of 1,000, as published, have the same expectation.
-
-    Args:
-        x: Features (N, D).
-        y: Features (M, D).
-        halves: Number of random halves.
-        seed: Seed of the halves.
-
-    Returns:
-        The distance and its standard deviation.
 
     Raises:
         UserError: A set has fewer than four images, so that its halves have no distance.
@@ -64,7 +56,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int =
     if min(len(x), len(y)) < 4:
         raise UserError(f"a kernel distance needs 4 images or more in each set, not {min(len(x), len(y))}")
     rng = draws(seed, "kernel distance", 0)
-    chosen_x, chosen_y = _choices(rng, len(x), halves), _choices(rng, len(y), halves)
+    chosen_x, chosen_y = _choices(rng, len(x)), _choices(rng, len(y))
     within_x, within_y = _sums(x, x, chosen_x, chosen_x), _sums(y, y, chosen_y, chosen_y)
     between = _sums(x, y, chosen_x, chosen_y)
     n, m = chosen_x.sum(axis=0), chosen_y.sum(axis=0)
@@ -72,10 +64,10 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, halves: int = 100, seed: int =
     return float(values[0]), float(values[1:].std(ddof=1))
 
 
-def _choices(rng: np.random.Generator, count: int, halves: int) -> np.ndarray:
-    """Return (count, 1 + halves) of zeros and ones that choose all images, then random halves."""
-    chosen = np.ones((count, 1 + halves))
-    for i in range(halves):
+def _choices(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Return (count, 1 + HALVES) of zeros and ones that choose all images, then random halves."""
+    chosen = np.ones((count, 1 + HALVES))
+    for i in range(HALVES):
         chosen[rng.permutation(count)[count // 2 :], 1 + i] = 0.0
     return chosen
 

@@ -57,8 +57,6 @@ def clip_input(image: Image.Image, size: int = 224, preprocessing: str = "openai
     """Return an RGB image as (3, size, size) float32, normalised by CLIP's mean and standard deviation.
 
     Args:
-        image: The image, in RGB.
-        size: Height and width of the result, in pixels.
         preprocessing: "openai" scales the shorter side to `size` (bicubic, smoothed) and crops the centre. "squash"
             scales the whole image to a square whatever its shape, as mindone does.
 

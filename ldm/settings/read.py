@@ -181,31 +181,21 @@ def check_values(settings: DataclassInstance, prefix: str = "") -> None:
             object.__setattr__(settings, setting.name, value)  # also where the dataclass is frozen
 
 
-def save_settings(
-    settings: DataclassInstance, path: str | Path, header: str = "", leave_out: Sequence[str] = ()
-) -> None:
+def save_settings(settings: DataclassInstance, path: str | Path, leave_out: Sequence[str] = ()) -> None:
     """Write settings as a YAML file that `read_settings` reads back.
 
-    Args:
-        settings: A dataclass of settings.
-        path: The file to write.
-        header: A comment for its beginning.
-        leave_out: Settings that become comments. The flag that names the YAML file must be one of them.
+    The settings in `leave_out` become comments. The flag that names the YAML file must be one of them.
     """
     values = dataclasses.asdict(settings)
-    lines = header.splitlines()
-    for name in leave_out:
-        lines += write_yaml({name: values.pop(name)}).splitlines()
+    lines = [line for name in leave_out for line in write_yaml({name: values.pop(name)}).splitlines()]
     text = "".join(f"# {line}\n" for line in lines) + write_yaml(values)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def explain(
-    cls: type, *, prog: str = "", description: str = "", yaml_flag: str | None = None, width: int | None = None
-) -> str:
+def explain(cls: type, *, prog: str = "", description: str = "", yaml_flag: str | None = None) -> str:
     """Return the help text: every setting that has one, by group, with its type, choices, range and default."""
-    width = width or max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+    width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     lines = [f"usage: python {prog} [--setting value ...]"] if prog else []
     if description:
         lines += ["", *([description.rstrip()] if "\n" in description else textwrap.wrap(description, width))]

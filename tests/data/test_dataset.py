@@ -126,9 +126,9 @@ def test_a_folder_that_is_a_link_is_the_folder_it_leads_to(folder, tmp_path):
     assert len(read_image_text_csv(tmp_path / "link").rows) == 20
 
 
-def test_other_names_for_csv_and_columns(folder):
-    (folder / "metadata.csv").write_text("file_name,caption\n1.png,a cat\n")
-    found = read_image_text_csv(str(folder), "metadata.csv", image_column="file_name", caption_column="caption")
+def test_other_names_for_columns(folder):
+    write(folder, "file_name,caption\n1.png,a cat\n")
+    found = read_image_text_csv(str(folder), image_column="file_name", caption_column="caption")
     assert images_and_captions(found) == [(folder / "1.png", "a cat")]
 
 
