@@ -12,12 +12,8 @@ from ldm.runtime.parallel import first_process_prints
 from ldm.runtime.script import run_script
 
 
+@first_process_prints()
 def main() -> None:
-    with first_process_prints():
-        _main()
-
-
-def _main() -> None:
     from ldm.settings.read import read_settings
     from ldm.settings.train import TrainSettings
     from ldm.training.checks import check_settings

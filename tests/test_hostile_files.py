@@ -28,7 +28,7 @@ FILES = [
     *((text_to_image.main, GENERATE, name) for name in (
         "generate_config", "negative_data_path", "init_latents", "config", "ckpt_path", "unet_ckpt_path",
         "vae_ckpt_path", "lora_ckpt_path")),
-    *((train_text_to_image._main, TRAIN, name) for name in (
+    *((train_text_to_image.main, TRAIN, name) for name in (
         "train_config", "data_path", "pretrained_model_path", "vae_ckpt_path", "model_config", "lora_config",
         "lora_init_path", "resume")),
     (eval_fid.main, "--save_stats out.npz", "real_dir"),
@@ -79,7 +79,7 @@ def test_an_unsuitable_file_is_named_in_one_line(main, others, flag, obstacle, u
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
     try:
         with pytest.raises(UserError) as error:
-            main() if main is train_text_to_image._main else main(arguments)
+            main() if main is train_text_to_image.main else main(arguments)
     finally:
         for handler in list(logging.getLogger("ldm").handlers):
             logging.getLogger("ldm").removeHandler(handler)

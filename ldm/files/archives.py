@@ -28,15 +28,9 @@ class _BoundedFile(io.BufferedReader):
 
 
 class Archive:
-    """An open zip archive, to be used as a context manager.
+    """An open zip archive, to be used as a context manager. `members` are its entries by their names.
 
-    Attributes:
-        members: Maps each member's name to its entry in the archive's directory.
-
-    Args:
-        path: The file.
-        kind: What the file should be, for errors ("a PyTorch file").
-        way: What the user can do about an unreadable file, for errors.
+    `kind` is what the file should be ("a PyTorch file") and `way` what the user can do otherwise, for errors.
 
     Raises:
         UserError: The file does not exist, is not a regular file, or is not a readable archive.

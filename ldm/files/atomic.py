@@ -22,12 +22,8 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an error.
 
     The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders
-    are created. If `path` is a link, the file that it leads to is replaced.
-
-    Args:
-        path: The file to write.
-        sync: Wait until the file is on the disk, so that a power cut cannot leave an empty or truncated file. Files
-            with their own checksum do without it.
+    are created. If `path` is a link, the file that it leads to is replaced. With `sync`, the file is on the disk before
+    it is renamed, so that a power cut cannot leave an empty one. Files with their own checksum do without it.
 
     Raises:
         OSError: `path` exists and is not a regular file. Root would replace a device or a pipe otherwise.

@@ -40,9 +40,7 @@ class Header:
 def read_header(file: BinaryIO, size: int) -> Header:
     """Read the header at the beginning of `file`, and leave the position at the array's data.
 
-    Args:
-        file: Positioned at its beginning.
-        size: Of the whole file, in bytes.
+    `size` is that of the whole file in bytes.
 
     Raises:
         NotNumpy: The file is not an array of numbers or texts, or is shorter than its header declares.

@@ -42,9 +42,7 @@ def path_and_strengths(text: str, name: str) -> tuple[Path, tuple[float, ...]]:
 
     A file whose name contains colons is found by its whole name first.
 
-    Args:
-        text: As the user wrote it; `~` and variables are expanded.
-        name: Of the setting, for errors.
+    `~` and variables are expanded. `name` is that of the setting, for errors.
 
     Raises:
         UserError: The path does not exist, or a strength is not a number within MAX_STRENGTH.

@@ -22,15 +22,11 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z]+")
 
 
 def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
-    """Return the prompts of a UTF-8 text file, one per line, without surrounding spaces.
+    """Return the prompts of a UTF-8 text file, one per line, without surrounding spaces. `name` is that of the setting.
 
     Line feeds at the end of the file are ignored. Every other empty line is an empty prompt, and so is a line of
     spaces, which allows an empty prompt at the end. Comments (`#`) and the flags of other projects' prompt files
     (`--n ...`) are words of the prompt. Each of these cases logs one warning with its line numbers.
-
-    Args:
-        path: The file.
-        name: Of the setting, for messages.
 
     Raises:
         UserError: The file cannot be read (see ldm.files.inputs), is empty, or exceeds MAX_BYTES, MAX_PROMPTS or

@@ -83,7 +83,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         plan.prompts,
         plan.negative_prompts,
         plan.images_per_prompt,
-        _metadata(settings, plan, "fp16" if runtime.fp16 else "fp32"),
+        _metadata(settings, plan, runtime.precision),
         pngs=not settings.skip_save,
         grid=not settings.skip_grid,
     )

@@ -49,6 +49,10 @@ class Runtime:
     def fp16(self) -> bool:
         return self.compute_dtype == ms.float16
 
+    @property
+    def precision(self) -> str:
+        return "fp16" if self.fp16 else "fp32"
+
 
 _current: Runtime | None = None
 

@@ -50,15 +50,9 @@ class _LogFileHandler(logging.FileHandler):
 
 
 def set_up_logging(level: str, log_file: Path | None = None, prefix: bool = True) -> None:
-    """Send the log of the project to standard error and to a file.
+    """Send the log of the project to standard error, and append it to `log_file` if one is given.
 
-    Args:
-        level: The lowest level that is logged: "DEBUG", "INFO", "WARNING" or "ERROR".
-        log_file: The file to append to, None for no file.
-        prefix: Begin each line on the terminal with its level.
-
-    Raises:
-        UserError: The file cannot be opened.
+    With `prefix`, lines on the terminal begin with their level. Raises UserError if the file cannot be opened.
     """
     root = logging.getLogger("ldm")
     for handler in list(root.handlers):

@@ -82,13 +82,9 @@ class AdamW(nn.Cell):
         self, gradients: tuple[Tensor, ...],
         factor: Tensor, rate: Tensor, epsilon: Tensor, decay: Tensor, ema_rate: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Apply one update.
+        """Apply one update with fp32 gradients, which are multiplied with `factor` first.
 
-        Args:
-            gradients: One fp32 tensor for each parameter.
-            factor: Is multiplied with the gradients first.
-            rate, epsilon, decay: See adamw_scalars.
-            ema_rate: 1 - decay of the moving average.
+        See adamw_scalars for rate, epsilon and decay. `ema_rate` is 1 - decay of the moving average.
         """
         if self.use_ema:
             update = ops.partial(_update_and_average, rate, self.beta1, self.beta2, epsilon, decay, ema_rate, factor)

@@ -46,7 +46,7 @@ def make_fingerprint(
         model=content_key("model", repr(config.content()))[:16],
         base=_base_identity(settings),
         rank_size=runtime.process_count,
-        precision="fp16" if runtime.fp16 else "fp32",
+        precision=runtime.precision,
         image_size=image_size(settings, config),
         updates=plan.steps,
         lora_config=content_key("lora_config", repr(layers))[:16] if settings.lora_config else None,

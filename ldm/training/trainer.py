@@ -105,8 +105,7 @@ def run_steps(run: Run) -> Path:
     logger.info(
         "%d steps of %d x %d x %d images (processes, micro-batches, batch size): %.1f epochs of %d rows, on %s in %s",
         plan.steps, run.runtime.process_count, micro_batches, settings.train_batch_size,
-        plan.steps / plan.steps_per_epoch, len(run.inputs.rows), run.runtime.device,
-        "fp16" if run.runtime.fp16 else "fp32",
+        plan.steps / plan.steps_per_epoch, len(run.inputs.rows), run.runtime.device, run.runtime.precision,
     )  # fmt: skip
     status.phase = "while compiling the step"
     newest = run.checkpoints.newest
