@@ -22,6 +22,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
@@ -36,7 +37,6 @@ from ldm.runtime.script import describe_progress, run_script, start_script  # no
 if __name__ == "__main__":
     start_script()
 
-from ldm.data.cache import content_key  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.data.transforms import load_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
@@ -121,39 +121,35 @@ class Comparison:
         write_json(self.output / "compared.json", {"base": str(inputs.base), "data": str(args.data)})
         self.stages = stages = Stages(self.output, 4 + 5 * len(args.seeds) + 2)
         model = {"base": inputs.base_hash, "model": inputs.config.content()}
-        stages.run("base", model, self._write_base)
+        stages.run(
+            "base", model, lambda folder: write_diffusers_base(inputs.base, inputs.config, inputs.diffusers_base)
+        )
         held_out = {
             "prompts": inputs.prompts,
             "image_size": inputs.image_size,
             "latents_seed": args.latents_seed,
-            "real": self._real_hash(),
+            "real": inputs.real_hash,
             "model": model["model"],
         }
         stages.run("held_out", held_out, self._write_held_out)
         sampling = {
-            "base": inputs.base_hash,
-            "held_out": held_out,
-            "steps": args.sampling_steps,
-            "scale": inputs.scale,
+            "base": inputs.base_hash, "held_out": held_out, "steps": args.sampling_steps, "scale": inputs.scale,
+        }  # fmt: skip
+        drawn = {
+            f"base_{name}": stages.run(f"base_{name}", sampling, partial(side.draw, None))
+            for name, side in self.sides.items()
         }
-        drawn = {f"base_{name}": stages.run(f"base_{name}", sampling, self.sides[name].draw(None)) for name in SIDES}
         trained: dict[str, dict[str, Any]] = {}
         for seed in args.seeds:
             trained.update(self._train(seed, {**model, "data": inputs.data_hash}))
-            for name in SIDES:
-                run = trained[f"seed{seed}/{name}"]
-                draw = self.sides[name].draw(self.output / f"seed{seed}" / f"train_{name}" / run["lora"])
-                drawn[f"seed{seed}/{name}"] = stages.run(
-                    f"seed{seed}/{name}", {**sampling, "lora": run["sha256"]}, draw
-                )
+            for name, side in self.sides.items():
+                place, run = f"seed{seed}/{name}", trained[f"seed{seed}/{name}"]
+                draw = partial(side.draw, self.output / f"seed{seed}" / f"train_{name}" / run["lora"])
+                drawn[place] = stages.run(place, {**sampling, "lora": run["sha256"]}, draw)
         scores = stages.run("scores", self._score_inputs(drawn), lambda folder: self._score(list(drawn)))
         self._report(trained, drawn, scores)
 
-    def _write_base(self, folder: Path) -> dict[str, Any]:
-        write_diffusers_base(self.experiment.base, self.experiment.config, self.experiment.diffusers_base)
-        return {}
-
-    def _write_held_out(self, folder: Path) -> dict[str, Any]:
+    def _write_held_out(self, folder: Path) -> None:
         inputs = self.experiment
         shape = (inputs.config.latent_channels, *[inputs.image_size // inputs.config.vae_factor] * 2)
         latents = [
@@ -168,31 +164,22 @@ class Comparison:
             pixels = np.round((load_image(row.path, inputs.image_size) + 1.0) * 127.5).astype(np.uint8)
             with atomic_path(folder / "real" / f"{i:05d}.png") as path:
                 Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
-        return {}
 
     def _train(self, seed: int, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Train on both sides from the same untrained LoRA."""
         settings = self.experiment.settings(seed)
         inputs = {**inputs, "recipe": self.experiment.recipe(settings)}
+        start_lora = self.experiment.start_lora(seed)
         start = self.stages.run(
-            f"seed{seed}/start",
-            inputs,
-            lambda folder: write_start_lora(self.experiment.config, settings, self.experiment.start_lora(seed)),
+            f"seed{seed}/start", inputs, lambda folder: write_start_lora(self.experiment.config, settings, start_lora)
         )
         inputs["start"] = start["sha256"]
-
-        def run(name: str) -> dict[str, Any]:
-            return self.stages.run(
-                f"seed{seed}/train_{name}",
-                inputs,
-                lambda folder: self.sides[name].train(settings, start, folder),
-                can_continue=True,
+        return {
+            f"seed{seed}/{name}": self.stages.run(
+                f"seed{seed}/train_{name}", inputs, partial(side.train, settings, start), can_continue=True
             )
-
-        return {f"seed{seed}/{name}": run(name) for name in SIDES}
-
-    def _real_hash(self) -> str:
-        return content_key("real", *(row.content for row in self.experiment.real))
+            for name, side in self.sides.items()
+        }
 
     def _score_inputs(self, drawn: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         weights = {"inception": self.args.inception_path, "clip": self.args.clip_path}
@@ -203,7 +190,7 @@ class Comparison:
         return {
             "images": {name: result["sha256"] for name, result in drawn.items()},
             "prompts": self.experiment.prompts,
-            "real": self._real_hash(),
+            "real": self.experiment.real_hash,
             "score_version": 2,  # raised when the entries of the scores change
             **networks,
         }
@@ -238,7 +225,7 @@ class Comparison:
         losses = {seed: {side: run["loss"] for side, run in runs.items()} for seed, runs in metrics.items()}
         plot = {"runs": losses, "allowed": ALLOWED}
         self.stages.run("curves", {"losses": losses}, lambda folder: self.worker.run("plot", folder, plot))
-        chosen = evenly(len(inputs.prompts), min(GRID_PROMPTS, len(inputs.prompts)))
+        chosen = evenly(len(inputs.prompts), GRID_PROMPTS)
         for seed in args.seeds:
             columns = {"real": "held_out/real"} if inputs.real else {}
             columns.update({"base": "base_ours/samples", **{side: f"seed{seed}/{side}/samples" for side in SIDES}})
@@ -247,7 +234,7 @@ class Comparison:
         recipe = inputs.recipe(inputs.settings(args.seeds[0]))
         table = {
             "base": {"file": inputs.base.name, "sha256": inputs.base_hash, "architecture": inputs.config.architecture},
-            "data": {"folder": Path(args.data).name, "rows": len(inputs.rows), "prompts": len(inputs.prompts)},
+            "data": {"folder": inputs.data.name, "rows": len(inputs.rows), "prompts": len(inputs.prompts)},
             "seeds": args.seeds,
             "recipe": {key: value for key, value in recipe.items() if key != "seed"},
             "steps": recipe["steps"],

@@ -1,4 +1,4 @@
-"""The diffusers side of compare_diffusers.py, in the environment with PyTorch.
+"""The diffusers side of compare_diffusers.py, in the environment with PyTorch and diffusers.
 
     .venv-parity/bin/python tools/eval/comparison/diffusers_worker.py train JOB.json
     .venv-parity/bin/python tools/eval/comparison/diffusers_worker.py generate JOB.json
@@ -114,7 +114,7 @@ def load_lora(unet: UNet2DConditionModel, path: str, prefix: str | None) -> None
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(job: dict) -> dict:
+def train(job: dict) -> None:
     """Train a LoRA as diffusers' train_text_to_image_lora.py does.
 
     It starts from the LoRA job["lora"], or continues from the state that an interrupted run left in job["output"].
@@ -143,13 +143,9 @@ def train(job: dict) -> dict:
     for step in bar:
         begin = time.perf_counter()
         rate = learning_rate(
-            step,
-            scheduler=job["scheduler"],
-            start=job["start_learning_rate"],
-            end=job["end_learning_rate"],
-            warmup_steps=job["warmup_steps"],
-            decay_steps=job["decay_steps"],
-        )
+            step, scheduler=job["scheduler"], start=job["start_learning_rate"], end=job["end_learning_rate"],
+            warmup_steps=job["warmup_steps"], decay_steps=job["decay_steps"],
+        )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
@@ -174,7 +170,6 @@ def train(job: dict) -> dict:
     metrics_file.close()
     unet.save_lora_adapter(Path(job["output"]), adapter_name="default")
     state.unlink(missing_ok=True)
-    return {}
 
 
 def save_state(path: Path, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
@@ -200,7 +195,7 @@ class Batches:
 
     def __init__(self, job: dict, networks: Networks):
         self.job, self.networks = job, networks
-        self.paths, self.captions = [row[0] for row in job["rows"]], [row[1] for row in job["rows"]]
+        self.paths, self.captions = zip(*job["rows"])
         self.order = BatchOrder(len(self.paths), job["batch_size"], job["seed"])
         self.text_embeddings = networks.encode_texts([*self.captions, ""]) if job["cache_text"] else None
         self.moments = None
@@ -246,7 +241,7 @@ class Batches:
 # ---- generating ------------------------------------------------------------------------------------------------------
 
 
-def generate(job: dict) -> dict:
+def generate(job: dict) -> None:
     """Draw job["prompts"] from the latents in job["latents"] with StableDiffusionPipeline and the LoRA, if any."""
     networks = Networks(Path(job["base"]), job["pad_token"], job["added_tokens"])
     scheduler = DPMSolverMultistepScheduler.from_config(
@@ -261,12 +256,11 @@ def generate(job: dict) -> dict:
         load_lora(pipeline.unet, job["lora"], None)
         pipeline.unet.fuse_lora()
     starting = torch.from_numpy(np.load(job["latents"], allow_pickle=False))
-    prompts, size = job["prompts"], job["batch_size"]
+    prompts, size, guided = job["prompts"], job["batch_size"], job["scale"] != 1.0
     folder = Path(job["output"]) / "samples"
     with tqdm(total=len(prompts), desc="sampling with diffusers", unit="image") as bar:
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            guided = job["scale"] != 1.0
             text_embeddings = networks.encode_texts([*batch, ""])
             images = pipeline(
                 prompt_embeds=text_embeddings[:-1],
@@ -282,13 +276,12 @@ def generate(job: dict) -> dict:
                 with atomic_path(folder / f"{index:05d}.png") as path:
                     Image.fromarray(np.round(image * 255).astype(np.uint8)).save(path)
             bar.update(len(batch))
-    return {}
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-def plot(job: dict) -> dict:
+def plot(job: dict) -> None:
     """Plot the losses of both sides for each seed, and below them their relative difference at each step."""
     import matplotlib
 
@@ -316,7 +309,6 @@ def plot(job: dict) -> dict:
     figure.tight_layout()
     with atomic_path(Path(job["output"]) / "losses.png") as path:
         figure.savefig(path, dpi=110)
-    return {}
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -335,12 +327,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    result = {"train": train, "generate": generate, "plot": plot}[command](job)
+    {"train": train, "generate": generate, "plot": plot}[command](job)
     packages = ("numpy", "torch", "diffusers", "transformers", "peft")
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages},
                 "threads": torch.get_num_threads()}  # fmt: skip
     with atomic_path(job["result"]) as temporary:
-        temporary.write_text(json.dumps({**result, "versions": versions}), encoding="utf-8")
+        temporary.write_text(json.dumps({"versions": versions}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
@@ -26,6 +25,9 @@ from ldm.weights.architecture import config_with_tokens, detect_model_config
 from ldm.weights.base_model import base_model_hash
 from tools.grid import evenly
 
+if TYPE_CHECKING:  # it imports this file
+    from tools.eval.compare_diffusers import Settings
+
 SIDES = ("ours", "diffusers")
 
 
@@ -40,12 +42,12 @@ class Experiment:
         UserError: The comparison is impossible, or a file or setting is wrong.
     """
 
-    def __init__(self, args: argparse.Namespace, flags: Sequence[str]):
+    def __init__(self, args: Settings, flags: Sequence[str]):
         self.args, self.flags = args, list(flags)
         self.base, self.output = Path(args.base), Path(args.output_path)
         if not is_there(self.base, "--base"):
             raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
-        settings = self.settings(args.seeds[0])
+        self.data, settings = Path(args.data), self.settings(args.seeds[0])
         if settings.model_config is None:
             self.config = detect_model_config(self.base, way_out="add --model_config with its YAML")
         else:
@@ -53,8 +55,8 @@ class Experiment:
         self.generate_flags = [] if settings.model_config is None else ["--config", self.config.path]
         self.generate_flags += ["--device_target", settings.device_target] if settings.device_target else []
         check_model(self.config)
-        self.training_folder = training_folder(Path(args.data))
-        self.rows, self.prompts, self.real = read_data(Path(args.data), settings, args.prompts)
+        self.training_folder = training_folder(self.data)
+        self.rows, self.prompts, self.real = read_data(self.data, settings, args.prompts)
         self.plan(settings)  # raises the error for too few rows
         self.image_size = settings.image_size or self.config.image_size
         self.scale = default_guidance_scale(self.config.architecture) if args.scale is None else args.scale
@@ -66,6 +68,7 @@ class Experiment:
         with claim_folder(self.output, "--output_path"):  # raises the error early; main claims it for the whole run
             pass
         self.data_hash = content_key("rows", *(part for row in self.rows for part in (row.content, row.caption)))
+        self.real_hash = content_key("real", *(row.content for row in self.real))
         self.base_hash = base_model_hash(self.base)
 
     def settings(self, seed: int) -> TrainSettings:
@@ -109,12 +112,8 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
         if flag.startswith("--") and name in names_of(TrainSettings, set_by_comparison=True):
             way = "use --seeds" if name == "seed" else "both sides get the same from this script; leave it out"
             raise UserError(f"--{name} cannot be given here: {way}")
-    settings = read_settings(
-        TrainSettings,
-        ["--train_config", path, *flags, "--pretrained_model_path", base, "--seed", str(seed), "--precision", "fp32",
-         "--loss_scaler_type", "none"],
-        yaml_flag="train_config",
-    )  # fmt: skip
+    fixed = ["--pretrained_model_path", base, "--seed", str(seed), "--precision", "fp32", "--loss_scaler_type", "none"]
+    settings = read_settings(TrainSettings, ["--train_config", path, *flags, *fixed], yaml_flag="train_config")
     if not settings.use_lora:
         raise UserError(f"{path} trains the whole UNet: this script compares LoRAs, add --use_lora True")
     for field in fields(TrainSettings):

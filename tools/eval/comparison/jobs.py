@@ -44,7 +44,7 @@ def run_command(*command: str) -> dict[str, float | None]:
 
 
 def _peak_memory(pid: int) -> float | None:
-    """Return the peak memory of a process in MB (VmHWM), None if the system does not report it.
+    """Return the peak memory of a process in MB (VmHWM), or None if the system does not report it.
 
     The resource usage of a child would include the memory of this process, from which it was forked.
     """

@@ -49,17 +49,12 @@ class Scores:
             raise UserError(f"{name} has {len(files)} images for {self.count} prompts: remove it and run again")
         self.clip_scores[name] = clip = self._clip_scores(files)
         self.pixels[name] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        scores: dict[str, float | None] = {
-            "fid": None, "fid_std": None, "kid": None, "kid_std": None,
-            "clip_score": float(clip.mean()), "clip_score_std": self._std(lambda i: float(clip[i].mean())),
-        }  # fmt: skip
+        kid: tuple[float | None, float | None] = None, None
         if self.real_features is not None:
             self.features[name] = self._features(files, self.image_network)
-            scores["fid"] = self._fid(name, np.arange(self.count))
-            scores["fid_std"] = self._std(lambda i: self._fid(name, i))
             if self.count >= 4:
-                scores["kid"], scores["kid_std"] = kernel_distance(self.real_features, self.features[name])
-        return scores
+                kid = kernel_distance(self.real_features, self.features[name])
+        return {**self._scores(clip, lambda i: self._fid(name, i)), "kid": kid[0], "kid_std": kid[1]}
 
     def difference(self, name: str, other: str) -> dict[str, float | None]:
         """Return the scores of `name` minus those of `other`.
@@ -69,21 +64,17 @@ class Scores:
         """
         clip = self.clip_scores[name] - self.clip_scores[other]
         pixels = np.abs(self.pixels[name].astype(np.float64) - self.pixels[other])
-        scores: dict[str, float | None] = {
-            "fid": None, "fid_std": None,
-            "clip_score": float(clip.mean()), "clip_score_std": self._std(lambda i: float(clip[i].mean())),
-            "pixels": float(pixels.mean()),
-        }  # fmt: skip
-        if self.real_features is not None:
+        scores = self._scores(clip, lambda i: self._fid(name, i) - self._fid(other, i))
+        return {**scores, "pixels": float(pixels.mean())}
 
-            def fid(i: np.ndarray) -> float:
-                return self._fid(name, i) - self._fid(other, i)
-
-            scores["fid"], scores["fid_std"] = fid(np.arange(self.count)), self._std(fid)
+    def _scores(self, clip: np.ndarray, fid: Callable[[np.ndarray], float]) -> dict[str, float | None]:
+        """Return the mean of CLIP scores and, with real images, the FID, both with their standard deviations."""
+        statistics = {"fid": None if self.real_features is None else fid, "clip_score": lambda i: float(clip[i].mean())}
+        scores: dict[str, float | None] = {}
+        for key, statistic in statistics.items():
+            scores[key] = statistic and statistic(np.arange(self.count))
+            scores[f"{key}_std"] = statistic and bootstrap_std(statistic, self.count, RESAMPLES)
         return scores
-
-    def _std(self, statistic: Callable[[np.ndarray], float]) -> float:
-        return bootstrap_std(statistic, self.count, RESAMPLES)
 
     def _fid(self, name: str, indices: np.ndarray) -> float:
         assert self.real_features is not None

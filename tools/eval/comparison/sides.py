@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,19 @@ class Ours:
         )  # fmt: skip
         return {**usage, **_lora_entry(folder, "ckpt/lora.ckpt")}
 
-    def draw(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
-        """Return the function that draws all held-out prompts into a folder."""
+    def draw(self, lora: Path | None, folder: Path) -> dict[str, Any]:
+        """Draw all held-out prompts into a folder. Returns the hash of the images, the seconds and the peak memory."""
         inputs = self.experiment
-
-        def draw(folder: Path) -> dict[str, Any]:
-            usage = run_command(
-                sys.executable, script("text_to_image.py"), *inputs.generate_flags, "--ckpt_path", str(inputs.base),
-                "--data_path", str(inputs.held_out / "prompts.txt"),
-                "--init_latents", str(inputs.held_out / "latents.npy"),
-                "--sampling_steps", str(inputs.args.sampling_steps), "--scale", str(inputs.scale),
-                "--H", str(inputs.image_size), "--W", str(inputs.image_size), "--precision", "fp32",
-                "--batch_size", str(inputs.batch_size), "--output_path", str(folder), "--skip_grid",
-                *(["--lora_ckpt_path", str(lora)] if lora else []),
-            )  # fmt: skip
-            return {**usage, "sha256": _images_hash(folder)}
-
-        return draw
+        usage = run_command(
+            sys.executable, script("text_to_image.py"), *inputs.generate_flags, "--ckpt_path", str(inputs.base),
+            "--data_path", str(inputs.held_out / "prompts.txt"),
+            "--init_latents", str(inputs.held_out / "latents.npy"),
+            "--sampling_steps", str(inputs.args.sampling_steps), "--scale", str(inputs.scale),
+            "--H", str(inputs.image_size), "--W", str(inputs.image_size), "--precision", "fp32",
+            "--batch_size", str(inputs.batch_size), "--output_path", str(folder), "--skip_grid",
+            *(["--lora_ckpt_path", str(lora)] if lora else []),
+        )  # fmt: skip
+        return {**usage, "sha256": _images_hash(folder)}
 
 
 class Diffusers:
@@ -84,8 +80,8 @@ class Diffusers:
         }
         return {**self.worker.run("train", folder, job), **_lora_entry(folder, "pytorch_lora_weights.safetensors")}
 
-    def draw(self, lora: Path | None) -> Callable[[Path], dict[str, Any]]:
-        """Return the function that draws all held-out prompts into a folder."""
+    def draw(self, lora: Path | None, folder: Path) -> dict[str, Any]:
+        """Draw all held-out prompts into a folder. Returns the hash of the images, the seconds and the peak memory."""
         inputs = self.experiment
         job = {
             **self.model,
@@ -97,11 +93,7 @@ class Diffusers:
             "image_size": inputs.image_size,
             "batch_size": inputs.batch_size,
         }
-
-        def draw(folder: Path) -> dict[str, Any]:
-            return {**self.worker.run("generate", folder, job), "sha256": _images_hash(folder)}
-
-        return draw
+        return {**self.worker.run("generate", folder, job), "sha256": _images_hash(folder)}
 
 
 def write_start_lora(config: ModelConfig, settings: TrainSettings, path: Path) -> dict[str, Any]:

@@ -30,15 +30,15 @@ class Stages:
         self,
         name: str,
         inputs: Mapping[str, Any],
-        work: Callable[[Path], dict[str, Any]],
+        work: Callable[[Path], dict[str, Any] | None],
         can_continue: bool = False,
     ) -> dict[str, Any]:
-        """Return the result of `work(folder)`, from an earlier run if there is one.
+        """Return the result of `work(folder)`, or that of an earlier run with the same inputs.
 
         Args:
             name: The folder of the stage.
             inputs: Everything that the result depends on, for JSON.
-            work: Does the work in the folder and returns a result for JSON.
+            work: Does the work in the folder and returns its result for JSON, if it has one.
             can_continue: Whether `work` can continue in the folder of an interrupted run.
         """
         self.number += 1
@@ -54,7 +54,7 @@ class Stages:
         print(f"{label} ...", flush=True)
         begin = time.time()
         write_json(begun, inputs)
-        result = work(folder)
+        result = work(folder) or {}
         write_json(done, {"settings": inputs, "result": result})
         print(f"{label}: {time.time() - begin:.0f} s", flush=True)
         return result
