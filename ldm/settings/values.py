@@ -106,6 +106,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return value
         if type(value) is int and float in kinds and abs(value) <= sys.float_info.max:
             return float(value)
+        if type(value) is float and int in kinds and value.is_integer():  # 1000.0 and 1e3 in YAML
+            return int(value)
         if isinstance(value, str) and reads_as(value, hint):
             # YAML has no numbers with a zero before them: some read them as octal.
             zeros = ", and zeros at its beginning" if re.match(r"[-+]?0\d", value) else ""

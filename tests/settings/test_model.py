@@ -215,6 +215,7 @@ def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says
         ("text", {"activation": "gelu"}),
         ("params.scale_factor", 1),
         ("params.timesteps", 2),
+        ("params.timesteps", 1000.0),  # as YAML reads 1e3
         ("model.base_learning_rate", 1e-4),
     ],
 )
