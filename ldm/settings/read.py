@@ -262,8 +262,10 @@ def _read_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> dict[st
             item = list_item(setting.hint)
             limit = len(argv) if item else position + 1
             while position < min(limit, len(argv)) and not argv[position].startswith("--"):
-                # In `--apart name` and `--cores 0 1 name`, the name belongs to no flag.
-                may_end = positional is not None and (words or bool in kinds_of(setting.hint))
+                # In `--apart name` and `--cores 0 1 name`, the name belongs to no flag. A flag that is True by default
+                # is never given without a value.
+                bare = bool in kinds_of(setting.hint) and setting.default is not True
+                may_end = positional is not None and (words or bare)
                 if may_end and not reads_as(argv[position], item or setting.hint):
                     break
                 words.append(argv[position])
