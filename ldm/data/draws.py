@@ -12,7 +12,6 @@ def draws(seed: int, stream: str, step: int, process_index: int = 0) -> np.rando
     """Return a generator that depends only on the arguments.
 
     Args:
-        seed: The run's seed.
         stream: What is drawn ("noise", "timesteps", "flip", ...). Streams are independent of each other.
         step: The number of the draw in its stream: of a micro-batch, an epoch or an image.
         process_index: The number of the process, for draws that differ between processes.

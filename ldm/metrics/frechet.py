@@ -76,8 +76,7 @@ class FeatureStatistics:
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
     """Return the distance between two normal distributions, given by means (D,) and covariances (D, D)."""
-    root1, root2 = _factor(covariance1), _factor(covariance2)
-    return _distance(mean1, root1, mean2, root2)
+    return _distance(mean1, _factor(covariance1), mean2, _factor(covariance2))
 
 
 def frechet_of_features(features1: np.ndarray, features2: np.ndarray) -> float:
@@ -125,14 +124,9 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics are written as .npz, not {path.suffix or 'without a suffix'}")
+    mean, covariance, count = statistics.mean, statistics.covariance, statistics.count
     with writing(path), atomic_path(path) as temporary:
-        np.savez_compressed(
-            temporary,
-            mu=statistics.mean,
-            sigma=statistics.covariance,
-            count=statistics.count,
-            network=np.array(network),
-        )
+        np.savez_compressed(temporary, mu=mean, sigma=covariance, count=count, network=np.array(network))
 
 
 def read_statistics(path: str | os.PathLike) -> SavedStatistics:

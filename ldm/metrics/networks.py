@@ -95,15 +95,9 @@ def inception(path: str | Path) -> ImageNetwork:
     sha256 = content_hash(path)
     published = PUBLISHED.get(sha256[:8])
     source = f"{published}, as published" if published else f"{Path(path).name}, not one of the published files"
-    return ImageNetwork(
-        f"Inception 2015-12-05 ({source})",
-        sha256,
-        f"RGB / 255, bilinear to {SIZE}x{SIZE} without smoothing, 2x - 1 (pytorch-fid's)",
-        FEATURES,
-        False,
-        partial(inception_input, size=SIZE),
-        network,
-    )
+    name = f"Inception 2015-12-05 ({source})"
+    preprocessing = f"RGB / 255, bilinear to {SIZE}x{SIZE} without smoothing, 2x - 1 (pytorch-fid's)"
+    return ImageNetwork(name, sha256, preprocessing, FEATURES, False, partial(inception_input, size=SIZE), network)
 
 
 def clip(
@@ -117,17 +111,10 @@ def clip(
         "squash": f"squash: RGB, {size}x{size} bicubic whatever the shape, CLIP's mean and standard deviation",
     }
     prepare = partial(clip_input, size=size, preprocessing=preprocessing)
-    network = build_clip(weights)
-    return ClipNetwork(
-        weights.name,
-        content_hash(weights.path),
-        descriptions[preprocessing],
-        weights.arguments["projection_dim"],
-        False,
-        prepare,
-        ImageFeatures(network),
-        TextFeatures(network),
-    )
+    network, dimensions = build_clip(weights), weights.arguments["projection_dim"]
+    encoders = ImageFeatures(network), TextFeatures(network)
+    sha256, description = content_hash(weights.path), descriptions[preprocessing]
+    return ClipNetwork(weights.name, sha256, description, dimensions, False, prepare, *encoders)
 
 
 def nano_clip(folder: Path = NANO) -> ClipNetwork:
@@ -139,18 +126,13 @@ def nano_clip(folder: Path = NANO) -> ClipNetwork:
     base_model = open_checkpoint(folder / "nano.safetensors")
     prefix = TEXT_PREFIX.removesuffix("text_model.")
     arrays.update({name[len(prefix) :]: base_model[name] for name in base_model if name.startswith(prefix)})
-    network = build_clip(ClipWeights(arrays, CLIP_MODELS["nano"], "nano", folder / "clip.safetensors"))
-    size = CLIP_MODELS["nano"]["vision"]["image_size"]
-    return ClipNetwork(
-        "the nano CLIP",
-        _hash(arrays),
-        f"RGB, {size}x{size} bicubic whatever the shape, [-1, 1]",
-        CLIP_MODELS["nano"]["projection_dim"],
-        True,
-        partial(nano_input, size=size),
-        ImageFeatures(network),
-        TextFeatures(network),
-    )
+    weights = ClipWeights(arrays, CLIP_MODELS["nano"], "nano", folder / "clip.safetensors")
+    size = weights.arguments["vision"]["image_size"]
+    description = f"RGB, {size}x{size} bicubic whatever the shape, [-1, 1]"
+    network, dimensions = build_clip(weights), weights.arguments["projection_dim"]
+    encoders = ImageFeatures(network), TextFeatures(network)
+    prepare = partial(nano_input, size=size)
+    return ClipNetwork("the nano CLIP", _hash(arrays), description, dimensions, True, prepare, *encoders)
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:

@@ -30,12 +30,8 @@ def print_network(network: ImageNetwork) -> None:
 
 def describe_network(network: ImageNetwork) -> dict[str, Any]:
     """Return the entries of a JSON report that describe the network."""
-    return {
-        "network": network.name,
-        "sha256": network.sha256,
-        "preprocessing": network.preprocessing,
-        "compares_only_with_itself": network.is_nano,
-    }
+    entries = {"network": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing}
+    return {**entries, "compares_only_with_itself": network.is_nano}
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:
