@@ -65,12 +65,6 @@ def weighted_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     A layer that several LoRAs have gets the sum of their ranks. A layer that only one has keeps its factors. A LoRA of
     strength 0 leaves nothing behind.
 
-    Args:
-        loras: Each LoRA with its strength.
-
-    Returns:
-        The sum.
-
     Raises:
         UserError: The LoRAs were made for different models, a strength is not finite, or the sum has no layers.
     """
@@ -122,7 +116,7 @@ def resize(lora: LoRA, rank: int | None = None, energy: float | None = None) -> 
     """Return the best LoRA of a lower rank.
 
     Args:
-        lora: The LoRA to approximate.
+        lora: The LoRA.
         rank: Largest rank of a layer. A layer of no larger rank keeps its factors, bit for bit.
         energy: Share of the squared Frobenius norm that each layer keeps, above 0 and at most 1. Each layer gets the
             smallest rank that does. With `rank` as well, both hold.
@@ -153,8 +147,7 @@ def decompose(
 
     Args:
         updates: Name of a layer and its update, (out, in) or (out, in, k, k).
-        rank: As for `resize`.
-        energy: As for `resize`.
+        rank, energy: As for `resize`.
 
     Returns:
         The LoRA and what was lost.

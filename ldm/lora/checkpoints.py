@@ -31,13 +31,7 @@ _INNER_LAYERS = ("base_layer", "linear", "conv")  # where lora_wrapper and mindo
 class MergedArrays(RenamedCheckpoint):
     """A base model's arrays with the updates of a LoRA added, each summed in fp32 and cast to the array's type once.
 
-    An array whose update is zero stays as it is, bit for bit.
-
-    Args:
-        base: The base model's checkpoint.
-        key_map: Its key map.
-        lora: The LoRA to add.
-        strength: How much of it.
+    An array whose update is zero stays as it is, bit for bit. `key_map` is that of `base`.
 
     Raises:
         UserError: A layer of the LoRA has no array of its shape, or (when an array is read) a sum is outside the range
@@ -75,12 +69,7 @@ class MergedArrays(RenamedCheckpoint):
 class EmbeddedArrays(RenamedCheckpoint):
     """A base model's arrays, followed by the factors of a LoRA in fp32.
 
-    They are `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and `<layer>.alpha`.
-
-    Args:
-        base: The base model's checkpoint.
-        key_map: Its key map.
-        lora: The LoRA to put beside the weights.
+    They are `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and `<layer>.alpha`. `key_map` is that of `base`.
 
     Raises:
         UserError: A layer of the LoRA has no array of its shape.
@@ -103,9 +92,6 @@ def split_embedded(checkpoint: Checkpoint) -> tuple[Checkpoint, LoRA | None]:
 
     The LoRA may be written by EmbeddedArrays, in mindone's network with LoRA, or in lora_wrapper's embedded checkpoints
     except for its soft convolutions, which no single kernel equals. The base model's parameters get their own names.
-
-    Args:
-        checkpoint: The opened checkpoint.
 
     Returns:
         The base model's arrays, and the LoRA or None.

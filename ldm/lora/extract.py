@@ -20,11 +20,9 @@ from ldm.weights.names import LABELS, CanonicalArrays, component_of, same_up_to_
 
 @dataclass
 class Extraction:
-    """A LoRA between two checkpoints.
+    """A LoRA between two checkpoints, and what its ranks cut off.
 
     Attributes:
-        lora: The LoRA.
-        truncation: What its ranks cut off.
         left_out: Component -> (number of arrays that differ but get no LoRA, their squared distance).
     """
 
@@ -55,15 +53,10 @@ def extract_lora(
     """Return the LoRA between two checkpoints, by the SVD of the difference of each layer's weights in fp32.
 
     Args:
-        base_path: The base model, a checkpoint of any form.
-        tuned_path: The fine-tuned model, a checkpoint of any form.
-        rank: As for ldm.lora.algebra.resize.
-        energy: As for ldm.lora.algebra.resize.
+        base_path, tuned_path: The base model and the fine-tuned one, checkpoints of any form.
+        rank, energy: As for ldm.lora.algebra.resize.
         targets: Groups ("attention", "all"), last parts of layers' names, or patterns, see ldm.lora.spec.
         components: Which networks get a LoRA.
-
-    Returns:
-        The LoRA and what it leaves out.
 
     Raises:
         UserError: A checkpoint cannot be read, they are of different models or equal, or a target matches nothing.

@@ -67,9 +67,6 @@ def remove_lora(model: nn.Cell) -> list[str]:
     The LoRA is lost: copy it out first (get_lora), or add it to the weights (merge_lora). Everything stays frozen. Call
     it before the model is compiled.
 
-    Args:
-        model: A model with injected LoRA layers.
-
     Returns:
         The full names of the layers.
 
@@ -92,7 +89,7 @@ def get_lora(model: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[
 
     Args:
         model: A model with injected LoRA layers.
-        config: Configuration of the model, to be noted in the LoRA's metadata.
+        config: Configuration of the model, for the LoRA's metadata.
         arrays: Parameter name -> values to use in place of the parameters, such as their moving averages.
 
     Returns:

@@ -91,10 +91,7 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch
 def check_compatible(lora: LoRA, config: ModelConfig, path: str = "the LoRA") -> None:
     """Check what the LoRA's metadata says about its base model. The shapes are checked by `merge_lora`.
 
-    Args:
-        lora: A LoRA whose metadata may be empty.
-        config: Configuration of the model that it is to be used with.
-        path: Name of the LoRA in the error.
+    `path` names the LoRA in the error.
 
     Raises:
         UserError: The LoRA was made for another architecture or prediction type.
@@ -118,7 +115,7 @@ def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, pat
 
     Args:
         model: A StableDiffusion or a part of one, with or without injected LoRA layers.
-        lora: The LoRA to merge.
+        lora: The LoRA.
         strength: One number, or a Strength with one number for each network.
         path: Name of the LoRA in an error.
 

@@ -37,14 +37,7 @@ Write = Callable[[Path, LoRA, BaseModules, str], None]
 
 @dataclass(frozen=True)
 class Format:
-    """A format of LoRA files.
-
-    Attributes:
-        about: Whose format it is.
-        suffixes: Suffixes of the files that are written, () for a folder.
-        read: Reads an opened file.
-        write: Writes a file or folder.
-    """
+    """A format of LoRA files: whose it is, the suffixes of its files (() for a folder), and its functions."""
 
     about: str
     suffixes: tuple[str, ...]
@@ -102,9 +95,6 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
         config: Configuration of the base model that the LoRA is for. None for SD1.x, SD2.x or the nano model, which the
             shapes tell. Shapes that are not `config`'s are left to merge_lora.
 
-    Returns:
-        The LoRA.
-
     Raises:
         UserError: It cannot be read, is something else, fits no base model, or holds values that are not finite.
     """
@@ -146,7 +136,7 @@ def write_lora(
     Args:
         path: The file to write, or the folder for PEFT.
         lora: The LoRA.
-        format: A key of FORMATS, by default this project's own format.
+        format: A key of FORMATS.
         config: Configuration of the base model, which tells the layers' names in other formats. None for a known base
             model, which the LoRA's metadata and shapes tell. This project's own format needs none.
         dtype: Type of the factors, one of DTYPES.

@@ -231,11 +231,8 @@ def write_embedding(path: Path, vectors: np.ndarray) -> None:
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
     """Return the modules of a component within some classes, in the order of cloneofsimo's lora.
 
-    Args:
-        modules: The component's modules in diffusers' present order.
-        classes: Keys of CLASSES[component].
-        component: "unet" or "text_encoder".
-        early: Use diffusers' first order, with the feed-forward between the two attentions.
+    `modules` are all of the component's in diffusers' present order. `early` returns them in diffusers' first order,
+    with the feed-forward between the two attentions.
     """
     patterns = [CLASSES[component][name] for name in classes]
     chosen = [module for module in modules if any(re.search(pattern, module.path) for pattern in patterns)]

@@ -73,12 +73,8 @@ def read_factors(checkpoint: Checkpoint, name: str, down: str, up: str, alpha: f
     Args:
         checkpoint: The opened file.
         name: Name of the layer in errors.
-        down: Key of the factor down.
-        up: Key of the factor up.
+        down, up: Keys of the factors.
         alpha: The layer's alpha. None stands for the rank.
-
-    Returns:
-        The layer.
 
     Raises:
         UserError: The factors are no pair, are integers, or have an absurd rank. No array is read then.

@@ -52,7 +52,7 @@ def read_keyed(
     """Read the layers of an opened file.
 
     Args:
-        checkpoint: The opened file.
+        checkpoint: The file.
         parse: How the format's keys are parsed.
         table: How the format names the modules of a base model.
         base: The base model that the LoRA is for. None for the known one that has all the names and shapes.
