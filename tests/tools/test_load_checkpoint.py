@@ -1,7 +1,4 @@
-"""tools/benchmark/load_checkpoint.py: what it measures; that loading holds the weights once, and converting one array.
-
-The processes of its own that the tool starts are calls here, but for the one whose memory is looked at.
-"""
+"""tools/benchmark/load_checkpoint.py: its measurements, and the memory of loading (the weights once) and converting."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ TINY = ROOT / "tests" / "tiny.yaml"
 TAKEN = 200_000_000  # bytes
 
 
-def test_every_form_is_loaded_and_converted_and_gets_a_row(tmp_path, monkeypatch, capsys):
+def test_every_format_is_loaded_and_converted_and_gets_a_row(tmp_path, monkeypatch, capsys):
     done = []
 
     def here(kind, *arguments):
         done.append((kind, [word.rpartition("/")[2] for word in arguments]))
-        return {"load": load_checkpoint.measure_load, "convert": load_checkpoint.measure_convert}[kind](*arguments)
+        return load_checkpoint.MEASURES[kind](*arguments)
 
     monkeypatch.setattr(load_checkpoint, "in_a_process", here)
     monkeypatch.setattr(sys, "argv", ["load_checkpoint", "--model_config", str(TINY), "--folder", str(tmp_path)])
@@ -38,7 +35,7 @@ def test_every_form_is_loaded_and_converted_and_gets_a_row(tmp_path, monkeypatch
 
 
 def test_memory_that_is_taken_and_given_back_is_counted():
-    # in a process of its own: the suite's gives memory back at moments of its own, which would be subtracted
+    # In a new process, because this one may free memory meanwhile, which would be subtracted.
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -46,7 +43,7 @@ import numpy as np
 from tools.benchmark import load_checkpoint
 def work():
     held = np.ones({TAKEN} // 8)
-    time.sleep(0.3)  # it is looked at every few milliseconds
+    time.sleep(0.3)  # memory is sampled every few milliseconds
     del held
 print(load_checkpoint.measured(work)["RssAnon"])
 """
@@ -56,7 +53,7 @@ print(load_checkpoint.measured(work)["RssAnon"])
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    """A model of 130 MB, beside which what MindSpore itself takes is little: its YAML, and a file of it."""
+    """The YAML of a model of 130 MB, much more than MindSpore itself takes, with a checkpoint beside it."""
     document = yaml.safe_load(TINY.read_text())
     params = document["model"]["params"]
     params["unet_config"]["params"]["model_channels"] = 160
@@ -69,7 +66,7 @@ def larger(tmp_path_factory):
 def test_loading_takes_no_more_than_1_25_times_the_weights(larger):
     found = load_checkpoint.in_a_process("load", str(larger), str(larger.with_suffix(".safetensors")))
     assert found["weights"] > 100e6
-    # the lower bound: that it was measured at all; some of the weights go where importing left room
+    # The lower bound shows that memory was measured. Some weights use memory that the imports have freed.
     assert found["weights"] * 0.8 < found["RssAnon"] < found["weights"] * 1.25
     assert found["VmRSS"] < found["weights"] * 1.25
 

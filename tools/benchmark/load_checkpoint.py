@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,11 @@ from ldm.settings.read import read_settings  # noqa: E402
 
 def memory() -> dict[str, int]:
     """Return RssAnon and VmRSS of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return {name: int(found[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(status[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
 
 
-def measured(work: Callable[[], None]) -> dict[str, float]:
+def measured(work: Callable[[], object]) -> dict[str, float]:
     """Return the wall and CPU seconds of `work`, and the largest growth of both kinds of memory."""
     before = memory()
     most, done = dict(before), threading.Event()
@@ -79,16 +78,16 @@ def write_random(config_path: str, target: Path) -> None:
     generator = np.random.default_rng(0)
 
     class Random(Arrays):
-        def spec(self, name):
+        def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
             return np.dtype("<f4"), shapes[name]
 
-        def __getitem__(self, name):
+        def __getitem__(self, name: str) -> np.ndarray:
             return generator.random(shapes[name], np.float32)
 
-        def __iter__(self):
+        def __iter__(self) -> Iterator[str]:
             return iter(shapes)
 
-        def __len__(self):
+        def __len__(self) -> int:
             return len(shapes)
 
     target.with_suffix(".yaml").write_bytes(Path(config_path).read_bytes())
@@ -102,14 +101,13 @@ def measure_load(config_path: str, source: str) -> dict[str, float]:
     from ldm.weights.load import load_base_model
 
     config = load_model_config(config_path)
-    held = []
+    models = []
 
     def work() -> None:
-        held.append(build_model(config, random=False))
-        load_base_model(held[0], source)
+        models.append(build_model(config, random=False))
+        load_base_model(models[0], source)
 
-    found = measured(work)
-    return {**found, "weights": sum(p.nbytes for p in held[0].get_parameters())}
+    return {**measured(work), "weights": sum(p.nbytes for p in models[0].get_parameters())}
 
 
 def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
@@ -117,6 +115,9 @@ def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
     from ldm.weights.convert import convert
 
     return measured(lambda: convert(source, target, dtype=dtype))
+
+
+MEASURES: dict[str, Callable[..., dict[str, float]]] = {"load": measure_load, "convert": measure_convert}
 
 
 def in_a_process(*arguments: str) -> dict[str, float]:
@@ -142,19 +143,17 @@ def main() -> None:
     args = read_settings(Settings, description=__doc__)
     if args.measure:
         kind, *rest = args.measure
-        print(json.dumps({"load": measure_load, "convert": measure_convert}[kind](*rest)))
+        print(json.dumps(MEASURES[kind](*rest)))
         return
-
     check_file(args.model_config, "--model_config")
     if not is_folder(args.folder, "--folder"):
         raise UserError(f"--folder {args.folder} is not a folder: give one with 15 GB of free disk")
     with temporary_folder(args.folder / "load_checkpoint") as temporary:
-        base, mindone, folder, half = (
-            temporary / name for name in ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")
-        )
+        names = ("base.safetensors", "mindone.ckpt", "folder", "half.safetensors")
+        base, mindone, folder, half = (temporary / name for name in names)
         print("writing random weights ...", file=sys.stderr, flush=True)
         write_random(args.model_config, base)
-        rows, weights = [], 0
+        rows: list[tuple[str, dict[str, float]]] = []
         for source, target, dtype in (
             (base, mindone, "keep"),
             (mindone, folder, "keep"),
@@ -162,11 +161,11 @@ def main() -> None:
             (half, None, ""),
         ):
             rows.append((f"load {source.name}", in_a_process("load", args.model_config, str(source))))
-            weights = rows[-1][1]["weights"]
             if target is not None:
                 what = f"convert {source.name} to {target.name}{', fp16' if dtype == 'fp16' else ''}"
                 rows.append((what, in_a_process("convert", str(source), str(target), dtype)))
             print(rows[-1][0], file=sys.stderr, flush=True)
+        weights = rows[0][1]["weights"]
         print(f"{Path(args.model_config).name}: {weights / 1e9:.2f} GB of weights in fp32\n")
         print("| work | seconds | processor, s | own memory, peak | resident, peak |\n" + "| --- " * 5 + "|")
         for what, found in rows:

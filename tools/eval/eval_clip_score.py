@@ -83,7 +83,7 @@ class Settings:
         None, "write the score and each image's to this JSON", path=True, aliases=("result_path",)
     )
     batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
-    backend: str = setting("ms", "ms (MindSpore), the only one here")
+    backend: str = setting("ms", "ms is MindSpore, the only backend here", choices=("ms",))
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
@@ -113,8 +113,6 @@ def _names_file(text: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
-    if settings.backend != "ms":
-        raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
     if settings.real_image_path_or_dir is not None and settings.prompt_or_path is not None:
         raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
     images = find_images(settings.image_path_or_dir)

@@ -59,14 +59,12 @@ class Settings:
     )
     output: Optional[Path] = setting(None, "write the scores to this JSON file", path=True)
     batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
-    backend: str = setting("ms", "ms (MindSpore), the only one here")
+    backend: str = setting("ms", "ms is MindSpore, the only backend here", choices=("ms",))
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
 def find_all_images(settings: Settings) -> dict[str, list[Path]]:
     """Check the settings and return the images of each folder. Raises UserError before a network is built."""
-    if settings.backend != "ms":
-        raise UserError(f"--backend {settings.backend} is not available: only ms (MindSpore) is")
     if settings.gen_dir is None and settings.save_stats is None:
         raise UserError("--gen_dir is missing: give the folder of generated images")
     if settings.save_stats is not None and settings.real_dir.endswith(".npz"):

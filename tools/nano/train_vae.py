@@ -165,8 +165,9 @@ def train_vae(args: Settings) -> None:
     vae.set_train(False)
     text = ""
     if not args.decoder_only:
-        mean, std = fold_normalisation(vae, pixels[::3], config.latent_channels)
-        text = f"latents before folding: mean {mean.round(3).tolist()}, std {std.round(3).tolist()}\n"
+        folded = fold_normalisation(vae, pixels[::3], config.latent_channels)
+        mean, std = (values.astype(float).round(3).tolist() for values in folded)  # fp32 would print its rounding
+        text = f"latents before folding: mean {mean}, std {std}\n"
     write_results(args.output_path / WEIGHTS, parameters, text + report(vae), PREFIX)
 
 
