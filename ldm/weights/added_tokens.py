@@ -64,8 +64,7 @@ def read_tokenizer_tokens(read_json: Callable[[str], Mapping[str, Any]], path: P
 def read_added_tokens(checkpoint: Checkpoint) -> tuple[AddedToken, ...]:
     """Read the tokens that a checkpoint adds from its metadata, in the order of their ids.
 
-    Raises:
-        UserError: The metadata names tokens that cannot be.
+    Raises UserError if the metadata names tokens that cannot be.
     """
     text = checkpoint.metadata.get(METADATA)
     if text is None:
@@ -103,9 +102,11 @@ def with_added_tokens(config: ModelConfig, checkpoint: Checkpoint, key_map: KeyM
     expected = VOCABULARY_SIZE + len(learned)
     is_padded = learned and rows % ROWS_MULTIPLE == 0 and expected < rows < expected + MAX_PADDING
     if rows != expected and not is_padded:
+        texts = [*(plain(added.text, 60) for added in learned[:3]), *["..."] * (len(learned) > 3)]
+        shown = f" ({', '.join(texts)})" if texts else ""
         raise UserError(
             f"{checkpoint.path} adds {len(learned)} token{'s' * (len(learned) != 1)} to CLIP's {VOCABULARY_SIZE:,}"
-            f"{_shown(learned)}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and "
+            f"{shown}, but its text encoder's token embedding has {rows:,} rows: take tokenizer/ and "
             "text_encoder/ of one run, the embedding resized to the tokenizer's length"
         )
     return replace(config, text={**config.text, "vocab_size": rows}, added_tokens=tokens)
@@ -121,13 +122,13 @@ def _listed(files: Mapping[str, Mapping[str, Any]], where: Path) -> dict[str, li
     """Return file -> (text, id, flags) of each token that it lists. Raises UserError for lists of another form."""
     decoder = files["tokenizer_config.json"].get("added_tokens_decoder") or {}
     whole = files["tokenizer.json"].get("added_tokens") or []
-    if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
-        raise UserError(
-            f"{where / 'tokenizer_config.json'}: added_tokens_decoder is not a list of tokens by id: save the "
-            "tokenizer again"
-        )
-    if not isinstance(whole, list) or not all(isinstance(entry, dict) for entry in whole):
-        raise UserError(f"{where / 'tokenizer.json'}: added_tokens is not a list of tokens: save the tokenizer again")
+    by_id = list(decoder.values()) if isinstance(decoder, dict) else None
+    for file, key, entries in (
+        ("tokenizer_config.json", "added_tokens_decoder", by_id),
+        ("tokenizer.json", "added_tokens", whole),
+    ):
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{where / file}: {key} is not a list of tokens: save the tokenizer again")
     return {
         "tokenizer_config.json": [
             (entry.get("content"), int(token) if token.isdecimal() and len(token) < 10 else token, entry)
@@ -194,10 +195,3 @@ def _check_vocabulary(files: Mapping[str, Mapping[str, Any]], where: Path) -> No
             f"{where / file} is not CLIP's vocabulary, {len(differing):,} of {len(ours):,} entries differ: "
             "only CLIP's tokenizer is supported"
         )
-
-
-def _shown(tokens: list[AddedToken]) -> str:
-    if not tokens:
-        return ""
-    more = ", ..." if len(tokens) > 3 else ""
-    return f" ({', '.join(plain(added.text, 60) for added in tokens[:3])}{more})"

@@ -105,7 +105,7 @@ def _candidates_without_tokens(
     if prediction_type is not None:
         stated["prediction_type"] = prediction_type
     known = [load_model_config(ROOT / path) for path in KNOWN_CONFIGS]
-    if isinstance(checkpoint, DiffusersFolder) and all(sizes.values()):
+    if isinstance(checkpoint, DiffusersFolder) and all(sizes.values()) and "channel_mult" in sizes["unet"]:
         config = read_model_config(checkpoint, sizes, stated.get("prediction_type"))
         if config is not None:
             return [next((other for other in known if same_config(config, other)), config)]

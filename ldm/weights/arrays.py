@@ -110,6 +110,32 @@ class ArraysInMemory(dict[str, np.ndarray], Arrays):
         return self[name].dtype.newbyteorder("<"), self[name].shape
 
 
+def require_arrays(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], path: Path, network: str
+) -> dict[str, np.ndarray]:
+    """Return the arrays with these names and shapes. A scalar may have the shape (1,).
+
+    Raises:
+        UserError: A name is missing or unknown, a shape is wrong, or a value is not finite.
+    """
+    missing = [name for name in shapes if name not in arrays]
+    unknown = [name for name in arrays if name not in shapes]
+    if missing or unknown:
+        raise UserError(
+            f"{path} is not {network}: {len(missing)} of {len(shapes)} arrays are missing, {len(unknown)} unknown "
+            f"({plain((missing or unknown)[0])}, ...)"
+        )
+    read = {}
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape not in (shape, shape or (1,)):
+            raise UserError(f"{path}: {name} is {array.shape}, wanted {shape}: this is another network")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds values that are not finite: fetch the file again")
+        read[name] = array.reshape(shape)
+    return read
+
+
 @dataclass
 class Entry:
     """Where an array lies in a mapped file.

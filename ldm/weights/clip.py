@@ -19,7 +19,7 @@ from ldm.files.inputs import is_file, is_folder
 from ldm.models.clip import CLIP_MODELS, CLIPModel
 from ldm.models.initial_values import no_init_weights
 from ldm.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
-from ldm.weights.arrays import Checkpoint
+from ldm.weights.arrays import Checkpoint, require_arrays
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.names.clip import TEXT, TRANSPOSED, VISION, map_key
 
@@ -95,36 +95,21 @@ def build_clip(weights: ClipWeights) -> CLIPModel:
     """Build the network for scoring. Raises UserError unless the arrays are exactly its parameters."""
     with no_init_weights():
         clip = CLIPModel(**weights.arguments)
-    parameters, arrays = clip.parameters_dict(), weights.arrays
-    missing = [name for name in parameters if name not in arrays]
-    unknown = [name for name in arrays if name not in parameters]
-    if missing or unknown:
-        raise UserError(
-            f"{weights.path} is not a whole CLIP: {len(missing)} arrays are missing, {len(unknown)} unknown "
-            f"({plain((missing or unknown)[0])}, ...)"
-        )
-    for name, parameter in parameters.items():
-        shape = tuple(parameter.shape)
-        if tuple(arrays[name].shape) not in (shape, shape or (1,)):
-            raise UserError(f"{weights.path}: {name} is {tuple(arrays[name].shape)}, wanted {shape}")
-        if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{weights.path}: {name} holds values that are not finite: fetch the file again")
-        parameter.set_data(Tensor(arrays[name].astype(np.float32).reshape(shape)))
+    parameters = clip.parameters_dict()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, array in require_arrays(weights.arrays, shapes, weights.path, "a whole CLIP").items():
+        parameters[name].set_data(Tensor(array.astype(np.float32)))
     clip.set_train(False)
     return clip
 
 
 def _weights_of_folder(folder: Path) -> Path:
-    names = (
-        "model.safetensors",
-        "pytorch_model.bin",
-        "open_clip_pytorch_model.safetensors",
-        "open_clip_pytorch_model.bin",
-    )
-    found = next((folder / name for name in names if is_file(folder / name)), None)
-    if found is None:
-        raise UserError(f"{folder} holds no CLIP weights: it should hold one of {', '.join(names)}")
-    return found
+    stems = ("model.safetensors", "pytorch_model.bin")
+    names = (*stems, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+    for name in names:
+        if is_file(folder / name):
+            return folder / name
+    raise UserError(f"{folder} holds no CLIP weights: it should hold one of {', '.join(names)}")
 
 
 def _read_arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -221,18 +206,12 @@ def _configured(path: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(section, dict):
             raise UserError(f"{path} has no {tower}_config: it is not the configuration of a CLIP")
         heads, activation = section.get("num_attention_heads", heads), section.get("hidden_act", "quick_gelu")
-        width = section.get("hidden_size", sizes[tower]["width"])
-        if width != sizes[tower]["width"]:
-            raise UserError(
-                f"{path} says that the {tower} tower is {plain(width, 60)} wide, the weights "
-                f"{sizes[tower]['width']}: they do not belong together"
-            )
-        layers = section.get("num_hidden_layers", sizes[tower]["num_layers"])
-        if layers != sizes[tower]["num_layers"]:
-            raise UserError(
-                f"{path} says that the {tower} tower has {plain(layers, 60)} layers, the weights have "
-                f"{sizes[tower]['num_layers']}: they do not belong together, or the file is cut off"
-            )
+        for key, size in (("hidden_size", "width"), ("num_hidden_layers", "num_layers")):
+            if section.get(key, sizes[tower][size]) != sizes[tower][size]:
+                raise UserError(
+                    f"{path}: {tower}_config.{key} is {plain(section[key], 60)}, but that of the weights is "
+                    f"{sizes[tower][size]}: they do not belong together, or the weights are cut off"
+                )
         if type(heads) is not int or heads < 1 or sizes[tower]["width"] % heads:
             raise UserError(
                 f"{path}: {tower}_config.num_attention_heads is {plain(repr(heads), 60)}, which does not "

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from mindspore import Tensor
 
-from ldm.errors import UserError, plain
-from ldm.models.inception import BLOCKS, STEM, Convolution, InceptionFeatures, out_channels
+from ldm.errors import UserError
+from ldm.models.inception import BLOCKS, STEM, Conv, Convolution, InceptionFeatures, out_channels
+from ldm.weights.arrays import RenamedCheckpoint, require_arrays
 from ldm.weights.checkpoint import open_checkpoint
 
 EPSILON = 1e-3  # of the batch normalization in the published network
@@ -34,30 +35,25 @@ def published_modules() -> dict[str, tuple[str, tuple[int, int, int, int]]]:
         PyTorch's name of the convolution with its normalization -> (mindone's name, shape of the kernel).
     """
     modules, channels = {}, 3
+
+    def shape(conv: Conv, in_channels: int) -> tuple[int, int, int, int]:
+        return conv.channels, in_channels, conv.height, conv.width
+
     for conv in STEM:
-        short = conv.name[: -len("_3x3")]
-        modules[conv.name] = (short, (conv.channels, channels, conv.height, conv.width))
+        modules[conv.name] = (conv.name[: -len("_3x3")], shape(conv, channels))
         channels = conv.channels
     for block in BLOCKS:
         for number, branch in enumerate(block.branches):
             width = channels
             for position, conv in enumerate(branch.chain):
                 mindone = f"branch{number}" + (f".{position}" if len(branch.chain) > 1 else "")
-                modules[f"{block.name}.{conv.name}"] = (
-                    f"{block.name}.{mindone}",
-                    (conv.channels, width, conv.height, conv.width),
-                )
+                modules[f"{block.name}.{conv.name}"] = (f"{block.name}.{mindone}", shape(conv, width))
                 width = conv.channels
             for letter, conv in zip("ab", branch.fork):
-                modules[f"{block.name}.{conv.name}"] = (
-                    f"{block.name}.branch{number}_{letter}",
-                    (conv.channels, width, conv.height, conv.width),
-                )
+                modules[f"{block.name}.{conv.name}"] = (f"{block.name}.branch{number}_{letter}", shape(conv, width))
         if block.pool_channels:
-            modules[f"{block.name}.branch_pool"] = (
-                f"{block.name}.branch_pool.1",
-                (block.pool_channels, channels, 1, 1),
-            )
+            name = f"{block.name}.branch_pool"
+            modules[name] = (f"{name}.1", (block.pool_channels, channels, 1, 1))
         channels = out_channels(block, channels)
     return modules
 
@@ -81,30 +77,13 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         for name, (_, shape) in modules.items()
         for kind in _KINDS
     }
-    sources = {mindone.get(name, name): name for name in checkpoint}
-    missing = [name for name in wanted if name not in sources]
-    unknown = [
-        name
-        for name in sources
-        if name not in wanted and not name.startswith(UNUSED) and not name.endswith("num_batches_tracked")
-    ]
-    if missing or unknown:
-        raise UserError(
-            f"{path} is not the Inception network of the FID: {len(missing)} of {len(wanted)} arrays are missing"
-            + (f" ({missing[0]}, ...)" if missing else "")
-            + (f", {len(unknown)} are unknown ({plain(unknown[0])}, ...)" if unknown else "")
-            + f"; give {PUBLISHED['6726825d']} or {PUBLISHED['9ec6dfe4']}"
-        )
-    arrays = {}
-    for name, shape in wanted.items():
-        array = np.asarray(checkpoint[sources[name]])
-        if array.shape != shape:
-            raise UserError(f"{path}: {sources[name]} is {array.shape}, wanted {shape}: this is another network")
-        if not np.isfinite(array).all():
-            raise UserError(f"{path}: {sources[name]} holds values that are not finite: fetch the file again")
+    used = [name for name in checkpoint if not name.startswith(UNUSED) and not name.endswith("num_batches_tracked")]
+    renamed = RenamedCheckpoint(checkpoint, {mindone.get(name, name): name for name in used})
+    network = f"the Inception network of the FID ({' or '.join(PUBLISHED.values())})"
+    arrays = require_arrays(renamed, wanted, checkpoint.path, network)
+    for name, array in arrays.items():
         if name.endswith("running_var") and (array < 0).any():
-            raise UserError(f"{path}: {sources[name]} is a negative variance: fetch the file again")
-        arrays[name] = array
+            raise UserError(f"{path}: {name} is a negative variance: fetch the file again")
     return arrays
 
 

@@ -88,14 +88,14 @@ FIRST, VARIANCE = "Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.bn.running_
     "change, answer",
     [
         (without(FIRST), "1 of 470 arrays are missing"),
-        (lambda a: {**a, "layer9.weight": np.zeros(3, np.float32)}, "1 are unknown"),
+        (lambda a: {**a, "layer9.weight": np.zeros(3, np.float32)}, "1 unknown"),
         (lambda a: {**a, FIRST: a[FIRST][:, :1]}, "another network"),
         (lambda a: {**a, FIRST: a[FIRST] * np.nan}, "not finite"),
         (lambda a: {**a, VARIANCE: a[VARIANCE] - 5.0}, "negative"),
         (lambda a: {"unet.weight": np.zeros(3, np.float32)}, "470 of 470 arrays are missing"),
     ],
 )
-def test_what_is_not_the_inception_is_refused(tmp_path, change, answer):
+def test_another_network_than_inception_is_refused(tmp_path, change, answer):
     write_checkpoint(tmp_path / "file.safetensors", change(inception_weights()))
     with pytest.raises(UserError, match=answer):
         read_inception(tmp_path / "file.safetensors")
@@ -174,7 +174,7 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
     "change, config, answer",
     [
         (lambda a: a, None, SIZES),
-        (without("text_projection.weight"), CONFIG, "1 arrays are missing"),
+        (without("text_projection.weight"), CONFIG, "1 of .* arrays are missing"),
         (without("visual_projection.weight"), CONFIG, "needs the whole CLIP"),
         (lambda a: {k: v for k, v in a.items() if k.startswith("text_model.")}, CONFIG, "needs the whole CLIP"),
         (lambda a: {**a, "unet.weight": np.zeros(3, np.float32)}, CONFIG, "1 of .* names are unknown"),
@@ -185,7 +185,7 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
         (lambda a: {**a, POSITIONS: a[POSITIONS][:0]}, CONFIG, "wrong .*position_embedding"),
         (lambda a: {**a, POSITIONS: a[POSITIONS][:1]}, CONFIG, "1 positions"),
         (lambda a: {**a, POSITIONS: a[POSITIONS][:16]}, CONFIG, "16 positions"),
-        (lambda a: {k: v for k, v in a.items() if ".layers.1." not in k}, LAYERS, "tower has 2 layers"),
+        (lambda a: {k: v for k, v in a.items() if ".layers.1." not in k}, LAYERS, "text_config.num_hidden_layers is 2"),
         (lambda a: {**a, f"{LAYER}0.other.weight": np.zeros(3, np.float32)}, CONFIG, "1 unknown"),
         (lambda a: {**a, f"{LAYER}999999999.other.weight": np.zeros(3)}, CONFIG, "3 layers in text_model.* 999999999"),
         (lambda a: {**a, PATCHES: np.zeros((24, 3, 1, 100_000), np.float32)}, CONFIG, "wanted .width, 3, size, size"),
@@ -201,7 +201,7 @@ LAYERS = {tower: {**found, "num_hidden_layers": 2} for tower, found in CONFIG.it
         (lambda a: a, {**CONFIG, "vision_config": {"hidden_size": 768}}, "do not belong together"),
     ],
 )
-def test_what_is_not_a_whole_clip_is_refused(tmp_path, change, config, answer):
+def test_an_incomplete_clip_is_refused(tmp_path, change, config, answer):
     with pytest.raises(UserError, match=answer):
         clip(hugging_face(tmp_path / "folder", change(clip_arrays()), config))
 

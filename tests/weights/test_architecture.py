@@ -195,6 +195,11 @@ class TestDiffusersFolders:
         # Without config.json the shapes tell, and the scheduler.
         assert found(Folder(published, version, settings_of(model, vae=None))) == [path]
 
+    def test_a_unet_that_lacks_an_array_is_left_to_the_strict_loading(self, published):
+        folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1)))
+        folder._shapes = {name: shape for name, shape in folder._shapes.items() if name != "unet/conv_in.weight"}
+        assert found(folder) == [V1]
+
     @pytest.mark.parametrize("part, words", [("text_encoder", "It holds no text encoder: give the whole model"),
                                              ("vae", "and holds no VAE and has no vae/config.json")])  # fmt: skip
     def test_a_network_that_is_missing_is_named(self, published, part, words):

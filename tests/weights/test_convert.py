@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import build_model
@@ -89,6 +90,28 @@ class TestAllDirections:
         target = tmp_path / "out" / TARGETS[format]
         convert(source(model), target, format, model_config=MODELS[model])
         assert same_config(detect_model_config(target), load_model_config(MODELS[model]))
+
+    @pytest.mark.parametrize("channels", [8, 16])
+    def test_latents_of_other_channels_go_through_all_forms(self, tmp_path, channels):
+        """A UNet of eight channels on both sides is no InstructPix2Pix, whose eight give four."""
+        document = yaml.safe_load(MODELS["sd1"].read_text())
+        params = document["model"]["params"]
+        params["unet_config"]["params"].update(in_channels=channels, out_channels=channels)
+        params["first_stage_config"]["params"]["embed_dim"] = channels
+        params["first_stage_config"]["params"]["ddconfig"]["z_channels"] = channels
+        path = tmp_path / "source.safetensors"
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(document))
+        config = load_model_config(path.with_suffix(".yaml"))
+        assert config.latent_channels == channels
+        arrays = {p.name: p.asnumpy() for p in build_model(config).get_parameters()}
+        write_checkpoint(path, arrays)
+        for number, format in enumerate(("diffusers", "mindone", "ldm", "own")):
+            source, path = path, tmp_path / f"{number}" / TARGETS[format]
+            assert convert(source, path, format).ok
+            if format == "diffusers":
+                (tmp_path / f"{number}" / "folder.yaml").unlink()
+            assert same_config(detect_model_config(path), config)
+        equal(read_checkpoint(path)[0], arrays)
 
     def test_a_folder_says_all_of_its_model_without_a_yaml(self, tmp_path, source):
         convert(source("sd2"), tmp_path / "sd", model_config=MODELS["sd2"])

@@ -77,7 +77,7 @@ def read_model_config(
             if value not in allowed:
                 refuse(file, key, value, f", which is not supported (only {' or '.join(map(str, allowed))})")
 
-    channels = [sizes["unet"]["model_channels"] * mult for mult in sizes["unet"].get("channel_mult", ())]
+    channels = [sizes["unet"]["model_channels"] * mult for mult in sizes["unet"]["channel_mult"]]
     # For historical reasons diffusers' `attention_head_dim` is the number of heads.
     key = "attention_head_dim" if unet.get("num_attention_heads") is None else "num_attention_heads"
     heads = unet.get(key, 8)
@@ -112,16 +112,8 @@ def read_model_config(
         vae_factor=vae_factor,
         context_dim=sizes["unet"]["context_dim"],
         pad_token=_pad_token(folder, text),
-        unet={
-            **sizes["unet"],
-            "num_groups": integer(UNET, "norm_num_groups", NUM_GROUPS, MAX_GROUPS),
-            **attention,
-        },
-        vae={
-            **sizes["vae"],
-            "double_z": True,
-            "num_groups": integer(VAE, "norm_num_groups", NUM_GROUPS, MAX_GROUPS),
-        },
+        unet={**sizes["unet"], "num_groups": integer(UNET, "norm_num_groups", NUM_GROUPS, MAX_GROUPS), **attention},
+        vae={**sizes["vae"], "double_z": True, "num_groups": integer(VAE, "norm_num_groups", NUM_GROUPS, MAX_GROUPS)},
         text={
             **sizes["text"],
             "vocab_size": VOCABULARY_SIZE,
@@ -130,8 +122,7 @@ def read_model_config(
         },
     )
     document = model_document(config)
-    # parse_model_config finds the architecture of a document that does not name one.
-    del document["model"]["architecture"]
+    del document["model"]["architecture"]  # parse_model_config then derives it from the sizes
     return parse_model_config(document, folder.path)
 
 

@@ -13,12 +13,9 @@ from ldm.weights.arrays import Checkpoint, CheckpointView
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.recognise import unsupported_folder
 
+_DIFFUSERS_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 # Component -> stems of its weights as .safetensors and as PyTorch's .bin.
-STEMS = {
-    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "text_encoder": ("model", "pytorch_model"),
-}
+STEMS = {"unet": _DIFFUSERS_STEMS, "vae": _DIFFUSERS_STEMS, "text_encoder": ("model", "pytorch_model")}
 # What follows the stem in names of files, in the order of preference: full precision first. Published files without a
 # variant and those in half precision hold moving averages. The weights that were averaged (non_ema) come last.
 VARIANTS = ("", ".fp32", ".ema", ".fp16", ".bf16", ".non_ema")
