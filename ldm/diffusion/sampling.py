@@ -10,8 +10,8 @@ from ldm.diffusion.samplers.steps import check_steps
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
 
-# Where no batch size is given: pixels in a call of the network, 8 images of 512 x 512. A thousand images at once would
-# make the system end the process.
+# The default batch size keeps a call of the network below this many pixels, 8 images of 512 x 512. A thousand images at
+# once would exhaust the memory, and the system would end the process.
 CALL_PIXELS = 8 * 512 * 512
 SMALL_IMAGE_PIXELS = 128 * 128
 SMALL_IMAGE_BATCH = 16
@@ -77,10 +77,10 @@ def latent_shape(config: ModelConfig, height: int | None = None, width: int | No
 
 
 def default_batch_size(images_per_prompt: int, height: int, width: int) -> int:
-    """Return how many images a call of the network takes where no batch size is given.
+    """Return how many images a call of the network takes by default.
 
-    As in mindone's script these are the images of one prompt: at least SMALL_IMAGE_BATCH of them where they are small,
-    and no more than CALL_PIXELS hold.
+    As in mindone's script, these are the images of one prompt, but at least SMALL_IMAGE_BATCH small ones and at most
+    as many as have CALL_PIXELS.
     """
     pixels = height * width
     if pixels <= SMALL_IMAGE_PIXELS:

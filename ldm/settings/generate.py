@@ -19,7 +19,7 @@ MAX_GUIDANCE = 1000
 
 @dataclass
 class GenerateSettings:
-    """What text_to_image.py does: the names of mindone's published script, and this project's own."""
+    """The settings of text_to_image.py: those of mindone's published script, and this project's own."""
 
     generate_config: Optional[str] = input_path(
         "YAML file with any of these settings; flags win over it", group="images"

@@ -35,7 +35,7 @@ from ldm.settings.read import read_mapping
 # Input channels of UNets that take more than noisy latents, and the models that have them.
 OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
 PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
-MIN_LEFT = 1e-16  # of the image's variance at the last time step; Stable Diffusion leaves 5e-3
+MIN_ALPHA_CUMPROD = 1e-16  # the image's share of the variance at the last time step; Stable Diffusion has 5e-3
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
 
 
@@ -69,10 +69,10 @@ class ModelConfig:
     linear_end: float  # last beta
     timesteps: int
     beta_schedule: str  # "scaled_linear": linear in the square root of beta
-    scale_factor: float  # latents are the autoencoder's times this
+    scale_factor: float  # the latents are the autoencoder's output times this
     image_size: int  # pixels
     latent_channels: int
-    vae_factor: int  # pixels a latent pixel, along one side
+    vae_factor: int  # pixels per latent pixel along a side
     context_dim: int
     pad_token: str  # "end": texts are padded with the end token; "zero": with token 0
     unet: dict[str, Any]  # arguments of UNetModel
@@ -88,8 +88,8 @@ class ModelConfig:
     def content(self) -> dict[str, Any]:
         """Return everything that makes the model what it is, for hashes.
 
-        The path is left out. Added tokens are there only where the checkpoint has any, so that training states from
-        before they were read still match.
+        The path is left out, and added_tokens if it is empty: training states from before added tokens were supported
+        still match.
         """
         content = {**asdict(self), "path": ""}
         if not self.added_tokens:
@@ -175,10 +175,10 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
             f"linear_start {linear_start} is above linear_end {linear_end}; they are the first and the last beta, and "
             "betas increase"
         )
-    left = _left_at_the_end(linear_start, linear_end, timesteps)
-    if left < MIN_LEFT:
+    last = _last_alpha_cumprod(linear_start, linear_end, timesteps)
+    if last < MIN_ALPHA_CUMPROD:
         refuse(
-            f"after timesteps {timesteps} with linear_end {linear_end} only {left:.1g} of the image's variance is "
+            f"after timesteps {timesteps} with linear_end {linear_end} only {last:.1g} of the image's variance is "
             "left; lower one of them"
         )
     vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
@@ -284,7 +284,7 @@ def _indivisible(mults: Sequence[int], name: str, width: int, key: str, divisor:
     return ""
 
 
-def _left_at_the_end(linear_start: float, linear_end: float, timesteps: int) -> float:
+def _last_alpha_cumprod(linear_start: float, linear_end: float, timesteps: int) -> float:
     """Return the share of the image's variance at the last time step of a scaled_linear schedule."""
     first, last = linear_start**0.5, linear_end**0.5
     steps = (first + (last - first) * i / (timesteps - 1) for i in range(timesteps))

@@ -25,7 +25,7 @@ followed_setting = partial(setting, resume="followed", shared_with_diffusers=Tru
 
 @dataclass
 class TrainSettings:
-    """What train_text_to_image.py does: the names of mindone's published recipes, and this project's own."""
+    """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own."""
 
     train_config: Optional[str] = input_path(
         "YAML file with any of these settings; flags win over it", group="files", set_by_comparison=True

@@ -43,7 +43,7 @@ def test_what_is_held_out_of_one_style_is_in_the_train_split_of_none():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_no_held_out_caption_is_trained(style):
+def test_no_held_out_caption_is_in_the_train_split(style):
     assert {row.caption for row in rows(style, "test")}.isdisjoint(row.caption for row in rows(style, "train"))
 
 

@@ -17,7 +17,5 @@ def test_latents_have_the_size_of_the_image_over_the_vaes_factor(tiny_config):
     ("images_per_prompt", "side", "batch_size"),
     [(4, 512, 4), (4, 64, 16), (100, 64, 100), (1000, 512, 8), (1000, 768, 3), (1000, 4096, 1)],
 )
-def test_a_call_takes_the_images_of_a_prompt_as_far_as_memory_is_likely_to_hold_them(
-    images_per_prompt, side, batch_size
-):
+def test_the_default_batch_size_is_the_images_of_a_prompt_within_bounds(images_per_prompt, side, batch_size):
     assert default_batch_size(images_per_prompt, side, side) == batch_size

@@ -42,6 +42,6 @@ def test_the_factors_of_image_and_noise_keep_the_variance():
         {"linear_start": float("nan")},
     ],
 )
-def test_what_is_no_schedule_is_refused(arguments):
+def test_an_invalid_schedule_is_refused(arguments):
     with pytest.raises(ValueError):
         NoiseSchedule(**arguments)

@@ -26,11 +26,11 @@ def statistics(x):
     return x.mean(axis=0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])
 
 
-def test_of_one_dimension_it_is_the_formula():
+def test_in_one_dimension_it_equals_the_formula():
     assert frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx((1 - 3) ** 2 + (2 - 3) ** 2, rel=1e-12)
 
 
-def test_of_diagonal_covariances_it_is_the_sum_over_dimensions():
+def test_for_diagonal_covariances_it_is_the_sum_over_dimensions():
     a, b = np.array([1.0, 4.0, 0.25]), np.array([9.0, 1.0, 0.0])
     expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 3 * 0.5**2
     assert frechet_distance(np.zeros(3), np.diag(a), np.full(3, 0.5), np.diag(b)) == pytest.approx(expected, rel=1e-12)
@@ -52,7 +52,7 @@ def test_from_features_it_is_that_of_their_statistics(n, m, d):
 
 
 @pytest.mark.parametrize("n, d", [(300, 20), (10, 50), (2, 30)])
-def test_of_a_set_with_itself_it_is_zero_up_to_rounding(n, d):
+def test_between_a_set_and_itself_it_is_zero_up_to_rounding(n, d):
     x = features(n, d, scale=3.0)
     assert abs(frechet_distance(*statistics(x), *statistics(x))) < 1e-10
     assert abs(frechet_of_features(x, x)) < 1e-10
@@ -65,7 +65,7 @@ def test_singular_covariances_give_a_real_number_that_is_not_negative(seed):
     assert isinstance(value, float) and np.isfinite(value) and value > 0
 
 
-def test_of_constant_features_it_is_the_distance_of_the_means():
+def test_for_constant_features_it_is_the_distance_of_the_means():
     assert frechet_distance(*statistics(np.zeros((3, 4))), *statistics(np.ones((3, 4)))) == pytest.approx(4.0)
 
 
@@ -139,7 +139,7 @@ GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
         ({**GOOD, "mu": np.array([None] * 3, object)}, "not an .npz"),
     ],
 )
-def test_statistics_that_cannot_be_are_refused(tmp_path, arrays, answer):
+def test_impossible_statistics_are_refused(tmp_path, arrays, answer):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=answer):
         read_statistics(tmp_path / "bad.npz")

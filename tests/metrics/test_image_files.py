@@ -73,7 +73,7 @@ def test_a_folder_of_another_user_is_named_with_its_permission(unprivileged, clo
         find_images(unprivileged / "images")
 
 
-def test_an_image_is_a_list_of_one(tmp_path):
+def test_a_single_image_is_found(tmp_path):
     assert find_images(save(tmp_path / "a.png")) == [tmp_path / "a.png"]
 
 

@@ -1,4 +1,4 @@
-"""The kernel distance: its definition, without bias, with a standard error that is one."""
+"""The kernel distance equals its definition, is unbiased, and has a correct standard error."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def features(n, d=8, seed=0, shift=0.0):
 
 
 @pytest.mark.parametrize("n, m", [(40, 40), (13, 31), (4, 4)])
-def test_it_is_its_definition(n, m):
+def test_it_equals_its_definition(n, m):
     x, y = features(n), features(m, seed=1, shift=0.5)
     assert kernel_distance(x, y)[0] == pytest.approx(by_definition(x.astype(float), y.astype(float)), rel=1e-9)
 
@@ -39,7 +39,7 @@ def test_two_sets_of_the_same_kind_have_a_distance_of_zero_within_its_std():
     assert abs(value) < 4 * std
 
 
-def test_it_does_not_depend_on_how_many_there_are():
+def test_its_mean_does_not_depend_on_the_number_of_images():
     small = np.mean(
         [kernel_distance(features(20, seed=s), features(20, seed=s + 500, shift=0.5))[0] for s in range(60)]
     )
@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_numbers():
     assert kernel_distance(x, y, seed=3)[1] != kernel_distance(x, y, seed=4)[1]
 
 
-def test_three_images_have_none():
+def test_three_images_are_too_few():
     with pytest.raises(UserError, match="4 images"):
         kernel_distance(features(3), features(10))
 
@@ -82,7 +82,7 @@ def test_a_sample_does_not_change_with_the_batch_it_was_given():
     np.testing.assert_array_equal(sample.features, held)
 
 
-def test_a_sample_holds_no_more_than_it_may_and_each_row_is_as_likely():
+def test_a_sample_is_bounded_and_uniform():
     counts = np.zeros(50)
     for seed in range(300):
         sample = FeatureSample(max_count=10, seed=seed)

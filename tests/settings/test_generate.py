@@ -116,7 +116,7 @@ def test_a_prompt_may_be_the_word_none():
         ("a cat", '"a" does not belong'),
     ],
 )
-def test_settings_that_do_not_go_are_named(command, words):
+def test_invalid_settings_are_named(command, words):
     with pytest.raises(UserError, match=words):
         parse(command)
 

@@ -1,4 +1,4 @@
-"""Model YAMLs: the bundled and the published ones read, and whatever cannot be meant is named."""
+"""Model YAMLs: the bundled and the published ones read, and invalid values are named."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_published_yaml_reads_unchanged(change):
         ("params.scale_factor", "1\x1b[2J", 'scale_factor: "1'),
     ],
 )
-def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says):
+def test_an_invalid_value_is_named_with_its_place(change, place, value, says):
     with pytest.raises(UserError) as error:
         change(place, value)
     assert says in str(error.value) and "model.yaml" in str(error.value) and len(str(error.value)) < 600
@@ -219,7 +219,7 @@ def test_what_cannot_be_meant_is_named_with_its_place(change, place, value, says
         ("model.base_learning_rate", 1e-4),
     ],
 )
-def test_what_can_be_meant_is_read(change, place, value):
+def test_an_unusual_value_is_read(change, place, value):
     assert isinstance(change(place, value), ModelConfig)
 
 
@@ -233,7 +233,7 @@ def test_every_model_yaml_of_this_project_reads(path):
 
 
 @pytest.mark.parametrize("content", [b"", b"just text", b"- a list", b"model: [1", b"\xff\xfe\x00", b"model:\n\t- x"])
-def test_a_file_that_is_no_model_yaml(tmp_path, content):
+def test_a_file_that_is_not_a_model_yaml_is_refused(tmp_path, content):
     path = tmp_path / "other.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match="other.yaml"):

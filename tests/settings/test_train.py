@@ -139,7 +139,7 @@ def test_every_number_is_bounded(cls):
 
 
 @pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings])
-def test_every_path_is_known_as_one(cls):
+def test_every_path_is_declared_as_a_path(cls):
     """`~` and `$NAME` are expanded in these."""
     words = ("path", "config", "resume", "latents")
     for field in dataclasses.fields(cls):
@@ -170,5 +170,5 @@ def test_absurd_numbers_are_refused_with_their_range(flag, value):
         ("max_grad_norm", "1e9"), ("start_learning_rate", "1"), ("image_size", "2048"),
     ],
 )  # fmt: skip
-def test_what_people_set_is_not_refused(flag, value):
+def test_usual_values_are_accepted(flag, value):
     assert getattr(parse(f"--{flag}", value), flag) == float(value)
