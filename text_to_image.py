@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         yaml_flag="generate_config",
         prog="text_to_image.py",
-        description="Generate images for prompts with Stable Diffusion, and with a LoRA where one is given.",
+        description="Generate images for prompts with Stable Diffusion, with or without LoRAs.",
     )
     set_up_logging(settings.log_level, prefix=False)
     generate(settings)

@@ -178,7 +178,7 @@ def _locked(lock: Path, subject: str) -> Iterator[None]:
 
 def _acquire(lock: Path, subject: str) -> int | None:
     """Return a handle of the locked file, or None if the file system does not support locks."""
-    us = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
+    this_process = f"{_HOLDER}{os.getpid()} on {socket.gethostname()}"
     for _ in range(MAX_TRIES):
         with ExitStack() as stack:  # closes the handle unless it is returned
             handle, foreign = _open_lock(lock, subject)
@@ -188,7 +188,7 @@ def _acquire(lock: Path, subject: str) -> int | None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise _in_use_error(subject, holder, holder.startswith(f"{us} ")) from None
+                    raise _in_use_error(subject, holder, holder.startswith(f"{this_process} ")) from None
                 if not holder:
                     lock.unlink(missing_ok=True)
                 logger.warning(
@@ -204,7 +204,7 @@ def _acquire(lock: Path, subject: str) -> int | None:
                     lock.unlink()
                 elif current:
                     stack.pop_all()
-                    _write_holder(handle, us)
+                    _write_holder(handle, this_process)
                     return handle
             except FileNotFoundError:
                 pass
@@ -236,10 +236,10 @@ def _open_lock(lock: Path, subject: str) -> tuple[int, bool]:
     return handle, foreign
 
 
-def _write_holder(handle: int, us: str) -> None:
+def _write_holder(handle: int, this_process: str) -> None:
     """Name this process in its lock file."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    text = f"{us} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
+    text = f"{this_process} ({Path(sys.argv[0]).name}, since {started})".encode("utf-8", "backslashreplace")
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, text, 0)

@@ -110,7 +110,7 @@ class Pipeline:
             vae: A checkpoint whose VAE replaces the base checkpoint's.
             ema: Load the moving averages of the UNet's weights that the checkpoint holds.
             flash_attention: Use Ascend's fused attention in the UNet.
-            device: "Ascend" or "CPU". None for Ascend where there is one.
+            device: "Ascend" or "CPU". None for Ascend if this machine has one, else the CPU.
 
         Raises:
             UserError: A file is missing, cannot be read or does not fit the model, or the model cannot be detected.

@@ -76,7 +76,7 @@ def setup_runtime(
     infinities.
 
     Args:
-        device_target: "Ascend", "CPU", or None for Ascend where there is one.
+        device_target: "Ascend", "CPU", or None for Ascend if this machine has one, else the CPU.
         mode: GRAPH or PYNATIVE.
         jit_level: How much Ascend's compiler optimises, "O0" to "O2". The CPU has one level only.
         precision: "fp16", "fp32", or "auto" for fp16 on Ascend and fp32 on the CPU.

@@ -37,7 +37,7 @@ class Checkpoints:
         settings: Settings of the run.
         model: The model that is trained.
         step: The training step, which holds the moving averages.
-        trains_base: Whether the base model is trained together with the LoRA, and so saved as well.
+        saves_base_model: Whether the base model is saved beside the LoRA, because it is trained as well.
         resumed_here: Whether the run resumes one in the same folder, whose files are then its own.
         start: Number of steps that are done before this run.
     """
@@ -48,7 +48,7 @@ class Checkpoints:
         model: StableDiffusion,
         step: TrainStep,
         *,
-        trains_base: bool,
+        saves_base_model: bool,
         resumed_here: bool,
         start: int,
     ):
@@ -57,7 +57,7 @@ class Checkpoints:
         self.writers: dict[str, Callable[[Path, int], None]] = {}
         if settings.use_lora:
             self.writers["lora"] = self._write_lora
-        if not settings.use_lora or trains_base:
+        if not settings.use_lora or saves_base_model:
             self.writers["model"] = self._write_model
         self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
         self._own_files = OwnFiles(self.folder, resumed_here)
@@ -89,10 +89,7 @@ class Checkpoints:
         mindone.write(path, get_lora(self.model, self.model.config, self.step.averages()))
 
     def _write_model(self, path: Path, step: int) -> None:
-        """Write the whole model without LoRA, with the moving averages if there are any.
-
-        text_to_image.py reads it as --ckpt_path.
-        """
+        """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
         arrays.update(self.step.averages())
         arrays = {name: array for name, array in arrays.items() if "lora_" not in name}

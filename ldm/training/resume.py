@@ -44,7 +44,7 @@ def make_fingerprint(
     values.update(
         data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
         model=content_key("model", repr(config.content()))[:16],
-        base=_base_identity(settings),
+        base=_base_model_identity(settings),
         rank_size=runtime.process_count,
         precision=runtime.precision,
         image_size=image_size(settings, config),
@@ -54,7 +54,7 @@ def make_fingerprint(
     return {name: values[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}
 
 
-def _base_identity(settings: TrainSettings) -> str:
+def _base_model_identity(settings: TrainSettings) -> str:
     assert settings.pretrained_model_path is not None
     vae = "" if settings.vae_ckpt_path is None else f"-vae-{base_model_hash(settings.vae_ckpt_path)[:16]}"
     return base_model_hash(settings.pretrained_model_path)[:16] + "-ema" * settings.pretrained_model_ema + vae

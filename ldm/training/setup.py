@@ -149,7 +149,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     )
     checkpoints = Checkpoints(
         settings, model, step,
-        trains_base=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
+        saves_base_model=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, skips_overflow, scaler,
@@ -163,13 +163,13 @@ def _base_model(settings: TrainSettings) -> str:
 
 
 def _read_model_config(settings: TrainSettings) -> ModelConfig:
-    base = _base_model(settings)
+    base_model = _base_model(settings)
     if settings.model_config is not None:
-        return config_with_tokens(load_model_config(under_root(settings.model_config)), base)
+        return config_with_tokens(load_model_config(under_root(settings.model_config)), base_model)
     config = detect_model_config(
-        base, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
+        base_model, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
     )
-    logger.info("%s is a model of %s", base, config.path)
+    logger.info("%s is a model of %s", base_model, config.path)
     return config
 
 

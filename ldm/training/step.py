@@ -175,8 +175,7 @@ class TrainStep:
         skip_overflow: Whether to leave parameters, moments and average as they are if a gradient is not finite.
         micro_batches: Number of batches that a step is the mean over.
         process_count: Number of data-parallel processes.
-        dropout_key: Key of LoRA's dropout (ldm.lora.layers.StepDropout), if there is any. It is set for each
-            micro-batch.
+        dropout_key: Key of LoRA's dropout (see ldm.lora.dropout), which is set for each micro-batch.
     """
 
     def __init__(

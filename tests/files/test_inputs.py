@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 
@@ -10,6 +11,7 @@ import pytest
 from ldm.errors import UserError, plain
 from ldm.files.inputs import (
     check_file,
+    content_hash,
     file_status,
     is_file,
     is_folder,
@@ -20,7 +22,7 @@ from ldm.files.inputs import (
     read_text,
 )
 
-READERS = (open_file, check_file, read_bytes, read_text)
+READERS = (open_file, check_file, content_hash, read_bytes, read_text)
 
 
 @pytest.fixture
@@ -157,3 +159,9 @@ def test_untrusted_text_is_escaped(text, shown):
 def test_the_middle_of_a_long_text_is_left_out():
     shown = plain("begin" + "x" * 10**7 + "end")
     assert len(shown) == 200 and shown.startswith("beginx") and shown.endswith("xend") and " ... " in shown
+
+
+def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "x").write_bytes(content)
+    assert content_hash(tmp_path / "x") == hashlib.sha256(content).hexdigest()
