@@ -94,15 +94,15 @@ def check_file(path: str | os.PathLike, name: str = "", way: str = "check the pa
     open_file(path, name, way).close()
 
 
-def content_hash(path: str | os.PathLike, way: str = "check the path") -> str:
+def content_hash(path: str | os.PathLike, name: str = "", way: str = "check the path") -> str:
     """Return the SHA-256 of a file in hexadecimal, which identifies weights and images. Raises as `open_file`."""
     digest = hashlib.sha256()
-    with open_file(path, way=way) as file:
+    with open_file(path, name, way) as file:
         try:
             while block := file.read(1 << 20):
                 digest.update(block)
         except OSError as error:
-            raise UserError(f"{_named(path, '')} cannot be read: {system_reason(error)}") from None
+            raise UserError(f"{_named(path, name)} cannot be read: {system_reason(error)}") from None
     return digest.hexdigest()
 
 

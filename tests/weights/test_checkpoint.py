@@ -1,7 +1,6 @@
 """Checkpoint files are read back as written, by MindSpore too. Errors say what other files are."""
 
 import fractions
-import hashlib
 import io
 import json
 import os
@@ -428,10 +427,3 @@ class TestWriting:
     def test_metadata_is_text(self, tmp_path, suffix):
         with pytest.raises(TypeError, match="lora_rank"):
             write_checkpoint(tmp_path / f"x{suffix}", ARRAYS, {"lora_rank": 4})
-
-
-def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
-    content = np.random.default_rng(0).bytes(3_000_000)
-    assert content_hash(write(tmp_path / "x", content)) == hashlib.sha256(content).hexdigest()
-    with pytest.raises(UserError, match="y does not exist"):
-        content_hash(tmp_path / "y")
