@@ -116,7 +116,7 @@ def convert(
     config = configs[0]
     is_certain = len(configs) == 1  # else only the prediction type is unknown
     if format == "diffusers":
-        check_diffusers_sizes(config)
+        _check_diffusers_sizes(config)
     beside = yaml_beside(target, as_folder=format == "diffusers")
     has_yaml = is_file(beside)
     without_tokens = [without_added_tokens(other) for other in configs]  # a YAML has none, the checkpoint names them
@@ -183,8 +183,8 @@ def _configs_of_source(
         for where, other in ((source, stated), (configs[0].path, configs[0].prediction_type)):
             if other != prediction_type:
                 raise UserError(
-                    f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it "
-                    "out, or choose another YAML"
+                    f"--prediction_type {prediction_type} contradicts {where}, which has {other}: leave it out, or "
+                    "choose another YAML"
                 )
     if len(configs) == 1:
         check_metadata(checkpoint.metadata, configs[0], source)
@@ -236,7 +236,7 @@ def write_diffusers_folder(
     write_folder(path, config, parts)
 
 
-def check_diffusers_sizes(config: ModelConfig) -> None:
+def _check_diffusers_sizes(config: ModelConfig) -> None:
     """Raise UserError for a model whose sizes diffusers' networks cannot have."""
     unet, vae = config.unet, config.vae
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:

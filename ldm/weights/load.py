@@ -85,9 +85,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         text = "; ".join(f"{LABELS[name]}: {component}" for name, component in self.components.items())
-        if self.ignored:
-            text += "; left out: " + ", ".join(f"{count} ({reason})" for reason, count in self.ignored.items())
-        return text
+        ignored = ", ".join(f"{count} ({reason})" for reason, count in self.ignored.items())
+        return f"{text}; left out: {ignored}" if ignored else text
 
 
 def load_base_model(
@@ -203,10 +202,11 @@ def compare_shapes(
 def mismatch_message(checkpoint: Checkpoint, report: LoadReport) -> str:
     """Say in one line why a checkpoint does not fit: what it is where that is known, the counts, and an example."""
     reason = _architecture_mismatch(report)
-    wrong_shape, wrong_type, missing, unexpected = (
-        [entry for component in report.components.values() for entry in getattr(component, kind)]
-        for kind in ("wrong_shape", "wrong_type", "missing", "unexpected")
-    )
+    parts = report.components.values()
+    wrong_shape = [entry for part in parts for entry in part.wrong_shape]
+    wrong_type = [entry for part in parts for entry in part.wrong_type]
+    missing = [name for part in parts for name in part.missing]
+    unexpected = [name for part in parts for name in part.unexpected]
     if not reason and report.absent and not wrong_shape:
         reason = f"it holds no {' and no '.join(LABELS[component] for component in report.absent)}"
     example = way_out = ""
@@ -224,11 +224,8 @@ def mismatch_message(checkpoint: Checkpoint, report: LoadReport) -> str:
 
 
 def _architecture_mismatch(report: LoadReport) -> str:
-    wrong_shape = {
-        name: (shape, wanted)
-        for component in report.components.values()
-        for name, shape, wanted in component.wrong_shape
-    }
+    parts = report.components.values()
+    wrong_shape = {name: (shape, wanted) for part in parts for name, shape, wanted in part.wrong_shape}
     shape, wanted = wrong_shape.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ((), ()))
     if len(shape) == 4 and shape[1] != wanted[1]:
         # Without an entry, the output has as many channels as the model's latents.

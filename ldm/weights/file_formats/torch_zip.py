@@ -69,7 +69,7 @@ def open_torch_zip(path: Path, data: mmap.mmap) -> Checkpoint:
                 raise UserError(f"{path} is damaged: the data of {plain(name)} is missing: {again}")
             starts[key] = _start(data, member), member.file_size
         entry = entry_of(tensor, *starts[key])
-        if entry is None or starts[key][0] + starts[key][1] > len(data):
+        if entry is None or sum(starts[key]) > len(data):
             raise UserError(f"{path} is damaged: {plain(name)} {tensor.shape} is not within its data: {again}")
         entries[name] = entry
     return CheckpointFile(path, "torch", data, entries, {})
@@ -95,8 +95,8 @@ def entry_of(tensor: Tensor, start: int, size: int) -> Entry | None:
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride)) if count else -1
     if (last + 1) * itemsize > size:
         return None
-    first = start + tensor.offset * itemsize
-    if in_order or not count:
-        return Entry(tensor.storage.dtype, tensor.shape, [(first, count * itemsize)])
-    strides = tuple(stride * itemsize for stride in tensor.stride)
-    return Entry(tensor.storage.dtype, tensor.shape, [(first, (last + 1 - tensor.offset) * itemsize)], strides)
+    contiguous = in_order or not count
+    strides = None if contiguous else tuple(stride * itemsize for stride in tensor.stride)
+    elements = count if contiguous else last + 1 - tensor.offset
+    piece = (start + tensor.offset * itemsize, elements * itemsize)
+    return Entry(tensor.storage.dtype, tensor.shape, [piece], strides)

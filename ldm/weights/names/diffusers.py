@@ -103,8 +103,7 @@ def vae_modules(vae: Mapping[str, Any], attention: Mapping[str, str] = VAE_ATTEN
 def key_mapper(keys: Iterable[str]) -> Callable[[str], tuple[str, ...] | None]:
     """Return the map_key function (see ldm.weights.names.tables) for a folder.
 
-    Args:
-        keys: All keys, which tell how many levels and layers the networks have.
+    All keys of the folder tell how many levels and layers the networks have.
     """
     keys = list(keys)
     unet, vae = _unet_structure(keys), _vae_structure(keys)
@@ -130,16 +129,9 @@ def key_mapper(keys: Iterable[str]) -> Callable[[str], tuple[str, ...] | None]:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Concatenation]:
-    """Return how the arrays of a diffusers folder are made of canonical ones.
+    """Return how the arrays of a diffusers folder are made of canonical ones, given by name and shape.
 
-    The names are those of diffusers 0.42 and transformers 4.
-
-    Args:
-        shapes: Canonical name -> shape.
-        config: Configuration of the model.
-
-    Raises:
-        UserError: A name does not fit the configuration.
+    The names are those of diffusers 0.42 and transformers 4. Raises UserError if a name does not fit the configuration.
     """
     tables = {
         "unet": (UNET_PREFIX, {canonical: path for path, canonical in unet_modules(config.unet).items()}),
