@@ -1,4 +1,4 @@
-"""Finds the configuration of the model that a checkpoint is for.
+"""Find the configuration of the model that a checkpoint is for.
 
 Shapes do not show the number of attention heads, the activation, the groups of a normalization, the noise schedule, or
 what the UNet predicts. If the shapes are those of a known model (configs/*.yaml), its YAML says the rest. A diffusers

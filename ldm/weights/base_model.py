@@ -1,4 +1,4 @@
-"""Opens base models in all forms, files and folders, and single networks that replace one of a base model."""
+"""Open base models in all forms, files and folders, and single networks that replace one of a base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens, reads and writes checkpoint files. Nothing that a file holds is executed."""
+"""Open, read and write checkpoint files. Nothing that a file holds is executed."""
 
 from __future__ import annotations
 

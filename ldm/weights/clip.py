@@ -1,4 +1,4 @@
-"""Reads the weights of CLIP, both towers, from files with the names of Hugging Face, OpenAI, OpenCLIP or mindone."""
+"""Read the weights of CLIP, both towers, from files with the names of Hugging Face, OpenAI, OpenCLIP or mindone."""
 
 from __future__ import annotations
 

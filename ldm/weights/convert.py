@@ -1,4 +1,4 @@
-"""Converts a base model from any form into any other, one array at a time."""
+"""Convert a base model from any form into any other, one array at a time."""
 
 from __future__ import annotations
 

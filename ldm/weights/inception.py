@@ -1,4 +1,4 @@
-"""Reads the published weights of the Inception network for the FID, PyTorch's file or mindone's, and loads them."""
+"""Read the published weights of the Inception network for the FID, PyTorch's file or mindone's, and load them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads base models into the networks. A checkpoint has to fit exactly, which is decided before anything is changed."""
+"""Load base models into the networks. A checkpoint has to fit exactly, which is decided before anything is changed."""
 
 from __future__ import annotations
 

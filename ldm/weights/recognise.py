@@ -1,4 +1,4 @@
-"""Recognises what a file or folder holds: a base model, one of its networks, a LoRA, or something not supported.
+"""Recognise what a file or folder holds: a base model, one of its networks, a LoRA, or something not supported.
 
 Every reader that refuses a file asks this module, so that one thing has one name in all errors. A checkpoint is judged
 by its keys, its metadata and the shapes of its arrays, a folder by its entries, any other file by its first bytes.

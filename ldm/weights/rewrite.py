@@ -1,4 +1,4 @@
-"""Writes a base model with changed weights in the form of the original, or as one fp16 file."""
+"""Write a base model with changed weights in the form of the original, or as one fp16 file."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def main() -> int:
     print(
         f"{arguments.model_config}: {config.prediction_type}, {pixels}x{pixels} pixels, {arguments.steps} steps: "
         f"final latents differ by {error:.1e} of their largest value, pixels by {pixel} of 255 at most "
-        f"(their deviation {theirs[1].std():.0f}); diffusers {between - began:.0f} s, text_to_image.py "
+        f"(their std {theirs[1].std():.0f}); diffusers {between - began:.0f} s, text_to_image.py "
         f"{ended - between:.0f} s with loading and compiling; peak memory "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"
     )

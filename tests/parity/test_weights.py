@@ -50,6 +50,11 @@ def case(request, tmp_path_factory):
     return config, named_weights(config), make_pipeline(config, tmp_path_factory.mktemp("tokenizer") / "files")
 
 
+def size_flags(config, latents):
+    height, width = (size * config.vae_factor for size in latents.shape[2:])
+    return "--H", str(height), "--W", str(width)
+
+
 def assert_loads(path, config, weights):
     model = build_model(config, random=False)
     assert load_base_model(model, path).ok
@@ -162,21 +167,9 @@ class TestImages:
         pipeline.save_pretrained(tmp_path / "sd")
         # diffusers draws multiples of 8 pixels and knows latents of another size by their shape alone
         start = starting_latents(config)
-        theirs = draw_with_diffusers(tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE)
-        height, width = (size * config.vae_factor for size in start.shape[2:])
-        ours = draw_with_ours(
-            tmp_path / "sd",
-            PROMPTS,
-            NEGATIVE_PROMPTS,
-            start,
-            8,
-            SCALE,
-            tmp_path / "out",
-            "--H",
-            str(height),
-            "--W",
-            str(width),
-        )
+        given = (tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE)
+        theirs = draw_with_diffusers(*given)
+        ours = draw_with_ours(*given, tmp_path / "out", *size_flags(config, start))
         assert relative_error(ours[0], theirs[0]) < 1e-3
         assert largest_pixel_difference(ours[1], theirs[1]) <= 2
         assert theirs[1].std() > 5  # images, not one colour
@@ -201,13 +194,8 @@ class TestImages:
 
         start = starting_latents(config)
         given = (tmp_path / "sd", PROMPTS, NEGATIVE_PROMPTS, start, 8, SCALE)
-        size = [
-            flag
-            for flag, pixels in zip(("--H", "--W"), start.shape[2:])
-            for flag in (flag, str(pixels * config.vae_factor))
-        ]
         without, theirs = draw_with_diffusers(*given), draw_with_diffusers(*given, lora)
-        ours = draw_with_ours(*given, tmp_path / "out", "--lora_ckpt_path", str(trained), *size)
+        ours = draw_with_ours(*given, tmp_path / "out", "--lora_ckpt_path", str(trained), *size_flags(config, start))
         assert relative_error(without[0], theirs[0]) > 0.05  # it does something
         assert relative_error(ours[0], theirs[0]) < 1e-3
         assert largest_pixel_difference(ours[1], theirs[1]) <= 2

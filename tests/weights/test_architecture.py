@@ -69,8 +69,8 @@ class Folder(Shapes, DiffusersFolder):
             "text_encoder": f"transformers_text_encoder_sd{version}",
         }
         shapes = {f"{part}/{name}": shape for part, key in parts.items() for name, shape in published[key].items()}
-        said = settings.get("scheduler/scheduler_config.json", {}).get("prediction_type")
-        Shapes.__init__(self, shapes, **({"prediction_type": said} if said else {}))
+        prediction_type = settings.get("scheduler/scheduler_config.json", {}).get("prediction_type")
+        Shapes.__init__(self, shapes, **({"prediction_type": prediction_type} if prediction_type else {}))
         self._settings = settings
 
     def config(self, component):
@@ -95,7 +95,7 @@ def settings_of(model, **changed):
     return settings
 
 
-def found(checkpoint, prediction_type=None):
+def candidate_paths(checkpoint, prediction_type=None):
     return [
         Path(model.path).relative_to(ROOT).as_posix() if Path(model.path).is_absolute() else model.path
         for model in candidate_configs(checkpoint, map_base_model(checkpoint), prediction_type)
@@ -105,15 +105,15 @@ def found(checkpoint, prediction_type=None):
 class TestSingleFiles:
     @pytest.mark.parametrize("kind", ["sd{}_ldm_ckpt_keys", "mindone_ckpt_names_v{}"])
     def test_published_files(self, published, kind):
-        assert found(Shapes(published[kind.format(1)])) == [V1]
+        assert candidate_paths(Shapes(published[kind.format(1)])) == [V1]
         # Noise and velocity have the same shapes.
-        assert found(Shapes(published[kind.format(2)])) == [V2, V2_V]
+        assert candidate_paths(Shapes(published[kind.format(2)])) == [V2, V2_V]
 
     @pytest.mark.parametrize("prediction_type, path", [("epsilon", V2), ("v_prediction", V2_V)])
     def test_the_prediction_type_decides_among_sd2(self, published, prediction_type, path):
         names = published["sd2_ldm_ckpt_keys"]
-        assert found(Shapes(names, prediction_type=prediction_type)) == [path]
-        assert found(Shapes(names), prediction_type) == [path]
+        assert candidate_paths(Shapes(names, prediction_type=prediction_type)) == [path]
+        assert candidate_paths(Shapes(names), prediction_type) == [path]
 
     def test_a_known_model_with_the_other_prediction_type(self, published):
         checkpoint = Shapes(published["sd1_ldm_ckpt_keys"])
@@ -131,21 +131,21 @@ class TestSingleFiles:
         name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
         names = {**published["sd1_ldm_ckpt_keys"], name: [49409, 768]}
         checkpoint = Shapes(names, added_tokens='[["<cat-toy>", 49408, true, false]]')
-        assert found(checkpoint) == [V1]
+        assert candidate_paths(checkpoint) == [V1]
         (model,) = candidate_configs(checkpoint, map_base_model(checkpoint))
         assert model.text["vocab_size"] == 49409 and [added.text for added in model.added_tokens] == ["<cat-toy>"]
         with pytest.raises(UserError, match="adds 0 tokens to CLIP's 49,408, but .* 49,409 rows"):
-            found(Shapes(names))
+            candidate_paths(Shapes(names))
 
     def test_other_sizes_are_not_those_of_a_known_model(self, published):
         names = dict(published["sd1_ldm_ckpt_keys"])
         names["first_stage_model.post_quant_conv.weight"] = [16, 16, 1, 1]
-        assert found(Shapes(names)) == []
+        assert candidate_paths(Shapes(names)) == []
 
     def test_a_single_component_is_compared_with_the_known_models(self, published):
         names = published["sd1_ldm_ckpt_keys"]
         for part in ("model.diffusion_model.", "cond_stage_model."):
-            assert found(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
+            assert candidate_paths(Shapes({name: names[name] for name in names if name.startswith(part)})) == [V1]
 
     @pytest.mark.parametrize(
         "part, words",
@@ -162,19 +162,19 @@ class TestSingleFiles:
     def test_a_file_without_a_unet_can_start_a_training(self, published):
         names = published["sd2_ldm_ckpt_keys"]
         checkpoint = Shapes({name: names[name] for name in names if not name.startswith("model.")})
-        said = missing_information(checkpoint, map_base_model(checkpoint), "say it")
-        assert said == "Its shapes do not show whether it predicts noise or velocity: say it"
+        message = missing_information(checkpoint, map_base_model(checkpoint), "say it")
+        assert message == "Its shapes do not show whether it predicts noise or velocity: say it"
 
     def test_a_unet_of_eight_channels_on_both_sides_is_no_other_task(self, published):
         names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 8, 3, 3]}
         with pytest.raises(UserError, match="is an InstructPix2Pix checkpoint"):
-            found(Shapes(names))
-        assert found(Shapes({**names, "model.diffusion_model.out.2.weight": [8, 320, 3, 3]})) == []
+            candidate_paths(Shapes(names))
+        assert candidate_paths(Shapes({**names, "model.diffusion_model.out.2.weight": [8, 320, 3, 3]})) == []
 
     def test_inpainting(self, published):
         names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
         with pytest.raises(UserError, match="is an inpainting checkpoint"):
-            found(Shapes(names))
+            candidate_paths(Shapes(names))
 
     def test_the_yaml_beside_it_says_the_rest(self, tmp_path, published):
         checkpoint = Shapes(published["sd2_ldm_ckpt_keys"])
@@ -191,14 +191,14 @@ class TestDiffusersFolders:
     def test_published_models(self, published, path):
         model = load_model_config(ROOT / path)
         version = {"sd1": 1, "sd2": 2}[model.architecture]
-        assert found(Folder(published, version, settings_of(model))) == [path]
+        assert candidate_paths(Folder(published, version, settings_of(model))) == [path]
         # Without config.json the shapes tell, and the scheduler.
-        assert found(Folder(published, version, settings_of(model, vae=None))) == [path]
+        assert candidate_paths(Folder(published, version, settings_of(model, vae=None))) == [path]
 
     def test_a_unet_that_lacks_an_array_is_left_to_the_strict_loading(self, published):
         folder = Folder(published, 1, settings_of(load_model_config(ROOT / V1)))
         folder._shapes = {name: shape for name, shape in folder._shapes.items() if name != "unet/conv_in.weight"}
-        assert found(folder) == [V1]
+        assert candidate_paths(folder) == [V1]
 
     @pytest.mark.parametrize("part, words", [("text_encoder", "It holds no text encoder: give the whole model"),
                                              ("vae", "and holds no VAE and has no vae/config.json")])  # fmt: skip
@@ -212,8 +212,8 @@ class TestDiffusersFolders:
         folder._shapes = {**folder._shapes, "vae/post_quant_conv.weight": [16, 16, 1, 1]}
         key_map = map_base_model(folder)
         assert candidate_configs(folder, key_map) == []
-        said = missing_information(folder, key_map, "say it")
-        assert "has no unet/config.json, and its shapes do not show the rest: say it" in said
+        message = missing_information(folder, key_map, "say it")
+        assert "has no unet/config.json, and its shapes do not show the rest: say it" in message
 
     @pytest.mark.parametrize(
         "changed, field, value",

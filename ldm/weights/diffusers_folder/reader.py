@@ -1,4 +1,4 @@
-"""Opens diffusers folders: unet/, vae/ and text_encoder/, each with a config.json and its weights."""
+"""Open diffusers folders: unet/, vae/ and text_encoder/, each with a config.json and its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a diffusers folder that StableDiffusionPipeline.from_pretrained loads without a network connection."""
+"""Write a diffusers folder that StableDiffusionPipeline.from_pretrained loads without a network connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads files of PyTorch before 1.6, such as pt_inception-2015-12-05-6726825d.pth, without PyTorch.
+"""Read files of PyTorch before 1.6, such as pt_inception-2015-12-05-6726825d.pth, without PyTorch.
 
 A file has five pickles: a number that identifies the format, its version, the machine, the content with references to
 storages, and the names of the storages. Each storage follows, with its number of elements in eight bytes before its

@@ -1,4 +1,4 @@
-"""Reads the pickles in PyTorch's files without executing them.
+"""Read the pickles in PyTorch's files without executing them.
 
 A pickle is a program, and Python's unpickler calls the functions that it names. Even if only some names are allowed, a
 program of 100 bytes can fill the memory (a memo index of 2^28), never end (hashing a key of nested tuples takes

@@ -1,4 +1,4 @@
-"""Writes arrays as torch.save does, without PyTorch: a zip of a small pickle and the data of the arrays.
+"""Write arrays as torch.save does, without PyTorch: a zip of a small pickle and the data of the arrays.
 
 The pickle is composed of the few instructions that it needs. torch.load(weights_only=True) reads it.
 """

@@ -1,4 +1,4 @@
-"""Reads PyTorch files (.ckpt, .bin, .pt) since 1.6 without PyTorch: a zip of a pickle and the data of its tensors.
+"""Read PyTorch files (.ckpt, .bin, .pt) since 1.6 without PyTorch: a zip of a pickle and the data of its tensors.
 
 torch_pickle reads the pickle without executing it. The tensors are read from the mapped file one at a time, as in the
 other formats.
