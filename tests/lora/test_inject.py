@@ -19,13 +19,13 @@ from ldm.lora.spec import LoRASpec
 from ldm.models import initial_values, layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
-from tests.lora.helpers import TEXT, TO_Q, UNET, assert_unchanged, weights_of
+from tests.lora.helpers import TEXT, TO_Q, UNET, Fresh, assert_unchanged, weights_of
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT_LAYER = f"{TEXT}transformer.text_model.encoder.layers.0."
 
 
-class Gradients(nn.Cell):
+class LossAndGradients(nn.Cell):
     """Loss and its gradients for the trainable parameters, as one graph."""
 
     def __init__(self, net):
@@ -35,7 +35,7 @@ class Gradients(nn.Cell):
         self.grad = ops.GradOperation(get_by_list=True)
 
     def construct(self, *inputs):
-        return self.grad(self.net, self.weights)(*inputs)
+        return self.net(*inputs), self.grad(self.net, self.weights)(*inputs)
 
 
 class MeanSquare(nn.Cell):
@@ -179,7 +179,8 @@ class TestSD15:
 
     def test_the_example_with_ranks_by_block(self, model):
         names = inject_lora(model, LoRASpec().with_config(ROOT / "configs" / "lora" / "by_block.yaml"))
-        ranks = {name: model.parameters_dict()[f"{name}.lora_down.weight"].shape[0] for name in names}
+        parameters = model.parameters_dict()
+        ranks = {name: parameters[f"{name}.lora_down.weight"].shape[0] for name in names}
         assert ranks[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn1.to_q"] == 4
         assert ranks[f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_q"] == 8
         assert ranks[f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_out.0"] == 16
@@ -190,15 +191,6 @@ class TestSD15:
 class TestStart:
     def test_outputs_do_not_change(self, small_net, small_inputs):
         before = small_net(*small_inputs).asnumpy()
-
-        class Fresh(nn.Cell):  # compiled anew, after the injection
-            def __init__(self, net):
-                super().__init__(auto_prefix=False)
-                self.net = net
-
-            def construct(self, *inputs):
-                return self.net(*inputs)
-
         inject_lora(small_net, LoRASpec(targets="all"))
         np.testing.assert_array_equal(Fresh(small_net)(*small_inputs).asnumpy(), before)
 
@@ -262,14 +254,15 @@ class TestTraining:
     def test_a_graph_trains_every_factor_and_nothing_else(self, small_net, small_inputs):
         frozen = {p.name: p.asnumpy().copy() for p in small_net.get_parameters()}
         inject_lora(small_net, LoRASpec(rank=2, targets="all", text_encoder=True))
-        step = Gradients(MeanSquare(small_net))
-        loss = MeanSquare(small_net)
+        step = LossAndGradients(MeanSquare(small_net))
         started = {p.name: p.asnumpy().copy() for p in small_net.trainable_params()}
-        first = float(loss(*small_inputs).asnumpy())
-        for _ in range(3):
-            for parameter, gradient in zip(small_net.trainable_params(), step(*small_inputs)):
+        losses = []
+        for _ in range(4):
+            loss, gradients = step(*small_inputs)
+            losses.append(float(loss.asnumpy()))
+            for parameter, gradient in zip(small_net.trainable_params(), gradients):
                 parameter.set_data(Tensor(parameter.asnumpy() - 0.5 * gradient.asnumpy()))
-        assert float(loss(*small_inputs).asnumpy()) < first
+        assert losses[-1] < losses[0]
         for parameter in small_net.get_parameters():
             if parameter.name in frozen:
                 np.testing.assert_array_equal(parameter.asnumpy(), frozen[parameter.name])
@@ -417,14 +410,6 @@ class TestRemoving:
     EVERYTHING = {"to_*": {"r": 2, "dropout": 0.5}, "proj_in": {"r": 2, "hard": 1}, "in_layers.2": {"r": 1}}
 
     def test_gives_the_layers_back(self, small_net, small_inputs, randomise):
-        class Fresh(nn.Cell):  # compiled anew
-            def __init__(self, net):
-                super().__init__(auto_prefix=False)
-                self.net = net
-
-            def construct(self, *inputs):
-                return self.net(*inputs)
-
         before = Fresh(small_net)(*small_inputs).asnumpy()
         cells = {name: cell for name, cell in small_net.cells_and_names()}
         arrays = {parameter.name: parameter.asnumpy().copy() for parameter in small_net.get_parameters()}

@@ -18,6 +18,23 @@ def normal(*shape):
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
+class Outputs(nn.Cell):
+    """The outputs of several cells for the same input, in one graph."""
+
+    def __init__(self, *cells):
+        super().__init__(auto_prefix=False)
+        self.cells_in_order = nn.CellList(list(cells), auto_prefix=False)
+
+    def construct(self, x):
+        outputs = ()
+        for cell in self.cells_in_order:
+            outputs += (cell(x),)
+        return outputs
+
+    def arrays(self, x):
+        return [output.asnumpy() for output in self(Tensor(x))]
+
+
 def lora_dense(alpha=6.0, scale=0.5, fp16=True, has_bias=True):
     base = Linear(7, 5, has_bias)
     cell = LoRALinear(base, normal(RANK, 7), "net.layer", alpha, scale, fp16)
@@ -48,22 +65,21 @@ class TestDense:
     @pytest.mark.parametrize("has_bias", [True, False])
     def test_is_the_base_at_the_start_bit_for_bit(self, shape, has_bias):
         base, cell = lora_dense(has_bias=has_bias)
-        x = Tensor(normal(*shape))
-        np.testing.assert_array_equal(cell(x).asnumpy(), base(x).asnumpy())
+        np.testing.assert_array_equal(*Outputs(cell, base).arrays(normal(*shape)))
 
     def test_adds_the_scaled_product_of_the_factors(self):
         base, cell = lora_dense(alpha=6.0, scale=0.5)
         up = normal(5, RANK)
         cell.lora_up.weight.set_data(Tensor(up))
         x = normal(2, 3, 7)
-        wanted = base(Tensor(x)).asnumpy() + 0.5 * 6.0 / RANK * (x @ cell.lora_down.weight.asnumpy().T @ up.T)
-        np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), wanted, rtol=1e-5, atol=1e-5)
+        found, base_output = Outputs(cell, base).arrays(x)
+        wanted = base_output + 0.5 * 6.0 / RANK * (x @ cell.lora_down.weight.asnumpy().T @ up.T)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
     def test_scale_zero_is_the_base_bit_for_bit(self):
         base, cell = lora_dense(scale=0.0)
         cell.lora_up.weight.set_data(Tensor(normal(5, RANK)))
-        x = Tensor(normal(4, 7))
-        np.testing.assert_array_equal(cell(x).asnumpy(), base(x).asnumpy())
+        np.testing.assert_array_equal(*Outputs(cell, base).arrays(normal(4, 7)))
 
     def test_shares_the_bases_parameters(self):
         base, cell = lora_dense()
@@ -81,12 +97,14 @@ class TestConvolution:
     def test_adds_a_convolution_of_the_same_geometry(self, kernel, stride, padding):
         base, cell = lora_conv(kernel, stride, padding)
         x = normal(2, 4, 6, 6)
-        np.testing.assert_array_equal(cell(Tensor(x)).asnumpy(), base(Tensor(x)).asnumpy())
+        both = Outputs(cell, base)
+        np.testing.assert_array_equal(*both.arrays(x))
         up = normal(6, RANK, 1, 1)
         cell.lora_up.weight.set_data(Tensor(up))
+        found, base_output = both.arrays(x)
         low = convolved(x, cell.lora_down.weight.asnumpy(), stride, padding)
-        wanted = base(Tensor(x)).asnumpy() + 0.5 * 6.0 / RANK * np.einsum("nrhw,or->nohw", low, up[:, :, 0, 0])
-        np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), wanted, rtol=1e-4, atol=1e-4)
+        wanted = base_output + 0.5 * 6.0 / RANK * np.einsum("nrhw,or->nohw", low, up[:, :, 0, 0])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 class TestPrecision:
@@ -213,13 +231,15 @@ class TestDropout:
             cell = LoRAConv2d(base, normal(RANK, 4, 3, 3), "net.layer", 1.0, dropout=mask.dropout)
             cell.lora_up.weight.set_data(Tensor(normal(6, RANK, 1, 1)))
         cell.set_train()
-        plain, whole = base(Tensor(x)).asnumpy(), cell(Tensor(x)).asnumpy()
+        both = Outputs(cell, base)
+        whole, plain = both.arrays(x)
         seen = mask.at(1, x)
         assert 0.2 < (seen == 0).mean() < 0.8
-        trained = cell(Tensor(x)).asnumpy()
+        trained, _ = both.arrays(x)
         mask.key.set_data(Tensor(np.zeros(2, np.int32)))
-        np.testing.assert_array_equal(cell(Tensor(x)).asnumpy(), whole)
-        wanted = plain + cell(Tensor(seen)).asnumpy() - base(Tensor(seen)).asnumpy()
+        np.testing.assert_array_equal(both.arrays(x)[0], whole)
+        found, seen_base = both.arrays(seen)
+        wanted = plain + found - seen_base
         np.testing.assert_allclose(trained, wanted, rtol=0, atol=1e-4)
         assert not np.allclose(trained, whole, atol=1e-3)
 
@@ -230,18 +250,18 @@ class TestHardConvolution:
         base, down, up = Conv2d(4, 6, 1), normal(RANK, 4), normal(6, RANK)
         hard = HardLoRAConv2d(base, down, "a", 6.0, 0.5, trainable_scale=trainable_scale)
         soft = LoRAConv2d(base, down[:, :, None, None], "b", 6.0, 0.5)
-        x = Tensor(normal(2, 4, 5, 5))
-        np.testing.assert_array_equal(hard(x).asnumpy(), base(x).asnumpy())
+        outputs, x = Outputs(hard, base, soft), normal(2, 4, 5, 5)
+        np.testing.assert_array_equal(*outputs.arrays(x)[:2])
         hard.lora_up.weight.set_data(Tensor(up))
         soft.lora_up.weight.set_data(Tensor(up[:, :, None, None]))
-        np.testing.assert_allclose(hard(x).asnumpy(), soft(x).asnumpy(), rtol=1e-5, atol=1e-5)
+        hard_output, _, soft_output = outputs.arrays(x)
+        np.testing.assert_allclose(hard_output, soft_output, rtol=1e-5, atol=1e-5)
 
     def test_scale_zero_is_the_base_bit_for_bit(self):
         base = Conv2d(4, 6, 1)
         cell = HardLoRAConv2d(base, normal(RANK, 4), "a", 6.0, 0.0)
         cell.lora_up.weight.set_data(Tensor(normal(6, RANK)))
-        x = Tensor(normal(2, 4, 5, 5))
-        np.testing.assert_array_equal(cell(x).asnumpy(), base(x).asnumpy())
+        np.testing.assert_array_equal(*Outputs(cell, base).arrays(normal(2, 4, 5, 5)))
 
 
 class TestTrainableScale:
@@ -257,7 +277,8 @@ class TestTrainableScale:
         for cell in (fixed, trained):
             cell.lora_up.weight.set_data(Tensor(up))
         assert trained.lora_scale.name == "b.lora_scale" and trained.lora_scale.shape == (1,)
-        plain, one = base(Tensor(x)).asnumpy(), fixed(Tensor(x)).asnumpy()
-        np.testing.assert_allclose(trained(Tensor(x)).asnumpy(), one, rtol=1e-5, atol=1e-5)
+        outputs = Outputs(base, fixed, trained)
+        plain, at_fixed, at_trained = outputs.arrays(x)
+        np.testing.assert_allclose(at_trained, at_fixed, rtol=1e-5, atol=1e-5)
         trained.lora_scale.set_data(Tensor(np.array([-1.0], np.float32)))
-        np.testing.assert_allclose(trained(Tensor(x)).asnumpy() - plain, -2 * (one - plain), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(outputs.arrays(x)[2] - plain, -2 * (at_fixed - plain), rtol=1e-4, atol=1e-4)

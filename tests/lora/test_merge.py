@@ -6,23 +6,12 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from ldm.errors import UserError
 from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.lora.merge import check_compatible, match_lora, merge_lora, unmerge_lora
-from tests.lora.helpers import BLOCK, CONV, TEXT, TO_K, TO_Q, UNET, assert_unchanged, normal, weights_of
-
-
-class Fresh(nn.Cell):
-    """A network to be compiled anew, after its cells were changed."""
-
-    def __init__(self, net):
-        super().__init__(auto_prefix=False)
-        self.net = net
-
-    def construct(self, *inputs):
-        return self.net(*inputs)
+from tests.lora.helpers import BLOCK, CONV, TEXT, TO_K, TO_Q, UNET, Fresh, assert_unchanged, normal, weights_of
 
 
 class TestMerging:

@@ -465,130 +465,116 @@ def test_the_ways_to_call_the_output_projection(tmp_path, form):
     assert list(read_lora(save(tmp_path, arrays)).layers) == [CANONICAL.replace("to_q", "to_out.0")]
 
 
+# What a file is -> (its names, with X, Y and CANONICAL for a block or layer, what the error says).
 OTHERS = {
-    "LoHa": ([f"lora_unet_X_to_q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"], "LyCORIS"),
-    "LoHa with an alpha": (["lora_unet_X_to_q.hada_w1_a", "lora_unet_X_to_q.alpha"], "LyCORIS"),
-    "LoKr": (["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_q.lokr_w2", "lora_unet_X_to_q.alpha"], "LyCORIS"),
+    "LoHa": (
+        "lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.hada_w1_b lora_unet_X_to_q.hada_w2_a lora_unet_X_to_q.hada_w2_b",
+        "LyCORIS",
+    ),
+    "LoHa with an alpha": ("lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.alpha", "LyCORIS"),
+    "LoKr": ("lora_unet_X_to_q.lokr_w1 lora_unet_X_to_q.lokr_w2 lora_unet_X_to_q.alpha", "LyCORIS"),
     "LoKr beside pairs": (
-        ["lora_unet_X_to_q.lokr_w1", "lora_unet_X_to_k.lora_down.weight", "lora_unet_X_to_k.lora_up.weight"],
+        "lora_unet_X_to_q.lokr_w1 lora_unet_X_to_k.lora_down.weight lora_unet_X_to_k.lora_up.weight",
         "LyCORIS",
     ),
-    "GLoRA": ([f"lora_unet_X_to_q.{half}{i}.weight" for half in "ab" for i in (1, 2)], "LyCORIS.*GLoRA"),
-    "DoRA in mindone's names": (
-        [f"{CANONICAL}.dora_scale", f"{CANONICAL}.lora_down.weight", f"{CANONICAL}.lora_up.weight"],
-        "DoRA",
+    "GLoRA": (
+        "lora_unet_X_to_q.a1.weight lora_unet_X_to_q.a2.weight lora_unet_X_to_q.b1.weight lora_unet_X_to_q.b2.weight",
+        "LyCORIS.*GLoRA",
     ),
-    "LoHa in mindone's names": (
-        [f"{CANONICAL}.hada_w1_a", f"{CANONICAL}.lora_down.weight", f"{CANONICAL}.lora_up.weight"],
-        "LyCORIS",
-    ),
-    "full layers": (["lora_unet_X_to_q.diff", "lora_unet_X_to_q.diff_b"], "LyCORIS"),
-    "norms": (["lora_unet_X_to_q.w_norm", "lora_unet_X_to_q.b_norm"], "LyCORIS"),
+    "DoRA in mindone's names": ("CANONICAL.dora_scale CANONICAL.lora_down.weight CANONICAL.lora_up.weight", "DoRA"),
+    "LoHa in mindone's names": ("CANONICAL.hada_w1_a CANONICAL.lora_down.weight CANONICAL.lora_up.weight", "LyCORIS"),
+    "full layers": ("lora_unet_X_to_q.diff lora_unet_X_to_q.diff_b", "LyCORIS"),
+    "norms": ("lora_unet_X_to_q.w_norm lora_unet_X_to_q.b_norm", "LyCORIS"),
     "DoRA of kohya": (
-        ["lora_unet_X_to_q.dora_scale", "lora_unet_X_to_q.lora_down.weight", "lora_unet_X_to_q.lora_up.weight"],
+        "lora_unet_X_to_q.dora_scale lora_unet_X_to_q.lora_down.weight lora_unet_X_to_q.lora_up.weight",
         "DoRA",
     ),
     "DoRA of diffusers": (
-        ["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight", "unet.Y.to_q.lora_magnitude_vector"],
+        "unet.Y.to_q.lora_A.weight unet.Y.to_q.lora_B.weight unet.Y.to_q.lora_magnitude_vector",
         "DoRA",
     ),
     "DoRA of PEFT": (
-        [
-            "base_model.model.Y.to_q.lora_A.weight",
-            "base_model.model.Y.to_q.lora_B.weight",
-            "base_model.model.Y.to_q.lora_magnitude_vector.weight",
-        ],
+        "base_model.model.Y.to_q.lora_A.weight base_model.model.Y.to_q.lora_B.weight "
+        "base_model.model.Y.to_q.lora_magnitude_vector.weight",
         "DoRA",
     ),
-    "biases": (["unet.Y.to_q.lora_A.weight", "unet.Y.to_q.lora_B.weight", "unet.Y.to_q.lora_B.bias"], "with biases"),
+    "biases": ("unet.Y.to_q.lora_A.weight unet.Y.to_q.lora_B.weight unet.Y.to_q.lora_B.bias", "with biases"),
     "embedding": (
-        [
-            "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A",
-            "base_model.model.text_model.embeddings.token_embedding.lora_A.weight",
-        ],
+        "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A "
+        "base_model.model.text_model.embeddings.token_embedding.lora_A.weight",
         "embedding table",
     ),
     "SDXL of kohya": (
-        [
-            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-            "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
-        ],
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight "
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
         "SDXL",
     ),
     "SDXL's second text encoder": (
-        ["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "lora_unet_X_to_q.lora_down.weight"],
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight lora_unet_X_to_q.lora_down.weight",
         "SDXL",
     ),
     "SDXL's second text encoder in ComfyUI's names": (
-        [
-            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight",
-            "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight",
-        ],
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight "
+        "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight",
         "SDXL",
     ),
     "SDXL's labels": (
-        ["diffusion_model.label_emb.0.0.lora_A.weight", "diffusion_model.label_emb.0.0.lora_B.weight"],
+        "diffusion_model.label_emb.0.0.lora_A.weight diffusion_model.label_emb.0.0.lora_B.weight",
         "SDXL",
     ),
     "SDXL of diffusers": (
-        ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "unet.Y.to_q.lora_A.weight"],
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight unet.Y.to_q.lora_A.weight",
         "SDXL",
     ),
     "SDXL's depth": (
-        [
-            "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_A.weight",
-            "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_B.weight",
-        ],
+        "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_A.weight "
+        "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q.lora_B.weight",
         "SDXL",
     ),
     "Flux": (
-        [
-            "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
-            "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
-        ],
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight "
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
         "none of its 1 layers",
     ),
     "Flux's many blocks": (
-        [
-            f"transformer.{kind}transformer_blocks.7.attn.to_q.lora_{half}.weight"
-            for kind in ("single_", "")
-            for half in "AB"
-        ],
+        "transformer.single_transformer_blocks.7.attn.to_q.lora_A.weight "
+        "transformer.single_transformer_blocks.7.attn.to_q.lora_B.weight "
+        "transformer.transformer_blocks.7.attn.to_q.lora_A.weight "
+        "transformer.transformer_blocks.7.attn.to_q.lora_B.weight",
         "none of its 2 layers",
     ),
     "Flux in ComfyUI's names": (
-        [
-            "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight",
-            "diffusion_model.double_blocks.7.img_attn.qkv.lora_B.weight",
-        ],
+        "diffusion_model.double_blocks.7.img_attn.qkv.lora_A.weight "
+        "diffusion_model.double_blocks.7.img_attn.qkv.lora_B.weight",
         "none of its 1 layers",
     ),
     "a language model": (
-        [
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
-        ],
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
         "none of its 1 layers",
     ),
-    "another project's mindone": (["blocks.0.to_q.lora_down.weight"], "another kind of model"),
-    "textual inversion": (["emb_params"], "textual-inversion"),
-    "textual inversion of diffusers": (["<cat-toy>"], "textual-inversion"),
-    "textual inversion of many words": ([f"<s{i}>" for i in range(12)], "textual-inversion"),
-    "textual inversion of SDXL": (["clip_g", "clip_l"], "textual-inversion"),
-    "SDXL base": (["conditioner.embedders.0.x", f"{CANONICAL}.weight"], "SDXL checkpoint"),
-    "base": ([f"{CANONICAL}.weight", "first_stage_model.quant_conv.bias"], "base weights"),
-    "mindone base": (["cond_stage_model.transformer.ln_final.gamma"], "base weights"),
-    "diffusers UNet": (["Y.to_q.weight"], "base weights"),
-    "transformers text encoder": (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "base weights"),
-    "something else": (["fc1.weight", "fc1.bias"], "2 unknown names"),
-    "nothing": ([], "without any arrays"),
+    "another project's mindone": ("blocks.0.to_q.lora_down.weight", "another kind of model"),
+    "textual inversion": ("emb_params", "textual-inversion"),
+    "textual inversion of diffusers": ("<cat-toy>", "textual-inversion"),
+    "textual inversion of many words": (
+        "<s0> <s1> <s2> <s3> <s4> <s5> <s6> <s7> <s8> <s9> <s10> <s11>",
+        "textual-inversion",
+    ),
+    "textual inversion of SDXL": ("clip_g clip_l", "textual-inversion"),
+    "SDXL base": ("conditioner.embedders.0.x CANONICAL.weight", "SDXL checkpoint"),
+    "base": ("CANONICAL.weight first_stage_model.quant_conv.bias", "base weights"),
+    "mindone base": ("cond_stage_model.transformer.ln_final.gamma", "base weights"),
+    "diffusers UNet": ("Y.to_q.weight", "base weights"),
+    "transformers text encoder": ("text_model.encoder.layers.0.self_attn.q_proj.weight", "base weights"),
+    "something else": ("fc1.weight fc1.bias", "2 unknown names"),
+    "nothing": ("", "without any arrays"),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_checkpoints(tmp_path, kind):
     names, pattern = OTHERS[kind]
-    names = [name.replace("X", UNDERSCORED).replace("Y", THEIRS) for name in names]
+    names = names.replace("X", UNDERSCORED).replace("Y", THEIRS).replace("CANONICAL", CANONICAL).split()
     path = save(tmp_path, {name: np.ones((2, 2), np.float32) for name in names})
     with pytest.raises(UserError) as caught:
         read_lora(path)
