@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ SIZE, GAP, TEXT_WIDTH = 128, 8, 300
 
 
 def evenly(total: int, count: int) -> np.ndarray:
-    """Return `count` evenly spaced indices from 0 to total - 1, or all of them where there are fewer."""
+    """Return `count` evenly spaced indices from 0 to total - 1, or all indices if there are fewer."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
@@ -28,7 +29,7 @@ def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], pat
     for j, prompt in enumerate(prompts):
         y = 40 + j * (SIZE + GAP)
         draw.line((0, y - GAP // 2, sheet.width, y - GAP // 2), fill=(225, 225, 225))
-        for k, line in enumerate(wrap(prompt, 32)):
+        for k, line in enumerate(textwrap.wrap(prompt, 32)):
             draw.text((GAP, y + 46 + 20 * k), line, fill="black", font=font)
     for i, (title, files) in enumerate(columns.items()):
         x = TEXT_WIDTH + i * (SIZE + GAP)
@@ -38,13 +39,3 @@ def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], pat
             sheet.paste(image, (x, 40 + j * (SIZE + GAP)))
     with atomic_path(path) as temporary:
         sheet.save(temporary)
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Break a text into lines of at most `width` characters, between words."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines

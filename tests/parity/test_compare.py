@@ -1,4 +1,4 @@
-"""compare_diffusers.py, live: a LoRA that is trained here and with diffusers from the same draws ends as the same."""
+"""compare_diffusers.py, live: trainings here and with diffusers, with the same random draws, give the same LoRA."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Path:
-    """A folder with a model's YAML, base, recipe and data. As the nano model's, its encoder begins narrower than
-    diffusers' own can, and it predicts velocity."""
+    """A folder with a model's YAML, its base model, a recipe and data.
+
+    Like the nano model, it predicts velocity, and its autoencoder's first convolution is narrower than diffusers'.
+    """
     folder = tmp_path_factory.mktemp("experiment")
     document = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
     params = document["model"]["params"]
@@ -92,19 +94,19 @@ def table(compared) -> dict:
 def test_the_losses_are_the_same_at_every_step(table):
     losses = table["losses"]["7"]
     assert losses["early_steps"] == STEPS and losses["agree"]
-    # demanded is 1 %; a wrong alpha or decay stays within that for so few steps of so small a model
+    # Far below the 1 % of the report: a wrong alpha or decay stays within that for so few steps of so small a model.
     assert losses["largest"] < 1e-4
     assert losses["early_gradient_norm"] < 1e-3
 
 
-def test_both_draw_the_same_images_before_and_after(table):
+def test_both_draw_the_same_images_before_and_after_the_training(table):
     pairs = table["scores"]["pairs"]
     assert pairs["base_"]["pixels"] < 0.05 and pairs["seed7/"]["pixels"] < 0.05
     images = table["scores"]["sets"]
     assert abs(images["base_ours"]["fid"] - images["seed7/ours"]["fid"]) > 100 * abs(pairs["seed7/"]["fid"])
 
 
-def test_the_results_are_a_table_curves_a_grid_and_numbers_of_every_set(compared, table):
+def test_the_results_are_a_table_curves_a_grid_and_the_numbers_of_every_set(compared, table):
     assert set(table["scores"]["sets"]) == {f"{place}{side}" for place in ("base_", "seed7/") for side in SIDES}
     for side in SIDES:
         run = table["training"][f"seed7/{side}"]
@@ -121,7 +123,7 @@ def test_a_second_call_runs_no_stage_again(experiment, compared):
     assert done.stdout.count("done already") == 11
 
 
-def test_a_training_with_diffusers_that_was_interrupted_goes_on_as_if_it_had_not_been(compared, tmp_path, monkeypatch):
+def test_an_interrupted_training_with_diffusers_ends_as_an_uninterrupted_one(compared, tmp_path, monkeypatch):
     whole = compared / "seed7" / "train_diffusers"
     job = {**json.loads((whole / "job.json").read_text()), "output": str(tmp_path)}
     monkeypatch.setattr(diffusers_worker, "SAVE_SECONDS", -1.0)

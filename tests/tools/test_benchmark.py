@@ -1,4 +1,4 @@
-"""tools/benchmark: the measurement of processes, which are fakes here, and the table."""
+"""tools/benchmark: the measurement of processes, which are replaced by fakes, and the table."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def arguments():
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """Let both sides be fakes of these kinds; returns the file in which each call leaves its letter."""
+    """Return a function that replaces both sides by fakes, and returns the file to which each call adds a letter."""
 
     def choose(ours, peer):
         log = tmp_path / "log"
@@ -71,7 +71,7 @@ def commands(monkeypatch, tmp_path):
     return choose
 
 
-def state(pid):
+def process_state(pid):
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]
 
@@ -88,7 +88,7 @@ class TestMeasuring:
             assert 0.005 < side.memory_gb < 1
             assert side.versions == {"fake": "1.0"}
 
-    def test_short_work_has_more_calls(self, arguments, commands):
+    def test_short_workloads_have_more_calls(self, arguments, commands):
         log = commands("a", "b")
         run.measure(dataclasses.replace(WORK, calls=2), arguments)
         assert log.read_text() == "ab" * 6
@@ -99,30 +99,30 @@ class TestMeasuring:
         run.measure(WORK, arguments)
         assert log.read_text() == "aaaabbbb"
 
-    def test_a_process_is_stopped_while_it_has_no_turn(self, tmp_path):
+    def test_a_process_is_stopped_between_its_turns(self, tmp_path):
         worker = Worker(fake("a", tmp_path / "log"), os.sched_getaffinity(0), 4.0)
         try:
             worker.call()
             for _ in range(100):
-                if state(worker.process.pid) == "T":
+                if process_state(worker.process.pid) == "T":
                     break
                 time.sleep(0.01)
-            assert state(worker.process.pid) == "T"
+            assert process_state(worker.process.pid) == "T"
         finally:
             worker.kill()
 
-    def test_too_much_memory_ends_one_side_and_says_so(self, arguments, commands):
+    def test_a_side_that_exceeds_the_memory_limit_is_ended(self, arguments, commands):
         commands("greedy", "b")
         arguments.memory_limit = 0.2
         found = run.measure(WORK, arguments)
         assert found["ours"] == "over 0.2 GB"
         assert len(found["peer"].seconds) == 3
 
-    @pytest.mark.parametrize("kind, said", [("broken", "no such thing"), ("dies later", "it was too much")])
-    def test_a_process_that_fails_is_quoted(self, arguments, commands, kind, said):
+    @pytest.mark.parametrize("kind, message", [("broken", "no such thing"), ("dies later", "it was too much")])
+    def test_a_process_that_fails_is_quoted(self, arguments, commands, kind, message):
         commands("a", kind)
         found = run.measure(WORK, arguments)
-        assert found["peer"] == f"failed: error: {said}"
+        assert found["peer"] == f"failed: error: {message}"
         assert isinstance(found["ours"], Measurement)
 
     def test_a_missing_program_fails_too(self):
@@ -141,11 +141,11 @@ class TestMeasuring:
         runner.send_signal(signal.SIGKILL)
         runner.wait()
         for _ in range(200):
-            if not os.path.exists(f"/proc/{pid}") or state(pid) == "Z":
+            if not os.path.exists(f"/proc/{pid}") or process_state(pid) == "Z":
                 return
             time.sleep(0.02)
         os.kill(pid, signal.SIGKILL)
-        pytest.fail("the worker lives on")
+        pytest.fail("the worker did not end")
 
 
 def side(*seconds, memory=1.0, first=9.0):
@@ -176,7 +176,7 @@ class TestTheTable:
         assert line["peer"] == {"problem": "not measured"}
         assert "time_ratio" not in line
 
-    def test_one_failure_is_not_hidden_by_another_repeat(self):
+    def test_a_failure_is_not_hidden_by_another_repeat(self):
         line = summarise(WORK, [{"ours": side(1), "peer": side(1)}, {"ours": "over 20 GB", "peer": side(1)}])
         assert line["ours"] == {"problem": "over 20 GB"}
 

@@ -1,4 +1,4 @@
-"""compare_diffusers.py without its networks: what it refuses, which stages it runs again, its numbers and its table."""
+"""compare_diffusers.py without its networks: its errors, the stages that it runs again, its numbers and its table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def data(tmp_path) -> Path:
 
 
 class TestRecipe:
-    def test_flags_win_and_fp32_is_certain(self):
+    def test_flags_take_precedence_and_fp32_is_fixed(self):
         config = read_recipe(NANO_RECIPE, ["--max_steps", "7", "--lora_targets", "to_q", "to_v"], "base.ckpt", seed=4)
         assert (config.max_steps, config.lora_targets, config.seed) == (7, ["to_q", "to_v"], 4)
         assert (config.precision, config.loss_scaler_type) == ("fp32", "none")
@@ -86,7 +86,7 @@ class TestData:
         _, prompts, real = read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
         assert prompts == ["one", "two"] and real == []
 
-    def test_a_line_break_in_a_caption_makes_no_second_prompt(self, data):
+    def test_a_line_break_in_a_caption_does_not_make_a_second_prompt(self, data):
         (data / "test" / "img_txt.csv").write_text('dir,text\n0.png,"two\nlines"\n1.png,one\n')
         assert read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)[1] == ["two lines", "one"]
 
@@ -96,7 +96,7 @@ class TestData:
         assert [(row.path.name, row.caption) for row in train] == [("2.png", "two")] and len(prompts) == 6
         assert training_folder(data) == data
 
-    def test_a_held_out_image_is_no_training_row(self, data):
+    def test_a_held_out_image_as_training_row_is_refused(self, data):
         (data / "img_txt.csv").write_text("dir,text\ntrain/2.png,two\ntest/3.png,three\n")
         with pytest.raises(UserError, match="1 rows are held-out images of .*3.png"):
             read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
@@ -108,7 +108,7 @@ class TestData:
             read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)
 
     def test_prompts_are_the_lines_that_text_to_image_reads(self, data):
-        """One that splits, keeps or strips other lines would draw other prompts than the scores are told."""
+        """Otherwise images would be drawn for other prompts than those that are scored."""
         (data / "test" / "img_txt.csv").unlink()
         (data / "test" / "prompts.txt").write_bytes("\ufeff one \r\ntwo\u2028lines\n\n".encode())
         assert read_data(data, read_recipe(NANO_RECIPE, [], "base.ckpt"), None)[1] == ["one", "two\u2028lines"]
@@ -123,7 +123,7 @@ class TestData:
 
     @pytest.mark.parametrize("content, words", [(b"", "is empty"), (b"\xff\xfe", "UTF-8"), (b"one\n\ntwo", "prompt 2"),
                                                 (b"one\n", "has one prompt")])  # fmt: skip
-    def test_prompts_that_are_none_are_refused(self, data, content, words):
+    def test_invalid_prompts_are_refused(self, data, content, words):
         (data / "test" / "img_txt.csv").unlink()
         (data / "test" / "prompts.txt").write_bytes(content)
         with pytest.raises(UserError, match=words):
@@ -156,7 +156,7 @@ class TestSettings:
             Comparison(self.arguments(data, tmp_path / "out", **changes), flags)
         assert not (tmp_path / "out").exists()
 
-    def test_an_output_that_another_run_holds_is_refused_before_an_environment_is_made(self, data, tmp_path):
+    def test_an_output_in_use_is_refused_before_an_environment_is_made(self, data, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".lock").touch()  # of a run that was killed
         with claim_folder(tmp_path / "out", "another"), pytest.raises(UserError, match="out is the .* of two"):
@@ -183,7 +183,7 @@ class TestSettings:
         with pytest.raises(UserError, match="has no torch, diffusers, .*requirements-parity.txt"):
             reference_python(sys.executable)
 
-    def test_a_program_that_is_no_python_is_refused(self):
+    def test_a_program_other_than_python_is_refused(self):
         with pytest.raises(UserError, match="/bin/false is not a Python that works"):
             reference_python("/bin/false")
 
@@ -195,19 +195,19 @@ class TestSettings:
             ("vae", {"double_z": False}, "double_z"),
         ],
     )
-    def test_a_model_that_diffusers_cannot_be_is_refused(self, part, change, words):
+    def test_a_model_that_diffusers_cannot_represent_is_refused(self, part, change, words):
         model = load_model_config(ROOT / "tests" / "tiny.yaml")
         check_model(model)
         getattr(model, part).update(change)
         with pytest.raises(UserError, match=words):
             check_model(model)
 
-    def test_the_nano_model_is_expressible(self):
+    def test_the_nano_model_can_be_compared(self):
         check_model(load_model_config(ROOT / "configs" / "nano.yaml"))
 
 
 class TestShownCommand:
-    def test_it_names_no_place_of_this_machine(self):
+    def test_it_names_no_folder_of_this_machine(self):
         shown = shown_command([
             "--base", str(ROOT / "models" / "nano" / "nano.safetensors"), "--data=/home/someone/my images",
             "--reference_python", "/opt/torch/bin/python", "--output_path", "/home/someone/out", "--scale", "4",
@@ -235,7 +235,7 @@ class TestStages:
             assert stages.run("one", {"steps": 3, "rows": (1, 2)}, self.make) == {"number": 1}
         assert self.calls == ["one"] and "[1/1] one: done already" in capsys.readouterr().out
 
-    def test_another_setting_runs_it_anew_in_an_empty_folder(self, tmp_path):
+    def test_a_stage_with_other_inputs_runs_again_in_an_empty_folder(self, tmp_path):
         Stages(tmp_path, 1).run("one", {"steps": 3}, self.make)
         (tmp_path / "one" / "rest").write_text("of the run before")
         assert Stages(tmp_path, 1).run("one", {"steps": 4}, self.make) == {"number": 2}
@@ -247,13 +247,13 @@ class TestStages:
 
     @pytest.mark.parametrize("can_continue, settings, kept", [(True, {"steps": 3}, True), (False, {"steps": 3}, False),
                                                          (True, {"steps": 4}, False)])  # fmt: skip
-    def test_one_that_was_interrupted_can_continue_only_where_it_can(self, tmp_path, can_continue, settings, kept):
+    def test_an_interrupted_stage_continues_only_if_it_can(self, tmp_path, can_continue, settings, kept):
         with pytest.raises(UserError):
             Stages(tmp_path, 1).run("one", {"steps": 3}, self.interrupted, can_continue=True)
         assert Stages(tmp_path, 1).run("one", settings, self.make, can_continue=can_continue) == {"number": 1}
         assert (tmp_path / "one" / "rest").exists() == kept
 
-    def test_half_a_result_is_no_result(self, tmp_path):
+    def test_an_incomplete_result_is_ignored(self, tmp_path):
         Stages(tmp_path, 1).run("one", {}, self.make)
         (tmp_path / "one" / "done.json").write_text('{"settings": {}')
         Stages(tmp_path, 1).run("one", {}, self.make)
@@ -266,8 +266,8 @@ class TestCalls:
         spent = run_command(sys.executable, "-c", code)
         assert 0.5 < spent["seconds"] < 60 and 300 < spent["peak_memory_mb"] < 450
 
-    def test_programs_do_not_inherit_what_mindspore_put_into_the_environment(self, tmp_path, monkeypatch):
-        """OMP_NUM_THREADS=1, for this process's children, without a word to os.environ."""
+    def test_programs_do_not_inherit_the_variables_that_mindspore_sets(self, tmp_path, monkeypatch):
+        """MindSpore sets OMP_NUM_THREADS=1 in the C environment, past os.environ."""
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         ctypes.CDLL(None).setenv(b"OMP_NUM_THREADS", b"1", 1)
         code = f"import os; open({str(tmp_path / 'found')!r}, 'w').write(str(os.environ.get('OMP_NUM_THREADS')))"
@@ -284,7 +284,7 @@ def metrics(losses, norms=None):
 
 
 class TestNumbers:
-    def test_the_largest_difference_early_and_over_all(self):
+    def test_the_largest_difference_in_the_first_steps_and_in_all(self):
         theirs = [1.0] * 30
         ours = [1.0] * 30
         ours[4], ours[24] = 1.001, 0.9
@@ -304,7 +304,7 @@ class TestNumbers:
         with pytest.raises(UserError, match="3 steps here and 2 with diffusers"):
             compare_runs(metrics([1.0] * 3), metrics([1.0] * 2))
 
-    def test_the_first_step_which_compiles_is_no_speed(self):
+    def test_the_first_step_which_compiles_is_not_counted(self):
         assert seconds_per_step(metrics([1.0] * 3)) == 0.1
         assert seconds_per_step(metrics([1.0])) == 9.0
 
@@ -357,7 +357,7 @@ class TestScores:
         assert scores.difference("near", "near") == dict.fromkeys(pair, 0.0)
         assert scores.difference("near", "same")["pixels"] == pytest.approx(5)
 
-    def test_a_set_that_is_not_complete_is_refused(self, scored, tmp_path):
+    def test_an_incomplete_set_is_refused(self, scored, tmp_path):
         with pytest.raises(UserError, match="short has 2 images for 8 prompts"):
             scored[0].add("short", draw(tmp_path / "short", [(1, 1, 1)] * 2))
 
@@ -456,6 +456,6 @@ class TestMarkdown:
         assert "5.0e-02, 0.0e+00 (more than 1%)" in markdown(table, "")
         assert "more than" not in markdown(a_table([1]), "").split("Training")[1]
 
-    def test_it_is_made_of_what_json_keeps(self):
+    def test_the_table_can_be_read_back_from_json(self):
         table = a_table([1, 2])
         assert markdown(json.loads(json.dumps(table)), "c") == markdown(table, "c")

@@ -114,7 +114,7 @@ def test_clip_score_of_two_images_per_prompt(tmp_path, capsys, one_network):
     assert printed.splitlines()[0] == NANO_CLIP and f"CLIP score: {result['score']:.4f} +- " in printed
 
 
-def test_a_broken_image_takes_its_prompt_with_it(tmp_path, capsys, one_network):
+def test_a_broken_image_is_left_out_with_its_prompt(tmp_path, capsys, one_network):
     made = images(tmp_path / "made", 3)
     (made / "00001.png").write_bytes(b"")
     (made / "prompts.txt").write_text("one\ntwo\nthree\n")  # as in this project's samples
@@ -195,7 +195,7 @@ def test_mistakes_are_named(tmp_path, one_network, main, args, answer):
 @pytest.mark.parametrize(
     "script", ["tools/eval/eval_fid.py", "eval/eval_fid.py", "tools/eval/eval_clip_score.py", "eval/eval_clip_score.py"]
 )
-def test_the_published_paths_answer_from_anywhere(tmp_path, script):
+def test_the_published_paths_work_from_any_folder(tmp_path, script):
     name = "--real_dir" if "fid" in script else "--image_path_or_dir"
     done = subprocess.run(
         [
@@ -232,7 +232,7 @@ def test_the_published_paths_answer_from_anywhere(tmp_path, script):
         ("/dev", "is not a regular file|is a folder|name an .npz"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):
+def test_an_unusable_output_is_refused_before_the_work(tmp_path, monkeypatch, main, args, flag, output, answer):
     made = images(tmp_path / "made", 2)
     (tmp_path / "dead.npz").symlink_to("nowhere/x.npz")
     (tmp_path / "x.npz").mkdir()
@@ -271,7 +271,7 @@ def test_outputs_are_expanded_and_hold_names_of_any_bytes(tmp_path, capsys, monk
         (clip_score, "--ckpt_path", ("--image_path_or_dir", "{made}", "--prompt_or_path", "a")),
     ],
 )
-def test_permission_is_what_a_closed_folder_lacks(unprivileged, main, flag, rest):
+def test_a_folder_without_permission_is_named_with_the_reason(unprivileged, main, flag, rest):
     made = images(unprivileged / "made", 2)
     (unprivileged / "closed").mkdir(mode=0)
     place = unprivileged / "closed" / ("x.npz" if flag in ("--output", "--save_stats") else "x.txt")
