@@ -6,9 +6,8 @@ import math
 import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -136,8 +135,7 @@ def require_arrays(
     return read
 
 
-@dataclass
-class Entry:
+class Entry(NamedTuple):
     """Where an array lies in a mapped file.
 
     Attributes:
@@ -149,13 +147,8 @@ class Entry:
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    pieces: list[tuple[int, int]] = field(default_factory=list)
+    pieces: list[tuple[int, int]]
     strides: tuple[int, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all pieces."""
-        return sum(size for _, size in self.pieces)
 
 
 class CheckpointFile(Checkpoint):
@@ -197,13 +190,16 @@ class CheckpointFile(Checkpoint):
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
-        dtype, array = entry.dtype, np.empty(0, entry.dtype)
+        dtype = entry.dtype
+        array: np.ndarray
         if entry.strides is not None:
             array = np.ndarray(entry.shape, dtype, self._data, entry.pieces[0][0], entry.strides)
             array.flags.writeable = False
-        elif entry.nbytes:
-            pieces = [np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces]
-            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        else:
+            pieces = [
+                np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces if size
+            ]
+            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, dtype)])
         if dtype == BFLOAT16:
             array = (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
         return array.reshape(entry.shape)
