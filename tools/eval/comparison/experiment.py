@@ -38,13 +38,14 @@ class Experiment:
         args: The command line of compare_diffusers.py.
         flags: Settings of train_text_to_image.py that follow on the command line.
 
-    Raises:
-        UserError: The comparison is impossible, or a file or setting is wrong.
+    Raises UserError if the comparison is impossible, or a file or setting is wrong.
     """
 
     def __init__(self, args: Settings, flags: Sequence[str]):
         self.args, self.flags = args, list(flags)
         self.base, self.output = Path(args.base), Path(args.output_path)
+        self.diffusers_base = self.output / "base" / "diffusers"
+        self.held_out = self.output / "held_out"  # held-out prompts, their real images and the starting latents
         if not is_there(self.base, "--base"):
             raise UserError(f"--base {self.base} does not exist: give a Stable Diffusion checkpoint")
         self.data, settings = Path(args.data), self.settings(args.seeds[0])
@@ -86,16 +87,6 @@ class Experiment:
         names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
         return {**{name: getattr(settings, name) for name in names}, "steps": self.plan(settings).steps}
 
-    @property
-    def diffusers_base(self) -> Path:
-        """The base model as a diffusers folder."""
-        return self.output / "base" / "diffusers"
-
-    @property
-    def held_out(self) -> Path:
-        """The folder with the held-out prompts, their real images and the starting latents."""
-        return self.output / "held_out"
-
     def start_lora(self, seed: int) -> Path:
         """Return the path of the LoRA that both trainings with a seed start from."""
         return self.output / f"seed{seed}" / "start" / "pytorch_lora_weights.safetensors"
@@ -131,19 +122,10 @@ def training_folder(data: Path) -> Path:
 
 
 def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[list[Row], list[str], list[Row]]:
-    """Read the data of a comparison.
+    """Return the rows to train on, the held-out prompts, and the rows with their real images.
 
-    Args:
-        data: The folder with train/ and test/.
-        settings: The settings of the trainings.
-        count: Number of held-out prompts, spread evenly over test/. None for all.
-
-    Returns:
-        The rows to train on, the held-out prompts, and the rows with their real images. The last is empty if test/ has
-        only a prompts.txt.
-
-    Raises:
-        UserError: The data cannot be read or cannot be compared.
+    The last are empty if test/ has only a prompts.txt. `count` prompts are spread evenly over test/, or None for all.
+    Raises UserError if the data cannot be read or cannot be compared.
     """
 
     def read(folder: Path) -> list[Row]:

@@ -22,14 +22,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "matplo
 
 
 def run_command(*command: str) -> dict[str, float | None]:
-    """Run a command and print it as a user would type it.
-
-    Returns:
-        Its "seconds" and its "peak_memory_mb".
-
-    Raises:
-        UserError: It fails.
-    """
+    """Print a command as a user would type it, and run it. Returns its "seconds" and its "peak_memory_mb"."""
     print("$ " + " ".join(shlex.quote(part) for part in command), flush=True)
     begin, peaks = time.perf_counter(), []
     # With os.environ as Python knows it: MindSpore sets OMP_NUM_THREADS=1 only in the C environment, which would leave
@@ -62,11 +55,7 @@ def script(name: str) -> str:
 
 
 class Worker:
-    """Runs jobs of diffusers_worker.py. A job is a JSON file, and so is its result.
-
-    Args:
-        python: The interpreter with PyTorch.
-    """
+    """Runs jobs of diffusers_worker.py, by the interpreter with PyTorch. A job is a JSON file, and so is its result."""
 
     def __init__(self, python: Path):
         self.python = python
@@ -81,11 +70,8 @@ class Worker:
 def reference_python(path: str | None) -> Path:
     """Return the interpreter with PyTorch.
 
-    Args:
-        path: The interpreter. None for that of .venv-parity, which `make` builds if it is missing or outdated.
-
-    Raises:
-        UserError: It cannot be built, does not run, or has not all packages.
+    Without a path, it is that of .venv-parity, which `make` builds if it is missing or outdated. Raises UserError if it
+    cannot be built, does not run, or lacks a package.
     """
     if path is None:
         try:

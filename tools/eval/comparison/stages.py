@@ -16,11 +16,8 @@ class Stages:
     """Runs stages, each in its own folder, and skips those that are done with the same inputs.
 
     A stage's done.json holds its inputs and its result, and is written last. If the inputs differ, or the stage was
-    interrupted, its folder is removed and the stage starts again, unless it can continue.
-
-    Args:
-        output: The folder of all stages.
-        count: Number of stages, for the messages.
+    interrupted, its folder is removed and the stage starts again, unless it can continue. `count` is the number of
+    stages, for the messages.
     """
 
     def __init__(self, output: Path, count: int):
