@@ -206,6 +206,14 @@ class TestSettings:
         check_model(load_model_config(ROOT / "configs" / "nano.yaml"))
 
 
+def test_the_command_in_the_help_can_be_copied_into_a_shell(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_diffusers.py", "-h"])
+    with pytest.raises(SystemExit):
+        compare_diffusers.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("\\")]
+    assert lines and not any(line.endswith("\\\\") for line in lines)
+
+
 class TestShownCommand:
     def test_it_names_no_folder_of_this_machine(self):
         shown = shown_command([

@@ -1,6 +1,6 @@
 r"""Train the same LoRA here and with diffusers, draw the same held-out prompts with both, and score both alike.
 
-    python tools/eval/compare_diffusers.py --train_config configs/train/train_config_lora_nano.yaml \\
+    python tools/eval/compare_diffusers.py --train_config configs/train/train_config_lora_nano.yaml \
         --base models/nano/nano.safetensors --data datasets/emoji_fluent_hc --output_path output/compare
 
 Both sides start from the same base model and the same untrained LoRA. They see the same rows, draws of the latents,
