@@ -34,7 +34,7 @@ def layer(name, rank=2, alpha=1.0, seed=1):
 
 
 @pytest.fixture
-def state():
+def lora():
     return LoRA({name: layer(name) for name in (TO_Q, CONV, Q, FC)})
 
 
@@ -66,47 +66,47 @@ def canonical(checkpoint):
 
 class TestMerging:
     @pytest.mark.parametrize("scale", [1.0, -0.5])
-    def test_adds_the_updates_and_leaves_the_rest(self, base, state, scale):
-        merged = MergedArrays(base, map_base_model(base), state, scale)
+    def test_adds_the_updates_and_leaves_the_rest(self, base, lora, scale):
+        merged = MergedArrays(base, map_base_model(base), lora, scale)
         assert list(merged) == list(base)
         for name, array in base.items():
-            layer = state.layers.get(name.removesuffix(".weight"))
+            layer = lora.layers.get(name.removesuffix(".weight"))
             if layer is None or name.endswith(".bias"):
                 np.testing.assert_array_equal(merged[name], array)
             else:
                 np.testing.assert_array_equal(merged[name], array + layer.update(scale))
 
-    def test_scale_zero_changes_no_bit(self, tmp_path, state):
+    def test_scale_zero_changes_no_bit(self, tmp_path, lora):
         arrays = {name: np.where(array > 0.5, np.float32(-0.0), array) for name, array in arrays_of().items()}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        merged = MergedArrays(base, map_base_model(base), state, 0.0)
+        merged = MergedArrays(base, map_base_model(base), lora, 0.0)
         for name in base:
             assert merged[name].tobytes() == arrays[name].tobytes()
 
     @pytest.mark.parametrize("family", ["openclip", "mindone"])
-    def test_fused_layers_get_their_rows(self, tmp_path, state, family):
-        state.layers[K] = layer(K, seed=5)
+    def test_fused_layers_get_their_rows(self, tmp_path, lora, family):
+        lora.layers[K] = layer(K, seed=5)
         arrays = arrays_of(family)
         write_checkpoint(tmp_path / "a.safetensors", arrays)
         base = open_checkpoint(tmp_path / "a.safetensors")
-        merged = MergedArrays(base, map_base_model(base), state)
+        merged = MergedArrays(base, map_base_model(base), lora)
         fused, fc = FUSED[family]
-        np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + state.layers[Q].update())
-        np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + state.layers[K].update())
+        np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + lora.layers[Q].update())
+        np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + lora.layers[K].update())
         np.testing.assert_array_equal(merged[fused][12:], arrays[fused][12:])
-        np.testing.assert_array_equal(merged[fc], arrays[fc] + state.layers[FC].update())
+        np.testing.assert_array_equal(merged[fc], arrays[fc] + lora.layers[FC].update())
 
-    def test_half_precision_is_summed_in_fp32(self, tmp_path, state):
+    def test_half_precision_is_summed_in_fp32(self, tmp_path, lora):
         arrays = arrays_of(dtype=np.float16)
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        found = MergedArrays(base, map_base_model(base), state)[f"{TO_Q}.weight"]
-        wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + state.layers[TO_Q].update()
+        found = MergedArrays(base, map_base_model(base), lora)[f"{TO_Q}.weight"]
+        wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + lora.layers[TO_Q].update()
         assert found.dtype == np.float16
         np.testing.assert_array_equal(found, wanted.astype(np.float16))
         with pytest.raises(UserError, match="outside the range of float16"):
-            _ = MergedArrays(base, map_base_model(base), state, 1e6)[f"{TO_Q}.weight"]
+            _ = MergedArrays(base, map_base_model(base), lora, 1e6)[f"{TO_Q}.weight"]
 
     @pytest.mark.parametrize(
         "wrong, says",
@@ -124,28 +124,28 @@ class TestMerging:
 
 
 class TestEmbedding:
-    def test_and_taking_out_gives_both_back_bit_for_bit(self, base, state, tmp_path):
+    def test_and_taking_out_gives_both_back_bit_for_bit(self, base, lora, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), state), base.metadata)
-        alone, lora = split_embedded(open_checkpoint(path))
+        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), lora), base.metadata)
+        alone, split_lora = split_embedded(open_checkpoint(path))
         assert list(alone) == list(base)
         for name in base:
             np.testing.assert_array_equal(alone[name], base[name])
-        assert lora.layers.keys() == state.layers.keys() and lora.metadata == {"architecture": "sd1"}
-        for name, layer in state.layers.items():
-            np.testing.assert_array_equal(lora.layers[name].down, layer.down)
-            np.testing.assert_array_equal(lora.layers[name].up, layer.up)
-            assert lora.layers[name].alpha == layer.alpha
+        assert split_lora.layers.keys() == lora.layers.keys() and split_lora.metadata == {"architecture": "sd1"}
+        for name, layer in lora.layers.items():
+            np.testing.assert_array_equal(split_lora.layers[name].down, layer.down)
+            np.testing.assert_array_equal(split_lora.layers[name].up, layer.up)
+            assert split_lora.layers[name].alpha == layer.alpha
 
-    def test_it_is_no_base_that_could_be_loaded(self, base, state, tmp_path):
+    def test_it_is_no_base_that_could_be_loaded(self, base, lora, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), state))
+        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), lora))
         with pytest.raises(UserError, match="with a LoRA beside its weights.*cvtckpt.py --mode merge"):
             map_base_model(open_checkpoint(path))
 
     def test_a_plain_base_holds_none(self, base):
-        alone, lora = split_embedded(base)
-        assert alone is base and lora is None
+        alone, split_lora = split_embedded(base)
+        assert alone is base and split_lora is None
 
     def test_lora_wrappers_embedded_checkpoint(self, tmp_path):
         arrays, layer_ = arrays_of(), layer(TO_Q, rank=2, alpha=1.0)
@@ -153,9 +153,9 @@ class TestEmbedding:
             arrays[f"{TO_Q}.base_layer.{kind}"] = arrays.pop(f"{TO_Q}.{kind}")
         arrays |= {f"{TO_Q}.lora_A": layer_.down, f"{TO_Q}.lora_B": layer_.up, f"{TO_Q}.lora_scale": np.float32(0.5)}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
-        alone, lora = split_embedded(open_checkpoint(tmp_path / "a.ckpt"))
+        alone, split_lora = split_embedded(open_checkpoint(tmp_path / "a.ckpt"))
         assert set(alone) == set(arrays_of())
-        np.testing.assert_allclose(lora.layers[TO_Q].update(), 0.5 * layer_.up @ layer_.down, rtol=1e-5)
+        np.testing.assert_allclose(split_lora.layers[TO_Q].update(), 0.5 * layer_.up @ layer_.down, rtol=1e-5)
 
     def test_mindones_network_with_lora_in_it(self, tmp_path):
         arrays, layer_ = arrays_of(), layer(TO_Q, rank=2)
@@ -163,17 +163,17 @@ class TestEmbedding:
             arrays[f"{TO_Q}.linear.{kind}"] = arrays.pop(f"{TO_Q}.{kind}")
         arrays |= {f"{TO_Q}.lora_down.weight": layer_.down, f"{TO_Q}.lora_up.weight": layer_.up}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
-        alone, lora = split_embedded(open_checkpoint(tmp_path / "a.ckpt"))
-        assert set(alone) == set(arrays_of()) and lora.layers[TO_Q].alpha == 2.0
+        alone, split_lora = split_embedded(open_checkpoint(tmp_path / "a.ckpt"))
+        assert set(alone) == set(arrays_of()) and split_lora.layers[TO_Q].alpha == 2.0
 
-    def test_settings_of_the_whole_file_are_the_loras(self, base, state, tmp_path):
+    def test_settings_of_the_whole_file_are_the_loras(self, base, lora, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
-        both = EmbeddedArrays(base, map_base_model(base), state)
+        both = EmbeddedArrays(base, map_base_model(base), lora)
         factors = {name: array for name, array in both.items() if not name.endswith(".alpha")}
         settings = {"lora_rank": np.array(2), "lora_alpha": np.array(6.0), "lora_scale": np.array(0.5)}
         write_checkpoint(path, {**factors, **settings})
-        alone, lora = split_embedded(open_checkpoint(path))
-        assert list(alone) == list(base) and {layer.alpha for layer in lora.layers.values()} == {3.0}
+        alone, split_lora = split_embedded(open_checkpoint(path))
+        assert list(alone) == list(base) and {layer.alpha for layer in split_lora.layers.values()} == {3.0}
 
     @pytest.mark.parametrize(
         "extra, says",
@@ -192,20 +192,20 @@ class TestEmbedding:
 
 class TestExtracting:
     @pytest.fixture
-    def pair(self, tmp_path, state):
-        """(base, its sum with `state` and other changes): of different families."""
+    def pair(self, tmp_path, lora):
+        """(base, its sum with `lora` and other changes): of different families."""
         write_checkpoint(tmp_path / "base.safetensors", arrays_of("openclip"))
         write_checkpoint(tmp_path / "plain.ckpt", arrays_of())
         base = open_checkpoint(tmp_path / "plain.ckpt")
-        tuned = dict(MergedArrays(base, map_base_model(base), state))
+        tuned = dict(MergedArrays(base, map_base_model(base), lora))
         tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 2
         write_checkpoint(tmp_path / "tuned.ckpt", tuned, {"architecture": "sd1", "prediction_type": "epsilon"})
         return tmp_path / "base.safetensors", tmp_path / "tuned.ckpt"
 
-    def test_finds_a_lora_again_that_was_merged(self, pair, state):
+    def test_finds_a_lora_again_that_was_merged(self, pair, lora):
         found = extract_lora(*pair, rank=2)
-        assert found.lora.layers.keys() == state.layers.keys()
-        for name, layer in state.layers.items():
+        assert found.lora.layers.keys() == lora.layers.keys()
+        for name, layer in lora.layers.items():
             np.testing.assert_allclose(found.lora.layers[name].update(), layer.update(), rtol=0, atol=2e-6)
         assert found.truncation.error() < 1e-6
         assert found.lora.metadata == {"architecture": "sd1", "prediction_type": "epsilon"}
@@ -225,10 +225,10 @@ class TestExtracting:
         out = [found.left_out[part][1] for part in ("unet", "text_encoder")]
         assert shares == pytest.approx([100 * one / (held + sum(out)) for one in out], abs=0.006)
 
-    def test_says_what_a_rank_cuts_off(self, pair, state):
+    def test_says_what_a_rank_cuts_off(self, pair, lora):
         found = extract_lora(*pair, rank=1)
-        lost = sum(np.sum((found.lora.layers[n].update() - e.update()) ** 2) for n, e in state.layers.items())
-        whole = sum(np.sum(e.update() ** 2) for e in state.layers.values())
+        lost = sum(np.sum((found.lora.layers[n].update() - e.update()) ** 2) for n, e in lora.layers.items())
+        whole = sum(np.sum(e.update() ** 2) for e in lora.layers.values())
         assert found.truncation.error() == pytest.approx(np.sqrt(lost / whole), rel=1e-3)
 
     def test_some_layers_and_networks(self, pair):

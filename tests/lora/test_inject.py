@@ -333,9 +333,9 @@ class TestPerModule:
             "in_layers.2": {"r": 1},
             "ff.net.*": {"r": 4, "alpha": 1, "trainable_scale": 1},
         }))  # fmt: skip
-        state = get_lora(small_net)
-        assert set(state.layers) == set(names)
-        found = {name.removeprefix(f"{UNET}input_blocks.0."): (e.rank, e.alpha) for name, e in state.layers.items()}
+        lora = get_lora(small_net)
+        assert set(lora.layers) == set(names)
+        found = {name.removeprefix(f"{UNET}input_blocks.0."): (e.rank, e.alpha) for name, e in lora.layers.items()}
         block = "1.transformer_blocks.0."
         assert found == {
             "0.in_layers.2": (1, 1.0),
@@ -350,8 +350,8 @@ class TestPerModule:
     def test_of_several_names_the_last_holds_and_rank_0_leaves_out(self, small_net):
         names = inject_lora(small_net, modules({"to_*": {"r": 2}, "attn1.to_k": {"r": 1}, "attn2.to_*": {"r": 0}}))
         assert not any(".attn2." in name for name in names)
-        state = get_lora(small_net)
-        assert state.layers[f"{TRANSFORMER}attn1.to_k"].rank == 1 and state.layers[f"{TRANSFORMER}attn1.to_v"].rank == 2
+        lora = get_lora(small_net)
+        assert lora.layers[f"{TRANSFORMER}attn1.to_k"].rank == 1 and lora.layers[f"{TRANSFORMER}attn1.to_v"].rank == 2
 
     def test_hard_and_soft_convolutions(self, small_net, small_inputs, randomise):
         spec = modules({"proj_in": {"r": 2, "hard": 1}, "proj_out": {"r": 2}, "in_layers.2": {"r": 2}})
@@ -359,8 +359,8 @@ class TestPerModule:
         block = small_net.model.diffusion_model.input_blocks[0]
         assert isinstance(block[1].proj_in, HardLoRAConv2d) and isinstance(block[1].proj_out, LoRAConv2d)
         assert block[1].proj_in.lora_down.weight.shape == (2, 8)
-        state = get_lora(small_net)
-        assert state.layers[PROJ_IN].down.shape == (2, 8, 1, 1) and state.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
+        lora = get_lora(small_net)
+        assert lora.layers[PROJ_IN].down.shape == (2, 8, 1, 1) and lora.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
 
     def test_hard_changes_nothing_for_dense_layers(self, small_net):
         inject_lora(small_net, modules({"to_q": {"r": 2, "hard": 1}}))
@@ -434,13 +434,13 @@ class TestRemoving:
         arrays = {parameter.name: parameter.asnumpy().copy() for parameter in small_net.get_parameters()}
         inject_lora(small_net, modules({**self.EVERYTHING, "ff.net.2": {"r": 2, "trainable_scale": 1}}))
         randomise(small_net)
-        state = get_lora(small_net)
+        lora = get_lora(small_net)
         remove_lora(small_net)
-        merge_lora(small_net, state, 0.0)
+        merge_lora(small_net, lora, 0.0)
         for parameter in small_net.get_parameters():
             np.testing.assert_array_equal(parameter.asnumpy(), arrays[parameter.name])
-        merge_lora(small_net, state, 0.8)
-        unmerge_lora(small_net, state, 0.8)
+        merge_lora(small_net, lora, 0.8)
+        unmerge_lora(small_net, lora, 0.8)
         for parameter in small_net.get_parameters():
             size = np.abs(arrays[parameter.name]).max(initial=0) + 1
             np.testing.assert_allclose(parameter.asnumpy(), arrays[parameter.name], rtol=0, atol=4e-7 * size)

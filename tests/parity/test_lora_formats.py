@@ -40,9 +40,9 @@ class Case:
         self.weights = {name: parameter.asnumpy().copy() for name, parameter in self.model.parameters_dict().items()}
         self.outputs = {network: run_network(self.model, network, self.given) for network in ("unet", "text")}
 
-    def ours(self, state: LoRA) -> dict[str, np.ndarray]:
-        """Outputs with `state` merged, and the base as it was afterwards."""
-        merge_lora(self.model, state)
+    def ours(self, lora: LoRA) -> dict[str, np.ndarray]:
+        """Outputs with `lora` merged, and the base as it was afterwards."""
+        merge_lora(self.model, lora)
         found = {network: run_network(self.model, network, self.given) for network in ("unet", "text")}
         for name, parameter in self.model.parameters_dict().items():
             parameter.set_data(ms.Tensor(self.weights[name]))
@@ -107,37 +107,37 @@ class TestWrittenHere:
         ],
     )
     def test_diffusers_loads_it(self, case, tmp_path, format, targets, alpha):
-        state = case.lora(targets, alpha)
-        write_lora(tmp_path / "pytorch_lora_weights.safetensors", state, format, case.config)
+        lora = case.lora(targets, alpha)
+        write_lora(tmp_path / "pytorch_lora_weights.safetensors", lora, format, case.config)
         reference = case.reference()
         case.pipeline(reference).load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-        case.agree(case.ours(state), reference)
+        case.agree(case.ours(lora), reference)
 
     def test_diffusers_unet_loads_the_oldest(self, case, tmp_path):
-        state = case.lora(ATTENTION[:4], lambda i: 3)
-        write_lora(tmp_path / "lora.safetensors", state, "diffusers-oldest", case.config)
+        lora = case.lora(ATTENTION[:4], lambda i: 3)
+        write_lora(tmp_path / "lora.safetensors", lora, "diffusers-oldest", case.config)
         reference = case.reference()
         from safetensors.torch import load_file
 
         reference.unet.load_lora_adapter(load_file(tmp_path / "lora.safetensors"), prefix=None)
-        case.agree(case.ours(state), reference, ["unet"])
+        case.agree(case.ours(lora), reference, ["unet"])
 
     def test_peft_loads_the_folder(self, case, tmp_path):
-        state = case.lora(None, lambda i: 1 + i % 3).only("unet")
-        write_lora(tmp_path / "lora", state, "peft", case.config)
+        lora = case.lora(None, lambda i: 1 + i % 3).only("unet")
+        write_lora(tmp_path / "lora", lora, "peft", case.config)
         reference = case.reference()
         PeftModel.from_pretrained(reference.unet, tmp_path / "lora")
-        case.agree(case.ours(state), reference, ["unet"])
+        case.agree(case.ours(lora), reference, ["unet"])
 
     def test_pytorch_loads_the_list(self, case, tmp_path):
-        state = case.lora(("to_q", "to_k", "to_v", "to_out.0"), lambda i: 3).only("unet")
+        lora = case.lora(("to_q", "to_k", "to_v", "to_out.0"), lambda i: 3).only("unet")
         for dtype, torch_dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
-            write_lora(tmp_path / "lora.pt", state, "cloneofsimo-pt", case.config, dtype)
+            write_lora(tmp_path / "lora.pt", lora, "cloneofsimo-pt", case.config, dtype)
             loaded = torch.load(tmp_path / "lora.pt", weights_only=True)
             modules = in_order(case.base.of_component("unet"), ("Attention",), "unet")
             assert len(loaded) == 2 * len(modules) and loaded[0].dtype == torch_dtype
             for i, module in enumerate(modules):
-                layer = state.layers[module.name]
+                layer = lora.layers[module.name]
                 theirs = (loaded[2 * i].float() @ loaded[2 * i + 1].float()).numpy()
                 limit = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}[dtype]
                 assert relative_error(layer.update().reshape(theirs.shape), theirs) < limit
@@ -160,11 +160,9 @@ class TestWrittenThere:
         text = dict(r=3, lora_alpha=1, target_modules=["q_proj", "fc1"], use_rslora=True)
         reference = case.reference(unet, text)
         maker.save_diffusers(reference, tmp_path)
-        state = read_lora(tmp_path, case.config)
-        assert (
-            detect_format(tmp_path) == "diffusers" and state.only("unet").layers and state.only("text_encoder").layers
-        )
-        case.agree(case.ours(state), reference)
+        lora = read_lora(tmp_path, case.config)
+        assert detect_format(tmp_path) == "diffusers" and lora.only("unet").layers and lora.only("text_encoder").layers
+        case.agree(case.ours(lora), reference)
 
     def test_peft_folders(self, case, tmp_path):
         unet = dict(r=4, lora_alpha=6, target_modules=["to_k", "conv2"], use_rslora=True)
@@ -198,9 +196,9 @@ class TestWrittenThere:
         )
         torch.save([factor.float() for factor in maker.numbered(reference.unet)], tmp_path / "lora.pt")
         torch.save([factor.float() for factor in maker.numbered(reference.text)], tmp_path / "lora.text_encoder.pt")
-        state = read_lora(tmp_path / "lora.pt", case.config)
+        lora = read_lora(tmp_path / "lora.pt", case.config)
         theirs = {network: reference.run(network, case.given) for network in ("unet", "text")}
-        for network, found in case.ours(state).items():
+        for network, found in case.ours(lora).items():
             assert relative_error(found, theirs[network]) < 0.02  # the factors went through half precision
 
 

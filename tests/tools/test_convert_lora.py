@@ -79,10 +79,10 @@ def test_shapes_that_fit_two_bases(tmp_path, capsys):
 
 
 def test_zero_layers_are_counted(tmp_path, capsys):
-    state = random_lora(NANO, rank=1, only="to_q")
-    for layer in list(state.layers.values())[:5]:
+    lora = random_lora(NANO, rank=1, only="to_q")
+    for layer in list(lora.layers.values())[:5]:
         layer.up[:] = 0
-    write_lora(tmp_path / "lora.ckpt", state)
+    write_lora(tmp_path / "lora.ckpt", lora)
     main(["--source", str(tmp_path / "lora.ckpt")])
     assert re.search("20 of 20 +5", capsys.readouterr().out)
 

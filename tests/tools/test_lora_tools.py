@@ -50,9 +50,9 @@ ONE, TWO, THREE = lora(2, 10, alpha=1.0), lora(2, 20), lora(3, 30)
 def files(tmp_path):
     """(folder, paths of three LoRAs by name)."""
     paths = {}
-    for name, state in (("one", ONE), ("two", TWO), ("three", THREE)):
+    for name, source in (("one", ONE), ("two", TWO), ("three", THREE)):
         paths[name] = str(tmp_path / f"{name}.ckpt")
-        write_lora(paths[name], state)
+        write_lora(paths[name], source)
     return tmp_path, paths
 
 
@@ -132,14 +132,14 @@ class TestLoRAAndLoRA:
     def test_a_pt_is_written_as_the_originals(self, tmp_path):
         nano = known_bases()[2]
         paths = [tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "out.pt"]
-        states = [random_lora(nano, rank=2, only="to_q", component="unet", seed=seed) for seed in (1, 2)]
-        for path, state in zip(paths, states):
-            write_lora(path, state, "cloneofsimo-pt")
+        sources = [random_lora(nano, rank=2, only="to_q", component="unet", seed=seed) for seed in (1, 2)]
+        for path, source in zip(paths, sources):
+            write_lora(path, source, "cloneofsimo-pt")
         lora_add.main([*map(str, paths), "0.3"])
         assert detect_format(paths[2]) == "cloneofsimo-pt"
         found = read_lora(paths[2])
-        for name in states[0].layers:
-            one, two = (state.layers[name] for state in states)
+        for name in sources[0].layers:
+            one, two = (source.layers[name] for source in sources)
             np.testing.assert_allclose(found.layers[name].down, 0.3 * one.down + 0.7 * two.down, rtol=1e-5, atol=1e-6)
 
     def test_two_weights_as_in_later_versions(self, files):
@@ -457,7 +457,7 @@ def test_a_base_that_cannot_be_written_is_refused_before_its_lora_is(files, base
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(published file, diffusers folder, LoRA file, its state, the base with it merged by merge_lora)."""
+    """(folder with a published file, a diffusers folder and a LoRA file; the LoRA; the weights with it merged)."""
     from ldm.lora import LoRASpec, get_lora, inject_lora, merge_lora, remove_lora
     from ldm.models.stable_diffusion import build_model
     from ldm.settings.model import load_model_config
@@ -470,13 +470,13 @@ def whole(tmp_path_factory):
     write_checkpoint(root / "base.safetensors", arrays)
     convert(root / "base.safetensors", root / "folder", "diffusers")
     inject_lora(model, LoRASpec(rank=2, targets="all", text_encoder=True))
-    state = get_lora(model)
-    for i, (name, layer) in enumerate(state.layers.items()):
-        state.layers[name] = replace(layer, up=0.1 * normal(*layer.up.shape, seed=i))
+    trained = get_lora(model)
+    for i, (name, layer) in enumerate(trained.layers.items()):
+        trained.layers[name] = replace(layer, up=0.1 * normal(*layer.up.shape, seed=i))
     remove_lora(model)
-    write_lora(root / "lora.ckpt", state)
-    merge_lora(model, state, 0.5)
-    return root, state, {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()}
+    write_lora(root / "lora.ckpt", trained)
+    merge_lora(model, trained, 0.5)
+    return root, trained, {name: parameter.asnumpy() for name, parameter in model.parameters_dict().items()}
 
 
 class TestWholeModel:
@@ -505,25 +505,25 @@ class TestWholeModel:
             np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-6, atol=1e-7, err_msg=name)
 
     def test_a_folder_embedded_extracted_and_merged(self, whole, tmp_path):
-        root, state, merged = whole
+        root, trained, merged = whole
         both, lora = str(tmp_path / "both.ckpt"), str(tmp_path / "lora.ckpt")
         cvtckpt.main(["--mode", "embed", "--model_ckpt", str(root / "folder"), "--lora_ckpt",
                       f"{root / 'lora.ckpt'}:0.5", "--out_ckpt", both])  # fmt: skip
         cvtckpt.main(["--mode", "extract", "--model_ckpt", both, "--out_ckpt", lora])
-        assert relative_difference(read_lora(lora), weighted_sum([(state, 0.5)])) < 1e-6
+        assert relative_difference(read_lora(lora), weighted_sum([(trained, 0.5)])) < 1e-6
         cvtckpt.main(["--mode", "merge", "--model_ckpt", both, "--out_ckpt", str(tmp_path / "merged.ckpt")])
         found, _ = read_checkpoint(tmp_path / "merged.ckpt")
         for name, array in merged.items():
             np.testing.assert_allclose(found[name].reshape(array.shape), array, rtol=1e-6, atol=1e-7, err_msg=name)
 
     def test_extracted_from_two_forms(self, whole, tmp_path):
-        root, state, _ = whole
+        root, trained, _ = whole
         lora_add.main([str(root / "folder"), str(root / "lora.ckpt"), str(tmp_path / "out"), "0.5", "--mode", "upl"])
         extract_lora.main(["--base_model", str(root / "base.safetensors"), "--target_model", str(tmp_path / "out"),
                            "--rank", "2", "--save_path", str(tmp_path / "found.ckpt")])  # fmt: skip
         found = read_lora(tmp_path / "found.ckpt")
-        assert found.layers.keys() == state.layers.keys()
-        assert relative_difference(found, weighted_sum([(state, 0.5)])) < 1e-4
+        assert found.layers.keys() == trained.layers.keys()
+        assert relative_difference(found, weighted_sum([(trained, 0.5)])) < 1e-4
 
 
 class TestLearnedTokens:
