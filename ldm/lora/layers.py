@@ -2,7 +2,7 @@
 
 A LoRA layer takes the place of a Linear or Conv2d and holds it as `base`, whose parameters keep their names. The
 factors are `<layer>.lora_down.weight` and `<layer>.lora_up.weight`. A trainable scale is `<layer>.lora_scale`, of shape
-(1,). All of these are fp32 whatever the base computes in, so that small gradients are not lost.
+(1,). All of these are fp32 whatever type the base layer computes in, so that small gradients are not lost.
 """
 
 from __future__ import annotations
