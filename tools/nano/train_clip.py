@@ -59,7 +59,7 @@ class ContrastiveLoss(nn.Cell):
         self.labels = Tensor(np.arange(batch_size, dtype=np.int32))
         self.product = ops.MatMul(transpose_b=True)
 
-    def construct(self, images: Tensor, tokens: Tensor):
+    def construct(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         image, text = self.clip(images, tokens)
         scale = ops.exp(self.clip.logit_scale)
         by_image = self.product(image, text) * scale
@@ -86,7 +86,7 @@ class StylesLoss(nn.Cell):
     def match(self, a: Tensor, b: Tensor) -> Tensor:
         return ops.cross_entropy(self.product(a, b) * self.scale, self.labels)
 
-    def construct(self, images: Tensor, text: Tensor):
+    def construct(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         features = self.clip.image_features(images)
         first, second = features[: self.batch_size], features[self.batch_size :]
         loss = (

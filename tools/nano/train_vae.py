@@ -50,7 +50,7 @@ class ReconstructionLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.vae, self.z, self.kl_weight, self.decoder_only = vae, latent_channels, kl_weight, decoder_only
 
-    def construct(self, images: Tensor, eps: Tensor):
+    def construct(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         moments = self.vae.encode(images)
         if self.decoder_only:
             moments = ops.stop_gradient(moments)
