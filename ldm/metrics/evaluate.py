@@ -89,7 +89,11 @@ def read_image_set(path: str | Path, network: ImageNetwork) -> ImageSet:
             f"{path} holds {len(saved.mean)} features, {network.name} has {network.dimensions}: it was made with "
             "another network"
         )
-    if saved.network is not None and saved.network != network.identity:
+    # The hash and the preprocessing decide: earlier versions gave the nano CLIP another name.
+    if (
+        saved.network is not None
+        and saved.network.partition(", sha256 ")[2] != network.identity.partition(", sha256 ")[2]
+    ):
         raise UserError(
             f"{path} was made with {saved.network}, not {network.identity}: make it again with --save_stats"
         )

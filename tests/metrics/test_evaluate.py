@@ -81,6 +81,13 @@ def test_statistics_of_other_weights_are_refused(tmp_path):
         read_image_set(tmp_path / "real.npz", colours(sha256="cd" * 32))
 
 
+def test_statistics_of_the_same_weights_under_an_earlier_name_are_read(tmp_path):
+    measured = measure_images(draw(tmp_path / "real", [1, 2]), colours(), 2)
+    identity = colours().identity.replace(colours().name, "the embedded colours")
+    np.savez(tmp_path / "real.npz", mu=measured.mean, sigma=measured.covariance, count=2, network=identity)
+    assert read_image_set(tmp_path / "real.npz", colours()).count == 2
+
+
 def test_three_images_have_a_frechet_distance_but_no_kernel_distance(tmp_path):
     sets = [measure_images(draw(tmp_path / str(i), [5, 50, 100 + i]), colours(), 2) for i in range(2)]
     found = distances(*sets)
