@@ -106,7 +106,7 @@ class Upsample2x(nn.Cell):
 
 
 def set_compute_dtype(net: nn.Cell, dtype: ms.Type) -> None:
-    """Lets every layer of `net` compute in `dtype`, ms.float16 or ms.float32.
+    """Make every layer of `net` compute in `dtype`, ms.float16 or ms.float32.
 
     Call it before the first run. A graph that is compiled already keeps the type that it was compiled with.
     """

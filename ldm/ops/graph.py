@@ -64,7 +64,7 @@ class RepeatedCell(nn.Cell):
     """
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the graph and returns freed memory to the system if a new graph was compiled."""
+        """Compile the graph and return freed memory to the system if a new graph was compiled."""
         count = len(self.compile_cache)
         super().compile(*args, **kwargs)
         if len(self.compile_cache) > count:

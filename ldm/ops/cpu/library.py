@@ -118,7 +118,7 @@ def _seal(name: str, body: bytes) -> bytes:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Compiles the kernels to `path`. The compiler's temporary files are in a folder beside it, which is removed."""
+    """Compile the kernels to `path`. The compiler's temporary files are in a folder beside it, which is removed."""
     for folder in path.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed, or are compiling now
         with contextlib.suppress(OSError):  # another process has just removed it
             if time.time() - folder.stat().st_mtime > STALE_SECONDS:
