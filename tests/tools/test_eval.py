@@ -124,9 +124,10 @@ def test_a_broken_image_is_left_out_with_its_prompt(tmp_path, capsys, one_networ
     assert "00001.png is an empty file" in capsys.readouterr().out and len(result["broken"]) == 1
 
 
-def test_a_prompt_for_one_image(tmp_path, capsys, one_network):
+@pytest.mark.parametrize("prompt", ["a cat", "none"])
+def test_a_prompt_for_one_image(tmp_path, capsys, one_network, prompt):
     made = images(tmp_path / "made", 1)
-    clip_score("--image_path_or_dir", made / "00000.png", "--prompt_or_path", "a cat")
+    clip_score("--image_path_or_dir", made / "00000.png", "--prompt_or_path", prompt)
     assert "images: 1 with 1 different" in capsys.readouterr().out
 
 

@@ -58,7 +58,10 @@ class Settings:
     image_path_or_dir: str = setting(
         REQUIRED, "an image, or a folder of images", path=True, aliases=("gen_image_path_or_dir",)
     )
-    prompt_or_path: Optional[str] = setting(None, "a prompt, or a text file with one in each line")
+    # A text, not Optional: "none" may be a prompt.
+    prompt_or_path: str = setting(
+        "", "a prompt, or a text file with one in each line; empty: the prompts.txt beside the images"
+    )
     real_image_path_or_dir: Optional[str] = setting(
         None, "compare with these images instead of with prompts", path=True
     )
@@ -87,9 +90,9 @@ class Settings:
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
 
-def find_prompts(prompt_or_path: str | None, images: Sequence[Path]) -> list[str]:
+def find_prompts(prompt_or_path: str, images: Sequence[Path]) -> list[str]:
     """Return the prompt of each image. Raises UserError if there are no prompts or their number does not fit."""
-    if prompt_or_path is None:
+    if not prompt_or_path:
         beside = images[0].parent / "prompts.txt"
         if not is_there(beside):
             raise UserError(
@@ -113,7 +116,7 @@ def _names_file(text: str) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
-    if settings.real_image_path_or_dir is not None and settings.prompt_or_path is not None:
+    if settings.real_image_path_or_dir is not None and settings.prompt_or_path:
         raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
     images = find_images(settings.image_path_or_dir)
     real = find_images(settings.real_image_path_or_dir) if settings.real_image_path_or_dir is not None else []
