@@ -21,11 +21,10 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,9 +44,8 @@ from ldm.files.inputs import content_hash  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT  # noqa: E402
 from ldm.metrics.report import describe_network, write_json  # noqa: E402
-from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings, split_flags  # noqa: E402
-from tools.eval.comparison.experiment import SIDES, Experiment  # noqa: E402
+from tools.eval.comparison.experiment import SIDES, Experiment, Settings  # noqa: E402
 from tools.eval.comparison.jobs import Worker, reference_python  # noqa: E402
 from tools.eval.comparison.report import (  # noqa: E402
     ALLOWED,
@@ -62,41 +60,6 @@ from tools.eval.comparison.stages import Stages  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 GRID_PROMPTS = 24
-
-
-@dataclass
-class Settings:
-    """The command line."""
-
-    train_config: str = setting(REQUIRED, "recipe of the LoRA, as for train_text_to_image.py", path=True)
-    base: str = setting(REQUIRED, "base checkpoint: a file or a diffusers folder", path=True)
-    data: str = setting(
-        REQUIRED,
-        "folder with train/ and test/, with img_txt.csv and images in each; test/ may hold a prompts.txt alone (no FID "
-        "then); an img_txt.csv beside them chooses the training rows",
-        path=True,
-    )
-    output_path: str = setting(REQUIRED, "folder for the results; an interrupted run continues there", path=True)
-    seeds: list[int] = setting([1, 2, 3], "a training for each", low=0, high=MAX_SEED)
-    prompts: Optional[int] = setting(None, "number of held-out prompts, evenly spread; None for all", low=2)
-    sampling_steps: int = setting(20, "steps of DPM-Solver++", low=1, high=1000)
-    scale: Optional[float] = setting(
-        None, "guidance, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=1, high=1000
-    )
-    latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
-    inception_path: Optional[str] = setting(
-        None,
-        "Inception weights for FID and KID; None for the image tower of the nano CLIP, whose scores compare only here",
-        path=True,
-    )
-    clip_path: Optional[str] = setting(
-        None, "CLIP folder or file for the CLIP score; None for the nano CLIP", path=True
-    )
-    reference_python: Optional[str] = setting(
-        None,
-        "interpreter with requirements-parity.txt; None: .venv-parity, which is made where it is missing",
-        path=True,
-    )
 
 
 class Comparison:

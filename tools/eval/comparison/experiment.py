@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional
 
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
@@ -15,7 +15,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.files.outputs import claim_folder
 from ldm.files.paths import under_root
 from ldm.files.prompts import read_prompts
-from ldm.settings.declare import names_of
+from ldm.settings.declare import MAX_SEED, REQUIRED, names_of, setting
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
@@ -25,10 +25,42 @@ from ldm.weights.architecture import config_with_tokens, detect_model_config
 from ldm.weights.base_model import base_model_hash
 from tools.grid import evenly
 
-if TYPE_CHECKING:  # it imports this file
-    from tools.eval.compare_diffusers import Settings
-
 SIDES = ("ours", "diffusers")
+
+
+@dataclass
+class Settings:
+    """The command line of compare_diffusers.py."""
+
+    train_config: str = setting(REQUIRED, "recipe of the LoRA, as for train_text_to_image.py", path=True)
+    base: str = setting(REQUIRED, "base checkpoint: a file or a diffusers folder", path=True)
+    data: str = setting(
+        REQUIRED,
+        "folder with train/ and test/, with img_txt.csv and images in each; test/ may hold a prompts.txt alone (no FID "
+        "then); an img_txt.csv beside them chooses the training rows",
+        path=True,
+    )
+    output_path: str = setting(REQUIRED, "folder for the results; an interrupted run continues there", path=True)
+    seeds: list[int] = setting([1, 2, 3], "a training for each", low=0, high=MAX_SEED)
+    prompts: Optional[int] = setting(None, "number of held-out prompts, evenly spread; None for all", low=2)
+    sampling_steps: int = setting(20, "steps of DPM-Solver++", low=1, high=1000)
+    scale: Optional[float] = setting(
+        None, "guidance, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=1, high=1000
+    )
+    latents_seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
+    inception_path: Optional[str] = setting(
+        None,
+        "Inception weights for FID and KID; None for the image tower of the nano CLIP, whose scores compare only here",
+        path=True,
+    )
+    clip_path: Optional[str] = setting(
+        None, "CLIP folder or file for the CLIP score; None for the nano CLIP", path=True
+    )
+    reference_python: Optional[str] = setting(
+        None,
+        "interpreter with requirements-parity.txt; None: .venv-parity, which is made where it is missing",
+        path=True,
+    )
 
 
 class Experiment:
