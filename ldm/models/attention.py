@@ -70,7 +70,7 @@ class BasicTransformerBlock(nn.Cell):
 
 
 class SpatialTransformer(nn.Cell):
-    """Transformer blocks over the pixels of an image, between two projections. The result is added to the image.
+    """Transformer blocks over the pixels of an image, added to it. The projections are 1x1 convolutions (SD1.x).
 
     construct(x (N, channels, H, W), emb (not used), context (N context tokens, context_dim)) -> (N, channels, H, W).
 
@@ -80,48 +80,54 @@ class SpatialTransformer(nn.Cell):
         head_dim: Channels of a head.
         depth: The number of transformer blocks.
         context_dim: Channels of the text embeddings.
-        use_linear: The projections are linear layers, of tokens (SD2.x), not 1x1 convolutions, of pixels (SD1.x).
         num_groups: Groups of the GroupNorm.
     """
 
     def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        head_dim: int,
-        depth: int,
-        context_dim: int,
-        use_linear: bool,
-        num_groups: int = 32,
+        self, channels: int, num_heads: int, head_dim: int, depth: int, context_dim: int, num_groups: int = 32
     ):
         super().__init__()
         inner_dim = num_heads * head_dim
-        self.use_linear = use_linear
         self.norm = GroupNorm(channels, num_groups, eps=1e-6)
-        self.proj_in = Linear(channels, inner_dim) if use_linear else Conv2d(channels, inner_dim, 1)
+        self.proj_in = self.projection(channels, inner_dim)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(inner_dim, num_heads, head_dim, context_dim) for _ in range(depth)]
         )
-        self.proj_out = Linear(inner_dim, channels) if use_linear else Conv2d(inner_dim, channels, 1)
+        self.proj_out = self.projection(inner_dim, channels)
         self.to_tokens, self.to_pixels = pixels_to_tokens(), tokens_to_pixels()
 
+    @staticmethod
+    def projection(in_channels: int, out_channels: int) -> nn.Cell:
+        """Build a projection of pixels."""
+        return Conv2d(in_channels, out_channels, 1)
+
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        h = self.norm(x)
-        if self.use_linear:
-            tokens = self.proj_in(self.to_tokens(h))
-        else:
-            tokens = self.to_tokens(self.proj_in(h))
+        tokens = self.to_tokens(self.proj_in(self.norm(x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context, x.shape[0])
-        if self.use_linear:
-            h = self.to_pixels(self.proj_out(tokens), x)
-        else:
-            h = self.proj_out(self.to_pixels(tokens, x))
-        return add(x, h)
+        return add(x, self.proj_out(self.to_pixels(tokens, x)))
+
+
+class LinearSpatialTransformer(SpatialTransformer):
+    """The same with linear layers as projections (SD2.x).
+
+    A class of its own, because each `if` in construct is three functions more for the compiler in every layer.
+    """
+
+    @staticmethod
+    def projection(in_channels: int, out_channels: int) -> nn.Cell:
+        """Build a projection of tokens."""
+        return Linear(in_channels, out_channels)
+
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_in(self.to_tokens(self.norm(x)))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, x.shape[0])
+        return add(x, self.to_pixels(self.proj_out(tokens), x))
 
 
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
-    """Switches Ascend's fused attention on or off in every CrossAttention of `net`; returns their number.
+    """Switch Ascend's fused attention on or off in every CrossAttention of `net`, and return their number.
 
     The operator does not exist on the CPU. `ldm.runtime.device.check_flash_attention` refuses it there.
     """

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.models.attention import SpatialTransformer
+from ldm.models.attention import LinearSpatialTransformer, SpatialTransformer
 from ldm.models.layers import Conv2d, GroupNorm, Linear, Upsample2x
 from ldm.ops import RepeatedCell, Sequential, add, broadcast_add, identity, shared_cell, silu
 
@@ -154,15 +154,8 @@ class UNetModel(RepeatedCell):
 
         def transformer(channels: int) -> SpatialTransformer:
             head_dim = num_head_channels if num_head_channels > 0 else channels // num_heads
-            return SpatialTransformer(
-                channels,
-                channels // head_dim,
-                head_dim,
-                transformer_depth,
-                context_dim,
-                use_linear_in_transformer,
-                num_groups,
-            )
+            cell_type = LinearSpatialTransformer if use_linear_in_transformer else SpatialTransformer
+            return cell_type(channels, channels // head_dim, head_dim, transformer_depth, context_dim, num_groups)
 
         self.dtype = ms.float32
         self.embed_timesteps = TimestepEmbedding(model_channels)

@@ -37,7 +37,7 @@ def tiny_model(tiny_config):
 class _Diffusion(nn.Cell):
     def __init__(self):
         super().__init__()
-        transformer = SpatialTransformer(8, 2, 4, 1, 6, use_linear=False, num_groups=4)
+        transformer = SpatialTransformer(8, 2, 4, 1, 6, num_groups=4)
         self.input_blocks = nn.CellList([TimestepBlock(ResBlock(8, 16, 8, num_groups=4), transformer)])
         self.out = nn.SequentialCell([Conv2d(8, 4, 3, stride=2, padding=1)])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.models.attention import CrossAttention, SpatialTransformer, use_flash_attention
+from ldm.models.attention import CrossAttention, LinearSpatialTransformer, SpatialTransformer, use_flash_attention
 from ldm.ops.ascend import FlashAttention
 
 
@@ -23,9 +23,9 @@ def test_flash_attention_goes_into_the_unet_and_out_again(tiny_model):
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("use_linear", [False, True])
-def test_a_transformer_of_zero_projection_hands_its_input_on(use_linear):
-    cell = SpatialTransformer(32, num_heads=2, head_dim=16, depth=1, context_dim=24, use_linear=use_linear)
+@pytest.mark.parametrize("cell_type", [SpatialTransformer, LinearSpatialTransformer])
+def test_a_transformer_of_zero_projection_hands_its_input_on(cell_type):
+    cell = cell_type(32, num_heads=2, head_dim=16, depth=1, context_dim=24)
     for parameter in (cell.proj_out.weight, cell.proj_out.bias):
         parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
     x = np.random.default_rng(0).standard_normal((2, 32, 3, 4)).astype(np.float32)
