@@ -122,7 +122,7 @@ class TestWhichLayers:
             inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
         assert inject_lora(small_net, LoRASpec(targets=("attn1.to_q",)))
 
-    def test_the_first_convolution_is_called_with_more_than_a_image(self, tiny_model):
+    def test_the_first_convolution_is_called_with_more_than_an_image(self, tiny_model):
         with pytest.raises(UserError, match="match no layer"):
             inject_lora(tiny_model, LoRASpec(targets=("input_blocks.0.0",)))
 

@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None or sys.platform != "linux",
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Returns normally distributed fp32 numbers."""
+    """Return normally distributed fp32 numbers."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
