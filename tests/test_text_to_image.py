@@ -17,6 +17,7 @@ from PIL import Image
 
 import ldm.generation.generate
 import ldm.generation.loading
+import ldm.generation.pipeline
 import text_to_image
 from ldm.errors import UserError
 from ldm.files.outputs import claim_file, claim_folder
@@ -379,7 +380,8 @@ def test_errors_are_named_and_nothing_is_written(folder, tmp_path, flags, words)
 
 @pytest.mark.parametrize("lora", ["sd1_lora", "elsewhere_lora", "wide_lora", "base", "cut"])
 def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr(ldm.generation.loading, "load_model", lambda *args, **options: pytest.fail("the base was read"))
+    read = "the base was read"
+    monkeypatch.setattr(ldm.generation.pipeline, "load_model", lambda *args, **options: pytest.fail(read))
     with pytest.raises(UserError, match=lora):
         run(folder, tmp_path / "out", "--lora_ckpt_path", f"FILES/{lora}.ckpt")
 

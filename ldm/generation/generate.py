@@ -44,10 +44,11 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     """Load the model and the LoRAs of a plan, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
-    from ldm.generation.loading import apply_lora, load_model, select_lora
+    from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
     from ldm.lora.lora import Strength
-    from ldm.runtime.device import check_flash_attention, setup_runtime
+    from ldm.lora.merged import MergedLoRA
+    from ldm.runtime.device import decide_flash_attention, setup_runtime
 
     config = config_with_tokens(plan.config, plan.checkpoint)
     starting_latents = None
@@ -58,7 +59,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     runtime = setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed
     )
-    check_flash_attention(settings.enable_flash_attention, runtime)
+    flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     loras = [
         select_lora(config, file.path, settings.lora_ft_unet, settings.lora_ft_text_encoder) for file in plan.loras
@@ -66,17 +67,20 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     for file, lora in zip(plan.loras, loras):
         if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
             logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
-    model = load_model(
-        config,
+    pipeline = Pipeline.from_checkpoint(
         plan.checkpoint,
-        dtype=runtime.compute_dtype,
+        config=config,
         unet=plan.unet_checkpoint,
         vae=plan.vae_checkpoint,
         ema=settings.ckpt_ema,
-        flash_attention=settings.enable_flash_attention,
+        flash_attention=flash_attention,
     )
-    for file, lora in zip(plan.loras, loras):
-        apply_lora(model, lora, Strength(file.strength, file.text_encoder_strength), file.path)
+    pipeline.merge_loras(
+        [
+            MergedLoRA(str(file.path), lora, Strength(file.strength, file.text_encoder_strength))
+            for file, lora in zip(plan.loras, loras)
+        ]
+    )
 
     writer = ImageWriter(
         settings.output_path,
@@ -88,9 +92,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         grid=not settings.skip_grid,
     )
     describe_progress(writer.progress)
-    batches = Pipeline(model).generate(
-        plan.prompts, plan.sampling, settings.seed, plan.negative_prompts, starting_latents
-    )
+    batches = pipeline.generate(plan.prompts, plan.sampling, settings.seed, plan.negative_prompts, starting_latents)
     latents: list[tuple[np.ndarray, np.ndarray]] = []
     for batch in batches:
         writer.add(batch.indices, batch.images)

@@ -1,4 +1,4 @@
-"""Loading a base model, and merging LoRA files into it."""
+"""Loading a base model, and reading LoRA files for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import mindspore as ms
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA, Strength
-from ldm.lora.merge import check_compatible, match_shapes, merge_lora
+from ldm.lora.lora import LoRA
+from ldm.lora.merge import check_compatible, match_shapes
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
@@ -84,9 +84,3 @@ def select_lora(
     selected = LoRA(layers, lora.metadata)
     match_shapes(BaseModules(config).shapes, selected).require(str(path))
     return selected
-
-
-def apply_lora(model: StableDiffusion, lora: LoRA, strength: float | Strength, path: str | Path) -> None:
-    """Merge a LoRA, which select_lora read from `path`, into the model's weights and log how its layers match."""
-    match = merge_lora(model, lora, strength, str(path))
-    logger.info("%s: %s; strength %s", path, match, Strength.from_value(strength))

@@ -11,7 +11,7 @@ image.save("apple.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
-from ldm.generation.loading import apply_lora, load_model, select_lora
+from ldm.errors import UserError, plain
+from ldm.generation.loading import load_model, select_lora
 from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
+from ldm.lora.merged import MergedLoRA, MergedLoRAs
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
@@ -37,6 +38,7 @@ from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
 from ldm.weights.architecture import config_with_tokens
+from ldm.weights.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +70,20 @@ class Pipeline:
     Each network is compiled once for each shape and batch size. The weights are read at every call, so a network that
     is trained between two calls is sampled with its weights of that moment.
 
+    LoRAs are merged into the weights, so they cost nothing while images are made, and they can be exchanged between two
+    calls without compiling a network again. What is merged is always computed from the weights of the base model.
+
     Args:
         model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
         tokenizer: Replaces the tokenizer that the model's configuration describes.
+        base_weights: The files that the model was loaded from: the weights of the base model are read from them when a
+            LoRA is exchanged or unloaded. None keeps a copy of each weight while a LoRA is merged into it. Its weights
+            of that moment are then the base model.
     """
 
-    def __init__(self, model: StableDiffusion, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, model: StableDiffusion, tokenizer: Tokenizer | None = None, base_weights: BaseWeights | None = None
+    ) -> None:
         self.model = model
         self.config: ModelConfig = model.config
         self.schedule = NoiseSchedule.from_config(self.config)
@@ -81,6 +91,8 @@ class Pipeline:
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
+        self._merged = MergedLoRAs(model, None if base_weights is None else base_weights.open)
+        self._named: dict[str, LoRA] = {}  # the LoRAs that load_lora gave a name
 
     @classmethod
     def from_checkpoint(
@@ -125,6 +137,7 @@ class Pipeline:
         if runtime is None or device not in (None, runtime.device):
             runtime = setup_runtime(device, seed=None)
         check_flash_attention(flash_attention, runtime)
+        base_weights = BaseWeights(path, unet, ema)
         model = load_model(
             config_with_tokens(model_config, path),
             path,
@@ -134,24 +147,29 @@ class Pipeline:
             ema=ema,
             flash_attention=flash_attention,
         )
-        return cls(model)
+        return cls(model, base_weights=base_weights)
+
+    @property
+    def loras(self) -> tuple[MergedLoRA, ...]:
+        """The LoRAs that are merged into the weights, each with its name, its strength and its factors, in order."""
+        return self._merged.loras
 
     def load_lora(
         self,
         path: str | Path,
         strength: float | Strength = 1.0,
         *,
+        name: str | None = None,
         unet: bool | None = None,
         text_encoder: bool | None = None,
     ) -> LoRA:
-        """Merge a LoRA into the model's weights. Several LoRAs can be merged one after another.
-
-        A merged LoRA cannot be removed exactly: load the base model again instead.
+        """Merge a LoRA into the model's weights, in addition to those that are merged already.
 
         Args:
             path: A file or folder in any known format (see ldm.lora.formats).
             strength: How much of the LoRA is applied, or a Strength with one number for each network. 0 leaves the
                 weights as they are, bit for bit.
+            name: Keeps the LoRA in memory under this name, for set_loras and unload_lora. None calls it by its path.
             unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
             text_encoder: The same for its text encoder part.
 
@@ -160,11 +178,66 @@ class Pipeline:
 
         Raises:
             UserError: The file is not a LoRA or was made for another model, a required part is missing, no part
-                remains, or a merged weight would be out of range.
+                remains, a merged weight would be out of range, or the name is taken. The pipeline is unchanged then.
         """
+        if name in self._named:
+            raise UserError(
+                f"a LoRA with the name {plain(name)} is loaded: choose another name, or change it by set_loras or "
+                "unload_lora"
+            )
         lora = select_lora(self.config, path, unet, text_encoder)
-        apply_lora(self.model, lora, strength, path)
+        self.merge_loras([*self.loras, MergedLoRA(name or str(path), lora, Strength.from_value(strength))])
+        if name is not None:
+            self._named[name] = lora
         return lora
+
+    def set_loras(self, loras: Iterable[str | Path | tuple[str | Path, float | Strength]]) -> None:
+        """Replace the LoRAs that are merged into the weights by these, in this order.
+
+        The result is that of a pipeline that is loaded anew with these LoRAs, bit for bit. No network is compiled
+        again, and only the weights that change are written.
+
+            pipe.set_loras([("style", 0.8), ("output/demo/lora/ckpt/lora.ckpt", 0.4)])
+
+        Args:
+            loras: The name of a LoRA that load_lora gave it, or the path of a file, which is read at every call; alone
+                for strength 1, or with a strength as in load_lora. None at all gives the base model.
+
+        Raises:
+            UserError: As load_lora. The pipeline is unchanged then.
+        """
+        if isinstance(loras, (str, Path)):
+            raise ValueError(f"set_loras takes a list of LoRAs: [({str(loras)!r}, 1.0)]")
+        wanted = []
+        for entry in loras:
+            name, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+            lora = self._named.get(str(name)) or select_lora(self.config, name)
+            wanted.append(MergedLoRA(str(name), lora, Strength.from_value(strength)))
+        self.merge_loras(wanted)
+
+    def unload_lora(self, name: str | Path | None = None) -> None:
+        """Take a LoRA out of the weights and forget it. Without any, the weights are the base model's, bit for bit.
+
+        Args:
+            name: Its name, or its path if it has none. None for all LoRAs.
+
+        Raises:
+            UserError: There is no such LoRA, or a file of the base model cannot be read any more. The pipeline is
+                unchanged then.
+        """
+        known = dict.fromkeys([*self._named, *(merged.name for merged in self.loras)])
+        if name is not None and str(name) not in known:
+            raise UserError(f"no LoRA {plain(name)} is loaded: choose one of {plain(', '.join(known)) or 'none'}")
+        self.merge_loras([] if name is None else [merged for merged in self.loras if merged.name != str(name)])
+        for forgotten in known if name is None else [str(name)]:
+            self._named.pop(forgotten, None)
+
+    def merge_loras(self, loras: Sequence[MergedLoRA]) -> None:
+        """Replace the LoRAs that are merged into the weights by LoRAs in memory. Errors are those of set_loras."""
+        present = set(map(id, self.loras))
+        for merged, match in zip(loras, self._merged.set(loras)):
+            if id(merged) not in present:
+                logger.info("%s: %s; strength %s", merged.name, match, merged.strength)
 
     def __call__(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from mindspore import Tensor, nn
 
 from ldm.errors import UserError, plain
-from ldm.lora.lora import LoRA, Strength
+from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 from ldm.weights.recognise import version_of_width
@@ -88,6 +90,41 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch
     return match
 
 
+class Update(NamedTuple):
+    """What a LoRA adds to one weight: `layer.update(strength)`. `path` names the LoRA in errors."""
+
+    layer: LoRALayer
+    strength: float
+    path: str
+
+
+def add_updates(weight: np.ndarray, updates: Sequence[Update], dtype: npt.DTypeLike) -> np.ndarray:
+    """Add updates to a weight, one after another in fp32, and cast the sum to `dtype`. Returns a new array."""
+    with np.errstate(over="ignore", invalid="ignore"):  # see check_range
+        total = weight.astype(np.float32)
+        for update in updates:
+            total += update.layer.update(update.strength).reshape(total.shape)
+        return total.astype(dtype, copy=False)
+
+
+def may_overflow(updates: Sequence[Update]) -> bool:
+    """Whether the updates are so large that their sum with a weight may be outside the range of fp16."""
+    # Weights are small and large updates are rare: only where this is true, the sum is computed twice.
+    return not sum(update.layer.largest(update.strength) for update in updates) < LARGEST_FP16 / 2
+
+
+def check_range(name: str, weight: np.ndarray, updates: Sequence[Update], dtype: npt.DTypeLike) -> None:
+    """Raise UserError for the update after which the sum with a finite weight is outside the range of `dtype`."""
+    if not np.isfinite(weight).all():
+        return
+    for count, update in enumerate(updates, 1):
+        if not np.isfinite(add_updates(weight, updates[:count], dtype)).all():
+            raise UserError(
+                f"{update.path} at strength {update.strength:g}: the sum with {plain(name[: -len('.weight')])} is "
+                f"outside the range of {np.dtype(dtype).name}: lower the strength"
+            )
+
+
 def check_compatible(lora: LoRA, config: ModelConfig, path: str = "the LoRA") -> None:
     """Check what the LoRA's metadata says about its base model. The shapes are checked by `merge_lora`.
 
@@ -131,25 +168,18 @@ def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, pat
     match = match_lora(model, lora)
     match.require(path)
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
-
-    def merged(name: str) -> np.ndarray:
-        weight = parameters[f"{name}.weight"].asnumpy()
-        with np.errstate(over="ignore", invalid="ignore"):  # checked below
-            update = lora.layers[name].update(strength.of_layer(name)).reshape(weight.shape)
-            return (weight.astype(np.float32) + update).astype(weight.dtype)
-
-    names = [name for name in lora.layers if strength.of_layer(name)]
-    for name in names:
-        # Weights are small and large updates are rare: only where an overflow is possible is the sum computed twice.
-        if not lora.layers[name].largest(strength.of_layer(name)) < LARGEST_FP16 / 2:
-            weight = parameters[f"{name}.weight"]
-            if np.isfinite(weight.asnumpy()).all() and not np.isfinite(merged(name)).all():
-                raise UserError(
-                    f"{path} at strength {strength.of_layer(name):g}: the sum with {plain(name)} is outside the range "
-                    f"of {weight.dtype}: lower the strength"
-                )
-    for name in names:
-        parameters[f"{name}.weight"].set_data(Tensor(merged(name)))
+    updates = {
+        f"{name}.weight": [Update(layer, strength.of_layer(name), path)]
+        for name, layer in lora.layers.items()
+        if strength.of_layer(name)
+    }
+    for name, of_weight in updates.items():
+        if may_overflow(of_weight):
+            weight = parameters[name].asnumpy()
+            check_range(name, weight, of_weight, weight.dtype)
+    for name, of_weight in updates.items():
+        weight = parameters[name].asnumpy()
+        parameters[name].set_data(Tensor(add_updates(weight, of_weight, weight.dtype)))
     return match
 
 

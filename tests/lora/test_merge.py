@@ -161,7 +161,7 @@ class TestRefusing:
         weight.set_data(Tensor(weight.asnumpy().astype(np.float16)))
         one, two = (LoRALayer(normal(2, width), normal(8, 2), 2.0) for width in (8, 6))
         message = self.refused(small_net, LoRA({TO_Q: one, TO_K: replace(two, alpha=1e6)}))
-        assert f"{TO_K} is outside the range of Float16: lower the strength" in message
+        assert f"{TO_K} is outside the range of float16: lower the strength" in message
 
     def test_matching_alone_changes_nothing_and_counts(self, trained):
         net, lora = trained

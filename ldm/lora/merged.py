@@ -1,0 +1,135 @@
+"""The LoRAs that are merged into a model's weights, and how they are exchanged for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from ldm.lora.lora import LoRA, Strength
+from ldm.lora.merge import LoRAMatch, Update, add_updates, check_range, match_shapes, may_overflow
+
+NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16}
+
+# Given canonical names and shapes of weights, returns what reads the fp32 weight of one of these names.
+OpenBase = Callable[[Mapping[str, tuple[int, ...]]], Callable[[str], np.ndarray]]
+
+
+class MergedLoRA(NamedTuple):
+    """A LoRA with its strength. `name` stands for it in errors."""
+
+    name: str
+    lora: LoRA
+    strength: Strength
+
+
+class MergedLoRAs:
+    """Merges LoRAs into a model's weights, and replaces them by other LoRAs.
+
+    The weights are computed from those of the base model, not by subtraction, so they do not depend on what was merged
+    before: they are those that merge_lora gives on the base model with the same LoRAs in the same order, bit for bit.
+    The sums are computed in fp32 and cast to the type of the parameters. Only weights whose LoRAs or strengths change
+    are written. The parameters stay the same with the same type and shape, so no network is compiled again.
+
+    Args:
+        model: A StableDiffusion or a part of one, without a LoRA merged into it.
+        open_base: Opens the files of the base model, as BaseWeights.open does. None keeps a copy of each weight while
+            a LoRA is merged into it.
+
+    Attributes:
+        loras: What is merged, in the order of merging.
+    """
+
+    def __init__(self, model: nn.Cell, open_base: Optional[OpenBase] = None) -> None:
+        self.loras: tuple[MergedLoRA, ...] = ()
+        self._model = model
+        self._open_base = open_base
+        self._copies: dict[str, np.ndarray] = {}  # base weights by parameter name, where there is no file
+        self._updates: dict[str, list[Update]] = {}  # parameter name -> what its weight is now beside the base weight
+
+    def set(self, loras: Sequence[MergedLoRA]) -> list[LoRAMatch]:
+        """Make these LoRAs the merged ones. None gives the base model, bit for bit, and so does strength 0.
+
+        Returns:
+            How the layers of each LoRA fit.
+
+        Raises:
+            UserError: A LoRA does not fit the model, a strength is no finite number, a sum is outside the range of the
+                weight's type, or a file of the base model cannot be read any more. The model is unchanged then.
+        """
+        parameters = {parameter.name: parameter for parameter in self._model.get_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        matches = []
+        for name, lora, strength in loras:
+            strength.check(name)
+            matches.append(match_shapes(shapes, lora))
+            matches[-1].require(name)
+
+        wanted = _updates_of_weights(loras)
+        changes = {
+            name: wanted.get(name, [])
+            for name in {**self._updates, **wanted}
+            if not _same(wanted.get(name, []), self._updates.get(name, []))
+        }
+        # Only the files of networks with such a weight are opened.
+        from_files = {name: shapes[name] for name in changes if self._needs_file(parameters[name], changes[name])}
+        read = self._open_base(from_files) if self._open_base is not None and from_files else None
+
+        for name, updates in changes.items():
+            if may_overflow(updates):
+                start, more = self._start(parameters[name], updates, read)
+                check_range(name, start, more, NUMPY_TYPES[parameters[name].dtype])
+        for name, updates in changes.items():
+            parameter = parameters[name]
+            start, more = self._start(parameter, updates, read)
+            if self._open_base is None and name not in self._copies:
+                self._copies[name] = start.copy()
+            parameter.set_data(Tensor(add_updates(start, more, NUMPY_TYPES[parameter.dtype])))
+            # Recorded weight by weight, so that a call that was interrupted can be repeated.
+            if updates:
+                self._updates[name] = updates
+            else:
+                del self._updates[name]
+                self._copies.pop(name, None)
+        self.loras = tuple(loras)
+        return matches
+
+    def _needs_file(self, parameter: Parameter, updates: Sequence[Update]) -> bool:
+        return self._open_base is not None and not self._continues(parameter, updates)
+
+    def _continues(self, parameter: Parameter, updates: Sequence[Update]) -> bool:
+        """Whether the wanted weight is the present one, which is not rounded, with further updates."""
+        present = self._updates.get(parameter.name, [])
+        return parameter.dtype == ms.float32 and _same(updates[: len(present)], present)
+
+    def _start(
+        self, parameter: Parameter, updates: Sequence[Update], read: Optional[Callable[[str], np.ndarray]]
+    ) -> tuple[np.ndarray, Sequence[Update]]:
+        """Return a weight to start from, and which of the updates have to be added to it."""
+        if self._continues(parameter, updates):
+            return parameter.asnumpy(), updates[len(self._updates.get(parameter.name, [])) :]
+        if read is not None:
+            return read(parameter.name), updates
+        return self._copies.get(parameter.name, parameter.asnumpy()), updates
+
+
+def _updates_of_weights(loras: Sequence[MergedLoRA]) -> dict[str, list[Update]]:
+    """Return parameter name -> the updates of its weight, without those of strength 0."""
+    updates: dict[str, list[Update]] = {}
+    for name, lora, strength in loras:
+        for layer_name, layer in lora.layers.items():
+            if strength.of_layer(layer_name):
+                updates.setdefault(f"{layer_name}.weight", []).append(
+                    Update(layer, strength.of_layer(layer_name), name)
+                )
+    return updates
+
+
+def _same(updates: Sequence[Update], others: Sequence[Update]) -> bool:
+    """Whether both are the same factors, as objects, with the same strengths."""
+    return [(id(update.layer), update.strength) for update in updates] == [
+        (id(update.layer), update.strength) for update in others
+    ]

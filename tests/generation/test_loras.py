@@ -1,0 +1,193 @@
+"""A loaded pipeline changes its LoRAs: the weights of a fresh start, in the same compiled graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from ldm.diffusion.sampling import Sampling
+from ldm.errors import UserError
+from ldm.generation.pipeline import Pipeline
+from ldm.lora.formats import write_lora
+from ldm.lora.inject import get_lora, inject_lora
+from ldm.lora.lora import LoRA, Strength
+from ldm.lora.spec import LoRASpec
+from ldm.models.stable_diffusion import build_model
+from ldm.weights.checkpoint import write_checkpoint
+from tests.conftest import ROOT
+
+TINY = ROOT / "tests" / "tiny.yaml"
+FEW = Sampling(num_inference_steps=2, guidance_scale=2.0, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config, tmp_path_factory):
+    """A base model, LoRAs a and b of both networks, and a LoRA for another model."""
+    folder = tmp_path_factory.mktemp("files")
+    np.random.seed(0)
+    model = build_model(tiny_config)
+    write_checkpoint(folder / "base.ckpt", {p.name: p.asnumpy().copy() for p in model.get_parameters()})
+    inject_lora(model, LoRASpec(rank=2, text_encoder=True, targets="all"))
+    for name in ("a", "b"):
+        for parameter in model.trainable_params():
+            values = 0.2 * np.random.standard_normal(parameter.shape)
+            parameter.set_data(ms.Tensor(values.astype(np.float32)))
+        write_lora(folder / f"{name}.ckpt", get_lora(model, tiny_config))
+    lora = get_lora(model, tiny_config)
+    wide = {name: replace(layer, down=np.ones((2, 5), np.float32)) for name, layer in lora.only("unet").layers.items()}
+    write_lora(folder / "wrong.ckpt", LoRA(wide))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY, device="CPU")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture(autouse=True)
+def unloaded(pipeline):
+    pipeline.unload_lora()
+
+
+def weights(pipeline):
+    return {parameter.name: parameter.asnumpy().tobytes() for parameter in pipeline.model.get_parameters()}
+
+
+def generated(pipeline):
+    (batch,) = pipeline.generate(["a red cat"], FEW, 7, progress=False)
+    return batch.latents.tobytes()
+
+
+def fresh(folder, *loras):
+    """Returns the weights of a new pipeline with these (file, strength)."""
+    pipeline = Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY)
+    for file, strength in loras:
+        pipeline.load_lora(folder / f"{file}.ckpt", strength)
+    return weights(pipeline)
+
+
+def test_a_switch_gives_the_latents_of_a_fresh_start_in_the_same_compiled_graphs(pipeline, folder):
+    networks = (pipeline.unet, pipeline.text_encoder, pipeline.decoder)
+    base = generated(pipeline)
+    pipeline.load_lora(folder / "a.ckpt", 0.8)
+    pipeline.set_loras([(folder / "b.ckpt", 0.5), (folder / "a.ckpt", -0.3)])
+    switched = generated(pipeline)
+    pipeline.unload_lora()
+    assert generated(pipeline) == base != switched
+    assert [len(network.compile_cache) for network in networks] == [1, 1, 1]
+
+    other = Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY)
+    other.load_lora(folder / "b.ckpt", 0.5)
+    other.load_lora(folder / "a.ckpt", -0.3)
+    assert generated(other) == switched
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        [("a", 0.8), ("b", 0.5)],
+        [("b", 0.5), ("a", 0.8)],
+        [("a", Strength(0.5, 0.0)), ("b", Strength(0.0, -1.5))],
+        [("a", 0.0)],
+    ],
+)
+def test_the_weights_are_those_of_a_fresh_start_with_the_same_order_and_strengths(pipeline, folder, loras):
+    pipeline.load_lora(folder / "b.ckpt", 2.0)
+    pipeline.set_loras([(folder / f"{file}.ckpt", strength) for file, strength in loras])
+    assert weights(pipeline) == fresh(folder, *loras)
+
+
+def test_a_lora_with_a_name_is_kept_in_memory_and_a_path_is_read_again(pipeline, folder, tmp_path):
+    path = tmp_path / "lora.ckpt"
+    path.write_bytes((folder / "a.ckpt").read_bytes())
+    pipeline.load_lora(path, 0.8, name="style", text_encoder=False)
+    unet_alone = weights(pipeline)
+    path.write_bytes((folder / "b.ckpt").read_bytes())
+    pipeline.set_loras([path])
+    assert weights(pipeline) == fresh(folder, ("b", 1.0))
+    pipeline.set_loras([("style", 0.8)])
+    assert weights(pipeline) == unet_alone == fresh(folder, ("a", Strength(0.8, 0.0)))
+
+
+def test_what_is_merged_can_be_asked_for(pipeline, folder):
+    lora = pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")
+    pipeline.load_lora(folder / "b.ckpt", Strength(1.0, 0.5))
+    style, other = pipeline.loras
+    assert (style.name, style.strength, style.lora) == ("style", Strength(0.8, 0.8), lora)
+    assert (other.name, other.strength) == (str(folder / "b.ckpt"), Strength(1.0, 0.5))
+
+
+def test_one_lora_can_be_unloaded_by_name_or_path(pipeline, folder):
+    pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")
+    pipeline.load_lora(folder / "b.ckpt", 0.5)
+    pipeline.unload_lora("style")
+    assert weights(pipeline) == fresh(folder, ("b", 0.5))
+    pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")  # the name is free again
+    pipeline.unload_lora(folder / "b.ckpt")
+    assert weights(pipeline) == fresh(folder, ("a", 0.8))
+
+
+def test_text_embeddings_are_those_of_the_merged_text_encoder(pipeline, folder):
+    """None of an earlier text encoder are kept."""
+    base = pipeline.encode_prompts(["a red cat"])
+    pipeline.set_loras([(folder / "a.ckpt", Strength(0.0, 1.0))])
+    assert np.abs(pipeline.encode_prompts(["a red cat"]) - base).max() > 1e-3
+    pipeline.set_loras([(folder / "a.ckpt", Strength(1.0, 0.0))])
+    np.testing.assert_array_equal(pipeline.encode_prompts(["a red cat"]), base)
+
+
+@pytest.mark.parametrize("mode", ["load", "set"])
+def test_a_second_lora_that_does_not_fit_leaves_the_pipeline_as_it_was(pipeline, folder, mode):
+    pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")
+    before, loras = weights(pipeline), pipeline.loras
+    with pytest.raises(UserError, match="wrong.ckpt"):
+        if mode == "load":
+            pipeline.load_lora(folder / "wrong.ckpt", name="wrong")
+        else:
+            pipeline.set_loras([(folder / "b.ckpt", 1.0), (folder / "wrong.ckpt", 1.0)])
+    with pytest.raises(UserError, match="lower the strength"):
+        pipeline.load_lora(folder / "b.ckpt", 1e300, name="wrong")
+    assert weights(pipeline) == before and pipeline.loras == loras
+    pipeline.load_lora(folder / "b.ckpt", name="wrong")  # the name was not taken
+
+
+def test_a_name_that_is_taken_or_unknown_is_refused(pipeline, folder):
+    pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")
+    before = weights(pipeline)
+    with pytest.raises(UserError, match="the name style is loaded.*set_loras"):
+        pipeline.load_lora(folder / "b.ckpt", name="style")
+    with pytest.raises(UserError, match="stile does not exist"):
+        pipeline.set_loras([("stile", 1.0)])
+    with pytest.raises(UserError, match="no LoRA stile is loaded: choose one of style"):
+        pipeline.unload_lora("stile")
+    with pytest.raises(ValueError, match="takes a list"):
+        pipeline.set_loras("style")
+    assert weights(pipeline) == before
+
+
+def test_a_model_in_memory_is_its_own_base(tiny_config, folder):
+    np.random.seed(1)
+    pipeline = Pipeline(build_model(tiny_config))
+    base = weights(pipeline)
+    pipeline.load_lora(folder / "a.ckpt", 0.8)
+    pipeline.set_loras([(folder / "b.ckpt", 0.5)])
+    assert weights(pipeline) != base
+    pipeline.unload_lora()
+    assert weights(pipeline) == base
+
+
+def test_a_base_model_that_changed_on_disk_is_not_mixed_with_the_loaded_one(folder, tmp_path):
+    path = tmp_path / "base.ckpt"
+    path.write_bytes((folder / "base.ckpt").read_bytes())
+    pipeline = Pipeline.from_checkpoint(path, config=TINY)
+    pipeline.load_lora(folder / "a.ckpt")
+    before = weights(pipeline)
+    path.write_bytes((folder / "base.ckpt").read_bytes()[:-1])
+    with pytest.raises(UserError, match="base.ckpt has changed"):
+        pipeline.unload_lora()
+    assert weights(pipeline) == before and len(pipeline.loras) == 1

@@ -1,0 +1,197 @@
+"""Exchanging the LoRAs that are merged into a network's weights."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from ldm.errors import UserError
+from ldm.lora.lora import LoRA, LoRALayer, Strength
+from ldm.lora.merge import merge_lora
+from ldm.lora.merged import MergedLoRA, MergedLoRAs
+from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
+
+TEXT_Q = f"{TEXT}q_proj"
+
+
+def linear(inputs, outputs, rank=2, alpha=3.0):
+    return LoRALayer(normal(rank, inputs), normal(outputs, rank), alpha)
+
+
+@pytest.fixture
+def loras():
+    """Three LoRAs that share some layers: two of the UNet, and one of both networks."""
+    kernel = LoRALayer(normal(4, 8, 3, 3), normal(8, 4, 1, 1), 1.0)
+    return {
+        "style": LoRA({TO_Q: linear(8, 8), CONV: kernel}),
+        "face": LoRA({TO_Q: linear(8, 8, 3), TO_K: linear(6, 8)}),
+        "both": LoRA({TO_K: linear(6, 8), TEXT_Q: linear(6, 6)}),
+    }
+
+
+def chosen(loras, **strengths):
+    return [MergedLoRA(name, loras[name], Strength.from_value(value)) for name, value in strengths.items()]
+
+
+def file_of(weights):
+    """What BaseWeights.open is, over weights in memory, and the names that were read."""
+    names = []
+
+    def open_base(shapes):
+        def read(name):
+            assert name in shapes and weights[name].shape == shapes[name]
+            names.append(name)
+            return weights[name].copy()
+
+        return read
+
+    return open_base, names
+
+
+SWITCHES = [
+    {"style": 0.7},
+    {"style": 0.7, "face": -0.5},
+    {"face": -0.5, "style": 0.7},
+    {"style": 0.3},
+    {"both": Strength(0.5, 0.0)},
+    {"both": Strength(0.5, 0.25), "style": 0.3},
+    {"style": 0.3},
+    {"face": 0.0},
+    {},
+]
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_the_weights_are_those_of_a_fresh_start_whatever_was_merged_before(small_net, loras, with_file):
+    base = weights_of(small_net)
+    merged = MergedLoRAs(small_net, file_of(base)[0] if with_file else None)
+    for strengths in SWITCHES:
+        merged.set(chosen(loras, **strengths))
+        switched = weights_of(small_net)
+        for parameter in small_net.get_parameters():
+            parameter.set_data(Tensor(base[parameter.name]))
+        for name, strength in strengths.items():
+            merge_lora(small_net, loras[name], strength)
+        fresh = weights_of(small_net)
+        for name in base:
+            assert switched[name].tobytes() == fresh[name].tobytes(), (name, strengths)
+            small_net.parameters_dict()[name].set_data(Tensor(switched[name]))
+
+
+def test_the_order_of_two_loras_is_that_of_the_sums(small_net):
+    weight = small_net.parameters_dict()[f"{TO_Q}.weight"]
+    weight.set_data(Tensor(np.ones((8, 8), np.float32)))
+    # 1 + 2^-24 is 1 in fp32, and 1 + 2 is 3: the small update counts only where it is added to -1 + 1 = 0.
+    large, small = (LoRA({TO_Q: LoRALayer(np.ones((1, 8)), np.ones((8, 1)), alpha)}) for alpha in (-1.0, 2.0**-24))
+    merged = MergedLoRAs(small_net)
+    entries = MergedLoRA("large", large, Strength()), MergedLoRA("small", small, Strength())
+    merged.set(entries)
+    assert (weight.asnumpy() == 2.0**-24).all()
+    merged.set(entries[::-1])
+    assert (weight.asnumpy() == 0).all()
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+@pytest.mark.parametrize("strength", [0.0, -0.0])
+def test_strength_zero_and_no_lora_give_the_base_model_bit_for_bit(small_net, loras, with_file, strength):
+    weight = small_net.parameters_dict()[f"{TO_Q}.weight"]
+    weight.set_data(Tensor(np.where(weight.asnumpy() > 0.1, np.float32(-0.0), weight.asnumpy())))  # -0 + 0 is 0
+    before = weights_of(small_net)
+    merged = MergedLoRAs(small_net, file_of(before)[0] if with_file else None)
+    for off in (chosen(loras, style=strength, both=strength), []):
+        merged.set(off)
+        assert_unchanged(small_net, before)
+        merged.set(chosen(loras, style=1e4, face=0.1))
+        merged.set(off)
+        assert_unchanged(small_net, before)
+
+
+def test_only_weights_that_change_are_written_and_read(small_net, loras, monkeypatch):
+    open_base, read = file_of(weights_of(small_net))
+    merged = MergedLoRAs(small_net, open_base)
+    written = []
+    set_data = ms.Parameter.set_data
+    monkeypatch.setattr(ms.Parameter, "set_data", lambda p, *args: written.append(p.name) or set_data(p, *args))
+
+    def changes(**strengths):
+        written.clear(), read.clear()
+        merged.set(chosen(loras, **strengths))
+        return sorted(written), sorted(read)
+
+    to_q, to_k, conv, text = (f"{name}.weight" for name in (TO_Q, TO_K, CONV, TEXT_Q))
+    assert changes(style=0.7) == (sorted([to_q, conv]), [])  # the weights are the base model's
+    assert changes(style=0.7, both=0.5) == (sorted([to_k, text]), [])
+    assert changes(style=0.7, both=Strength(0.5, 0.2)) == ([text], [text])
+    assert changes(style=0.7, both=Strength(0.5, 0.2), face=1.0) == (sorted([to_q, to_k]), [])  # added to the rest
+    assert changes(face=1.0) == (sorted([to_q, to_k, conv, text]), sorted([to_q, to_k, conv, text]))
+    assert changes(face=1.0) == ([], [])
+
+
+def test_copies_are_held_only_while_a_lora_is_merged_into_the_weight(small_net, loras):
+    merged = MergedLoRAs(small_net)
+    merged.set(chosen(loras, style=0.7, both=Strength(0.0, 0.5)))
+    assert set(merged._copies) == {f"{TO_Q}.weight", f"{CONV}.weight", f"{TEXT_Q}.weight"}
+    merged.set(chosen(loras, both=0.5))
+    assert set(merged._copies) == {f"{TO_K}.weight", f"{TEXT_Q}.weight"}
+    merged.set([])
+    assert not merged._copies
+
+
+def test_weights_held_in_fp16_are_the_fp32_sums_rounded_once(small_net, loras):
+    """What an fp16 layer computes with an fp32 weight, which it casts at each use."""
+    base = weights_of(small_net)
+    for parameter in small_net.get_parameters():
+        parameter.set_dtype(ms.float16)
+        parameter.set_data(Tensor(base[parameter.name].astype(np.float16)))
+    held = weights_of(small_net)
+    merged = MergedLoRAs(small_net, file_of(base)[0])
+    for strengths in ({"style": 0.7}, {"style": 0.7, "face": 0.01}, {"face": 0.01}):
+        merged.set(chosen(loras, **strengths))
+        wanted = {name: array.copy() for name, array in base.items()}
+        for name, strength in strengths.items():
+            for layer_name, layer in loras[name].layers.items():
+                wanted[f"{layer_name}.weight"] += layer.update(strength)
+        for name, array in weights_of(small_net).items():
+            assert array.tobytes() == wanted[name].astype(np.float16).tobytes()
+    merged.set([])
+    assert_unchanged(small_net, held)
+
+
+def test_a_compiled_graph_sees_the_new_weights_and_is_not_compiled_again(small_net, small_inputs, loras):
+    compiled = Fresh(small_net)
+    merged = MergedLoRAs(small_net)
+    base = compiled(*small_inputs).asnumpy()
+    for strengths in SWITCHES[:-2]:
+        merged.set(chosen(loras, **strengths))
+        assert np.abs(compiled(*small_inputs).asnumpy() - base).max() > 1e-3
+    merged.set([])
+    assert compiled(*small_inputs).asnumpy().tobytes() == base.tobytes()
+    assert len(compiled.compile_cache) == 1
+
+
+class TestRefusing:
+    def refused(self, net, loras, wrong):
+        merged = MergedLoRAs(net)
+        merged.set(chosen(loras, style=0.7))
+        before = weights_of(net)
+        with pytest.raises(UserError) as caught:
+            merged.set([*chosen(loras, face=1.0), wrong])
+        assert_unchanged(net, before)
+        assert [lora.name for lora in merged.loras] == ["style"]
+        merged.set([])
+        return str(caught.value)
+
+    def test_the_second_of_two_does_not_fit(self, small_net, loras):
+        wrong = MergedLoRA("wrong.ckpt", LoRA({TO_Q: linear(9, 8)}), Strength())
+        before = weights_of(small_net)
+        assert "wrong.ckpt matches nothing in the model" in self.refused(small_net, loras, wrong)
+        assert_unchanged(small_net, before)
+
+    def test_a_strength_that_is_no_number(self, small_net, loras):
+        wrong = MergedLoRA("wrong.ckpt", loras["both"], Strength(float("nan"), 1.0))
+        assert "wrong.ckpt is nan" in self.refused(small_net, loras, wrong)
+
+    def test_the_lora_that_makes_a_sum_overflow_is_named(self, small_net, loras):
+        wrong = MergedLoRA("wrong.ckpt", loras["both"], Strength(1e300, 1.0))
+        message = self.refused(small_net, loras, wrong)
+        assert "wrong.ckpt at strength 1e+300" in message and TO_K in message and "lower the strength" in message
