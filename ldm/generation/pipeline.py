@@ -33,7 +33,7 @@ from ldm.lora.merged import MergedLoRA, MergedLoRAs
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
-from ldm.runtime.device import check_flash_attention, current_runtime, failed_allocations_as, setup_runtime
+from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
 from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ class Pipeline:
         unet: str | Path | None = None,
         vae: str | Path | None = None,
         ema: bool = False,
-        flash_attention: bool = False,
+        flash_attention: bool | None = None,
         device: str | None = None,
     ) -> Pipeline:
         """Load a base model.
@@ -121,7 +121,7 @@ class Pipeline:
             unet: A checkpoint whose UNet replaces the base checkpoint's.
             vae: A checkpoint whose VAE replaces the base checkpoint's.
             ema: Load the moving averages of the UNet's weights that the checkpoint holds.
-            flash_attention: Use Ascend's fused attention in the UNet.
+            flash_attention: Use Ascend's fused attention in the UNet. None for yes in fp16 on an Atlas A2 and later.
             device: "Ascend" or "CPU". None for Ascend if this machine has one, else the CPU.
 
         Raises:
@@ -136,7 +136,8 @@ class Pipeline:
         runtime = current_runtime()
         if runtime is None or device not in (None, runtime.device):
             runtime = setup_runtime(device, seed=None)
-        check_flash_attention(flash_attention, runtime)
+        runtime_of_dtype = runtime if dtype is None else replace(runtime, compute_dtype=dtype)
+        use_flash = decide_flash_attention(flash_attention, runtime_of_dtype)
         base_weights = BaseWeights(path, unet, ema)
         model = load_model(
             config_with_tokens(model_config, path),
@@ -145,7 +146,7 @@ class Pipeline:
             unet=unet,
             vae=vae,
             ema=ema,
-            flash_attention=flash_attention,
+            flash_attention=use_flash,
         )
         return cls(model, base_weights=base_weights)
 

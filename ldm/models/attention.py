@@ -129,7 +129,7 @@ class LinearSpatialTransformer(SpatialTransformer):
 def use_flash_attention(net: nn.Cell, enable: bool) -> int:
     """Switch Ascend's fused attention on or off in every CrossAttention of `net`, and return their number.
 
-    The operator does not exist on the CPU. `ldm.runtime.device.check_flash_attention` refuses it there.
+    The operator does not exist on the CPU. `ldm.runtime.device.decide_flash_attention` refuses it there.
     """
     layers = [cell for _, cell in net.cells_and_names() if isinstance(cell, CrossAttention)]
     for layer in layers:

@@ -15,6 +15,7 @@ import mindspore as ms
 import numpy as np
 
 from ldm.errors import UserError, plain
+from ldm.runtime.ascend import device_name, is_a2_or_later, is_first_910
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,21 @@ class Runtime:
     process_index: int  # of this process in a data-parallel run, 0 otherwise
     process_count: int
     mode: int  # GRAPH or PYNATIVE
+    soc: str = ""  # the Ascend device's name, such as "Ascend910B3"; "" on the CPU
 
     @property
     def is_ascend(self) -> bool:
         return self.device == "Ascend"
+
+    @property
+    def saturates(self) -> bool:
+        """Whether numbers saturate instead of overflowing to infinity, which the first Ascend 910 does in any mode."""
+        return is_first_910(self.soc)
+
+    @property
+    def is_a2_or_later(self) -> bool:
+        """Whether the device is of the Atlas A2 or A3 series."""
+        return is_a2_or_later(self.soc)
 
     @property
     def fp16(self) -> bool:
@@ -111,16 +123,33 @@ def setup_runtime(
         ms.set_seed(seed)
         np.random.seed(seed)
     fp16 = precision == "fp16" or (precision == "auto" and device == "Ascend")
-    _current = Runtime(device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode)
+    soc = device_name() if device == "Ascend" else ""
+    _current = Runtime(device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode, soc)
     return _current
 
 
-def check_flash_attention(enable: bool, runtime: Runtime) -> None:
-    """Raise UserError if `enable` is set where Ascend's fused attention does not exist."""
+def decide_flash_attention(enable: bool | None, runtime: Runtime) -> bool:
+    """Return whether the UNet uses Ascend's fused attention.
+
+    Args:
+        enable: None for yes where it exists: in fp16 on the Atlas A2 series and later.
+        runtime: What setup_runtime returned.
+
+    Raises:
+        UserError: `enable` is True where fused attention does not exist.
+    """
+    if enable is None:
+        return runtime.is_a2_or_later and runtime.fp16
     if enable and not runtime.is_ascend:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
+    if enable and runtime.saturates:
+        raise UserError(
+            f"enable_flash_attention needs an Atlas A2 or later, and this device is an {runtime.soc}, "
+            "a first Ascend 910: leave it out"
+        )
     if enable and not runtime.fp16:
         raise UserError("enable_flash_attention computes in fp16: use --precision fp16 (or auto)")
+    return enable
 
 
 def give_back_memory() -> None:

@@ -138,7 +138,10 @@ class GenerateSettings:
         "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
         choices=("auto", "fp16", "fp32"),
     )
-    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)")
+    enable_flash_attention: Optional[bool] = setting(
+        None,
+        "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
+    )
     batch_size: Optional[int] = setting(
         None,
         "images in a call of the network, which does not change them; None: n_samples, at least 16 up to 128 x 128 "

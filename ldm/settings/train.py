@@ -240,7 +240,11 @@ class TrainSettings:
         False, "keep the compiled training step under output_path/cache, so that resuming starts sooner"
     )
     use_parallel: bool = setting(False, "data parallel over the processes that msrun started", set_by_comparison=True)
-    enable_flash_attention: bool = setting(False, "use fused attention (Ascend only)", graph_key=True)
+    enable_flash_attention: Optional[bool] = setting(
+        None,
+        "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
+        graph_key=True,
+    )
     dataset_sink_mode: bool = setting(False, "feed batches through Ascend's data queue while a step runs (Ascend only)")
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.runtime.device import Runtime, check_flash_attention, setup_runtime
+from ldm.runtime.device import Runtime, decide_flash_attention, setup_runtime
 from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import save_settings
@@ -91,7 +91,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     """
     output, is_first_process = Path(settings.output_path), runtime.process_index == 0
     check_no_earlier_run(settings)  # again, as the folder is claimed only now
-    check_flash_attention(settings.enable_flash_attention, runtime)
+    decide_flash_attention(settings.enable_flash_attention, runtime)
     check_sink(settings, runtime)
     if is_first_process:
         set_up_logging(settings.log_level, output / "log.txt")
@@ -231,7 +231,7 @@ def _build_step(
 ) -> TrainStep:
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
-    if settings.enable_flash_attention:
+    if decide_flash_attention(settings.enable_flash_attention, runtime):
         use_flash_attention(unet, True)
     loss = DiffusionLoss(unet, NoiseSchedule.from_config(model.config), model.config.prediction_type)
     if settings.lora_ft_text_encoder:

@@ -12,7 +12,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.runtime import device
-from ldm.runtime.device import Runtime, check_flash_attention, is_out_of_memory, setup_runtime
+from ldm.runtime.device import Runtime, decide_flash_attention, is_out_of_memory, setup_runtime
 from ldm.settings.train import TrainSettings
 from ldm.settings.values import settings_of
 from tests.conftest import ROOT
@@ -23,8 +23,8 @@ def restored_mode(graph_mode):
     """Each test ends in the mode of the other tests."""
 
 
-def ascend(dtype=ms.float16):
-    return Runtime("Ascend", dtype, 0, 1, 0)
+def ascend(dtype=ms.float16, soc="Ascend910B3"):
+    return Runtime("Ascend", dtype, 0, 1, 0, soc)
 
 
 @pytest.fixture
@@ -126,13 +126,45 @@ def test_the_end_of_another_process_is_one_line(monkeypatch):
         setup_runtime("CPU", use_parallel=True)
 
 
-def test_flash_attention_needs_ascend_and_fp16():
-    check_flash_attention(True, ascend())
-    check_flash_attention(False, setup_runtime("CPU"))
-    with pytest.raises(UserError, match="needs an Ascend device"):
-        check_flash_attention(True, setup_runtime("CPU"))
-    with pytest.raises(UserError, match="fp16"):
-        check_flash_attention(True, ascend(ms.float32))
+@pytest.mark.parametrize(
+    ("name", "first", "a2_or_later"),
+    [
+        ("Ascend910A", True, False),
+        ("Ascend910B", True, False),  # not an A2, whose names have a digit after the B
+        ("Ascend910ProB", True, False),
+        ("Ascend910B1", False, True),
+        ("Ascend910B4-1", False, True),
+        ("Ascend910_9391", False, True),
+        ("Ascend310P3", False, False),
+        ("", False, False),
+    ],
+)
+def test_the_name_of_a_device_tells_its_generation(name, first, a2_or_later):
+    runtime = ascend(soc=name)
+    assert (runtime.saturates, runtime.is_a2_or_later) == (first, a2_or_later)
+
+
+def test_flash_attention_is_on_in_fp16_on_an_a2_and_off_elsewhere():
+    assert decide_flash_attention(None, ascend(soc="Ascend910B3"))
+    assert not decide_flash_attention(None, ascend(ms.float32, soc="Ascend910B3"))
+    assert not decide_flash_attention(None, ascend(soc="Ascend910A"))
+    assert not decide_flash_attention(None, ascend(soc=""))
+    assert not decide_flash_attention(None, setup_runtime("CPU"))
+
+
+def test_flash_attention_can_be_switched_off():
+    assert not decide_flash_attention(False, ascend(soc="Ascend910B3"))
+    assert not decide_flash_attention(False, setup_runtime("CPU"))
+
+
+def test_flash_attention_is_refused_where_it_does_not_exist():
+    assert decide_flash_attention(True, ascend(soc="Ascend910B3"))
+    with pytest.raises(UserError, match="needs an Ascend device: leave it out"):
+        decide_flash_attention(True, setup_runtime("CPU"))
+    with pytest.raises(UserError, match="needs an Atlas A2 or later.*Ascend910A.*leave it out"):
+        decide_flash_attention(True, ascend(soc="Ascend910A"))
+    with pytest.raises(UserError, match="--precision fp16"):
+        decide_flash_attention(True, ascend(ms.float32, soc="Ascend910B3"))
 
 
 @pytest.mark.parametrize(
