@@ -5,6 +5,7 @@ Only the words may differ: prose, headings, the text of links, and comments in c
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
 from itertools import zip_longest
@@ -97,7 +98,7 @@ def content(prose: str) -> Content:
 def translated(target: str, page: str) -> str:
     """Return where the Chinese page has to link to in place of `target`: to the Chinese page if there is one."""
     for english, chinese in PAGES.items():
-        if PurePosixPath(page).parent / target.partition("#")[0] == PurePosixPath(english):
+        if posixpath.normpath(PurePosixPath(page).parent / target.partition("#")[0]) == english:
             return str(PurePosixPath(target).with_name(PurePosixPath(chinese).name))
     return target
 
@@ -105,10 +106,10 @@ def translated(target: str, page: str) -> str:
 def code_differences(english: str, chinese: str) -> list[str]:
     """Compare code line by line. Comments may be translated, but stand in the same lines and have the same figures."""
     differences = []
-    for ours, theirs in zip_longest(english.splitlines(), chinese.splitlines(), fillvalue=""):
-        if COMMENT.sub("", ours).rstrip() != COMMENT.sub("", theirs).rstrip():
-            differences.append(f"command {ours!r}, {theirs!r}")
-        comments = [match[0] if (match := COMMENT.search(line)) else "" for line in (ours, theirs)]
+    for original, translation in zip_longest(english.splitlines(), chinese.splitlines(), fillvalue=""):
+        if COMMENT.sub("", original).rstrip() != COMMENT.sub("", translation).rstrip():
+            differences.append(f"command {original!r}, {translation!r}")
+        comments = [match[0] if (match := COMMENT.search(line)) else "" for line in (original, translation)]
         if bool(comments[0]) != bool(comments[1]) or content(comments[0]) != content(comments[1]):
             differences.append(f"comment {comments[0]!r}, {comments[1]!r}")
     return differences
@@ -117,21 +118,21 @@ def code_differences(english: str, chinese: str) -> list[str]:
 def differences(english: str, chinese: str, page: str = "README.md") -> list[str]:
     """Return what the Chinese page does not say as the English one does, each with the lines of both."""
     result = []
-    for ours, theirs in zip_longest(parse(english), parse(chinese)):
-        if ours is None or theirs is None or ours.kind != theirs.kind:
+    for original, translation in zip_longest(parse(english), parse(chinese)):
+        if original is None or translation is None or original.kind != translation.kind:
             # From here on the blocks are not each other's translation.
-            return [*result, f"structure: {ours}, {theirs}"]
-        where = f"lines {ours.line} and {theirs.line}"
-        if ours.kind.startswith("code"):
-            result += [f"{where}: {difference}" for difference in code_differences(ours.text, theirs.text)]
+            return [*result, f"structure: {original}, {translation}"]
+        where = f"lines {original.line} and {translation.line}"
+        if original.kind.startswith("code"):
+            result += [f"{where}: {difference}" for difference in code_differences(original.text, translation.text)]
             continue
-        expected, actual = content(ours.text), content(theirs.text)
+        expected, actual = content(original.text), content(translation.text)
         expected = expected._replace(links=Counter(translated(link, page) for link in expected.links.elements()))
-        for name, one, other in zip(Content._fields, expected, actual):
-            if one != other:
-                missing, added = sorted((one - other).elements()), sorted((other - one).elements())
+        for name, wanted, found in zip(Content._fields, expected, actual):
+            if wanted != found:
+                missing, added = sorted((wanted - found).elements()), sorted((found - wanted).elements())
                 result.append(f"{where}: {name}: {missing} missing, {added} added in Chinese")
-        result += [f"{where}: figure in words: {match}" for match in CHINESE_FIGURE.findall(theirs.text)]
+        result += [f"{where}: figure in words: {match}" for match in CHINESE_FIGURE.findall(translation.text)]
     return result
 
 
