@@ -1,0 +1,1 @@
+"""Checks of the Ascend side that need no Ascend device."""

@@ -1,0 +1,156 @@
+"""Compile and run the product's graphs on a simulated Ascend device: the program that `tools.ascend.dry_run` starts.
+
+    python -m tools.ascend.graphs GRAPHS [settings of training]      # GRAPHS: names with commas between them
+
+The networks have the weights that `build_model` gives them, not those of a checkpoint: kernels, memory and time to
+compile do not depend on them. Everything else is built by the functions that the scripts call.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from unittest.mock import patch
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from ldm.diffusion.sampling import latent_shape
+from ldm.files.paths import under_root
+from ldm.generation import loading
+from ldm.models.autoencoder import VAEDecode, VAEEncode
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.runtime.device import Runtime, decide_flash_attention, setup_runtime
+from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.read import read_settings
+from ldm.settings.train import TrainSettings
+from ldm.training.checks import image_size
+from ldm.training.loss_scale import make_loss_scaler
+from ldm.training.optimizers import adamw_scalars
+from ldm.training.setup import _build_step, _choose_trainable, make_lora_spec
+from ldm.training.step import StepScalars
+from tools.ascend.simulation import begin_graph, end_graph
+
+DISPATCH_THREADS = 6
+
+
+def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
+    return Tensor(np.zeros(shape, dtype))
+
+
+class Graphs:
+    """The graphs of the scripts, by name.
+
+    Args:
+        settings: Those of the training. Batch and image size are those of the other graphs too.
+        runtime: What setup_runtime returned.
+    """
+
+    def __init__(self, settings: TrainSettings, runtime: Runtime):
+        assert settings.model_config is not None
+        self.settings, self.runtime = settings, runtime
+        self.config: ModelConfig = load_model_config(under_root(settings.model_config))
+        self.batch, self.pixels = settings.train_batch_size, image_size(settings, self.config)
+        self.flash = decide_flash_attention(settings.enable_flash_attention, runtime)
+
+    def text(self) -> Callable[[], object]:
+        """Return the call of the text encoder."""
+        tokens = zeros(self.batch, 77, dtype=np.int32)
+        text_encoder = self._sampling_model().cond_stage_model
+        return lambda: text_encoder(tokens)
+
+    def encode(self) -> Callable[[], object]:
+        """Return the call of the VAE's encoder."""
+        encoder, images = VAEEncode(self._sampling_model().first_stage_model), zeros(1, 3, self.pixels, self.pixels)
+        return lambda: encoder(images)
+
+    def decode(self) -> Callable[[], object]:
+        """Return the call of the VAE's decoder."""
+        decoder, latents = VAEDecode(self._sampling_model().first_stage_model), self._latents(1)
+        return lambda: decoder(latents)
+
+    def unet(self) -> Callable[[], object]:
+        """Return the call of the UNet, as it samples."""
+        unet, latents = self._sampling_model().model.diffusion_model, self._latents(self.batch)
+        timesteps, text_embeddings = zeros(self.batch, dtype=np.int32), zeros(self.batch, 77, self.config.context_dim)
+        return lambda: unet(latents, timesteps, text_embeddings)
+
+    def step(self) -> Callable[[], object]:
+        """Return the call of the training step."""
+        settings, runtime = self.settings, self.runtime
+        model = _load(self.config)
+        trainable = _choose_trainable(settings, model, make_lora_spec(settings))
+        skips_overflow = make_loss_scaler(settings, runtime.fp16).is_used and settings.drop_overflow_update
+        step = _build_step(settings, runtime, model, trainable, skips_overflow)
+        scalars = StepScalars(
+            1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, settings.betas, 1e-8, settings.weight_decay), 1e-4
+        )
+        latents = self._latents(self.batch)
+        text = (
+            zeros(self.batch, 77, dtype=np.int32)
+            if settings.lora_ft_text_encoder
+            else zeros(self.batch, 77, self.config.context_dim)
+        )
+        batch = latents, latents, zeros(self.batch, dtype=np.int32), text
+        count = settings.gradient_accumulation_steps
+        return lambda: step([batch] * count, scalars, [np.zeros(2, np.int32)] * count)
+
+    def _latents(self, count: int) -> Tensor:
+        return zeros(count, *latent_shape(self.config, self.pixels, self.pixels))
+
+    def _sampling_model(self) -> StableDiffusion:
+        return _load(self.config, dtype=self.runtime.compute_dtype, flash_attention=self.flash)
+
+
+def _load(config: ModelConfig, **options: object) -> StableDiffusion:
+    """Build the networks as the scripts do, without reading a checkpoint."""
+    with patch.multiple(
+        loading, open_base_model=lambda *_: _NoCheckpoint, check_metadata=lambda *_: None,
+        load_base_model=lambda *_, **__: "no weights, for a dry run",
+    ):  # fmt: skip
+        return loading.load_model(config, "", **options)
+
+
+class _NoCheckpoint:
+    metadata: dict[str, str] = {}
+
+
+def set_up(settings: TrainSettings) -> Runtime:
+    """Set up MindSpore as `ldm.training.setup.begin` does."""
+    ms.set_device("Ascend")
+    # With 2 cores MindSpore has too few threads to start a graph with a condition.
+    ms.runtime.dispatch_threads_num(DISPATCH_THREADS)
+    return setup_runtime(
+        settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
+        settings.use_parallel,
+    )  # fmt: skip
+
+
+def compile_graphs(graphs: Graphs, names: Sequence[str]) -> Iterator[tuple[str, int, float]]:
+    """Compile and run graphs. Yields the name, the peak memory in bytes and the seconds of each."""
+    for name in names:
+        call = getattr(graphs, name)()
+        ms.runtime.empty_cache()
+        ms.runtime.reset_peak_memory_stats()
+        began = time.perf_counter()
+        begin_graph()
+        call()
+        ms.runtime.synchronize()
+        yield name, ms.runtime.max_memory_allocated(), time.perf_counter() - began
+
+
+def main() -> None:
+    names, *argv = sys.argv[1:]
+    settings = read_settings(TrainSettings, argv, yaml_flag="train_config")
+    graphs = Graphs(settings, set_up(settings))
+    for name, peak_bytes, seconds in compile_graphs(graphs, names.split(",")):
+        end_graph(name, peak_bytes, seconds)
+    sys.stdout.flush()
+    os._exit(0)  # MindSpore's own end may wait for a device
+
+
+if __name__ == "__main__":
+    main()
