@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import mindspore as ms
 import numpy as np
@@ -36,24 +37,41 @@ def readme_example() -> str:
     return example
 
 
-def test_the_example_of_the_readme_saves_an_image(fresh_runtime, tmp_path, monkeypatch):
+@pytest.fixture
+def example(fresh_runtime, tmp_path, monkeypatch):
+    """The README's example, run with fewer steps in a folder with a LoRA: its variables."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     example = readme_example()
-    (lora_path,) = re.findall(r'load_lora\("(.*?)"', example)
-    (tmp_path / lora_path).parent.mkdir(parents=True)
     config = load_model_config(ROOT / "configs" / "nano.yaml")
     model = build_model(config, random=False)
     inject_lora(model, LoRASpec(rank=2))
+    for parameter in model.trainable_params():
+        values = 0.2 * np.random.standard_normal(parameter.shape)
+        parameter.set_data(ms.Tensor(values.astype(np.float32)))
+    (lora_path,) = re.findall(r'load_lora\("(.*?)"', example)
+    (tmp_path / lora_path).parent.mkdir(parents=True)
     write_lora(tmp_path / lora_path, get_lora(model, config))
+    variables = {"lora_path": lora_path}
+    exec(re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", example), variables)
+    return variables
 
-    exec(re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", example), {})
 
-    (image_path,) = re.findall(r'\.save\("(.*?)"\)', example)
-    with Image.open(tmp_path / image_path) as image:
-        assert image.size == (config.image_size, config.image_size)
-        assert np.asarray(image).std() > 1
+def test_the_example_of_the_readme_saves_an_image_and_switches_in_less_than_a_second(example, tmp_path):
+    pipe, image = example["pipe"], example["image"]
+    assert image.size == (pipe.config.image_size, pipe.config.image_size) and np.asarray(image).std() > 1
+    (image_path,) = re.findall(r'\.save\("(.*?)"\)', readme_example())
+    with Image.open(tmp_path / image_path) as saved:
+        np.testing.assert_array_equal(np.asarray(saved), np.asarray(image))
+    assert (np.asarray(example["less"]) != np.asarray(image)).any()
     assert ms.get_context("mode") == ms.GRAPH_MODE
+
+    start = time.perf_counter()
+    pipe.set_loras([(example["lora_path"], 0.8)])
+    assert time.perf_counter() - start < 1  # 0.1 s on 2 cores
+    again = pipe("a red apple", num_inference_steps=2, seed=42, progress=False).images[0]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(image))
+    assert [len(network.compile_cache) for network in (pipe.unet, pipe.text_encoder, pipe.decoder)] == [1, 1, 1]
 
 
 def test_a_pipeline_without_a_checkpoint_is_the_nano_model(monkeypatch):
