@@ -58,6 +58,7 @@ def test_moving_averages_are_read_where_they_were_loaded(tiny_config, base, tmp_
 
 
 def test_the_unet_is_read_from_the_checkpoint_that_replaces_it(tiny_config, base, tmp_path):
+    np.random.seed(1)
     arrays = {p.name: p.asnumpy() for p in build_model(tiny_config).get_parameters() if component_of(p.name) == "unet"}
     unet = tmp_path / "unet.safetensors"
     write_checkpoint(unet, arrays)
