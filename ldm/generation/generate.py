@@ -48,7 +48,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     from ldm.generation.pipeline import Pipeline
     from ldm.lora.lora import Strength
     from ldm.lora.merged import MergedLoRA
-    from ldm.runtime.device import decide_flash_attention, setup_runtime
+    from ldm.runtime.device import decide_flash_attention, describe_runtime, setup_runtime
 
     config = config_with_tokens(plan.config, plan.checkpoint)
     starting_latents = None
@@ -60,6 +60,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed
     )
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
+    logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     loras = [
         select_lora(config, file.path, settings.lora_ft_unet, settings.lora_ft_text_encoder) for file in plan.loras

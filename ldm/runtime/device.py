@@ -15,7 +15,7 @@ import mindspore as ms
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.runtime.ascend import device_name, is_a2_or_later, is_first_910
+from ldm.runtime import ascend
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Runtime:
     process_count: int
     mode: int  # GRAPH or PYNATIVE
     soc: str = ""  # the Ascend device's name, such as "Ascend910B3"; "" on the CPU
+    precision_mode: str = ""  # how Ascend's compiler treats fp32 operators; "" for MindSpore's default
+    jit_level: str = ""  # "O0" to "O2"; "" for MindSpore's default
 
     @property
     def is_ascend(self) -> bool:
@@ -50,12 +52,12 @@ class Runtime:
     @property
     def saturates(self) -> bool:
         """Whether numbers saturate instead of overflowing to infinity, which the first Ascend 910 does in any mode."""
-        return is_first_910(self.soc)
+        return ascend.is_first_910(self.soc)
 
     @property
     def is_a2_or_later(self) -> bool:
         """Whether the device is of the Atlas A2 or A3 series."""
-        return is_a2_or_later(self.soc)
+        return ascend.is_a2_or_later(self.soc)
 
     @property
     def fp16(self) -> bool:
@@ -85,7 +87,8 @@ def setup_runtime(
     """Set up MindSpore. Call this before the first network is built.
 
     On Ascend the overflow mode is INFNAN: without it the loss scaling of fp16 would see saturated numbers instead of
-    infinities.
+    infinities. The precision mode and the number of threads are set as ldm.runtime.ascend says, and a version of CANN
+    that MindSpore does not accept is reported.
 
     Args:
         device_target: "Ascend", "CPU", or None for Ascend if this machine has one, else the CPU.
@@ -97,21 +100,28 @@ def setup_runtime(
         use_parallel: Join the data-parallel run of the processes that `msrun` started.
 
     Raises:
-        UserError: The device is not there, or `use_parallel` is set outside of msrun.
+        UserError: The device is not there or not named rightly (DEVICE_ID, RANK_TABLE_FILE), or `use_parallel` is set
+            outside of msrun.
     """
     global _current
     if device_target != "CPU":
         # MindSpore reads it when it initialises the device, which the check for an Ascend may do.
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     device = device_target or ("Ascend" if _has_ascend() else "CPU")
+    number = ascend.device_id() if device == "Ascend" else None
     try:
         # MindSpore refuses to set a device, even the current one, once it has computed something.
         if ms.get_context("device_target") != device:
-            ms.set_device(device)
+            ms.set_device(device, number)
+        elif number is not None and ms.get_context("device_id") != number:
+            ms.set_device(device, number)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"device_target {device} cannot be used here ({reason}); use --device_target CPU") from None
     ms.set_context(mode=mode)
+    soc = precision_mode = ""
+    if device == "Ascend":
+        soc, precision_mode = _set_up_ascend(precision)
     if jit_level is not None:
         if device == "Ascend":
             ms.set_context(jit_config={"jit_level": jit_level})
@@ -123,9 +133,25 @@ def setup_runtime(
         ms.set_seed(seed)
         np.random.seed(seed)
     fp16 = precision == "fp16" or (precision == "auto" and device == "Ascend")
-    soc = device_name() if device == "Ascend" else ""
-    _current = Runtime(device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode, soc)
+    _current = Runtime(
+        device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode, soc, precision_mode,
+        jit_level or "",
+    )  # fmt: skip
     return _current
+
+
+def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
+    """Return one line for the log: device, precision and what else depends on the device."""
+    if not runtime.is_ascend:
+        return f"device: {runtime.device}, {runtime.precision}"
+    default = ascend.default_jit_level(runtime.soc)
+    jit_level = runtime.jit_level or f"{default or 'not set'} (MindSpore's default{' here' if default else ''})"
+    return (
+        f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
+        f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {jit_level}, "
+        f"flash attention {'on' if flash_attention else 'off'}, overflow mode {ascend.overflow_mode(runtime.soc)}, "
+        f"CANN {ascend.cann_version() or 'of unknown version'}"
+    )
 
 
 def decide_flash_attention(enable: bool | None, runtime: Runtime) -> bool:
@@ -175,6 +201,23 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(part in str(error).lower() for part in OUT_OF_MEMORY)
 
 
+def _set_up_ascend(precision: str) -> tuple[str, str]:
+    """Set what depends on the generation of the Ascend device, and return its name and the precision mode."""
+    soc = ascend.device_name()
+    ascend.give_enough_threads()
+    precision_mode = ascend.set_precision_mode(soc)
+    fault = ascend.cann_fault(ascend.cann_version(), ascend.accepted_cann_versions())
+    if fault:
+        logger.warning("%s", fault)
+    if ascend.is_first_910(soc) and precision == "fp32":
+        logger.warning(
+            "precision fp32: this %s has matrix products and convolutions in fp16 alone, so these compute in fp16 all "
+            "the same; the rest computes in fp32",
+            soc,
+        )
+    return soc, precision_mode
+
+
 def _has_ascend() -> bool:
     # The device files are checked first: without a device, is_available prints an error about missing libraries.
     return bool(glob.glob("/dev/davinci[0-9]*")) and ms.hal.is_available("Ascend")
@@ -184,10 +227,7 @@ def _join_processes() -> tuple[int, int]:
     from mindspore import communication
 
     if "MS_ROLE" not in os.environ and "RANK_TABLE_FILE" not in os.environ:
-        raise UserError(
-            "use_parallel needs one process for each device: start it with "
-            "msrun --worker_num=8 --local_worker_num=8 --join=True train_text_to_image.py ..."
-        )
+        raise UserError(f"use_parallel needs one process for each device: start it with {ascend.MSRUN}")
     try:
         communication.init()  # in msrun's scheduler it returns when the other processes have ended
     except RuntimeError as error:

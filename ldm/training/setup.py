@@ -25,7 +25,7 @@ from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.runtime.device import Runtime, decide_flash_attention, setup_runtime
+from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
 from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import save_settings
@@ -91,10 +91,11 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     """
     output, is_first_process = Path(settings.output_path), runtime.process_index == 0
     check_no_earlier_run(settings)  # again, as the folder is claimed only now
-    decide_flash_attention(settings.enable_flash_attention, runtime)
+    flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
     check_sink(settings, runtime)
     if is_first_process:
         set_up_logging(settings.log_level, output / "log.txt")
+        logger.info("%s", describe_runtime(runtime, flash_attention))
     else:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 

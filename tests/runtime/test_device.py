@@ -12,19 +12,36 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.runtime import device
-from ldm.runtime.device import Runtime, decide_flash_attention, is_out_of_memory, setup_runtime
+from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, is_out_of_memory, setup_runtime
 from ldm.settings.train import TrainSettings
 from ldm.settings.values import settings_of
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def restored_mode(graph_mode):
-    """Each test ends in the mode of the other tests."""
+def restored_mode(graph_mode, monkeypatch):
+    """Each test ends in the mode and with the threads of the other tests."""
+    monkeypatch.delenv("DEVICE_ID", raising=False)
+    monkeypatch.setattr(device.ascend, "give_enough_threads", lambda: None)
 
 
 def ascend(dtype=ms.float16, soc="Ascend910B3"):
     return Runtime("Ascend", dtype, 0, 1, 0, soc)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A call makes setup_runtime find an Ascend device of a name, with CANN 8.5, and change nothing in MindSpore."""
+
+    def pretend(name):
+        monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
+        for function in ("set_device", "set_context"):
+            monkeypatch.setattr(device.ms, function, lambda *arguments, **settings: None)
+        monkeypatch.setattr(device.ascend, "device_name", lambda: name)
+        monkeypatch.setattr(device.ascend, "cann_version", lambda: "8.5")
+        monkeypatch.setattr(device.ms.device_context.ascend.op_precision, "precision_mode", lambda mode: None)
+
+    return pretend
 
 
 @pytest.fixture
@@ -62,14 +79,69 @@ def test_ascend_computes_in_fp16_with_the_infnan_mode_and_the_jit_level(monkeypa
     monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
     calls = []
 
-    def set_device(name):
-        calls.append((name, device.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")))
+    def set_device(name, number):
+        calls.append((name, number, device.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")))
 
     monkeypatch.setattr(device.ms, "set_device", set_device)
     monkeypatch.setattr(device.ms, "set_context", lambda **settings: calls.append(settings))
     found = setup_runtime("Ascend", jit_level="O1")
     assert found.fp16 and found.is_ascend
-    assert calls == [("Ascend", "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": "O1"}}]
+    assert calls == [("Ascend", None, "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": "O1"}}]
+
+
+def test_device_id_chooses_the_ascend(monkeypatch):
+    calls = []
+    monkeypatch.setenv("DEVICE_ID", "3")
+    monkeypatch.setattr(device.ms, "set_device", lambda *arguments: calls.append(arguments))
+    setup_runtime("Ascend")
+    assert calls == [("Ascend", 3)]
+    calls.clear()
+    setup_runtime("CPU")
+    assert not calls  # the variable is Ascend's alone
+
+
+def test_a_cann_that_does_not_fit_is_warned_of_once(pretended, monkeypatch, caplog):
+    pretended("Ascend910B3")
+    monkeypatch.setattr(device.ascend, "cann_version", lambda: "7.7")
+    setup_runtime("Ascend")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "CANN 7.7" in caplog.text
+
+
+def test_fp32_on_a_first_910_is_warned_of(pretended, caplog):
+    pretended("Ascend910A")
+    setup_runtime("Ascend", precision="fp32")
+    assert "precision fp32: this Ascend910A" in caplog.text and "compute in fp16" in caplog.text
+    caplog.clear()
+    pretended("Ascend910B3")
+    setup_runtime("Ascend", precision="fp32")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        (
+            "Ascend910B3",
+            {},
+            "device: Ascend 0, Ascend910B3, fp16, precision mode must_keep_origin_dtype, jit_level O0 (MindSpore's "
+            "default here), flash attention on, overflow mode INFNAN, CANN 8.5",
+        ),
+        (
+            "Ascend910A",
+            dict(jit_level="O0"),
+            "device: Ascend 0, Ascend910A, fp16, precision mode allow_fp32_to_fp16, jit_level O0, flash attention off, "
+            "overflow mode saturation, CANN 8.5",
+        ),
+    ],
+)
+def test_one_line_tells_how_an_ascend_runs(name, options, line, pretended):
+    pretended(name)
+    runtime = setup_runtime("Ascend", **options)
+    assert describe_runtime(runtime, decide_flash_attention(None, runtime)) == line
+
+
+def test_one_line_tells_how_the_cpu_runs():
+    assert describe_runtime(setup_runtime("CPU"), False) == "device: CPU, fp32"
 
 
 def test_the_overflow_mode_is_set_before_an_ascend_is_looked_for(monkeypatch):
@@ -97,7 +169,7 @@ def test_mindspore_accepts_the_jit_levels():
 
 def test_an_exported_overflow_mode_is_kept(monkeypatch):
     monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
-    monkeypatch.setattr(device.ms, "set_device", lambda name: None)
+    monkeypatch.setattr(device.ms, "set_device", lambda name, number: None)
     setup_runtime("Ascend")
     assert device.os.environ["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "SATURATION_MODE"
 
@@ -124,24 +196,6 @@ def test_the_end_of_another_process_is_one_line(monkeypatch):
     monkeypatch.setattr(ms.communication, "init", init)
     with pytest.raises(UserError, match=r"has ended \(The total number of timed out node is 1\): its own error"):
         setup_runtime("CPU", use_parallel=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "a2_or_later"),
-    [
-        ("Ascend910A", True, False),
-        ("Ascend910B", True, False),  # not an A2, whose names have a digit after the B
-        ("Ascend910ProB", True, False),
-        ("Ascend910B1", False, True),
-        ("Ascend910B4-1", False, True),
-        ("Ascend910_9391", False, True),
-        ("Ascend310P3", False, False),
-        ("", False, False),
-    ],
-)
-def test_the_name_of_a_device_tells_its_generation(name, first, a2_or_later):
-    runtime = ascend(soc=name)
-    assert (runtime.saturates, runtime.is_a2_or_later) == (first, a2_or_later)
 
 
 def test_flash_attention_is_on_in_fp16_on_an_a2_and_off_elsewhere():
