@@ -15,7 +15,7 @@ import mindspore as ms
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.runtime import ascend
+from ldm.runtime import ascend, peers
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +223,17 @@ def _has_ascend() -> bool:
     return bool(glob.glob("/dev/davinci[0-9]*")) and ms.hal.is_available("Ascend")
 
 
+class _Sum(ms.nn.Cell):
+    """Adds up the arrays of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_reduce = ms.ops.AllReduce()
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.all_reduce(x)
+
+
 def _join_processes() -> tuple[int, int]:
     from mindspore import communication
 
@@ -238,6 +249,7 @@ def _join_processes() -> tuple[int, int]:
             "launcher's log of that process"
         ) from None
     process_index, process_count = communication.get_rank(), communication.get_group_size()
+    peers.connect(process_index, process_count, lambda array: _Sum()(ms.Tensor(array)).asnumpy())
     ms.set_auto_parallel_context(
         parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=process_count
     )

@@ -2,7 +2,8 @@
 
 A launcher mixes what all processes print, and ends them all as soon as one of them fails. Most errors occur in every
 process. So only the first process prints. The others write to log files, and after an error they wait for the first
-process to report it. If the first process does not end in that time, they report the error themselves.
+process to report it. If the first process does not end in that time, they give it their error to report, or report it
+themselves (ldm.runtime.peers).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from ldm.errors import UserError, plain
 from ldm.files.paths import writing
+from ldm.runtime import peers
 
 FIRST_PROCESS_SECONDS = 15.0  # how much later than the others the first process may report an error
 LAUNCHER_VARIABLES = ("MS_ROLE", "RANK_TABLE_FILE", "OMPI_COMM_WORLD_RANK")  # every launcher sets one of them
@@ -43,7 +45,11 @@ def first_process_prints() -> Iterator[None]:
     Enter this before tqdm is imported.
     """
     if is_scheduler() or process_index() == 0:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            peers.fail(f"process 0: {error}")
+            raise
         return
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
@@ -51,6 +57,7 @@ def first_process_prints() -> Iterator[None]:
         yield
     except Exception as error:
         time.sleep(FIRST_PROCESS_SECONDS)
+        peers.fail(f"process {process_index()}: {error if isinstance(error, UserError) else repr(error)}")
         if isinstance(error, UserError):
             raise UserError(f"process {process_index()}: {error}") from None
         raise

@@ -109,6 +109,11 @@ def describe_progress(describe: Callable[[], str] | None) -> None:
     _describe = describe
 
 
+def progress() -> str:
+    """Return the description of the work done so far, "" if there is none."""
+    return "" if _describe is None else _describe()
+
+
 def _open_streams() -> None:
     """Make every text printable, whatever standard output and standard error lead to."""
     for number in (0, 1, 2):

@@ -1,0 +1,278 @@
+"""Connections between the processes of a data-parallel run: all end when one dies, and arrays are gathered.
+
+MindSpore's own collective operators wait without an end for a process that was killed, and on Ascend they give up after
+a time limit, which a process that is still encoding images would exceed. So each process holds one TCP connection to
+process 0. The system closes the connections of a process that ends, however it ends. Those of a host that is switched
+off are given up after KEEP_ALIVE seconds. The system watches them, not Python: MindSpore may hold Python's lock for
+minutes while it compiles.
+
+A process that ends without saying that it is done ends all others: process 0 prints one line and exits. msrun then ends
+the processes of its host. The others print the line themselves if they still run after some seconds, which is so on
+other hosts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import secrets
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ldm.errors import LONGEST_MESSAGE, UserError, plain
+from ldm.files.atomic import remove_temporaries
+from ldm.runtime.script import progress
+
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}  # 35 s until a dead host is noticed
+CONNECT_SECONDS = 60.0  # to connect all processes, after MindSpore has connected them
+LAUNCHER_SECONDS = 3.0  # in which msrun ends the other processes of a host (it looks every second)
+LAST_LINE_SECONDS = 2.0  # how long printing the last line may take
+EXIT_CODE = 1  # where another process has ended
+TOKEN_BYTES = 16
+LONGEST_HOST = 64  # bytes
+
+_DATA, _GO, _DONE, _FAILED = range(4)  # kinds of messages
+_HEADER = struct.Struct("!BQ")  # kind, number of bytes
+_HELLO = struct.Struct(f"!{TOKEN_BYTES}sI{LONGEST_HOST}s")  # token, process, host
+
+_peers: Peers | None = None
+
+
+class Peers:
+    """The connections of one process.
+
+    Args:
+        index: Of this process.
+        connections: Process -> its connection: of process 0 those to all others, of another process that to process 0.
+        hosts: Process -> name of its host.
+    """
+
+    def __init__(self, index: int, connections: dict[int, socket.socket], hosts: dict[int, str]):
+        self.index, self.connections, self.hosts = index, connections, hosts
+        self.inbox: dict[int, queue.Queue[bytes]] = {process: queue.Queue() for process in connections}
+        self.failed = False  # whether this process ends with an error
+        self._ending = threading.Lock()
+        self._terminal = os.dup(2)  # standard error may be redirected to a log file later
+        for process in connections:
+            threading.Thread(target=self._receive, args=(process,), daemon=True, name=f"process {process}").start()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Wait for all processes, and return what each gave in process 0, nothing in the others."""
+        if self.index:
+            _send(self.connections[0], _DATA, data)
+            self._next(0)
+            return []
+        parts = [data, *(self._next(process) for process in sorted(self.connections))]
+        for connection in self.connections.values():
+            _send(connection, _GO)
+        return parts
+
+    def fail(self, message: str) -> None:
+        """Say that this process ends with an error. Process 0 reports it, and msrun has the time to end this one."""
+        self.failed = True
+        for connection in self.connections.values():
+            try:
+                _send(connection, _FAILED, message.encode("utf-8", "replace"))
+            except OSError:  # that process has ended
+                continue
+        if self.index:
+            time.sleep(self._patience())
+
+    def say_done(self) -> None:
+        """Say that this process ends as it should."""
+        for connection in self.connections.values():
+            try:
+                _send(connection, _DONE)
+            except OSError:  # that process was done before
+                continue
+
+    def _next(self, process: int) -> bytes:
+        while True:  # in short waits: the interrupt of ldm.runtime.script does not end a long one
+            try:
+                return self.inbox[process].get(timeout=0.5)
+            except queue.Empty:
+                continue
+
+    def _patience(self) -> float:
+        """Return after how many seconds this process reports the end of another: one after the other on each host."""
+        local_index = os.environ.get("DEVICE_ID", "")  # of msrun
+        return LAUNCHER_SECONDS + (int(local_index) if local_index.isdecimal() else self.index)
+
+    def _receive(self, process: int) -> None:
+        """Take the messages of a process until it is done. Ends this process if that one ends otherwise."""
+        connection, text = self.connections[process], ""
+        try:
+            while True:
+                kind, data = _receive_message(connection)
+                if kind == _DONE:
+                    return
+                if kind == _FAILED:
+                    text = data.decode("utf-8", "replace")
+                    break
+                self.inbox[process].put(data)
+        except OSError:  # closed, or its host does not answer
+            pass
+        with self._ending:  # one thread reports; the others wait here until this process has ended
+            if not self.failed:
+                self._end(process, text)
+
+    def _end(self, process: int, text: str) -> None:
+        """Report that a process has ended, and end this one. `text`: the report of process 0 or of that process."""
+        line = text
+        if not text:
+            line = (
+                f"process {process} on {self.hosts[process]} has ended without an error message (killed, or its host "
+                "is off or out of memory), so all processes end"
+            )
+        if self.index == 0:
+            done = progress()
+            line = f"{line}; {done}" if done else line
+            for connection in self.connections.values():
+                try:
+                    _send(connection, _FAILED, line.encode())
+                except OSError:  # the one that has ended
+                    continue
+        elif text or self.index > 1:  # process 1 reports in place of process 0, before msrun ends it
+            time.sleep(self._patience())
+        code = EXIT_CODE
+        timer = threading.Timer(LAST_LINE_SECONDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+        try:
+            line = plain(line, LONGEST_MESSAGE)
+            for handler in logging.getLogger("ldm").handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.handle(logging.LogRecord("ldm", logging.ERROR, __file__, 0, line, None, None))
+            os.write(self._terminal, f"\nerror: {line}\n".encode("utf-8", "backslashreplace"))
+            remove_temporaries()
+        finally:
+            os._exit(code)
+
+
+def connect(index: int, count: int, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Connect this process with the others. Every process calls it.
+
+    Args:
+        index: Of this process.
+        count: Number of processes.
+        add_up: Returns the sum of the arrays (n,) float32 that all processes call it with, by MindSpore.
+
+    Raises:
+        UserError: A process cannot be reached.
+    """
+    global _peers
+    if count < 2 or os.environ.get("MS_SIMULATION_LEVEL"):
+        return
+    greeting = np.zeros(4 + 2 + TOKEN_BYTES, np.float32)  # address, port, token in bytes, which float32 holds exactly
+    if index == 0:
+        with _listen() as server:
+            address, port = server.getsockname()[:2]
+            token = secrets.token_bytes(TOKEN_BYTES)
+            greeting[:] = list(socket.inet_aton(address) + struct.pack("!H", port) + token)
+            add_up(greeting)
+            connections, hosts = _accept(server, count, token)
+    else:
+        raw = bytes(add_up(greeting).astype(np.uint8))
+        address, port = socket.inet_ntoa(raw[:4]), struct.unpack("!H", raw[4:6])[0]
+        connections, hosts = {0: _reach(address, port, raw[6:], index)}, {0: address}
+    for connection in connections.values():
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    _peers = Peers(index, connections, hosts)
+    atexit.register(_at_exit)
+
+
+def gather(data: bytes = b"") -> list[bytes]:
+    """Wait until all processes have called this.
+
+    Returns the data of each process in process 0, in their order, and nothing in the others. Without other processes,
+    returns this process's data.
+    """
+    return [data] if _peers is None else _peers.gather(data)
+
+
+def fail(message: str) -> None:
+    """Tell the others that this process ends with an error. Without other processes, this does nothing."""
+    if _peers is not None:
+        _peers.fail(message)
+
+
+def _at_exit() -> None:
+    # Python sets last_value where an exception that nobody caught ends a program.
+    if _peers is not None and not _peers.failed and getattr(sys, "last_value", None) is None:
+        _peers.say_done()
+
+
+def _listen() -> socket.socket:
+    """Return a socket that listens on the address by which the scheduler's host is reached, so that others reach it."""
+    scheduler = os.environ.get("MS_SCHED_HOST") or socket.gethostname()
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((scheduler, 1))  # of a datagram socket: it sends nothing, and chooses the address
+            return socket.create_server((probe.getsockname()[0], 0))
+    except OSError as error:
+        raise UserError(f"process 0 cannot listen on the network of {plain(scheduler)}: {plain(error)}") from None
+
+
+def _accept(server: socket.socket, count: int, token: bytes) -> tuple[dict[int, socket.socket], dict[int, str]]:
+    connections: dict[int, socket.socket] = {}
+    hosts: dict[int, str] = {}
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while len(connections) < count - 1:
+        server.settimeout(max(0.1, deadline - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+            connection.settimeout(10)
+            given, process, host = _HELLO.unpack(_receive_bytes(connection, _HELLO.size))
+        except OSError:
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(i) for i in range(1, count) if i not in connections)
+                raise UserError(f"processes {missing} have not connected to process 0: see their logs") from None
+            continue  # a stranger, who says nothing
+        if not secrets.compare_digest(given, token):
+            connection.close()
+            continue
+        connections[process], hosts[process] = connection, host.rstrip(b"\0").decode("utf-8", "replace")
+    return connections, hosts
+
+
+def _reach(address: str, port: int, token: bytes, index: int) -> socket.socket:
+    try:
+        connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
+        connection.sendall(_HELLO.pack(token, index, socket.gethostname().encode()[:LONGEST_HOST]))
+        return connection
+    except OSError as error:
+        raise UserError(
+            f"process {index} cannot reach process 0 at {address}:{port} ({plain(error)}): the hosts of a run need TCP "
+            "connections to each other on all ports"
+        ) from None
+
+
+def _send(connection: socket.socket, kind: int, data: bytes = b"") -> None:
+    connection.sendall(_HEADER.pack(kind, len(data)) + data)
+
+
+def _receive_message(connection: socket.socket) -> tuple[int, bytes]:
+    kind, size = _HEADER.unpack(_receive_bytes(connection, _HEADER.size))
+    return kind, _receive_bytes(connection, size)
+
+
+def _receive_bytes(connection: socket.socket, size: int) -> bytes:
+    """Return the next `size` bytes. Raises OSError if the connection ends before."""
+    received = bytearray()
+    while len(received) < size:
+        part = connection.recv(min(size - len(received), 1 << 20))
+        if not part:
+            raise ConnectionResetError("the connection was closed")
+        received += part
+    return bytes(received)
