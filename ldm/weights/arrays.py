@@ -154,8 +154,8 @@ class Entry(NamedTuple):
 class CheckpointFile(Checkpoint):
     """A checkpoint file that is mapped into memory.
 
-    Arrays are read-only views of the mapped file. bfloat16 is widened to float32, which is exact. A loop over all
-    arrays that releases each one holds one array at a time.
+    Arrays are read-only views of the mapped file, or copies where an array is not aligned in the file. bfloat16 is
+    widened to float32, which is exact. A loop over all arrays that releases each one holds one array at a time.
 
     Raises:
         UserError: The file declares more than the bounds above. No array has been made then.
@@ -200,6 +200,9 @@ class CheckpointFile(Checkpoint):
                 np.frombuffer(self._data, dtype, size // dtype.itemsize, start) for start, size in entry.pieces if size
             ]
             array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, dtype)])
+        if not array.flags.aligned:  # a .ckpt of MindSpore, whose Tensor refuses such arrays in its version 2.7
+            array = array.copy()
+            array.flags.writeable = False
         if dtype == BFLOAT16:
             array = (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
         return array.reshape(entry.shape)
