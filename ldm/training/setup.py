@@ -144,7 +144,10 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         status.steps_done = state.step
         logger.info("continuing after step %d of %d, from %s", state.step, plan.steps, state.path)
     micro_batches = settings.gradient_accumulation_steps
-    feed = make_feed(inputs, status.steps_done * micro_batches, plan.steps * micro_batches, settings.dataset_sink_mode)
+    feed = make_feed(
+        inputs, status.steps_done * micro_batches, plan.steps * micro_batches, settings.dataset_sink_mode,
+        ahead=micro_batches if runtime.is_ascend else 0,
+    )  # fmt: skip
     resumed_here = settings.resume is True or (
         state is not None and state.path is not None and status.folder.resolve() in state.path.resolve().parents
     )
@@ -248,4 +251,5 @@ def _build_step(
         micro_batches=settings.gradient_accumulation_steps,
         process_count=runtime.process_count,
         dropout_key=dropout_key(model),
+        saturates=runtime.saturates and runtime.fp16,
     )

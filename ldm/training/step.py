@@ -9,9 +9,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
 from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, SplitWithSizeView, StackExt
+from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
+from ldm import ops as device_ops
 from ldm.errors import plain
-from ldm.ops import RepeatedCell, on_ascend
+from ldm.ops import RepeatedCell
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
@@ -107,6 +109,8 @@ class _Arrays:
 
     Args:
         parameters: The parameters to train.
+        saturates: Whether the device saturates instead of overflowing (the first Ascend 910). A step in which a number
+            saturated is then one whose gradients are not finite.
         large: Number of elements from which a parameter is large.
     """
 
@@ -150,23 +154,31 @@ class _Arrays:
 
 
 class _Gradients(nn.Cell):
-    """Returns the scaled loss of a micro-batch and its gradients with respect to `arrays`."""
+    """Returns the scaled loss of a micro-batch, its gradients with respect to `arrays`, and the flags (8,) of _Flags.
 
-    def __init__(self, loss: nn.Cell, arrays: _Arrays):
+    The flags are zeros if `saturates` is not set, and then cost nothing.
+    """
+
+    def __init__(self, loss: nn.Cell, arrays: _Arrays, saturates: bool):
         super().__init__(auto_prefix=False)
         self.loss, self.small = loss, len(arrays.small)
+        self.flags = _Flags() if saturates else None
+        self.no_flags = Tensor(np.zeros(8, np.int32))
         self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(arrays.parameters))
         self.concat = ops.Concat()
 
     def scaled_loss(self, loss_scale: Tensor, *batch: Tensor) -> Tensor:
         return self.loss(*batch) * loss_scale
 
-    def construct(self, loss_scale: Tensor, *batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def construct(self, loss_scale: Tensor, *batch: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        if self.flags is not None:
+            batch = self.flags.clear(batch)
         loss, gradients = self.value_and_grad(loss_scale, *batch)
+        flags = self.no_flags if self.flags is None else self.flags(gradients)
         if self.small:
             flat = self.concat(_each(_ravel, gradients[: self.small]))
             gradients = (flat,) + gradients[self.small :]
-        return loss, gradients
+        return loss, gradients, flags
 
 
 class _NormOnCPU(nn.Cell):
@@ -208,6 +220,28 @@ class _UnstackOnAscend(nn.Cell):
         return mint.unbind(x)
 
 
+class _Flags(nn.Cell):
+    """The flags in which the first Ascend 910 notes that a number saturated.
+
+    There a number above a type's largest becomes the largest, not infinity, so that the gradients may be finite and
+    wrong. The device notes it in flags, whichever operator it was in, until they are cleared. MindSpore's
+    TrainOneStepWithLossScaleCell reads the same flags.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.read_flags, self.reset_flags = NPUGetFloatStatusV2(), NPUClearFloatStatusV2()
+        self.zeros = Tensor(np.zeros(8, np.int32))
+
+    def clear(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return `batch`, so that what is computed from it comes after the flags are cleared."""
+        return ops.depend(batch, self.reset_flags(self.zeros))
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Return the flags (8,) int32 after the gradients are computed, zeros if nothing saturated."""
+        return self.read_flags(ops.depend(self.zeros, gradients))
+
+
 class _Update(nn.Cell):
     """Norm, overflow check, clipping, AdamW and moving average, from gradients that are still scaled.
 
@@ -215,7 +249,7 @@ class _Update(nn.Cell):
     the gradients, a check of each of them several.
     """
 
-    def __init__(self, arrays: _Arrays, optimizer: AdamW, clip: bool, process_count: int):
+    def __init__(self, arrays: _Arrays, optimizer: AdamW, clip: bool, process_count: int, saturates: bool):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
         self.flat, self.small = arrays.flat, ParameterTuple(arrays.small)
@@ -223,13 +257,24 @@ class _Update(nn.Cell):
         self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
         self.group_sizes = tuple(sum(group) for group in self.sizes)
         self.reduce = nn.DistributedGradReducer(optimizer.parameters) if process_count > 1 else None
-        self.norm = _NormOnAscend() if on_ascend() else _NormOnCPU(arrays.flat is not None)
+        self.norm = _NormOnAscend() if device_ops.on_ascend() else _NormOnCPU(arrays.flat is not None)
         self.minimum = ops.Minimum()
         self.is_finite = ops.IsFinite()
         self.cast = ops.Cast()
+        self.saturates, self.no_flags = saturates, Tensor(np.zeros(8, np.int32))
+        self.reduce_flags = ops.AllReduce() if saturates and process_count > 1 else None
+        self.equal, self.all, self.both = ops.Equal(), ops.ReduceAll(), ops.LogicalAnd()
 
-    def construct(self, gradients: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return the norm, and 1.0 if it is finite or else 0.0. `scalars`: those of StepScalars, one tensor each."""
+    def construct(
+        self, gradients: tuple[Tensor, ...], flags: Tensor, scalars: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm, and 1.0 if all gradients are finite and nothing saturated, or else 0.0.
+
+        Args:
+            gradients: One for each of the optimizer's arrays.
+            flags: (8,) int32, see _Flags.
+            scalars: Those of StepScalars, one tensor each.
+        """
         if self.reduce is not None:
             gradients = self.reduce(gradients)
         _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars
@@ -238,6 +283,10 @@ class _Update(nn.Cell):
         if self.clip:
             factor = unscale * self.minimum(max_norm / (norm + 1e-6), 1.0)
         finite = self.is_finite(norm)
+        if self.saturates:
+            if self.reduce_flags is not None:
+                flags = self.reduce_flags(flags)
+            finite = self.both(finite, self.all(self.equal(flags, self.no_flags)))
         updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
         if self.sizes:  # the networks read the parameters, which are parts of the flat array
             parts = ()
@@ -258,37 +307,45 @@ class _WholeStep(RepeatedCell):
 
     def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
         scalars = self.unstack(scalars)
-        loss, gradients = self.gradients(scalars[0], *batch)
-        norm, finite = self.update(gradients, scalars)
+        loss, gradients, flags = self.gradients(scalars[0], *batch)
+        norm, finite = self.update(gradients, flags, scalars)
         return self.stack((loss / scalars[0], norm, finite))
 
 
 class _MicroBatch(RepeatedCell):
-    """Adds the gradients of a micro-batch to the totals."""
+    """Adds the gradients of a micro-batch to the totals, and its flags to `flags` if there are any."""
 
-    def __init__(self, gradients: _Gradients, totals: ParameterTuple):
+    def __init__(self, gradients: _Gradients, totals: ParameterTuple, flags: Parameter | None):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals = gradients, totals
+        self.gradients, self.totals, self.flags = gradients, totals, flags
         self.unstack = _unstack()
-        self.add_into = _add_into_on_ascend if on_ascend() else _add_into
+        self.add_into = _add_into_on_ascend if device_ops.on_ascend() else _add_into
 
     def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
         loss_scale = self.unstack(scalars)[0]
-        loss, gradients = self.gradients(loss_scale, *batch)
-        return ops.depend(loss / loss_scale, _each(self.add_into, self.totals, gradients))
+        loss, gradients, flags = self.gradients(loss_scale, *batch)
+        added = _each(self.add_into, self.totals, gradients)
+        if self.flags is not None:
+            added = (added, ops.assign_add(self.flags, flags))
+        return ops.depend(loss / loss_scale, added)
 
 
 class _UpdateFromTotals(nn.Cell):
     """Updates from the totals and clears them."""
 
-    def __init__(self, update: _Update, totals: ParameterTuple):
+    def __init__(self, update: _Update, totals: ParameterTuple, flags: Parameter | None):
         super().__init__(auto_prefix=False)
-        self.update, self.totals = update, totals
+        self.update, self.totals, self.flags = update, totals, flags
+        self.no_flags = Tensor(np.zeros(8, np.int32))
         self.stack, self.unstack = _stack(), _unstack()
 
     def construct(self, scalars: Tensor) -> Tensor:
-        result = self.stack(self.update(self.totals, self.unstack(scalars)))
-        return ops.depend(result, _each(_clear, ops.depend(self.totals, result)))
+        flags = self.no_flags if self.flags is None else self.flags
+        result = self.stack(self.update(self.totals, flags, self.unstack(scalars)))
+        cleared = _each(_clear, ops.depend(self.totals, result))
+        if self.flags is not None:
+            cleared = (cleared, ops.assign(self.flags, ops.depend(self.no_flags, result)))
+        return ops.depend(result, cleared)
 
 
 # Stack, Unstack, L2Loss and AddN are aclop kernels on Ascend, which cost four times as much to launch as aclnn's.
@@ -296,12 +353,12 @@ class _UpdateFromTotals(nn.Cell):
 
 def _stack() -> Callable:
     """Return the operator that makes one tensor of a tuple of scalars."""
-    return StackExt(0) if on_ascend() else ops.Stack()
+    return StackExt(0) if device_ops.on_ascend() else ops.Stack()
 
 
 def _unstack() -> Callable:
     """Return the operator that makes a tuple of scalars of a tensor."""
-    return _UnstackOnAscend(auto_prefix=False) if on_ascend() else ops.Unstack()
+    return _UnstackOnAscend(auto_prefix=False) if device_ops.on_ascend() else ops.Unstack()
 
 
 class TrainStep:
@@ -322,6 +379,8 @@ class TrainStep:
         micro_batches: Number of batches that a step is the mean over.
         process_count: Number of data-parallel processes.
         dropout_key: Key of LoRA's dropout (see ldm.lora.dropout), which is set for each micro-batch.
+        saturates: Whether the device saturates instead of overflowing (the first Ascend 910). A step in which a number
+            saturated is then one whose gradients are not finite.
         large: Number of elements from which a parameter is an array of its own, None for the device's default. All
             smaller ones are parts of one flat array, which is copied into them at the end of a step.
     """
@@ -338,6 +397,7 @@ class TrainStep:
         micro_batches: int = 1,
         process_count: int = 1,
         dropout_key: Parameter | None = None,
+        saturates: bool = False,
         large: int | None = None,
     ):
         if not parameters:
@@ -348,21 +408,22 @@ class TrainStep:
                 raise ValueError(f"{parameter.name} is {parameter.dtype}: what is trained must be fp32")
             parameter.requires_grad = True
         self.micro_batches, self.dropout_key, self.use_ema = micro_batches, dropout_key, use_ema
-        arrays = _Arrays(self.parameters, large or (LARGE_ON_ASCEND if on_ascend() else LARGE_ON_CPU))
+        arrays = _Arrays(self.parameters, large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU))
         optimizer = AdamW(arrays.arrays, betas, use_ema, skip_overflow)
-        update = _Update(arrays, optimizer, clip, process_count)
+        update = _Update(arrays, optimizer, clip, process_count, saturates)
         self._arrays = arrays
         self._groups = {"p": optimizer.parameters, "m": optimizer.m, "v": optimizer.v}
         if use_ema:
             self._groups["ema"] = optimizer.averages
-        gradients = _Gradients(loss, arrays)
+        gradients = _Gradients(loss, arrays, saturates)
         if micro_batches == 1:
             self.whole = _WholeStep(gradients, update)
             self.whole.set_train()
         else:
             totals = ParameterTuple([companion("total", p, ops.zeros_like(p)) for p in arrays.arrays])
-            self.micro = _MicroBatch(gradients, totals)
-            self.finish = _UpdateFromTotals(update, totals)
+            flags = Parameter(Tensor(np.zeros(8, np.int32)), name="flags", requires_grad=False) if saturates else None
+            self.micro = _MicroBatch(gradients, totals, flags)
+            self.finish = _UpdateFromTotals(update, totals, flags)
             self.micro.set_train()
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,53 @@ def test_the_feed_returns_the_micro_batches_from_its_start(rows, tmp_path):
         assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
     with pytest.raises(StopIteration):
         following()
+
+
+def test_a_thread_makes_the_same_micro_batches_ahead(rows, tmp_path, monkeypatch):
+    inputs = build(rows, tmp_path)
+    expected = [inputs.batch(number) for number in range(3, 7)]
+    made, batch, main = [], inputs.batch, threading.current_thread()
+
+    def make(number):
+        assert threading.current_thread() is not main
+        made.append(number)
+        return batch(number)
+
+    monkeypatch.setattr(inputs, "batch", make)
+    following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
+    assert made == []
+    assert same([tensor.asnumpy() for tensor in following()], expected[0])
+    following.thread.submit(lambda: None).result()  # when the thread has made what it was asked for
+    assert made == [3, 4, 5]
+    for micro_batch in expected[1:]:
+        assert same([tensor.asnumpy() for tensor in following()], micro_batch)
+    with pytest.raises(StopIteration):
+        following()
+
+
+def test_an_error_of_the_thread_is_raised_with_its_micro_batch(rows, tmp_path, monkeypatch):
+    inputs = build(rows, tmp_path)
+    batch = inputs.batch
+
+    def make(number):
+        if number == 4:
+            raise UserError("number 4 cannot be made")
+        return batch(number)
+
+    monkeypatch.setattr(inputs, "batch", make)
+    following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
+    following()
+    with pytest.raises(UserError, match="number 4 cannot be made"):
+        following()
+
+
+def test_what_networks_encode_is_made_when_it_is_asked_for(rows, tmp_path, monkeypatch):
+    """Two threads must not run networks at once."""
+    inputs, made = build(rows, tmp_path, random_flip=True), []
+    monkeypatch.setattr(inputs, "batch", lambda number: made.append(number) or [np.zeros(1, np.float32)])
+    following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
+    following()
+    assert made == [3]
 
 
 def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch):

@@ -223,6 +223,31 @@ def test_without_skipping_an_overflow_reaches_the_weights():
     assert not np.isfinite(step.state()["p.w"]).all()
 
 
+class Flags(nn.Cell):
+    """Stands for the operator that reads the first Ascend 910's flags."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.flags = Parameter(Tensor(np.zeros(8, np.int32)), name="device_flags", requires_grad=False)
+
+    def construct(self, x):
+        return self.flags + x
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monkeypatch):
+    """The operators exist on Ascend only. What the step does with the flags is the same everywhere."""
+    flags = Flags()
+    monkeypatch.setattr("ldm.training.step.NPUGetFloatStatusV2", lambda: flags)
+    monkeypatch.setattr("ldm.training.step.NPUClearFloatStatusV2", lambda: ops.ReLU())
+    _, step = toy_step(skip_overflow=True, saturates=True, micro_batches=micro_batches)
+    pair, before = batch(*numbers()), step.state()
+    for flag, finite in ((3, False), (0, True)):
+        flags.flags.set_data(Tensor(np.array([0, flag, 0, 0, 0, 0, 0, 0], np.int32)))
+        assert step([pair] * micro_batches, scalars(micro=micro_batches)).finite == finite
+        assert np.array_equal(step.state()["p.w"], before["p.w"]) == (not finite)
+
+
 def test_the_moving_average_follows():
     loss, step = toy_step(use_ema=True)
     average = loss.w.asnumpy().copy()
