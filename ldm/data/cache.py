@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.inputs import content_hash, is_there, read_bytes
+from ldm.runtime import peers
 from ldm.runtime.logs import warn_each
 
 logger = logging.getLogger(__name__)
@@ -69,12 +70,18 @@ class ArrayCache:
     checksum. A file that is damaged or holds another array than requested is named in a warning and computed again.
     The folder can be deleted at any time.
 
+    The processes of a data-parallel run divide what is to be computed: each computes its share and reads the rest from
+    the folder. What it does not find there, because another host has its own folder, it computes itself.
+
     Args:
         folder: The folder of the files, created with the first one. None keeps the arrays in memory only.
+        process_index: Of this process in a data-parallel run.
+        process_count: Number of processes, which all ask for the same keys.
     """
 
-    def __init__(self, folder: str | Path | None = None):
+    def __init__(self, folder: str | Path | None = None, process_index: int = 0, process_count: int = 1):
         self.folder = None if folder is None else Path(folder)
+        self.process_index, self.process_count = process_index, process_count
         self._arrays: dict[str, np.ndarray] = {}
         self._writes = True
         if self.folder is not None and os.path.isdir(self.folder):
@@ -102,7 +109,33 @@ class ArrayCache:
             UserError: A computed array is not finite.
         """
         places = {key: place for place, key in reversed(list(enumerate(keys)))}
+
+        def compute(batch: list[str]) -> Iterable[np.ndarray]:
+            return compute_batch([places[key] for key in batch])
+
         unread = [key for key in dict.fromkeys(keys) if key not in self._arrays]
+        if self.process_count > 1:
+            self._read_or_compute(unread[self.process_index :: self.process_count], compute, batch_size, desc, shape)
+            peers.gather()  # waits until the others have written theirs
+            unread = [key for key in unread if key not in self._arrays]
+        missing = self._read_or_compute(unread, compute, batch_size, desc, shape)
+        if self.process_count > 1 and missing:
+            logger.warning(
+                "%s: %d arrays of other processes were not under %s and were computed again: let all hosts share "
+                "output_path",
+                desc, missing, self.folder,
+            )  # fmt: skip
+        return [self._arrays[key] for key in keys]
+
+    def _read_or_compute(
+        self,
+        unread: list[str],
+        compute: Callable[[list[str]], Iterable[np.ndarray]],
+        batch_size: int,
+        desc: str,
+        shape: tuple[int, ...] | None,
+    ) -> int:
+        """Read arrays into memory, compute those that are not on disk, and return how many these are."""
         missing: list[str] = []
         faults: list[str] = []
         for key in tqdm(unread, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
@@ -120,13 +153,13 @@ class ArrayCache:
             with tqdm(total=len(missing), desc=f"{desc}: computing", unit="row") as bar:
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    computed = list(compute_batch([places[key] for key in batch]))
+                    computed = list(compute(batch))
                     if len(computed) != len(batch):
                         raise ValueError(f"{desc}: {len(computed)} arrays for a batch of {len(batch)}")
                     for key, array in zip(batch, computed):
                         self._store(key, np.array(array), desc)
                     bar.update(len(batch))
-        return [self._arrays[key] for key in keys]
+        return len(missing)
 
     def _read(self, key: str, shape: tuple[int, ...] | None) -> np.ndarray | None:
         """Return the array on disk, or None if there is none. Raises UserError if its file cannot be used."""

@@ -15,7 +15,8 @@ class StepDropout(nn.Cell):
     In a training step a share `rate` of the values of x is set to zero, and the others are divided by 1 - rate. There
     is no generator state, so a resumed run drops what an uninterrupted run drops. Two numbers for each row and two for
     each column are hashed from the key, and each value of x hashes its row's numbers with its column's. The rows and
-    columns are those of x as (rows, last axis), or as (N * C, H * W) for images.
+    columns are those of x as (rows, last axis), or as (N * C, H * W) for images. In a data-parallel run the rows are
+    counted over the processes, so that they drop what one process drops for all their images.
 
     Args:
         rate: Share of the values to drop.
@@ -33,6 +34,7 @@ class StepDropout(nn.Cell):
         self.extra = 1.0 / (1.0 - rate) - 1.0
         self.shift = Tensor(15, ms.int32)
         self.one = Tensor(1, ms.int32)
+        self.process_index = 0  # see set_process
         self.odd = tuple(_int32(number) for number in (0x2C1B3C6D, 0x297A2D39, 0x61C88647))
 
     def construct(self, x: Tensor) -> Tensor:
@@ -44,17 +46,18 @@ class StepDropout(nn.Cell):
     def mask(self, rows: int, columns: int) -> Tensor:
         """Return (rows, columns) fp32 of zeros and 1 / (1 - rate), or of ones where the key is zero."""
         active = ops.not_equal(ops.bitwise_or(self.key[0], self.key[1]), 0)
-        row, row2 = (self.hash(rows, salt).reshape(rows, 1) for salt in self.salts[:2])
-        column, column2 = (self.hash(columns, salt).reshape(1, columns) for salt in self.salts[2:])
+        first = self.process_index * rows
+        row, row2 = (self.hash(first, rows, salt).reshape(rows, 1) for salt in self.salts[:2])
+        column, column2 = (self.hash(0, columns, salt).reshape(1, columns) for salt in self.salts[2:])
         # The comparison depends on the highest bits, into which each product carries all lower ones.
         mixed = ops.bitwise_xor(row, column) * self.odd[2]
         mixed = ops.bitwise_xor(mixed, row2) * ops.bitwise_or(column2, self.one)
         kept = mixed >= self.lowest + active.astype(ms.int32) * self.share
         return kept.astype(ms.float32) * (1.0 + active.astype(ms.float32) * self.extra)
 
-    def hash(self, count: int, salt: Tensor) -> Tensor:
-        """Return `count` int32 numbers whose bits are independent and evenly distributed."""
-        h = ops.bitwise_xor(Tensor(np.arange(count, dtype=np.int32)) * self.odd[2] + self.key[0], salt)
+    def hash(self, first: int, count: int, salt: Tensor) -> Tensor:
+        """Return int32 numbers (count,) of the places from `first`, whose bits are independent and even."""
+        h = ops.bitwise_xor(Tensor(np.arange(first, first + count, dtype=np.int32)) * self.odd[2] + self.key[0], salt)
         h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[0] + self.key[1]
         h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[1]
         return ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift))
@@ -68,6 +71,13 @@ def make_dropout_key() -> Parameter:
 def dropout_key(model: nn.Cell) -> Parameter | None:
     """Return the key of the StepDropouts in `model`, or None if there are none."""
     return next((cell.key for _, cell in model.cells_and_names() if isinstance(cell, StepDropout)), None)
+
+
+def set_process(model: nn.Cell, process_index: int) -> None:
+    """Let the StepDropouts in `model` drop the values of this process of a data-parallel run, before it is compiled."""
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, StepDropout):
+            cell.process_index = process_index
 
 
 def _int32(number: int) -> Tensor:

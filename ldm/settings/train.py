@@ -147,7 +147,8 @@ class TrainSettings:
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group="length", low=1, high=MAX_COUNT)
     max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MAX_COUNT)
-    train_batch_size: int = graph_setting(4, "images per batch and device", low=1, high=MAX_BATCH)
+    # A resumed run may divide the same images among another number of processes: ldm.training.resume compares those.
+    train_batch_size: int = setting(4, "images per batch and device", low=1, high=MAX_BATCH, graph_key=True)
     gradient_accumulation_steps: int = graph_setting(
         1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH
     )

@@ -86,7 +86,7 @@ class Inputs:
                 len(cut), len(rows), cut[0],
             )  # fmt: skip
         self.empty_tokens = tokenizer.encode([""])
-        cache = ArrayCache(Path(settings.output_path) / "cache")
+        cache = ArrayCache(Path(settings.output_path) / "cache", order.process_index, order.process_count)
         self.moments = self.text_embeddings = None
         if settings.cache_latents:
             if settings.random_crop or settings.random_flip:

@@ -26,7 +26,7 @@ from ldm.weights.base_model import base_model_hash
 logger = logging.getLogger(__name__)
 
 # A run is not resumed where one of these differs: its weights would not be those of an uninterrupted run.
-FIXED_ON_RESUME = ("data", "model", "base", "rank_size", *names_of(TrainSettings, resume="fixed"))
+FIXED_ON_RESUME = ("data", "model", "base", "global_batch", *names_of(TrainSettings, resume="fixed"))
 # These may differ. A warning names the change, and the new value is used.
 FOLLOWED_ON_RESUME = ("updates", *names_of(TrainSettings, resume="followed"))
 
@@ -36,8 +36,7 @@ def make_fingerprint(
 ) -> dict[str, Any]:
     """Collect what a training state is compared by: settings, and hashes of the data and the base model.
 
-    The names are those in the training states of earlier versions: "updates" is the number of steps, "rank_size" the
-    number of processes.
+    "updates" is the number of steps, "global_batch" the images of a micro-batch in all processes.
     """
     layers = lora_spec.modules, lora_spec.trainable_model
     values = asdict(settings)
@@ -45,7 +44,7 @@ def make_fingerprint(
         data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
         model=content_key("model", repr(config.content()))[:16],
         base=_base_model_identity(settings),
-        rank_size=runtime.process_count,
+        global_batch=settings.train_batch_size * runtime.process_count,
         precision=runtime.precision,
         image_size=image_size(settings, config),
         updates=plan.steps,
@@ -93,8 +92,12 @@ def find_state_to_resume(
         differences = compare_fingerprints(state.fingerprint, fingerprint)
         fixed = [text for name, text in differences.items() if name in FIXED_ON_RESUME]
         if fixed:
+            hint = ""
+            if "global_batch" in differences:
+                processes = fingerprint["global_batch"] // settings.train_batch_size
+                hint = _how_to_keep_the_batch(with_global_batch(state.fingerprint)["global_batch"], processes)
             raise UserError(
-                f"{state.path} belongs to another run: {'; '.join(fixed)}. Use the same settings and data, or "
+                f"{state.path} belongs to another run: {'; '.join(fixed)}{hint}. Use the same settings and data, or "
                 "start again without --resume in another output_path"
             )
         difference = differing_shapes(shapes, state.arrays)
@@ -115,7 +118,33 @@ def find_state_to_resume(
     for name, difference in compare_fingerprints(state.fingerprint, fingerprint).items():
         if name not in FIXED_ON_RESUME:
             logger.warning("resume: %s; the new value is used", difference)
+    if state.fingerprint.get("rank_size", 1) != 1:
+        logger.warning(
+            "%s is of an earlier version, in which each process drew its own random numbers: from here on they are "
+            "those of one process with all images of a batch",
+            state.path,
+        )
     return state
+
+
+def _how_to_keep_the_batch(saved: Any, processes: int) -> str:
+    """Say which train_batch_size gives the saved number of images in a micro-batch of all processes."""
+    rule = " (global_batch is train_batch_size x processes: "
+    if not isinstance(saved, int) or saved % processes:
+        return f"{rule}start a number of processes that divides it)"
+    return f"{rule}with {processes} process{'es' * (processes > 1)}, use --train_batch_size {saved // processes})"
+
+
+def with_global_batch(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint with "global_batch" in place of what earlier versions saved, "rank_size" and the batch size.
+
+    A "train_batch_size" or "rank_size" that is no number is left for the comparison to refuse.
+    """
+    values = dict(fingerprint)
+    if "global_batch" not in values and isinstance(values.get("train_batch_size"), int):
+        if isinstance(values.get("rank_size", 1), int):
+            values["global_batch"] = values.pop("train_batch_size") * values.pop("rank_size", 1)
+    return values
 
 
 def compare_fingerprints(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
@@ -123,6 +152,7 @@ def compare_fingerprints(saved: dict[str, Any], current: dict[str, Any]) -> dict
 
     Only what was saved is compared: an older version of this project may not have saved all of it.
     """
+    saved = with_global_batch(saved)
     return {
         name: f"{plain(name, 60)} was {plain(saved[name], 60)}, is {plain(current.get(name), 60)}"
         for name in saved

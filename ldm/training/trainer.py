@@ -211,8 +211,8 @@ def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[Ten
 
 def _dropout_keys(run: Run) -> list[np.ndarray]:
     """Return the key of LoRA's dropout for each micro-batch of the next step, a function of its number."""
-    seed, process, count = run.settings.seed, run.runtime.process_index, run.settings.gradient_accumulation_steps
-    generators = [draws(seed, "lora_dropout", run.status.steps_done * count + i, process) for i in range(count)]
+    seed, count = run.settings.seed, run.settings.gradient_accumulation_steps
+    generators = [draws(seed, "lora_dropout", run.status.steps_done * count + i) for i in range(count)]
     return [generator.integers(-(2**31), 2**31, 2, dtype=np.int32) for generator in generators]
 
 

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.data.draws import draws
-from ldm.lora.dropout import StepDropout, make_dropout_key
+from ldm.lora.dropout import StepDropout, make_dropout_key, set_process
 from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear
 from ldm.models.layers import Conv2d, Linear, set_compute_dtype
 
@@ -211,6 +211,16 @@ class TestDropout:
         assert not np.array_equal(other.at(1, x), first)
         assert not np.array_equal(one.at(2, x), first)
         np.testing.assert_array_equal(one.at(1, x), first)
+
+    @pytest.mark.parametrize("shape", [(2, 5, 30), (2, 4, 3, 5)])
+    def test_processes_drop_what_one_process_drops_for_all_their_images(self, shape):
+        whole = Masked(0.5).at(1, np.ones((3 * shape[0], *shape[1:]), np.float32))
+        parts = []
+        for process_index in range(3):
+            net = Masked(0.5)
+            set_process(net, process_index)
+            parts.append(net.at(1, np.ones(shape, np.float32)))
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
 
     def test_outside_of_training_nothing_is_dropped(self):
         net, x = Masked(0.9), normal(5, 6)
