@@ -17,7 +17,7 @@ from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.files.paths import under_root, writing
 from ldm.generation.loading import load_model
-from ldm.lora.dropout import dropout_key
+from ldm.lora.dropout import dropout_key, set_process
 from ldm.lora.formats import read_lora
 from ldm.lora.inject import inject_lora, set_lora
 from ldm.lora.merge import check_compatible
@@ -122,6 +122,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         random_unet=settings.unet_initialize_random,
     )
     trainable = _choose_trainable(settings, model, lora_spec)
+    set_process(model, runtime.process_index)
     state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
     if state is not None:
         status.last_state = state.path
