@@ -1,6 +1,7 @@
 # make demo         fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
 # make test         run the tests, without PyTorch, and print the 20 slowest
 # make test-parity  compare with PyTorch, diffusers and transformers, in a virtual environment of its own
+# make test-ascend  compile for Ascend without a device and compare the kernels with the recorded ones
 # make lint         check style, layout and types: ruff and mypy
 # make format       apply ruff's fixes and layout
 #
@@ -9,7 +10,7 @@
 PYTHON ?=
 export MAKECMDGOALS
 
-.PHONY: demo test test-parity lint format clean
+.PHONY: demo test test-parity test-ascend lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -19,6 +20,9 @@ test: .venv/ready
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity
+
+test-ascend: .venv/ready
+	@.venv/bin/python -m pytest tests/ascend --durations=20
 
 lint: .venv/ready
 	@.venv/bin/ruff check .

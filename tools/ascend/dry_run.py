@@ -96,9 +96,11 @@ def report(graph: Graph) -> str:
     rows = [f"## {graph.name}", "", "| operator | kernel | count |", "| --- | --- | --- |"]
     kernels = sorted(graph.kernels.items(), key=lambda item: (-item[1], item[0]))
     rows += [f"| {operator} | {kind} | {count} |" for (operator, kind), count in kernels]
-    totals = {kind: graph.total(kind) for kind in sorted({kind for _, kind in graph.kernels})}
-    counts = ", ".join(f"{count} {kind}" for kind, count in totals.items())
-    rows += ["", f"{counts}; peak memory {graph.peak_bytes / 1e9:.3f} GB; compiled in {graph.seconds:.1f} s", ""]
+    rows += [
+        "",
+        f"{graph.totals()}; peak memory {graph.peak_bytes / 1e9:.3f} GB; compiled in {graph.seconds:.1f} s",
+        "",
+    ]
     return "\n".join(rows)
 
 
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for graph in graphs:
         print(report(graph))
     if args.output is not None:
-        args.output.write_text(json_text({graph.name: graph.table() for graph in graphs}), encoding="utf-8")
+        args.output.write_text(json_text({graph.name: graph.table() for graph in graphs}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ from ldm.training.setup import _build_step, _choose_trainable, make_lora_spec
 from ldm.training.step import StepScalars
 from tools.ascend.simulation import begin_graph, end_graph
 
-DISPATCH_THREADS = 6
-
 
 def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
     return Tensor(np.zeros(shape, dtype))
@@ -120,9 +118,6 @@ class _NoCheckpoint:
 
 def set_up(settings: TrainSettings) -> Runtime:
     """Set up MindSpore as `ldm.training.setup.begin` does."""
-    ms.set_device("Ascend")
-    # With 2 cores MindSpore has too few threads to start a graph with a condition.
-    ms.runtime.dispatch_threads_num(DISPATCH_THREADS)
     return setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
         settings.use_parallel,

@@ -28,6 +28,7 @@ KINDS = {
     "hccl_kernel": "hccl",  # communication
 }
 KERNEL = re.compile(r"GenerateKernelMod\] kernel opname:(\w+), kernel type:(\w+)")
+FROM_CACHE = "Use the compilation cache and execute the backend actions only"
 MINDSPORE_LOG = re.compile(r"\[(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\] [A-Z_]+\(\d+")
 MARK = "@dry run: "  # begins the lines by which the program says where a graph begins and ends
 LAST_LINES = 200  # lines of the program that are kept for an error
@@ -48,6 +49,10 @@ class Graph:
         """Return the number of kernels of a kind, such as "aclnn"."""
         return sum(count for (_, found), count in self.kernels.items() if found == kind)
 
+    def totals(self) -> str:
+        """Return the number of kernels of each kind in words."""
+        return ", ".join(f"{self.total(kind)} {kind}" for kind in sorted({kind for _, kind in self.kernels}))
+
     def table(self) -> dict[str, Any]:
         """Return the counts and the memory for a JSON file: {kind: {operator: count}}."""
         kinds = sorted({kind for _, kind in self.kernels})
@@ -64,6 +69,7 @@ class Simulated:
 
     exit_code: int
     kernels: Kernels  # of the whole program
+    graphs_from_cache: int = 0  # graphs that the compile cache spared the front end
     graphs: list[Graph] = field(default_factory=list)  # those that `begin_graph` and `end_graph` enclose
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))  # what it printed, without the log
 
@@ -89,7 +95,7 @@ def simulate(
     soc: str = DEFAULT_SOC,
     process_count: int = 1,
     environment: Mapping[str, str] | None = None,
-    log_modules: str = "{DEVICE:1}",
+    log_modules: str = "{DEVICE:1,PIPELINE:2}",
 ) -> Simulated:
     """Run Python with the arguments `command` on the simulated device, in a temporary folder.
 
@@ -134,5 +140,7 @@ def _read(lines: Any, result: Simulated) -> None:
             if values:
                 result.graphs.append(Graph(kernels=graph, **values))
             graph = Counter()
+        elif FROM_CACHE in line:
+            result.graphs_from_cache += 1
         elif not MINDSPORE_LOG.match(line):
             result.lines.append(line.rstrip("\n"))

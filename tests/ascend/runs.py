@@ -1,0 +1,93 @@
+"""The dry runs that the tests look at, each in a process of its own.
+
+Each takes (folder for its files, base model, data folder) and returns what it did on the simulated device. They come in
+the order in which they start: the longest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from tools.ascend.dry_run import GRAPHS, training_flags
+from tools.ascend.simulation import Simulated, simulate
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "tiny.yaml"
+MICRO = ROOT / "tests" / "training" / "micro.yaml"
+NANO = ROOT / "configs" / "nano.yaml"
+RECIPE = ROOT / "configs" / "train" / "train_config_lora_v1.yaml"
+
+Result = Simulated
+Run = Callable[[Path, Path, Path], Result]
+
+# What is compared with the recorded tables. tests/tiny.yaml has two levels; micro.yaml, with one level, has the same
+# operators in a third of the time. EMA, clipping and the skip of overflows are on.
+COMPARED = {
+    "flash-O0": (TINY, 32, GRAPHS, True, "O0"),
+    "plain-O0": (MICRO, 16, ("unet", "step"), False, "O0"),
+    "flash-O1": (MICRO, 16, GRAPHS, True, "O1"),
+    "plain-O1": (MICRO, 16, ("unet", "step"), False, "O1"),
+}
+
+
+def compile_graphs(
+    config: Path, size: int, graphs: Sequence[str], flash: bool, jit_level: str, *_: Path, process_count: int = 1,
+    flags: Sequence[str] = (),
+) -> Result:  # fmt: skip
+    """Compile graphs with a batch of two images, with LoRA of rank 4 in the attention."""
+    argv = [
+        f"--model_config={config}", f"--image_size={size}", "--train_batch_size=2", f"--jit_level={jit_level}",
+        f"--enable_flash_attention={flash}", "--use_ema=True", *flags,
+    ]  # fmt: skip
+    command = ["-m", "tools.ascend.graphs", ",".join(graphs), *training_flags(argv)]
+    return simulate(command, process_count=process_count)
+
+
+def train(
+    folder: Path, base_model: Path, data: Path, *, output: str, config: Path = MICRO, size: int = 16,
+    flags: Sequence[str] = (), **options: object,
+) -> Result:  # fmt: skip
+    """Train LoRA with the script, two steps if `flags` do not say otherwise."""
+    arguments = {
+        "train_config": RECIPE, "model_config": config, "image_size": size, "train_batch_size": 2, "max_steps": 2,
+        "data_path": data, "pretrained_model_path": base_model, "output_path": folder / output,
+        "device_target": "Ascend",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in arguments.items()]
+    return simulate([str(ROOT / "train_text_to_image.py"), *words, *flags], **options)
+
+
+def train_nano(folder: Path, _: Path, data: Path) -> Result:
+    nano = ROOT / "models" / "nano" / "nano.safetensors"
+    return train(folder, nano, data, output="nano", config=NANO, size=64)
+
+
+def generate_nano(folder: Path, *_: Path) -> Result:
+    """Generate an image of the nano model with two steps of the sampler."""
+    arguments = {
+        "prompt": "a red apple", "output_path": folder / "images", "sampling_steps": 2, "n_samples": 1,
+        "device_target": "Ascend",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in arguments.items()]
+    return simulate([str(ROOT / "text_to_image.py"), *words])
+
+
+def train_twice(folder: Path, base_model: Path, data: Path) -> tuple[Result, Result]:
+    """Train with the compile cache, and resume the run in a second process."""
+    run = partial(train, folder, base_model, data, output="cached")
+    first = run(flags=["--compile_cache=True"])
+    return first, run(flags=["--compile_cache=True", "--resume=True", "--max_steps=4"])
+
+
+RUNS: dict[str, Run] = {
+    "train nano": train_nano,
+    **{name: partial(compile_graphs, *arguments) for name, arguments in COMPARED.items()},
+    "generate nano": generate_nano,
+    "compile cache": train_twice,
+    "sink": partial(train, output="sink", flags=["--dataset_sink_mode=True"]),
+    "8 cards": partial(
+        compile_graphs, MICRO, 16, ("step",), True, "O0", process_count=8, flags=["--use_parallel=True"]
+    ),
+}

@@ -1,0 +1,57 @@
+"""The graphs of both scripts compile for Ascend, with the kernels and the memory that are recorded.
+
+After a change that is meant to change them: python -m tests.ascend.record
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ascend.record import recorded
+from tests.ascend.runs import COMPARED
+from tools.ascend.dry_run import check_compiled
+
+MEMORY_TOLERANCE = 0.01  # not yet shown to be the same to the byte in every run
+
+compared = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.runs(name), id=name) for name in COMPARED]
+)
+
+
+@compared
+def test_every_graph_compiles(runs, name):
+    check_compiled(runs[name](), COMPARED[name][2])
+
+
+@compared
+def test_every_operator_has_the_recorded_kernel_as_often_as_recorded(runs, name):
+    expected = recorded(name)
+    for graph in runs[name]().graphs:
+        assert graph.table()["kernels"] == expected[graph.name]["kernels"], f"{graph.name}: {graph.totals()}"
+
+
+@compared
+def test_every_graph_takes_the_recorded_memory(runs, name):
+    expected = recorded(name)
+    for graph in runs[name]().graphs:
+        assert graph.peak_bytes == pytest.approx(expected[graph.name]["peak_bytes"], rel=MEMORY_TOLERANCE), graph.name
+
+
+@pytest.mark.runs("flash-O0", "plain-O0")
+def test_flash_attention_is_one_kernel_each_way(runs):
+    """And plain attention has none of it."""
+    flash, plain = (
+        {graph.name: {operator for operator, _ in graph.kernels} for graph in runs[name]().graphs}
+        for name in ("flash-O0", "plain-O0")
+    )
+    assert "FlashAttentionScore" in flash["unet"]
+    assert {"FlashAttentionScore", "FlashAttentionScoreGrad"} <= flash["step"]
+    assert not any(operator.startswith("FlashAttention") for names in plain.values() for operator in names)
+
+
+@pytest.mark.runs("8 cards")
+def test_a_step_on_eight_cards_averages_the_gradients(runs):
+    done = runs["8 cards"]()
+    check_compiled(done, ("step",))
+    (step,) = done.graphs
+    assert 1 <= step.kernels["AllReduce", "hccl"] <= 2
