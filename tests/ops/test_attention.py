@@ -139,6 +139,7 @@ class TestScaledDotProductAttention:
 def test_multi_head_attention_of_rows_and_its_derivative(device, n, heads, tokens, keys, causal, rank, monkeypatch):
     """Each image and head by itself."""
     monkeypatch.setattr(operators, "on_ascend", lambda: device == "Ascend")
+    monkeypatch.setattr(ascend, "BLOCK_ELEMENTS", 2**16)  # so that some are computed in blocks
     q, k, v, weight = (normal(n, heads, length, 8, seed=i) for i, length in enumerate((tokens, keys, keys, tokens)))
 
     def rows(x):
@@ -178,28 +179,60 @@ def test_attention_of_numbers_that_are_not_numbers_is_none():
     assert np.isnan(found[:, :4]).all() and np.isfinite(found[:, 4:]).all()
 
 
+@pytest.mark.parametrize("device, elements", [("CPU", 2**24), ("Ascend", 2**28)])
+def test_the_blocks_of_plain_attention_are_as_large_as_the_device_takes(device, elements, monkeypatch):
+    monkeypatch.setattr(operators, "on_ascend", lambda: device == "Ascend")
+    monkeypatch.setattr(operators, "kernels_in_use", lambda: None)
+    assert operators.attention(8, 40).attention.block_elements == elements
+
+
+@pytest.mark.parametrize("head_dim, size", [
+    (40, 64), (64, 64), (80, 80), (96, 96), (104, 128), (120, 128), (128, 128), (160, 256), (257, 272), (4, 64),
+])  # fmt: skip
+def test_heads_have_sizes_that_the_fused_kernel_has(head_dim, size):
+    """SD1.x has heads of 40, 80 and 160 channels, SD2.x of 64; small models of anything."""
+    assert ascend.flash_head_size(head_dim) == size
+
+
 class TestFlashAttention:
     """The operator exists on Ascend alone, so here it is replaced by its documented meaning and limits."""
 
     @pytest.fixture
     def operator(self, monkeypatch):
         def flash_attention_score(query, key, value, head_num, scalar_value=1.0, input_layout="BSH", **rest):
-            assert not rest and input_layout == "BNSD"
-            assert query.shape[1] == head_num <= 256
-            # "a multiple of 16, with the max value of 512", says its documentation in MindSpore 2.8.
-            assert query.shape[-1] % 16 == 0 and query.shape[-1] <= 512
+            assert not rest
+            assert query.ndim == {"BSH": 3, "BSND": 4}[input_layout]
+            assert head_num <= 256
             assert query.dtype == key.dtype == value.dtype == ms.float16
-            q, k, v = (x.asnumpy().astype(np.float32) for x in (query, key, value))
+            n = query.shape[0]
+            q, k, v = (
+                x.asnumpy().astype(np.float32).reshape(n, x.shape[1], head_num, -1).swapaxes(1, 2)
+                for x in (query, key, value)
+            )
+            # "a multiple of 16, with the max value of 512", says its documentation in MindSpore 2.8.
+            assert q.shape[-1] % 16 == 0 and q.shape[-1] <= 512
             q = q * (scalar_value * np.sqrt(q.shape[-1]))  # plain_attention divides by the root of the padded size
-            return Tensor(plain_attention(q, k, v)[1].astype(np.float16))
+            return Tensor(plain_attention(q, k, v)[1].swapaxes(1, 2).reshape(query.shape).astype(np.float16))
+
+        def pad(x, sides):
+            before, after = sides
+            assert before == 0
+            array = x.asnumpy()
+            zeros = np.zeros((*array.shape[:-1], max(after, 0)), array.dtype)
+            return Tensor(np.concatenate([array[..., :after] if after < 0 else array, zeros], axis=-1))
 
         monkeypatch.setattr(ascend.ops, "flash_attention_score", flash_attention_score)
+        monkeypatch.setattr(ascend, "pad", pad)  # ConstantPadND has no CPU kernel in this mode
         ms.set_context(mode=ms.PYNATIVE_MODE)
 
     @pytest.mark.parametrize("head_dim", [40, 64, 80, 160, 4])
     def test_every_head_size_fits_the_operator(self, operator, head_dim):
-        """SD1.x has heads of 40, 80 and 160 channels, SD2.x of 64; small models of anything."""
-        q, k, v = (normal(1, 2, 6, head_dim, seed=seed).astype(np.float16) for seed in range(3))
-        found = FlashAttention(head_dim, num_heads=2)(Tensor(q), Tensor(k), Tensor(v))
-        assert found.shape == q.shape
-        np.testing.assert_allclose(found.asnumpy(), plain_attention(q, k, v)[1], atol=5e-3)
+        q, k, v = (normal(2, 3, length, head_dim, seed=length).astype(np.float16) for length in (6, 5, 5))
+
+        def rows(x):
+            return Tensor(x.swapaxes(1, 2).reshape(-1, 3 * head_dim))
+
+        found = FlashAttention(3, head_dim)(rows(q), rows(k), rows(v), 2)
+        assert found.shape == (12, 3 * head_dim)
+        expected = plain_attention(q, k, v)[1].swapaxes(1, 2).reshape(found.shape)
+        np.testing.assert_allclose(found.asnumpy(), expected, atol=5e-3)
