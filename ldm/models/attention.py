@@ -9,7 +9,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 
 from ldm.models.layers import Conv2d, GroupNorm, LayerNorm, Linear
-from ldm.ops import Sequential, add, attention, gelu_gate, identity, pixels_to_tokens, tokens_to_pixels
+from ldm.ops import Sequential, add, attention, fork, gelu_gate, identity, pixels_to_tokens, tokens_to_pixels
 
 
 class CrossAttention(nn.Cell):
@@ -24,9 +24,11 @@ class CrossAttention(nn.Cell):
         self.to_v = Linear(context_dim, inner_dim, has_bias=False)
         self.to_out = Sequential(Linear(inner_dim, query_dim), identity())
         self.attention = attention(num_heads, head_dim)
+        self.fork = fork()
 
     def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
-        return self.to_out(self.attention(self.to_q(x), self.to_k(context), self.to_v(context), n))
+        of_k, of_v = self.fork(context)
+        return self.to_out(self.attention(self.to_q(x), self.to_k(of_k), self.to_v(of_v), n))
 
 
 class GEGLU(nn.Cell):
@@ -61,12 +63,15 @@ class BasicTransformerBlock(nn.Cell):
         self.ff = FeedForward(channels)
         self.attn2 = CrossAttention(channels, context_dim, num_heads, head_dim)
         self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
+        self.fork = fork()
 
     def construct(self, x: Tensor, context: Tensor, n: int) -> Tensor:
-        h = self.norm1(x)
-        x = add(x, self.attn1(h, h, n))
-        x = add(x, self.attn2(self.norm2(x), context, n))
-        return add(x, self.ff(self.norm3(x)))
+        x, h = self.fork(x)
+        x = add(x, self.attn1(*self.fork(self.norm1(h)), n))
+        x, h = self.fork(x)
+        x = add(x, self.attn2(self.norm2(h), context, n))
+        x, h = self.fork(x)
+        return add(x, self.ff(self.norm3(h)))
 
 
 class SpatialTransformer(nn.Cell):
@@ -94,7 +99,7 @@ class SpatialTransformer(nn.Cell):
             [BasicTransformerBlock(inner_dim, num_heads, head_dim, context_dim) for _ in range(depth)]
         )
         self.proj_out = self.projection(inner_dim, channels)
-        self.to_tokens, self.to_pixels = pixels_to_tokens(), tokens_to_pixels()
+        self.to_tokens, self.to_pixels, self.fork = pixels_to_tokens(), tokens_to_pixels(), fork()
 
     @staticmethod
     def projection(in_channels: int, out_channels: int) -> nn.Cell:
@@ -102,7 +107,8 @@ class SpatialTransformer(nn.Cell):
         return Conv2d(in_channels, out_channels, 1)
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        tokens = self.to_tokens(self.proj_in(self.norm(x)))
+        x, h = self.fork(x)
+        tokens = self.to_tokens(self.proj_in(self.norm(h)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context, x.shape[0])
         return add(x, self.proj_out(self.to_pixels(tokens, x)))
@@ -120,7 +126,8 @@ class LinearSpatialTransformer(SpatialTransformer):
         return Linear(in_channels, out_channels)
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        tokens = self.proj_in(self.to_tokens(self.norm(x)))
+        x, h = self.fork(x)
+        tokens = self.proj_in(self.to_tokens(self.norm(h)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context, x.shape[0])
         return add(x, self.to_pixels(self.proj_out(tokens), x))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mindspore import Tensor, nn
 
-from ldm.models.layers import Conv2d, GroupNorm, Upsample2x
-from ldm.ops import attention, identity, pixels_to_tokens, silu, tokens_to_pixels
+from ldm.models.layers import Conv2d, GroupNorm
+from ldm.ops import attention, identity, pixels_to_tokens, silu, tokens_to_pixels, upsample2x
 
 
 class ResnetBlock(nn.Cell):
@@ -73,7 +73,7 @@ class Upsample(nn.Cell):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.double = Upsample2x()
+        self.double = upsample2x()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def construct(self, x: Tensor) -> Tensor:

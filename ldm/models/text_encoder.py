@@ -15,7 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.initial_values import normal
 from ldm.models.layers import LayerNorm, Linear, QuickGELU
-from ldm.ops import attention, gelu
+from ldm.ops import attention, fork, gelu
 
 
 class CLIPAttention(nn.Cell):
@@ -29,9 +29,12 @@ class CLIPAttention(nn.Cell):
         self.k_proj, self.v_proj = Linear(width, width), Linear(width, width)
         self.q_proj, self.out_proj = Linear(width, width), Linear(width, width)
         self.attention = attention(num_heads, width // num_heads, causal_length)
+        self.fork = fork()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), x.shape[0]))
+        of_q, x = self.fork(x)
+        of_k, of_v = self.fork(x)
+        return self.out_proj(self.attention(self.q_proj(of_q), self.k_proj(of_k), self.v_proj(of_v), x.shape[0]))
 
 
 class CLIPMLP(nn.Cell):
@@ -54,10 +57,12 @@ class CLIPEncoderLayer(nn.Cell):
         self.self_attn = CLIPAttention(width, num_heads, causal_length)
         self.layer_norm1, self.layer_norm2 = LayerNorm(width), LayerNorm(width)
         self.mlp = CLIPMLP(width, hidden, activation)
+        self.fork = fork()
 
     def construct(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x, h = self.fork(x)
+        x, h = self.fork(x + self.self_attn(self.layer_norm1(h)))
+        return x + self.mlp(self.layer_norm2(h))
 
 
 class CLIPEncoder(nn.Cell):

@@ -10,8 +10,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.models.attention import LinearSpatialTransformer, SpatialTransformer
-from ldm.models.layers import Conv2d, GroupNorm, Linear, Upsample2x
-from ldm.ops import RepeatedCell, Sequential, add, broadcast_add, identity, shared_cell, silu
+from ldm.models.layers import Conv2d, GroupNorm, Linear
+from ldm.ops import RepeatedCell, Sequential, add, broadcast_add, fork, identity, shared_cell, silu, upsample2x
 
 
 class InputConv(Conv2d):
@@ -37,11 +37,12 @@ class ResBlock(nn.Cell):
             GroupNorm(out_channels, num_groups), silu(), identity(), Conv2d(out_channels, out_channels, 3, padding=1)
         )
         self.skip_connection = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else identity()
-        self.broadcast_add = broadcast_add()
+        self.broadcast_add, self.fork = broadcast_add(), fork()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        x, h = self.fork(x)
         shift = self.emb_layers(emb)
-        h = self.broadcast_add(self.in_layers(x), shift.reshape(shift.shape + (1, 1)))
+        h = self.broadcast_add(self.in_layers(h), shift.reshape(shift.shape + (1, 1)))
         return add(self.skip_connection(x), self.out_layers(h))
 
 
@@ -61,7 +62,7 @@ class Upsample(nn.Cell):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.double = Upsample2x()
+        self.double = upsample2x()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class UNetModel(RepeatedCell):
         self.output_blocks = nn.CellList(output_blocks)
 
         self.out = Sequential(GroupNorm(channels, num_groups), silu(), Conv2d(channels, out_channels, 3, padding=1))
-        self.concat_channels = ops.Concat(1)
+        self.concat_channels, self.fork = ops.Concat(1), fork()
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         emb = self.time_embed(self.embed_timesteps(timesteps))
@@ -205,8 +206,8 @@ class UNetModel(RepeatedCell):
         h = latents.astype(self.dtype)
         skips: tuple[Tensor, ...] = ()
         for block in self.input_blocks:
-            h = block(h, emb, context)
-            skips = skips + (h,)
+            h, skip = self.fork(block(h, emb, context))
+            skips = skips + (skip,)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = block(self.concat_channels((h, skips[-1])), emb, context)

@@ -23,7 +23,7 @@ from ldm.lora.inject import inject_lora, set_lora
 from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
-from ldm.models.layers import set_compute_dtype
+from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
 from ldm.runtime.logs import set_up_logging
@@ -242,6 +242,8 @@ def _build_step(
     if settings.lora_ft_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
         loss = LossFromTokens(loss, model.cond_stage_model)
+    if runtime.fp16 and settings.use_lora:  # the base model is not saved, or all of it is trained
+        hold_frozen_weights(loss, runtime.compute_dtype)
     return TrainStep(
         loss,
         trainable,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
+from ldm.models import layers
 from ldm.models.layers import (
     Conv2d,
     GroupNorm,
     LayerNorm,
     Linear,
     QuickGELU,
-    Upsample2x,
+    hold_frozen_weights,
     set_compute_dtype,
 )
-from ldm.ops import RepeatedCell, graph, silu
+from ldm.ops import RepeatedCell, graph, silu, upsample2x
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -56,7 +57,7 @@ class TestForward:
 
     def test_upsampling_repeats_each_pixel_in_both_directions(self):
         x = normal(2, 3, 4, 5)
-        np.testing.assert_array_equal(Upsample2x()(Tensor(x)).asnumpy(), x.repeat(2, axis=2).repeat(2, axis=3))
+        np.testing.assert_array_equal(upsample2x()(Tensor(x)).asnumpy(), x.repeat(2, axis=2).repeat(2, axis=3))
 
     def test_convolution_pads_where_it_is_told(self):
         conv = Conv2d(1, 1, 3, stride=2, padding=(0, 1, 0, 1))
@@ -149,3 +150,50 @@ class TestRepeatedCell:
         assert [y.shape for y in found] == [(2, 3), (4, 3), (2, 3)]
         np.testing.assert_array_equal(found[0], found[2])
         assert cell.inner.compile_phase == cell.compile_phase != ""
+
+
+class Block(nn.Cell):
+    """A layer of each kind, the norms not at their first values."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.trained = GroupNorm(4, 2), Conv2d(4, 6, 3, padding=1), Conv2d(6, 4, 1)
+        self.layer_norm, self.linear = LayerNorm(5), Linear(5, 3)
+        self.norm.weight.set_data(Tensor(1 + 0.3 * normal(4)))
+        for parameter in self.get_parameters():
+            parameter.requires_grad = parameter.name.startswith("trained")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.linear(self.layer_norm(self.trained(self.conv(self.norm(x)))))
+
+
+class TestHoldFrozenWeights:
+    @pytest.fixture
+    def block(self):
+        np.random.seed(3)
+        block = Block()
+        set_compute_dtype(block, ms.float16)
+        return block
+
+    def test_the_output_is_bit_for_bit_that_of_fp32_weights(self, block):
+        np.random.seed(3)
+        held = Block()
+        set_compute_dtype(held, ms.float16)
+        hold_frozen_weights(held, ms.float16)
+        x = Tensor(normal(2, 4, 5, 5, seed=4))
+        np.testing.assert_array_equal(held(x).asnumpy(), block(x).asnumpy())
+
+    def test_frozen_linear_layers_and_convolutions_alone_are_held(self, block):
+        assert hold_frozen_weights(block, ms.float16) == 4
+        held = {parameter.name for parameter in block.get_parameters() if parameter.dtype == ms.float16}
+        assert held == {"conv.weight", "conv.bias", "linear.weight", "linear.bias"}
+
+    def test_norms_are_held_where_the_kernel_takes_one_type(self, block, monkeypatch):
+        monkeypatch.setattr(layers, "on_ascend", lambda: True)
+        assert hold_frozen_weights(block, ms.float16) == 8
+        assert block.norm.weight.dtype == ms.float16 and block.trained.weight.dtype == ms.float32
+
+    def test_layers_of_another_type_and_layers_whose_weight_others_read_stay(self, block):
+        block.linear.dtype = ms.float32
+        block.conv.keeps_fp32 = True
+        assert hold_frozen_weights(block, ms.float16) == 0
