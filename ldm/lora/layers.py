@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.lora.dropout import StepDropout
 from ldm.models.layers import Conv2d, Linear
-from ldm.ops import cast, conv2d, identity, shared_cell
+from ldm.ops import cast, conv2d, fork, identity, shared_cell
 
 
 class Factor(nn.Cell):
@@ -66,6 +66,7 @@ class LoRACell(nn.Cell):
         else:
             self.lora_scale = None
         self.insert_child_to_cell("lora_dropout", dropout or identity())
+        self.insert_child_to_cell("fork", fork())
         self.set_train(base.training)
         self.create_operators()
 
@@ -95,7 +96,9 @@ class LowRankUpdate(nn.Cell):
         dtype = y.dtype if fp16 else ms.float32
         hidden = self.matmul(cast(x.reshape(-1, down.shape[1]), dtype), cast(down, dtype))
         if scale is None:
-            update = self.matmul(hidden, cast(up, dtype)) * multiplier
+            update = self.matmul(hidden, cast(up, dtype))
+            if multiplier != 1.0:  # known when the graph is compiled; two kernels for each layer otherwise
+                update = update * multiplier
         else:
             # Multiplied into the factor, so that the scale's gradient is an fp32 sum over (out, rank), not the batch.
             update = self.matmul(hidden, cast(up * scale * multiplier, dtype))
@@ -112,9 +115,10 @@ class LoRALinear(LoRACell):
         self.update = shared_cell(LowRankUpdate)
 
     def construct(self, x: Tensor) -> Tensor:
+        x, of_update = self.fork(x)
         return self.update(
             self.base(x),
-            self.lora_dropout(x),
+            self.lora_dropout(of_update),
             self.lora_down.weight,
             self.lora_up.weight,
             self.lora_scale,
@@ -134,16 +138,19 @@ class LoRAConv2d(LoRACell):
     def create_operators(self) -> None:
         base = self.base
         self.conv_down = conv2d(self.rank, base.kernel_size, base.stride, base.padding, has_bias=False)
-        self.conv_up = ops.Conv2D(base.out_channels, 1)
+        self.conv_up = conv2d(base.out_channels, 1, 1, 0, has_bias=False)
 
     def construct(self, x: Tensor) -> Tensor:
+        x, of_update = self.fork(x)
         y = self.base(x)
         dtype = y.dtype if self.fp16 else ms.float32
-        hidden = self.conv_down(self.lora_dropout(x), self.lora_down.weight, None, dtype)
+        hidden = self.conv_down(self.lora_dropout(of_update), self.lora_down.weight, None, dtype)
         if self.trainable_scale:
-            update = self.conv_up(hidden, cast(self.lora_up.weight * self.lora_scale * self.multiplier, dtype))
+            update = self.conv_up(hidden, self.lora_up.weight * self.lora_scale * self.multiplier, None, dtype)
         else:
-            update = self.conv_up(hidden, cast(self.lora_up.weight, dtype)) * self.multiplier
+            update = self.conv_up(hidden, self.lora_up.weight, None, dtype)
+            if self.multiplier != 1.0:
+                update = update * self.multiplier
         return y + cast(update, y.dtype)
 
 
@@ -156,6 +163,7 @@ class HardLoRAConv2d(LoRACell):
 
     def create_operators(self) -> None:
         self.matmul = ops.MatMul()
+        self.base.keeps_fp32 = True  # the kernel is rounded once, after the sum
 
     def construct(self, x: Tensor) -> Tensor:
         up = self.lora_up.weight * self.multiplier
