@@ -15,6 +15,7 @@ import pytest
 
 from ldm.data.cache import ArrayCache, _checksum, content_key, file_hash
 from ldm.errors import UserError
+from ldm.runtime import peers
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,26 @@ def test_arrays_are_computed_in_batches():
     compute = Doubler()
     ArrayCache().get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
     assert compute.asked == [[0, 1], [2, 3], [4]]
+
+
+def test_processes_compute_a_share_each_and_read_the_rest(tmp_path, monkeypatch):
+    first, other = Doubler(), Doubler()
+
+    def computing_of_the_other():
+        monkeypatch.setattr(peers, "gather", lambda: None)
+        ArrayCache(tmp_path, 1, 2).get_or_compute(keys(5), other, batch_size=2, desc="numbers")
+
+    monkeypatch.setattr(peers, "gather", computing_of_the_other)
+    arrays = ArrayCache(tmp_path, 0, 2).get_or_compute(keys(5), first, batch_size=2, desc="numbers")
+    assert [array[0] for array in arrays] == [0, 2, 4, 6, 8]
+    assert (first.asked, other.asked) == ([[0, 2], [4]], [[1, 3]])
+
+
+def test_a_process_computes_what_another_host_keeps_for_itself(tmp_path, caplog):
+    compute = Doubler()
+    ArrayCache(tmp_path, 1, 2).get_or_compute(keys(5), compute, batch_size=2, desc="numbers")
+    assert compute.asked == [[1, 3], [0, 2], [4]]
+    assert "numbers: 3 arrays of other processes" in caplog.text and "let all hosts share output_path" in caplog.text
 
 
 def test_nothing_is_computed_twice_in_memory():

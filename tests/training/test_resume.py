@@ -44,7 +44,7 @@ def test_resume_takes_a_folder_or_a_file(settings, saved_run, tmp_path, where):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (dict(train_batch_size=3), "train_batch_size was 2, is 3"),
+        (dict(train_batch_size=3), "global_batch was 2, is 3 .* use --train_batch_size 2"),
         (dict(seed=7), "seed was 42, is 7"),
         (dict(use_ema=False), "use_ema was True, is False"),
         (dict(image_filter_size=20), "data was"),
@@ -111,6 +111,14 @@ def test_the_states_of_an_earlier_run_are_not_overwritten(settings, saved_run):
     with pytest.raises(UserError, match="--resume True"):
         prepare(settings(saved_run, **FULL))
     assert len(find_states(saved_run / "ckpt")) == 2
+
+
+def test_states_are_compared_by_the_images_of_all_processes():
+    current = {"global_batch": 8}
+    earlier = {"train_batch_size": 2, "rank_size": 4}
+    assert compare_fingerprints({"global_batch": 8}, current) == compare_fingerprints(earlier, current) == {}
+    assert compare_fingerprints({"train_batch_size": 8, "rank_size": 1}, current) == {}
+    assert compare_fingerprints({**earlier, "rank_size": 2}, current) == {"global_batch": "global_batch was 4, is 8"}
 
 
 def test_differences_between_runs_are_named():

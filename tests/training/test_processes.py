@@ -1,0 +1,91 @@
+"""train_text_to_image.py on two hosts (two groups of msrun on this one): weights, a killed process, resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ldm.training.own_files import find_states
+from ldm.training.trainer import train
+from ldm.training.training_state import load_state
+from tests.training.micro import ROOT, SETTINGS
+
+SETTINGS_OF_BOTH = dict(
+    use_lora=True, caption_dropout=0.3, start_learning_rate=1e-3, clip_grad=True, ckpt_save_interval=2
+)  # fmt: skip
+
+
+def start_host(number: int, port: int, folder: Path, arguments: list[str]) -> subprocess.Popen:
+    """Start one process of two under msrun, with its output in a file."""
+    binaries = Path(sys.executable).parent
+    # msrun asks `ip` whether the scheduler's address is this host's. For the second host it must not be.
+    fake = folder / "second_host"
+    fake.mkdir(exist_ok=True)
+    (fake / "ip").write_text('#!/bin/sh\necho "[]"\n')
+    (fake / "ip").chmod(0o755)
+    path = os.pathsep.join([*([str(fake)] if number else []), str(binaries), os.environ["PATH"]])
+    with open(folder / f"host{number}.txt", "w") as output:
+        return subprocess.Popen(
+            [
+                "msrun", "--worker_num=2", "--local_worker_num=1", "--master_addr=127.0.0.1", f"--master_port={port}",
+                f"--node_rank={number}", "--join=True", f"--log_dir={folder / f'logs{number}'}",
+                "train_text_to_image.py", *arguments, "--use_parallel=True",
+            ],
+            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path},
+        )  # fmt: skip
+
+
+def worker_of(msrun: subprocess.Popen) -> int:
+    """Return the process id of the training process that msrun started, not of the scheduler."""
+    children = psutil.Process(msrun.pid).children()
+    return next(child.pid for child in children if child.environ().get("MS_ROLE") == "MS_WORKER")
+
+
+def test_two_hosts_end_when_one_dies_and_one_process_continues_as_if_it_had_begun(
+    settings, micro_base_model, micro_data, tmp_path
+):
+    output = tmp_path / "run"
+    paths = dict(pretrained_model_path=micro_base_model, data_path=micro_data, output_path=output)
+    both = {**SETTINGS, **SETTINGS_OF_BOTH, **paths, "train_batch_size": 1, "max_steps": 100_000}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts = [start_host(i, port, tmp_path, [f"--{name}={value}" for name, value in both.items()]) for i in (0, 1)]
+    try:
+        deadline = time.monotonic() + 400
+        while not find_states(output / "ckpt"):
+            assert all(host.poll() is None for host in hosts) and time.monotonic() < deadline
+            time.sleep(0.1)
+        killed = time.monotonic()
+        os.kill(worker_of(hosts[1]), signal.SIGKILL)
+        codes = [host.wait(60) for host in hosts]
+        print(f"all ended {time.monotonic() - killed:.1f} s after one was killed")
+    finally:
+        for host in hosts:
+            for process in [*psutil.Process(host.pid).children(True), host] if host.poll() is None else []:
+                process.kill()
+    assert all(code != 0 for code in codes)
+    said = (tmp_path / "host0.txt").read_text()
+    lines = [line for line in said.splitlines() if line.startswith("error: process 1 on ")]
+    assert len(lines) == 1 and "has ended without an error message" in lines[0], said[-3000:]
+    assert "--resume True continues from" in lines[0] and lines[0][7:] in (output / "log.txt").read_text()
+
+    saved = load_state(find_states(output / "ckpt")[0])
+    # Each host encoded its share of the 10 images and 11 captions, and none twice.
+    assert len(list((output / "cache").glob("*/*.npy"))) == 21
+    alone = {**SETTINGS_OF_BOTH, "train_batch_size": 2, "max_steps": saved.step + 2}
+    train(settings(output, **alone, resume=True))
+    train(settings(tmp_path / "alone", **alone))
+    continued, expected = (load_state(find_states(folder / "ckpt")[0]) for folder in (output, tmp_path / "alone"))
+    assert continued.step == expected.step == saved.step + 2
+    for name, array in expected.arrays.items():
+        # Adam divides by the gradients' size, so that a rounded gradient near zero may move a weight by 1 % of a step.
+        np.testing.assert_allclose(continued.arrays[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
