@@ -228,7 +228,7 @@ def describe(runtime: Any) -> dict[str, Any]:
     if runtime.is_ascend:
         version, accepted = ascend.cann_version(), ascend.accepted_cann_versions()
         about["cann"] = (
-            f"CANN {version or 'of unknown version (ASCEND_HOME_PATH is not set, or has no compiler/version.info)'}, "
+            f"{version or 'of unknown version (ASCEND_HOME_PATH is not set, or has no compiler/version.info)'}, "
             f"accepted by this MindSpore: {', '.join(accepted) or 'unknown'}; "
             f"driver {ascend.driver_version() or 'of unknown version'}"
         )
@@ -504,7 +504,7 @@ def report(about: dict[str, Any], rows: Sequence[Row], problems: Sequence[str]) 
     counts = f"{wrong} of {len(rows)} graphs are wrong" if wrong else f"all {len(rows) - skipped} graphs agree"
     lines += ["", f"**{'WRONG' if wrong or problems else 'OK'}**: {counts}, {skipped} skipped."]
     lines += [f"- {problem}" for problem in problems]
-    if about["ascend"]:
+    if about["ascend"] and not about["dry_run"]:
         lines += ["", "Please send this report to the project, right or wrong: nobody has run it on this device yet."]
     return "\n".join(lines)
 

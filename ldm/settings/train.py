@@ -219,11 +219,16 @@ class TrainSettings:
     )
     mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", choices=(0, 1), graph_key=True)
     jit_level: Optional[str] = setting(
-        None, "optimization level of Ascend's graph compiler", choices=("O0", "O1", "O2"), graph_key=True
+        None,
+        "level of Ascend's graph compiler: O0 runs operator by operator, O1 fuses some, O2 gives the whole graph to "
+        "CANN; None: MindSpore's default, O2 on a first Ascend 910, O0 on A2 and later. The published speed on A2 is "
+        "that of O2, which this project has never compiled",
+        choices=("O0", "O1", "O2"),
+        graph_key=True,
     )
     precision: str = setting(
         "auto",
-        "auto: fp16 on Ascend, fp32 on the CPU",
+        "auto: fp16 on Ascend, fp32 on the CPU. A first Ascend 910 has products and convolutions in fp16 alone",
         choices=("auto", "fp16", "fp32"),
         resume="fixed",
         set_by_comparison=True,
