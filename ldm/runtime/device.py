@@ -16,6 +16,7 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.runtime import ascend, peers
+from ldm.runtime.versions import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def setup_runtime(
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"device_target {device} cannot be used here ({reason}); use --device_target CPU") from None
     ms.set_context(mode=mode)
+    check_version(device)
     soc = precision_mode = ""
     if device == "Ascend":
         soc, precision_mode = _set_up_ascend(precision)

@@ -14,6 +14,7 @@ from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloat
 from ldm import ops as device_ops
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
+from ldm.runtime.versions import splits_into_views
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
@@ -21,7 +22,7 @@ LARGE_ON_ASCEND = 2**20
 SPLIT_INTO = 64  # parts at once: the compiler checks their sizes by a recursion, which fails at 320
 
 _each = ops.HyperMap()
-_copy, _split = InplaceCopy(), SplitWithSizeView()
+_copy, _split = InplaceCopy(), SplitWithSizeView() if splits_into_views() else ops.split
 _half_square, _vector_norm = ops.L2Loss(), LinalgVectorNorm()
 _half_square_sum = ops.MultitypeFuncGraph("half_square_sum")
 _norm = ops.MultitypeFuncGraph("norm")

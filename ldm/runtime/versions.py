@@ -1,0 +1,44 @@
+"""What differs between MindSpore's versions, in one place.
+
+README.md says which versions were run, and with what.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import mindspore as ms
+
+logger = logging.getLogger(__name__)
+
+TESTED = ((2, 7), (2, 8), (2, 10))  # of 2.7, only 2.7.2
+SLOW_CONVOLUTIONS = ((2, 9), (2, 10))  # their CPU build
+
+
+def mindspore_version() -> tuple[int, ...]:
+    """Return MindSpore's version as numbers, such as (2, 8, 0). What follows them, as in "2.8.0rc1", is left out."""
+    numbers: list[int] = []
+    for part in ms.__version__.split(".")[:3]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+def splits_into_views() -> bool:
+    """Whether the operator SplitWithSizeView has a kernel on the CPU. 2.7 has it on Ascend only."""
+    return mindspore_version() >= (2, 8)
+
+
+def check_version(device: str) -> None:
+    """Warn of a version that the tests were not run with, or that is slow on `device`, "Ascend" or "CPU"."""
+    release = mindspore_version()[:2]
+    install = "pip install mindspore==2.8.0"
+    if release not in TESTED or mindspore_version() < (2, 7, 2):
+        logger.warning("MindSpore %s was not tested with this project, 2.8.0 was: %s", ms.__version__, install)
+    elif device == "CPU" and release in SLOW_CONVOLUTIONS:
+        logger.warning(
+            "MindSpore %s has slow convolutions on the CPU (a 3x3 one of 320 channels takes 5 to 10 s, with 2.8.0 "
+            "0.03 s): %s", ms.__version__, install
+        )  # fmt: skip
