@@ -131,7 +131,11 @@ class GenerateSettings:
     mode: int = setting(0, "0: graph, 1: pynative", choices=(0, 1))
     ms_mode: Optional[int] = setting(None, "another name of mode", choices=(0, 1))
     jit_level: Optional[str] = setting(
-        None, "optimization level of Ascend's graph compiler", choices=("O0", "O1", "O2")
+        None,
+        "level of Ascend's graph compiler: O0 runs operator by operator, O1 fuses some, O2 gives the whole graph to "
+        "CANN; None: MindSpore's default, O2 on a first Ascend 910, O0 on A2 and later. The published speeds are those "
+        "of O2, which this project has never compiled",
+        choices=("O0", "O1", "O2"),
     )
     precision: str = setting(
         "auto",
