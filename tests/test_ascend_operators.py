@@ -84,7 +84,9 @@ def test_what_is_listed_is_named_in_mindspores_ascend_libraries(listed):
     if not libraries:
         pytest.skip("this MindSpore was built without Ascend")
     contents = [library.read_bytes() for library in libraries]
-    assert not [name for name in listed if not any(name.encode() in content for content in contents)]
+    # A view has no kernel: the host makes it, of the same memory, on every device.
+    kernels = [name for name in listed if not name.endswith("View")]
+    assert not [name for name in kernels if not any(name.encode() in content for content in contents)]
 
 
 @pytest.mark.parametrize("name, there", [("MatMul", True), ("Reshape", True), ("Lgamma", False), ("Nonsense", False)])

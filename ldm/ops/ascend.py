@@ -22,9 +22,9 @@ from ldm.ops.graph import cast
 # MindSpore 2.2 (mindone's issue 310).
 FLASH_HEAD_SIZES = (64, 80, 96, 128, 256)
 
-# How many attention probabilities, over all images and heads, the plain attention holds at a time: 1 GB in fp32, and up
-# to 4 GB with what the backward pass makes of them, where the smallest device has 32 GB. A layer of SD1.x at 64 x 64
-# and batch 4 takes 2 blocks, and with the 64 MB of the CPU 32, each with 6 kernels forward and 14 backward.
+# How many attention probabilities, over all images and heads, the plain attention holds at a time: 1 GB in fp32. With
+# its derivative a block takes 4.6 GB (memory planned for SD1.x's widest layer at 64 x 64 and batch 4), where the smallest
+# device has 32 GB. That layer has 2 such blocks, and would have 32 of the CPU's 64 MB, one after the other.
 BLOCK_ELEMENTS = 2**28
 
 
