@@ -6,6 +6,7 @@ README.md says which versions were run, and with what.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import mindspore as ms
 
@@ -29,6 +30,12 @@ def mindspore_version() -> tuple[int, ...]:
 def splits_into_views() -> bool:
     """Whether the operator SplitWithSizeView has a kernel on the CPU. 2.7 has it on Ascend only."""
     return mindspore_version() >= (2, 8)
+
+
+def onednn_library() -> str:
+    """Return the file name of MindSpore's oneDNN: libdnnl.so.2, and libdnnl.so.3 in 2.10."""
+    names = sorted(path.name for path in (Path(ms.__file__).parent / "lib").glob("libdnnl.so.[0-9]"))
+    return names[-1] if names else "libdnnl.so.2"
 
 
 def check_version(device: str) -> None:

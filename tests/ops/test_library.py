@@ -42,7 +42,7 @@ def find_library(tmp_path, monkeypatch):
 def ready(find_library, tmp_path) -> Path:
     """The compiled library in that cache, without compiling it again."""
     path = tmp_path / "cache" / "mindspore-stable-diffusion-lora" / library.kernel_library().name
-    path.parent.mkdir(parents=True, mode=0o700)
+    path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
     shutil.copyfile(library.kernel_library(), path)
     return path
 

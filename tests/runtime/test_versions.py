@@ -1,11 +1,12 @@
 """What differs between MindSpore's versions."""
 
 import logging
+from pathlib import Path
 
 import mindspore as ms
 import pytest
 
-from ldm.runtime.versions import check_version, mindspore_version, splits_into_views
+from ldm.runtime.versions import check_version, mindspore_version, onednn_library, splits_into_views
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,7 @@ def test_a_version_that_was_not_tested_or_is_slow_is_reported_with_the_way_out(
         check_version(device)
     assert words in caplog.text and bool(words) == bool(caplog.text)
     assert bool(words) == ("pip install mindspore==2.8.0" in caplog.text)
+
+
+def test_the_library_with_onednn_is_in_the_installed_version():
+    assert (Path(ms.__file__).parent / "lib" / onednn_library()).exists()

@@ -26,6 +26,7 @@ from pathlib import Path
 import mindspore as ms
 
 from ldm.files.atomic import atomic_path
+from ldm.runtime.versions import onednn_library
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ LINK = (
     f"-L{PLUGINS}",
     "-l:libmindspore_core.so",
     "-l:libmindspore_ops_cpu.so",
-    "-l:libdnnl.so.2",
+    f"-l:{onednn_library()}",
     f"-Wl,-rpath,{LIBRARIES}:{PLUGINS}",
     "-Wl,--no-undefined",
     "-Wl,--allow-shlib-undefined",
