@@ -23,8 +23,8 @@ from ldm.ops.graph import cast
 FLASH_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 # How many attention probabilities, over all images and heads, the plain attention holds at a time: 1 GB in fp32. With
-# its derivative a block takes 4.6 GB (memory planned for SD1.x's widest layer at 64 x 64 and batch 4), where the smallest
-# device has 32 GB. That layer has 2 such blocks, and would have 32 of the CPU's 64 MB, one after the other.
+# its derivative a block takes 4.6 GB (memory planned for SD1.x's widest layer at 64 x 64 and batch 4), where the
+# smallest device has 32 GB. That layer has 2 such blocks, and would have 32 of the CPU's 64 MB, one after the other.
 BLOCK_ELEMENTS = 2**28
 
 
