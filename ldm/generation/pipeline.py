@@ -31,6 +31,7 @@ from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
 from ldm.lora.merged import MergedLoRA, MergedLoRAs
 from ldm.models.autoencoder import VAEDecode
+from ldm.models.layers import hold_frozen_weights
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
@@ -148,6 +149,9 @@ class Pipeline:
             ema=ema,
             flash_attention=use_flash,
         )
+        for network in (model.model, model.cond_stage_model):
+            # In fp16, which they compute in, with the same results. MergedLoRAs reads the fp32 weights from the files.
+            hold_frozen_weights(network, runtime_of_dtype.compute_dtype)
         return cls(model, base_weights=base_weights)
 
     @property

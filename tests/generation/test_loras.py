@@ -191,3 +191,18 @@ def test_a_base_model_that_changed_on_disk_is_not_mixed_with_the_loaded_one(fold
     with pytest.raises(UserError, match="base.ckpt has changed"):
         pipeline.unload_lora()
     assert weights(pipeline) == before and len(pipeline.loras) == 1
+
+
+def test_an_fp16_pipeline_holds_the_fp32_sums_rounded_once(folder):
+    full, half = (
+        Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY, dtype=dtype) for dtype in (ms.float32, ms.float16)
+    )
+    for loras in ([("a", 0.8)], [("b", 0.5), ("a", -0.3)], []):
+        for pipeline in (full, half):
+            pipeline.set_loras([(folder / f"{name}.ckpt", strength) for name, strength in loras])
+        held = 0
+        for exact, rounded in zip(full.model.get_parameters(), half.model.get_parameters()):
+            held += rounded.dtype == ms.float16
+            wanted = exact.asnumpy().astype(rounded.asnumpy().dtype)
+            assert rounded.asnumpy().tobytes() == wanted.tobytes(), exact.name
+        assert held > 100
