@@ -46,6 +46,6 @@ def check_version(device: str) -> None:
         logger.warning("MindSpore %s was not tested with this project, 2.8.0 was: %s", ms.__version__, install)
     elif device == "CPU" and release in SLOW_CONVOLUTIONS:
         logger.warning(
-            "MindSpore %s has slow convolutions on the CPU (a 3x3 one of 320 channels takes 5 to 10 s, with 2.8.0 "
-            "0.03 s): %s", ms.__version__, install
+            "MindSpore %s has slow convolutions on the CPU: those that the kernels of this project do not compute take "
+            "5 to 10 s, with 2.8.0 0.03 s: %s", ms.__version__, install
         )  # fmt: skip
