@@ -32,18 +32,24 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture
-def find_library(tmp_path, monkeypatch):
+def compiled() -> Path:
+    """The library of this process, in the cache of the user."""
+    return library.kernel_library()
+
+
+@pytest.fixture
+def find_library(compiled, tmp_path, monkeypatch):
     """library.kernel_library as in a new process whose cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return library.kernel_library.__wrapped__
 
 
 @pytest.fixture
-def ready(find_library, tmp_path) -> Path:
+def ready(compiled, find_library, tmp_path) -> Path:
     """The compiled library in that cache, without compiling it again."""
-    path = tmp_path / "cache" / "mindspore-stable-diffusion-lora" / library.kernel_library().name
-    path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-    shutil.copyfile(library.kernel_library(), path)
+    path = tmp_path / "cache" / "mindspore-stable-diffusion-lora" / compiled.name
+    path.parent.mkdir(parents=True, mode=0o700)
+    shutil.copyfile(compiled, path)
     return path
 
 
