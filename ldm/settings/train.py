@@ -246,6 +246,13 @@ class TrainSettings:
         False, "keep the compiled training step under output_path/cache, so that resuming starts sooner"
     )
     use_parallel: bool = setting(False, "data parallel over the processes that msrun started", set_by_comparison=True)
+    shard_optimizer: bool = setting(
+        False,
+        "whole-UNet training: divide AdamW's moments and the moving average among the processes, to save memory",
+        graph_key=True,
+        needs="use_parallel",
+        not_in_diffusers="the comparison trains in one process",
+    )
     enable_flash_attention: Optional[bool] = setting(
         None,
         "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
@@ -263,6 +270,10 @@ class TrainSettings:
             raise UserError("unet_initialize_random trains a UNet from nothing; that is not for use_lora")
         if self.lora_config is not None and self.lora_targets != ["attention"]:
             raise UserError("lora_config and lora_targets both say which layers: leave one of them out")
+        if self.shard_optimizer and not self.use_parallel:
+            raise UserError("shard_optimizer needs use_parallel: it divides the optimizer's state among processes")
+        if self.shard_optimizer and self.use_lora:
+            raise UserError("shard_optimizer is for training the whole UNet: leave it out, a LoRA's state is small")
         for name in names_of(type(self), needs="use_lora"):
             if getattr(self, name) and not self.use_lora:
                 raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")

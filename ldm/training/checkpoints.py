@@ -16,7 +16,7 @@ from ldm.lora.inject import get_lora
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
 from ldm.training.own_files import Numbered, OwnFiles
-from ldm.training.step import TrainStep
+from ldm.training.step import averages
 from ldm.training.training_state import TrainingState, check_finite, save_state
 from ldm.weights.added_tokens import tokens_metadata
 from ldm.weights.checkpoint import write_checkpoint
@@ -36,7 +36,6 @@ class Checkpoints:
     Args:
         settings: Settings of the run.
         model: The model that is trained.
-        step: The training step, which holds the moving averages.
         saves_base_model: Whether the base model is saved beside the LoRA, because it is trained as well.
         resumed_here: Whether the run resumes one in the same folder, whose files are then its own.
         start: Number of steps that are done before this run.
@@ -46,15 +45,14 @@ class Checkpoints:
         self,
         settings: TrainSettings,
         model: StableDiffusion,
-        step: TrainStep,
         *,
         saves_base_model: bool,
         resumed_here: bool,
         start: int,
     ):
-        self.folder, self.model, self.step = Path(settings.output_path) / "ckpt", model, step
+        self.folder, self.model = Path(settings.output_path) / "ckpt", model
         self.keep = settings.ckpt_max_keep
-        self.writers: dict[str, Callable[[Path, int], None]] = {}
+        self.writers: dict[str, Callable[[Path, TrainingState], None]] = {}
         if settings.use_lora:
             self.writers["lora"] = self._write_lora
         if not settings.use_lora or saves_base_model:
@@ -75,7 +73,7 @@ class Checkpoints:
         names = [Numbered(kind, state.step).name for kind in (*self.writers, "state")]
         self._own_files.begin([*names, *(f"{kind}.ckpt" for kind in self.writers)])
         for (kind, write), name in zip(self.writers.items(), names):
-            write(self.folder / name, state.step)
+            write(self.folder / name, state)
             _link(self.folder / name, self.folder / f"{kind}.ckpt")
         path = save_state(self.folder, state)
         for kind in self.writers:
@@ -84,20 +82,20 @@ class Checkpoints:
         logger.debug("saved step %d in %s", state.step, self.folder)
         return path
 
-    def _write_lora(self, path: Path, step: int) -> None:
+    def _write_lora(self, path: Path, state: TrainingState) -> None:
         """Write the LoRA: the moving averages of its parameters, or the parameters without them."""
-        mindone.write(path, get_lora(self.model, self.model.config, self.step.averages()))
+        mindone.write(path, get_lora(self.model, self.model.config, averages(state.arrays)))
 
-    def _write_model(self, path: Path, step: int) -> None:
+    def _write_model(self, path: Path, state: TrainingState) -> None:
         """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
-        arrays.update(self.step.averages())
+        arrays.update(averages(state.arrays))
         arrays = {name: array for name, array in arrays.items() if "lora_" not in name}
         config = self.model.config
         metadata = {
             "architecture": config.architecture,
             "prediction_type": config.prediction_type,
-            "step": str(step),
+            "step": str(state.step),
             **tokens_metadata(config.added_tokens),
         }
         write_checkpoint(path, arrays, metadata)

@@ -153,7 +153,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         state is not None and state.path is not None and status.folder.resolve() in state.path.resolve().parents
     )
     checkpoints = Checkpoints(
-        settings, model, step,
+        settings, model,
         saves_base_model=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
@@ -253,6 +253,7 @@ def _build_step(
         skip_overflow=skips_overflow,
         micro_batches=settings.gradient_accumulation_steps,
         process_count=runtime.process_count,
+        shard_of=runtime.process_index if settings.shard_optimizer and runtime.process_count > 1 else None,
         dropout_key=dropout_key(model),
         saturates=runtime.saturates and runtime.fp16,
     )

@@ -16,6 +16,7 @@ from ldm.errors import plain
 from ldm.ops import RepeatedCell
 from ldm.runtime.versions import splits_into_views
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
+from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
 LARGE_ON_ASCEND = 2**20
@@ -110,8 +111,6 @@ class _Arrays:
 
     Args:
         parameters: The parameters to train.
-        saturates: Whether the device saturates instead of overflowing (the first Ascend 910). A step in which a number
-            saturated is then one whose gradients are not finite.
         large: Number of elements from which a parameter is large.
     """
 
@@ -135,23 +134,21 @@ class _Arrays:
     def arrays(self) -> tuple[Parameter, ...]:
         return self.large if self.flat is None else (self.flat, *self.large)
 
-    def read(self, arrays: Sequence[Parameter]) -> dict[str, np.ndarray]:
-        """Return a copy of what `arrays` (the optimizer's arrays or others of their shapes) hold, by parameter name."""
-        values = [array.asnumpy() for array in arrays]
-        result = {}
+    def split(self, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Return a copy of `values`, one for each of `arrays`, by parameter name."""
+        values, result = list(values), {}
         if self.flat is not None:
             ends = np.cumsum([p.size for p in self.small])[:-1]
             result = {p.name: part.reshape(p.shape) for p, part in zip(self.small, np.split(values.pop(0), ends))}
         result.update({p.name: value for p, value in zip(self.large, values)})
         return {name: value.copy() for name, value in result.items()}
 
-    def load(self, arrays: Sequence[Parameter], values: dict[str, np.ndarray]) -> None:
-        """Set `arrays` to values by parameter name, the inverse of `read`."""
+    def join(self, values: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return one array for each of `arrays` of values by parameter name, the inverse of `split`."""
         rows = [values[p.name] for p in self.large]
         if self.flat is not None:
             rows.insert(0, np.concatenate([values[p.name].ravel() for p in self.small]))
-        for array, value in zip(arrays, rows):
-            array.set_data(Tensor(np.ascontiguousarray(value, np.float32)))
+        return [np.ascontiguousarray(row, np.float32) for row in rows]
 
 
 class _Gradients(nn.Cell):
@@ -243,21 +240,38 @@ class _Flags(nn.Cell):
         return self.read_flags(ops.depend(self.zeros, gradients))
 
 
+def _pick(rows: tuple[Tensor, ...], indices: tuple[int, ...]) -> tuple[Tensor, ...]:
+    picked: tuple[Tensor, ...] = ()
+    for i in indices:
+        picked = (*picked, rows[i])
+    return picked
+
+
 class _Update(nn.Cell):
     """Norm, overflow check, clipping, AdamW and moving average, from gradients that are still scaled.
 
     The norm is also the overflow check: a sum of squares is finite only if all gradients are. It takes one pass over
     the gradients, a check of each of them several.
+
+    With `shards`, the optimizer holds this process's arrays alone.
     """
 
-    def __init__(self, arrays: _Arrays, optimizer: AdamW, clip: bool, process_count: int, saturates: bool):
+    def __init__(
+        self, arrays: _Arrays, optimizer: AdamW, clip: bool, process_count: int, saturates: bool, shards: Shards | None
+    ):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
         self.flat, self.small = arrays.flat, ParameterTuple(arrays.small)
         sizes = [p.size for p in arrays.small]
         self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
         self.group_sizes = tuple(sum(group) for group in self.sizes)
-        self.reduce = nn.DistributedGradReducer(optimizer.parameters) if process_count > 1 else None
+        self.reduce, self.send = None, None
+        self.own: tuple[int, ...] = ()
+        if shards is not None:
+            self.reduce, self.send = MeanInOrder(process_count), SendUpdated(arrays.arrays, shards)
+            self.own = tuple(shards.own(range(len(arrays.arrays))))
+        elif process_count > 1:
+            self.reduce = nn.DistributedGradReducer(optimizer.parameters)
         self.norm = _NormOnAscend() if device_ops.on_ascend() else _NormOnCPU(arrays.flat is not None)
         self.minimum = ops.Minimum()
         self.is_finite = ops.IsFinite()
@@ -286,9 +300,15 @@ class _Update(nn.Cell):
         finite = self.is_finite(norm)
         if self.saturates:
             if self.reduce_flags is not None:
-                flags = self.reduce_flags(flags)
+                flags = self.reduce_flags(ops.depend(flags, norm))
             finite = self.both(finite, self.all(self.equal(flags, self.no_flags)))
-        updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
+        if self.send is not None:
+            gradients = _pick(gradients, self.own)
+        updated = (norm,)
+        if gradients:  # a process may own no array
+            updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
+        if self.send is not None:
+            updated = self.send(updated)
         if self.sizes:  # the networks read the parameters, which are parts of the flat array
             parts = ()
             groups = _split(ops.depend(self.flat, updated), self.group_sizes, 0)
@@ -379,6 +399,8 @@ class TrainStep:
         skip_overflow: Whether to leave parameters, moments and average as they are if a gradient is not finite.
         micro_batches: Number of batches that a step is the mean over.
         process_count: Number of data-parallel processes.
+        shard_of: This process, if each process is to hold its share of the moments and averages alone (see
+            ldm.training.sharding). None: each process holds all.
         dropout_key: Key of LoRA's dropout (see ldm.lora.dropout), which is set for each micro-batch.
         saturates: Whether the device saturates instead of overflowing (the first Ascend 910). A step in which a number
             saturated is then one whose gradients are not finite.
@@ -397,6 +419,7 @@ class TrainStep:
         skip_overflow: bool = False,
         micro_batches: int = 1,
         process_count: int = 1,
+        shard_of: int | None = None,
         dropout_key: Parameter | None = None,
         saturates: bool = False,
         large: int | None = None,
@@ -410,10 +433,13 @@ class TrainStep:
             parameter.requires_grad = True
         self.micro_batches, self.dropout_key, self.use_ema = micro_batches, dropout_key, use_ema
         arrays = _Arrays(self.parameters, large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU))
-        optimizer = AdamW(arrays.arrays, betas, use_ema, skip_overflow)
-        update = _Update(arrays, optimizer, clip, process_count, saturates)
-        self._arrays = arrays
-        self._groups = {"p": optimizer.parameters, "m": optimizer.m, "v": optimizer.v}
+        shards = None
+        if shard_of is not None:
+            shards = Shards(balanced([p.size for p in arrays.arrays], process_count), shard_of)
+        optimizer = AdamW(arrays.arrays if shards is None else shards.own(arrays.arrays), betas, use_ema, skip_overflow)
+        update = _Update(arrays, optimizer, clip, process_count, saturates, shards)
+        self._arrays, self._shards = arrays, shards
+        self._groups = {"p": arrays.arrays, "m": optimizer.m, "v": optimizer.v}
         if use_ema:
             self._groups["ema"] = optimizer.averages
         gradients = _Gradients(loss, arrays, saturates)
@@ -460,8 +486,15 @@ class TrainStep:
         """Return everything that the next step depends on.
 
         The names are those of the parameters after `p.` (parameters), `m.` and `v.` (moments), and `ema.` (averages).
+        With `shard_of`, all processes call this together. Process 0 returns the whole, the others nothing.
         """
-        return {f"{group}.{name}": array for group in self._groups for name, array in self._read(group).items()}
+        state = {}
+        for group in self._groups:
+            values = self._values(group)
+            if values:
+                arrays = self._arrays.split(values)
+                state.update({f"{group}.{p.name}": arrays[p.name] for p in self.parameters})
+        return state
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Load what `state` returned, before the first step. Raises ValueError if names or shapes differ."""
@@ -469,18 +502,28 @@ class TrainStep:
         if difference:
             raise ValueError(difference)
         for group, parameters in self._groups.items():
-            self._arrays.load(parameters, {p.name: arrays[f"{group}.{p.name}"] for p in self.parameters})
+            rows = self._arrays.join({p.name: arrays[f"{group}.{p.name}"] for p in self.parameters})
+            if self._shards is not None and group != "p":
+                rows = self._shards.own(rows)
+            for parameter, row in zip(parameters, rows):
+                parameter.set_data(Tensor(row))
         for parameter in self._arrays.small:
             parameter.set_data(Tensor(np.ascontiguousarray(arrays[f"p.{parameter.name}"], np.float32)))
 
-    def averages(self) -> dict[str, np.ndarray]:
-        """Return what to sample with, by parameter name: the moving averages, or the parameters without them."""
-        return self._read("ema" if self.use_ema else "p")
+    def _values(self, group: str) -> list[np.ndarray]:
+        """Return what a group of `state` holds for each array, or nothing in processes where `state` is empty."""
+        parameters = self._groups[group]
+        if self._shards is None or (group == "p" and self._shards.process == 0):
+            return [parameter.asnumpy() for parameter in parameters]
+        if group == "p":
+            return []
+        return self._shards.gather(parameters, [tuple(array.shape) for array in self._arrays.arrays])
 
-    def _read(self, group: str) -> dict[str, np.ndarray]:
-        """Return one array for each trained parameter, by its name and in the parameters' order."""
-        arrays = self._arrays.read(self._groups[group])
-        return {p.name: arrays[p.name] for p in self.parameters}
+
+def averages(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what to sample with of TrainStep.state(), by parameter name: averages, or parameters without them."""
+    prefix = "ema." if any(name.startswith("ema.") for name in state) else "p."
+    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
 
 
 def state_shapes(parameters: Sequence[Parameter], use_ema: bool) -> dict[str, tuple[int, ...]]:

@@ -151,10 +151,13 @@ def run_steps(run: Run) -> Path:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint and a training state. Processes other than the first do nothing."""
+    """Write a checkpoint and a training state. Processes other than the first only give it their optimizer state."""
+    if not run.is_first_process and not run.settings.shard_optimizer:
+        return
+    arrays = run.step.state()
     if not run.is_first_process:
         return
-    state = TrainingState(run.status.steps_done, run.step.state(), run.scaler.state(), run.fingerprint)
+    state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint)
     try:
         run.status.last_state = run.checkpoints.save(state)
     except UserError as error:

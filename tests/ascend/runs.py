@@ -81,6 +81,15 @@ def train_twice(folder: Path, base_model: Path, data: Path) -> tuple[Result, Res
     return first, run(flags=["--compile_cache=True", "--resume=True", "--max_steps=4"])
 
 
+def compile_for_eight(folder: Path, *_: Path, divided: bool) -> Result:
+    """Compile the step of the whole UNet on 8 cards, with 384 channels, so that 15 parameters are large."""
+    config = folder / f"wide-{divided}.yaml"
+    text = MICRO.read_text(encoding="utf-8").replace("model_channels: 32", "model_channels: 384")
+    config.write_text(text.replace("num_head_channels: 16", "num_head_channels: 64"), encoding="utf-8")
+    flags = ["--use_lora=False", "--use_parallel=True", f"--shard_optimizer={divided}"]
+    return compile_graphs(config, 16, ("step",), True, "O0", process_count=8, flags=flags)
+
+
 RUNS: dict[str, Run] = {
     "train nano": train_nano,
     **{name: partial(compile_graphs, *arguments) for name, arguments in COMPARED.items()},
@@ -90,4 +99,6 @@ RUNS: dict[str, Run] = {
     "8 cards": partial(
         compile_graphs, MICRO, 16, ("step",), True, "O0", process_count=8, flags=["--use_parallel=True"]
     ),
+    "8 cards, whole UNet": partial(compile_for_eight, divided=False),
+    "8 cards, whole UNet, divided": partial(compile_for_eight, divided=True),
 }

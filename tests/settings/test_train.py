@@ -49,7 +49,9 @@ def test_the_settings_in_a_training_state_stay_the_same():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "known"), [(TrainSettings, {"use_lora"}), (GenerateSettings, {"lora_ckpt_path"})])
+@pytest.mark.parametrize(
+    ("cls", "known"), [(TrainSettings, {"use_lora", "use_parallel"}), (GenerateSettings, {"lora_ckpt_path"})]
+)
 def test_what_a_setting_is_part_of_is_declared_in_known_words(cls, known):
     rules = [field.metadata for field in dataclasses.fields(cls)]
     assert {rule["resume"] for rule in rules} <= {None, "fixed", "followed"}
@@ -63,6 +65,8 @@ def test_what_a_setting_is_part_of_is_declared_in_known_words(cls, known):
         (dict(epochs="3"), 'epochs: "3" is a text, not a whole number'),
         (dict(scheduler="cosinus"), 'did you mean "cosine"'),
         (dict(start_learning_rate=float("nan")), "start_learning_rate: nan is not a number"),
+        (dict(shard_optimizer=True), "shard_optimizer needs use_parallel"),
+        (dict(shard_optimizer=True, use_parallel=True, use_lora=True), "leave it out"),
     ],
 )
 def test_settings_made_in_python_are_checked_like_flags(change, says):

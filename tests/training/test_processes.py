@@ -1,4 +1,7 @@
-"""train_text_to_image.py on two hosts (two groups of msrun on this one): weights, a killed process, resuming."""
+"""train_text_to_image.py in two processes.
+
+On two hosts (two groups of msrun on this one): weights, a killed process, resuming. With the optimizer's state divided.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import psutil
 from ldm.training.own_files import find_states
 from ldm.training.trainer import train
 from ldm.training.training_state import load_state
-from tests.training.micro import ROOT, SETTINGS
+from tests.training.micro import ROOT, SETTINGS, STEPS, command
 
 SETTINGS_OF_BOTH = dict(
     use_lora=True, caption_dropout=0.3, start_learning_rate=1e-3, clip_grad=True, ckpt_save_interval=2
@@ -89,3 +92,27 @@ def test_two_hosts_end_when_one_dies_and_one_process_continues_as_if_it_had_begu
     for name, array in expected.arrays.items():
         # Adam divides by the gradients' size, so that a rounded gradient near zero may move a weight by 1 % of a step.
         np.testing.assert_allclose(continued.arrays[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_with_a_divided_optimizer_continue_what_one_began(
+    full_run, saved_run, micro_base_model, micro_data
+):
+    (saved_run / "ckpt" / f"state-{STEPS:08d}.safetensors").unlink()
+    binaries = Path(sys.executable).parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--use_parallel=True", "--shard_optimizer=True", "--train_batch_size=1", "--resume=True"]
+    done = subprocess.run(
+        [
+            str(binaries / "msrun"), "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={port}",
+            f"--log_dir={saved_run / 'logs'}", *command(micro_base_model, micro_data, saved_run, *flags)[1:],
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    continued, expected = (load_state(find_states(folder / "ckpt")[0]) for folder in (saved_run, full_run))
+    assert continued.step == expected.step == STEPS and continued.arrays.keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        np.testing.assert_allclose(continued.arrays[name], array, rtol=1e-3, atol=1e-4, err_msg=name)

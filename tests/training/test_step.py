@@ -10,8 +10,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.runtime.device import setup_runtime
-from ldm.training.step import LossFromTokens, TrainStep
-from tests.training.toy import Linear, batch, numbers, scalars
+from ldm.training.step import LossFromTokens, TrainStep, averages
+from tests.training.toy import Linear, Product, batch, numbers, scalars
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adamw.npz"
 
@@ -24,23 +24,6 @@ def set_up(graph_mode):
 def toy_step(dtype=ms.float32, **options):
     loss = Linear(dtype=dtype)
     return loss, TrainStep(loss, [loss.w], **options)
-
-
-class Product(nn.Cell):
-    """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents."""
-
-    def __init__(self, starts):
-        super().__init__()
-        self.parameters = ms.ParameterTuple([Parameter(Tensor(s), name=f"p{i}") for i, s in enumerate(starts)])
-        self.sum = ops.ReduceSum()
-
-    def construct(self, latents, noise, timesteps, text_embeddings):
-        total, first = 0.0, 0
-        for parameter in self.parameters:
-            gradient = latents[first : first + parameter.size].reshape(parameter.shape)
-            total = total + self.sum(parameter * gradient)
-            first += parameter.size
-        return total
 
 
 LARGE = {"all in one array": 10**6, "arrays of 20 elements by themselves": 20, "each by itself": 1}
@@ -254,13 +237,13 @@ def test_the_moving_average_follows():
     for t in (1, 2):
         step([batch(*numbers())], scalars(t, ema_rate=0.25))
         average += 0.25 * (loss.w.asnumpy() - average)
-    np.testing.assert_allclose(step.averages()["w"], average, rtol=1e-5)
+    np.testing.assert_allclose(averages(step.state())["w"], average, rtol=1e-5)
     np.testing.assert_allclose(step.state()["ema.w"], average, rtol=1e-5)
 
 
 def test_without_an_average_the_parameters_are_returned_for_it():
     loss = Linear()
-    np.testing.assert_array_equal(TrainStep(loss, [loss.w]).averages()["w"], loss.w.asnumpy())
+    np.testing.assert_array_equal(averages(TrainStep(loss, [loss.w]).state())["w"], loss.w.asnumpy())
 
 
 def test_a_loaded_state_continues_bit_for_bit():

@@ -32,6 +32,23 @@ class Linear(nn.Cell):
         return np.mean(difference**2), latents.T @ difference * (2.0 / difference.size)
 
 
+class Product(nn.Cell):
+    """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents."""
+
+    def __init__(self, starts):
+        super().__init__()
+        self.parameters = ms.ParameterTuple([Parameter(Tensor(s), name=f"p{i}") for i, s in enumerate(starts)])
+        self.sum = ops.ReduceSum()
+
+    def construct(self, latents, noise, timesteps, text_embeddings):
+        total, first = 0.0, 0
+        for parameter in self.parameters:
+            gradient = latents[first : first + parameter.size].reshape(parameter.shape)
+            total = total + self.sum(parameter * gradient)
+            first += parameter.size
+        return total
+
+
 def numbers(rows=4, seed=1):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((rows, 3)).astype(np.float32), rng.standard_normal((rows, 3)).astype(np.float32)

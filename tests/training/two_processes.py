@@ -1,4 +1,7 @@
-"""What test_parallel.py starts twice under msrun: two steps of a linear model, each process with its own batch."""
+"""What test_parallel.py starts twice under msrun, each process with its own batch.
+
+Two steps of a linear model, and three steps of several arrays with the optimizer's state divided and not.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from mindspore import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ldm.runtime import peers  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.training.step import TrainStep  # noqa: E402
-from tests.training.toy import Linear, batch, numbers, scalars  # noqa: E402
+from tests.training.toy import Linear, Product, batch, numbers, scalars  # noqa: E402
 
+folder = Path(sys.argv[1])
 runtime = setup_runtime("CPU", use_parallel=True)
 
 loss = Linear()
@@ -26,4 +32,41 @@ if runtime.process_index == 1:
 before = step.state()["p.w"]
 overflow = step([batch(spoilt, noise[half])], scalars(3))
 assert not overflow.finite and np.array_equal(step.state()["p.w"], before)
-np.savez(Path(sys.argv[1]) / f"process{runtime.process_index}.npz", norm=results[-1].gradient_norm, **step.state())
+np.savez(folder / f"process{runtime.process_index}.npz", norm=results[-1].gradient_norm, **step.state())
+
+
+def several_arrays(sharded, steps, resume=None):
+    """Train steps (first, last) and write the parameters, and as the first process the training state."""
+    rng = np.random.default_rng(0)
+    starts = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 5), (3,), (6, 6), (2, 2), (5, 7))]
+    loss = Product(starts)
+    shard_of = runtime.process_index if sharded else None
+    step = TrainStep(
+        loss, list(loss.parameters), clip=True, use_ema=True, skip_overflow=True, large=20,
+        process_count=runtime.process_count, shard_of=shard_of,
+    )  # fmt: skip
+    if resume is not None:
+        step.load_state(dict(np.load(folder / f"{resume}-state.npz")))
+    empty = Tensor(np.zeros(1, np.float32))
+    for t in range(steps[0], steps[1] + 1):
+        gradients = np.random.default_rng((t, runtime.process_index)).standard_normal(sum(s.size for s in starts))
+        step([(Tensor(gradients.astype(np.float32)), empty, empty, empty)], scalars(t, norm=5.0, decay=0.01))
+    name = f"{'sharded' if sharded else 'whole'}{steps[0]}to{steps[1]}"
+    np.savez(
+        folder / f"{name}-process{runtime.process_index}.npz",
+        moments=sum(m.size for m in step.whole.update.optimizer.m),
+        **{parameter.name: parameter.asnumpy() for parameter in loss.parameters},
+    )
+    state = step.state()
+    if runtime.process_index == 0:
+        np.savez(folder / f"{name}-state.npz", **state)
+    assert sharded is False or bool(state) == (runtime.process_index == 0)
+    peers.gather()  # the others wait until the state is written
+
+
+several_arrays(False, (1, 3))
+several_arrays(True, (1, 3))
+several_arrays(False, (1, 1))
+several_arrays(True, (1, 1))
+several_arrays(True, (2, 3), resume="whole1to1")
+several_arrays(False, (2, 3), resume="sharded1to1")
