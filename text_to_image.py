@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ldm.runtime.parallel import first_process_prints
 from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -15,6 +16,7 @@ from ldm.settings.generate import GenerateSettings  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
 
+@first_process_prints()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings from the command line and generate the images."""
     settings = read_settings(

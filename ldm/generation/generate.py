@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +16,18 @@ from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
 from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
+from ldm.runtime import peers
+from ldm.runtime.logs import set_up_logging
+from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
+from ldm.settings.model import ModelConfig
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_model import base_model_hash
+
+if TYPE_CHECKING:
+    from ldm.generation.pipeline import ImageBatch
+    from ldm.runtime.device import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +35,16 @@ logger = logging.getLogger(__name__)
 def generate(settings: GenerateSettings) -> None:
     """Generate the images that the settings describe, and write them to `settings.output_path`.
 
-    Everything that needs no network is checked first, without MindSpore, and the outputs are claimed.
+    Everything that needs no network is checked first, without MindSpore, and the outputs are claimed. With
+    use_parallel, every process calls this, and the first one alone claims and writes the outputs.
 
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
     plan = plan_generation(settings)
+    if settings.use_parallel and (is_scheduler() or process_index() > 0):
+        generate_plan(settings, plan)
+        return
     latents = settings.save_latents
     starting_latents = None if latents is None else starting_latents_path(latents)
     with (
@@ -44,11 +59,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     """Load the model and the LoRAs of a plan, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
-    from ldm.generation.loading import select_lora
-    from ldm.generation.pipeline import Pipeline
-    from ldm.lora.lora import Strength
-    from ldm.lora.merged import MergedLoRA
-    from ldm.runtime.device import decide_flash_attention, describe_runtime, setup_runtime
+    from ldm.runtime.device import setup_runtime
 
     config = config_with_tokens(plan.config, plan.checkpoint)
     starting_latents = None
@@ -57,8 +68,34 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         starting_latents = read_latents(settings.init_latents, shape)
 
     runtime = setup_runtime(
-        settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed
+        settings.device_target,
+        settings.mode,
+        settings.jit_level,
+        settings.precision,
+        settings.seed,
+        settings.use_parallel,
     )
+    process = runtime.process_index
+    with nullcontext() if process == 0 else output_to_file(Path(settings.output_path) / f"log-{process}.txt"):
+        if process:
+            set_up_logging("WARNING")  # the other processes would repeat the first one
+        _generate_images(settings, plan, config, starting_latents, runtime)
+
+
+def _generate_images(
+    settings: GenerateSettings,
+    plan: GenerationPlan,
+    config: ModelConfig,
+    starting_latents: np.ndarray | None,
+    runtime: Runtime,
+) -> None:
+    """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
+    from ldm.generation.loading import select_lora
+    from ldm.generation.pipeline import Pipeline
+    from ldm.lora.lora import Strength
+    from ldm.lora.merged import MergedLoRA
+    from ldm.runtime.device import decide_flash_attention, describe_runtime
+
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
     logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
@@ -83,22 +120,59 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         ]
     )
 
+    batches = pipeline.generate(
+        plan.prompts,
+        plan.sampling,
+        settings.seed,
+        plan.negative_prompts,
+        starting_latents,
+        progress=runtime.process_index == 0,
+        process_index=runtime.process_index,
+        process_count=runtime.process_count,
+    )
+    batch_count = math.ceil(len(plan.prompts) / plan.sampling.batch_size)
+    if batch_count < runtime.process_count:
+        logger.warning(
+            "%d processes, but only %d batches of %d images: the other processes have nothing to do; a smaller "
+            "--batch_size gives more batches",
+            runtime.process_count,
+            batch_count,
+            plan.sampling.batch_size,
+        )
+    gathered = peers.gather_batches(
+        _arrays(batches, settings.save_latents is not None), math.ceil(batch_count / runtime.process_count)
+    )
+    if runtime.process_index:
+        for _ in gathered:  # this generates the images and sends them to the first process
+            pass
+    else:
+        _write(settings, plan, runtime.precision, gathered)
+
+
+def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[np.ndarray]]:
+    for batch in batches:
+        yield [batch.indices, batch.images, *([batch.starting_latents, batch.latents] if with_latents else [])]
+
+
+def _write(
+    settings: GenerateSettings, plan: GenerationPlan, precision: str, batches: Iterable[tuple[np.ndarray, ...]]
+) -> None:
+    """Write images and latents. `batches`: indices and images of each batch, and its starting and final latents."""
     writer = ImageWriter(
         settings.output_path,
         plan.prompts,
         plan.negative_prompts,
         plan.images_per_prompt,
-        _metadata(settings, plan, runtime.precision),
+        _metadata(settings, plan, precision),
         pngs=not settings.skip_save,
         grid=not settings.skip_grid,
     )
     describe_progress(writer.progress)
-    batches = pipeline.generate(plan.prompts, plan.sampling, settings.seed, plan.negative_prompts, starting_latents)
-    latents: list[tuple[np.ndarray, np.ndarray]] = []
-    for batch in batches:
-        writer.add(batch.indices, batch.images)
+    latents: list[tuple[np.ndarray, ...]] = []
+    for indices, images, *of_batch in batches:
+        writer.add(indices, images)
         if settings.save_latents is not None:
-            latents.append((batch.starting_latents, batch.latents))
+            latents.append(tuple(of_batch))
     writer.finish()
     for path in writer.renamed:
         logger.info("kept from an earlier run: %s", path)

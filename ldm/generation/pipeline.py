@@ -312,6 +312,8 @@ class Pipeline:
         negative_prompts: Sequence[str] | None = None,
         starting_latents: np.ndarray | None = None,
         progress: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[ImageBatch]:
         """Generate one image for each prompt, batch after batch.
 
@@ -322,6 +324,8 @@ class Pipeline:
             negative_prompts: One for each prompt, None for empty ones. They are not used at guidance scale 1.
             starting_latents: (N, C, h, w), None for those of the seed.
             progress: Show a progress bar.
+            process_index: Of this process among those that divide the batches.
+            process_count: Number of these processes. Of every process_count batches, each generates one.
 
         Raises:
             UserError: The size or the steps do not fit the model, or memory does not suffice.
@@ -347,14 +351,15 @@ class Pipeline:
         ]
         # One batch size for all, so that the text encoder too is compiled once.
         text_batch_size = max((len(set(batch)) for batch in texts), default=1)
-        total = len(batches) * sampling.num_inference_steps
+        share = list(zip(batches, texts))[process_index::process_count]
+        total = len(share) * sampling.num_inference_steps
         with tqdm(total=total, desc="compiling", unit="step", disable=not progress) as bar:
 
             def advance(step: int) -> None:
                 bar.set_description("sampling", refresh=False)  # the networks are compiled in the very first step
                 bar.update()
 
-            for indices, batch_texts in zip(batches, texts):
+            for indices, batch_texts in share:
                 size = len(indices)
                 # The last batch is filled up, or the networks would be compiled for its size too.
                 filled = fill_batch(indices, sampling.batch_size)

@@ -14,6 +14,7 @@ other hosts.
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -199,6 +200,31 @@ def gather(data: bytes = b"") -> list[bytes]:
     returns this process's data.
     """
     return [data] if _peers is None else _peers.gather(data)
+
+
+def gather_batches(batches: Iterable[Sequence[np.ndarray]], rounds: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield the batches of all processes in process 0, one of each process in turn, and nothing in the others.
+
+    Every process calls this and iterates to the end. Process 0 never holds more than one batch of each process.
+
+    Args:
+        batches: The arrays of each batch of this process.
+        rounds: The largest number of batches of a process, the same number in every process.
+    """
+    own = iter(batches)
+    for _ in range(rounds):
+        buffer = io.BytesIO()
+        for array in next(own, ()):
+            np.save(buffer, array, allow_pickle=False)
+        for data in gather(buffer.getvalue()):
+            if data:
+                yield tuple(_arrays(data))
+
+
+def _arrays(data: bytes) -> Iterator[np.ndarray]:
+    buffer = io.BytesIO(data)
+    while buffer.tell() < len(data):
+        yield np.lib.format.read_array(buffer, allow_pickle=False)
 
 
 def fail(message: str) -> None:

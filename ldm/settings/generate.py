@@ -146,6 +146,9 @@ class GenerateSettings:
         None,
         "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
     )
+    use_parallel: bool = setting(
+        False, "divide the batches between the processes that msrun started; the first one writes the files"
+    )
     batch_size: Optional[int] = setting(
         None,
         "images in a call of the network, which does not change them; None: n_samples, at least 16 up to 128 x 128 "
