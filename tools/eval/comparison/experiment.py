@@ -117,6 +117,7 @@ class Experiment:
         """Return what decides the trained weights, apart from the base model and the data."""
         rules = {field.name: field.metadata for field in fields(settings)}
         names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
+        names.append("train_batch_size")  # a resumed run compares it times the processes, and here there is one
         return {**{name: getattr(settings, name) for name in names}, "steps": self.plan(settings).steps}
 
     def start_lora(self, seed: int) -> Path:
