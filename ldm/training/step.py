@@ -15,6 +15,7 @@ from ldm import ops as device_ops
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
 from ldm.runtime.versions import splits_into_views
+from ldm.training.optimizer_arrays import OptimizerArrays
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 
@@ -102,62 +103,13 @@ class LossFromTokens(nn.Cell):
         return self.loss(latents, noise, timesteps, self.text_encoder(tokens))
 
 
-class _Arrays:
-    """The arrays that the optimizer works on: one flat array of all small parameters, and each large parameter itself.
-
-    An operator on the flat array takes the place of one for each parameter: on Ascend a launch costs about as much
-    as the work on an array of 10^6 elements. A large parameter is not copied, so that training a whole network does not
-    need its memory a second time.
-
-    Args:
-        parameters: The parameters to train.
-        large: Number of elements from which a parameter is large.
-    """
-
-    def __init__(self, parameters: Sequence[Parameter], large: int):
-        self.small = tuple(p for p in parameters if p.size < large)
-        if len(self.small) == 1:
-            self.small = ()
-        small = {id(p) for p in self.small}
-        self.large = tuple(p for p in parameters if id(p) not in small)
-        self.flat = None
-        if self.small:
-            values = np.concatenate([p.asnumpy().ravel() for p in self.small])
-            self.flat = Parameter(Tensor(values), name="flat", requires_grad=False)
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """The trained parameters in the order in which the step handles them: the small ones come first."""
-        return self.small + self.large
-
-    @property
-    def arrays(self) -> tuple[Parameter, ...]:
-        return self.large if self.flat is None else (self.flat, *self.large)
-
-    def split(self, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return a copy of `values`, one for each of `arrays`, by parameter name."""
-        values, result = list(values), {}
-        if self.flat is not None:
-            ends = np.cumsum([p.size for p in self.small])[:-1]
-            result = {p.name: part.reshape(p.shape) for p, part in zip(self.small, np.split(values.pop(0), ends))}
-        result.update({p.name: value for p, value in zip(self.large, values)})
-        return {name: value.copy() for name, value in result.items()}
-
-    def join(self, values: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Return one array for each of `arrays` of values by parameter name, the inverse of `split`."""
-        rows = [values[p.name] for p in self.large]
-        if self.flat is not None:
-            rows.insert(0, np.concatenate([values[p.name].ravel() for p in self.small]))
-        return [np.ascontiguousarray(row, np.float32) for row in rows]
-
-
 class _Gradients(nn.Cell):
     """Returns the scaled loss of a micro-batch, its gradients with respect to `arrays`, and the flags (8,) of _Flags.
 
     The flags are zeros if `saturates` is not set, and then cost nothing.
     """
 
-    def __init__(self, loss: nn.Cell, arrays: _Arrays, saturates: bool):
+    def __init__(self, loss: nn.Cell, arrays: OptimizerArrays, saturates: bool):
         super().__init__(auto_prefix=False)
         self.loss, self.small = loss, len(arrays.small)
         self.flags = _Flags() if saturates else None
@@ -257,7 +209,13 @@ class _Update(nn.Cell):
     """
 
     def __init__(
-        self, arrays: _Arrays, optimizer: AdamW, clip: bool, process_count: int, saturates: bool, shards: Shards | None
+        self,
+        arrays: OptimizerArrays,
+        optimizer: AdamW,
+        clip: bool,
+        process_count: int,
+        saturates: bool,
+        shards: Shards | None,
     ):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
@@ -432,7 +390,9 @@ class TrainStep:
                 raise ValueError(f"{parameter.name} is {parameter.dtype}: what is trained must be fp32")
             parameter.requires_grad = True
         self.micro_batches, self.dropout_key, self.use_ema = micro_batches, dropout_key, use_ema
-        arrays = _Arrays(self.parameters, large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU))
+        arrays = OptimizerArrays(
+            self.parameters, large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU)
+        )
         shards = None
         if shard_of is not None:
             shards = Shards(balanced([p.size for p in arrays.arrays], process_count), shard_of)
