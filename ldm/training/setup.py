@@ -121,7 +121,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         ema=settings.pretrained_model_ema,
         random_unet=settings.unet_initialize_random,
     )
-    trainable = _choose_trainable(settings, model, lora_spec)
+    trainable = choose_trainable(settings, model, lora_spec)
     set_process(model, runtime.process_index)
     state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
     if state is not None:
@@ -138,7 +138,9 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     inputs = Inputs(settings, model, rows, order, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
-    step = _build_step(settings, runtime, model, trainable, skips_overflow)
+    step = build_step(
+        settings, runtime, model, trainable, flash_attention=flash_attention, skips_overflow=skips_overflow
+    )
     if state is not None:
         step.load_state(state.arrays)
         scaler.load_state(state.scaler)
@@ -218,8 +220,14 @@ def make_lora_spec(settings: TrainSettings) -> LoRASpec:
     return spec if settings.lora_config is None else spec.with_config(under_root(settings.lora_config))
 
 
-def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec: LoRASpec) -> list[Parameter]:
-    """Inject LoRA, or unfreeze the whole UNet, and return the parameters that are trained."""
+def choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec: LoRASpec) -> list[Parameter]:
+    """Inject LoRA, or unfreeze the whole UNet, and return the parameters that are trained.
+
+    Args:
+        settings: Those of the run, of which `use_lora` decides.
+        model: The networks, all of whose parameters are frozen.
+        lora_spec: The LoRA to inject.
+    """
     layers = ""
     if settings.use_lora:
         layers = f", LoRA in {len(inject_lora(model, lora_spec))} layers"
@@ -231,13 +239,28 @@ def _choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec
     return trainable
 
 
-def _build_step(
-    settings: TrainSettings, runtime: Runtime, model: StableDiffusion, trainable: list[Parameter], skips_overflow: bool
+def build_step(
+    settings: TrainSettings,
+    runtime: Runtime,
+    model: StableDiffusion,
+    trainable: list[Parameter],
+    *,
+    flash_attention: bool,
+    skips_overflow: bool,
 ) -> TrainStep:
+    """Set the precision and the attention of the networks that are trained, and build the step that trains them.
+
+    Args:
+        settings: Those of the run.
+        runtime: What setup_runtime returned.
+        model: The networks.
+        trainable: What choose_trainable returned.
+        flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
+        skips_overflow: Whether a step whose gradients overflow changes nothing.
+    """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
-    if decide_flash_attention(settings.enable_flash_attention, runtime):
-        use_flash_attention(unet, True)
+    use_flash_attention(unet, flash_attention)
     loss = DiffusionLoss(unet, NoiseSchedule.from_config(model.config), model.config.prediction_type)
     if settings.lora_ft_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)

@@ -30,7 +30,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checks import image_size
 from ldm.training.loss_scale import make_loss_scaler
 from ldm.training.optimizers import adamw_scalars
-from ldm.training.setup import _build_step, _choose_trainable, make_lora_spec
+from ldm.training.setup import build_step, choose_trainable, make_lora_spec
 from ldm.training.step import StepScalars
 from tools.ascend.simulation import begin_graph, end_graph
 
@@ -80,9 +80,11 @@ class Graphs:
         """Return the call of the training step."""
         settings, runtime = self.settings, self.runtime
         model = _load(self.config)
-        trainable = _choose_trainable(settings, model, make_lora_spec(settings))
+        trainable = choose_trainable(settings, model, make_lora_spec(settings))
         skips_overflow = make_loss_scaler(settings, runtime.fp16).is_used and settings.drop_overflow_update
-        step = _build_step(settings, runtime, model, trainable, skips_overflow)
+        step = build_step(
+            settings, runtime, model, trainable, flash_attention=self.flash, skips_overflow=skips_overflow
+        )
         scalars = StepScalars(
             1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, settings.betas, 1e-8, settings.weight_decay), 1e-4
         )
