@@ -18,6 +18,7 @@ def _command(script: str) -> Callable[[], None]:
 
 train_text_to_image = _command("train_text_to_image.py")
 text_to_image = _command("text_to_image.py")
+check_device = _command("tools/check_device.py")
 eval_fid = _command("tools/eval/eval_fid.py")
 eval_clip_score = _command("tools/eval/eval_clip_score.py")
 compare_diffusers = _command("tools/eval/compare_diffusers.py")

@@ -91,6 +91,7 @@ def test_both_scripts_and_every_tool_for_users_are_commands(installed):
     folders = ("lora", "model_conversion", "eval")
     tools = {path.stem for folder in folders for path in (ROOT / "tools" / folder).glob("*.py")}
     tools -= {"__init__"}
+    tools |= {"check_device"}  # of the tools beside these folders, the others are for developers
     assert commands(installed) == {name: f"ldm.commands:{name}" for name in scripts | tools}
 
 
@@ -98,6 +99,12 @@ def test_a_tool_runs_in_any_folder_and_ends_mistakes_with_exit_code_2(installed,
     flags = ("--source", "nowhere.ckpt", "--target", "a.safetensors", "--to", "kohya")
     done = run_command(installed, tmp_path, "convert_lora", *flags)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere.ckpt" in done.stderr
+
+
+def test_a_device_is_checked_in_any_folder(installed, tmp_path):
+    done = run_command(installed, tmp_path, "check_device", "--device_target", "CPU", "--graphs", "overflow")
+    assert done.returncode == 0, done.stderr
+    assert "**OK**: all 1 graphs agree" in done.stdout
 
 
 def test_an_image_is_generated_in_any_folder(installed, tmp_path):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT
 from tools import check_device
-from tools.check_device import Graph, Row, compare, deviation, find_problems, report
+from tools.device_check.report import LIMITS, Row, compare, deviation, find_problems, report
+from tools.device_check.results import Graph, Machine, read_graph
 
-ABOUT = {
-    "versions": "MindSpore 2.8.0", "device": "Ascend 0, Ascend910B3", "ascend": True, "known": True, "saturates": False,
-    "dry_run": False, "free": 60.0, "total": 64.0, "cann": "8.5", "cann_fault": "",
-}  # fmt: skip
+A2 = Machine(
+    versions="MindSpore 2.8.0", device="Ascend 0, Ascend910B3", ascend=True, known=True, saturates=False,
+    dry_run=False, free=60.0, total=64.0, cann="8.5", cann_fault="",
+)  # fmt: skip
+FIRST_910 = replace(A2, device="Ascend 0, Ascend910A", saturates=True)
 VALUES = np.ones(100, np.float32)
 
 
@@ -23,9 +26,8 @@ def graph(values=VALUES, name="unet", precision="fp16", **rest):
     return Graph(name, precision, 1.0, {"output": values}, **rest)
 
 
-def overflow(value, **about):
-    row = compare(Graph("overflow", "fp16", 0.0, {"doubled": np.array([value])}), graph(), {**ABOUT, **about})
-    return row.verdict
+def overflow(value, machine):
+    return compare(Graph("overflow", "fp16", 0.0, {"doubled": np.array([value])}), graph(), machine).verdict
 
 
 def test_the_cpu_agrees_with_itself():
@@ -42,23 +44,23 @@ def test_the_cpu_agrees_with_itself():
 
 
 def test_rounding_is_right_and_more_is_wrong():
-    for precision, limit in check_device.LIMITS.items():
+    for precision, limit in LIMITS.items():
         for factor, verdict in ((0.9, "OK"), (1.1, "WRONG")):
-            row = compare(graph(VALUES * (1 + factor * limit), precision=precision), graph(), ABOUT)
+            row = compare(graph(VALUES * (1 + factor * limit), precision=precision), graph(), A2)
             assert row.verdict == verdict, (precision, factor)
 
 
 def test_the_vae_of_a_first_910_is_measured_as_fp16():
     values = graph(VALUES * 1.01, name="vae_decode", precision="fp32")
-    assert compare(values, graph(), ABOUT).verdict == "WRONG"
-    assert compare(values, graph(), {**ABOUT, "saturates": True}).verdict == "OK"
+    assert compare(values, graph(), A2).verdict == "WRONG"
+    assert compare(values, graph(), FIRST_910).verdict == "OK"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_wrong(value):
     values = VALUES.copy()
     values[3] = value
-    row = compare(graph(values), graph(), ABOUT)
+    row = compare(graph(values), graph(), A2)
     assert (row.verdict, row.reason) == ("WRONG", "not finite")
 
 
@@ -69,17 +71,17 @@ def test_another_shape_is_wrong():
 def test_the_worst_of_several_arrays_is_shown():
     cpu = Graph("lora_step", "fp32", 1.0, {"loss": VALUES, "gradients": VALUES})
     device = Graph("lora_step", "fp32", 1.0, {"loss": VALUES, "gradients": np.full_like(VALUES, np.nan)})
-    assert compare(device, cpu, ABOUT).deviation == "nan (gradients)"
+    assert compare(device, cpu, A2).deviation == "nan (gradients)"
 
 
 def test_an_error_of_the_device_is_shown():
-    row = compare(graph(error="RuntimeError: aclnn failed"), graph(), ABOUT)
+    row = compare(graph(error="RuntimeError: aclnn failed"), graph(), A2)
     assert (row.verdict, row.reason) == ("WRONG", "RuntimeError: aclnn failed")
 
 
 def test_an_overflow_gives_infinity_and_on_a_first_910_the_largest_number():
-    assert overflow(np.inf) == "OK" and overflow(65504.0) == "WRONG"
-    assert overflow(65504.0, saturates=True) == "OK" and overflow(np.inf, saturates=True) == "WRONG"
+    assert overflow(np.inf, A2) == "OK" and overflow(65504.0, A2) == "WRONG"
+    assert overflow(65504.0, FIRST_910) == "OK" and overflow(np.inf, FIRST_910) == "WRONG"
 
 
 def rows(**verdicts):
@@ -87,7 +89,7 @@ def rows(**verdicts):
 
 
 @pytest.mark.parametrize(
-    ("about", "verdicts", "way_out"),
+    ("machine", "verdicts", "way_out"),
     [
         ({}, dict(unet="OK", unet_flash="WRONG"), "--enable_flash_attention False"),
         ({}, dict(overflow="WRONG"), "unset MS_ASCEND_CHECK_OVERFLOW_MODE"),
@@ -97,29 +99,29 @@ def rows(**verdicts):
         (dict(dry_run=True), dict(unet="WRONG"), "dry run"),
     ],
 )
-def test_what_is_wrong_comes_with_the_way_out(about, verdicts, way_out):
-    problems = find_problems({**ABOUT, **about}, rows(**verdicts))
+def test_what_is_wrong_comes_with_the_way_out(machine, verdicts, way_out):
+    problems = find_problems(replace(A2, **machine), rows(**verdicts))
     assert any(way_out in problem for problem in problems)
 
 
 def test_a_dry_run_is_no_report_to_send():
-    assert "Please send" not in report({**ABOUT, "dry_run": True}, [], [])
+    assert "Please send" not in report(replace(A2, dry_run=True), [], [])
 
 
 def test_nothing_is_wrong_with_a_device_that_agrees():
     agreeing = rows(unet="OK", unet_flash="skipped")
-    assert find_problems(ABOUT, agreeing) == []
-    text = report(ABOUT, agreeing, [])
+    assert find_problems(A2, agreeing) == []
+    text = report(A2, agreeing, [])
     assert "**OK**: all 1 graphs agree, 1 skipped." in text and "Please send this report" in text
 
 
 def test_the_report_is_a_table_whatever_an_error_contains():
-    text = report(ABOUT, [Row("unet", "", "", 0.0, "WRONG", "a | b")], ["Do this."])
+    text = report(A2, [Row("unet", "", "", 0.0, "WRONG", "a | b")], ["Do this."])
     assert r"WRONG: a \| b |" in text and "**WRONG**: 1 of 1 graphs are wrong" in text and "- Do this." in text
 
 
 def test_too_little_memory_is_said():
-    text = report({**ABOUT, "free": 3.0}, [], [])
+    text = report(replace(A2, free=3.0), [], [])
     assert "3.0 of 64.0 GB free (SD1.5 with LoRA" in text
 
 
@@ -129,6 +131,6 @@ def test_a_process_that_dies_is_reported_with_its_last_line(monkeypatch, tmp_pat
         "import os, sys\nprint('aclnn: bad', file=sys.stderr)\nos.kill(os.getpid(), 11)\n"
     )
     settings = check_device.Settings(graphs=["unet"])
-    process = check_device._run("CPU", "fp32", settings, tmp_path / "out")
-    assert process == "the process was ended by signal 11: aclnn: bad"
-    assert check_device._read(tmp_path / "out", "unet", process).error == process
+    ended = check_device.compute_in_a_process("CPU", "fp32", settings, tmp_path / "out")
+    assert ended == "the process was ended by signal 11: aclnn: bad"
+    assert read_graph(tmp_path / "out", "unet", ended).error == ended
