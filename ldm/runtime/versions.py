@@ -28,7 +28,7 @@ def mindspore_version() -> tuple[int, ...]:
 
 
 def splits_into_views() -> bool:
-    """Whether the operator SplitWithSizeView has a kernel on the CPU. 2.7 has it on Ascend only."""
+    """Whether SplitWithSizeView and `mint.chunk` have a kernel on the CPU. 2.7 has them on Ascend only."""
     return mindspore_version() >= (2, 8)
 
 

@@ -9,7 +9,7 @@ How the accuracy of each form of ldm/ops/ascend.py is held:
 | GroupNorm | GroupNorm | the same operator |
 | Upsample2x | UpsampleNearest2D | the same operator |
 | PaddedConvolution | ConstantPadND | the same operator |
-| GELUGate | ChunkView | the same operator |
+| GELUGate | ChunkView | the same operator; `ops.chunk` with MindSpore 2.7, which has it on Ascend only |
 | GELU, GELUGate | GeluExt | its documented formula |
 | LayerNorm | LayerNormExt | its documented formula |
 | Convolution | Conv2DExt, ConvolutionGrad | `ops.conv2d` and its gradient; the outputs outside output_mask are none |
@@ -27,6 +27,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm import ops as operators
 from ldm.ops import ascend
+from ldm.runtime.versions import splits_into_views
 
 RUN_ON_THE_CPU = {"Dense", "Add", "GroupNorm", "UpsampleNearest2D", "ConstantPadND", "ChunkView"}
 STAND_INS = {"GeluExt", "LayerNormExt", "Conv2DExt", "ConvolutionGrad", "FlashAttentionScore"}
@@ -87,5 +88,7 @@ def build_as_on_ascend(monkeypatch):
         patch.setattr(ascend, "layer_norm", layer_norm)
         patch.setattr(ascend, "Conv2DExt", Conv2D)
         patch.setattr(ascend, "ConvolutionGrad", ConvolutionGradient)
+        if not splits_into_views():
+            patch.setattr(ascend, "chunk", ops.chunk)
         yield
     operators.shared_cell.cache_clear()
