@@ -1,16 +1,18 @@
-# make demo         fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
-# make test         run the tests, without PyTorch, and print the 20 slowest
-# make test-parity  compare with PyTorch, diffusers and transformers, in a virtual environment of its own
-# make test-ascend  compile for Ascend without a device and compare the kernels with the recorded ones
-# make lint         check style, layout and types: ruff and mypy
-# make format       apply ruff's fixes and layout
+# make demo           fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
+# make test           run the tests, without PyTorch, and print the 20 slowest
+# make test-parity    compare with PyTorch, diffusers and transformers, in a virtual environment of its own
+# make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
+# make test-ascend    compile for Ascend without a device and compare the kernels with the recorded ones
+# make lint           check style, layout and types: ruff and mypy
+# make format         apply ruff's fixes and layout
 #
-# PYTHON=... chooses the Python that the virtual environments are made from.
+# PYTHON=... chooses the Python that the virtual environments are made from, VERSIONS="2.7.2" the versions of MindSpore.
 
 PYTHON ?=
+VERSIONS ?= 2.7.2 2.10.0
 export MAKECMDGOALS
 
-.PHONY: demo test test-parity test-ascend lint format clean
+.PHONY: demo test test-parity test-versions test-ascend lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -20,6 +22,15 @@ test: .venv/ready
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity
+
+test-versions: $(VERSIONS:%=.venv-%/ready)
+	@status=0; for version in $(VERSIONS); do \
+	    echo "MindSpore $$version"; .venv-$$version/bin/python -m pytest $(VERSION_TESTS) || status=1; \
+	done; exit $$status
+
+# The tests that use most of MindSpore.
+VERSION_TESTS := tests/ops tests/models tests/lora tests/generation tests/weights tests/runtime/test_versions.py \
+	$(addprefix tests/training/,test_step.py test_trainer.py test_resume.py)
 
 test-ascend: .venv/ready
 	@.venv/bin/python -m pytest tests/ascend --durations=20
@@ -36,8 +47,14 @@ format: .venv/ready
 .venv/ready: requirements.txt requirements-dev.txt
 	@tools/make_venv .venv 9 requirements-dev.txt $(PYTHON)
 
+# MindSpore 2.10 has no wheel for Python 3.9.
+.venv-%/ready: requirements.txt requirements-dev.txt
+	@sed '/^-r/d; s/^mindspore==.*/mindspore==$*/' requirements.txt requirements-dev.txt > .venv-$*.txt
+	@tools/make_venv .venv-$* $(if $(filter 2.10.%,$*),10,9) .venv-$*.txt $(PYTHON)
+	@rm .venv-$*.txt
+
 .venv-parity/ready: requirements.txt requirements-dev.txt requirements-parity.txt
 	@tools/make_venv .venv-parity 11 requirements-parity.txt $(PYTHON)
 
 clean:
-	rm -rf .venv .venv-parity .mypy_cache .pytest_cache .ruff_cache build output *.egg-info
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache build output *.egg-info
