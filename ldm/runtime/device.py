@@ -15,7 +15,8 @@ import mindspore as ms
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.runtime import ascend, peers
+from ldm.runtime import ascend, peers, roll_call
+from ldm.runtime.launcher import killed_with_launcher
 from ldm.runtime.versions import check_version
 
 logger = logging.getLogger(__name__)
@@ -242,13 +243,14 @@ def _join_processes() -> tuple[int, int]:
     # MindSpore's dry run simulates one process of many, which no launcher starts.
     if not {"MS_ROLE", "RANK_TABLE_FILE", "MS_SIMULATION_LEVEL"} & os.environ.keys():
         raise UserError(f"use_parallel needs one process for each device: start it with {ascend.MSRUN}")
+    roll_call.call_roll()
     try:
-        communication.init()  # in msrun's scheduler it returns when the other processes have ended
+        with killed_with_launcher():
+            communication.init()  # in msrun's scheduler it returns when the other processes have ended
     except RuntimeError as error:
         reason = plain(str(error).strip().partition("\n")[0])
         raise UserError(
-            f"a process of this run did not start or has ended ({reason}): its own error is above, or in the "
-            "launcher's log of that process"
+            f"a process of this run has ended ({reason}): its own error is above, or in its log in msrun's --log_dir"
         ) from None
     process_index, process_count = communication.get_rank(), communication.get_group_size()
     peers.connect(process_index, process_count, lambda array: _Sum()(ms.Tensor(array)).asnumpy())

@@ -2,13 +2,14 @@
 
 A launcher mixes what all processes print, and ends them all as soon as one of them fails. Most errors occur in every
 process. So only the first process prints. The others write to log files, and after an error they wait for the first
-process to report it. If the first process does not end in that time, they give it their error to report, or report it
-themselves (ldm.runtime.peers).
+process to report it. If the first process does not end in that time, they give it their error to report
+(ldm.runtime.peers, or ldm.runtime.roll_call before all have started), or report it themselves.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -16,55 +17,71 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm.errors import UserError, plain
+from ldm.errors import UserError, plain, system_error
 from ldm.files.paths import writing
-from ldm.runtime import peers
+from ldm.runtime import roll_call
+from ldm.runtime.launcher import end_with_launcher, is_scheduler, process_index, process_name
+from ldm.runtime.roll_call import ReportedError
 
 FIRST_PROCESS_SECONDS = 15.0  # how much later than the others the first process may report an error
-LAUNCHER_VARIABLES = ("MS_ROLE", "RANK_TABLE_FILE", "OMPI_COMM_WORLD_RANK")  # every launcher sets one of them
+USER_ERROR_CODE = 2  # as in ldm.runtime.script
 LONGEST_LOGGED_ERROR = 2000  # characters
-
-
-def process_index() -> int:
-    """Return this process's index among those of the launcher, 0 without one. It is known before they connect."""
-    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
-        return 0
-    index = os.environ.get("RANK_ID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-    return int(index) if index.isdecimal() else 0
-
-
-def is_scheduler() -> bool:
-    """Whether this is msrun's scheduler, a process that connects the others and does not train."""
-    return os.environ.get("MS_ROLE") == "MS_SCHED"
 
 
 @contextmanager
 def first_process_prints() -> Iterator[None]:
     """Show progress bars in the first process only, and delay the errors of the others.
 
-    Enter this before tqdm is imported.
+    Where this process ends with an error, the others end too, and this one ends when its launcher does. Enter this
+    before tqdm is imported.
     """
+    end_with_launcher()
     if is_scheduler() or process_index() == 0:
         try:
             yield
-        except BaseException as error:
-            peers.fail(f"process 0: {error}")
+        except (Exception, KeyboardInterrupt) as error:
+            _tell_the_others(error)
             raise
         return
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
+    except KeyboardInterrupt as error:
+        _tell_the_others(error)
+        raise
     except Exception as error:
-        time.sleep(FIRST_PROCESS_SECONDS)
-        peers.fail(f"process {process_index()}: {error if isinstance(error, UserError) else repr(error)}")
-        if isinstance(error, UserError):
-            raise UserError(f"process {process_index()}: {error}") from None
+        if not isinstance(error, ReportedError):
+            time.sleep(FIRST_PROCESS_SECONDS)
+            _tell_the_others(error)
+        if isinstance(error, UserError) and not isinstance(error, ReportedError):
+            raise UserError(f"{process_name()}: {error}") from None
         raise
     finally:
         os.environ.pop("TQDM_DISABLE")
         if before is not None:
             os.environ["TQDM_DISABLE"] = before
+
+
+def _tell_the_others(error: BaseException) -> None:
+    """Tell the others that this process ends, and with which exit code they end."""
+    # It imports NumPy, which starts threads: ldm.runtime.script must block the signals before.
+    from ldm.runtime import peers
+
+    if isinstance(error, ReportedError):  # all have been told
+        return
+    name = f"the scheduler on {plain(socket.gethostname())}" if is_scheduler() else process_name()
+    if isinstance(error, KeyboardInterrupt):
+        peers.fail(f"{name} was interrupted", wait=False)
+        return
+    if isinstance(error, OSError) and error.errno is not None:
+        error = system_error(error)
+    is_users = isinstance(error, (UserError, MemoryError))
+    message = f"{name}: {error if isinstance(error, UserError) else repr(error)}"
+    if peers.are_connected():
+        peers.fail(message, USER_ERROR_CODE if is_users else peers.EXIT_CODE)
+    else:
+        roll_call.report(message)
 
 
 @contextmanager

@@ -30,13 +30,14 @@ import numpy as np
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
 from ldm.files.atomic import remove_temporaries
+from ldm.runtime.launcher import process_name
 from ldm.runtime.script import progress
 
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}  # 35 s until a dead host is noticed
 CONNECT_SECONDS = 60.0  # to connect all processes, after MindSpore has connected them
 LAUNCHER_SECONDS = 3.0  # in which msrun ends the other processes of a host (it looks every second)
 LAST_LINE_SECONDS = 2.0  # how long printing the last line may take
-EXIT_CODE = 1  # where another process has ended
+EXIT_CODE = 1  # where another process has ended without a UserError
 TOKEN_BYTES = 16
 LONGEST_HOST = 64  # bytes
 
@@ -76,16 +77,22 @@ class Peers:
             _send(connection, _GO)
         return parts
 
-    def fail(self, message: str) -> None:
-        """Say that this process ends with an error. Process 0 reports it, and msrun has the time to end this one."""
+    def fail(self, message: str, code: int, wait: bool) -> None:
+        """Say that this process ends with an error. Process 0 reports it, and all end with this exit code.
+
+        `wait`: whether msrun has the time to end this process before it reports the error too.
+        """
         self.failed = True
+        self._send_failed(message, code)
+        if self.index and wait:
+            time.sleep(self._patience())
+
+    def _send_failed(self, message: str, code: int) -> None:
         for connection in self.connections.values():
             try:
-                _send(connection, _FAILED, message.encode("utf-8", "replace"))
+                _send(connection, _FAILED, bytes([code]) + message.encode("utf-8", "replace"))
             except OSError:  # that process has ended
                 continue
-        if self.index:
-            time.sleep(self._patience())
 
     def say_done(self) -> None:
         """Say that this process ends as it should."""
@@ -109,41 +116,40 @@ class Peers:
 
     def _receive(self, process: int) -> None:
         """Take the messages of a process until it is done. Ends this process if that one ends otherwise."""
-        connection, text = self.connections[process], ""
+        connection, text, code = self.connections[process], "", EXIT_CODE
         try:
             while True:
                 kind, data = _receive_message(connection)
                 if kind == _DONE:
                     return
                 if kind == _FAILED:
-                    text = data.decode("utf-8", "replace")
+                    code, text = data[0], data[1:].decode("utf-8", "replace")
                     break
                 self.inbox[process].put(data)
         except OSError:  # closed, or its host does not answer
             pass
         with self._ending:  # one thread reports; the others wait here until this process has ended
             if not self.failed:
-                self._end(process, text)
+                self._end(process, text, code)
 
-    def _end(self, process: int, text: str) -> None:
-        """Report that a process has ended, and end this one. `text`: the report of process 0 or of that process."""
+    def _end(self, process: int, text: str, code: int) -> None:
+        """Report that a process has ended, and end this one with the exit code.
+
+        `text`: the report of process 0 or of that process, "" if it gave none.
+        """
         line = text
         if not text:
             line = (
-                f"process {process} on {self.hosts[process]} has ended without an error message (killed, or its host "
+                f"{process_name(process, self.hosts[process])} has ended without an error message (killed, or its host "
                 "is off or out of memory), so all processes end"
             )
-        if self.index == 0:
+        if self.index == 0 or not text:
             done = progress()
             line = f"{line}; {done}" if done else line
-            for connection in self.connections.values():
-                try:
-                    _send(connection, _FAILED, line.encode())
-                except OSError:  # the one that has ended
-                    continue
+        if self.index == 0:
+            self._send_failed(line, code)
         elif text or self.index > 1:  # process 1 reports in place of process 0, before msrun ends it
             time.sleep(self._patience())
-        code = EXIT_CODE
         timer = threading.Timer(LAST_LINE_SECONDS, os._exit, [code])
         timer.daemon = True
         timer.start()
@@ -227,10 +233,21 @@ def _arrays(data: bytes) -> Iterator[np.ndarray]:
         yield np.lib.format.read_array(buffer, allow_pickle=False)
 
 
-def fail(message: str) -> None:
-    """Tell the others that this process ends with an error. Without other processes, this does nothing."""
+def are_connected() -> bool:
+    """Whether this process is connected with the others."""
+    return _peers is not None
+
+
+def fail(message: str, code: int = EXIT_CODE, wait: bool = True) -> None:
+    """Tell the others that this process ends with an error. Without other processes, this does nothing.
+
+    Args:
+        message: Names this process and its error. Process 0 reports it.
+        code: With which exit code the other processes end.
+        wait: Whether to leave msrun the time to end this process.
+    """
     if _peers is not None:
-        _peers.fail(message)
+        _peers.fail(message, code, wait)
 
 
 def _at_exit() -> None:

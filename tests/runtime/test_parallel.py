@@ -11,14 +11,16 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.runtime import parallel
-from ldm.runtime.parallel import first_process_prints, is_scheduler, output_to_file, process_index
+from ldm.runtime.launcher import LAUNCHER_VARIABLES, is_scheduler, process_index
+from ldm.runtime.parallel import first_process_prints, output_to_file
+from ldm.runtime.roll_call import ReportedError
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """A call sets the environment that a launcher gives; nothing of the real one is left."""
-    for name in (*parallel.LAUNCHER_VARIABLES, "RANK_ID", "TQDM_DISABLE"):
+    for name in (*LAUNCHER_VARIABLES, "RANK_ID", "TQDM_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(parallel, "FIRST_PROCESS_SECONDS", 0.05)
     return lambda **names: [monkeypatch.setenv(name, value) for name, value in names.items()]
@@ -57,10 +59,17 @@ def test_another_process_waits_before_it_reports_its_error(launched, monkeypatch
     launched(MS_ROLE="MS_WORKER", RANK_ID="1")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    with pytest.raises(UserError, match="^process 1: no such file$"), first_process_prints():
+    with pytest.raises(UserError, match="^process 1 on .*: no such file$"), first_process_prints():
         assert os.environ["TQDM_DISABLE"] == "1"
         raise UserError("no such file")
     assert waits == [parallel.FIRST_PROCESS_SECONDS]
+
+
+def test_the_error_of_another_process_is_reported_at_once(launched, monkeypatch):
+    launched(MS_ROLE="MS_WORKER", RANK_ID="1")
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    with pytest.raises(ReportedError, match="^process 2 on host1: no such file$"), first_process_prints():
+        raise ReportedError("process 2 on host1: no such file")
 
 
 @pytest.mark.parametrize("error", [UserError("a bad image"), ValueError("a fault")])
@@ -91,3 +100,8 @@ def test_two_processes_report_the_same_error_once():
     other.kill()
     assert first.returncode == 2 and message.count("error: --lora_rank: 0") == 1
     assert other.communicate()[1] == ""
+
+
+def test_the_scripts_can_block_the_signals_before_a_library_starts_threads():
+    code = "import sys, train_text_to_image; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

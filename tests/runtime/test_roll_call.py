@@ -1,0 +1,125 @@
+"""The processes of msrun meet before MindSpore connects them. Where one is missing or wrong, all get one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+PROGRAM = """
+import sys
+from ldm.errors import UserError
+from ldm.runtime import roll_call
+roll_call.BANNER_SECONDS, roll_call.REPORT_SECONDS = 1.0, 3.0
+roll_call.has_several_hosts = lambda: True
+try:
+    roll_call.report(sys.argv[1]) if sys.argv[1:] else roll_call.call_roll()
+except UserError as error:
+    sys.exit(f"{error}")
+"""
+
+
+@pytest.fixture
+def start():
+    """A call starts the scheduler (index None) or a process. All that still run are killed after the test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    started = []
+
+    def run(index=None, count=2, timeout=20, port=free_port, error=None, parent=()):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
+        environment.update(
+            MS_ROLE="MS_SCHED" if index is None else "MS_WORKER", RANK_ID=str(index or 0), MS_SCHED_HOST="127.0.0.1",
+            MS_SCHED_PORT=str(port), MS_WORKER_NUM=str(count), MS_TOPO_TIMEOUT=str(timeout),
+        )  # fmt: skip
+        if index is not None:
+            environment["MS_NODE_ID"] = str(index)
+        words = [sys.executable, "-c", PROGRAM, *([] if error is None else [error])]
+        started.append(
+            subprocess.Popen([*parent, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    run.port = free_port
+    yield run
+    for process in started:
+        process.kill()
+
+
+def said(*processes):
+    """Wait for the processes and return what each said."""
+    return [process.communicate(timeout=30)[1].strip() for process in processes]
+
+
+@pytest.mark.parametrize("seconds", [0, 2], ids=["at once", "late"])
+def test_the_run_starts_when_all_are_there_and_the_port_is_free_again(start, seconds):
+    scheduler, first = start(), start(0)
+    time.sleep(seconds)
+    assert seconds == 0 or (scheduler.poll() is None and first.poll() is None)
+    assert said(scheduler, first, start(1)) == ["", "", ""]
+    socket.create_server(("127.0.0.1", start.port), reuse_port=False).close()
+
+
+def test_a_process_that_never_starts_is_named_when_the_time_is_over(start):
+    began = time.monotonic()
+    texts = said(start(count=4, timeout=3), start(0, count=4, timeout=3), start(2, count=4, timeout=3))
+    assert len(set(texts)) == 1 and "2 of 4 processes have started within 3 s, processes 1, 3 not" in texts[0]
+    assert "--node_rank" in texts[0] and time.monotonic() - began < 20
+
+
+def test_a_scheduler_that_never_starts_is_named(start):
+    (text,) = said(start(1, timeout=1))
+    assert "process 1 on " in text and f"has not reached the scheduler at 127.0.0.1:{start.port}" in text
+
+
+def test_a_port_that_another_program_uses_is_named_by_all(start):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        texts = said(start(port=port), start(0, port=port), start(1, port=port))
+    assert all(f"another run or program uses port {port} of 127.0.0.1" in text for text in texts)
+
+
+def test_another_run_with_the_same_port_is_refused_and_this_one_starts(start):
+    scheduler, first = start(), start(0)
+    other_scheduler, other = (start(index, parent=["sh", "-c", '"$@"; exit $?', "msrun"]) for index in (None, 1))
+    assert all("another run or program uses port" in text for text in said(other_scheduler, other))
+    assert said(start(1), scheduler, first) == ["", "", ""]
+
+
+def test_another_number_of_processes_is_named(start):
+    texts = said(start(count=2), start(0, count=2), start(1, count=4))
+    assert all(
+        "process 1 on " in text and "a run of 4 processes, and the first host for one of 2" in text for text in texts
+    )
+
+
+@pytest.mark.parametrize("which", [None, 0, 1], ids=["the scheduler", "process 0", "process 1"])
+def test_all_get_the_error_of_one_that_ends_before(start, which):
+    others = [start(index) for index in (None, 0, 1) if index != which]
+    ended = start(which, error="no such checkpoint")
+    assert said(*others, ended) == ["no such checkpoint", "no such checkpoint", ""]
+
+
+def test_all_are_told_of_one_that_is_killed_while_it_waits(start):
+    scheduler, first, killed = start(count=3), start(0, count=3), start(2, count=3)
+    time.sleep(2)
+    killed.send_signal(signal.SIGKILL)
+    texts = said(scheduler, first)
+    assert all("process 2 on " in text and "has ended before all processes had started" in text for text in texts)
+
+
+def test_without_msrun_nothing_is_waited_for(monkeypatch):
+    from ldm.runtime import roll_call
+
+    for name in ("MS_ROLE", "MS_SCHED_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    roll_call.call_roll()
+    roll_call.report("an error")
