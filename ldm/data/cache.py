@@ -138,7 +138,7 @@ class ArrayCache:
         """Read arrays into memory, compute those that are not on disk, and return how many these are."""
         missing: list[str] = []
         faults: list[str] = []
-        for key in tqdm(unread, desc=f"{desc}: reading the cache", delay=1, disable=self.folder is None):
+        for key in unread if self.folder is None else tqdm(unread, desc=f"{desc}: reading the cache", delay=1):
             try:
                 array = self._read(key, shape)
             except UserError as error:

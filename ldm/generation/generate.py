@@ -79,6 +79,7 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
     with nullcontext() if process == 0 else output_to_file(Path(settings.output_path) / f"log-{process}.txt"):
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
+            describe_progress(None)
         _generate_images(settings, plan, config, starting_latents, runtime)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.errors import UserError
+from ldm.training.own_files import find_states
+
 
 @dataclass
 class Status:
@@ -23,7 +26,17 @@ class Status:
 
     def how_to_continue(self) -> str:
         """Say how the run can be continued."""
-        if self.last_state is None:
-            return "what was saved before is kept" if self.resumes else "nothing was saved yet"
-        own = self.last_state.parent == self.folder
-        return f"--resume {True if own else self.last_state} continues from {self.last_state}"
+        last_state = self.last_state
+        if last_state is None and self.resumes:
+            return "what was saved before is kept"
+        if last_state is None:  # of a data-parallel run, the first process alone knows what it has saved
+            last_state = self._newest_state()
+        if last_state is None:
+            return "nothing was saved yet"
+        return f"--resume {True if last_state.parent == self.folder else last_state} continues from {last_state}"
+
+    def _newest_state(self) -> Path | None:
+        try:
+            return next(iter(find_states(self.folder)), None)
+        except UserError:  # the folder cannot be read
+            return None

@@ -110,6 +110,12 @@ def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, 
     assert status.describe() == "after encoding 3 of 10 images; nothing was saved yet"
 
 
+def test_another_process_than_the_first_finds_what_the_first_has_saved(saved_run):
+    status = Status(saved_run / "ckpt", resumes=False, total_steps=14, steps_done=13, phase="")
+    newest = find_states(saved_run / "ckpt")[0]
+    assert status.describe() == f"after step 13 of 14; --resume True continues from {newest}"
+
+
 @pytest.mark.parametrize("place", ["load_model", "Inputs"])
 def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsaved(
     settings, saved_run, monkeypatch, place
