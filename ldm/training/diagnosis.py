@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.errors import UserError, plain
+from ldm.runtime import peers
+from ldm.runtime.launcher import process_name
 from ldm.training.feed import TensorBatch
 from ldm.training.setup import Run
 from ldm.weights.checkpoint import read_checkpoint
@@ -15,8 +17,22 @@ LARGEST_WEIGHT = 1e4  # weights of a network that trains well are below 100
 def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
     """Raise UserError if the latents or text embeddings of an image are not finite. A smaller loss scale cannot help.
 
-    `batches` are the micro-batches of the newest step.
+    Every process calls this after the same step, and the first one raises the error of any of them.
+
+    Args:
+        run: The run.
+        batches: The micro-batches of this process in the newest step.
     """
+    fault = _fault_of_inputs(run, batches)
+    own = f"{process_name()}: {fault}" if fault and run.runtime.process_index else fault
+    faults = [text.decode("utf-8", "replace") for text in peers.gather(own.encode("utf-8", "replace"))]
+    fault = next((text for text in faults if text), fault)
+    if fault:
+        raise UserError(fault)
+
+
+def _fault_of_inputs(run: Run, batches: list[TensorBatch]) -> str:
+    """Return what is wrong with this process's inputs, "" if nothing is."""
     first = (run.status.steps_done - 1) * len(batches)
     for number, (latents, _, _, text_embeddings) in enumerate(batches, first):
         rows = run.inputs.order.indices(number)
@@ -25,11 +41,12 @@ def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
             not_finite = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
             if len(not_finite):
                 path = run.inputs.rows[rows[not_finite[0]]].path
-                raise UserError(
+                return (
                     f"the {what} of {plain(path)} are not finite at step {run.status.steps_done}: look at that image "
                     f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; "
                     f"{run.status.how_to_continue()}"
                 )
+    return ""
 
 
 def cause_of_not_finite(run: Run) -> str:
@@ -48,7 +65,4 @@ def cause_of_not_finite(run: Run) -> str:
                 f"the weights were as large as {largest:.3g} in {run.status.last_state} already: resume from an "
                 "earlier training state with a lower start_learning_rate, or start again"
             )
-    way = "lower start_learning_rate, or set clip_grad"
-    if run.runtime.process_count > 1:
-        way += f", or see {run.output}/log-*.txt: another process's inputs may be the cause"
-    return way
+    return "lower start_learning_rate, or set clip_grad"

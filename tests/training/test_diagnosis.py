@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.runtime import peers
 from ldm.training.own_files import find_states
 from ldm.training.step import StepResult
 from ldm.training.trainer import run_steps
@@ -39,6 +42,28 @@ def test_the_image_whose_inputs_are_not_finite(settings, empty_run, what, precis
     (run.inputs.moments if what == "latents" else run.inputs.text_embeddings)[row].flat[5] = np.nan
     error = error_of(run)
     assert f"the {what} of " in error and f"/{row}.png are not finite at step 1" in error
+
+
+@pytest.mark.parametrize("own_is_finite", [True, False])
+def test_the_first_process_names_another_whose_inputs_are_not_finite(settings, empty_run, monkeypatch, own_is_finite):
+    run = prepare(settings(empty_run, **FULL))
+    if not own_is_finite:
+        run.inputs.moments[run.inputs.order.indices(0)[1]].flat[5] = np.nan
+    others = [b"", b"process 2 on host1: the latents of 4.png are not finite"]
+    monkeypatch.setattr(peers, "gather", lambda data=b"": [data, *others])
+    error = error_of(run)
+    assert error == others[1].decode() if own_is_finite else error.startswith("the latents of ")
+
+
+def test_another_process_than_the_first_names_itself(settings, empty_run, monkeypatch):
+    run = prepare(settings(empty_run, **FULL))
+    run.inputs.moments[run.inputs.order.indices(0)[1]].flat[5] = np.nan
+    run.runtime = replace(run.runtime, process_index=3)
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("RANK_ID", "3")
+    sent = []
+    monkeypatch.setattr(peers, "gather", lambda data=b"": sent.append(data.decode()) or [])
+    assert error_of(run).startswith("the latents of ") and sent[0].startswith("process 3 on ")
 
 
 def test_weights_that_were_too_large_in_the_last_state(settings, saved_run):
