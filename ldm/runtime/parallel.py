@@ -68,7 +68,8 @@ def _tell_the_others(error: BaseException) -> None:
     # It imports NumPy, which starts threads: ldm.runtime.script must block the signals before.
     from ldm.runtime import peers
 
-    if isinstance(error, ReportedError):  # all have been told
+    if isinstance(error, ReportedError):
+        peers.fail(str(error), USER_ERROR_CODE)  # all have been told already where they are not connected
         return
     name = f"the scheduler on {plain(socket.gethostname())}" if is_scheduler() else process_name()
     if isinstance(error, KeyboardInterrupt):

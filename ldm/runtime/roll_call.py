@@ -36,7 +36,7 @@ _answered = False  # whether all processes of this run were there
 
 
 class ReportedError(UserError):
-    """An error of another process, which the message names."""
+    """An error of another process, which the message names. It is not reported with the name of this process."""
 
 
 def call_roll() -> None:

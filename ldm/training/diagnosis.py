@@ -7,6 +7,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.runtime import peers
 from ldm.runtime.launcher import process_name
+from ldm.runtime.roll_call import ReportedError
 from ldm.training.feed import TensorBatch
 from ldm.training.setup import Run
 from ldm.weights.checkpoint import read_checkpoint
@@ -26,9 +27,10 @@ def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
     fault = _fault_of_inputs(run, batches)
     own = f"{process_name()}: {fault}" if fault and run.runtime.process_index else fault
     faults = [text.decode("utf-8", "replace") for text in peers.gather(own.encode("utf-8", "replace"))]
-    fault = next((text for text in faults if text), fault)
     if fault:
         raise UserError(fault)
+    for text in filter(None, faults):
+        raise ReportedError(text)
 
 
 def _fault_of_inputs(run: Run, batches: list[TensorBatch]) -> str:

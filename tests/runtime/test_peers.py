@@ -17,6 +17,7 @@ from ldm.runtime.script import describe_progress, run_script, start_script
 start_script()
 from ldm.errors import UserError
 from ldm.runtime import parallel, peers
+from ldm.runtime.roll_call import ReportedError
 parallel.FIRST_PROCESS_SECONDS = peers.LAUNCHER_SECONDS = 0.3
 index, work = int(sys.argv[1]), sys.argv[3]
 
@@ -102,6 +103,12 @@ def test_a_users_error_in_process_0_ends_the_other_with_code_2(two):
     (code, said), (other_code, other_said) = map(ends, two("raise UserError('no space')", WAIT))
     assert (code, said, other_code) == (2, "error: no space", 2)
     assert other_said == f"error: process 0 on {socket.gethostname()}: no space"
+
+
+def test_an_error_that_process_0_reports_for_another_keeps_its_name(two):
+    error = "process 1 on host1: no such image"
+    (code, said), (other_code, other_said) = map(ends, two(f"raise ReportedError('{error}')", WAIT))
+    assert code == other_code == 2 and said == other_said == f"error: {error}"
 
 
 @pytest.mark.parametrize("interrupted", [0, 1], ids=["process 0", "process 1"])
