@@ -10,8 +10,8 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.metrics.clip_score import clip_scores
+from ldm.metrics.feature_batches import FeatureBatches
 from ldm.metrics.frechet import FeatureStatistics, frechet_distance, read_statistics, write_statistics
-from ldm.metrics.image_files import ImageBatches
 from ldm.metrics.kernel import FeatureSample, kernel_distance
 from ldm.metrics.networks import ClipNetwork, ImageNetwork
 
@@ -63,15 +63,22 @@ class EncodedImages:
 
 
 def measure_images(
-    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images", save_to: Path | None = None
+    paths: Sequence[Path],
+    network: ImageNetwork,
+    batch_size: int,
+    label: str = "images",
+    save_to: Path | None = None,
+    process_count: int = 1,
 ) -> ImageSet:
     """Compute the statistics of images, and save them to an .npz if `save_to` is given.
 
+    Of several processes the first one calls this, and each other one calls `send_features`.
+
     Raises UserError if fewer than two images can be read.
     """
-    batches = ImageBatches(paths, network.prepare, batch_size, label)
+    batches = FeatureBatches(paths, network, batch_size, label, process_count=process_count)
     statistics, sample = FeatureStatistics(), FeatureSample()
-    for _, features in network.encode_batches(batches):
+    for _, features in batches:
         statistics.add(features)
         sample.add(features)
     if statistics.count < 2:
@@ -109,12 +116,23 @@ def distances(real: ImageSet, generated: ImageSet) -> Distances:
 
 
 def encode_images(
-    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images"
+    paths: Sequence[Path], network: ImageNetwork, batch_size: int, label: str = "images", process_count: int = 1
 ) -> EncodedImages:
-    """Return the features of images, 2 to 8 kB each. Raises UserError if none can be read."""
-    batches = ImageBatches(paths, network.prepare, batch_size, label)
-    indices, features = zip(*network.encode_batches(batches))
+    """Return the features of images, 2 to 8 kB each. Raises UserError if none can be read.
+
+    Of several processes the first one calls this, and each other one calls `send_features`.
+    """
+    batches = FeatureBatches(paths, network, batch_size, label, process_count=process_count)
+    indices, features = zip(*batches)
     return EncodedImages(np.concatenate(indices), np.concatenate(features), batches.broken)
+
+
+def send_features(
+    paths: Sequence[Path], network: ImageNetwork, batch_size: int, process_index: int, process_count: int
+) -> None:
+    """Compute this process's share of the features that the first process measures or encodes, and send it there."""
+    for _ in FeatureBatches(paths, network, batch_size, process_index=process_index, process_count=process_count):
+        pass
 
 
 def prompt_scores(images: EncodedImages, prompts: Sequence[str], network: ClipNetwork, batch_size: int) -> np.ndarray:

@@ -76,54 +76,60 @@ class ImageBatches:
     """Iterates over (indices in `paths` (n,), images (n, 3, S, S)), with n up to `batch_size`.
 
     Threads open images while the network computes the previous batch, at most two batches ahead, so memory does not
-    depend on the number of images. Broken images are left out. The iteration raises UserError if all are broken.
+    depend on the number of images. Broken images are left out.
+
+    Several processes divide `paths` in blocks of `batch_size`, of which each process takes every process_count-th. A
+    batch is then a block without its broken images, which leaves none where all are broken.
 
     Attributes:
         paths: The image files.
         prepare: Turns an RGB image into the network's input (3, S, S).
         batch_size: Images per batch.
         label: What the images are, for the progress bar.
-        broken: The images that were left out, as (path, fault).
+        process_index: Of this process. Only that of the first process shows the progress bar.
+        process_count: Number of processes that divide the images.
+        faults: The images that were left out, as index in `paths` -> fault.
     """
 
     paths: Sequence[Path]
     prepare: Callable[[Image.Image], np.ndarray]
     batch_size: int
     label: str = "images"
-    broken: list[tuple[Path, str]] = field(default_factory=list)
+    process_index: int = 0
+    process_count: int = 1
+    faults: dict[int, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         opening: deque[tuple[int, Future[np.ndarray | str]]] = deque()
         indices: list[int] = []
         images: list[np.ndarray] = []
-        any_read = False
-        remaining = iter(enumerate(self.paths))
+        blocks = np.arange(len(self.paths)) // self.batch_size
+        own = np.flatnonzero(blocks % self.process_count == self.process_index).tolist()
+        remaining = iter(own)
         with (
             ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
-            tqdm(total=len(self.paths), desc=self.label, unit="image", delay=1) as bar,
+            tqdm(total=len(own), desc=self.label, unit="image", delay=1, disable=self.process_index > 0) as bar,
         ):
             while True:
                 while len(opening) < 2 * self.batch_size and (following := next(remaining, None)) is not None:
-                    opening.append((following[0], pool.submit(self._open, following[1])))
+                    opening.append((following, pool.submit(self._open, self.paths[following])))
                 if not opening:
                     break
                 index, future = opening.popleft()
                 image = future.result()
                 bar.update()
                 if isinstance(image, str):
-                    self.broken.append((self.paths[index], image))
+                    self.faults[index] = image
                 else:
                     indices.append(index)
                     images.append(image)
-                if images and (len(images) == self.batch_size or not opening):
-                    any_read = True
-                    yield np.array(indices), np.stack(images)
+                if self.process_count == 1:
+                    complete = bool(images) and (len(images) == self.batch_size or not opening)
+                else:
+                    complete = (index + 1) % self.batch_size == 0 or not opening
+                if complete:
+                    yield np.array(indices, np.int64), np.stack(images) if images else np.zeros(0, np.float32)
                     indices, images = [], []
-        if not any_read:
-            path, fault = self.broken[0]
-            raise UserError(
-                f"not one of {len(self.paths)} images can be read; {plain(path)} {fault}: give other images"
-            )
 
     def _open(self, path: Path) -> np.ndarray | str:
         """Return the prepared image, or its fault."""

@@ -59,7 +59,10 @@ class ImageNetwork:
     def encode_batches(self, batches: ImageBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (indices (n,), features (n, D) float32) for each batch."""
         for indices, images in batches:
-            yield indices, run_in_batches(self.image_encoder, images, batches.batch_size)
+            if len(images):
+                yield indices, run_in_batches(self.image_encoder, images, batches.batch_size)
+            else:
+                yield indices, np.zeros((0, self.dimensions), np.float32)
 
     def encode_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Return features (N, D) of images in memory, (N, H, W, 3) uint8."""

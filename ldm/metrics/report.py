@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,16 @@ def describe_network(network: ImageNetwork) -> dict[str, Any]:
     """Return the entries of a JSON report that describe the network."""
     entries = {"network": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing}
     return {**entries, "compares_only_with_itself": network.is_nano}
+
+
+def print_idle_processes(images: int, batch_size: int, process_count: int) -> None:
+    """Print a warning if there are fewer batches than processes."""
+    batches = math.ceil(images / batch_size)
+    if batches < process_count:
+        print(
+            f"warning: {process_count} processes, but only {batches} {'batch' if batches == 1 else 'batches'} of "
+            f"{batch_size} images: the other processes have nothing to do; a smaller --batch_size gives more batches"
+        )
 
 
 def print_broken(broken: Sequence[tuple[Path, str]], label: str) -> None:

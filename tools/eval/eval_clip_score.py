@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.runtime.script import describe_progress, run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
     start_script()
+
+import numpy as np  # noqa: E402
 
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.documents import valid_text  # noqa: E402
@@ -42,9 +42,12 @@ from ldm.metrics.report import (  # noqa: E402
     describe_broken,
     describe_network,
     print_broken,
+    print_idle_processes,
     print_network,
     write_json,
 )
+from ldm.runtime.logs import set_up_logging  # noqa: E402
+from ldm.runtime.parallel import first_process_prints, is_scheduler, process_index  # noqa: E402
 from ldm.settings.declare import MAX_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
@@ -86,6 +89,9 @@ class Settings:
         None, "write the score and each image's to this JSON", path=True, aliases=("result_path",)
     )
     batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
+    use_parallel: bool = setting(
+        False, "divide the batches between the processes that msrun started; the first one prints and writes the scores"
+    )
     backend: str = setting("ms", "ms is MindSpore, the only backend here", choices=("ms",))
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
@@ -113,9 +119,13 @@ def _names_file(text: str) -> bool:
     return text.endswith(".txt") or is_there(text, "prompt_or_path")
 
 
+@first_process_prints()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
+    is_other = settings.use_parallel and (is_scheduler() or process_index() > 0)
+    if is_other:
+        set_up_logging("ERROR")  # the other processes would repeat the warnings of the first one
     if settings.real_image_path_or_dir is not None and settings.prompt_or_path:
         raise UserError("--prompt_or_path and --real_image_path_or_dir are two scores: give one of them")
     images = find_images(settings.image_path_or_dir)
@@ -126,33 +136,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--prompt_or_path {plain(settings.prompt_or_path)} is not UTF-8 text: type it again, or set the terminal "
             "to UTF-8"
         )
+    if is_other:  # it claims no files
+        score(settings, images, real, prompts)
+        return
     with claim_file(settings.output, "--output"):
         score(settings, images, real, prompts)
 
 
 def score(settings: Settings, images: list[Path], real: list[Path], prompts: list[str]) -> None:
-    """Score the images against the real images, or else against their prompts. Prints and writes the scores."""
+    """Score the images against the real images, or else against their prompts.
+
+    Prints and writes the scores, in the first process of several.
+    """
     describe_progress(lambda: "before there was a score")
-    batch_size = min(settings.batch_size, max(len(images), len(real)))
+    most_images = max(len(images), len(real))
+    batch_size = min(settings.batch_size, most_images)
 
     # MindSpore is imported after the settings are checked, so that a wrong flag is reported at once.
     from ldm.runtime.device import setup_runtime
 
-    setup_runtime(settings.device_target)
-    from ldm.metrics.evaluate import encode_images, prompt_scores
+    runtime = setup_runtime(settings.device_target, use_parallel=settings.use_parallel)
+    from ldm.metrics.evaluate import encode_images, prompt_scores, send_features
     from ldm.metrics.networks import clip, nano_clip
 
     if settings.ckpt_path is None:
         network = nano_clip()
     else:
         network = clip(settings.ckpt_path, settings.preprocessing, settings.config, settings.model_name)
+    if runtime.process_index:
+        for paths in (images, real):
+            if paths:
+                send_features(paths, network, batch_size, runtime.process_index, runtime.process_count)
+        return
     print_network(network)
-    generated = encode_images(images, network, batch_size)
+    print_idle_processes(most_images, batch_size, runtime.process_count)
+    generated = encode_images(images, network, batch_size, process_count=runtime.process_count)
     print_broken(generated.broken, "images")
     result: dict[str, Any] = {"images": len(generated.indices), "broken": describe_broken(generated.broken)}
     indices, scores, label = generated.indices, None, "CLIP score"
     if real:
-        encoded = encode_images(real, network, batch_size, "real images")
+        encoded = encode_images(real, network, batch_size, "real images", runtime.process_count)
         print_broken(encoded.broken, "real images")
         result.update(
             real_images=len(encoded.indices),

@@ -31,9 +31,12 @@ from ldm.metrics.report import (  # noqa: E402
     describe_broken,
     describe_network,
     print_broken,
+    print_idle_processes,
     print_network,
     write_json,
 )
+from ldm.runtime.logs import set_up_logging  # noqa: E402
+from ldm.runtime.parallel import first_process_prints, is_scheduler, process_index  # noqa: E402
 from ldm.settings.declare import MAX_NETWORK_BATCH, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 
@@ -59,6 +62,9 @@ class Settings:
     )
     output: Optional[Path] = setting(None, "write the scores to this JSON file", path=True)
     batch_size: int = setting(32, "images in a call of the network", low=1, high=MAX_NETWORK_BATCH)
+    use_parallel: bool = setting(
+        False, "divide the batches between the processes that msrun started; the first one prints and writes the scores"
+    )
     backend: str = setting("ms", "ms is MindSpore, the only backend here", choices=("ms",))
     device_target: Optional[str] = setting(None, "Ascend or CPU; None: Ascend where there is one")
 
@@ -75,37 +81,51 @@ def find_all_images(settings: Settings) -> dict[str, list[Path]]:
     return {path: find_images(path) for path in paths if not path.endswith(".npz")}
 
 
+@first_process_prints()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the settings and the files, then score."""
     settings = read_settings(Settings, argv, description=__doc__)
+    is_other = settings.use_parallel and (is_scheduler() or process_index() > 0)
+    if is_other:
+        set_up_logging("ERROR")  # the other processes would repeat the warnings of the first one
     images = find_all_images(settings)
+    if is_other:  # it claims no files
+        score(settings, images)
+        return
     with claim_file(settings.output, "--output"), claim_file(settings.save_stats, "--save_stats"):
         score(settings, images)
 
 
 def score(settings: Settings, images: dict[str, list[Path]]) -> None:
-    """Compute the statistics of each folder, then print and write the distances."""
+    """Compute the statistics of each folder, then print and write the distances, in the first process of several."""
     describe_progress(lambda: "before there was a score")
 
     # MindSpore is imported after the settings are checked, so that a wrong flag is reported at once.
     from ldm.runtime.device import setup_runtime
 
-    setup_runtime(settings.device_target)
-    from ldm.metrics.evaluate import ImageSet, distances, measure_images, read_image_set
+    runtime = setup_runtime(settings.device_target, use_parallel=settings.use_parallel)
+    from ldm.metrics.evaluate import ImageSet, distances, measure_images, read_image_set, send_features
     from ldm.metrics.networks import inception, nano_clip
 
     network = inception(settings.ckpt_path) if settings.ckpt_path is not None else nano_clip()
+    most_images = max(map(len, images.values()), default=1)
+    batch_size = min(settings.batch_size, most_images)
+    paths = [path for path in (settings.real_dir, settings.gen_dir) if path is not None]
+    if runtime.process_index:
+        for path in paths:
+            if path in images:
+                send_features(images[path], network, batch_size, runtime.process_index, runtime.process_count)
+        return
     print_network(network)
-    batch_size = min(settings.batch_size, max(map(len, images.values()), default=1))
+    print_idle_processes(most_images, batch_size, runtime.process_count)
 
     # Statistics are read before images are measured, which takes long.
-    paths = [path for path in (settings.real_dir, settings.gen_dir) if path is not None]
     saved = {path: read_image_set(path, network) for path in paths if path not in images}
 
     def image_set(path: str, label: str, save_to: Path | None = None) -> ImageSet:
         if path in saved:
             return saved[path]
-        measured = measure_images(images[path], network, batch_size, label, save_to)
+        measured = measure_images(images[path], network, batch_size, label, save_to, runtime.process_count)
         print_broken(measured.broken, label)
         return measured
 
