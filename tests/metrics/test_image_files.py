@@ -114,8 +114,8 @@ def test_broken_images_are_named_and_left_out(tmp_path):
     paths[5].unlink()
     batches = ImageBatches(paths, plain, 2)
     assert values(batches) == [([1, 2], [1, 2]), ([4], [4])]
-    assert [path.name for path, _ in batches.broken] == ["0.png", "3.png", "5.png"]
-    assert "empty" in batches.broken[0][1] and "does not exist" in batches.broken[2][1]
+    assert list(batches.faults) == [0, 3, 5]
+    assert "empty" in batches.faults[0] and "does not exist" in batches.faults[5]
 
 
 def test_special_files_and_too_large_images_are_left_out(tmp_path):
@@ -127,13 +127,23 @@ def test_special_files_and_too_large_images_are_left_out(tmp_path):
     paths[2].write_bytes(b"P6 13300 13300 255\n")
     batches = ImageBatches(find_images(tmp_path), plain, 2)
     assert values(batches) == [([3], [3])]
-    assert [fault[:13] for _, fault in batches.broken] == ["is a pipe (FI", "is a device, ", "has 13,300 x "]
+    assert [fault[:13] for fault in batches.faults.values()] == ["is a pipe (FI", "is a device, ", "has 13,300 x "]
 
 
-def test_an_error_names_a_broken_image_if_all_are_broken(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="not one of 1 images.*a.png.*: give other images"):
-        list(ImageBatches([tmp_path / "a.png"], plain, 2))
+def test_two_processes_take_the_blocks_in_turn_without_broken_images(tmp_path):
+    """The second process has two blocks, and both images of the second one are broken."""
+    paths = [save(tmp_path / f"{i}.png", i) for i in range(9)]
+    for i in (0, 6, 7):
+        paths[i].write_bytes(b"")
+    first, second = (ImageBatches(paths, plain, 2, process_index=i, process_count=2) for i in (0, 1))
+    assert values(first) == [([1], [1]), ([4, 5], [4, 5]), ([8], [8])] and list(first.faults) == [0]
+    batches = [indices.tolist() for indices, _ in second]
+    assert batches == [[2, 3], []] and list(second.faults) == [6, 7]
+
+
+def test_a_process_without_a_block_has_no_batches(tmp_path):
+    batches = ImageBatches([save(tmp_path / "a.png")], plain, 2, process_index=1, process_count=2)
+    assert list(batches) == [] and not batches.faults
 
 
 def test_no_more_than_two_batches_are_opened_ahead(tmp_path):
