@@ -37,16 +37,17 @@ class BatchOrder:
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
         self.process_index, self.process_count = process_index, process_count
         self.steps_per_epoch = n_rows // (batch_size * process_count)
-        # The permutation of the latest epoch, kept only for speed.
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        # The latest epoch and its permutation, kept only for speed. One attribute, because two threads use it.
+        self._latest = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
         """Return the rows (batch_size,) int64 of batch number `step`, counted from 0 over all epochs."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._permutation = draws(self.seed, "order", epoch).permutation(self.n_rows)
-            self._epoch = epoch
+        latest, permutation = self._latest
+        if epoch != latest:
+            permutation = draws(self.seed, "order", epoch).permutation(self.n_rows)
+            self._latest = epoch, permutation
         start = (step_in_epoch * self.process_count + self.process_index) * self.batch_size
-        return self._permutation[start : start + self.batch_size].copy()
+        return permutation[start : start + self.batch_size].copy()

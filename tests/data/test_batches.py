@@ -1,5 +1,7 @@
 """The order of the rows is a function of the batch number."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,26 @@ def test_changing_the_returned_rows_does_not_change_the_order():
     kept = first.tolist()
     first[:] = 0
     assert order.indices(0).tolist() == kept
+
+
+def test_another_thread_may_ask_for_another_epoch_between_any_two_lines():
+    order = BatchOrder(8, 4, seed=3)
+    first, third = order.indices(0).tolist(), order.indices(2).tolist()
+
+    def other_thread(frame, event, argument):
+        if frame.f_code is BatchOrder.indices.__code__:
+            assert order.indices(0).tolist() == first
+            return other_thread
+
+    tracing = sys.gettrace()
+    for _ in range(2):  # with the permutation of the other epoch kept, and with its own
+        sys.settrace(other_thread)
+        try:
+            rows = order.indices(2)
+        finally:
+            sys.settrace(tracing)
+        assert rows.tolist() == third
+        order.indices(2)
 
 
 def test_processes_share_an_epoch_without_overlap():
