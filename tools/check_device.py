@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.runtime import subprocesses  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
+from ldm.settings.device import jit_level_setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.device_check.report import compare, find_problems, report  # noqa: E402
 from tools.device_check.results import GRAPHS, read_graph, read_machine  # noqa: E402
@@ -44,9 +45,7 @@ class Settings:
         None, "device to check; None: Ascend where there is one, else CPU", choices=("Ascend", "CPU")
     )
     precision: str = setting("auto", "auto: fp16 on Ascend, fp32 on the CPU", choices=("auto", "fp16", "fp32"))
-    jit_level: Optional[str] = setting(
-        None, "optimization level of Ascend's graph compiler", choices=("O0", "O1", "O2")
-    )
+    jit_level: Optional[str] = jit_level_setting()
     graphs: list[str] = setting(list(GRAPHS), "graphs to run", choices=GRAPHS, positional=False)
     into: Optional[str] = setting(None, path=True)  # a folder: compute for the process that compares
 

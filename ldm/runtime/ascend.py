@@ -7,7 +7,6 @@ The first Ascend 910 and the Atlas A2 and A3 series differ in what decides how a
 | a number above fp16's largest | becomes the largest | becomes infinity (INFNAN mode) |
 | fp32 matrix products and convolutions | do not exist | exist |
 | flash attention | does not exist | exists |
-| jit_level, where it is not set | O2 | O0 |
 
 "Ascend910B" alone is a first 910; the A2 series is "Ascend910B1" to "Ascend910B4". MindSpore's own table of names
 (`SetContextSocVersion` in its Ascend plugin) says the same.
@@ -18,6 +17,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 FIRST_910 = frozenset(("Ascend910", "Ascend910A", "Ascend910B", "Ascend910PremiumA", "Ascend910ProA", "Ascend910ProB"))
 
 # MindSpore's names, see mindspore.device_context.ascend.op_precision. On the first 910, must_keep_origin_dtype would
-# leave the fp32 convolutions of the VAE without a kernel, and MindSpore's own default with jit_level O2 is force_fp16,
-# which computes norms and softmax in fp16 too.
+# leave the fp32 convolutions of the VAE without a kernel, and MindSpore's own default there is force_fp16, which
+# computes norms and softmax in fp16 too.
 PRECISION_MODE_FIRST_910 = "allow_fp32_to_fp16"
 PRECISION_MODE_A2 = "must_keep_origin_dtype"
 
@@ -42,7 +43,8 @@ PRECISION_MODE_A2 = "must_keep_origin_dtype"
 DISPATCH_THREADS = 6
 
 DRIVER_VERSION = Path("/usr/local/Ascend/driver/version.info")
-MSRUN = "msrun --worker_num=8 --local_worker_num=8 --join=True train_text_to_image.py --use_parallel True ..."
+# MindSpore 2.8.0's own default on both generations (compiled in a dry run), set explicitly for the other versions.
+DEFAULT_JIT_LEVEL = "O0"
 
 
 def device_name() -> str:
@@ -69,11 +71,6 @@ def is_a2_or_later(name: str) -> bool:
     return name.startswith("Ascend910") and name not in FIRST_910
 
 
-def default_jit_level(name: str) -> str:
-    """Return the jit_level that MindSpore takes where none is set, or "" for an unknown device."""
-    return "O2" if is_first_910(name) else "O0" if is_a2_or_later(name) else ""
-
-
 def overflow_mode(name: str) -> str:
     """Return what a number above fp16's largest becomes: "INFNAN" (infinity) or "saturation" (the largest)."""
     saturates = is_first_910(name) or os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE") == "SATURATION_MODE"
@@ -92,6 +89,40 @@ def set_precision_mode(name: str) -> str:
         except RuntimeError:  # "can not be set repeatedly": to another mode
             return ""
     return mode
+
+
+def rank_table() -> str:
+    """Return the RANK_TABLE_FILE that starts this process, or "" where there is none or msrun started the process."""
+    return "" if "MS_ROLE" in os.environ else os.environ.get("RANK_TABLE_FILE", "")
+
+
+def jit_level_in_force(given: str | None) -> str:
+    """Return the jit_level that graphs are compiled with: `given`, or DEFAULT_JIT_LEVEL for None.
+
+    Where a rank table starts the process, MindSpore 2.8.0 takes O2 whatever is set ("Set jit level to O2 for rank table
+    startup method").
+    """
+    return "O2" if rank_table() else given or DEFAULT_JIT_LEVEL
+
+
+def warning_of_jit_level(level: str) -> str:
+    """Return what is to be said about O2 and the way out, or "" for the other levels."""
+    if level != "O2":
+        return ""
+    cause, way_out = "", "use --jit_level O0"
+    if rank_table():
+        cause = " (MindSpore takes it whatever is set, because RANK_TABLE_FILE is set)"
+        way_out = f"unset RANK_TABLE_FILE, and start several processes with {msrun_command()}"
+    return (
+        f"jit_level O2{cause} gives each whole graph to CANN's graph engine. This was never compiled, and it may not "
+        f"compile, because MindSpore 2.8.0 has no adapter to that engine for several operators used here: {way_out}"
+    )
+
+
+def msrun_command() -> str:
+    """Return the command that starts the running script with msrun, on the 8 devices of a host."""
+    script = sys.argv[0] if sys.argv[0] not in ("", "-c") else "train_text_to_image.py"  # in a console of Python
+    return f"msrun --worker_num=8 --local_worker_num=8 --join=True {shlex.quote(plain(script))} --use_parallel True ..."
 
 
 def give_enough_threads() -> None:
@@ -115,19 +146,19 @@ def device_id() -> int | None:
     """
     if "MS_ROLE" in os.environ:
         return None
-    given, process, table = _number("DEVICE_ID"), _number("RANK_ID"), os.environ.get("RANK_TABLE_FILE")
+    given, process, table = _number("DEVICE_ID"), _number("RANK_ID"), rank_table()
     if not table or (process is None and given is not None):
         return given
     if process is None:
         raise UserError(
             "RANK_TABLE_FILE is set without RANK_ID and DEVICE_ID, so every process would take the same device: "
-            f"set both for each process, or start with {MSRUN} (it needs no table)"
+            f"set both for each process, or start with {msrun_command()} (it needs no table)"
         )
     in_table = _device_of(process, table)
     if given not in (None, in_table):
         raise UserError(
             f"DEVICE_ID is {given}, but {plain(table)} gives process {process} (RANK_ID) device {in_table}: "
-            f"leave DEVICE_ID out, or start with {MSRUN} (it needs no table)"
+            f"leave DEVICE_ID out, or start with {msrun_command()} (it needs no table)"
         )
     return in_table
 
@@ -150,7 +181,7 @@ def _device_of(process: int, table: str) -> int:
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{plain(table)} (RANK_TABLE_FILE) does not name the device of process {process} (RANK_ID): "
-            f"correct it, or start with {MSRUN} (it needs no table)"
+            f"correct it, or start with {msrun_command()} (it needs no table)"
         ) from None
 
 

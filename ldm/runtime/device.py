@@ -45,7 +45,7 @@ class Runtime:
     mode: int  # GRAPH or PYNATIVE
     soc: str = ""  # the Ascend device's name, such as "Ascend910B3"; "" on the CPU
     precision_mode: str = ""  # how Ascend's compiler treats fp32 operators; "" for MindSpore's default
-    jit_level: str = ""  # "O0" to "O2"; "" for MindSpore's default
+    jit_level: str = ""  # "O0" to "O2" on Ascend, "" on the CPU
 
     @property
     def is_ascend(self) -> bool:
@@ -53,7 +53,12 @@ class Runtime:
 
     @property
     def saturates(self) -> bool:
-        """Whether numbers saturate instead of overflowing to infinity, which the first Ascend 910 does in any mode."""
+        """Whether numbers saturate instead of overflowing to infinity (ldm.runtime.ascend.overflow_mode)."""
+        return self.is_ascend and ascend.overflow_mode(self.soc) == "saturation"
+
+    @property
+    def is_first_910(self) -> bool:
+        """Whether the device is one of the first generation of Ascend 910."""
         return ascend.is_first_910(self.soc)
 
     @property
@@ -95,7 +100,7 @@ def setup_runtime(
     Args:
         device_target: "Ascend", "CPU", or None for Ascend if this machine has one, else the CPU.
         mode: GRAPH or PYNATIVE.
-        jit_level: How much Ascend's compiler optimises, "O0" to "O2". The CPU has one level only.
+        jit_level: How much Ascend's compiler optimises, "O0" to "O2", None for "O0". The CPU has one level only.
         precision: "fp16", "fp32", or "auto" for fp16 on Ascend and fp32 on the CPU.
         seed: Of the weights that are initialised at random, None to leave the random state as it is. What training
             draws depends on its own seed and the step alone.
@@ -125,11 +130,10 @@ def setup_runtime(
     soc = precision_mode = ""
     if device == "Ascend":
         soc, precision_mode = _set_up_ascend(precision)
-    if jit_level is not None:
-        if device == "Ascend":
-            ms.set_context(jit_config={"jit_level": jit_level})
-        else:
-            logger.info("jit_level %s has no effect on the CPU", jit_level)
+        jit_level = _set_jit_level(jit_level)
+    elif jit_level is not None:
+        logger.info("jit_level %s has no effect on the CPU", jit_level)
+        jit_level = None
 
     process_index, process_count = (0, 1) if not use_parallel else _join_processes()
     if seed is not None:
@@ -147,11 +151,9 @@ def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
     """Return one line for the log: device, precision and what else depends on the device."""
     if not runtime.is_ascend:
         return f"device: {runtime.device}, {runtime.precision}"
-    default = ascend.default_jit_level(runtime.soc)
-    jit_level = runtime.jit_level or f"{default or 'not set'} (MindSpore's default{' here' if default else ''})"
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
-        f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {jit_level}, "
+        f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {runtime.jit_level}, "
         f"flash attention {'on' if flash_attention else 'off'}, overflow mode {ascend.overflow_mode(runtime.soc)}, "
         f"CANN {ascend.cann_version() or 'of unknown version'}"
     )
@@ -171,7 +173,7 @@ def decide_flash_attention(enable: bool | None, runtime: Runtime) -> bool:
         return runtime.is_a2_or_later and runtime.fp16
     if enable and not runtime.is_ascend:
         raise UserError("enable_flash_attention needs an Ascend device: leave it out on the CPU")
-    if enable and runtime.saturates:
+    if enable and runtime.is_first_910:
         raise UserError(
             f"enable_flash_attention needs an Atlas A2 or later, and this device is an {runtime.soc}, "
             "a first Ascend 910: leave it out"
@@ -207,6 +209,14 @@ def is_out_of_memory(error: Exception) -> bool:
 def _set_up_ascend(precision: str) -> tuple[str, str]:
     """Set what depends on the generation of the Ascend device, and return its name and the precision mode."""
     soc = ascend.device_name()
+    if not (ascend.is_first_910(soc) or ascend.is_a2_or_later(soc)):
+        logger.warning(
+            "%s: flash attention is off unless it is asked for, MindSpore's own precision mode holds, and an overflow "
+            "in fp16 is taken to become %s. Source CANN's set_env.sh if that was not done, and check the values with "
+            "python tools/check_device.py",
+            f"this project does not know the device {plain(soc)}" if soc else "CANN does not tell the device's name",
+            "the largest number" if ascend.overflow_mode(soc) == "saturation" else "infinity",
+        )
     ascend.give_enough_threads()
     precision_mode = ascend.set_precision_mode(soc)
     fault = ascend.cann_fault(ascend.cann_version(), ascend.accepted_cann_versions())
@@ -219,6 +229,16 @@ def _set_up_ascend(precision: str) -> tuple[str, str]:
             soc,
         )
     return soc, precision_mode
+
+
+def _set_jit_level(given: str | None) -> str:
+    """Set the level of Ascend's graph compiler, and return the level that it compiles with."""
+    level = ascend.jit_level_in_force(given)
+    ms.set_context(jit_config={"jit_level": level})
+    warning = ascend.warning_of_jit_level(level)
+    if warning:
+        logger.warning("%s", warning)
+    return level
 
 
 def _has_ascend() -> bool:
@@ -242,7 +262,7 @@ def _join_processes() -> tuple[int, int]:
 
     # MindSpore's dry run simulates one process of many, which no launcher starts.
     if not {"MS_ROLE", "RANK_TABLE_FILE", "MS_SIMULATION_LEVEL"} & os.environ.keys():
-        raise UserError(f"use_parallel needs one process for each device: start it with {ascend.MSRUN}")
+        raise UserError(f"use_parallel needs one process for each device: start it with {ascend.msrun_command()}")
     roll_call.call_roll()
     try:
         with killed_with_launcher():

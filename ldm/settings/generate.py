@@ -8,6 +8,7 @@ from typing import Optional
 from ldm.errors import UserError, plain
 from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.declare import MAX_BATCH, MAX_RANK, MAX_SEED, input_path, setting
+from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
 from ldm.settings.read import check_values
 from ldm.settings.versions import VERSIONS
@@ -130,22 +131,13 @@ class GenerateSettings:
     )
     mode: int = setting(0, "0: graph, 1: pynative", choices=(0, 1))
     ms_mode: Optional[int] = setting(None, "another name of mode", choices=(0, 1))
-    jit_level: Optional[str] = setting(
-        None,
-        "level of Ascend's graph compiler: O0 runs operator by operator, O1 fuses some, O2 gives the whole graph to "
-        "CANN; None: MindSpore's default, O2 on a first Ascend 910, O0 on A2 and later. The published speeds are those "
-        "of O2, which this project has never compiled",
-        choices=("O0", "O1", "O2"),
-    )
+    jit_level: Optional[str] = jit_level_setting()
     precision: str = setting(
         "auto",
         "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
         choices=("auto", "fp16", "fp32"),
     )
-    enable_flash_attention: Optional[bool] = setting(
-        None,
-        "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
-    )
+    enable_flash_attention: Optional[bool] = flash_attention_setting()
     use_parallel: bool = setting(
         False, "divide the batches between the processes that msrun started; the first one writes the files"
     )

@@ -9,6 +9,7 @@ from typing import Optional, Union
 from ldm.errors import UserError
 from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
+from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.model_yaml import MAX_SIDE
 from ldm.settings.read import check_values
 
@@ -218,14 +219,7 @@ class TrainSettings:
         None, "device; None: Ascend where there is one, else CPU", group="device", choices=("Ascend", "CPU")
     )
     mode: int = setting(0, "0: graph, 1: pynative (slow, for debugging)", choices=(0, 1), graph_key=True)
-    jit_level: Optional[str] = setting(
-        None,
-        "level of Ascend's graph compiler: O0 runs operator by operator, O1 fuses some, O2 gives the whole graph to "
-        "CANN; None: MindSpore's default, O2 on a first Ascend 910, O0 on A2 and later. The published speed on A2 is "
-        "that of O2, which this project has never compiled",
-        choices=("O0", "O1", "O2"),
-        graph_key=True,
-    )
+    jit_level: Optional[str] = jit_level_setting(graph_key=True)
     precision: str = setting(
         "auto",
         "auto: fp16 on Ascend, fp32 on the CPU. A first Ascend 910 has products and convolutions in fp16 alone",
@@ -253,11 +247,7 @@ class TrainSettings:
         needs="use_parallel",
         not_in_diffusers="the comparison trains in one process",
     )
-    enable_flash_attention: Optional[bool] = setting(
-        None,
-        "use fused attention in the UNet; None: in fp16 on Ascend A2 and later, where alone it exists",
-        graph_key=True,
-    )
+    enable_flash_attention: Optional[bool] = flash_attention_setting(graph_key=True)
     dataset_sink_mode: bool = setting(False, "feed batches through Ascend's data queue while a step runs (Ascend only)")
 
     def __post_init__(self) -> None:

@@ -31,21 +31,20 @@ def rank_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "a2_or_later", "jit_level"),
+    ("name", "first", "a2_or_later"),
     [
-        ("Ascend910A", True, False, "O2"),
-        ("Ascend910B", True, False, "O2"),  # not an A2, whose names have a digit after the B
-        ("Ascend910ProB", True, False, "O2"),
-        ("Ascend910B1", False, True, "O0"),
-        ("Ascend910B4-1", False, True, "O0"),
-        ("Ascend910_9391", False, True, "O0"),
-        ("Ascend310P3", False, False, ""),
-        ("", False, False, ""),
+        ("Ascend910A", True, False),
+        ("Ascend910B", True, False),  # not an A2, whose names have a digit after the B
+        ("Ascend910ProB", True, False),
+        ("Ascend910B1", False, True),
+        ("Ascend910B4-1", False, True),
+        ("Ascend910_9391", False, True),
+        ("Ascend310P3", False, False),
+        ("", False, False),
     ],
 )
-def test_the_name_of_a_device_tells_its_generation(name, first, a2_or_later, jit_level):
+def test_the_name_of_a_device_tells_its_generation(name, first, a2_or_later):
     assert (ascend.is_first_910(name), ascend.is_a2_or_later(name)) == (first, a2_or_later)
-    assert ascend.default_jit_level(name) == jit_level
 
 
 def test_a_machine_without_cann_has_no_device_name():
@@ -69,6 +68,41 @@ def test_a_precision_mode_that_the_program_set_before_stays(monkeypatch):
 
     monkeypatch.setattr(ms.device_context.ascend.op_precision, "precision_mode", precision_mode)
     assert ascend.set_precision_mode("Ascend910B3") == ""
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, "O0"), ("O0", "O0"), ("O1", "O1"), ("O2", "O2")])
+def test_the_jit_level_is_the_given_one_or_o0(given, level):
+    assert ascend.jit_level_in_force(given) == level
+
+
+def test_a_rank_table_makes_the_jit_level_o2_but_not_under_msrun(environment, rank_table):
+    environment(RANK_TABLE_FILE=rank_table)
+    assert ascend.jit_level_in_force("O0") == "O2"
+    environment(MS_ROLE="MS_WORKER")
+    assert ascend.jit_level_in_force("O0") == "O0"
+
+
+def test_o2_is_warned_of_with_the_way_out(environment, rank_table):
+    assert ascend.warning_of_jit_level("O0") == ascend.warning_of_jit_level("O1") == ""
+    warning = ascend.warning_of_jit_level("O2")
+    assert "never compiled" in warning and "may not compile" in warning and warning.endswith("use --jit_level O0")
+    environment(RANK_TABLE_FILE=rank_table)  # which no jit_level changes
+    warning = ascend.warning_of_jit_level("O2")
+    assert "unset RANK_TABLE_FILE" in warning and "msrun --worker_num" in warning and "--jit_level O0" not in warning
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("text_to_image.py", "text_to_image.py --use_parallel True"),
+        ("tools/eval/eval_fid.py", "tools/eval/eval_fid.py --use_parallel True"),
+        ("a folder/train.py", "'a folder/train.py' --use_parallel True"),
+        ("", "train_text_to_image.py --use_parallel True"),
+    ],
+)
+def test_the_command_of_msrun_names_the_running_script(script, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, "--prompt", "x"])
+    assert ascend.msrun_command().startswith("msrun --worker_num=8 ") and f" {words}" in ascend.msrun_command()
 
 
 @pytest.mark.parametrize(("cores", "calls"), [(1, [6]), (2, [6]), (5, [6]), (6, []), (192, [])])

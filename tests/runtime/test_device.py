@@ -21,7 +21,8 @@ from tests.conftest import ROOT
 @pytest.fixture(autouse=True)
 def restored_mode(graph_mode, monkeypatch):
     """Each test ends in the mode and with the threads of the other tests."""
-    monkeypatch.delenv("DEVICE_ID", raising=False)
+    for name in ("DEVICE_ID", "RANK_ID", "RANK_TABLE_FILE", "MS_ROLE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(device.ascend, "give_enough_threads", lambda: None)
 
 
@@ -75,7 +76,9 @@ def test_a_missing_ascend_is_named():
         setup_runtime("Ascend")
 
 
-def test_ascend_computes_in_fp16_with_the_infnan_mode_and_the_jit_level(monkeypatch):
+@pytest.mark.parametrize(("given", "level"), [(None, "O0"), ("O0", "O0"), ("O1", "O1")])
+def test_ascend_computes_in_fp16_with_the_infnan_mode_and_the_jit_level(given, level, monkeypatch):
+    """The level is set where none is given too, because the default of MindSpore is not the same everywhere."""
     monkeypatch.delenv("MS_ASCEND_CHECK_OVERFLOW_MODE", raising=False)
     calls = []
 
@@ -84,15 +87,16 @@ def test_ascend_computes_in_fp16_with_the_infnan_mode_and_the_jit_level(monkeypa
 
     monkeypatch.setattr(device.ms, "set_device", set_device)
     monkeypatch.setattr(device.ms, "set_context", lambda **settings: calls.append(settings))
-    found = setup_runtime("Ascend", jit_level="O1")
-    assert found.fp16 and found.is_ascend
-    assert calls == [("Ascend", None, "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": "O1"}}]
+    found = setup_runtime("Ascend", jit_level=given)
+    assert found.fp16 and found.is_ascend and found.jit_level == level
+    assert calls == [("Ascend", None, "INFNAN_MODE"), {"mode": 0}, {"jit_config": {"jit_level": level}}]
 
 
 def test_device_id_chooses_the_ascend(monkeypatch):
     calls = []
     monkeypatch.setenv("DEVICE_ID", "3")
     monkeypatch.setattr(device.ms, "set_device", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(device.ms, "set_context", lambda **settings: None)
     setup_runtime("Ascend")
     assert calls == [("Ascend", 3)]
     calls.clear()
@@ -105,6 +109,33 @@ def test_a_cann_that_does_not_fit_is_warned_of_once(pretended, monkeypatch, capl
     monkeypatch.setattr(device.ascend, "cann_version", lambda: "7.7")
     setup_runtime("Ascend")
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "CANN 7.7" in caplog.text
+
+
+def test_o2_is_warned_of_once(pretended, caplog):
+    pretended("Ascend910B3")
+    setup_runtime("Ascend", jit_level="O2")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "use --jit_level O0" in caplog.text
+
+
+def test_a_rank_table_makes_it_o2_and_the_log_says_so(pretended, monkeypatch, caplog):
+    pretended("Ascend910B3")
+    monkeypatch.setenv("RANK_TABLE_FILE", "table.json")
+    monkeypatch.setenv("DEVICE_ID", "1")
+    runtime = setup_runtime("Ascend", jit_level="O0")
+    assert "jit_level O2," in describe_runtime(runtime, True) and "unset RANK_TABLE_FILE" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "Ascend310P3"])
+def test_a_device_that_is_not_known_is_warned_of_with_what_is_assumed(name, pretended, monkeypatch, caplog):
+    pretended(name)
+    runtime = setup_runtime("Ascend")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    for words in (name, "flash attention is off", "precision mode", "become infinity", "check_device.py"):
+        assert words in caplog.text
+    assert not decide_flash_attention(None, runtime) and not runtime.saturates
+    caplog.clear()
+    monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
+    assert setup_runtime("Ascend").saturates and "become the largest number" in caplog.text
 
 
 def test_fp32_on_a_first_910_is_warned_of(pretended, caplog):
@@ -123,13 +154,13 @@ def test_fp32_on_a_first_910_is_warned_of(pretended, caplog):
         (
             "Ascend910B3",
             {},
-            "device: Ascend 0, Ascend910B3, fp16, precision mode must_keep_origin_dtype, jit_level O0 (MindSpore's "
-            "default here), flash attention on, overflow mode INFNAN, CANN 8.5",
+            "device: Ascend 0, Ascend910B3, fp16, precision mode must_keep_origin_dtype, jit_level O0, flash "
+            "attention on, overflow mode INFNAN, CANN 8.5",
         ),
         (
             "Ascend910A",
-            dict(jit_level="O0"),
-            "device: Ascend 0, Ascend910A, fp16, precision mode allow_fp32_to_fp16, jit_level O0, flash attention off, "
+            dict(jit_level="O1"),
+            "device: Ascend 0, Ascend910A, fp16, precision mode allow_fp32_to_fp16, jit_level O1, flash attention off, "
             "overflow mode saturation, CANN 8.5",
         ),
     ],
@@ -170,6 +201,7 @@ def test_mindspore_accepts_the_jit_levels():
 def test_an_exported_overflow_mode_is_kept(monkeypatch):
     monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
     monkeypatch.setattr(device.ms, "set_device", lambda name, number: None)
+    monkeypatch.setattr(device.ms, "set_context", lambda **settings: None)
     setup_runtime("Ascend")
     assert device.os.environ["MS_ASCEND_CHECK_OVERFLOW_MODE"] == "SATURATION_MODE"
 
@@ -180,9 +212,10 @@ def test_a_jit_level_without_effect_on_the_cpu_is_reported(caplog):
     assert "no effect on the CPU" in caplog.text
 
 
-def test_use_parallel_without_msrun_names_the_way_to_start_it(monkeypatch):
-    monkeypatch.delenv("MS_ROLE", raising=False)
-    with pytest.raises(UserError, match="msrun --worker_num"):
+@pytest.mark.parametrize("script", ["text_to_image.py", "tools/eval/eval_fid.py"])
+def test_use_parallel_without_msrun_names_the_way_to_start_this_script(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--use_parallel"])
+    with pytest.raises(UserError, match=f"msrun --worker_num.* {script} --use_parallel True"):
         setup_runtime("CPU", use_parallel=True)
 
 
@@ -196,6 +229,26 @@ def test_the_end_of_another_process_is_one_line(monkeypatch):
     monkeypatch.setattr(ms.communication, "init", init)
     with pytest.raises(UserError, match=r"has ended \(The total number of timed out node is 1\): its own error"):
         setup_runtime("CPU", use_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "saturates"),
+    [
+        ("Ascend910A", "INFNAN_MODE", True),
+        ("Ascend910B3", "INFNAN_MODE", False),
+        ("Ascend910B3", "SATURATION_MODE", True),  # the training step reads the overflow flags then
+    ],
+)
+def test_a_runtime_saturates_as_the_overflow_mode_says(name, variable, saturates, monkeypatch):
+    monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", variable)
+    runtime = ascend(soc=name)
+    assert runtime.saturates == saturates
+    assert runtime.is_first_910 == (name == "Ascend910A") == (not decide_flash_attention(None, runtime))
+
+
+def test_the_cpu_does_not_saturate(monkeypatch):
+    monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
+    assert not setup_runtime("CPU").saturates
 
 
 def test_flash_attention_is_on_in_fp16_on_an_a2_and_off_elsewhere():
