@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,9 +96,12 @@ def resolved(path: str | Path) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the hidden path beside `path` for writing it. Its name is shortened to LONGEST_NAME bytes."""
+    """Return a new hidden path beside `path` for writing it. Its name is shortened to LONGEST_NAME bytes.
+
+    A part of the name is random: on two hosts, processes with the same id may write to a folder that the hosts share.
+    """
     suffix = path.suffix if len(path.suffix) <= 16 else ""  # longer ones do not select a format
-    stem, ending = path.stem, f".{os.getpid()}.partial{suffix}"
+    stem, ending = path.stem, f".{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
     while len(os.fsencode(f".{stem}{ending}")) > LONGEST_NAME:
         stem = stem[:-1]
     return path.with_name(f".{stem}{ending}")

@@ -48,6 +48,11 @@ def test_every_possible_file_name_can_be_written(name, tmp_path):
     assert temporary_path(tmp_path / "a.ckpt").suffix == ".ckpt"
 
 
+def test_two_processes_with_the_same_id_write_under_different_names(tmp_path):
+    """As on two hosts that share a folder."""
+    assert temporary_path(tmp_path / "a.png") != temporary_path(tmp_path / "a.png")
+
+
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
     with atomic_folder(tmp_path / "new" / "model") as temporary:
         (temporary / "inside").touch()

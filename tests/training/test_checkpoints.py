@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.files.atomic import temporary_path
 from ldm.lora.formats import read_lora
 from ldm.training.checkpoints import remove_leftovers
 from ldm.training.own_files import find_states
@@ -92,7 +93,9 @@ def test_an_interrupted_save_is_written_again(settings, empty_run):
 
 
 def test_half_written_files_of_a_killed_process_are_removed_and_no_others(tmp_path):
-    leftovers = (".lora-00000009.77.partial.ckpt", ".metrics.7.partial.csv", ".files.7.partial.json")
+    names = ("lora-00000009.ckpt", "model-123456789.ckpt", "state-00000009.safetensors", "metrics.csv", "files.json")
+    leftovers = {temporary_path(tmp_path / name).name for name in names}
+    leftovers |= {".lora-00000009.77.partial.ckpt", ".metrics.7.partial.csv"}  # of earlier versions
     others = (".my.77.partial.ckpt", "lora-00000009.ckpt", ".lora-best.77.partial.ckpt")
     for name in (*leftovers, *others):
         (tmp_path / name).touch()
