@@ -194,6 +194,43 @@ def test_heads_have_sizes_that_the_fused_kernel_has(head_dim, size):
     assert ascend.flash_head_size(head_dim) == size
 
 
+def differentiable_flash_attention(query, key, value, head_num, scalar_value=1.0, input_layout="BSH"):
+    """The documented formula of `ops.flash_attention_score` in operators that MindSpore derives, in fp32."""
+    shape = query.shape
+    q, k, v = (
+        x.astype(ms.float32).reshape(x.shape[0], x.shape[1], head_num, -1).transpose(0, 2, 1, 3)
+        for x in (query, key, value)
+    )
+    p = ops.softmax(ops.matmul(q, k.transpose(0, 1, 3, 2)) * scalar_value, -1)
+    return ops.matmul(p, v).transpose(0, 2, 1, 3).reshape(shape).astype(ms.float16)
+
+
+@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.parametrize("head_dim", [40, 64, 160])
+def test_the_gradient_passes_through_the_padding_of_the_heads_and_the_cutting(head_dim, monkeypatch):
+    """The padding and the cutting are MindSpore's ConstantPadND and its derivative, as on Ascend."""
+    monkeypatch.setattr(ascend.ops, "flash_attention_score", differentiable_flash_attention)
+    lengths = (6, 5, 5, 6)
+    q, k, v, weight = (normal(2, 3, n, head_dim, seed=i).astype(np.float16) for i, n in enumerate(lengths))
+
+    def rows(x):
+        return x.swapaxes(1, 2).reshape(-1, 3 * head_dim)
+
+    class OfRows(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.attention = FlashAttention(3, head_dim)
+
+        def construct(self, q, k, v):
+            return self.attention(q, k, v, 2)
+
+    cell = Weighted(OfRows(), rows(weight))
+    found = ms.grad(cell, grad_position=(0, 1, 2))(*(Tensor(rows(x)) for x in (q, k, v)))
+    for ours, plain in zip(found, plain_gradients(*(x.astype(np.float64) for x in (q, k, v, weight)))):
+        assert ours.dtype == ms.float16
+        np.testing.assert_allclose(ours.asnumpy(), rows(plain), atol=1e-2)
+
+
 class TestFlashAttention:
     """The operator exists on Ascend alone, so here it is replaced by its documented meaning and limits."""
 
