@@ -33,7 +33,8 @@ from ldm.files.atomic import remove_temporaries
 from ldm.runtime.launcher import process_name
 from ldm.runtime.script import progress
 
-KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}  # 35 s until a dead host is noticed
+# Seconds, but for the last one: 35 s until a dead host is noticed, also while data is on its way to it.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 35_000}
 CONNECT_SECONDS = 60.0  # to connect all processes, after MindSpore has connected them
 LAUNCHER_SECONDS = 3.0  # in which msrun ends the other processes of a host (it looks every second)
 LAST_LINE_SECONDS = 2.0  # how long printing the last line may take
