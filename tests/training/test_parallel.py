@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from ldm.runtime.device import setup_runtime
-from ldm.training.sharding import balanced
 from ldm.training.step import TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 
@@ -80,12 +79,3 @@ def test_the_training_state_of_a_divided_optimizer_is_that_of_a_whole_one(output
 def test_a_run_continues_bit_for_bit_where_the_optimizer_is_divided_or_no_longer(outputs, resumed):
     assert_same(outputs / f"{resumed}2to3-state.npz", outputs / "whole1to3-state.npz")
     assert_same(outputs / f"{resumed}2to3-process1.npz", outputs / "whole1to3-process1.npz")
-
-
-@pytest.mark.parametrize("process_count", [1, 2, 8, 1000])
-def test_every_array_has_an_owner_and_the_owners_have_about_the_same(process_count):
-    sizes = [int(size) for size in np.random.default_rng(0).integers(1, 10**6, 300)]
-    owners = balanced(sizes, process_count)
-    totals = [sum(size for size, owner in zip(sizes, owners) if owner == process) for process in range(process_count)]
-    assert sum(totals) == sum(sizes) and owners == balanced(sizes, process_count)
-    assert max(totals) <= sum(sizes) / process_count + max(sizes)
