@@ -206,7 +206,7 @@ class Pipeline:
 
         Args:
             loras: The name of a LoRA that load_lora gave it, or the path of a file, which is read at every call; alone
-                for strength 1, or with a strength as in load_lora. None at all gives the base model.
+                for strength 1, or in a pair with a strength as in load_lora. None at all gives the base model.
 
         Raises:
             UserError: As load_lora. The pipeline is unchanged then.
@@ -215,7 +215,7 @@ class Pipeline:
             raise ValueError(f"set_loras takes a list of LoRAs: [({str(loras)!r}, 1.0)]")
         wanted = []
         for entry in loras:
-            name, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+            name, strength = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
             lora = self._named.get(str(name)) or select_lora(self.config, name)
             wanted.append(MergedLoRA(str(name), lora, Strength.from_value(strength)))
         self.merge_loras(wanted)
@@ -224,7 +224,7 @@ class Pipeline:
         """Take a LoRA out of the weights and forget it. Without any, the weights are the base model's, bit for bit.
 
         Args:
-            name: Its name, or its path if it has none. None for all LoRAs.
+            name: Its name, or its path if it has none: all LoRAs of that path are taken out. None for all LoRAs.
 
         Raises:
             UserError: There is no such LoRA, or a file of the base model cannot be read any more. The pipeline is

@@ -132,6 +132,17 @@ def test_one_lora_can_be_unloaded_by_name_or_path(pipeline, folder):
     assert weights(pipeline) == fresh(folder, ("a", 0.8))
 
 
+def test_a_pair_may_be_a_list_as_json_gives_it(pipeline, folder):
+    pipeline.set_loras([[str(folder / "a.ckpt"), 0.8]])
+    assert weights(pipeline) == fresh(folder, ("a", 0.8))
+
+
+def test_all_loras_of_a_path_are_unloaded_by_it(pipeline, folder):
+    pipeline.set_loras([(folder / "a.ckpt", 0.8), (folder / "b.ckpt", 0.5), (folder / "a.ckpt", -0.3)])
+    pipeline.unload_lora(folder / "a.ckpt")
+    assert weights(pipeline) == fresh(folder, ("b", 0.5))
+
+
 def test_text_embeddings_are_those_of_the_merged_text_encoder(pipeline, folder):
     """None of an earlier text encoder are kept."""
     base = pipeline.encode_prompts(["a red cat"])
