@@ -37,7 +37,7 @@ class Checkpoints:
     Args:
         settings: Settings of the run.
         model: The model that is trained.
-        saves_base_model: Whether the base model is saved beside the LoRA, because it is trained as well.
+        saves_base_model: Whether the base model is saved, because it is trained, alone or beside a LoRA.
         resumed_here: Whether the run resumes one in the same folder, whose files are then its own.
         start: Number of steps that are done before this run.
     """
@@ -56,7 +56,7 @@ class Checkpoints:
         self.writers: dict[str, Callable[[Path, TrainingState], None]] = {}
         if settings.use_lora:
             self.writers["lora"] = self._write_lora
-        if not settings.use_lora or saves_base_model:
+        if saves_base_model:
             self.writers["model"] = self._write_model
         self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
         self._own_files = OwnFiles(self.folder, resumed_here)

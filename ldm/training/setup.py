@@ -138,9 +138,11 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     inputs = Inputs(settings, model, rows, order, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
+    saves_base_model = not settings.use_lora or lora_spec.trainable_model
     step = build_step(
-        settings, runtime, model, trainable, flash_attention=flash_attention, skips_overflow=skips_overflow
-    )
+        settings, runtime, model, trainable,
+        flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base_model,
+    )  # fmt: skip
     if state is not None:
         step.load_state(state.arrays)
         scaler.load_state(state.scaler)
@@ -156,7 +158,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     )
     checkpoints = Checkpoints(
         settings, model,
-        saves_base_model=lora_spec.trainable_model, resumed_here=resumed_here, start=status.steps_done,
+        saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, skips_overflow, scaler,
@@ -247,6 +249,7 @@ def build_step(
     *,
     flash_attention: bool,
     skips_overflow: bool,
+    saves_base_model: bool,
 ) -> TrainStep:
     """Set the precision and the attention of the networks that are trained, and build the step that trains them.
 
@@ -257,6 +260,7 @@ def build_step(
         trainable: What choose_trainable returned.
         flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
         skips_overflow: Whether a step whose gradients overflow changes nothing.
+        saves_base_model: Whether checkpoints hold the networks' own weights, frozen ones too, which then keep fp32.
     """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
@@ -265,7 +269,7 @@ def build_step(
     if settings.lora_ft_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
         loss = LossFromTokens(loss, model.cond_stage_model)
-    if runtime.fp16 and settings.use_lora:  # the base model is not saved, or all of it is trained
+    if runtime.fp16 and not saves_base_model:
         hold_frozen_weights(loss, runtime.compute_dtype)
     return TrainStep(
         loss,

@@ -14,7 +14,7 @@ from ldm.lora.formats import read_lora
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
-from ldm.training.trainer import train
+from ldm.training.trainer import save, train
 from ldm.training.training_state import load_state
 from ldm.weights.checkpoint import read_checkpoint
 from ldm.weights.load import load_base_model
@@ -71,6 +71,19 @@ def test_the_base_model_that_was_trained_with_it_is_saved_beside_it(uninterrupte
     for name, array in before.items():
         trained = name.startswith(UNET) and name.rpartition(".")[0] not in lora.layers
         assert np.array_equal(after[name], array) != trained, name
+
+
+def test_the_frozen_weights_of_that_base_model_are_saved_unrounded_in_fp16(micro_base_model, micro_data, tmp_path):
+    run = prepare(settings_of(micro_base_model, micro_data, tmp_path / "run", MODULES, precision="fp16"))
+    save(run)  # a step is not needed: the weights get their types before the first
+    trained = {parameter.name for parameter in run.model.trainable_params()}
+    before, after = (
+        read_checkpoint(path)[0] for path in (micro_base_model, run.checkpoints.newest.with_name("model.ckpt"))
+    )
+    frozen = before.keys() - trained
+    assert any(name.endswith("attn1.to_q.weight") for name in frozen)  # of a layer with a LoRA
+    for name in frozen:
+        assert after[name].dtype == np.float32 and np.array_equal(after[name], before[name]), name
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(uninterrupted, micro_base_model, micro_data, tmp_path):

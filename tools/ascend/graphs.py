@@ -80,11 +80,13 @@ class Graphs:
         """Return the call of the training step."""
         settings, runtime = self.settings, self.runtime
         model = _load(self.config)
-        trainable = choose_trainable(settings, model, make_lora_spec(settings))
+        lora_spec = make_lora_spec(settings)
+        trainable = choose_trainable(settings, model, lora_spec)
         skips_overflow = make_loss_scaler(settings, runtime.fp16).is_used and settings.drop_overflow_update
         step = build_step(
-            settings, runtime, model, trainable, flash_attention=self.flash, skips_overflow=skips_overflow
-        )
+            settings, runtime, model, trainable, flash_attention=self.flash, skips_overflow=skips_overflow,
+            saves_base_model=not settings.use_lora or lora_spec.trainable_model,
+        )  # fmt: skip
         scalars = StepScalars(
             1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, settings.betas, 1e-8, settings.weight_decay), 1e-4
         )
