@@ -20,6 +20,7 @@ from ldm.errors import plain
 
 LAUNCHER_VARIABLES = ("MS_ROLE", "RANK_TABLE_FILE", "OMPI_COMM_WORLD_RANK")  # every launcher sets one of them
 DEFAULT_TIMEOUT = 600.0  # seconds, of msrun's --cluster_time_out
+LAUNCHER_SECONDS = 3.0  # in which msrun ends the other processes of a host when one has ended (it looks every second)
 _SIGNAL_WHEN_THE_PARENT_ENDS = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -39,6 +40,12 @@ def process_index() -> int:
         return 0
     index = os.environ.get("RANK_ID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     return int(index) if index.isdecimal() else 0
+
+
+def local_index() -> int:
+    """Return this process's index among those of its host, which msrun gives."""
+    index = os.environ.get("DEVICE_ID", "")
+    return int(index) if index.isdecimal() else process_index()
 
 
 def process_name(index: int | None = None, host: str | None = None) -> str:
@@ -65,9 +72,19 @@ def cluster() -> Cluster | None:
 
 def has_several_hosts() -> bool:
     """Whether msrun starts a part of the processes on this host and others on another."""
+    count, local_count = _count("--worker_num"), local_process_count()
+    return count is not None and count != local_count
+
+
+def local_process_count() -> int | None:
+    """Return how many processes msrun starts on this host, None if that is not known."""
+    return _count("--local_worker_num")
+
+
+def _count(flag: str) -> int | None:
     arguments = _msrun_arguments()
-    counts = [arguments.get(name, "8") for name in ("--worker_num", "--local_worker_num")]  # msrun's default
-    return bool(arguments) and counts[0] != counts[1]
+    value = arguments.get(flag, "8")  # msrun's default
+    return int(value) if arguments and value.isdecimal() else None
 
 
 def end_with_launcher(number: int = signal.SIGTERM) -> None:

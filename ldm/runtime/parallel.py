@@ -20,7 +20,14 @@ from pathlib import Path
 from ldm.errors import UserError, plain, system_error
 from ldm.files.paths import writing
 from ldm.runtime import roll_call
-from ldm.runtime.launcher import end_with_launcher, is_scheduler, process_index, process_name
+from ldm.runtime.launcher import (
+    LAUNCHER_SECONDS,
+    end_with_launcher,
+    is_scheduler,
+    local_index,
+    process_index,
+    process_name,
+)
 from ldm.runtime.roll_call import ReportedError
 
 FIRST_PROCESS_SECONDS = 15.0  # how much later than the others the first process may report an error
@@ -50,11 +57,14 @@ def first_process_prints() -> Iterator[None]:
     except KeyboardInterrupt as error:
         _tell_the_others(error)
         raise
+    except ReportedError:  # one process of each host reports it
+        if local_index():
+            time.sleep(LAUNCHER_SECONDS + local_index())
+        raise
     except Exception as error:
-        if not isinstance(error, ReportedError):
-            time.sleep(FIRST_PROCESS_SECONDS)
-            _tell_the_others(error)
-        if isinstance(error, UserError) and not isinstance(error, ReportedError):
+        time.sleep(FIRST_PROCESS_SECONDS)
+        _tell_the_others(error)
+        if isinstance(error, UserError):
             raise UserError(f"{process_name()}: {error}") from None
         raise
     finally:

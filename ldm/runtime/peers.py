@@ -30,13 +30,12 @@ import numpy as np
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
 from ldm.files.atomic import remove_temporaries
-from ldm.runtime.launcher import process_name
+from ldm.runtime.launcher import LAUNCHER_SECONDS, local_index, process_name
 from ldm.runtime.script import progress
 
 # Seconds, but for the last one: 35 s until a dead host is noticed, also while data is on its way to it.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 35_000}
 CONNECT_SECONDS = 60.0  # to connect all processes, after MindSpore has connected them
-LAUNCHER_SECONDS = 3.0  # in which msrun ends the other processes of a host (it looks every second)
 LAST_LINE_SECONDS = 2.0  # how long printing the last line may take
 EXIT_CODE = 1  # where another process has ended without a UserError
 TOKEN_BYTES = 16
@@ -112,8 +111,7 @@ class Peers:
 
     def _patience(self) -> float:
         """Return after how many seconds this process reports the end of another: one after the other on each host."""
-        local_index = os.environ.get("DEVICE_ID", "")  # of msrun
-        return LAUNCHER_SECONDS + (int(local_index) if local_index.isdecimal() else self.index)
+        return LAUNCHER_SECONDS + local_index()
 
     def _receive(self, process: int) -> None:
         """Take the messages of a process until it is done. Ends this process if that one ends otherwise."""

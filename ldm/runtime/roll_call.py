@@ -19,7 +19,15 @@ import time
 from typing import Any
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
-from ldm.runtime.launcher import Cluster, cluster, has_several_hosts, is_scheduler, process_index, process_name
+from ldm.runtime.launcher import (
+    Cluster,
+    cluster,
+    has_several_hosts,
+    is_scheduler,
+    local_process_count,
+    process_index,
+    process_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +146,12 @@ class _Process:
         return f"a process on {self.host}" if self.index is None else process_name(self.index, self.host)
 
     def is_of_another_run(self, processes: list[_Process]) -> bool:
-        """Whether another msrun of this host started it, or a process of its number is there already."""
-        if self.host == socket.gethostname() and self.launcher != os.getppid():
+        """Whether it has the number of a process that another msrun started, or that is there already."""
+        if self.index is None:
+            return False
+        if self.index < (local_process_count() or 0) and (self.host, self.launcher) != _launcher():
             return True
-        return self.index is not None and any(process.index == self.index for process in processes)
+        return any(process.index == self.index for process in processes)
 
     def misfit(self, place: Cluster) -> str:
         """Return why the run cannot start with this process, "" if it can."""
@@ -215,8 +225,8 @@ def _report_to(place: Cluster, fault: str, deadline: float) -> str:
     words = {
         "index": int(node) if node.isdecimal() else None,  # msrun does not give it without --node_rank
         "count": place.count,
-        "host": socket.gethostname(),
-        "launcher": os.getppid(),
+        "host": _launcher()[0],
+        "launcher": _launcher()[1],
         "fault": fault,
     }
     reached = False
@@ -262,6 +272,11 @@ def _in_use(place: Cluster) -> str:
         f"another run or program uses port {place.port} of {place.address}: end it, or give this run another "
         "--master_port, on all hosts (and each host its own --node_rank)"
     )
+
+
+def _launcher() -> tuple[str, int]:
+    """Return this host's name and the process id of msrun."""
+    return plain(socket.gethostname(), 64), os.getppid()
 
 
 def _say_waiting(place: Cluster, began: float) -> bool:

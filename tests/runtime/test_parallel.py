@@ -65,11 +65,14 @@ def test_another_process_waits_before_it_reports_its_error(launched, monkeypatch
     assert waits == [parallel.FIRST_PROCESS_SECONDS]
 
 
-def test_the_error_of_another_process_is_reported_at_once(launched, monkeypatch):
-    launched(MS_ROLE="MS_WORKER", RANK_ID="1")
-    monkeypatch.setattr(time, "sleep", pytest.fail)
+@pytest.mark.parametrize(("place", "wait"), [("0", []), ("2", [parallel.LAUNCHER_SECONDS + 2])])
+def test_one_process_of_each_host_reports_the_error_of_another(launched, monkeypatch, place, wait):
+    launched(MS_ROLE="MS_WORKER", RANK_ID="9", DEVICE_ID=place)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     with pytest.raises(ReportedError, match="^process 2 on host1: no such file$"), first_process_prints():
         raise ReportedError("process 2 on host1: no such file")
+    assert waits == wait
 
 
 @pytest.mark.parametrize("error", [UserError("a bad image"), ValueError("a fault")])

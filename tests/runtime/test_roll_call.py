@@ -14,16 +14,19 @@ import pytest
 from tests.conftest import ROOT
 
 PROGRAM = """
-import sys
+import os, sys
 from ldm.errors import UserError
 from ldm.runtime import roll_call
 roll_call.BANNER_SECONDS, roll_call.REPORT_SECONDS = 1.0, 3.0
 roll_call.has_several_hosts = lambda: True
+roll_call.local_process_count = lambda: int(os.environ["LOCAL"])
 try:
     roll_call.report(sys.argv[1]) if sys.argv[1:] else roll_call.call_roll()
 except UserError as error:
     sys.exit(f"{error}")
 """
+
+OTHER_MSRUN = ["sh", "-c", '"$@"; exit $?', "msrun"]
 
 
 @pytest.fixture
@@ -34,11 +37,11 @@ def start():
         free_port = probe.getsockname()[1]
     started = []
 
-    def run(index=None, count=2, timeout=20, port=free_port, error=None, parent=()):
+    def run(index=None, count=2, timeout=20, port=free_port, error=None, parent=(), local=2):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
         environment.update(
             MS_ROLE="MS_SCHED" if index is None else "MS_WORKER", RANK_ID=str(index or 0), MS_SCHED_HOST="127.0.0.1",
-            MS_SCHED_PORT=str(port), MS_WORKER_NUM=str(count), MS_TOPO_TIMEOUT=str(timeout),
+            MS_SCHED_PORT=str(port), MS_WORKER_NUM=str(count), MS_TOPO_TIMEOUT=str(timeout), LOCAL=str(local),
         )  # fmt: skip
         if index is not None:
             environment["MS_NODE_ID"] = str(index)
@@ -89,9 +92,22 @@ def test_a_port_that_another_program_uses_is_named_by_all(start):
 
 def test_another_run_with_the_same_port_is_refused_and_this_one_starts(start):
     scheduler, first = start(), start(0)
-    other_scheduler, other = (start(index, parent=["sh", "-c", '"$@"; exit $?', "msrun"]) for index in (None, 1))
+    other_scheduler, other = (start(index, parent=OTHER_MSRUN) for index in (None, 1))
     assert all("another run or program uses port" in text for text in said(other_scheduler, other))
     assert said(start(1), scheduler, first) == ["", "", ""]
+
+
+def test_another_msrun_of_this_host_may_start_the_second_half(start):
+    assert said(start(local=1), start(0, local=1), start(1, local=1, parent=OTHER_MSRUN)) == ["", "", ""]
+
+
+def test_a_number_that_is_there_already_is_refused(start):
+    scheduler, first, other = start(local=1), start(1, local=1), start(1, local=1, parent=OTHER_MSRUN)
+    deadline = time.monotonic() + 20
+    while first.poll() is None and other.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sorted(process.poll() is None for process in (first, other)) == [False, True]
+    assert said(start(0, local=1), scheduler) == ["", ""]
 
 
 def test_another_number_of_processes_is_named(start):
