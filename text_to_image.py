@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldm.runtime.parallel import first_process_prints
 from ldm.runtime.script import run_script, start_script
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -12,6 +11,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from ldm.generation.generate import generate  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
+from ldm.runtime.parallel import first_process_prints  # noqa: E402
 from ldm.settings.generate import GenerateSettings  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import sys
 
-from ldm.runtime.parallel import first_process_prints
-from ldm.runtime.script import run_script
+from ldm.runtime.script import run_script, start_script
+
+if __name__ == "__main__":  # before numpy, which starts threads
+    start_script()
+
+from ldm.runtime.parallel import first_process_prints  # noqa: E402
 
 
 @first_process_prints()

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -27,6 +25,8 @@ from ldm.runtime.script import describe_progress, run_script, start_script  # no
 
 if __name__ == "__main__":
     start_script()
+
+import numpy as np  # noqa: E402
 
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.errors import UserError  # noqa: E402

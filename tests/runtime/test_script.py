@@ -51,6 +51,18 @@ def interrupted(code: str, number: int, folder: Path, **options) -> tuple[int, s
     return process.returncode, out, err
 
 
+SCRIPTS = [
+    "train_text_to_image.py", "text_to_image.py", "tools/demo.py", "tools/check_device.py", "tools/eval/eval_fid.py",
+    "tools/eval/eval_clip_score.py", "tools/eval/compare_diffusers.py", "tools/model_conversion/convert_weights.py",
+    "tools/lora/convert_lora.py", "tools/lora/lora_add.py", "tools/lora/extract_lora.py", "tools/lora/resize_lora.py",
+    "tools/lora/cvtckpt.py",
+]  # fmt: skip
+STOP_AT_START = """
+import runpy, sys
+from ldm.runtime import script
+script.start_script = lambda: sys.exit("numpy" in sys.modules)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
 BUSY = "print('ready')\nwhile True: pass"
 IN_MAIN = "def main():\n    print('ready')\n    while True: pass\nrun_script(main)"
 # Like MindSpore while it compiles or runs a graph, this handles no signals.
@@ -207,3 +219,11 @@ def test_nothing_is_printed_into_a_file_when_the_streams_are_closed(tmp_path):
     command = f"'{sys.executable}' script.py >&- 2>&-"
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, timeout=30)
     assert done.returncode == 2 and (tmp_path / "result").read_bytes() == b"sound"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_handles_signals_before_numpy_starts_its_threads(name):
+    """Those threads would take the signals, and end the process without its last line."""
+    command = [sys.executable, "-c", STOP_AT_START, str(ROOT / name)]
+    completed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stderr

@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, where this is run as a script
 
 from ldm.runtime.script import run_script, start_script  # noqa: E402
 
 if __name__ == "__main__":
     start_script()
+
+import numpy as np  # noqa: E402
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
