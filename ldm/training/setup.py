@@ -30,6 +30,7 @@ from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
+from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.checks import check_settings, image_size
 from ldm.training.feed import Feed, check_sink, make_feed
@@ -131,6 +132,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         check_compatible(lora, config, settings.lora_init_path)
         set_lora(model, lora, settings.lora_init_path)
         logger.info("training starts from %s: %s", settings.lora_init_path, lora)
+    check_same_start(fingerprint, state, trainable)
     if is_first_process:
         with writing(output / "train_args.yaml"):
             # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states.
