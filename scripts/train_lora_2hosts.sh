@@ -4,6 +4,8 @@
 #   MASTER_ADDR=10.0.0.1 NODE_RANK=0 bash scripts/train_lora_2hosts.sh      # on the host with this address
 #   MASTER_ADDR=10.0.0.1 NODE_RANK=1 bash scripts/train_lora_2hosts.sh      # on the other
 #
+# docs/parallel.md tries it out on the CPU of one machine: VERSION=nano DEVICE_TARGET=CPU PROCESSES=2.
+#
 # Both hosts need the project, the data and the base model under the same paths. The first process, on host 0, writes the
 # checkpoints. scripts/environment.sh explains the other variables.
 #

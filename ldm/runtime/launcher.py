@@ -1,7 +1,7 @@
 """What msrun tells the processes that it starts, and how these end with it.
 
-msrun passes the addresses and numbers in environment variables, and the rest is read from its command line. Where its
-command line cannot be read, or another launcher started this process, the functions return what suits one host.
+msrun passes the addresses and numbers in environment variables. The rest is read from its command line, which is the
+parent's of each process.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def cluster() -> Cluster | None:
 
 
 def has_several_hosts() -> bool:
-    """Whether msrun starts a part of the processes on this host and others on another."""
-    count, local_count = _count("--worker_num"), local_process_count()
-    return count is not None and count != local_count
+    """Whether other hosts start a part of the processes, which may be so too if not msrun started this one."""
+    count = _count("--worker_num")
+    return count is None or count != local_process_count()
 
 
 def local_process_count() -> int | None:
@@ -83,8 +83,8 @@ def local_process_count() -> int | None:
 
 def _count(flag: str) -> int | None:
     arguments = _msrun_arguments()
-    value = arguments.get(flag, "8")  # msrun's default
-    return int(value) if arguments and value.isdecimal() else None
+    value = "" if arguments is None else arguments.get(flag, "8")  # msrun's default
+    return int(value) if value.isdecimal() else None
 
 
 def end_with_launcher(number: int = signal.SIGTERM) -> None:
@@ -92,7 +92,7 @@ def end_with_launcher(number: int = signal.SIGTERM) -> None:
 
     msrun ends its processes on Ctrl-C, but not when it gets SIGTERM or SIGKILL itself.
     """
-    if _msrun_arguments().get("--join") == "True" and sys.platform == "linux":
+    if (_msrun_arguments() or {}).get("--join") == "True" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SIGNAL_WHEN_THE_PARENT_ENDS, int(number))
 
 
@@ -106,15 +106,15 @@ def killed_with_launcher() -> Iterator[None]:
         end_with_launcher()
 
 
-def _msrun_arguments() -> dict[str, str]:
-    """Return msrun's flags and their values, nothing if the parent process is not msrun."""
+def _msrun_arguments() -> dict[str, str] | None:
+    """Return msrun's flags and their values, None if the parent process is not msrun."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:  # not Linux, or the parent has ended
-        return {}
+        return None
     start = next((i for i, word in enumerate(words) if os.path.basename(word) == "msrun"), None)
     if start is None:
-        return {}
+        return None
     arguments: dict[str, str] = {}
     flags = iter(words[start + 1 :])
     for flag in flags:

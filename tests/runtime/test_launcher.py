@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from ldm.runtime.launcher import Cluster, cluster
+from ldm.runtime.launcher import Cluster, cluster, has_several_hosts, local_process_count
 from tests.conftest import ROOT
 
 # A stand-in for msrun: it starts one process, which prints what it knows, and waits.
@@ -70,6 +70,10 @@ def test_a_process_ends_with_msrun_if_msrun_waits_for_it(msrun, flags, ends):
 def test_several_hosts_are_known_by_the_numbers_of_processes(msrun, flags, several):
     launcher = msrun("from ldm.runtime.launcher import has_several_hosts as f; print(f())", *flags)
     assert launcher.communicate(timeout=20)[0].splitlines()[1] == str(several)
+
+
+def test_without_msrun_there_may_be_other_hosts():
+    assert has_several_hosts() and local_process_count() is None
 
 
 def test_the_processes_meet_where_msrun_says(monkeypatch):
