@@ -14,42 +14,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from ldm.training.own_files import find_states
 from ldm.training.trainer import train
 from ldm.training.training_state import load_state
 from tests.training.micro import ROOT, SETTINGS, STEPS, command
+from tests.two_hosts import two_hosts, worker_of
 
 SETTINGS_OF_BOTH = dict(
     use_lora=True, caption_dropout=0.3, start_learning_rate=1e-3, clip_grad=True, ckpt_save_interval=2
 )  # fmt: skip
-
-
-def start_host(number: int, port: int, folder: Path, arguments: list[str]) -> subprocess.Popen:
-    """Start one process of two under msrun, with its output in a file."""
-    binaries = Path(sys.executable).parent
-    # msrun asks `ip` whether the scheduler's address is this host's. For the second host it must not be.
-    fake = folder / "second_host"
-    fake.mkdir(exist_ok=True)
-    (fake / "ip").write_text('#!/bin/sh\necho "[]"\n')
-    (fake / "ip").chmod(0o755)
-    path = os.pathsep.join([*([str(fake)] if number else []), str(binaries), os.environ["PATH"]])
-    with open(folder / f"host{number}.txt", "w") as output:
-        return subprocess.Popen(
-            [
-                "msrun", "--worker_num=2", "--local_worker_num=1", "--master_addr=127.0.0.1", f"--master_port={port}",
-                f"--node_rank={number}", "--join=True", f"--log_dir={folder / f'logs{number}'}",
-                "train_text_to_image.py", *arguments, "--use_parallel=True",
-            ],
-            cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PATH": path},
-        )  # fmt: skip
-
-
-def worker_of(msrun: subprocess.Popen) -> int:
-    """Return the process id of the training process that msrun started, not of the scheduler."""
-    children = psutil.Process(msrun.pid).children()
-    return next(child.pid for child in children if child.environ().get("MS_ROLE") == "MS_WORKER")
 
 
 def test_two_hosts_end_when_one_dies_and_one_process_continues_as_if_it_had_begun(
@@ -58,11 +32,8 @@ def test_two_hosts_end_when_one_dies_and_one_process_continues_as_if_it_had_begu
     output = tmp_path / "run"
     paths = dict(pretrained_model_path=micro_base_model, data_path=micro_data, output_path=output)
     both = {**SETTINGS, **SETTINGS_OF_BOTH, **paths, "train_batch_size": 1, "max_steps": 100_000}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    hosts = [start_host(i, port, tmp_path, [f"--{name}={value}" for name, value in both.items()]) for i in (0, 1)]
-    try:
+    arguments = [f"--{name}={value}" for name, value in both.items()]
+    with two_hosts(tmp_path, ["train_text_to_image.py", *arguments]) as hosts:
         deadline = time.monotonic() + 400
         while not find_states(output / "ckpt"):
             assert all(host.poll() is None for host in hosts) and time.monotonic() < deadline
@@ -71,10 +42,6 @@ def test_two_hosts_end_when_one_dies_and_one_process_continues_as_if_it_had_begu
         os.kill(worker_of(hosts[1]), signal.SIGKILL)
         codes = [host.wait(60) for host in hosts]
         print(f"all ended {time.monotonic() - killed:.1f} s after one was killed")
-    finally:
-        for host in hosts:
-            for process in [*psutil.Process(host.pid).children(True), host] if host.poll() is None else []:
-                process.kill()
     assert all(code != 0 for code in codes)
     said = (tmp_path / "host0.txt").read_text()
     lines = [line for line in said.splitlines() if line.startswith("error: process 1 on ")]
