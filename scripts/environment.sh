@@ -12,7 +12,7 @@
 #   ASCEND_RT_VISIBLE_DEVICES   CANN: the cards that may be used, such as 4,5,6,7; DEVICE_ID counts among them
 #   CANN_ENVIRONMENT  script that sets CANN's variables, sourced unless ASCEND_HOME_PATH is set
 #
-# Further arguments of a script are settings of training or generation, which win: `... --jit_level O2 --epochs 10`.
+# Further arguments of a script are settings of training or generation, which win: `... --precision fp32 --epochs 10`.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
