@@ -1,9 +1,7 @@
-"""text_to_image.py with two processes of msrun: the files are those of one process."""
+"""text_to_image.py with a process on each of two hosts: the files are those of one process."""
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from ldm.runtime import peers
 from ldm.settings.model import load_model_config
 from ldm.weights.checkpoint import write_checkpoint
 from tests.conftest import ROOT
+from tests.two_hosts import two_hosts
 
 TINY = ROOT / "tests" / "tiny.yaml"
 
@@ -39,22 +38,13 @@ def test_two_processes_write_the_files_of_one(tmp_path):
         "text_to_image.py", "--version=2.0", f"--config={TINY}", f"--ckpt_path={base}", f"--data_path={prompts}",
         "--H=32", "--W=32", "--batch_size=2", "--sampling_steps=2", "--ddim", "--ddim_eta=0.5", "--device_target=CPU",
     ]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    msrun = [
-        "msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={port}",
-        f"--log_dir={tmp_path / 'logs'}",
-    ]  # fmt: skip
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for name, command in (("one", [sys.executable]), ("two", msrun)):
-        output = tmp_path / name
-        parallel = ["--use_parallel=True"] if name == "two" else []
-        completed = subprocess.run(
-            [*command, *arguments, f"--output_path={output}", f"--save_latents={output / 'latents.npy'}", *parallel],
-            cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
+    arguments += [f"--output_path={tmp_path / 'one'}", f"--save_latents={tmp_path / 'one' / 'latents.npy'}"]
+    alone = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert alone.returncode == 0, alone.stdout[-3000:] + alone.stderr[-3000:]
+    with two_hosts(
+        tmp_path, [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in arguments]
+    ) as hosts:
+        assert [host.wait(300) for host in hosts] == [0, 0], (tmp_path / "host0.txt").read_text()[-3000:]
     one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
     assert sorted(one) == ["grid.png", "latents.init.npy", "latents.npy", *sorted(n for n in one if "samples" in n)]
     assert sum(name.endswith(".png") for name in one) == 6
