@@ -6,11 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import mindspore as ms
 import numpy as np
 import pytest
 
+from ldm.runtime.device import GRAPH, Runtime
 from tests.conftest import ROOT
 from tools import check_device
+from tools.device_check.graphs import Graphs
 from tools.device_check.report import LIMITS, Row, compare, deviation, find_problems, report
 from tools.device_check.results import Graph, Machine, read_graph
 
@@ -77,6 +80,20 @@ def test_the_worst_of_several_arrays_is_shown():
 def test_an_error_of_the_device_is_shown():
     row = compare(graph(error="RuntimeError: aclnn failed"), graph(), A2)
     assert (row.verdict, row.reason) == ("WRONG", "RuntimeError: aclnn failed")
+
+
+def test_an_error_of_a_graph_is_its_result_in_one_line(monkeypatch):
+    def fails(graphs):
+        raise RuntimeError("\naclnn failed\n  in C++")
+
+    monkeypatch.setattr(Graphs, "unet", fails)
+    found = Graphs(Runtime("CPU", ms.float32, 0, 1, GRAPH)).run("unet")
+    assert (found.error, found.precision, found.arrays) == ("RuntimeError: aclnn failed", "fp32", {})
+
+
+def test_flash_attention_is_left_out_where_it_does_not_exist():
+    found = Graphs(Runtime("Ascend", ms.float16, 0, 1, GRAPH, soc="Ascend910A")).run("unet_flash")
+    assert "flash attention" in found.skipped and compare(found, graph(), FIRST_910).verdict == "skipped"
 
 
 def test_an_overflow_gives_infinity_and_on_a_first_910_the_largest_number():

@@ -73,7 +73,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def compute(names: Sequence[str], runtime: Runtime, folder: Path) -> None:
-    """Compute graphs and write what is found out about the machine and each of them, as soon as it is there."""
+    """Compute graphs and write into `folder` what is found out about the machine, and each result when it is there."""
     graphs = Graphs(runtime)
     graphs.overflow()  # it opens the device
     describe(runtime, graphs.flash).write(folder)
@@ -82,7 +82,7 @@ def compute(names: Sequence[str], runtime: Runtime, folder: Path) -> None:
 
 
 class Graphs:
-    """The graphs by name. Each method of a name of `results.GRAPHS` returns what the graph computes.
+    """The graphs: a method for each name in `results.GRAPHS`, which returns what the graph computes.
 
     Args:
         runtime: What setup_runtime returned.
@@ -96,10 +96,10 @@ class Graphs:
     def run(self, name: str) -> Graph:
         """Compute the graph `name`. An error of it is part of the result."""
         graph = Graph(name, PRECISIONS.get(name, self.runtime.precision))
-        began = time.perf_counter()
         if name == "unet_flash" and self.runtime.is_ascend and not self.flash:
             graph.skipped = "flash attention does not exist here, see docs/ascend.md"
             return graph
+        began = time.perf_counter()
         try:
             graph.arrays = getattr(self, name)()
         except FAILURES as error:
