@@ -31,7 +31,12 @@ class MicroBatchDraws(NamedTuple):
 
 
 def micro_batch_draws(
-    seed: int, micro_batch: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float, process_index: int = 0
+    seed: int,
+    micro_batch: int,
+    shape: tuple[int, ...],
+    timesteps: range,
+    caption_dropout: float,
+    process_index: int = 0,
 ) -> MicroBatchDraws:
     """Return the draws of a process's rows of a micro-batch.
 
@@ -41,7 +46,7 @@ def micro_batch_draws(
     Args:
         micro_batch: The number of the micro-batch, counted over the whole run.
         shape: Shape of the process's latents, (N, C, h, w).
-        timesteps: The model's number of time steps.
+        timesteps: The time steps to draw from.
         caption_dropout: Probability that a caption is dropped.
         process_index: Of the process.
     """
@@ -54,7 +59,7 @@ def micro_batch_draws(
     return MicroBatchDraws(
         stream("posterior").standard_normal((end, *shape[1:]), dtype=np.float32)[-count:],
         stream("noise").standard_normal((end, *shape[1:]), dtype=np.float32)[-count:],
-        stream("timesteps").integers(0, timesteps, end, dtype=np.int32)[-count:],
+        stream("timesteps").integers(timesteps.start, timesteps.stop, end, dtype=np.int32)[-count:],
         stream("caption_dropout").random(end)[-count:] < caption_dropout,
     )
 

@@ -94,7 +94,7 @@ def _generate_images(
     from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
     from ldm.lora.lora import Strength
-    from ldm.lora.merged import MergedLoRA
+    from ldm.lora.merged import MergedLoRA, SamplingRange
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
@@ -116,7 +116,12 @@ def _generate_images(
     )
     pipeline.merge_loras(
         [
-            MergedLoRA(str(file.path), lora, Strength(file.strength, file.text_encoder_strength))
+            MergedLoRA(
+                str(file.path),
+                lora,
+                Strength(file.strength, file.text_encoder_strength),
+                SamplingRange.from_ends(file.start, file.end),
+            )
             for file, lora in zip(plan.loras, loras)
         ]
     )
@@ -233,5 +238,8 @@ def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]
     }
     if file.text_encoder_strength != file.strength:
         metadata["text_encoder_weight"] = file.text_encoder_strength
+    for name, share in (("start", file.start), ("end", file.end)):
+        if share is not None:
+            metadata[name] = share
     parts = {"lora_ft_unet": settings.lora_ft_unet, "lora_ft_text_encoder": settings.lora_ft_text_encoder}
     return {**metadata, **parts}

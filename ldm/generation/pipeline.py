@@ -10,6 +10,7 @@ image.save("apple.png")
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from ldm.errors import UserError, plain
 from ldm.generation.loading import load_model, select_lora
 from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
-from ldm.lora.merged import MergedLoRA, MergedLoRAs
+from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.layers import hold_frozen_weights
 from ldm.models.stable_diffusion import StableDiffusion
@@ -167,6 +168,8 @@ class Pipeline:
         name: str | None = None,
         unet: bool | None = None,
         text_encoder: bool | None = None,
+        start: float | None = None,
+        end: float | None = None,
     ) -> LoRA:
         """Merge a LoRA into the model's weights, in addition to those that are merged already.
 
@@ -177,6 +180,9 @@ class Pipeline:
             name: Keeps the LoRA in memory under this name, for set_loras and unload_lora. None calls it by its path.
             unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
             text_encoder: The same for its text encoder part.
+            start: The share of the sampling steps after which the UNet part is applied, 0 to 1.
+            end: The share of the sampling steps up to which it is applied. None for both: at the time steps that the
+                LoRA was trained on, which are all of them if its file names none.
 
         Returns:
             What was merged.
@@ -191,12 +197,13 @@ class Pipeline:
                 "unload_lora"
             )
         lora = select_lora(self.config, path, unet, text_encoder)
-        self.merge_loras([*self.loras, MergedLoRA(name or str(path), lora, Strength.from_value(strength))])
+        merged = MergedLoRA(name or str(path), lora, Strength.from_value(strength), SamplingRange.from_ends(start, end))
+        self.merge_loras([*self.loras, merged])
         if name is not None:
             self._named[name] = lora
         return lora
 
-    def set_loras(self, loras: Iterable[str | Path | tuple[str | Path, float | Strength]]) -> None:
+    def set_loras(self, loras: Iterable[str | Path | tuple]) -> None:
         """Replace the LoRAs that are merged into the weights by these, in this order.
 
         The result is that of a pipeline that is loaded anew with these LoRAs, bit for bit. No network is compiled
@@ -206,7 +213,8 @@ class Pipeline:
 
         Args:
             loras: The name of a LoRA that load_lora gave it, or the path of a file, which is read at every call; alone
-                for strength 1, or in a pair with a strength as in load_lora. None at all gives the base model.
+                for strength 1, or a tuple (name, strength) or (name, strength, start, end) as in load_lora. None at all
+                gives the base model.
 
         Raises:
             UserError: As load_lora. The pipeline is unchanged then.
@@ -215,9 +223,10 @@ class Pipeline:
             raise ValueError(f"set_loras takes a list of LoRAs: [({str(loras)!r}, 1.0)]")
         wanted = []
         for entry in loras:
-            name, strength = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
+            name, strength, *ends = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
             lora = self._named.get(str(name)) or select_lora(self.config, name)
-            wanted.append(MergedLoRA(str(name), lora, Strength.from_value(strength)))
+            sampling_range = SamplingRange.from_ends(*ends) if ends else None
+            wanted.append(MergedLoRA(str(name), lora, Strength.from_value(strength), sampling_range))
         self.merge_loras(wanted)
 
     def unload_lora(self, name: str | Path | None = None) -> None:
@@ -242,7 +251,7 @@ class Pipeline:
         present = set(map(id, self.loras))
         for merged, match in zip(loras, self._merged.set(loras)):
             if id(merged) not in present:
-                logger.info("%s: %s; strength %s", merged.name, match, merged.strength)
+                logger.info("%s: %s; strength %s%s", merged.name, match, merged.strength, merged.applied_at())
 
     def __call__(
         self,
@@ -424,7 +433,19 @@ class Pipeline:
         options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
         steps, prediction_type = sampling.num_inference_steps, self.config.prediction_type
         sampler = SAMPLERS[sampling.sampler]
-        final = sampler(denoise, latents, steps, self.schedule, prediction_type, callback=callback, **options)
+        calls = itertools.count()
+
+        def denoise_with_loras(latents: np.ndarray, timestep: int) -> np.ndarray:
+            step = next(calls)
+            self._merged.switch([merged.is_active(step, steps, timestep) for merged in self.loras])
+            return denoise(latents, timestep)
+
+        try:
+            final = sampler(
+                denoise_with_loras, latents, steps, self.schedule, prediction_type, callback=callback, **options
+            )
+        finally:
+            self._merged.switch([True] * len(self.loras))
         if not np.isfinite(final).all():
             raise UserError(
                 "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,8 @@ class LoRAFile(NamedTuple):
     path: Path
     strength: float  # how much of its UNet part is applied
     text_encoder_strength: float
+    start: float | None = None  # share of the sampling steps, see ldm.lora.merged.SamplingRange
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,13 +237,26 @@ def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
     if settings.use_lora is False:
         logger.warning("use_lora is False: lora_ckpt_path is not applied")
         return []
+    count = len(settings.lora_ckpt_path)
+    starts, ends = (_for_each_lora(getattr(settings, name), count, name) for name in ("lora_start", "lora_end"))
     files = []
-    for text in settings.lora_ckpt_path:
+    for text, start, end in zip(settings.lora_ckpt_path, starts, ends):
+        if start is not None and end is not None and start >= end:
+            raise UserError(f"lora_start {start:g} is not below lora_end {end:g}: {plain(text)} would not be applied")
         path, strengths = path_and_strengths(text, "lora_ckpt_path")
         _existing(path, "lora_ckpt_path")
         scaled = [strength * settings.lora_scale for strength in strengths or (1.0,)]
-        files.append(LoRAFile(path, scaled[0], scaled[-1]))
+        files.append(LoRAFile(path, scaled[0], scaled[-1], start, end))
     return files
+
+
+def _for_each_lora(numbers: Sequence[float] | None, count: int, name: str) -> Sequence[float | None]:
+    """Return one number for each of `count` LoRAs."""
+    if numbers is None:
+        return [None] * count
+    if len(numbers) not in (1, count):
+        raise UserError(f"{name} has {len(numbers)} numbers for {count} LoRAs: give one for all, or one for each")
+    return list(numbers) * count if len(numbers) == 1 else numbers
 
 
 def _check_latents_paths(settings: GenerateSettings) -> None:

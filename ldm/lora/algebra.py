@@ -207,6 +207,11 @@ def _check_shapes(name: str, a: LoRALayer, b: LoRALayer) -> None:
 
 
 def _common_metadata(loras: Sequence[LoRA]) -> dict[str, str]:
+    if any(lora.timesteps != loras[0].timesteps for lora in loras):
+        raise UserError(
+            "the LoRAs are for different time steps (min_timestep and max_timestep in their metadata), which one LoRA "
+            "cannot keep apart: apply them together, --lora_ckpt_path a.ckpt b.ckpt"
+        )
     metadata: dict[str, str] = {}
     for lora in loras:
         for key, text in lora.metadata.items():

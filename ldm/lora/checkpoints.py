@@ -14,7 +14,7 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.lora.formats import mindone
 from ldm.lora.formats.factors import check_pair, read_factors, read_number
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
 from ldm.lora.merge import match_shapes
 from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
@@ -115,7 +115,7 @@ def split_embedded(checkpoint: Checkpoint) -> tuple[Checkpoint, LoRA | None]:
         lora = mindone.read(RenamedCheckpoint(checkpoint, lora_names))
     else:
         layers = {module: _wrapper_layer(checkpoint, module) for module in sorted(modules)}
-        lora = LoRA(layers, model_metadata(checkpoint.metadata))
+        lora = LoRA(layers, lora_metadata(checkpoint.metadata))
     return RenamedCheckpoint(checkpoint, base_names), lora
 
 

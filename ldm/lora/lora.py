@@ -8,13 +8,29 @@ canonical names, which every file format is translated to and from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.settings.model import model_metadata
 from ldm.weights.names import COMPONENTS, LABELS, component_of
+
+TIMESTEPS = ("min_timestep", "max_timestep")  # keys of the metadata, both or none
+
+
+def lora_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what this project reads of a LoRA file's metadata, see LoRA. Other words under these keys are ignored."""
+    low, end = (metadata.get(key, "") for key in TIMESTEPS)
+    if low.isdecimal() and end.isdecimal() and len(low + end) < 20 and int(low) < int(end):
+        return {**model_metadata(metadata), **timesteps_metadata(range(int(low), int(end)))}
+    return model_metadata(metadata)
+
+
+def timesteps_metadata(timesteps: range) -> dict[str, str]:
+    """Return the metadata of a LoRA that is trained on these time steps alone."""
+    return dict(zip(TIMESTEPS, (str(timesteps.start), str(timesteps.stop))))
 
 
 @dataclass(frozen=True)
@@ -87,8 +103,9 @@ class LoRA:
 
     Attributes:
         layers: Canonical layer name -> LoRALayer.
-        metadata: What is known about the base model: "architecture" and "prediction_type" as in ModelConfig. A key is
-            absent where the file does not say.
+        metadata: What is known about the base model, "architecture" and "prediction_type" as in ModelConfig, and about
+            the noise levels of the training, "min_timestep" and "max_timestep" (excluded). A key is absent where the
+            file does not say.
     """
 
     layers: dict[str, LoRALayer]
@@ -103,6 +120,11 @@ class LoRA:
     def ranks(self) -> list[int]:
         """Return the distinct ranks of the layers, ascending."""
         return sorted({layer.rank for layer in self.layers.values()})
+
+    @property
+    def timesteps(self) -> range | None:
+        """The time steps that the LoRA was trained on, or None for all of them."""
+        return range(*(int(self.metadata[key]) for key in TIMESTEPS)) if TIMESTEPS[0] in self.metadata else None
 
     def zero_layers(self) -> list[str]:
         """Return the names of the layers whose update is zero."""

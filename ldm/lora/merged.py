@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from ldm.errors import UserError
 from ldm.lora.lora import LoRA, Strength
 from ldm.lora.merge import LoRAMatch, Update, add_updates, check_range, match_shapes, may_overflow
 
@@ -18,12 +20,59 @@ NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16}
 OpenBase = Callable[[Mapping[str, tuple[int, ...]]], Callable[[str], np.ndarray]]
 
 
+@dataclass(frozen=True)
+class SamplingRange:
+    """The steps of a sampling from one share of them to another, such as 0.3 to 1 for all but the first 30 %.
+
+    A step counts if it lies within the range as a whole, which is the rule of diffusers' control_guidance_start and
+    control_guidance_end.
+
+    Raises:
+        UserError: The range is empty or not within 0 to 1.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start < self.end <= 1.0:
+            raise UserError(
+                f"a LoRA from share {self.start:g} to {self.end:g} of the sampling steps: start must be at least 0 and "
+                "below end, and end at most 1"
+            )
+
+    @classmethod
+    def from_ends(cls, start: float | None, end: float | None) -> SamplingRange | None:
+        """Return the range, or None if neither end is given. The other end is then that of the sampling."""
+        if start is None and end is None:
+            return None
+        return cls(0.0 if start is None else start, 1.0 if end is None else end)
+
+    def includes(self, step: int, steps: int) -> bool:
+        """Whether a step, counted from 0, is in the range."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
 class MergedLoRA(NamedTuple):
-    """A LoRA with its strength. `name` stands for it in errors."""
+    """A LoRA with its strength, and when its UNet part is applied. `name` stands for it in errors."""
 
     name: str
     lora: LoRA
     strength: Strength
+    sampling_range: Optional[SamplingRange] = None  # None for the time steps that it was trained on
+
+    def is_active(self, step: int, steps: int, timestep: int) -> bool:
+        """Whether the UNet part is applied at a step of the sampling, counted from 0, and its time step."""
+        if self.sampling_range is not None:
+            return self.sampling_range.includes(step, steps)
+        return self.lora.timesteps is None or timestep in self.lora.timesteps
+
+    def applied_at(self) -> str:
+        """Say when the UNet part is applied, if not always."""
+        if self.sampling_range is not None:
+            return f"; from share {self.sampling_range.start:g} to {self.sampling_range.end:g} of the sampling steps"
+        timesteps = self.lora.timesteps
+        return "" if timesteps is None else f"; at time steps {timesteps.start} to {timesteps.stop - 1}, as trained"
 
 
 class MergedLoRAs:
@@ -39,12 +88,16 @@ class MergedLoRAs:
         open_base: Opens the files of the base model, as BaseWeights.open does. None keeps a copy of each weight while
             a LoRA is merged into it.
 
+    A LoRA can be applied at some steps of a sampling alone: `switch` takes its UNet part out of the weights and puts it
+    back. The text is encoded before the first step, so its text encoder part is not switched.
+
     Attributes:
         loras: What is merged, in the order of merging.
     """
 
     def __init__(self, model: nn.Cell, open_base: Optional[OpenBase] = None) -> None:
         self.loras: tuple[MergedLoRA, ...] = ()
+        self._active: tuple[bool, ...] = ()  # whether the UNet part of each is in the weights now
         self._model = model
         self._open_base = open_base
         self._copies: dict[str, np.ndarray] = {}  # base weights by parameter name, where there is no file
@@ -60,14 +113,26 @@ class MergedLoRAs:
             UserError: A LoRA does not fit the model, a strength is no finite number, a sum is outside the range of the
                 weight's type, or a file of the base model cannot be read any more. The model is unchanged then.
         """
-        parameters = {parameter.name: parameter for parameter in self._model.get_parameters()}
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shapes = {parameter.name: tuple(parameter.shape) for parameter in self._model.get_parameters()}
         matches = []
-        for name, lora, strength in loras:
-            strength.check(name)
-            matches.append(match_shapes(shapes, lora))
-            matches[-1].require(name)
+        for merged in loras:
+            merged.strength.check(merged.name)
+            matches.append(match_shapes(shapes, merged.lora))
+            matches[-1].require(merged.name)
+        self._write(loras)
+        self.loras, self._active = tuple(loras), (True,) * len(loras)
+        return matches
 
+    def switch(self, active: Sequence[bool]) -> None:
+        """Make the weights those with the UNet part of these of `loras` alone. Errors are those of `set`."""
+        if tuple(active) != self._active:
+            off = (merged._replace(strength=Strength(0.0, merged.strength.text_encoder)) for merged in self.loras)
+            self._write([merged if is_on else without for merged, without, is_on in zip(self.loras, off, active)])
+            self._active = tuple(active)
+
+    def _write(self, loras: Sequence[MergedLoRA]) -> None:
+        """Write the weights that these LoRAs change."""
+        parameters = {parameter.name: parameter for parameter in self._model.get_parameters()}
         wanted = _updates_of_weights(loras)
         changes = {
             name: wanted.get(name, [])
@@ -75,7 +140,9 @@ class MergedLoRAs:
             if not _same(wanted.get(name, []), self._updates.get(name, []))
         }
         # Only the files of networks with such a weight are opened.
-        from_files = {name: shapes[name] for name in changes if self._needs_file(parameters[name], changes[name])}
+        from_files = {
+            name: tuple(parameters[name].shape) for name in changes if self._needs_file(parameters[name], changes[name])
+        }
         read = self._open_base(from_files) if self._open_base is not None and from_files else None
 
         for name, updates in changes.items():
@@ -94,8 +161,6 @@ class MergedLoRAs:
             else:
                 del self._updates[name]
                 self._copies.pop(name, None)
-        self.loras = tuple(loras)
-        return matches
 
     def _needs_file(self, parameter: Parameter, updates: Sequence[Update]) -> bool:
         return self._open_base is not None and not self._continues(parameter, updates)
@@ -119,12 +184,11 @@ class MergedLoRAs:
 def _updates_of_weights(loras: Sequence[MergedLoRA]) -> dict[str, list[Update]]:
     """Return parameter name -> the updates of its weight, without those of strength 0."""
     updates: dict[str, list[Update]] = {}
-    for name, lora, strength in loras:
-        for layer_name, layer in lora.layers.items():
-            if strength.of_layer(layer_name):
-                updates.setdefault(f"{layer_name}.weight", []).append(
-                    Update(layer, strength.of_layer(layer_name), name)
-                )
+    for merged in loras:
+        for layer_name, layer in merged.lora.layers.items():
+            strength = merged.strength.of_layer(layer_name)
+            if strength:
+                updates.setdefault(f"{layer_name}.weight", []).append(Update(layer, strength, merged.name))
     return updates
 
 

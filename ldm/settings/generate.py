@@ -85,6 +85,22 @@ class GenerateSettings:
         high=MAX_STRENGTH,
         needs="lora_ckpt_path",
     )
+    lora_start: Optional[list[float]] = setting(
+        None,
+        "share of the sampling steps after which a LoRA is applied to the UNet: one number for all LoRAs, or one for "
+        "each. 0.3 keeps the layout that the base model chooses. None: at the time steps that its file says it was "
+        "trained on (min_timestep, max_timestep), else at all",
+        low=0,
+        below=1,
+        needs="lora_ckpt_path",
+    )
+    lora_end: Optional[list[float]] = setting(
+        None,
+        "share of the sampling steps up to which a LoRA is applied to the UNet, as lora_start",
+        above=0,
+        high=1,
+        needs="lora_ckpt_path",
+    )
     lora_ft_unet: Optional[bool] = setting(
         None,
         "None: apply the UNet part if there is one; False: leave it out; True: it must be there",

@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
-from ldm.settings.model_yaml import MAX_SIDE
+from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
 from ldm.settings.read import check_values
 
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -145,6 +145,25 @@ class TrainSettings:
         True, "encode each caption once and keep it under output_path/cache", shared_with_diffusers=True
     )
     num_workers: int = setting(1, "threads that load images", low=1, high=256)
+
+    min_timestep: int = setting(
+        0,
+        "train on time steps from this one on: 0 is a clean image, the model's last one is noise. A LoRA's file says "
+        "on which time steps it was trained, and generation applies it there",
+        group="noise",
+        low=0,
+        high=MAX_TIMESTEPS,
+        resume="fixed",
+        not_in_diffusers="diffusers' script trains on all time steps",
+    )
+    max_timestep: Optional[int] = setting(
+        None,
+        "train on time steps below this one; None: up to the model's last one",
+        low=1,
+        high=MAX_TIMESTEPS,
+        resume="fixed",
+        not_in_diffusers="diffusers' script trains on all time steps",
+    )
 
     epochs: int = setting(10, "passes over the data, unless max_steps is given", group="length", low=1, high=MAX_COUNT)
     max_steps: Optional[int] = setting(None, "optimizer steps in all; wins over epochs", low=1, high=MAX_COUNT)

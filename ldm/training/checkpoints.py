@@ -13,8 +13,10 @@ from ldm.files.atomic import atomic_path
 from ldm.files.paths import writing
 from ldm.lora.formats import mindone
 from ldm.lora.inject import get_lora
+from ldm.lora.lora import timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
+from ldm.training.checks import trained_timesteps
 from ldm.training.own_files import Numbered, OwnFiles
 from ldm.training.step import averages
 from ldm.training.training_state import TrainingState, check_finite, save_state
@@ -51,7 +53,8 @@ class Checkpoints:
         resumed_here: bool,
         start: int,
     ):
-        self.folder, self.model = Path(settings.output_path) / "ckpt", model
+        self.settings, self.model = settings, model
+        self.folder = Path(settings.output_path) / "ckpt"
         self.keep = settings.ckpt_max_keep
         self.writers: dict[str, Callable[[Path, TrainingState], None]] = {}
         if settings.use_lora:
@@ -85,7 +88,11 @@ class Checkpoints:
 
     def _write_lora(self, path: Path, state: TrainingState) -> None:
         """Write the LoRA: the moving averages of its parameters, or the parameters without them."""
-        mindone.write(path, get_lora(self.model, self.model.config, averages(state.arrays)))
+        lora = get_lora(self.model, self.model.config, averages(state.arrays))
+        timesteps = trained_timesteps(self.settings, self.model.config)
+        if timesteps != range(self.model.config.timesteps):
+            lora.metadata.update(timesteps_metadata(timesteps))
+        mindone.write(path, lora)
 
     def _write_model(self, path: Path, state: TrainingState) -> None:
         """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""

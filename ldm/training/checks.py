@@ -18,7 +18,8 @@ def check_settings(settings: TrainSettings) -> None:
     """Check a run's settings and the files that they name.
 
     Raises:
-        UserError: A setting or a file is missing, the model YAML cannot be read, or the image size does not fit it.
+        UserError: A setting or a file is missing, the model YAML cannot be read, or the image size or the time steps
+            do not fit it.
     """
     for name, way in _REQUIRED.items():
         path = getattr(settings, name)
@@ -40,7 +41,9 @@ def check_settings(settings: TrainSettings) -> None:
             "not read from the checkpoint then"
         )
     if settings.model_config is not None:
-        image_size(settings, load_model_config(under_root(settings.model_config)))
+        config = load_model_config(under_root(settings.model_config))
+        image_size(settings, config)
+        trained_timesteps(settings, config)
 
 
 def image_size(settings: TrainSettings, config: ModelConfig) -> int:
@@ -49,3 +52,13 @@ def image_size(settings: TrainSettings, config: ModelConfig) -> int:
     if size % config.size_multiple:
         raise UserError(f"image_size {size} must be a multiple of {config.size_multiple} for {plain(config.path)}")
     return size
+
+
+def trained_timesteps(settings: TrainSettings, config: ModelConfig) -> range:
+    """Return the time steps to train on. Raises UserError if the model does not have them."""
+    low, end = settings.min_timestep, config.timesteps if settings.max_timestep is None else settings.max_timestep
+    if end > config.timesteps:
+        raise UserError(f"max_timestep {end} is above the {config.timesteps} time steps of {plain(config.path)}")
+    if low >= end:
+        raise UserError(f"min_timestep {low} must be below max_timestep, which is {end}: no time step is left to train")
+    return range(low, end)

@@ -22,7 +22,7 @@ from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import run_in_batches
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
-from ldm.training.checks import image_size
+from ldm.training.checks import image_size, trained_timesteps
 from ldm.training.status import Status
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class Inputs:
             moments = self._encode_now(rows, number)
         shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
         settings, config, process = self.settings, self.config, self.order.process_index
-        drawn = micro_batch_draws(settings.seed, number, shape, config.timesteps, settings.caption_dropout, process)
+        timesteps = trained_timesteps(settings, config)
+        drawn = micro_batch_draws(settings.seed, number, shape, timesteps, settings.caption_dropout, process)
         latents = sample_latents(moments, drawn.posterior, config.scale_factor)
         return Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(rows, drawn.dropped))
 

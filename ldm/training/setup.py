@@ -32,7 +32,7 @@ from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
-from ldm.training.checks import check_settings, image_size
+from ldm.training.checks import check_settings, image_size, trained_timesteps
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler, make_loss_scaler
@@ -102,6 +102,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     config = _read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
+    trained_timesteps(settings, config)
     rows = _read_rows(settings)
     order = BatchOrder(
         len(rows), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count

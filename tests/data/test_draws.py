@@ -50,7 +50,7 @@ def test_numpys_own_state_is_neither_used_nor_moved():
 
 
 def test_each_draw_of_a_micro_batch_has_its_own_stream():
-    drawn = micro_batch_draws(3, 8, (2, 4, 3, 3), 1000, 0.5)
+    drawn = micro_batch_draws(3, 8, (2, 4, 3, 3), range(1000), 0.5)
     assert (drawn.posterior == draws(3, "posterior", 8).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
     assert (drawn.noise == draws(3, "noise", 8).standard_normal((2, 4, 3, 3), dtype=np.float32)).all()
     assert drawn.timesteps.tolist() == draws(3, "timesteps", 8).integers(0, 1000, 2).tolist()
@@ -59,8 +59,8 @@ def test_each_draw_of_a_micro_batch_has_its_own_stream():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_divide_what_one_process_draws(count):
-    whole = micro_batch_draws(3, 8, (4 * count, 4, 3, 3), 1000, 0.5)
-    parts = [micro_batch_draws(3, 8, (count, 4, 3, 3), 1000, 0.5, process_index) for process_index in range(4)]
+    whole = micro_batch_draws(3, 8, (4 * count, 4, 3, 3), range(1000), 0.5)
+    parts = [micro_batch_draws(3, 8, (count, 4, 3, 3), range(1000), 0.5, process_index) for process_index in range(4)]
     for name, array in whole._asdict().items():
         np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), array, err_msg=name)
     generators = [rng for process in range(4) for rng in augmentation_draws(3, 8, count, process)]
@@ -69,9 +69,9 @@ def test_processes_divide_what_one_process_draws(count):
 
 
 def test_captions_are_dropped_as_often_as_asked():
-    shares = [micro_batch_draws(0, step, (50, 1, 1, 1), 10, 0.2).dropped.mean() for step in range(100)]
+    shares = [micro_batch_draws(0, step, (50, 1, 1, 1), range(10), 0.2).dropped.mean() for step in range(100)]
     assert np.mean(shares) == pytest.approx(0.2, abs=0.03)
-    assert not micro_batch_draws(0, 1, (50, 1, 1, 1), 10, 0.0).dropped.any()
+    assert not micro_batch_draws(0, 1, (50, 1, 1, 1), range(10), 0.0).dropped.any()
 
 
 def test_every_image_of_a_micro_batch_has_its_own_generator_for_crop_and_flip():

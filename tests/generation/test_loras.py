@@ -8,12 +8,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ldm.diffusion.sampling import Sampling
+from ldm.diffusion.guidance import GuidedDenoiser
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline
-from ldm.lora.formats import write_lora
+from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRA, Strength
+from ldm.lora.lora import LoRA, Strength, timesteps_metadata
 from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
 from ldm.weights.checkpoint import write_checkpoint
@@ -217,3 +219,78 @@ def test_an_fp16_pipeline_holds_the_fp32_sums_rounded_once(folder):
             wanted = exact.asnumpy().astype(rounded.asnumpy().dtype)
             assert rounded.asnumpy().tobytes() == wanted.tobytes(), exact.name
         assert held > 100
+
+
+# ---- LoRAs that are applied at some steps of the sampling ------------------------------------------------------------
+
+FOUR = Sampling(num_inference_steps=4, guidance_scale=2.0, batch_size=1)
+
+
+def sampled(pipeline, prompts=("a red cat",), sampling=FOUR):
+    return np.concatenate([batch.latents for batch in pipeline.generate(list(prompts), sampling, 7, progress=False)])
+
+
+def by_hand(folder, first, rest, switch_at, lora="a"):
+    """Sample with one strength of the UNet part up to a step, and with another from there on."""
+    pipelines = []
+    for strength in (first, rest):
+        pipelines.append(Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY))
+        pipelines[-1].load_lora(folder / f"{lora}.ckpt", Strength(strength, 0.8))
+    embeddings = pipelines[0].encode_prompts(["a red cat", ""])
+    denoisers = [GuidedDenoiser(p.unet, embeddings[:1], embeddings[1:], FOUR.guidance_scale) for p in pipelines]
+    calls = iter(range(4))
+
+    def denoise(latents, timestep):
+        return denoisers[next(calls) >= switch_at](latents, timestep)
+
+    start = pipelines[0].starting_latents(7, [0], latent_shape(pipelines[0].config))
+    return SAMPLERS[FOUR.sampler](denoise, start, 4, pipelines[0].schedule, pipelines[0].config.prediction_type)
+
+
+@pytest.mark.parametrize(
+    "start, end, first, rest, switch_at", [(0.5, None, 0.0, 0.8, 2), (None, 0.25, 0.8, 0.0, 1), (0.0, 1.0, 0.8, 0.8, 0)]
+)
+def test_a_lora_is_in_the_weights_at_its_steps_alone(pipeline, folder, start, end, first, rest, switch_at):
+    merged = fresh(folder, ("a", 0.8))
+    pipeline.load_lora(folder / "a.ckpt", 0.8, start=start, end=end)
+    np.testing.assert_array_equal(sampled(pipeline), by_hand(folder, first, rest, switch_at))
+    assert weights(pipeline) == merged
+    pipeline.unload_lora()
+    assert weights(pipeline) == fresh(folder)
+    assert len(pipeline.unet.compile_cache) == 1
+
+
+def test_each_lora_of_a_list_has_its_own_steps_and_each_batch_begins_anew(pipeline, folder):
+    loras = [(folder / "a.ckpt", 0.8, 0.5, None), (folder / "b.ckpt", 0.5, None, 0.5)]
+    pipeline.set_loras(loras)
+    both = sampled(pipeline, ["a red cat", "a blue dog"])
+    np.testing.assert_array_equal(sampled(pipeline), both[:1])
+    pipeline.set_loras(loras[::-1])
+    assert weights(pipeline) == fresh(folder, ("b", 0.5), ("a", 0.8))
+    pipeline.set_loras([entry[:2] for entry in loras])
+    assert np.abs(sampled(pipeline) - both[:1]).max() > 1e-3
+
+
+def test_a_lora_is_applied_at_the_time_steps_it_was_trained_on(pipeline, folder, tmp_path):
+    """The four steps are at 999, 749, 500 and 250 of 1,000."""
+    lora = read_lora(folder / "a.ckpt")
+    lora.metadata.update(timesteps_metadata(range(0, 600)))
+    write_lora(tmp_path / "late.ckpt", lora)
+    pipeline.load_lora(tmp_path / "late.ckpt", 0.8)
+    np.testing.assert_array_equal(sampled(pipeline), by_hand(folder, 0.0, 0.8, 2))
+    pipeline.set_loras([(tmp_path / "late.ckpt", 0.8, 0.0, 1.0)])  # what the user asks for takes precedence
+    np.testing.assert_array_equal(sampled(pipeline), by_hand(folder, 0.8, 0.8, 0))
+
+
+def test_an_interrupted_sampling_leaves_the_loras_in_the_weights(pipeline, folder):
+    pipeline.load_lora(folder / "a.ckpt", 0.8, start=0.5)
+    merged = weights(pipeline)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    embeddings = pipeline.encode_prompts(["a red cat", ""])
+    start = pipeline.starting_latents(7, [0], latent_shape(pipeline.config))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.sample(embeddings[:1], embeddings[1:], start, FOUR, callback=stop)
+    assert weights(pipeline) == merged

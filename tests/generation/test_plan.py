@@ -233,6 +233,38 @@ def test_each_lora_has_its_strength_times_lora_scale(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    "flags, ranges",
+    [
+        ("", [(None, None), (None, None)]),
+        ("--lora_start 0.3", [(0.3, None), (0.3, None)]),
+        ("--lora_start 0.3 0 --lora_end 1 0.5", [(0.3, 1.0), (0.0, 0.5)]),
+    ],
+)
+def test_start_and_end_are_for_all_loras_or_for_each(folder, flags, ranges):
+    (folder / "b.ckpt").write_bytes(b"")
+    plan = planned(f"--prompt x --lora_ckpt_path lora.ckpt b.ckpt {flags}")
+    assert [(file.start, file.end) for file in plan.loras] == ranges
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--lora_start 0.1 0.2", "lora_start has 2 numbers for 1 LoRAs"),
+        ("--lora_end 0.1 0.2 0.3", "lora_end has 3 numbers"),
+        ("--lora_start 0.5 --lora_end 0.5", "lora_start 0.5 is not below lora_end 0.5: lora.ckpt"),
+        ("--lora_start 1", "lora_start.*below 1"),
+        ("--lora_start -0.1", "lora_start.*at least 0"),
+        ("--lora_end 0", "lora_end.*above 0"),
+        ("--lora_end 1.5", "lora_end.*at most 1"),
+        ("--lora_start early", "lora_start.*number"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(folder, flags, words):
+    with pytest.raises(UserError, match=words):
+        plan_generation(parse(f"--prompt x --lora_ckpt_path lora.ckpt {flags}"))
+
+
 def test_a_lora_is_left_out_where_use_lora_is_false(folder, caplog):
     assert planned("--prompt x --use_lora False --lora_ckpt_path lora.ckpt").loras == []
     assert "not applied" in caplog.text

@@ -8,7 +8,7 @@ from mindspore import Tensor
 from ldm.errors import UserError
 from ldm.lora.lora import LoRA, LoRALayer, Strength
 from ldm.lora.merge import merge_lora
-from ldm.lora.merged import MergedLoRA, MergedLoRAs
+from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
 
 TEXT_Q = f"{TEXT}q_proj"
@@ -195,3 +195,78 @@ class TestRefusing:
         wrong = MergedLoRA("wrong.ckpt", loras["both"], Strength(1e300, 1.0))
         message = self.refused(small_net, loras, wrong)
         assert "wrong.ckpt at strength 1e+300" in message and TO_K in message and "lower the strength" in message
+
+
+# ---- LoRAs that are applied at some steps of the sampling ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_a_lora_that_is_switched_off_keeps_its_text_encoder_part_alone(small_net, loras, with_file):
+    base = weights_of(small_net)
+    merged = MergedLoRAs(small_net, file_of(base)[0] if with_file else None)
+    entries = chosen(loras, both=Strength(0.5, 0.25), style=0.3)
+    merged.set(entries)
+    on = weights_of(small_net)
+
+    def expected(**strengths):
+        reference = MergedLoRAs(small_net, file_of(base)[0])
+        for parameter in small_net.get_parameters():
+            parameter.set_data(Tensor(base[parameter.name]))
+        reference.set(chosen(loras, **strengths))
+        return weights_of(small_net)
+
+    merged.switch([False, True])
+    without_both = weights_of(small_net)
+    merged.switch([False, False])
+    without_any = weights_of(small_net)
+    assert merged.loras == tuple(entries)  # what is merged stays known
+    merged.switch([True, True])
+    assert_unchanged(small_net, on)
+    merged.set([])
+    assert_unchanged(small_net, base)
+    for name, array in expected(both=Strength(0.0, 0.25), style=0.3).items():
+        assert array.tobytes() == without_both[name].tobytes(), name
+    for name, array in expected(both=Strength(0.0, 0.25)).items():
+        assert array.tobytes() == without_any[name].tobytes(), name
+
+
+def test_a_switch_to_the_present_state_writes_nothing(small_net, loras, monkeypatch):
+    merged = MergedLoRAs(small_net)
+    merged.set(chosen(loras, style=0.3))
+    monkeypatch.setattr(ms.Parameter, "set_data", lambda *_: pytest.fail("a weight was written"))
+    merged.switch([True])
+
+
+@pytest.mark.parametrize(
+    "start, end, steps, active",
+    [
+        (0.0, 1.0, 4, [0, 1, 2, 3]),
+        (0.5, None, 4, [2, 3]),
+        (None, 0.5, 4, [0, 1]),
+        (0.3, 0.7, 10, [3, 4, 5, 6]),
+        (0.3, 1.0, 4, [2, 3]),  # the step from 0.25 to 0.5 is not in it as a whole
+        (0.0, 0.7, 4, [0, 1]),
+        (0.3, 0.4, 4, []),
+    ],
+)
+def test_the_steps_are_those_of_control_guidance_start_and_end(loras, start, end, steps, active):
+    merged = MergedLoRA("style", loras["style"], Strength(), SamplingRange.from_ends(start, end))
+    assert [step for step in range(steps) if merged.is_active(step, steps, 999)] == active
+
+
+def test_without_a_range_the_time_steps_of_the_training_decide(loras):
+    at = [999, 550, 549, 200, 199, 1]
+    lora = LoRA(loras["style"].layers, {"min_timestep": "200", "max_timestep": "550"})
+    for of, sampling_range, wanted in (
+        (lora, None, [549, 200]),
+        (lora, SamplingRange(), at),
+        (loras["style"], None, at),
+    ):
+        merged = MergedLoRA("style", of, Strength(), sampling_range)
+        assert [timestep for timestep in at if merged.is_active(0, 1, timestep)] == wanted
+
+
+@pytest.mark.parametrize("ends", [(0.5, 0.5), (0.7, 0.3), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0), (1.0, None)])
+def test_an_empty_or_impossible_range_is_refused(ends):
+    with pytest.raises(UserError, match="start must be at least 0 and below end"):
+        SamplingRange.from_ends(*ends)

@@ -39,8 +39,9 @@ def test_the_settings_in_a_training_state_stay_the_same():
     """States that earlier versions wrote are compared by these names. One that is missing would not be compared."""
     assert sorted(names_of(TrainSettings, resume="fixed")) == [
         "caption_dropout", "gradient_accumulation_steps", "image_size", "lora_alpha", "lora_config", "lora_dropout",
-        "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale", "lora_targets", "optim",
-        "precision", "random_crop", "random_flip", "seed", "use_ema", "use_lora",
+        "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale", "lora_targets",
+        "max_timestep", "min_timestep", "optim", "precision", "random_crop", "random_flip", "seed", "use_ema",
+        "use_lora",
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",

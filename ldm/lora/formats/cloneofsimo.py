@@ -39,8 +39,7 @@ from ldm.lora.formats.factors import (
     write_factors,
 )
 from ldm.lora.formats.modules import BaseModules, Module, known_bases
-from ldm.lora.lora import LoRA, LoRALayer
-from ldm.settings.model import model_metadata
+from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
 from ldm.weights.names import LABELS, same_up_to_1x1
@@ -139,7 +138,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             f"{path}: its {counts} ({plain(names)}) are not those of {_labels(bases)}: it was made for another model, "
             "or saved again by another program"
         )
-    return LoRA(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, lora_metadata(checkpoint.metadata))
 
 
 def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:

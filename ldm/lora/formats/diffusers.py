@@ -29,8 +29,7 @@ from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules, Module
-from ldm.lora.lora import LoRA
-from ldm.settings.model import model_metadata
+from ldm.lora.lora import LoRA, lora_metadata
 from ldm.weights.checkpoint import Checkpoint
 
 # The formats, and who writes or wrote them.
@@ -76,7 +75,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
         return configs[component].alpha(layer, rank) if component in configs else rank
 
     layers = read_keyed(checkpoint, parse, table, base, alpha)
-    return LoRA(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, lora_metadata(checkpoint.metadata))
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32", name: str = "diffusers") -> None:

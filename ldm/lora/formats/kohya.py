@@ -27,8 +27,7 @@ import numpy as np
 from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
-from ldm.lora.lora import LoRA
-from ldm.settings.model import model_metadata
+from ldm.lora.lora import LoRA, lora_metadata
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.names.tables import UNET_PREFIX
 
@@ -69,7 +68,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             metadata["architecture"] = architecture
             if version.endswith("_v"):  # the reverse does not hold: files of early 2023 lack the ending
                 metadata["prediction_type"] = "v_prediction"
-    return LoRA(layers, {**metadata, **model_metadata(checkpoint.metadata)})
+    return LoRA(layers, {**metadata, **lora_metadata(checkpoint.metadata)})
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:

@@ -24,8 +24,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.lora.formats.factors import check_pair, read_factors, read_number, to_dtype, without_extras
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA, LoRALayer
-from ldm.settings.model import model_metadata
+from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone
@@ -76,7 +75,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             if name in layers:
                 raise UserError(f"{path}: {plain(name)} is there twice, alone and in one layer with others")
             layers[name] = replace(layer, up=rows, alpha=layer.alpha * settings.get("lora_scale", 1.0))
-    lora = LoRA(layers, model_metadata(checkpoint.metadata))
+    lora = LoRA(layers, lora_metadata(checkpoint.metadata))
     if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks()):
         raise UserError(f"{path} has lora_rank {settings['lora_rank']:g}, but its factors have {lora.ranks()}")
     return lora

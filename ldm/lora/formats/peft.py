@@ -23,8 +23,7 @@ from ldm.lora.formats.factors import by_component, write_factors
 from ldm.lora.formats.keyed import read_keyed
 from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA
-from ldm.settings.model import model_metadata
+from ldm.lora.lora import LoRA, lora_metadata
 from ldm.weights.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -60,7 +59,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     if not isinstance(settings, dict):
         raise UserError(f"{where} is no JSON object")
     layers = read_keyed(checkpoint, _parse, diffusers.table, base, LoraConfig(settings, str(where)).alpha)
-    return LoRA(layers, model_metadata(checkpoint.metadata))
+    return LoRA(layers, lora_metadata(checkpoint.metadata))
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:

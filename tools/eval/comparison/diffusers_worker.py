@@ -211,7 +211,7 @@ class Batches:
         rows = self.order.indices(number)
         mean, logvar = self._moments(rows, number).chunk(2, dim=1)
         drawn = micro_batch_draws(
-            job["seed"], number, tuple(mean.shape), self.networks.schedule["num_train_timesteps"],
+            job["seed"], number, tuple(mean.shape), range(self.networks.schedule["num_train_timesteps"]),
             job["caption_dropout"],
         )  # fmt: skip
         latents = mean + torch.exp(0.5 * logvar) * torch.from_numpy(drawn.posterior)
