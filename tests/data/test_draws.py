@@ -57,6 +57,11 @@ def test_each_draw_of_a_micro_batch_has_its_own_stream():
     assert drawn.posterior.dtype == drawn.noise.dtype == np.float32 and drawn.timesteps.dtype == np.int32
 
 
+def test_time_steps_are_drawn_from_a_range():
+    drawn = micro_batch_draws(3, 8, (4000, 1, 1, 1), range(200, 203), 0.0).timesteps
+    assert np.unique(drawn).tolist() == [200, 201, 202]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_divide_what_one_process_draws(count):
     whole = micro_batch_draws(3, 8, (4 * count, 4, 3, 3), range(1000), 0.5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -56,8 +57,10 @@ def diffusers_pipeline(config: ModelConfig, reference: Reference, sampler: str) 
     return pipeline
 
 
-def draw(config: ModelConfig, reference: Reference, sampler: str, latents: np.ndarray, steps: int) -> np.ndarray:
-    """Final latents, scaled, of the shared prompts (as many as there are latents)."""
+def draw(
+    config: ModelConfig, reference: Reference, sampler: str, latents: np.ndarray, steps: int, **options: Any
+) -> np.ndarray:
+    """Final latents, scaled, of the shared prompts (as many as there are latents). `options` are of the pipeline."""
     tokenizer = Tokenizer(pad=config.pad_token)
     states = [
         torch.from_numpy(reference.text_states(tokenizer.encode(texts[: len(latents)])))
@@ -70,6 +73,7 @@ def draw(config: ModelConfig, reference: Reference, sampler: str, latents: np.nd
         num_inference_steps=steps,
         guidance_scale=SCALE,
         output_type="latent",
+        **options,
     ).images.numpy()
 
 

@@ -105,6 +105,7 @@ class TestWeightedSum:
             ([(lora(2), Strength(1.0, float("inf")))], "must be a finite number"),
             ([(lora(2, architecture="sd1"), 1), (lora(2, architecture="sd2"), 1)], "architecture of one is sd1"),
             ([(lora(2, prediction_type="epsilon"), 1), (lora(2, prediction_type="v_prediction"), 1)], "prediction_t"),
+            ([(lora(2), 1), (lora(2, min_timestep="0", max_timestep="550"), 1)], "different time steps.*together"),
             ([(lora(2), 1), (LoRA({A: layer((12, 11), 2)}), 1)], r"\(12, 10\) in one and \(12, 11\)"),
             ([(lora(2), 1), (LoRA({B: layer((9, 4, 1, 1), 2)}), 1)], "different models"),
         ],

@@ -13,6 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
+from ldm.diffusion.sampling import Sampling
+from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
 from ldm.lora.formats.modules import BaseModules
@@ -20,8 +22,10 @@ from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import merge_lora
 from ldm.settings.model import load_model_config
 from tests.golden import make_lora_formats as maker
+from tests.golden.make_pipelines import draw
 from tests.named_weights import named_input, relative_error
 from tests.network_cases import FORMS, inputs_for, model_with_named_weights, run_network
+from tests.pipeline_cases import NEGATIVE_PROMPTS, PROMPTS, SCALE, STEPS, starting_latents
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 1e-4
@@ -236,3 +240,35 @@ def test_golden_files_are_up_to_date(tmp_path, monkeypatch):
     fresh = np.load(tmp_path / "lora" / "updates.npz", allow_pickle=False)
     assert set(stored) == set(fresh), peft.__version__
     assert max(relative_error(stored[name], fresh[name]) for name in fresh) < 1e-5
+
+
+@pytest.mark.parametrize("start, end", [(0.5, None), (None, 0.5)])
+def test_a_lora_at_some_steps_is_diffusers_adapter_switched_there(case, tmp_path, start, end):
+    lora = case.lora(ATTENTION, lambda i: 3).only("unet")
+    write_lora(tmp_path / "pytorch_lora_weights.safetensors", lora, "diffusers", case.config)
+    given = starting_latents(case.config)
+    height, width = (side * case.config.vae_factor for side in given.shape[2:])
+    sampling = Sampling("dpm_solver_pp", STEPS, SCALE, height=height, width=width, batch_size=len(given))
+
+    def ours(**ends) -> np.ndarray:
+        pipeline = Pipeline(case.model)
+        pipeline.load_lora(tmp_path / "pytorch_lora_weights.safetensors", 0.8, **ends)
+        (batch,) = pipeline.generate(PROMPTS, sampling, 0, NEGATIVE_PROMPTS, given, progress=False)
+        pipeline.unload_lora()
+        return batch.latents
+
+    reference = case.reference()
+    maker_pipeline(reference).load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+
+    def set_strength(step: int) -> None:
+        is_on = step >= STEPS // 2 if end is None else step < STEPS // 2
+        reference.unet.set_adapters("default_0", 0.8 if is_on else 0.0)
+
+    def after_step(pipeline, step, timestep, tensors):
+        set_strength(step + 1)
+        return tensors
+
+    set_strength(0)
+    theirs = draw(case.config, reference, sampling.sampler, given, STEPS, callback_on_step_end=after_step)
+    assert relative_error(ours(), theirs) > 0.01
+    assert relative_error(ours(start=start, end=end), theirs) < BOUND

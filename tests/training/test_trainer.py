@@ -49,6 +49,23 @@ def test_lora_in_unet_and_text_encoder_trains_the_factors_alone(micro_base_model
             np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
 
 
+def test_a_lora_is_trained_on_some_time_steps_and_its_file_says_so(settings, tmp_path, monkeypatch):
+    seen = []
+
+    def record(self, number):
+        batch = make_batch(self, number)
+        seen.extend(batch.timesteps.tolist())
+        return batch
+
+    make_batch = inputs.Inputs.batch
+    monkeypatch.setattr(inputs.Inputs, "batch", record)
+    path = run_steps(prepare(settings(tmp_path / "late", use_lora=True, max_steps=4, max_timestep=550)))
+    assert len(seen) == 8 and max(seen) < 550
+    assert read_lora(path).timesteps == range(0, 550)
+    path = run_steps(prepare(settings(tmp_path / "all", use_lora=True, max_steps=1, max_timestep=1000)))
+    assert read_lora(path).timesteps is None
+
+
 def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(settings, tmp_path):
     output = tmp_path / "run"
     run = prepare(settings(

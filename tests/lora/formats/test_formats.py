@@ -22,7 +22,7 @@ from ldm.lora.formats import (
     write_lora,
 )
 from ldm.lora.formats.modules import BaseModules, known_bases
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA, LoRALayer, lora_metadata, timesteps_metadata
 from ldm.lora.merge import match_shapes
 from ldm.weights.arrays import CheckpointFile
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
@@ -645,3 +645,19 @@ def test_metadata_of_another_project_is_not_taken_for_ours(tmp_path):
     path = save(tmp_path, pair("kohya"), {"architecture": "stable-diffusion-v1/lora", "prediction_type": "v"})
     assert read_lora(path).metadata == {}
     assert read_checkpoint(path)[1]["prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_time_steps_of_the_training_go_with_the_lora(tmp_path, base, whole, name):
+    lora = representable(whole, base, name)
+    lora.metadata.update(timesteps_metadata(range(0, 550)))
+    write_lora(path_for(tmp_path, name), lora, name, base.config)
+    found = read_lora(path_for(tmp_path, name), base.config).timesteps
+    assert found == (None if name == "cloneofsimo-pt" else range(0, 550))  # a list of arrays alone
+
+
+@pytest.mark.parametrize(
+    "low, end", [("200", "200"), ("550", "200"), ("-5", "10"), ("a", "b"), ("", "9"), ("1.5", "9"), ("1", "9" * 30)]
+)
+def test_time_steps_that_are_none_are_ignored(low, end):
+    assert lora_metadata({"min_timestep": low, "max_timestep": end}) == {}
