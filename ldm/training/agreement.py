@@ -10,9 +10,10 @@ from typing import Any, TypedDict
 import numpy as np
 from mindspore import Parameter
 
-from ldm.errors import UserError, plain
+from ldm.errors import plain
 from ldm.runtime import peers
 from ldm.runtime.launcher import process_name
+from ldm.runtime.roll_call import ReportedError
 from ldm.training.training_state import TrainingState
 
 
@@ -47,7 +48,7 @@ def check_same_start(fingerprint: dict[str, Any], state: TrainingState | None, t
     start = Start(process=process_name(), fingerprint=fingerprint, step=step, weights=weights)
     starts: list[Start] = [json.loads(data) for data in peers.gather(json.dumps(start).encode())]
     if fault := disagreement(starts):
-        raise UserError(fault)
+        raise ReportedError(fault)
     peers.gather()  # the others do not encode anything before process 0 has compared
 
 
