@@ -30,6 +30,7 @@ import numpy as np
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
 from ldm.files.atomic import remove_temporaries
+from ldm.runtime import roll_call
 from ldm.runtime.launcher import LAUNCHER_SECONDS, local_index, process_name
 from ldm.runtime.script import progress
 
@@ -84,6 +85,7 @@ class Peers:
         """
         self.failed = True
         self._send_failed(message, code)
+        roll_call.end_scheduler()
         if self.index and wait:
             time.sleep(self._patience())
 
@@ -159,6 +161,7 @@ class Peers:
                     handler.handle(logging.LogRecord("ldm", logging.ERROR, __file__, 0, line, None, None))
             os.write(self._terminal, f"\nerror: {line}\n".encode("utf-8", "backslashreplace"))
             remove_temporaries()
+            roll_call.end_scheduler()
         finally:
             os._exit(code)
 

@@ -14,8 +14,10 @@ import json
 import logging
 import os
 import select
+import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
@@ -41,6 +43,7 @@ LATE_SECONDS = 10.0  # that the scheduler's answer may take longer than the time
 LONGEST_LINE = 8192  # bytes
 
 _answered = False  # whether all processes of this run were there
+_scheduler: int | None = None  # its process id, where it is one of this host
 
 
 class ReportedError(UserError):
@@ -79,6 +82,20 @@ def report(error: str) -> None:
         else:
             _report_to(place, text, time.monotonic() + REPORT_SECONDS)
     except UserError:  # this process has an error to report already
+        return
+
+
+def end_scheduler() -> None:
+    """End the scheduler, if it is of this host, because the run ends with an error.
+
+    It would wait 30 s for the processes, and msrun for it.
+    """
+    if _scheduler is None:
+        return
+    try:
+        if b"MS_ROLE=MS_SCHED" in Path(f"/proc/{_scheduler}/environ").read_bytes().split(b"\0"):
+            os.kill(_scheduler, signal.SIGKILL)  # MindSpore holds Python's lock there: no other signal is handled
+    except OSError:  # it has ended
         return
 
 
@@ -165,7 +182,7 @@ class _Process:
 
     def answer(self, fault: str) -> None:
         try:
-            _send_line(self.connection, {"fault": fault})
+            _send_line(self.connection, {"fault": fault, "scheduler": os.getpid(), "launcher": _launcher()})
         except OSError:  # it has ended meanwhile
             return
 
@@ -238,7 +255,7 @@ def _report_to(place: Cluster, fault: str, deadline: float) -> str:
                 reached = True
                 while True:
                     if select.select([connection], [], [], WAIT_SECONDS)[0]:
-                        return plain(_receive_line(connection).get("fault", ""), LONGEST_MESSAGE)
+                        return _take_answer(_receive_line(connection))
                     if time.monotonic() > deadline + LATE_SECONDS:
                         break
                     said = said or _say_waiting(place, began)
@@ -253,6 +270,14 @@ def _report_to(place: Cluster, fault: str, deadline: float) -> str:
         "start msrun with --node_rank 0 on the host with this --master_addr, with the same --master_port, and let the "
         "hosts connect to it; its own error is in scheduler.log there"
     )
+
+
+def _take_answer(answer: dict[str, Any]) -> str:
+    """Keep the scheduler's process id, and return the error of the run, "" if it starts."""
+    global _scheduler
+    if answer.get("launcher") == list(_launcher()) and isinstance(answer.get("scheduler"), int):
+        _scheduler = answer["scheduler"]
+    return plain(answer.get("fault", ""), LONGEST_MESSAGE)
 
 
 def _check_banner(connection: socket.socket, place: Cluster) -> None:

@@ -22,6 +22,8 @@ roll_call.has_several_hosts = lambda: True
 roll_call.local_process_count = lambda: int(os.environ["LOCAL"])
 try:
     roll_call.report(sys.argv[1]) if sys.argv[1:] else roll_call.call_roll()
+    if "THEN" in os.environ:
+        exec(os.environ["THEN"])
 except UserError as error:
     sys.exit(f"{error}")
 """
@@ -37,7 +39,7 @@ def start():
         free_port = probe.getsockname()[1]
     started = []
 
-    def run(index=None, count=2, timeout=20, port=free_port, error=None, parent=(), local=2):
+    def run(index=None, count=2, timeout=20, port=free_port, error=None, parent=(), local=2, then=None):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
         environment.update(
             MS_ROLE="MS_SCHED" if index is None else "MS_WORKER", RANK_ID=str(index or 0), MS_SCHED_HOST="127.0.0.1",
@@ -45,6 +47,8 @@ def start():
         )  # fmt: skip
         if index is not None:
             environment["MS_NODE_ID"] = str(index)
+        if then is not None:
+            environment["THEN"] = then
         words = [sys.executable, "-c", PROGRAM, *([] if error is None else [error])]
         started.append(
             subprocess.Popen([*parent, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -130,6 +134,13 @@ def test_all_are_told_of_one_that_is_killed_while_it_waits(start):
     killed.send_signal(signal.SIGKILL)
     texts = said(scheduler, first)
     assert all("process 2 on " in text and "has ended before all processes had started" in text for text in texts)
+
+
+@pytest.mark.parametrize("parent", [(), OTHER_MSRUN], ids=["of its own host", "of another"])
+def test_a_process_ends_the_scheduler_of_its_own_host(start, parent):
+    scheduler = start(local=1, then="import time; time.sleep(3)")
+    texts = said(start(0, local=1), start(1, local=1, parent=parent, then="roll_call.end_scheduler()"), scheduler)
+    assert texts == ["", "", ""] and scheduler.returncode == (0 if parent else -signal.SIGKILL)
 
 
 def test_without_msrun_nothing_is_waited_for(monkeypatch):
