@@ -61,7 +61,7 @@ class Peers:
     def __init__(self, index: int, connections: dict[int, socket.socket], hosts: dict[int, str]):
         self.index, self.connections, self.hosts = index, connections, hosts
         self.inbox: dict[int, queue.Queue[bytes]] = {process: queue.Queue() for process in connections}
-        self.failed = False  # whether this process ends with an error
+        self.failed, self.exit_code = False, EXIT_CODE  # whether this process ends with an error, and with which code
         self._ending = threading.Lock()
         self._terminal = os.dup(2)  # standard error may be redirected to a log file later
         for process in connections:
@@ -83,7 +83,7 @@ class Peers:
 
         `wait`: whether msrun has the time to end this process before it reports the error too.
         """
-        self.failed = True
+        self.failed, self.exit_code = True, code
         self._send_failed(message, code)
         roll_call.end_scheduler()
         if self.index and wait:
@@ -253,8 +253,18 @@ def fail(message: str, code: int = EXIT_CODE, wait: bool = True) -> None:
 
 
 def _at_exit() -> None:
+    """Say that this process is done, or end it if it has failed.
+
+    MindSpore's own shutdown, which would follow, waits 20 s for a scheduler that has ended.
+    """
+    if _peers is None:
+        return
+    if _peers.failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_peers.exit_code)
     # Python sets last_value where an exception that nobody caught ends a program.
-    if _peers is not None and not _peers.failed and getattr(sys, "last_value", None) is None:
+    if getattr(sys, "last_value", None) is None:
         _peers.say_done()
 
 

@@ -12,13 +12,15 @@ import pytest
 from tests.conftest import ROOT
 
 PROGRAM = """
-import socket, sys, time
+import atexit, socket, sys, time
 from ldm.runtime.script import describe_progress, run_script, start_script
 start_script()
 from ldm.errors import UserError
 from ldm.runtime import parallel, peers
 from ldm.runtime.roll_call import ReportedError
 parallel.FIRST_PROCESS_SECONDS = peers.LAUNCHER_SECONDS = 0.3
+atexit.register(lambda: peers._peers.failed and time.sleep(60))  # as MindSpore's shutdown
+atexit.register(peers._at_exit)
 index, work = int(sys.argv[1]), sys.argv[3]
 
 @parallel.first_process_prints()
@@ -28,7 +30,6 @@ def main():
     peers._peers = peers.Peers(index, {other: socket.socket(fileno=int(sys.argv[2]))}, {other: f"host{other}"})
     print("ready", flush=True)
     exec(work)
-    peers._peers.say_done()
 
 run_script(main)
 """
