@@ -46,7 +46,7 @@ def as_on_ascend(config: ModelConfig) -> StableDiffusion:
 def graphs(config: ModelConfig):
     """(name, cell, example inputs) of every graph that the two scripts run."""
     latents, timesteps, context = zeros(2, 4, 8, 8), zeros(2, dtype=np.int32), zeros(2, 77, config.context_dim)
-    tokens, scalars = zeros(2, 77, dtype=np.int32), zeros(7)
+    tokens, scalars = zeros(2, 77, dtype=np.int32), zeros(2, 7)
 
     model = as_on_ascend(config)
     yield "text", model.cond_stage_model, (tokens,)

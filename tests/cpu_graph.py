@@ -39,7 +39,7 @@ def main() -> None:
     )
     latents = Tensor(np.zeros((4, 4, 16, 16), np.float32))
     context = Tensor(np.zeros((4, 77, config.context_dim), np.float32))
-    step.whole.compile(Tensor(np.zeros(7, np.float32)), latents, latents, Tensor(np.zeros(4, np.int32)), context)
+    step.whole.compile(Tensor(np.zeros((2, 7), np.float32)), latents, latents, Tensor(np.zeros(4, np.int32)), context)
 
 
 if __name__ == "__main__":

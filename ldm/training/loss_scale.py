@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ldm.errors import UserError
@@ -37,6 +37,21 @@ class LossScaler:
 
     def after_step(self, finite: bool, applied: bool) -> None:
         """Count a step and adapt the scale. Raises UserError after OVERFLOWS_ALLOWED overflows in a row."""
+        self._count(finite, applied)
+        if self.overflows_in_a_row >= OVERFLOWS_ALLOWED:
+            raise UserError(
+                f"the gradients overflowed at {self.overflows_in_a_row} steps in a row, at loss scale {self.scale:g}: "
+                "nothing is being learned. Use --precision fp32, a smaller --start_learning_rate or --init_loss_scale"
+            )
+
+    def outcomes(self) -> tuple[LossScaler, LossScaler]:
+        """Return what this becomes after a finite step, and after one that overflows and is skipped."""
+        after_finite, after_overflow = replace(self), replace(self)
+        after_finite._count(finite=True, applied=True)
+        after_overflow._count(finite=False, applied=False)
+        return after_finite, after_overflow
+
+    def _count(self, finite: bool, applied: bool) -> None:
         self.updates += applied
         if finite:
             self.overflows_in_a_row = 0
@@ -49,11 +64,6 @@ class LossScaler:
         self.good_steps = 0
         if self.dynamic:
             self.scale = max(self.scale / self.factor, SMALLEST_SCALE)
-        if self.overflows_in_a_row >= OVERFLOWS_ALLOWED:
-            raise UserError(
-                f"the gradients overflowed at {self.overflows_in_a_row} steps in a row, at loss scale {self.scale:g}: "
-                "nothing is being learned. Use --precision fp32, a smaller --start_learning_rate or --init_loss_scale"
-            )
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

@@ -58,6 +58,7 @@ class Run:
     inputs: Inputs
     feed: Feed  # returns the next micro-batch
     step: TrainStep
+    reads_late: bool  # whether the result of a step is read after the next step is launched
     skips_overflow: bool  # whether a step whose gradients overflow changes nothing
     scaler: LossScaler
     checkpoints: Checkpoints
@@ -164,8 +165,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
-        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, skips_overflow, scaler,
-        checkpoints, status,
+        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, runtime.is_ascend,
+        skips_overflow, scaler, checkpoints, status,
     )  # fmt: skip
 
 

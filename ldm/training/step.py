@@ -79,8 +79,8 @@ class StepScalars(NamedTuple):
     adamw: AdamWScalars
     ema_rate: float  # 1 - decay of the moving average
 
-    def tensor(self) -> Tensor:
-        return Tensor(np.array([self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate], np.float32))
+    def row(self) -> list[float]:
+        return [self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate]
 
 
 class StepResult(NamedTuple):
@@ -89,6 +89,19 @@ class StepResult(NamedTuple):
     loss: float  # mean over the batch, unscaled
     gradient_norm: float  # global L2 norm before clipping, unscaled; nan or inf if a gradient is not finite
     finite: bool  # whether the gradients are finite
+
+
+class UnreadResult(NamedTuple):
+    """What a step returns: its result, which the device may still be computing."""
+
+    losses: Sequence[Tensor]  # of the micro-batches if there are several
+    numbers: Tensor  # (loss if there is one micro-batch, norm, finite)
+
+    def read(self) -> StepResult:
+        """Wait for the device and return the result."""
+        *loss, norm, finite = self.numbers.asnumpy()
+        loss = loss or [float(loss.asnumpy()) for loss in self.losses]
+        return StepResult(float(np.mean(loss)), float(norm), bool(finite))
 
 
 class LossFromTokens(nn.Cell):
@@ -192,6 +205,23 @@ class _Flags(nn.Cell):
         return self.read_flags(ops.depend(self.zeros, gradients))
 
 
+class _Scalars(nn.Cell):
+    """Chooses the scalars of a step by `previous_finite`, the outcome of the step before, which _Update keeps.
+
+    The host can then launch a step before it knows that outcome.
+    """
+
+    def __init__(self, previous_finite: Parameter):
+        super().__init__(auto_prefix=False)
+        self.previous_finite = previous_finite
+        self.unstack, self.select = _unstack(), ops.Select()
+
+    def construct(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows (2, n) for a step after a finite one and after an overflow -> n scalars."""
+        after_finite, after_overflow = self.unstack(rows)
+        return self.unstack(self.select(self.previous_finite, after_finite, after_overflow))
+
+
 def _pick(rows: tuple[Tensor, ...], indices: tuple[int, ...]) -> tuple[Tensor, ...]:
     picked: tuple[Tensor, ...] = ()
     for i in indices:
@@ -237,6 +267,7 @@ class _Update(nn.Cell):
         self.saturates, self.no_flags = saturates, Tensor(np.zeros(8, np.int32))
         self.reduce_flags = ops.AllReduce() if saturates and process_count > 1 else None
         self.equal, self.all, self.both = ops.Equal(), ops.ReduceAll(), ops.LogicalAnd()
+        self.previous_finite = Parameter(Tensor(True), name="previous_finite", requires_grad=False)
 
     def construct(
         self, gradients: tuple[Tensor, ...], flags: Tensor, scalars: tuple[Tensor, ...]
@@ -273,7 +304,8 @@ class _Update(nn.Cell):
             for group, sizes in zip(groups, self.sizes):
                 parts += _split(group, sizes, 0)
             updated = ops.depend(updated, _each(_write, self.small, parts))
-        return ops.depend(norm, updated), self.cast(finite, ms.float32)
+        norm = ops.depend(norm, (updated, _copy(self.previous_finite, finite)))
+        return norm, self.cast(finite, ms.float32)
 
 
 class _WholeStep(RepeatedCell):
@@ -282,10 +314,10 @@ class _WholeStep(RepeatedCell):
     def __init__(self, gradients: _Gradients, update: _Update):
         super().__init__(auto_prefix=False)
         self.gradients, self.update = gradients, update
-        self.stack, self.unstack = _stack(), _unstack()
+        self.scalars, self.stack = _Scalars(update.previous_finite), _stack()
 
-    def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
-        scalars = self.unstack(scalars)
+    def construct(self, rows: Tensor, *batch: Tensor) -> Tensor:
+        scalars = self.scalars(rows)
         loss, gradients, flags = self.gradients(scalars[0], *batch)
         norm, finite = self.update(gradients, flags, scalars)
         return self.stack((loss / scalars[0], norm, finite))
@@ -294,14 +326,13 @@ class _WholeStep(RepeatedCell):
 class _MicroBatch(RepeatedCell):
     """Adds the gradients of a micro-batch to the totals, and its flags to `flags` if there are any."""
 
-    def __init__(self, gradients: _Gradients, totals: ParameterTuple, flags: Parameter | None):
+    def __init__(self, gradients: _Gradients, scalars: _Scalars, totals: ParameterTuple, flags: Parameter | None):
         super().__init__(auto_prefix=False)
-        self.gradients, self.totals, self.flags = gradients, totals, flags
-        self.unstack = _unstack()
+        self.gradients, self.scalars, self.totals, self.flags = gradients, scalars, totals, flags
         self.add_into = _add_into_on_ascend if device_ops.on_ascend() else _add_into
 
-    def construct(self, scalars: Tensor, *batch: Tensor) -> Tensor:
-        loss_scale = self.unstack(scalars)[0]
+    def construct(self, rows: Tensor, *batch: Tensor) -> Tensor:
+        loss_scale = self.scalars(rows)[0]
         loss, gradients, flags = self.gradients(loss_scale, *batch)
         added = _each(self.add_into, self.totals, gradients)
         if self.flags is not None:
@@ -312,15 +343,15 @@ class _MicroBatch(RepeatedCell):
 class _UpdateFromTotals(nn.Cell):
     """Updates from the totals and clears them."""
 
-    def __init__(self, update: _Update, totals: ParameterTuple, flags: Parameter | None):
+    def __init__(self, update: _Update, scalars: _Scalars, totals: ParameterTuple, flags: Parameter | None):
         super().__init__(auto_prefix=False)
-        self.update, self.totals, self.flags = update, totals, flags
+        self.update, self.scalars, self.totals, self.flags = update, scalars, totals, flags
         self.no_flags = Tensor(np.zeros(8, np.int32))
-        self.stack, self.unstack = _stack(), _unstack()
+        self.stack = _stack()
 
-    def construct(self, scalars: Tensor) -> Tensor:
+    def construct(self, rows: Tensor) -> Tensor:
         flags = self.no_flags if self.flags is None else self.flags
-        result = self.stack(self.update(self.totals, flags, self.unstack(scalars)))
+        result = self.stack(self.update(self.totals, flags, self.scalars(rows)))
         cleared = _each(_clear, ops.depend(self.totals, result))
         if self.flags is not None:
             cleared = (cleared, ops.assign(self.flags, ops.depend(self.no_flags, result)))
@@ -344,8 +375,8 @@ class TrainStep:
     """Trains parameters by AdamW.
 
     With one micro-batch, everything is one graph. With more, one graph adds up the gradients of each, and a second,
-    small graph updates. The graphs hold no state but the arrays of `state()`: schedules, loss scale and counts come
-    with each call.
+    small graph updates. The graphs hold no state but the arrays of `state()`, and whether the gradients of the newest
+    step were finite: schedules, loss scale and counts come with each call.
 
     Args:
         loss: Cell of (latents (N, C, h, w), noise (N, C, h, w), timesteps (N,) int32, text embeddings (N, 77, D)) that
@@ -409,34 +440,39 @@ class TrainStep:
         else:
             totals = ParameterTuple([companion("total", p, ops.zeros_like(p)) for p in arrays.arrays])
             flags = Parameter(Tensor(np.zeros(8, np.int32)), name="flags", requires_grad=False) if saturates else None
-            self.micro = _MicroBatch(gradients, totals, flags)
-            self.finish = _UpdateFromTotals(update, totals, flags)
+            choice = _Scalars(update.previous_finite)
+            self.micro = _MicroBatch(gradients, choice, totals, flags)
+            self.finish = _UpdateFromTotals(update, choice, totals, flags)
             self.micro.set_train()
 
     def __call__(
-        self, batches: Sequence[tuple[Tensor, ...]], scalars: StepScalars, dropout_keys: Sequence[np.ndarray] = ()
-    ) -> StepResult:
-        """Train one step.
+        self,
+        batches: Sequence[tuple[Tensor, ...]],
+        scalars: StepScalars,
+        dropout_keys: Sequence[np.ndarray] = (),
+        after_overflow: StepScalars | None = None,
+    ) -> UnreadResult:
+        """Launch one step. On Ascend this does not wait until the device has computed it.
 
         Args:
             batches: Micro-batches of (latents, noise, timesteps, text embeddings or tokens).
             scalars: Schedules and loss scale of this step.
             dropout_keys: A key (2,) int32 for each micro-batch, if there is a dropout_key.
+            after_overflow: What takes the place of `scalars` if the gradients of the step before were not finite. None:
+                the result of that step was read, and `scalars` fit it.
         """
-        numbers = scalars.tensor()
+        rows = Tensor(np.array([scalars.row(), (after_overflow or scalars).row()], np.float32))
+        losses = []
         if self.micro_batches == 1:
             self._set_dropout_key(dropout_keys, 0)
-            loss, norm, finite = self.whole(numbers, *batches[0]).asnumpy()
+            numbers = self.whole(rows, *batches[0])
         else:
-            losses = []
             for i, batch in enumerate(batches):
                 self._set_dropout_key(dropout_keys, i)
-                losses.append(self.micro(numbers, *batch))
-            norm, finite = self.finish(numbers).asnumpy()
-            # Read at the end, because reading a loss waits for the device.
-            loss = np.mean([float(loss.asnumpy()) for loss in losses])
+                losses.append(self.micro(rows, *batch))
+            numbers = self.finish(rows)
         self._set_dropout_key([np.zeros(2, np.int32)], 0)  # no dropout if the network is used between steps
-        return StepResult(float(loss), float(norm), bool(finite))
+        return UnreadResult(losses, numbers)
 
     def _set_dropout_key(self, keys: Sequence[np.ndarray], i: int) -> None:
         if self.dropout_key is not None:

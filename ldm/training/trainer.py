@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,12 +29,13 @@ from ldm.settings.train import TrainSettings
 from ldm.training.diagnosis import cause_of_not_finite, check_inputs_finite
 from ldm.training.feed import TensorBatch
 from ldm.training.graph_cache import cached_graphs, graph_key
+from ldm.training.loss_scale import LossScaler
 from ldm.training.metrics_file import Metrics, MetricsFile
 from ldm.training.optimizers import adamw_scalars
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.setup import Run, begin, set_up
 from ldm.training.status import Status
-from ldm.training.step import StepResult, StepScalars
+from ldm.training.step import StepResult, StepScalars, UnreadResult
 from ldm.training.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -121,12 +122,7 @@ def run_steps(run: Run) -> Path:
     mean_loss = None
     with bar:
         bar.set_postfix_str("compiling the graph, the first step takes longer")
-        while status.steps_done < plan.steps:
-            began = time.perf_counter()
-            batches = [run.feed() for _ in range(micro_batches)]
-            # Nothing but the step may compile in the cache. The networks that encode a batch have run before.
-            with _graph_cache(run) if mean_loss is None else nullcontext():
-                metrics = _one_step(run, batches, began)
+        for metrics in _train_steps(run):
             status.phase = ""
             mean_loss = metrics.loss if mean_loss is None else SMOOTHING * mean_loss + (1.0 - SMOOTHING) * metrics.loss
             bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {mean_loss:.4f}", refresh=False)
@@ -164,32 +160,90 @@ def save(run: Run) -> None:
         raise UserError(f"{error}; {run.status.how_to_continue()}") from error
 
 
-def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
-    """Train one step and return its row for metrics.csv. `began`: time.perf_counter() before the batches were made."""
-    settings, scaler, status = run.settings, run.scaler, run.status
+class _Launched(NamedTuple):
+    """A step whose result is not read yet."""
+
+    began: float  # time.perf_counter()
+    batches: list[TensorBatch]
+    learning_rate: float
+    result: UnreadResult
+
+
+def _train_steps(run: Run) -> Iterator[Metrics]:
+    """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
+
+    With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first
+    step and those that save are read at once. When a result is read changes no value.
+    """
+    status, plan = run.status, run.plan
+    began, batches = time.perf_counter(), _next_batches(run)
+    # Nothing but the step may compile in the cache. The networks that encode a batch have run before.
+    with _graph_cache(run):
+        metrics = _read(run, _launch(run, status.steps_done, batches, began))
+    yield metrics
+    unread: _Launched | None = None
+    while status.steps_done < plan.steps:  # the last step saves, so it is not left unread
+        began, batches = time.perf_counter(), _next_batches(run)
+        step = status.steps_done + (unread is not None)
+        newest = _launch(run, step, batches, began)
+        if unread is not None:
+            metrics = _read(run, unread)
+            newest = newest._replace(began=time.perf_counter())  # the device was busy with `unread` until now
+            yield metrics
+            unread = None
+        if run.reads_late and not plan.is_save_step(step + 1):
+            unread = newest
+        else:
+            yield _read(run, newest)
+
+
+def _next_batches(run: Run) -> list[TensorBatch]:
+    return [run.feed() for _ in range(run.settings.gradient_accumulation_steps)]
+
+
+def _launch(run: Run, step: int, batches: list[TensorBatch], began: float) -> _Launched:
+    """Launch a step. The result of the one before it may be unread.
+
+    Args:
+        run: The run.
+        step: Number of the step, from 0.
+        batches: Its micro-batches.
+        began: time.perf_counter() before the batches were made.
+    """
+    settings, scaler = run.settings, run.scaler
     rate = learning_rate(
-        status.steps_done,
+        step,
         scheduler=settings.scheduler,
         start=settings.start_learning_rate,
         end=settings.end_learning_rate,
         warmup_steps=settings.warmup_steps,
         decay_steps=run.plan.decay_steps,
     )
-    scalars = StepScalars(
+    scalers = (scaler, scaler) if step == run.status.steps_done else scaler.outcomes()
+    scalars, after_overflow = (_scalars(settings, scaler, rate) for scaler in scalers)
+    with _failed_allocations(run):
+        result = run.step(batches, scalars, _dropout_keys(run, step), after_overflow)
+    return _Launched(began, batches, rate, result)
+
+
+def _scalars(settings: TrainSettings, scaler: LossScaler, rate: float) -> StepScalars:
+    return StepScalars(
         scaler.scale,
-        1.0 / (scaler.scale * len(batches)),
+        1.0 / (scaler.scale * settings.gradient_accumulation_steps),
         settings.max_grad_norm,
         adamw_scalars(scaler.updates + 1, rate, settings.betas, EPSILON, settings.weight_decay),
         1.0 - ema_decay_at(scaler.updates, settings.ema_decay),
     )
-    with failed_allocations_as(
-        f"the device's memory is not enough for a step with train_batch_size {settings.train_batch_size} and "
-        f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
-    ):
-        result = run.step(batches, scalars, _dropout_keys(run))
+
+
+def _read(run: Run, step: _Launched) -> Metrics:
+    """Wait for the result of the oldest step that is not read, count the step and return its row for metrics.csv."""
+    scaler, status = run.scaler, run.status
+    with _failed_allocations(run):
+        result = step.result.read()
     status.steps_done += 1
     applied = result.finite or not run.skips_overflow
-    _check_finite(run, result, applied, batches)
+    _check_finite(run, result, applied, step.batches)
     scale_before = scaler.scale
     scaler.after_step(result.finite, applied)
     if not result.finite:
@@ -197,8 +251,15 @@ def _one_step(run: Run, batches: list[TensorBatch], began: float) -> Metrics:
             "step %d overflowed at loss scale %g and was skipped, the scale is now %g",
             status.steps_done, scale_before, scaler.scale,
         )  # fmt: skip
-    seconds = time.perf_counter() - began
-    return Metrics(status.steps_done, result.loss, rate, scale_before, seconds, result.gradient_norm)
+    seconds = time.perf_counter() - step.began
+    return Metrics(status.steps_done, result.loss, step.learning_rate, scale_before, seconds, result.gradient_norm)
+
+
+def _failed_allocations(run: Run) -> AbstractContextManager:
+    return failed_allocations_as(
+        f"the device's memory is not enough for a step with train_batch_size {run.settings.train_batch_size} and "
+        f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
+    )
 
 
 def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[TensorBatch]) -> None:
@@ -212,10 +273,10 @@ def _check_finite(run: Run, result: StepResult, applied: bool, batches: list[Ten
         )
 
 
-def _dropout_keys(run: Run) -> list[np.ndarray]:
-    """Return the key of LoRA's dropout for each micro-batch of the next step, a function of its number."""
+def _dropout_keys(run: Run, step: int) -> list[np.ndarray]:
+    """Return the key of LoRA's dropout for each micro-batch of a step, a function of the step's number from 0."""
     seed, count = run.settings.seed, run.settings.gradient_accumulation_steps
-    generators = [draws(seed, "lora_dropout", run.status.steps_done * count + i) for i in range(count)]
+    generators = [draws(seed, "lora_dropout", step * count + i) for i in range(count)]
     return [generator.integers(-(2**31), 2**31, 2, dtype=np.int32) for generator in generators]
 
 

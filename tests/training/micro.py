@@ -6,6 +6,8 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
+from mindspore import Tensor
 from PIL import Image
 
 from ldm.models.stable_diffusion import build_model
@@ -14,6 +16,7 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.training.setup import Run, begin, set_up
 from ldm.training.status import Status
+from ldm.training.step import UnreadResult
 from ldm.weights.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +62,11 @@ def prepare(settings: TrainSettings, status: Status | None = None) -> Run:
     """Set up a run in this process without training a step."""
     runtime = begin(settings)
     return set_up(settings, runtime, status or Status(Path(settings.output_path) / "ckpt", bool(settings.resume)))
+
+
+def unread(loss: float, norm: float, finite: bool) -> UnreadResult:
+    """What a step returns that has this result."""
+    return UnreadResult((), Tensor(np.array([loss, norm, finite], np.float32)))
 
 
 def metrics(output: Path) -> list[dict[str, str]]:

@@ -11,17 +11,16 @@ import pytest
 from ldm.errors import UserError
 from ldm.runtime import peers
 from ldm.training.own_files import find_states
-from ldm.training.step import StepResult
 from ldm.training.trainer import run_steps
 from ldm.training.training_state import load_state, save_state
-from tests.training.micro import FULL, UNET, prepare
+from tests.training.micro import FULL, UNET, prepare, unread
 
 NAN = float("nan")
 
 
 def error_of(run, loss=NAN, norm=NAN) -> str:
     """The error of a run whose next step has this result."""
-    run.step = lambda batches, scalars, dropout_keys: StepResult(loss, norm, False)
+    run.step = lambda *_: unread(loss, norm, finite=False)
     with pytest.raises(UserError) as caught:
         run_steps(run)
     return str(caught.value)

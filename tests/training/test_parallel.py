@@ -43,7 +43,7 @@ def test_two_processes_equal_one_process_with_both_batches(outputs, graph_mode):
     step = TrainStep(loss, [loss.w], clip=True)
     latents, noise = numbers(rows=8)
     for t in (1, 2):
-        result = step([batch(latents, noise)], scalars(t))
+        result = step([batch(latents, noise)], scalars(t)).read()
     processes = [np.load(outputs / f"process{process}.npz") for process in (0, 1)]
     for name, array in step.state().items():
         np.testing.assert_array_equal(processes[0][name], processes[1][name], err_msg=name)

@@ -68,7 +68,7 @@ def test_how_arrays_are_grouped_changes_no_value(micro_batches):
         loss, step = many_arrays(large, micro_batches)
         for t in (1, 2):
             batches = [gradients_of(loss, seed=2 * t + i) for i in range(micro_batches)]
-            result = step(batches, scalars(t, micro=micro_batches, norm=1e9))
+            result = step(batches, scalars(t, micro=micro_batches, norm=1e9)).read()
         results.append((result, step.state()))
         # The networks read what the optimizer wrote
         for parameter in loss.parameters:
@@ -103,7 +103,7 @@ def test_an_overflow_of_one_array_leaves_all_as_they_are():
     spoilt = gradients_of(loss, seed=2)[0].asnumpy()
     for value in (np.inf, np.nan):
         spoilt[3] = value
-        assert not step([(Tensor(spoilt), *gradients_of(loss, seed=2)[1:])], scalars(2)).finite
+        assert not step([(Tensor(spoilt), *gradients_of(loss, seed=2)[1:])], scalars(2)).read().finite
         for name, array in step.state().items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
@@ -114,7 +114,7 @@ def test_the_norm_of_many_elements_is_accurate():
     loss = Product([np.zeros(10**6 - 8, np.float32), np.zeros(8, np.float32)])
     empty = Tensor(np.zeros(1, np.float32))
     step = TrainStep(loss, list(loss.parameters), large=10**7)
-    result = step([(Tensor(gradient), empty, empty, empty)], scalars())
+    result = step([(Tensor(gradient), empty, empty, empty)], scalars()).read()
     assert result.gradient_norm == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_loss_and_norm_equal_those_by_hand_and_other_parameters_stay():
     expected_loss, gradient = loss.by_hand(latents, noise)
     before = loss.b.asnumpy().copy()
     old = loss.w.asnumpy().copy()
-    result = step([batch(latents, noise)], scalars())
+    result = step([batch(latents, noise)], scalars()).read()
     assert result.loss == pytest.approx(expected_loss, rel=1e-5)
     assert result.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
     assert result.finite
@@ -139,7 +139,7 @@ def test_clipping_scales_the_gradients_down_to_the_norm():
     latents, noise = numbers()
     _, gradient = loss.by_hand(latents, noise)
     norm = np.linalg.norm(gradient)
-    result = step([batch(latents, noise)], scalars(norm=norm / 4))
+    result = step([batch(latents, noise)], scalars(norm=norm / 4)).read()
     assert result.gradient_norm == pytest.approx(norm, rel=1e-5)
     # m after the first update is (1 - beta1) times the gradient that AdamW was given
     np.testing.assert_allclose(step.state()["m.w"], 0.1 * gradient / 4, rtol=1e-4)
@@ -156,7 +156,7 @@ def test_two_micro_batches_equal_one_step_of_twice_the_batch():
         _, step = toy_step(micro_batches=parts, use_ema=True, clip=True)
         for t in (1, 2, 3):
             batches = [batch(*half) for half in zip(np.split(latents, parts), np.split(noise, parts))]
-            result = step(batches, scalars(t, micro=parts))
+            result = step(batches, scalars(t, micro=parts)).read()
         states.append((step.state(), result))
     assert states[1][1].loss == pytest.approx(states[0][1].loss, rel=1e-5)
     assert states[1][1].gradient_norm == pytest.approx(states[0][1].gradient_norm, rel=1e-4)
@@ -169,7 +169,7 @@ def test_the_loss_scale_cancels_out():
     results = []
     for scale in (1.0, 1024.0):
         _, step = toy_step(skip_overflow=scale != 1)
-        results.append((step([batch(latents, noise)], scalars(scale=scale)), step.state()["m.w"]))
+        results.append((step([batch(latents, noise)], scalars(scale=scale)).read(), step.state()["m.w"]))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
 
@@ -181,11 +181,11 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_batch
     spoilt = latents.copy()
     spoilt[0, 0] = np.inf
     before = step.state()
-    result = step([batch(spoilt, noise)] + [batch(latents, noise)] * (micro_batches - 1), scalars(scale=8.0))
+    result = step([batch(spoilt, noise)] + [batch(latents, noise)] * (micro_batches - 1), scalars(scale=8.0)).read()
     assert not result.finite
     for name, array in step.state().items():
         np.testing.assert_array_equal(array, before[name], err_msg=name)
-    result = step([batch(latents, noise)] * micro_batches, scalars(scale=8.0, micro=micro_batches))
+    result = step([batch(latents, noise)] * micro_batches, scalars(scale=8.0, micro=micro_batches)).read()
     assert result.finite
     assert not np.array_equal(step.state()["p.w"], before["p.w"])
 
@@ -194,7 +194,7 @@ def test_fp16_overflows_at_a_large_loss_scale_and_not_at_a_small_one():
     latents, noise = numbers()
     for scale, finite in ((2.0**24, False), (2.0**4, True)):
         loss, step = toy_step(dtype=ms.float16, skip_overflow=True)
-        assert step([batch(latents, noise)], scalars(scale=scale)).finite == finite
+        assert step([batch(latents, noise)], scalars(scale=scale)).read().finite == finite
         assert loss.w.dtype == ms.float32
 
 
@@ -202,7 +202,7 @@ def test_without_skipping_an_overflow_reaches_the_weights():
     loss, step = toy_step(skip_overflow=False)
     latents, noise = numbers()
     latents[0, 0] = np.inf
-    assert not step([batch(latents, noise)], scalars(scale=8.0)).finite
+    assert not step([batch(latents, noise)], scalars(scale=8.0)).read().finite
     assert not np.isfinite(step.state()["p.w"]).all()
 
 
@@ -227,7 +227,7 @@ def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monke
     pair, before = batch(*numbers()), step.state()
     for flag, finite in ((3, False), (0, True)):
         flags.flags.set_data(Tensor(np.array([0, flag, 0, 0, 0, 0, 0, 0], np.int32)))
-        assert step([pair] * micro_batches, scalars(micro=micro_batches)).finite == finite
+        assert step([pair] * micro_batches, scalars(micro=micro_batches)).read().finite == finite
         assert np.array_equal(step.state()["p.w"], before["p.w"]) == (not finite)
 
 
@@ -311,6 +311,6 @@ def test_the_text_encoder_can_be_part_of_the_loss():
     step = TrainStep(LossFromTokens(Loss(), encoder), [encoder.scale])
     latents, tokens = np.zeros((4, 3), np.float32), np.arange(12, dtype=np.int32).reshape(4, 3)
     empty = Tensor(np.zeros(1, np.float32))
-    result = step([(Tensor(latents), empty, empty, Tensor(tokens))], scalars())
+    result = step([(Tensor(latents), empty, empty, Tensor(tokens))], scalars()).read()
     assert result.loss == pytest.approx(np.mean(np.square(tokens)), rel=1e-5)
     np.testing.assert_allclose(encoder.scale.asnumpy(), 0.9, atol=1e-5)

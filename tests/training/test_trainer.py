@@ -12,10 +12,9 @@ from ldm.settings.train import TrainSettings
 from ldm.training import inputs
 from ldm.training.own_files import find_states
 from ldm.training.status import Status
-from ldm.training.step import StepResult
 from ldm.training.trainer import run_steps
 from ldm.weights.checkpoint import read_checkpoint
-from tests.training.micro import FULL, MICRO, ROOT, UNET, metrics, prepare
+from tests.training.micro import FULL, MICRO, ROOT, UNET, metrics, prepare, unread
 
 
 def interrupt(*_, **__):
@@ -84,9 +83,11 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(setti
     assert not list(output.glob("cache/*/*.npy"))
 
 
-def test_a_run_that_always_overflows_stops(settings, empty_run, monkeypatch):
+@pytest.mark.parametrize("reads_late", [False, True])
+def test_a_run_that_always_overflows_stops(settings, empty_run, monkeypatch, reads_late):
     run = prepare(settings(empty_run, **{**FULL, "max_steps": 200}, loss_scaler_type="dynamic"))
-    run.step = lambda batches, scalars, dropout_keys: StepResult(1.0, float("inf"), False)
+    run.reads_late = reads_late
+    run.step = lambda *_: unread(1.0, np.inf, finite=False)
     monkeypatch.setattr("ldm.training.trainer.save", lambda run: None)
     with pytest.raises(UserError, match="overflowed at 50 steps in a row"):
         run_steps(run)
@@ -99,11 +100,11 @@ def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
         run = prepare(settings(output, **{**FULL, "max_steps": 14}, resume=resume))
         descriptions = []
 
-        def step(batches, scalars, dropout_keys, run=run, descriptions=descriptions):
+        def step(*_, run=run, descriptions=descriptions):
             descriptions.append(run.status.describe())
             if len(descriptions) == 2:
                 raise KeyboardInterrupt
-            return StepResult(1.0, 1.0, True)
+            return unread(1.0, 1.0, finite=True)
 
         run.step = step
         with pytest.raises(KeyboardInterrupt):
@@ -159,7 +160,7 @@ def test_a_resumed_run_that_is_interrupted_early_does_not_call_its_states_unsave
     ],
 )
 def test_too_little_memory_is_told_from_other_failures(settings, empty_run, message, kind, error):
-    def step(batches, scalars, dropout_keys):
+    def step(*_):
         raise RuntimeError(message)
 
     run = prepare(settings(empty_run, **FULL))

@@ -25,12 +25,12 @@ loss = Linear()
 step = TrainStep(loss, [loss.w], clip=True, skip_overflow=True, process_count=runtime.process_count)
 latents, noise = numbers(rows=8)
 half = slice(4 * runtime.process_index, 4 * runtime.process_index + 4)
-results = [step([batch(latents[half], noise[half])], scalars(t)) for t in (1, 2)]
+results = [step([batch(latents[half], noise[half])], scalars(t)).read() for t in (1, 2)]
 spoilt = latents[half].copy()
 if runtime.process_index == 1:
     spoilt[0, 0] = np.inf
 before = step.state()["p.w"]
-overflow = step([batch(spoilt, noise[half])], scalars(3))
+overflow = step([batch(spoilt, noise[half])], scalars(3)).read()
 assert not overflow.finite and np.array_equal(step.state()["p.w"], before)
 np.savez(folder / f"process{runtime.process_index}.npz", norm=results[-1].gradient_norm, **step.state())
 

@@ -88,7 +88,7 @@ def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
     step, given = train_step(config, unet, full), draw_inputs(config, work)
     batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "text_embeddings"))
     numbers = itertools.count(1)
-    return lambda: step([batch], scalars(next(numbers)))
+    return lambda: step([batch], scalars(next(numbers))).read()
 
 
 def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable:
@@ -116,7 +116,7 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
             step = train_step(config, model.model.diffusion_model, full=False)
             inputs = Inputs(settings, model, rows, order)
             for i in range(order.steps_per_epoch):
-                step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1))
+                step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1)).read()
 
     return run
 

@@ -166,7 +166,7 @@ class Graphs:
         step = TrainStep(loss, trainable, skip_overflow=True, saturates=self.runtime.saturates and self.runtime.fp16)
         scalars = StepScalars(1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, (0.9, 0.999), 1e-8, 0.01), 1e-4)
         batch = draw("latents", (2, 4, 8, 8)), draw("noise", (2, 4, 8, 8)), np.array([10, 900], np.int32), self._texts()
-        result = step([tuple(Tensor(array) for array in batch)], scalars)
+        result = step([tuple(Tensor(array) for array in batch)], scalars).read()
         state = step.state()
         arrays = {"loss": np.array([result.loss], np.float32), "norm": np.array([result.gradient_norm], np.float32)}
         for group, label in (("m", "gradients"), ("p", "parameters")):
