@@ -23,7 +23,7 @@ class Metrics(NamedTuple):
     loss: float
     learning_rate: float
     loss_scale: float
-    seconds: float  # that this step took, from the end of the step before if that was read late
+    seconds: float  # that this step took, or since the result of the step before if that was read late
     gradient_norm: float  # before clipping
 
 

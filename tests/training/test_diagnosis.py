@@ -13,7 +13,7 @@ from ldm.runtime import peers
 from ldm.training.own_files import find_states
 from ldm.training.trainer import run_steps
 from ldm.training.training_state import load_state, save_state
-from tests.training.micro import FULL, UNET, prepare, unread
+from tests.training.micro import FULL, UNET, metrics, prepare, unread
 
 NAN = float("nan")
 
@@ -63,6 +63,20 @@ def test_another_process_than_the_first_names_itself(settings, empty_run, monkey
     sent = []
     monkeypatch.setattr(peers, "gather", lambda data=b"": sent.append(data.decode()) or [])
     assert error_of(run).startswith("the latents of ") and sent[0].startswith("process 3 on ")
+
+
+def test_the_step_whose_result_was_read_late_is_the_one_that_is_named(settings, empty_run):
+    """Its own inputs are looked at, not those of the next step, which is launched already."""
+    run = prepare(settings(empty_run, **{**FULL, "caption_dropout": 0.0}))
+    run.reads_late = True
+    row = run.inputs.order.indices(1)[0]
+    assert row not in run.inputs.order.indices(2)
+    run.inputs.moments[row].flat[5] = np.nan
+    results = [unread(1.0, 1.0, finite=True), unread(NAN, NAN, finite=False), unread(NAN, NAN, finite=False)]
+    run.step = lambda *_: results.pop(0)
+    with pytest.raises(UserError, match=f"/{row}.png are not finite at step 2: "):
+        run_steps(run)
+    assert not results and len(metrics(empty_run)) == 1
 
 
 def test_weights_that_were_too_large_in_the_last_state(settings, saved_run):

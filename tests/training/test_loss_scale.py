@@ -59,6 +59,19 @@ def test_an_overflow_at_every_step_stops_the_run_with_a_way_out():
     assert scaler.overflows == OVERFLOWS_ALLOWED
 
 
+def test_both_outcomes_of_a_step_are_known_before_it_ends():
+    scaler = LossScaler(1024.0, dynamic=True, window=3)
+    for finite in (True, True, False, True, True, True, False):
+        outcomes = dict(zip((True, False), scaler.outcomes()))
+        scaler.after_step(finite, applied=finite)
+        assert outcomes[finite] == scaler != outcomes[not finite]
+
+
+def test_an_outcome_that_would_stop_the_run_is_no_error():
+    scaler = LossScaler(2.0, dynamic=True, overflows_in_a_row=OVERFLOWS_ALLOWED - 1)
+    assert scaler.outcomes()[1].overflows_in_a_row == OVERFLOWS_ALLOWED
+
+
 @pytest.mark.parametrize(
     ("scaler_type", "fp16", "scale", "dynamic"),
     [

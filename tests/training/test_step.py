@@ -190,6 +190,34 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_one_does(micro_batch
     assert not np.array_equal(step.state()["p.w"], before["p.w"])
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_launched_before_the_last_result_is_read_has_the_scalars_of_its_outcome(micro_batches):
+    good, spoilt = [batch(*numbers())] * micro_batches, [batch(*numbers())] * micro_batches
+    spoilt[-1] = batch(np.full((4, 3), np.inf, np.float32), numbers()[1])
+    options = dict(use_ema=True, skip_overflow=True, micro_batches=micro_batches)
+    (_, known), (_, late) = toy_step(**options), toy_step(**options)
+    expected, results, t, finite = [], [], 1, True
+    for i, batches in enumerate([good, spoilt, spoilt, good, good]):
+        rows = {
+            outcome: scalars(
+                t + outcome,
+                scale=64.0 if outcome else 8.0,
+                micro=micro_batches,
+                decay=0.1 * i,
+                ema_rate=0.25 + 0.5 * outcome,
+            )
+            for outcome in (True, False)
+        }
+        expected.append(known(batches, rows[finite]).read())
+        results.append(late(batches, rows[True], after_overflow=rows[False]))
+        finite = expected[-1].finite
+        t += finite
+    assert [result.finite for result in expected] == [True, False, False, True, True]
+    np.testing.assert_array_equal([result.read() for result in results], expected)
+    for name, array in known.state().items():
+        np.testing.assert_array_equal(late.state()[name], array, err_msg=name)
+
+
 def test_fp16_overflows_at_a_large_loss_scale_and_not_at_a_small_one():
     latents, noise = numbers()
     for scale, finite in ((2.0**24, False), (2.0**4, True)):

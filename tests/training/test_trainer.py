@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from mindspore import Tensor
 
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora
@@ -13,6 +16,7 @@ from ldm.training import inputs
 from ldm.training.own_files import find_states
 from ldm.training.status import Status
 from ldm.training.trainer import run_steps
+from ldm.training.training_state import load_state
 from ldm.weights.checkpoint import read_checkpoint
 from tests.training.micro import FULL, MICRO, ROOT, UNET, metrics, prepare, unread
 
@@ -92,6 +96,89 @@ def test_a_run_that_always_overflows_stops(settings, empty_run, monkeypatch, rea
     with pytest.raises(UserError, match="overflowed at 50 steps in a row"):
         run_steps(run)
     assert run.status.steps_done == 50
+
+
+def test_on_ascend_a_step_is_launched_before_the_result_of_the_last_is_read(settings, empty_run, monkeypatch):
+    """But the first step and those that save are read at once. An interrupted run counts what was read."""
+    run = prepare(settings(empty_run, **{**FULL, "max_steps": 6, "ckpt_save_interval": 4}))
+    assert not run.reads_late
+    run.reads_late = True
+    events = []
+
+    class Result:
+        def __init__(self, step):
+            self.step = step
+
+        def read(self):
+            events.append(f"read {self.step}")
+            return unread(1.0, 1.0, finite=True).read()
+
+    def step(batches, scalars, dropout_keys, after_overflow):
+        number = 1 + sum(event.startswith("launch") for event in events)
+        events.append(f"launch {number} after {run.status.steps_done}")
+        return Result(number)
+
+    run.step = step
+    monkeypatch.setattr("ldm.training.trainer.save", lambda run: events.append(f"save {run.status.steps_done}"))
+    run_steps(run)
+    assert events == [
+        "launch 1 after 0", "read 1",
+        "launch 2 after 1", "launch 3 after 1", "read 2", "launch 4 after 2", "read 3", "read 4", "save 4",
+        "launch 5 after 4", "launch 6 after 4", "read 5", "read 6", "save 6",
+    ]  # fmt: skip
+    assert [row["step"] for row in metrics(empty_run)] == [str(i) for i in range(1, 7)]
+
+
+def overflow(run, steps):
+    """Give steps, by their numbers from 1, noise that is not finite in their last micro-batch."""
+    count, feed = run.settings.gradient_accumulation_steps, run.feed
+    numbers = itertools.count(run.status.steps_done * count + 1)
+
+    def spoilt_feed():
+        latents, noise, *others = feed()
+        number = next(numbers)
+        if number % count == 0 and number // count in steps:
+            noise = Tensor(np.full(noise.shape, np.inf, np.float32))
+        return latents, noise, *others
+
+    run.feed = spoilt_feed
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_results_that_are_read_late_change_no_value(settings, full_run, tmp_path, micro_batches):
+    """Steps overflow: the first and the second, two in a row of which the second saves, and one before the last."""
+    options = dict(
+        max_steps=9, use_lora=True, lora_rank=2, lora_dropout=0.1, precision="fp16", use_ema=True,
+        clip_grad=True, scheduler="cosine", start_learning_rate=1e-2, init_loss_scale=256.0, scale_window=2,
+        gradient_accumulation_steps=micro_batches,
+    )  # fmt: skip
+    shared, states, rows = None, {}, {}
+    for name, reads_late, resume in (("at once", False, None), ("late", True, None), ("resumed", True, "late")):
+        output = tmp_path / name
+        output.mkdir()
+        (output / "cache").symlink_to(full_run / "cache")
+        resume_from = next(str(path) for path in states[resume] if "06" in path.name) if resume else False
+        run = prepare(settings(output, **options, resume=resume_from))
+        run.reads_late = reads_late
+        if shared is None:
+            shared = run.step
+        else:  # the graphs of all runs are the same, and are compiled once
+            shared.load_state(run.step.state())
+            run.step = shared
+        overflow(run, {1, 2, 5, 6, 8})
+        run_steps(run)
+        states[name] = find_states(output / "ckpt")
+        rows[name] = [{**row, "seconds": ""} for row in metrics(output)]
+    scales = [float(row["loss_scale"]) for row in rows["at once"]]
+    assert scales == [256.0, 128.0, 64.0, 64.0, 128.0, 64.0, 32.0, 32.0, 16.0]
+    assert rows["late"] == rows["at once"] and rows["resumed"] == rows["at once"][6:]
+    assert [len(paths) for paths in states.values()] == [2, 2, 1]
+    for name in ("late", "resumed"):
+        for path, expected in zip(states[name], states["at once"]):
+            state, expected = load_state(path), load_state(expected)
+            assert (state.step, state.scaler) == (expected.step, expected.scaler)
+            for array in expected.arrays:
+                np.testing.assert_array_equal(state.arrays[array], expected.arrays[array], err_msg=array)
 
 
 def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
