@@ -148,7 +148,7 @@ def overflow(run, steps):
 def test_results_that_are_read_late_change_no_value(settings, full_run, tmp_path, micro_batches):
     """Steps overflow: the first and the second, two in a row of which the second saves, and one before the last."""
     options = dict(
-        max_steps=9, use_lora=True, lora_rank=2, lora_dropout=0.1, precision="fp16", use_ema=True,
+        max_steps=9, use_lora=True, lora_targets=["attn2.to_q"], lora_dropout=0.1, precision="fp16", use_ema=True,
         clip_grad=True, scheduler="cosine", start_learning_rate=1e-2, init_loss_scale=256.0, scale_window=2,
         gradient_accumulation_steps=micro_batches,
     )  # fmt: skip
