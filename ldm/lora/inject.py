@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
@@ -166,6 +167,11 @@ def set_lora(model: nn.Cell, lora: LoRA, path: str = "the LoRA") -> None:
 def lora_cells(model: nn.Cell) -> dict[str, LoRACell]:
     """Return the injected LoRA layers of a model by their full names."""
     return {cell.name: cell for _, cell in model.cells_and_names() if isinstance(cell, LoRACell)}
+
+
+def factors_cast_to(model: nn.Cell, dtype: ms.Type) -> list[Parameter]:
+    """Return the factors of a model that its layers cast to `dtype` wherever they use them."""
+    return [factor for cell in lora_cells(model).values() for factor in cell.factors_cast_to(dtype)]
 
 
 def assert_trainable(model: nn.Cell, names: Iterable[str], trained_base: Iterable[str] = ()) -> None:

@@ -2,7 +2,8 @@
 
 A LoRA layer takes the place of a Linear or Conv2d and holds it as `base`, whose parameters keep their names. The
 factors are `<layer>.lora_down.weight` and `<layer>.lora_up.weight`. A trainable scale is `<layer>.lora_scale`, of shape
-(1,). All of these are fp32 whatever type the base layer computes in, so that small gradients are not lost.
+(1,). All of these are fp32 whatever type the base layer computes in, so that small updates are not lost. While they are
+trained, the factors that are only read in fp16 may be fp16 copies of fp32 values (see `factors_cast_to`).
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ class LoRACell(nn.Cell):
         """Return the parameters that are trained: both factors, and the scale if it is trainable."""
         factors = [self.lora_down.weight, self.lora_up.weight]
         return factors + [self.lora_scale] if self.trainable_scale else factors
+
+    def factors_cast_to(self, dtype: ms.Type) -> list[Parameter]:
+        """Return the factors that `construct` casts to `dtype` wherever it uses them.
+
+        A factor that is of this type already gives the same results.
+        """
+        if not self.fp16 or self.base.dtype != dtype:
+            return []
+        # A trainable scale is multiplied into `up` before the cast.
+        return [self.lora_down.weight] if self.trainable_scale else [self.lora_down.weight, self.lora_up.weight]
 
 
 class LowRankUpdate(nn.Cell):
@@ -172,3 +183,6 @@ class HardLoRAConv2d(LoRACell):
         kernel = cast(self.base.weight, ms.float32)
         kernel = kernel + self.matmul(up, self.lora_down.weight).reshape(kernel.shape)
         return self.base.conv2d(x, kernel, self.base.bias, self.base.dtype)
+
+    def factors_cast_to(self, dtype: ms.Type) -> list[Parameter]:
+        return []

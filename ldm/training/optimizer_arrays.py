@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.ops.auto_generate import InplaceCopy, SplitWithSizeView
+
+from ldm.runtime.versions import splits_into_views
+
+SPLIT_INTO = 64  # parts at once: the compiler checks their sizes by a recursion, which fails at 320
+
+_each = ops.HyperMap()
+_copy, _split = InplaceCopy(), SplitWithSizeView() if splits_into_views() else ops.split
+_ravel = ops.MultitypeFuncGraph("ravel")
+_write = ops.MultitypeFuncGraph("write")
+
+
+@_ravel.register("Tensor")
+def _(gradient: Tensor) -> Tensor:
+    return gradient.reshape(-1)
+
+
+@_write.register("Tensor", "Tensor")
+def _(parameter: Tensor, part: Tensor) -> Tensor:
+    return _copy(parameter, part.reshape(parameter.shape))
 
 
 class OptimizerArrays:
@@ -15,21 +36,36 @@ class OptimizerArrays:
     as the work on an array of 10^6 elements. A large parameter is not copied, so that training a whole network does not
     need its memory a second time.
 
+    All of these arrays are fp32, and their values are those that are trained and saved. The small parameters are copies
+    for the networks to read. Those that a network reads in fp16 become fp16, so that one cast of the flat array takes
+    the place of one for each parameter and one for each gradient. The values are rounded where they were before.
+
     Args:
-        parameters: The parameters to train.
+        parameters: The parameters to train, in fp32.
         large: Number of elements from which a parameter is large.
+        read_in_fp16: Those that the networks cast to fp16 at each use. The small ones of them become fp16 here.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], large: int):
-        self.small = tuple(p for p in parameters if p.size < large)
-        if len(self.small) == 1:
-            self.small = ()
-        small = {id(p) for p in self.small}
-        self.large = tuple(p for p in parameters if id(p) not in small)
+    def __init__(self, parameters: Sequence[Parameter], large: int, read_in_fp16: Sequence[Parameter] = ()):
+        small = [p for p in parameters if p.size < large]
+        if len(small) == 1:
+            small = []
+        in_fp16 = {id(p) for p in read_in_fp16}
+        self.small_fp16 = tuple(p for p in small if id(p) in in_fp16)
+        self.small_fp32 = tuple(p for p in small if id(p) not in in_fp16)
+        in_flat = {id(p) for p in small}
+        self.large = tuple(p for p in parameters if id(p) not in in_flat)
         self.flat = None
-        if self.small:
+        if small:
             values = np.concatenate([p.asnumpy().ravel() for p in self.small])
             self.flat = Parameter(Tensor(values), name="flat", requires_grad=False)
+        for parameter in self.small_fp16:
+            parameter.set_dtype(ms.float16)
+
+    @property
+    def small(self) -> tuple[Parameter, ...]:
+        """The parameters that are copies of parts of the flat array, in its order."""
+        return self.small_fp16 + self.small_fp32
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -55,3 +91,68 @@ class OptimizerArrays:
         if self.flat is not None:
             rows.insert(0, np.concatenate([values[p.name].ravel() for p in self.small]))
         return [np.ascontiguousarray(row, np.float32) for row in rows]
+
+
+class JoinGradients(nn.Cell):
+    """Gradients of `OptimizerArrays.parameters` -> gradients of `OptimizerArrays.arrays`, in fp32."""
+
+    def __init__(self, arrays: OptimizerArrays):
+        super().__init__(auto_prefix=False)
+        self.fp16, self.small = len(arrays.small_fp16), len(arrays.small)
+        self.concat, self.cast = ops.Concat(), ops.Cast()
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.small:
+            return gradients
+        parts = _each(_ravel, gradients[: self.small])
+        if self.fp16:
+            of_fp16 = self.cast(self.concat(parts[: self.fp16]), ms.float32)
+            parts = (of_fp16,) + parts[self.fp16 :]
+        flat = parts[0] if len(parts) == 1 else self.concat(parts)
+        return (flat,) + gradients[self.small :]
+
+
+class _CopyParts(nn.Cell):
+    """Copies the parts of a flat array into parameters of its type."""
+
+    def __init__(self, parameters: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        sizes = [p.size for p in parameters]
+        self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
+        self.group_sizes = tuple(sum(group) for group in self.sizes)
+
+    def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
+        parts = ()
+        groups = _split(flat, self.group_sizes, 0)
+        for group, sizes in zip(groups, self.sizes):
+            parts += _split(group, sizes, 0)
+        return _each(_write, self.parameters, parts)
+
+
+class CopyIntoParameters(nn.Cell):
+    """Copies the flat array into the small parameters, which the networks read."""
+
+    def __init__(self, arrays: OptimizerArrays):
+        super().__init__(auto_prefix=False)
+        assert arrays.flat is not None
+        self.flat, self.cast = arrays.flat, ops.Cast()
+        self.copy_fp16 = _CopyParts(arrays.small_fp16) if arrays.small_fp16 else None
+        self.copy_fp32 = _CopyParts(arrays.small_fp32) if arrays.small_fp32 else None
+        self.sizes = tuple(sum(p.size for p in group) for group in (arrays.small_fp16, arrays.small_fp32) if group)
+
+    def construct(self, updated: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what depends on the parameters being up to date.
+
+        Args:
+            updated: What the copies must wait for.
+        """
+        copied: tuple[Tensor, ...] = ()
+        flat = ops.depend(self.flat, updated)
+        if self.copy_fp16 is not None:
+            # A part is a view. A cast of the array itself would bring two copies of it, aclop kernels on Ascend.
+            parts = _split(flat, self.sizes, 0)
+            copied, flat = self.copy_fp16(self.cast(parts[0], ms.float16)), parts[-1]
+        if self.copy_fp32 is not None:
+            copied += self.copy_fp32(flat)
+        return copied

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindspore import Parameter
 from PIL import Image
 
@@ -19,7 +20,7 @@ from ldm.files.paths import under_root, writing
 from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key, set_process
 from ldm.lora.formats import read_lora
-from ldm.lora.inject import inject_lora, set_lora
+from ldm.lora.inject import factors_cast_to, inject_lora, set_lora
 from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
@@ -287,4 +288,5 @@ def build_step(
         shard_of=runtime.process_index if settings.shard_optimizer and runtime.process_count > 1 else None,
         dropout_key=dropout_key(model),
         saturates=runtime.saturates and runtime.fp16,
+        read_in_fp16=factors_cast_to(model, ms.float16),
     )

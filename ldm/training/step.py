@@ -8,28 +8,24 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
-from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, SplitWithSizeView, StackExt
+from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, StackExt
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
 from ldm import ops as device_ops
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
-from ldm.runtime.versions import splits_into_views
-from ldm.training.optimizer_arrays import OptimizerArrays
+from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, OptimizerArrays
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
 LARGE_ON_ASCEND = 2**20
-SPLIT_INTO = 64  # parts at once: the compiler checks their sizes by a recursion, which fails at 320
 
 _each = ops.HyperMap()
-_copy, _split = InplaceCopy(), SplitWithSizeView() if splits_into_views() else ops.split
+_copy = InplaceCopy()
 _half_square, _vector_norm = ops.L2Loss(), LinalgVectorNorm()
 _half_square_sum = ops.MultitypeFuncGraph("half_square_sum")
 _norm = ops.MultitypeFuncGraph("norm")
-_ravel = ops.MultitypeFuncGraph("ravel")
-_write = ops.MultitypeFuncGraph("write")
 _add_into = ops.MultitypeFuncGraph("add_into")
 _add_into_on_ascend = ops.MultitypeFuncGraph("add_into_on_ascend")
 _clear = ops.MultitypeFuncGraph("clear")
@@ -43,16 +39,6 @@ def _(gradient: Tensor) -> Tensor:
 @_norm.register("Tensor")
 def _(gradient: Tensor) -> Tensor:
     return _vector_norm(gradient, 2.0, None, False, None)
-
-
-@_ravel.register("Tensor")
-def _(gradient: Tensor) -> Tensor:
-    return gradient.reshape(-1)
-
-
-@_write.register("Tensor", "Tensor")
-def _(parameter: Tensor, part: Tensor) -> Tensor:
-    return _copy(parameter, part.reshape(parameter.shape))
 
 
 @_add_into.register("Tensor", "Tensor")
@@ -117,18 +103,18 @@ class LossFromTokens(nn.Cell):
 
 
 class _Gradients(nn.Cell):
-    """Returns the scaled loss of a micro-batch, its gradients with respect to `arrays`, and the flags (8,) of _Flags.
+    """Returns the scaled loss of a micro-batch, its gradients for `arrays` in fp32, and the flags (8,) of _Flags.
 
     The flags are zeros if `saturates` is not set, and then cost nothing.
     """
 
     def __init__(self, loss: nn.Cell, arrays: OptimizerArrays, saturates: bool):
         super().__init__(auto_prefix=False)
-        self.loss, self.small = loss, len(arrays.small)
+        self.loss = loss
         self.flags = _Flags() if saturates else None
         self.no_flags = Tensor(np.zeros(8, np.int32))
         self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(arrays.parameters))
-        self.concat = ops.Concat()
+        self.join = JoinGradients(arrays)
 
     def scaled_loss(self, loss_scale: Tensor, *batch: Tensor) -> Tensor:
         return self.loss(*batch) * loss_scale
@@ -138,10 +124,7 @@ class _Gradients(nn.Cell):
             batch = self.flags.clear(batch)
         loss, gradients = self.value_and_grad(loss_scale, *batch)
         flags = self.no_flags if self.flags is None else self.flags(gradients)
-        if self.small:
-            flat = self.concat(_each(_ravel, gradients[: self.small]))
-            gradients = (flat,) + gradients[self.small :]
-        return loss, gradients, flags
+        return loss, self.join(gradients), flags
 
 
 class _NormOnCPU(nn.Cell):
@@ -249,10 +232,7 @@ class _Update(nn.Cell):
     ):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
-        self.flat, self.small = arrays.flat, ParameterTuple(arrays.small)
-        sizes = [p.size for p in arrays.small]
-        self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
-        self.group_sizes = tuple(sum(group) for group in self.sizes)
+        self.copy = None if arrays.flat is None else CopyIntoParameters(arrays)
         self.reduce, self.send = None, None
         self.own: tuple[int, ...] = ()
         if shards is not None:
@@ -298,12 +278,8 @@ class _Update(nn.Cell):
             updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
         if self.send is not None:
             updated = self.send(updated)
-        if self.sizes:  # the networks read the parameters, which are parts of the flat array
-            parts = ()
-            groups = _split(ops.depend(self.flat, updated), self.group_sizes, 0)
-            for group, sizes in zip(groups, self.sizes):
-                parts += _split(group, sizes, 0)
-            updated = ops.depend(updated, _each(_write, self.small, parts))
+        if self.copy is not None:
+            updated = ops.depend(updated, self.copy(updated))
         norm = ops.depend(norm, (updated, _copy(self.previous_finite, finite)))
         return norm, self.cast(finite, ms.float32)
 
@@ -395,6 +371,8 @@ class TrainStep:
             saturated is then one whose gradients are not finite.
         large: Number of elements from which a parameter is an array of its own, None for the device's default. All
             smaller ones are parts of one flat array, which is copied into them at the end of a step.
+        read_in_fp16: Those of `parameters` that the loss casts to fp16 wherever it uses them. The small ones of them
+            become fp16, rounded copies of the values in `state()`. The results are the same.
     """
 
     def __init__(
@@ -412,6 +390,7 @@ class TrainStep:
         dropout_key: Parameter | None = None,
         saturates: bool = False,
         large: int | None = None,
+        read_in_fp16: Sequence[Parameter] = (),
     ):
         if not parameters:
             raise ValueError("there is nothing to train")
@@ -421,9 +400,8 @@ class TrainStep:
                 raise ValueError(f"{parameter.name} is {parameter.dtype}: what is trained must be fp32")
             parameter.requires_grad = True
         self.micro_batches, self.dropout_key, self.use_ema = micro_batches, dropout_key, use_ema
-        arrays = OptimizerArrays(
-            self.parameters, large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU)
-        )
+        large = large or (LARGE_ON_ASCEND if device_ops.on_ascend() else LARGE_ON_CPU)
+        arrays = OptimizerArrays(self.parameters, large, read_in_fp16)
         shards = None
         if shard_of is not None:
             shards = Shards(balanced([p.size for p in arrays.arrays], process_count), shard_of)
@@ -504,7 +482,8 @@ class TrainStep:
             for parameter, row in zip(parameters, rows):
                 parameter.set_data(Tensor(row))
         for parameter in self._arrays.small:
-            parameter.set_data(Tensor(np.ascontiguousarray(arrays[f"p.{parameter.name}"], np.float32)))
+            value = Tensor(np.ascontiguousarray(arrays[f"p.{parameter.name}"], np.float32))
+            parameter.set_data(value.astype(parameter.dtype))  # as the step casts it
 
     def _values(self, group: str) -> list[np.ndarray]:
         """Return what a group of `state` holds for each array, or nothing in processes where `state` is empty."""

@@ -116,6 +116,34 @@ class TestPrecision:
         assert cell(x).dtype == ms.float16
         assert cell.lora_down.weight.dtype == cell.lora_up.weight.dtype == ms.float32
 
+    def test_fp16_factors_give_the_same_where_the_layer_casts_them(self):
+        """Not the hard convolution, whose sum is in fp32, nor `up` where a scale is multiplied into it first."""
+        soft, hard = normal(RANK, 4, 1, 1), normal(RANK, 4)
+        cells = {
+            "convolution": LoRAConv2d(Conv2d(4, 6, 1), soft, "a", 6.0),
+            "scale": LoRAConv2d(Conv2d(4, 6, 1), soft, "b", 6.0, trainable_scale=True),
+            "fp32": LoRAConv2d(Conv2d(4, 6, 1), soft, "c", 6.0, fp16=False),
+            "hard": HardLoRAConv2d(Conv2d(4, 6, 1), hard, "d", 6.0),
+            "hard with scale": HardLoRAConv2d(Conv2d(4, 6, 1), hard, "e", 6.0, trainable_scale=True),
+        }
+        for cell in cells.values():
+            assert cell.factors_cast_to(ms.float16) == []  # the layer computes in fp32 still
+            cell.lora_up.weight.set_data(Tensor(normal(*cell.lora_up.weight.shape)))
+            set_compute_dtype(cell, ms.float16)
+        found = {
+            kind: [factor.name.split(".")[1] for factor in cell.factors_cast_to(ms.float16)]
+            for kind, cell in cells.items()
+        }
+        down, up = "lora_down", "lora_up"
+        assert found == {"convolution": [down, up], "scale": [down], "fp32": [], "hard": [], "hard with scale": []}
+        x = normal(2, 4, 5, 5)
+        before = Outputs(*cells.values()).arrays(x)
+        for cell in cells.values():
+            for factor in cell.factors_cast_to(ms.float16):
+                factor.set_dtype(ms.float16)
+        for expected, output in zip(before, Outputs(*cells.values()).arrays(x)):
+            np.testing.assert_array_equal(output, expected)
+
     def test_fp16_is_a_choice(self):
         x = Tensor(normal(64, 7))
         up = Tensor(normal(5, RANK))

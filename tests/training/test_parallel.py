@@ -75,6 +75,14 @@ def test_the_training_state_of_a_divided_optimizer_is_that_of_a_whole_one(output
     assert_same(outputs / "sharded1to3-state.npz", outputs / "whole1to3-state.npz")
 
 
+def test_fp16_copies_train_the_same_where_the_optimizer_is_divided(outputs):
+    assert_same(outputs / "sharded-fp161to3-state.npz", outputs / "whole-fp161to3-state.npz")
+    copies, values = (np.load(outputs / f"{name}-fp161to3-process1.npz") for name in ("sharded", "whole"))
+    assert [copies[f"p{i}"].dtype for i in range(5)] == [np.float32, np.float16, *[np.float32] * 3]
+    for i in range(5):
+        np.testing.assert_array_equal(copies[f"p{i}"], values[f"p{i}"].astype(copies[f"p{i}"].dtype))
+
+
 @pytest.mark.parametrize("resumed", ["sharded", "whole"], ids=["with what was whole", "with what was divided"])
 def test_a_run_continues_bit_for_bit_where_the_optimizer_is_divided_or_no_longer(outputs, resumed):
     assert_same(outputs / f"{resumed}2to3-state.npz", outputs / "whole1to3-state.npz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -83,7 +84,14 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(setti
     assert [float(row["loss_scale"]) for row in metrics(output)] == [2.0**30, 2.0**17, 2.0**17, 2.0**24]
     assert run.scaler.overflows == 2 and run.scaler.updates == 2
     assert "overflowed at loss scale" in (output / "log.txt").read_text()
-    assert np.abs(up.asnumpy()).max() > 0 and up.asnumpy().dtype == np.float32
+    assert up.dtype == ms.float16  # a copy for the network: what is trained and saved is fp32
+    saved = load_state(find_states(output / "ckpt")[0]).arrays
+    trained, average = (saved[f"{group}.{up.name}"] for group in ("p", "ema"))
+    assert trained.dtype == average.dtype == np.float32 and np.abs(trained).max() > 0
+    assert (trained != trained.astype(np.float16)).any()
+    np.testing.assert_array_equal(up.asnumpy(), trained.astype(np.float16))
+    lora = read_lora(output / "ckpt" / "lora.ckpt")
+    np.testing.assert_array_equal(lora.layers[up.name[: -len(".lora_up.weight")]].up, average)
     assert not list(output.glob("cache/*/*.npy"))
 
 

@@ -33,18 +33,22 @@ class Linear(nn.Cell):
 
 
 class Product(nn.Cell):
-    """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents."""
+    """sum over parameters of sum(p * g): its gradient with respect to p is g, which is packed into the latents.
 
-    def __init__(self, starts):
+    The products with the first `in_fp16` parameters are computed in fp16.
+    """
+
+    def __init__(self, starts, in_fp16=0):
         super().__init__()
+        self.dtypes = [ms.float16] * in_fp16 + [ms.float32] * (len(starts) - in_fp16)
         self.parameters = ms.ParameterTuple([Parameter(Tensor(s), name=f"p{i}") for i, s in enumerate(starts)])
         self.sum = ops.ReduceSum()
 
     def construct(self, latents, noise, timesteps, text_embeddings):
         total, first = 0.0, 0
-        for parameter in self.parameters:
+        for parameter, dtype in zip(self.parameters, self.dtypes):
             gradient = latents[first : first + parameter.size].reshape(parameter.shape)
-            total = total + self.sum(parameter * gradient)
+            total = total + self.sum((parameter.astype(dtype) * gradient.astype(dtype)).astype(ms.float32))
             first += parameter.size
         return total
 

@@ -35,15 +35,18 @@ assert not overflow.finite and np.array_equal(step.state()["p.w"], before)
 np.savez(folder / f"process{runtime.process_index}.npz", norm=results[-1].gradient_norm, **step.state())
 
 
-def several_arrays(sharded, steps, resume=None):
-    """Train steps (first, last) and write the parameters, and as the first process the training state."""
+def several_arrays(sharded, steps, resume=None, in_fp16=0, copies=0):
+    """Train steps (first, last) and write the parameters, and as the first process the training state.
+
+    The first `in_fp16` arrays are computed with in fp16. Of the first `copies`, the small ones are fp16 copies.
+    """
     rng = np.random.default_rng(0)
     starts = [rng.standard_normal(shape).astype(np.float32) for shape in ((4, 5), (3,), (6, 6), (2, 2), (5, 7))]
-    loss = Product(starts)
+    loss = Product(starts, in_fp16)
     shard_of = runtime.process_index if sharded else None
     step = TrainStep(
         loss, list(loss.parameters), clip=True, use_ema=True, skip_overflow=True, large=20,
-        process_count=runtime.process_count, shard_of=shard_of,
+        process_count=runtime.process_count, shard_of=shard_of, read_in_fp16=loss.parameters[:copies],
     )  # fmt: skip
     if resume is not None:
         step.load_state(dict(np.load(folder / f"{resume}-state.npz")))
@@ -51,7 +54,7 @@ def several_arrays(sharded, steps, resume=None):
     for t in range(steps[0], steps[1] + 1):
         gradients = np.random.default_rng((t, runtime.process_index)).standard_normal(sum(s.size for s in starts))
         step([(Tensor(gradients.astype(np.float32)), empty, empty, empty)], scalars(t, norm=5.0, decay=0.01))
-    name = f"{'sharded' if sharded else 'whole'}{steps[0]}to{steps[1]}"
+    name = f"{'sharded' if sharded else 'whole'}{'-fp16' * (in_fp16 > 0)}{steps[0]}to{steps[1]}"
     np.savez(
         folder / f"{name}-process{runtime.process_index}.npz",
         moments=sum(m.size for m in step.whole.update.optimizer.m),
@@ -70,3 +73,5 @@ several_arrays(False, (1, 1))
 several_arrays(True, (1, 1))
 several_arrays(True, (2, 3), resume="whole1to1")
 several_arrays(False, (2, 3), resume="sharded1to1")
+several_arrays(False, (1, 3), in_fp16=3)
+several_arrays(True, (1, 3), in_fp16=3, copies=3)
