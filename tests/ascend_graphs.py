@@ -22,7 +22,7 @@ from mindspore import Tensor  # noqa: E402
 from ldm import ops  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
-from ldm.lora.inject import inject_lora  # noqa: E402
+from ldm.lora.inject import factors_cast_to, inject_lora  # noqa: E402
 from ldm.lora.spec import LayerSpec, LoRASpec  # noqa: E402
 from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
 from ldm.models.layers import set_compute_dtype  # noqa: E402
@@ -69,6 +69,7 @@ def graphs(config: ModelConfig):
         use_ema=True,
         skip_overflow=True,
         micro_batches=2,
+        read_in_fp16=factors_cast_to(model, ms.float16),
     )
     yield "train", step.micro, (scalars, latents, latents, timesteps, tokens)
     yield "update", step.finish, (scalars,)

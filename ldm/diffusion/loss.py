@@ -6,6 +6,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
+from ldm.ops import fork, mean, take_rows
 
 
 class DiffusionLoss(nn.Cell):
@@ -31,15 +32,14 @@ class DiffusionLoss(nn.Cell):
         self.predicts_velocity = prediction_type == "v_prediction"
         self.sqrt_alphas = ms.Tensor(schedule.sqrt_alphas)
         self.sqrt_one_minus_alphas = ms.Tensor(schedule.sqrt_one_minus_alphas)
-        self.gather = ops.Gather()
+        self.take_rows, self.mean, self.fork = take_rows(), mean(), fork()
         self.reshape = ops.Reshape()
         self.shape = ops.Shape()
         self.cast = ops.Cast()
-        self.mean = ops.ReduceMean()
 
     def _at_timesteps(self, table: ms.Tensor, timesteps: ms.Tensor, shape: tuple[int, ...]) -> ms.Tensor:
         # Broadcast before multiplying: MindSpore's broadcasting multiply on the CPU keeps four times its output.
-        return ops.broadcast_to(self.reshape(self.gather(table, timesteps, 0), (-1, 1, 1, 1)), shape)
+        return ops.broadcast_to(self.reshape(self.take_rows(table, timesteps), (-1, 1, 1, 1)), shape)
 
     def construct(
         self, latents: ms.Tensor, noise: ms.Tensor, timesteps: ms.Tensor, text_embeddings: ms.Tensor
@@ -63,4 +63,5 @@ class DiffusionLoss(nn.Cell):
         if self.predicts_velocity:
             target = alpha * noise - sigma * latents
         difference = self.cast(self.unet(noisy_latents, timesteps, text_embeddings), ms.float32) - target
-        return self.mean(difference * difference)
+        difference, again = self.fork(difference)
+        return self.mean(difference * again)

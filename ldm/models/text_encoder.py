@@ -15,7 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.models.initial_values import normal
 from ldm.models.layers import LayerNorm, Linear, QuickGELU
-from ldm.ops import attention, fork, gelu
+from ldm.ops import attention, fork, gelu, take_rows
 
 
 class CLIPAttention(nn.Cell):
@@ -88,10 +88,10 @@ class Embedding(nn.Cell):
     def __init__(self, entries: int, width: int):
         super().__init__()
         self.weight = Parameter(normal((entries, width), std=0.02), name="weight")
-        self.gather = ops.Gather()
+        self.take_rows = take_rows()
 
     def construct(self, index: Tensor) -> Tensor:
-        return self.gather(self.weight, index, 0).astype(ms.float32)
+        return self.take_rows(self.weight, index).astype(ms.float32)
 
 
 class TextEmbeddings(nn.Cell):

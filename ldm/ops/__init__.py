@@ -36,11 +36,13 @@ __all__ = [
     "kernels_in_use",
     "layer_norm",
     "linear",
+    "mean",
     "on_ascend",
     "pixels_to_tokens",
     "shared_cell",
     "silu",
     "swap_middle_axes",
+    "take_rows",
     "tokens_to_pixels",
     "upsample2x",
 ]
@@ -146,6 +148,16 @@ def broadcast_add() -> nn.Cell:
 def fork() -> nn.Cell:
     """Value with two readers: x -> (x, x). Where both readers have a gradient, this says how the two are added."""
     return shared_cell(ascend.Fork if on_ascend() else portable.Fork)
+
+
+def mean() -> nn.Cell:
+    """Mean of all elements: x (...) -> scalar, in x's type."""
+    return shared_cell(ascend.Mean if on_ascend() else ops.ReduceMean)
+
+
+def take_rows() -> nn.Cell:
+    """Rows of a table: (table (entries, ...), index (...) int32) -> (*index.shape, *table.shape[1:])."""
+    return shared_cell(ascend.TakeRows if on_ascend() else portable.TakeRows)
 
 
 def upsample2x() -> nn.Cell:

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.mint import chunk
 from mindspore.mint.nn.functional import interpolate, layer_norm, pad
-from mindspore.ops.auto_generate import Conv2DExt, ConvolutionGrad, Dense, GeluExt
+from mindspore.ops.auto_generate import Conv2DExt, ConvolutionGrad, Dense, GeluExt, IndexSelect, MeanExt
 
 from ldm.ops.graph import cast
 
@@ -179,6 +179,28 @@ class GELUGate(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         value, gate = chunk(x, 2, -1)
         return value * self.gelu(gate, "none")
+
+
+class TakeRows(nn.Cell):
+    """(table (entries, ...), index (...)) -> the rows of the table at these indices. Gather is an aclop kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index_select = IndexSelect()
+
+    def construct(self, table: Tensor, index: Tensor) -> Tensor:
+        return self.index_select(table, 0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
+
+
+class Mean(nn.Cell):
+    """Mean of all elements. ReduceMean and its derivative are aclop kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanExt()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.mean(x)
 
 
 class Upsample2x(nn.Cell):

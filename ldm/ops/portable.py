@@ -43,6 +43,17 @@ class Fork(nn.Cell):
         return x, x
 
 
+class TakeRows(nn.Cell):
+    """(table (entries, ...), index (...)) -> the rows of the table at these indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, table: Tensor, index: Tensor) -> Tensor:
+        return self.gather(table, index, 0)
+
+
 class Upsample2x(nn.Cell):
     """Nearest-neighbour doubling of height and width of (N, C, H, W)."""
 

@@ -10,7 +10,9 @@ How the accuracy of each form of ldm/ops/ascend.py is held:
 | Upsample2x | UpsampleNearest2D | the same operator |
 | PaddedConvolution | ConstantPadND | the same operator |
 | GELUGate | ChunkView | the same operator; `ops.chunk` with MindSpore 2.7, which has it on Ascend only |
+| Mean | MeanExt | the same operator |
 | GELU, GELUGate | GeluExt | its documented formula |
+| TakeRows | IndexSelect | Gather |
 | LayerNorm | LayerNormExt | its documented formula |
 | Convolution | Conv2DExt, ConvolutionGrad | `ops.conv2d` and its gradient; the outputs outside output_mask are none |
 | FlashAttention | FlashAttentionScore | its documented formula in NumPy (tests/ops/test_attention.py) |
@@ -29,8 +31,8 @@ from ldm import ops as operators
 from ldm.ops import ascend
 from ldm.runtime.versions import splits_into_views
 
-RUN_ON_THE_CPU = {"Dense", "Add", "GroupNorm", "UpsampleNearest2D", "ConstantPadND", "ChunkView"}
-STAND_INS = {"GeluExt", "LayerNormExt", "Conv2DExt", "ConvolutionGrad", "FlashAttentionScore"}
+RUN_ON_THE_CPU = {"Dense", "Add", "GroupNorm", "UpsampleNearest2D", "ConstantPadND", "ChunkView", "MeanExt"}
+STAND_INS = {"GeluExt", "IndexSelect", "LayerNormExt", "Conv2DExt", "ConvolutionGrad", "FlashAttentionScore"}
 
 
 class Gelu(nn.Cell):
@@ -43,6 +45,18 @@ class Gelu(nn.Cell):
     def construct(self, x: Tensor, approximate: str) -> Tensor:
         assert approximate == "none"
         return x * (1 + self.erf(x / math.sqrt(2))) / 2
+
+
+class Select(nn.Cell):
+    """The entries of an axis at the indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, x: Tensor, axis: int, index: Tensor) -> Tensor:
+        assert index.ndim == 1
+        return self.gather(x, index, axis)
 
 
 def layer_norm(x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -86,6 +100,7 @@ def build_as_on_ascend(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(operators, "on_ascend", lambda: True)
         patch.setattr(ascend, "GeluExt", Gelu)
+        patch.setattr(ascend, "IndexSelect", Select)
         patch.setattr(ascend, "layer_norm", layer_norm)
         patch.setattr(ascend, "Conv2DExt", Conv2D)
         patch.setattr(ascend, "ConvolutionGrad", ConvolutionGradient)

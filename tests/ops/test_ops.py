@@ -155,6 +155,26 @@ def test_the_gradients_of_a_forks_readers_are_added(device):
     np.testing.assert_allclose(by_x, weight * (2 * x + 3), atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(9,), (9, 4)], ids=["numbers", "rows"])
+@pytest.mark.parametrize("index", [[2, 0, 2], [[8, 1, 1], [0, 3, 5]]], ids=["a row", "rows of tokens"])
+def test_rows_of_a_table_and_their_gradients(device, shape, index):
+    table, index = normal(*shape), np.array(index, np.int32)
+    weight = normal(*index.shape, *shape[1:], seed=1)
+    y, (by_table,) = value_and_gradients(WithArguments(operators.take_rows(), Tensor(index)), table, weight=weight)
+    np.testing.assert_array_equal(y, table[index])
+    expected = np.zeros_like(table)
+    np.add.at(expected, index, weight)
+    np.testing.assert_allclose(by_table, expected, atol=1e-6)
+
+
+def test_the_mean_of_all_elements(device):
+    x = normal(2, 3, 4, 5) + 100
+    y, (by_x,) = value_and_gradients(operators.mean(), x, weight=np.float32(3.0))
+    assert y.shape == ()
+    np.testing.assert_allclose(y, x.mean(dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(by_x, np.full_like(x, 3 / 120), rtol=1e-6)
+
+
 def test_upsampling_and_its_derivative(device):
     x, weight = normal(2, 3, 4, 5), normal(2, 3, 8, 10, seed=1)
     y, (by_x,) = value_and_gradients(operators.upsample2x(), x, weight=weight)
