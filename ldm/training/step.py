@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
-from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, StackExt
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, SplitWithSize, StackExt
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
 from ldm import ops as device_ops
@@ -160,10 +160,20 @@ class _NormOnAscend(nn.Cell):
 
 
 class _UnstackOnAscend(nn.Cell):
-    """Tensor (n,) -> n scalars, as views."""
+    """Tensor (n, ...) -> n tensors (...), by one aclnn kernel.
+
+    `mint.unbind` makes views without a kernel, but the compiler copies a view that is read twice by an aclop kernel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.split = SplitWithSize()
 
     def construct(self, x: Tensor) -> tuple[Tensor, ...]:
-        return mint.unbind(x)
+        rows: tuple[Tensor, ...] = ()
+        for row in self.split(x, (1,) * x.shape[0], 0):
+            rows = (*rows, row.reshape(x.shape[1:]))
+        return rows
 
 
 class _Flags(nn.Cell):
@@ -344,7 +354,7 @@ def _stack() -> Callable:
 
 def _unstack() -> Callable:
     """Return the operator that makes a tuple of scalars of a tensor."""
-    return _UnstackOnAscend(auto_prefix=False) if device_ops.on_ascend() else ops.Unstack()
+    return _UnstackOnAscend() if device_ops.on_ascend() else ops.Unstack()
 
 
 class TrainStep:

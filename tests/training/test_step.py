@@ -10,7 +10,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.runtime.device import setup_runtime
-from ldm.training.step import LossFromTokens, TrainStep, averages
+from ldm.training.step import LossFromTokens, TrainStep, _UnstackOnAscend, averages
 from tests.training.toy import Linear, Product, batch, numbers, scalars
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adamw.npz"
@@ -257,6 +257,15 @@ def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monke
         flags.flags.set_data(Tensor(np.array([0, flag, 0, 0, 0, 0, 0, 0], np.int32)))
         assert step([pair] * micro_batches, scalars(micro=micro_batches)).read().finite == finite
         assert np.array_equal(step.state()["p.w"], before["p.w"]) == (not finite)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7)], ids=str)
+def test_ascends_rows_of_a_tensor(shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    rows = _UnstackOnAscend()(Tensor(x))
+    assert len(rows) == len(x) and rows[0].shape == shape[1:]
+    for row, expected in zip(rows, x):
+        np.testing.assert_array_equal(row.asnumpy(), expected)
 
 
 def test_the_moving_average_follows():
