@@ -15,6 +15,7 @@ from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline, to_uint8
 from ldm.models.stable_diffusion import build_model
+from ldm.runtime.versions import mindspore_version
 from ldm.settings.model import load_model_config
 from tests.named_weights import relative_error
 from tests.network_cases import model_with_named_weights
@@ -225,7 +226,13 @@ class HugeProduct(ms.nn.Cell):
         return self.product(self.column, self.column)
 
 
-@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+# MindSpore 2.10.0 ends with a segmentation fault after the second allocation that fails in pynative mode.
+PYNATIVE = pytest.param(
+    ms.PYNATIVE_MODE, marks=pytest.mark.skipif(mindspore_version()[:2] == (2, 10), reason="MindSpore 2.10 crashes")
+)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, PYNATIVE])
 @pytest.mark.parametrize("network", ["unet", "text_encoder", "decoder"])
 def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, mode, network):
     """MindSpore's message differs between the modes."""
