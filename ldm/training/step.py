@@ -177,11 +177,12 @@ class _UnstackOnAscend(nn.Cell):
 
 
 class _Flags(nn.Cell):
-    """The flags in which the first Ascend 910 notes that a number saturated.
+    """The flags in which a device that saturates notes that a number did.
 
-    There a number above a type's largest becomes the largest, not infinity, so that the gradients may be finite and
-    wrong. The device notes it in flags, whichever operator it was in, until they are cleared. MindSpore's
-    TrainOneStepWithLossScaleCell reads the same flags.
+    A first Ascend 910 saturates, and an A2 with MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE. There a number above a
+    type's largest becomes the largest, not infinity, so that the gradients may be finite and wrong. The device notes it
+    in flags, whichever operator it was in, until they are cleared. MindSpore's TrainOneStepWithLossScaleCell reads the
+    same flags.
     """
 
     def __init__(self) -> None:
@@ -287,7 +288,9 @@ class _Update(nn.Cell):
         if gradients:  # a process may own no array
             updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
         if self.send is not None:
-            updated = self.send(updated)
+            # `finite` comes after the flags' AllReduce: in each process, also in one without arrays, the broadcasts
+            # then come after it too.
+            updated = self.send((*updated, finite))
         if self.copy is not None:
             updated = ops.depend(updated, self.copy(updated))
         norm = ops.depend(norm, (updated, _copy(self.previous_finite, finite)))
@@ -377,8 +380,9 @@ class TrainStep:
         shard_of: This process, if each process is to hold its share of the moments and averages alone (see
             ldm.training.sharding). None: each process holds all.
         dropout_key: Key of LoRA's dropout (see ldm.lora.dropout), which is set for each micro-batch.
-        saturates: Whether the device saturates instead of overflowing (the first Ascend 910). A step in which a number
-            saturated is then one whose gradients are not finite.
+        saturates: Whether the device saturates instead of overflowing: a first Ascend 910, or an A2 with
+            MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE. A step in which a number saturated is then one whose
+            gradients are not finite.
         large: Number of elements from which a parameter is an array of its own, None for the device's default. All
             smaller ones are parts of one flat array, which is copied into them at the end of a step.
         read_in_fp16: Those of `parameters` that the loss casts to fp16 wherever it uses them. The small ones of them

@@ -234,27 +234,54 @@ def test_without_skipping_an_overflow_reaches_the_weights():
     assert not np.isfinite(step.state()["p.w"]).all()
 
 
-class Flags(nn.Cell):
-    """Stands for the operator that reads the first Ascend 910's flags."""
+class DeviceFlags:
+    """Stands for the flags of a device that saturates, and for the operators that read and clear them.
+
+    There is no saturation on the CPU: clearing the flags sets them to `in_step`, what the step would leave in them.
+    """
 
     def __init__(self):
+        self.flags, self.in_step = (
+            Parameter(Tensor(np.zeros(8, np.int32)), name=name, requires_grad=False)
+            for name in ("device_flags", "in_step")
+        )
+
+    def set(self, before, in_step):
+        for parameter, flag in ((self.flags, before), (self.in_step, in_step)):
+            parameter.set_data(Tensor(np.array([0, flag, 0, 0, 0, 0, 0, 0], np.int32)))
+
+
+class ReadFlags(nn.Cell):
+    def __init__(self, device):
         super().__init__(auto_prefix=False)
-        self.flags = Parameter(Tensor(np.zeros(8, np.int32)), name="device_flags", requires_grad=False)
+        self.flags = device.flags
 
     def construct(self, x):
         return self.flags + x
 
 
+class ClearFlags(nn.Cell):
+    def __init__(self, device):
+        super().__init__(auto_prefix=False)
+        self.flags, self.in_step = device.flags, device.in_step
+
+    def construct(self, x):
+        return ops.assign(self.flags, self.in_step + x)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monkeypatch):
-    """The operators exist on Ascend only. What the step does with the flags is the same everywhere."""
-    flags = Flags()
-    monkeypatch.setattr("ldm.training.step.NPUGetFloatStatusV2", lambda: flags)
-    monkeypatch.setattr("ldm.training.step.NPUClearFloatStatusV2", lambda: ops.ReLU())
+    """The operators exist on Ascend only. What the step does with the flags is the same everywhere.
+
+    Flags that something before the step has set are cleared first.
+    """
+    device = DeviceFlags()
+    monkeypatch.setattr("ldm.training.step.NPUGetFloatStatusV2", lambda: ReadFlags(device))
+    monkeypatch.setattr("ldm.training.step.NPUClearFloatStatusV2", lambda: ClearFlags(device))
     _, step = toy_step(skip_overflow=True, saturates=True, micro_batches=micro_batches)
     pair, before = batch(*numbers()), step.state()
-    for flag, finite in ((3, False), (0, True)):
-        flags.flags.set_data(Tensor(np.array([0, flag, 0, 0, 0, 0, 0, 0], np.int32)))
+    for flags_before, in_step, finite in ((0, 3, False), (3, 0, True)):
+        device.set(flags_before, in_step)
         assert step([pair] * micro_batches, scalars(micro=micro_batches)).read().finite == finite
         assert np.array_equal(step.state()["p.w"], before["p.w"]) == (not finite)
 
