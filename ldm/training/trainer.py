@@ -124,7 +124,10 @@ def run_steps(run: Run) -> Path:
         bar.set_postfix_str("compiling the graph, the first step takes longer")
         for metrics in _train_steps(run):
             status.phase = ""
-            mean_loss = metrics.loss if mean_loss is None else SMOOTHING * mean_loss + (1.0 - SMOOTHING) * metrics.loss
+            if mean_loss is None or not math.isfinite(mean_loss):
+                mean_loss = metrics.loss
+            elif math.isfinite(metrics.loss):  # that of a step which overflowed in fp16 may not be
+                mean_loss = SMOOTHING * mean_loss + (1.0 - SMOOTHING) * metrics.loss
             bar.set_postfix_str(f"loss {metrics.loss:.4f}, mean {mean_loss:.4f}", refresh=False)
             bar.update()
             if metrics_file is not None:

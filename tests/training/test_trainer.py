@@ -95,6 +95,17 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(setti
     assert not list(output.glob("cache/*/*.npy"))
 
 
+def test_a_loss_that_overflowed_is_left_out_of_the_mean(settings, empty_run, monkeypatch):
+    run = prepare(settings(empty_run, **{**FULL, "max_steps": 4}, precision="fp16"))
+    nan = float("nan")
+    losses = [nan, 1.0, nan, 3.0]
+    results = [unread(loss, loss, finite=loss == loss) for loss in losses]
+    run.step = lambda *_: results.pop(0)
+    monkeypatch.setattr("ldm.training.trainer.save", lambda _: None)
+    run_steps(run)
+    assert "step 4/4: loss 3.0000 (mean 1.0400)" in (empty_run / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("reads_late", [False, True])
 def test_a_run_that_always_overflows_stops(settings, empty_run, monkeypatch, reads_late):
     run = prepare(settings(empty_run, **{**FULL, "max_steps": 200}, loss_scaler_type="dynamic"))
