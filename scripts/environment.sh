@@ -25,8 +25,9 @@ set -eu
 
 # CANN: an overflow in fp16 gives infinity, which loss scaling looks for. Training sets it too; it is here to be seen.
 export MS_ASCEND_CHECK_OVERFLOW_MODE=${MS_ASCEND_CHECK_OVERFLOW_MODE:-INFNAN_MODE}
-# HCCL: seconds that cards wait for each other before their first exchange. The images are encoded before it, and one
-# process may take minutes longer than another. CANN's default is 120.
+# HCCL: seconds for which a process waits until the other cards answer when it connects with them. All processes report
+# before the first connection, but then each loads its operators and compiles its graphs, and one may take minutes
+# longer than another. Images are encoded without an exchange between cards. CANN's default is 120.
 export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
 # Log levels: errors only, of CANN and of MindSpore. 1 shows what the compiler does, for a report of an error.
 export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}
