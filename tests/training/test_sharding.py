@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from ldm.training import sharding
+from ldm.training import sharding, step
+from ldm.training.optimizer_arrays import OptimizerArrays
+from ldm.training.optimizers import AdamW
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 
 
@@ -61,3 +63,19 @@ class TestOrder:
         SendUpdated(arrays, Shards(owners=(1, 0, 1), process=0))((Tensor(-1.0),))
         assert waits == [([1.0], [-1.0]), ([0.0, 2.0], [11.0])]
         assert [float(array) for array in arrays] == [10.0, 1.0, 12.0]  # the second is this process's own
+
+    @pytest.mark.parametrize("process", [0, 1], ids=["the owner", "a process without arrays"])
+    def test_all_send_after_they_know_whether_a_number_saturated(self, process, monkeypatch):
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        before = []
+        monkeypatch.setattr(sharding.ops, "AllReduce", lambda: lambda x: x)
+        monkeypatch.setattr(step, "SendUpdated", lambda arrays, shards: lambda updated: before.extend(updated))
+        arrays, shards = OptimizerArrays([Parameter(Tensor([1.0, 2.0]), name="a")], 1), Shards((0,), process)
+        optimizer = AdamW(shards.own(arrays.arrays), (0.9, 0.999))
+        update = step._Update(arrays, optimizer, False, 2, True, shards)
+        saturated = Tensor([0, 1, 0, 0, 0, 0, 0, 0], ms.int32)
+        _, finite = update(
+            (Tensor([3.0, 4.0]),), saturated, tuple(Tensor(x, ms.float32) for x in [1, 1, 1, 0, 1, 0, 0])
+        )
+        assert float(finite) == 0
+        assert [bool(x) for x in before if x.dtype == ms.bool_] == [False]
