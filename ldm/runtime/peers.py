@@ -30,6 +30,7 @@ import numpy as np
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain
 from ldm.files.atomic import remove_temporaries
+from ldm.files.documents import read_json
 from ldm.runtime import roll_call
 from ldm.runtime.launcher import LAUNCHER_SECONDS, local_index, process_name
 from ldm.runtime.script import progress
@@ -37,6 +38,7 @@ from ldm.runtime.script import progress
 # Seconds, but for the last one: 35 s until a dead host is noticed, also while data is on its way to it.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 35_000}
 CONNECT_SECONDS = 60.0  # to connect all processes, after MindSpore has connected them
+HELLO_SECONDS = 5.0  # in which a new connection must have said who it is; the others wait meanwhile
 LAST_LINE_SECONDS = 2.0  # how long printing the last line may take
 EXIT_CODE = 1  # where another process has ended without a UserError
 TOKEN_BYTES = 16
@@ -45,6 +47,8 @@ LONGEST_HOST = 64  # bytes
 _DATA, _GO, _DONE, _FAILED = range(4)  # kinds of messages
 _HEADER = struct.Struct("!BQ")  # kind, number of bytes
 _HELLO = struct.Struct(f"!{TOKEN_BYTES}sI{LONGEST_HOST}s")  # token, process, host
+
+_TABLE_WAY_OUT = "correct its server_id, or start the processes of all hosts with msrun, which needs no table"
 
 _peers: Peers | None = None
 
@@ -60,7 +64,8 @@ class Peers:
 
     def __init__(self, index: int, connections: dict[int, socket.socket], hosts: dict[int, str]):
         self.index, self.connections, self.hosts = index, connections, hosts
-        self.inbox: dict[int, queue.Queue[bytes]] = {process: queue.Queue() for process in connections}
+        # What each process has sent, and None when it is done.
+        self.inbox: dict[int, queue.Queue[bytes | None]] = {process: queue.Queue() for process in connections}
         self.failed, self.exit_code = False, EXIT_CODE  # whether this process ends with an error, and with which code
         self._ending = threading.Lock()
         self._terminal = os.dup(2)  # standard error may be redirected to a log file later
@@ -68,14 +73,17 @@ class Peers:
             threading.Thread(target=self._receive, args=(process,), daemon=True, name=f"process {process}").start()
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Wait for all processes, and return what each gave in process 0, nothing in the others."""
+        """Wait for all processes, and return what each gave in process 0, nothing in the others.
+
+        Raises:
+            UserError: A process is done, and will not call this.
+        """
         if self.index:
-            _send(self.connections[0], _DATA, data)
+            self._send_to_all(_DATA, data)
             self._next(0)
             return []
         parts = [data, *(self._next(process) for process in sorted(self.connections))]
-        for connection in self.connections.values():
-            _send(connection, _GO)
+        self._send_to_all(_GO)
         return parts
 
     def fail(self, message: str, code: int, wait: bool) -> None:
@@ -90,26 +98,34 @@ class Peers:
             time.sleep(self._patience())
 
     def _send_failed(self, message: str, code: int) -> None:
-        for connection in self.connections.values():
-            try:
-                _send(connection, _FAILED, bytes([code]) + message.encode("utf-8", "replace"))
-            except OSError:  # that process has ended
-                continue
+        self._send_to_all(_FAILED, bytes([code]) + message.encode("utf-8", "replace"))
 
     def say_done(self) -> None:
         """Say that this process ends as it should."""
+        self._send_to_all(_DONE)
+
+    def _send_to_all(self, kind: int, data: bytes = b"") -> None:
+        """Send a message to each connected process that has not ended. What follows from an end, _receive decides."""
         for connection in self.connections.values():
             try:
-                _send(connection, _DONE)
-            except OSError:  # that process was done before
+                _send(connection, kind, data)
+            except OSError:
                 continue
 
     def _next(self, process: int) -> bytes:
         while True:  # in short waits: the interrupt of ldm.runtime.script does not end a long one
             try:
-                return self.inbox[process].get(timeout=0.5)
+                data = self.inbox[process].get(timeout=0.5)
             except queue.Empty:
                 continue
+            if data is None:
+                self.inbox[process].put(None)  # for the next call
+                name = process_name(process, self.hosts[process])
+                raise UserError(
+                    f"{name} has ended before this one, which still waits for it: start all processes with the same "
+                    "command, settings and files; what it did last is in its log"
+                )
+            return data
 
     def _patience(self) -> float:
         """Return after how many seconds this process reports the end of another: one after the other on each host."""
@@ -122,6 +138,7 @@ class Peers:
             while True:
                 kind, data = _receive_message(connection)
                 if kind == _DONE:
+                    self.inbox[process].put(None)
                     return
                 if kind == _FAILED:
                     code, text = data[0], data[1:].decode("utf-8", "replace")
@@ -269,32 +286,63 @@ def _at_exit() -> None:
 
 
 def _listen() -> socket.socket:
-    """Return a socket that listens on the address by which the scheduler's host is reached, so that others reach it."""
-    scheduler = os.environ.get("MS_SCHED_HOST") or socket.gethostname()
+    """Return a socket that listens on the address of process 0's host by which the other hosts reach it."""
+    scheduler = os.environ.get("MS_SCHED_HOST")
+    target = scheduler or _other_server()
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((scheduler, 1))  # of a datagram socket: it sends nothing, and chooses the address
-            return socket.create_server((probe.getsockname()[0], 0))
+            probe.connect((target or "127.0.0.1", 1))  # of a datagram socket: it sends nothing, and chooses the address
+            address = probe.getsockname()[0]
+        if target and not scheduler and address.startswith("127."):
+            raise OSError("this is an address of the same host")
+        return socket.create_server((address, 0))
     except OSError as error:
-        raise UserError(f"process 0 cannot listen on the network of {plain(scheduler)}: {plain(error)}") from None
+        way_out = "" if scheduler else f": {_TABLE_WAY_OUT}"
+        raise UserError(
+            f"process 0 cannot listen on the network of {plain(target)} ({plain(error)}){way_out}"
+        ) from None
+
+
+def _other_server() -> str:
+    """Return the address of a host other than that of process 0 by RANK_TABLE_FILE, "" if there is one host only."""
+    table = os.environ.get("RANK_TABLE_FILE", "")
+    if not table:
+        return ""
+    try:
+        for server in read_json(table)["server_list"]:
+            if all(int(device["rank_id"]) for device in server["device"]):
+                return str(server["server_id"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{plain(table)} (RANK_TABLE_FILE) does not name its hosts (server_id): {_TABLE_WAY_OUT}"
+        ) from None
+    return ""
 
 
 def _accept(server: socket.socket, count: int, token: bytes) -> tuple[dict[int, socket.socket], dict[int, str]]:
+    """Return the connections to the processes 1 to `count` - 1 and the names of their hosts."""
     connections: dict[int, socket.socket] = {}
     hosts: dict[int, str] = {}
     deadline = time.monotonic() + CONNECT_SECONDS
     while len(connections) < count - 1:
-        server.settimeout(max(0.1, deadline - time.monotonic()))
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            for connection in connections.values():
+                connection.close()
+            missing = ", ".join(str(i) for i in range(1, count) if i not in connections)
+            raise UserError(f"processes {missing} have not connected to process 0: see their logs")
+        server.settimeout(seconds)
         try:
             connection, _ = server.accept()
-            connection.settimeout(10)
-            given, process, host = _HELLO.unpack(_receive_bytes(connection, _HELLO.size))
-        except OSError:
-            if time.monotonic() > deadline:
-                missing = ", ".join(str(i) for i in range(1, count) if i not in connections)
-                raise UserError(f"processes {missing} have not connected to process 0: see their logs") from None
-            continue  # a stranger, who says nothing
-        if not secrets.compare_digest(given, token):
+        except OSError:  # the time is over, or the connection is closed again
+            continue
+        try:
+            hello = _receive_bytes(connection, _HELLO.size, time.monotonic() + min(seconds, HELLO_SECONDS))
+        except OSError:  # a stranger, who says nothing
+            connection.close()
+            continue
+        given, process, host = _HELLO.unpack(hello)
+        if not secrets.compare_digest(given, token) or not 0 < process < count or process in connections:
             connection.close()
             continue
         connections[process], hosts[process] = connection, host.rstrip(b"\0").decode("utf-8", "replace")
@@ -322,10 +370,18 @@ def _receive_message(connection: socket.socket) -> tuple[int, bytes]:
     return kind, _receive_bytes(connection, size)
 
 
-def _receive_bytes(connection: socket.socket, size: int) -> bytes:
-    """Return the next `size` bytes. Raises OSError if the connection ends before."""
+def _receive_bytes(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
+    """Return the next `size` bytes. Raises OSError if the connection ends before, or not all are there in time.
+
+    `deadline`: as time.monotonic() counts, None for no limit.
+    """
     received = bytearray()
     while len(received) < size:
+        if deadline is not None:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError("the time is over")
+            connection.settimeout(seconds)
         part = connection.recv(min(size - len(received), 1 << 20))
         if not part:
             raise ConnectionResetError("the connection was closed")

@@ -216,7 +216,7 @@ def _greet(server: socket.socket) -> _Process | None:
     try:
         connection.settimeout(BANNER_SECONDS / 2)
         _send_line(connection, {"banner": BANNER})
-        return _Process(connection, _receive_line(connection))
+        return _Process(connection, _receive_line(connection, time.monotonic() + BANNER_SECONDS / 2))
     except (OSError, ValueError):
         connection.close()
         return None
@@ -318,10 +318,15 @@ def _send_line(connection: socket.socket, words: dict[str, Any]) -> None:
     connection.sendall(json.dumps(words).encode("ascii") + b"\n")
 
 
-def _receive_line(connection: socket.socket) -> dict[str, Any]:
-    """Return the next line. Raises OSError if the connection ends before, ValueError if it is none of ours."""
+def _receive_line(connection: socket.socket, deadline: float = float("inf")) -> dict[str, Any]:
+    """Return the next line. Raises OSError if the connection ends before, ValueError if it is none of ours.
+
+    `deadline`: until when the whole line must be there, as time.monotonic() counts.
+    """
     line = bytearray()
     while not line.endswith(b"\n"):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the time is over")
         part = connection.recv(1)  # one byte at a time: what follows the line is left
         if not part:
             raise ConnectionResetError("the connection was closed")

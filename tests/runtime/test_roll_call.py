@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -94,6 +95,28 @@ def test_a_port_that_another_program_uses_is_named_by_all(start):
     assert all(f"another run or program uses port {port} of 127.0.0.1" in text for text in texts)
 
 
+def test_a_stranger_that_sends_byte_after_byte_does_not_keep_the_run_waiting(start):
+    scheduler = start()
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", start.port))
+            break
+        except OSError:  # the scheduler has not started yet
+            time.sleep(0.1)
+
+    def send_slowly():
+        try:
+            while True:
+                stranger.sendall(b"x")
+                time.sleep(0.2)
+        except OSError:  # closed by the other side
+            pass
+
+    threading.Thread(target=send_slowly, daemon=True).start()
+    assert said(start(0), start(1), scheduler) == ["", "", ""]
+    stranger.close()
+
+
 def test_another_run_with_the_same_port_is_refused_and_this_one_starts(start):
     scheduler, first = start(), start(0)
     other_scheduler, other = (start(index, parent=OTHER_MSRUN) for index in (None, 1))
@@ -138,8 +161,9 @@ def test_all_are_told_of_one_that_is_killed_while_it_waits(start):
 
 @pytest.mark.parametrize("parent", [(), OTHER_MSRUN], ids=["of its own host", "of another"])
 def test_a_process_ends_the_scheduler_of_its_own_host(start, parent):
-    scheduler = start(local=1, then="import time; time.sleep(3)")
-    texts = said(start(0, local=1), start(1, local=1, parent=parent, then="roll_call.end_scheduler()"), scheduler)
+    scheduler = start(local=1, then="import time; time.sleep(4)")
+    ends_it = "import time; time.sleep(1); roll_call.end_scheduler()"  # when process 0 has its answer too
+    texts = said(start(0, local=1), start(1, local=1, parent=parent, then=ends_it), scheduler)
     assert texts == ["", "", ""] and scheduler.returncode == (0 if parent else -signal.SIGKILL)
 
 
