@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ldm.runtime.subprocesses import TERMINATION_SECONDS
+from ldm.runtime.subprocesses import TERMINATION_SECONDS, run
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -72,3 +72,16 @@ def test_run_returns_the_exit_code_of_the_program():
     process = script("raise SystemExit(7)")
     process.communicate(timeout=30)
     assert process.returncode == 7
+
+
+@pytest.mark.parametrize("program", ["", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"])
+def test_a_program_that_hangs_ends_at_its_time_limit(program, monkeypatch):
+    """Even one that ignores SIGTERM."""
+    monkeypatch.setattr("ldm.runtime.subprocesses.TERMINATION_SECONDS", 0.5)
+    pids = []
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="did not end within 2 s"):
+        run([sys.executable, "-c", program + "import time; time.sleep(60)"], pids.append, time_limit=2)
+    assert time.monotonic() - begun < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
