@@ -13,7 +13,7 @@ from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible, match_shapes
 from ldm.models.attention import use_flash_attention
-from ldm.models.layers import set_compute_dtype
+from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.settings.model import ModelConfig
 from ldm.weights.base_model import open_base_model
@@ -27,18 +27,15 @@ def load_model(
     config: ModelConfig,
     checkpoint: str | Path,
     *,
-    dtype: ms.Type = ms.float32,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     ema: bool = False,
-    flash_attention: bool = False,
     random_unet: bool = False,
 ) -> StableDiffusion:
     """Build the networks of a configuration and load a base checkpoint, a file or a diffusers folder, into them.
 
-    `dtype` is that in which UNet and text encoder compute. The VAE computes in fp32, as it overflows in fp16. With
-    `random_unet`, the UNet is initialised at random. The other options are those of Pipeline.from_checkpoint. The base
-    checkpoint may lack a VAE if `vae` is given, and a UNet if it is random.
+    With `random_unet`, the UNet is initialised at random. The other options are those of Pipeline.from_checkpoint. The
+    base checkpoint may lack a VAE if `vae` is given, and a UNet if it is random. The networks compute in fp32.
 
     Raises:
         UserError: A file does not fit the configuration, or its metadata names another model (see ldm.weights.load).
@@ -51,11 +48,24 @@ def load_model(
     for component, path in (("unet", unet), ("vae", vae)):
         if path is not None:
             logger.info("%s: %s", path, load_component(model, path, component, config))
-    set_compute_dtype(model.model, dtype)
-    set_compute_dtype(model.cond_stage_model, dtype)
-    if flash_attention:
-        use_flash_attention(model.model, True)
     return model
+
+
+def set_up_sampling(model: StableDiffusion, dtype: ms.Type, flash_attention: bool) -> None:
+    """Set the precision and the attention of networks that sample, after their weights are loaded.
+
+    UNet and text encoder hold their weights in `dtype`, in which they compute, with the same results. MergedLoRAs reads
+    the fp32 weights from the files. The VAE computes in fp32, as it overflows in fp16.
+
+    Args:
+        model: The networks, none of which is trained or has run yet.
+        dtype: ms.float32 or ms.float16.
+        flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
+    """
+    for network in (model.model, model.cond_stage_model):
+        set_compute_dtype(network, dtype)
+        hold_frozen_weights(network, dtype)
+    use_flash_attention(model.model, flash_attention)
 
 
 def select_lora(

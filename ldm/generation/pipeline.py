@@ -27,12 +27,11 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
-from ldm.generation.loading import load_model, select_lora
+from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.models.autoencoder import VAEDecode
-from ldm.models.layers import hold_frozen_weights
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
@@ -144,15 +143,11 @@ class Pipeline:
         model = load_model(
             config_with_tokens(model_config, path),
             path,
-            dtype=dtype or runtime.compute_dtype,
             unet=unet,
             vae=vae,
             ema=ema,
-            flash_attention=use_flash,
         )
-        for network in (model.model, model.cond_stage_model):
-            # In fp16, which they compute in, with the same results. MergedLoRAs reads the fp32 weights from the files.
-            hold_frozen_weights(network, runtime_of_dtype.compute_dtype)
+        set_up_sampling(model, runtime_of_dtype.compute_dtype, use_flash)
         return cls(model, base_weights=base_weights)
 
     @property

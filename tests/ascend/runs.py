@@ -12,11 +12,13 @@ from pathlib import Path
 
 from tools.ascend.dry_run import GRAPHS, training_flags
 from tools.ascend.simulation import Simulated, simulate
+from tools.ascend.stub_cann import DEFAULT_SOC
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "tiny.yaml"
 MICRO = ROOT / "tests" / "training" / "micro.yaml"
 NANO = ROOT / "configs" / "nano.yaml"
+A2, FIRST_910 = DEFAULT_SOC, "Ascend910A"
 RECIPE = ROOT / "configs" / "train" / "train_config_lora_v1.yaml"
 
 Result = Simulated
@@ -25,16 +27,17 @@ Run = Callable[[Path, Path, Path], Result]
 # What is compared with the recorded tables. tests/tiny.yaml has two levels; micro.yaml, with one level, has the same
 # operators in a third of the time. EMA, clipping and the skip of overflows are on.
 COMPARED = {
-    "flash-O0": (TINY, 32, GRAPHS, True, "O0"),
-    "plain-O0": (MICRO, 16, ("unet", "step"), False, "O0"),
-    "flash-O1": (MICRO, 16, GRAPHS, True, "O1"),
-    "plain-O1": (MICRO, 16, ("unet", "step"), False, "O1"),
+    "flash-O0": (TINY, 32, GRAPHS, True, "O0", A2),
+    "plain-O0": (MICRO, 16, ("unet", "step"), False, "O0", A2),
+    "flash-O1": (MICRO, 16, GRAPHS, True, "O1", A2),
+    "plain-O1": (MICRO, 16, ("unet", "step"), False, "O1", A2),
+    "first-910-O0": (MICRO, 16, ("step",), False, "O0", FIRST_910),
 }
 
 
 def compile_graphs(
-    config: Path, size: int, graphs: Sequence[str], flash: bool, jit_level: str, *_: Path, process_count: int = 1,
-    flags: Sequence[str] = (),
+    config: Path, size: int, graphs: Sequence[str], flash: bool, jit_level: str, soc: str, *_: Path,
+    process_count: int = 1, flags: Sequence[str] = (),
 ) -> Result:  # fmt: skip
     """Compile graphs with a batch of two images, with LoRA of rank 4 in the attention."""
     argv = [
@@ -42,7 +45,7 @@ def compile_graphs(
         f"--enable_flash_attention={flash}", "--use_ema=True", *flags,
     ]  # fmt: skip
     command = ["-m", "tools.ascend.graphs", ",".join(graphs), *training_flags(argv)]
-    return simulate(command, process_count=process_count)
+    return simulate(command, soc, process_count)
 
 
 def train(
@@ -87,7 +90,7 @@ def compile_for_eight(folder: Path, *_: Path, divided: bool) -> Result:
     text = MICRO.read_text(encoding="utf-8").replace("model_channels: 32", "model_channels: 384")
     config.write_text(text.replace("num_head_channels: 16", "num_head_channels: 64"), encoding="utf-8")
     flags = ["--use_lora=False", "--use_parallel=True", f"--shard_optimizer={divided}"]
-    return compile_graphs(config, 16, ("step",), True, "O0", process_count=8, flags=flags)
+    return compile_graphs(config, 16, ("step",), True, "O0", A2, process_count=8, flags=flags)
 
 
 RUNS: dict[str, Run] = {
@@ -97,7 +100,7 @@ RUNS: dict[str, Run] = {
     "compile cache": train_twice,
     "sink": partial(train, output="sink", flags=["--dataset_sink_mode=True"]),
     "8 cards": partial(
-        compile_graphs, MICRO, 16, ("step",), True, "O0", process_count=8, flags=["--use_parallel=True"]
+        compile_graphs, MICRO, 16, ("step",), True, "O0", A2, process_count=8, flags=["--use_parallel=True"]
     ),
     "8 cards, whole UNet": partial(compile_for_eight, divided=False),
     "8 cards, whole UNet, divided": partial(compile_for_eight, divided=True),

@@ -49,6 +49,15 @@ def test_flash_attention_is_one_kernel_each_way(runs):
     assert not any(operator.startswith("FlashAttention") for names in plain.values() for operator in names)
 
 
+@pytest.mark.runs("plain-O0", "first-910-O0")
+def test_a_first_910_clears_and_reads_the_flags_of_saturation_once_in_a_step(runs):
+    """And an A2, which overflows to infinity, does neither."""
+    for name, count in (("first-910-O0", 1), ("plain-O0", 0)):
+        (step,) = (graph for graph in runs[name]().graphs if graph.name == "step")
+        flags = {operator: n for (operator, _), n in step.kernels.items() if "FloatStatus" in operator}
+        assert flags == ({"NPUClearFloatStatusV2": count, "NPUGetFloatStatusV2": count} if count else {})
+
+
 @pytest.mark.runs("8 cards")
 def test_a_step_of_lora_on_eight_cards_averages_the_gradients_at_once(runs):
     done = runs["8 cards"]()

@@ -7,11 +7,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import mindspore as ms
 import pytest
 
 from ldm.errors import UserError
+from ldm.generation.pipeline import Pipeline
+from ldm.runtime.device import GRAPH, Runtime
+from ldm.settings.train import TrainSettings
+from tests.ascend.runs import MICRO
 from tools.ascend import dry_run, simulation, stub_cann
 from tools.ascend.dry_run import RECIPE, DoesNotCompile, check_compiled, report, training_flags
+from tools.ascend.graphs import Graphs
 from tools.ascend.simulation import Simulated, _read, simulate
 
 pytestmark = pytest.mark.without_dry_run
@@ -122,3 +128,13 @@ def test_where_it_is_not_possible_the_reason_is_named(monkeypatch, name, value, 
 def test_a_c_function_of_the_stub_does_nothing():
     assert stub_cann._empty_function("aclnnAdd") == "long aclnnAdd(void) { return 0; }\n"
     assert "return 1" in stub_cann._empty_function("_ZN2ge15OperatorFactory9IsExistOpERKSs")
+
+
+def test_the_sampling_networks_hold_the_weights_that_a_pipeline_holds(micro_base_model):
+    settings = TrainSettings(model_config=str(MICRO), image_size=16)
+    graphs = Graphs(settings, Runtime("CPU", ms.float16, 0, 1, GRAPH))
+    pipe = Pipeline.from_checkpoint(micro_base_model, config=MICRO, dtype=ms.float16, device="CPU")
+    recorded, run = (
+        {p.name: p.dtype for p in model.get_parameters()} for model in (graphs._sampling_model(), pipe.model)
+    )
+    assert recorded == run and {ms.float16, ms.float32} == set(run.values())

@@ -104,16 +104,18 @@ class Graphs:
         return zeros(count, *latent_shape(self.config, self.pixels, self.pixels))
 
     def _sampling_model(self) -> StableDiffusion:
-        return _load(self.config, dtype=self.runtime.compute_dtype, flash_attention=self.flash)
+        model = _load(self.config)
+        loading.set_up_sampling(model, self.runtime.compute_dtype, self.flash)
+        return model
 
 
-def _load(config: ModelConfig, **options: object) -> StableDiffusion:
+def _load(config: ModelConfig) -> StableDiffusion:
     """Build the networks as the scripts do, without reading a checkpoint."""
     with patch.multiple(
         loading, open_base_model=lambda *_: _NoCheckpoint, check_metadata=lambda *_: None,
         load_base_model=lambda *_, **__: "no weights, for a dry run",
     ):  # fmt: skip
-        return loading.load_model(config, "", **options)
+        return loading.load_model(config, "")
 
 
 class _NoCheckpoint:
