@@ -47,6 +47,7 @@ class Settings:
     precision: str = setting("auto", "auto: fp16 on Ascend, fp32 on the CPU", choices=("auto", "fp16", "fp32"))
     jit_level: Optional[str] = jit_level_setting()
     graphs: list[str] = setting(list(GRAPHS), "graphs to run", choices=GRAPHS, positional=False)
+    timeout: int = setting(900, "seconds that each device has for all graphs, after which its process is ended", low=1)
     into: Optional[str] = setting(None, path=True)  # a folder: compute for the process that compares
 
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compute_in_a_process(device: str | None, precision: str, settings: Settings, folder: Path) -> str:
     """Let a process compute the graphs into a folder, and return how it ended, "" for well.
 
-    A process of its own, because MindSpore has one device in a process, and an error in a kernel may end it.
+    A process of its own, because MindSpore has one device in a process, and an error in a kernel may end it. A device
+    may also hang: the process is ended when its time is over.
     """
     folder.mkdir()
     command = [sys.executable, __file__, "--into", str(folder), "--precision", precision, "--graphs", *settings.graphs]
@@ -87,8 +89,11 @@ def compute_in_a_process(device: str | None, precision: str, settings: Settings,
     elif settings.jit_level:
         command += ["--jit_level", settings.jit_level]
     log = folder / "log.txt"
-    with open(log, "wb") as output:
-        code = subprocesses.run(command, stdout=output, stderr=output, env=environment)
+    try:
+        with open(log, "wb") as output:
+            code = subprocesses.run(command, time_limit=settings.timeout, stdout=output, stderr=output, env=environment)
+    except TimeoutError:
+        return f"it did not end within {settings.timeout} s, the limit that --timeout sets for a device"
     if code == 0:
         return ""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,7 @@
-"""The small graphs that a process computes on its device: networks with fixed random weights, and no checkpoint."""
+"""The small graphs that a process computes on its device: networks with fixed random weights, and no checkpoint.
+
+The functions that the scripts call set up the networks and build the step, so that the graphs are the scripts' own.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,16 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import ops
-from ldm.diffusion.loss import DiffusionLoss
-from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
-from ldm.lora.inject import inject_lora
-from ldm.lora.spec import LoRASpec
-from ldm.models.attention import use_flash_attention
+from ldm.generation.loading import set_up_sampling
 from ldm.models.autoencoder import VAEDecode, VAEEncode
-from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.runtime.device import Runtime, decide_flash_attention
 from ldm.settings.model import parse_model_config
+from ldm.settings.train import TrainSettings
 from ldm.training.optimizers import adamw_scalars
-from ldm.training.step import StepScalars, TrainStep
+from ldm.training.setup import build_step, choose_trainable, make_lora_spec
+from ldm.training.step import StepScalars
 from tools.device_check.machine import describe
 from tools.device_check.results import OVERFLOW, Graph
 
@@ -61,6 +61,10 @@ MODEL = {
         },
     },
 }  # fmt: skip
+
+# The step changes parameters and averages so much that the deviation shows a wrong update, and clips the gradients.
+# EPSILON is near the clipped gradients: below it AdamW's first step is their sign, which rounding can turn round.
+RATE, EPSILON, MAX_NORM, EMA_RATE = 0.05, 1e-4, 0.01, 0.5
 
 HEAD_SIZES = (40, 64, 80, 160)  # SD1.x has 40, 80 and 160, SD2.x has 64
 PRECISIONS = {OVERFLOW: "fp16", "vae_encode": "fp32", "vae_decode": "fp32"}  # the others have that of the runtime
@@ -144,8 +148,7 @@ class Graphs:
 
     def unet(self, flash: bool = False) -> Arrays:
         """Predict the noise, with plain attention."""
-        model = self._model()
-        use_flash_attention(model.model, flash)
+        model = self._model(flash)
         latents, timesteps = draw("latents", (2, 4, 8, 8)), np.array([10, 900], np.int32)
         return _call(model.model.diffusion_model, latents, timesteps, self._texts())
 
@@ -154,30 +157,36 @@ class Graphs:
         return self.unet(self.flash)
 
     def lora_step(self) -> Arrays:
-        """Train a LoRA for one step: loss, gradients (as AdamW's first moment) and trained parameters."""
-        model = self._model()
-        inject_lora(model, LoRASpec(rank=4))
-        trainable = list(model.trainable_params())
+        """Train a LoRA for one step: loss, gradients (as AdamW's first moment), parameters and their averages."""
+        settings = TrainSettings(use_lora=True, lora_rank=4, clip_grad=True, use_ema=True)
+        model = self._networks()
+        trainable = choose_trainable(settings, model, make_lora_spec(settings))
         for parameter in trainable:
             parameter.set_data(Tensor(0.05 * draw(parameter.name, parameter.shape)))
-        use_flash_attention(model.model, self.flash)
-        unet = model.model.diffusion_model
-        loss = DiffusionLoss(unet, NoiseSchedule.from_config(self.config), self.config.prediction_type)
-        step = TrainStep(loss, trainable, skip_overflow=True, saturates=self.runtime.saturates and self.runtime.fp16)
-        scalars = StepScalars(1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, (0.9, 0.999), 1e-8, 0.01), 1e-4)
+        step = build_step(
+            settings, self.runtime, model, trainable,
+            flash_attention=self.flash, skips_overflow=True, saves_base_model=False,
+        )  # fmt: skip
+        adamw = adamw_scalars(1, RATE, settings.betas, EPSILON, settings.weight_decay)
+        scalars = StepScalars(1024.0, 1 / 1024, MAX_NORM, adamw, EMA_RATE)
         batch = draw("latents", (2, 4, 8, 8)), draw("noise", (2, 4, 8, 8)), np.array([10, 900], np.int32), self._texts()
         result = step([tuple(Tensor(array) for array in batch)], scalars).read()
         state = step.state()
         arrays = {"loss": np.array([result.loss], np.float32), "norm": np.array([result.gradient_norm], np.float32)}
-        for group, label in (("m", "gradients"), ("p", "parameters")):
+        for group, label in (("m", "gradients"), ("p", "parameters"), ("ema", "averages")):
             arrays[label] = np.concatenate([state[f"{group}.{p.name}"].ravel() for p in trainable])
         return arrays
 
-    def _model(self) -> StableDiffusion:
+    def _model(self, flash: bool = False) -> StableDiffusion:
+        """Return networks that sample."""
+        model = self._networks()
+        set_up_sampling(model, self.runtime.compute_dtype, flash)
+        return model
+
+    def _networks(self) -> StableDiffusion:
+        """Return networks in fp32."""
         model = build_model(self.config)
         fill(model)
-        for network in (model.model, model.cond_stage_model):
-            set_compute_dtype(network, self.runtime.compute_dtype)
         return model
 
     def _texts(self) -> np.ndarray:

@@ -20,7 +20,9 @@ def describe(runtime: Runtime, flash_attention: bool) -> Machine:
         versions=f"{versions}, {platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         device=describe_runtime(runtime, flash_attention).removeprefix("device: "),
         ascend=runtime.is_ascend,
-        known=runtime.saturates or runtime.is_a2_or_later,
+        flash_attention=flash_attention,
+        known=runtime.is_first_910 or runtime.is_a2_or_later,
+        is_first_910=runtime.is_first_910,
         saturates=runtime.saturates,
         dry_run=runtime.is_ascend and bool(os.environ.get("MS_SIMULATION_LEVEL")),
     )

@@ -19,8 +19,10 @@ class Machine:
     versions: str
     device: str  # the log's line about the device
     ascend: bool
+    flash_attention: bool
     known: bool  # whether the project knows the Ascend device by its name
-    saturates: bool  # whether an overflow in fp16 gives the largest number, as on the first 910
+    is_first_910: bool  # whether it has products and convolutions in fp16 alone
+    saturates: bool  # whether an overflow in fp16 gives the largest number
     dry_run: bool  # whether it is MindSpore's dry run, which computes nothing
     free: float = 0.0  # memory in GB, 0 if unknown
     total: float = 0.0
