@@ -1,4 +1,4 @@
-"""fp16 copies of trained parameters: the same training, bit for bit, as with fp32 ones that are cast at each use."""
+"""The arrays that the optimizer works on: what is in which, and fp16 copies that train as fp32 parameters do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ldm.training.optimizer_arrays import OptimizerArrays
 from ldm.training.step import TrainStep
 from tests.training.toy import scalars
 
+SHAPES = ((2, 3), (2, 4), (3,), (3, 4))  # 6, 8, 3 and 12 elements
 IN_FP16 = {"conv.lora_down", "conv.lora_up", "linear.lora_down", "linear.lora_up", "scaled.lora_down", "wide.lora_up"}
 
 
@@ -104,19 +105,67 @@ def test_copies_train_the_same_bit_for_bit(micro_batches):
     assert any((state[f"p.{name}.weight"] != state[f"p.{name}.weight"].astype(np.float16)).any() for name in IN_FP16)
 
 
-def parameters(*sizes):
+@pytest.fixture
+def parameters():
+    rng = np.random.default_rng(0)
+    return [
+        Parameter(Tensor(rng.standard_normal(shape).astype(np.float32)), name=f"p{i}") for i, shape in enumerate(SHAPES)
+    ]
+
+
+def test_small_parameters_are_in_one_flat_array_and_large_ones_by_themselves(parameters):
+    arrays = OptimizerArrays(parameters, large=8)
+    assert arrays.small == (parameters[0], parameters[2]) and arrays.large == (parameters[1], parameters[3])
+    assert arrays.parameters == arrays.small + arrays.large
+    assert arrays.arrays == (arrays.flat, parameters[1], parameters[3])
+    expected = np.concatenate([parameters[i].asnumpy().ravel() for i in (0, 2)])
+    np.testing.assert_array_equal(arrays.flat.asnumpy(), expected)
+
+
+@pytest.mark.parametrize("large", [1, 4], ids=["none is small", "one is small"])
+def test_without_two_small_parameters_there_is_no_flat_array(parameters, large):
+    """The copy of a single one would save no kernel."""
+    arrays = OptimizerArrays(parameters, large)
+    assert arrays.flat is None and arrays.arrays == arrays.parameters == tuple(parameters)
+
+
+def test_values_are_split_by_name_and_joined_again(parameters):
+    arrays = OptimizerArrays(parameters, large=8)
+    values = [np.full(9, 0.5, np.float32), np.full((2, 4), 2.0, np.float32), np.full((3, 4), 3.0, np.float32)]
+    values[0][:] = range(9)
+    split = arrays.split(values)
+    assert {name: value.shape for name, value in split.items()} == {f"p{i}": shape for i, shape in enumerate(SHAPES)}
+    np.testing.assert_array_equal(split["p0"].ravel(), range(6))
+    np.testing.assert_array_equal(split["p2"], [6, 7, 8])
+    joined = arrays.join({name: value.astype(np.float64) for name, value in split.items()})
+    for array, value in zip(joined, values):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, value)
+
+
+def test_what_is_split_does_not_change_with_the_arrays(parameters):
+    """`asnumpy` may give the memory that the next step writes into."""
+    arrays = OptimizerArrays(parameters, large=8)
+    values = [np.ones(9, np.float32), np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)]
+    split = arrays.split(values)
+    for value in values:
+        value[:] = 0
+    assert all((value == 1).all() for value in split.values())
+
+
+def thirds(*sizes):
     return [Parameter(Tensor(np.full(size, 1 / 3, np.float32)), name=f"p{i}") for i, size in enumerate(sizes)]
 
 
 def test_a_parameter_that_is_large_or_alone_stays_fp32():
-    pair = parameters(3, 8)
+    pair = thirds(3, 8)
     arrays = OptimizerArrays(pair, 8, pair)
     assert arrays.flat is None and arrays.large == tuple(pair) and not arrays.small
     assert {p.dtype for p in pair} == {ms.float32}
 
 
 def test_the_flat_array_has_the_values_and_the_copies_are_rounded():
-    three = parameters(2, 3, 4)
+    three = thirds(2, 3, 4)
     arrays = OptimizerArrays(three, 8, three[1:2])
     assert arrays.small == arrays.parameters == (three[1], three[0], three[2])
     assert [p.dtype for p in arrays.small] == [ms.float16, ms.float32, ms.float32]
