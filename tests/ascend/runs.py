@@ -98,7 +98,7 @@ RUNS: dict[str, Run] = {
     **{name: partial(compile_graphs, *arguments) for name, arguments in COMPARED.items()},
     "generate nano": generate_nano,
     "compile cache": train_twice,
-    "sink": partial(train, output="sink", flags=["--dataset_sink_mode=True"]),
+    "sink": partial(train, output="sink", flags=["--dataset_sink_mode=True", "--max_steps=4"]),
     "8 cards": partial(
         compile_graphs, MICRO, 16, ("step",), True, "O0", A2, process_count=8, flags=["--use_parallel=True"]
     ),

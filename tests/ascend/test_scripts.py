@@ -33,7 +33,7 @@ def test_generating_with_the_nano_model(runs):
 @pytest.mark.runs("sink")
 def test_batches_go_through_the_data_queue(runs):
     done = runs["sink"]()
-    assert_trained(done, 2)
+    assert_trained(done, 4)  # the result of the third is read late
     assert any(operator == "GetNext" for operator, _ in done.kernels), sorted(done.kernels)
 
 
