@@ -152,7 +152,9 @@ class CopyIntoParameters(nn.Cell):
         if self.copy_fp16 is not None:
             # A part is a view. A cast of the array itself would bring two copies of it, aclop kernels on Ascend.
             parts = _split(flat, self.sizes, 0)
-            copied, flat = self.copy_fp16(self.cast(parts[0], ms.float16)), parts[-1]
-        if self.copy_fp32 is not None:
-            copied += self.copy_fp32(flat)
+            copied = self.copy_fp16(self.cast(parts[0], ms.float16))
+            if self.copy_fp32 is not None:
+                copied += self.copy_fp32(parts[1])
+        elif self.copy_fp32 is not None:
+            copied = self.copy_fp32(flat)
         return copied
