@@ -25,10 +25,11 @@ from tests.golden import make_lora_formats as maker
 from tests.golden.make_pipelines import draw
 from tests.named_weights import named_input, relative_error
 from tests.network_cases import FORMS, inputs_for, model_with_named_weights, run_network
-from tests.pipeline_cases import NEGATIVE_PROMPTS, PROMPTS, SCALE, STEPS, starting_latents
+from tests.pipeline_cases import NEGATIVE_PROMPTS, PROMPTS, SCALE, starting_latents
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 1e-4
+FEW_STEPS = 8
 # What each of diffusers' older forms held when it was current.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -243,12 +244,12 @@ def test_golden_files_are_up_to_date(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("start, end", [(0.5, None), (None, 0.5)])
-def test_a_lora_at_some_steps_is_diffusers_adapter_switched_there(case, tmp_path, start, end):
+def test_a_lora_at_some_steps_is_diffusers_adapter_switched_there(case, graph_mode, tmp_path, start, end):
     lora = case.lora(ATTENTION, lambda i: 3).only("unet")
     write_lora(tmp_path / "pytorch_lora_weights.safetensors", lora, "diffusers", case.config)
     given = starting_latents(case.config)
     height, width = (side * case.config.vae_factor for side in given.shape[2:])
-    sampling = Sampling("dpm_solver_pp", STEPS, SCALE, height=height, width=width, batch_size=len(given))
+    sampling = Sampling("dpm_solver_pp", FEW_STEPS, SCALE, height=height, width=width, batch_size=len(given))
 
     def ours(**ends) -> np.ndarray:
         pipeline = Pipeline(case.model)
@@ -261,7 +262,7 @@ def test_a_lora_at_some_steps_is_diffusers_adapter_switched_there(case, tmp_path
     maker_pipeline(reference).load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
 
     def set_strength(step: int) -> None:
-        is_on = step >= STEPS // 2 if end is None else step < STEPS // 2
+        is_on = step >= FEW_STEPS // 2 if end is None else step < FEW_STEPS // 2
         reference.unet.set_adapters("default_0", 0.8 if is_on else 0.0)
 
     def after_step(pipeline, step, timestep, tensors):
@@ -269,6 +270,6 @@ def test_a_lora_at_some_steps_is_diffusers_adapter_switched_there(case, tmp_path
         return tensors
 
     set_strength(0)
-    theirs = draw(case.config, reference, sampling.sampler, given, STEPS, callback_on_step_end=after_step)
-    assert relative_error(ours(), theirs) > 0.01
+    theirs = draw(case.config, reference, sampling.sampler, given, FEW_STEPS, callback_on_step_end=after_step)
+    assert relative_error(ours(), theirs) > 10 * BOUND, "the other steps do nothing"
     assert relative_error(ours(start=start, end=end), theirs) < BOUND
