@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from ldm.errors import UserError
 from ldm.runtime import peers
 from tests.conftest import ROOT
+from tests.runtime.strangers import send_slowly
 
 PROGRAM = """
 import atexit, socket, sys, time
@@ -165,15 +165,7 @@ class TestStrangers:
         monkeypatch.setattr(peers, "HELLO_SECONDS", 0.5)
         slow = socket.create_connection(server.getsockname())
 
-        def send_slowly():
-            try:
-                while True:
-                    slow.sendall(b"x")
-                    time.sleep(0.2)
-            except OSError:  # closed by the other side
-                pass
-
-        threading.Thread(target=send_slowly, daemon=True).start()
+        send_slowly(slow)
         began = time.monotonic()
         with self.greet(server, 1):
             connections, hosts = peers._accept(server, 2, self.TOKEN)

@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.runtime.strangers import send_slowly
 
 PROGRAM = """
 import os, sys
@@ -104,15 +104,7 @@ def test_a_stranger_that_sends_byte_after_byte_does_not_keep_the_run_waiting(sta
         except OSError:  # the scheduler has not started yet
             time.sleep(0.1)
 
-    def send_slowly():
-        try:
-            while True:
-                stranger.sendall(b"x")
-                time.sleep(0.2)
-        except OSError:  # closed by the other side
-            pass
-
-    threading.Thread(target=send_slowly, daemon=True).start()
+    send_slowly(stranger)
     assert said(start(0), start(1), scheduler) == ["", "", ""]
     stranger.close()
 
