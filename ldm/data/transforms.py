@@ -1,4 +1,4 @@
-"""Decode image files of any common format and mode into square RGB arrays in [-1, 1]."""
+"""Decode image files of any common format and mode into square arrays in [-1, 1], RGB or grey."""
 
 from __future__ import annotations
 
@@ -138,13 +138,15 @@ def load_image(
     path: str | Path,
     size: int,
     *,
+    channels: int = 3,
     random_crop: bool = False,
     random_flip: bool = False,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """Return an image as float32 (3, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
+    """Return an image as float32 (C, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
 
     Args:
+        channels: 3 for RGB, 1 for grey, the luma of ITU-R 601.
         random_crop: Takes the square from a random place along the longer side instead of the middle.
         random_flip: Mirrors half of the images horizontally.
         rng: Generator for both, needed if either is on.
@@ -161,7 +163,9 @@ def load_image(
         raise UserError(f"{error}; replace it or remove its row") from None
     if rng is not None and random_flip and rng.random() < 0.5:
         square = ImageOps.mirror(square)
-    pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1)
+    if channels == 1:
+        square = square.convert("L")
+    pixels = np.atleast_3d(np.asarray(square, dtype=np.float32)).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels / 127.5 - 1.0)
 
 

@@ -73,7 +73,7 @@ class ImageWriter:
         return f"{index:0{max(5, len(str(len(self.prompts) - 1)))}d}.png"
 
     def add(self, indices: Iterable[int], images: np.ndarray) -> None:
-        """Write images (N, H, W, 3) uint8, whose places in the list of prompts are `indices` (N,).
+        """Write images (N, H, W, C) uint8, whose places in the list of prompts are `indices` (N,).
 
         Raises:
             UserError: A file cannot be written.
@@ -106,7 +106,7 @@ class ImageWriter:
         count = len(self._grid_images)
         columns = self.images_per_prompt if 1 < self.images_per_prompt < count else math.ceil(math.sqrt(count))
         with writing(self.grid_path), atomic_path(self.grid_path) as temporary:
-            Image.fromarray(tile(self._grid_images, min(columns, count))).save(temporary)
+            as_image(tile(self._grid_images, min(columns, count))).save(temporary)
 
     def _start(self) -> None:
         if self.pngs or self.grid:
@@ -136,20 +136,25 @@ def rename_earlier(paths: Sequence[Path]) -> list[Path]:
     return [path.rename(old(path, number)) for path in present]
 
 
+def as_image(array: np.ndarray) -> Image.Image:
+    """Return (H, W, 3) uint8 as an RGB image, (H, W, 1) as a grey one."""
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
 def write_png(path: Path, image: np.ndarray, fields: Mapping[str, Any]) -> None:
-    """Write an image (H, W, 3) uint8 as a PNG with text fields. The file appears when it is complete."""
+    """Write an image (H, W, C) uint8, RGB or grey, as a PNG with text fields. The file appears when it is complete."""
     info = PngInfo()
     for key, value in fields.items():
         info.add_itxt(key, valid_text(value) if isinstance(value, str) else json_text(value))
     with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, pnginfo=info)
+        as_image(image).save(temporary, pnginfo=info)
 
 
 def tile(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Arrange images of one size, (H, W, 3) uint8, in rows of `columns` with white gaps of `gap` pixels."""
-    height, width, _ = images[0].shape
+    """Arrange images of one size, (H, W, C) uint8, in rows of `columns` with white gaps of `gap` pixels."""
+    height, width, channels = images[0].shape
     rows = math.ceil(len(images) / columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image

@@ -27,6 +27,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
+from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
 from ldm.lora.lora import LoRA, Strength
@@ -54,7 +55,7 @@ class ImageBatch:
     indices: np.ndarray  # their places in the list of prompts, (N,)
     starting_latents: np.ndarray  # at the first timestep, (N, C, h, w) float32
     latents: np.ndarray  # the final ones, (N, C, h, w) float32
-    images: np.ndarray  # (N, H, W, 3) uint8
+    images: np.ndarray  # (N, H, W, C) uint8, C = 3 for RGB or 1 for grey
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ class Pipeline:
         )
         batches = list(self.generate(prompts, sampling, seed, negative_prompts, latents, progress))
         return PipelineOutput(
-            [Image.fromarray(image) for batch in batches for image in batch.images],
+            [as_image(image) for batch in batches for image in batch.images],
             np.concatenate([batch.latents for batch in batches]),
         )
 
@@ -449,7 +450,7 @@ class Pipeline:
         return final
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Decode scaled latents (N, C, h, w) to images (N, H, W, 3) uint8.
+        """Decode scaled latents (N, C, h, w) to images (N, H, W, 3) uint8, or (N, H, W, 1) if they are grey.
 
         `batch_size`: the most images in a call of the decoder, None for all. Large images take smaller batches.
         """
@@ -460,7 +461,7 @@ class Pipeline:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Convert images (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8. Values outside are clipped."""
+    """Convert images (N, C, H, W) in [-1, 1] to (N, H, W, C) uint8. Values outside are clipped."""
     return np.round(np.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 

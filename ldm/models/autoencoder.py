@@ -206,10 +206,25 @@ class AutoencoderKL(nn.Cell):
         return self.decode(moments[:, : moments.shape[1] // 2])
 
 
-class VAEEncode(nn.Cell):
-    """`AutoencoderKL.encode` as a graph."""
+class IdentityFirstStage(nn.Cell):
+    """Stands for the autoencoder of a model in pixel space: the latents are the pixels. It has no parameters."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] (N, C, H, W) -> the same. They are no distribution, so there is no log variance."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, H, W) -> the same."""
+        return latents
+
+    def construct(self, images: Tensor) -> Tensor:
+        return images
+
+
+class VAEEncode(nn.Cell):
+    """`encode` of the autoencoder as a graph."""
+
+    def __init__(self, vae: AutoencoderKL | IdentityFirstStage):
         super().__init__(auto_prefix=False)
         self.vae = vae
 
@@ -218,9 +233,9 @@ class VAEEncode(nn.Cell):
 
 
 class VAEDecode(nn.Cell):
-    """`AutoencoderKL.decode` as a graph."""
+    """`decode` of the autoencoder as a graph."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL | IdentityFirstStage):
         super().__init__(auto_prefix=False)
         self.vae = vae
 

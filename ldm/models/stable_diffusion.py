@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from mindspore import Tensor, nn
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.initial_values import no_init_weights
 from ldm.models.text_encoder import CLIPTextEncoder
 from ldm.models.unet import UNetModel
@@ -28,7 +28,7 @@ class StableDiffusion(nn.Cell):
     """Holds the three networks `model.diffusion_model`, `first_stage_model` and `cond_stage_model`.
 
     It has no graph of its own: each network is called by itself. The parameters have the names of the published
-    single-file checkpoints.
+    single-file checkpoints. In pixel space `first_stage_model` is the identity, without parameters.
 
     Attributes:
         config: The configuration that the networks are built from.
@@ -38,7 +38,7 @@ class StableDiffusion(nn.Cell):
         super().__init__()
         self.config = config
         self.model = DiffusionWrapper(UNetModel(**config.unet))
-        self.first_stage_model = AutoencoderKL(**config.vae)
+        self.first_stage_model = IdentityFirstStage() if config.in_pixel_space else AutoencoderKL(**config.vae)
         self.cond_stage_model = CLIPTextEncoder(**config.text)
 
 

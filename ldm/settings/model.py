@@ -19,6 +19,7 @@ from ldm.settings.model_size import check_parameters
 from ldm.settings.model_yaml import (
     ARCHITECTURES,
     DIFFUSION_TARGET,
+    IDENTITY_TARGET,
     INPAINT_TARGET,
     MAX_SIDE,
     OPENCLIP_TARGET,
@@ -29,6 +30,7 @@ from ldm.settings.model_yaml import (
     VAE_TARGET,
     ModelDocument,
     TextParams,
+    VAEParams,
 )
 from ldm.settings.read import read_mapping
 
@@ -37,6 +39,7 @@ OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix"
 PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
 MIN_ALPHA_CUMPROD = 1e-16  # the image's share of the variance at the last time step; Stable Diffusion has 5e-3
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
+PIXEL_CHANNELS = (1, 3)  # of a model in pixel space: grey or RGB
 
 
 class AddedToken(NamedTuple):
@@ -76,9 +79,24 @@ class ModelConfig:
     context_dim: int
     pad_token: str  # "end": texts are padded with the end token; "zero": with token 0
     unet: dict[str, Any]  # arguments of UNetModel
-    vae: dict[str, Any]  # arguments of AutoencoderKL
+    vae: dict[str, Any]  # arguments of AutoencoderKL, none in pixel space
     text: dict[str, Any]  # arguments of CLIPTextEncoder
     added_tokens: tuple[AddedToken, ...] = ()  # of the checkpoint, see ldm.weights.added_tokens; a YAML has none
+
+    @property
+    def in_pixel_space(self) -> bool:
+        """Whether the latents are the pixels, because the model has no autoencoder."""
+        return not self.vae
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images: 3 for RGB, 1 for grey, which only a model in pixel space may have."""
+        return self.latent_channels if self.in_pixel_space else 3
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels that an image is encoded to: mean and log variance of the latents, or the pixels."""
+        return self.latent_channels if self.in_pixel_space else 2 * self.latent_channels
 
     @property
     def size_multiple(self) -> int:
@@ -144,8 +162,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     model = read_mapping(ModelDocument, document, source, ignore_unknown=True)["model"]
     params = model["params"]
     unet = params["unet_config"]["params"]
-    vae_params = params["first_stage_config"]["params"]
-    vae = {**vae_params["ddconfig"], "embed_dim": vae_params["embed_dim"]}
+    vae = _read_vae(params["first_stage_config"], source)
     text_target = params["cond_stage_config"]["target"]
     text_params = params["cond_stage_config"].get("params") or {}
     text = read_mapping(
@@ -162,7 +179,11 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     problem = _unet_problem(unet) or _vae_problem(vae) or _text_problem(text, unet["context_dim"])
     if problem:
         refuse(problem)
-    if not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
+    if not vae:
+        problem = _pixel_problem(unet, params["scale_factor"], params["image_size"])
+        if problem:
+            refuse(problem)
+    elif not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
         refuse(
             f"the UNet's in_channels {unet['in_channels']} and out_channels {unet['out_channels']} and the "
             f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels"
@@ -181,7 +202,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
             f"after timesteps {timesteps} with linear_end {linear_end} only {last:.1g} of the image's variance is "
             "left; lower one of them"
         )
-    vae_factor = 2 ** (len(vae["ch_mult"]) - 1)
+    vae_factor = 2 ** (len(vae["ch_mult"]) - 1) if vae else 1
     image_size = params["image_size"] * vae_factor
     if image_size > MAX_SIDE:
         refuse(
@@ -200,7 +221,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
         beta_schedule="scaled_linear",
         scale_factor=params["scale_factor"],
         image_size=image_size,
-        latent_channels=vae["embed_dim"],
+        latent_channels=unet["in_channels"],
         vae_factor=vae_factor,
         context_dim=context_dim,
         pad_token=model.get("pad_token") or ("zero" if text_target == OPENCLIP_TARGET else "end"),
@@ -213,7 +234,9 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
 def model_document(config: ModelConfig) -> dict[str, Any]:
     """Return the content of a YAML that parse_model_config reads as `config`, with every size written out."""
     vae = dict(config.vae)
-    embed_dim = vae.pop("embed_dim")
+    first_stage: dict[str, Any] = {"target": IDENTITY_TARGET}
+    if vae:
+        first_stage = {"target": VAE_TARGET, "params": {"embed_dim": vae.pop("embed_dim"), "ddconfig": vae}}
     parameterization = next(key for key, value in PARAMETERIZATIONS.items() if value == config.prediction_type)
     return {
         "model": {
@@ -228,10 +251,7 @@ def model_document(config: ModelConfig) -> dict[str, Any]:
                 "image_size": config.image_size // config.vae_factor,
                 "scale_factor": config.scale_factor,
                 "unet_config": {"target": UNET_TARGETS[0], "params": dict(config.unet)},
-                "first_stage_config": {
-                    "target": VAE_TARGET,
-                    "params": {"embed_dim": embed_dim, "ddconfig": vae},
-                },
+                "first_stage_config": first_stage,
                 "cond_stage_config": {"target": TEXT_TARGET, "params": dict(config.text)},
             },
         }
@@ -259,7 +279,43 @@ def _unet_problem(unet: dict[str, Any]) -> str:
     ) or _indivisible((*attended, mults[-1]), "model_channels", width, key, divisor, "unet_config")
 
 
+def _read_vae(section: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the arguments of AutoencoderKL from first_stage_config, none for IdentityFirstStage."""
+    where = "model.params.first_stage_config.params"
+    params = section.get("params") or {}
+    if section["target"] == IDENTITY_TARGET:
+        if params:
+            raise UserError(
+                f"{source}: {where} holds {plain(', '.join(map(str, params)))}, but IdentityFirstStage takes no params: "
+                f"leave them out, or choose target {VAE_TARGET}"
+            )
+        return {}
+    values = read_mapping(VAEParams, params, source, f"{where}.")
+    return {**values["ddconfig"], "embed_dim": values["embed_dim"]}
+
+
+def _pixel_problem(unet: dict[str, Any], scale_factor: float, image_size: int) -> str:
+    """Return what does not suit a model in pixel space, or ""."""
+    channels = (unet["in_channels"], unet["out_channels"])
+    if channels[0] != channels[1] or channels[0] not in PIXEL_CHANNELS:
+        return (
+            f"with IdentityFirstStage the UNet's in_channels {channels[0]} and out_channels {channels[1]} are those of "
+            "the images: both must be 1 (grey) or 3 (RGB)"
+        )
+    if scale_factor != 1:
+        return f"scale_factor is {scale_factor}; with IdentityFirstStage it must be 1: the latents are the pixels"
+    multiple = 2 ** (len(unet["channel_mult"]) - 1)
+    if image_size % multiple:
+        return (
+            f"image_size {image_size} must be a multiple of {multiple} pixels, because the UNet halves it "
+            f"{len(unet['channel_mult']) - 1} times"
+        )
+    return ""
+
+
 def _vae_problem(vae: dict[str, Any]) -> str:
+    if not vae:
+        return ""
     groups = vae.get("num_groups", NUM_GROUPS)
     return _indivisible((1, *vae["ch_mult"]), "ch", vae["ch"], "num_groups", groups, "ddconfig")
 

@@ -13,13 +13,13 @@ def check_parameters(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, 
     """Check that the networks together have no more than MAX_PARAMETERS parameters.
 
     Args:
-        unet, vae, text: The arguments of the networks.
+        unet, vae, text: The arguments of the networks. `vae` is empty in pixel space.
         source: Names the file in errors.
 
     Raises:
         UserError: They have more.
     """
-    total = unet_parameters(**unet) + vae_parameters(**vae) + text_parameters(**text)
+    total = unet_parameters(**unet) + text_parameters(**text) + (vae_parameters(**vae) if vae else 0)
     if total > MAX_PARAMETERS:
         raise UserError(
             f"{source}: the networks would have {total:,} parameters; {MAX_PARAMETERS:,} is the most: lower "

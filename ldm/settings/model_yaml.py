@@ -17,6 +17,7 @@ DIFFUSION_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
 INPAINT_TARGET = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
 UNET_TARGETS = ("ldm.models.unet.UNetModel", "ldm.modules.diffusionmodules.openaimodel.UNetModel")
 VAE_TARGET = "ldm.models.autoencoder.AutoencoderKL"
+IDENTITY_TARGET = "ldm.models.autoencoder.IdentityFirstStage"  # the latents are the pixels
 TEXT_TARGET = "ldm.models.text_encoder.CLIPTextEncoder"
 OPENCLIP_TARGET = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
 VIT_L14 = dict(width=768, num_layers=12, num_heads=12, activation="quick_gelu")
@@ -91,10 +92,10 @@ class VAEParams:
 
 @dataclass
 class VAESection:
-    """The section first_stage_config."""
+    """The section first_stage_config. Its params are read as VAEParams, except for IdentityFirstStage, which has none."""
 
-    target: str = setting(REQUIRED, choices=(VAE_TARGET,))
-    params: VAEParams = setting(REQUIRED)
+    target: str = setting(REQUIRED, choices=(VAE_TARGET, IDENTITY_TARGET))
+    params: Optional[dict] = setting(None)
 
 
 @dataclass

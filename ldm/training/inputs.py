@@ -52,7 +52,12 @@ def network_hash(net: nn.Cell, description: object) -> str:
 
 
 def sample_latents(moments: np.ndarray, eps: np.ndarray, scale_factor: float) -> np.ndarray:
-    """Return (mean + exp(logvar / 2) eps) scale_factor in float32, from moments (N, 2C, h, w) and eps (N, C, h, w)."""
+    """Return (mean + exp(logvar / 2) eps) scale_factor in float32, from moments (N, 2C, h, w) and eps (N, C, h, w).
+
+    Moments of the shape of eps are the pixels of a model without an autoencoder. They are the latents themselves.
+    """
+    if moments.shape == eps.shape:
+        return (moments * np.float32(scale_factor)).astype(np.float32)
     mean, logvar = np.split(moments, 2, axis=1)
     latents = mean + np.exp(0.5 * np.clip(logvar, *LOGVAR_RANGE)) * eps
     return (latents * np.float32(scale_factor)).astype(np.float32)
@@ -104,8 +109,8 @@ class Inputs:
             moments = np.stack([self.moments[row] for row in rows])
         else:
             moments = self._encode_now(rows, number)
-        shape = (len(rows), moments.shape[1] // 2, *moments.shape[2:])
         settings, config, process = self.settings, self.config, self.order.process_index
+        shape = (len(rows), config.latent_channels, *moments.shape[2:])
         timesteps = trained_timesteps(settings, config)
         drawn = micro_batch_draws(settings.seed, number, shape, timesteps, settings.caption_dropout, process)
         latents = sample_latents(moments, drawn.posterior, config.scale_factor)
@@ -129,26 +134,28 @@ class Inputs:
         generators = augmentation_draws(settings.seed, number, len(rows), self.order.process_index)
         return [
             self.pool.submit(
-                load_image, self.rows[row].path, self.image_size,
+                load_image, self.rows[row].path, self.image_size, channels=self.config.image_channels,
                 random_crop=settings.random_crop, random_flip=settings.random_flip, rng=rng,
             )
             for row, rng in zip(rows, generators)
         ]  # fmt: skip
 
     def _cached_moments(self, cache: ArrayCache) -> list[np.ndarray]:
-        weights = network_hash(self.vae_encoder.vae, self.config.vae)
+        channels = self.config.image_channels
+        weights = network_hash(self.vae_encoder.vae, self.config.vae or channels)
         keys = [content_key("moments", weights, self.image_size, row.content) for row in self.rows]
         batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
         side = self.image_size // self.config.vae_factor
 
         def encode(places: list[int]) -> np.ndarray:
-            images = list(self.pool.map(lambda place: load_image(self.rows[place].path, self.image_size), places))
+            paths = [self.rows[place].path for place in places]
+            images = list(self.pool.map(lambda path: load_image(path, self.image_size, channels=channels), paths))
             moments = run_in_batches(self.vae_encoder, np.stack(images), batch_size)
             if self.status is not None:
                 self.status.phase = f"after encoding {places[-1] + 1} of {len(self.rows)} images"
             return moments
 
-        return cache.get_or_compute(keys, encode, batch_size, "latents", (2 * self.config.latent_channels, side, side))
+        return cache.get_or_compute(keys, encode, batch_size, "latents", (self.config.moment_channels, side, side))
 
     def _cached_text_embeddings(self, cache: ArrayCache) -> list[np.ndarray]:
         """Return the text embeddings of each row's caption and, as the last, of the empty caption."""

@@ -28,7 +28,8 @@ from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, compo
 from ldm.weights.names.tables import NUMBER, TEXT_PREFIX, count_numbers
 from ldm.weights.recognise import other_task
 
-KNOWN_CONFIGS = tuple(f"configs/{name}.yaml" for name in ("v1-inference", "v2-inference", "v2-vpred-inference", "nano"))
+KNOWN_NAMES = ("v1-inference", "v2-inference", "v2-vpred-inference", "nano", "mnist", "mnist_rgb")
+KNOWN_CONFIGS = tuple(f"configs/{name}.yaml" for name in KNOWN_NAMES)
 # Arguments of the networks that a configuration may leave out.
 DEFAULTS = {
     "unet": {
@@ -164,6 +165,8 @@ def _complete(config: ModelConfig) -> dict[str, Any]:
 
 def _has_sizes(config: ModelConfig, sizes: Mapping[str, Mapping[str, Any]]) -> bool:
     content = _complete(config)
+    if config.in_pixel_space and sizes["vae"]:
+        return False
     return all(content[part][key] == value for part, values in sizes.items() for key, value in values.items())
 
 

@@ -239,6 +239,11 @@ def write_diffusers_folder(
 def _check_diffusers_sizes(config: ModelConfig) -> None:
     """Raise UserError for a model whose sizes diffusers' networks cannot have."""
     unet, vae = config.unet, config.vae
+    if config.in_pixel_space:
+        raise UserError(
+            f"{config.path} is a model in pixel space, and the pipelines that read a diffusers folder need a VAE: write "
+            "ldm, mindone or own"
+        )
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
         raise UserError(
             f"{config.path}: channel_mult and ch_mult must begin with 1 in a diffusers folder, whose first "

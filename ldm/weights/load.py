@@ -145,7 +145,10 @@ def _load(model: nn.Cell, checkpoint: Checkpoint, components: Sequence[str], ema
     report = compare_shapes(checkpoint, key_map, shapes, components)
     if not report.ok:
         way_out = "; give --vae_ckpt_path with one, such as vae-ft-mse-840000-ema-pruned.safetensors"
-        raise UserError(mismatch_message(checkpoint, report) + way_out * (report.absent == ["vae"]))
+        lacks_vae = not any(
+            part.missing or part.wrong_shape for name, part in report.components.items() if name != "vae"
+        )
+        raise UserError(mismatch_message(checkpoint, report) + way_out * (lacks_vae and report.absent == ["vae"]))
     canonical = CanonicalArrays(checkpoint, key_map, shapes)
     for name, parameter in parameters.items():
         array = np.asarray(canonical[name], order="C")
@@ -231,7 +234,12 @@ def _architecture_mismatch(report: LoadReport) -> str:
         # Without an entry, the output has as many channels as the model's latents.
         out_shape, _ = wrong_shape.get(f"{UNET_PREFIX}out.2.weight", ((wanted[1],), ()))
         task = other_task(shape[1], next(iter(out_shape), 0))
-        return f"it is {task}" if task is not None else ""
+        if task is not None:
+            return f"it is {task}"
+        return f"its UNet takes {shape[1]} channels, that of the model configuration {wanted[1]}"
+    vae = report.components.get("vae")
+    if vae is not None and vae.unexpected and not (vae.matched or vae.missing or vae.wrong_shape):
+        return "it has a VAE, and the model configuration describes a model in pixel space, which has none"
     for name, (shape, wanted) in wrong_shape.items():
         if name.endswith("attn2.to_k.weight") and shape[-1] != wanted[-1]:
             return (

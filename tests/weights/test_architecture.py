@@ -28,7 +28,7 @@ from ldm.weights.diffusers_folder.configs import scheduler_config, text_config, 
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 
 HERE = Path(__file__).parent
-V1, V2, V2_V, NANO = KNOWN_CONFIGS
+V1, V2, V2_V, NANO, MNIST, MNIST_RGB = KNOWN_CONFIGS
 
 
 @pytest.fixture(scope="module")

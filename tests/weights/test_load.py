@@ -297,12 +297,13 @@ class TestRefusing:
 
     def test_other_latents_are_no_other_task(self, model, weights, tmp_path):
         both = {**weights, CONV_IN: np.zeros((32, 8, 3, 3), np.float32), CONV_OUT: np.zeros((8, 32, 3, 3), np.float32)}
-        assert "does not fit the model (UNet" in refused(model, save(tmp_path / "b.ckpt", both))
+        message = refused(model, save(tmp_path / "b.ckpt", both))
+        assert "its UNet takes 8 channels, that of the model configuration 4 (UNet" in message
 
     def test_another_size_of_input_is_no_other_task(self, model, weights, tmp_path):
-        for size in ((32, 3, 3, 3), (64, 4, 3, 3)):
+        for size, words in (((32, 3, 3, 3), ": its UNet takes 3 channels"), ((64, 4, 3, 3), " (UNet")):
             message = refused(model, save(tmp_path / "b.ckpt", {**weights, CONV_IN: np.zeros(size, np.float32)}))
-            assert "does not fit the model (UNet" in message
+            assert f"does not fit the model{words}" in message
 
     @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool"])
     def test_weights_that_are_no_floating_point_numbers(self, model, weights, tmp_path, dtype):

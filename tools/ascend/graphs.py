@@ -62,7 +62,10 @@ class Graphs:
 
     def encode(self) -> Callable[[], object]:
         """Return the call of the VAE's encoder."""
-        encoder, images = VAEEncode(self._sampling_model().first_stage_model), zeros(1, 3, self.pixels, self.pixels)
+        encoder, images = (
+            VAEEncode(self._sampling_model().first_stage_model),
+            zeros(1, self.config.image_channels, self.pixels, self.pixels),
+        )
         return lambda: encoder(images)
 
     def decode(self) -> Callable[[], object]:

@@ -196,6 +196,11 @@ def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[l
 
 def check_model(config: ModelConfig) -> None:
     """Raise UserError for a model that diffusers' classes cannot represent."""
+    if config.in_pixel_space:
+        raise UserError(
+            f"{config.path} is a model in pixel space, and diffusers' pipeline needs a VAE: such a model cannot be "
+            "compared"
+        )
     if config.unet["channel_mult"][0] != 1:
         raise UserError(
             f"{config.path}: channel_mult must begin with 1, because diffusers' UNet begins with the width of its "
