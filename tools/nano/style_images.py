@@ -2,9 +2,9 @@
 
     python -m tools.nano.style_images --output_path output/nano/styles
 
-Every concept of datasets/emoji_noto/img_txt.csv is taken in Noto's style and in those of datasets/styles, each image once
-as it is and once slightly turned, scaled and shifted. Captions name the style: "a koala, line drawing, bold". Noto's
-captions name none, because its style is the one that the model draws by default.
+Every concept of datasets/emoji_noto/img_txt.csv is taken in Noto's style and in those of datasets/styles, each image
+once as it is and once slightly turned, scaled and shifted. Captions name the style: "a koala, line drawing, bold".
+Noto's captions name none, because its style is the one that the model draws by default.
 """
 
 from __future__ import annotations
