@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.files.paths import ROOT
@@ -23,3 +25,8 @@ def call(*command: str) -> None:
     code = subprocesses.run([sys.executable, *command], cwd=ROOT)
     if code:
         raise UserError(f"{command[0]} failed with exit code {code}: see its message above")
+
+
+def from_root(path: str | Path) -> str:
+    """Return the path of the working directory's `path` as the scripts that `call` runs see it, for their flags."""
+    return os.path.relpath(path, ROOT)

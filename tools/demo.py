@@ -32,7 +32,7 @@ from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from tools.commands import call  # noqa: E402
+from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
@@ -91,7 +91,7 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
     # The scripts run in the project's folder, so the printed paths are relative to it.
-    output = Path(os.path.relpath(args.output_path, ROOT))
+    output = Path(from_root(args.output_path))
     os.chdir(ROOT)
     with (
         claim_folder(output, "--output_path"),

@@ -7,7 +7,8 @@ import shlex
 import pytest
 
 from ldm.errors import UserError
-from tools.commands import call
+from tests.conftest import ROOT
+from tools.commands import call, from_root
 
 
 def test_it_prints_what_it_runs_in_the_projects_folder_whatever_the_working_directory(tmp_path, monkeypatch, capfd):
@@ -25,3 +26,9 @@ def test_it_prints_what_it_runs_in_the_projects_folder_whatever_the_working_dire
 def test_a_script_that_succeeds_raises_nothing(capfd):
     call("tools/lora/convert_lora.py", "-h")
     assert "--source" in capfd.readouterr().out
+
+
+def test_a_path_of_the_working_directory_is_given_as_a_script_in_the_projects_folder_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (ROOT / from_root("images")).resolve() == tmp_path / "images"
+    assert from_root(ROOT / "configs" / "nano.yaml") == "configs/nano.yaml"
