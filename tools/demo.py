@@ -10,7 +10,6 @@ Running it again resumes an interrupted demo.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -29,24 +28,15 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
-from ldm.runtime import subprocesses  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
+from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_fluent_hc"
 LORA_SCALE = "0.8"  # 1 leaves slightly less colour, and fewer recognisable shapes (docs/nano.md)
-
-
-def call(*command: str) -> None:
-    """Print the command of a script as a user would type it, and run it. Raises UserError if it fails."""
-    print("\n$ python " + " ".join(shlex.quote(part) for part in command), flush=True)
-    code = subprocesses.run([sys.executable, *command], cwd=ROOT)
-    if code:
-        raise UserError(f"{command[0]} failed with exit code {code}: see its message above")
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
@@ -101,7 +91,7 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
     # The scripts run in the project's folder, so the printed paths are relative to it.
-    output = Path(os.path.relpath(args.output_path, ROOT))
+    output = Path(from_root(args.output_path))
     os.chdir(ROOT)
     with (
         claim_folder(output, "--output_path"),

@@ -19,13 +19,18 @@ def evenly(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
-def draw_grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Write a grid to `path`: the prompts, and for each title in `columns` one image file per prompt."""
+def draw_grid(
+    prompts: Sequence[str], columns: Mapping[str, Sequence[Path]], path: Path, header: str = "prompt"
+) -> None:
+    """Write a grid to `path`: a row for each prompt, and for each title in `columns` one image file per prompt.
+
+    `header` is the title of the prompts, for rows that are something else.
+    """
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
     height = 40 + len(prompts) * (SIZE + GAP)
     sheet = Image.new("RGB", (TEXT_WIDTH + len(columns) * (SIZE + GAP) + GAP, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 10), "prompt", fill="black", font=bold)
+    draw.text((GAP, 10), header, fill="black", font=bold)
     for j, prompt in enumerate(prompts):
         y = 40 + j * (SIZE + GAP)
         draw.line((0, y - GAP // 2, sheet.width, y - GAP // 2), fill=(225, 225, 225))

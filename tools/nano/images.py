@@ -14,6 +14,8 @@ from ldm.data.transforms import open_rgb
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")
+# More styles of the same concepts, whose images of every concept may be used for training.
+MORE_STYLES = ("noto-v1", "emojione", "emojione-monotone", "fxemoji", "notomono", "notomono-bold")
 
 
 class CaptionedImage(NamedTuple):
@@ -24,13 +26,13 @@ class CaptionedImage(NamedTuple):
     pixels: np.ndarray  # (64, 64, 3) uint8
 
 
-def read_rows(style: str, split: str) -> list[Row]:
-    """Return the rows of a bundled data set: its style and split, such as "emoji_noto" and "train"."""
-    return read_image_text_csv(DATASETS / style / split).rows
+def read_rows(style: str, split: str | None = None) -> list[Row]:
+    """Return the rows of a bundled data set, such as "emoji_noto" and "train", or of one of MORE_STYLES."""
+    return read_image_text_csv(DATASETS / style / split if split else DATASETS / "styles" / style).rows
 
 
-def read_images(style: str, split: str) -> list[CaptionedImage]:
-    """Return the images of a bundled data set."""
+def read_images(style: str, split: str | None = None) -> list[CaptionedImage]:
+    """Return the images of a bundled data set, or of one of MORE_STYLES."""
     return [
         CaptionedImage(row.path.name, row.caption, np.asarray(open_rgb(row.path))) for row in read_rows(style, split)
     ]

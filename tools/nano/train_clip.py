@@ -10,8 +10,9 @@ Images are shifted and blurred, so that the image tower scores a small decoder's
 captions are encoded without their article ("cat" for "a cat"), as people write them. The temperature is fixed.
 
 --image_tower_only continues a finished run and leaves the text tower as it is, so that a UNet trained with it remains
-valid. It teaches the image tower to recognise a concept in any style: a batch shows each concept twice, the second time
-in another style or as line art of its image. Both images and the caption are matched with each other.
+valid. It teaches the image tower to recognise a concept in any style: a batch shows each concept in two styles, a
+quarter of the second ones as line art. Both images and the caption are matched with each other. It also reads the
+images of datasets/styles.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from ldm.settings.declare import MAX_NETWORK_BATCH, MAX_SEED, REQUIRED, setting 
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.tokenizer.tokenizer import Tokenizer  # noqa: E402
-from tools.nano.images import STYLES, blur, line_art, read_images, shift, to_network, turn  # noqa: E402
+from tools.nano.images import MORE_STYLES, STYLES, blur, line_art, read_images, shift, to_network, turn  # noqa: E402
 from tools.nano.loop import Step, learning_rates, load_parameters, train, write_results  # noqa: E402
 from tools.nano.measure import nearer_than_another  # noqa: E402
 from tools.nano.train_vae import CONFIG, in_batches  # noqa: E402
 
 WEIGHTS = "clip.safetensors"
+LINE_ART = 0.25  # share of pairs whose second image becomes line art
 
 
 class ContrastiveLoss(nn.Cell):
@@ -101,6 +103,13 @@ class StylesLoss(nn.Cell):
         return loss, right
 
 
+def two_styles(images: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two images of a concept in different styles, sometimes the second one as line art made from it."""
+    first, second = rng.choice(len(images), 2, replace=len(images) == 1)
+    pixels = images[second]
+    return images[first], line_art(pixels, rng) if first == second or rng.random() < LINE_ART else pixels
+
+
 def report(clip: CLIPModel, tokenizer: Tokenizer) -> str:
     """Return how often a caption's own image is among the 5 nearest of its data set, as text."""
     lines = []
@@ -151,18 +160,20 @@ def train_clip(args: Settings) -> None:
     clip = CLIPModel(**CLIP_MODELS["nano"])
     parameters = clip.parameters_dict()  # before the optimizer prefixes their names
 
-    concepts: dict[str, list] = {}
-    for style, splits in (("emoji_noto", ("train", "test")), *((s, ("train",)) for s in STYLES)):
-        for split in splits:
-            for image in read_images(style, split):
-                # Noto counts three times, because the base model generates its style.
-                concepts.setdefault(image.caption, []).extend([image] * (3 if style == "emoji_noto" else 1))
+    noto = [*read_images("emoji_noto", "train"), *read_images("emoji_noto", "test")]
+    others = [image for style in STYLES for image in read_images(style, "train")]
+    if args.image_tower_only:
+        others += [image for style in MORE_STYLES for image in read_images(style)]
+    concepts: dict[str, list[np.ndarray]] = {image.caption: [] for image in noto}
+    for image in [*noto, *others]:
+        concepts[image.caption].append(image.pixels)
     captions = sorted(concepts)
     tokens = {caption: tokenizer.encode([caption, re.sub(r"^(a|an|the) ", "", caption)]) for caption in captions}
 
     def image_and_tokens(rng: np.random.Generator, caption: str) -> tuple[np.ndarray, np.ndarray]:
         images = concepts[caption]
-        image = shift(images[rng.integers(len(images))].pixels, rng, 4)
+        # Noto's image, the first, counts three times, because the base model generates its style.
+        image = shift(images[max(0, rng.integers(-2, len(images)))], rng, 4)
         return blur(image, rng) if rng.random() < 0.5 else image, tokens[caption][int(rng.random() < 0.25)]
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,12 +185,11 @@ def train_clip(args: Settings) -> None:
     def batch_of_styles(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = draws(args.seed, "styles", step)
         chosen = rng.choice(len(captions), args.batch_size, replace=False)
-        first = [turn(image_and_tokens(rng, captions[i])[0], rng) for i in chosen]
-        second = [turn(in_another_style(image_and_tokens(rng, captions[i])[0], rng), rng) for i in chosen]
-        return to_network(np.stack(first + second)), text_features[chosen]
-
-    def in_another_style(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return line_art(image, rng) if rng.random() < 0.6 else image
+        pairs = [two_styles(concepts[captions[i]], rng) for i in chosen]
+        varied = [turn(shift(image, rng, 4), rng) for side in zip(*pairs) for image in side]
+        return to_network(np.stack([blur(image, rng) if rng.random() < 0.5 else image for image in varied])), (
+            text_features[chosen]
+        )
 
     if args.image_tower_only:
         load_parameters(parameters, args.image_tower_only / WEIGHTS)
