@@ -286,8 +286,8 @@ def _read_vae(section: Mapping[str, Any], source: str) -> dict[str, Any]:
     if section["target"] == IDENTITY_TARGET:
         if params:
             raise UserError(
-                f"{source}: {where} holds {plain(', '.join(map(str, params)))}, but IdentityFirstStage takes no params: "
-                f"leave them out, or choose target {VAE_TARGET}"
+                f"{source}: {where} holds {plain(', '.join(map(str, params)), 60)}, but IdentityFirstStage takes no "
+                f"params: leave them out, or choose target {VAE_TARGET}"
             )
         return {}
     values = read_mapping(VAEParams, params, source, f"{where}.")

@@ -92,7 +92,7 @@ class VAEParams:
 
 @dataclass
 class VAESection:
-    """The section first_stage_config. Its params are read as VAEParams, except for IdentityFirstStage, which has none."""
+    """The section first_stage_config. Its params are read as VAEParams. IdentityFirstStage has none."""
 
     target: str = setting(REQUIRED, choices=(VAE_TARGET, IDENTITY_TARGET))
     params: Optional[dict] = setting(None)

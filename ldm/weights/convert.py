@@ -241,8 +241,8 @@ def _check_diffusers_sizes(config: ModelConfig) -> None:
     unet, vae = config.unet, config.vae
     if config.in_pixel_space:
         raise UserError(
-            f"{config.path} is a model in pixel space, and the pipelines that read a diffusers folder need a VAE: write "
-            "ldm, mindone or own"
+            f"{config.path} is a model in pixel space, and the pipelines that read a diffusers folder need a VAE: "
+            "write ldm, mindone or own"
         )
     if unet["channel_mult"][0] != 1 or vae["ch_mult"][0] != 1:
         raise UserError(

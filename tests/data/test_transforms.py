@@ -41,6 +41,17 @@ def test_an_image_is_float32_channels_first_in_minus_one_to_one(tmp_path):
     assert image.min() == -1.0 and image.max() == 1.0
 
 
+@pytest.mark.parametrize("size", [8, 4])
+def test_one_channel_is_the_luma_and_grey_stays_as_it_is(tmp_path, size):
+    values = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    grey = saved(tmp_path, Image.fromarray(values))
+    image = load_image(grey, size, channels=1)
+    assert image.shape == (1, size, size) and image.dtype == np.float32 and image.flags.c_contiguous
+    np.testing.assert_array_equal(image[0], load_image(grey, size)[0])
+    green = load_image(saved(tmp_path, Image.new("RGB", (8, 8), GREEN)), size, channels=1)
+    assert (green == np.float32(150 / 127.5 - 1.0)).all()  # 0.587 of 255
+
+
 @pytest.mark.parametrize(
     ("image", "expected"),
     [

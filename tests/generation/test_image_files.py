@@ -90,6 +90,15 @@ def test_tiles_lie_in_rows_on_white():
     assert sheet[0, 0, 0] == 0 and sheet[0, 10, 0] == 10 and sheet[8, 0, 0] == 20 and sheet[8, 10, 0] == 255
 
 
+def test_one_channel_is_a_grey_image_in_files_and_grid(tmp_path):
+    writer = ImageWriter(tmp_path, PROMPTS[:2], NEGATIVE[:2], 1, {})
+    writer.add([0, 1], images(2, 7)[..., :1])
+    writer.finish()
+    image, grid = Image.open(tmp_path / "samples" / "00001.png"), Image.open(tmp_path / "grid.png")
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("L", (8, 6), 17)
+    assert (grid.mode, grid.size, grid.getpixel((8, 0))) == ("L", (18, 6), 255)
+
+
 def test_a_second_run_renames_the_files_of_the_first(tmp_path):
     for value in (0, 100, 200):
         write(tmp_path, value)

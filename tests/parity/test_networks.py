@@ -50,11 +50,16 @@ def nano() -> ModelConfig:
     return load_model_config(ROOT / "configs/nano.yaml")
 
 
+def mnist() -> ModelConfig:
+    return load_model_config(ROOT / "configs/mnist.yaml")
+
+
 # diffusers has no autoencoder of nano's form: its first level is wider than its first convolution.
 CASES = {
     "sd1": (sd1_narrow, 0, NETWORKS, dict(batch=1, height=16, width=8)),
     "sd2": (sd2_narrow, 1, NETWORKS, dict(batch=3, height=8, width=16)),
     "nano": (nano, 0, ("unet", "text"), dict(batch=2, height=16, width=16)),
+    "mnist": (mnist, 0, ("unet",), dict(batch=2, height=32, width=16)),
 }
 
 

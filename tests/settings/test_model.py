@@ -223,6 +223,70 @@ def test_an_unusual_value_is_read(change, place, value):
     assert isinstance(change(place, value), ModelConfig)
 
 
+@pytest.fixture
+def change_pixels(tmp_path):
+    """Write configs/mnist.yaml with some values of model.params set, and read it."""
+
+    def write_and_read(unet=(), first_stage=(), **params):
+        document = yaml.safe_load((ROOT / "configs" / "mnist.yaml").read_text())
+        section = document["model"]["params"]
+        section.update(params)
+        section["unet_config"]["params"].update(unet)
+        section["first_stage_config"].update(first_stage)
+        path = tmp_path / "pixels.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return load_model_config(path)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize("name, channels", [("mnist", 1), ("mnist_rgb", 3)])
+def test_in_pixel_space_the_latents_are_the_pixels(name, channels):
+    config = load_model_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.in_pixel_space and config.vae == {} and config.scale_factor == 1
+    assert (config.image_channels, config.latent_channels, config.moment_channels) == (channels,) * 3
+    assert (config.image_size, config.vae_factor, config.size_multiple) == (32, 1, 4)
+    assert (config.architecture, config.prediction_type) == ("custom", "v_prediction")
+
+
+def test_with_an_autoencoder_the_images_are_rgb():
+    config = load_model_config(V1)
+    assert not config.in_pixel_space
+    assert (config.image_channels, config.latent_channels, config.moment_channels) == (3, 4, 8)
+
+
+@pytest.mark.parametrize("params", [None, {}])
+def test_the_identity_takes_no_params(change_pixels, params):
+    assert change_pixels(first_stage={"params": params}).in_pixel_space
+    with pytest.raises(UserError, match="first_stage_config.params holds embed_dim, but IdentityFirstStage takes no"):
+        change_pixels(first_stage={"params": {"embed_dim": 4}})
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            dict(unet=dict(in_channels=2, out_channels=2)),
+            "in_channels 2 and out_channels 2 .*1 \\(grey\\) or 3 \\(RGB\\)",
+        ),
+        (dict(unet=dict(in_channels=3)), "in_channels 3 and out_channels 1 .*must be 1"),
+        (dict(scale_factor=0.5), "scale_factor is 0.5.*must be 1: the latents are the pixels"),
+        (dict(image_size=30), "image_size 30 must be a multiple of 4 pixels"),
+        (
+            dict(first_stage=dict(target="ldm.models.autoencoder.AutoencoderKL")),
+            "first_stage_config.params.embed_dim is",
+        ),
+        (
+            dict(first_stage=dict(target="ldm.models.autoencoder.VQModel")),
+            "first_stage_config.target.*IdentityFirstStage",
+        ),
+    ],
+)
+def test_what_does_not_suit_pixel_space_is_named(change_pixels, changes, says):
+    with pytest.raises(UserError, match=says):
+        change_pixels(**changes)
+
+
 @pytest.mark.parametrize(
     "path",
     [*sorted((ROOT / "configs").glob("*.yaml")), *sorted(ROOT.glob("tests/**/*.yaml"))],

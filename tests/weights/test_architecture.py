@@ -13,6 +13,7 @@ import yaml
 
 from ldm.errors import UserError
 from ldm.files.paths import ROOT
+from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config, model_document, parse_model_config
 from ldm.weights.architecture import (
     KNOWN_CONFIGS,
@@ -126,6 +127,15 @@ class TestSingleFiles:
         assert same_config(
             detect_model_config(ROOT / "models" / "nano" / "nano.safetensors"), load_model_config(ROOT / NANO)
         )
+
+    @pytest.mark.parametrize("path", [MNIST, MNIST_RGB])
+    def test_models_in_pixel_space(self, path):
+        config = load_model_config(ROOT / path)
+        names = {p.name: p.shape for p in build_model(config, random=False).get_parameters()}
+        assert candidate_paths(Shapes(names)) == [path]
+        nano = {p.name: p.shape for p in build_model(load_model_config(ROOT / NANO), random=False).get_parameters()}
+        with_vae = {**names, **{name: shape for name, shape in nano.items() if name.startswith("first_stage_model.")}}
+        assert candidate_paths(Shapes(with_vae)) == []
 
     def test_added_tokens_make_no_other_architecture(self, published):
         name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"

@@ -113,6 +113,20 @@ class TestAllDirections:
             assert same_config(detect_model_config(path), config)
         equal(read_checkpoint(path)[0], arrays)
 
+    def test_a_model_in_pixel_space_goes_through_all_forms_but_a_folder(self, tmp_path):
+        path, config = tmp_path / "source.safetensors", load_model_config(TESTS / "pixels.yaml")
+        arrays = {p.name: p.asnumpy() for p in build_model(config).get_parameters()}
+        write_checkpoint(path, arrays)
+        given = TESTS / "pixels.yaml"
+        with pytest.raises(UserError, match="in pixel space.* need a VAE: write ldm, mindone or own"):
+            convert(path, tmp_path / "folder", model_config=given)
+        for number, format in enumerate(("mindone", "ldm", "own")):
+            source, path = path, tmp_path / f"{number}" / TARGETS[format]
+            assert convert(source, path, format, model_config=given).ok
+            assert same_config(detect_model_config(path), config)  # by the YAML beside it
+            given = None
+        equal(read_checkpoint(path)[0], arrays)
+
     def test_a_folder_says_all_of_its_model_without_a_yaml(self, tmp_path, source):
         convert(source("sd2"), tmp_path / "sd", model_config=MODELS["sd2"])
         (tmp_path / "sd.yaml").unlink()
