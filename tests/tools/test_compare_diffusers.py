@@ -202,6 +202,10 @@ class TestSettings:
         with pytest.raises(UserError, match=words):
             check_model(model)
 
+    def test_a_model_in_pixel_space_is_refused(self):
+        with pytest.raises(UserError, match="mnist.yaml is a model in pixel space"):
+            check_model(load_model_config(ROOT / "configs" / "mnist.yaml"))
+
     def test_the_nano_model_can_be_compared(self):
         check_model(load_model_config(ROOT / "configs" / "nano.yaml"))
 
