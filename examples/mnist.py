@@ -41,7 +41,7 @@ from tools.commands import call, from_root  # noqa: E402
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = {1: ("grey", "configs/mnist.yaml"), 3: ("rgb", "configs/mnist_rgb.yaml")}
 RECIPE = "configs/train/train_config_{}_mnist.yaml"
-GUIDANCE = "2"  # 1 names fewer digits right, and from 4 on the strokes become thick
+GUIDANCE = "3"
 BATCH = 10  # images in a call of the UNet, the same in all runs, so that equal images are equal bit for bit
 FRAME = 2  # pixels; the digits of the data set leave at least as many on each side
 ROWS = 3  # images of each digit in mnist.png

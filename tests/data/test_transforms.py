@@ -49,7 +49,7 @@ def test_one_channel_is_the_luma_and_grey_stays_as_it_is(tmp_path, size):
     assert image.shape == (1, size, size) and image.dtype == np.float32 and image.flags.c_contiguous
     np.testing.assert_array_equal(image[0], load_image(grey, size)[0])
     green = load_image(saved(tmp_path, Image.new("RGB", (8, 8), GREEN)), size, channels=1)
-    assert (green == np.float32(150 / 127.5 - 1.0)).all()  # 0.587 of 255
+    np.testing.assert_allclose(green, 150 / 127.5 - 1.0, rtol=1e-6)  # 0.587 of 255
 
 
 @pytest.mark.parametrize(
