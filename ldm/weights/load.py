@@ -84,7 +84,9 @@ class LoadReport:
         return [name for name, component in self.components.items() if component.missing and not component.matched]
 
     def __str__(self) -> str:
-        text = "; ".join(f"{LABELS[name]}: {component}" for name, component in self.components.items())
+        # A model in pixel space has no VAE, of which nothing is to be said.
+        parts = {name: part for name, part in self.components.items() if part != ComponentReport()}
+        text = "; ".join(f"{LABELS[name]}: {part}" for name, part in parts.items())
         ignored = ", ".join(f"{count} ({reason})" for reason, count in self.ignored.items())
         return f"{text}; left out: {ignored}" if ignored else text
 

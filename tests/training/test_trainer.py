@@ -224,7 +224,9 @@ def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, 
     monkeypatch.setattr(inputs, "CACHE_PIXELS", 16 * 16)  # one image at a time
     load = inputs.load_image
     monkeypatch.setattr(
-        inputs, "load_image", lambda path, size: (interrupt if path.name == "3.png" else load)(path, size)
+        inputs,
+        "load_image",
+        lambda path, size, **others: (interrupt if path.name == "3.png" else load)(path, size, **others),
     )
     status = Status(tmp_path / "run" / "ckpt", resumes=False)
     with pytest.raises(KeyboardInterrupt):
