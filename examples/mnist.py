@@ -3,10 +3,11 @@
     python examples/mnist.py
     python examples/mnist.py --channels 3    # the same with RGB images
 
-It prints each command that it runs. The results are in output/examples/mnist/grey: base/ckpt/model.ckpt (the base
-model), lora/ckpt/lora.ckpt (the LoRA), mnist.png (digits of both) and all images one by one. With three channels, they
-are in output/examples/mnist/rgb. The lesson ends with a table: how many digits a classifier names right, and how bright
-the background is. The same command resumes an interrupted lesson. examples/mnist.md explains what one sees.
+It prints each command that it runs. The results are in output/examples/mnist: mnist.png (digits by both),
+grey/base/ckpt/model.ckpt (the base model), grey/lora/ckpt/lora.ckpt (the LoRA) and all images one by one. With three
+channels, all of that is in output/examples/mnist/rgb. The lesson ends with a table: how many digits a classifier names
+right, and how bright the background is. The same command resumes an interrupted lesson. examples/mnist.md explains what
+one sees.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         before, after, without = draw(base, lora, settings.images, folder)
         print(f"\nstrength 0 gives the images of the base model, bit for bit: {same_pixels(without, before)}")
-        draw_sheet(before, after, folder / "mnist.png")
-        print(f"{folder / 'mnist.png'}: {ROWS} images of each digit by the base model, below them {ROWS} with the LoRA")
+        sheet = (output if settings.channels == 1 else folder) / "mnist.png"
+        draw_sheet(before, after, sheet)
+        print(f"{sheet}: {ROWS} images of each digit by the base model, below them {ROWS} with the LoRA")
         print(f"\n{judge(before, after, data, output / 'classifier', settings.classifier_steps)}")
         print(f"\n{(time.time() - begin) / 60:.1f} minutes")
 

@@ -14,11 +14,11 @@ from ldm.models.layers import Conv2d, GroupNorm, Linear
 from ldm.ops import RepeatedCell, Sequential, add, broadcast_add, fork, identity, shared_cell, silu, upsample2x
 
 
-class InputConv(Conv2d):
-    """The first convolution, with the arguments of a TimestepBlock's cells."""
+class InputBlock(nn.SequentialCell):
+    """The first convolution, with the arguments of a TimestepBlock."""
 
-    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]  # see above
-        return super().construct(x)
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        return self.cell_list[0](x)
 
 
 class ResBlock(nn.Cell):
@@ -163,7 +163,7 @@ class UNetModel(RepeatedCell):
         self.time_embed = Sequential(Linear(model_channels, emb_channels), silu(), Linear(emb_channels, emb_channels))
 
         channels, downsampling = model_channels, 1
-        input_blocks = [TimestepBlock(InputConv(in_channels, channels, 3, padding=1))]
+        input_blocks: list[nn.Cell] = [InputBlock([Conv2d(in_channels, channels, 3, padding=1)])]
         skip_channels = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):

@@ -98,7 +98,7 @@ def test_the_lesson_from_data_to_table(scripts, data, tmp_path, monkeypatch, cap
     before, after, without = scripts.drawn
     assert not before.lora_ckpt_path and after.lora_scale == 1 and without.lora_scale == 0
     assert {(settings.scale, settings.batch_size, settings.seed) for settings in scripts.drawn} == {(3.0, 10, 1)}
-    sheet = np.asarray(Image.open(tmp_path / "out" / ("grey" if channels == 1 else "rgb") / "mnist.png"))
+    sheet = np.asarray(Image.open(tmp_path / "out" / ("" if channels == 1 else "rgb") / "mnist.png"))
     assert sheet[6, 6] == 0 and sheet[-6, -6] == 255  # the base model's digits above, the LoRA's below
 
     printed = capsys.readouterr().out
