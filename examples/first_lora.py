@@ -83,10 +83,8 @@ def draw_before_and_after(base: str, lora: Path, prompts: list[str], output: Pat
     call(*generate, "--output_path", str(output / "after"), "--lora_ckpt_path", str(lora))
 
     before, after = (sorted((output / name / "samples").glob("*.png")) for name in ("before", "after"))
-    columns = {prompt: [before[i], after[i]] for i, prompt in enumerate(prompts)}
-    draw_grid(
-        ["base model", "with the LoRA"], columns, output / "first_lora.png", header="", text_width=140, colours=256
-    )
+    columns = {"base model": before, "with the LoRA": after}
+    draw_grid(prompts, columns, output / "first_lora.png", text_width=140, colours=256)
     print(f"\nbefore and after: {output / 'first_lora.png'}")
     return before, after
 

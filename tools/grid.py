@@ -54,6 +54,7 @@ def draw_grid(
             image = Image.open(file).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
             sheet.paste(image, (x, 40 + j * (SIZE + GAP)))
     if colours is not None:
-        sheet = sheet.quantize(colours, dither=Image.Dither.NONE)
+        # 98 kB for 30 images of nano, MEDIANCUT 169 kB, with similar errors.
+        sheet = sheet.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with atomic_path(path) as temporary:
         sheet.save(temporary, optimize=True)
