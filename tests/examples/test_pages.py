@@ -67,7 +67,7 @@ def test_links_and_names_of_files_lead_to_files(page):
     text = (FOLDER / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
     assert links and [link for link in links if not (FOLDER / link).exists()] == []
-    names = re.findall(r"`((?:configs|datasets|docs|examples|ldm|tools)/[\w/.]+)`", text)
+    names = re.findall(r"(?<![\w/.])(?:configs|datasets|docs|examples|ldm|tools)/[\w/]+(?:\.\w+)?", text)
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
