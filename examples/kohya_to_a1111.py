@@ -1,7 +1,7 @@
 """Lesson 6, from kohya's folder to a file for A1111 and ComfyUI.
 
     python examples/kohya_to_a1111.py
-    python examples/kohya_to_a1111.py --kohya_path my_folder --output_path output/mine    # your own folder
+    python examples/kohya_to_a1111.py --kohya_path my_folder --name mine --output_path output/mine    # your own folder
 
 A folder in kohya's layout holds folders like `10_emoji line art`: the number of repeats, "_" and the class tokens. In
 them, each image has a .txt file with its caption. The lesson makes such a folder from bundled images, writes the
@@ -66,6 +66,7 @@ class Settings:
     train_config: Path = setting(
         ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
+    name: str = setting("emoji_line_art", "the name of the file for A1111, which a prompt there mentions")
     steps: Optional[int] = setting(None, "steps of training; None: the recipe's", low=1, high=MAX_COUNT)
     prompts: list[str] = setting(PROMPTS, "what to draw with both files", length=(1, 100))
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--pretrained_model_path", base, "--output_path", str(output / "lora"), "--resume", "True", *steps,
         )  # fmt: skip
         own = output / "lora" / "ckpt" / "lora.ckpt"
-        full, half = output / "emoji_line_art_fp32.safetensors", output / "emoji_line_art.safetensors"
+        full, half = (output / f"{settings.name}{end}.safetensors" for end in ("_fp32", ""))
         for target, dtype in ((full, "fp32"), (half, "fp16")):
             target.unlink(missing_ok=True)  # of an earlier run: the tool overwrites no file
             call(
