@@ -40,7 +40,8 @@ from tools.grid import draw_grid, evenly  # noqa: E402
 if TYPE_CHECKING:
     from ldm.generation.pipeline import Pipeline
 
-SHOWN = 6  # of the prompts, in the image
+# Concepts of the base model whose line art is not among the images that the LoRAs are trained on.
+SHOWN = ["a koala", "a rocket", "a tulip", "a fox", "a teapot", "sunglasses"]
 HEADER = ("LoRA", "trained numbers", "file", "loss at the end", "chroma left", "likeness to the real images")
 
 
@@ -69,6 +70,7 @@ class Settings:
         ROOT / "datasets/emoji_fluent_hc/test", "another one: its captions are drawn, its images compared", path=True
     )
     prompts: int = setting(24, "number of captions of the latter that are drawn", low=1)
+    shown: list[str] = setting(SHOWN, "captions of the latter that are drawn first, for the grid", length=(0, 100))
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
         ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, base, recipe = (from_root(path) for path in (settings.data_path, settings.base_model, settings.train_config))
     output = Path(from_root(settings.output_path))
     rows = read_image_text_csv(settings.test_path).rows
-    rows = [rows[i] for i in evenly(len(rows), settings.prompts)]
+    # Those that the grid shows come first, and the others are spread over the rest.
+    shown, others = (([row for row in rows if (row.caption in settings.shown) == wanted]) for wanted in (True, False))
+    rows = [*shown, *(others[i] for i in evenly(len(others), settings.prompts))][: settings.prompts]
     os.chdir(ROOT)  # so that all paths are those of the printed commands
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
@@ -95,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "--pretrained_model_path", base, "--output_path", str(folder), "--max_steps", str(settings.steps),
                     "--lora_rank", str(rank), "--lora_targets", targets, "--resume", "True",
                 )  # fmt: skip
-        compare(base, folders, rows, output)
+        compare(base, folders, rows, max(1, len(shown)), output)
 
 
-def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], output: Path) -> None:
-    """Draw and measure the images of each LoRA, write the grid, and print the table."""
+def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], shown: int, output: Path) -> None:
+    """Draw and measure the images of each LoRA, write the grid of the first `shown` rows, and print the table."""
     from ldm.generation.pipeline import Pipeline
     from ldm.lora import read_lora
     from ldm.metrics.networks import nano_clip
@@ -130,14 +134,13 @@ def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], output: Pa
         ))  # fmt: skip
     columns["the real image"] = [row.path for row in rows]
 
-    shown = evenly(len(rows), SHOWN)
-    columns = {title: [files[i] for i in shown] for title, files in columns.items()}
-    draw_grid([rows[i].caption for i in shown], columns, output / "rank.png", text_width=160, colours=256)
+    columns = {title: files[:shown] for title, files in columns.items()}
+    draw_grid([row.caption for row in rows[:shown]], columns, output / "rank.png", text_width=160, colours=256)
     lines = [f"| {' | '.join(line)} |" for line in table]
     lines.insert(1, "| --- " * len(HEADER) + "|")
     with atomic_path(output / "rank_table.md") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"\n{output / 'rank.png'}: {len(shown)} of the {len(rows)} prompts\n\n" + "\n".join(lines))
+    print(f"\n{output / 'rank.png'}: the first of the {len(rows)} prompts\n\n" + "\n".join(lines))
 
 
 def draw_images(pipe: Pipeline, loras: list[Path], prompts: Sequence[str], folder: Path) -> list[Path]:

@@ -11,7 +11,19 @@ from tests.examples.lessons import images, run_lesson
 def lesson(small, tmp_path_factory):
     """The output folder of one run, and what it printed."""
     output = tmp_path_factory.mktemp("lesson") / "out"
-    flags = ("--ranks", "1", "4", "--steps", "2", "--prompts", "2", "--data_path", str(small.data))
+    flags = (
+        "--ranks",
+        "1",
+        "4",
+        "--steps",
+        "2",
+        "--prompts",
+        "2",
+        "--shown",
+        "an image of colour 3",
+        "--data_path",
+        str(small.data),
+    )
     return output, run_lesson("rank", small, output, *flags, "--test_path", str(small.data))
 
 
@@ -45,5 +57,5 @@ def test_each_rank_draws_other_images_than_the_base_model_whose_chroma_is_the_un
 
     shares = [line[4] for line in table(output)]
     assert shares == [f"{100 * chroma(drawn) / chroma(base):.0f} %" for drawn in (base, low, high)]
-    # Prompts, base model, two ranks, the real images.
-    assert images(output / "rank.png").shape[1:3] == (40 + 2 * 136, 160 + 4 * 136 + 8)
+    # The caption to show; base model, two ranks, the real image.
+    assert images(output / "rank.png").shape[1:3] == (40 + 136, 160 + 4 * 136 + 8)
