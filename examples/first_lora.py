@@ -83,8 +83,8 @@ def draw_before_and_after(base: str, lora: Path, prompts: list[str], output: Pat
     call(*generate, "--output_path", str(output / "after"), "--lora_ckpt_path", str(lora))
 
     before, after = (sorted((output / name / "samples").glob("*.png")) for name in ("before", "after"))
-    columns = {prompt: [before[i], after[i]] for i, prompt in enumerate(prompts)}
-    draw_grid(["base model", "with the LoRA"], columns, output / "first_lora.png", header="")
+    columns = {"base model": before, "with the LoRA": after}
+    draw_grid(prompts, columns, output / "first_lora.png", text_width=140, colours=256)
     print(f"\nbefore and after: {output / 'first_lora.png'}")
     return before, after
 
@@ -107,7 +107,7 @@ def draw_strengths(
         files[0].parent.mkdir(exist_ok=True)
         for image, file in zip(images, files):
             image.save(file)
-    draw_grid(prompts, columns, output / "first_lora_strengths.png")
+    draw_grid(prompts, columns, output / "first_lora_strengths.png", text_width=140, colours=256)
     print(f"the strip of strengths: {output / 'first_lora_strengths.png'}")
     print(f"strength 0 is the image of the base model, bit for bit: {same_pixels(columns['0'], before)}")
     print(f"strength 1 is the image of the command with the LoRA, bit for bit: {same_pixels(columns['1'], after)}")

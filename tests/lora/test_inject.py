@@ -122,9 +122,16 @@ class TestWhichLayers:
             inject_lora(small_net, LoRASpec(targets=("o_q",)))  # not to_q
         assert inject_lora(small_net, LoRASpec(targets=("attn1.to_q",)))
 
-    def test_the_first_convolution_is_called_with_more_than_an_image(self, tiny_model):
-        with pytest.raises(UserError, match="match no layer"):
-            inject_lora(tiny_model, LoRASpec(targets=("input_blocks.0.0",)))
+    def test_the_first_convolution_is_trained_by_its_name_alone(self, tiny_model):
+        name = "model.diffusion_model.input_blocks.0.0"
+        assert inject_lora(tiny_model, LoRASpec(targets=("input_blocks.0.0",))) == [name]
+        unet = tiny_model.model.diffusion_model
+        assert isinstance(unet.input_blocks[0].cell_list[0], LoRAConv2d)
+        inputs = (Tensor(np.ones((1, 4, 8, 8), np.float32)), Tensor(np.array([3], np.int32)))
+        context = Tensor(np.ones((1, 77, 32), np.float32))
+        assert np.isfinite(unet(*inputs, context).asnumpy()).all()
+        remove_lora(tiny_model)
+        assert name not in inject_lora(tiny_model, LoRASpec(targets="all"))
 
     def test_cells_take_the_layers_place_in_sequences_too(self, small_net):
         inject_lora(small_net, LoRASpec(targets="all"))

