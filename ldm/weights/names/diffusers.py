@@ -133,9 +133,10 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
 
     The names are those of diffusers 0.42 and transformers 4. Raises UserError if a name does not fit the configuration.
     """
+    vae = {} if config.in_pixel_space else vae_modules(config.vae)
     tables = {
         "unet": (UNET_PREFIX, {canonical: path for path, canonical in unet_modules(config.unet).items()}),
-        "vae": (VAE_PREFIX, {canonical: path for path, canonical in vae_modules(config.vae).items()}),
+        "vae": (VAE_PREFIX, {canonical: path for path, canonical in vae.items()}),
     }
     made, unknown = {}, []
     for name, shape in shapes.items():
