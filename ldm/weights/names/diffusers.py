@@ -133,7 +133,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[s
 
     The names are those of diffusers 0.42 and transformers 4. Raises UserError if a name does not fit the configuration.
     """
-    vae = {} if config.in_pixel_space else vae_modules(config.vae)
+    vae = vae_modules(config.vae) if config.vae else {}  # in pixel space there is none
     tables = {
         "unet": (UNET_PREFIX, {canonical: path for path, canonical in unet_modules(config.unet).items()}),
         "vae": (VAE_PREFIX, {canonical: path for path, canonical in vae.items()}),
