@@ -130,10 +130,10 @@ def test_the_classifier_learns_both_polarities_and_is_read_again(tmp_path, graph
     """Of two easy digits, so that a few steps suffice."""
     paths = [path for digit in (0, 1) for path in sorted((REAL / "train").glob(f"{digit}_*.png"))[:50]]
     images, digits = load_digits(paths), np.repeat([0, 1], 50)
-    classifier = train_classifier(images, digits, tmp_path, 40)
+    classifier = train_classifier(images, digits, tmp_path, 120)
     for polarity in (1, -1):
         assert named_right(classifier, polarity * images, digits).mean() > 0.95
-    again = train_classifier(images, digits, tmp_path, 40)
+    again = train_classifier(images, digits, tmp_path, 120)
     np.testing.assert_array_equal(again(ms.Tensor(images)).asnumpy(), classifier(ms.Tensor(images)).asnumpy())
 
 
