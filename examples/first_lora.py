@@ -30,10 +30,9 @@ from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
+from tools.lessons import PROMPTS, check_prompts, same_pixels, save_images, train_lora, write_prompts  # noqa: E402
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1)
-# The base model knows these concepts, and their line art is not among the images that the LoRA is trained on.
-PROMPTS = ["a koala", "a rocket", "a tulip", "a fox", "a teapot", "sunglasses"]
 
 
 @dataclass
@@ -55,29 +54,21 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the lesson."""
     settings = read_settings(Settings, argv, description=__doc__)
+    check_prompts(settings.prompts)
     data, base, recipe = (from_root(path) for path in (settings.data_path, settings.base_model, settings.train_config))
     output = Path(from_root(settings.output_path))
     os.chdir(ROOT)  # so that all paths are those of the printed commands
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         steps = () if settings.steps is None else ("--max_steps", str(settings.steps))
-        lora = train(recipe, data, base, output / "lora", *steps)
+        lora = train_lora(recipe, data, base, output / "lora", *steps)
         before, after = draw_before_and_after(base, lora, settings.prompts, output)
         draw_strengths(base, lora, settings.prompts, before, after, output)
 
 
-def train(recipe: str, data: str, base: str, folder: Path, *more: str) -> Path:
-    """Train a LoRA and return its file. The same command again resumes; after the last step it has nothing to do."""
-    call(
-        "train_text_to_image.py", "--train_config", recipe, "--data_path", data, "--pretrained_model_path", base,
-        "--output_path", str(folder), "--resume", "True", *more,
-    )  # fmt: skip
-    return folder / "ckpt" / "lora.ckpt"
-
-
 def draw_before_and_after(base: str, lora: Path, prompts: list[str], output: Path) -> tuple[list[Path], list[Path]]:
     """Draw the prompts with the base model, and with the LoRA. Returns the files of both."""
-    (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    write_prompts(prompts, output / "prompts.txt")
     generate = ("text_to_image.py", "--ckpt_path", base, "--data_path", str(output / "prompts.txt"), "--seed", "1")
     call(*generate, "--output_path", str(output / "before"))
     call(*generate, "--output_path", str(output / "after"), "--lora_ckpt_path", str(lora))
@@ -102,22 +93,12 @@ def draw_strengths(
     columns = {}
     for strength in STRENGTHS:
         pipe.set_loras([("style", strength)])
-        images = pipe(prompts, seed=1).images
         columns[f"{strength:g}"] = files = [output / "strengths" / f"{strength:g}-{i}.png" for i in range(len(prompts))]
-        files[0].parent.mkdir(exist_ok=True)
-        for image, file in zip(images, files):
-            image.save(file)
+        save_images(pipe(prompts, seed=1).images, files)
     draw_grid(prompts, columns, output / "first_lora_strengths.png", text_width=140, colours=256)
     print(f"the strip of strengths: {output / 'first_lora_strengths.png'}")
     print(f"strength 0 is the image of the base model, bit for bit: {same_pixels(columns['0'], before)}")
     print(f"strength 1 is the image of the command with the LoRA, bit for bit: {same_pixels(columns['1'], after)}")
-
-
-def same_pixels(files: list[Path], others: list[Path]) -> bool:
-    """Whether the images of two lists are equal in every pixel. The texts in the files are not compared."""
-    from PIL import Image
-
-    return all(Image.open(a).tobytes() == Image.open(b).tobytes() for a, b in zip(files, others))
 
 
 if __name__ == "__main__":
