@@ -31,12 +31,11 @@ from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid  # noqa: E402
+from tools.lessons import PROMPTS, check_prompts, replaced, save_images, train_lora, write_prompts  # noqa: E402
 
 if TYPE_CHECKING:
     from ldm.generation.pipeline import Pipeline
 
-# Concepts of the base model whose images in either style are not among those that the LoRAs are trained on.
-PROMPTS = ["a koala", "a rocket", "a tulip", "a fox", "a teapot", "sunglasses"]
 # What a pipeline merges: (name, strength), or (name, strength, start, end) with shares of the sampling steps.
 MIXES = {
     "base model": [],
@@ -76,6 +75,7 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the lesson."""
     settings = read_settings(Settings, argv, description=__doc__)
+    check_prompts(settings.prompts)
     base, recipe = (from_root(path) for path in (settings.base_model, settings.train_config))
     given = {"line_art": settings.line_art, "twemoji": settings.twemoji}
     loras = {name: None if path is None else Path(from_root(path)) for name, path in given.items()}
@@ -85,18 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         steps = () if settings.steps is None else ("--max_steps", str(settings.steps))
         for name, style in (("line_art", "emoji_fluent_hc"), ("twemoji", "emoji_twemoji")):
-            loras[name] = loras[name] or train(recipe, f"datasets/{style}", base, output / name, *steps)
+            loras[name] = loras[name] or train_lora(recipe, f"datasets/{style}", base, output / name, *steps)
         merge_into_one_file(base, loras["line_art"], loras["twemoji"], settings.prompts, output)
         draw(base, loras["line_art"], loras["twemoji"], settings, output)
-
-
-def train(recipe: str, data: str, base: str, folder: Path, *more: str) -> Path:
-    """Train a LoRA and return its file. The same command again resumes; after the last step it has nothing to do."""
-    call(
-        "train_text_to_image.py", "--train_config", recipe, "--data_path", data, "--pretrained_model_path", base,
-        "--output_path", str(folder), "--resume", "True", *more,
-    )  # fmt: skip
-    return folder / "ckpt" / "lora.ckpt"
 
 
 def merge_into_one_file(base: str, line_art: Path, twemoji: Path, prompts: list[str], output: Path) -> None:
@@ -105,10 +96,10 @@ def merge_into_one_file(base: str, line_art: Path, twemoji: Path, prompts: list[
     from PIL import Image
 
     mix, both = (f"{line_art}:0.5", f"{twemoji}:0.5"), output / "both.ckpt"
-    both.unlink(missing_ok=True)  # of an earlier run: the tool overwrites no file
-    call("tools/lora/lora_add.py", "--paths", *mix, "--output_path", str(both))
+    with replaced(both) as new:
+        call("tools/lora/lora_add.py", "--paths", *mix, "--output_path", str(new))
 
-    (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    write_prompts(prompts, output / "prompts.txt")
     generate = ("text_to_image.py", "--ckpt_path", base, "--data_path", str(output / "prompts.txt"), "--seed", "1")
     call(*generate, "--output_path", str(output / "two_files"), "--lora_ckpt_path", *mix)
     call(*generate, "--output_path", str(output / "one_file"), "--lora_ckpt_path", str(both))
@@ -150,10 +141,8 @@ def draw(base: str, line_art: Path, twemoji: Path, settings: Settings, output: P
 def draw_mix(pipe: Pipeline, mix: Sequence[tuple], prompts: Sequence[str], folder: Path) -> list[Path]:
     """Draw the prompts with these LoRAs merged, and return the files."""
     pipe.set_loras(mix)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i}.png" for i in range(len(prompts))]
-    for image, file in zip(pipe(prompts, seed=1).images, files):
-        image.save(file)
+    save_images(pipe(prompts, seed=1).images, files)
     return files
 
 
