@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(Settings, argv, description=__doc__)
     data, output = Path(from_root(settings.data_path)), Path(from_root(settings.output_path))
     os.chdir(ROOT)  # so that all paths are those of the printed commands
+    digits_of(data / "train"), digits_of(data / "test")  # raises UserError before the training
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         begin = time.time()
@@ -80,9 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nstrength 0 gives the images of the base model, bit for bit: {same_pixels(without, before)}")
         sheet = (output if settings.channels == 1 else folder) / "mnist.png"
         draw_sheet(before, after, sheet)
-        print(f"{sheet}: {ROWS} images of each digit by the base model, below them {ROWS} with the LoRA")
+        shown = min(ROWS, settings.images)
+        print(f"{sheet}: {shown} images of each digit by the base model, below them {shown} with the LoRA")
         print(f"\n{judge(before, after, data, output / 'classifier', settings.classifier_steps)}")
         print(f"\n{(time.time() - begin) / 60:.1f} minutes")
+
+
+def digits_of(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """Return the images of a data set and their digits (N,). Raises UserError if a caption does not end in a digit."""
+    rows = read_image_text_csv(folder).rows
+    words = [(row.caption.split() or [""])[-1] for row in rows]
+    for row, word in zip(rows, words):
+        if word not in DIGITS:
+            raise UserError(f"the caption of {plain(row.path)} does not end in one of {' '.join(DIGITS)}: correct it")
+    return [row.path for row in rows], np.array([DIGITS.index(word) for word in words])
 
 
 def train(kind: str, config: str, data: Path, folder: Path, steps: int | None, *more: str) -> Path:
@@ -103,7 +116,7 @@ def invert(data: Path, folder: Path) -> Path:
     if not (folder / "img_txt.csv").exists():
         print(f"\nwriting {folder}: the images of {data}, black on white", flush=True)
         for row in read_image_text_csv(data).rows:
-            with atomic_path(folder / row.path.name, sync=False) as temporary:
+            with atomic_path(folder / row.path.relative_to(data), sync=False) as temporary:
                 ImageOps.invert(Image.open(row.path).convert("L")).save(temporary, "PNG")
         with atomic_path(folder / "img_txt.csv") as temporary:
             shutil.copyfile(data / "img_txt.csv", temporary)
@@ -139,7 +152,7 @@ def same_pixels(files: Sequence[Path], others: Sequence[Path]) -> bool:
 
 
 def draw_sheet(before: Sequence[Path], after: Sequence[Path], path: Path) -> None:
-    """Write a picture with a column for each digit: in the upper rows the base model, in the lower ones the LoRA."""
+    """Write an image with a column for each digit: in the upper rows the base model, in the lower ones the LoRA."""
     count = len(DIGITS) * ROWS
     images = [Image.open(file).convert("L").resize((64, 64)) for files in (before, after) for file in files[:count]]
     gap, columns = 4, len(DIGITS)
@@ -163,9 +176,8 @@ def judge(before: Sequence[Path], after: Sequence[Path], data: Path, folder: Pat
     from tools.nano.digit_classifier import load_digits, named_right, train_classifier
 
     def split(name: str) -> tuple[np.ndarray, np.ndarray]:
-        rows = read_image_text_csv(data / name).rows
-        digits = np.array([DIGITS.index(row.caption.split()[-1]) for row in rows])
-        return load_digits([row.path for row in rows]), digits
+        paths, digits = digits_of(data / name)
+        return load_digits(paths), digits
 
     print("\nthe judge: a classifier, trained on the real digits of the training split, as they are and inverted")
     classifier = train_classifier(*split("train"), folder, steps)

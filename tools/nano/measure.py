@@ -184,10 +184,13 @@ def measure_lora(
 
 
 def save_images(folder: Path, pixels: np.ndarray) -> None:
-    """Write images as 00000.png and so on, for other judges."""
+    """Write images as 00000.png and so on, for other judges, in place of those of an earlier measurement."""
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):
+        earlier.unlink()
     for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:05}.png")
+        with atomic_path(folder / f"{i:05}.png", sync=False) as path:
+            Image.fromarray(image).save(path)
 
 
 def write_grid(folder: Path, seed: int, seeds: list[int], sheet: Image.Image) -> None:

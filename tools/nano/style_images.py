@@ -31,8 +31,8 @@ from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.nano.images import DATASETS  # noqa: E402
 
-# The folders of datasets/styles, and how a caption names each style. The styles in colour are left out: a small model
-# needs about 200 epochs to know a drawing, so that three more styles cost as much time again (docs/nano.md).
+# The folders of datasets/styles, and how a caption names each style. The styles in colour are left out: the nano model
+# learns a drawing in 300 epochs (docs/nano.md, "Training runs"), and three more styles take that time again.
 STYLE_WORDS = {
     "emojione-monotone": "black and white",
     "notomono": "line drawing",

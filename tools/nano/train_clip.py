@@ -202,7 +202,7 @@ def train_clip(args: Settings) -> None:
     step = Step(loss, trainable, learning_rates(args.learning_rate, args.steps, 100), weight_decay=0.01)
     settings = f"batch {args.batch_size}, seed {args.seed}"
     if args.image_tower_only:
-        settings += f", image tower of {args.image_tower_only}"
+        settings += f", image tower of {args.image_tower_only}, {len(others)} images of other styles"
     train(step, batch, args.steps, args.output_path, ("loss", "right"), settings, save_every=100)
     clip.set_train(False)
     write_results(args.output_path / WEIGHTS, parameters, report(clip, tokenizer))
