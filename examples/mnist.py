@@ -39,6 +39,7 @@ from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
+from tools.lessons import same_pixels  # noqa: E402
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = {1: ("grey", "configs/mnist.yaml"), 3: ("rgb", "configs/mnist_rgb.yaml")}
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "lora", config, inverted, folder / "lora", settings.lora_steps, "--pretrained_model_path", str(base)
         )
         before, after, without = draw(base, lora, settings.images, folder)
-        print(f"\nstrength 0 gives the images of the base model, bit for bit: {same_pixels(without, before)}")
+        print(f"\nstrength 0 gives the images of the base model, bit for bit: {same_pixels(without, before[: len(without)])}")
         sheet = (output if settings.channels == 1 else folder) / "mnist.png"
         draw_sheet(before, after, sheet)
         shown = min(ROWS, settings.images)
@@ -144,11 +145,6 @@ def draw(base: Path, lora: Path, count: int, folder: Path) -> tuple[list[Path], 
         )  # fmt: skip
     before, after, without = (sorted((folder / name / "samples").glob("*.png")) for name in runs)
     return before, after, without
-
-
-def same_pixels(files: Sequence[Path], others: Sequence[Path]) -> bool:
-    """Whether the images of `files` are the first ones of `others` in every pixel."""
-    return all(Image.open(a).tobytes() == Image.open(b).tobytes() for a, b in zip(files, others))
 
 
 def draw_sheet(before: Sequence[Path], after: Sequence[Path], path: Path) -> None:
