@@ -19,6 +19,7 @@ PAGES = sorted(path.name for path in FOLDER.glob("*.md"))
 SETTINGS = {"train_text_to_image.py": TrainSettings, "text_to_image.py": GenerateSettings}
 # Names in commands that stand for the reader's own files, and files that are not part of the repository.
 READERS_OWN = ("my_", "output/", "models/sd_v1.5")
+OTHER_PROGRAMS = {"--caption_extension"}  # flags of sd-scripts
 LARGEST_IMAGE = 200_000  # bytes
 
 
@@ -35,6 +36,12 @@ def commands(page: str) -> list[list[str]]:
 def page_text(page: str) -> str:
     """Return the text of a page in which each paragraph is one line."""
     return re.sub(r"(?<!\n)\n\s*(?!\n)", " ", (FOLDER / page).read_text(encoding="utf-8"))
+
+
+def flags_in_text(text: str) -> set[str]:
+    """Return the long flags in the spans of code that are no commands, such as `--steps 100`."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return {word for span in spans if not span.startswith("python ") for word in re.findall(r"(?<!\S)--[a-z]\w*", span)}
 
 
 def flags_of(script: str) -> set[str]:
@@ -63,6 +70,14 @@ def test_commands_have_scripts_flags_and_files_that_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_flags_in_the_text_are_those_of_the_lesson_the_two_scripts_or_a_tool_of_its_commands(page):
+    lessons = LESSONS if page == "README.md" else [page.removesuffix(".md")]
+    scripts = {*SETTINGS, *(f"examples/{name}.py" for name in lessons), *(words[0] for words in commands(page))}
+    known = OTHER_PROGRAMS.union(*map(flags_of, scripts))
+    assert flags_in_text((FOLDER / page).read_text(encoding="utf-8")) - known == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_names_of_files_lead_to_files(page):
     text = (FOLDER / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
@@ -82,3 +97,12 @@ def test_the_check_of_commands_sees_blocks_continued_lines_and_spans():
     assert ["examples/kohya_to_a1111.py"] in found
     assert any(words[0] == "tools/lora/convert_lora.py" and words[-2:] == ["--dtype", "fp16"] for words in found)
     assert any(words[0] == "tools/lora/resize_lora.py" for words in commands("rank.md"))
+
+
+def test_the_check_of_flags_sees_bullets_and_no_commands():
+    text = (
+        "- `--steps 100 --output_path output/x`: less.\n- `python a.py --other`\n```\npython b.py --more\n```\n`k--no`"
+    )
+    assert flags_in_text(text) == {"--steps", "--output_path"}
+    assert "--steps" in flags_in_text((FOLDER / "first_lora.md").read_text(encoding="utf-8"))
+    assert "--rank" in flags_in_text((FOLDER / "mixing.md").read_text(encoding="utf-8"))
