@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "lora", config, inverted, folder / "lora", settings.lora_steps, "--pretrained_model_path", str(base)
         )
         before, after, without = draw(base, lora, settings.images, folder)
-        print(f"\nstrength 0 gives the images of the base model, bit for bit: {same_pixels(without, before[: len(without)])}")
+        equal = same_pixels(without, before[: len(without)])
+        print(f"\nstrength 0 gives the images of the base model, bit for bit: {equal}")
         sheet = (output if settings.channels == 1 else folder) / "mnist.png"
         draw_sheet(before, after, sheet)
         shown = min(ROWS, settings.images)

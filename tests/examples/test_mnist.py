@@ -1,4 +1,4 @@
-"""The lesson of the digits: its data, its commands, its picture and its table, with stand-ins for the two scripts."""
+"""The lesson of the digits: its data, commands, image and table, with stand-ins for the two scripts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from PIL import Image
 from examples import mnist
 from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
+from ldm.lora.inject import inject_lora
+from ldm.lora.spec import LoRASpec
+from ldm.models.stable_diffusion import build_model
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
 from ldm.settings.read import read_settings
@@ -126,6 +129,17 @@ def test_the_inverted_data_set_is_made_once_and_completed_after_an_interruption(
     assert pairs[0][1].path.exists()
 
 
+def test_the_lora_of_the_recipe_fits_the_model_and_trains_both_ends_of_its_unet():
+    model = build_model(load_model_config(ROOT / "configs/mnist.yaml"))
+    assert sum(p.size for p in model.model.get_parameters()) == 1_001_905  # as the page says
+    names = inject_lora(model, LoRASpec(text_encoder=False).with_config(ROOT / "configs/lora/mnist.yaml"))
+    unet = "model.diffusion_model."
+    assert {f"{unet}input_blocks.0.0", f"{unet}out.2"} < set(names)
+    everything = inject_lora(build_model(load_model_config(ROOT / "configs/mnist.yaml")), LoRASpec(targets="all"))
+    assert set(names) == {f"{unet}input_blocks.0.0", f"{unet}out.2", *everything}
+    assert sum(p.size for p in model.trainable_params()) == 372_313
+
+
 def test_the_classifier_learns_both_polarities_and_is_read_again(tmp_path, graph_mode):
     """Of two easy digits, so that a few steps suffice."""
     paths = [path for digit in (0, 1) for path in sorted((REAL / "train").glob(f"{digit}_*.png"))[:50]]
@@ -143,6 +157,14 @@ def test_the_background_is_the_frame_of_the_images():
     assert mnist.background(images) == 0 and mnist.background(-images) == 1
     images[0, :, 0, 0] = 1.0
     assert mnist.background(images) == pytest.approx(1 / (2 * 48))
+
+
+def test_a_caption_without_a_digit_is_refused_before_the_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "call", lambda *command: pytest.fail("it began"))
+    table = data / "test" / "img_txt.csv"
+    table.write_text(table.read_text().replace("the digit nine", "the digit"))
+    with pytest.raises(UserError, match="the caption of .* does not end in one of zero one two"):
+        mnist.main(["--data_path", str(data), "--output_path", str(tmp_path / "out")])
 
 
 def test_a_wrong_number_of_channels_is_refused():
