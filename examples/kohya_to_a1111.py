@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,24 +33,23 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 
-from ldm.data.dataset import read_image_text_csv  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
+from ldm.data.dataset import CSV_NAME, IMAGE_SUFFIXES, MAX_ROWS, read_image_text_csv  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.inputs import read_text  # noqa: E402
-from ldm.files.outputs import claim_folder  # noqa: E402
+from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
+from tools.lessons import PROMPTS, check_prompts, replaced, save_images, train_lora  # noqa: E402
 
 STYLE = ROOT / "datasets/emoji_fluent_hc"
 KOHYA_FOLDER = "10_emoji line art"
 IMAGES = 120  # of the style, in the folder that the lesson makes
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one that exists
 MAX_CAPTION_BYTES = 1 << 20
-# The base model knows these concepts, and their line art is not among the images that the LoRA is trained on.
-PROMPTS = ["a koala", "a rocket", "a tulip", "a fox", "a teapot", "sunglasses"]
+MAX_REPEATS = 10_000
 
 
 @dataclass
@@ -74,59 +72,88 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the lesson."""
     settings = read_settings(Settings, argv, description=__doc__)
+    check_prompts(settings.prompts)
+    check_name(settings.name)
     base, recipe = (from_root(path) for path in (settings.base_model, settings.train_config))
     output = Path(from_root(settings.output_path))
     kohya = output / "kohya" if settings.kohya_path is None else Path(from_root(settings.kohya_path))
     os.chdir(ROOT)  # so that all paths are those of the printed commands
-    with claim_folder(output, "--output_path"):
+    full, half = (output / f"{settings.name}{end}.safetensors" for end in ("_fp32", ""))
+    with (
+        claim_folder(output, "--output_path"),
+        claim_file(kohya / CSV_NAME, "--kohya_path"),
+        claim_file(full, "--name"),
+        claim_file(half, "--name"),
+    ):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         if settings.kohya_path is None:
             make_kohya_folder(kohya)
         write_csv(kohya)
 
         steps = () if settings.steps is None else ("--max_steps", str(settings.steps))
-        call(
-            "train_text_to_image.py", "--train_config", recipe, "--data_path", str(kohya),
-            "--pretrained_model_path", base, "--output_path", str(output / "lora"), "--resume", "True", *steps,
-        )  # fmt: skip
-        own = output / "lora" / "ckpt" / "lora.ckpt"
-        full, half = (output / f"{settings.name}{end}.safetensors" for end in ("_fp32", ""))
+        own = train_lora(recipe, str(kohya), base, output / "lora", *steps)
         for target, dtype in ((full, "fp32"), (half, "fp16")):
-            target.unlink(missing_ok=True)  # of an earlier run: the tool overwrites no file
-            call(
-                "tools/lora/convert_lora.py", "--source", str(own), "--target", str(target), "--to", "kohya",
-                "--dtype", dtype,
-            )  # fmt: skip
+            with replaced(target) as new:
+                call(
+                    "tools/lora/convert_lora.py", "--source", str(own), "--target", str(new), "--to", "kohya",
+                    "--dtype", dtype,
+                )  # fmt: skip
         show_file(half)
         compare_files(base, own, {"kohya, fp32": full, "kohya, fp16": half}, settings.prompts, output)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name that would lead out of the output folder."""
+    if not name or Path(name).name != name:
+        raise UserError(f"--name {plain(name)!r} is not the name of a file: give one without folders")
 
 
 def make_kohya_folder(kohya: Path) -> None:
     """Copy bundled images into kohya's layout, each with its caption in a .txt file of the same name."""
     rows = read_image_text_csv(STYLE).rows
     folder = kohya / KOHYA_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     for i in evenly(len(rows), IMAGES):
-        shutil.copy(rows[i].path, folder)
-        (folder / rows[i].path.name).with_suffix(".txt").write_text(rows[i].caption + "\n", encoding="utf-8")
+        image = folder / rows[i].path.name
+        # Not synced to the disk, because each run writes them again.
+        with atomic_path(image, sync=False) as path:
+            path.write_bytes(rows[i].path.read_bytes())
+        with atomic_path(image.with_suffix(".txt"), sync=False) as path:
+            path.write_text(rows[i].caption + "\n", encoding="utf-8")
 
 
 def write_csv(kohya: Path) -> None:
-    """Write kohya/img_txt.csv: a row for each image and repeat. Raises UserError if there is no image."""
-    lines = []
+    """Write kohya/img_txt.csv: a row for each image and repeat.
+
+    Raises:
+        UserError: There is no image, a folder has more than MAX_REPEATS repeats, or all have more than MAX_ROWS rows.
+    """
+    lines: list[tuple[str, str]] = []
     for folder in sorted(path for path in kohya.iterdir() if path.is_dir()):
-        repeats, _, class_tokens = folder.name.partition("_")
-        if not repeats.isdecimal():
-            print(f"{folder}: left out, because its name does not begin with a number of repeats")
+        number, _, class_tokens = folder.name.partition("_")
+        repeats = int(number) if number.isdecimal() else 0
+        if not repeats:
+            print(f"{plain(folder)}: left out, because its name does not begin with a number of repeats from 1 on")
             continue
+        if repeats > MAX_REPEATS:
+            raise UserError(
+                f"{plain(folder)}: {repeats:,} repeats, at most {MAX_REPEATS:,} are read: rename the folder"
+            )
         images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        rows = len(images) * repeats
+        if len(lines) + rows > MAX_ROWS:
+            raise UserError(
+                f"{plain(kohya)}: more than {MAX_ROWS:,} rows, with {len(images):,} images x {repeats:,} repeats in "
+                f"{plain(folder.name)}: lower the repeats in the names of the folders"
+            )
         for image in images:
             caption = read_caption(image, class_tokens)
-            lines += [(f"{folder.name}/{image.name}", caption)] * int(repeats)
-        print(f"{folder}: {len(images)} images x {repeats} repeats = {len(images) * int(repeats)} rows an epoch")
+            lines += [(f"{folder.name}/{image.name}", caption)] * repeats
+        print(f"{plain(folder)}: {len(images)} images x {repeats} repeats = {rows} rows an epoch")
     if not lines:
-        raise UserError(f"{kohya} holds no image in a folder such as {KOHYA_FOLDER!r}: see examples/kohya_to_a1111.md")
-    with atomic_path(kohya / "img_txt.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        raise UserError(
+            f"{plain(kohya)} holds no image in a folder such as {KOHYA_FOLDER!r}: see examples/kohya_to_a1111.md"
+        )
+    with atomic_path(kohya / CSV_NAME) as path, open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("dir", "text"), *lines])
 
 
@@ -165,9 +192,7 @@ def compare_files(base: str, own: Path, others: dict[str, Path], prompts: list[s
         pipe.set_loras(loras)
         drawn[name] = pipe(prompts, seed=1).images
         columns[name] = [output / "images" / f"{name}-{i}.png" for i in range(len(prompts))]
-        columns[name][0].parent.mkdir(exist_ok=True)
-        for image, file in zip(drawn[name], columns[name]):
-            image.save(file)
+        save_images(drawn[name], columns[name])
     draw_grid(prompts, columns, output / "kohya_to_a1111.png", text_width=140, colours=256)
     print(output / "kohya_to_a1111.png")
     for name, path in others.items():

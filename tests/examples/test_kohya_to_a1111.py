@@ -10,11 +10,12 @@ import yaml
 
 from examples import kohya_to_a1111
 from ldm.errors import UserError
+from ldm.files.outputs import claim_file
 from ldm.lora import read_lora
 from ldm.lora.formats import detect_format
 from ldm.weights.checkpoint import open_checkpoint
 from tests.conftest import ROOT
-from tests.examples.lessons import run_lesson
+from tests.examples.lessons import images, run_lesson
 
 
 @pytest.fixture
@@ -51,12 +52,47 @@ def test_a_folder_without_images_is_an_error_that_shows_the_layout(tmp_path):
     assert not (tmp_path / "img_txt.csv").exists()
 
 
+def test_a_folder_with_0_repeats_is_left_out_and_named_in_plain_text(kohya, capsys):
+    (kohya / "1_red things").rename(kohya / "0_red\x1bthings")
+    kohya_to_a1111.write_csv(kohya)
+    assert "2.png" not in (kohya / "img_txt.csv").read_text(encoding="utf-8")
+    assert "0_red\\x1bthings: left out" in capsys.readouterr().out
+
+
+def test_too_many_repeats_and_too_many_rows_are_errors_that_name_the_folder(kohya, monkeypatch):
+    (kohya / "1_red things").rename(kohya / "10001_red things")
+    with pytest.raises(UserError, match="10001_red things: 10,001 repeats, at most 10,000"):
+        kohya_to_a1111.write_csv(kohya)
+    (kohya / "10001_red things").rename(kohya / "3_red things")
+    monkeypatch.setattr(kohya_to_a1111, "MAX_ROWS", 6)
+    with pytest.raises(UserError, match="more than 6 rows, with 1 images x 3 repeats in 3_red things"):
+        kohya_to_a1111.write_csv(kohya)
+    assert not (kohya / "img_txt.csv").exists()
+    monkeypatch.setattr(kohya_to_a1111, "MAX_ROWS", 7)
+    kohya_to_a1111.write_csv(kohya)
+    assert len((kohya / "img_txt.csv").read_text(encoding="utf-8").splitlines()) == 1 + 7
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "folder/x", "x/", ".", ""])
+def test_a_name_with_folders_is_an_error_before_anything_is_written(tmp_path, name):
+    with pytest.raises(UserError, match="--name .* is not the name of a file"):
+        kohya_to_a1111.main(["--output_path", str(tmp_path / "out"), "--name", name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_csv_that_another_run_writes_is_an_error_before_the_training(kohya, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # restored at the end: the lesson changes to the project's folder
+    with claim_file(kohya / "img_txt.csv", "--output"), pytest.raises(UserError, match="--kohya_path .*img_txt.csv"):
+        kohya_to_a1111.main(["--output_path", "out", "--kohya_path", "kohya"])
+    assert not (kohya / "img_txt.csv").exists()
+
+
 def test_the_bundled_images_become_a_folder_of_kohyas_with_captions(tmp_path):
     kohya_to_a1111.make_kohya_folder(tmp_path / "kohya")
     folder = tmp_path / "kohya" / "10_emoji line art"
-    images = sorted(folder.glob("*.png"))
-    assert len(images) == kohya_to_a1111.IMAGES
-    assert all(image.with_suffix(".txt").read_text(encoding="utf-8").strip() for image in images)
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == kohya_to_a1111.IMAGES and images(*files).any()
+    assert all(file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files)
 
 
 def test_the_files_for_a1111_hold_the_lora_and_draw_its_images(small, kohya):
@@ -77,6 +113,8 @@ def test_the_files_for_a1111_hold_the_lora_and_draw_its_images(small, kohya):
         line.split(":")[0].rpartition("/")[2]: int(line.split()[-3])
         for line in printed.splitlines() if "largest difference" in line
     }  # fmt: skip
+    base, own_file = (images(output / "images" / f"{name}-0.png") for name in ("base model", "own file"))
+    assert (base != own_file).any()  # otherwise, all differences are 0
     assert differences[full.name] == 0 and differences[half.name] <= 2
     checkpoint = open_checkpoint(half)
     assert "  ss_network_dim: 2\n" in printed
