@@ -34,15 +34,15 @@ from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, MAX_RANK, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from tools.commands import call, from_root  # noqa: E402
+from tools.commands import from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
+from tools.lessons import PROMPTS, save_images, train_lora  # noqa: E402
 
 if TYPE_CHECKING:
     from ldm.generation.pipeline import Pipeline
 
-# Concepts of the base model whose line art is not among the images that the LoRAs are trained on.
-SHOWN = ["a koala", "a rocket", "a tulip", "a fox", "a teapot", "sunglasses"]
-HEADER = ("LoRA", "trained numbers", "file", "loss at the end", "chroma left", "likeness to the real images")
+HEADER = ("LoRA", "parameters", "file", "loss at the end", "chroma left", "likeness to the real images")
+CLIP_SIZE = 64  # pixels; the nano CLIP scales images to this square
 
 
 class Images(NamedTuple):
@@ -70,7 +70,7 @@ class Settings:
         ROOT / "datasets/emoji_fluent_hc/test", "another one: its captions are drawn, its images compared", path=True
     )
     prompts: int = setting(24, "number of captions of the latter that are drawn", low=1)
-    shown: list[str] = setting(SHOWN, "captions of the latter that are drawn first, for the grid", length=(0, 100))
+    shown: list[str] = setting(PROMPTS, "captions of the latter that are drawn first, for the grid", length=(0, 100))
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
         ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
@@ -81,12 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the lesson."""
     settings = read_settings(Settings, argv, description=__doc__)
     data, base, recipe = (from_root(path) for path in (settings.data_path, settings.base_model, settings.train_config))
-    output = Path(from_root(settings.output_path))
-    rows = read_image_text_csv(settings.test_path).rows
-    # Those that the grid shows come first, and the others are spread over the rest.
-    shown, others = (([row for row in rows if (row.caption in settings.shown) == wanted]) for wanted in (True, False))
-    rows = [*shown, *(others[i] for i in evenly(len(others), settings.prompts))][: settings.prompts]
+    test, output = from_root(settings.test_path), Path(from_root(settings.output_path))
     os.chdir(ROOT)  # so that all paths are those of the printed commands
+    rows, shown = choose_rows(read_image_text_csv(test).rows, settings.shown, settings.prompts)
+    real = pixels([row.path for row in rows], CLIP_SIZE)
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         folders = {}
@@ -94,16 +92,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             for rank in settings.ranks:
                 folders[f"{targets}, rank {rank}"] = folder = output / f"{targets}-{rank}"
                 # Everything but the layers and the rank is the same: the images, their order, the noise, the rate.
-                call(
-                    "train_text_to_image.py", "--train_config", recipe, "--data_path", data,
-                    "--pretrained_model_path", base, "--output_path", str(folder), "--max_steps", str(settings.steps),
-                    "--lora_rank", str(rank), "--lora_targets", targets, "--resume", "True",
+                train_lora(
+                    recipe, data, base, folder, "--max_steps", str(settings.steps), "--lora_rank", str(rank),
+                    "--lora_targets", targets,
                 )  # fmt: skip
-        compare(base, folders, rows, max(1, len(shown)), output)
+        compare(base, folders, rows, real, max(1, shown), output)
 
 
-def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], shown: int, output: Path) -> None:
-    """Draw and measure the images of each LoRA, write the grid of the first `shown` rows, and print the table."""
+def choose_rows(rows: Sequence[Row], first: Sequence[str], count: int) -> tuple[list[Row], int]:
+    """Return at most `count` rows and the number of those whose captions are in `first`.
+
+    These come first. The others are evenly spaced over the rest of the data set.
+    """
+    shown = [row for row in rows if row.caption in first][:count]
+    others = [row for row in rows if row.caption not in first]
+    return [*shown, *(others[i] for i in evenly(len(others), count - len(shown)))], len(shown)
+
+
+def compare(
+    base: str, folders: dict[str, Path], rows: Sequence[Row], real: np.ndarray, shown: int, output: Path
+) -> None:
+    """Draw and measure the images of each LoRA, write the grid of the first `shown` rows, and print the table.
+
+    real: The images of the rows, (N, CLIP_SIZE, CLIP_SIZE, 3) uint8.
+    """
     from ldm.generation.pipeline import Pipeline
     from ldm.lora import read_lora
     from ldm.metrics.networks import nano_clip
@@ -111,17 +123,20 @@ def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], shown: int
     print("\nFrom Python, one pipeline draws the images of all LoRAs:", flush=True)
     pipe = Pipeline.from_checkpoint(base)
     clip = nano_clip()
-    real = clip.encode_pixels(pixels([row.path for row in rows]))
+    real_features = clip.encode_pixels(real)
 
     def draw(loras: list[Path], folder: Path) -> Images:
         files = draw_images(pipe, loras, [row.caption for row in rows], folder)
         drawn = pixels(files)
         chroma = float((drawn.max(axis=3).astype(float) - drawn.min(axis=3)).mean() / 255)
-        return Images(files, chroma, float((clip.encode_pixels(drawn) * real).sum(axis=1).mean()))
+        return Images(files, chroma, float((clip.encode_pixels(drawn) * real_features).sum(axis=1).mean()))
 
     before = draw([], output / "base")
     columns = {"base model": before.files}
-    table = [HEADER, ("none: the base model", "0", "", "", "100 %", f"{before.likeness:.3f}")]
+    table = [
+        HEADER,
+        ("none: the base model", "0", "", "", percent(before.chroma, before.chroma), f"{before.likeness:.3f}"),
+    ]
     for name, folder in folders.items():
         path = folder / "ckpt" / "lora.ckpt"
         layers = read_lora(path, pipe.config).layers.values()
@@ -130,7 +145,7 @@ def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], shown: int
         table.append((
             name, f"{sum(layer.down.size + layer.up.size for layer in layers):,}",
             f"{path.stat().st_size / 1e6:.1f} MB", f"{final_loss(folder):.3f}",
-            f"{images.chroma / before.chroma:.0%}".replace("%", " %"), f"{images.likeness:.3f}",
+            percent(images.chroma, before.chroma), f"{images.likeness:.3f}",
         ))  # fmt: skip
     columns["the real image"] = [row.path for row in rows]
 
@@ -146,16 +161,23 @@ def compare(base: str, folders: dict[str, Path], rows: Sequence[Row], shown: int
 def draw_images(pipe: Pipeline, loras: list[Path], prompts: Sequence[str], folder: Path) -> list[Path]:
     """Draw the prompts with these LoRAs merged, and return the files."""
     pipe.set_loras(loras)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:02}.png" for i in range(len(prompts))]
-    for image, file in zip(pipe(prompts, seed=1).images, files):
-        image.save(file)
+    save_images(pipe(prompts, seed=1).images, files)
     return files
 
 
-def pixels(files: Sequence[Path]) -> np.ndarray:
-    """Read images of one size, (N, H, W, 3) uint8."""
-    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+def pixels(files: Sequence[Path], size: int | None = None) -> np.ndarray:
+    """Read images as (N, H, W, 3) uint8, scaled to size x size pixels. None reads images that have one size already."""
+    images = []
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        images.append(np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BICUBIC)))
+    return np.stack(images)
+
+
+def percent(part: float, whole: float) -> str:
+    """Return `part` as a share of `whole`, such as "56 %", or nothing if `whole` is 0."""
+    return f"{100 * part / whole:.0f} %" if whole else ""
 
 
 def final_loss(folder: Path) -> float:
