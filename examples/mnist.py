@@ -43,6 +43,7 @@ from tools.lessons import same_pixels  # noqa: E402
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = {1: ("grey", "configs/mnist.yaml"), 3: ("rgb", "configs/mnist_rgb.yaml")}
+TEXT_ENCODER = Path("models/nano/nano.safetensors")  # the model whose text encoder is used
 RECIPE = "configs/train/train_config_{}_mnist.yaml"
 GUIDANCE = "3"
 BATCH = 10  # images in a call of the UNet, the same in all runs, so that equal images are equal bit for bit
@@ -74,11 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         begin = time.time()
         name, config = MODELS[settings.channels]
         folder = output / name
-        base = train("vanilla", config, data / "train", folder / "base", settings.base_steps)
+        base = train("vanilla", config, data / "train", TEXT_ENCODER, folder / "base", settings.base_steps)
         inverted = invert(data / "train", output / "inverted")
-        lora = train(
-            "lora", config, inverted, folder / "lora", settings.lora_steps, "--pretrained_model_path", str(base)
-        )
+        lora = train("lora", config, inverted, base, folder / "lora", settings.lora_steps)
         before, after, without = draw(base, lora, settings.images, folder)
         equal = same_pixels(without, before[: len(without)])
         print(f"\nstrength 0 gives the images of the base model, bit for bit: {equal}")
@@ -100,15 +99,16 @@ def digits_of(folder: Path) -> tuple[list[Path], np.ndarray]:
     return [row.path for row in rows], np.array([DIGITS.index(word) for word in words])
 
 
-def train(kind: str, config: str, data: Path, folder: Path, steps: int | None, *more: str) -> Path:
-    """Train the whole UNet ("vanilla") or a LoRA ("lora") by its recipe, and return the checkpoint.
+def train(kind: str, config: str, data: Path, base: Path, folder: Path, steps: int | None) -> Path:
+    """Train the whole UNet ("vanilla") or a LoRA ("lora") on `base` by its recipe, and return the checkpoint.
 
     The same command again resumes. After the last step it has nothing to do.
     """
     length = () if steps is None else ("--max_steps", str(steps))
     call(
         "train_text_to_image.py", "--train_config", RECIPE.format(kind), "--model_config", config,
-        "--data_path", str(data), "--output_path", str(folder), "--resume", "True", *length, *more,
+        "--data_path", str(data), "--pretrained_model_path", str(base), "--output_path", str(folder),
+        "--resume", "True", *length,
     )  # fmt: skip
     return folder / "ckpt" / ("lora.ckpt" if kind == "lora" else "model.ckpt")
 

@@ -77,7 +77,7 @@ def test_settings_made_in_python_are_checked_like_flags(change, says):
 
 def test_there_is_a_recipe_for_each_model_and_way():
     assert [path.stem for path in RECIPES] == [
-        f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in ("nano", "v1", "v2", "v2_vpred")
+        f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in ("mnist", "nano", "v1", "v2", "v2_vpred")
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_recipe_reads_fits_its_model_and_opens_with_its_command(path):
     model = load_model_config(ROOT / settings.model_config)
     assert settings.image_size == model.image_size
     assert settings.use_lora == ("_lora_" in path.stem)
-    assert model.prediction_type == ("v_prediction" if path.stem.endswith(("vpred", "nano")) else "epsilon")
+    assert model.prediction_type == ("v_prediction" if path.stem.endswith(("vpred", "nano", "mnist")) else "epsilon")
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     command = "".join(line.lstrip("# ").rstrip("\\") for line in header[1:])
     assert command.startswith("python train_text_to_image.py --train_config configs/train/" + path.name)
