@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,22 @@ def start():
         process.kill()
 
 
+def wait_until_connected(port):
+    """Wait until a process is connected to the scheduler at the port, which answers connections in their order."""
+    deadline = time.monotonic() + 20
+    established = f":{port:04X} "
+    while time.monotonic() < deadline:
+        # A line per connection: number, local address, remote address, state (01: established).
+        connections = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        if any(
+            f"{local} ".endswith(established) and state == "01"
+            for _, local, _, state, *_ in map(str.split, connections)
+        ):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no process has reached the scheduler at port {port}")
+
+
 def said(*processes):
     """Wait for the processes and return what each said."""
     return [process.communicate(timeout=30)[1].strip() for process in processes]
@@ -111,6 +128,7 @@ def test_a_stranger_that_sends_byte_after_byte_does_not_keep_the_run_waiting(sta
 
 def test_another_run_with_the_same_port_is_refused_and_this_one_starts(start):
     scheduler, first = start(), start(0)
+    wait_until_connected(start.port)
     other_scheduler, other = (start(index, parent=OTHER_MSRUN) for index in (None, 1))
     assert all("another run or program uses port" in text for text in said(other_scheduler, other))
     assert said(start(1), scheduler, first) == ["", "", ""]
