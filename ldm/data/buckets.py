@@ -228,10 +228,10 @@ def make_buckets(
 ) -> Buckets:
     """Sort images into buckets.
 
-    An image of the very size of a bucket belongs to it, every other one to the bucket with the least difference of
-    width / height, the first of equals. With `bucket_no_upscale`, only images of more pixels than `resolution` are
-    scaled, down to these, and cropped to multiples of `bucket_reso_steps`; those of a merged bucket are scaled to cover
-    the other one. Without `enable_bucket`, the resolution is the only bucket.
+    An image belongs to the bucket with the least difference of width / height, the first of equals. With
+    `bucket_no_upscale`, only images of more pixels than `resolution` are scaled, down to these, and cropped to
+    multiples of `bucket_reso_steps`; those of a merged bucket are scaled to cover the other one. Without
+    `enable_bucket`, the resolution is the only bucket.
 
     Args:
         image_sizes: Widths and heights (N, 2) of the images, upright.
@@ -293,14 +293,16 @@ def _rounded(settings: BucketSettings) -> list[str]:
 
 
 def _nearest(sizes: np.ndarray, targets: list[Size]) -> np.ndarray:
-    """Return the bucket (N,) int32 of each image: that of its own size, else that of the most similar aspect."""
+    """Return the bucket (N,) int32 of each image, that of the least difference of width / height.
+
+    The bucket of an image's own size has no difference, and no two buckets have the same aspect.
+    """
     aspects = sizes[:, 0] / sizes[:, 1]
     least = np.full(len(sizes), np.inf)
     of_row = np.zeros(len(sizes), dtype=np.int32)
     for bucket, (width, height) in enumerate(targets):
         # A bucket at a time, because all differences of a million images to 17 buckets take 136 MB.
         difference = np.abs(width / height - aspects)
-        difference[(sizes[:, 0] == width) & (sizes[:, 1] == height)] = -1.0
         closer = difference < least
         least[closer] = difference[closer]
         of_row[closer] = bucket

@@ -256,13 +256,28 @@ def test_enough_buckets_are_left_as_they_are():
 
 
 def test_without_enlarging_a_bucket_is_merged_into_a_smaller_one_if_there_is_one():
+    no_upscale = settings(bucket_no_upscale=True, max_buckets=2)
     images = [(640, 384), (320, 192), (320, 192), (1024, 192), (1024, 192)]
-    buckets = make_buckets(images, (512, 512), settings(bucket_no_upscale=True, max_buckets=2), 64)
+    buckets = make_buckets(images, (512, 512), no_upscale, 64)
     assert buckets.size(0) == (320, 192) and buckets.scale(0) == 0.5 and buckets.enlarged == 0
     assert buckets.cropped[0] == 0
+    # A larger bucket of the same aspect is no choice beside a smaller one of another.
+    images = [(320, 192), (640, 384), (640, 384), (256, 192), (256, 192)]
+    assert make_buckets(images, (512, 512), no_upscale, 64).size(0) == (256, 192)
+
+
+def test_without_a_smaller_bucket_images_are_enlarged_and_that_is_said():
     images = [(640, 384), (640, 384), (320, 192), (1024, 192), (1024, 192)]
     buckets = make_buckets(images, (512, 512), settings(bucket_no_upscale=True, max_buckets=2), 64)
     assert buckets.size(2) == (640, 384) and buckets.scale(2) == 2.0 and buckets.enlarged == 1
+
+
+@pytest.mark.parametrize("step", [8, 16, 32, 64])
+def test_no_two_buckets_have_the_same_aspect(step):
+    for width in range(64, 1024, 88):
+        for height in range(64, 1024, 72):
+            sizes = bucket_sizes((width, height), settings(min_bucket_reso=32, bucket_reso_steps=step), 8)
+            assert len({side / other for side, other in sizes}) == len(sizes)
 
 
 # The report
