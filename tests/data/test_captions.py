@@ -27,8 +27,8 @@ def final(caption, rng=None, step=0, epoch=1, total_steps=None, **settings):
 
 def drawn(caption, count=400, **settings):
     """How often each final caption is drawn."""
-    rng = np.random.default_rng(0)
-    return Counter(final(caption, rng, **settings) for _ in range(count))
+    rules, rng = CaptionSettings(**settings), np.random.default_rng(0)
+    return Counter(final_caption(caption, rules, rng) for _ in range(count))
 
 
 def test_without_settings_a_caption_stays_as_it_is():
@@ -313,14 +313,14 @@ def test_the_possible_captions_of_a_row(settings, expected):
 
 
 def test_no_caption_is_drawn_that_was_not_possible():
-    settings = {
-        "enable_wildcard": True, "caption_dropout_rate": 0.2, "token_warmup_step": 6, "caption_suffix": "z",
-        "keep_tokens_separator": "|||", "secondary_separator": "+",
-    }  # fmt: skip
+    settings = CaptionSettings(
+        enable_wildcard=True, caption_dropout_rate=0.2, token_warmup_step=6, caption_suffix="z",
+        keep_tokens_separator="|||", secondary_separator="+",
+    )  # fmt: skip
     caption = "{a|b}|||c{d|e}+f, g|||{h|}\ni, j"
-    possible = possible_captions(caption, CaptionSettings(**settings))
     rng = np.random.default_rng(0)
-    assert {final(caption, rng, step, **settings) for step in range(8) for _ in range(200)} == set(possible)
+    drawn = {final_caption(caption, settings, rng, step=step) for step in range(8) for _ in range(200)}
+    assert drawn == set(possible_captions(caption, settings))
 
 
 def test_too_many_possible_captions_are_not_listed():
