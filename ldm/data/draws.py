@@ -64,10 +64,22 @@ def micro_batch_draws(
     )
 
 
-def augmentation_draws(seed: int, micro_batch: int, count: int, process_index: int = 0) -> list[np.random.Generator]:
-    """Return a generator for each of a process's `count` images of a micro-batch, for its crop and flip.
+def row_draws(
+    seed: int, stream: str, micro_batch: int, count: int, process_index: int = 0
+) -> list[np.random.Generator]:
+    """Return a generator for each of a process's `count` rows of a micro-batch.
 
     Process i takes rows i `count` to (i + 1) `count` - 1 of what one process draws for all.
     """
-    seeds = draws(seed, "augment", micro_batch).integers(0, 2**63, (process_index + 1) * count)
-    return [np.random.default_rng(image_seed) for image_seed in seeds[-count:]]
+    seeds = draws(seed, stream, micro_batch).integers(0, 2**63, (process_index + 1) * count)
+    return [np.random.default_rng(row_seed) for row_seed in seeds[-count:]]
+
+
+def augmentation_draws(seed: int, micro_batch: int, count: int, process_index: int = 0) -> list[np.random.Generator]:
+    """Return the generators of `row_draws` for the images' crops and flips."""
+    return row_draws(seed, "augment", micro_batch, count, process_index)
+
+
+def caption_draws(seed: int, micro_batch: int, count: int, process_index: int = 0) -> list[np.random.Generator]:
+    """Return the generators of `row_draws` for the captions: see `ldm.data.captions.final_caption`."""
+    return row_draws(seed, "captions", micro_batch, count, process_index)

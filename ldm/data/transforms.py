@@ -1,4 +1,4 @@
-"""Decode image files of any common format and mode into square arrays in [-1, 1], RGB or grey."""
+"""Decode image files of any common format and mode into arrays of a given size in [-1, 1], sRGB or grey."""
 
 from __future__ import annotations
 
@@ -10,23 +10,32 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Callable
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+import PIL
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin, TiffImagePlugin, features
 
+from ldm.data.buckets import Size, crop_box
+from ldm.data.colour_profiles import Conversion, UnusableProfile, find_conversion
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
 # The formats that are opened. Pillow has others, of which EPS runs an interpreter on the file.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 and later
+    from PIL import AvifImagePlugin
 
-# Decoding and scaling take up to 12 bytes a pixel (a progressive CMYK JPEG), or 16 for a WebP. All threads together
-# decode within MAX_MEMORY, so the process stays within 2 GB, MindSpore included.
+    FORMATS += ("AVIF",)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several images are decoded at once already, each within its memory
+
+# Decoding and scaling take up to 12 bytes a pixel (a progressive CMYK JPEG), or more in some formats. All threads
+# together decode within MAX_MEMORY, so the process stays within 2 GB, MindSpore included.
 BYTES_A_PIXEL = 12
-WEBP_BYTES_A_PIXEL = 16
-MAX_MEMORY = 1_440_000_000  # 120 million pixels, or 90 million of a WebP
+LARGER_FORMATS = {"WEBP": ("a WebP", 16), "AVIF": ("an AVIF", 24)}
+MAX_MEMORY = 1_440_000_000  # 120 million pixels, 90 million of a WebP, or 60 million of an AVIF
 MAX_SIDE = 100_000  # scaling a strip of 1 x 1,000,000 pixels to a square takes 1 GB
 MAX_BYTES = 720_000_000  # size of a file: 120 million pixels in RGB with 16 bits, uncompressed
 BYTES_AT_ONCE = 128_000_000  # size of all files that are open together, because a file may be mostly metadata
@@ -53,6 +62,17 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_SWAPS = (
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+)  # fmt: skip
+
+Color = tuple[int, int, int]  # RGB, 0 to 255
+WHITE: Color = (255, 255, 255)
+MOST_NAMED = 3  # images in a note
+
+_GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+_MOST_CHUNKS = 100_000  # of a PNG that are looked at for metadata behind its pixels
 
 
 class BrokenImage(UserError):
@@ -84,6 +104,31 @@ class _Budget:
                 self._changed.notify_all()
 
 
+class ImageNotes:
+    """Counts what is to be said of images that are read all the same. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, dict[str, None]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, note: str, path: str | Path) -> None:
+        """Note something of an image, once however often it is read."""
+        with self._lock:
+            self._paths.setdefault(note, {})[os.fspath(path)] = None
+
+    def lines(self) -> list[str]:
+        """Return a line for each kind of note, with the number of images and the first of them by name."""
+        with self._lock:
+            lines = []
+            for note, paths in sorted(self._paths.items()):
+                names = [plain(path) for path in sorted(paths)[:MOST_NAMED]]
+                if len(paths) > MOST_NAMED:
+                    names.append("...")
+                images = "1 image has" if len(paths) == 1 else f"{len(paths):,} images have"
+                lines.append(f"{images} {note}: {', '.join(names)}")
+            return lines
+
+
 _open_bytes = _Budget(BYTES_AT_ONCE)
 _memory = _Budget(MAX_MEMORY)
 
@@ -97,8 +142,7 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
     """
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise BrokenImage(path, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
+        _check_file(path, file, size)
         with _open_bytes.hold(size):
             with _faults(path, size):
                 image = Image.open(file, formats=FORMATS)
@@ -113,72 +157,132 @@ def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> I
                 yield rgb
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """Return the whole image as RGB (see `on_white`). Raises BrokenImage as `decoded` does."""
-    with decoded(path, on_white) as image:
+def open_rgb(path: str | Path, alpha_color: Color = WHITE, notes: ImageNotes | None = None) -> Image.Image:
+    """Return the whole image as RGB (see `upright_rgb`). Raises BrokenImage as `decoded` does."""
+    with decoded(path, partial(upright_rgb, alpha_color=alpha_color, notes=notes, path=path)) as image:
         return image
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, turned by its EXIF orientation, with transparent parts on white.
+def upright_rgb(
+    image: Image.Image, alpha_color: Color = WHITE, notes: ImageNotes | None = None, path: str | Path = ""
+) -> Image.Image:
+    """Convert an image to sRGB, turned by its EXIF orientation, with transparent parts on `alpha_color`.
 
-    An animation gives its first frame. Grey with 16 bits is scaled to 8 bits, not clipped.
+    An animation gives its first frame. Grey with 16 bits is scaled to 8 bits, not clipped. Colours are converted from
+    the image's colour profile. Without one, or with one that cannot be used, they are taken for sRGB.
+
+    Args:
+        notes: Takes a note of an animation and of a profile that cannot be used.
+        path: Of the image, for the notes.
     """
+    source = image
+    conversion = _conversion(image, notes, path)
     turn = _turn(image)
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        return _composited(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = _composited(image, alpha_color, conversion)
+    else:
+        image = _to_srgb(image, conversion)
+    if notes is not None and _has_frames(source):
+        notes.add("several frames, of which the first is used", path)
+    return image
+
+
+def read_size(path: str | Path) -> Size:
+    """Return the width and height of an image, upright, from its header. Raises BrokenImage.
+
+    Only a PNG with texts or EXIF behind its pixels is decoded, because Pillow reads these with the pixels.
+    """
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_file(path, file, size)
+        with _open_bytes.hold(size), _faults(path, size), Image.open(file, formats=FORMATS) as image:
+            needed = _needed_memory(path, image)
+            if not isinstance(image, PngImagePlugin.PngImageFile):
+                turn = _turn(image)
+            elif _has_metadata_behind(file):
+                with _memory.hold(needed):
+                    turn = _turn(image)
+            else:
+                turn = _turn(image, Image.Image.getexif)  # that of PngImageFile decodes the pixels
+            width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # later versions of Pillow turn the size themselves
+                width, height = (int(image.tag_v2[tag]) for tag in (256, 257))
+    swaps = turn is not None and turn in _SWAPS
+    return (height, width) if swaps else (width, height)
+
+
+def parse_color(name: str, text: str) -> Color:
+    """Return the colour that a setting gives as a name, #rrggbb or rgb(r, g, b).
+
+    Args:
+        name: The setting, for the error.
+
+    Raises:
+        UserError: It is no colour, or has an alpha channel.
+    """
+    way = "give a colour such as white, #ffffff or rgb(255, 255, 255)"
+    try:
+        color = ImageColor.getrgb(text)
+    except ValueError:
+        raise UserError(f'{name}: "{plain(text)}" is no colour: {way}') from None
+    if len(color) != 3:
+        raise UserError(f'{name}: "{plain(text)}" is transparent: {way}')
+    return color
 
 
 def load_image(
     path: str | Path,
-    size: int,
+    size: int | Size,
     *,
     channels: int = 3,
     random_crop: bool = False,
     random_flip: bool = False,
     rng: np.random.Generator | None = None,
+    scale: float | None = None,
+    alpha_color: Color = WHITE,
+    notes: ImageNotes | None = None,
 ) -> np.ndarray:
-    """Return an image as float32 (C, size, size) in [-1, 1]: a square of its shorter side, scaled to `size` pixels.
+    """Return an image as float32 (C, height, width) in [-1, 1]: its largest part of the wanted shape, scaled.
 
     Args:
+        size: Width and height in pixels, or the side of a square.
         channels: 3 for RGB, 1 for grey, the luma of ITU-R 601.
-        random_crop: Takes the square from a random place along the longer side instead of the middle.
+        random_crop: Takes the part from a random place along the longer side instead of the middle.
         random_flip: Mirrors half of the images horizontally.
         rng: Generator for both, needed if either is on.
+        scale: Pixels of the result for a pixel of the image: see `ldm.data.buckets.crop_box`.
+        alpha_color: Stands behind transparent parts.
+        notes: Takes notes of the image: see `upright_rgb`.
 
     Raises:
         UserError: The file is missing, is not an image, is damaged or too large.
     """
     if (random_crop or random_flip) and rng is None:
         raise TypeError("random_crop and random_flip need rng")
+    target = (size, size) if isinstance(size, int) else size
+    to_rgb = partial(upright_rgb, alpha_color=alpha_color, notes=notes, path=path)
     try:
-        with decoded(path, on_white) as image:
-            square = _square(image, size, rng if random_crop else None)
+        with decoded(path, to_rgb) as image:
+            part = _cropped(image, target, scale, rng if random_crop else None)
     except BrokenImage as error:
         raise UserError(f"{error}; replace it or remove its row") from None
     if rng is not None and random_flip and rng.random() < 0.5:
-        square = ImageOps.mirror(square)
+        part = ImageOps.mirror(part)
     if channels == 1:
-        square = square.convert("L")
-    pixels = np.atleast_3d(np.asarray(square, dtype=np.float32)).transpose(2, 0, 1)
+        part = part.convert("L")
+    pixels = np.atleast_3d(np.asarray(part, dtype=np.float32)).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels / 127.5 - 1.0)
 
 
-def _square(image: Image.Image, size: int, rng: np.random.Generator | None) -> Image.Image:
-    """Crop a square of the shorter side from the middle, or from where `rng` draws it, and scale it to `size`."""
-    side = min(image.size)
-    margins = (image.width - side, image.height - side)
-    left, top = (int(rng.integers(margin + 1)) if rng is not None else margin / 2 for margin in margins)
+def _cropped(image: Image.Image, target: Size, scale: float | None, rng: np.random.Generator | None) -> Image.Image:
+    """Return the part of an image that `crop_box` chooses, scaled to `target`."""
+    box = crop_box(image.size, target, scale, rng)
     # Cropped and scaled in one step: a strip of 1 x 10,000 pixels never becomes 512 x 5,120,000.
-    if image.size != (size, size):
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return image
+    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC, box=box)
 
 
 def _open(path: str | Path) -> BinaryIO:
@@ -187,6 +291,20 @@ def _open(path: str | Path) -> BinaryIO:
     except UserError as error:
         # The message begins with the path, which BrokenImage adds itself.
         raise BrokenImage(path, str(error).removeprefix(f"{plain(os.fspath(path))} ")) from None
+
+
+def _check_file(path: str | Path, file: BinaryIO, size: int) -> None:
+    """Raise BrokenImage for a file that is too large, or of a format that another Pillow reads."""
+    if size > MAX_BYTES:
+        raise BrokenImage(path, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
+    if "AVIF" not in FORMATS:
+        head = file.read(12)
+        file.seek(0)
+        if head[4:] in (b"ftypavif", b"ftypavis"):
+            raise BrokenImage(
+                path,
+                f"is an AVIF, which Pillow {PIL.__version__} does not read: install Pillow 11.3, or save it as PNG",
+            )
 
 
 @contextmanager
@@ -216,21 +334,85 @@ def _needed_memory(path: str | Path, image: Image.Image) -> int:
     width, height = image.size
     if 0 in image.size:
         raise BrokenImage(path, "has no pixels")
-    a_pixel = WEBP_BYTES_A_PIXEL if image.format == "WEBP" else BYTES_A_PIXEL
+    name, a_pixel = LARGER_FORMATS.get(image.format or "", ("", BYTES_A_PIXEL))
     if width * height * a_pixel > MAX_MEMORY:
-        most = f"{MAX_MEMORY // a_pixel:,}{' of a WebP' if image.format == 'WEBP' else ''}"
+        most = f"{MAX_MEMORY // a_pixel:,}{name and f' of {name}'}"
         raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {most} are read: scale it down")
     if max(image.size) > MAX_SIDE:
         raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {MAX_SIDE:,} a side are read: cut it up")
     return width * height * a_pixel
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _turn(
+    image: Image.Image, getexif: Callable[[Image.Image], Image.Exif] = lambda image: image.getexif()
+) -> Image.Transpose | None:
     """Return how to turn an image upright, None for a damaged EXIF block or one without an orientation."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 0))
+        return _TURNS.get(getexif(image).get(_ORIENTATION, 0))
     except _DECODER_ERRORS:
         return None
+
+
+def _has_metadata_behind(file: BinaryIO) -> bool:
+    """Return whether an open PNG has texts or EXIF behind its pixels."""
+    place = file.tell()
+    try:
+        file.seek(8)
+        pixels_seen = False
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            pixels_seen = pixels_seen or head[4:] == b"IDAT"
+            if pixels_seen and head[4:] in _PNG_METADATA:
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return True
+    finally:
+        file.seek(place)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether a file has more frames or pages than the first. A GIF must have been converted already."""
+    if image.format == "MPO":  # a photograph with a preview or a depth map
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _DECODER_ERRORS:  # damaged behind its first frame
+        return False
+
+
+def _conversion(image: Image.Image, notes: ImageNotes | None, path: str | Path) -> Conversion | None:
+    """Return how an image's colours become sRGB. None if they are, or if its profile cannot be used."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return None
+    try:
+        conversion = find_conversion(profile)
+    except UnusableProfile:
+        fault = "a damaged or unknown colour profile, which is ignored"
+    else:
+        if conversion is None:
+            return None
+        # A grey image is an RGB one as well, and so is one with a palette.
+        is_grey = image.mode in _GREY_MODES or image.mode.startswith("I;")
+        if conversion.mode == {"CMYK": "CMYK"}.get(image.mode, "RGB") or (conversion.mode == "L" and is_grey):
+            return conversion
+        fault = "a colour profile of another kind of image, which is ignored"
+    if notes is not None:
+        notes.add(fault, path)
+    return None
+
+
+def _to_srgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
+    """Return an image without transparency as RGB. The colours of one that is RGB are converted in place."""
+    if conversion is None or conversion.mode == "RGB":
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return rgb if conversion is None else conversion.transform.apply_in_place(rgb)
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(conversion.transform.apply(strip.convert(conversion.mode)), (0, top))
+    return rgb
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -240,13 +422,17 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _composited(image: Image.Image) -> Image.Image:
-    """Paste an image with transparent parts on white."""
+def _composited(image: Image.Image, alpha_color: Color, conversion: Conversion | None) -> Image.Image:
+    """Paste an image with transparent parts on a colour."""
     rgb = Image.new("RGB", image.size)
     for top, strip in _strips(image):
-        strip = strip.convert("RGBA")
-        white = Image.new("RGBA", strip.size, "white")
-        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+        rgba = strip.convert("RGBA")
+        if conversion is not None:
+            alpha = rgba.getchannel("A")
+            rgba = _to_srgb(rgba if conversion.mode == "RGB" else rgba.convert("L"), conversion)
+            rgba.putalpha(alpha)
+        background = Image.new("RGBA", strip.size, alpha_color)
+        rgb.paste(Image.alpha_composite(background, rgba).convert("RGB"), (0, top))
     return rgb
 
 

@@ -1,4 +1,4 @@
-"""Every common kind of image file decodes as a viewer shows it: on white, square, in [-1, 1]."""
+"""Every common kind of image file decodes as a viewer shows it: upright, in sRGB, on white, in [-1, 1]."""
 
 import io
 import os
@@ -9,11 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from ldm.data import transforms
-from ldm.data.transforms import BrokenImage, load_image, open_rgb
+from ldm.data.buckets import crop_box
+from ldm.data.transforms import BrokenImage, ImageNotes, load_image, open_rgb, parse_color, read_size
 from ldm.errors import UserError
+from tests.data.icc_profiles import adobe_in_srgb, cmyk_profile, grey_profile, power_in_srgb, rgb_profile
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest puts its own filters in place of the module's
 
@@ -478,3 +480,350 @@ def test_a_damaged_image_never_ends_in_an_unforeseen_error(tmp_path, monkeypatch
             assert open_rgb(path).mode == "RGB"
         except BrokenImage:
             pass
+
+
+# The part of an image that is trained
+
+
+NOISE = np.random.default_rng(7).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+
+
+def as_array(image):
+    """What load_image returns of a Pillow image that needs no more work."""
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (24, 24), (16, 16)])
+def test_a_square_is_the_middle_of_the_longer_side_scaled_in_one_step(tmp_path, shape):
+    image = Image.fromarray(NOISE[: shape[0], : shape[1]]) if shape != (53, 37) else Image.fromarray(NOISE).rotate(90)
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    path = saved(tmp_path, image)
+    assert (load_image(path, 16) == as_array(expected)).all()
+    assert (load_image(path, (16, 16)) == as_array(expected)).all()
+
+
+def test_a_random_square_takes_the_same_draws_as_ever(tmp_path):
+    path, rng = saved(tmp_path, Image.fromarray(NOISE)), np.random.default_rng(3)
+    left, flips = int(rng.integers(17)), rng.random() < 0.5
+    expected = Image.fromarray(NOISE).resize((16, 16), Image.Resampling.BICUBIC, box=(left, 0, left + 37, 37))
+    result = load_image(path, 16, random_crop=True, random_flip=True, rng=np.random.default_rng(3))
+    assert (result == as_array(ImageOps.mirror(expected) if flips else expected)).all()
+
+
+@pytest.mark.parametrize("target", [(32, 16), (16, 32), (24, 40), (53, 37)])
+def test_another_shape_is_the_largest_part_of_it_in_the_middle(tmp_path, target):
+    image = Image.fromarray(NOISE)
+    result = load_image(saved(tmp_path, image), target)
+    assert result.shape == (3, target[1], target[0])
+    box = crop_box(image.size, target)
+    assert (result == as_array(image.resize(target, Image.Resampling.BICUBIC, box=box))).all()
+
+
+def test_an_image_of_the_wanted_size_is_taken_as_it_is(tmp_path):
+    assert (load_image(saved(tmp_path, Image.fromarray(NOISE)), (53, 37)) == as_array(NOISE)).all()
+
+
+def test_with_a_scale_of_one_pixels_are_taken_as_they_are(tmp_path):
+    result = load_image(saved(tmp_path, Image.fromarray(NOISE)), (32, 16), scale=1.0)
+    assert (result == as_array(NOISE[10:26, 10:42])).all()
+
+
+def test_a_random_part_of_another_shape_moves(tmp_path):
+    path, rng = saved(tmp_path, Image.fromarray(NOISE)), np.random.default_rng(0)
+    parts = {load_image(path, (37, 37), random_crop=True, rng=rng).tobytes() for _ in range(100)}
+    assert len(parts) == 17
+    parts = {load_image(path, (52, 36), scale=1.0, random_crop=True, rng=rng).tobytes() for _ in range(40)}
+    assert parts == {
+        as_array(NOISE[top : top + 36, left : left + 52]).tobytes("C") for top in (0, 1) for left in (0, 1)
+    }
+
+
+def test_the_part_is_that_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path, Image.fromarray(NOISE), exif=exif)
+    turned = Image.fromarray(NOISE).transpose(Image.Transpose.ROTATE_270)
+    assert (load_image(path, (37, 53)) == as_array(turned)).all()
+
+
+# The size without decoding
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.mpo", "a.png", "a.webp", "a.tif", "a.avif"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_size_is_that_of_the_upright_image_and_nothing_is_decoded(tmp_path, monkeypatch, name, orientation):
+    if name.endswith("avif"):
+        needs_avif()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    settings = {"a.mpo": {"save_all": True, "append_images": [Image.new("RGB", (9, 6))]}}
+    path = saved(tmp_path, Image.new("RGB", (19, 6)), name, exif=exif, **settings.get(name, {}))
+    expected = open_rgb(path).size
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert read_size(path) == expected == ((6, 19) if orientation > 4 else (19, 6))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.bmp", "a.ppm"])
+def test_the_size_of_an_image_without_exif(tmp_path, monkeypatch, name):
+    path = saved(tmp_path, Image.new("RGB", (19, 6)), name)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert read_size(path) == (19, 6)
+
+
+def test_the_orientation_behind_the_pixels_of_a_png_counts(tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(transforms._memory, "hold", lambda units: held.append(units) or transforms._Budget(1).hold(1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded("PNG")
+    end = content.index(b"IEND") - 4
+    path = tmp_path / "a.png"
+    for late in (chunk(b"eXIf", exif.tobytes()[6:]), chunk(b"iTXt", XMP)):
+        path.write_bytes(png(19, 6)[:-12] + late + content[end:])
+        assert read_size(path) == open_rgb(path).size == (6, 19)
+    assert held == [19 * 6 * 12] * 4  # the size takes as much as the image
+    path.write_bytes(png(19, 6))
+    assert read_size(path) == open_rgb(path).size == (19, 6)
+
+
+XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("content", [b"", b"text", encoded("PNG")[:20], bmp(13_300, 13_300)])
+def test_a_file_without_a_usable_size_is_named(tmp_path, content):
+    path = tmp_path / "cat.png"
+    path.write_bytes(content)
+    with pytest.raises(BrokenImage, match="cat.png"):
+        read_size(path)
+
+
+# Transparency
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_laid_on_the_given_colour(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (100, 100, 100, 0))
+    image.putpixel((3, 3), (100, 100, 100, 255))
+    if mode == "P":
+        image = image.convert("RGB").quantize(2)
+        path = saved(tmp_path, image, transparency=image.getpixel((0, 0)))
+        image = Image.open(path).convert("RGBA")
+    else:
+        path = saved(tmp_path, image.convert(mode))
+    result = np.asarray(open_rgb(path, alpha_color=(10, 20, 30)))
+    assert tuple(result[0, 0]) == (10, 20, 30)
+    assert load_image(path, 8, alpha_color=(10, 20, 30))[:, 0, 0] == pytest.approx(np.array([10, 20, 30]) / 127.5 - 1)
+    if mode != "P":
+        assert tuple(result[3, 3]) == (100, 100, 100)
+
+
+def test_half_transparent_parts_are_mixed_with_the_colour(tmp_path):
+    path = saved(tmp_path, Image.new("RGBA", (8, 8), (200, 100, 0, 51)))
+    assert tuple(np.asarray(open_rgb(path, alpha_color=(0, 0, 250)))[0, 0]) == pytest.approx((40, 20, 200), abs=1)
+
+
+@pytest.mark.parametrize("text", ["white", "#fff", "#FFFFFF", "rgb(255, 255, 255)"])
+def test_a_colour_is_read_from_a_setting(text):
+    assert parse_color("alpha_color", text) == WHITE
+
+
+@pytest.mark.parametrize("text", ["", "whitish", "255", "#12345", "#ffffff00", "rgb(1,2)", "x" * 500])
+def test_what_is_no_colour_is_named_with_the_setting(text):
+    with pytest.raises(UserError, match="alpha_color: .*give a colour such as white"):
+        parse_color("alpha_color", text)
+
+
+# Colour profiles
+
+
+def rgb_at(path, x=0, y=0, **settings):
+    return tuple(int(value) for value in np.asarray(open_rgb(path, **settings))[y, x])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.avif"])
+def test_an_image_with_another_profile_is_converted_to_srgb(tmp_path, name):
+    if name.endswith("avif"):
+        needs_avif()
+    image = Image.new("RGB", (16, 16), (100, 150, 200))
+    path = saved(tmp_path, image, name, icc_profile=rgb_profile())
+    assert rgb_at(path) == pytest.approx(adobe_in_srgb((100, 150, 200)), abs=4)
+    assert rgb_at(path) != pytest.approx((100, 150, 200), abs=12)
+
+
+def test_an_image_in_srgb_keeps_its_values(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = saved(tmp_path, Image.fromarray(NOISE), icc_profile=srgb)
+    assert (np.asarray(open_rgb(path)) == NOISE).all()
+
+
+def test_transparent_parts_are_laid_on_the_colour_after_the_conversion(tmp_path):
+    image = Image.new("RGBA", (8, 8), (100, 150, 200, 255))
+    image.putpixel((0, 0), (100, 150, 200, 0))
+    image.putpixel((1, 0), (100, 150, 200, 128))
+    path = saved(tmp_path, image, icc_profile=rgb_profile())
+    full = adobe_in_srgb((100, 150, 200))
+    assert rgb_at(path, 3, 3) == pytest.approx(full, abs=1)
+    assert rgb_at(path, 0, 0, alpha_color=(10, 20, 30)) == (10, 20, 30)
+    assert rgb_at(path, 1, 0, alpha_color=(0, 0, 0)) == pytest.approx(full / 2, abs=2)
+
+
+def test_a_palette_and_a_grey_image_take_an_rgb_profile_too(tmp_path):
+    palette = Image.new("RGB", (8, 8), (100, 150, 200)).quantize(2)
+    path = saved(tmp_path, palette, "p.png", icc_profile=rgb_profile())
+    assert rgb_at(path) == pytest.approx(adobe_in_srgb((100, 150, 200)), abs=1)
+    path = saved(tmp_path, Image.new("L", (8, 8), 100), "l.png", icc_profile=rgb_profile())
+    assert rgb_at(path) == pytest.approx(adobe_in_srgb((100, 100, 100)), abs=1)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("L", (8, 8), 100),
+        Image.new("LA", (8, 8), (100, 255)),
+        Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)),
+    ],
+    ids=["L", "LA", "16 bits"],
+)
+def test_grey_images_take_a_grey_profile(tmp_path, image):
+    path = saved(tmp_path, image, icc_profile=grey_profile(1.8))
+    assert rgb_at(path) == pytest.approx([power_in_srgb(100, 1.8)] * 3, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_cmyk_is_converted_by_its_profile(tmp_path, suffix):
+    path = saved(tmp_path, Image.new("CMYK", (16, 16), (255, 0, 0, 0)), f"a.{suffix}", icc_profile=cmyk_profile())
+    assert rgb_at(path) == pytest.approx((119, 119, 119), abs=3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK", "L"])
+def test_a_conversion_in_strips_gives_the_same_image(tmp_path, monkeypatch, mode):
+    values = np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8)
+    channels = [Image.fromarray(values[..., channel].copy()) for channel in range(4)]
+    image = channels[0] if mode == "L" else Image.merge(mode, channels[: len(mode)])
+    profile = {"CMYK": cmyk_profile(), "L": grey_profile(1.4), "LA": grey_profile(1.4)}.get(mode, rgb_profile())
+    path = saved(tmp_path, image, "a.tif", icc_profile=profile)
+    whole = np.asarray(open_rgb(path))
+    monkeypatch.setattr(transforms, "STRIP_PIXELS", 50)
+    assert (np.asarray(open_rgb(path)) == whole).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "profile", "fault"),
+    [
+        (Image.new("RGB", (8, 8), GREEN), rgb_profile()[:-60], "a damaged or unknown colour profile"),
+        (Image.new("RGB", (8, 8), GREEN), b"no profile", "a damaged or unknown colour profile"),
+        (Image.new("RGB", (8, 8), GREEN), cmyk_profile(), "a colour profile of another kind of image"),
+        (Image.new("RGB", (8, 8), GREEN), grey_profile(1.0), "a colour profile of another kind of image"),
+        (Image.new("RGB", (8, 8), GREEN).quantize(2), grey_profile(1.0), "a colour profile of another kind of image"),
+        (Image.new("RGBA", (8, 8), GREEN), cmyk_profile(), "a colour profile of another kind of image"),
+        (Image.new("CMYK", (8, 8), (255, 0, 255, 0)), rgb_profile(), "a colour profile of another kind of image"),
+    ],
+    ids=["cut off", "no profile", "cmyk", "grey", "palette, grey", "alpha, cmyk", "rgb for cmyk"],
+)
+def test_a_profile_that_cannot_be_used_is_ignored_and_counted(tmp_path, image, profile, fault):
+    path, notes = saved(tmp_path, image, "a.tif", icc_profile=profile), ImageNotes()
+    assert rgb_at(path, notes=notes) == pytest.approx(GREEN, abs=1)
+    assert notes.lines() == [f"1 image has {fault}, which is ignored: {path}"]
+
+
+# Notes
+
+
+def animation(tmp_path, name, **settings):
+    frames = [Image.new("RGB", (8, 8), color) for color in (GREEN, BLUE)]
+    return saved(tmp_path, Image.new("RGB", (8, 8), RED), name, save_all=True, append_images=frames, **settings)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", "a.avif"])
+def test_an_animation_is_its_first_frame_and_that_is_said(tmp_path, name):
+    if name.endswith("avif"):
+        needs_avif()
+    path, notes = animation(tmp_path, name), ImageNotes()
+    assert rgb_at(path, notes=notes) == pytest.approx(RED, abs=6)
+    assert notes.lines() == [f"1 image has several frames, of which the first is used: {path}"]
+    load_image(path, 8, notes=notes)
+    assert len(notes.lines()) == 1 and notes.lines()[0].startswith("1 image")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", "a.jpg", "a.bmp", "a.ppm", "a.mpo"])
+def test_nothing_is_said_of_an_image_of_one_frame(tmp_path, name):
+    # The second image of a camera's MPO is a preview.
+    settings = {"save_all": True, "append_images": [Image.new("RGB", (9, 6))]} if name == "a.mpo" else {}
+    path, notes = saved(tmp_path, Image.fromarray(NOISE), name, **settings), ImageNotes()
+    open_rgb(path, notes=notes)
+    assert notes.lines() == []
+
+
+def test_a_damaged_second_frame_does_not_matter(tmp_path):
+    path, notes = animation(tmp_path, "a.gif"), ImageNotes()
+    content = path.read_bytes()
+    for length in range(content.index(b"\x3b", 30) if b"\x3b" in content[30:] else len(content) - 1, len(content)):
+        path.write_bytes(content[:length])
+        try:
+            assert rgb_at(path, notes=notes) == RED
+        except BrokenImage:
+            continue
+
+
+def test_many_images_are_counted_and_the_first_are_named():
+    notes = ImageNotes()
+    threads = [threading.Thread(target=lambda: [notes.add("a fault", f"{i:04d}.png") for i in range(1200)])] * 1
+    threads += [threading.Thread(target=lambda: [notes.add("a fault", f"{i:04d}.png") for i in range(600)])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    notes.add("another", "x\n.png")
+    assert notes.lines() == [
+        "1,200 images have a fault: 0000.png, 0001.png, 0002.png, ...",
+        "1 image has another: x .png",
+    ]
+
+
+# AVIF
+
+
+def needs_avif():
+    if "AVIF" not in transforms.FORMATS:
+        pytest.skip("this Pillow does not read AVIF")
+
+
+def test_avif_is_read_with_its_transparency_and_within_its_memory(tmp_path, monkeypatch):
+    needs_avif()
+    path = saved(tmp_path, Image.new("RGBA", (16, 16), (200, 40, 40, 0)), "a.avif")
+    assert rgb_at(path) == WHITE
+    path = saved(tmp_path, Image.new("RGB", (16, 16), (200, 40, 40)), "b.avif")
+    assert rgb_at(path) == pytest.approx((200, 40, 40), abs=4)
+    held = []
+    monkeypatch.setattr(transforms._memory, "hold", lambda units: held.append(units) or transforms._Budget(1).hold(1))
+    load_image(path, 8)
+    assert held == [16 * 16 * 24]
+
+
+def test_an_avif_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    needs_avif()
+    path = saved(tmp_path, Image.new("RGB", (64, 64)), "a.avif")
+    monkeypatch.setattr(transforms, "MAX_MEMORY", 24 * 4000)
+    with pytest.raises(UserError, match="64 x 64 pixels, at most 4,000 of an AVIF are read"):
+        load_image(path, 8)
+
+
+def test_an_avif_is_decoded_by_one_thread():
+    needs_avif()
+    from PIL import AvifImagePlugin
+
+    assert AvifImagePlugin._get_default_max_threads() == 1
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"avis"])
+def test_without_avif_the_file_is_named_with_the_version_that_reads_it(tmp_path, monkeypatch, brand):
+    monkeypatch.setattr(transforms, "FORMATS", ("PNG", "JPEG"))
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\0\0\0\x20ftyp" + brand + bytes(20))
+    for read in (lambda: load_image(path, 8), lambda: read_size(path)):
+        with pytest.raises(UserError, match="a.png is an AVIF, .* install Pillow 11.3, or save it as PNG"):
+            read()
+    path.write_bytes(encoded("PNG"))
+    assert read_size(path) == open_rgb(path).size == (32, 32)
