@@ -23,7 +23,7 @@ from ldm.data.sources.rows import (
     Row,
 )
 from ldm.errors import UserError, plain
-from ldm.files.inputs import read_text
+from ldm.files.inputs import read_small_text
 
 NAME = "caption_files"
 ABOUT = "images with caption files of the same name (.txt, or else .caption)"
@@ -61,10 +61,12 @@ def add_folder(collector: Collector, folder: str, subset: int, options: ReadOpti
         UserError: A folder cannot be read.
     """
     found = 0
-    for names in walk(folder, options.recursive):
-        found += _add_images(collector, names, subset, options)
-        if not options.recursive:
-            collector.count_all(LEFT_FOLDERS, sorted(names.folders))
+    # The bar appears only if reading takes longer than a second.
+    with tqdm(desc="reading captions", unit="image", delay=1, leave=False) as bar:
+        for names in walk(folder, options.recursive):
+            found += _add_images(collector, names, subset, options, bar)
+            if not options.recursive:
+                collector.count_all(LEFT_FOLDERS, sorted(names.folders))
     return found
 
 
@@ -87,7 +89,7 @@ def check_captions(collector: Collector, folder: str) -> None:
         )
 
 
-def _add_images(collector: Collector, names: Names, subset: int, options: ReadOptions) -> int:
+def _add_images(collector: Collector, names: Names, subset: int, options: ReadOptions, bar: tqdm) -> int:
     extensions = (options.caption_extension,) if options.caption_extension else EXTENSIONS
     suffixes = tuple(extension.lower() for extension in extensions)
     captions: dict[str, dict[str, str]] = {suffix: {} for suffix in suffixes}  # suffix -> stem -> file name
@@ -104,8 +106,8 @@ def _add_images(collector: Collector, names: Names, subset: int, options: ReadOp
     found = 0
     used: dict[str, str] = {}
     folder = names.folder
-    # The bar appears only if reading takes longer than a second.
-    for name, stem in tqdm(images, desc="reading captions", unit="caption", delay=1, leave=False):
+    for name, stem in images:
+        bar.update()
         files = [captions[suffix][stem] for suffix in suffixes if stem in captions[suffix]]
         if stem in used and files:
             collector.count(SAME_STEM, name)
@@ -132,7 +134,7 @@ def read_caption(path: str) -> str:
     Raises:
         UserError: The file cannot be read, is too large, is UTF-16 or another encoding than UTF-8, or no text.
     """
-    caption = read_text(path, way="write the caption as UTF-8 text", most=MAX_BYTES).strip()
+    caption = read_small_text(path, way="write the caption as UTF-8 text", most=MAX_BYTES).strip()
     if len(caption) > LONGEST_CAPTION:
         raise UserError(f"{plain(path)} has {len(caption):,} characters, at most {LONGEST_CAPTION:,} are read")
     return caption

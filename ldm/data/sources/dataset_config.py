@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from ldm.data.sources import caption_files, image_text_csv, imagefolder, kohya_json, saved_dataset, tar_shards
 from ldm.data.sources.kohya_folders import MAX_REPEATS
@@ -76,7 +76,7 @@ class AscendingSettings:
 class DatasetSettings(AscendingSettings):
     """Settings of a data set, which [general] and [[datasets]] may give."""
 
-    resolution: Union[int, list[int]] = setting(512, low=8, high=MAX_SIDE)
+    resolution: list[int] = setting([512, 512], low=8, high=MAX_SIDE, length=2)  # width and height
     batch_size: int = setting(1, low=1, high=MAX_BATCH)
     enable_bucket: bool = setting(False)
     min_bucket_reso: int = setting(256, low=8, high=MAX_SIDE)
@@ -123,11 +123,10 @@ def read(place: Place, options: ReadOptions) -> Listing:
     listings = []
     for i, dataset in enumerate(_tables(content, "datasets", where, "")):
         prefix = f"datasets[{i}]."
-        subsets = _tables(dataset, "subsets", where, prefix)
         own = {key: value for key, value in dataset.items() if key != "subsets"}
         of_dataset = {**general, **_values(DatasetSettings, own, where, prefix)}
-        _check_resolution(of_dataset, where, prefix)
-        for j, subset in enumerate(subsets):
+        _check_bucket_sides(of_dataset, where, prefix)
+        for j, subset in enumerate(_tables(dataset, "subsets", where, prefix)):
             prefix_of_subset = f"{prefix}subsets[{j}]."
             values = {**of_dataset, **_values(SubsetSettings, subset, where, prefix_of_subset)}
             listings.append(_read_subset(values, place.path, prefix_of_subset, i, options))
@@ -171,6 +170,8 @@ def _values(cls: type, content: Any, where: str, prefix: str) -> dict[str, Any]:
         if given.pop(key) not in UNSUPPORTED[key]:
             raise UserError(f"{where}: {prefix}{key} is not supported: remove it")
         logger.info("%s: %s%s has no effect", where, prefix, key)
+    if type(given.get("resolution")) is int:  # a square's side
+        given["resolution"] = [given["resolution"]] * 2
     known = _names(cls)
     for key in given.keys() - set(known):
         for other, tables in ((DatasetSettings, "[[datasets]] or [general]"), (SubsetSettings, "[[datasets.subsets]]")):
@@ -184,10 +185,7 @@ def _names(cls: type) -> tuple[str, ...]:
     return tuple(settings_of(cls))
 
 
-def _check_resolution(values: dict[str, Any], where: str, prefix: str) -> None:
-    resolution = values.get("resolution")
-    if isinstance(resolution, list) and len(resolution) != 2:
-        raise UserError(f"{where}: {prefix}resolution has {len(resolution)} numbers: give one, or [width, height]")
+def _check_bucket_sides(values: dict[str, Any], where: str, prefix: str) -> None:
     low, high = values.get("min_bucket_reso"), values.get("max_bucket_reso")
     if low is not None and high is not None and low > high:
         raise UserError(f"{where}: {prefix}min_bucket_reso {low} is above max_bucket_reso {high}: exchange them")

@@ -130,7 +130,7 @@ def _jsonl_entries(path: str, image_column: str, caption_column: str) -> Iterato
     with_image = with_caption = False
     count = 0
     for number, line in enumerate(text_lines(path, way=way, most=MAX_BYTES), 1):
-        if line.isspace():
+        if not line.strip():
             continue
         row = parse_json(line, f"{where}, line {number}", lines=False)
         if not isinstance(row, dict):

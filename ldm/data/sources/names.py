@@ -18,7 +18,7 @@ MAX_DEPTH = 64  # of folders below the data set's
 
 
 class Names(NamedTuple):
-    """The names in a folder, without hidden ones (.DS_Store, ._image.png)."""
+    """The names in a folder, without hidden ones (.DS_Store, ._image.png) and __MACOSX."""
 
     folder: str
     files: list[str]
@@ -31,7 +31,7 @@ def list_names(folder: str) -> Names:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name != "__MACOSX":
                     (names.folders if _is_folder(entry) else names.files).append(entry.name)
     except OSError as error:
         raise UserError(f"the folder {plain(folder)} cannot be read: {system_reason(error)}") from None
@@ -40,7 +40,7 @@ def list_names(folder: str) -> Names:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir() and entry.name != "__MACOSX"
+        return entry.is_dir()
     except OSError:  # a circle of links
         return False
 

@@ -29,7 +29,7 @@ def look(path: str | os.PathLike, name: str = "data_path") -> Place:
     path = os.fspath(path)
     path = path.rstrip("/") or path
     if not is_there(path, name):
-        raise UserError(f"the data folder {plain(path)} does not exist: check {name}")
+        raise UserError(f"{name} {plain(path)} does not exist: check the path")
     if not is_folder(path, name):
         check_file(path, name)
         return Place(path, True, frozenset(), ())

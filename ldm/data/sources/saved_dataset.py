@@ -107,7 +107,9 @@ def _add_file(collector: Collector, pyarrow: Any, path: str, folder: str, option
                     f"{plain(path)} has no column '{column}', only {show_columns(schema.names, column)}: set {setting}"
                 )
         _check_types(pyarrow, path, [schema.field(field) for field in fields])
-        reader = open_arrow(content, options=pyarrow.ipc.IpcReadOptions(included_fields=sorted(fields)))
+        # Of the file format, pyarrow copies the columns that are chosen, so all are taken, which are mapped.
+        chosen = [] if is_file_format else sorted(fields)
+        reader = open_arrow(content, options=pyarrow.ipc.IpcReadOptions(included_fields=chosen))
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file_format else reader
         for batch in batches:
             batch.validate(full=True)  # offsets that lead out of a damaged file

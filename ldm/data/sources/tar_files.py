@@ -69,6 +69,8 @@ def tar_members(path: str) -> Iterator[Member]:
         long_size = -1
         while True:
             header = _read(file, shown, offset, BLOCK)
+            if not offset:
+                _check_tar(shown, header)
             if len(header) < BLOCK:
                 if header or long_name:
                     raise _broken(shown, offset, "a header is cut off")
@@ -80,8 +82,6 @@ def tar_members(path: str) -> Iterator[Member]:
                 if size - offset > MAX_PADDING + BLOCK:
                     raise _broken(shown, offset, f"{size - offset:,} bytes follow the end mark and would not be read")
                 return
-            if not offset:
-                _check_tar(shown, header)
             length = _check_header(shown, offset, header)
             kind, content = header[156:157], offset + BLOCK
             if kind not in b"xLgK" and long_size >= 0:
@@ -128,9 +128,11 @@ def _check_tar(shown: str, header: bytes) -> None:
                 f"{shown} is compressed with {name}, in which no image can be found: decompress it ({command})"
             )
     try:
-        _check_header(shown, 0, header)
+        sound = header == bytes(BLOCK) or (len(header) == BLOCK and _check_header(shown, 0, header) >= 0)
     except UserError:
-        raise UserError(f"{shown} is no tar file: download or write it again, or take it out") from None
+        sound = False
+    if not sound:
+        raise UserError(f"{shown} is no tar file: download or write it again, or take it out")
 
 
 def _check_header(shown: str, offset: int, header: bytes) -> int:
