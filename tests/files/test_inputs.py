@@ -172,7 +172,8 @@ def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "", "\ufeff", "a", "a\n", "\n\n", "a\r\nb\r\n", "a\rb\r", "a\r\n\rb", "\ufeffa\nb", "ä\u2028猫\x0b\x1c\n😀", "a\n" * 1000,
+        "", "\ufeff", "a", "a\n", "\n\n", "a\r\nb\r\n", "a\rb\r", "a\r\n\rb", "\ufeffa\nb",
+        "ä\u2028猫\x0b\x1c\n😀", "a\n" * 1000,
     ],
 )  # fmt: skip
 def test_lines_and_small_texts_are_those_of_the_whole_text(tmp_path, content):
@@ -187,8 +188,8 @@ def test_lines_and_small_texts_are_those_of_the_whole_text(tmp_path, content):
 @pytest.mark.parametrize(
     "content",
     [
-        "a\nb".encode("utf-16"), "a\nb\n中国".encode("gb18030"), b"a\nb\n\xff", b"a\n\0", b"\0", b"x" * 2000, "folder", "fifo",
-        "/dev/zero", "nowhere",
+        "a\nb".encode("utf-16"), "a\nb\n中国".encode("gb18030"), b"a\nb\n\xff", b"a\n\0", b"\0", b"x" * 2000, "folder",
+        "fifo", "/dev/zero", "nowhere",
     ],
 )  # fmt: skip
 def test_lines_and_small_texts_have_the_errors_of_the_whole_text(tmp_path, content):

@@ -15,9 +15,9 @@ from ldm.data.sources.rows import (
     NO_CAPTION,
     NO_IMAGE,
     SAME_STEM,
+    TWO_CAPTIONS,
     ReadOptions,
 )
-from ldm.data.sources.rows import TWO_CAPTIONS
 from ldm.errors import UserError
 from tests.data.sources.layouts import image_bytes
 
@@ -193,7 +193,8 @@ def test_a_numbered_folder_without_captions_names_the_folder_above(tmp_path):
 
 def test_repeats_and_class_tokens_are_those_of_the_folders_name(tmp_path):
     listing = read(numbered(tmp_path, "10_sks dog", "3_a_b", "007_x"))
-    assert [(os.path.basename(subset.folder), subset.num_repeats, subset.class_tokens) for subset in listing.subsets] == [
+    subsets = [(os.path.basename(one.folder), one.num_repeats, one.class_tokens) for one in listing.subsets]
+    assert subsets == [
         ("007_x", 7, "x"), ("10_sks dog", 10, "sks dog"), ("3_a_b", 3, "a_b"),
     ]  # fmt: skip
     assert [(row.subset, row.caption) for row in listing.rows] == [
