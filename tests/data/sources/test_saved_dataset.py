@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 
 import pytest
 
@@ -184,3 +185,13 @@ def test_a_link_instead_of_the_arrow_file_may_lead_anywhere_but_to_no_device(tmp
     (tmp_path / "data" / "data.arrow").unlink()
     (tmp_path / "data" / "data.arrow").symlink_to("/dev/zero")
     assert "is a device" in refusal(tmp_path / "data")
+
+
+@pytest.mark.parametrize("end", [-1, 2**31 - 1, 5])
+def test_offsets_that_lead_out_of_the_file_are_refused(tmp_path, end):
+    size = len(IMAGE) + 1
+    whole = bytearray((save(tmp_path, sound()) / "data.arrow").read_bytes())
+    at = whole.index(struct.pack("<3i", 0, size, 2 * size))
+    whole[at + 8 : at + 12] = struct.pack("<i", end)
+    (tmp_path / "data.arrow").write_bytes(whole)
+    assert "data.arrow is no readable Arrow file" in refusal(tmp_path)
