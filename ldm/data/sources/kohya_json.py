@@ -71,8 +71,11 @@ def _entries(path: str, folder: str, separator: str) -> Iterator[tuple[int, obje
     if not isinstance(images, dict):
         raise UserError(f"{where} has no entries of images: {WAY}")
     root = os.path.abspath(folder).rstrip("/") + "/"
-    for number, (key, entry) in enumerate(images.items(), 1):
-        yield number, *_row(key, entry, root, separator)
+    keys = list(images)
+    for number, key in enumerate(keys, 1):
+        keys[number - 1] = ""
+        # The entry is freed, because its row takes as much memory again.
+        yield number, *_row(key, images.pop(key), root, separator)
 
 
 def _row(key: str, entry: Any, root: str, separator: str) -> tuple[object, object, str]:

@@ -250,10 +250,13 @@ def test_without_pyarrow_the_error_says_what_to_install(folder, monkeypatch):
         ("05", {"caption": ""}, ""),
         ("05", {}, ""),
         ("v1.5", {"caption": "a name with a dot"}, "a name with a dot"),
+        ("odd", {"caption": "a suffix in mixed case"}, "a suffix in mixed case"),
+        ("UP", {"caption": "a suffix in upper case"}, "a suffix in upper case"),
     ],
 )
 def test_entries_of_kohyas_json(folder, key, entry, caption):
-    (folder / "v1.5.png").write_bytes(IMAGE)
+    for name in ("v1.5.png", "odd.Jpg", "UP.JPG"):
+        (folder / name).write_bytes(IMAGE)
     keys = {f"{number:02d}": {"caption": "x"} for number in range(20) if number != 5}
     listing = read(write_json(folder, {**keys, key.format(folder=folder): entry}))
     assert [row.caption for row in listing.rows if row.caption != "x"] == [caption]
