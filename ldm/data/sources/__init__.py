@@ -7,6 +7,7 @@ A layout's module has `NAME`, `ABOUT`, `detect(place)`, which tells whether a pa
 from __future__ import annotations
 
 import os
+from collections import Counter
 from types import ModuleType
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from ldm.errors import UserError, plain
 DETECTED = (
     dataset_config, image_text_csv, saved_dataset, imagefolder, kohya_json, tar_shards, kohya_folders, caption_files,
 )  # fmt: skip
+MAX_SUBSETS = 100  # that the log names
 LAYOUTS: dict[str, ModuleType] = {module.NAME: module for module in DETECTED}
 
 
@@ -66,13 +68,19 @@ def read(path: str | os.PathLike, options: ReadOptions = ReadOptions()) -> Listi
         logger.warning("%s is read as %s. It also holds, and these are ignored: %s", plain(place.path), about, others)
     listing: Listing = LAYOUTS[found.layout].read(place, options)
     logger.info("%s: %s images; %s", plain(place.path), f"{len(listing.rows):,}", about)
+    if len(listing.subsets) > 1:
+        images = Counter(row.subset for row in listing.rows)
+        for number, subset in enumerate(listing.subsets[:MAX_SUBSETS]):
+            logger.info(
+                "%s: %s images, repeated %s times%s", plain(subset.folder), f"{images[number]:,}",
+                f"{subset.num_repeats:,}", ", class images" if subset.is_reg else "",
+            )  # fmt: skip
     return listing
 
 
 def _detect(place: Place) -> Detected:
     names = [module.NAME for module in DETECTED if module.detect(place)]
     if names:
-        # Folders of images with a number are part of other layouts, and kohya_folders refuses captions beside them.
         return Detected(names[0], tuple(names[1:]))
     if place.is_file:
         raise UserError(

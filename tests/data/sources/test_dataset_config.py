@@ -79,8 +79,9 @@ batch_size = 4
 """
 
 
-def test_the_innermost_level_wins(folder):
-    listing = read(write(folder, WHOLE))
+def test_the_innermost_level_wins(folder, caplog):
+    with caplog.at_level(logging.INFO, "ldm"):
+        listing = read(write(folder, WHOLE))
     common = {"shuffle_caption": True, "flip_aug": False}
     first = {**common, "resolution": [768, 512], "batch_size": 2, "enable_bucket": True, "validation_split": 0.1}
     assert [subset.settings for subset in listing.subsets] == [
@@ -94,6 +95,9 @@ def test_the_innermost_level_wins(folder):
     assert [(row.subset, listing.name(row), row.caption) for row in listing.rows] == [
         (0, "a.png", "a dog"), (0, "b.png", "sks dog"), (1, "c.png", "dog"), (2, "a.png", "a dog"), (2, "b.png", "dog"),
     ]  # fmt: skip
+
+    assert f"{folder}/dogs: 2 images, repeated 10 times" in caplog.text
+    assert f"{folder}/class: 1 images, repeated 1 times, class images" in caplog.text
 
 
 def test_what_no_level_gives_is_that_of_the_training(folder):
