@@ -21,6 +21,7 @@ from ldm.data.sources.rows import (
     caption_fault,
 )
 from ldm.data.sources.tar_files import Member, tar_members
+from ldm.data.transforms import MAX_BYTES as MAX_IMAGE_BYTES
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.inputs import decode_text
@@ -143,6 +144,8 @@ def _add(
         parts.image = FilePart(member.path, member.offset, member.size, name)
         if not member.size:
             parts.fault = "the image is an empty file"
+        elif member.size > MAX_IMAGE_BYTES:
+            parts.fault = f"the image has {member.size:,} bytes, at most {MAX_IMAGE_BYTES:,} are read: scale it down"
         elif contents:
             parts.content = member.read()
     elif suffix in extensions or suffix == ".json":

@@ -146,6 +146,13 @@ def test_an_unusable_sample_is_left_out_with_its_byte(tmp_path, changed, fault):
     assert len(listing.rows) >= 19
 
 
+def test_an_image_that_is_too_large_is_left_out_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.data.sources.tar_shards.MAX_IMAGE_BYTES", len(IMAGE))
+    path = shard(tmp_path / "a.tar", pairs(**{"05.png": IMAGE + b"x"}))
+    assert "at most" in read(path).left_out[0][1]
+    assert [sample.content for sample in iter_tar(str(path), ReadOptions()) if sample.fault] == [None]
+
+
 def test_a_field_that_is_set_and_missing_is_named(tmp_path):
     members = [*pairs(), ("20.png", IMAGE), ("20.json", '{"titel": "x"}')]
     [(_, reason)] = read(shard(tmp_path / "a.tar", members), ReadOptions(caption_column="title")).left_out
