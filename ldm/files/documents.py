@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
+from typing import Any, Callable
 
 import yaml
 
@@ -161,12 +161,21 @@ def read_json(path: str | os.PathLike, name: str = "", way: str = "give the path
     return parse_json(text, f"{name} {plain(os.fspath(path))}".strip())
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Return the content of a JSON text. Raises UserError, which begins with `where`, if it is not valid JSON."""
+def parse_json(text: str, where: str, lines: bool = True, make: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return the content of a JSON text. Raises UserError, which begins with `where`, if it is not valid JSON.
+
+    Args:
+        text: The JSON.
+        where: Names the file.
+        lines: Whether the error names the line, which a text of one line has no use for.
+        make: Called with every object, the innermost first. What it returns takes the object's place.
+    """
+    hook = _unique_keys if make is None else lambda pairs: make(_unique_keys(pairs))
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
+        return json.loads(text, object_pairs_hook=hook, parse_int=_integer)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} line {error.lineno} is not valid JSON: {error.msg}") from None
+        line = f" line {error.lineno}" if lines else ""
+        raise UserError(f"{where}{line} is not valid JSON: {error.msg}") from None
     except _MALFORMED as error:
         raise UserError(f"{where} is not valid JSON: {_problem(error)}") from None
 

@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 
 from ldm.errors import UserError, plain, system_reason
 
@@ -23,6 +24,7 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
 MAX_TEXT = 64 << 20  # bytes of a text file
+MAX_LINE = 128 << 20  # bytes of a line of a text that is read line by line
 
 
 def file_status(path: str | os.PathLike, name: str = "") -> os.stat_result | None:
@@ -125,21 +127,83 @@ def read_text(path: str | os.PathLike, name: str = "", way: str = "check the pat
     Raises:
         UserError: As `read_bytes`, for another encoding (with the line), and for a zero byte.
     """
-    subject = _named(path, name)
-    raw = read_bytes(path, name, way, most)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{subject} is UTF-16: save it as UTF-8")
+    return decode_text(read_bytes(path, name, way, most), _named(path, name), way)
+
+
+def read_small_text(path: str, way: str = "check the path", most: int = MAX_TEXT) -> str:
+    """Return the text of a UTF-8 file of which a data set may have a million. Raises as `read_text`.
+
+    It makes four system calls and no file object, so that a million caption files are listed in 15 s instead of 51 s.
+    """
     try:
-        text = raw.decode("utf-8-sig")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return read_text(path, way=way, most=most)  # raises the error
+    try:
+        status = os.fstat(handle)
+        is_file = stat.S_ISREG(status.st_mode)
+        raw = os.read(handle, min(status.st_size, most) + 1) if is_file else b""
+    except OSError:
+        is_file = False
+    finally:
+        os.close(handle)
+    if not is_file or len(raw) > most:
+        return read_text(path, way=way, most=most)
+    return decode_text(raw, path, way)
+
+
+def decode_text(raw: bytes, subject: str, way: str = "check the path", first_line: int = 1) -> str:
+    """Return the text that UTF-8 bytes hold, as `read_text` does for a file.
+
+    `subject` begins the errors, and `first_line` is the number of the first line. Raises UserError as `read_text` does.
+    """
+    if first_line == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{plain(subject)} is UTF-16: save it as UTF-8")
+    try:
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = raw.count(b"\n", 0, error.start) + first_line
         raise UserError(
-            f"{subject}, line {line}: not a UTF-8 text file: save it as UTF-8{_other_encoding(raw)}"
+            f"{plain(subject)}, line {line}: not a UTF-8 text file: save it as UTF-8{_other_encoding(raw)}"
         ) from None
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{subject}, line {line}: not a text file, it holds a zero byte: {way}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        line = text.count("\n", 0, text.index("\0")) + first_line
+        raise UserError(f"{plain(subject)}, line {line}: not a text file, it holds a zero byte: {way}")
+    if first_line == 1 and text.startswith("\ufeff"):
+        text = text[1:]
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def text_lines(
+    path: str | os.PathLike, name: str = "", way: str = "check the path", most: int = MAX_TEXT
+) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, each with its line feed, without holding the file in memory.
+
+    The lines are those of the text that `read_text` returns, and so are the errors, each of which comes when its line
+    is reached. A line of more than MAX_LINE bytes is an error too.
+    """
+    subject = _named(path, name)
+    with open_file(path, name, way) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{subject} has {size:,} bytes, at most {most:,} are read: {way}")
+        number = 0
+        while True:
+            try:
+                raw = file.readline(MAX_LINE + 1)
+            except OSError as error:
+                raise UserError(f"{subject} cannot be read: {system_reason(error)}") from None
+            if not raw:
+                return
+            number += 1
+            if len(raw) > MAX_LINE:
+                raise UserError(f"{subject}, line {number}: more than {MAX_LINE:,} bytes: {way}")
+            text = decode_text(raw, subject, way, number)
+            if text.find("\n") in (-1, len(text) - 1):  # one line, unless carriage returns alone end the lines
+                yield text
+            else:
+                # Not str.splitlines, which also splits at other characters, such as U+2028.
+                yield from (f"{line}\n" for line in (text[:-1] if text[-1] == "\n" else text).split("\n"))
 
 
 def _named(path: str | os.PathLike, name: str) -> str:

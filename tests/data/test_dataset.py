@@ -436,8 +436,8 @@ def test_of_many_unusable_rows_the_first_are_logged_and_all_are_counted(folder, 
 
 
 def test_a_csv_of_too_many_rows_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("ldm.data.dataset.MAX_ROWS", 19)
+    monkeypatch.setattr("ldm.data.sources.image_text_csv.MAX_ROWS", 19)
     write(folder, lines())
     assert "has more than 19 rows: split it" in refusal(folder)
-    monkeypatch.setattr("ldm.data.dataset.MAX_BYTES", 50)
+    monkeypatch.setattr("ldm.data.sources.image_text_csv.MAX_BYTES", 50)
     assert "at most 50 are read: write it as a UTF-8 CSV, a large one in parts" in refusal(folder)

@@ -19,7 +19,9 @@ from ldm.files.inputs import (
     list_folder,
     open_file,
     read_bytes,
+    read_small_text,
     read_text,
+    text_lines,
 )
 
 READERS = (open_file, check_file, content_hash, read_bytes, read_text)
@@ -165,3 +167,49 @@ def test_content_hash_is_the_sha256_of_the_bytes(tmp_path):
     content = bytes(range(256)) * 10_000
     (tmp_path / "x").write_bytes(content)
     assert content_hash(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "\ufeff", "a", "a\n", "\n\n", "a\r\nb\r\n", "a\rb\r", "a\r\n\rb", "\ufeffa\nb",
+        "ä\u2028猫\x0b\x1c\n😀", "a\n" * 1000,
+    ],
+)  # fmt: skip
+def test_lines_and_small_texts_are_those_of_the_whole_text(tmp_path, content):
+    (tmp_path / "text").write_bytes(content.encode())
+    text = read_text(tmp_path / "text")
+    lines = list(text_lines(tmp_path / "text"))
+    assert "".join(lines).removesuffix("\n") == text.removesuffix("\n")
+    assert all(line.count("\n") <= 1 for line in lines)
+    assert read_small_text(str(tmp_path / "text")) == text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a\nb".encode("utf-16"), "a\nb\n中国".encode("gb18030"), b"a\nb\n\xff", b"a\n\0", b"\0", b"x" * 2000, "folder",
+        "fifo", "/dev/zero", "nowhere",
+    ],
+)  # fmt: skip
+def test_lines_and_small_texts_have_the_errors_of_the_whole_text(tmp_path, content):
+    path = tmp_path / "text"
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    if isinstance(content, str):
+        path.symlink_to(content)
+    else:
+        path.write_bytes(content)
+    errors = set()
+    for read in (read_text, lambda *args, **limits: list(text_lines(*args, **limits)), read_small_text):
+        with pytest.raises(UserError) as caught:
+            read(str(path), way="do this", most=1000)
+        errors.add(str(caught.value))
+    assert len(errors) == 1 and str(path) in errors.pop()
+
+
+def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.files.inputs.MAX_LINE", 10)
+    (tmp_path / "text").write_text("short\n" + "x" * 11)
+    with pytest.raises(UserError, match="line 2: more than 10 bytes"):
+        list(text_lines(tmp_path / "text"))

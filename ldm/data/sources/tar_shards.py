@@ -1,0 +1,206 @@
+"""Tar shards (WebDataset): members of one basename that follow each other, such as 0001.jpg and 0001.txt, are a row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+from ldm.data.sources.caption_files import EXTENSIONS, MAX_BYTES
+from ldm.data.sources.image_text_csv import show_columns
+from ldm.data.sources.names import LISTED_SUFFIXES
+from ldm.data.sources.place import Place
+from ldm.data.sources.rows import (
+    NO_CAPTION,
+    OTHER_FILES,
+    Collector,
+    FilePart,
+    Listing,
+    ReadOptions,
+    Row,
+    caption_fault,
+)
+from ldm.data.sources.tar_files import Member, tar_members
+from ldm.data.transforms import MAX_BYTES as MAX_IMAGE_BYTES
+from ldm.errors import UserError, plain
+from ldm.files.documents import parse_json
+from ldm.files.inputs import decode_text
+
+NAME = "tar_shards"
+ABOUT = "tar shards (WebDataset): .tar files with images and their captions"
+MAX_JSON = 1 << 20  # bytes of a member with an image's metadata
+
+
+class TarSample(NamedTuple):
+    """An image in a shard and its caption."""
+
+    key: str  # the name without its suffixes
+    image: FilePart
+    content: Optional[bytes]  # of the image; None where only the places are listed
+    caption: Optional[str]  # None where the shard has none
+    fault: str  # why the sample cannot be used; "" for a good one
+
+
+def detect(place: Place) -> bool:
+    """Return whether a path is a .tar file, or a folder holds some."""
+    return place.suffix == ".tar" if place.is_file else bool(_shards(place))
+
+
+def read(place: Place, options: ReadOptions) -> Listing:
+    """Return the images of all shards, sorted by name. See `ldm.data.sources.read`.
+
+    Headers and captions are read, and no image. A million rows of two members take 400 MB of memory; `iter_tar` reads a
+    shard without a list.
+
+    Raises:
+        UserError: A shard is damaged, two images have the same name, or no image has a caption.
+    """
+    collector = Collector(NAME, place.path, options)
+    shards = [place.path] if place.is_file else [f"{place.path}/{name}" for name in _shards(place)]
+    for shard in shards:
+        for sample in _samples(shard, options, contents=False, collector=collector):
+            place_in_shard = f"{plain(os.path.basename(shard))}, byte {sample.image.offset:,}"
+            if sample.fault:
+                collector.leave_out(sample.image.name, f"{place_in_shard}: {sample.fault}")
+                continue
+            caption = collector.own_or_class_tokens(sample.caption, sample.image.name)
+            collector.add(Row(sample.image, caption, 0, sample.image.offset))
+    if collector.rows and collector.counted(NO_CAPTION) == len(collector.rows):
+        raise UserError(
+            f"{plain(place.path)} has {len(collector.rows):,} images and no caption: put a .txt, a .caption or a .json "
+            f'with "{options.caption_column or "text"}" beside each image, or set caption_column or class_tokens'
+        )
+    subset = options.subset(NAME, place.path, place.path, "byte")
+    listing = collector.listing((subset,))
+    for one, two in zip(listing.rows, listing.rows[1:]):
+        if listing.name(one) == listing.name(two):
+            raise UserError(
+                f"{plain(listing.name(one))} is in {listing.where(one)} and in {listing.where(two)}: give images names "
+                "of their own"
+            )
+    return listing
+
+
+def iter_tar(path: str, options: ReadOptions) -> Iterator[TarSample]:
+    """Yield the samples of a shard in its order, with the content of the images, holding one at a time.
+
+    Raises:
+        UserError: The shard is damaged, with the byte. What came before has been yielded.
+    """
+    yield from _samples(path, options, contents=True)
+
+
+def _shards(place: Place) -> list[str]:
+    return sorted(name for name in place.files if name.lower().endswith(".tar"))
+
+
+class _Parts:
+    """The members of one sample."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self.image: Optional[FilePart] = None
+        self.content: Optional[bytes] = None
+        self.texts: dict[str, bytes] = {}  # by suffix
+        self.fault = ""
+
+
+def _samples(
+    path: str, options: ReadOptions, contents: bool, collector: Optional[Collector] = None
+) -> Iterator[TarSample]:
+    """Yield the samples of a shard, with the images' content or without. `collector` counts what is not used."""
+    extensions = (options.caption_extension.lower(),) if options.caption_extension else EXTENSIONS
+    parts: Optional[_Parts] = None
+    for member in tar_members(path):
+        folder, _, base = member.name.removeprefix("./").rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not stem or not dot:
+            if collector is not None and base:
+                collector.count(OTHER_FILES, member.name)
+            continue
+        key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+        if parts is None or key != parts.key:
+            if parts is not None:
+                yield from _finished(path, parts, extensions, options, collector)
+            parts = _Parts(key)
+        _add(parts, member, suffix, extensions, contents, collector)
+    if parts is not None:
+        yield from _finished(path, parts, extensions, options, collector)
+
+
+def _add(
+    parts: _Parts,
+    member: Member,
+    suffix: str,
+    extensions: tuple[str, ...],
+    contents: bool,
+    collector: Optional[Collector],
+) -> None:
+    if suffix in LISTED_SUFFIXES:
+        if parts.image is not None:
+            parts.fault = f"two images of this name: {plain(parts.image.name)} and {plain(member.name)}"
+            return
+        name = member.name.removeprefix("./")
+        parts.image = FilePart(member.path, member.offset, member.size, name)
+        if not member.size:
+            parts.fault = "the image is an empty file"
+        elif member.size > MAX_IMAGE_BYTES:
+            parts.fault = f"the image has {member.size:,} bytes, at most {MAX_IMAGE_BYTES:,} are read: scale it down"
+        elif contents:
+            parts.content = member.read()
+    elif suffix in extensions or suffix == ".json":
+        most = MAX_JSON if suffix == ".json" else MAX_BYTES
+        if suffix in parts.texts:
+            parts.fault = f"it has two {suffix} members"
+        elif member.size > most:
+            parts.fault = f"its {suffix} has {member.size:,} bytes, at most {most:,} are read"
+        else:
+            parts.texts[suffix] = member.read()
+    elif collector is not None:
+        collector.count(OTHER_FILES, member.name)
+
+
+def _finished(
+    path: str, parts: _Parts, extensions: tuple[str, ...], options: ReadOptions, collector: Optional[Collector]
+) -> Iterator[TarSample]:
+    """Yield the sample that the members of one basename make, if there is an image among them."""
+    if parts.image is None:
+        if parts.texts or parts.fault:
+            image = FilePart(path, 0, 0, parts.key)
+            yield TarSample(parts.key, image, None, None, "no image follows or precedes its caption: put both together")
+        return
+    caption, fault = None, parts.fault
+    if not fault:
+        try:
+            caption = _caption(parts, extensions, options)
+        except UserError as error:
+            fault = plain(error, 300)
+    yield TarSample(parts.key, parts.image, parts.content, caption, fault)
+
+
+def _caption(parts: _Parts, extensions: tuple[str, ...], options: ReadOptions) -> Optional[str]:
+    """Return the caption of a sample, None if it has none. Raises UserError for one that is no text."""
+    for suffix in extensions:
+        if suffix in parts.texts:
+            caption: Any = decode_text(parts.texts[suffix], f"its {suffix}", "write the caption as UTF-8 text").strip()
+            break
+    else:
+        if ".json" not in parts.texts:
+            return None
+        fields = parse_json(decode_text(parts.texts[".json"], "its .json"), "its .json")
+        if not isinstance(fields, dict):
+            raise UserError("its .json is no object")
+        column = next((name for name in (options.caption_column or "text", "caption") if name in fields), None)
+        if column is None:
+            if options.caption_column:
+                raise UserError(f"its .json has no '{options.caption_column}', only {_shown(fields, options)}")
+            return None
+        caption = fields[column]
+        caption = caption.strip() if isinstance(caption, str) else caption
+    if fault := caption_fault(caption):
+        raise UserError(fault)
+    return str(caption)
+
+
+def _shown(fields: dict[str, Any], options: ReadOptions) -> str:
+    return show_columns(list(fields), options.caption_column or "text") or "an empty object"
