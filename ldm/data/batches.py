@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from ldm.data.draws import draws
@@ -11,43 +14,107 @@ from ldm.errors import UserError
 class BatchOrder:
     """The rows of each batch, as a pure function of the batch's number. Resuming needs no other state.
 
-    Every epoch is a new permutation of the rows, the same in all processes. It is divided into batches of
-    `batch_size * process_count` rows, and each process takes `batch_size` rows of each. Rows that do not fill a last
-    batch are left out of that epoch.
+    Every epoch is a new permutation of the rows, each as often as it is repeated, the same in all processes. The rows
+    of a bucket, in the order of the permutation, are divided into batches of `batch_size * process_count` rows, and
+    each process takes `batch_size` rows of each. Where there are several buckets, their batches are in random order,
+    and all processes are in the same bucket.
 
     Args:
         n_rows: Number of rows in the data set.
         batch_size: Rows per batch and process. With gradient accumulation this is a micro-batch.
+        of_row: The bucket (n_rows,) of each row. None: there is one bucket.
+        repeats: How often each row is used in an epoch. None: once.
+        fill: Whether the last batch of a bucket is filled from the beginning of the bucket's order, around again if
+            need be, so that every row is used at least once an epoch. Otherwise rows that do not fill a last batch are
+            left out of that epoch.
 
     Raises:
-        UserError: There are fewer rows than one batch needs.
+        UserError: There are fewer rows than one batch needs, or batch_size is not positive.
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        of_row: np.ndarray | Sequence[int] | None = None,
+        repeats: np.ndarray | Sequence[int] | None = None,
+        fill: bool = False,
+    ):
         if batch_size < 1:
             raise UserError(f"train_batch_size is {batch_size}: it must be at least 1")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} must be from 0 to {process_count - 1}")
-        if n_rows < batch_size * process_count:
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.process_index, self.process_count = process_index, process_count
+        rows = np.arange(n_rows)
+        if repeats is not None:
+            counts = np.asarray(repeats, np.int64)
+            if counts.shape != (n_rows,) or (n_rows and counts.min() < 1):
+                raise ValueError("repeats must be a number of at least 1 for each row")
+            rows = np.repeat(rows, counts)
+        self._rows = rows
+        self._buckets = np.zeros(len(rows), np.int32) if of_row is None else np.asarray(of_row, np.int32)[rows]
+        self._counts = np.bincount(self._buckets)
+        in_batch = batch_size * process_count
+        batches = -(-self._counts // in_batch) if fill else self._counts // in_batch
+        if not batches.sum():
             devices = f" on each of {process_count} devices" if process_count > 1 else ""
             raise UserError(
                 f"the data set has {n_rows} usable rows, too few for one batch of {batch_size}{devices}: "
                 "lower train_batch_size or add images"
             )
-        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.process_index, self.process_count = process_index, process_count
-        self.steps_per_epoch = n_rows // (batch_size * process_count)
-        # The latest epoch and its permutation, kept only for speed. One attribute, because two threads use it.
-        self._latest = -1, np.empty(0, dtype=np.int64)
+        self._labels = np.repeat(np.arange(len(batches)), batches)
+        self.steps_per_epoch = len(self._labels)
+        # The latest epoch, kept only for speed. One attribute, because two threads use it.
+        self._latest: tuple[int, _Epoch | None] = (-1, None)
 
     def indices(self, step: int) -> np.ndarray:
         """Return the rows (batch_size,) int64 of batch number `step`, counted from 0 over all epochs."""
+        epoch, place = self._find(step)
+        bucket = epoch.buckets[place]
+        start = (epoch.batches[place] * self.process_count + self.process_index) * self.batch_size
+        return epoch.rows[epoch.starts[bucket] + np.arange(start, start + self.batch_size) % self._counts[bucket]]
+
+    def epoch(self, step: int) -> int:
+        """Return the number of the epoch, from 0, that batch number `step` is of."""
+        return step // self.steps_per_epoch
+
+    def bucket(self, step: int) -> int:
+        """Return the bucket of batch number `step`."""
+        epoch, place = self._find(step)
+        return int(epoch.buckets[place])
+
+    def _find(self, step: int) -> tuple[_Epoch, int]:
+        """Return the epoch of a batch and the batch's place in it."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        latest, permutation = self._latest
-        if epoch != latest:
-            permutation = draws(self.seed, "order", epoch).permutation(self.n_rows)
-            self._latest = epoch, permutation
-        start = (step_in_epoch * self.process_count + self.process_index) * self.batch_size
-        return permutation[start : start + self.batch_size].copy()
+        number, place = divmod(step, self.steps_per_epoch)
+        latest, epoch = self._latest
+        if epoch is None or number != latest:
+            epoch = self._make_epoch(number)
+            self._latest = number, epoch
+        return epoch, place
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        permutation = draws(self.seed, "order", number).permutation(len(self._rows))
+        # Stable: the rows of a bucket stay in the order of the permutation.
+        by_bucket = permutation[np.argsort(self._buckets[permutation], kind="stable")]
+        # Only the buckets are shuffled, because their batches are random already.
+        buckets = draws(self.seed, "bucket_order", number).permutation(self._labels)
+        batches = np.empty_like(buckets)
+        for bucket in range(len(self._counts)):
+            places = np.flatnonzero(buckets == bucket)
+            batches[places] = np.arange(len(places))
+        starts = np.cumsum(self._counts) - self._counts
+        return _Epoch(self._rows[by_bucket], starts, buckets, batches)
+
+
+class _Epoch(NamedTuple):
+    rows: np.ndarray  # all rows of the epoch, bucket by bucket
+    starts: np.ndarray  # (buckets,): where each bucket begins in them
+    buckets: np.ndarray  # (batches,): the bucket of each batch
+    batches: np.ndarray  # (batches,): the number of each batch in its bucket

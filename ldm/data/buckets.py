@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: images of similar shape are trained together, cropped to one size and never stretched.
 
 `make_buckets` sorts the images of a data set into sizes as kohya's sd-scripts does, `crop_box` says which part of an
-image is trained, and `BucketOrder` which images are in a batch.
+image is trained. `ldm.data.batches.BatchOrder` says which images are in a batch.
 """
 
 from __future__ import annotations
@@ -9,45 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import numpy as np
 
-from ldm.data.draws import draws
 from ldm.errors import UserError, plain
-from ldm.settings.declare import setting
-from ldm.settings.read import check_values
+from ldm.settings.data import BucketSettings
 
 Size = tuple[int, int]  # width and height in pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-
-MAX_SIDE = 16_384  # pixels of a bucket
-MAX_BUCKETS = 1_000
-
-
-@dataclass(frozen=True)
-class BucketSettings:
-    """Which buckets there are, under the names and with the defaults of sd-scripts."""
-
-    enable_bucket: bool = setting(
-        False, "train images in their own shapes, instead of one square", group="buckets", resume="fixed"
-    )
-    min_bucket_reso: int = setting(256, "least width and height in pixels", low=8, high=MAX_SIDE, resume="fixed")
-    max_bucket_reso: int = setting(1024, "greatest width and height in pixels", low=8, high=MAX_SIDE, resume="fixed")
-    bucket_reso_steps: int = setting(
-        64, "widths and heights are multiples of it, in pixels", low=8, high=MAX_SIDE, resume="fixed"
-    )
-    bucket_no_upscale: bool = setting(
-        False, "never enlarge an image: its own size, rounded down, is its bucket", resume="fixed"
-    )
-    max_buckets: Optional[int] = setting(
-        None, "merge the rarest buckets into similar ones until so many are left", low=1, high=MAX_BUCKETS,
-        resume="fixed",
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        """Check each setting. Raises UserError."""
-        check_values(self)
 
 
 def check_multiple(name: str, value: int, multiple: int) -> None:
@@ -384,98 +354,6 @@ def _cropped(sizes: np.ndarray, targets: list[Size], of_row: np.ndarray, scales:
         ratio = sizes[:, 0] * target[:, 1] / (sizes[:, 1] * target[:, 0])
         kept = np.minimum(ratio, 1.0 / ratio)
     return np.clip(1.0 - kept, 0.0, 1.0).astype(np.float32)
-
-
-class BucketOrder:
-    """The rows of each batch, all of one bucket, as a pure function of the batch's number.
-
-    It has the interface of `ldm.data.batches.BatchOrder` and `bucket`. An epoch permutes all rows, each as often as it
-    is repeated. A bucket of n rows gives ceil(n / (batch_size * process_count)) batches of its rows in this order. The
-    last one is filled from the beginning of that order, around again if need be, so every row is used at least once an
-    epoch. The buckets of the batches are in random order as well, and all processes are in the same bucket.
-
-    One bucket whose rows fill all batches gives the batches of BatchOrder, bit for bit. Where they do not fill the last
-    one, BatchOrder leaves it out.
-
-    Args:
-        of_row: The bucket (N,) of each row.
-        batch_size: Rows per batch and process. With gradient accumulation this is a micro-batch.
-        repeats: How often each row is used in an epoch. None: once.
-
-    Raises:
-        UserError: There are no rows, or batch_size is not positive.
-    """
-
-    def __init__(
-        self,
-        of_row: np.ndarray | Sequence[int],
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        repeats: np.ndarray | Sequence[int] | None = None,
-    ):
-        if batch_size < 1:
-            raise UserError(f"train_batch_size is {batch_size}: it must be at least 1")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} must be from 0 to {process_count - 1}")
-        of_row = np.asarray(of_row, dtype=np.int32)
-        if len(of_row) == 0:
-            raise UserError("the data set has no usable rows: add images")
-        self.n_rows, self.batch_size, self.seed = len(of_row), batch_size, seed
-        self.process_index, self.process_count = process_index, process_count
-        self._rows = np.repeat(np.arange(self.n_rows), _repeats(repeats, self.n_rows))
-        self._buckets = of_row[self._rows]
-        self._counts = np.bincount(self._buckets)
-        batches = -(-self._counts // (batch_size * process_count))
-        self._labels = np.repeat(np.arange(len(batches)), batches)
-        self.steps_per_epoch = len(self._labels)
-        # The latest epoch and its order, kept only for speed. One attribute, because two threads use it.
-        self._latest: tuple[int, _Epoch | None] = (-1, None)
-
-    def indices(self, step: int) -> np.ndarray:
-        """Return the rows (batch_size,) int64 of batch number `step`, counted from 0 over all epochs."""
-        epoch, place = self._find(step)
-        bucket = epoch.buckets[place]
-        start = (epoch.batches[place] * self.process_count + self.process_index) * self.batch_size
-        count = self._counts[bucket]
-        return epoch.rows[epoch.starts[bucket] + np.arange(start, start + self.batch_size) % count]
-
-    def bucket(self, step: int) -> int:
-        """Return the bucket of batch number `step`."""
-        epoch, place = self._find(step)
-        return int(epoch.buckets[place])
-
-    def _find(self, step: int) -> tuple[_Epoch, int]:
-        """Return the epoch of a batch and the batch's place in it."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        number, place = divmod(step, self.steps_per_epoch)
-        latest, epoch = self._latest
-        if epoch is None or number != latest:
-            epoch = self._make_epoch(number)
-            self._latest = number, epoch
-        return epoch, place
-
-    def _make_epoch(self, number: int) -> _Epoch:
-        permutation = draws(self.seed, "order", number).permutation(len(self._rows))
-        # Stable: the rows of a bucket stay in the order of the permutation.
-        by_bucket = permutation[np.argsort(self._buckets[permutation], kind="stable")]
-        # Only the buckets are shuffled, because their batches are random already.
-        buckets = draws(self.seed, "bucket_order", number).permutation(self._labels)
-        batches = np.empty_like(buckets)
-        for bucket in range(len(self._counts)):
-            places = np.flatnonzero(buckets == bucket)
-            batches[places] = np.arange(len(places))
-        starts = np.cumsum(self._counts) - self._counts
-        return _Epoch(self._rows[by_bucket], starts, buckets, batches)
-
-
-class _Epoch(NamedTuple):
-    rows: np.ndarray  # all rows of the epoch, bucket by bucket
-    starts: np.ndarray  # (buckets,): where each bucket begins in them
-    buckets: np.ndarray  # (batches,): the bucket of each batch
-    batches: np.ndarray  # (batches,): the number of each batch in its bucket
 
 
 def _text(size: Size) -> str:

@@ -1,8 +1,9 @@
 """The caption that a row is trained with at a step, changed and drawn as kohya's sd-scripts does it.
 
 The order is that of sd-scripts: one line, or all lines where wildcards are enabled; prefix and suffix; drop the whole
-caption; draw a line and the wildcards; split into tags; hold the kept tags at their places; cut for the token warm-up;
-shuffle; drop tags; join; put the caption separator in place of the secondary one.
+caption (every n-th epoch here, at random by `ldm.data.draws.micro_batch_draws`); draw a line and the wildcards; split
+into tags; hold the kept tags at their places; cut for the token warm-up; shuffle; drop tags; join; put the caption
+separator in place of the secondary one.
 
 Everything is a function of its arguments. `ldm.data.draws.caption_draws` gives the generators of a micro-batch, so a
 resumed run draws what an uninterrupted one draws, with any number of processes.
@@ -10,102 +11,23 @@ resumed run draws what an uninterrupted one draws, with any number of processes.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 import numpy as np
 
-from ldm.errors import UserError, plain
-from ldm.settings.declare import MAX_COUNT, setting
-from ldm.settings.read import check_values
+from ldm.errors import plain
+from ldm.settings.data import CaptionSettings
 from ldm.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 MOST_TOKENS = CONTEXT_LENGTH - 2  # without the start and the end token
-MOST_POSSIBLE = 64  # final captions of a row that are encoded ahead
 MOST_NAMED = 5  # captions in a report
 
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 _SYMBOLS = re.compile(r"\{\{|\}\}|[{}|]|[^{}|]+")
 _ESCAPED = {"{{": "{", "}}": "}"}
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """How the captions of a subset are changed, under the names and with the defaults of sd-scripts."""
-
-    caption_prefix: Optional[str] = setting(
-        None, "text before every caption, joined by one space", group="captions", resume="fixed"
-    )
-    caption_suffix: Optional[str] = setting(None, "text after every caption, joined by one space", resume="fixed")
-    shuffle_caption: bool = setting(False, "shuffle the tags of a caption at every step", resume="fixed")
-    caption_separator: str = setting(",", "what separates the tags of a caption", resume="fixed")
-    keep_tokens: int = setting(
-        0, "first tags that are neither shuffled nor dropped", low=0, high=MAX_COUNT, resume="fixed"
-    )
-    keep_tokens_separator: Optional[str] = setting(
-        None,
-        'text such as "|||" behind the tags that are neither shuffled nor dropped, instead of keep_tokens; a second '
-        "one stands before such tags at the end",
-        resume="fixed",
-    )
-    secondary_separator: Optional[str] = setting(
-        None,
-        'text such as ";;;" between tags that are shuffled and dropped together; it becomes caption_separator',
-        resume="fixed",
-    )
-    enable_wildcard: bool = setting(
-        False,
-        "draw one of the texts in {a|b} ({{ and }} stand for braces), and one of the lines of a caption",
-        resume="fixed",
-    )
-    caption_dropout_rate: float = setting(
-        0.0, "share of captions replaced by the empty one, for guidance", low=0, high=1, resume="fixed"
-    )
-    caption_dropout_every_n_epochs: int = setting(
-        0,
-        "every n-th epoch is trained with empty captions, from the n-th on; 0: none",
-        low=0,
-        high=MAX_COUNT,
-        resume="fixed",
-    )
-    caption_tag_dropout_rate: float = setting(
-        0.0, "share of tags left out at every step", low=0, high=1, resume="fixed"
-    )
-    token_warmup_min: int = setting(
-        1, "tags of a caption at the first step of the token warm-up", low=0, high=MAX_COUNT, resume="fixed"
-    )
-    token_warmup_step: float = setting(
-        0, "steps until all tags are used; below 1: share of all steps", low=0, high=MAX_COUNT, resume="fixed"
-    )
-
-    def __post_init__(self) -> None:
-        """Check each setting, and the settings against each other. Raises UserError."""
-        check_values(self)
-        if not self.caption_separator:
-            raise UserError('caption_separator is empty: give the text that separates tags, such as ","')
-
-    @property
-    def changes_tags(self) -> bool:
-        """Whether captions are split into tags. Otherwise their separators and spaces stay as they are."""
-        return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
-
-    def without_effect(self) -> list[str]:
-        """Return a line for each setting that is given but has no effect, for a warning."""
-        lines = []
-        if not self.changes_tags:
-            way = "give shuffle_caption, caption_tag_dropout_rate or token_warmup_step, or leave it out"
-            if self.keep_tokens:
-                lines.append(f"keep_tokens has no effect: {way}")
-            if self.keep_tokens_separator:
-                text = plain(self.keep_tokens_separator)
-                lines.append(f'keep_tokens_separator has no effect, and "{text}" stays in the captions: {way}')
-        if self.token_warmup_min != 1 and not self.token_warmup_step:
-            lines.append("token_warmup_min has no effect: give token_warmup_step, or leave it out")
-        return lines
 
 
 def final_caption(
@@ -132,7 +54,7 @@ def final_caption(
         total_steps: Optimizer steps of the whole run, needed if `token_warmup_step` is a share of them.
     """
     caption = _with_ends(caption, settings)
-    if _is_dropped(settings, rng, epoch):
+    if is_empty_epoch(settings, epoch):
         return ""
     if settings.enable_wildcard:
         lines = caption.split("\n")
@@ -148,36 +70,6 @@ def final_caption(
             tags = [tag for tag, is_kept in zip(tags, kept) if is_kept]
         caption = _join(first, tags, last)
     return _one_separator(caption, settings)
-
-
-def possible_captions(caption: str, settings: CaptionSettings, most: int = MOST_POSSIBLE) -> list[str] | None:
-    """Return all final captions of a row, so that they can be encoded before training.
-
-    Without random settings it is one caption. Wildcards, lines, the token warm-up and dropped captions add theirs.
-
-    Returns:
-        The captions, each once, in a fixed order. None if there are more than `most`, or if tags are shuffled or
-        dropped one by one, whose number grows with the factorial of the tags.
-    """
-    lines = _with_ends(caption, settings).split("\n")
-    parts = [_wildcards(line) if settings.enable_wildcard else [[line]] for line in lines]
-    if sum(math.prod(len(texts) for texts in line) for line in parts) > most:
-        return None
-    found: dict[str, None] = {}
-    for texts in itertools.chain.from_iterable(itertools.product(*line) for line in parts):
-        text = "".join(texts)
-        if not settings.changes_tags:
-            found[_one_separator(text, settings)] = None
-            continue
-        first, tags, last = _split(text, settings)
-        if (settings.shuffle_caption and len(tags) > 1) or (settings.caption_tag_dropout_rate > 0 and tags):
-            return None
-        least = min(settings.token_warmup_min, len(tags)) if settings.token_warmup_step else len(tags)
-        for count in range(least, len(tags) + 1):
-            found[_one_separator(_join(first, tags[:count], last), settings)] = None
-    if settings.caption_dropout_rate > 0 or settings.caption_dropout_every_n_epochs > 0:
-        found[""] = None
-    return list(found) if len(found) <= most else None
 
 
 def longest_caption(caption: str, settings: CaptionSettings, length: Callable[[str], int]) -> str:
@@ -238,10 +130,10 @@ def _with_ends(caption: str, settings: CaptionSettings) -> str:
     return f"{caption} {settings.caption_suffix}" if settings.caption_suffix else caption
 
 
-def _is_dropped(settings: CaptionSettings, rng: np.random.Generator, epoch: int) -> bool:
+def is_empty_epoch(settings: CaptionSettings, epoch: int) -> bool:
+    """Whether `caption_dropout_every_n_epochs` empties all captions of an epoch, counted from 1."""
     every = settings.caption_dropout_every_n_epochs
-    drawn = settings.caption_dropout_rate > 0 and rng.random() < settings.caption_dropout_rate
-    return bool(drawn or (every > 0 and epoch % every == 0))
+    return every > 0 and epoch % every == 0
 
 
 def _draw(rng: np.random.Generator, count: int) -> int:

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import PIL
 
+from ldm.data.buckets import Size
 from ldm.data.cache import FileHash, file_hash
+from ldm.data.sources.rows import FilePart, ImageFile, read_image
+from ldm.data.transforms import MAX_BYTES as MAX_BYTES_OF_IMAGE
 from ldm.data.transforms import BrokenImage, open_rgb
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import atomic_path
@@ -22,7 +25,7 @@ from ldm.files.inputs import is_there, read_text
 logger = logging.getLogger(__name__)
 
 # Another Pillow, or a later version of this record, starts an empty record.
-VERSION = f"1, Pillow {PIL.__version__}"
+VERSION = f"2, Pillow {PIL.__version__}"
 MAX_BYTES = 128 << 20  # half a million images
 # A file can change twice within the resolution of its date, which is 2 s on FAT. The date of a file that has changed so
 # shortly before is not trusted (git calls such files racily clean).
@@ -30,10 +33,18 @@ RESOLUTION_NS = 2_000_000_000
 _HASH = re.compile("[0-9a-f]{64}")
 
 
+class CheckedImage(NamedTuple):
+    """An image that decodes."""
+
+    content: FileHash
+    size: Size  # width and height, upright
+
+
 class _Image(NamedTuple):
     content: FileHash
-    size: int  # bytes
+    bytes: int
     dates: tuple[int, ...]  # time of change of content and of inode in ns, and the inode; empty if not trusted
+    size: Size
 
 
 class CheckedImages:
@@ -52,24 +63,28 @@ class CheckedImages:
         self._recorded = {} if record is None else _read(record)
         self._checked: dict[str, _Image] = {}
 
-    def check(self, path: Path) -> FileHash:
-        """Return the hash of an image file's content. Raises BrokenImage if the image does not decode."""
-        name = os.path.abspath(path)
+    def check(self, image: ImageFile | Path) -> CheckedImage:
+        """Return the hash of an image's content and its size. Raises BrokenImage if the image does not decode."""
+        part = image if isinstance(image, FilePart) else None
+        path = os.fspath(image) if part is None else part.file
+        name = os.path.abspath(path) + ("" if part is None else f":{part.offset}")
         recorded = self._recorded.get(name)
-        size, dates = _status(path)
-        if recorded is not None and recorded.size == size:
+        count, dates = _status(path)
+        if part is not None:
+            count = min(count, part.size)
+        if recorded is not None and recorded.bytes == count:
             if recorded.dates and recorded.dates == dates:
                 self._checked[name] = recorded
-                return recorded.content
-            content = _content(path)
-            decodes = content == recorded.content
+                return CheckedImage(recorded.content, recorded.size)
+            content = image_content(image)
+            size = recorded.size if content == recorded.content else None
         else:
-            decodes = False
-        if not decodes:
-            open_rgb(path)
-            content = _content(path)
-        self._checked[name] = _Image(content, size, dates)
-        return content
+            size = None
+        if size is None:
+            size = open_rgb(image).size
+            content = image_content(image)
+        self._checked[name] = _Image(content, count, dates, size)
+        return CheckedImage(content, size)
 
     def save(self) -> None:
         """Write the images that were checked to the record. A record that cannot be written is not an error."""
@@ -86,14 +101,18 @@ class CheckedImages:
             )
 
 
-def _content(path: Path) -> FileHash:
+def image_content(image: ImageFile | Path) -> FileHash:
+    """Return the hash of an image's bytes. Raises BrokenImage if they cannot be read."""
+    name = image.name if isinstance(image, FilePart) else image
     try:
-        return file_hash(path)
+        if isinstance(image, FilePart):
+            return FileHash(hashlib.sha256(read_image(image, MAX_BYTES_OF_IMAGE)).hexdigest())
+        return file_hash(Path(image))
     except UserError as error:  # removed or closed since it was decoded
-        raise BrokenImage(path, str(error).removeprefix(f"{plain(path)} ")) from None
+        raise BrokenImage(name, str(error).removeprefix(f"{plain(name)} ")) from None
 
 
-def _status(path: Path) -> tuple[int, tuple[int, ...]]:
+def _status(path: str) -> tuple[int, tuple[int, ...]]:
     """Return the size and the dates of a file. The dates are empty if the file changed just now or is not there."""
     try:
         status = os.stat(path)
@@ -123,10 +142,10 @@ def _read(record: Path) -> dict[str, _Image]:
 
 
 def _parse(entry: Any) -> _Image:
-    content, size, dates = entry
-    if not (_HASH.fullmatch(content) and all(type(number) is int for number in (size, *dates))):
+    content, count, dates, (width, height) = entry
+    if not (_HASH.fullmatch(content) and all(type(number) is int for number in (count, *dates, width, height))):
         raise ValueError("not an image's entry")
-    return _Image(FileHash(content), size, tuple(dates))
+    return _Image(FileHash(content), count, tuple(dates), (width, height))
 
 
 def _checksum(images: Any) -> str:

@@ -112,7 +112,7 @@ def _check_images(folder: Path, names: list[str], record: Path | None) -> dict[s
                 return f"the image does not exist, only {both}"
             path = similar[0] if similar else path
         try:
-            return path, checked_images.check(path)
+            return path, checked_images.check(path).content
         except BrokenImage as error:
             return f"the image {error.fault}"
 

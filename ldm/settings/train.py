@@ -8,10 +8,10 @@ from typing import Optional, Union
 
 from ldm.errors import UserError
 from ldm.files.paths import MAX_STRENGTH
+from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
-from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
-from ldm.settings.read import check_values
+from ldm.settings.model_yaml import MAX_TIMESTEPS
 
 SCHEDULERS = ("constant", "linear", "cosine")
 # The names in mindone's recipes.
@@ -25,13 +25,18 @@ followed_setting = partial(setting, resume="followed", shared_with_diffusers=Tru
 
 
 @dataclass
-class TrainSettings:
-    """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own."""
+class ModelSettings:
+    """Which files a run reads and writes, and what it trains."""
 
     train_config: Optional[str] = input_path(
         "YAML file with any of these settings; flags win over it", group="files", set_by_comparison=True
     )
-    data_path: Optional[str] = input_path("folder with the images and img_txt.csv", set_by_comparison=True)
+    data_path: Optional[str] = input_path(
+        "data set: a folder of images with img_txt.csv, with caption files, in kohya's folders, with metadata.jsonl, "
+        "with tar shards, or a dataset_config (docs/data.md)",
+        set_by_comparison=True,
+        aliases=("instance_data_dir", "train_data_dir", "dataset_config"),
+    )
     output_path: str = setting(
         "output/train", "folder for checkpoints, logs and the cache", path=True, set_by_comparison=True
     )
@@ -109,42 +114,13 @@ class TrainSettings:
         True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32"
     )
 
-    image_column: str = setting("dir", "column of img_txt.csv with the image's file name", group="data")
-    caption_column: str = setting("text", "column of img_txt.csv with the caption")
-    image_size: Optional[int] = setting(
-        None, "width and height in pixels; None for the model's own", low=8, high=MAX_SIDE, resume="fixed"
-    )
-    image_filter_size: int = setting(
-        0,
-        "leave out images whose width or height is smaller, in pixels",
-        low=0,
-        high=100_000,
-        not_in_diffusers="leave small images out of the data set instead",
-    )
-    random_crop: bool = setting(
-        False,
-        "crop the square at a random place instead of the middle; latents are then not cached",
-        resume="fixed",
-        shared_with_diffusers=True,
-    )
-    random_flip: bool = setting(
-        False, "mirror half of the images; latents are then not cached", resume="fixed", shared_with_diffusers=True
-    )
-    caption_dropout: float = setting(
-        0.0,
-        "share of captions replaced by the empty one, for guidance",
-        low=0,
-        high=1,
-        resume="fixed",
-        shared_with_diffusers=True,
-    )
-    cache_latents: bool = setting(
-        True, "encode each image once and keep it under output_path/cache", shared_with_diffusers=True
-    )
-    cache_text: bool = setting(
-        True, "encode each caption once and keep it under output_path/cache", shared_with_diffusers=True
-    )
-    num_workers: int = setting(1, "threads that load images", low=1, high=256)
+
+@dataclass
+class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings, ImageSettings, ModelSettings):
+    """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own.
+
+    Their order in `-h` is that of the bases, from the last to the first, and then those declared here.
+    """
 
     min_timestep: int = setting(
         0,
@@ -271,7 +247,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check each setting, and the settings against each other. Raises UserError."""
-        check_values(self)
+        CaptionSettings.__post_init__(self)  # which checks all values
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
@@ -286,3 +262,9 @@ class TrainSettings:
         for name in names_of(type(self), needs="use_lora"):
             if getattr(self, name) and not self.use_lora:
                 raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")
+        for needed in ("masked_loss", "with_prior_preservation"):
+            for name in names_of(type(self), needs=needed):
+                if getattr(self, name) and not getattr(self, needed):
+                    raise UserError(f"{name} has no effect without {needed}: give that too, or leave it out")
+        if self.with_prior_preservation and not self.class_prompt:
+            raise UserError('with_prior_preservation needs class_prompt, such as "a photo of a dog"')

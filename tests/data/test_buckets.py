@@ -1,14 +1,13 @@
 """Images are sorted into sizes of similar shape, nothing is stretched, and every batch is of one size."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 
-from ldm.data.batches import BatchOrder
-from ldm.data.buckets import BucketOrder, BucketSettings, bucket_sizes, crop_box, make_buckets
+from ldm.data.buckets import bucket_sizes, crop_box, make_buckets
 from ldm.errors import UserError
+from ldm.settings.data import BucketSettings
 from ldm.settings.declare import names_of
 
 
@@ -303,160 +302,3 @@ def test_the_share_that_is_cropped_is_that_of_the_crop():
             left, top, right, bottom = crop_box(tuple(image), buckets.size(row), buckets.scale(row))
             kept = (right - left) * (bottom - top) / math.prod(image)
             assert buckets.cropped[row] == pytest.approx(1 - kept, abs=1e-5)
-
-
-# The order of batches
-
-
-def epoch(order, number):
-    start = number * order.steps_per_epoch
-    return [order.indices(step) for step in range(start, start + order.steps_per_epoch)]
-
-
-OF_ROW = np.random.default_rng(0).choice(4, 61, p=[0.5, 0.3, 0.15, 0.05])
-
-
-@pytest.mark.parametrize("bucket", [0, 3])
-def test_one_bucket_that_fills_its_batches_is_the_order_without_buckets(bucket):
-    alone, buckets = BatchOrder(24, 4, seed=5), BucketOrder([bucket] * 24, 4, seed=5)
-    assert buckets.steps_per_epoch == alone.steps_per_epoch
-    for step in range(20):
-        batch = buckets.indices(step)
-        assert batch.dtype == np.int64 and batch.tolist() == alone.indices(step).tolist()
-        assert buckets.bucket(step) == bucket
-
-
-def test_one_bucket_that_does_not_fill_its_batches_has_one_more():
-    alone, buckets = BatchOrder(26, 4, seed=5), BucketOrder([0] * 26, 4, seed=5)
-    assert buckets.steps_per_epoch == alone.steps_per_epoch + 1
-    for step in range(alone.steps_per_epoch):
-        assert buckets.indices(step).tolist() == alone.indices(step).tolist()
-
-
-def test_every_batch_is_of_one_bucket():
-    order = BucketOrder(OF_ROW, 4, seed=1)
-    for step in range(3 * order.steps_per_epoch):
-        assert (OF_ROW[order.indices(step)] == order.bucket(step)).all() and order.indices(step).shape == (4,)
-
-
-@pytest.mark.parametrize("number", [0, 3])
-def test_an_epoch_is_every_row_at_least_once_and_fills_the_last_batch_of_a_bucket_from_it(number):
-    order = BucketOrder(OF_ROW, 4, seed=1)
-    assert order.steps_per_epoch == sum(math.ceil(count / 4) for count in np.bincount(OF_ROW))
-    used = np.bincount(np.concatenate(epoch(order, number)), minlength=61)
-    assert used.min() == 1 and used.sum() == 4 * order.steps_per_epoch
-    for bucket in range(4):
-        rows = int((OF_ROW == bucket).sum())
-        assert used[OF_ROW == bucket].sum() == math.ceil(rows / 4) * 4
-
-
-def test_the_last_batch_is_filled_from_the_beginning_of_the_buckets_order():
-    order = BucketOrder([0] * 5 + [1] * 2, 3, seed=2)
-    batches = {bucket: [] for bucket in (0, 1)}
-    for step in range(order.steps_per_epoch):
-        batches[order.bucket(step)].append(order.indices(step).tolist())
-    first, second = batches[0]
-    assert second[-1] == first[0] and sorted(first + second[:2]) == [0, 1, 2, 3, 4]
-    assert batches[1][0][2] == batches[1][0][0]
-
-
-def test_a_bucket_smaller_than_a_batch_goes_around():
-    order = BucketOrder([0, 1, 1], 4, seed=2, process_count=2)
-    rows = {order.bucket(step): order.indices(step).tolist() for step in range(2)}
-    assert rows[0] == [0] * 4 and sorted(rows[1]) == [1, 1, 2, 2]
-
-
-def test_repeats_are_as_many_rows():
-    repeats = np.where(np.arange(61) % 5 == 0, 3, 1)
-    order = BucketOrder(OF_ROW, 4, seed=1, repeats=repeats)
-    assert order.steps_per_epoch == sum(math.ceil(repeats[OF_ROW == bucket].sum() / 4) for bucket in range(4))
-    used = np.bincount(np.concatenate(epoch(order, 0)), minlength=61)
-    assert (used >= repeats).all() and (used - repeats).sum() == 4 * order.steps_per_epoch - repeats.sum()
-    # Repeated rows without buckets are the same order of positions.
-    alone, repeated = BatchOrder(12, 3, seed=1), BucketOrder([0] * 4, 3, seed=1, repeats=[3] * 4)
-    assert [repeated.indices(step).tolist() for step in range(8)] == [
-        (alone.indices(step) // 3).tolist() for step in range(8)
-    ]
-
-
-@pytest.mark.parametrize("repeats", [[1, 0], [1], [2, -1]])
-def test_a_row_is_repeated_at_least_once(repeats):
-    with pytest.raises(ValueError, match="repeats"):
-        BucketOrder([0, 0], 1, seed=0, repeats=repeats)
-
-
-def test_buckets_come_in_another_order_in_every_epoch_and_with_every_seed():
-    order = BucketOrder(OF_ROW, 2, seed=1)
-    labels = [[order.bucket(number * order.steps_per_epoch + place) for place in range(30)] for number in range(2)]
-    other = [BucketOrder(OF_ROW, 2, seed=2).bucket(place) for place in range(30)]
-    assert labels[0] != labels[1] and labels[0] != other and labels[0] != sorted(labels[0])
-    assert np.concatenate(epoch(order, 0)).tolist() != np.concatenate(epoch(order, 1)).tolist()
-
-
-def test_processes_are_in_the_same_bucket_and_share_the_batches_of_one_process():
-    alone = BucketOrder(OF_ROW, 6, seed=1)
-    processes = [
-        BucketOrder(OF_ROW, 3, seed=1, process_index=process_index, process_count=2) for process_index in (0, 1)
-    ]
-    assert [order.steps_per_epoch for order in processes] == [alone.steps_per_epoch] * 2
-    for step in range(2 * alone.steps_per_epoch):
-        assert np.concatenate([order.indices(step) for order in processes]).tolist() == alone.indices(step).tolist()
-        assert {order.bucket(step) for order in processes} == {alone.bucket(step)}
-
-
-def test_a_step_gives_the_same_rows_whatever_was_asked_before():
-    straight, resumed = BucketOrder(OF_ROW, 4, seed=3), BucketOrder(OF_ROW, 4, seed=3)
-    rows = [(straight.bucket(step), straight.indices(step).tolist()) for step in range(60)]
-    for step in (40, 7, 59, 0, 41, 12):
-        assert resumed.indices(step).tolist() == rows[step][1] and resumed.bucket(step) == rows[step][0]
-
-
-def test_the_published_order_stays():
-    # A change of it breaks the resuming of every run.
-    order = BucketOrder([0, 1, 0, 1, 0, 2], 2, seed=42)
-    assert [(order.bucket(step), order.indices(step).tolist()) for step in range(4)] == [
-        (2, [5, 5]),
-        (1, [3, 1]),
-        (0, [4, 2]),
-        (0, [0, 4]),
-    ]
-
-
-def test_changing_the_returned_rows_does_not_change_the_order():
-    order = BucketOrder(OF_ROW, 4, seed=3)
-    first = order.indices(0)
-    kept = first.tolist()
-    first[:] = 0
-    assert order.indices(0).tolist() == kept
-
-
-def test_another_thread_may_ask_for_another_epoch_between_any_two_lines():
-    order = BucketOrder([0] * 4 + [1] * 4, 4, seed=3)
-    first, third = order.indices(0).tolist(), order.indices(2).tolist()
-    watched = {BucketOrder.indices.__code__, BucketOrder._find.__code__}
-
-    def other_thread(frame, event, argument):
-        if frame.f_code in watched:
-            assert order.indices(0).tolist() == first
-            return other_thread
-
-    tracing = sys.gettrace()
-    for _ in range(2):  # with the other epoch kept, and with its own
-        sys.settrace(other_thread)
-        try:
-            rows = order.indices(2)
-        finally:
-            sys.settrace(tracing)
-        assert rows.tolist() == third
-        order.indices(2)
-
-
-@pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_of_nothing_is_refused(batch):
-    with pytest.raises(UserError, match="train_batch_size"):
-        BucketOrder([0], batch, seed=0)
-
-
-def test_no_rows_are_refused():
-    with pytest.raises(UserError, match="no usable rows"):
-        BucketOrder([], 1, seed=0)

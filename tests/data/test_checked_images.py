@@ -61,7 +61,7 @@ def start(tmp_path, monkeypatch):
             patch.setattr(module, "open_rgb", counted(module.open_rgb, decoded))
             patch.setattr(module, "file_hash", counted(module.file_hash, hashed))
             checked = CheckedImages(tmp_path / "cache" / "images.json")
-            hashes = [checked.check(path) for path in paths]
+            hashes = [checked.check(path).content for path in paths]
             checked.save()
         return hashes, decoded, hashed
 
@@ -78,11 +78,11 @@ def test_the_first_start_decodes_every_image_and_the_second_reads_none(paths, st
 
 
 def test_without_a_record_every_image_is_decoded(paths, monkeypatch):
-    decoded = []
-    monkeypatch.setattr(module, "open_rgb", lambda path: decoded.append(path.name))
+    decoded, open_rgb = [], module.open_rgb
+    monkeypatch.setattr(module, "open_rgb", lambda path: decoded.append(path.name) or open_rgb(path))
     for _ in range(2):
         checked = CheckedImages()
-        assert [checked.check(path) for path in paths] == [file_hash(path) for path in paths]
+        assert [checked.check(path) for path in paths] == [(file_hash(path), (16, 16)) for path in paths]
         checked.save()
     assert decoded == ALL * 2
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from ldm.data.sources import caption_files, image_text_csv, imagefolder, kohya_json, saved_dataset, tar_shards
-from ldm.data.sources.kohya_folders import MAX_REPEATS
 from ldm.data.sources.place import Place, look
 from ldm.data.sources.rows import Listing, ReadOptions, logger, merged
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_there, read_text
 from ldm.files.paths import expanded
-from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_SEED, setting
+from ldm.settings.data import MAX_REPEATS, BucketSettings, CaptionSettings
+from ldm.settings.declare import MAX_BATCH, MAX_SEED, setting
 from ldm.settings.model_yaml import MAX_SIDE
 from ldm.settings.read import read_mapping
 from ldm.settings.values import nearest, settings_of
@@ -46,24 +46,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass
-class AscendingSettings:
+class AscendingSettings(CaptionSettings):
     """Settings of a subset that [general], [[datasets]] and [[datasets.subsets]] may give. The innermost one wins."""
 
     num_repeats: int = setting(1, "how often an epoch has each image", low=1, high=MAX_REPEATS)
-    shuffle_caption: bool = setting(False)
-    caption_separator: str = setting(",")
-    keep_tokens: int = setting(0, low=0, high=MAX_COUNT)
-    keep_tokens_separator: Optional[str] = setting(None)
-    secondary_separator: Optional[str] = setting(None)
-    enable_wildcard: bool = setting(False)
-    caption_prefix: Optional[str] = setting(None)
-    caption_suffix: Optional[str] = setting(None)
-    caption_dropout_rate: float = setting(0.0, low=0, high=1)
-    caption_dropout_every_n_epochs: int = setting(0, low=0, high=MAX_COUNT)
-    caption_tag_dropout_rate: float = setting(0.0, low=0, high=1)
-    token_warmup_min: int = setting(1, low=0, high=MAX_COUNT)
-    token_warmup_step: float = setting(0.0, low=0, high=MAX_COUNT)
-    flip_aug: bool = setting(False)
+    caption_dropout: float = setting(0.0, key="caption_dropout_rate", low=0, high=1)
+    random_flip: bool = setting(False, key="flip_aug")
     random_crop: bool = setting(False)
     alpha_mask: bool = setting(False)
     validation_split: float = setting(0.0, low=0, high=1)
@@ -73,16 +61,11 @@ class AscendingSettings:
 
 
 @dataclass
-class DatasetSettings(AscendingSettings):
+class DatasetSettings(BucketSettings, AscendingSettings):
     """Settings of a data set, which [general] and [[datasets]] may give."""
 
     resolution: list[int] = setting([512, 512], low=8, high=MAX_SIDE, length=2)  # width and height
     batch_size: int = setting(1, low=1, high=MAX_BATCH)
-    enable_bucket: bool = setting(False)
-    min_bucket_reso: int = setting(256, low=8, high=MAX_SIDE)
-    max_bucket_reso: int = setting(1024, low=8, high=MAX_SIDE)
-    bucket_reso_steps: int = setting(64, low=1, high=MAX_SIDE)
-    bucket_no_upscale: bool = setting(False)
 
 
 @dataclass

@@ -10,10 +10,10 @@ from ldm.data.sources.names import is_image
 from ldm.data.sources.place import Place
 from ldm.data.sources.rows import LEFT_FOLDERS, Collector, Listing, ReadOptions, Subset
 from ldm.errors import UserError, plain
+from ldm.settings.data import MAX_REPEATS
 
 NAME = "kohya_folders"
 ABOUT = "folders named `N_class tokens`, as kohya's sd-scripts read them"
-MAX_REPEATS = 1_000_000
 _NUMBERED = re.compile("([0-9]+)_(.*)", re.DOTALL)
 
 

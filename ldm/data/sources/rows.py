@@ -21,6 +21,7 @@ from ldm.runtime.logs import warn_each
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 10_000_000
+MAX_IMAGE_BYTES = 720_000_000  # size of an image file: 120 million pixels in RGB with 16 bits, uncompressed
 LONGEST_CAPTION = 131_072  # characters; the csv module's default limit of a field
 NAMED = 3  # examples in a warning that counts
 
@@ -158,23 +159,33 @@ def image_name(image: ImageFile, folder: str) -> str:
     return image[len(folder) + 1 :] if image.startswith(f"{folder}/") else image
 
 
-def read_image(image: ImageFile, most: int) -> bytes:
+def readable_name(image: ImageFile | os.PathLike[str]) -> str:
+    """Return what messages call an image: its path, or "cat.png in data/shard-00.tar"."""
+    if isinstance(image, FilePart):
+        return f"{plain(image.name)} in {plain(image.file)}"
+    return plain(os.fspath(image))
+
+
+def read_image(image: ImageFile, most: int = MAX_IMAGE_BYTES) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        UserError: It cannot be read, has more than `most` bytes, or its file is shorter than when it was listed.
+        UserError: It cannot be read, has more than `most` bytes, or its file is shorter than when it was listed. The
+            message begins with "the image" and the `readable_name`.
     """
     if isinstance(image, str):
         return read_bytes(image, "the image", "check data_path", most)
-    subject = f"{plain(image.file)}, byte {image.offset:,}: the image {plain(image.name)}"
+    subject = f"the image {readable_name(image)}"
     if image.size > most:
         raise UserError(f"{subject} has {image.size:,} bytes, at most {most:,} are read: scale it down")
-    with open_file(image.file, way="check data_path") as file:
-        try:
+    try:
+        with open_file(image.file, way="check data_path") as file:
             file.seek(image.offset)
             content = file.read(image.size)
-        except OSError as error:
-            raise UserError(f"{subject} cannot be read: {system_reason(error)}") from None
+    except OSError as error:
+        raise UserError(f"{subject} cannot be read: {system_reason(error)}") from None
+    except UserError as error:
+        raise UserError(f"{subject} cannot be read: {error}") from None
     if len(content) < image.size:
         raise UserError(f"{subject} is cut off: the file has changed since it was listed; start again")
     return content

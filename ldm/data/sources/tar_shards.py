@@ -11,6 +11,7 @@ from ldm.data.sources.image_text_csv import show_columns
 from ldm.data.sources.names import LISTED_SUFFIXES
 from ldm.data.sources.place import Place
 from ldm.data.sources.rows import (
+    MAX_IMAGE_BYTES,
     NO_CAPTION,
     OTHER_FILES,
     Collector,
@@ -21,7 +22,6 @@ from ldm.data.sources.rows import (
     caption_fault,
 )
 from ldm.data.sources.tar_files import Member, tar_members
-from ldm.data.transforms import MAX_BYTES as MAX_IMAGE_BYTES
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.inputs import decode_text

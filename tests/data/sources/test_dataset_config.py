@@ -82,10 +82,10 @@ batch_size = 4
 def test_the_innermost_level_wins(folder, caplog):
     with caplog.at_level(logging.INFO, "ldm"):
         listing = read(write(folder, WHOLE))
-    common = {"shuffle_caption": True, "flip_aug": False}
+    common = {"shuffle_caption": True, "random_flip": False}
     first = {**common, "resolution": [768, 512], "batch_size": 2, "enable_bucket": True, "validation_split": 0.1}
     assert [subset.settings for subset in listing.subsets] == [
-        {**first, "keep_tokens": 3, "caption_dropout_rate": 0.05, "conditioning_data_dir": f"{folder}/masks"},
+        {**first, "keep_tokens": 3, "caption_dropout": 0.05, "conditioning_data_dir": f"{folder}/masks"},
         {**first, "keep_tokens": 2, "token_warmup_step": 1.0},
         {**common, "resolution": [512, 512], "keep_tokens": 1, "batch_size": 4},
     ]
@@ -134,7 +134,7 @@ def test_an_image_dir_may_have_another_layout(folder, caplog, writer):
         (folder / "more" / f"{name}.txt").write_text("ignored")
     listing = read(write(folder, subset("num_repeats = 2\nflip_aug = true", image_dir="more")))
     assert [row.caption for row in listing.rows] == list(layouts.CAPTIONS.values())
-    assert listing.subsets[0].num_repeats == 2 and listing.subsets[0].settings == {"flip_aug": True}
+    assert listing.subsets[0].num_repeats == 2 and listing.subsets[0].settings == {"random_flip": True}
     assert "the caption files beside its images are ignored" in caplog.text
 
 
