@@ -1,0 +1,170 @@
+"""DreamBooth: which rows an epoch has, how often, and with which weight, if some of them are class images.
+
+Class images keep a class as it was while an instance of it is trained (prior preservation, Ruiz et al. 2208.12242).
+They are the rows of subsets with `is_reg`. As in kohya's sd-scripts, an epoch has as many samples of them as of the
+instance images, and `prior_loss_weight` multiplies their loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.data.sources.rows import MAX_ROWS, Listing, Row, Subset, image_name, merged
+from ldm.errors import UserError, plain
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "class_images"  # of the subset that list_class_images returns
+
+
+class PriorPlan(NamedTuple):
+    """How often an epoch has each row of a listing, and how much its loss counts."""
+
+    repeats: np.ndarray  # (rows,) int64; rows with 0 are not trained
+    weights: np.ndarray  # (rows,) float32: prior_loss_weight for class images, 1 for the others
+    lines: tuple[str, ...]  # what the log says
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether a row that is trained has another weight than 1."""
+        return bool((self.weights[self.repeats > 0] != 1).any())
+
+
+def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
+    """Return the repeats and the weights of the rows of a listing, which depend on nothing else.
+
+    Instance images have the repeats of their subset. Class images are taken in their order, each with the repeats of
+    its subset, until there are as many samples as of the instance images; the last one keeps its repeats. The others
+    are not used. If there are too few, they are gone through again, once more each time. Every data set of a
+    dataset_config is counted by itself. This is sd-scripts' rule.
+
+    With weight 0 class images are left out, so that training is the same as without them.
+
+    Raises:
+        UserError: There are class images only.
+    """
+    subsets = np.fromiter((row.subset for row in listing.rows), np.int64, len(listing.rows))
+    repeats = np.array([subset.num_repeats for subset in listing.subsets], np.int64)[subsets]
+    is_reg = np.array([subset.is_reg for subset in listing.subsets], bool)[subsets]
+    weights = np.where(is_reg, np.float32(prior_loss_weight), np.float32(1.0))
+    if not is_reg.any():
+        return PriorPlan(repeats, weights, ())
+    if is_reg.all():
+        raise UserError(
+            f"all {len(listing.rows):,} images are class images (is_reg, class_data_dir): give the images of the "
+            "instance as well"
+        )
+    if not prior_loss_weight:
+        left_out = f"prior_loss_weight 0: the {int(is_reg.sum()):,} class images are left out"
+        return PriorPlan(np.where(is_reg, 0, repeats), weights, (left_out,))
+
+    datasets = np.array([subset.dataset for subset in listing.subsets], np.int64)[subsets]
+    lines: list[str] = []
+    for dataset in np.unique(datasets[is_reg]):
+        instance = np.flatnonzero(~is_reg & (datasets == dataset))
+        rows = np.flatnonzero(is_reg & (datasets == dataset))
+        samples = int(repeats[instance].sum())
+        available = int(repeats[rows].sum())
+        repeats[rows] = _in_turn(repeats[rows], samples)
+        used = repeats[rows][repeats[rows] > 0]
+        name = f"data set {dataset + 1}: " if len(set(datasets.tolist())) > 1 else ""
+        times = _range(used) if len(used) else "0"
+        lines.append(
+            f"{name}an epoch has {samples:,} samples of {len(instance):,} instance images and {int(used.sum()):,} of "
+            f"{len(used):,} class images ({times} of each), whose loss counts {prior_loss_weight:g} times"
+        )
+        if len(used) < len(rows):
+            first = listing.name(listing.rows[int(rows[len(used)])])
+            way = f"; with num_repeats of the instance images {-(-available // samples)} times as large, all are used"
+            lines.append(
+                f"{name}{len(rows) - len(used):,} of {len(rows):,} class images are not used in any epoch, from "
+                f"{plain(first, 80)} on: an epoch has as many samples of the class as of the instance"
+                f"{way if samples else ''}"
+            )
+    return PriorPlan(repeats, weights, tuple(lines))
+
+
+def _in_turn(repeats: np.ndarray, samples: int) -> np.ndarray:
+    """Return the repeats (rows,) of class images, of which there are to be `samples` samples.
+
+    Args:
+        repeats: Those of their subsets, (rows,), at least 1.
+    """
+    before = np.cumsum(repeats) - repeats
+    missing = samples - int(repeats.sum())
+    if missing <= 0:
+        return np.where(before < samples, repeats, 0)
+    rounds, rest = divmod(missing, len(repeats))
+    return repeats + rounds + (np.arange(len(repeats)) < rest)
+
+
+def _range(numbers: np.ndarray) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def with_instance_prompt(listing: Listing, prompt: str) -> Listing:
+    """Return a listing in which `prompt` is the caption of every image that is no class image, and log it.
+
+    As in the DreamBooth scripts of diffusers and mindone, captions that the data set has are not used.
+    """
+    replaced, others = 0, 0
+    rows: list[Row] = []
+    for row in listing.rows:
+        if not listing.subsets[row.subset].is_reg:
+            replaced += 1
+            others += row.caption not in ("", prompt)
+            row = Row(row.image, prompt, row.subset, row.where)
+        rows.append(row)
+    ignored = f"; {others:,} have another caption of their own, which is not used" if others else ""
+    level = logging.WARNING if others else logging.INFO
+    logger.log(level, 'instance_prompt "%s" is the caption of all %s images%s', prompt, f"{replaced:,}", ignored)
+    return listing._replace(rows=rows)
+
+
+def list_class_images(folder: str | os.PathLike, paths: Iterable[str | os.PathLike], prompt: str) -> Listing:
+    """Return class images as a listing of one subset with `is_reg`, sorted by name, for `with_class_images`.
+
+    Args:
+        folder: class_data_dir, which names are relative to.
+        paths: The images in it or below it.
+        prompt: The caption of each.
+
+    Raises:
+        UserError: There are none, or more than a data set may have.
+    """
+    name = os.fspath(folder)
+    rows = [Row(path, prompt, 0, 0) for path in sorted(os.fspath(path) for path in paths)]
+    if not 0 < len(rows) <= MAX_ROWS:
+        raise UserError(
+            f"class_data_dir {plain(name)} has {len(rows):,} images: give a folder with 1 to {MAX_ROWS:,} images"
+        )
+    return Listing(LAYOUT, rows, (Subset(LAYOUT, name, name, is_reg=True, class_tokens=prompt),), [], {})
+
+
+def with_class_images(listing: Listing, class_images: Listing) -> Listing:
+    """Return the rows of a data set and, behind them, those of `list_class_images`.
+
+    Raises:
+        UserError: The data set holds the class images as well.
+    """
+    folder = class_images.subsets[0].folder
+    inside = f"{os.path.realpath(folder)}/"
+    places: dict[str, bool] = {}  # folder of images -> whether it is that of the class images, or below it
+    for row in listing.rows:
+        if not isinstance(row.image, str):
+            continue
+        place = row.image.rpartition("/")[0]
+        if place not in places:
+            places[place] = f"{os.path.realpath(place)}/".startswith(inside)
+        if places[place]:
+            raise UserError(
+                f"the class images in {plain(folder)} are images of data_path too, such as "
+                f"{plain(image_name(row.image, folder))}: give a class_data_dir outside of data_path"
+            )
+    return merged(listing.layout, (listing, class_images))
