@@ -1,7 +1,12 @@
-"""Decode image files of any common format and mode into arrays of a given size in [-1, 1], sRGB or grey."""
+"""Decode image files of any common format and mode into arrays of a given size in [-1, 1], sRGB or grey.
+
+An image is a file, or a part of one (`ldm.data.sources.rows.FilePart`): a member of a tar shard, or a value in an Arrow
+file. A part is read into memory. Limits and errors are the same.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import struct
@@ -20,6 +25,7 @@ from PIL import Image, ImageColor, ImageOps, PngImagePlugin, TiffImagePlugin, fe
 
 from ldm.data.buckets import Size, crop_box
 from ldm.data.colour_profiles import Conversion, UnusableProfile, find_conversion
+from ldm.data.sources.rows import MAX_IMAGE_BYTES, FilePart, ImageFile, read_image, readable_name
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
@@ -37,7 +43,7 @@ BYTES_A_PIXEL = 12
 LARGER_FORMATS = {"WEBP": ("a WebP", 16), "AVIF": ("an AVIF", 24)}
 MAX_MEMORY = 1_440_000_000  # 120 million pixels, 90 million of a WebP, or 60 million of an AVIF
 MAX_SIDE = 100_000  # scaling a strip of 1 x 1,000,000 pixels to a square takes 1 GB
-MAX_BYTES = 720_000_000  # size of a file: 120 million pixels in RGB with 16 bits, uncompressed
+MAX_BYTES = MAX_IMAGE_BYTES  # size of a file
 BYTES_AT_ONCE = 128_000_000  # size of all files that are open together, because a file may be mostly metadata
 STRIP_PIXELS = 1 << 20  # conversions that need floats or more channels work in strips of this size
 
@@ -78,8 +84,8 @@ _MOST_CHUNKS = 100_000  # of a PNG that are looked at for metadata behind its pi
 class BrokenImage(UserError):
     """An image file that cannot be used. `fault` is the reason as a predicate, such as "is an empty file"."""
 
-    def __init__(self, path: str | Path, fault: str):
-        super().__init__(f"the image {plain(path)} {fault}")
+    def __init__(self, file: ImageFile | Path, fault: str):
+        super().__init__(f"the image {readable_name(file)} {fault}")
         self.fault = fault
 
 
@@ -108,24 +114,24 @@ class ImageNotes:
     """Counts what is to be said of images that are read all the same. Threads may share it."""
 
     def __init__(self) -> None:
-        self._paths: dict[str, dict[str, None]] = {}
+        self._names: dict[str, dict[str, None]] = {}
         self._lock = threading.Lock()
 
-    def add(self, note: str, path: str | Path) -> None:
+    def add(self, note: str, file: ImageFile | Path) -> None:
         """Note something of an image, once however often it is read."""
         with self._lock:
-            self._paths.setdefault(note, {})[os.fspath(path)] = None
+            self._names.setdefault(note, {})[readable_name(file)] = None
 
     def lines(self) -> list[str]:
         """Return a line for each kind of note, with the number of images and the first of them by name."""
         with self._lock:
             lines = []
-            for note, paths in sorted(self._paths.items()):
-                names = [plain(path) for path in sorted(paths)[:MOST_NAMED]]
-                if len(paths) > MOST_NAMED:
-                    names.append("...")
-                images = "1 image has" if len(paths) == 1 else f"{len(paths):,} images have"
-                lines.append(f"{images} {note}: {', '.join(names)}")
+            for note, names in sorted(self._names.items()):
+                named = sorted(names)[:MOST_NAMED]
+                if len(names) > MOST_NAMED:
+                    named.append("...")
+                images = "1 image has" if len(names) == 1 else f"{len(names):,} images have"
+                lines.append(f"{images} {note}: {', '.join(named)}")
             return lines
 
 
@@ -134,37 +140,34 @@ _memory = _Budget(MAX_MEMORY)
 
 
 @contextmanager
-def decoded(path: str | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Iterator[Image.Image]:
-    """Yield an image file decoded by `to_rgb`, within the memory that all threads share.
+def decoded(file: ImageFile | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Iterator[Image.Image]:
+    """Yield an image decoded by `to_rgb`, within the memory that all threads share.
 
     Raises:
         BrokenImage: The file is missing, is not an image, is damaged or too large.
     """
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        _check_file(path, file, size)
-        with _open_bytes.hold(size):
-            with _faults(path, size):
-                image = Image.open(file, formats=FORMATS)
-                needed = _needed_memory(path, image)
-            with image, _memory.hold(needed):
-                with _faults(path, size):
-                    image.load()
-                    _needed_memory(path, image)  # a GIF grows if its frame is larger than its screen
-                    rgb = to_rgb(image)
-                if rgb is not image:
-                    image.close()  # its pixels are no longer needed
-                yield rgb
+    with _opened(file) as (stream, size):
+        with _faults(file, size):
+            image = Image.open(stream, formats=FORMATS)
+            needed = _needed_memory(file, image)
+        with image, _memory.hold(needed):
+            with _faults(file, size):
+                image.load()
+                _needed_memory(file, image)  # a GIF grows if its frame is larger than its screen
+                rgb = to_rgb(image)
+            if rgb is not image:
+                image.close()  # its pixels are no longer needed
+            yield rgb
 
 
-def open_rgb(path: str | Path, alpha_color: Color = WHITE, notes: ImageNotes | None = None) -> Image.Image:
+def open_rgb(file: ImageFile | Path, alpha_color: Color = WHITE, notes: ImageNotes | None = None) -> Image.Image:
     """Return the whole image as RGB (see `upright_rgb`). Raises BrokenImage as `decoded` does."""
-    with decoded(path, partial(upright_rgb, alpha_color=alpha_color, notes=notes, path=path)) as image:
+    with decoded(file, partial(upright_rgb, alpha_color=alpha_color, notes=notes, file=file)) as image:
         return image
 
 
 def upright_rgb(
-    image: Image.Image, alpha_color: Color = WHITE, notes: ImageNotes | None = None, path: str | Path = ""
+    image: Image.Image, alpha_color: Color = WHITE, notes: ImageNotes | None = None, file: ImageFile | Path = ""
 ) -> Image.Image:
     """Convert an image to sRGB, turned by its EXIF orientation, with transparent parts on `alpha_color`.
 
@@ -173,10 +176,10 @@ def upright_rgb(
 
     Args:
         notes: Takes a note of an animation and of a profile that cannot be used.
-        path: Of the image, for the notes.
+        file: Of the image, for the notes.
     """
     source = image
-    conversion = _conversion(image, notes, path)
+    conversion = _conversion(image, notes, file)
     turn = _turn(image)
     if turn is not None:
         image = image.transpose(turn)
@@ -187,30 +190,27 @@ def upright_rgb(
     else:
         image = _to_srgb(image, conversion)
     if notes is not None and _has_frames(source):
-        notes.add("several frames, of which the first is used", path)
+        notes.add("several frames, of which the first is used", file)
     return image
 
 
-def read_size(path: str | Path) -> Size:
+def read_size(file: ImageFile | Path) -> Size:
     """Return the width and height of an image, upright, from its header. Raises BrokenImage.
 
     Only a PNG with texts or EXIF behind its pixels is decoded, because Pillow reads these with the pixels.
     """
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        _check_file(path, file, size)
-        with _open_bytes.hold(size), _faults(path, size), Image.open(file, formats=FORMATS) as image:
-            needed = _needed_memory(path, image)
-            if not isinstance(image, PngImagePlugin.PngImageFile):
+    with _opened(file) as (stream, size), _faults(file, size), Image.open(stream, formats=FORMATS) as image:
+        needed = _needed_memory(file, image)
+        if not isinstance(image, PngImagePlugin.PngImageFile):
+            turn = _turn(image)
+        elif _has_metadata_behind(stream):
+            with _memory.hold(needed):
                 turn = _turn(image)
-            elif _has_metadata_behind(file):
-                with _memory.hold(needed):
-                    turn = _turn(image)
-            else:
-                turn = _turn(image, Image.Image.getexif)  # that of PngImageFile decodes the pixels
-            width, height = image.size
-            if isinstance(image, TiffImagePlugin.TiffImageFile):  # later versions of Pillow turn the size themselves
-                width, height = (int(image.tag_v2[tag]) for tag in (256, 257))
+        else:
+            turn = _turn(image, Image.Image.getexif)  # that of PngImageFile decodes the pixels
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # later versions of Pillow turn the size themselves
+            width, height = (int(image.tag_v2[tag]) for tag in (256, 257))
     swaps = turn is not None and turn in _SWAPS
     return (height, width) if swaps else (width, height)
 
@@ -235,7 +235,7 @@ def parse_color(name: str, text: str) -> Color:
 
 
 def load_image(
-    path: str | Path,
+    file: ImageFile | Path,
     size: int | Size,
     *,
     channels: int = 3,
@@ -264,9 +264,9 @@ def load_image(
     if (random_crop or random_flip) and rng is None:
         raise TypeError("random_crop and random_flip need rng")
     target = (size, size) if isinstance(size, int) else size
-    to_rgb = partial(upright_rgb, alpha_color=alpha_color, notes=notes, path=path)
+    to_rgb = partial(upright_rgb, alpha_color=alpha_color, notes=notes, file=file)
     try:
-        with decoded(path, to_rgb) as image:
+        with decoded(file, to_rgb) as image:
             part = _cropped(image, target, scale, rng if random_crop else None)
     except BrokenImage as error:
         raise UserError(f"{error}; replace it or remove its row") from None
@@ -285,30 +285,53 @@ def _cropped(image: Image.Image, target: Size, scale: float | None, rng: np.rand
     return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC, box=box)
 
 
+@contextmanager
+def _opened(file: ImageFile | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Yield an open image file and its size in bytes, within the bytes that all threads share."""
+    if isinstance(file, FilePart):
+        with _open_bytes.hold(file.size):
+            content = io.BytesIO(_read_part(file))
+            _check_format(file, content)
+            yield content, file.size
+        return
+    with _open(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MAX_BYTES:
+            raise BrokenImage(file, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
+        _check_format(file, stream)
+        with _open_bytes.hold(size):
+            yield stream, size
+
+
 def _open(path: str | Path) -> BinaryIO:
     try:
         return open_file(path)
     except UserError as error:
         # The message begins with the path, which BrokenImage adds itself.
-        raise BrokenImage(path, str(error).removeprefix(f"{plain(os.fspath(path))} ")) from None
+        raise BrokenImage(path, str(error).removeprefix(f"{readable_name(path)} ")) from None
 
 
-def _check_file(path: str | Path, file: BinaryIO, size: int) -> None:
-    """Raise BrokenImage for a file that is too large, or of a format that another Pillow reads."""
-    if size > MAX_BYTES:
-        raise BrokenImage(path, f"has {size:,} bytes, at most {MAX_BYTES:,} are read: scale it down")
+def _read_part(part: FilePart) -> bytes:
+    try:
+        return read_image(part)
+    except UserError as error:
+        raise BrokenImage(part, str(error).removeprefix(f"the image {readable_name(part)} ")) from None
+
+
+def _check_format(file: ImageFile | Path, stream: BinaryIO) -> None:
+    """Raise BrokenImage for a format that another Pillow reads."""
     if "AVIF" not in FORMATS:
-        head = file.read(12)
-        file.seek(0)
+        head = stream.read(12)
+        stream.seek(0)
         if head[4:] in (b"ftypavif", b"ftypavis"):
             raise BrokenImage(
-                path,
+                file,
                 f"is an AVIF, which Pillow {PIL.__version__} does not read: install Pillow 11.3, or save it as PNG",
             )
 
 
 @contextmanager
-def _faults(path: str | Path, size: int) -> Iterator[None]:
+def _faults(file: ImageFile | Path, size: int) -> Iterator[None]:
     """Raise a readable BrokenImage for any error that decoding raises within the block."""
     try:
         yield
@@ -316,30 +339,30 @@ def _faults(path: str | Path, size: int) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         most = MAX_MEMORY // BYTES_A_PIXEL
-        raise BrokenImage(path, f"has too many pixels, at most {most:,} are read: scale it down") from None
+        raise BrokenImage(file, f"has too many pixels, at most {most:,} are read: scale it down") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
         fault = f"is no image in a known format ({known}) or cut off" if size else "is an empty file"
-        raise BrokenImage(path, fault) from None
+        raise BrokenImage(file, fault) from None
     except _DECODER_ERRORS as error:
         # The long form of operating system errors repeats the path.
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if detail.startswith(("Decompressed data too large", "Decompressed Data Too Large", "Too much memory used in")):
             detail = "its text or colour profile is too large: save it without"
-        raise BrokenImage(path, f"is broken ({plain(detail)})") from None
+        raise BrokenImage(file, f"is broken ({plain(detail)})") from None
 
 
-def _needed_memory(path: str | Path, image: Image.Image) -> int:
+def _needed_memory(file: ImageFile | Path, image: Image.Image) -> int:
     """Return the bytes that decoding takes. Raises BrokenImage for an image without pixels or of too many."""
     width, height = image.size
     if 0 in image.size:
-        raise BrokenImage(path, "has no pixels")
+        raise BrokenImage(file, "has no pixels")
     name, a_pixel = LARGER_FORMATS.get(image.format or "", ("", BYTES_A_PIXEL))
     if width * height * a_pixel > MAX_MEMORY:
         most = f"{MAX_MEMORY // a_pixel:,}{name and f' of {name}'}"
-        raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {most} are read: scale it down")
+        raise BrokenImage(file, f"has {width:,} x {height:,} pixels, at most {most} are read: scale it down")
     if max(image.size) > MAX_SIDE:
-        raise BrokenImage(path, f"has {width:,} x {height:,} pixels, at most {MAX_SIDE:,} a side are read: cut it up")
+        raise BrokenImage(file, f"has {width:,} x {height:,} pixels, at most {MAX_SIDE:,} a side are read: cut it up")
     return width * height * a_pixel
 
 
@@ -382,7 +405,7 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _conversion(image: Image.Image, notes: ImageNotes | None, path: str | Path) -> Conversion | None:
+def _conversion(image: Image.Image, notes: ImageNotes | None, file: ImageFile | Path) -> Conversion | None:
     """Return how an image's colours become sRGB. None if they are, or if its profile cannot be used."""
     profile = image.info.get("icc_profile")
     if not profile:
@@ -400,7 +423,7 @@ def _conversion(image: Image.Image, notes: ImageNotes | None, path: str | Path) 
             return conversion
         fault = "a colour profile of another kind of image, which is ignored"
     if notes is not None:
-        notes.add(fault, path)
+        notes.add(fault, file)
     return None
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from ldm.data import transforms
 from ldm.data.buckets import crop_box
+from ldm.data.sources.rows import FilePart
 from ldm.data.transforms import BrokenImage, ImageNotes, load_image, open_rgb, parse_color, read_size
 from ldm.errors import UserError
 from tests.data.icc_profiles import adobe_in_srgb, cmyk_profile, grey_profile, power_in_srgb, rgb_profile
@@ -827,3 +828,88 @@ def test_without_avif_the_file_is_named_with_the_version_that_reads_it(tmp_path,
             read()
     path.write_bytes(encoded("PNG"))
     assert read_size(path) == open_rgb(path).size == (32, 32)
+
+
+# Images inside larger files
+
+
+def part_of(tmp_path, content, name="a/cat.png"):
+    """`content` in the middle of a larger file."""
+    path = tmp_path / "shard-00.tar"
+    path.write_bytes(b"\x89PNG before" + content + b"behind")
+    return FilePart(str(path), len(b"\x89PNG before"), len(content), name)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif", "ppm", "avif"])
+def test_a_part_of_a_file_is_read_as_the_file_that_has_its_bytes(tmp_path, suffix):
+    if suffix == "avif":
+        needs_avif()
+    settings = {"tif": {"compression": "tiff_lzw"}}.get(suffix, {})
+    if suffix not in ("gif", "bmp", "ppm"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        settings["exif"] = exif
+    path = saved(tmp_path, Image.fromarray(NOISE), f"a.{suffix}", **settings)
+    part = part_of(tmp_path, path.read_bytes())
+    assert read_size(part) == read_size(path)
+    assert open_rgb(part).tobytes() == open_rgb(path).tobytes()
+    first, second = (
+        load_image(file, (16, 24), random_crop=True, random_flip=True, rng=np.random.default_rng(1))
+        for file in (path, part)
+    )
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is an empty file"),
+        (b"this is text, called .png\n", "is no image in a known format"),
+        (encoded("PNG")[:60], "is broken"),
+        (bmp(13_300, 13_300), "has 13,300 x 13,300 pixels, at most 120,000,000 are read"),
+    ],
+    ids=["empty", "text", "cut off", "large"],
+)
+def test_a_broken_part_is_named_with_its_file(tmp_path, content, fault):
+    part = part_of(tmp_path, content)
+    for read in (open_rgb, lambda part: load_image(part, 8)) + ((read_size,) if fault != "is broken" else ()):
+        with pytest.raises(UserError, match=f"^the image a/cat.png in {part.file} {fault}"):
+            read(part)
+
+
+def test_a_part_of_many_gigabytes_is_not_read(tmp_path):
+    part = part_of(tmp_path, encoded("PNG"))._replace(size=100 << 30)
+    with pytest.raises(BrokenImage, match=f"a/cat.png in {part.file} has 107,374,182,400 bytes, at most 720,000,000"):
+        open_rgb(part)
+
+
+def test_a_part_whose_file_is_cut_off_or_gone_is_named(tmp_path):
+    part = part_of(tmp_path, encoded("PNG"))
+    os.truncate(part.file, 100)
+    with pytest.raises(BrokenImage, match=f"^the image a/cat.png in {part.file} is cut off: the file has changed"):
+        open_rgb(part)
+    os.unlink(part.file)
+    with pytest.raises(BrokenImage, match=f"^the image a/cat.png in {part.file} cannot be read: .*does not exist"):
+        open_rgb(part)
+
+
+def test_a_part_reserves_its_own_bytes_and_its_memory(tmp_path, monkeypatch):
+    held, part = [], part_of(tmp_path, encoded("PNG"))
+    for budget in (transforms._open_bytes, transforms._memory):
+        monkeypatch.setattr(budget, "hold", lambda units: held.append(units) or transforms._Budget(1).hold(1))
+    load_image(part, 8)
+    assert held == [part.size, 32 * 32 * 12]
+
+
+def test_a_note_of_a_part_names_its_file(tmp_path):
+    path, notes = animation(tmp_path, "a.gif"), ImageNotes()
+    part = part_of(tmp_path, path.read_bytes(), "cat.gif")
+    open_rgb(part, notes=notes)
+    assert notes.lines() == [f"1 image has several frames, of which the first is used: cat.gif in {part.file}"]
+
+
+def test_an_avif_in_a_part_is_named_with_the_version_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "FORMATS", ("PNG", "JPEG"))
+    with pytest.raises(BrokenImage, match="a/cat.png in .* is an AVIF, .* install Pillow 11.3"):
+        open_rgb(part_of(tmp_path, b"\0\0\0\x20ftypavif" + bytes(20)))
+    assert open_rgb(part_of(tmp_path, encoded("PNG"))).size == (32, 32)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ldm.errors import UserError, plain, system_reason
 
 # Suffixes of the images that metrics compute with and that a CSV without a header is recognised by.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 # Suffixes of the files in a folder that are taken for images. One that does not decode is named later.
-LISTED_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jfif", ".avif"))
+LISTED_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jfif"))
 _SUFFIXES = tuple(sorted([*LISTED_SUFFIXES, *(suffix.upper() for suffix in LISTED_SUFFIXES)]))
 MAX_DEPTH = 64  # of folders below the data set's
 

@@ -293,15 +293,21 @@ def merged(layout: str, listings: Iterable[Listing]) -> Listing:
     return Listing(layout, rows, tuple(subsets), left_out, dict(counts))
 
 
-def report_left_out(subject: str, left_out: list[tuple[str, str]], count: int, max_bad_fraction: float) -> None:
-    """Warn about rows that are left out. Raises UserError if they are more than `max_bad_fraction` of `count`."""
+def report_left_out(
+    subject: str, left_out: list[tuple[str, str]], count: int, max_bad_fraction: float, before: int = 0
+) -> None:
+    """Warn about rows that are left out.
+
+    Raises UserError if they, and the `before` that were left out before, are more than `max_bad_fraction` of `count`.
+    """
     rows = [f"{name or 'a row without an image'} ({reason})" for name, reason in left_out]
     warn_each(logger, "left out: %s", rows)
-    if len(left_out) > max_bad_fraction * count:
+    if len(left_out) + before > max_bad_fraction * count:
         named = "; ".join(f"{plain(name, 80)} ({reason})" for name, reason in left_out[:3])
-        more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        rest = len(left_out) + before - min(3, len(left_out))
+        more = f"; and {rest} more" if rest else ""
         raise UserError(
-            f"{subject}: {len(left_out)} of {count} rows are unusable, more than {max_bad_fraction:.0%}: "
+            f"{subject}: {len(left_out) + before} of {count} rows are unusable, more than {max_bad_fraction:.0%}: "
             f"{named}{more}. Repair the images or remove the rows"
         )
     if left_out:
