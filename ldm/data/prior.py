@@ -80,11 +80,10 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
         )
         if len(used) < len(rows):
             first = listing.name(listing.rows[int(rows[len(used)])])
-            way = f"; with num_repeats of the instance images {-(-available // samples)} times as large, all are used"
+            way = f"; {-(-available // samples)} times as many repeats of them use all" if samples else ""
             lines.append(
                 f"{name}{len(rows) - len(used):,} of {len(rows):,} class images are not used in any epoch, from "
-                f"{plain(first, 80)} on: an epoch has as many samples of the class as of the instance"
-                f"{way if samples else ''}"
+                f"{plain(first, 80)} on, as it has only {samples:,} samples of instance images{way}"
             )
     return PriorPlan(repeats, weights, tuple(lines))
 
