@@ -16,6 +16,11 @@ class DiffusionLoss(nn.Cell):
     for "v_prediction" (Salimans and Ho 2022, section 2.4). The network's parameters keep their names: this cell adds
     no prefix.
 
+    With weights w, the loss is the mean of w d^2 over all elements, as in kohya's sd-scripts. It is not divided by the
+    mean of the weights. Masks and the weight of class images (prior preservation) are such weights: all rows have as
+    many elements, so the mean over rows of (factor of the row) * (mean of its elements) is the mean over all elements
+    of factor * element.
+
     Args:
         unet: The network, called as unet(noisy_latents, timesteps, text_embeddings).
         schedule: The model's noise schedule.
@@ -42,7 +47,12 @@ class DiffusionLoss(nn.Cell):
         return ops.broadcast_to(self.reshape(self.take_rows(table, timesteps), (-1, 1, 1, 1)), shape)
 
     def construct(
-        self, latents: ms.Tensor, noise: ms.Tensor, timesteps: ms.Tensor, text_embeddings: ms.Tensor
+        self,
+        latents: ms.Tensor,
+        noise: ms.Tensor,
+        timesteps: ms.Tensor,
+        text_embeddings: ms.Tensor,
+        weights: ms.Tensor | None = None,
     ) -> ms.Tensor:
         """Compute the loss of one micro-batch.
 
@@ -51,6 +61,8 @@ class DiffusionLoss(nn.Cell):
             noise: (N, C, h, w) float32.
             timesteps: (N,) int32.
             text_embeddings: (N, 77, D).
+            weights: (N, 1, h, w) float32, factors of the squared errors. None is as weights of 1, bit for bit, and is
+                another graph.
 
         Returns:
             The mean over all elements, a float32 scalar.
@@ -64,4 +76,7 @@ class DiffusionLoss(nn.Cell):
             target = alpha * noise - sigma * latents
         difference = self.cast(self.unet(noisy_latents, timesteps, text_embeddings), ms.float32) - target
         difference, again = self.fork(difference)
-        return self.mean(difference * again)
+        errors = difference * again
+        if weights is not None:
+            errors = errors * ops.broadcast_to(weights, shape)
+        return self.mean(errors)

@@ -56,15 +56,18 @@ class UnreadResult(NamedTuple):
 
 
 class LossFromTokens(nn.Cell):
-    """A diffusion loss that encodes the captions' tokens (N, 77) itself, so that the text encoder can be trained."""
+    """A diffusion loss that encodes the captions' tokens (N, 77) itself, so that the text encoder can be trained.
+
+    What follows the tokens goes to the loss as it is.
+    """
 
     def __init__(self, loss: nn.Cell, text_encoder: nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss = loss
         self.text_encoder = text_encoder
 
-    def construct(self, latents: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        return self.loss(latents, noise, timesteps, self.text_encoder(tokens))
+    def construct(self, latents: Tensor, noise: Tensor, timesteps: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
+        return self.loss(latents, noise, timesteps, self.text_encoder(tokens), *weights)
 
 
 class _Gradients(nn.Cell):
@@ -249,7 +252,8 @@ class TrainStep:
 
     Args:
         loss: Cell of (latents (N, C, h, w), noise (N, C, h, w), timesteps (N,) int32, text embeddings (N, 77, D)) that
-            returns a fp32 scalar. A LossFromTokens takes tokens (N, 77) int32 in place of the text embeddings.
+            returns a fp32 scalar. A LossFromTokens takes tokens (N, 77) int32 in place of the text embeddings. A fifth
+            input, weights (N, 1, h, w), is optional (see DiffusionLoss).
         parameters: The parameters to train, in fp32. All others of `loss` stay as they are.
         betas: Decay rates of AdamW.
         clip: Whether to scale gradients down to the global norm StepScalars.max_norm.
@@ -327,7 +331,8 @@ class TrainStep:
         """Launch one step. On Ascend this does not wait until the device has computed it.
 
         Args:
-            batches: Micro-batches of (latents, noise, timesteps, text embeddings or tokens).
+            batches: Micro-batches of (latents, noise, timesteps, text embeddings or tokens), or all with weights as a
+                fifth tensor.
             scalars: Schedules and loss scale of this step.
             dropout_keys: A key (2,) int32 for each micro-batch, if there is a dropout_key.
             after_overflow: What takes the place of `scalars` if the gradients of the step before were not finite. None:
