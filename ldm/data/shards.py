@@ -59,8 +59,8 @@ DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<f2"), 4: np.dtype("<f4")}  # t
 ENTRY = np.dtype([("prefix", ">u8"), ("offset", "<u4"), ("length", "<u4"), ("check", "<u8")])
 INDEX_MAGIC = b"LDM cache index 1\n".ljust(ENTRY.itemsize, b"\0")
 PLACE = np.dtype([("shard", "u4"), ("offset", "u4"), ("length", "u4")])
-# Fractional parts of the square roots of 2, 3, 5 and 7. Odd ones, so that every change of one field changes the sum.
-CHECK_FACTORS = (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1)
+# Fractional parts of the square roots of 2, 3 and 5. They are odd, so that every change of one field changes the sum.
+CHECK_FACTORS = (0x6A09E667F3BCC909, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B)
 
 
 class ShardedCache:
@@ -68,8 +68,11 @@ class ShardedCache:
 
     Every instance begins a new shard with its first `put`, under a name that no file has, and never appends to a shard
     of another one. So each file has one writer, in runs of any number of processes, after each other or at once. Shards
-    of all processes and of earlier runs are read. Of two records with one key, that in the shard with the higher number
-    is taken. The number of a new shard is higher than all that its process knows.
+    of all processes and of earlier runs are read. (`claim_folder` prevents two runs at once in one folder. Where there
+    are no locks, a run may miss what the other one adds.)
+
+    Of two records with one key, that in the shard with the higher number is taken. The number of a new shard is higher
+    than all that its process knows.
 
     A record that is damaged is named in a warning and is absent from then on: the caller computes the array again and
     puts a new record. If the folder cannot be written, a warning says so once, and the newest arrays, at most
@@ -78,7 +81,7 @@ class ShardedCache:
     The index has the first 64 bits of a key, and `get` compares the whole key. Of two keys that share these bits (a
     chance of 1 : 37,000,000 among a million keys), only the one that was put last is there.
 
-    One thread may call `get` and `in` while another one calls the other methods.
+    Other threads may call `get` and `in` while one thread calls all methods.
 
     Args:
         folder: Where the shards are, created with the first one. None keeps everything in memory.
@@ -200,14 +203,17 @@ class ShardedCache:
 
     def close(self) -> None:
         """Close the shard that is written. A later `put` begins a new one."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except OSError as error:  # a network file system may write only now
+                self._stop_writing(error)
 
     def _append(self, record: bytes) -> _Place:
         """Write a record and its index entry. Raises OSError."""
         writer = self._writer
-        # A record that replaces a faulty one must stand in a later shard.
+        # A record that replaces a faulty one must be in a later shard.
         if writer is None or writer.size >= SHARD_BYTES or writer.shard.order <= self._last_faulty:
             self.close()
             writer = self._writer = self._begin_shard()
@@ -273,24 +279,24 @@ class ShardedCache:
         shard.complete = True  # named once, not at each look
 
     def _add_entries(self, shard: _Shard, entries: np.ndarray) -> None:
-        numbers = shard.entries + np.arange(len(entries), dtype=np.uint64)
         prefixes, offsets, lengths = (entries[name].astype(np.uint64) for name in ("prefix", "offset", "length"))
-        valid = entries["check"] == _entry_check(prefixes, offsets, lengths, numbers)
-        shard.entries += len(entries)
-        for number in numbers[~valid]:
-            byte = (1 + int(number)) * ENTRY.itemsize
+        valid = entries["check"] == _entry_check(prefixes, offsets, lengths)
+        for number in np.flatnonzero(~valid):
+            byte = (1 + shard.entries + int(number)) * ENTRY.itemsize
             self._warn(f"{plain(shard.index_path)}, byte {byte}: the entry is damaged")
+        shard.entries += len(entries)
         places = np.empty(np.count_nonzero(valid), PLACE)
         places["shard"], places["offset"], places["length"] = shard.place, offsets[valid], lengths[valid]
         with self._lock:
             self._index.add_all(prefixes[valid], places)
 
     def _stop_writing(self, error: OSError) -> None:
+        if self._writes:
+            logger.warning(
+                "cannot write the cache %s (%s): from now on, at most %d MB of new %s are kept in memory",
+                plain(self.folder), error.strerror or error, MEMORY_BYTES >> 20, self.name,
+            )  # fmt: skip
         self._writes = False
-        logger.warning(
-            "cannot write the cache %s (%s): from now on, at most %d MB of new %s are kept in memory",
-            plain(self.folder), error.strerror or error, MEMORY_BYTES >> 20, self.name,
-        )  # fmt: skip
         self.close()
 
     def _warn(self, fault: str) -> None:
@@ -334,9 +340,7 @@ class _Writer:
         _write_at(self._records.fileno(), record, self.size)
         place = _Place(self.shard.place, self.size, len(record))
         prefix = int.from_bytes(record[8:16], "big")  # the key is at byte 8
-        entry = struct.pack(
-            "<8sIIQ", record[8:16], *place[1:], _entry_check(prefix, place.offset, place.length, self._count)
-        )
+        entry = struct.pack("<8sIIQ", record[8:16], *place[1:], _entry_check(prefix, place.offset, place.length))
         _write_at(self._index.fileno(), entry, (1 + self._count) * ENTRY.itemsize)
         self.size += len(record)
         self._count += 1
@@ -410,7 +414,6 @@ class _Index:
         order = np.argsort(prefixes, kind="stable")
         prefixes = self._prefixes = prefixes[order]
         kept = np.append(prefixes[1:] != prefixes[:-1], True)  # the last of each
-        kept &= places["length"][order] > 0
         self._prefixes, self._places = prefixes[kept], places[order[kept]]
 
 
@@ -471,8 +474,9 @@ def _read_record(path: Path, offset: int, length: int, key: bytes, shape: tuple[
     dtype, stored_shape = DTYPES.get(item_size), tuple(sizes[:dimensions])
     if dtype is None or dimensions > MAX_DIMENSIONS or stated_length != length:
         raise UserError(f"{subject}: the record is damaged, or of another version")
-    if math.prod(stored_shape) * item_size != length - HEADER.size:
-        raise UserError(f"{subject}: the record has {length:,} bytes, which does not suit the shape {stored_shape}")
+    # NumPy bounds the product of the sizes even where one of them is 0.
+    if math.prod(stored_shape) * item_size != len(record) - HEADER.size or math.prod(filter(None, sizes)) > MAX_VALUES:
+        raise UserError(f"{subject}: the record's {length:,} bytes do not suit the shape {stored_shape}")
     array = np.frombuffer(record, dtype, offset=HEADER.size).reshape(stored_shape)
     _check_array(array, shape, subject)
     return array
@@ -504,11 +508,10 @@ def _write_at(handle: int, content: bytes, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _entry_check(prefix: Any, offset: Any, length: Any, number: Any) -> Any:
-    """Return the checksum of index entry `number`, from integers or from arrays of uint64, which wrap around."""
-    first, second, third, fourth = CHECK_FACTORS
-    total = (prefix + 1) * first + offset * second + length * third + number * fourth
-    return total & 0xFFFFFFFFFFFFFFFF
+def _entry_check(prefix: Any, offset: Any, length: Any) -> Any:
+    """Return the checksum of an index entry, from integers, or of many, from arrays of uint64, which wrap around."""
+    first, second, third = CHECK_FACTORS
+    return ((prefix + 1) * first + offset * second + length * third) & 0xFFFFFFFFFFFFFFFF
 
 
 def _size(path: Path) -> int:

@@ -451,8 +451,9 @@ def rewritten(record, **fields):
         (lambda record: rewritten(record, item_size=0), "of another version"),
         (lambda record: rewritten(record, dimensions=5), "of another version"),
         (lambda record: rewritten(record, length=1 << 30), "of another version"),
-        (lambda record: rewritten(record, size=1 << 31), "does not suit the shape"),
-        (lambda record: rewritten(record, dimensions=0), "does not suit the shape"),
+        (lambda record: rewritten(record, size=1 << 31), "do not suit the shape"),
+        (lambda record: rewritten(record, dimensions=0), "do not suit the shape"),
+        (lambda record: rewritten(record, dimensions=3, size_1=1 << 31, size_2=1 << 31), "do not suit the shape"),
         (lambda record: rewritten(record, key=bytes(32)), "has another key"),
         (lambda record: rewritten(record[:-4] + np.float32(np.inf).tobytes()), "not finite"),
         (lambda record: rewritten(record, dimensions=2, size_1=1), r"the shape is \(2, 1\), not \(2,\)"),
@@ -467,12 +468,21 @@ def test_an_unusable_record_with_a_right_checksum_is_absent(tmp_path, warnings, 
     assert re.search(f"{shard}, byte 0: .*{fault}.*; computing it again", warnings.text)
 
 
+def test_an_empty_array_of_enormous_other_sizes_is_absent(tmp_path, warnings):
+    cache = ShardedCache(tmp_path, "latents")
+    cache.put(key(0), np.zeros((0, 1, 1), np.float32))
+    shard = tmp_path / "latents-0-1.shard"
+    shard.write_bytes(rewritten(shard.read_bytes(), dimensions=4, size_1=2**32 - 1, size_2=2**32 - 1, size_3=2**32 - 1))
+    assert cache.get(key(0)) is None
+    assert "do not suit the shape" in warnings.text
+
+
 def test_a_stated_length_allocates_no_more_than_the_file_has(tmp_path, warnings):
     fill(tmp_path, range(1))
     index = tmp_path / "latents-0-1.index"
     for offset, length in [(0, 2**32 - 1), (2**32 - 1, 2**32 - 1), (2**32 - 1, RECORD), (0, 1 << 30), (0, 3)]:
         prefix = int(key(0)[:16], 16)
-        entry = np.array([(prefix, offset, length, shards._entry_check(prefix, offset, length, 0))], ENTRY)
+        entry = np.array([(prefix, offset, length, shards._entry_check(prefix, offset, length))], ENTRY)
         index.write_bytes(shards.INDEX_MAGIC + entry.tobytes())
         tracemalloc.start()
         assert found(tmp_path, [0]) == []
@@ -515,6 +525,14 @@ def test_a_shard_without_its_index_or_records_is_named(tmp_path, warnings):
     first, second = warnings.messages
     assert "latents-0-1.shard has no index" in first
     assert "latents-0-4.shard does not exist" in second
+
+
+def test_an_index_that_lost_an_entry_in_the_middle_keeps_the_others(tmp_path):
+    fill(tmp_path, range(4))
+    index = tmp_path / "latents-0-1.index"
+    content = index.read_bytes()
+    index.write_bytes(content[: 2 * ENTRY.itemsize] + content[3 * ENTRY.itemsize :])
+    assert found(tmp_path, range(4)) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("suffix", ["shard", "index"])
@@ -654,6 +672,19 @@ def test_a_failing_flush_counts_as_a_full_disk(tmp_path, warnings, monkeypatch):
     assert found(tmp_path, range(2)) == [0]
 
 
+def test_a_failing_close_counts_as_a_full_disk(tmp_path, warnings, monkeypatch):
+    def close(writer):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(shards._Writer, "close", close)
+    cache = ShardedCache(tmp_path, "latents")
+    cache.put(key(0), array(0))
+    cache.close()
+    cache.put(key(1), array(1))
+    assert cache.get(key(0))[0] == 0 and cache.get(key(1))[0] == 1
+    assert warnings.text.count("cannot write the cache") == 1
+
+
 def test_a_limit_of_the_system_on_the_size_of_files_counts_as_a_full_disk(tmp_path):
     script = f"""
 import resource
@@ -732,6 +763,7 @@ def test_the_index_equals_a_dict_whatever_the_order_of_changes(monkeypatch):
             places = [shards._Place(round_number, number, 7) for number in range(len(some))]
             index.add_all(np.array(some, np.uint64), np.array(places, shards.PLACE))
             expected.update(zip(some, places))
+        assert len(index._recent) <= 8
         if rng.random() < 0.5:
             assert {prefix: index.find(prefix) for prefix in prefixes} == {p: expected.get(p) for p in prefixes}
 
