@@ -130,9 +130,15 @@ class Buckets:
     of_row: np.ndarray  # (N,) int32: the bucket of each row
     cropped: np.ndarray  # (N,) float32: the share of each image that is cropped away
     repeats: np.ndarray  # (N,) int64
-    scales: np.ndarray | None = None  # (N,) float64 with bucket_no_upscale: see `crop_box`
+    scales: np.ndarray | None = None  # (N,) float64 with bucket_no_upscale, else NaN: see `crop_box`
     enlarged: int = 0  # images that are enlarged in spite of bucket_no_upscale
     changes: list[str] = field(default_factory=list)  # what was rounded or merged
+
+    @classmethod
+    def single(cls, size: Size, count: int, repeats: np.ndarray | None = None) -> Buckets:
+        """Return one bucket of `count` images, whose own sizes are not known."""
+        zeros = np.zeros(count, np.float32)
+        return cls([size], zeros.astype(np.int32), zeros, _repeats(repeats, count))
 
     @property
     def graphs(self) -> int:
@@ -145,7 +151,7 @@ class Buckets:
 
     def scale(self, row: int) -> float | None:
         """Return the `scale` of `crop_box` for a row's image."""
-        return None if self.scales is None else float(self.scales[row])
+        return None if self.scales is None or np.isnan(self.scales[row]) else float(self.scales[row])
 
     def reports(self) -> Iterator[BucketReport]:
         """Yield what each bucket holds and loses."""
@@ -240,6 +246,34 @@ def make_buckets(
         enlarged = int((scales > 1.0).sum())
     cropped = _cropped(sizes, targets, of_row, scales)
     return Buckets(targets, of_row, cropped, counts, scales, enlarged, changes + merged)
+
+
+def join_buckets(parts: Sequence[tuple[np.ndarray, Buckets]]) -> Buckets:
+    """Return the buckets of several data sets as those of one. Buckets of the same size become one.
+
+    Args:
+        parts: The rows (n,) of each data set in the whole, and their buckets.
+    """
+    sizes = sorted({size for _, part in parts for size in part.sizes})
+    count = sum(len(rows) for rows, _ in parts)
+    of_row, cropped, repeats = np.zeros(count, np.int32), np.zeros(count, np.float32), np.ones(count, np.int64)
+    scales = np.full(count, np.nan)
+    for rows, part in parts:
+        of_row[rows] = np.array([sizes.index(size) for size in part.sizes], np.int32)[part.of_row]
+        cropped[rows], repeats[rows] = part.cropped, part.repeats
+        if part.scales is not None:
+            scales[rows] = part.scales
+    changes = [line for _, part in parts for line in part.changes]
+    has_scales = any(part.scales is not None for _, part in parts)
+    return Buckets(
+        sizes,
+        of_row,
+        cropped,
+        repeats,
+        scales if has_scales else None,
+        sum(part.enlarged for _, part in parts),
+        changes,
+    )
 
 
 def _repeats(repeats: np.ndarray | Sequence[int] | None, count: int) -> np.ndarray:

@@ -66,7 +66,7 @@ class CheckedImages:
     def check(self, image: ImageFile | Path) -> CheckedImage:
         """Return the hash of an image's content and its size. Raises BrokenImage if the image does not decode."""
         part = image if isinstance(image, FilePart) else None
-        path = os.fspath(image) if part is None else part.file
+        path = str(image) if part is None else part.file
         name = os.path.abspath(path) + ("" if part is None else f":{part.offset}")
         recorded = self._recorded.get(name)
         count, dates = _status(path)

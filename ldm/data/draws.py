@@ -35,7 +35,7 @@ def micro_batch_draws(
     micro_batch: int,
     shape: tuple[int, ...],
     timesteps: range,
-    caption_dropout: float,
+    caption_dropout: float | np.ndarray,
     process_index: int = 0,
 ) -> MicroBatchDraws:
     """Return the draws of a process's rows of a micro-batch.
@@ -47,7 +47,7 @@ def micro_batch_draws(
         micro_batch: The number of the micro-batch, counted over the whole run.
         shape: Shape of the process's latents, (N, C, h, w).
         timesteps: The time steps to draw from.
-        caption_dropout: Probability that a caption is dropped.
+        caption_dropout: Probability that a caption is dropped, or that (N,) of each row's caption.
         process_index: Of the process.
     """
     count = shape[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.errors import UserError, plain
+from ldm.errors import UserError
 from ldm.runtime import peers
 from ldm.runtime.launcher import process_name
 from ldm.runtime.roll_call import ReportedError
@@ -36,15 +36,15 @@ def check_inputs_finite(run: Run, batches: list[TensorBatch]) -> None:
 def _fault_of_inputs(run: Run, batches: list[TensorBatch]) -> str:
     """Return what is wrong with this process's inputs, "" if nothing is."""
     first = (run.status.steps_done - 1) * len(batches)
-    for number, (latents, _, _, text_embeddings) in enumerate(batches, first):
-        rows = run.inputs.order.indices(number)
+    for number, (latents, _, _, text_embeddings, *_) in enumerate(batches, first):
+        rows = run.inputs.rows(number)
         for what, tensor in (("latents", latents), ("text embeddings", text_embeddings)):
             array = tensor.asnumpy()
             not_finite = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
             if len(not_finite):
-                path = run.inputs.rows[rows[not_finite[0]]].path
+                source = run.inputs.data.source(int(rows[not_finite[0]]))
                 return (
-                    f"the {what} of {plain(path)} are not finite at step {run.status.steps_done}: look at that image "
+                    f"the {what} of {source} are not finite at step {run.status.steps_done}: look at that image "
                     f"and its caption, remove {run.output / 'cache'}, or try --precision fp32; "
                     f"{run.status.how_to_continue()}"
                 )

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, dataset
 
 from ldm.errors import UserError
@@ -28,17 +29,27 @@ def check_sink(settings: TrainSettings, runtime: Runtime) -> None:
         return
     if not runtime.is_ascend:
         raise UserError("dataset_sink_mode needs an Ascend device: leave it out on the CPU")
-    if not _needs_no_network(settings):
+    augments = settings.random_crop or settings.random_flip
+    if not settings.cache_latents or augments or not (settings.cache_text or settings.lora_ft_text_encoder):
         raise UserError(
             "dataset_sink_mode needs cached latents and text embeddings: set cache_latents and cache_text, and neither "
             "random_crop nor random_flip"
         )
 
 
-def _needs_no_network(settings: TrainSettings) -> bool:
-    """Whether a micro-batch is made of cached arrays alone, so that another thread can make it."""
-    augments = settings.random_crop or settings.random_flip
-    return settings.cache_latents and not augments and (settings.cache_text or settings.lora_ft_text_encoder)
+def _check_sinks(inputs: Inputs) -> None:
+    """Raise UserError if the data cannot go through the queue, whose arrays have one shape and are all made before."""
+    data = inputs.data
+    if len(data.buckets.sizes) > 1:
+        raise UserError(
+            f"dataset_sink_mode takes images of one size, and there are {len(data.buckets.sizes)} buckets: leave out "
+            "dataset_sink_mode or enable_bucket"
+        )
+    if not inputs.needs_no_network or not (data.has_one_caption or inputs.settings.lora_ft_text_encoder):
+        raise UserError(
+            "dataset_sink_mode needs images and captions that are the same at every step: leave out dataset_sink_mode, "
+            "or what changes them in data_path"
+        )
 
 
 def make_feed(inputs: Inputs, start: int, end: int, sink: bool, ahead: int = 0) -> Feed:
@@ -53,15 +64,17 @@ def make_feed(inputs: Inputs, start: int, end: int, sink: bool, ahead: int = 0) 
             Ascend. On the CPU, which computes the step itself, it saved 1 ms of a nano step of 290 ms.
     """
     if sink:
+        _check_sinks(inputs)
+        inputs.encode_all()
         return ms.data_sink(lambda *tensors: tensors, make_queue(inputs, start, end), sink_size=1)
-    if ahead and _needs_no_network(inputs.settings):
+    if ahead and inputs.needs_no_network:
         return _Ahead(inputs, start, end, ahead)
     numbers = iter(range(start, end))
     return lambda: _tensors(inputs.batch(next(numbers)))
 
 
 def _tensors(batch: Batch) -> TensorBatch:
-    return tuple(Tensor(array) for array in batch)
+    return tuple(Tensor(array) for array in batch.arrays())
 
 
 class _Ahead:
@@ -88,7 +101,8 @@ class _Ahead:
     def _fill(self, count: int) -> None:
         """Have the thread make micro-batches until `count` are made or being made, or until the last."""
         for number in islice(self.numbers, max(0, count - len(self.made))):
-            self.made.append(self.thread.submit(self.inputs.batch, number))
+            self.inputs.prepare(number)  # here, because a network may run
+            self.made.append(self.thread.submit(self.inputs.prepared_batch, number))
 
 
 class _MicroBatches:
@@ -100,10 +114,10 @@ class _MicroBatches:
     def __len__(self) -> int:
         return self.end - self.start
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.inputs.batch(self.start + int(index))
+        return self.inputs.prepared_batch(self.start + int(index)).arrays()
 
 
 def make_queue(inputs: Inputs, start: int, end: int) -> dataset.GeneratorDataset:
@@ -112,7 +126,8 @@ def make_queue(inputs: Inputs, start: int, end: int) -> dataset.GeneratorDataset
     data_sink asks for the dataset's length. The source is a sequence because MindSpore finds the length of a generator
     by making every batch of the run.
     """
+    names = list(Batch._fields)[: len(inputs.prepared_batch(start).arrays())]
     return dataset.GeneratorDataset(
-        _MicroBatches(inputs, start, end), column_names=list(Batch._fields), shuffle=False, num_parallel_workers=1,
+        _MicroBatches(inputs, start, end), column_names=names, shuffle=False, num_parallel_workers=1,
         python_multiprocessing=False,
     )  # fmt: skip

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from mindspore import Tensor, nn
+from tqdm import tqdm
 
 from ldm.data.batches import BatchOrder
-from ldm.data.cache import ArrayCache, content_key
-from ldm.data.dataset import Row
-from ldm.data.draws import augmentation_draws, micro_batch_draws
-from ldm.data.transforms import load_image
+from ldm.data.cache import content_key
+from ldm.data.draws import augmentation_draws, caption_draws, micro_batch_draws
+from ldm.data.shards import ShardedCache
+from ldm.data.training_data import MAX_BAD_FRACTION, TrainingData
+from ldm.errors import UserError, plain
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.runtime import peers
 from ldm.runtime.batches import run_in_batches
 from ldm.settings.train import TrainSettings
-from ldm.tokenizer import Tokenizer
-from ldm.training.checks import image_size, trained_timesteps
+from ldm.tokenizer import CONTEXT_LENGTH, Tokenizer
+from ldm.training.checks import trained_timesteps
 from ldm.training.status import Status
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 LOGVAR_RANGE = (-30.0, 20.0)  # of LDM's DiagonalGaussianDistribution
 # Pixels that are encoded at once for the cache: one image of 512 x 512, or 4 of 256 x 256 (2.3 GB; 16 took 7.1 GB).
 CACHE_PIXELS = 512 * 512
+_NO_DRAWS = np.random.default_rng(0)  # where nothing is drawn
 TEXTS_IN_CALL = 16  # captions that the text encoder encodes at once for the cache
 
 
@@ -40,6 +44,11 @@ class Batch(NamedTuple):
     noise: np.ndarray  # (N, C, h, w) float32
     timesteps: np.ndarray  # (N,) int32
     text_embeddings: np.ndarray  # (N, 77, D) float32, or tokens (N, 77) int32 if the text encoder is trained
+    weights: np.ndarray | None = None  # (N, 1, h, w) float32 of the loss, only where there are masks or class images
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Return what the training step takes."""
+        return tuple(array for array in self if array is not None)
 
 
 def network_hash(net: nn.Cell, description: object) -> str:
@@ -66,104 +75,275 @@ def sample_latents(moments: np.ndarray, eps: np.ndarray, scale_factor: float) ->
 class Inputs:
     """The micro-batches of a run: `order` says which rows each has.
 
-    What can be cached is encoded, or read from the cache, when this is built. `status` is told how far that has come.
+    What can be cached is encoded ahead of the training, in windows of coming micro-batches: of one at first, so that
+    the training starts soon, and of `encode_ahead` in the end.
+
+    Args:
+        settings: Those of the run.
+        model: The networks that encode images and captions.
+        data: The rows.
+        order: Which of them each micro-batch has.
+        steps: Of the whole run. None: there is no end.
+        status: It is told how far the encoding has come.
     """
 
     def __init__(
         self,
         settings: TrainSettings,
         model: StableDiffusion,
-        rows: Sequence[Row],
+        data: TrainingData,
         order: BatchOrder,
+        steps: int | None = None,
         status: Status | None = None,
     ):
-        self.settings, self.config, self.rows, self.order = settings, model.config, rows, order
-        self.image_size, self.status = image_size(settings, model.config), status
+        self.settings, self.config, self.data, self.order = settings, model.config, data, order
+        self.steps, self.status = steps, status
+        self.end = None if steps is None else steps * settings.gradient_accumulation_steps
         self.vae_encoder = VAEEncode(model.first_stage_model)
         self.text_encoder = model.cond_stage_model
         self.pool = ThreadPoolExecutor(settings.num_workers)
-        tokenizer = Tokenizer(self.config.pad_token, self.config.added_tokens)
-        self.tokens = tokenizer.encode([row.caption for row in rows])
-        cut = tokenizer.cut_off(row.caption for row in rows)
-        if cut:
-            logger.warning(
-                '%d of %d captions are longer than 75 tokens and are cut there; the first loses "%s"',
-                len(cut), len(rows), cut[0],
-            )  # fmt: skip
-        self.empty_tokens = tokenizer.encode([""])
-        cache = ArrayCache(Path(settings.output_path) / "cache", order.process_index, order.process_count)
-        self.moments = self.text_embeddings = None
-        if settings.cache_latents:
-            if settings.random_crop or settings.random_flip:
-                logger.info("random_crop or random_flip: latents are computed at every step, not cached")
-            else:
-                self.moments = self._cached_moments(cache)
+        self.tokenizer = Tokenizer(self.config.pad_token, self.config.added_tokens)
+        if cut := data.cut_report(self.tokenizer):
+            logger.warning("%s", cut)
+        folder = Path(settings.output_path) / "cache"
+        self.moments = self.texts = None
+        if settings.cache_latents and data.augments:
+            logger.info("random_crop or random_flip: latents are computed at every step, not cached")
+        elif settings.cache_latents:
+            self.moments = ShardedCache(folder, "latents", order.process_index)
+            network = network_hash(self.vae_encoder.vae, self.config.vae or self.config.image_channels)
+            self._moments_key = content_key("moments", network, repr(data.alpha_color))
         if settings.cache_text and not settings.lora_ft_text_encoder:
-            self.text_embeddings = self._cached_text_embeddings(cache)
-        self._loading: dict[int, list[Future]] = {}
+            self.texts = ShardedCache(folder, "texts", order.process_index)
+            self._texts_key = content_key("text", network_hash(self.text_encoder, self.config.text))
+        self._prepared, self._window = range(0), 0
+        self._broken: dict[int, int] = {}  # a row whose image is broken -> the row that replaces it
+        self._loading: dict[int, tuple[np.ndarray, list[Future]]] = {}
+
+    @property
+    def needs_no_network(self) -> bool:
+        """Whether a prepared micro-batch is made of cached arrays alone, so that another thread can make it."""
+        return self.moments is not None and (self.texts is not None or self.settings.lora_ft_text_encoder)
 
     def batch(self, number: int) -> Batch:
-        """Return a micro-batch by its number, from 0 over the whole run."""
-        rows = self.order.indices(number)
-        if self.moments is not None:
-            moments = np.stack([self.moments[row] for row in rows])
-        else:
-            moments = self._encode_now(rows, number)
-        settings, config, process = self.settings, self.config, self.order.process_index
+        """Return a micro-batch by its number, from 0 over the whole run, and encode ahead what it needs."""
+        self.prepare(number)
+        return self.prepared_batch(number)
+
+    def prepared_batch(self, number: int) -> Batch:
+        """Return a micro-batch for which `prepare` or `encode_all` has been called. Another thread may make it."""
+        rows, moments = self._encode_now(number) if self.moments is None else self._cached_moments(number)
+        settings, config = self.settings, self.config
         shape = (len(rows), config.latent_channels, *moments.shape[2:])
-        timesteps = trained_timesteps(settings, config)
-        drawn = micro_batch_draws(settings.seed, number, shape, timesteps, settings.caption_dropout, process)
+        drawn = micro_batch_draws(
+            settings.seed, number, shape, trained_timesteps(settings, config), self._dropout(rows),
+            self.order.process_index,
+        )  # fmt: skip
         latents = sample_latents(moments, drawn.posterior, config.scale_factor)
-        return Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(rows, drawn.dropped))
+        captions = self._captions(rows, number)
+        captions = ["" if is_dropped else caption for caption, is_dropped in zip(captions, drawn.dropped)]
+        return Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(captions))
 
-    def _text_embeddings(self, rows: np.ndarray, dropped: np.ndarray) -> np.ndarray:
-        if self.text_embeddings is not None:
-            return np.stack([self.text_embeddings[row] for row in np.where(dropped, len(self.rows), rows)])
-        tokens = np.where(dropped[:, None], self.empty_tokens, self.tokens[rows])
-        return tokens if self.settings.lora_ft_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
+    def prepare(self, number: int) -> None:
+        """Encode what the caches do not have yet of a micro-batch and of those that follow it in its window."""
+        if number in self._prepared or (self.moments is None and self.texts is None):
+            return
+        self._window = min(self.settings.encode_ahead, max(1, 2 * self._window))
+        end = number + self._window
+        window = range(number, end if self.end is None else max(number + 1, min(end, self.end)))
+        for cache in (self.moments, self.texts):
+            if cache is not None:
+                cache.refresh()  # what other processes have encoded
+        if self.moments is not None:
+            self._encode_images(np.concatenate([self.rows(i) for i in window]).tolist())
+        if self.texts is not None:
+            captions = {caption: None for i in window for caption in self._captions(self.rows(i), i)}
+            self._encode_texts([*captions, ""])
+        self._prepared = window
 
-    def _encode_now(self, rows: np.ndarray, number: int) -> np.ndarray:
-        """Return the moments of a micro-batch's images, and load those of the next one in the background."""
-        loading = self._loading.pop(number, None) or self._load(rows, number)
-        self._loading = {number + 1: self._load(self.order.indices(number + 1), number + 1)}
-        images = np.stack([image.result() for image in loading])
-        return self.vae_encoder(Tensor(images)).asnumpy()
+    def encode_all(self) -> None:
+        """Encode all images and captions. The processes of a run divide the work, and wait for each other."""
+        rows: Sequence[int] = range(len(self.data))
+        process, count = self.order.process_index, self.order.process_count
+        captions = list(dict.fromkeys(self._captions(np.array(rows), 0))) if self.data.has_one_caption else []
+        if not self.data.has_one_caption and self.texts is not None:
+            logger.info("captions that change from step to step are encoded while training")
+        for share in ([slice(process, None, count)] if count > 1 else []) + [slice(None)]:
+            encoded = self._encode_images(rows[share]) if self.moments is not None else 0
+            encoded += self._encode_texts([*captions[share], ""]) if self.texts is not None else 0
+            if count > 1 and share != slice(None):
+                peers.gather()  # waits until the others have written theirs
+                for cache in (self.moments, self.texts):
+                    if cache is not None:
+                        cache.refresh()
+        if count > 1 and encoded:
+            logger.warning(
+                "%d arrays of other processes were not under %s and were computed again: let all hosts share "
+                "output_path",
+                encoded, Path(self.settings.output_path) / "cache",
+            )  # fmt: skip
 
-    def _load(self, rows: np.ndarray, number: int) -> list[Future]:
-        settings = self.settings
-        generators = augmentation_draws(settings.seed, number, len(rows), self.order.process_index)
+    # ---- captions -------------------------------------------------------------------------------------------------
+
+    def _captions(self, rows: np.ndarray, number: int) -> list[str]:
+        """Return the captions of the rows of a micro-batch, before any is dropped."""
+        settings, order = self.settings, self.order
+        if self.data.has_one_caption:
+            generators = [_NO_DRAWS] * len(rows)
+        else:
+            generators = caption_draws(settings.seed, number, len(rows), order.process_index)
+        step = number // settings.gradient_accumulation_steps
         return [
-            self.pool.submit(
-                load_image, self.rows[row].path, self.image_size, channels=self.config.image_channels,
-                random_crop=settings.random_crop, random_flip=settings.random_flip, rng=rng,
+            self.data.caption(row, rng, step, order.epoch(number), self.steps) for row, rng in zip(rows, generators)
+        ]
+
+    def _dropout(self, rows: np.ndarray) -> np.ndarray:
+        return self.data.dropout[[self.data.rows[row].subset for row in rows]]
+
+    def _text_embeddings(self, captions: list[str]) -> np.ndarray:
+        tokens = self.tokenizer.encode(captions)
+        if self.texts is None:
+            return tokens if self.settings.lora_ft_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
+        while True:
+            found = [self.texts.get(self._text_key(row), self._text_shape) for row in tokens]
+            arrays = [array for array in found if array is not None]
+            if len(arrays) == len(found):
+                return np.stack(arrays)
+            self._encode_texts(captions)  # its file has been damaged or removed since
+
+    def _encode_texts(self, captions: list[str]) -> int:
+        """Put the text embeddings of captions into the cache and return how many were not there."""
+        assert self.texts is not None
+        missing: dict[str, np.ndarray] = {}
+        for caption in captions:
+            [tokens] = self.tokenizer.encode([caption])
+            key = self._text_key(tokens)
+            if key not in missing and self.texts.get(key, self._text_shape) is None:
+                missing[key] = tokens
+        keys = list(missing)
+        with tqdm(total=len(keys), desc="texts: encoding", unit="caption", delay=1, leave=False) as bar:
+            for start in range(0, len(keys), TEXTS_IN_CALL):
+                part = keys[start : start + TEXTS_IN_CALL]
+                embeddings = run_in_batches(self.text_encoder, np.stack([missing[key] for key in part]), TEXTS_IN_CALL)
+                for key, array in zip(part, embeddings):
+                    self.texts.put(key, array)
+                bar.update(len(part))
+        return len(keys)
+
+    @property
+    def _text_shape(self) -> tuple[int, ...]:
+        return CONTEXT_LENGTH, self.config.context_dim
+
+    def _text_key(self, tokens: np.ndarray) -> str:
+        return content_key(self._texts_key, tokens.tobytes())
+
+    # ---- images ---------------------------------------------------------------------------------------------------
+
+    def rows(self, number: int) -> np.ndarray:
+        """Return the rows of a micro-batch, with another row in place of one whose image is broken."""
+        rows = self.order.indices(number)
+        return np.array([self._usable(row) for row in rows.tolist()]) if self._broken else rows
+
+    def _usable(self, row: int) -> int:
+        while row in self._broken:
+            row = self._broken[row]
+        return row
+
+    def _replace(self, row: int, error: UserError) -> None:
+        """Have the next row of a bucket replace one whose image is broken.
+
+        It is found again where the run is resumed, so the same row replaces it then. An image that was checked before
+        and has been removed or damaged since is an error.
+        """
+        if self.data.contents is not None:
+            raise error
+        logger.warning("%s: %s", self.data.name(row), error)
+        others = np.flatnonzero(self.data.buckets.of_row == self.data.buckets.of_row[row])
+        self._broken[row] = int(others[(np.searchsorted(others, row) + 1) % len(others)])
+        count = len(self._broken)
+        if count > max(1.0, MAX_BAD_FRACTION * len(self.data)) or all(int(other) in self._broken for other in others):
+            raise UserError(
+                f"{plain(self.settings.data_path)}: {count:,} of {len(self.data):,} images are broken, the last one: "
+                f"{error}"
             )
-            for row, rng in zip(rows, generators)
-        ]  # fmt: skip
 
-    def _cached_moments(self, cache: ArrayCache) -> list[np.ndarray]:
-        channels = self.config.image_channels
-        weights = network_hash(self.vae_encoder.vae, self.config.vae or channels)
-        keys = [content_key("moments", weights, self.image_size, row.content) for row in self.rows]
-        batch_size = max(1, min(32, CACHE_PIXELS // self.image_size**2))
-        side = self.image_size // self.config.vae_factor
+    def _cached_moments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of a micro-batch and their moments."""
+        assert self.moments is not None
+        while True:
+            rows = self.rows(number)
+            found = [self.moments.get(self._row_key(row), self._moments_shape(row)) for row in rows.tolist()]
+            arrays = [array for array in found if array is not None]
+            if len(arrays) == len(found):
+                return rows, np.stack(arrays)
+            self._encode_images(rows.tolist())  # its file has been damaged or removed since
 
-        def encode(places: list[int]) -> np.ndarray:
-            paths = [self.rows[place].path for place in places]
-            images = list(self.pool.map(lambda path: load_image(path, self.image_size, channels=channels), paths))
-            moments = run_in_batches(self.vae_encoder, np.stack(images), batch_size)
-            if self.status is not None:
-                self.status.phase = f"after encoding {places[-1] + 1} of {len(self.rows)} images"
-            return moments
+    def _row_key(self, row: int) -> str:
+        data = self.data
+        return content_key(
+            self._moments_key, repr((data.buckets.size(row), data.buckets.scale(row))), data.content(row)
+        )
 
-        return cache.get_or_compute(keys, encode, batch_size, "latents", (self.config.moment_channels, side, side))
+    def _moments_shape(self, row: int) -> tuple[int, ...]:
+        width, height = self.data.buckets.size(row)
+        factor = self.config.vae_factor
+        return self.config.moment_channels, height // factor, width // factor
 
-    def _cached_text_embeddings(self, cache: ArrayCache) -> list[np.ndarray]:
-        """Return the text embeddings of each row's caption and, as the last, of the empty caption."""
-        weights = network_hash(self.text_encoder, self.config.text)
-        tokens = np.concatenate([self.tokens, self.empty_tokens])
-        keys = [content_key("text", weights, row.tobytes()) for row in tokens]
+    def _encode_images(self, rows: Iterable[int]) -> int:
+        """Put the moments of the images of rows into the cache and return how many were not there."""
+        assert self.moments is not None
+        missing: dict[tuple[int, int], dict[str, int]] = {}
+        for row in rows:
+            row = self._usable(row)
+            key, shape = self._row_key(row), self._moments_shape(row)
+            if self.moments.get(key, shape) is None:
+                missing.setdefault(self.data.buckets.size(row), {})[key] = row
+        count = sum(map(len, missing.values()))
+        broken: list[int] = []
+        with tqdm(total=count, desc="latents: encoding", unit="image", delay=1, leave=False) as bar:
+            for (width, height), of_key in missing.items():
+                in_call = max(1, min(32, CACHE_PIXELS // (width * height)))
+                keys = list(of_key)
+                for start in range(0, len(keys), in_call):
+                    loaded = list(zip(keys[start:], self._load_all([of_key[key] for key in keys[start:][:in_call]])))
+                    images = [(key, image) for key, image in loaded if not isinstance(image, UserError)]
+                    for key, fault in loaded:
+                        if isinstance(fault, UserError):
+                            self._replace(of_key[key], fault)
+                            broken.append(of_key[key])
+                    if images:
+                        moments = run_in_batches(self.vae_encoder, np.stack([image for _, image in images]), in_call)
+                        for (key, _), array in zip(images, moments):
+                            self.moments.put(key, array)
+                    bar.update(len(loaded))
+                    if self.status is not None:
+                        self.status.phase = f"after encoding {bar.n} of {count} images ahead"
+        return count + (self._encode_images(broken) if broken else 0)
 
-        def encode(places: list[int]) -> np.ndarray:
-            return run_in_batches(self.text_encoder, tokens[places], TEXTS_IN_CALL)
+    def _load_all(self, rows: list[int]) -> list[np.ndarray | UserError]:
+        def load(row: int) -> np.ndarray | UserError:
+            try:
+                return self.data.image(row)
+            except UserError as error:
+                return error
 
-        return cache.get_or_compute(keys, encode, TEXTS_IN_CALL, "texts", (tokens.shape[1], self.config.context_dim))
+        return list(self.pool.map(load, rows))
+
+    def _encode_now(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of a micro-batch and their moments, and load the next images in the background."""
+        rows, loading = self._loading.pop(number) if number in self._loading else self._load(number)
+        if self.end is None or number + 1 < self.end:
+            self._loading = {number + 1: self._load(number + 1)}
+        images: list[np.ndarray] = []
+        for row, image in zip(rows.tolist(), loading):
+            try:
+                images.append(image.result())
+            except UserError as error:
+                self._replace(row, error)
+                return self._encode_now(number)
+        return rows, self.vae_encoder(Tensor(np.stack(images))).asnumpy()
+
+    def _load(self, number: int) -> tuple[np.ndarray, list[Future]]:
+        rows = self.rows(number)
+        generators = augmentation_draws(self.settings.seed, number, len(rows), self.order.process_index)
+        return rows, [self.pool.submit(self.data.image, row, rng) for row, rng in zip(rows.tolist(), generators)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.cache import content_key
-from ldm.data.dataset import Row
+from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder
 from ldm.lora.spec import LoRASpec
@@ -32,7 +32,12 @@ FOLLOWED_ON_RESUME = ("updates", *names_of(TrainSettings, resume="followed"))
 
 
 def make_fingerprint(
-    settings: TrainSettings, runtime: Runtime, config: ModelConfig, rows: list[Row], plan: RunPlan, lora_spec: LoRASpec
+    settings: TrainSettings,
+    runtime: Runtime,
+    config: ModelConfig,
+    data: TrainingData,
+    plan: RunPlan,
+    lora_spec: LoRASpec,
 ) -> dict[str, Any]:
     """Collect what a training state is compared by: settings, and hashes of the data and the base model.
 
@@ -41,7 +46,7 @@ def make_fingerprint(
     layers = lora_spec.modules, lora_spec.trainable_model
     values = asdict(settings)
     values.update(
-        data=content_key("rows", *(part for row in rows for part in (row.content, row.caption)))[:16],
+        data=data.fingerprint()[:16],
         model=content_key("model", repr(config.content()))[:16],
         base=_base_model_identity(settings),
         global_batch=settings.train_batch_size * runtime.process_count,

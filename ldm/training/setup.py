@@ -9,11 +9,9 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter
-from PIL import Image
 
 from ldm.data.batches import BatchOrder
-from ldm.data.dataset import Row, read_image_text_csv
-from ldm.data.transforms import FORMATS
+from ldm.data.training_data import read_training_data
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.files.paths import under_root, writing
@@ -105,15 +103,20 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     config = _read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
-    rows = _read_rows(settings)
-    order = BatchOrder(
-        len(rows), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count
+    size = image_size(settings, config)
+    data = read_training_data(
+        settings, size, config.size_multiple, config.image_channels, output / "cache" / "images.json"
     )
+    several = len(data.buckets.sizes) > 1
+    order = BatchOrder(
+        len(data), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count,
+        of_row=data.buckets.of_row if several else None, repeats=data.buckets.repeats, fill=data.fills_batches,
+    )  # fmt: skip
     plan = make_plan(settings, order.steps_per_epoch)
     status.total_steps = plan.steps
     scaler = make_loss_scaler(settings, runtime.fp16)
     lora_spec = make_lora_spec(settings)
-    fingerprint = make_fingerprint(settings, runtime, config, rows, plan, lora_spec)
+    fingerprint = make_fingerprint(settings, runtime, config, data, plan, lora_spec)
     if is_first_process:
         remove_leftovers(status.folder)
         remove_leftovers(output)
@@ -141,7 +144,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
             # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states.
             save_settings(settings, output / "train_args.yaml", leave_out=("train_config", "resume"))
 
-    inputs = Inputs(settings, model, rows, order, status)
+    inputs = Inputs(settings, model, data, order, plan.steps, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
     saves_base_model = not settings.use_lora or lora_spec.trainable_model
     step = build_step(
@@ -185,30 +188,6 @@ def _read_model_config(settings: TrainSettings) -> ModelConfig:
     )
     logger.info("%s is a model of %s", base_model, config.path)
     return config
-
-
-def _read_rows(settings: TrainSettings) -> list[Row]:
-    assert settings.data_path is not None  # check_settings
-    rows = read_image_text_csv(
-        settings.data_path,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        record=Path(settings.output_path) / "cache" / "images.json",
-    ).rows
-    if not settings.image_filter_size:
-        return rows
-    large = [row for row in rows if min(_size(row.path)) >= settings.image_filter_size]
-    if len(large) < len(rows):
-        logger.info(
-            "%d of %d images left out: a side is shorter than image_filter_size %d",
-            len(rows) - len(large), len(rows), settings.image_filter_size,
-        )  # fmt: skip
-    return large
-
-
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path, formats=FORMATS) as image:
-        return image.size
 
 
 def make_lora_spec(settings: TrainSettings) -> LoRASpec:

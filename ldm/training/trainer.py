@@ -26,6 +26,7 @@ from ldm.runtime.script import describe_progress
 from ldm.settings.declare import names_of
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
+from ldm.training.checks import image_size
 from ldm.training.diagnosis import cause_of_not_finite, check_inputs_finite
 from ldm.training.feed import TensorBatch
 from ldm.training.graph_cache import cached_graphs, graph_key
@@ -106,7 +107,7 @@ def run_steps(run: Run) -> Path:
     logger.info(
         "%d steps of %d x %d x %d images (processes, micro-batches, batch size): %.1f epochs of %d rows, on %s in %s",
         plan.steps, run.runtime.process_count, micro_batches, settings.train_batch_size,
-        plan.steps / plan.steps_per_epoch, len(run.inputs.rows), run.runtime.device, run.runtime.precision,
+        plan.steps / plan.steps_per_epoch, len(run.inputs.data), run.runtime.device, run.runtime.precision,
     )  # fmt: skip
     status.phase = "while compiling the step"
     newest = run.checkpoints.newest
@@ -181,7 +182,7 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
     status, plan = run.status, run.plan
     began, batches = time.perf_counter(), _next_batches(run)
     # Nothing but the step may compile in the cache. The networks that encode a batch have run before.
-    with _graph_cache(run):
+    with _graph_cache(run, batches):
         metrics = _read(run, _launch(run, status.steps_done, batches, began))
     yield metrics
     unread: _Launched | None = None
@@ -261,7 +262,8 @@ def _read(run: Run, step: _Launched) -> Metrics:
 def _failed_allocations(run: Run) -> AbstractContextManager:
     return failed_allocations_as(
         f"the device's memory is not enough for a step with train_batch_size {run.settings.train_batch_size} and "
-        f"image_size {run.inputs.image_size}: make one of them smaller (gradient_accumulation_steps keeps the sum)"
+        f"image_size {image_size(run.settings, run.model.config)}: make one of them smaller "
+        "(gradient_accumulation_steps keeps the sum)"
     )
 
 
@@ -283,14 +285,14 @@ def _dropout_keys(run: Run, step: int) -> list[np.ndarray]:
     return [generator.integers(-(2**31), 2**31, 2, dtype=np.int32) for generator in generators]
 
 
-def _graph_cache(run: Run) -> AbstractContextManager:
-    """Return the context in which the step's graph is read from disk or kept there, if compile_cache is set."""
+def _graph_cache(run: Run, batches: list[TensorBatch]) -> AbstractContextManager:
+    """Return the context in which the first step's graph is read or kept on disk, if compile_cache is set."""
     settings = run.settings
     if not settings.compile_cache:
         return nullcontext()
     key = graph_key(
         {name: getattr(settings, name) for name in names_of(TrainSettings, graph_key=True)},
-        run.model.config.content(), run.inputs.image_size, run.skips_overflow, str(run.runtime),
-        run.lora_spec.modules, run.lora_spec.trainable_model,
+        run.model.config.content(), [tensor.shape for batch in batches for tensor in batch], run.skips_overflow,
+        str(run.runtime), run.lora_spec.modules, run.lora_spec.trainable_model,
     )  # fmt: skip
     return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.process_index}", key)

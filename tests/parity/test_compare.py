@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib")
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
+from ldm.data.training_data import data_of_rows  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
@@ -160,13 +161,11 @@ def test_both_train_on_the_same_batches(experiment, tmp_path, cached):
     rows = read_image_text_csv(experiment / "train").rows
     same = dict(seed=3, caption_dropout=0.3, random_crop=not cached, random_flip=not cached, cache_latents=cached,
                 cache_text=cached)  # fmt: skip
-    ours = Inputs(
-        dataclasses.replace(TrainSettings(), output_path=str(tmp_path), image_size=32, **same), model, rows,
-        BatchOrder(len(rows), 3, 3),
-    )  # fmt: skip
+    settings = dataclasses.replace(TrainSettings(), output_path=str(tmp_path), image_size=32, **same)
+    ours = Inputs(settings, model, data_of_rows(rows, 32, settings), BatchOrder(len(rows), 3, 3))
     write_diffusers_base(experiment / "base.safetensors", config, tmp_path / "diffusers")
     job = {**same, "rows": [[str(row.path), row.caption] for row in rows], "batch_size": 3, "image_size": 32}
     theirs = Batches(job, Networks(tmp_path / "diffusers", config.pad_token, config.added_tokens))
     for number in range(4):
-        for mine, other in zip(ours.batch(number), theirs(number)):
+        for mine, other in zip(ours.batch(number).arrays(), theirs(number)):
             assert relative_error(mine, other.numpy()) < 1e-4

@@ -33,12 +33,30 @@ def test_without_another_cause_the_learning_rate(settings, empty_run, loss):
     assert error.endswith("nothing was saved yet")
 
 
+def spoil(run, what, row):
+    """Have the cache return an array of a row that is not finite."""
+    inputs = run.inputs
+    tokens = inputs.tokenizer.encode([inputs.data.rows[row].caption])[0]
+    cache, key = (
+        (inputs.moments, inputs._row_key(row)) if what == "latents" else (inputs.texts, inputs._text_key(tokens))
+    )
+    get = cache.get
+
+    def spoiled(asked, shape=None):
+        array = get(asked, shape)
+        if asked == key and array is not None:
+            array.flat[5] = np.nan
+        return array
+
+    cache.get = spoiled
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("what", ["latents", "text embeddings"])
 def test_the_image_whose_inputs_are_not_finite(settings, empty_run, what, precision):
     run = prepare(settings(empty_run, **{**FULL, "caption_dropout": 0.0}, precision=precision))
     row = run.inputs.order.indices(0)[1]
-    (run.inputs.moments if what == "latents" else run.inputs.text_embeddings)[row].flat[5] = np.nan
+    spoil(run, what, row)
     error = error_of(run)
     assert f"the {what} of " in error and f"/{row}.png are not finite at step 1" in error
 
@@ -47,7 +65,7 @@ def test_the_image_whose_inputs_are_not_finite(settings, empty_run, what, precis
 def test_the_first_process_names_another_whose_inputs_are_not_finite(settings, empty_run, monkeypatch, own_is_finite):
     run = prepare(settings(empty_run, **FULL))
     if not own_is_finite:
-        run.inputs.moments[run.inputs.order.indices(0)[1]].flat[5] = np.nan
+        spoil(run, "latents", run.inputs.order.indices(0)[1])
     others = [b"", b"process 2 on host1: the latents of 4.png are not finite"]
     monkeypatch.setattr(peers, "gather", lambda data=b"": [data, *others])
     error = error_of(run)
@@ -56,7 +74,7 @@ def test_the_first_process_names_another_whose_inputs_are_not_finite(settings, e
 
 def test_another_process_than_the_first_names_itself(settings, empty_run, monkeypatch):
     run = prepare(settings(empty_run, **FULL))
-    run.inputs.moments[run.inputs.order.indices(0)[1]].flat[5] = np.nan
+    spoil(run, "latents", run.inputs.order.indices(0)[1])
     run.runtime = replace(run.runtime, process_index=3)
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", "3")
@@ -71,7 +89,7 @@ def test_the_step_whose_result_was_read_late_is_the_one_that_is_named(settings, 
     run.reads_late = True
     row = run.inputs.order.indices(1)[0]
     assert row not in run.inputs.order.indices(2)
-    run.inputs.moments[row].flat[5] = np.nan
+    spoil(run, "latents", row)
     results = [unread(1.0, 1.0, finite=True), unread(NAN, NAN, finite=False), unread(NAN, NAN, finite=False)]
     run.step = lambda *_: results.pop(0)
     with pytest.raises(UserError, match=f"/{row}.png are not finite at step 2: "):

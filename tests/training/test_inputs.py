@@ -15,6 +15,8 @@ from PIL import Image
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import file_hash
 from ldm.data.dataset import Row
+from ldm.data.shards import ShardedCache
+from ldm.data.training_data import data_of_rows
 from ldm.data.transforms import load_image
 from ldm.errors import UserError
 from ldm.runtime.device import Runtime
@@ -67,7 +69,7 @@ def build(rows, tmp_path, seed=1, process_index=0, process_count=1, model=None, 
     settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, image_size=SIZE, **others)
     model = model or SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
     order = BatchOrder(len(rows), 2, seed, process_index, process_count)
-    return Inputs(settings, model, rows, order)
+    return Inputs(settings, model, data_of_rows(rows, SIZE, settings), order)
 
 
 def same(a, b):
@@ -76,14 +78,14 @@ def same(a, b):
 
 def test_captions_that_are_cut_are_counted(rows, tmp_path, caplog):
     build([*rows[:3], rows[3]._replace(caption="word " * 75 + "and a hat")], tmp_path)
-    assert '1 of 4 captions are longer than 75 tokens and are cut there; the first loses "and a hat"' in caplog.text
+    assert '1 of 4 captions are longer than 75 tokens and cut there: 3.png loses "and a hat"' in caplog.text
 
 
 def test_a_batch_has_the_shapes_and_types_of_the_step(rows, tmp_path):
     batch = build(rows, tmp_path).batch(0)
     assert batch.latents.shape == batch.noise.shape == (2, 4, 8, 8)
     assert batch.text_embeddings.shape == (2, 77, MICRO.context_dim)
-    assert [array.dtype.name for array in batch] == ["float32", "float32", "int32", "float32"]
+    assert [array.dtype.name for array in batch.arrays()] == ["float32", "float32", "int32", "float32"]
     assert batch.timesteps.shape == (2,)
 
 
@@ -136,48 +138,61 @@ def test_tokens_are_returned_if_the_text_encoder_is_trained(rows, tmp_path):
     inputs = build(rows, tmp_path, use_lora=True, lora_ft_text_encoder=True, caption_dropout=0.5)
     batch = inputs.batch(0)
     assert batch.text_embeddings.dtype == np.int32 and batch.text_embeddings.shape == (2, 77)
-    assert not list((tmp_path / "run" / "cache").glob("*/*")) or inputs.text_embeddings is None
+    assert inputs.texts is None
 
 
-def counted(monkeypatch, inputs_of):
-    """Count the images and captions that are encoded while `inputs_of` runs."""
+def encoded(inputs, monkeypatch):
+    """Encode everything and return how many images and captions are put into the caches."""
     calls = {"images": 0, "texts": 0}
-    from ldm.training import inputs as module
+    put = ShardedCache.put
 
-    class Counting(module.ArrayCache):
-        def get_or_compute(self, keys, compute_batch, batch_size, desc, *shape):
-            def compute(places):
-                calls["images" if desc == "latents" else "texts"] += len(set(places))
-                return compute_batch(places)
+    def counting(cache, key, array):
+        calls["images" if cache is inputs.moments else "texts"] += 1
+        return put(cache, key, array)
 
-            return super().get_or_compute(keys, compute, batch_size, desc, *shape)
-
-    monkeypatch.setattr(module, "ArrayCache", Counting)
-    inputs_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedCache, "put", counting)
+        inputs.encode_all()
     return calls
 
 
 def test_a_second_run_encodes_only_what_changed(rows, tmp_path, monkeypatch):
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 6, "texts": 7}
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 0, "texts": 0}
+    assert encoded(build(rows, tmp_path), monkeypatch) == {"images": 6, "texts": 7}
+    assert encoded(build(rows, tmp_path), monkeypatch) == {"images": 0, "texts": 0}
     Image.new("RGB", (SIZE, SIZE)).save(rows[2].path)
     rows[2] = rows[2]._replace(content=file_hash(rows[2].path))
     rows[3] = rows[3]._replace(caption="another caption")
-    assert counted(monkeypatch, lambda: build(rows, tmp_path)) == {"images": 1, "texts": 1}
+    assert encoded(build(rows, tmp_path), monkeypatch) == {"images": 1, "texts": 1}
 
 
 def test_another_model_encodes_again(rows, tmp_path, monkeypatch):
-    build(rows, tmp_path)
+    build(rows, tmp_path).encode_all()
     model = SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
     model.first_stage_model.scale.set_data(Tensor(np.full(1, 2.0, np.float32)))
-    assert counted(monkeypatch, lambda: build(rows, tmp_path, model=model)) == {"images": 6, "texts": 0}
+    assert encoded(build(rows, tmp_path, model=model), monkeypatch) == {"images": 6, "texts": 0}
+
+
+def test_images_are_encoded_in_windows_that_grow_to_encode_ahead(rows, tmp_path, monkeypatch):
+    inputs, windows = build(rows, tmp_path, encode_ahead=4), []
+    encode = inputs._encode_images
+    monkeypatch.setattr(inputs, "_encode_images", lambda rows: windows.append(len(rows) // 2) or encode(rows))
+    for number in range(12):
+        inputs.batch(number)
+    assert windows == [1, 2, 4, 4, 4]  # of micro-batches of two rows
+
+
+def test_what_is_encoded_in_windows_is_what_is_encoded_at_once(rows, tmp_path):
+    windows, whole = build(rows, tmp_path / "a"), build(rows, tmp_path / "b")
+    whole.encode_all()
+    for number in (0, 1, 2, 7, 3):
+        assert same(windows.batch(number).arrays(), whole.batch(number).arrays())
 
 
 def test_without_caches_the_batches_are_the_same_and_nothing_is_kept(rows, tmp_path):
     cached = build(rows, tmp_path / "a")
     inputs = build(rows, tmp_path / "b", cache_latents=False, cache_text=False)
     for step in (0, 1, 2, 1):
-        for array, expected in zip(inputs.batch(step), cached.batch(step)):
+        for array, expected in zip(inputs.batch(step).arrays(), cached.batch(step).arrays()):
             np.testing.assert_allclose(array, expected, rtol=1e-6)
     assert not (tmp_path / "b" / "run" / "cache").exists()
 
@@ -215,7 +230,7 @@ def test_the_feed_returns_the_micro_batches_from_its_start(rows, tmp_path):
     inputs = build(rows, tmp_path)
     following = feed.make_feed(inputs, 3, 5, sink=False)
     for step in (3, 4):
-        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
+        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step).arrays())
     with pytest.raises(StopIteration):
         following()
 
@@ -223,14 +238,14 @@ def test_the_feed_returns_the_micro_batches_from_its_start(rows, tmp_path):
 def test_a_thread_makes_the_same_micro_batches_ahead(rows, tmp_path, monkeypatch):
     inputs = build(rows, tmp_path)
     expected = [inputs.batch(number) for number in range(3, 7)]
-    made, batch, main = [], inputs.batch, threading.current_thread()
+    made, batch, main = [], inputs.prepared_batch, threading.current_thread()
 
     def make(number):
         assert threading.current_thread() is not main
         made.append(number)
         return batch(number)
 
-    monkeypatch.setattr(inputs, "batch", make)
+    monkeypatch.setattr(inputs, "prepared_batch", make)
     following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
     assert made == []
     assert same([tensor.asnumpy() for tensor in following()], expected[0])
@@ -244,14 +259,14 @@ def test_a_thread_makes_the_same_micro_batches_ahead(rows, tmp_path, monkeypatch
 
 def test_an_error_of_the_thread_is_raised_with_its_micro_batch(rows, tmp_path, monkeypatch):
     inputs = build(rows, tmp_path)
-    batch = inputs.batch
+    batch = inputs.prepared_batch
 
     def make(number):
         if number == 4:
             raise UserError("number 4 cannot be made")
         return batch(number)
 
-    monkeypatch.setattr(inputs, "batch", make)
+    monkeypatch.setattr(inputs, "prepared_batch", make)
     following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
     following()
     with pytest.raises(UserError, match="number 4 cannot be made"):
@@ -261,7 +276,8 @@ def test_an_error_of_the_thread_is_raised_with_its_micro_batch(rows, tmp_path, m
 def test_what_networks_encode_is_made_when_it_is_asked_for(rows, tmp_path, monkeypatch):
     """Two threads must not run networks at once."""
     inputs, made = build(rows, tmp_path, random_flip=True), []
-    monkeypatch.setattr(inputs, "batch", lambda number: made.append(number) or [np.zeros(1, np.float32)])
+    batch = inputs.batch
+    monkeypatch.setattr(inputs, "batch", lambda number: made.append(number) or batch(number))
     following = feed.make_feed(inputs, 3, 7, sink=False, ahead=2)
     following()
     assert made == [3]
@@ -279,13 +295,14 @@ def test_ascends_data_queue_is_fed_the_same_batches(rows, tmp_path, monkeypatch)
     inputs = build(rows, tmp_path)
     following = feed.make_feed(inputs, 3, 6, sink=True)
     for step in (3, 4, 5):
-        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step))
+        assert same([tensor.asnumpy() for tensor in following()], inputs.batch(step).arrays())
 
 
 def test_the_length_of_the_queue_is_known_without_making_the_batches(rows, tmp_path, monkeypatch):
     inputs, made = build(rows, tmp_path), []
-    batch = inputs.batch
-    monkeypatch.setattr(inputs, "batch", lambda step: made.append(step) or batch(step))
+    inputs.encode_all()
+    batch = inputs.prepared_batch
+    monkeypatch.setattr(inputs, "prepared_batch", lambda step: made.append(step) or batch(step))
     queue = feed.make_queue(inputs, 3, 1003)
     assert queue.get_dataset_size() == 1000
     assert len(made) <= 2  # MindSpore looks at one for the types

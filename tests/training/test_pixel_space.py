@@ -119,7 +119,7 @@ def test_the_latents_are_the_pixels_of_the_images(make, rgb, tmp_path, channels,
     inputs = prepare(make(tmp_path / "run", PIXELS if channels == 1 else rgb, cache_latents=cached)).inputs
     for number in range(3):
         for latents, row in zip(inputs.batch(number).latents, inputs.order.indices(number)):
-            np.testing.assert_array_equal(latents, load_image(inputs.rows[row].path, 16, channels=channels))
+            np.testing.assert_array_equal(latents, load_image(inputs.data.rows[row].image, 16, channels=channels))
 
 
 def test_a_grey_cache_is_not_read_for_rgb(make, rgb, tmp_path):

@@ -75,7 +75,7 @@ def test_fp16_lora_with_accumulation_augmentation_and_a_dynamic_loss_scale(setti
         cache_text=False, gradient_accumulation_steps=2, init_loss_scale=2.0**30, scale_window=2, image_filter_size=10,
         num_workers=2, use_ema=True, loss_scale_factor=2.0**13,
     ))  # fmt: skip
-    assert len(run.inputs.rows) == 9  # image_filter_size leaves the small one out
+    assert len(run.inputs.data) == 9  # image_filter_size leaves the small one out
     up = next(p for p in run.step.parameters if p.name.endswith("lora_up.weight"))
     run_steps(run)
     # 2^30 overflows fp16: the step is skipped and the scale falls. After two good steps it rises, to its upper limit.

@@ -25,6 +25,7 @@ from mindspore import Tensor, nn  # noqa: E402
 
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
+from ldm.data.training_data import data_of_rows  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
@@ -114,9 +115,9 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
             rows = read_image_text_csv(data).rows
             order = BatchOrder(len(rows), work.batch, works.SEED)
             step = train_step(config, model.model.diffusion_model, full=False)
-            inputs = Inputs(settings, model, rows, order)
+            inputs = Inputs(settings, model, data_of_rows(rows, size, settings), order)
             for i in range(order.steps_per_epoch):
-                step([tuple(Tensor(array) for array in inputs.batch(i))], scalars(i + 1)).read()
+                step([tuple(Tensor(array) for array in inputs.batch(i).arrays())], scalars(i + 1)).read()
 
     return run
 

@@ -163,7 +163,7 @@ def read_data(data: Path, settings: TrainSettings, count: int | None) -> tuple[l
 
     def read(folder: Path) -> list[Row]:
         return read_image_text_csv(
-            folder, image_column=settings.image_column, caption_column=settings.caption_column
+            folder, image_column=settings.image_column or "dir", caption_column=settings.caption_column or "text"
         ).rows
 
     train_folder, test_folder = training_folder(data), data / "test"

@@ -1,0 +1,372 @@
+"""What a training sees of a data set: its rows, with the captions, crops and buckets that their subsets ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.data import dataset, sources
+from ldm.data.buckets import Buckets, Size, join_buckets, make_buckets
+from ldm.data.cache import FileHash, content_key
+from ldm.data.captions import cut_captions, cut_report, final_caption
+from ldm.data.checked_images import CheckedImages
+from ldm.data.draws import draws
+from ldm.data.sources import image_text_csv
+from ldm.data.sources.rows import FilePart, ImageFile, Listing, ReadOptions, Row, Subset, image_name, report_left_out
+from ldm.data.transforms import WHITE, BrokenImage, Color, ImageNotes, load_image, parse_color, read_size
+from ldm.errors import UserError, plain
+from ldm.settings.data import BucketSettings, CaptionSettings
+from ldm.settings.train import TrainSettings
+from ldm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_CHECKED = 20_000  # images that are decoded before the first step, where check_images does not say it
+MAX_BAD_FRACTION = 0.10
+AT_ONCE = 10_000  # images that wait for a thread, which takes memory
+
+Result = TypeVar("Result")
+
+
+class SubsetRules(NamedTuple):
+    """What is made of the images and captions of a subset."""
+
+    captions: CaptionSettings
+    random_crop: bool
+    random_flip: bool
+    joins_lines: bool  # img_txt.csv: a caption of several lines is one text, as in earlier versions
+
+
+@dataclass
+class TrainingData:
+    """The rows of a training, in the order that batches count them by.
+
+    Args:
+        rows: The rows that are used.
+        subsets: Those that `Row.subset` counts.
+        rules: Those of each subset.
+        buckets: The size that each row's image is trained in.
+        contents: The hash of each image's content, if all images were read. Otherwise images are known by name, size
+            and date, and one that turns out to be broken is replaced by another row.
+        channels: Of the images: 3 for RGB, 1 for grey.
+        alpha_color: Behind transparent parts.
+    """
+
+    rows: list[Row]
+    subsets: tuple[Subset, ...]
+    rules: tuple[SubsetRules, ...]
+    buckets: Buckets
+    contents: list[FileHash] | None = None
+    channels: int = 3
+    alpha_color: Color = WHITE
+    notes: ImageNotes = dataclasses.field(default_factory=ImageNotes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def augments(self) -> bool:
+        """Whether an image may be cropped or mirrored at random, so that it is another one at every step."""
+        return any(rules.random_crop or rules.random_flip for rules in self.rules)
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether the last batch of an epoch is filled: with buckets, which may be small, and with repeats."""
+        return len(self.buckets.sizes) > 1 or bool((self.buckets.repeats > 1).any())
+
+    @cached_property
+    def dropout(self) -> np.ndarray:
+        """The share (subsets,) float64 of the captions that become empty."""
+        return np.array([rules.captions.caption_dropout for rules in self.rules])
+
+    def name(self, row: int) -> str:
+        """Return the name of a row's image relative to the folder of its subset."""
+        return image_name(self.rows[row].image, self.subsets[self.rows[row].subset].folder)
+
+    def source(self, row: int) -> str:
+        """Return the path of a row's image, for messages; of one inside a larger file, that file's path as well."""
+        image = self.rows[row].image
+        return f"{plain(image.file)}: {plain(image.name)}" if isinstance(image, FilePart) else plain(image)
+
+    def content(self, row: int) -> FileHash | str:
+        """Return what tells a row's image from others: the hash of its content, or its name, size and date."""
+        if self.contents is not None:
+            return self.contents[row]
+        image = self.rows[row].image
+        path, part = (image.file, (image.offset, image.size)) if isinstance(image, FilePart) else (image, ())
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # loading the image raises the error
+            return repr((path, part))
+        return repr((path, part, status.st_size, status.st_mtime_ns))
+
+    def caption(self, row: int, rng: np.random.Generator, step: int, epoch: int, total_steps: int | None) -> str:
+        """Return the caption of a row at a step (see `ldm.data.captions.final_caption`), before it may be dropped."""
+        rules = self.rules[self.rows[row].subset].captions
+        return final_caption(self._text(row), rules, rng, step=step, epoch=epoch + 1, total_steps=total_steps)
+
+    @cached_property
+    def has_one_caption(self) -> bool:
+        """Whether the caption of a row never changes, but for those that become empty."""
+        return not any(
+            captions.changes_tags or captions.enable_wildcard or captions.caption_dropout_every_n_epochs
+            for captions, *_ in self.rules
+        )
+
+    def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Return a row's image as float32 (C, height, width) in [-1, 1].
+
+        Args:
+            row: Its number.
+            rng: Draws crop and mirroring. None: neither.
+
+        Raises:
+            UserError: The file is missing, is not an image, is damaged or too large.
+        """
+        rules = self.rules[self.rows[row].subset]
+        return load_image(
+            self.rows[row].image, self.buckets.size(row), channels=self.channels,
+            random_crop=rng is not None and rules.random_crop, random_flip=rng is not None and rules.random_flip,
+            rng=rng, scale=self.buckets.scale(row), alpha_color=self.alpha_color, notes=self.notes,
+        )  # fmt: skip
+
+    def cut_report(self, tokenizer: Tokenizer) -> str:
+        """Return one line on the captions of more than 75 tokens, empty if there are none."""
+        cut = []
+        for number, rules in enumerate(self.rules):
+            rows = [place for place, row in enumerate(self.rows) if row.subset == number]
+            texts = (self._text(place) for place in rows)
+            cut += [found._replace(row=rows[found.row]) for found in cut_captions(texts, rules.captions, tokenizer)]
+        return cut_report(cut, len(self.rows), self.name)
+
+    def _text(self, row: int) -> str:
+        """Return the caption of a row as the data set gives it, in one line where lines have no meaning."""
+        caption, rules = self.rows[row].caption, self.rules[self.rows[row].subset]
+        joins = rules.joins_lines and not rules.captions.enable_wildcard
+        return " ".join(caption.split()) if joins else caption
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides what training sees of the data: images, captions and their rules."""
+        if self.contents is not None:
+            parts: Iterator[FileHash | str] = (
+                part for row, content in zip(self.rows, self.contents) for part in (content, row.caption)
+            )
+        else:
+            parts = (part for number, row in enumerate(self.rows) for part in (self.name(number), row.caption))
+        rules = self._own_rules()
+        return content_key("rows", *parts, *([repr(rules)] if rules else []))
+
+    def _own_rules(self) -> list[object]:
+        """Return the rules that differ between rows, none for a data set of one subset without repeats."""
+        if len(self.subsets) < 2 and not (self.buckets.repeats > 1).any():
+            return []
+        of_row = [row.subset for row in self.rows]
+        return [of_row, self.buckets.repeats.tolist(), [dataclasses.asdict(rules.captions) for rules in self.rules]]
+
+
+def data_of_rows(rows: Sequence[dataset.Row], size: int, settings: TrainSettings, channels: int = 3) -> TrainingData:
+    """Return the rows of an img_txt.csv that were read and checked before as the data of a training in one size."""
+    subset = Subset(image_text_csv.NAME, str(rows[0].path.parent), "")
+    return TrainingData(
+        [Row(str(row.path), row.caption, 0, 0) for row in rows],
+        (subset,),
+        (_rules(settings, subset),),
+        Buckets.single((size, size), len(rows)),
+        [row.content for row in rows],
+        channels,
+        parse_color("alpha_color", settings.alpha_color),
+    )
+
+
+def read_training_data(
+    settings: TrainSettings, image_size: int, multiple: int, channels: int, record: Path | None = None
+) -> TrainingData:
+    """Read a data set in any layout and prepare what training sees of it.
+
+    Args:
+        settings: Those of the run.
+        image_size: Width and height of the images in pixels, where neither buckets nor a dataset_config say it.
+        multiple: Of which the model takes sizes: see `ldm.data.buckets.check_multiple`.
+        channels: Of the images.
+        record: File that remembers which images decode (see `CheckedImages`). None decodes all of them.
+
+    Raises:
+        UserError: The data set cannot be read, too many of its rows are unusable, or settings contradict each other.
+    """
+    assert settings.data_path is not None
+    listing = sources.read(settings.data_path, read_options(settings))
+    for line in settings.without_effect():
+        logger.warning("%s", line)
+    rules = tuple(_rules(settings, subset) for subset in listing.subsets)
+    bucket_rules = [_bucket_rules(settings, subset, image_size) for subset in listing.subsets]
+    checks = settings.check_images
+    if checks is None:
+        checks = len(listing.rows) <= MAX_CHECKED
+    needs_sizes = bool(settings.image_filter_size) or any(rule.enable_bucket for rule, _ in bucket_rules)
+    usable = _usable_rows(listing, settings, record, checks, needs_sizes)
+    rows, contents, sizes = usable.rows, usable.contents, usable.sizes
+    repeats = np.array([listing.subsets[row.subset].num_repeats for row in rows], np.int64)
+    of_dataset = np.array([listing.subsets[row.subset].dataset for row in rows])
+    parts = []
+    for number in np.unique(of_dataset):
+        places = np.flatnonzero(of_dataset == number)
+        first = next(i for i, subset in enumerate(listing.subsets) if subset.dataset == number)
+        rule, resolution = bucket_rules[first]
+        if sizes is None:
+            own = Buckets.single(resolution, len(places), repeats[places])
+            for side in resolution:
+                if side % multiple:
+                    raise UserError(f"image_size {side} must be a multiple of {multiple} for this model")
+        else:
+            own = make_buckets(sizes[places], resolution, rule, multiple, repeats[places])
+        parts.append((places, own))
+    buckets = join_buckets(parts) if len(parts) > 1 else parts[0][1]
+    data = TrainingData(
+        rows, listing.subsets, rules, buckets, contents, channels, parse_color("alpha_color", settings.alpha_color)
+    )
+    if any(rule.enable_bucket for rule, _ in bucket_rules):
+        for line in buckets.report(data.name):
+            logger.info("%s", line)
+    return data
+
+
+def read_options(settings: TrainSettings) -> ReadOptions:
+    """Return how the data set of a run is read."""
+    return ReadOptions(
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        caption_extension=settings.caption_extension,
+        class_tokens=settings.instance_prompt,
+        num_repeats=settings.num_repeats,
+        caption_separator=settings.caption_separator,
+    )
+
+
+def _own(subset: Subset, settings: object, names: type) -> dict[str, object]:
+    """Return the values of the settings that `names` declares: the subset's own, or else those of the run."""
+    return {
+        field.name: subset.settings.get(field.name, getattr(settings, field.name))
+        for field in dataclasses.fields(names)
+    }
+
+
+def _rules(settings: TrainSettings, subset: Subset) -> SubsetRules:
+    batch_size = subset.settings.get("batch_size")
+    if batch_size not in (None, settings.train_batch_size):
+        raise UserError(
+            f"{plain(settings.data_path)}: batch_size is {batch_size}, and train_batch_size "
+            f"{settings.train_batch_size}: all data sets are trained with the same; give --train_batch_size "
+            f"{batch_size}, or remove batch_size"
+        )
+    captions = CaptionSettings(**_own(subset, settings, CaptionSettings))  # type: ignore[arg-type]
+    return SubsetRules(
+        captions,
+        bool(subset.settings.get("random_crop", settings.random_crop)),
+        bool(subset.settings.get("random_flip", settings.random_flip)),
+        subset.layout == image_text_csv.NAME,
+    )
+
+
+def _bucket_rules(settings: TrainSettings, subset: Subset, image_size: int) -> tuple[BucketSettings, Size]:
+    rule = BucketSettings(**_own(subset, settings, BucketSettings))  # type: ignore[arg-type]
+    sides: Any = subset.settings.get("resolution", (image_size, image_size))
+    return rule, (sides[0], sides[1])
+
+
+class _Usable(NamedTuple):
+    rows: list[Row]
+    contents: list[FileHash] | None
+    sizes: np.ndarray | None  # (N, 2) width and height
+
+
+def _usable_rows(
+    listing: Listing, settings: TrainSettings, record: Path | None, checks: bool, needs_sizes: bool
+) -> _Usable:
+    """Leave out the rows whose images do not decode or are too small, as far as images are read at all."""
+    if not checks and not needs_sizes:
+        return _Usable(listing.rows, None, None)
+    images = list(dict.fromkeys(row.image for row in listing.rows))
+    if checks:
+        checked_images = CheckedImages(record)
+        found = _each(images, checked_images.check, "checking images")
+        checked_images.save()
+        sizes = {image: result if isinstance(result, str) else result.size for image, result in found.items()}
+    else:
+        found = {}
+        sizes = _each(images, read_size, "reading image sizes")
+    kept: list[int] = []
+    broken: list[tuple[str, str]] = []
+    small = 0
+    for number, row in enumerate(listing.rows):
+        size = sizes[row.image]
+        if isinstance(size, str):
+            unit = listing.subsets[row.subset].unit
+            place = f"{unit} {row.where}: " if unit else ""
+            broken.append((listing.name(row), f"{place}the image {size}"))
+        elif min(size) < settings.image_filter_size:
+            small += 1
+        else:
+            kept.append(number)
+    if broken:
+        count = len(listing.rows) + len(listing.left_out)
+        report_left_out(plain(settings.data_path), broken, count, MAX_BAD_FRACTION, len(listing.left_out))
+    if small:
+        logger.info(
+            "%d of %d images left out: a side is shorter than image_filter_size %d",
+            small, len(listing.rows), settings.image_filter_size,
+        )  # fmt: skip
+    rows = [listing.rows[number] for number in kept] if len(kept) < len(listing.rows) else listing.rows
+    contents = [found[row.image].content for row in rows] if checks else None  # type: ignore[union-attr]
+    return _Usable(rows, contents, np.array([sizes[row.image] for row in rows], np.int64) if needs_sizes else None)
+
+
+def _each(images: list[ImageFile], function: Callable[[ImageFile], Result], desc: str) -> dict[ImageFile, Result | str]:
+    """Return what `function` returns for each image, or the fault of a broken one."""
+
+    def call(image: ImageFile) -> Result | str:
+        try:
+            return function(image)
+        except BrokenImage as error:
+            return error.fault
+
+    # Decoding releases Python's lock, so threads help.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    results: dict[ImageFile, Result | str] = {}
+    try:
+        # The bar appears only if it takes longer than a second.
+        with tqdm(total=len(images), desc=desc, unit="image", delay=1) as bar:
+            for start in range(0, len(images), AT_ONCE):
+                part = images[start : start + AT_ONCE]
+                for image, result in zip(part, pool.map(call, part)):
+                    results[image] = result
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
+def held_out(data: TrainingData, share: float, seed: int) -> np.ndarray:
+    """Return which rows (N,) bool are held out for validation: a share of the images of each subset.
+
+    Rows of the same image go together. At least one image is left to train on, unless the share is 1.
+    """
+    out = np.zeros(len(data.rows), bool)
+    for number in range(len(data.subsets)):
+        images = sorted({row.image for row in data.rows if row.subset == number}, key=str)
+        count = round(len(images) * share)
+        if share < 1.0:
+            count = min(count, len(images) - 1)
+        chosen = draws(seed, "validation", number).permutation(len(images))[: max(0, count)]
+        names = {images[place] for place in chosen}
+        out |= np.array([row.subset == number and row.image in names for row in data.rows], bool)
+    return out
