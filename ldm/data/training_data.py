@@ -16,16 +16,18 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data import dataset, sources
-from ldm.data.buckets import Buckets, Size, join_buckets, make_buckets
+from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
 from ldm.data.cache import FileHash, content_key
 from ldm.data.captions import cut_captions, cut_report, final_caption
 from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import draws
+from ldm.data.prior import plan_prior, with_instance_prompt
 from ldm.data.sources import image_text_csv
 from ldm.data.sources.rows import FilePart, ImageFile, Listing, ReadOptions, Row, Subset, image_name, report_left_out
 from ldm.data.transforms import WHITE, BrokenImage, Color, ImageNotes, load_image, parse_color, read_size
 from ldm.errors import UserError, plain
 from ldm.settings.data import BucketSettings, CaptionSettings
+from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
 from ldm.tokenizer import Tokenizer
 
@@ -60,6 +62,8 @@ class TrainingData:
             and date, and one that turns out to be broken is replaced by another row.
         channels: Of the images: 3 for RGB, 1 for grey.
         alpha_color: Behind transparent parts.
+        weights: Factor (N,) float32 of each row's loss, None if it is 1 for all.
+        notes: What is said of images that are read all the same.
     """
 
     rows: list[Row]
@@ -69,6 +73,7 @@ class TrainingData:
     contents: list[FileHash] | None = None
     channels: int = 3
     alpha_color: Color = WHITE
+    weights: np.ndarray | None = None
     notes: ImageNotes = dataclasses.field(default_factory=ImageNotes)
 
     def __len__(self) -> int:
@@ -188,59 +193,86 @@ def data_of_rows(rows: Sequence[dataset.Row], size: int, settings: TrainSettings
     )
 
 
-def read_training_data(
-    settings: TrainSettings, image_size: int, multiple: int, channels: int, record: Path | None = None
-) -> TrainingData:
-    """Read a data set in any layout and prepare what training sees of it.
+def read_listing(settings: TrainSettings) -> Listing:
+    """Read the rows of a run's data set, in any layout. No image is opened.
+
+    Raises:
+        UserError: The data set cannot be read, or too many of its rows are unusable.
+    """
+    assert settings.data_path is not None
+    listing = sources.read(settings.data_path, _read_options(settings))
+    for line in settings.without_effect():
+        logger.warning("%s", line)
+    return listing if settings.instance_prompt is None else with_instance_prompt(listing, settings.instance_prompt)
+
+
+def prepare_data(
+    listing: Listing, settings: TrainSettings, config: ModelConfig, record: Path | None = None
+) -> tuple[TrainingData, TrainingData | None]:
+    """Check the images of a listing, and return what training sees of them and what is held out for validation.
 
     Args:
+        listing: The rows, class images included.
         settings: Those of the run.
-        image_size: Width and height of the images in pixels, where neither buckets nor a dataset_config say it.
-        multiple: Of which the model takes sizes: see `ldm.data.buckets.check_multiple`.
-        channels: Of the images.
+        config: Of the model, which takes only some sizes.
         record: File that remembers which images decode (see `CheckedImages`). None decodes all of them.
 
     Raises:
-        UserError: The data set cannot be read, too many of its rows are unusable, or settings contradict each other.
+        UserError: Too many images are unusable, none is left to train on, or settings contradict each other.
     """
-    assert settings.data_path is not None
-    listing = sources.read(settings.data_path, read_options(settings))
-    for line in settings.without_effect():
-        logger.warning("%s", line)
+    checked = _check(listing, settings, record)
+    out = held_out(checked.listing, settings)
+    training = checked.take(np.flatnonzero(~out))
+    plan = plan_prior(training.listing, settings.prior_loss_weight)
+    for line in plan.lines:
+        logger.info("%s", line)
+    used = np.flatnonzero(plan.repeats)
+    weights = plan.weights[used] if plan.is_weighted else None
+    data = _prepared(training.take(used), settings, config, plan.repeats[used], weights)
+    if any(subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets):
+        for line in data.buckets.report(data.name):
+            logger.info("%s", line)
+    if settings.validation_data_path is not None:
+        options = _read_options(settings)
+        validation = _check(sources.read(settings.validation_data_path, options), settings, None)
+    elif out.any():
+        validation = checked.take(np.flatnonzero(out))
+    else:
+        return data, None
+    logger.info(
+        "%s images are for validation, %s for training", f"{len(validation.listing.rows):,}", f"{len(data.rows):,}"
+    )
+    return data, _prepared(validation, settings, config, np.ones(len(validation.listing.rows), np.int64), None)
+
+
+def _prepared(
+    checked: _Checked, settings: TrainSettings, config: ModelConfig, repeats: np.ndarray, weights: np.ndarray | None
+) -> TrainingData:
+    listing, side = checked.listing, settings.image_size or config.image_size
     rules = tuple(_rules(settings, subset) for subset in listing.subsets)
-    bucket_rules = [_bucket_rules(settings, subset, image_size) for subset in listing.subsets]
-    checks = settings.check_images
-    if checks is None:
-        checks = len(listing.rows) <= MAX_CHECKED
-    needs_sizes = bool(settings.image_filter_size) or any(rule.enable_bucket for rule, _ in bucket_rules)
-    usable = _usable_rows(listing, settings, record, checks, needs_sizes)
-    rows, contents, sizes = usable.rows, usable.contents, usable.sizes
-    repeats = np.array([listing.subsets[row.subset].num_repeats for row in rows], np.int64)
-    of_dataset = np.array([listing.subsets[row.subset].dataset for row in rows])
+    of_dataset = np.array([subset.dataset for subset in listing.subsets])[_subsets(listing)]
     parts = []
     for number in np.unique(of_dataset):
         places = np.flatnonzero(of_dataset == number)
-        first = next(i for i, subset in enumerate(listing.subsets) if subset.dataset == number)
-        rule, resolution = bucket_rules[first]
-        if sizes is None:
-            own = Buckets.single(resolution, len(places), repeats[places])
-            for side in resolution:
-                if side % multiple:
-                    raise UserError(f"image_size {side} must be a multiple of {multiple} for this model")
+        subset = listing.subsets[listing.rows[places[0]].subset]
+        sides: Any = subset.settings.get("resolution", (side, side))
+        resolution = sides[0], sides[1]
+        if checked.sizes is None:
+            for length in resolution:
+                check_multiple("the resolution", length, config.size_multiple)
+            parts.append((places, Buckets.single(resolution, len(places), repeats[places])))
         else:
-            own = make_buckets(sizes[places], resolution, rule, multiple, repeats[places])
-        parts.append((places, own))
-    buckets = join_buckets(parts) if len(parts) > 1 else parts[0][1]
-    data = TrainingData(
-        rows, listing.subsets, rules, buckets, contents, channels, parse_color("alpha_color", settings.alpha_color)
+            own = BucketSettings(**_own(subset, settings, BucketSettings))  # type: ignore[arg-type]
+            buckets = make_buckets(checked.sizes[places], resolution, own, config.size_multiple, repeats[places])
+            parts.append((places, buckets))
+    buckets = parts[0][1] if len(parts) == 1 else join_buckets(parts)
+    color = parse_color("alpha_color", settings.alpha_color)
+    return TrainingData(
+        listing.rows, listing.subsets, rules, buckets, checked.contents, config.image_channels, color, weights
     )
-    if any(rule.enable_bucket for rule, _ in bucket_rules):
-        for line in buckets.report(data.name):
-            logger.info("%s", line)
-    return data
 
 
-def read_options(settings: TrainSettings) -> ReadOptions:
+def _read_options(settings: TrainSettings) -> ReadOptions:
     """Return how the data set of a run is read."""
     return ReadOptions(
         image_column=settings.image_column,
@@ -277,96 +309,127 @@ def _rules(settings: TrainSettings, subset: Subset) -> SubsetRules:
     )
 
 
-def _bucket_rules(settings: TrainSettings, subset: Subset, image_size: int) -> tuple[BucketSettings, Size]:
-    rule = BucketSettings(**_own(subset, settings, BucketSettings))  # type: ignore[arg-type]
-    sides: Any = subset.settings.get("resolution", (image_size, image_size))
-    return rule, (sides[0], sides[1])
+def _subsets(listing: Listing) -> np.ndarray:
+    """Return the number of the subset (N,) int64 of each row."""
+    return np.fromiter((row.subset for row in listing.rows), np.int64, len(listing.rows))
 
 
-class _Usable(NamedTuple):
-    rows: list[Row]
+class _Checked(NamedTuple):
+    """The rows whose images can be used, as far as they were read."""
+
+    listing: Listing
     contents: list[FileHash] | None
-    sizes: np.ndarray | None  # (N, 2) width and height
+    sizes: np.ndarray | None  # (N, 2) width and height, upright
+
+    def take(self, places: np.ndarray) -> _Checked:
+        """Return some of the rows. Raises UserError if there are none."""
+        if not len(places):
+            raise UserError("the data set has no usable images to train on: add images, or hold fewer of them out")
+        if len(places) == len(self.listing.rows):
+            return self
+        rows, contents = self.listing.rows, self.contents
+        return _Checked(
+            self.listing._replace(rows=[rows[place] for place in places]),
+            None if contents is None else [contents[place] for place in places],
+            None if self.sizes is None else self.sizes[places],
+        )
 
 
-def _usable_rows(
-    listing: Listing, settings: TrainSettings, record: Path | None, checks: bool, needs_sizes: bool
-) -> _Usable:
+def _check(listing: Listing, settings: TrainSettings, record: Path | None) -> _Checked:
     """Leave out the rows whose images do not decode or are too small, as far as images are read at all."""
-    if not checks and not needs_sizes:
-        return _Usable(listing.rows, None, None)
+    decodes = len(listing.rows) <= MAX_CHECKED if settings.check_images is None else settings.check_images
+    needs_sizes = bool(settings.image_filter_size) or any(
+        subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets
+    )
+    if not decodes and not needs_sizes:
+        return _Checked(listing, None, None)
     images = list(dict.fromkeys(row.image for row in listing.rows))
-    if checks:
+    contents: dict[ImageFile, FileHash] = {}
+    sizes: dict[ImageFile, Size] = {}
+    if decodes:
         checked_images = CheckedImages(record)
-        found = _each(images, checked_images.check, "checking images")
+        found, faults = _each(images, checked_images.check, "checking images")
         checked_images.save()
-        sizes = {image: result if isinstance(result, str) else result.size for image, result in found.items()}
+        contents, sizes = ({image: each[i] for image, each in found.items()} for i in (0, 1))  # type: ignore
     else:
-        found = {}
-        sizes = _each(images, read_size, "reading image sizes")
-    kept: list[int] = []
+        sizes, faults = _each(images, read_size, "reading image sizes")
+
+    places: list[int] = []
     broken: list[tuple[str, str]] = []
     small = 0
     for number, row in enumerate(listing.rows):
-        size = sizes[row.image]
-        if isinstance(size, str):
+        if row.image in faults:
             unit = listing.subsets[row.subset].unit
             place = f"{unit} {row.where}: " if unit else ""
-            broken.append((listing.name(row), f"{place}the image {size}"))
-        elif min(size) < settings.image_filter_size:
+            broken.append((listing.name(row), f"{place}the image {faults[row.image]}"))
+        elif min(sizes[row.image]) < settings.image_filter_size:
             small += 1
         else:
-            kept.append(number)
+            places.append(number)
     if broken:
-        count = len(listing.rows) + len(listing.left_out)
-        report_left_out(plain(settings.data_path), broken, count, MAX_BAD_FRACTION, len(listing.left_out))
+        count, before = len(listing.rows) + len(listing.left_out), len(listing.left_out)
+        report_left_out(plain(str(settings.data_path)), broken, count, MAX_BAD_FRACTION, before)
     if small:
         logger.info(
             "%d of %d images left out: a side is shorter than image_filter_size %d",
             small, len(listing.rows), settings.image_filter_size,
         )  # fmt: skip
-    rows = [listing.rows[number] for number in kept] if len(kept) < len(listing.rows) else listing.rows
-    contents = [found[row.image].content for row in rows] if checks else None  # type: ignore[union-attr]
-    return _Usable(rows, contents, np.array([sizes[row.image] for row in rows], np.int64) if needs_sizes else None)
+    checked = _Checked(listing, None, None).take(np.array(places, np.int64))
+    rows = checked.listing.rows
+    return checked._replace(
+        contents=[contents[row.image] for row in rows] if decodes else None,
+        sizes=np.array([sizes[row.image] for row in rows], np.int64) if needs_sizes else None,
+    )
 
 
-def _each(images: list[ImageFile], function: Callable[[ImageFile], Result], desc: str) -> dict[ImageFile, Result | str]:
-    """Return what `function` returns for each image, or the fault of a broken one."""
+def _each(
+    images: list[ImageFile], function: Callable[[ImageFile], Result], desc: str
+) -> tuple[dict[ImageFile, Result], dict[ImageFile, str]]:
+    """Return what `function` returns for each image, and the faults of the broken ones."""
 
-    def call(image: ImageFile) -> Result | str:
+    def call(image: ImageFile) -> tuple[Result | None, str]:
         try:
-            return function(image)
+            return function(image), ""
         except BrokenImage as error:
-            return error.fault
+            return None, error.fault
 
+    results: dict[ImageFile, Result] = {}
+    faults: dict[ImageFile, str] = {}
     # Decoding releases Python's lock, so threads help.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    results: dict[ImageFile, Result | str] = {}
     try:
         # The bar appears only if it takes longer than a second.
         with tqdm(total=len(images), desc=desc, unit="image", delay=1) as bar:
             for start in range(0, len(images), AT_ONCE):
                 part = images[start : start + AT_ONCE]
-                for image, result in zip(part, pool.map(call, part)):
-                    results[image] = result
+                for image, (result, fault) in zip(part, pool.map(call, part)):
+                    if result is None:
+                        faults[image] = fault
+                    else:
+                        results[image] = result
                     bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    return results
+    return results, faults
 
 
-def held_out(data: TrainingData, share: float, seed: int) -> np.ndarray:
+def held_out(listing: Listing, settings: TrainSettings) -> np.ndarray:
     """Return which rows (N,) bool are held out for validation: a share of the images of each subset.
 
-    Rows of the same image go together. At least one image is left to train on, unless the share is 1.
+    Rows of the same image go together. Class images are not held out. One image of a subset is left to train on unless
+    the share is 1, and none is held out where validation_data_path gives other images.
     """
-    out = np.zeros(len(data.rows), bool)
-    for number in range(len(data.subsets)):
-        images = sorted({row.image for row in data.rows if row.subset == number}, key=str)
-        count = round(len(images) * share)
-        if share < 1.0:
-            count = min(count, len(images) - 1)
-        chosen = draws(seed, "validation", number).permutation(len(images))[: max(0, count)]
-        names = {images[place] for place in chosen}
-        out |= np.array([row.subset == number and row.image in names for row in data.rows], bool)
+    subsets = _subsets(listing)
+    out = np.zeros(len(subsets), bool)
+    for number, subset in enumerate(listing.subsets):
+        share: Any = subset.settings.get("validation_split", settings.validation_split)
+        if not share or subset.is_reg or settings.validation_data_path is not None:
+            continue
+        seed: Any = subset.settings.get("validation_seed", settings.validation_seed)
+        places = np.flatnonzero(subsets == number)
+        images = list(dict.fromkeys(listing.rows[place].image for place in places))
+        count = len(images) if share == 1 else min(round(len(images) * share), len(images) - 1)
+        seed = settings.seed if seed is None else seed
+        chosen = {images[i] for i in draws(seed, "validation", number).permutation(len(images))[: max(0, count)]}
+        out[places] = [listing.rows[place].image in chosen for place in places]
     return out

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import BinaryIO, Callable, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
 from PIL import Image, ImageColor, ImageOps, PngImagePlugin, TiffImagePlugin, features
 
-from ldm.data.buckets import Size, crop_box
+from ldm.data.buckets import Box, Size, crop_box
 from ldm.data.colour_profiles import Conversion, UnusableProfile, find_conversion
 from ldm.data.sources.rows import MAX_IMAGE_BYTES, FilePart, ImageFile, read_image, readable_name
 from ldm.errors import UserError, plain
@@ -77,8 +77,11 @@ WHITE: Color = (255, 255, 255)
 MOST_NAMED = 3  # images in a note
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _MOST_CHUNKS = 100_000  # of a PNG that are looked at for metadata behind its pixels
+
+Converted = TypeVar("Converted")
 
 
 class BrokenImage(UserError):
@@ -87,6 +90,15 @@ class BrokenImage(UserError):
     def __init__(self, file: ImageFile | Path, fault: str):
         super().__init__(f"the image {readable_name(file)} {fault}")
         self.fault = fault
+
+
+class Placement(NamedTuple):
+    """The part of an image that is trained. An image and its mask share it."""
+
+    image_size: Size  # of the whole image, upright
+    box: Box  # the part
+    size: Size  # that the part is scaled to
+    mirrored: bool
 
 
 class _Budget:
@@ -140,8 +152,8 @@ _memory = _Budget(MAX_MEMORY)
 
 
 @contextmanager
-def decoded(file: ImageFile | Path, to_rgb: Callable[[Image.Image], Image.Image]) -> Iterator[Image.Image]:
-    """Yield an image decoded by `to_rgb`, within the memory that all threads share.
+def decoded(file: ImageFile | Path, convert: Callable[[Image.Image], Converted]) -> Iterator[Converted]:
+    """Yield what `convert` makes of a decoded image, within the memory that all threads share.
 
     Raises:
         BrokenImage: The file is missing, is not an image, is damaged or too large.
@@ -154,10 +166,10 @@ def decoded(file: ImageFile | Path, to_rgb: Callable[[Image.Image], Image.Image]
             with _faults(file, size):
                 image.load()
                 _needed_memory(file, image)  # a GIF grows if its frame is larger than its screen
-                rgb = to_rgb(image)
-            if rgb is not image:
+                converted = convert(image)
+            if converted is not image:
                 image.close()  # its pixels are no longer needed
-            yield rgb
+            yield converted
 
 
 def open_rgb(file: ImageFile | Path, alpha_color: Color = WHITE, notes: ImageNotes | None = None) -> Image.Image:
@@ -185,13 +197,44 @@ def upright_rgb(
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if _has_alpha(image):
         image = _composited(image, alpha_color, conversion)
     else:
         image = _to_srgb(image, conversion)
     if notes is not None and _has_frames(source):
         notes.add("several frames, of which the first is used", file)
     return image
+
+
+def upright_red(image: Image.Image) -> Image.Image:
+    """Return the red channel of an image, turned by its EXIF orientation, in 8 bits. Grey is its own red channel.
+
+    An alpha channel and a colour profile have no effect: what is read are numbers, no colours.
+    """
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bits(image)
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB").getchannel("R")
+
+
+def upright_alpha(image: Image.Image) -> Image.Image | None:
+    """Return the alpha channel of an image, turned by its EXIF orientation, in 8 bits. None if it has none.
+
+    A transparent colour of a palette counts, and one of a grey or RGB image of 8 bits.
+    """
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I") or image.mode == "F" or not _has_alpha(image):
+        return None
+    alpha = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        alpha.paste(strip.convert("RGBA").getchannel("A"), (0, top))
+    return alpha
 
 
 def read_size(file: ImageFile | Path) -> Size:
@@ -261,28 +304,67 @@ def load_image(
     Raises:
         UserError: The file is missing, is not an image, is damaged or too large.
     """
-    if (random_crop or random_flip) and rng is None:
-        raise TypeError("random_crop and random_flip need rng")
-    target = (size, size) if isinstance(size, int) else size
-    to_rgb = partial(upright_rgb, alpha_color=alpha_color, notes=notes, file=file)
+    return load_placed(
+        file, size, channels=channels, random_crop=random_crop, random_flip=random_flip, rng=rng, scale=scale,
+        alpha_color=alpha_color, notes=notes,
+    )[0]  # fmt: skip
+
+
+def load_placed(
+    file: ImageFile | Path,
+    size: int | Size,
+    *,
+    channels: int = 3,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    rng: np.random.Generator | None = None,
+    scale: float | None = None,
+    alpha_color: Color = WHITE,
+    notes: ImageNotes | None = None,
+) -> tuple[np.ndarray, Placement]:
+    """Return what `load_image` does, and which part of the image it is."""
     try:
-        with decoded(file, to_rgb) as image:
-            part = _cropped(image, target, scale, rng if random_crop else None)
+        with decoded(file, partial(upright_rgb, alpha_color=alpha_color, notes=notes, file=file)) as image:
+            placement = place(
+                image.size, size, random_crop=random_crop, random_flip=random_flip, rng=rng, scale=scale
+            )  # fmt: skip
+            if image.size == placement.size:
+                part = image
+            else:
+                # Cropped and scaled in one step: a strip of 1 x 10,000 pixels never becomes 512 x 5,120,000.
+                part = image.resize(placement.size, Image.Resampling.BICUBIC, box=placement.box)
     except BrokenImage as error:
         raise UserError(f"{error}; replace it or remove its row") from None
-    if rng is not None and random_flip and rng.random() < 0.5:
+    if placement.mirrored:
         part = ImageOps.mirror(part)
     if channels == 1:
         part = part.convert("L")
     pixels = np.atleast_3d(np.asarray(part, dtype=np.float32)).transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels / 127.5 - 1.0)
+    return np.ascontiguousarray(pixels / 127.5 - 1.0), placement
 
 
-def _cropped(image: Image.Image, target: Size, scale: float | None, rng: np.random.Generator | None) -> Image.Image:
-    """Return the part of an image that `crop_box` chooses, scaled to `target`."""
-    box = crop_box(image.size, target, scale, rng)
-    # Cropped and scaled in one step: a strip of 1 x 10,000 pixels never becomes 512 x 5,120,000.
-    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC, box=box)
+def place(
+    image_size: Size,
+    size: int | Size,
+    *,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    rng: np.random.Generator | None = None,
+    scale: float | None = None,
+) -> Placement:
+    """Choose the part of an image that is trained. The arguments are those of `load_image`.
+
+    Args:
+        image_size: Width and height of the whole image, upright.
+    """
+    if (random_crop or random_flip) and rng is None:
+        raise TypeError("random_crop and random_flip need rng")
+    target = (size, size) if isinstance(size, int) else size
+    box = crop_box(image_size, target, scale, rng if random_crop else None)
+    if image_size == target:  # with a scale above 1 as well
+        box = (0, 0, *image_size)
+    mirrored = rng is not None and random_flip and bool(rng.random() < 0.5)
+    return Placement(image_size, box, target, mirrored)
 
 
 @contextmanager
@@ -393,6 +475,10 @@ def _has_metadata_behind(file: BinaryIO) -> bool:
         return True
     finally:
         file.seek(place)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in _ALPHA_MODES or "transparency" in image.info
 
 
 def _has_frames(image: Image.Image) -> bool:

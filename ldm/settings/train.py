@@ -266,5 +266,7 @@ class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings
             for name in names_of(type(self), needs=needed):
                 if getattr(self, name) and not getattr(self, needed):
                     raise UserError(f"{name} has no effect without {needed}: give that too, or leave it out")
+        if self.cache_only and not (self.cache_latents or self.cache_text):
+            raise UserError("cache_only needs cache_latents or cache_text: there is nothing else to encode")
         if self.with_prior_preservation and not self.class_prompt:
             raise UserError('with_prior_preservation needs class_prompt, such as "a photo of a dog"')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -163,13 +163,13 @@ class Inputs:
 
     def encode_all(self) -> None:
         """Encode all images and captions. The processes of a run divide the work, and wait for each other."""
-        rows: Sequence[int] = range(len(self.data))
+        rows = range(len(self.data))
         process, count = self.order.process_index, self.order.process_count
         captions = list(dict.fromkeys(self._captions(np.array(rows), 0))) if self.data.has_one_caption else []
         if not self.data.has_one_caption and self.texts is not None:
             logger.info("captions that change from step to step are encoded while training")
         for share in ([slice(process, None, count)] if count > 1 else []) + [slice(None)]:
-            encoded = self._encode_images(rows[share]) if self.moments is not None else 0
+            encoded = self._encode_images(list(rows)[share]) if self.moments is not None else 0
             encoded += self._encode_texts([*captions[share], ""]) if self.texts is not None else 0
             if count > 1 and share != slice(None):
                 peers.gather()  # waits until the others have written theirs

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Parameter
 
 from ldm.data.batches import BatchOrder
-from ldm.data.training_data import read_training_data
+from ldm.data.training_data import prepare_data, read_listing
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.files.paths import under_root, writing
@@ -103,10 +103,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     config = _read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
-    size = image_size(settings, config)
-    data = read_training_data(
-        settings, size, config.size_multiple, config.image_channels, output / "cache" / "images.json"
-    )
+    data, _ = prepare_data(read_listing(settings), settings, config, output / "cache" / "images.json")
     several = len(data.buckets.sizes) > 1
     order = BatchOrder(
         len(data), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count,

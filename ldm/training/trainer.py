@@ -78,6 +78,8 @@ def train_lora(
 def train(settings: TrainSettings) -> Path:
     """Run a training and return the path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
 
+    With cache_only, nothing is trained, and the path is that of the cache.
+
     Raises UserError if a setting, a file or the data is wrong, or if nothing is being learned.
     """
     runtime = begin(settings)
@@ -86,7 +88,8 @@ def train(settings: TrainSettings) -> Path:
     process = runtime.process_index
     with _claimed(output) if process == 0 else output_to_file(output / f"log-{process}.txt"):
         describe_progress(status.describe)
-        path = run_steps(set_up(settings, runtime, status))
+        run = set_up(settings, runtime, status)
+        path = encode(run) if settings.cache_only else run_steps(run)
         describe_progress(None)  # not in a `finally`: after an interrupt, the status is printed when this has unwound
         return path
 
@@ -98,6 +101,13 @@ def _claimed(output: Path) -> Iterator[None]:
         for name in ("log.txt", "metrics.csv", "train_args.yaml"):
             check_file_target(output / name, "output_path")
         yield
+
+
+def encode(run: Run) -> Path:
+    """Encode all images and captions into the cache, and return its path. What is there already is kept."""
+    run.inputs.encode_all()
+    logger.info("done: %d images and their captions are encoded in %s", len(run.inputs.data), run.output / "cache")
+    return run.output / "cache"
 
 
 def run_steps(run: Run) -> Path:
