@@ -34,6 +34,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # of LDM's DiagonalGaussianDistribution
 # Pixels that are encoded at once for the cache: one image of 512 x 512, or 4 of 256 x 256 (2.3 GB; 16 took 7.1 GB).
 CACHE_PIXELS = 512 * 512
 _NO_DRAWS = np.random.default_rng(0)  # where nothing is drawn
+ROWS_AT_ONCE = 1024  # rows whose missing arrays are collected before they are encoded
 TEXTS_IN_CALL = 16  # captions that the text encoder encodes at once for the cache
 
 
@@ -151,9 +152,7 @@ class Inputs:
         self._window = min(self.settings.encode_ahead, max(1, 2 * self._window))
         end = number + self._window
         window = range(number, end if self.end is None else max(number + 1, min(end, self.end)))
-        for cache in (self.moments, self.texts):
-            if cache is not None:
-                cache.refresh()  # what other processes have encoded
+        self._refresh()
         if self.moments is not None:
             self._encode_images(np.concatenate([self.rows(i) for i in window]).tolist())
         if self.texts is not None:
@@ -163,25 +162,39 @@ class Inputs:
 
     def encode_all(self) -> None:
         """Encode all images and captions. The processes of a run divide the work, and wait for each other."""
-        rows = range(len(self.data))
         process, count = self.order.process_index, self.order.process_count
-        captions = list(dict.fromkeys(self._captions(np.array(rows), 0))) if self.data.has_one_caption else []
-        if not self.data.has_one_caption and self.texts is not None:
+        if self.texts is not None and not self.data.has_one_caption:
             logger.info("captions that change from step to step are encoded while training")
-        for share in ([slice(process, None, count)] if count > 1 else []) + [slice(None)]:
-            encoded = self._encode_images(list(rows)[share]) if self.moments is not None else 0
-            encoded += self._encode_texts([*captions[share], ""]) if self.texts is not None else 0
-            if count > 1 and share != slice(None):
-                peers.gather()  # waits until the others have written theirs
-                for cache in (self.moments, self.texts):
-                    if cache is not None:
-                        cache.refresh()
+        if count > 1:
+            self._encode_rows(range(process, len(self.data), count))
+            peers.gather()  # waits until the others have encoded theirs
+            self._refresh()
+        encoded = self._encode_rows(range(len(self.data)))
         if count > 1 and encoded:
             logger.warning(
                 "%d arrays of other processes were not under %s and were computed again: let all hosts share "
                 "output_path",
                 encoded, Path(self.settings.output_path) / "cache",
             )  # fmt: skip
+
+    def _encode_rows(self, rows: range) -> int:
+        """Encode the images and captions of rows and return how many arrays were not in the caches."""
+        encoded = 0
+        with tqdm(total=len(rows), desc="encoding the data set", unit="row", delay=1) as bar:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                part = rows[start : start + ROWS_AT_ONCE]
+                if self.moments is not None:
+                    encoded += self._encode_images(part)
+                if self.texts is not None and self.data.has_one_caption:
+                    encoded += self._encode_texts([*self._captions(np.array(part), 0), ""])
+                bar.update(len(part))
+        return encoded
+
+    def _refresh(self) -> None:
+        """Find what other processes have encoded."""
+        for cache in (self.moments, self.texts):
+            if cache is not None:
+                cache.refresh()
 
     # ---- captions -------------------------------------------------------------------------------------------------
 

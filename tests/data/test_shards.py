@@ -350,6 +350,16 @@ def test_a_shard_that_ends_anywhere_behind_its_last_entry_is_used_quietly(tmp_pa
     assert warnings.text == ""
 
 
+def test_a_process_that_is_killed_while_it_begins_a_shard_leaves_empty_files_that_nobody_minds(tmp_path, warnings):
+    (tmp_path / "latents-0-1.shard").write_bytes(b"")
+    (tmp_path / "latents-0-2.shard").write_bytes(b"")
+    (tmp_path / "latents-0-2.index").write_bytes(b"")
+    fill(tmp_path, range(2))
+    assert found(tmp_path, range(2)) == [0, 1]
+    assert (tmp_path / "latents-0-3.shard").stat().st_size == 2 * RECORD
+    assert warnings.text == ""
+
+
 def test_a_torn_end_is_read_when_it_has_been_completed(tmp_path, warnings):
     fill(tmp_path, range(4), process=1)
     index = tmp_path / "latents-1-1.index"
@@ -748,7 +758,17 @@ def test_the_index_equals_a_dict_whatever_the_order_of_changes(monkeypatch):
     monkeypatch.setattr(shards, "RECENT", 8)
     monkeypatch.setattr(shards, "MERGED_ENTRIES", 30)
     rng, index, expected = random.Random(0), shards._Index(), {}
-    prefixes = [0, 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1, *(rng.getrandbits(64) for _ in range(30))]
+    prefixes = [
+        0,
+        1,
+        2**62,
+        2**62 + 1,
+        2**63 - 1,
+        2**63,
+        2**63 + 1,
+        2**64 - 1,
+        *(rng.getrandbits(64) for _ in range(30)),
+    ]
     for round_number in range(1, 2000):
         some = [rng.choice(prefixes) for _ in range(rng.choice([1, 3, 20]))]
         change = rng.random()
