@@ -118,7 +118,7 @@ class TrainingData:
     def caption(self, row: int, rng: np.random.Generator, step: int, epoch: int, total_steps: int | None) -> str:
         """Return the caption of a row at a step (see `ldm.data.captions.final_caption`), before it may be dropped."""
         rules = self.rules[self.rows[row].subset].captions
-        return final_caption(self._text(row), rules, rng, step=step, epoch=epoch + 1, total_steps=total_steps)
+        return final_caption(self.text(row), rules, rng, step=step, epoch=epoch + 1, total_steps=total_steps)
 
     @cached_property
     def has_one_caption(self) -> bool:
@@ -150,11 +150,11 @@ class TrainingData:
         cut = []
         for number, rules in enumerate(self.rules):
             rows = [place for place, row in enumerate(self.rows) if row.subset == number]
-            texts = (self._text(place) for place in rows)
+            texts = (self.text(place) for place in rows)
             cut += [found._replace(row=rows[found.row]) for found in cut_captions(texts, rules.captions, tokenizer)]
         return cut_report(cut, len(self.rows), self.name)
 
-    def _text(self, row: int) -> str:
+    def text(self, row: int) -> str:
         """Return the caption of a row as the data set gives it, in one line where lines have no meaning."""
         caption, rules = self.rows[row].caption, self.rules[self.rows[row].subset]
         joins = rules.joins_lines and not rules.captions.enable_wildcard
