@@ -1,4 +1,4 @@
-"""Training with weights of the loss: weights of one change no bit, and weights of zero nothing at all."""
+"""Training with masks: a white one changes no bit of training without, and a black one gives no gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
+from PIL import Image
 
+from ldm.data.masks import load_image_and_mask, loss_weights
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.runtime.device import setup_runtime
@@ -78,8 +80,16 @@ def trained(weights=None, steps=4, micro_batches=1, dtype=ms.float32, tokens=Fal
     return results, step.state(), before
 
 
-def full(value):
-    return np.full((N, 1, SIDE, SIDE), value, np.float32)
+def weights_of_a_mask(folder, color, **settings):
+    """The weights of a micro-batch whose images have a mask of one colour."""
+    Image.new("RGB", (70, 50)).save(folder / "image.png")
+    Image.new("L", (70, 50), color).save(folder / "mask.png")
+    rng = np.random.default_rng(0)
+    masks = [
+        load_image_and_mask(folder / "image.png", str(folder / "mask.png"), 8 * SIDE, 8, random_crop=True, rng=rng)[1]
+        for _ in range(N)
+    ]
+    return loss_weights(masks, (SIDE, SIDE), **settings)
 
 
 @pytest.mark.parametrize(
@@ -87,19 +97,20 @@ def full(value):
     [{}, {"micro_batches": 2}, {"dtype": ms.float16}, {"tokens": True}],
     ids=["whole step", "accumulation", "fp16", "text encoder"],
 )
-def test_weights_of_one_train_as_no_weights_bit_for_bit(options):
+def test_a_white_mask_trains_as_no_mask_bit_for_bit(tmp_path, options):
     results, state, before = trained(**options)
-    with_ones, state_with_ones, _ = trained(full(1.0), **options)
-    assert with_ones == results and all(result.finite for result in results)
+    white = weights_of_a_mask(tmp_path, "white", normalize_masked_area_loss=True)
+    masked_results, masked_state, _ = trained(white, **options)
+    assert masked_results == results and all(result.finite for result in results)
     for name, array in state.items():
-        np.testing.assert_array_equal(state_with_ones[name], array, err_msg=name)
+        np.testing.assert_array_equal(masked_state[name], array, err_msg=name)
         assert not np.array_equal(array, before[name]), name
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"micro_batches": 2}, {"tokens": True}], ids=["whole step", "accumulation", "text encoder"]
 )
-def test_weights_of_zero_give_no_gradient(options):
-    results, state, _ = trained(full(0.0), steps=1, **options)
+def test_a_black_mask_gives_no_gradient(tmp_path, options):
+    results, state, _ = trained(weights_of_a_mask(tmp_path, "black"), steps=1, **options)
     assert results[0][:2] == (0.0, 0.0)
     assert not any(array.any() for name, array in state.items() if name[0] in "mv")
