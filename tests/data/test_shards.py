@@ -682,14 +682,18 @@ def test_a_failing_flush_counts_as_a_full_disk(tmp_path, warnings, monkeypatch):
     assert found(tmp_path, range(2)) == [0]
 
 
-def test_a_failing_close_counts_as_a_full_disk(tmp_path, warnings, monkeypatch):
-    def close(writer):
+@pytest.mark.parametrize("method", ["flush", "close"])
+def test_a_failing_close_counts_as_a_full_disk(tmp_path, warnings, monkeypatch, method):
+    """A failing flush closes the files too, and both may fail."""
+
+    def fail(writer):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(shards._Writer, "close", close)
+    monkeypatch.setattr(shards._Writer, "flush", fail)
+    monkeypatch.setattr(shards._Writer, "close", fail)
     cache = ShardedCache(tmp_path, "latents")
     cache.put(key(0), array(0))
-    cache.close()
+    getattr(cache, method)()
     cache.put(key(1), array(1))
     assert cache.get(key(0))[0] == 0 and cache.get(key(1))[0] == 1
     assert warnings.text.count("cannot write the cache") == 1
@@ -848,6 +852,22 @@ def test_one_thread_gets_while_another_one_puts(tmp_path, monkeypatch):
     thread.join()
     assert faults == []
     assert all(cache.get(key(-number))[0] == -number for number in range(1, 1490))
+
+
+def test_what_is_put_while_a_damaged_record_is_read_stays(tmp_path, monkeypatch):
+    fill(tmp_path, range(1))
+    shard, read_record = tmp_path / "latents-0-1.shard", shards._read_record
+    shard.write_bytes(flipped(shard.read_bytes(), 70))
+    cache = ShardedCache(tmp_path, "latents")
+
+    def read_while_the_other_thread_puts(*arguments):
+        cache.put(key(0), array(0))
+        return read_record(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_record", read_while_the_other_thread_puts)
+        assert cache.get(key(0)) is None
+    assert cache.get(key(0))[0] == 0
 
 
 def test_files_are_not_left_open(tmp_path, monkeypatch):
