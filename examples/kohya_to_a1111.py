@@ -33,7 +33,9 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 
-from ldm.data.dataset import CSV_NAME, IMAGE_SUFFIXES, MAX_ROWS, read_image_text_csv  # noqa: E402
+from ldm.data.dataset import IMAGE_SUFFIXES, read_image_text_csv  # noqa: E402
+from ldm.data.sources.image_text_csv import CSV_NAME  # noqa: E402
+from ldm.data.sources.rows import MAX_ROWS  # noqa: E402
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.inputs import read_text  # noqa: E402
