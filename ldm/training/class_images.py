@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.checked_images import CheckedImages
-from ldm.data.prior import list_class_images
+from ldm.data.prior import list_class_images, with_class_images
 from ldm.data.sources.names import is_image, walk
 from ldm.data.sources.rows import Listing
 from ldm.data.transforms import BrokenImage
@@ -83,9 +83,29 @@ def class_images_folder(settings: TrainSettings) -> Path:
     return Path(settings.output_path) / "class_images"
 
 
-def uses_class_images(settings: TrainSettings) -> bool:
-    """Whether class images are read from a folder and drawn. With weight 0 they would have no effect."""
-    return settings.with_prior_preservation and settings.prior_loss_weight > 0
+def add_class_images(
+    listing: Listing,
+    settings: TrainSettings,
+    config: ModelConfig,
+    runtime: Runtime,
+    load_base: Callable[[], StableDiffusion],
+    flash_attention: bool,
+    status: Status,
+) -> Listing:
+    """Return the rows of a data set with the class images of with_prior_preservation behind them.
+
+    Without it, or with prior_loss_weight 0, which makes them useless, the rows are returned as they are.
+
+    Raises:
+        UserError: See `ensure_class_images`. Or the class images are in the data set as well.
+    """
+    if not settings.with_prior_preservation:
+        return listing
+    if not settings.prior_loss_weight:
+        logger.info("prior_loss_weight 0: class images are neither read nor drawn")
+        return listing
+    images = ensure_class_images(settings, config, runtime, load_base, flash_attention, status)
+    return with_class_images(listing, images)
 
 
 def ensure_class_images(
@@ -103,7 +123,7 @@ def ensure_class_images(
     started again ends with the same files, and so does one with another number of processes.
 
     Args:
-        settings: Those of the run, for which `uses_class_images` holds.
+        settings: Those of the run.
         config: Of the base model.
         runtime: What setup_runtime returned.
         load_base: Returns the base model, without LoRA, none of whose networks has run. It is called only if images are

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.sources.rows import Listing, Row, Subset
 from ldm.errors import UserError
 from ldm.files.outputs import claim_folder
 from ldm.generation.loading import load_model
@@ -20,7 +21,7 @@ from ldm.runtime.device import Runtime, setup_runtime
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.training import class_images
-from ldm.training.class_images import ensure_class_images, find_class_images, uses_class_images
+from ldm.training.class_images import add_class_images, ensure_class_images, find_class_images
 from ldm.training.status import Status
 from tests.training.micro import MICRO, SETTINGS
 
@@ -181,9 +182,26 @@ def test_a_random_unet_draws_nothing(folder, tmp_path, micro_base_model):
         ensure(settings)
 
 
-def test_weight_0_needs_no_class_images(folder, tmp_path, micro_base_model):
-    assert uses_class_images(make_settings(folder, tmp_path, micro_base_model))
-    assert not uses_class_images(make_settings(folder, tmp_path, micro_base_model, prior_loss_weight=0))
+def add(settings: TrainSettings) -> Listing:
+    """Return a data set of one image with the class images."""
+    data = Listing("test", [Row("data/0.png", "sks dog", 0, 0)], (Subset("test", "data", "data"),), [], {})
+    status = Status(Path(settings.output_path) / "ckpt", False)
+    runtime = Runtime("CPU", ms.float32, 0, 1, mode=0)
+    return add_class_images(data, settings, load_model_config(MICRO), runtime, lambda: None, False, status)
+
+
+def test_class_images_are_added_behind_the_data_set(settings, drawn_batches):
+    rows = add(settings).rows
+    assert [row.caption for row in rows] == ["sks dog"] + ["a dog"] * 7
+    assert [row.subset for row in rows] == [0] + [1] * 7
+
+
+@pytest.mark.parametrize(
+    "off", [dict(prior_loss_weight=0), dict(with_prior_preservation=False, class_data_dir=None, class_prompt=None)]
+)
+def test_nothing_is_added_or_drawn_where_it_has_no_effect(folder, tmp_path, micro_base_model, drawn_batches, off):
+    assert len(add(make_settings(folder, tmp_path, micro_base_model, **off)).rows) == 1
+    assert drawn_batches == [] and not folder.exists()
 
 
 def test_the_base_model_draws_by_number_and_is_as_before(folder, tmp_path, micro_base_model, graph_mode, monkeypatch):
