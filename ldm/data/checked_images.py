@@ -14,8 +14,7 @@ import PIL
 
 from ldm.data.buckets import Size
 from ldm.data.cache import FileHash, file_hash
-from ldm.data.sources.rows import FilePart, ImageFile, read_image
-from ldm.data.transforms import MAX_BYTES as MAX_BYTES_OF_IMAGE
+from ldm.data.sources.rows import FilePart, ImageFile, read_image, readable_name
 from ldm.data.transforms import BrokenImage, open_rgb
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import atomic_path
@@ -103,13 +102,13 @@ class CheckedImages:
 
 def image_content(image: ImageFile | Path) -> FileHash:
     """Return the hash of an image's bytes. Raises BrokenImage if they cannot be read."""
-    name = image.name if isinstance(image, FilePart) else image
     try:
         if isinstance(image, FilePart):
-            return FileHash(hashlib.sha256(read_image(image, MAX_BYTES_OF_IMAGE)).hexdigest())
+            return FileHash(hashlib.sha256(read_image(image)).hexdigest())
         return file_hash(Path(image))
     except UserError as error:  # removed or closed since it was decoded
-        raise BrokenImage(name, str(error).removeprefix(f"{plain(name)} ")) from None
+        fault = str(error).removeprefix("the image ").removeprefix(f"{readable_name(image)} ")
+        raise BrokenImage(image, fault) from None
 
 
 def _status(path: str) -> tuple[int, tuple[int, ...]]:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from ldm.data import checked_images as module
 from ldm.data.cache import file_hash
-from ldm.data.checked_images import CheckedImages
+from ldm.data.checked_images import CheckedImages, image_content
 from ldm.data.dataset import read_image_text_csv
+from ldm.data.sources.rows import FilePart
 from ldm.data.transforms import BrokenImage
 
 LONG_AGO = time.time_ns() - 3_600_000_000_000
@@ -211,3 +212,13 @@ def test_a_data_set_gives_the_same_rows_with_and_without_a_record(paths, tmp_pat
         assert read_image_text_csv(paths[0].parent, **settings, record=tmp_path / "images.json") == expected
     assert [row.content for row in expected.rows] == [file_hash(row.path) for row in expected.rows]
     assert expected.left_out == [("3.bmp", "line 5: the image is an empty file")]
+
+
+def test_an_image_that_is_gone_since_it_was_decoded_is_named_once(tmp_path):
+    for image, name in [
+        (tmp_path / "cat.png", f"{tmp_path}/cat.png"),
+        (FilePart(f"{tmp_path}/a.tar", 0, 9, "cat.png"), f"cat.png in {tmp_path}/a.tar"),
+    ]:
+        with pytest.raises(BrokenImage, match="does not exist") as caught:
+            image_content(image)
+        assert str(caught.value).startswith(f"the image {name} ") and str(caught.value).count("cat.png") == 1
