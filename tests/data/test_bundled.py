@@ -71,10 +71,10 @@ def test_meta_names_the_split_of_each_image(style):
 def test_sources_and_licences_travel_with_the_images():
     attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
-    assert bundled == {*STYLES, "styles", "mnist"}
+    assert bundled == {*STYLES, "styles", "mnist", "line_art_cat"}
     assert {path.name for path in (DATASETS / "styles").iterdir()} == MORE_STYLES.keys()
     notice = (DATASETS.parent / "NOTICE").read_text(encoding="utf-8")
-    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist"):
+    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist", "line_art_cat"):
         assert re.search(rf"^\| ([^|]*, )?{folder}[ ,]", attribution, re.MULTILINE), folder
         assert re.search(rf"\b{folder.removeprefix('styles/')}\b", notice), folder
     licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
@@ -89,6 +89,12 @@ def test_more_styles_are_sound_and_hold_no_image_of_those_that_are_held_out(styl
     assert {row.path.name for row in found.rows} == {path.name for path in (DATASETS / "styles" / style).glob("*.png")}
     held_out = {row.content for held in ("emoji_fluent_hc", "emoji_twemoji") for row in rows(held, "test")}
     assert held_out.isdisjoint(row.content for row in found.rows)
+
+
+def test_the_cat_of_dreambooth_is_in_the_train_split_of_its_style():
+    cat = sorted((DATASETS / "line_art_cat").iterdir())
+    assert len(cat) == 6
+    assert all(path.read_bytes() == (DATASETS / "emoji_fluent_hc" / "train" / path.name).read_bytes() for path in cat)
 
 
 @pytest.mark.parametrize("split, count", [("train", 5000), ("test", 1000)])
