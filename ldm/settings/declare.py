@@ -62,7 +62,7 @@ def setting(
         help: What `-h` says about it. Without a text, `-h` does not list it.
         group: The heading in `-h`, from this setting to the next one with a group.
         key: Its name in files and flags where that is not the field's name.
-        aliases: Further names as a flag.
+        aliases: Further names, as a flag and in files.
         positional: Whether a list also takes the words of a command line that belong to no flag.
         choices: The allowed values.
         low, high: The range, ends included. For a list, they hold for each entry.

@@ -139,7 +139,13 @@ def read_mapping(
         place = f"{source}: {prefix[:-1]}" if prefix else source  # without the last dot
         raise UserError(f"{place} must hold lines of `setting: value`, not a value of type {type(content).__name__}")
     settings = {key: setting for key, setting in settings_of(cls).items() if key not in leave_out}
-    known = (*settings, *getattr(cls, "IGNORED", ()))
+    keys = {alias: key for key, setting in settings.items() for alias in setting.rules["aliases"]}
+    for alias in [name for name in content if name in keys]:
+        key = keys[alias]
+        if sum(name in content for name in (key, *settings[key].rules["aliases"])) > 1:
+            raise UserError(f"{source}: {prefix}{alias} and another name of {prefix}{key} are given: leave one out")
+        content = {key if name == alias else name: value for name, value in content.items()}
+    known = (*settings, *keys, *getattr(cls, "IGNORED", ()))
     unknown = next((str(key) for key in content if key not in known), None)
     if unknown is not None and not ignore_unknown:
         near = nearest(unknown, known)

@@ -78,8 +78,9 @@ def test_settings_made_in_python_are_checked_like_flags(change, says):
 def test_there_is_a_recipe_for_each_model_and_way():
     models = ("mnist", "nano", "v1", "v2", "v2_vpred")
     assert [path.stem for path in RECIPES] == [
-        f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in models
-    ]
+        "train_config_dreambooth_lora_nano", "train_config_dreambooth_lora_v1",
+        *(f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in models),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -109,6 +110,20 @@ def test_the_keys_of_a_published_recipe_mean_the_same(tmp_path):
     settings = parse("--train_config", str(recipe))
     assert (settings.scheduler, settings.start_learning_rate, settings.end_learning_rate) == ("cosine", 1e-4, 0.0)
     assert (settings.epochs, settings.betas, settings.lora_rank) == (72, [0.9, 0.98], 128)
+
+
+def test_mindones_names_of_dreambooth_mean_the_same_in_a_recipe(tmp_path):
+    recipe = tmp_path / "published.yaml"
+    recipe.write_text(
+        'instance_data_dir: "/dog"\ninstance_prompt: "a photo of sks dog"\nclass_data_dir: "/class"\n'
+        'class_prompt: "a photo of a dog"\nwith_prior_preservation: True\nnum_class_images: 200\n'
+        "prior_loss_weight: 1.0\ntrain_data_repeats: 40\nsample_batch_size: 4\n"
+    )
+    settings = parse("--train_config", str(recipe))
+    assert (settings.data_path, settings.class_data_dir, settings.num_repeats) == ("/dog", "/class", 40)
+    recipe.write_text("train_data_repeats: 40\nnum_repeats: 10\n")
+    with pytest.raises(UserError, match="train_data_repeats and another name of num_repeats"):
+        parse("--train_config", str(recipe))
 
 
 @pytest.mark.parametrize(
