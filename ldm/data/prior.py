@@ -73,10 +73,10 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
         repeats[rows] = _in_turn(repeats[rows], samples)
         used = repeats[rows][repeats[rows] > 0]
         name = f"data set {dataset + 1}: " if len(set(datasets.tolist())) > 1 else ""
-        times = _range(used) if len(used) else "0"
+        times = f", each {_range(used)} times, with weight {prior_loss_weight:g} in the loss" if len(used) else ""
         lines.append(
             f"{name}an epoch has {samples:,} samples of {len(instance):,} instance images and {int(used.sum()):,} of "
-            f"{len(used):,} class images ({times} of each), whose loss counts {prior_loss_weight:g} times"
+            f"{len(used):,} class images{times}"
         )
         if len(used) < len(rows):
             first = listing.name(listing.rows[int(rows[len(used)])])

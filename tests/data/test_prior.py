@@ -88,7 +88,7 @@ def test_the_surplus_is_said_and_what_would_use_it():
 
 def test_repeated_class_images_are_said():
     (line,) = plan_prior(listing((5, instance(8)), (12, of_class()))).lines
-    assert "40 of 12 class images (3 to 4 of each)" in line
+    assert "40 of 12 class images, each 3 to 4 times, with weight 1 in the loss" in line
 
 
 def test_each_data_set_of_a_config_is_balanced_by_itself():
