@@ -91,7 +91,8 @@ def test_both_scripts_and_every_tool_for_users_are_commands(installed):
     folders = ("lora", "model_conversion", "eval")
     tools = {path.stem for folder in folders for path in (ROOT / "tools" / folder).glob("*.py")}
     tools -= {"__init__"}
-    tools |= {"check_device"}  # of the tools beside these folders, the others are for developers
+    # Of the tools beside these folders, the others are for developers. The modules beside inspect_data are its parts.
+    tools |= {"check_device", "inspect_data"}
     assert commands(installed) == {name: f"ldm.commands:{name}" for name in scripts | tools}
 
 
