@@ -102,6 +102,15 @@ def test_a_tool_runs_in_any_folder_and_ends_mistakes_with_exit_code_2(installed,
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "nowhere.ckpt" in done.stderr
 
 
+def test_a_data_set_is_inspected_in_any_folder(installed, tmp_path):
+    flags = ("--data_path", str(ROOT / "datasets" / "line_art_cat"), "--instance_prompt", "a cat")
+    done = run_command(installed, tmp_path, "inspect_data", *flags)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "output" / "inspect_data").glob("*.*")) == [
+        "contact_sheet_1.png", "inspect_data.json"
+    ]  # fmt: skip
+
+
 def test_a_device_is_checked_in_any_folder(installed, tmp_path):
     done = run_command(installed, tmp_path, "check_device", "--device_target", "CPU", "--graphs", "overflow")
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import caption_draws
 from ldm.data.masks import ALPHA, MaskFinder, MaskReport, load_mask
 from ldm.data.prior import plan_prior, with_class_images
+from ldm.data.shards import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
 from ldm.data.training_data import TrainingData, prepare_data, read_listing
 from ldm.data.transforms import BrokenImage, read_size
@@ -35,7 +36,7 @@ from tools.data.report import NAMED, Section, bytes_text, counted, in_columns, n
 
 FREQUENT = 30  # tags or words that are printed
 MOST_LISTED = 1000  # names, groups or tags that the JSON lists of a kind
-RECORD_BYTES = 64 + 24  # of a cached array besides its values: see ldm.data.shards
+RECORD_BYTES = HEADER.size + ENTRY.itemsize  # of a cached array besides its values
 BYTES_A_VALUE = 4  # float32
 
 
