@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
-from ldm.data.cache import FileHash, content_key
+from ldm.data.cache import FileHash, content_key, file_hash
 from ldm.data.captions import cut_captions, cut_report, final_caption
 from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import draws
+from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
 from ldm.data.prior import plan_prior, with_instance_prompt
 from ldm.data.sources import image_text_csv
 from ldm.data.sources.rows import FilePart, ImageFile, Listing, ReadOptions, Row, Subset, image_name, report_left_out
@@ -63,6 +64,7 @@ class TrainingData:
         channels: Of the images: 3 for RGB, 1 for grey.
         alpha_color: Behind transparent parts.
         weights: Factor (N,) float32 of each row's loss, None if it is 1 for all.
+        masks: Of each row's image, None if there are no masks.
         notes: What is said of images that are read all the same.
     """
 
@@ -74,6 +76,7 @@ class TrainingData:
     channels: int = 3
     alpha_color: Color = WHITE
     weights: np.ndarray | None = None
+    masks: list[Mask | None] | None = None
     notes: ImageNotes = dataclasses.field(default_factory=ImageNotes)
 
     def __len__(self) -> int:
@@ -88,6 +91,11 @@ class TrainingData:
     def fills_batches(self) -> bool:
         """Whether the last batch of an epoch is filled: with buckets, which may be small, and with repeats."""
         return len(self.buckets.sizes) > 1 or bool((self.buckets.repeats > 1).any())
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the loss has weights: those of masks or of class images."""
+        return self.masks is not None or self.weights is not None
 
     @cached_property
     def dropout(self) -> np.ndarray:
@@ -108,12 +116,17 @@ class TrainingData:
         if self.contents is not None:
             return self.contents[row]
         image = self.rows[row].image
-        path, part = (image.file, (image.offset, image.size)) if isinstance(image, FilePart) else (image, ())
+        if isinstance(image, FilePart):
+            return f"{self._file_content(image.file)}, {image.offset}, {image.size}"
+        return self._file_content(image)
+
+    @staticmethod
+    def _file_content(path: str) -> str:
         try:
             status = os.stat(path)
         except (OSError, ValueError):  # loading the image raises the error
-            return repr((path, part))
-        return repr((path, part, status.st_size, status.st_mtime_ns))
+            return repr(path)
+        return repr((path, status.st_size, status.st_mtime_ns))
 
     def caption(self, row: int, rng: np.random.Generator, step: int, epoch: int, total_steps: int | None) -> str:
         """Return the caption of a row at a step (see `ldm.data.captions.final_caption`), before it may be dropped."""
@@ -128,22 +141,47 @@ class TrainingData:
             for captions, *_ in self.rules
         )
 
-    def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Return a row's image as float32 (C, height, width) in [-1, 1].
+    def image_and_mask(
+        self, row: int, factor: int, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return a row's image as float32 (C, height, width) in [-1, 1], and its mask if it has one.
 
         Args:
             row: Its number.
+            factor: Pixels of the image for a pixel of the mask, along a side.
             rng: Draws crop and mirroring. None: neither.
 
         Raises:
-            UserError: The file is missing, is not an image, is damaged or too large.
+            UserError: A file is missing, is not an image, is damaged or too large.
         """
         rules = self.rules[self.rows[row].subset]
-        return load_image(
-            self.rows[row].image, self.buckets.size(row), channels=self.channels,
-            random_crop=rng is not None and rules.random_crop, random_flip=rng is not None and rules.random_flip,
-            rng=rng, scale=self.buckets.scale(row), alpha_color=self.alpha_color, notes=self.notes,
+        return load_image_and_mask(
+            self.rows[row].image, None if self.masks is None else self.masks[row], self.buckets.size(row), factor,
+            channels=self.channels, random_crop=rng is not None and rules.random_crop,
+            random_flip=rng is not None and rules.random_flip, rng=rng, scale=self.buckets.scale(row),
+            alpha_color=self.alpha_color, notes=self.notes,
         )  # fmt: skip
+
+    def image(self, row: int) -> np.ndarray:
+        """Return a row's image without random crop and mirroring. See `image_and_mask`."""
+        return load_image(
+            self.rows[row].image, self.buckets.size(row), channels=self.channels, scale=self.buckets.scale(row),
+            alpha_color=self.alpha_color, notes=self.notes,
+        )  # fmt: skip
+
+    def mask(self, row: int, factor: int) -> np.ndarray | None:
+        """Return the mask of `image` as float32 (1, h, w) in [0, 1]. See `image_and_mask`."""
+        mask = None if self.masks is None else self.masks[row]
+        if mask is None:
+            return None
+        return load_mask(mask, self.rows[row].image, self.buckets.size(row), factor, scale=self.buckets.scale(row))
+
+    def mask_content(self, row: int) -> str:
+        """Return what tells a row's mask from others, "" if it has none."""
+        mask = None if self.masks is None else self.masks[row]
+        if mask is None:
+            return ""
+        return f"alpha {self.content(row)}" if mask is ALPHA else self._file_content(str(mask))
 
     def cut_report(self, tokenizer: Tokenizer) -> str:
         """Return one line on the captions of more than 75 tokens, empty if there are none."""
@@ -169,7 +207,15 @@ class TrainingData:
         else:
             parts = (part for number, row in enumerate(self.rows) for part in (self.name(number), row.caption))
         rules = self._own_rules()
+        if self.masks is not None:
+            rules.append([self._mask_fingerprint(row) for row in range(len(self.rows))])
         return content_key("rows", *parts, *([repr(rules)] if rules else []))
+
+    def _mask_fingerprint(self, row: int) -> str:
+        mask = self.masks[row] if self.masks is not None else None
+        if isinstance(mask, str):
+            return file_hash(Path(mask)) if self.contents is not None else os.path.basename(mask)
+        return "" if mask is None else "alpha"
 
     def _own_rules(self) -> list[object]:
         """Return the rules that differ between rows, none for a data set of one subset without repeats."""
@@ -229,6 +275,11 @@ def prepare_data(
     used = np.flatnonzero(plan.repeats)
     weights = plan.weights[used] if plan.is_weighted else None
     data = _prepared(training.take(used), settings, config, plan.repeats[used], weights)
+    if data.masks is not None and all(mask is None for mask in data.masks):
+        raise UserError(
+            "masked_loss is set and no image has a mask: give conditioning_data_dir, a folder with images of the same "
+            "names, or alpha_mask"
+        )
     if any(subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets):
         for line in data.buckets.report(data.name):
             logger.info("%s", line)
@@ -267,9 +318,29 @@ def _prepared(
             parts.append((places, buckets))
     buckets = parts[0][1] if len(parts) == 1 else join_buckets(parts)
     color = parse_color("alpha_color", settings.alpha_color)
+    masks = _masks(listing, settings)
     return TrainingData(
-        listing.rows, listing.subsets, rules, buckets, checked.contents, config.image_channels, color, weights
+        listing.rows, listing.subsets, rules, buckets, checked.contents, config.image_channels, color, weights, masks
     )
+
+
+def _masks(listing: Listing, settings: TrainSettings) -> list[Mask | None] | None:
+    """Return the mask of each row's image, None where neither masked_loss nor alpha_mask is set."""
+    subsets = listing.subsets
+    if not settings.masked_loss:
+        own = any(subset.settings.get("conditioning_data_dir") for subset in subsets)
+        if own:
+            logger.warning("conditioning_data_dir has no effect without masked_loss: give that too")
+        subsets = tuple(
+            dataclasses.replace(
+                subset, settings={k: v for k, v in subset.settings.items() if k != "conditioning_data_dir"}
+            )
+            for subset in subsets
+        )
+        if not any(subset.settings.get("alpha_mask", settings.alpha_mask) for subset in subsets):
+            return None
+    finder = MaskFinder(subsets, settings.conditioning_data_dir, settings.alpha_mask)
+    return [None if subsets[row.subset].is_reg else finder.find(row) for row in listing.rows]
 
 
 def _read_options(settings: TrainSettings) -> ReadOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm.data.transforms import parse_color
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
@@ -40,6 +41,7 @@ def check_settings(settings: TrainSettings) -> None:
             "pretrained_model_ema does not go with unet_initialize_random: it selects weights of the UNet, which are "
             "not read from the checkpoint then"
         )
+    parse_color("alpha_color", settings.alpha_color)
     if settings.model_config is not None:
         config = load_model_config(under_root(settings.model_config))
         image_size(settings, config)

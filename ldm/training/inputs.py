@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ldm.data.batches import BatchOrder
 from ldm.data.cache import content_key
 from ldm.data.draws import augmentation_draws, caption_draws, micro_batch_draws
+from ldm.data.masks import MaskReport, loss_weights
 from ldm.data.shards import ShardedCache
-from ldm.data.training_data import MAX_BAD_FRACTION, TrainingData
+from ldm.data.training_data import MAX_BAD_FRACTION, MAX_CHECKED, TrainingData
 from ldm.errors import UserError, plain
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -117,6 +118,11 @@ class Inputs:
         if settings.cache_text and not settings.lora_ft_text_encoder:
             self.texts = ShardedCache(folder, "texts", order.process_index)
             self._texts_key = content_key("text", network_hash(self.text_encoder, self.config.text))
+        self.masks: ShardedCache | None = None
+        if data.masks is not None:
+            if not data.augments:
+                self.masks = ShardedCache(folder, "masks", order.process_index)
+            self._report_masks()
         self._prepared, self._window = range(0), 0
         self._broken: dict[int, int] = {}  # a row whose image is broken -> the row that replaces it
         self._loading: dict[int, tuple[np.ndarray, list[Future]]] = {}
@@ -133,7 +139,11 @@ class Inputs:
 
     def prepared_batch(self, number: int) -> Batch:
         """Return a micro-batch for which `prepare` or `encode_all` has been called. Another thread may make it."""
-        rows, moments = self._encode_now(number) if self.moments is None else self._cached_moments(number)
+        if self.moments is None:
+            rows, moments, masks = self._encode_now(number)
+        else:
+            rows, moments = self._cached_moments(number)
+            masks = [self._mask(row) for row in rows.tolist()] if self.data.masks is not None else []
         settings, config = self.settings, self.config
         shape = (len(rows), config.latent_channels, *moments.shape[2:])
         drawn = micro_batch_draws(
@@ -143,7 +153,8 @@ class Inputs:
         latents = sample_latents(moments, drawn.posterior, config.scale_factor)
         captions = self._captions(rows, number)
         captions = ["" if is_dropped else caption for caption, is_dropped in zip(captions, drawn.dropped)]
-        return Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(captions))
+        batch = Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(captions))
+        return batch._replace(weights=self._weights(rows, masks, shape[2:])) if self.data.is_weighted else batch
 
     def prepare(self, number: int) -> None:
         """Encode what the caches do not have yet of a micro-batch and of those that follow it in its window."""
@@ -342,21 +353,63 @@ class Inputs:
 
         return list(self.pool.map(load, rows))
 
-    def _encode_now(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of a micro-batch and their moments, and load the next images in the background."""
+    def _encode_now(self, number: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+        """Return the rows of a micro-batch, their moments and masks, and load the next images in the background."""
         rows, loading = self._loading.pop(number) if number in self._loading else self._load(number)
         if self.end is None or number + 1 < self.end:
             self._loading = {number + 1: self._load(number + 1)}
-        images: list[np.ndarray] = []
+        loaded: list[tuple[np.ndarray, np.ndarray | None]] = []
         for row, image in zip(rows.tolist(), loading):
             try:
-                images.append(image.result())
+                loaded.append(image.result())
             except UserError as error:
                 self._replace(row, error)
                 return self._encode_now(number)
-        return rows, self.vae_encoder(Tensor(np.stack(images))).asnumpy()
+        images, masks = zip(*loaded)
+        return rows, self.vae_encoder(Tensor(np.stack(images))).asnumpy(), list(masks)
 
     def _load(self, number: int) -> tuple[np.ndarray, list[Future]]:
         rows = self.rows(number)
         generators = augmentation_draws(self.settings.seed, number, len(rows), self.order.process_index)
-        return rows, [self.pool.submit(self.data.image, row, rng) for row, rng in zip(rows.tolist(), generators)]
+        return rows, [
+            self.pool.submit(self.data.image_and_mask, row, self.config.vae_factor, rng)
+            for row, rng in zip(rows.tolist(), generators)
+        ]
+
+    # ---- masks ----------------------------------------------------------------------------------------------------
+
+    def _weights(self, rows: np.ndarray, masks: list[np.ndarray | None], size: tuple[int, ...]) -> np.ndarray:
+        """Return the weights (N, 1, h, w) of the loss of a micro-batch."""
+        factors = self.data.weights
+        return loss_weights(
+            masks or [None] * len(rows), (size[0], size[1]), unmasked_weight=self.settings.unmasked_weight,
+            normalize_masked_area_loss=self.settings.normalize_masked_area_loss,
+            row_factors=None if factors is None else factors[rows].tolist(),
+        )  # fmt: skip
+
+    def _mask(self, row: int) -> np.ndarray | None:
+        """Return the mask (1, h, w) of a row's image, without random crop and mirroring."""
+        content = self.data.mask_content(row)
+        if not content:
+            return None
+        if self.masks is None:  # random crops, or latents that are computed at every step
+            return self.data.mask(row, self.config.vae_factor)
+        _, height, width = self._moments_shape(row)
+        key = content_key("mask", content, self.data.source(row), repr((self.data.buckets.size(row), height, width)))
+        mask = self.masks.get(key, (1, height, width))
+        if mask is None:
+            mask = self.data.mask(row, self.config.vae_factor)
+            if mask is not None:
+                self.masks.put(key, mask)
+        return mask
+
+    def _report_masks(self) -> None:
+        """Log how many images have a mask, and how much of them the masks show."""
+        report = MaskReport(len(self.data))
+        count = min(len(self.data), MAX_CHECKED)
+        rows = np.linspace(0, len(self.data) - 1, count).round().astype(int).tolist()
+        for row in tqdm(rows, desc="reading masks", unit="mask", delay=1, leave=False):
+            if not self.data.subsets[self.data.rows[row].subset].is_reg:
+                report.add(row, self._mask(row))
+        for line in report.lines(self.data.name):
+            logger.info("%s", line)

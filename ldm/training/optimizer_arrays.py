@@ -29,6 +29,14 @@ def _(parameter: Tensor, part: Tensor) -> Tensor:
     return _copy(parameter, part.reshape(parameter.shape))
 
 
+_assign = ops.MultitypeFuncGraph("assign")
+
+
+@_assign.register("Tensor", "Tensor")
+def _(parameter: Tensor, part: Tensor) -> Tensor:
+    return ops.assign(parameter, part.reshape(parameter.shape))
+
+
 class OptimizerArrays:
     """The arrays that the optimizer works on: one flat array of all small parameters, and each large parameter itself.
 
@@ -121,13 +129,15 @@ class _CopyParts(nn.Cell):
         sizes = [p.size for p in parameters]
         self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
         self.group_sizes = tuple(sum(group) for group in self.sizes)
+        # In pynative mode a part is a view, whose copy MindSpore 2.8 refuses on the CPU: its memory has another size.
+        self.write = _assign if ms.get_context("mode") == ms.PYNATIVE_MODE else _write
 
     def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
         parts = ()
         groups = _split(flat, self.group_sizes, 0)
         for group, sizes in zip(groups, self.sizes):
             parts += _split(group, sizes, 0)
-        return _each(_write, self.parameters, parts)
+        return _each(self.write, self.parameters, parts)
 
 
 class CopyIntoParameters(nn.Cell):

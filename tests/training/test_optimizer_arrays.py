@@ -11,7 +11,7 @@ from ldm.lora.inject import factors_cast_to, lora_cells
 from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear
 from ldm.models.layers import Conv2d, Linear, set_compute_dtype
 from ldm.runtime.device import setup_runtime
-from ldm.training.optimizer_arrays import OptimizerArrays
+from ldm.training.optimizer_arrays import CopyIntoParameters, OptimizerArrays
 from ldm.training.step import TrainStep
 from tests.training.toy import scalars
 
@@ -175,3 +175,14 @@ def test_the_flat_array_has_the_values_and_the_copies_are_rounded():
     for parameter in three:
         np.testing.assert_array_equal(values[parameter.name], np.full(parameter.size, 1 / 3, np.float32))
     np.testing.assert_array_equal(arrays.join(values)[0], arrays.flat.asnumpy())
+
+
+def test_the_flat_array_is_copied_into_the_parameters_in_pynative_mode(parameters):
+    """Its parts are views there, whose memory has another size."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    arrays = OptimizerArrays(parameters, 10)
+    arrays.flat.set_data(Tensor(np.arange(arrays.flat.size, dtype=np.float32) + 1))
+    CopyIntoParameters(arrays)((arrays.flat,))
+    expected = arrays.split([p.asnumpy() for p in arrays.arrays])
+    for parameter in arrays.small:
+        np.testing.assert_array_equal(parameter.asnumpy(), expected[parameter.name])

@@ -1,0 +1,215 @@
+"""What a training sees of a data set: the same rows in every layout, with the rules of their subsets."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.cache import content_key, file_hash
+from ldm.data.dataset import read_image_text_csv
+from ldm.data.training_data import data_of_rows, prepare_data, read_listing
+from ldm.errors import UserError
+from ldm.settings.model import load_model_config
+from ldm.settings.train import TrainSettings
+from tests.data.sources import layouts
+
+MICRO = load_model_config(Path(__file__).parents[1] / "training" / "micro.yaml")
+RNG = np.random.default_rng(0)
+
+
+def write(folder, sizes, captions=None):
+    """Write images of different content, with caption files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate(sizes):
+        noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(captions[number] if captions else f"image {number}")
+    return folder
+
+
+def prepared(path, **others):
+    """The data of training and of validation."""
+    settings = TrainSettings(data_path=str(path), image_size=16, **others)
+    return prepare_data(read_listing(settings), settings, MICRO)
+
+
+def training(path, **others):
+    return prepared(path, **others)[0]
+
+
+def names(data):
+    return [data.name(row) for row in range(len(data))]
+
+
+@pytest.mark.parametrize("writer", [writer for writers in layouts.WRITERS.values() for writer in writers])
+def test_every_layout_gives_the_same_images_captions_and_fingerprint(writer, tmp_path, monkeypatch):
+    if writer in layouts.NEED_PYARROW:
+        pytest.importorskip("pyarrow")
+    monkeypatch.setitem(layouts.CAPTIONS, "cats/c d.png", "two, tags")
+    expected = training(layouts.image_text_csv(tmp_path / "expected"))
+    data = training(writer(tmp_path / "data"))
+    assert data.contents == expected.contents and data.fingerprint() == expected.fingerprint()
+    for row in range(4):
+        np.testing.assert_array_equal(data.image(row), expected.image(row))
+        assert data.caption(row, RNG, 0, 0, None) == expected.caption(row, RNG, 0, 0, None)
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(tmp_path):
+    """A run of an earlier version is resumed by it."""
+    folder = layouts.image_text_csv(tmp_path)
+    parts = [part for name, caption in layouts.CAPTIONS.items() for part in (file_hash(folder / name), caption)]
+    assert training(folder).fingerprint() == content_key("rows", *parts)
+    rows, settings = read_image_text_csv(folder).rows, TrainSettings()
+    assert data_of_rows(rows, 16, settings).fingerprint() == content_key("rows", *parts)
+
+
+def test_the_lines_of_a_caption_are_one_text_in_a_csv_and_one_is_taken_in_a_caption_file(tmp_path):
+    rows = [2]
+    for writer, expected in ((layouts.image_text_csv, "two lines"), (layouts.caption_files, "two")):
+        data = training(writer(tmp_path / writer.__name__))
+        assert [data.caption(row, RNG, 0, 0, None) for row in rows] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("folders", "repeated"),
+    [({"1_cat": 2}, [1, 1]), ({"1_cat": 2, "3_dog": 1}, [1, 1, 3])],
+)
+def test_kohyas_folders_are_repeated(tmp_path, folders, repeated):
+    for name, count in folders.items():
+        write(tmp_path / name, [(16, 16)] * count)
+    data = training(tmp_path)
+    assert data.buckets.repeats.tolist() == repeated and data.fills_batches == (max(repeated) > 1)
+
+
+def test_repeats_change_the_fingerprint(tmp_path):
+    prints = set()
+    for number, folder in enumerate(("1_cat", "2_cat")):
+        write(tmp_path / str(number) / folder, [(16, 16)] * 2)
+        prints.add(training(tmp_path / str(number)).fingerprint())
+    assert len(prints) == 2
+
+
+def test_the_settings_of_a_subset_win_over_those_of_the_run(tmp_path):
+    write(tmp_path / "a", [(16, 16)]), write(tmp_path / "b", [(16, 16)])
+    (tmp_path / "config.toml").write_text(
+        "[general]\ncaption_prefix = 'all'\n[[datasets]]\n"
+        "[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeats = 2\nflip_aug = true\ncaption_dropout_rate = 0.5\n"
+        "[[datasets.subsets]]\nimage_dir = 'b'\ncaption_prefix = 'own'\n"
+    )
+    data = training(tmp_path / "config.toml", caption_suffix="end", caption_dropout=0.1)
+    assert [data.caption(row, RNG, 0, 0, None) for row in (0, 1)] == ["all image 0 end", "own image 0 end"]
+    assert [rules.random_flip for rules in data.rules] == [True, False] and data.augments
+    assert data.dropout.tolist() == [0.5, 0.1] and data.buckets.repeats.tolist() == [2, 1]
+
+
+def test_two_data_sets_have_their_own_resolutions(tmp_path):
+    write(tmp_path / "a", [(30, 30)]), write(tmp_path / "b", [(40, 20), (20, 40)])
+    (tmp_path / "config.toml").write_text(
+        "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+        "[[datasets]]\nresolution = [32, 16]\n[[datasets.subsets]]\nimage_dir = 'b'\n"
+    )
+    data = training(tmp_path / "config.toml")
+    assert [data.image(row).shape for row in range(3)] == [(3, 8, 8), (3, 16, 32), (3, 16, 32)]
+
+
+def test_a_batch_size_of_the_data_set_must_be_that_of_the_run(tmp_path):
+    write(tmp_path / "a", [(16, 16)])
+    (tmp_path / "config.toml").write_text("[[datasets]]\nbatch_size = 3\n[[datasets.subsets]]\nimage_dir = 'a'\n")
+    with pytest.raises(UserError, match="batch_size is 3, and train_batch_size 4.*give --train_batch_size 3"):
+        training(tmp_path / "config.toml")
+    assert len(training(tmp_path / "config.toml", train_batch_size=3)) == 1
+
+
+BUCKETS = dict(enable_bucket=True, min_bucket_reso=8, max_bucket_reso=32, bucket_reso_steps=8)
+
+
+def test_images_keep_their_shape_with_buckets_and_the_log_says_what_is_cropped(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = training(write(tmp_path, [(40, 40), (90, 30), (30, 90), (91, 30)]), **BUCKETS)
+    assert [data.image(row).shape[1:] for row in range(4)] == [(16, 16), (8, 24), (24, 8), (8, 24)]
+    assert "4 images in 3 buckets: 3 graphs are compiled" in caplog.text and "cropped away" in caplog.text
+
+
+def test_without_buckets_nothing_is_said_of_them(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = training(write(tmp_path, [(40, 40), (60, 30)]))
+    assert len(data.buckets.sizes) == 1 and "compiled" not in caplog.text
+
+
+def test_images_that_are_not_decoded_before_are_known_by_name_size_and_date(tmp_path):
+    write(tmp_path, [(16, 16)] * 3)
+    checked, unchecked = training(tmp_path), training(tmp_path, check_images=False)
+    assert unchecked.contents is None and checked.contents is not None
+    assert len({unchecked.content(row) for row in range(3)}) == 3
+    before = unchecked.content(0)
+    Image.new("RGB", (16, 16)).save(tmp_path / "00.png")
+    assert unchecked.content(0) != before and unchecked.content(1) == training(tmp_path, check_images=False).content(1)
+
+
+def test_small_images_are_left_out_and_broken_ones_named(tmp_path, caplog):
+    write(tmp_path, [(16, 16)] * 11 + [(7, 30)])
+    (tmp_path / "03.png").write_bytes(b"no image")
+    data = training(tmp_path, image_filter_size=8)
+    assert "03.png" not in names(data) and "11.png" not in names(data) and len(data) == 10
+    assert "left out: 03.png (the image" in caplog.text
+
+
+@pytest.mark.parametrize("check_images", [True, False])
+def test_too_many_broken_images_are_refused(tmp_path, check_images):
+    write(tmp_path, [(16, 16)] * 4)
+    (tmp_path / "03.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="1 of 4 rows are unusable"):
+        training(tmp_path, check_images=check_images, **BUCKETS)
+
+
+# Images held out for validation
+
+
+def test_a_share_of_the_images_is_held_out_and_the_seed_says_which(tmp_path):
+    write(tmp_path, [(16, 16)] * 20)
+    kept, out = prepared(tmp_path, validation_split=0.25)
+    assert (len(kept), len(out)) == (15, 5)
+    assert sorted(names(kept) + names(out)) == [f"{number:02}.png" for number in range(20)]
+    assert names(prepared(tmp_path, validation_split=0.25)[1]) == names(out)
+    assert names(prepared(tmp_path, validation_split=0.25, validation_seed=7)[1]) != names(out)
+    assert names(prepared(tmp_path, validation_split=0.25, seed=5)[1]) != names(out)
+
+
+def test_one_image_is_left_to_train_on_unless_all_are_held_out(tmp_path):
+    write(tmp_path, [(16, 16)] * 2)
+    assert [len(data) for data in prepared(tmp_path, validation_split=0.99)] == [1, 1]
+    with pytest.raises(UserError, match="no usable images to train on"):
+        prepared(tmp_path, validation_split=1.0)
+
+
+def test_rows_of_one_image_are_held_out_together(tmp_path):
+    folder = write(tmp_path, [(16, 16)] * 4)
+    lines = [f"{number % 4:02}.png,caption {number}" for number in range(12)]
+    (folder / "img_txt.csv").write_text("\n".join(["dir,text", *lines]))
+    kept, out = prepared(folder, validation_split=0.5)
+    assert not set(names(kept)) & set(names(out)) and len(kept) == len(out) == 6
+
+
+def test_validation_has_a_folder_of_its_own(tmp_path):
+    write(tmp_path / "train", [(16, 16)] * 3)
+    write(tmp_path / "other", [(16, 16)] * 2)
+    kept, out = prepared(tmp_path / "train", validation_data_path=str(tmp_path / "other"))
+    assert (len(kept), len(out)) == (3, 2) and "other" in out.source(0)
+
+
+def test_without_a_split_nothing_is_held_out(tmp_path):
+    assert prepared(write(tmp_path, [(16, 16)] * 3))[1] is None
+
+
+def test_class_images_are_neither_held_out_nor_trained_with_weight_zero(tmp_path):
+    write(tmp_path / "a", [(16, 16)] * 4), write(tmp_path / "b", [(16, 16)] * 9)
+    (tmp_path / "config.toml").write_text(
+        "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n[[datasets.subsets]]\nimage_dir = 'b'\nis_reg = true\n"
+    )
+    kept, out = prepared(tmp_path / "config.toml", validation_split=0.5, prior_loss_weight=0.5)
+    assert len(out) == 2 and all("/a/" in out.source(row) for row in range(2))
+    assert kept.weights.tolist() == [1, 1, 0.5, 0.5]  # as many class images as instance images
+    alone = training(tmp_path / "config.toml", prior_loss_weight=0)
+    assert len(alone) == 4 and alone.weights is None
