@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import PIL
 
 from ldm.data.buckets import Size
-from ldm.data.cache import FileHash, file_hash
+from ldm.data.content import FileHash, file_hash
 from ldm.data.sources.rows import FilePart, ImageFile, read_image, readable_name
 from ldm.data.transforms import BrokenImage, open_rgb
 from ldm.errors import UserError, plain, system_reason

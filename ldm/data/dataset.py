@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ldm.data.cache import FileHash
 from ldm.data.checked_images import CheckedImages
+from ldm.data.content import FileHash
 from ldm.data.sources.image_text_csv import find_csv, parse_csv
 from ldm.data.sources.names import IMAGE_SUFFIXES, SimilarNames, check_inside
 from ldm.data.sources.rows import report_left_out

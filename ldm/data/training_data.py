@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
-from ldm.data.cache import FileHash, content_key, file_hash
 from ldm.data.captions import cut_captions, cut_report, final_caption
 from ldm.data.checked_images import CheckedImages
+from ldm.data.content import FileHash, content_key, file_hash
 from ldm.data.draws import draws
 from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
 from ldm.data.prior import plan_prior, with_instance_prompt

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.batches import BatchOrder
-from ldm.data.cache import content_key
+from ldm.data.content import content_key
 from ldm.data.draws import augmentation_draws, caption_draws, micro_batch_draws
 from ldm.data.masks import MaskReport, loss_weights
 from ldm.data.shards import ShardedCache
@@ -169,6 +169,8 @@ class Inputs:
         if self.texts is not None:
             captions = {caption: None for i in window for caption in self._captions(self.rows(i), i)}
             self._encode_texts([*captions, ""])
+        if self.order.process_count > 1:
+            self._flush()
         self._prepared = window
 
     def encode_all(self) -> None:
@@ -178,6 +180,7 @@ class Inputs:
             logger.info("captions that change from step to step are encoded while training")
         if count > 1:
             self._encode_rows(range(process, len(self.data), count))
+            self._flush()
             peers.gather()  # waits until the others have encoded theirs
             self._refresh()
         encoded = self._encode_rows(range(len(self.data)))
@@ -200,6 +203,12 @@ class Inputs:
                     encoded += self._encode_texts([*self._captions(np.array(part), 0), ""])
                 bar.update(len(part))
         return encoded
+
+    def _flush(self) -> None:
+        """Have what was encoded written to the disk, so that processes of other hosts find it."""
+        for cache in (self.moments, self.texts):
+            if cache is not None:
+                cache.flush()
 
     def _refresh(self) -> None:
         """Find what other processes have encoded."""

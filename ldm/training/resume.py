@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm.data.cache import content_key
+from ldm.data.content import content_key
 from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder

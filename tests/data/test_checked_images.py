@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ldm.data import checked_images as module
-from ldm.data.cache import file_hash
 from ldm.data.checked_images import CheckedImages, image_content
+from ldm.data.content import file_hash
 from ldm.data.dataset import read_image_text_csv
 from ldm.data.sources.rows import FilePart
 from ldm.data.transforms import BrokenImage

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.cache import content_key, file_hash
+from ldm.data.content import content_key, file_hash
 from ldm.data.dataset import read_image_text_csv
 from ldm.data.training_data import data_of_rows, prepare_data, read_listing
 from ldm.errors import UserError

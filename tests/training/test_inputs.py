@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
 from ldm.data.batches import BatchOrder
-from ldm.data.cache import file_hash
+from ldm.data.content import file_hash
 from ldm.data.dataset import Row
 from ldm.data.shards import ShardedCache
 from ldm.data.training_data import data_of_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ldm.data.batches import BatchOrder
-from ldm.data.cache import content_key
+from ldm.data.content import content_key
 from ldm.data.dataset import Row, read_image_text_csv
 from ldm.errors import UserError
 from ldm.files.inputs import is_file, is_folder, is_there, list_folder
