@@ -73,7 +73,7 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
         repeats[rows] = _in_turn(repeats[rows], samples)
         used = repeats[rows][repeats[rows] > 0]
         name = f"data set {dataset + 1}: " if len(set(datasets.tolist())) > 1 else ""
-        times = f", each {_range(used)} times, with weight {prior_loss_weight:g} in the loss" if len(used) else ""
+        times = f", each {_times(used)}, with weight {prior_loss_weight:g} in the loss" if len(used) else ""
         lines.append(
             f"{name}an epoch has {samples:,} samples of {len(instance):,} instance images and {int(used.sum()):,} of "
             f"{len(used):,} class images{times}"
@@ -102,9 +102,11 @@ def _in_turn(repeats: np.ndarray, samples: int) -> np.ndarray:
     return repeats + rounds + (np.arange(len(repeats)) < rest)
 
 
-def _range(numbers: np.ndarray) -> str:
-    low, high = int(numbers.min()), int(numbers.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def _times(repeats: np.ndarray) -> str:
+    low, high = int(repeats.min()), int(repeats.max())
+    if low == high:
+        return "once" if low == 1 else f"{low:,} times"
+    return f"{low:,} to {high:,} times"
 
 
 def with_instance_prompt(listing: Listing, prompt: str) -> Listing:
