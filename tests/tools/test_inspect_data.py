@@ -221,7 +221,9 @@ def test_masks_are_counted_and_tinted(tmp_path, capsys):
         capsys, tmp_path, "--data_path", data, "--masked_loss", "--conditioning_data_dir", tmp_path / "masks",
         "--train_batch_size", 1,
     )  # fmt: skip
-    assert found["masks"] == {"found": 1, "mean_cover": 0.5}
+    assert found["masks"] == {"read": 2, "found": 1, "mean_cover": 0.5}
+    side = 64 // load_model_config(ROOT / "configs" / "nano.yaml").vae_factor
+    assert found["cache_on_disk"]["masks_bytes"] == side * side * 4 + 88
     assert "masks: 1 of 2 images have one, which show 50.0% of them on average" in text
     pixels = np.ones((3, 2, 2), np.float32)
     tinted = np.asarray(as_image(pixels, np.array([[1.0, 0.0], [1.0, 0.0]])))

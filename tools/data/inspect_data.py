@@ -175,7 +175,7 @@ def notes(settings: TrainSettings, inspection: Inspection) -> str:
         texts.append("crops are those of the middle, not mirrored")
     if not inspection.data.has_one_caption:
         texts.append("captions change from step to step: one draw is shown")
-    if inspection.masks is not None:
+    if inspection.data.masks is not None:
         texts.append("red is not trained (mask)")
     return "".join(f"; {text}" for text in texts)
 

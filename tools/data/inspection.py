@@ -17,11 +17,11 @@ from ldm.data.buckets import Buckets
 from ldm.data.captions import MOST_TOKENS
 from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import caption_draws
-from ldm.data.masks import ALPHA, MaskFinder, MaskReport, load_mask
+from ldm.data.masks import MaskReport
 from ldm.data.prior import plan_prior, with_class_images
 from ldm.data.shards import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
-from ldm.data.training_data import TrainingData, prepare_data, read_listing
+from ldm.data.training_data import MAX_CHECKED, TrainingData, prepare_data, read_listing
 from ldm.data.transforms import BrokenImage, read_size
 from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig
@@ -60,7 +60,6 @@ class Inspection:
         self.missing_class_images = 0
         self.planned_class_images: tuple[str, ...] = ()  # what the log will say when they are drawn
         self.listing = self._with_class_images(read_listing(settings))
-        self.masks = self._find_masks()
         self.data, self.validation = prepare_data(self.listing, settings, config, record)
         self.left_out, self.surplus = self._find_left_out()
         self.measured: Measured = measure(self.data)
@@ -419,49 +418,43 @@ class Inspection:
                 texts = 0
             section.add("texts", text)
         section.figures = {"latents_bytes": latents, "texts_bytes": texts}
+        if data.masks is not None and not data.augments:
+            masked = {
+                (data.rows[row].image, mask, data.buckets.size(row))
+                for row, mask in enumerate(data.masks)
+                if mask is not None
+            }
+            masks = sum(w // config.vae_factor * (h // config.vae_factor) for _, _, (w, h) in masked) * BYTES_A_VALUE
+            masks += len(masked) * RECORD_BYTES
+            section.add("masks", f"{bytes_text(masks)} of {counted(len(masked), 'image')}")
+            section.figures["masks_bytes"] = masks
         return section
 
     # ---- masks ------------------------------------------------------------------------------------------------------
 
-    def _find_masks(self) -> Optional[MaskFinder]:
-        """Return what finds the masks, where they are on. Raises UserError if their folder is not there."""
-        settings, subsets = self.settings, self.listing.subsets
-        own = any(
-            subset.settings.get("alpha_mask") or subset.settings.get("conditioning_data_dir") for subset in subsets
-        )
-        if not (settings.masked_loss or settings.alpha_mask or own):
-            return None
-        return MaskFinder(subsets, settings.conditioning_data_dir, settings.alpha_mask)
-
     def mask(self, row: int) -> Optional[np.ndarray]:
         """Return the mask (h, w) of a row's image at the size of the latents, None if it has none."""
-        if self.masks is None:
-            return None
-        data, found = self.data, self.masks.find(self.data.rows[row])
-        if found is None:
-            return None
-        mask = load_mask(
-            found, data.rows[row].image, data.buckets.size(row), self.config.vae_factor, scale=data.buckets.scale(row)
-        )
+        mask = self.data.mask(row, self.config.vae_factor)
         return None if mask is None else mask[0]
 
     def _masks(self) -> Section:
         section = Section("masks")
-        if self.masks is None:
-            return section
         data = self.data
-        if data.contents is None:
-            kinds = [self.masks.find(row) for row in data.rows]
-            files = sum(kind is not None and kind is not ALPHA for kind in kinds)
-            section.add("found", f"files for {files:,} of {len(data):,} images; they are not read (check_images)")
-            section.figures = {"files": files}
+        if data.masks is None:
             return section
+        # As many as training reads before its first step, evenly from all rows.
+        read = np.linspace(0, len(data) - 1, min(len(data), MAX_CHECKED)).round().astype(int).tolist()
+        rows = [row for row in read if not data.subsets[data.rows[row].subset].is_reg]
         report, covers = MaskReport(len(data)), []
-        for row, mask in in_threads(range(len(data)), self.mask, "reading masks"):
+        for row, mask in in_threads(rows, self.mask, "reading masks"):
             report.add(row, mask)
             covers += [] if mask is None else [float(mask.mean())]
         section.add("", report.lines(data.name))
-        section.figures = {"found": len(covers), "mean_cover": sum(covers) / len(covers) if covers else None}
+        section.figures = {
+            "read": len(rows),
+            "found": len(covers),
+            "mean_cover": sum(covers) / len(covers) if covers else None,
+        }
         return section
 
     # ---- the sheet --------------------------------------------------------------------------------------------------
