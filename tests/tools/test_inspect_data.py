@@ -153,7 +153,7 @@ def test_buckets_repeats_and_subsets_are_those_of_a_training(tmp_path, capsys):
     assert found["training"]["batches"] == order.steps_per_epoch == 4
     assert found["training"]["samples"] == 7 and found["training"]["filled"] == 1
     assert [(bucket["width"], bucket["height"]) for bucket in found["buckets"]["buckets"]] == trained.buckets.sizes
-    for line in trained.buckets.report(trained.name):
+    for line in trained.buckets.report(lambda row: "1_dog/d.png"):  # which is the worst
         assert line.strip() in text
     assert [(subset["images"], subset["repeats"]) for subset in found["data_set"]["subsets"]] == [(1, 1), (3, 2)]
     # (mean, log variance) of 4 latent channels, or how many nano has, of each image in fp32, with 88 bytes of a record
@@ -209,6 +209,15 @@ def test_notes_of_images_are_those_of_training(tmp_path, capsys):
     found, text = report(capsys, tmp_path, "--data_path", data, "--train_batch_size", 1)
     [note] = found["images"]["notes"]
     assert note.startswith("1 image has several frames, of which the first is used") and note in text
+
+
+def test_images_that_are_too_small_are_left_out_with_the_reason(tmp_path, capsys):
+    data = write(tmp_path / "data", {"a.png": "a", "b.png": "b"}, {"b.png": (90, 70)})
+    flags = ("--data_path", data, "--image_filter_size", 75, "--train_batch_size", 1)
+    for more in ((), ("--check_images", False)):
+        found, text = report(capsys, tmp_path, *flags, *more)
+        assert found["rows"]["left_out_rows"] == [["b.png", "a side is shorter than image_filter_size 75"]]
+        assert found["rows"]["trained"] == 1
 
 
 def test_masks_are_counted_and_tinted(tmp_path, capsys):
@@ -313,6 +322,16 @@ def test_the_yaml_of_a_training_is_taken_and_its_output_path_is_left_alone(tmp_p
     found, text = report(capsys, tmp_path, *flags)
     assert found["rows"]["trained"] == 3 and found["training"]["steps"] == 500
     assert not (tmp_path / "run").exists()
+
+
+def test_names_that_are_no_text_and_names_in_several_folders(tmp_path, capsys):
+    data = tmp_path / "data"
+    for folder in ("1_a", "1_b"):
+        write(data / folder, {"1.png": "x"})
+    (data / "1_b" / os.fsdecode(b"\xb7.png")).write_bytes((data / "1_b" / "1.png").read_bytes())
+    found, text = report(capsys, tmp_path, "--data_path", data, "--train_batch_size", 1)
+    assert sorted(found["duplicates"]["same_content_names"][0])[:2] == ["1_a/1.png", "1_b/1.png"]
+    assert "1_a/1.png, 1_b/1.png, 1_b/\\xb7.png" in text
 
 
 def test_a_training_that_would_not_begin_is_reported_with_the_reason(tmp_path, capsys):

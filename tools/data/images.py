@@ -55,14 +55,14 @@ class Measured:
         sizes: Width and height (N, 2) of each row's image, upright. 0 where it cannot be read.
         cropped: The share (N,) of each image that is cropped away. 0 where it cannot be read.
         enlarged: How many times (N,) each image is enlarged, at most 1 where it is not.
-        broken: Name and fault of the images that cannot be read, which a training replaces by others.
+        broken: Row and fault of the images that cannot be read, which a training replaces by others.
         notes: What is to be said of images that are read all the same, if they were decoded.
     """
 
     sizes: np.ndarray
     cropped: np.ndarray
     enlarged: np.ndarray
-    broken: list[tuple[str, str]]
+    broken: list[tuple[int, str]]
     notes: list[str]
 
 
@@ -89,7 +89,7 @@ def measure(data: TrainingData) -> Measured:
     for number, row in enumerate(data.rows):
         size = size_of_image[row.image]
         if not all(size):
-            broken.append((data.name(number), f"the image {faults[row.image]}"))
+            broken.append((number, f"the image {faults[row.image]}"))
             continue
         target = data.buckets.size(number)
         left, top, right, bottom = crop_box(size, target, data.buckets.scale(number))

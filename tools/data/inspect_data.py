@@ -156,7 +156,7 @@ def inspect(settings: TrainSettings, own: OwnSettings, config: ModelConfig, mode
     data = inspection.data
     sheet = [
         {
-            "page": place // PAGE + 1, "name": data.name(choice.row), "caption": inspection.caption(choice.row),
+            "page": place // PAGE + 1, "name": inspection.name(choice.row), "caption": inspection.caption(choice.row),
             "size": list(data.buckets.size(choice.row)), "cropped": float(inspection.measured.cropped[choice.row]),
             "why": choice.why,
         }

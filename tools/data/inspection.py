@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -110,6 +111,11 @@ class Inspection:
                 left_out.append((self.listing.name(row), f"the image {error.fault}"))
         return left_out, surplus
 
+    def name(self, row: int) -> str:
+        """Return the name of a row's image, with its folder where there are several."""
+        data, subset = self.data, self.data.subsets[self.data.rows[row].subset]
+        return f"{os.path.basename(subset.folder)}/{data.name(row)}" if len(data.subsets) > 1 else data.name(row)
+
     def sections(self) -> list[Section]:
         """Return the report."""
         return [
@@ -207,7 +213,7 @@ class Inspection:
         if len(order):
             for label, row in (("smallest", order[0]), ("median", order[len(order) // 2]), ("largest", order[-1])):
                 width, height = measured.sizes[row].tolist()
-                name = "" if label == "median" else f"  {plain(data.name(int(row)), 80)}"
+                name = "" if label == "median" else f"  {plain(self.name(int(row)), 80)}"
                 section.add(label, f"{width:,} x {height:,}{name}")
                 figures[label] = [width, height]
         enlarged = np.flatnonzero(measured.enlarged > 1.0 + 1e-6)
@@ -216,14 +222,14 @@ class Inspection:
         if len(enlarged):
             most = int(measured.enlarged.argmax())
             figures["most_enlarged"] = float(measured.enlarged[most])
-            text += f", at most {measured.enlarged[most]:.1f} times ({plain(data.name(most), 60)})"
+            text += f", at most {measured.enlarged[most]:.1f} times ({plain(self.name(most), 60)})"
         section.add("enlarged", text)
         if measured.broken:
             section.add(
                 "broken",
                 [
                     f"{len(measured.broken):,}, which training replaces by others:",
-                    *(f"{plain(name, 80)}: {plain(fault)}" for name, fault in measured.broken[:NAMED]),
+                    *(f"{plain(self.name(row), 80)}: {plain(fault)}" for row, fault in measured.broken[:NAMED]),
                 ],
             )
         notes = measured.notes
@@ -252,7 +258,7 @@ class Inspection:
         # Class images share their caption, and two data sets of a config may share a folder.
         names = [data.rows[row].image for row in range(count)]
         labels = [name if isinstance(name, str) else f"{name.file}/{name.name}" for name in names]
-        shown = {label: data.name(row) for row, label in enumerate(labels)}
+        shown = {label: self.name(row) for row, label in enumerate(labels)}
         found = find_duplicates(labels, self.contents[:count], [row.caption for row in data.rows])
 
         def names_of(groups: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -295,11 +301,11 @@ class Inspection:
         section.add(
             "tokens",
             f"shortest {tokens[0]:,}, median {tokens[len(tokens) // 2]:,}, longest {tokens[-1]:,} "
-            f"({plain(data.name(int(figures.tokens.argmax())), 60)})",
+            f"({plain(self.name(int(figures.tokens.argmax())), 60)})",
         )
         section.add("cut", [
             f"{len(figures.cut):,} of {len(data):,} have more than {MOST_TOKENS} tokens",
-            *(f'{plain(data.name(cut.row), 60)} loses "{plain(cut.lost, 100)}"' for cut in figures.cut[:NAMED]),
+            *(f'{plain(self.name(cut.row), 60)} loses "{plain(cut.lost, 100)}"' for cut in figures.cut[:NAMED]),
         ])  # fmt: skip
         repeated = figures.repeated
         section.add("repeated", [
@@ -316,7 +322,7 @@ class Inspection:
             "missing": counts.get(NO_CAPTION, 0), "empty_in_files": counts.get(EMPTY_CAPTION, 0),
             "empty": figures.empty, "shortest": int(tokens[0]), "median": int(tokens[len(tokens) // 2]),
             "longest": int(tokens[-1]), "cut": len(figures.cut),
-            "cut_captions": [{"name": data.name(cut.row), "lost": cut.lost} for cut in figures.cut[:MOST_LISTED]],
+            "cut_captions": [{"name": self.name(cut.row), "lost": cut.lost} for cut in figures.cut[:MOST_LISTED]],
             "repeated": len(repeated), "repeated_captions": dict(repeated[:MOST_LISTED]),
             "change": not data.has_one_caption,
         }  # fmt: skip
@@ -341,7 +347,7 @@ class Inspection:
 
     def _buckets(self) -> Section:
         section = Section("buckets")
-        lines = self.buckets.report(self.data.name)
+        lines = self.buckets.report(self.name)
         section.add("", lines)
         section.figures = {
             "graphs": self.buckets.graphs, "mean_crop": float(self.measured.cropped.mean()),
@@ -349,7 +355,7 @@ class Inspection:
                 {
                     "width": bucket.size[0], "height": bucket.size[1], "images": bucket.images,
                     "with_repeats": bucket.samples, "mean_crop": bucket.mean, "worst_crop": bucket.worst,
-                    "worst_image": self.data.name(bucket.worst_row),
+                    "worst_image": self.name(bucket.worst_row),
                 }
                 for bucket in self.buckets.reports()
             ],
@@ -449,7 +455,7 @@ class Inspection:
         for row, mask in in_threads(rows, self.mask, "reading masks"):
             report.add(row, mask)
             covers += [] if mask is None else [float(mask.mean())]
-        section.add("", report.lines(data.name))
+        section.add("", report.lines(self.name))
         section.figures = {
             "read": len(rows),
             "found": len(covers),
@@ -480,12 +486,12 @@ class Inspection:
         try:
             pixels, mask = data.image(row), self.mask(row)
         except UserError as error:
-            return Cell(None, data.name(row), self.caption(row), facts, [*notes, str(error)])
+            return Cell(None, self.name(row), self.caption(row), facts, [*notes, str(error)])
         if mask is not None:
             facts += f", mask {mask.mean():.0%}"
             factor = self.config.vae_factor
             mask = np.repeat(np.repeat(mask, factor, axis=0), factor, axis=1)
-        return Cell(pixels, data.name(row), self.caption(row), facts, notes, mask)
+        return Cell(pixels, self.name(row), self.caption(row), facts, notes, mask)
 
 
 def _quoted(text: str) -> str:
