@@ -190,6 +190,8 @@ def test_class_images_are_counted_with_those_that_will_be_drawn(tmp_path, capsys
     found, text = report(capsys, tmp_path, *flags, "--num_class_images", 10, "--num_repeats", 4)
     assert found["rows"]["class_images_missing"] == 7
     assert "an epoch has 8 samples of 2 instance images and 8 of 8 class images" in text
+    assert found["training"]["samples"] == found["training"]["batches"] == 16
+    assert "16 an epoch, 10 images with their repeats, with the missing class images" in text
     assert sorted((tmp_path / "class").iterdir()) == before
 
 

@@ -19,7 +19,7 @@ from ldm.data.captions import MOST_TOKENS
 from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import caption_draws
 from ldm.data.masks import MaskReport
-from ldm.data.prior import plan_prior, with_class_images
+from ldm.data.prior import PriorPlan, plan_prior, with_class_images
 from ldm.data.shards import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
 from ldm.data.training_data import MAX_CHECKED, TrainingData, prepare_data, read_listing
@@ -59,8 +59,9 @@ class Inspection:
         assert settings.data_path is not None
         self.detected = sources.detect(settings.data_path)
         self.missing_class_images = 0
-        self.planned_class_images: tuple[str, ...] = ()  # what the log will say when they are drawn
-        self.listing = self._with_class_images(read_listing(settings))
+        self.all_class_images: Optional[Listing] = None  # those that there are and the missing ones
+        self.own_listing = read_listing(settings)
+        self.listing = self._with_class_images(self.own_listing)
         self.data, self.validation = prepare_data(self.listing, settings, config, record)
         self.left_out, self.surplus = self._find_left_out()
         self.measured: Measured = measure(self.data)
@@ -84,8 +85,7 @@ class Inspection:
         prompt = settings.class_prompt or ""
         if found.missing:
             drawn = [folder / f"class-{number:06d}.png" for number in found.missing]
-            planned = with_class_images(listing, list_class_images(folder, [*found.paths, *drawn], prompt))
-            self.planned_class_images = plan_prior(planned, settings.prior_loss_weight).lines
+            self.all_class_images = list_class_images(folder, [*found.paths, *drawn], prompt)
         if not found.paths:
             return listing
         return with_class_images(listing, list_class_images(folder, found.paths, prompt))
@@ -110,6 +110,15 @@ class Inspection:
             except BrokenImage as error:
                 left_out.append((self.listing.name(row), f"the image {error.fault}"))
         return left_out, surplus
+
+    @cached_property
+    def planned(self) -> Optional[PriorPlan]:
+        """Repeats and weights when the missing class images are drawn, None if none is missing."""
+        if self.all_class_images is None:
+            return None
+        kept = {id(row) for row in (*self.data.rows, *self.surplus)}
+        own = self.own_listing._replace(rows=[row for row in self.own_listing.rows if id(row) in kept])
+        return plan_prior(with_class_images(own, self.all_class_images), self.settings.prior_loss_weight)
 
     def name(self, row: int) -> str:
         """Return the name of a row's image, with its folder where there are several."""
@@ -185,11 +194,11 @@ class Inspection:
             used = {id(row) for row in (*self.data.rows, *self.surplus)}
             kept = listing._replace(rows=[row for row in listing.rows if id(row) in used])
             plan_lines = plan_prior(kept, self.settings.prior_loss_weight).lines
-        if self.missing_class_images:
+        if self.planned is not None:
             plan_lines = (
                 f"{self.missing_class_images:,} are missing, and the base model will draw them. With them:",
-                *self.planned_class_images,
-                "What follows is counted without the missing ones",
+                *self.planned.lines,
+                "Images, captions, duplicates and buckets are counted without the missing ones",
             )
         if plan_lines:
             section.add("class images", plan_lines)
@@ -365,14 +374,20 @@ class Inspection:
     def _epoch(self) -> Section:
         section = Section("training")
         settings, data = self.settings, self.data
-        several = len(data.buckets.sizes) > 1
-        samples = int(data.buckets.repeats.sum())
-        section.add("samples", f"{samples:,} an epoch, {counted(len(data), 'image')} with their repeats")
+        several, repeats, fill = len(data.buckets.sizes) > 1, data.buckets.repeats, data.fills_batches
+        note = ""
+        if self.planned is not None and several:
+            note = ", without the missing class images"
+        elif self.planned is not None:  # all have the same size
+            repeats, note = self.planned.repeats[self.planned.repeats > 0], ", with the missing class images"
+            fill = bool((repeats > 1).any())
+        samples = int(repeats.sum())
+        section.add("samples", f"{samples:,} an epoch, {counted(len(repeats), 'image')} with their repeats{note}")
         section.figures = {"samples": samples, "batch_size": settings.train_batch_size}
         try:
             order = BatchOrder(
-                len(data), settings.train_batch_size, settings.seed,
-                of_row=data.buckets.of_row if several else None, repeats=data.buckets.repeats, fill=data.fills_batches,
+                len(repeats), settings.train_batch_size, settings.seed,
+                of_row=data.buckets.of_row if several else None, repeats=repeats, fill=fill,
             )  # fmt: skip
         except UserError as error:
             section.add("batches", f"none: {error}")
