@@ -36,6 +36,7 @@ from tools.data.images import Measured, content_numbers, in_threads, measure
 from tools.data.report import NAMED, Section, bytes_text, counted, in_columns, named, table
 
 FREQUENT = 30  # tags or words that are printed
+MOST_SUBSETS = 50  # that are printed
 MOST_LISTED = 1000  # names, groups or tags that the JSON lists of a kind
 RECORD_BYTES = HEADER.size + ENTRY.itemsize  # of a cached array besides its values
 BYTES_A_VALUE = 4  # float32
@@ -166,7 +167,10 @@ class Inspection:
                 plain(subset.folder, 60), f"{images[number]:,}", f"{subset.num_repeats:,}",
                 "yes" if subset.is_reg else "no", plain(subset.class_tokens or "-", 40),
             ))  # fmt: skip
-        section.add("subsets", table(rows))
+        lines = table(rows[: MOST_SUBSETS + 1])
+        if len(rows) > len(lines):
+            lines.append(f"and {len(rows) - len(lines):,} more")
+        section.add("subsets", lines)
         section.figures = {
             "path": self.settings.data_path, "layout": self.detected.layout, "ignored": list(self.detected.ignored),
             "model": self.model, "image_size": side, "size_multiple": self.config.size_multiple, "subsets": subsets,
@@ -486,13 +490,19 @@ class Inspection:
         [rng] = caption_draws(self.settings.seed, row, 1)
         return data.caption(row, rng, steps, 0, steps)
 
+    @cached_property
+    def lost(self) -> dict[int, str]:
+        """What the caption of a row loses, of those that are cut."""
+        return {cut.row: cut.lost for cut in self.captions.cut}
+
     def cell(self, choice: Choice) -> Cell:
-        """Return a row as it is on the sheet. An image that cannot be read is said."""
+        """Return a row as it is on the sheet. The notes say why an image cannot be read."""
         data, row = self.data, choice.row
         width, height = data.buckets.size(row)
         cropped = float(self.measured.cropped[row])
         notes = [f"{cropped:.0%} is cropped away"] if choice.why == "worst crop" else []
-        notes += [f'cut: loses "{cut.lost}"' for cut in self.captions.cut if cut.row == row]
+        if row in self.lost:
+            notes.append(f'cut: loses "{self.lost[row]}"')
         facts = f"{width} x {height}, {cropped:.0%} cropped"
         if self.measured.enlarged[row] > 1.0 + 1e-6:
             facts += f", enlarged {self.measured.enlarged[row]:.1f} x"
