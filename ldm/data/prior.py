@@ -48,7 +48,9 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
     Raises:
         UserError: There are class images only.
     """
-    subsets = np.fromiter((row.subset for row in listing.rows), np.int64, len(listing.rows))
+    subsets = np.zeros(len(listing.rows), np.int32)
+    if len(listing.subsets) > 1:
+        subsets = np.fromiter((row.subset for row in listing.rows), np.int32, len(listing.rows))
     repeats = np.array([subset.num_repeats for subset in listing.subsets], np.int64)[subsets]
     is_reg = np.array([subset.is_reg for subset in listing.subsets], bool)[subsets]
     weights = np.where(is_reg, np.float32(prior_loss_weight), np.float32(1.0))

@@ -24,6 +24,7 @@ from ldm.data.draws import draws
 from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
 from ldm.data.prior import plan_prior, with_instance_prompt
 from ldm.data.sources import image_text_csv
+from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import FilePart, ImageFile, Listing, ReadOptions, Row, Subset, image_name, report_left_out
 from ldm.data.transforms import WHITE, BrokenImage, Color, ImageNotes, load_image, parse_color, read_size
 from ldm.errors import UserError, plain
@@ -68,7 +69,7 @@ class TrainingData:
         notes: What is said of images that are read all the same.
     """
 
-    rows: list[Row]
+    rows: Sequence[Row]  # a list, or a RowFile
     subsets: tuple[Subset, ...]
     rules: tuple[SubsetRules, ...]
     buckets: Buckets
@@ -97,6 +98,19 @@ class TrainingData:
         """Whether the loss has weights: those of masks or of class images."""
         return self.masks is not None or self.weights is not None
 
+    def file_of_row(self) -> np.ndarray | None:
+        """Return the number (N,) int32 of the file that holds each row's image, None if each has a file of its own.
+
+        Numbers are given in the order of the first rows.
+        """
+        if isinstance(self.rows, RowFile):
+            return self.rows.file_numbers()
+        if not any(isinstance(row.image, FilePart) for row in self.rows):
+            return None
+        numbers: dict[str, int] = {}
+        files = (row.image.file if isinstance(row.image, FilePart) else row.image for row in self.rows)
+        return np.fromiter((numbers.setdefault(file, len(numbers)) for file in files), np.int32, len(self.rows))
+
     @cached_property
     def dropout(self) -> np.ndarray:
         """The share (subsets,) float64 of the captions that become empty."""
@@ -104,7 +118,8 @@ class TrainingData:
 
     def name(self, row: int) -> str:
         """Return the name of a row's image relative to the folder of its subset."""
-        return image_name(self.rows[row].image, self.subsets[self.rows[row].subset].folder)
+        found = self.rows[row]
+        return image_name(found.image, self.subsets[found.subset].folder)
 
     def source(self, row: int) -> str:
         """Return the path of a row's image, for messages; of one inside a larger file, that file's path as well."""
@@ -186,17 +201,22 @@ class TrainingData:
     def cut_report(self, tokenizer: Tokenizer) -> str:
         """Return one line on the captions of more than 75 tokens, empty if there are none."""
         cut = []
+        subsets = _subsets(self.rows, len(self.subsets))
         for number, rules in enumerate(self.rules):
-            rows = [place for place, row in enumerate(self.rows) if row.subset == number]
-            texts = (self.text(place) for place in rows)
-            cut += [found._replace(row=rows[found.row]) for found in cut_captions(texts, rules.captions, tokenizer)]
+            places = np.flatnonzero(subsets == number)
+            texts = (self._text(row) for row in self.rows if row.subset == number)
+            found = cut_captions(texts, rules.captions, tokenizer)
+            cut += [caption._replace(row=int(places[caption.row])) for caption in found]
         return cut_report(cut, len(self.rows), self.name)
 
     def text(self, row: int) -> str:
         """Return the caption of a row as the data set gives it, in one line where lines have no meaning."""
-        caption, rules = self.rows[row].caption, self.rules[self.rows[row].subset]
+        return self._text(self.rows[row])
+
+    def _text(self, row: Row) -> str:
+        rules = self.rules[row.subset]
         joins = rules.joins_lines and not rules.captions.enable_wildcard
-        return " ".join(caption.split()) if joins else caption
+        return " ".join(row.caption.split()) if joins else row.caption
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides what training sees of the data: images, captions and their rules."""
@@ -205,7 +225,8 @@ class TrainingData:
                 part for row, content in zip(self.rows, self.contents) for part in (content, row.caption)
             )
         else:
-            parts = (part for number, row in enumerate(self.rows) for part in (self.name(number), row.caption))
+            folders = [subset.folder for subset in self.subsets]
+            parts = (part for row in self.rows for part in (image_name(row.image, folders[row.subset]), row.caption))
         rules = self._own_rules()
         if self.masks is not None:
             rules.append([self._mask_fingerprint(row) for row in range(len(self.rows))])
@@ -221,7 +242,7 @@ class TrainingData:
         """Return the rules that differ between rows, none for a data set of one subset without repeats."""
         if len(self.subsets) < 2 and not (self.buckets.repeats > 1).any():
             return []
-        of_row = [row.subset for row in self.rows]
+        of_row = _subsets(self.rows, len(self.subsets)).tolist()
         return [of_row, self.buckets.repeats.tolist(), [dataclasses.asdict(rules.captions) for rules in self.rules]]
 
 
@@ -301,7 +322,7 @@ def _prepared(
 ) -> TrainingData:
     listing, side = checked.listing, settings.image_size or config.image_size
     rules = tuple(_rules(settings, subset) for subset in listing.subsets)
-    of_dataset = np.array([subset.dataset for subset in listing.subsets])[_subsets(listing)]
+    of_dataset = np.array([subset.dataset for subset in listing.subsets])[_subsets(listing.rows, len(listing.subsets))]
     parts = []
     for number in np.unique(of_dataset):
         places = np.flatnonzero(of_dataset == number)
@@ -352,6 +373,7 @@ def _read_options(settings: TrainSettings) -> ReadOptions:
         class_tokens=settings.instance_prompt,
         num_repeats=settings.num_repeats,
         caption_separator=settings.caption_separator,
+        rows_on_disk=settings.shuffle_buffer_size > 0,
     )
 
 
@@ -380,9 +402,11 @@ def _rules(settings: TrainSettings, subset: Subset) -> SubsetRules:
     )
 
 
-def _subsets(listing: Listing) -> np.ndarray:
-    """Return the number of the subset (N,) int64 of each row."""
-    return np.fromiter((row.subset for row in listing.rows), np.int64, len(listing.rows))
+def _subsets(rows: Sequence[Row], count: int) -> np.ndarray:
+    """Return the number of the subset (N,) of each row. There are `count` subsets."""
+    if count == 1:
+        return np.zeros(len(rows), np.int32)
+    return np.fromiter((row.subset for row in rows), np.int32, len(rows))
 
 
 class _Checked(NamedTuple):
@@ -400,7 +424,9 @@ class _Checked(NamedTuple):
             return self
         rows, contents = self.listing.rows, self.contents
         return _Checked(
-            self.listing._replace(rows=[rows[place] for place in places]),
+            self.listing._replace(
+                rows=rows.take(places) if isinstance(rows, RowFile) else [rows[place] for place in places]
+            ),
             None if contents is None else [contents[place] for place in places],
             None if self.sizes is None else self.sizes[places],
         )
@@ -490,7 +516,7 @@ def held_out(listing: Listing, settings: TrainSettings) -> np.ndarray:
     Rows of the same image go together. Class images are not held out. One image of a subset is left to train on unless
     the share is 1, and none is held out where validation_data_path gives other images.
     """
-    subsets = _subsets(listing)
+    subsets = _subsets(listing.rows, len(listing.subsets))
     out = np.zeros(len(subsets), bool)
     for number, subset in enumerate(listing.subsets):
         share: Any = subset.settings.get("validation_split", settings.validation_split)

@@ -82,6 +82,13 @@ class ImageSettings:
     validation_data_path: Optional[str] = input_path(
         "data set for validation, instead of validation_split", not_in_diffusers="diffusers' script has no validation"
     )
+    shuffle_buffer_size: int = data_setting(
+        0,
+        "tar shards: read one after the other, in a new order in every epoch, and shuffle within a buffer of so many "
+        "images; the list of images is then kept on disk. 0: draw from all images at random",
+        low=0,
+        high=MAX_COUNT,
+    )
     check_images: Optional[bool] = setting(
         None,
         "decode every image before the first step; None: up to 20,000 images. Broken images that are found later are "

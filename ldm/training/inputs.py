@@ -161,8 +161,10 @@ class Inputs:
         if number in self._prepared or (self.moments is None and self.texts is None):
             return
         self._window = min(self.settings.encode_ahead, max(1, 2 * self._window))
-        end = number + self._window
-        window = range(number, end if self.end is None else max(number + 1, min(end, self.end)))
+        # Within an epoch, no two processes have the same row, so that none encodes what another one does.
+        epoch_end = (self.order.epoch(number) + 1) * self.order.steps_per_epoch
+        ends = number + self._window, epoch_end, epoch_end if self.end is None else max(number + 1, self.end)
+        window = range(number, min(ends))
         self._refresh()
         if self.moments is not None:
             self._encode_images(np.concatenate([self.rows(i) for i in window]).tolist())

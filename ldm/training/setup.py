@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.checks import check_settings, image_size, trained_timesteps
+from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler, make_loss_scaler
@@ -103,7 +105,10 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     config = _read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
-    data, _ = prepare_data(read_listing(settings), settings, config, output / "cache" / "images.json")
+    listing = read_listing(settings)
+    load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
+    listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
+    data, _ = prepare_data(listing, settings, config, output / "cache" / "images.json")
     several = len(data.buckets.sizes) > 1
     order = BatchOrder(
         len(data), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count,
@@ -118,13 +123,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         remove_leftovers(status.folder)
         remove_leftovers(output)
 
-    model = load_model(
-        config,
-        _base_model(settings),
-        vae=settings.vae_ckpt_path,
-        ema=settings.pretrained_model_ema,
-        random_unet=settings.unet_initialize_random,
-    )
+    model = load_base()
     trainable = choose_trainable(settings, model, lora_spec)
     set_process(model, runtime.process_index)
     state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
@@ -174,6 +173,16 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 def _base_model(settings: TrainSettings) -> str:
     assert settings.pretrained_model_path is not None  # check_settings
     return settings.pretrained_model_path
+
+
+def _load_base_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
+    return load_model(
+        config,
+        _base_model(settings),
+        vae=settings.vae_ckpt_path,
+        ema=settings.pretrained_model_ema,
+        random_unet=settings.unet_initialize_random,
+    )
 
 
 def _read_model_config(settings: TrainSettings) -> ModelConfig:

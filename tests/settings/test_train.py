@@ -38,10 +38,16 @@ def test_every_setting_is_explained():
 def test_the_settings_in_a_training_state_stay_the_same():
     """States that earlier versions wrote are compared by these names. One that is missing would not be compared."""
     assert sorted(names_of(TrainSettings, resume="fixed")) == [
-        "caption_dropout", "gradient_accumulation_steps", "image_size", "lora_alpha", "lora_config", "lora_dropout",
-        "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale", "lora_targets",
-        "max_timestep", "min_timestep", "optim", "precision", "random_crop", "random_flip", "seed", "use_ema",
-        "use_lora",
+        "alpha_color", "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout",
+        "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
+        "caption_tag_dropout_rate", "class_prompt", "conditioning_data_dir", "enable_bucket", "enable_wildcard",
+        "gradient_accumulation_steps", "image_size", "instance_prompt", "keep_tokens", "keep_tokens_separator",
+        "lora_alpha", "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank",
+        "lora_scale", "lora_targets", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep",
+        "min_bucket_reso", "min_timestep", "normalize_masked_area_loss", "num_class_images", "num_repeats", "optim",
+        "precision", "prior_loss_weight", "random_crop", "random_flip", "secondary_separator", "seed",
+        "shuffle_caption", "token_warmup_min", "token_warmup_step", "unmasked_weight", "use_ema", "use_lora",
+        "validation_seed", "validation_split", "with_prior_preservation",
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
@@ -51,7 +57,11 @@ def test_the_settings_in_a_training_state_stay_the_same():
 
 
 @pytest.mark.parametrize(
-    ("cls", "known"), [(TrainSettings, {"use_lora", "use_parallel"}), (GenerateSettings, {"lora_ckpt_path"})]
+    ("cls", "known"),
+    [
+        (TrainSettings, {"use_lora", "use_parallel", "masked_loss", "with_prior_preservation"}),
+        (GenerateSettings, {"lora_ckpt_path"}),
+    ],
 )
 def test_what_a_setting_is_part_of_is_declared_in_known_words(cls, known):
     rules = [field.metadata for field in dataclasses.fields(cls)]
@@ -162,7 +172,7 @@ def test_every_number_is_bounded(cls):
 @pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings])
 def test_every_path_is_declared_as_a_path(cls):
     """`~` and `$NAME` are expanded in these."""
-    words = ("path", "config", "resume", "latents")
+    words = ("path", "config", "resume", "latents", "data_dir")
     for field in dataclasses.fields(cls):
         named = any(word in field.name for word in words) and field.name != "cache_latents"
         assert field.metadata["path"] == named, field.name

@@ -83,4 +83,4 @@ def test_two_hosts_of_which_one_has_no_training_state_do_not_resume(saved_run, m
         msrun.wait()
     name = f"process 1 on {socket.gethostname()}"
     assert f"error: {name} starts at step 0, process 0 at step {STEPS}: give all hosts the same output_path" in said
-    assert not list((tmp_path / "host1" / "cache").glob("*/*.npy"))  # found before anything is encoded
+    assert not list((tmp_path / "host1" / "cache").glob("*.shard"))  # found before anything is encoded

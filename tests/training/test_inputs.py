@@ -172,13 +172,14 @@ def test_another_model_encodes_again(rows, tmp_path, monkeypatch):
     assert encoded(build(rows, tmp_path, model=model), monkeypatch) == {"images": 6, "texts": 0}
 
 
-def test_images_are_encoded_in_windows_that_grow_to_encode_ahead(rows, tmp_path, monkeypatch):
-    inputs, windows = build(rows, tmp_path, encode_ahead=4), []
+@pytest.mark.parametrize(("ahead", "expected"), [(2, [1, 2, 2, 1, 2, 1, 2, 1]), (64, [1, 2, 3, 3, 3])])
+def test_images_are_encoded_in_windows_that_grow_and_end_with_an_epoch(rows, tmp_path, monkeypatch, ahead, expected):
+    inputs, windows = build(rows, tmp_path, encode_ahead=ahead), []
     encode = inputs._encode_images
     monkeypatch.setattr(inputs, "_encode_images", lambda rows: windows.append(len(rows) // 2) or encode(rows))
     for number in range(12):
         inputs.batch(number)
-    assert windows == [1, 2, 4, 4, 4]  # of micro-batches of two rows
+    assert windows == expected  # of micro-batches of two rows, of which an epoch has three
 
 
 def test_what_is_encoded_in_windows_is_what_is_encoded_at_once(rows, tmp_path):

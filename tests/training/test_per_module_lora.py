@@ -121,7 +121,7 @@ def test_another_lora_config_is_another_run(uninterrupted, micro_base_model, mic
 def test_a_mistake_is_found_before_the_data_is_encoded(micro_base_model, micro_data, tmp_path, modules, error):
     with pytest.raises(UserError, match=error):
         prepare(settings_of(micro_base_model, micro_data, tmp_path / "run", modules))
-    assert not list((tmp_path / "run").glob("cache/*/*.npy"))
+    assert not list((tmp_path / "run").glob("cache/*.shard"))
 
 
 @pytest.mark.parametrize(

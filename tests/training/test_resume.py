@@ -59,7 +59,7 @@ def test_another_run_is_refused_with_what_differs(settings, saved_run, change, d
 def test_another_run_is_refused_before_the_data_is_encoded(settings, saved_run, tmp_path):
     with pytest.raises(UserError, match="seed was 42, is 7"):
         prepare(settings(tmp_path / "new", **{**FULL, "seed": 7}, resume=str(saved_run)))
-    assert not list((tmp_path / "new" / "cache").glob("*/*.npy"))
+    assert not list((tmp_path / "new" / "cache").glob("*.shard"))
 
 
 def test_another_rate_or_length_is_taken_with_a_warning(settings, saved_run):

@@ -65,7 +65,7 @@ def read(place: Place, options: ReadOptions) -> Listing:
     listing = merged(NAME, [_read_file(file, os.path.dirname(file), options) for file in files])
     if len(files) > 1:
         _check_once(listing)
-        listing.rows.sort(key=lambda row: str(row.image))
+        listing = listing._replace(rows=sorted(listing.rows, key=lambda row: str(row.image)))
     return _without_other_splits(listing, place.path, options)
 
 

@@ -10,13 +10,16 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.inputs import open_file, read_bytes
 from ldm.runtime.logs import warn_each
+
+if TYPE_CHECKING:
+    from ldm.data.sources.row_file import RowFile
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,7 @@ class ReadOptions:
         max_bad_fraction: The data set is refused if more than this fraction of its rows is unusable.
         recursive: Whether a folder of images includes the folders below.
         caption_separator: What stands between the caption and the tags of kohya's JSON, before a space.
+        rows_on_disk: Whether the rows of tar shards are a RowFile, in the order of the shards. Others are in memory.
     """
 
     image_column: Optional[str] = None
@@ -120,6 +124,7 @@ class ReadOptions:
     max_bad_fraction: float = 0.10
     recursive: bool = True
     caption_separator: str = ","
+    rows_on_disk: bool = False
 
     def subset(self, layout: str, folder: str, source: str, unit: str) -> Subset:
         """Return the subset of a layout that says nothing of repeats, class images and class tokens."""
@@ -130,11 +135,11 @@ class Listing(NamedTuple):
     """The rows of a data set.
 
     img_txt.csv keeps the order of its lines. The rows of a subset in any other layout are sorted by the image's name,
-    so that the same images and captions give the same list in every layout.
+    so that the same images and captions give the same list in every layout. Rows on disk keep the order of the shards.
     """
 
     layout: str
-    rows: list[Row]
+    rows: Sequence[Row]  # a list, or a RowFile
     subsets: tuple[Subset, ...]
     left_out: list[tuple[str, str]]  # the unusable rows: name, place and reason
     counts: dict[str, int]  # what the warnings count
@@ -209,15 +214,16 @@ class Collector:
         layout: Name of the layout.
         subject: The data set's file or folder, which begins the messages.
         options: How to read.
+        rows: Where rows are collected. None: in memory.
 
     Attributes:
         class_tokens: Caption of images without one; a layout may change it from folder to folder.
     """
 
-    def __init__(self, layout: str, subject: str, options: ReadOptions):
+    def __init__(self, layout: str, subject: str, options: ReadOptions, rows: Optional[RowFile] = None):
         self._layout, self._subject, self._options = layout, plain(subject), options
         self.class_tokens = options.class_tokens
-        self.rows: list[Row] = []
+        self.rows: Union[list[Row], RowFile] = [] if rows is None else rows
         self.left_out: list[tuple[str, str]] = []
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
@@ -258,7 +264,7 @@ class Collector:
         return self._counts[what]
 
     def listing(self, subsets: Iterable[Subset], sort: bool = True) -> Listing:
-        """Log what was left out and counted, and return the rows.
+        """Log what was left out and counted, and return the rows, sorted by name if they are in memory.
 
         Raises:
             UserError: Too many rows are unusable, or there are none.
@@ -273,7 +279,7 @@ class Collector:
             )
         if not self.rows:
             raise UserError(f"{self._subject} has no rows: add images to it")
-        if sort:
+        if sort and isinstance(self.rows, list):
             self.rows.sort(key=lambda row: row.image if isinstance(row.image, str) else row.image.name)
         return Listing(self._layout, self.rows, tuple(subsets), self.left_out, dict(self._counts))
 

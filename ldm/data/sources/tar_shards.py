@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
+
+import numpy as np
 
 from ldm.data.sources.caption_files import EXTENSIONS, MAX_BYTES
 from ldm.data.sources.image_text_csv import show_columns
 from ldm.data.sources.names import LISTED_SUFFIXES
 from ldm.data.sources.place import Place
+from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import (
     MAX_IMAGE_BYTES,
+    NAMED,
     NO_CAPTION,
     OTHER_FILES,
     Collector,
@@ -20,6 +25,7 @@ from ldm.data.sources.rows import (
     ReadOptions,
     Row,
     caption_fault,
+    image_name,
 )
 from ldm.data.sources.tar_files import Member, tar_members
 from ldm.errors import UserError, plain
@@ -49,13 +55,14 @@ def detect(place: Place) -> bool:
 def read(place: Place, options: ReadOptions) -> Listing:
     """Return the images of all shards, sorted by name. See `ldm.data.sources.read`.
 
-    Headers and captions are read, and no image. A million rows of two members take 400 MB of memory; `iter_tar` reads a
-    shard without a list.
+    Headers and captions are read, and no image. A million rows of two members take 400 MB of memory. With
+    `options.rows_on_disk` they take none, and keep the order of the shards.
 
     Raises:
         UserError: A shard is damaged, two images have the same name, or no image has a caption.
     """
-    collector = Collector(NAME, place.path, options)
+    collector = Collector(NAME, place.path, options, RowFile() if options.rows_on_disk else None)
+    hashes = array("q")  # of the names
     shards = [place.path] if place.is_file else [f"{place.path}/{name}" for name in _shards(place)]
     for shard in shards:
         for sample in _samples(shard, options, contents=False, collector=collector):
@@ -65,6 +72,8 @@ def read(place: Place, options: ReadOptions) -> Listing:
                 continue
             caption = collector.own_or_class_tokens(sample.caption, sample.image.name)
             collector.add(Row(sample.image, caption, 0, sample.image.offset))
+            if options.rows_on_disk:
+                hashes.append(hash(sample.image.name))
     if collector.rows and collector.counted(NO_CAPTION) == len(collector.rows):
         raise UserError(
             f"{plain(place.path)} has {len(collector.rows):,} images and no caption: put a .txt, a .caption or a .json "
@@ -72,13 +81,22 @@ def read(place: Place, options: ReadOptions) -> Listing:
         )
     subset = options.subset(NAME, place.path, place.path, "byte")
     listing = collector.listing((subset,))
-    for one, two in zip(listing.rows, listing.rows[1:]):
+    rows = _of_equal_hash(listing.rows, np.array(hashes)) if options.rows_on_disk else listing.rows
+    for one, two in zip(rows, rows[1:]):
         if listing.name(one) == listing.name(two):
             raise UserError(
                 f"{plain(listing.name(one))} is in {listing.where(one)} and in {listing.where(two)}: give images names "
                 "of their own"
             )
     return listing
+
+
+def _of_equal_hash(rows: Sequence[Row], hashes: np.ndarray) -> list[Row]:
+    """Return rows whose hash (N,) int64 another row has, sorted by name. If there are many, not all of them."""
+    in_order = np.sort(hashes)
+    repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])[:NAMED]
+    found = [rows[place] for place in np.flatnonzero(np.isin(hashes, repeated)).tolist()] if len(repeated) else []
+    return sorted(found, key=lambda row: image_name(row.image, ""))
 
 
 def iter_tar(path: str, options: ReadOptions) -> Iterator[TarSample]:
