@@ -94,14 +94,14 @@ class Inspection:
 
     def _find_left_out(self) -> tuple[list[tuple[str, str]], list[Row]]:
         """Return name and reason of each row that cannot be used, and the class images that no epoch has."""
-        used = {id(row) for part in (self.data, self.validation) if part is not None for row in part.rows}
+        used = {row for part in (self.data, self.validation) if part is not None for row in part.rows}
         left_out, surplus = list(self.listing.left_out), []
         check: Callable[[Any], object] = read_size
         if self.data.contents is not None:
             check = CheckedImages(self.record).check
         least = self.settings.image_filter_size
         for row in self.listing.rows:
-            if id(row) in used:
+            if row in used:
                 continue
             try:
                 check(row.image)
@@ -118,8 +118,8 @@ class Inspection:
         """Repeats and weights when the missing class images are drawn, None if none is missing."""
         if self.all_class_images is None:
             return None
-        kept = {id(row) for row in (*self.data.rows, *self.surplus)}
-        own = self.own_listing._replace(rows=[row for row in self.own_listing.rows if id(row) in kept])
+        kept = {*self.data.rows, *self.surplus}
+        own = self.own_listing._replace(rows=[row for row in self.own_listing.rows if row in kept])
         return plan_prior(with_class_images(own, self.all_class_images), self.settings.prior_loss_weight)
 
     def name(self, row: int) -> str:
@@ -196,8 +196,8 @@ class Inspection:
         plan_lines: tuple[str, ...] = ()
         is_reg = np.array([listing.subsets[row.subset].is_reg for row in self.data.rows], bool)
         if is_reg.any() or self.surplus:
-            used = {id(row) for row in (*self.data.rows, *self.surplus)}
-            kept = listing._replace(rows=[row for row in listing.rows if id(row) in used])
+            used = {*self.data.rows, *self.surplus}
+            kept = listing._replace(rows=[row for row in listing.rows if row in used])
             plan_lines = plan_prior(kept, self.settings.prior_loss_weight).lines
         if self.planned is not None:
             plan_lines = (
