@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Union
 
 from ldm.files.inputs import content_hash
 
@@ -17,7 +19,10 @@ def file_hash(path: Path) -> FileHash:
     return FileHash(content_hash(path, way="check data_path"))
 
 
-def content_key(*parts: str | int | float | bytes | Path | FileHash) -> str:
+Part = Union[str, int, float, bytes, Path, FileHash]
+
+
+def content_key(*parts: Part) -> str:
     """Return the key of an array: the sha256 (64 hex digits) of everything that the array is computed from.
 
     Give the kind of array first, then the hash of the weights and the settings, for example
@@ -29,6 +34,11 @@ def content_key(*parts: str | int | float | bytes | Path | FileHash) -> str:
     Raises:
         UserError: A file cannot be read.
     """
+    return content_key_of(parts)
+
+
+def content_key_of(parts: Iterable[Part]) -> str:
+    """Return `content_key(*parts)`, holding one part at a time in memory."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
 from ldm.data.captions import cut_captions, cut_report, final_caption
 from ldm.data.checked_images import CheckedImages
-from ldm.data.content import FileHash, content_key, file_hash
+from ldm.data.content import FileHash, content_key_of, file_hash
 from ldm.data.draws import draws
 from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
 from ldm.data.prior import plan_prior, with_instance_prompt
@@ -120,6 +121,10 @@ class TrainingData:
         """Return the name of a row's image relative to the folder of its subset."""
         found = self.rows[row]
         return image_name(found.image, self.subsets[found.subset].folder)
+
+    def is_class_image(self, row: int) -> bool:
+        """Return whether a row is one of DreamBooth's class images."""
+        return self.subsets[self.rows[row].subset].is_reg
 
     def source(self, row: int) -> str:
         """Return the path of a row's image, for messages; of one inside a larger file, that file's path as well."""
@@ -230,7 +235,7 @@ class TrainingData:
         rules = self._own_rules()
         if self.masks is not None:
             rules.append([self._mask_fingerprint(row) for row in range(len(self.rows))])
-        return content_key("rows", *parts, *([repr(rules)] if rules else []))
+        return content_key_of(chain(["rows"], parts, [repr(rules)] if rules else []))
 
     def _mask_fingerprint(self, row: int) -> str:
         mask = self.masks[row] if self.masks is not None else None

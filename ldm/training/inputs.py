@@ -19,6 +19,7 @@ from ldm.data.draws import augmentation_draws, caption_draws, micro_batch_draws
 from ldm.data.masks import MaskReport, loss_weights
 from ldm.data.shards import ShardedCache
 from ldm.data.training_data import MAX_BAD_FRACTION, MAX_CHECKED, TrainingData
+from ldm.data.transforms import BrokenImage, read_size
 from ldm.errors import UserError, plain
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -414,13 +415,22 @@ class Inputs:
                 self.masks.put(key, mask)
         return mask
 
+    def _is_readable(self, row: int) -> bool:
+        """Whether an image that was not checked has a header. A broken one is named when it is to be encoded."""
+        if self.data.contents is None:
+            try:
+                read_size(self.data.rows[row].image)
+            except BrokenImage:
+                return False
+        return True
+
     def _report_masks(self) -> None:
         """Log how many images have a mask, and how much of them the masks show."""
         report = MaskReport(len(self.data))
         count = min(len(self.data), MAX_CHECKED)
         rows = np.linspace(0, len(self.data) - 1, count).round().astype(int).tolist()
         for row in tqdm(rows, desc="reading masks", unit="mask", delay=1, leave=False):
-            if not self.data.subsets[self.data.rows[row].subset].is_reg:
+            if not self.data.is_class_image(row) and self._is_readable(row):
                 report.add(row, self._mask(row))
         for line in report.lines(self.data.name):
             logger.info("%s", line)

@@ -12,7 +12,7 @@ import mindspore as ms
 from mindspore import Parameter
 
 from ldm.data.batches import BatchOrder
-from ldm.data.training_data import prepare_data, read_listing
+from ldm.data.training_data import TrainingData, prepare_data, read_listing
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.files.paths import under_root, writing
@@ -109,11 +109,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
     data, _ = prepare_data(listing, settings, config, output / "cache" / "images.json")
-    several = len(data.buckets.sizes) > 1
-    order = BatchOrder(
-        len(data), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count,
-        of_row=data.buckets.of_row if several else None, repeats=data.buckets.repeats, fill=data.fills_batches,
-    )  # fmt: skip
+    order = make_order(settings, runtime, data)
     plan = make_plan(settings, order.steps_per_epoch)
     status.total_steps = plan.steps
     scaler = make_loss_scaler(settings, runtime.fp16)
@@ -183,6 +179,19 @@ def _load_base_model(settings: TrainSettings, config: ModelConfig) -> StableDiff
         ema=settings.pretrained_model_ema,
         random_unet=settings.unet_initialize_random,
     )
+
+
+def make_order(settings: TrainSettings, runtime: Runtime, data: TrainingData) -> BatchOrder:
+    """Return the order in which the processes of a run see the rows."""
+    several = len(data.buckets.sizes) > 1
+    files = data.file_of_row() if settings.shuffle_buffer_size else None
+    if settings.shuffle_buffer_size and files is None:
+        logger.warning("shuffle_buffer_size has no effect: each image has a file of its own, so they are all shuffled")
+    return BatchOrder(
+        len(data), settings.train_batch_size, settings.seed, runtime.process_index, runtime.process_count,
+        of_row=data.buckets.of_row if several else None, repeats=data.buckets.repeats, fill=data.fills_batches,
+        file_of_row=files, buffer_size=0 if files is None else settings.shuffle_buffer_size,
+    )  # fmt: skip
 
 
 def _read_model_config(settings: TrainSettings) -> ModelConfig:

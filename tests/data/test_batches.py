@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from ldm.data.batches import BatchOrder
+from ldm.data.batches import BatchOrder, read_in_turn
 from ldm.errors import UserError
 
 
@@ -240,3 +240,87 @@ def test_another_thread_may_ask_for_another_bucket_between_any_two_lines():
 def test_no_rows_are_refused():
     with pytest.raises(UserError, match="0 usable rows"):
         filled([], 1, seed=0)
+
+
+# One file after the other, through a buffer
+
+FILES = np.repeat(np.arange(12), 100)  # of rows
+
+
+def in_turn(files=FILES, batch_size=4, seed=1, buffer_size=50, **others):
+    return BatchOrder(len(files), batch_size, seed, file_of_row=files, buffer_size=buffer_size, **others)
+
+
+def test_files_are_read_in_turn_and_a_row_comes_at_most_a_buffer_early():
+    order = read_in_turn(FILES, 50, seed=1, epoch=0)
+    files = list(dict.fromkeys(FILES[order].tolist()))
+    assert sorted(order) == list(range(1200)) and sorted(files) == list(range(12)) != files
+    ranks = read_in_turn(FILES, 1, seed=1, epoch=0)  # a buffer of one row shuffles nothing
+    assert [set(FILES[part]) for part in ranks.reshape(12, 100)] == [
+        {FILES[part[0]]} for part in ranks.reshape(12, 100)
+    ]
+    assert all((np.diff(part) == 1).all() for part in ranks.reshape(12, 100))
+    read_at = np.argsort(ranks)[order]
+    late = np.arange(1200) - read_at
+    assert late.min() >= -50 and 35 < np.abs(late).mean() < 70
+    # A file is left after a few buffers: the rows in use are of few files at any time.
+    assert max(len(set(FILES[order[at : at + 100]].tolist())) for at in range(0, 1100, 10)) <= 6
+
+
+def test_rows_that_fit_into_the_buffer_are_shuffled_all_together():
+    for buffer_size in (1200, 5000):
+        order = read_in_turn(FILES, buffer_size, seed=1, epoch=0)
+        assert sorted(order) == list(range(1200)) and len(set(FILES[order[:100]].tolist())) == 12
+
+
+def test_the_draws_of_a_buffer_do_not_depend_on_how_many_are_made_together(monkeypatch):
+    order = read_in_turn(FILES, 50, seed=1, epoch=0).tolist()
+    monkeypatch.setattr("ldm.data.batches._DRAWN_AT_ONCE", 7)
+    assert read_in_turn(FILES, 50, seed=1, epoch=0).tolist() == order
+
+
+def test_orders_in_turn_differ_by_epoch_seed_and_buffer_and_do_not_depend_on_what_was_asked_before():
+    order = in_turn()
+    epochs = [epoch(order, number).tolist() for number in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1200)) and epochs[0] != epochs[1]
+    assert epoch(in_turn(seed=2), 0).tolist() != epochs[0] != epoch(in_turn(buffer_size=40), 0).tolist()
+    resumed = in_turn()
+    for step in (400, 7, 599, 0):
+        assert resumed.indices(step).tolist() == (epochs[0] + epochs[1])[4 * step : 4 * step + 4]
+
+
+def test_two_processes_see_the_rows_in_turn_of_one_with_twice_the_batch():
+    alone = in_turn(batch_size=6)
+    processes = [in_turn(batch_size=3, process_index=index, process_count=2) for index in range(2)]
+    for step in range(0, 400, 13):
+        assert np.concatenate([order.indices(step) for order in processes]).tolist() == alone.indices(step).tolist()
+
+
+def test_repeats_read_the_files_again():
+    order = in_turn(repeats=np.where(FILES < 6, 2, 1))
+    rows = epoch(order, 0)
+    assert np.bincount(rows).tolist() == np.where(FILES < 6, 2, 1).tolist()
+    places = np.argsort(rows, kind="stable")[:1200].reshape(600, 2)
+    assert np.median(places[:, 1] - places[:, 0]) > 100
+
+
+def test_buckets_in_turn_come_as_they_become_full():
+    of_row = np.random.default_rng(0).choice(4, 1200, p=[0.5, 0.3, 0.15, 0.05])
+    order = in_turn(of_row=of_row, fill=True)
+    ranks = np.argsort(read_in_turn(FILES, 50, seed=1, epoch=0))
+    ends, labels = [], []
+    for step in range(order.steps_per_epoch):
+        rows = order.indices(step)
+        assert (of_row[rows] == order.bucket(step)).all()
+        ends.append(ranks[rows].max()), labels.append(order.bucket(step))
+    last = {bucket: max(place for place, label in enumerate(labels) if label == bucket) for bucket in range(4)}
+    whole = [end for place, end in enumerate(ends) if place not in last.values()]  # the last ones are filled
+    assert whole == sorted(whole) and sorted(set(epoch(order, 0).tolist())) == list(range(1200))
+    processes = [in_turn(of_row=of_row, fill=True, batch_size=2, process_index=i, process_count=2) for i in range(2)]
+    for step in range(order.steps_per_epoch):
+        assert [other.bucket(step) for other in processes] == [labels[step]] * 2
+
+
+def test_without_a_buffer_the_files_do_not_matter():
+    plain, files = BatchOrder(1200, 4, seed=1), in_turn(buffer_size=0)
+    assert all(plain.indices(step).tolist() == files.indices(step).tolist() for step in range(0, 600, 7))

@@ -9,11 +9,14 @@ from PIL import Image
 
 from ldm.data.content import content_key, file_hash
 from ldm.data.dataset import read_image_text_csv
+from ldm.data.sources.row_file import RowFile
 from ldm.data.training_data import data_of_rows, prepare_data, read_listing
 from ldm.errors import UserError
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
+from ldm.tokenizer import Tokenizer
 from tests.data.sources import layouts
+from tests.data.sources.test_tar_shards import shard
 
 MICRO = load_model_config(Path(__file__).parents[1] / "training" / "micro.yaml")
 RNG = np.random.default_rng(0)
@@ -213,3 +216,75 @@ def test_class_images_are_neither_held_out_nor_trained_with_weight_zero(tmp_path
     assert kept.weights.tolist() == [1, 1, 0.5, 0.5]  # as many class images as instance images
     alone = training(tmp_path / "config.toml", prior_loss_weight=0)
     assert len(alone) == 4 and alone.weights is None
+
+
+# Rows on disk, with shuffle_buffer_size
+
+
+def write_shards(folder, sizes):
+    """Write the images of `write` into two tar shards, the first of which has the odd numbers."""
+    images = write(folder / "images", sizes)
+    for first in (0, 1):
+        names = [f"{number:02}.{suffix}" for number in range(first, len(sizes), 2) for suffix in ("png", "txt")]
+        shard(folder / f"{1 - first}.tar", [(name, (images / name).read_bytes()) for name in names])
+    for path in [*images.iterdir(), images]:
+        path.rmdir() if path.is_dir() else path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("check_images", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"image_filter_size": 20}, {"validation_split": 0.4}, {**BUCKETS, "image_size": 16}, {"num_repeats": 2}],
+)
+def test_rows_on_disk_are_the_same_in_the_order_of_the_shards(tmp_path, options, check_images):
+    folder = write_shards(tmp_path, [(24, 24), (16, 24), (40, 20)] * 4)
+    settings = {"data_path": str(folder), "image_size": 16, "check_images": check_images, **options}
+    data, (on_disk, out) = (
+        prepare_data(read_listing(run), run, MICRO)
+        for run in (TrainSettings(**settings), TrainSettings(**settings, shuffle_buffer_size=3))
+    )
+    assert isinstance(on_disk.rows, RowFile) and isinstance(data[0].rows, list)
+    in_turn = sorted(names(on_disk), key=lambda name: (int(name[:2]) % 2 == 0, name))
+    assert names(on_disk) == in_turn and np.unique(on_disk.file_of_row()).tolist() == [0, 1]
+    if out is None:
+        assert sorted(names(on_disk)) == names(data[0])
+    else:
+        assert sorted(names(on_disk) + names(out)) == [f"{number:02}.png" for number in range(12)] and len(out) == 5
+    of_name = {data[0].name(row): row for row in range(len(data[0]))}
+    for row in range(len(on_disk)):
+        if (other := of_name.get(on_disk.name(row))) is not None:
+            np.testing.assert_array_equal(on_disk.image(row), data[0].image(other))
+            assert on_disk.text(row) == data[0].text(other) and on_disk.content(row) == data[0].content(other)
+
+
+def test_rows_on_disk_are_never_all_in_memory_where_no_image_is_opened(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path, [(16, 16)] * 30)
+    settings = TrainSettings(data_path=str(folder), image_size=16, check_images=False, shuffle_buffer_size=3)
+    monkeypatch.setattr("ldm.data.sources.row_file.AT_ONCE", 4)
+    alive = []
+
+    class Counted(str):
+        def __init__(self, *_):
+            alive.append(1)
+
+        def __del__(self):
+            alive.pop()
+
+    most = []
+    decode = bytes.decode
+
+    def counted(content):
+        most.append(len(alive))
+        return Counted(decode(content, "utf-8"))
+
+    monkeypatch.setattr("ldm.data.sources.row_file._decode", counted)
+    data, _ = prepare_data(read_listing(settings), settings, MICRO)
+    data.fingerprint(), data.cut_report(Tokenizer()), data.file_of_row()
+    assert len(most) >= 2 * 2 * 30 and max(most) < 6
+
+
+def test_the_file_of_each_row_is_numbered_where_files_hold_several_images(tmp_path):
+    write_shards(tmp_path / "shards", [(16, 16)] * 4)
+    assert training(tmp_path / "shards").file_of_row().tolist() == [0, 1, 0, 1]
+    assert training(write(tmp_path / "files", [(16, 16)] * 4)).file_of_row() is None

@@ -12,7 +12,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.setup import begin
 from ldm.training.trainer import run_steps, train
 from tests.data.sources import layouts
-from tests.data.test_training_data import BUCKETS, write
+from tests.data.test_training_data import BUCKETS, write, write_shards
 from tests.training.micro import SETTINGS, metrics, prepare
 
 LORA = {"use_lora": True, "lora_rank": 2, "max_steps": 2, "start_learning_rate": 1e-3}
@@ -188,6 +188,18 @@ def test_masks_are_cropped_and_mirrored_with_their_images_and_cached_ones_are_th
     np.testing.assert_array_equal(first, again)
 
 
+def test_a_broken_image_that_was_not_checked_is_replaced_where_there_are_masks(make, tmp_path, caplog):
+    data, masks = write(tmp_path / "data", [(16, 16)] * 10), write_masks(tmp_path / "masks", [255] * 10)
+    (data / "03.png").write_bytes(b"no image")
+    given = dict(masked_loss=True, conditioning_data_dir=masks, check_images=False)
+    for name, others in (("cached", {}), ("augmented", {"random_flip": True})):
+        caplog.clear()
+        run = prepare(make(data, name, **given, **others))
+        batches = [run.inputs.batch(number) for number in range(5)]
+        assert "03.png: the image" in caplog.text
+        assert all(batch.weights.min() == 1 for batch in batches)
+
+
 def test_masks_that_change_are_another_run_and_without_any_it_is_refused(make, tmp_path):
     data, masks = write(tmp_path / "data", [(16, 16)] * 4), write_masks(tmp_path / "masks", [255] * 4)
     settings = make(data, masked_loss=True, conditioning_data_dir=masks)
@@ -218,3 +230,32 @@ def test_class_images_have_their_weight_in_the_loss(make, tmp_path):
     alone = prepare(make(tmp_path / "config.toml", "c", prior_loss_weight=0)).inputs
     only = prepare(make(tmp_path / "data", "d")).inputs
     assert all(same(alone.batch(number), only.batch(number)) for number in range(4))
+
+
+# Tar shards that are read in turn
+
+
+def test_shards_are_read_in_turn_and_a_run_resumes_bit_for_bit(make, tmp_path):
+    data = write_shards(tmp_path / "data", [(16, 16)] * 12)
+    options = dict(shuffle_buffer_size=3, check_images=False, max_steps=8)
+    run = prepare(make(data, **options))
+    rows = np.concatenate([run.inputs.rows(number) for number in range(8)])
+    assert sorted(rows[:12]) == list(range(12)) and rows[:12].tolist() != rows[12:].tolist() + [0] * 8
+    files = run.inputs.data.file_of_row()[rows[:12]]
+    assert len(set(files[:3])) == len(set(files[-3:])) == 1 and files[0] != files[-1]
+    whole, steps = run_steps(run).read_bytes(), metrics(tmp_path / "run")
+    next((tmp_path / "run" / "ckpt").glob("state-*8.safetensors")).unlink()
+    resumed = prepare(make(data, **options, resume=True))
+    assert resumed.status.steps_done == 6
+    assert run_steps(resumed).read_bytes() == whole
+    assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in steps]
+    with pytest.raises(UserError, match="shuffle_buffer_size"):
+        prepare(make(data, **{**options, "shuffle_buffer_size": 4}, resume=True))
+
+
+def test_images_in_files_of_their_own_are_shuffled_all_together_whatever_the_buffer(make, tmp_path, caplog):
+    data = write(tmp_path / "data", [(16, 16)] * 4)
+    expected = prepare(make(data)).inputs
+    inputs = prepare(make(data, "other", shuffle_buffer_size=2)).inputs
+    assert "shuffle_buffer_size has no effect: each image has a file of its own" in caplog.text
+    assert all(same(inputs.batch(number), expected.batch(number)) for number in range(4))

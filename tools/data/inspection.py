@@ -61,8 +61,8 @@ class Inspection:
         self.detected = sources.detect(settings.data_path)
         self.missing_class_images = 0
         self.all_class_images: Optional[Listing] = None  # those that there are and the missing ones
-        # All rows are looked at together, so that they are in memory.
-        self.own_listing = read_listing(dataclasses.replace(settings, shuffle_buffer_size=0))
+        listing = read_listing(settings)
+        self.own_listing = listing._replace(rows=list(listing.rows))  # in memory, as all are looked at together
         self.listing = self._with_class_images(self.own_listing)
         self.data, self.validation = prepare_data(self.listing, settings, config, record)
         self.left_out, self.surplus = self._find_left_out()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Union, overload
+from typing import BinaryIO, NamedTuple, Union, overload
 
 import numpy as np
 
@@ -13,26 +14,37 @@ from ldm.data.sources.rows import FilePart, Row
 from ldm.errors import UserError, plain, system_reason
 
 AT_ONCE = 4096  # rows that are read from the disk together
-# 44 bytes a row. The name of the image and the caption are in a file of texts.
-_RECORD = np.dtype([
-    ("file", "<u4"), ("offset", "<i8"), ("size", "<i8"), ("subset", "<u4"), ("where", "<i8"), ("text", "<i8"),
-    ("name_bytes", "<u2"), ("caption_bytes", "<u4"),
-])  # fmt: skip
+_TEXTS_AT_ONCE = 8 << 20  # bytes
+_RECORD = struct.Struct("<IqqIqqHI")  # of _Record
 _MAX_NAME = (1 << 16) - 1  # bytes
+
+
+class _Record(NamedTuple):
+    """A row without its texts: the name of the image and, behind it, the caption."""
+
+    file: int  # index in RowFile._files
+    offset: int  # of the image in that file
+    size: int
+    subset: int
+    where: int
+    text: int  # place of the texts
+    name_bytes: int
+    caption_bytes: int
 
 
 class RowFile(Sequence[Row]):
     """Rows whose images are parts of larger files. They are kept in temporary files, which have no name.
 
-    Rows are appended, then read. Reading is safe in several threads. The files are in the folder TMPDIR, or else in
-    /var/tmp: unlike /tmp, that is a disk on all systems. The system removes them when the process ends.
+    Rows are appended, then read. After a first one was read, several threads may read. The files are in the folder
+    TMPDIR, or else in /var/tmp: unlike /tmp, that is a disk on all systems. The system removes them when the process
+    ends.
     """
 
     def __init__(self) -> None:
         self._files: list[str] = []  # paths of the larger files, in the order in which they come
         self._records, self._texts = _temporary_file(), _temporary_file()
         self._count, self._text_end = 0, 0
-        self._waiting: list[tuple[int, ...]] = []  # records that are not written yet
+        self._waiting: list[bytes] = []  # records that are not written yet
         self._waiting_texts: list[bytes] = []
 
     def append(self, row: Row) -> None:
@@ -47,10 +59,12 @@ class RowFile(Sequence[Row]):
             raise UserError(
                 f"{plain(image.file)} has a name of {len(name):,} bytes, {plain(image.name, 60)}: shorten it"
             )
-        self._waiting.append((
-            len(self._files) - 1, image.offset, image.size, row.subset, row.where, self._text_end, len(name),
-            len(caption),
-        ))  # fmt: skip
+        self._waiting.append(
+            _RECORD.pack(
+                len(self._files) - 1, image.offset, image.size, row.subset, row.where, self._text_end, len(name),
+                len(caption),
+            )
+        )  # fmt: skip
         self._waiting_texts += (name, caption)
         self._text_end += len(name) + len(caption)
         self._count += 1
@@ -67,20 +81,18 @@ class RowFile(Sequence[Row]):
         for start in range(0, len(places), AT_ONCE):
             part = places[start : start + AT_ONCE]
             first, last = int(part.min()), int(part.max())
-            if last - first < 4 * AT_ONCE:
-                records = self._read(first, last + 1)[part - first]
+            if last - first < 16 * AT_ONCE:
+                records = np.frombuffer(self._read(first, last + 1), f"V{_RECORD.size}")
+                _write(taken._records, records[part - first].tobytes())
             else:
-                records = np.concatenate([self._read(int(place), int(place) + 1) for place in part])
-            _write(taken._records, records.tobytes())
+                _write(taken._records, b"".join(self._read(place, place + 1) for place in part.tolist()))
         return taken
 
     def file_numbers(self) -> np.ndarray:
         """Return the number (N,) int32 of the file that holds each row's image, in the order of their first rows."""
-        numbers = np.empty(len(self), np.int32)
-        for start in range(0, len(self), AT_ONCE):
-            end = min(start + AT_ONCE, len(self))
-            numbers[start:end] = self._read(start, end)["file"]
-        return numbers
+        parts = (self._read(start, min(start + AT_ONCE, len(self))) for start in range(0, len(self), AT_ONCE))
+        numbers = (record[0] for part in parts for record in _RECORD.iter_unpack(part))
+        return np.fromiter(numbers, np.int32, len(self))
 
     def __len__(self) -> int:
         return self._count
@@ -95,37 +107,38 @@ class RowFile(Sequence[Row]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]  # raises IndexError, and counts negative places from the end
-        return next(self._rows(place, place + 1))
+        record = _Record._make(_RECORD.unpack(self._read(place, place + 1)))
+        return self._row(record, _read(self._texts, record.text, record.name_bytes + record.caption_bytes))
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), AT_ONCE):
             yield from self._rows(start, min(start + AT_ONCE, len(self)))
 
     def _rows(self, start: int, end: int) -> Iterator[Row]:
-        records = self._read(start, end)
-        # Rows that were taken from others may lie far apart, so that their texts are read one by one.
-        first = int(records["text"][0])
-        span = int(records["text"][-1]) + int(records["name_bytes"][-1]) + int(records["caption_bytes"][-1]) - first
-        together = (np.diff(records["text"]) >= 0).all() and span < (1 << 23)
-        texts = _read(self._texts, first, span) if together else b""
-        for file, offset, size, subset, where, text, name_bytes, caption_bytes in records.tolist():
-            if together:
-                at = text - first
-                both = texts[at : at + name_bytes + caption_bytes]
-            else:
-                both = _read(self._texts, text, name_bytes + caption_bytes)
-            image = FilePart(self._files[file], offset, size, _decode(both[:name_bytes]))
-            yield Row(image, _decode(both[name_bytes:]), subset, where)
+        records = [_Record._make(record) for record in _RECORD.iter_unpack(self._read(start, end))]
+        first = min(record.text for record in records)
+        last = max(record.text + record.name_bytes + record.caption_bytes for record in records)
+        # Rows that were taken from others may lie far apart. Then their texts are read one by one.
+        texts = _read(self._texts, first, last - first) if last - first < _TEXTS_AT_ONCE else None
+        for record in records:
+            at, size = record.text - first, record.name_bytes + record.caption_bytes
+            yield self._row(
+                record, texts[at : at + size] if texts is not None else _read(self._texts, record.text, size)
+            )
 
-    def _read(self, start: int, end: int) -> np.ndarray:
+    def _row(self, record: _Record, texts: bytes) -> Row:
+        name, caption = texts[: record.name_bytes], texts[record.name_bytes :]
+        image = FilePart(self._files[record.file], record.offset, record.size, _decode(name))
+        return Row(image, _decode(caption), record.subset, record.where)
+
+    def _read(self, start: int, end: int) -> bytes:
         if self._waiting:
             self._write()
-        content = _read(self._records, start * _RECORD.itemsize, (end - start) * _RECORD.itemsize)
-        return np.frombuffer(content, _RECORD)
+        return _read(self._records, start * _RECORD.size, (end - start) * _RECORD.size)
 
     def _write(self) -> None:
         if self._waiting:
-            _write(self._records, np.array(self._waiting, _RECORD).tobytes())
+            _write(self._records, b"".join(self._waiting))
             _write(self._texts, b"".join(self._waiting_texts))
             self._waiting, self._waiting_texts = [], []
 
@@ -172,5 +185,5 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 def _failure(what: str, error: OSError) -> UserError:
     return UserError(
         f"the temporary file with the rows cannot be {what} in {plain(_folder())}: {system_reason(error)}; set TMPDIR "
-        "to a folder with more room: each image takes 44 bytes, and its name and caption"
+        "to a folder with more room: each image takes 46 bytes, and its name and caption"
     )
