@@ -7,14 +7,17 @@ import logging
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import PIL
+from tqdm import tqdm
 
 from ldm.data.buckets import Size
 from ldm.data.content import FileHash, file_hash
-from ldm.data.sources.rows import FilePart, ImageFile, read_image, readable_name
+from ldm.data.sources.rows import FilePart, ImageFile, Listing, Row, read_image, readable_name
 from ldm.data.transforms import BrokenImage, open_rgb
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import atomic_path
@@ -29,7 +32,10 @@ MAX_BYTES = 128 << 20  # half a million images
 # A file can change twice within the resolution of its date, which is 2 s on FAT. The date of a file that has changed so
 # shortly before is not trusted (git calls such files racily clean).
 RESOLUTION_NS = 2_000_000_000
+AT_ONCE = 10_000  # images that wait for a thread, which takes memory
 _HASH = re.compile("[0-9a-f]{64}")
+
+Result = TypeVar("Result")
 
 
 class CheckedImage(NamedTuple):
@@ -98,6 +104,58 @@ class CheckedImages:
             logger.warning(
                 "cannot write %s (%s): the next start decodes all images again", self._record, system_reason(error)
             )
+
+
+def check_images(
+    images: Sequence[ImageFile], record: Path | None
+) -> tuple[dict[ImageFile, CheckedImage], dict[ImageFile, str]]:
+    """Check that images decode, and return what is known of each, and the faults of the broken ones.
+
+    Args:
+        images: Each once.
+        record: See `CheckedImages`.
+    """
+    checked_images = CheckedImages(record)
+    found, faults = each_image(images, checked_images.check, "checking images")
+    checked_images.save()
+    return found, faults
+
+
+def broken_reason(listing: Listing, row: Row, faults: Mapping[ImageFile, str]) -> str:
+    """Return why a row with a broken image is left out: "line 5: the image is an empty file"."""
+    unit = listing.subsets[row.subset].unit
+    return f"{f'{unit} {row.where}: ' if unit else ''}the image {faults[row.image]}"
+
+
+def each_image(
+    images: Sequence[ImageFile], function: Callable[[ImageFile], Result], desc: str
+) -> tuple[dict[ImageFile, Result], dict[ImageFile, str]]:
+    """Return what `function` returns for each image, and the faults of the broken ones."""
+
+    def call(image: ImageFile) -> tuple[Result | None, str]:
+        try:
+            return function(image), ""
+        except BrokenImage as error:
+            return None, error.fault
+
+    results: dict[ImageFile, Result] = {}
+    faults: dict[ImageFile, str] = {}
+    # Decoding releases Python's lock, so threads help.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        # The bar appears only if it takes longer than a second.
+        with tqdm(total=len(images), desc=desc, unit="image", delay=1) as bar:
+            for start in range(0, len(images), AT_ONCE):
+                part = images[start : start + AT_ONCE]
+                for image, (result, fault) in zip(part, pool.map(call, part)):
+                    if result is None:
+                        faults[image] = fault
+                    else:
+                        results[image] = result
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results, faults
 
 
 def image_content(image: ImageFile | Path) -> FileHash:

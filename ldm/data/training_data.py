@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
 from ldm.data.captions import cut_captions, cut_report, final_caption
-from ldm.data.checked_images import CheckedImages
+from ldm.data.checked_images import broken_reason, check_images, each_image
 from ldm.data.content import FileHash, content_key_of, file_hash
 from ldm.data.draws import draws
 from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
@@ -27,7 +25,7 @@ from ldm.data.prior import plan_prior, with_instance_prompt
 from ldm.data.sources import image_text_csv
 from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import FilePart, ImageFile, Listing, ReadOptions, Row, Subset, image_name, report_left_out
-from ldm.data.transforms import WHITE, BrokenImage, Color, ImageNotes, load_image, parse_color, read_size
+from ldm.data.transforms import WHITE, Color, ImageNotes, load_image, parse_color, read_size
 from ldm.errors import UserError, plain
 from ldm.settings.data import BucketSettings, CaptionSettings
 from ldm.settings.model import ModelConfig
@@ -38,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CHECKED = 20_000  # images that are decoded before the first step, where check_images does not say it
 MAX_BAD_FRACTION = 0.10
-AT_ONCE = 10_000  # images that wait for a thread, which takes memory
-
-Result = TypeVar("Result")
 
 
 class SubsetRules(NamedTuple):
@@ -449,21 +444,18 @@ def _check(listing: Listing, settings: TrainSettings, record: Path | None) -> _C
     contents: dict[ImageFile, FileHash] = {}
     sizes: dict[ImageFile, Size] = {}
     if decodes:
-        checked_images = CheckedImages(record)
-        found, faults = _each(images, checked_images.check, "checking images")
-        checked_images.save()
-        contents, sizes = ({image: each[i] for image, each in found.items()} for i in (0, 1))  # type: ignore
+        found, faults = check_images(images, record)
+        contents = {image: each.content for image, each in found.items()}
+        sizes = {image: each.size for image, each in found.items()}
     else:
-        sizes, faults = _each(images, read_size, "reading image sizes")
+        sizes, faults = each_image(images, read_size, "reading image sizes")
 
     places: list[int] = []
     broken: list[tuple[str, str]] = []
     small = 0
     for number, row in enumerate(listing.rows):
         if row.image in faults:
-            unit = listing.subsets[row.subset].unit
-            place = f"{unit} {row.where}: " if unit else ""
-            broken.append((listing.name(row), f"{place}the image {faults[row.image]}"))
+            broken.append((listing.name(row), broken_reason(listing, row, faults)))
         elif min(sizes[row.image]) < settings.image_filter_size:
             small += 1
         else:
@@ -482,37 +474,6 @@ def _check(listing: Listing, settings: TrainSettings, record: Path | None) -> _C
         contents=[contents[row.image] for row in rows] if decodes else None,
         sizes=np.array([sizes[row.image] for row in rows], np.int64) if needs_sizes else None,
     )
-
-
-def _each(
-    images: list[ImageFile], function: Callable[[ImageFile], Result], desc: str
-) -> tuple[dict[ImageFile, Result], dict[ImageFile, str]]:
-    """Return what `function` returns for each image, and the faults of the broken ones."""
-
-    def call(image: ImageFile) -> tuple[Result | None, str]:
-        try:
-            return function(image), ""
-        except BrokenImage as error:
-            return None, error.fault
-
-    results: dict[ImageFile, Result] = {}
-    faults: dict[ImageFile, str] = {}
-    # Decoding releases Python's lock, so threads help.
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        # The bar appears only if it takes longer than a second.
-        with tqdm(total=len(images), desc=desc, unit="image", delay=1) as bar:
-            for start in range(0, len(images), AT_ONCE):
-                part = images[start : start + AT_ONCE]
-                for image, (result, fault) in zip(part, pool.map(call, part)):
-                    if result is None:
-                        faults[image] = fault
-                    else:
-                        results[image] = result
-                    bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results, faults
 
 
 def held_out(listing: Listing, settings: TrainSettings) -> np.ndarray:
