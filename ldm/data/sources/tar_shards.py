@@ -66,8 +66,8 @@ def read(place: Place, options: ReadOptions) -> Listing:
     shards = [place.path] if place.is_file else [f"{place.path}/{name}" for name in _shards(place)]
     for shard in shards:
         for sample in _samples(shard, options, contents=False, collector=collector):
-            place_in_shard = f"{plain(os.path.basename(shard))}, byte {sample.image.offset:,}"
             if sample.fault:
+                place_in_shard = f"{plain(os.path.basename(shard))}, byte {sample.image.offset:,}"
                 collector.leave_out(sample.image.name, f"{place_in_shard}: {sample.fault}")
                 continue
             caption = collector.own_or_class_tokens(sample.caption, sample.image.name)
