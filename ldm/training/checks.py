@@ -10,7 +10,7 @@ from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.train import TrainSettings
 
 _REQUIRED = {
-    "data_path": "give the folder with the images and img_txt.csv",
+    "data_path": "give the data set, such as a folder with images and img_txt.csv",
     "pretrained_model_path": "give a Stable Diffusion checkpoint (.safetensors, .ckpt or a diffusers folder)",
 }
 
