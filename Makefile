@@ -18,7 +18,7 @@ demo: .venv/ready
 	@.venv/bin/python -m tools.demo
 
 test: .venv/ready
-	@.venv/bin/python -m pytest --durations=20
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=20
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity
