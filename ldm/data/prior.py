@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 
+from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import MAX_ROWS, Listing, Row, Subset, image_name, merged
 from ldm.errors import UserError, plain
 
@@ -117,7 +118,7 @@ def with_instance_prompt(listing: Listing, prompt: str) -> Listing:
     As in the DreamBooth scripts of diffusers and mindone, captions that the data set has are not used.
     """
     replaced, others = 0, 0
-    rows: list[Row] = []
+    rows: Union[list[Row], RowFile] = RowFile() if isinstance(listing.rows, RowFile) else []
     for row in listing.rows:
         if not listing.subsets[row.subset].is_reg:
             replaced += 1

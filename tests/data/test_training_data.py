@@ -235,7 +235,14 @@ def write_shards(folder, sizes):
 @pytest.mark.parametrize("check_images", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"image_filter_size": 20}, {"validation_split": 0.4}, {**BUCKETS, "image_size": 16}, {"num_repeats": 2}],
+    [
+        {},
+        {"image_filter_size": 20},
+        {"validation_split": 0.4},
+        BUCKETS,
+        {"num_repeats": 2},
+        {"instance_prompt": "a dog"},
+    ],
 )
 def test_rows_on_disk_are_the_same_in_the_order_of_the_shards(tmp_path, options, check_images):
     folder = write_shards(tmp_path, [(24, 24), (16, 24), (40, 20)] * 4)
