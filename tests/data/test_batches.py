@@ -267,6 +267,17 @@ def test_files_are_read_in_turn_and_a_row_comes_at_most_a_buffer_early():
     assert max(len(set(FILES[order[at : at + 100]].tolist())) for at in range(0, 1100, 10)) <= 6
 
 
+def test_files_come_in_another_order_in_every_epoch_and_with_every_seed():
+    orders = [read_in_turn(FILES, 1, seed, epoch).tolist() for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_the_published_order_in_turn_stays():
+    # A change of it breaks the resuming of every run.
+    order = read_in_turn(np.array([0, 0, 1, 1, 1, 2, 3, 3]), 3, seed=42, epoch=1)
+    assert order.tolist() == [0, 6, 5, 7, 3, 1, 2, 4]
+
+
 def test_rows_that_fit_into_the_buffer_are_shuffled_all_together():
     for buffer_size in (1200, 5000):
         order = read_in_turn(FILES, buffer_size, seed=1, epoch=0)
