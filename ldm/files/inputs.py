@@ -142,7 +142,10 @@ def read_small_text(path: str, way: str = "check the path", most: int = MAX_TEXT
     try:
         status = os.fstat(handle)
         is_file = stat.S_ISREG(status.st_mode)
-        raw = os.read(handle, min(status.st_size, most) + 1) if is_file else b""
+        size = min(status.st_size, most + 1) if is_file else 0
+        raw = os.read(handle, size)
+        while len(raw) < size and (more := os.read(handle, size - len(raw))):  # a read may return a part only
+            raw += more
     except OSError:
         is_file = False
     finally:

@@ -208,6 +208,13 @@ def test_lines_and_small_texts_have_the_errors_of_the_whole_text(tmp_path, conte
     assert len(errors) == 1 and str(path) in errors.pop()
 
 
+def test_a_small_text_is_read_whole_though_the_system_returns_it_in_parts(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("a caption of a cat")
+    read = os.read
+    monkeypatch.setattr("ldm.files.inputs.os.read", lambda handle, count: read(handle, min(count, 5)))
+    assert read_small_text(str(tmp_path / "text")) == "a caption of a cat"
+
+
 def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.files.inputs.MAX_LINE", 10)
     (tmp_path / "text").write_text("short\n" + "x" * 11)
