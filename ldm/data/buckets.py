@@ -172,7 +172,7 @@ class Buckets:
         """
         count = len(self.of_row)
         samples = int(self.repeats.sum())
-        repeated = f" ({_count(samples, 'with repeats', 'with repeats')})" if samples != count else ""
+        repeated = f" ({samples:,} with repeats)" if samples != count else ""
         worst = int(self.cropped.argmax())
         lines = [
             *self.changes,
@@ -356,6 +356,7 @@ def _merged(
     """
     weights = np.bincount(of_row, weights=repeats, minlength=len(targets))
     samples = {bucket: int(weight) for bucket, weight in enumerate(weights) if weight}
+    images = np.bincount(of_row, minlength=len(targets))
     goals = np.arange(len(targets), dtype=np.int32)
     lines = []
     while settings.max_buckets is not None and len(samples) > settings.max_buckets:
@@ -371,10 +372,12 @@ def _merged(
 
         goal = min(samples, key=unlike)
         samples[goal] += count
+        images[goal] += images[rarest]
         goals[goals == rarest] = goal
+        repeated = f", {count:,} with repeats" if count != images[rarest] else ""
         lines.append(
-            f"{_text(targets[rarest])} ({_count(count, 'image', 'images')}) is merged into {_text(targets[goal])}, "
-            f"because max_buckets is {settings.max_buckets}"
+            f"{_text(targets[rarest])} ({_count(int(images[rarest]), 'image', 'images')}{repeated}) is merged into "
+            f"{_text(targets[goal])}, because max_buckets is {settings.max_buckets}"
         )
     return goals, lines
 

@@ -250,6 +250,16 @@ def test_repeats_decide_which_bucket_is_rare():
     assert buckets.sizes == [(384, 640), (512, 512), (640, 384)]
 
 
+def test_a_merged_bucket_has_its_images_and_those_merged_into_it_counted_with_and_without_repeats():
+    repeats = [1] * 4 + [2] * 3 + [1] * 2 + [1]
+    first, second, third = make_buckets(IMAGES, (512, 512), settings(max_buckets=1), 64, repeats).changes
+    assert first.startswith("384x640 (1 image) is merged into 512x512")
+    assert second.startswith("704x320 (2 images) is merged into 640x384")
+    assert third.startswith("512x512 (5 images) is merged into 640x384")
+    (line,) = make_buckets(IMAGES[6:8], (512, 512), settings(max_buckets=1), 64, [40, 50]).changes
+    assert line.startswith("640x384 (1 image, 40 with repeats) is merged into 704x320")
+
+
 def test_enough_buckets_are_left_as_they_are():
     assert make_buckets(IMAGES, (512, 512), settings(max_buckets=4), 64).changes == []
 
