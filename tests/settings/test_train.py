@@ -40,14 +40,14 @@ def test_the_settings_in_a_training_state_stay_the_same():
     assert sorted(names_of(TrainSettings, resume="fixed")) == [
         "alpha_color", "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout",
         "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
-        "caption_tag_dropout_rate", "class_prompt", "conditioning_data_dir", "enable_bucket", "enable_wildcard",
+        "caption_tag_dropout_rate", "check_images", "class_prompt", "conditioning_data_dir", "enable_bucket", "enable_wildcard",
         "gradient_accumulation_steps", "image_size", "instance_prompt", "keep_tokens", "keep_tokens_separator",
         "lora_alpha", "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank",
         "lora_scale", "lora_targets", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep",
         "min_bucket_reso", "min_timestep", "normalize_masked_area_loss", "num_class_images", "num_repeats", "optim",
         "precision", "prior_loss_weight", "random_crop", "random_flip", "secondary_separator", "seed",
-        "shuffle_caption", "token_warmup_min", "token_warmup_step", "unmasked_weight", "use_ema", "use_lora",
-        "validation_seed", "validation_split", "with_prior_preservation",
+        "shuffle_buffer_size", "shuffle_caption", "token_warmup_min", "token_warmup_step", "unmasked_weight", "use_ema",
+        "use_lora", "validation_seed", "validation_split", "with_prior_preservation",
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
@@ -59,7 +59,7 @@ def test_the_settings_in_a_training_state_stay_the_same():
 @pytest.mark.parametrize(
     ("cls", "known"),
     [
-        (TrainSettings, {"use_lora", "use_parallel", "masked_loss", "with_prior_preservation"}),
+        (TrainSettings, {"use_lora", "use_parallel"}),
         (GenerateSettings, {"lora_ckpt_path"}),
     ],
 )
