@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Another Pillow, or a later version of this record, starts an empty record.
 VERSION = f"2, Pillow {PIL.__version__}"
-MAX_BYTES = 128 << 20  # half a million images
+MAX_BYTES = 1 << 30  # of a record: four million images, for which reading it takes 6 GB of memory
 # A file can change twice within the resolution of its date, which is 2 s on FAT. The date of a file that has changed so
 # shortly before is not trusted (git calls such files racily clean).
 RESOLUTION_NS = 2_000_000_000
@@ -97,9 +97,16 @@ class CheckedImages:
             return
         images = {name: list(image) for name, image in sorted(self._checked.items())}
         content = {"version": VERSION, "checksum": _checksum(images), "images": images}
+        text = json_text(content).encode("utf-8")
+        if len(text) > MAX_BYTES:
+            logger.warning(
+                "%s is not written, because it would have more than %s bytes: the next start decodes all images again",
+                self._record, f"{MAX_BYTES:,}",
+            )  # fmt: skip
+            return
         try:
             with atomic_path(self._record, sync=False) as temporary:  # the checksum replaces the sync
-                temporary.write_text(json_text(content), encoding="utf-8")
+                temporary.write_bytes(text)
         except OSError as error:
             logger.warning(
                 "cannot write %s (%s): the next start decodes all images again", self._record, system_reason(error)

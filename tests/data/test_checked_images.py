@@ -198,6 +198,17 @@ def test_the_record_is_not_written_if_nothing_changed(paths, start, clock, tmp_p
     assert record.stat() == before
 
 
+def test_a_record_that_is_too_large_to_be_read_is_not_written(paths, start, clock, tmp_path, monkeypatch, caplog):
+    start(paths[:2])
+    record = tmp_path / "cache" / "images.json"
+    before = record.read_bytes()
+    monkeypatch.setattr(module, "MAX_BYTES", len(before))
+    start(paths)
+    assert "images.json is not written" in caplog.text and record.read_bytes() == before
+    start(paths[:2])
+    assert start(paths[:2])[1:] == ([], [])
+
+
 def test_names_that_are_not_utf_8_are_remembered(paths, start, clock):
     path = paths[0].rename(paths[0].with_name(os.fsdecode(b"\xb9\xb7.bmp")))
     start([path])
