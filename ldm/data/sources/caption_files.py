@@ -35,6 +35,15 @@ HOW = (
 )
 
 
+def caption_suffixes(options: ReadOptions) -> tuple[str, ...]:
+    """Return the lower-case suffixes of caption files. A `caption_extension` such as "txt" gets its dot."""
+    if not options.caption_extension:
+        return EXTENSIONS
+    suffix = options.caption_extension.lower()
+    # Others stay as they are: sd-scripts takes "_tags.txt" for cat_tags.txt.
+    return (f".{suffix}" if suffix[0].isalnum() else suffix,)
+
+
 def detect(place: Place) -> bool:
     """Return whether a folder holds an image with a caption file beside it."""
     stems = {split_suffix(name)[0] for name in place.files if split_suffix(name)[1] in EXTENSIONS}
@@ -90,8 +99,7 @@ def check_captions(collector: Collector, folder: str) -> None:
 
 
 def _add_images(collector: Collector, names: Names, subset: int, options: ReadOptions, bar: tqdm) -> int:
-    extensions = (options.caption_extension,) if options.caption_extension else EXTENSIONS
-    suffixes = tuple(extension.lower() for extension in extensions)
+    suffixes = caption_suffixes(options)
     captions: dict[str, dict[str, str]] = {suffix: {} for suffix in suffixes}  # suffix -> stem -> file name
     images: list[tuple[str, str]] = []  # file name and stem
     for name in names.files:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from ldm.data.sources.caption_files import EXTENSIONS, MAX_BYTES
+from ldm.data.sources.caption_files import MAX_BYTES, caption_suffixes
 from ldm.data.sources.image_text_csv import show_columns
 from ldm.data.sources.names import LISTED_SUFFIXES
 from ldm.data.sources.place import Place
@@ -37,12 +37,10 @@ ABOUT = "tar shards (WebDataset): .tar files with images and their captions"
 MAX_JSON = 1 << 20  # bytes of a member with an image's metadata
 
 
-class TarSample(NamedTuple):
+class _Sample(NamedTuple):
     """An image in a shard and its caption."""
 
-    key: str  # the name without its suffixes
     image: FilePart
-    content: Optional[bytes]  # of the image; None where only the places are listed
     caption: Optional[str]  # None where the shard has none
     fault: str  # why the sample cannot be used; "" for a good one
 
@@ -65,7 +63,7 @@ def read(place: Place, options: ReadOptions) -> Listing:
     hashes = array("q")  # of the names
     shards = [place.path] if place.is_file else [f"{place.path}/{name}" for name in _shards(place)]
     for shard in shards:
-        for sample in _samples(shard, options, contents=False, collector=collector):
+        for sample in _samples(shard, options, collector):
             if sample.fault:
                 place_in_shard = f"{plain(os.path.basename(shard))}, byte {sample.image.offset:,}"
                 collector.leave_out(sample.image.name, f"{place_in_shard}: {sample.fault}")
@@ -99,15 +97,6 @@ def _of_equal_hash(rows: Sequence[Row], hashes: np.ndarray) -> list[Row]:
     return sorted(found, key=lambda row: image_name(row.image, ""))
 
 
-def iter_tar(path: str, options: ReadOptions) -> Iterator[TarSample]:
-    """Yield the samples of a shard in its order, with the content of the images, holding one at a time.
-
-    Raises:
-        UserError: The shard is damaged, with the byte. What came before has been yielded.
-    """
-    yield from _samples(path, options, contents=True)
-
-
 def _shards(place: Place) -> list[str]:
     return sorted(name for name in place.files if name.lower().endswith(".tar"))
 
@@ -118,42 +107,32 @@ class _Parts:
     def __init__(self, key: str):
         self.key = key
         self.image: Optional[FilePart] = None
-        self.content: Optional[bytes] = None
         self.texts: dict[str, bytes] = {}  # by suffix
         self.fault = ""
 
 
-def _samples(
-    path: str, options: ReadOptions, contents: bool, collector: Optional[Collector] = None
-) -> Iterator[TarSample]:
-    """Yield the samples of a shard, with the images' content or without. `collector` counts what is not used."""
-    extensions = (options.caption_extension.lower(),) if options.caption_extension else EXTENSIONS
+def _samples(path: str, options: ReadOptions, collector: Collector) -> Iterator[_Sample]:
+    """Yield the samples of a shard in its order. `collector` counts what is not used."""
+    extensions = caption_suffixes(options)
     parts: Optional[_Parts] = None
     for member in tar_members(path):
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not stem or not dot:
-            if collector is not None and base:
+            if base:
                 collector.count(OTHER_FILES, member.name)
             continue
         key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
         if parts is None or key != parts.key:
             if parts is not None:
-                yield from _finished(path, parts, extensions, options, collector)
+                yield from _finished(path, parts, extensions, options)
             parts = _Parts(key)
-        _add(parts, member, suffix, extensions, contents, collector)
+        _add(parts, member, suffix, extensions, collector)
     if parts is not None:
-        yield from _finished(path, parts, extensions, options, collector)
+        yield from _finished(path, parts, extensions, options)
 
 
-def _add(
-    parts: _Parts,
-    member: Member,
-    suffix: str,
-    extensions: tuple[str, ...],
-    contents: bool,
-    collector: Optional[Collector],
-) -> None:
+def _add(parts: _Parts, member: Member, suffix: str, extensions: tuple[str, ...], collector: Collector) -> None:
     if suffix in LISTED_SUFFIXES:
         if parts.image is not None:
             parts.fault = f"two images of this name: {plain(parts.image.name)} and {plain(member.name)}"
@@ -164,8 +143,6 @@ def _add(
             parts.fault = "the image is an empty file"
         elif member.size > MAX_IMAGE_BYTES:
             parts.fault = f"the image has {member.size:,} bytes, at most {MAX_IMAGE_BYTES:,} are read: scale it down"
-        elif contents:
-            parts.content = member.read()
     elif suffix in extensions or suffix == ".json":
         most = MAX_JSON if suffix == ".json" else MAX_BYTES
         if suffix in parts.texts:
@@ -174,18 +151,16 @@ def _add(
             parts.fault = f"its {suffix} has {member.size:,} bytes, at most {most:,} are read"
         else:
             parts.texts[suffix] = member.read()
-    elif collector is not None:
+    else:
         collector.count(OTHER_FILES, member.name)
 
 
-def _finished(
-    path: str, parts: _Parts, extensions: tuple[str, ...], options: ReadOptions, collector: Optional[Collector]
-) -> Iterator[TarSample]:
+def _finished(path: str, parts: _Parts, extensions: tuple[str, ...], options: ReadOptions) -> Iterator[_Sample]:
     """Yield the sample that the members of one basename make, if there is an image among them."""
     if parts.image is None:
         if parts.texts or parts.fault:
             image = FilePart(path, 0, 0, parts.key)
-            yield TarSample(parts.key, image, None, None, "no image follows or precedes its caption: put both together")
+            yield _Sample(image, None, "no image follows or precedes its caption: put both together")
         return
     caption, fault = None, parts.fault
     if not fault:
@@ -193,7 +168,7 @@ def _finished(
             caption = _caption(parts, extensions, options)
         except UserError as error:
             fault = plain(error, 300)
-    yield TarSample(parts.key, parts.image, parts.content, caption, fault)
+    yield _Sample(parts.image, caption, fault)
 
 
 def _caption(parts: _Parts, extensions: tuple[str, ...], options: ReadOptions) -> Optional[str]:

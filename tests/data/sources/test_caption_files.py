@@ -82,6 +82,13 @@ def test_txt_comes_before_caption_and_an_own_extension_before_both(folder, caplo
     assert captions(folder, caption_extension=".tags")[:2] == ["tags", ""]
 
 
+def test_an_own_extension_may_be_given_without_its_dot_or_have_another_beginning(folder):
+    (folder / "00.tags").write_text("tags")
+    assert captions(folder, caption_extension="TAGS")[:2] == ["tags", ""]
+    (folder / "00_tags.txt").write_text("more tags")
+    assert captions(folder, caption_extension="_tags.txt")[:2] == ["more tags", ""]
+
+
 def test_suffixes_may_be_upper_case_and_names_may_hold_dots(tmp_path):
     for image, caption in (("A.PNG", "A.TXT"), ("b.v1.2.JPeG", "b.v1.2.txt"), ("c.webp", "c.Caption")):
         (tmp_path / image).write_bytes(IMAGE)

@@ -1,4 +1,4 @@
-"""Tar shards: what is a sample, the streaming reader, and shards that are damaged in every place."""
+"""Tar shards: what is a sample, and shards that are damaged in every place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from ldm.data.sources import read
 from ldm.data.sources.rows import CLASS_TOKENS, NO_CAPTION, OTHER_FILES, FilePart, ReadOptions, read_image
 from ldm.data.sources.tar_files import tar_members
-from ldm.data.sources.tar_shards import iter_tar
 from ldm.errors import UserError
 from tests.data.sources import layouts
 from tests.data.sources.layouts import CAPTIONS, IMAGES, add_member, image_bytes
@@ -56,15 +55,6 @@ def test_names_longer_than_a_header_and_not_utf8(tmp_path, format):
     name = "深い/" * 60 + "x" * 150
     listing = read(shard(tmp_path / "a.tar", [(f"./{name}.png", IMAGE), (f"./{name}.txt", "long")], format))
     assert [(row.image.name, row.caption) for row in listing.rows] == [(f"{name}.png", "long")]
-
-
-def test_the_streaming_reader_yields_what_the_list_holds(tmp_path):
-    path = layouts.tar_shards(tmp_path) / "00001.tar"
-    rows = read(path).rows
-    samples = list(iter_tar(str(path), ReadOptions()))
-    assert [(sample.image, sample.caption) for sample in samples] == [(row.image, row.caption) for row in rows]
-    assert [sample.content for sample in samples] == [read_image(row.image, 10_000) for row in rows]
-    assert [sample.key for sample in samples] == ["cats/B", "cats/a"]
 
 
 def test_members_are_those_of_tarfile(tmp_path):
@@ -146,11 +136,16 @@ def test_an_unusable_sample_is_left_out_with_its_byte(tmp_path, changed, fault):
     assert len(listing.rows) >= 19
 
 
-def test_an_image_that_is_too_large_is_left_out_and_not_read(tmp_path, monkeypatch):
+def test_an_image_that_is_too_large_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.data.sources.tar_shards.MAX_IMAGE_BYTES", len(IMAGE))
     path = shard(tmp_path / "a.tar", pairs(**{"05.png": IMAGE + b"x"}))
     assert "at most" in read(path).left_out[0][1]
-    assert [sample.content for sample in iter_tar(str(path), ReadOptions()) if sample.fault] == [None]
+
+
+@pytest.mark.parametrize("extension", ["tags", ".TAGS"])
+def test_an_own_extension_may_be_given_without_its_dot(tmp_path, extension):
+    path = shard(tmp_path / "a.tar", [("a.png", IMAGE), ("a.tags", "fur"), ("a.txt", "not this")])
+    assert [row.caption for row in read(path, ReadOptions(caption_extension=extension)).rows] == ["fur"]
 
 
 def test_a_field_that_is_set_and_missing_is_named(tmp_path):
@@ -213,11 +208,6 @@ def test_a_shard_that_is_broken_in_the_middle_is_refused_with_the_byte(tmp_path,
     path = damaged(tmp_path, change) / "a.tar"
     message = refusal(tmp_path)
     assert message.startswith(f"{path} is broken at byte {place:,}: ") and reason in message
-    streamed = []
-    with pytest.raises(UserError, match=f"broken at byte {place:,}"):
-        for sample in iter_tar(str(path), ReadOptions()):
-            streamed.append(sample.caption)
-    assert streamed == [f"image {number}" for number in range(4)]  # the fifth may go on behind the damage
 
 
 def test_a_shard_without_an_end_mark_is_read_with_a_warning(tmp_path, caplog):
