@@ -57,10 +57,12 @@ def read(path: str | os.PathLike, options: ReadOptions = ReadOptions()) -> Listi
     Unusable rows are left out, and named by the log. Missing captions and the like are counted.
 
     Raises:
-        UserError: The path has no known layout, its files are malformed, a name leads out of the folder, no image has a
-            caption, or more than `options.max_bad_fraction` of the rows are unusable.
+        UserError: The path has no known layout, or is a folder that `options` leaves out, its files are malformed, a
+            name leads out of the folder, no image has a caption, or more than `options.max_bad_fraction` of the rows
+            are unusable.
     """
     place = look(path)
+    options.check_folder(place.path, "data_path")
     found = _detect(place)
     about = LAYOUTS[found.layout].ABOUT
     if found.ignored:

@@ -72,8 +72,9 @@ def add_folder(collector: Collector, folder: str, subset: int, options: ReadOpti
     found = 0
     # The bar appears only if reading takes longer than a second.
     with tqdm(desc="reading captions", unit="image", delay=1, leave=False) as bar:
-        for names in walk(folder, options.recursive):
+        for names in walk(folder, options.recursive, options.leave_out):
             found += _add_images(collector, names, subset, options, bar)
+            collector.count_all(LEFT_FOLDERS, sorted(names.left_out))
             if not options.recursive:
                 collector.count_all(LEFT_FOLDERS, sorted(names.folders))
     return found

@@ -185,6 +185,9 @@ def _read_subset(values: dict[str, Any], toml: str, prefix: str, dataset: int, o
         if look(masks, f"{where}.conditioning_data_dir").is_file:
             raise UserError(f"{where}.conditioning_data_dir {plain(masks)} is a file: give the folder with the masks")
         values["conditioning_data_dir"] = masks
+        options = dataclasses.replace(options, leave_out=(*options.leave_out, os.path.realpath(masks)))
+    if image_dir is not None:
+        options.check_folder(image_dir, f"{where}.image_dir")
     options = dataclasses.replace(
         options,
         recursive=False,

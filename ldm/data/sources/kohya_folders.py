@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 from ldm.data.sources import caption_files
@@ -38,12 +39,10 @@ def read(place: Place, options: ReadOptions) -> Listing:
         )
     collector = Collector(NAME, place.path, options)
     subsets: list[Subset] = []
-    collector.count_all(LEFT_FOLDERS, (name for name in place.folders if not _repeats(place, name)))
+    repeats = {name: 0 if _is_left_out(place, name, options) else _repeats(place, name) for name in place.folders}
+    collector.count_all(LEFT_FOLDERS, (name for name in place.folders if not repeats[name]))
     collector.count_all("images beside the numbered folders are not used", sorted(filter(is_image, place.files)))
-    for name in place.folders:
-        repeats = _repeats(place, name)
-        if not repeats:
-            continue
+    for name in filter(repeats.__getitem__, place.folders):
         match = _NUMBERED.fullmatch(name)
         tokens = (match.group(2).strip() if match else "") or options.class_tokens
         folder = f"{place.path}/{name}"
@@ -51,9 +50,19 @@ def read(place: Place, options: ReadOptions) -> Listing:
         caption_files.add_folder(
             collector, folder, len(subsets), dataclasses.replace(options, recursive=False)
         )  # fmt: skip
-        subsets.append(Subset(NAME, folder, folder, "", repeats, options.is_reg, tokens))
+        subsets.append(Subset(NAME, folder, folder, "", repeats[name], options.is_reg, tokens))
     caption_files.check_captions(collector, place.path)
     return collector.listing(subsets)
+
+
+def _is_left_out(place: Place, name: str, options: ReadOptions) -> bool:
+    return bool(options.leave_out) and os.path.realpath(f"{place.path}/{name}") in options.leave_out
+
+
+def is_read(name: str) -> bool:
+    """Return whether a folder of this name is read."""
+    match = _NUMBERED.fullmatch(name)
+    return match is not None and bool(match.group(1).strip("0"))
 
 
 def _repeats(place: Place, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,12 @@ class Names(NamedTuple):
     folder: str
     files: list[str]
     folders: list[str]
+    left_out: tuple[str, ...] = ()  # the folders that `walk` was told not to enter
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is not listed."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def list_names(folder: str) -> Names:
@@ -32,7 +38,7 @@ def list_names(folder: str) -> Names:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and entry.name != "__MACOSX":
+                if not is_hidden(entry.name):
                     (names.folders if _is_folder(entry) else names.files).append(entry.name)
     except OSError as error:
         raise UserError(f"the folder {plain(folder)} cannot be read: {system_reason(error)}") from None
@@ -46,8 +52,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(folder: str, recursive: bool = True) -> Iterator[Names]:
+def walk(folder: str, recursive: bool = True, leave_out: Collection[str] = ()) -> Iterator[Names]:
     """Yield the names in a folder and in all folders below it, each folder once however links lead to it.
+
+    Args:
+        folder: The path.
+        recursive: Whether folders below are included.
+        leave_out: Real paths of folders below that are not entered.
 
     Raises:
         UserError: A folder cannot be read, or they are nested too deeply.
@@ -66,6 +77,9 @@ def walk(folder: str, recursive: bool = True) -> Iterator[Names]:
         if depth > MAX_DEPTH:
             raise UserError(f"{plain(path)}: folders are nested more than {MAX_DEPTH} deep: move the images up")
         names = list_names(path)
+        if leave_out:
+            left = tuple(name for name in names.folders if os.path.realpath(f"{path}/{name}") in leave_out)
+            names = names._replace(folders=[name for name in names.folders if name not in left], left_out=left)
         yield names
         if recursive:
             waiting.extend((f"{path}/{name}", depth + 1) for name in sorted(names.folders, reverse=True))

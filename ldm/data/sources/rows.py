@@ -112,6 +112,8 @@ class ReadOptions:
         recursive: Whether a folder of images includes the folders below.
         caption_separator: What stands between the caption and the tags of kohya's JSON, before a space.
         rows_on_disk: Whether the rows of tar shards are a RowFile, in the order of the shards. Others are in memory.
+        leave_out: Real paths of folders with masks or class images, which a folder of images may hold and whose images
+            are no rows.
     """
 
     image_column: Optional[str] = None
@@ -125,6 +127,15 @@ class ReadOptions:
     recursive: bool = True
     caption_separator: str = ","
     rows_on_disk: bool = False
+    leave_out: tuple[str, ...] = ()
+
+    def check_folder(self, folder: str, name: str) -> None:
+        """Raise UserError, which begins with `name`, if the folder itself is one that is left out."""
+        if os.path.realpath(folder) in self.leave_out:
+            raise UserError(
+                f"{name} {plain(folder)} is the folder of the masks (conditioning_data_dir) or of the class images "
+                "(class_data_dir) as well: give these a folder of their own"
+            )
 
     def subset(self, layout: str, folder: str, source: str, unit: str) -> Subset:
         """Return the subset of a layout that says nothing of repeats, class images and class tokens."""

@@ -109,6 +109,24 @@ def test_folders_below_and_links_are_read_once_and_hidden_files_are_not(folder):
     assert len(listing.rows) == 20 and listing.counts == {LEFT_FOLDERS: 1}
 
 
+def test_a_folder_of_masks_within_the_data_set_is_left_out_and_named(folder, caplog):
+    masks = folder / "more" / "masks"
+    masks.mkdir(parents=True)
+    (masks / "below").mkdir()
+    for name in ("00.png", "below/01.png"):
+        (masks / name).write_bytes(IMAGE)
+    assert len(read(folder).rows) == 22
+    (folder / "link").symlink_to(masks)
+    listing = read(folder, ReadOptions(leave_out=(os.path.realpath(masks),)))
+    assert len(listing.rows) == 20 and listing.counts == {LEFT_FOLDERS: 2}
+    assert "2 folders are not used: link, masks" in caplog.text
+
+
+def test_a_data_set_that_is_a_folder_of_masks_is_refused(folder):
+    message = refusal(folder, leave_out=(os.path.realpath(folder),))
+    assert message.startswith(f"data_path {folder} is the folder of the masks (conditioning_data_dir)")
+
+
 def test_missing_empty_and_surplus_captions_are_counted_and_named(folder, caplog):
     (folder / "07.txt").unlink()
     (folder / "08.txt").write_text("")
@@ -224,6 +242,13 @@ def test_class_tokens_are_needed_only_where_captions_are_missing(tmp_path):
     assert captions(tmp_path, class_tokens="dog") == ["dog", "its own"]
     (tmp_path / "2_" / "b.txt").unlink()
     assert "2 images and no caption" in refusal(tmp_path)
+
+
+def test_a_numbered_folder_of_masks_is_left_out(tmp_path):
+    numbered(tmp_path, "2_cat", "2_masks")
+    listing = read(tmp_path, ReadOptions(leave_out=(os.path.realpath(tmp_path / "2_masks"),)))
+    assert [subset.class_tokens for subset in listing.subsets] == ["cat"]
+    assert len(listing.rows) == 2 and listing.counts[LEFT_FOLDERS] == 1
 
 
 def test_a_number_that_is_a_typing_error_is_refused(tmp_path):

@@ -126,6 +126,11 @@ def test_folders_below_an_image_dir_are_not_read_as_by_kohya(folder):
     assert len(listing.rows) == 2 and listing.counts[LEFT_FOLDERS] == 1
 
 
+def test_an_image_dir_that_holds_its_own_masks_is_refused(folder):
+    message = refusal(write(folder, subset("conditioning_data_dir = 'dogs'")))
+    assert "datasets[0].subsets[0].image_dir" in message and "is the folder of the masks" in message
+
+
 @pytest.mark.parametrize("writer", [layouts.image_text_csv, layouts.jsonl, layouts.tar_shards])
 def test_an_image_dir_may_have_another_layout(folder, caplog, writer):
     writer(folder / "more")
