@@ -81,21 +81,25 @@ class ShardedCache:
     The index has the first 64 bits of a key, and `get` compares the whole key. Of two keys that share these bits (a
     chance of 1 : 37,000,000 among a million keys), only the one that was put last is there.
 
-    Other threads may call `get` and `in` while one thread calls all methods.
+    Other threads may call `get`, `in` and `put` while one thread calls all methods.
 
     Args:
-        folder: Where the shards are, created with the first one. None keeps everything in memory.
+        folder: Where the shards are, created with the first one. None keeps arrays in memory only.
         name: What the arrays are, such as "latents". It begins the names of the files.
         process_index: Of this process in a data-parallel run.
+        memory_bytes: How many bytes of the newest arrays are kept in memory, where there is no folder or it cannot be
+            written. None: without a folder all, else MEMORY_BYTES.
     """
 
-    def __init__(self, folder: str | Path | None, name: str, process_index: int = 0):
+    def __init__(self, folder: str | Path | None, name: str, process_index: int = 0, memory_bytes: int | None = None):
         self.folder = None if folder is None else Path(folder)
         self.name, self.process_index = name, process_index
         self._lock = threading.Lock()  # of the index, the list of shards and the memory
         self._index = _Index()
         self._shards: list[_Shard] = []
-        self._memory = _Memory(math.inf if folder is None else MEMORY_BYTES)
+        self._appending = threading.Lock()  # of the shard that is written
+        self._memory_bytes = (math.inf if folder is None else MEMORY_BYTES) if memory_bytes is None else memory_bytes
+        self._memory = _Memory(self._memory_bytes)
         self._writes = folder is not None
         self._writer: _Writer | None = None
         self._faults = 0
@@ -105,6 +109,11 @@ class ShardedCache:
             if process_index == 0:
                 _mention_earlier_cache(self.folder)
             self.refresh()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether an array that is put stays: on the disk, or in a memory without a limit."""
+        return self._writes or math.isinf(self._memory_bytes)
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
@@ -153,8 +162,10 @@ class ShardedCache:
         if not np.isfinite(array).all():
             raise UserError(f"computing {self.name} gave values that are not finite: try --precision fp32")
         if self._writes:
+            record = _record(bytes.fromhex(key), array)
             try:
-                place = self._append(_record(bytes.fromhex(key), array))
+                with self._appending:
+                    place = self._append(record)
             except OSError as error:
                 self._stop_writing(error)
             else:
@@ -294,7 +305,7 @@ class ShardedCache:
         if self._writes:
             logger.warning(
                 "cannot write the cache %s (%s): from now on, at most %d MB of new %s are kept in memory",
-                plain(self.folder), error.strerror or error, MEMORY_BYTES >> 20, self.name,
+                plain(self.folder), error.strerror or error, round(self._memory_bytes) >> 20, self.name,
             )  # fmt: skip
         self._writes = False
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,21 @@ logger = logging.getLogger(__name__)
 
 MAX_CHECKED = 20_000  # images that are decoded before the first step, where check_images does not say it
 MAX_BAD_FRACTION = 0.10
+MAX_SAMPLES = 100_000_000  # of an epoch, whose order takes 20 bytes for each
+# Settings that have an effect only with something else in the data.
+_NEED_DATA = {
+    "unmasked_weight": "masks (masked_loss or alpha_mask)",
+    "normalize_masked_area_loss": "masks (masked_loss or alpha_mask)",
+    "bucket_no_upscale": "enable_bucket",
+    "max_buckets": "enable_bucket",
+    "min_bucket_reso": "enable_bucket",
+    "max_bucket_reso": "enable_bucket",
+    "bucket_reso_steps": "enable_bucket",
+    "prior_loss_weight": "class images",
+    "num_class_images": "class images",
+    "class_prompt": "class images",
+    "class_data_dir": "class images",
+}
 
 
 class SubsetRules(NamedTuple):
@@ -201,12 +217,9 @@ class TrainingData:
     def cut_report(self, tokenizer: Tokenizer) -> str:
         """Return one line on the captions of more than 75 tokens, empty if there are none."""
         cut = []
-        subsets = _subsets(self.rows, len(self.subsets))
-        for number, rules in enumerate(self.rules):
-            places = np.flatnonzero(subsets == number)
-            texts = (self._text(row) for row in self.rows if row.subset == number)
-            found = cut_captions(texts, rules.captions, tokenizer)
-            cut += [caption._replace(row=int(places[caption.row])) for caption in found]
+        for place, row in enumerate(self.rows):  # in one pass, because the rows may be on disk
+            found = cut_captions((self._text(row),), self.rules[row.subset].captions, tokenizer)
+            cut += [caption._replace(row=place) for caption in found]
         return cut_report(cut, len(self.rows), self.name)
 
     def text(self, row: int) -> str:
@@ -239,11 +252,17 @@ class TrainingData:
         return "" if mask is None else "alpha"
 
     def _own_rules(self) -> list[object]:
-        """Return the rules that differ between rows, none for a data set of one subset without repeats."""
-        if len(self.subsets) < 2 and not (self.buckets.repeats > 1).any():
+        """Return what the settings of a run do not say: subsets, repeats and the settings of the data set itself.
+
+        It is nothing for a data set of one subset without repeats and settings, as in earlier versions.
+        """
+        plain_data = len(self.subsets) < 2 and not self.subsets[0].settings and not (self.buckets.repeats > 1).any()
+        if plain_data and self.weights is None:
             return []
-        of_row = _subsets(self.rows, len(self.subsets)).tolist()
-        return [of_row, self.buckets.repeats.tolist(), [dataclasses.asdict(rules.captions) for rules in self.rules]]
+        buckets = self.buckets
+        arrays = [_subsets(self.rows, len(self.subsets)), buckets.of_row, buckets.repeats, buckets.scales, self.weights]
+        digests = [None if array is None else hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+        return [digests, buckets.sizes, [repr(rules) for rules in self.rules]]
 
 
 def data_of_rows(rows: Sequence[dataset.Row], size: int, settings: TrainSettings, channels: int = 3) -> TrainingData:
@@ -268,8 +287,6 @@ def read_listing(settings: TrainSettings) -> Listing:
     """
     assert settings.data_path is not None
     listing = sources.read(settings.data_path, _read_options(settings))
-    for line in settings.without_effect():
-        logger.warning("%s", line)
     return listing if settings.instance_prompt is None else with_instance_prompt(listing, settings.instance_prompt)
 
 
@@ -301,12 +318,16 @@ def prepare_data(
             "masked_loss is set and no image has a mask: give conditioning_data_dir, a folder with images of the same "
             "names, or alpha_mask"
         )
-    if any(subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets):
+    for line in _without_effect(settings, data):
+        logger.warning("%s", line)
+    has_buckets = any(subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets)
+    if has_buckets or len(data.buckets.sizes) > 1:
         for line in data.buckets.report(data.name):
             logger.info("%s", line)
     if settings.validation_data_path is not None:
-        options = _read_options(settings)
-        validation = _check(sources.read(settings.validation_data_path, options), settings, None)
+        other = sources.read(settings.validation_data_path, _read_options(settings))
+        # Its images are read when they are used.
+        validation = _check(other, dataclasses.replace(settings, check_images=False), None)
     elif out.any():
         validation = checked.take(np.flatnonzero(out))
     else:
@@ -317,10 +338,39 @@ def prepare_data(
     return data, _prepared(validation, settings, config, np.ones(len(validation.listing.rows), np.int64), None)
 
 
+def _without_effect(settings: TrainSettings, data: TrainingData) -> list[str]:
+    """Return a line for each setting that is given but has no effect on this data, for a warning."""
+    lines = {line: None for rules in data.rules for line in rules.captions.without_effect()}
+    default = TrainSettings()
+    given = {name for name in _NEED_DATA if getattr(settings, name) != getattr(default, name)}
+    without = {
+        "masks (masked_loss or alpha_mask)": data.masks is None,
+        "enable_bucket": not any(
+            subset.settings.get("enable_bucket", settings.enable_bucket) for subset in data.subsets
+        ),
+        "class images": not any(subset.is_reg for subset in data.subsets),
+    }
+    return [
+        *lines,
+        *(
+            f"{name} has no effect without {need}"
+            for name, need in _NEED_DATA.items()
+            if name in given and without[need]
+        ),
+    ]
+
+
 def _prepared(
     checked: _Checked, settings: TrainSettings, config: ModelConfig, repeats: np.ndarray, weights: np.ndarray | None
 ) -> TrainingData:
     listing, side = checked.listing, settings.image_size or config.image_size
+    if repeats.sum() > MAX_SAMPLES:
+        most = listing.rows[int(repeats.argmax())]
+        raise UserError(
+            f"an epoch would have {int(repeats.sum()):,} samples, at most {MAX_SAMPLES:,} are possible: "
+            f"{plain(listing.subsets[most.subset].folder)} is repeated {int(repeats.max()):,} times; lower "
+            "num_repeats, or the number that the folder's name begins with"
+        )
     rules = tuple(_rules(settings, subset) for subset in listing.subsets)
     of_dataset = np.array([subset.dataset for subset in listing.subsets])[_subsets(listing.rows, len(listing.subsets))]
     parts = []

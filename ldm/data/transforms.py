@@ -75,6 +75,9 @@ _SWAPS = (
 Color = tuple[int, int, int]  # RGB, 0 to 255
 WHITE: Color = (255, 255, 255)
 MOST_NAMED = 3  # images in a note
+MOST_NOTED = 100_000  # images that are counted for a note
+# The version of what is made of an image, which the keys of cached latents hold: raise it with every change of pixels.
+IMAGE_CODE = f"1, {'with' if features.check('littlecms2') else 'without'} colour profiles"
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -127,22 +130,34 @@ class ImageNotes:
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, None]] = {}
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     def add(self, note: str, file: ImageFile | Path) -> None:
         """Note something of an image, once however often it is read."""
         with self._lock:
-            self._names.setdefault(note, {})[readable_name(file)] = None
+            names = self._names.setdefault(note, {})
+            if len(names) < MOST_NOTED:
+                names[readable_name(file)] = None
 
-    def lines(self) -> list[str]:
-        """Return a line for each kind of note, with the number of images and the first of them by name."""
+    def lines(self, new: bool = False) -> list[str]:
+        """Return a line for each kind of note, with the number of images and the first of them by name.
+
+        Args:
+            new: Leave out the kinds that an earlier call has returned.
+        """
         with self._lock:
             lines = []
             for note, names in sorted(self._names.items()):
+                if new and note in self._told:
+                    continue
+                self._told.add(note)
                 named = sorted(names)[:MOST_NAMED]
                 if len(names) > MOST_NAMED:
                     named.append("...")
                 images = "1 image has" if len(names) == 1 else f"{len(names):,} images have"
+                if len(names) == MOST_NOTED:
+                    images = f"{MOST_NOTED:,} images or more have"
                 lines.append(f"{images} {note}: {', '.join(named)}")
             return lines
 

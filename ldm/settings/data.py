@@ -93,6 +93,7 @@ class ImageSettings:
         None,
         "decode every image before the first step; None: up to 20,000 images. Broken images that are found later are "
         "replaced by another image of the data set and named",
+        resume="fixed",
     )
     cache_latents: bool = setting(
         True, "encode each image once and keep it under output_path/cache", shared_with_diffusers=True
@@ -195,7 +196,7 @@ class BucketSettings:
     bucket_reso_steps: int = data_setting(64, "widths and heights are multiples of it, in pixels", low=8, high=MAX_SIDE)
     bucket_no_upscale: bool = data_setting(False, "never enlarge an image: its own size, rounded down, is its bucket")
     max_buckets: Optional[int] = data_setting(
-        None, "merge the rarest buckets into similar ones until so many are left", low=1, high=MAX_BUCKETS
+        None, "merge the rarest buckets of a data set into similar ones until so many are left", low=1, high=MAX_BUCKETS
     )
 
     def __post_init__(self) -> None:
@@ -213,7 +214,6 @@ class MaskSettings:
     conditioning_data_dir: Optional[str] = input_path(
         "folder with the masks, which have the names of their images: the red channel counts, white is trained",
         resume="fixed",
-        needs="masked_loss",
         not_in_diffusers="diffusers' script has no masks",
     )
     alpha_mask: bool = data_setting(False, "the alpha channel of an image is its mask")
@@ -236,12 +236,9 @@ class PriorSettings:
         None,
         "folder of the class images; None: output_path/class_images",
         path=True,
-        needs="with_prior_preservation",
         not_in_diffusers="diffusers' script has no class images",
     )
-    class_prompt: Optional[str] = data_setting(
-        None, "caption of every class image, and what they are drawn from", needs="with_prior_preservation"
-    )
+    class_prompt: Optional[str] = data_setting(None, "caption of every class image, and what they are drawn from")
     num_class_images: int = data_setting(
         200, "class images that there must be; those that are missing are drawn", low=1, high=MAX_COUNT
     )

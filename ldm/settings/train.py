@@ -262,10 +262,8 @@ class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings
         for name in names_of(type(self), needs="use_lora"):
             if getattr(self, name) and not self.use_lora:
                 raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")
-        for needed in ("masked_loss", "with_prior_preservation"):
-            for name in names_of(type(self), needs=needed):
-                if getattr(self, name) and not getattr(self, needed):
-                    raise UserError(f"{name} has no effect without {needed}: give that too, or leave it out")
+        if self.conditioning_data_dir is not None and not self.masked_loss:
+            raise UserError("conditioning_data_dir has no effect without masked_loss: give that too, or leave it out")
         if self.cache_only and not (self.cache_latents or self.cache_text):
             raise UserError("cache_only needs cache_latents or cache_text: there is nothing else to encode")
         if self.with_prior_preservation and not self.class_prompt:

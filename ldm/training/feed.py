@@ -42,8 +42,8 @@ def _check_sinks(inputs: Inputs) -> None:
     data = inputs.data
     if len(data.buckets.sizes) > 1:
         raise UserError(
-            f"dataset_sink_mode takes images of one size, and there are {len(data.buckets.sizes)} buckets: leave out "
-            "dataset_sink_mode or enable_bucket"
+            f"dataset_sink_mode takes images of one size, and there are {len(data.buckets.sizes)}: leave out "
+            "dataset_sink_mode, or enable_bucket and other resolutions in data_path"
         )
     if not inputs.needs_no_network or not (data.has_one_caption or inputs.settings.lora_ft_text_encoder):
         raise UserError(
@@ -66,6 +66,11 @@ def make_feed(inputs: Inputs, start: int, end: int, sink: bool, ahead: int = 0) 
     if sink:
         _check_sinks(inputs)
         inputs.encode_all()
+        if not inputs.keeps_all:
+            raise UserError(
+                "dataset_sink_mode needs all latents and text embeddings, and the cache under output_path cannot be "
+                "written: make room there, or leave out dataset_sink_mode"
+            )
         return ms.data_sink(lambda *tensors: tensors, make_queue(inputs, start, end), sink_size=1)
     if ahead and inputs.needs_no_network:
         return _Ahead(inputs, start, end, ahead)

@@ -17,9 +17,9 @@ from ldm.data.batches import BatchOrder
 from ldm.data.content import content_key
 from ldm.data.draws import augmentation_draws, caption_draws, micro_batch_draws
 from ldm.data.masks import MaskReport, loss_weights
-from ldm.data.shards import ShardedCache
+from ldm.data.shards import MEMORY_BYTES, ShardedCache
 from ldm.data.training_data import MAX_BAD_FRACTION, MAX_CHECKED, TrainingData
-from ldm.data.transforms import BrokenImage, read_size
+from ldm.data.transforms import IMAGE_CODE
 from ldm.errors import UserError, plain
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -36,6 +36,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # of LDM's DiagonalGaussianDistribution
 # Pixels that are encoded at once for the cache: one image of 512 x 512, or 4 of 256 x 256 (2.3 GB; 16 took 7.1 GB).
 CACHE_PIXELS = 512 * 512
 _NO_DRAWS = np.random.default_rng(0)  # where nothing is drawn
+WINDOW_BYTES = 128 << 20  # of the arrays that are encoded ahead
 ROWS_AT_ONCE = 1024  # rows whose missing arrays are collected before they are encoded
 TEXTS_IN_CALL = 16  # captions that the text encoder encodes at once for the cache
 
@@ -109,16 +110,20 @@ class Inputs:
         if cut := data.cut_report(self.tokenizer):
             logger.warning("%s", cut)
         folder = Path(settings.output_path) / "cache"
+        self._most_ahead, in_memory = self._window_limits()
         self.moments = self.texts = None
         if settings.cache_latents and data.augments:
             logger.info("random_crop or random_flip: latents are computed at every step, not cached")
         elif settings.cache_latents:
-            self.moments = ShardedCache(folder, "latents", order.process_index)
+            self.moments = ShardedCache(folder, "latents", order.process_index, in_memory)
             network = network_hash(self.vae_encoder.vae, self.config.vae or self.config.image_channels)
-            self._moments_key = content_key("moments", network, repr(data.alpha_color))
+            self._moments_key = content_key("moments", network, repr(data.alpha_color), IMAGE_CODE)
         if settings.cache_text and not settings.lora_ft_text_encoder:
-            self.texts = ShardedCache(folder, "texts", order.process_index)
+            # Captions that change from step to step are hardly ever used again: on disk they would take 236 KB each.
+            on_disk = folder if data.has_one_caption else None
+            self.texts = ShardedCache(on_disk, "texts", order.process_index, in_memory)
             self._texts_key = content_key("text", network_hash(self.text_encoder, self.config.text))
+        self._without_mask: set[str] = set()
         self.masks: ShardedCache | None = None
         if data.masks is not None:
             if not data.augments:
@@ -127,6 +132,24 @@ class Inputs:
         self._prepared, self._window = range(0), 0
         self._broken: dict[int, int] = {}  # a row whose image is broken -> the row that replaces it
         self._loading: dict[int, tuple[np.ndarray, list[Future]]] = {}
+
+    def _window_limits(self) -> tuple[int, int]:
+        """Return how many micro-batches are encoded ahead at most, and the bytes of the arrays of those in use.
+
+        Arrays that cannot be kept on disk stay in memory until they are used: those of the window, of the one before it
+        and of the micro-batches that a thread makes ahead.
+        """
+        settings, config = self.settings, self.config
+        pixels = max(width * height for width, height in self.data.buckets.sizes)
+        latents = config.moment_channels * pixels // config.vae_factor**2
+        of_batch = 4 * settings.train_batch_size * (latents + CONTEXT_LENGTH * config.context_dim)
+        ahead = max(1, min(settings.encode_ahead, WINDOW_BYTES // of_batch))
+        return ahead, max(MEMORY_BYTES, (2 * ahead + settings.gradient_accumulation_steps + 1) * of_batch)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all that is encoded is kept: the caches are on disk, and it can be written."""
+        return all(cache is None or cache.keeps_all for cache in (self.moments, self.texts))
 
     @property
     def needs_no_network(self) -> bool:
@@ -143,8 +166,7 @@ class Inputs:
         if self.moments is None:
             rows, moments, masks = self._encode_now(number)
         else:
-            rows, moments = self._cached_moments(number)
-            masks = [self._mask(row) for row in rows.tolist()] if self.data.masks is not None else []
+            rows, moments, masks = self._cached_moments(number)
         settings, config = self.settings, self.config
         shape = (len(rows), config.latent_channels, *moments.shape[2:])
         drawn = micro_batch_draws(
@@ -161,8 +183,8 @@ class Inputs:
         """Encode what the caches do not have yet of a micro-batch and of those that follow it in its window."""
         if number in self._prepared or (self.moments is None and self.texts is None):
             return
-        self._window = min(self.settings.encode_ahead, max(1, 2 * self._window))
-        # Within an epoch, no two processes have the same row, so that none encodes what another one does.
+        self._window = min(self._most_ahead, max(1, 2 * self._window))
+        # Within an epoch without repeats, no two processes have the same row, so that none encodes what another does.
         epoch_end = (self.order.epoch(number) + 1) * self.order.steps_per_epoch
         ends = number + self._window, epoch_end, epoch_end if self.end is None else max(number + 1, self.end)
         window = range(number, min(ends))
@@ -174,13 +196,26 @@ class Inputs:
             self._encode_texts([*captions, ""])
         if self.order.process_count > 1:
             self._flush()
+        self._log_notes()
         self._prepared = window
 
-    def encode_all(self) -> None:
-        """Encode all images and captions. The processes of a run divide the work, and wait for each other."""
+    def encode_all(self) -> list[str]:
+        """Encode all that does not change from step to step. The processes of a run divide the work.
+
+        Returns:
+            What that is: "images", "captions", or both.
+
+        Raises:
+            UserError: It is nothing.
+        """
         process, count = self.order.process_index, self.order.process_count
-        if self.texts is not None and not self.data.has_one_caption:
-            logger.info("captions that change from step to step are encoded while training")
+        what = ["images"] * (self.moments is not None)
+        what += ["captions"] * (self.texts is not None and self.data.has_one_caption)
+        if not what:
+            raise UserError(
+                "there is nothing to encode ahead: random_crop, random_flip and captions that change are encoded at "
+                "every step, and so is what cache_latents and cache_text leave out"
+            )
         if count > 1:
             self._encode_rows(range(process, len(self.data), count))
             self._flush()
@@ -193,6 +228,7 @@ class Inputs:
                 "output_path",
                 encoded, Path(self.settings.output_path) / "cache",
             )  # fmt: skip
+        return what
 
     def _encode_rows(self, rows: range) -> int:
         """Encode the images and captions of rows and return how many arrays were not in the caches."""
@@ -201,11 +237,18 @@ class Inputs:
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 part = rows[start : start + ROWS_AT_ONCE]
                 if self.moments is not None:
-                    encoded += self._encode_images(part)
+                    encoded += self._encode_images(part, reads=False)
+                self._masks(list(part))
                 if self.texts is not None and self.data.has_one_caption:
                     encoded += self._encode_texts([*self._captions(np.array(part), 0), ""])
                 bar.update(len(part))
+        self._log_notes()
         return encoded
+
+    def _log_notes(self) -> None:
+        """Log what is new of images that are read all the same."""
+        for line in self.data.notes.lines(new=True):
+            logger.info("%s", line)
 
     def _flush(self) -> None:
         """Have what was encoded written to the disk, so that processes of other hosts find it."""
@@ -303,16 +346,30 @@ class Inputs:
                 f"{error}"
             )
 
-    def _cached_moments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of a micro-batch and their moments."""
+    def _cached_moments(self, number: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+        """Return the rows of a micro-batch, their moments and masks."""
         assert self.moments is not None
         while True:
             rows = self.rows(number)
+            masks = self._masks(rows.tolist())
+            if masks is None:
+                continue
             found = [self.moments.get(self._row_key(row), self._moments_shape(row)) for row in rows.tolist()]
             arrays = [array for array in found if array is not None]
             if len(arrays) == len(found):
-                return rows, np.stack(arrays)
+                return rows, np.stack(arrays), masks
             self._encode_images(rows.tolist())  # its file has been damaged or removed since
+
+    def _masks(self, rows: list[int]) -> list[np.ndarray | None] | None:
+        """Return the masks of rows, or None if one of them has been replaced because its mask is broken."""
+        masks: list[np.ndarray | None] = []
+        for row in rows if self.data.masks is not None else []:
+            try:
+                masks.append(self._mask(row))
+            except UserError as error:
+                self._replace(row, error)
+                return None
+        return masks
 
     def _row_key(self, row: int) -> str:
         data = self.data
@@ -325,17 +382,24 @@ class Inputs:
         factor = self.config.vae_factor
         return self.config.moment_channels, height // factor, width // factor
 
-    def _encode_images(self, rows: Iterable[int]) -> int:
-        """Put the moments of the images of rows into the cache and return how many were not there."""
+    def _encode_images(self, rows: Iterable[int], reads: bool = True) -> int:
+        """Put the moments of the images of rows into the cache and return how many were put.
+
+        Args:
+            rows: Their numbers.
+            reads: Whether to read the arrays that are there, so that those that are damaged are encoded again.
+        """
         assert self.moments is not None
         missing: dict[tuple[int, int], dict[str, int]] = {}
         for row in rows:
             row = self._usable(row)
             key, shape = self._row_key(row), self._moments_shape(row)
-            if self.moments.get(key, shape) is None:
+            # What is damaged is found when it is read, so that 1,000,000 arrays that are there take no reading.
+            if key not in self.moments or (reads and self.moments.get(key, shape) is None):
                 missing.setdefault(self.data.buckets.size(row), {})[key] = row
         count = sum(map(len, missing.values()))
         broken: list[int] = []
+        encoded = 0
         with tqdm(total=count, desc="latents: encoding", unit="image", delay=1, leave=False) as bar:
             for (width, height), of_key in missing.items():
                 in_call = max(1, min(32, CACHE_PIXELS // (width * height)))
@@ -351,10 +415,11 @@ class Inputs:
                         moments = run_in_batches(self.vae_encoder, np.stack([image for _, image in images]), in_call)
                         for (key, _), array in zip(images, moments):
                             self.moments.put(key, array)
+                        encoded += len(images)
                     bar.update(len(loaded))
                     if self.status is not None:
                         self.status.phase = f"after encoding {bar.n} of {count} images ahead"
-        return count + (self._encode_images(broken) if broken else 0)
+        return encoded + (self._encode_images(broken) if broken else 0)
 
     def _load_all(self, rows: list[int]) -> list[np.ndarray | UserError]:
         def load(row: int) -> np.ndarray | UserError:
@@ -407,30 +472,40 @@ class Inputs:
         if self.masks is None:  # random crops, or latents that are computed at every step
             return self.data.mask(row, self.config.vae_factor)
         _, height, width = self._moments_shape(row)
-        key = content_key("mask", content, self.data.source(row), repr((self.data.buckets.size(row), height, width)))
+        placed = self.data.buckets.size(row), self.data.buckets.scale(row), height, width
+        key = content_key("mask", content, self.data.content(row), repr(placed), IMAGE_CODE)
+        if key in self._without_mask:
+            return None
         mask = self.masks.get(key, (1, height, width))
         if mask is None:
             mask = self.data.mask(row, self.config.vae_factor)
             if mask is not None:
                 self.masks.put(key, mask)
+            else:  # an image without an alpha channel
+                self._without_mask.add(key)
         return mask
 
-    def _is_readable(self, row: int) -> bool:
-        """Whether an image that was not checked has a header. A broken one is named when it is to be encoded."""
-        if self.data.contents is None:
-            try:
-                read_size(self.data.rows[row].image)
-            except BrokenImage:
-                return False
-        return True
+    def _mask_if_readable(self, row: int) -> tuple[np.ndarray | None] | None:
+        """Return the mask of a row, or None if it cannot be read.
+
+        Of images that were not checked, one that is broken is named and replaced when it is to be encoded.
+        """
+        try:
+            return (self._mask(row),)
+        except UserError:
+            if self.data.contents is not None:
+                raise
+            return None
 
     def _report_masks(self) -> None:
         """Log how many images have a mask, and how much of them the masks show."""
         report = MaskReport(len(self.data))
         count = min(len(self.data), MAX_CHECKED)
         rows = np.linspace(0, len(self.data) - 1, count).round().astype(int).tolist()
-        for row in tqdm(rows, desc="reading masks", unit="mask", delay=1, leave=False):
-            if not self.data.is_class_image(row) and self._is_readable(row):
-                report.add(row, self._mask(row))
+        rows = [row for row in rows if not self.data.is_class_image(row)]
+        masks = self.pool.map(self._mask_if_readable, rows)
+        for row, found in zip(rows, tqdm(masks, "reading masks", len(rows), unit="mask", delay=1, leave=False)):
+            if found is not None:
+                report.add(row, found[0])
         for line in report.lines(self.data.name):
             logger.info("%s", line)

@@ -133,8 +133,9 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     check_same_start(fingerprint, state, trainable)
     if is_first_process:
         with writing(output / "train_args.yaml"):
-            # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states.
-            save_settings(settings, output / "train_args.yaml", leave_out=("train_config", "resume"))
+            # Not train_config, because the file holds all settings itself, nor resume, because a new run has no states,
+            # nor cache_only, because the file is for training.
+            save_settings(settings, output / "train_args.yaml", leave_out=("train_config", "resume", "cache_only"))
 
     inputs = Inputs(settings, model, data, order, plan.steps, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update

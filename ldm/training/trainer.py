@@ -105,8 +105,8 @@ def _claimed(output: Path) -> Iterator[None]:
 
 def encode(run: Run) -> Path:
     """Encode all images and captions into the cache, and return its path. What is there already is kept."""
-    run.inputs.encode_all()
-    logger.info("done: %d images and their captions are encoded in %s", len(run.inputs.data), run.output / "cache")
+    what = " and ".join(run.inputs.encode_all())
+    logger.info("done: the %s of %d rows are encoded in %s", what, len(run.inputs.data), run.output / "cache")
     return run.output / "cache"
 
 

@@ -295,3 +295,66 @@ def test_the_file_of_each_row_is_numbered_where_files_hold_several_images(tmp_pa
     write_shards(tmp_path / "shards", [(16, 16)] * 4)
     assert training(tmp_path / "shards").file_of_row().tolist() == [0, 1, 0, 1]
     assert training(write(tmp_path / "files", [(16, 16)] * 4)).file_of_row() is None
+
+
+# What a resumed run compares
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "flip_aug = true", "random_crop = true", "shuffle_caption = true", "caption_dropout_rate = 0.9",
+        "caption_prefix = 'x'", "num_repeats = 2", "keep_tokens = 1",
+    ],
+)  # fmt: skip
+def test_a_change_of_a_dataset_config_is_another_run(tmp_path, change):
+    write(tmp_path / "a", [(16, 16), (40, 20)])
+    prints = set()
+    for name, line in (("before", ""), ("after", change), ("resolution", ""), ("buckets", "")):
+        dataset = {"resolution": "resolution = 32", "buckets": "enable_bucket = true\nbucket_no_upscale = true"}.get(
+            name, ""
+        )
+        config = tmp_path / f"{name}.toml"
+        config.write_text(f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = 'a'\n{line}\n")
+        prints.add(training(config, bucket_reso_steps=8, min_bucket_reso=8).fingerprint())
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "warning"),
+    [
+        (dict(max_buckets=3), "max_buckets has no effect without enable_bucket"),
+        (dict(unmasked_weight=0.5), "unmasked_weight has no effect without masks"),
+        (dict(prior_loss_weight=0.5), "prior_loss_weight has no effect without class images"),
+        (dict(class_prompt="a dog"), "class_prompt has no effect without class images"),
+        (dict(keep_tokens=1), "keep_tokens has no effect: give shuffle_caption"),
+    ],
+)
+def test_a_setting_without_effect_is_named(tmp_path, caplog, others, warning):
+    training(write(tmp_path, [(16, 16)] * 2), **others)
+    assert warning in caplog.text
+
+
+def test_a_setting_that_a_subset_gives_an_effect_is_not_named(tmp_path, caplog):
+    write(tmp_path / "a", [(16, 16)])
+    (tmp_path / "config.toml").write_text(
+        "[general]\nshuffle_caption = true\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'"
+    )
+    training(tmp_path / "config.toml", keep_tokens=1)
+    assert "no effect" not in caplog.text
+
+
+def test_a_folder_name_cannot_ask_for_more_samples_than_fit(tmp_path):
+    write(tmp_path / "1000000_cat", [(8, 8)] * 101)
+    with pytest.raises(UserError, match="101,000,000 samples, at most 100,000,000 .*1000000_cat is repeated 1,000,000"):
+        training(tmp_path)
+
+
+def test_what_is_said_of_an_image_is_said_once(tmp_path):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.txt").write_text("a cat")
+    data = training(tmp_path)
+    for expected in (["1 image has several frames, of which the first is used: "], []):
+        data.image(0)
+        assert [line.partition(str(tmp_path))[0] for line in data.notes.lines(new=True)] == expected

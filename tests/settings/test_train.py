@@ -40,7 +40,8 @@ def test_the_settings_in_a_training_state_stay_the_same():
     assert sorted(names_of(TrainSettings, resume="fixed")) == [
         "alpha_color", "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout",
         "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
-        "caption_tag_dropout_rate", "check_images", "class_prompt", "conditioning_data_dir", "enable_bucket", "enable_wildcard",
+        "caption_tag_dropout_rate", "check_images", "class_prompt",
+        "conditioning_data_dir", "enable_bucket", "enable_wildcard",
         "gradient_accumulation_steps", "image_size", "instance_prompt", "keep_tokens", "keep_tokens_separator",
         "lora_alpha", "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank",
         "lora_scale", "lora_targets", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep",

@@ -9,6 +9,7 @@ from PIL import Image
 from ldm.data.draws import augmentation_draws
 from ldm.errors import UserError
 from ldm.settings.train import TrainSettings
+from ldm.training import inputs as inputs_module
 from ldm.training.setup import begin
 from ldm.training.trainer import run_steps, train
 from tests.data.sources import layouts
@@ -111,7 +112,7 @@ def test_cache_only_encodes_everything_and_a_training_uses_it(make, tmp_path, mo
     caplog.set_level(logging.INFO)
     data = write(tmp_path / "data", [(16, 16)] * 5)
     assert train(make(data, cache_only=True)) == tmp_path / "run" / "cache"
-    assert "5 images and their captions are encoded" in caplog.text
+    assert "the images and captions of 5 rows are encoded" in caplog.text
     assert not list((tmp_path / "run" / "ckpt").glob("*.ckpt"))
     run = prepare(make(data))
     monkeypatch.setattr(run.inputs.vae_encoder, "construct", None)
@@ -259,3 +260,66 @@ def test_images_in_files_of_their_own_are_shuffled_all_together_whatever_the_buf
     inputs = prepare(make(data, "other", shuffle_buffer_size=2)).inputs
     assert "shuffle_buffer_size has no effect: each image has a file of its own" in caplog.text
     assert all(same(inputs.batch(number), expected.batch(number)) for number in range(4))
+
+
+def test_a_mask_is_cached_with_the_scale_of_its_image(make, tmp_path):
+    """The same image in two data sets, of which one crops it to a bucket."""
+    data = tmp_path / "data"
+    data.mkdir()
+    ramp = np.zeros((50, 50, 4), np.uint8)
+    ramp[..., 3] = np.arange(50) * 5
+    Image.fromarray(ramp).save(data / "a.png")
+    (data / "a.txt").write_text("a cat")
+    subset = f"[[datasets.subsets]]\nimage_dir = '{data}'\nalpha_mask = true\n"
+    (tmp_path / "config.toml").write_text(
+        f"[[datasets]]\nresolution = 48\n{subset}[[datasets]]\nresolution = 50\nenable_bucket = true\n"
+        f"bucket_no_upscale = true\nbucket_reso_steps = 16\nmin_bucket_reso = 16\n{subset}"
+    )
+    inputs = prepare(make(tmp_path / "config.toml", train_batch_size=1)).inputs
+    assert [inputs.data.buckets.size(row) for row in (0, 1)] == [(48, 48)] * 2
+    for row in (0, 1):
+        np.testing.assert_array_equal(inputs._mask(row), inputs.data.mask(row, 2))
+    assert not np.array_equal(inputs._mask(0), inputs._mask(1))
+
+
+def test_a_truncated_image_with_an_alpha_mask_is_replaced_where_it_was_not_checked(make, tmp_path, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(10):
+        noise = np.random.default_rng(number).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+        Image.fromarray(noise).save(data / f"{number:02}.png")
+        (data / f"{number:02}.txt").write_text("a cat")
+    content = (data / "03.png").read_bytes()
+    (data / "03.png").write_bytes(content[: len(content) // 2])
+    inputs = prepare(make(data, alpha_mask=True, check_images=False)).inputs
+    [inputs.batch(number) for number in range(5)]
+    assert 3 not in np.concatenate([inputs.rows(number) for number in range(5)]) and "03.png" in caplog.text
+
+
+def test_captions_that_change_are_not_kept_on_disk(make, tmp_path):
+    data = write(tmp_path / "data", [(16, 16)] * 4, ["a, b, c, d"] * 4)
+    inputs = prepare(make(data, shuffle_caption=True)).inputs
+    [inputs.batch(number) for number in range(6)]
+    assert not list((tmp_path / "run" / "cache").glob("texts*")) and list((tmp_path / "run" / "cache").glob("latents*"))
+
+
+def test_the_window_is_as_large_as_the_memory_that_it_may_take(make, tmp_path, monkeypatch):
+    data = write(tmp_path / "data", [(16, 16)] * 8)
+    assert prepare(make(data)).inputs._most_ahead == 64
+    monkeypatch.setattr(inputs_module, "WINDOW_BYTES", 100_000)
+    assert 1 <= prepare(make(data)).inputs._most_ahead < 8
+
+
+def test_a_cache_that_cannot_be_written_trains_the_same_batches(make, tmp_path, monkeypatch):
+    data = write(tmp_path / "data", [(16, 16)] * 8)
+    expected = prepare(make(data)).inputs
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "cache").write_text("no folder")
+    inputs = prepare(make(data, "full")).inputs
+    assert all(same(inputs.batch(number), expected.batch(number)) for number in range(8)) and not inputs.keeps_all
+
+
+def test_cache_only_says_when_there_is_nothing_to_encode(make, tmp_path):
+    data = write(tmp_path / "data", [(16, 16)] * 4)
+    with pytest.raises(UserError, match="there is nothing to encode ahead"):
+        train(make(data, cache_only=True, random_flip=True, shuffle_caption=True))

@@ -19,7 +19,7 @@ from ldm.data.captions import MOST_TOKENS
 from ldm.data.checked_images import CheckedImages
 from ldm.data.draws import caption_draws
 from ldm.data.masks import MaskReport
-from ldm.data.prior import PriorPlan, plan_prior, with_class_images
+from ldm.data.prior import PriorPlan, check_class_folder, plan_prior, with_class_images
 from ldm.data.shards import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
 from ldm.data.training_data import MAX_CHECKED, TrainingData, prepare_data, read_listing
@@ -79,6 +79,7 @@ class Inspection:
         from ldm.training.class_images import class_images_folder, find_class_images
 
         folder = class_images_folder(settings)
+        check_class_folder(listing, folder)
         # The record of decoded images belongs into this tool's folder.
         found = find_class_images(
             dataclasses.replace(settings, class_data_dir=str(folder), output_path=str(self.record.parents[1]))
