@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
+from ldm.data.sources import caption_files, kohya_folders
+from ldm.data.sources.names import is_hidden
 from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import MAX_ROWS, Listing, Row, Subset, image_name, merged
 from ldm.errors import UserError, plain
@@ -68,6 +70,7 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
 
     datasets = np.array([subset.dataset for subset in listing.subsets], np.int64)[subsets]
     lines: list[str] = []
+    several = len(np.unique(datasets)) > 1
     for dataset in np.unique(datasets[is_reg]):
         instance = np.flatnonzero(~is_reg & (datasets == dataset))
         rows = np.flatnonzero(is_reg & (datasets == dataset))
@@ -75,7 +78,7 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
         available = int(repeats[rows].sum())
         repeats[rows] = _in_turn(repeats[rows], samples)
         used = repeats[rows][repeats[rows] > 0]
-        name = f"data set {dataset + 1}: " if len(set(datasets.tolist())) > 1 else ""
+        name = f"data set {dataset + 1}: " if several else ""
         times = f", each {_times(used)}, with weight {prior_loss_weight:g} in the loss" if len(used) else ""
         lines.append(
             f"{name}an epoch has {samples:,} samples of {len(instance):,} instance images and {int(used.sum()):,} of "
@@ -151,24 +154,65 @@ def list_class_images(folder: str | os.PathLike, paths: Iterable[str | os.PathLi
     return Listing(LAYOUT, rows, (Subset(LAYOUT, name, name, is_reg=True, class_tokens=prompt),), [], {})
 
 
-def with_class_images(listing: Listing, class_images: Listing) -> Listing:
-    """Return the rows of a data set and, behind them, those of `list_class_images`.
+def check_class_folder(listing: Listing, folder: str | os.PathLike) -> None:
+    """Check that class images in `folder` can be added to a data set, before they are drawn.
 
     Raises:
-        UserError: The data set holds the class images as well.
+        UserError: The data set holds images of the folder, or would hold them at the next start, or it is a
+            dataset_config of several [[datasets]].
     """
-    folder = class_images.subsets[0].folder
-    inside = f"{os.path.realpath(folder)}/"
-    places: dict[str, bool] = {}  # folder of images -> whether it is that of the class images, or below it
-    for row in listing.rows:
+    name, place = plain(os.fspath(folder)), os.path.realpath(folder)
+    if len({subset.dataset for subset in listing.subsets}) > 1:
+        raise UserError(
+            "with_prior_preservation is for one data set, and this dataset_config has several [[datasets]]: leave it "
+            "out, and give each of them a subset with is_reg = true and the image_dir of its class images"
+        )
+    way = "give a class_data_dir outside of data_path"
+    if (image := _image_within(listing, place)) is not None:
+        raise UserError(
+            f"the class images in {name} are images of data_path too, such as {plain(image_name(image, name))}: {way}"
+        )
+    if (data := _folder_that_lists(listing, place)) is not None:
+        raise UserError(
+            f"the folder of class images {name} is within {plain(data)}, whose folders are read as data_path: the next "
+            f"start would train on the class images as on those of the instance; {way}"
+        )
+
+
+def _image_within(listing: Listing, place: str) -> Optional[str]:
+    """Return an image of a data set that is in a folder or below it, None if there is none. `place` is a real path."""
+    inside = f"{place}/"
+    places: dict[str, bool] = {}  # folder of images -> whether it is within `place`
+    for row in () if isinstance(listing.rows, RowFile) else listing.rows:  # a RowFile has no image files
         if not isinstance(row.image, str):
             continue
-        place = row.image.rpartition("/")[0]
-        if place not in places:
-            places[place] = f"{os.path.realpath(place)}/".startswith(inside)
-        if places[place]:
-            raise UserError(
-                f"the class images in {plain(folder)} are images of data_path too, such as "
-                f"{plain(image_name(row.image, folder))}: give a class_data_dir outside of data_path"
-            )
+        of_row = row.image.rpartition("/")[0]
+        if of_row not in places:
+            places[of_row] = f"{os.path.realpath(of_row)}/".startswith(inside)
+        if places[of_row]:
+            return row.image
+    return None
+
+
+def _folder_that_lists(listing: Listing, place: str) -> Optional[str]:
+    """Return the folder of a data set whose images are listed, those in `place` included, None if there is none."""
+    for subset in listing.subsets:
+        if subset.layout not in (caption_files.NAME, kohya_folders.NAME):
+            continue
+        # kohya's folders are listed side by side, new ones included.
+        root = os.path.dirname(subset.folder) if subset.layout == kohya_folders.NAME else subset.folder
+        below = os.path.relpath(place, os.path.realpath(root)).split(os.sep)
+        if subset.layout == kohya_folders.NAME:
+            is_listed = len(below) == 1 and kohya_folders.is_read(below[0])
+        elif listing.layout == caption_files.NAME:
+            is_listed = below == [os.curdir] or not any(map(is_hidden, below))  # as is "..", which leads out
+        else:  # a subset of a dataset_config, without the folders below
+            is_listed = below == [os.curdir]
+        if is_listed:
+            return root
+    return None
+
+
+def with_class_images(listing: Listing, class_images: Listing) -> Listing:
+    """Return the rows of a data set and, behind them, those of `list_class_images`. See `check_class_folder`."""
     return merged(listing.layout, (listing, class_images))

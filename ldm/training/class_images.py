@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,11 @@ from mindspore.common.api import _cell_graph_executor
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.checked_images import CheckedImages
-from ldm.data.prior import list_class_images, with_class_images
+from ldm.data.checked_images import check_images
+from ldm.data.prior import check_class_folder, list_class_images, with_class_images
 from ldm.data.sources.names import is_image, walk
 from ldm.data.sources.rows import Listing
+from ldm.data.training_data import MAX_CHECKED
 from ldm.data.transforms import BrokenImage
 from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.errors import UserError, plain
@@ -63,7 +63,6 @@ SAMPLING_STEPS = 50
 GUIDANCE_SCALE = 9.0
 PUBLISHED = ("sd1", "sd2")  # the architectures that it is for
 
-MAX_CHECKED = 20_000  # images that are decoded at the start where check_images does not say it
 _DRAWN = re.compile(r"class-(\d{6,})\.png")
 
 
@@ -97,13 +96,14 @@ def add_class_images(
     Without it, or with prior_loss_weight 0, which makes them useless, the rows are returned as they are.
 
     Raises:
-        UserError: See `ensure_class_images`. Or the class images are in the data set as well.
+        UserError: See `check_class_folder` and `ensure_class_images`.
     """
     if not settings.with_prior_preservation:
         return listing
     if not settings.prior_loss_weight:
         logger.info("prior_loss_weight 0: class images are neither read nor drawn")
         return listing
+    check_class_folder(listing, class_images_folder(settings))
     images = ensure_class_images(settings, config, runtime, load_base, flash_attention, status)
     return with_class_images(listing, images)
 
@@ -195,26 +195,9 @@ def _decodable(paths: list[str], settings: TrainSettings) -> tuple[list[str], li
     checks = settings.check_images
     if not paths or not (len(paths) <= MAX_CHECKED if checks is None else checks):
         return paths, []
-    checked_images = CheckedImages(Path(settings.output_path) / "cache" / "class_images.json")
-
-    def fault(path: str) -> str:
-        try:
-            checked_images.check(Path(path))
-        except BrokenImage as error:
-            return str(error)
-        return ""
-
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        # The bar appears only if the check takes longer than a second.
-        checked = tqdm(
-            pool.map(fault, paths), total=len(paths), desc="checking class images", unit="image", delay=1, leave=False
-        )
-        faults = list(checked)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    checked_images.save()
-    return [path for path, fault in zip(paths, faults) if not fault], [fault for fault in faults if fault]
+    # Not images.json, which prepare_data writes with the images of the data set and these.
+    found, faults = check_images(paths, Path(settings.output_path) / "cache" / "class_images.json")
+    return [path for path in paths if path in found], [str(BrokenImage(path, fault)) for path, fault in faults.items()]
 
 
 def _warn_of_other_origin(folder: Path, paths: list[str], settings: TrainSettings) -> None:

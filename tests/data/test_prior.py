@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ldm.data.prior import list_class_images, plan_prior, with_class_images, with_instance_prompt
+from ldm.data.prior import check_class_folder, list_class_images, plan_prior, with_class_images, with_instance_prompt
+from ldm.data.sources import read
 from ldm.data.sources.rows import Listing, Row, Subset
 from ldm.errors import UserError
 
@@ -117,6 +120,14 @@ def test_a_hundred_thousand_rows_take_less_than_a_second():
     assert plan.repeats.sum() == 200_000 and len(plan.lines) == 1
 
 
+def test_the_time_for_many_data_sets_grows_with_their_number_alone():
+    subsets = [(120, make(dataset=number)) for number in range(500) for make in (instance, of_class)]
+    rows = listing(*subsets)
+    start = time.perf_counter()
+    assert len(plan_prior(rows).lines) == 500
+    assert time.perf_counter() - start < 2
+
+
 def test_the_instance_prompt_replaces_every_caption_but_those_of_class_images(caplog):
     rows = [
         Row("instance/0.png", "a dog on grass", 0, 0),
@@ -148,9 +159,66 @@ def test_class_images_within_the_data_set_are_refused(tmp_path):
     inside.mkdir(parents=True)
     (tmp_path / "link").symlink_to(inside)
     rows = Listing("test", [Row(f"{inside}/0.png", "", 0, 0)], (instance(),), [], {})
-    images = list_class_images(tmp_path / "link", [tmp_path / "link" / "0.png"], "a dog")
     with pytest.raises(UserError, match="0.png: give a class_data_dir outside of data_path"):
-        with_class_images(rows, images)
+        check_class_folder(rows, tmp_path / "link")
+
+
+def data_set(tmp_path, *folders: str) -> Listing:
+    """A data set of an image with a caption in each of these folders of data, "" for data itself."""
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / folder / "a.png")
+        (tmp_path / "data" / folder / "a.txt").write_text("a dog")
+    return read(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("folders", "place", "is_refused"),
+    [
+        ([""], "data/class", True),
+        ([""], "data/run/class_images", True),
+        ([""], "link/class", True),
+        ([""], "class", False),
+        ([""], "data-class", False),
+        ([""], "data/.class", False),  # hidden folders are not listed
+        (["1_dog"], "data/5_class", True),
+        (["1_dog"], "data/class", False),
+        (["1_dog"], "data/0_class", False),
+        (["1_dog"], "data/1_dog/class", False),
+    ],
+)
+def test_a_folder_that_the_next_start_would_list_is_refused_before_there_are_images(
+    tmp_path, folders, place, is_refused
+):
+    rows = data_set(tmp_path, *folders)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    with pytest.raises(UserError) if is_refused else nullcontext() as caught:
+        check_class_folder(rows, tmp_path / place)
+    if is_refused:
+        message = str(caught.value)
+        assert f"{tmp_path}/{place} is within {tmp_path}/data, " in message and "outside of data_path" in message
+    # What a start lists once class images are there.
+    (tmp_path / place).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / place / "class-000000.png")
+    assert (len(read(tmp_path / "data").rows) > len(rows.rows)) == is_refused
+
+
+def test_an_image_dir_of_a_config_is_no_folder_of_class_images_but_one_below_is(tmp_path):
+    data_set(tmp_path, "")
+    (tmp_path / "config.toml").write_text(
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{tmp_path}/data'\nclass_tokens = 'dog'\n"
+    )
+    rows = read(tmp_path / "config.toml")
+    check_class_folder(rows, tmp_path / "data" / "class")
+    with pytest.raises(UserError, match="outside of data_path"):
+        check_class_folder(rows, tmp_path / "data")
+
+
+def test_class_images_for_several_data_sets_of_a_config_are_refused(tmp_path):
+    two = listing((12, instance()), (60, instance(dataset=1)))
+    with pytest.raises(UserError, match=r"several \[\[datasets\]\].*is_reg = true"):
+        check_class_folder(two, tmp_path)
+    check_class_folder(listing((12, instance()), (60, instance())), tmp_path)
 
 
 def test_a_folder_without_class_images_is_refused(tmp_path):

@@ -182,9 +182,9 @@ def test_a_random_unet_draws_nothing(folder, tmp_path, micro_base_model):
         ensure(settings)
 
 
-def add(settings: TrainSettings) -> Listing:
-    """Return a data set of one image with the class images."""
-    data = Listing("test", [Row("data/0.png", "sks dog", 0, 0)], (Subset("test", "data", "data"),), [], {})
+def add(settings: TrainSettings, data: Listing | None = None) -> Listing:
+    """Return a data set, by default of one image, with the class images."""
+    data = data or Listing("test", [Row("data/0.png", "sks dog", 0, 0)], (Subset("test", "data", "data"),), [], {})
     status = Status(Path(settings.output_path) / "ckpt", False)
     runtime = Runtime("CPU", ms.float32, 0, 1, mode=0)
     return add_class_images(data, settings, load_model_config(MICRO), runtime, lambda: None, False, status)
@@ -201,6 +201,17 @@ def test_class_images_are_added_behind_the_data_set(settings, drawn_batches):
 )
 def test_nothing_is_added_or_drawn_where_it_has_no_effect(folder, tmp_path, micro_base_model, drawn_batches, off):
     assert len(add(make_settings(folder, tmp_path, micro_base_model, **off)).rows) == 1
+    assert drawn_batches == [] and not folder.exists()
+
+
+def test_nothing_is_drawn_into_a_folder_that_the_next_start_would_list(tmp_path, micro_base_model, drawn_batches):
+    folder = tmp_path / "data" / "class"
+    data = Listing(
+        "caption_files", [Row(f"{tmp_path}/data/0.png", "sks dog", 0, 0)],
+        (Subset("caption_files", f"{tmp_path}/data", ""),), [], {},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="give a class_data_dir outside of data_path"):
+        add(make_settings(folder, tmp_path, micro_base_model), data)
     assert drawn_batches == [] and not folder.exists()
 
 
