@@ -358,6 +358,18 @@ def test_a_training_that_would_not_begin_is_reported_with_the_reason(tmp_path, c
         (("--data_path", "data", "--train_config", "none.yaml"), "none.yaml"),
         (("--data_path", "data", "--masked_loss", "--conditioning_data_dir", "gone"), "gone"),
         (("--data_path", "data", "--with_prior_preservation"), "with_prior_preservation needs class_prompt"),
+        (
+            (
+                "--data_path",
+                "data",
+                "--with_prior_preservation",
+                "--class_prompt",
+                "a",
+                "--class_data_dir",
+                "data/class",
+            ),
+            "give a class_data_dir outside of data_path",
+        ),
     ],
 )
 def test_mistakes_are_errors_that_name_the_setting(tmp_path, monkeypatch, flags, message):
