@@ -75,7 +75,9 @@ class MaskFinder:
             folders: tuple[str, ...] = ()
             if masks is not None:
                 below = os.path.join(masks, os.path.basename(subset.folder))
-                folders = (below, masks) if own is None and self._listed(below) else (masks,)
+                # The images may lie in the folder of masks themselves, and are not their own masks.
+                is_other = os.path.realpath(below) != os.path.realpath(subset.folder)
+                folders = (below, masks) if own is None and is_other and self._listed(below) else (masks,)
             self._places.append((subset.folder, folders, bool(subset.settings.get("alpha_mask", alpha_mask))))
 
     def find(self, row: Row) -> Optional[Mask]:

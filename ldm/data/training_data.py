@@ -416,6 +416,7 @@ def _masks(listing: Listing, settings: TrainSettings) -> list[Mask | None] | Non
 
 def _read_options(settings: TrainSettings) -> ReadOptions:
     """Return how the data set of a run is read."""
+    folders = settings.conditioning_data_dir, settings.class_data_dir
     return ReadOptions(
         image_column=settings.image_column,
         caption_column=settings.caption_column,
@@ -424,6 +425,7 @@ def _read_options(settings: TrainSettings) -> ReadOptions:
         num_repeats=settings.num_repeats,
         caption_separator=settings.caption_separator,
         rows_on_disk=settings.shuffle_buffer_size > 0,
+        leave_out=tuple(os.path.realpath(folder) for folder in folders if folder is not None),
     )
 
 

@@ -353,3 +353,14 @@ def test_a_data_set_without_masks_is_said_to_have_none():
         "masks: 0 of 1 images have one",
         "images without a mask, which are trained everywhere: 1 (a .png)",
     ]
+
+
+def test_images_in_the_folder_of_masks_are_not_their_own_masks(tmp_path):
+    """conditioning_data_dir is the folder above data_path."""
+    (tmp_path / "photos").mkdir()
+    image = tmp_path / "photos" / "a.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for expected in (None, str(tmp_path / "a.png")):
+        finder = MaskFinder([Subset("caption_files", str(tmp_path / "photos"), "")], str(tmp_path), False)
+        assert finder.find(Row(str(image), "", 0, 0)) == expected
+        Image.new("L", (8, 8)).save(tmp_path / "a.png")

@@ -15,7 +15,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.files.outputs import claim_folder
 from ldm.files.paths import under_root
 from ldm.files.prompts import read_prompts
-from ldm.settings.declare import MAX_SEED, REQUIRED, names_of, setting
+from ldm.settings.declare import MAX_SEED, REQUIRED, default_of, names_of, setting
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
@@ -142,7 +142,7 @@ def read_recipe(path: str, flags: Sequence[str], base: str, seed: int = 0) -> Tr
         raise UserError(f"{path} trains the whole UNet: this script compares LoRAs, add --use_lora True")
     for field in fields(TrainSettings):
         reason = field.metadata["not_in_diffusers"]
-        if reason and getattr(settings, field.name):
+        if reason and getattr(settings, field.name) != default_of(field):
             raise UserError(
                 f"{field.name} is set, which cannot be compared: {reason}; add --{field.name} {field.default}"
             )
