@@ -36,6 +36,20 @@ def validated_graphs(folder: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in folder.glob("*_validate_*.ir"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable(report):
+    """Escape half characters in what tests print and log: pytest-xdist sends UTF-8, and file names may hold others."""
+    return _escaped((yield))
+
+
+def _escaped(value):
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(entry) for key, entry in value.items()}
+    return [_escaped(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     np.random.seed(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,8 @@ CACHE_PIXELS = 512 * 512
 _NO_DRAWS = np.random.default_rng(0)  # where nothing is drawn
 WINDOW_BYTES = 128 << 20  # of the arrays that are encoded ahead
 ROWS_AT_ONCE = 1024  # rows whose missing arrays are collected before they are encoded
+CAPTIONS_HELD = 4096  # captions whose tokens are kept, 0.3 KB each: tokens take 70 us
+RECENT_BYTES = 128 << 20  # of arrays that were read last
 TEXTS_IN_CALL = 16  # captions that the text encoder encodes at once for the cache
 
 
@@ -76,6 +80,36 @@ def sample_latents(moments: np.ndarray, eps: np.ndarray, scale_factor: float) ->
     return (latents * np.float32(scale_factor)).astype(np.float32)
 
 
+class _Recent:
+    """The newest arrays by key, of at most RECENT_BYTES, so that of a small data set each is read once.
+
+    For a nano batch of 16 rows this saves 2 of 4 ms. Several threads may use it.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}  # the oldest first
+        self._bytes, self._lock = 0, threading.Lock()
+
+    def get(self, cache: ShardedCache, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Return an array of a cache, None if it is absent. It must not be changed."""
+        with self._lock:
+            array = self._arrays.get(key)
+        if array is None:
+            array = cache.get(key, shape)
+            if array is not None:
+                self._add(key, array)
+        return array
+
+    def _add(self, key: str, array: np.ndarray) -> None:
+        with self._lock:
+            if key in self._arrays or array.nbytes > RECENT_BYTES:
+                return
+            self._arrays[key] = array
+            self._bytes += array.nbytes
+            while self._bytes > RECENT_BYTES:
+                self._bytes -= self._arrays.pop(next(iter(self._arrays))).nbytes
+
+
 class Inputs:
     """The micro-batches of a run: `order` says which rows each has.
 
@@ -107,6 +141,7 @@ class Inputs:
         self.text_encoder = model.cond_stage_model
         self.pool = ThreadPoolExecutor(settings.num_workers)
         self.tokenizer = Tokenizer(self.config.pad_token, self.config.added_tokens)
+        self._tokens_of = lru_cache(CAPTIONS_HELD)(lambda caption: self.tokenizer.encode([caption])[0])
         if cut := data.cut_report(self.tokenizer):
             logger.warning("%s", cut)
         folder = Path(settings.output_path) / "cache"
@@ -129,6 +164,7 @@ class Inputs:
             if not data.augments:
                 self.masks = ShardedCache(folder, "masks", order.process_index)
             self._report_masks()
+        self._recent = _Recent()
         self._prepared, self._window = range(0), 0
         self._broken: dict[int, int] = {}  # a row whose image is broken -> the row that replaces it
         self._loading: dict[int, tuple[np.ndarray, list[Future]]] = {}
@@ -280,11 +316,11 @@ class Inputs:
         return self.data.dropout[[self.data.rows[row].subset for row in rows]]
 
     def _text_embeddings(self, captions: list[str]) -> np.ndarray:
-        tokens = self.tokenizer.encode(captions)
+        tokens = np.stack([self._tokens_of(caption) for caption in captions])
         if self.texts is None:
             return tokens if self.settings.lora_ft_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
         while True:
-            found = [self.texts.get(self._text_key(row), self._text_shape) for row in tokens]
+            found = [self._recent.get(self.texts, self._text_key(row), self._text_shape) for row in tokens]
             arrays = [array for array in found if array is not None]
             if len(arrays) == len(found):
                 return np.stack(arrays)
@@ -295,9 +331,9 @@ class Inputs:
         assert self.texts is not None
         missing: dict[str, np.ndarray] = {}
         for caption in captions:
-            [tokens] = self.tokenizer.encode([caption])
+            tokens = self._tokens_of(caption)
             key = self._text_key(tokens)
-            if key not in missing and self.texts.get(key, self._text_shape) is None:
+            if key not in missing and self._recent.get(self.texts, key, self._text_shape) is None:
                 missing[key] = tokens
         keys = list(missing)
         with tqdm(total=len(keys), desc="texts: encoding", unit="caption", delay=1, leave=False) as bar:
@@ -354,7 +390,8 @@ class Inputs:
             masks = self._masks(rows.tolist())
             if masks is None:
                 continue
-            found = [self.moments.get(self._row_key(row), self._moments_shape(row)) for row in rows.tolist()]
+            keys = [(self._row_key(row), self._moments_shape(row)) for row in rows.tolist()]
+            found = [self._recent.get(self.moments, key, shape) for key, shape in keys]
             arrays = [array for array in found if array is not None]
             if len(arrays) == len(found):
                 return rows, np.stack(arrays), masks
@@ -395,7 +432,7 @@ class Inputs:
             row = self._usable(row)
             key, shape = self._row_key(row), self._moments_shape(row)
             # What is damaged is found when it is read, so that 1,000,000 arrays that are there take no reading.
-            if key not in self.moments or (reads and self.moments.get(key, shape) is None):
+            if key not in self.moments or (reads and self._recent.get(self.moments, key, shape) is None):
                 missing.setdefault(self.data.buckets.size(row), {})[key] = row
         count = sum(map(len, missing.values()))
         broken: list[int] = []

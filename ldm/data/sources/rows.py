@@ -40,7 +40,7 @@ NOT_LISTED = "images are not named by the metadata and are not used"
 OTHER_FILES = "files are neither images nor captions"
 LEFT_FOLDERS = "folders are not used"
 OTHER_SPLIT = "images belong to another split and are not used"
-_USUAL = frozenset({CLASS_TOKENS, OTHER_FILES})  # logged at INFO, the others as warnings
+_USUAL = frozenset({CLASS_TOKENS, OTHER_FILES, NOT_LISTED})  # logged at INFO, the others as warnings
 
 _INVALID = re.compile("[\0\ud800-\udfff]")
 

@@ -156,6 +156,7 @@ def test_other_names_of_columns(folder):
 
 
 def test_an_image_may_have_several_captions_and_others_none(folder, caplog):
+    caplog.set_level("INFO")
     listing = read(write(folder, entries(more={"file_name": "03.png", "text": "again"}, n07=None)))
     assert [row.caption for row in listing.rows[3:5]] == ["image 3", "again"]
     assert listing.counts == {NOT_LISTED: 1} and "not named by the metadata and are not used: 07.png" in caplog.text
