@@ -44,7 +44,7 @@ def test_mistakes_are_answered_without_mindspore(tmp_path):
         "model configuration huge.yaml: model.params.timesteps": ["generate", "--prompt", "x", "--config", "huge.yaml"],
         'date.yaml: seed: "2020-13-45" is not a whole number': ["train", "--train_config", "date.yaml"],
         "--train_config pipe is a pipe (FIFO)": ["train", "--train_config", "pipe"],
-        "--data_path is needed: give the folder": ["train", *NANO],
+        "--data_path is needed: give the data set": ["train", *NANO],
         "data_path nowhere does not exist": ["train", *NANO, "--data_path", "nowhere", *BASE],
         "pretrained_model_path pipe is a pipe (FIFO)": ["train", *NANO, *DATA, "--pretrained_model_path", "pipe"],
         "configuration huge.yaml: model.params.timesteps: 1000000000000 is not allowed": [

@@ -225,6 +225,7 @@ class Inputs:
         ends = number + self._window, epoch_end, epoch_end if self.end is None else max(number + 1, self.end)
         window = range(number, min(ends))
         self._refresh()
+        phase = "" if self.status is None else self.status.phase
         if self.moments is not None:
             self._encode_images(np.concatenate([self.rows(i) for i in window]).tolist())
         if self.texts is not None:
@@ -233,6 +234,8 @@ class Inputs:
         if self.order.process_count > 1:
             self._flush()
         self._log_notes()
+        if self.status is not None:
+            self.status.phase = phase
         self._prepared = window
 
     def encode_all(self) -> list[str]:

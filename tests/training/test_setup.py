@@ -60,7 +60,7 @@ def test_a_random_unet_needs_no_unet_in_the_checkpoint(settings, empty_run, micr
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (dict(data_path=None), "--data_path is needed: give the folder"),
+        (dict(data_path=None), "--data_path is needed: give the data set"),
         (dict(pretrained_model_path=None), "--pretrained_model_path is needed"),
         (dict(pretrained_model_path="nowhere.ckpt"), "nowhere.ckpt does not exist: give"),
         (dict(output_path=str(ROOT / "README.md")), "output_path: .* cannot be a folder"),

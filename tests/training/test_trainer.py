@@ -222,16 +222,13 @@ def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
 
 def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "CACHE_PIXELS", 16 * 16)  # one image at a time
-    load = inputs.load_image
-    monkeypatch.setattr(
-        inputs,
-        "load_image",
-        lambda path, size, **others: (interrupt if path.name == "3.png" else load)(path, size, **others),
-    )
     status = Status(tmp_path / "run" / "ckpt", resumes=False)
+    run = prepare(settings(tmp_path / "run"), status)
+    load = run.inputs.data.image
+    monkeypatch.setattr(run.inputs.data, "image", lambda row: (interrupt if row == 3 else load)(row))
     with pytest.raises(KeyboardInterrupt):
-        prepare(settings(tmp_path / "run"), status)
-    assert status.describe() == "after encoding 3 of 10 images; nothing was saved yet"
+        run.inputs.encode_all()
+    assert status.describe() == "after encoding 3 of 10 images ahead; nothing was saved yet"
 
 
 def test_another_process_than_the_first_finds_what_the_first_has_saved(saved_run):
