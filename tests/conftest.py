@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -53,6 +54,19 @@ def _escaped(value):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_set_back():
+    """The log is as before after each test, in whatever order test files run."""
+    log = logging.getLogger("ldm")
+    level, handlers, propagates = log.level, list(log.handlers), log.propagate
+    yield
+    log.setLevel(level)
+    log.propagate = propagates
+    for handler in [handler for handler in log.handlers if handler not in handlers]:
+        log.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture

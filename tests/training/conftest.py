@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,8 @@ from tests.training.micro import SETTINGS
 
 
 @pytest.fixture(autouse=True)
-def set_back(graph_mode):
-    """The log and the mode are as before after each test."""
-    yield
-    log = logging.getLogger("ldm")
-    log.setLevel(logging.NOTSET)
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
+def in_graph_mode(graph_mode):
+    """Training is tested in graph mode."""
 
 
 @pytest.fixture
