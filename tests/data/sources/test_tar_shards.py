@@ -218,7 +218,7 @@ def test_a_shard_without_an_end_mark_is_read_with_a_warning(tmp_path, caplog):
 def test_random_damage_gives_rows_or_an_error_and_nothing_else(tmp_path):
     import random
 
-    draw = random.Random(0)
+    draw, ends = random.Random(0), set()
     whole = shard(tmp_path / "a.tar", pairs(4)).read_bytes()
     for _ in range(300):
         content = bytearray(whole)
@@ -227,8 +227,10 @@ def test_random_damage_gives_rows_or_an_error_and_nothing_else(tmp_path):
         (tmp_path / "a.tar").write_bytes(content[: draw.choice((len(whole), draw.randrange(len(whole))))])
         try:
             read(tmp_path, ReadOptions(max_bad_fraction=1.0))
+            ends.add("rows")
         except UserError:
-            pass
+            ends.add("error")
+    assert ends == {"rows", "error"}
 
 
 @pytest.mark.parametrize(
