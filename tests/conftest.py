@@ -58,13 +58,17 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def log_set_back():
-    """The log is as before after each test, in whatever order test files run."""
+    """The log is as Python makes it, before and after each test, whatever another file's fixtures did to it."""
     log = logging.getLogger("ldm")
-    level, handlers, propagates = log.level, list(log.handlers), log.propagate
+    _set_back(log)
     yield
-    log.setLevel(level)
-    log.propagate = propagates
-    for handler in [handler for handler in log.handlers if handler not in handlers]:
+    _set_back(log)
+
+
+def _set_back(log: logging.Logger) -> None:
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
+    for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
 
