@@ -39,6 +39,15 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(settings, sa
     assert contents(saved_run / "ckpt") == before
 
 
+def test_a_loras_file_says_that_it_was_trained_to_noise_alone(settings, empty_run):
+    run = prepare(settings(empty_run, **LORA))
+    save_at(run, 1)
+    assert not read_lora(empty_run / "ckpt" / "lora.ckpt").zero_terminal_snr
+    run.checkpoints.settings.zero_terminal_snr = True
+    save_at(run, 2)
+    assert read_lora(empty_run / "ckpt" / "lora.ckpt").zero_terminal_snr
+
+
 @pytest.mark.parametrize("file", ["lora-00000003.ckpt", "state-00000003.safetensors", "lora.ckpt", "files.json"])
 def test_a_full_disk_is_one_line_with_the_last_state(settings, empty_run, monkeypatch, file):
     run = prepare(settings(empty_run, **LORA))
