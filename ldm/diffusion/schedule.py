@@ -65,7 +65,7 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """sqrt((1 - abar_t) / abar_t), the ratio of noise to image in x_t: float64 (timesteps,). inf if all is noise."""
+        """sqrt((1 - abar_t) / abar_t), the ratio of noise to image: float64 (timesteps,). It is inf for noise alone."""
         with np.errstate(divide="ignore"):
             return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
 
