@@ -105,8 +105,9 @@ class LossSettings:
     )
     zero_terminal_snr: bool = _loss_setting(
         False,
-        "models that predict velocity: rescale the noise schedule so that the last time step is noise alone. The file "
-        "of a LoRA says so, and generation follows it",
+        "LoRAs of models that predict velocity: rescale the noise schedule so that the last time step is noise alone. "
+        "The LoRA's file says so, and generation follows it",
+        needs="use_lora",
     )
 
     def __post_init__(self) -> None:

@@ -71,7 +71,10 @@ def test_a_random_unet_needs_no_unet_in_the_checkpoint(settings, empty_run, micr
         (dict(max_timestep=1001), "max_timestep 1001 is above the 1000 time steps"),
         (dict(min_timestep=1000), "min_timestep 1000 must be below max_timestep, which is 1000"),
         (dict(min_timestep=300, max_timestep=300), "min_timestep 300 must be below max_timestep"),
-        (dict(zero_terminal_snr=True), "zero_terminal_snr is for models that predict velocity, and .*micro.yaml"),
+        (
+            dict(use_lora=True, zero_terminal_snr=True),
+            "zero_terminal_snr is for models that predict velocity, and .*micro.yaml",
+        ),
         (dict(caption_column="caption"), "caption"),
         (dict(enable_flash_attention=True), "needs an Ascend device"),
         (dict(dataset_sink_mode=True), "needs an Ascend device"),
