@@ -30,8 +30,8 @@ def stream(name, shape):
 
 
 def test_without_a_setting_it_is_the_noise_itself():
-    assert made({}) is NOISE
-    assert made(dict(noise_offset=0.0, multires_noise_iterations=0, ip_noise_gamma=0.0)) is NOISE
+    for settings in ({}, dict(noise_offset=0.0, multires_noise_iterations=0, ip_noise_gamma=0.0)):
+        assert training_noise(LossSettings(**settings), 5, 3, NOISE, LATENTS) is NOISE
 
 
 def test_the_offset_is_one_number_for_a_channel():
