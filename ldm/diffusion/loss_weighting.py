@@ -1,6 +1,6 @@
 """The settings of the loss as tables by time step: factors of the loss, and where huber and smooth_l1 change.
 
-Formulas are those of kohya's sd-scripts. The tables are computed in float64 and rounded once.
+Formulas are those of kohya's sd-scripts. The tables are computed in float64 and then rounded.
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ class LossSettings:
         choices=HUBER_SCHEDULES,
     )
     huber_c: float = _loss_setting(
-        0.1, "the error c at which huber and smooth_l1 change: that of the noisiest time step", above=0, high=1000
+        0.1, "the error c at which huber and smooth_l1 change: that of the noisiest time step", low=1e-6, high=1000
     )
     huber_scale: float = _loss_setting(
-        1.0, "a factor of c in the schedules exponential and constant", above=0, high=1000
+        1.0, "a factor of c in the schedules exponential and constant", low=1e-6, high=1000
     )
     min_snr_gamma: Optional[float] = _loss_setting(
         None,
