@@ -117,7 +117,10 @@ def test_a_zero_terminal_schedule_is_sampled_from_its_last_time_step_with_traili
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_the_final_latents_of_a_zero_terminal_schedule_are_diffusers(name, steps):
     ours = SAMPLERS[name](toy_denoise, GOLDEN["latents"], steps, ZERO_TERMINAL, "v_prediction")
-    assert relative_error(ours, GOLDEN[f"{name}.zero_terminal_snr.{steps}"]) < 1e-5
+    # DPM-Solver's first step multiplies a difference of float32 numbers by alpha_1 / alpha_0, up to 4,096, in diffusers
+    # as here.
+    bound = 5e-3 if name == "dpm_solver" else 1e-5
+    assert relative_error(ours, GOLDEN[f"{name}.zero_terminal_snr.{steps}"]) < bound
 
 
 @pytest.mark.parametrize(("name", "left_over"), [("dpm_solver_pp", 1e-3), ("dpm_solver", 0.12), ("ddim", 0.12)])
