@@ -20,6 +20,9 @@ class GuidedDenoiser:
         text_embeddings: Of the prompts, (N, 77, D).
         negative_text_embeddings: Of the negative prompts, (N, 77, D). May be None for a scale of 1.
         scale: The guidance scale.
+        rescale: Share of the guided output that gets the standard deviation of the positive one, for each image, 0 to
+            1. It keeps images of zero-terminal models from being overexposed (Lin et al. 2023, arXiv 2305.08891,
+            section 3.4, who use 0.7).
 
     Raises:
         ValueError: Guidance is asked for without negative text embeddings of the same shape.
@@ -31,8 +34,10 @@ class GuidedDenoiser:
         text_embeddings: np.ndarray,
         negative_text_embeddings: np.ndarray | None,
         scale: float,
+        rescale: float = 0.0,
     ) -> None:
         self.unet = unet
+        self.rescale = np.float32(rescale)
         self.scale = np.float32(scale)
         self.guided = scale != 1.0
         if self.guided:
@@ -51,4 +56,9 @@ class GuidedDenoiser:
         if not self.guided:
             return output
         negative, positive = np.split(output, 2)
-        return negative + self.scale * (positive - negative)
+        guided = negative + self.scale * (positive - negative)
+        if not self.rescale:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        ratio = positive.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+        return guided * (self.rescale * ratio + (np.float32(1.0) - self.rescale))

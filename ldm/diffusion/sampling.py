@@ -15,6 +15,7 @@ from ldm.settings.model import ModelConfig
 CALL_PIXELS = 8 * 512 * 512
 SMALL_IMAGE_PIXELS = 128 * 128
 SMALL_IMAGE_BATCH = 16
+ZERO_TERMINAL_RESCALE = 0.7  # the guidance rescale of Lin et al. 2023 (arXiv 2305.08891), section 3.4
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Sampling:
         eta: DDIM's share of fresh noise, 0 to 1.
         height: In pixels, None for the model's own.
         width: In pixels, None for the model's own.
+        guidance_rescale: Share of the guided output that gets the standard deviation of the positive one, 0 to 1. None
+            for ZERO_TERMINAL_RESCALE where a LoRA was trained with zero_terminal_snr, else 0.
         batch_size: Images in a call of the network, which gets twice as many rows with guidance. It changes speed and
             memory, and the images within rounding.
     """
@@ -39,10 +42,13 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     batch_size: int = 4
+    guidance_rescale: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}")
+        if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
+            raise ValueError(f"guidance_rescale must be from 0 to 1, not {self.guidance_rescale}")
 
     def check(self, config: ModelConfig) -> None:
         """Raise UserError unless size and steps fit the model, and an image in fp32 fits into this machine's memory."""

@@ -225,6 +225,8 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
+    if plan.sampling.guidance_rescale is not None:
+        metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
     return metadata
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ldm.data.draws import draws
 from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
+from ldm.diffusion.sampling import ZERO_TERMINAL_RESCALE, Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
 from ldm.generation.image_files import as_image
@@ -156,6 +156,16 @@ class Pipeline:
         """The LoRAs that are merged into the weights, each with its name, its strength and its factors, in order."""
         return self._merged.loras
 
+    @property
+    def samples_from_noise_alone(self) -> bool:
+        """Whether images are sampled on the schedule of zero_terminal_snr, because a merged LoRA was trained on it.
+
+        The model must predict velocity: noise alone says nothing to a model that predicts noise.
+        """
+        return self.config.prediction_type == "v_prediction" and any(
+            merged.lora.zero_terminal_snr and merged.strength.unet for merged in self.loras
+        )
+
     def load_lora(
         self,
         path: str | Path,
@@ -264,6 +274,7 @@ class Pipeline:
         eta: float = 0.0,
         latents: np.ndarray | None = None,
         batch_size: int | None = None,
+        guidance_rescale: float | None = None,
         progress: bool = True,
     ) -> PipelineOutput:
         """Generate images: the same ones as text_to_image.py with the same settings.
@@ -281,6 +292,8 @@ class Pipeline:
             eta: DDIM's share of fresh noise, 0 to 1.
             latents: Starting latents (N, C, h, w), one for each image, instead of those of the seed.
             batch_size: Images in a call of the network, None for as many as memory is likely to hold.
+            guidance_rescale: Share of the guided output that gets the standard deviation of the positive one, 0 to 1.
+                None for 0.7 with a LoRA that was trained with zero_terminal_snr, else 0.
             progress: Show a progress bar.
 
         Raises:
@@ -299,7 +312,9 @@ class Pipeline:
             guidance_scale = default_guidance_scale(self.config.architecture)
         side = self.config.image_size
         batch_size = batch_size or default_batch_size(num_images_per_prompt, height or side, width or side)
-        sampling = Sampling(sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size)
+        sampling = Sampling(
+            sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale
+        )
         prompts, negative_prompts = (
             [text for text in texts for _ in range(num_images_per_prompt)] for texts in (prompts, negative_prompts)
         )
@@ -425,7 +440,13 @@ class Pipeline:
         Raises:
             UserError: They are not finite.
         """
-        denoise = GuidedDenoiser(self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale)
+        schedule, rescale = self.schedule, sampling.guidance_rescale
+        if self.samples_from_noise_alone:
+            schedule = NoiseSchedule.from_config(self.config, zero_terminal_snr=True)
+            rescale = ZERO_TERMINAL_RESCALE if rescale is None else rescale
+        denoise = GuidedDenoiser(
+            self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
+        )
         options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
         steps, prediction_type = sampling.num_inference_steps, self.config.prediction_type
         sampler = SAMPLERS[sampling.sampler]
@@ -437,9 +458,7 @@ class Pipeline:
             return denoise(latents, timestep)
 
         try:
-            final = sampler(
-                denoise_with_loras, latents, steps, self.schedule, prediction_type, callback=callback, **options
-            )
+            final = sampler(denoise_with_loras, latents, steps, schedule, prediction_type, callback=callback, **options)
         finally:
             self._merged.switch([True] * len(self.loras))
         if not np.isfinite(final).all():

@@ -87,6 +87,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         height=height,
         width=width,
         batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
+        guidance_rescale=settings.guidance_rescale,
     )
     sampling.check(config)
     _check_latents_paths(settings)

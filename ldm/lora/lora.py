@@ -18,14 +18,18 @@ from ldm.settings.model import model_metadata
 from ldm.weights.names import COMPONENTS, LABELS, component_of
 
 TIMESTEPS = ("min_timestep", "max_timestep")  # keys of the metadata, both or none
+ZERO_TERMINAL_SNR = "zero_terminal_snr"  # key of the metadata, "True" or absent
 
 
 def lora_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return what this project reads of a LoRA file's metadata, see LoRA. Other words under these keys are ignored."""
+    known = model_metadata(metadata)
     low, end = (metadata.get(key, "") for key in TIMESTEPS)
     if low.isdecimal() and end.isdecimal() and len(low + end) < 20 and int(low) < int(end):
-        return {**model_metadata(metadata), **timesteps_metadata(range(int(low), int(end)))}
-    return model_metadata(metadata)
+        known.update(timesteps_metadata(range(int(low), int(end))))
+    if "True" in (metadata.get(ZERO_TERMINAL_SNR), metadata.get(f"ss_{ZERO_TERMINAL_SNR}")):  # the latter of kohya
+        known[ZERO_TERMINAL_SNR] = "True"
+    return known
 
 
 def timesteps_metadata(timesteps: range) -> dict[str, str]:
@@ -104,8 +108,8 @@ class LoRA:
     Attributes:
         layers: Canonical layer name -> LoRALayer.
         metadata: What is known about the base model, "architecture" and "prediction_type" as in ModelConfig, and about
-            the noise levels of the training, "min_timestep" and "max_timestep" (excluded). A key is absent where the
-            file does not say.
+            the noise levels of the training, "min_timestep" and "max_timestep" (excluded), and "zero_terminal_snr". A
+            key is absent where the file does not say.
     """
 
     layers: dict[str, LoRALayer]
@@ -125,6 +129,11 @@ class LoRA:
     def timesteps(self) -> range | None:
         """The time steps that the LoRA was trained on, or None for all of them."""
         return range(*(int(self.metadata[key]) for key in TIMESTEPS)) if TIMESTEPS[0] in self.metadata else None
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the LoRA was trained on a schedule whose last time step is noise alone."""
+        return ZERO_TERMINAL_SNR in self.metadata
 
     def zero_layers(self) -> list[str]:
         """Return the names of the layers whose update is zero."""

@@ -123,6 +123,13 @@ class GenerateSettings:
     scale: Optional[float] = setting(
         None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MAX_GUIDANCE
     )
+    guidance_rescale: Optional[float] = setting(
+        None,
+        "share of the guided output that gets the contrast of the prompt's own, so that images are not overexposed; "
+        "None: 0.7 with a LoRA trained with zero_terminal_snr, else 0",
+        low=0,
+        high=1,
+    )
     dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++")
     ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++")
     ddim_eta: float = setting(0.0, "share of fresh noise in DDIM", low=0, high=1)

@@ -11,6 +11,7 @@ from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
+from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -116,7 +117,9 @@ class ModelSettings:
 
 
 @dataclass
-class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings, ImageSettings, ModelSettings):
+class TrainSettings(
+    LossSettings, PriorSettings, MaskSettings, BucketSettings, CaptionSettings, ImageSettings, ModelSettings
+):
     """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own.
 
     Their order in `-h` is that of the bases, from the last to the first, and then those declared here.
@@ -126,7 +129,6 @@ class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings
         0,
         "train on time steps from this one on: 0 is a clean image, the model's last one is noise. A LoRA's file says "
         "on which time steps it was trained, and generation applies it there",
-        group="noise",
         low=0,
         high=MAX_TIMESTEPS,
         resume="fixed",
@@ -248,6 +250,7 @@ class TrainSettings(PriorSettings, MaskSettings, BucketSettings, CaptionSettings
     def __post_init__(self) -> None:
         """Check each setting, and the settings against each other. Raises UserError."""
         CaptionSettings.__post_init__(self)  # which checks all values
+        self.check_loss()
         self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")

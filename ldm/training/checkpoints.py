@@ -13,7 +13,7 @@ from ldm.files.atomic import atomic_path
 from ldm.files.paths import writing
 from ldm.lora.formats import mindone
 from ldm.lora.inject import get_lora
-from ldm.lora.lora import timesteps_metadata
+from ldm.lora.lora import ZERO_TERMINAL_SNR, timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import trained_timesteps
@@ -92,6 +92,8 @@ class Checkpoints:
         timesteps = trained_timesteps(self.settings, self.model.config)
         if timesteps != range(self.model.config.timesteps):
             lora.metadata.update(timesteps_metadata(timesteps))
+        if self.settings.zero_terminal_snr:
+            lora.metadata[ZERO_TERMINAL_SNR] = "True"
         mindone.write(path, lora)
 
     def _write_model(self, path: Path, state: TrainingState) -> None:

@@ -20,7 +20,7 @@ def check_settings(settings: TrainSettings) -> None:
 
     Raises:
         UserError: A setting or a file is missing, the model YAML cannot be read, or the image size or the time steps
-            do not fit it.
+            do not fit it, or the loss does not go with what it predicts.
     """
     for name, way in _REQUIRED.items():
         path = getattr(settings, name)
@@ -46,6 +46,7 @@ def check_settings(settings: TrainSettings) -> None:
         config = load_model_config(under_root(settings.model_config))
         image_size(settings, config)
         trained_timesteps(settings, config)
+        settings.check_prediction_type(config.prediction_type, plain(config.path))
 
 
 def image_size(settings: TrainSettings, config: ModelConfig) -> int:

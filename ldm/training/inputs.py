@@ -22,6 +22,7 @@ from ldm.data.masks import MaskReport, loss_weights
 from ldm.data.shards import MEMORY_BYTES, ShardedCache
 from ldm.data.training_data import MAX_BAD_FRACTION, MAX_CHECKED, TrainingData
 from ldm.data.transforms import IMAGE_CODE
+from ldm.diffusion.noise import training_noise
 from ldm.errors import UserError, plain
 from ldm.models.autoencoder import VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
     """One micro-batch."""
 
     latents: np.ndarray  # (N, C, h, w) float32, scaled
-    noise: np.ndarray  # (N, C, h, w) float32
+    noise: np.ndarray  # (N, C, h, w) float32, or (N, 2 C, h, w) with ip_noise_gamma: see training_noise
     timesteps: np.ndarray  # (N,) int32
     text_embeddings: np.ndarray  # (N, 77, D) float32, or tokens (N, 77) int32 if the text encoder is trained
     weights: np.ndarray | None = None  # (N, 1, h, w) float32 of the loss, only where there are masks or class images
@@ -210,9 +211,10 @@ class Inputs:
             self.order.process_index,
         )  # fmt: skip
         latents = sample_latents(moments, drawn.posterior, config.scale_factor)
+        noise = training_noise(settings, settings.seed, number, drawn.noise, latents, self.order.process_index)
         captions = self._captions(rows, number)
         captions = ["" if is_dropped else caption for caption, is_dropped in zip(captions, drawn.dropped)]
-        batch = Batch(latents, drawn.noise, drawn.timesteps, self._text_embeddings(captions))
+        batch = Batch(latents, noise, drawn.timesteps, self._text_embeddings(captions))
         return batch._replace(weights=self._weights(rows, masks, shape[2:])) if self.data.is_weighted else batch
 
     def prepare(self, number: int) -> None:

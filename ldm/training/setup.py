@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter
+from mindspore import Parameter, nn
 
 from ldm.data.batches import BatchOrder
 from ldm.data.training_data import TrainingData, prepare_data, read_listing
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import plain
 from ldm.files.paths import under_root, writing
 from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key, set_process
@@ -105,6 +106,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     config = _read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
+    settings.check_prediction_type(config.prediction_type, plain(config.path))
     listing = read_listing(settings)
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
@@ -265,7 +267,8 @@ def build_step(
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
     use_flash_attention(unet, flash_attention)
-    loss = DiffusionLoss(unet, NoiseSchedule.from_config(model.config), model.config.prediction_type)
+    schedule = NoiseSchedule.from_config(model.config, settings.zero_terminal_snr)
+    loss: nn.Cell = DiffusionLoss(unet, schedule, model.config.prediction_type, settings)
     if settings.lora_ft_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
         loss = LossFromTokens(loss, model.cond_stage_model)

@@ -31,6 +31,20 @@ def test_the_output_moves_from_the_negative_one_towards_the_positive_and_beyond(
     assert guided.dtype == np.float32
 
 
+def test_rescaling_gives_a_share_of_the_output_the_contrast_of_the_positive_one():
+    positive, negative = X + TEXT_EMBEDDINGS[:, :1, :1, None], 3.0 * X + NEGATIVE[:, :1, :1, None]
+
+    def unet(latents, timesteps, text_embeddings):
+        return ms.Tensor(np.concatenate([negative, positive]))
+
+    plain = negative + 4.0 * (positive - negative)
+    rescaled = plain * np.array([p.std() / g.std() for p, g in zip(positive, plain)]).reshape(-1, 1, 1, 1)
+    for share in (0.0, 0.7, 1.0):
+        output = GuidedDenoiser(unet, TEXT_EMBEDDINGS, NEGATIVE, scale=4.0, rescale=share)(X, 500)
+        assert output.dtype == np.float32
+        np.testing.assert_allclose(output, share * rescaled + (1 - share) * plain, rtol=1e-5, atol=1e-5)
+
+
 def test_both_halves_go_through_the_network_in_one_call_the_negative_first():
     unet = Recorder()
     GuidedDenoiser(unet, TEXT_EMBEDDINGS, NEGATIVE, scale=4.0)(X, 500)

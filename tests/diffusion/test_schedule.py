@@ -30,6 +30,27 @@ def test_the_factors_of_image_and_noise_keep_the_variance():
     np.testing.assert_allclose(schedule.sigmas, schedule.sqrt_one_minus_alphas / schedule.sqrt_alphas, rtol=1e-6)
 
 
+def test_a_zero_terminal_schedule_ends_in_noise_alone_and_begins_as_before():
+    schedule = NoiseSchedule(zero_terminal_snr=True)
+    # Lin et al. 2023, algorithm 1, computed in float64.
+    expected = {0: 0.999575, 200: 0.858521, 500: 0.490937, 800: 0.132821, 998: 0.000444, 999: 0.0}
+    np.testing.assert_allclose(schedule.sqrt_alphas[list(expected)], list(expected.values()), atol=1e-6)
+    assert schedule.alphas_cumprod[-1] == 0.0 and schedule.sqrt_one_minus_alphas[-1] == 1.0
+    assert schedule.sigmas[-1] == np.inf and schedule.snr[-1] == 0.0
+    np.testing.assert_allclose(schedule.alphas_cumprod[0], NoiseSchedule().alphas_cumprod[0], rtol=1e-12)
+
+
+def test_the_rescaled_betas_are_those_of_algorithm_1():
+    # The published form, step by step: betas -> sqrt(abar), shifted and scaled -> betas.
+    alphas = np.sqrt(NoiseSchedule().alphas_cumprod)
+    first, last = alphas[0], alphas[-1]
+    alphas = (alphas - last) * first / (first - last)
+    squares = alphas**2
+    betas = 1.0 - np.concatenate([squares[:1], squares[1:] / squares[:-1]])
+    rescaled = NoiseSchedule(zero_terminal_snr=True)
+    np.testing.assert_allclose(rescaled.alphas_cumprod, np.cumprod(1.0 - betas), rtol=1e-9, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -11,6 +11,7 @@ import pytest
 from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling, latent_shape
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import read_lora, write_lora
@@ -280,6 +281,29 @@ def test_a_lora_is_applied_at_the_time_steps_it_was_trained_on(pipeline, folder,
     np.testing.assert_array_equal(sampled(pipeline), by_hand(folder, 0.0, 0.8, 2))
     pipeline.set_loras([(tmp_path / "late.ckpt", 0.8, 0.0, 1.0)])  # what the user asks for takes precedence
     np.testing.assert_array_equal(sampled(pipeline), by_hand(folder, 0.8, 0.8, 0))
+
+
+def test_a_lora_of_a_zero_terminal_training_is_sampled_from_noise_alone(pipeline, folder, tmp_path, monkeypatch):
+    """With trailing spacing, and with guidance rescale. Without the LoRA, everything is as before."""
+    config = replace(pipeline.config, prediction_type="v_prediction")
+    monkeypatch.setattr(pipeline, "config", config)
+    before = sampled(pipeline)
+    lora = read_lora(folder / "a.ckpt")
+    lora.metadata = {"zero_terminal_snr": "True"}
+    write_lora(tmp_path / "zero.ckpt", lora)
+    pipeline.load_lora(tmp_path / "zero.ckpt", 0.8)
+    found = sampled(pipeline)
+    embeddings = pipeline.encode_prompts(["a red cat", ""])
+    denoise = GuidedDenoiser(pipeline.unet, embeddings[:1], embeddings[1:], FOUR.guidance_scale, rescale=0.7)
+    start = pipeline.starting_latents(7, [0], latent_shape(config))
+    schedule = NoiseSchedule.from_config(config, zero_terminal_snr=True)
+    np.testing.assert_array_equal(found, SAMPLERS[FOUR.sampler](denoise, start, 4, schedule, "v_prediction"))
+    assert not np.array_equal(found, sampled(pipeline, sampling=replace(FOUR, guidance_rescale=0.0)))
+    pipeline.set_loras([(tmp_path / "zero.ckpt", 0.0)])
+    np.testing.assert_array_equal(sampled(pipeline), before)
+    monkeypatch.setattr(pipeline, "config", replace(config, prediction_type="epsilon"))
+    pipeline.set_loras([(tmp_path / "zero.ckpt", 0.8)])
+    assert not pipeline.samples_from_noise_alone  # noise alone says nothing to such a model
 
 
 def test_an_interrupted_sampling_leaves_the_loras_in_the_weights(pipeline, folder):

@@ -135,6 +135,13 @@ def test_a_version_decides_model_and_guidance_scale(checkout, version, architect
     assert (plan.config.image_size, plan.sampling.guidance_scale) == (size, scale)
 
 
+def test_the_guidance_rescale_is_left_to_the_loras_unless_it_is_given(folder):
+    (folder / "base.safetensors").write_bytes(b"")
+    for flags, expected in (("", None), (" --guidance_rescale 0", 0.0), (" --guidance_rescale 0.5", 0.5)):
+        plan = plan_generation(parse(f"--prompt x --version 1.5 --ckpt_path base.safetensors{flags}"))
+        assert plan.sampling.guidance_rescale == expected
+
+
 def test_a_checkpoint_with_a_published_file_name_needs_no_version(folder):
     (folder / "sd_v2-1_768_v-061732d1.ckpt").write_bytes(b"")
     assert plan_generation(parse("--prompt x --ckpt_path sd_v2-1_768_v-061732d1.ckpt")).version == "2.1-v"

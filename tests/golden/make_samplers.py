@@ -48,9 +48,13 @@ def toy_noise(shape: tuple[int, ...], step: int) -> np.ndarray:
     return (np.sqrt(2.0) * np.sin(1.7 * np.arange(np.prod(shape)) + step)).reshape(shape).astype(np.float32)
 
 
-def run(name: str, prediction_type: str, steps: int, latents: np.ndarray) -> np.ndarray:
+# A schedule whose last time step is noise alone (Lin et al. 2023), which only velocity goes with.
+ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def run(name: str, prediction_type: str, steps: int, latents: np.ndarray, **more: object) -> np.ndarray:
     cls, settings, eta = SCHEDULERS[name]
-    scheduler = cls(**STABLE_DIFFUSION, **settings, prediction_type=prediction_type)
+    scheduler = cls(**STABLE_DIFFUSION, **settings, **more, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
     x = torch.from_numpy(latents)
     for i, timestep in enumerate(scheduler.timesteps):
@@ -69,6 +73,10 @@ def main() -> None:
         for prediction_type in ("epsilon", "v_prediction"):
             for steps in STEPS:
                 arrays[f"{name}.{prediction_type}.{steps}"] = run(name, prediction_type, steps, latents)
+    for name in ("dpm_solver_pp", "dpm_solver", "ddim"):
+        for steps in STEPS:
+            final = run(name, "v_prediction", steps, latents, **ZERO_TERMINAL)
+            arrays[f"{name}.zero_terminal_snr.{steps}"] = final
     target = Path(__file__).with_name("samplers.npz")
     np.savez_compressed(target, **arrays)
     print(f"{target.name}: {len(arrays)} arrays, {target.stat().st_size} bytes")

@@ -100,6 +100,7 @@ def test_a_prompt_may_be_the_word_none():
         ("--prompt x --batch_size 1000000000", "batch_size.*at most 10000"),
         ("--prompt x --H 1000000", "H.*at most 8192"),
         ("--prompt x --n_iter 1000000000", "n_iter.*at most 1000000"),
+        ("--prompt x --guidance_rescale 1.5", "guidance_rescale.*at most 1"),
         ("--prompt x --sampling_steps 1000000000", "sampling_steps.*at most 100000"),
         ("--prompt x --scale 1e300", "scale.*at most 1000"),
         ("--prompt x --lora_scale -1e39", "lora_scale.*at least -1000"),

@@ -38,17 +38,19 @@ def test_every_setting_is_explained():
 def test_the_settings_in_a_training_state_stay_the_same():
     """States that earlier versions wrote are compared by these names. One that is missing would not be compared."""
     assert sorted(names_of(TrainSettings, resume="fixed")) == [
-        "alpha_color", "alpha_mask", "bucket_no_upscale", "bucket_reso_steps", "caption_dropout",
-        "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
-        "caption_tag_dropout_rate", "check_images", "class_prompt",
-        "conditioning_data_dir", "enable_bucket", "enable_wildcard",
-        "gradient_accumulation_steps", "image_size", "instance_prompt", "keep_tokens", "keep_tokens_separator",
-        "lora_alpha", "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank",
-        "lora_scale", "lora_targets", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep",
-        "min_bucket_reso", "min_timestep", "normalize_masked_area_loss", "num_class_images", "num_repeats", "optim",
-        "precision", "prior_loss_weight", "random_crop", "random_flip", "secondary_separator", "seed",
+        "adaptive_noise_scale", "alpha_color", "alpha_mask", "bucket_no_upscale", "bucket_reso_steps",
+        "caption_dropout", "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
+        "caption_tag_dropout_rate", "check_images", "class_prompt", "conditioning_data_dir", "debiased_estimation_loss",
+        "enable_bucket", "enable_wildcard", "gradient_accumulation_steps", "huber_c", "huber_scale", "huber_schedule",
+        "image_size", "instance_prompt", "ip_noise_gamma", "keep_tokens", "keep_tokens_separator", "lora_alpha",
+        "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale",
+        "lora_targets", "loss_type", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep", "min_bucket_reso",
+        "min_snr_gamma", "min_timestep", "multires_noise_discount", "multires_noise_iterations", "noise_offset",
+        "normalize_masked_area_loss", "num_class_images", "num_repeats", "optim", "precision", "prior_loss_weight",
+        "random_crop", "random_flip", "scale_v_pred_loss_like_noise_pred", "secondary_separator", "seed",
         "shuffle_buffer_size", "shuffle_caption", "token_warmup_min", "token_warmup_step", "unmasked_weight", "use_ema",
-        "use_lora", "validation_seed", "validation_split", "with_prior_preservation",
+        "use_lora", "v_pred_like_loss", "validation_seed", "validation_split", "with_prior_preservation",
+        "zero_terminal_snr",
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",

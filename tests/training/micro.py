@@ -41,6 +41,13 @@ def write_base_model(path: Path) -> None:
     write_checkpoint(path, {name: p.asnumpy() for name, p in model.parameters_dict().items()})
 
 
+def write_velocity_config(path: Path) -> str:
+    """Write the configuration of the micro model as one that predicts velocity, and return its path."""
+    text = MICRO.read_text(encoding="utf-8")
+    path.write_text(text.replace("  params:\n", "  params:\n    parameterization: v\n", 1), encoding="utf-8")
+    return str(path)
+
+
 def write_data(folder: Path) -> None:
     """Write ten plain images with captions. The last one is small."""
     rows = ["dir,text"]

@@ -14,7 +14,7 @@ from ldm.lora.formats import read_lora
 from ldm.training.checkpoints import remove_leftovers
 from ldm.training.own_files import find_states
 from ldm.training.trainer import save
-from tests.training.micro import FULL, prepare
+from tests.training.micro import FULL, prepare, write_velocity_config
 
 LORA = dict(use_lora=True, lora_rank=2, max_steps=3)
 
@@ -37,6 +37,15 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(settings, sa
     with pytest.raises(UserError, match=f"nothing is saved at step 12.* not finite.*continues from .*-{12:08d}.safet"):
         save(run)
     assert contents(saved_run / "ckpt") == before
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_a_loras_file_says_whether_it_was_trained_to_noise_alone(settings, tmp_path, zero_terminal_snr):
+    config = write_velocity_config(tmp_path / "velocity.yaml")
+    run = prepare(settings(tmp_path / "run", **LORA, model_config=config, zero_terminal_snr=zero_terminal_snr))
+    save_at(run, 1)
+    lora = read_lora(tmp_path / "run" / "ckpt" / "lora.ckpt")
+    assert lora.zero_terminal_snr == zero_terminal_snr and lora.metadata["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize("file", ["lora-00000003.ckpt", "state-00000003.safetensors", "lora.ckpt", "files.json"])

@@ -114,6 +114,36 @@ def test_a_batch_depends_on_seed_number_and_process_alone(rows, tmp_path):
     assert not np.array_equal(processes[0].latents, processes[1].latents)
 
 
+NOISES = [
+    dict(noise_offset=0.1, adaptive_noise_scale=0.1),
+    dict(multires_noise_iterations=6),
+    dict(ip_noise_gamma=0.1),
+]
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=lambda noise: next(iter(noise)))
+def test_a_noise_setting_changes_the_noise_alone_and_a_resumed_run_has_the_same(rows, tmp_path, noise):
+    plain, made, resumed = build(rows, tmp_path), build(rows, tmp_path, **noise), build(rows, tmp_path, **noise)
+    for number in (3, 4):  # a resumed run begins anywhere
+        expected, batch = plain.batch(number), made.batch(number)
+        assert same(batch, resumed.batch(number)) and batch.noise.dtype == np.float32
+        assert same(batch._replace(noise=expected.noise), expected)
+        assert not np.array_equal(batch.noise, expected.noise)
+    assert batch.noise.shape == (2, 8 if "ip_noise_gamma" in noise else 4, 8, 8)
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=lambda noise: next(iter(noise)))
+def test_processes_train_on_the_noise_of_one_process(rows, tmp_path, noise):
+    parts = [build(rows, tmp_path, process_index=i, process_count=2, **noise).batch(1) for i in range(2)]
+    # One process with batches of 4 draws what two draw with batches of 2.
+    together = build(rows, tmp_path, **noise)
+    together.order = BatchOrder(len(rows), 4, 1)
+    whole = together.batch(1)
+    for name in ("latents", "noise", "timesteps"):
+        found = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(found, getattr(whole, name), err_msg=name)
+
+
 def test_noise_is_standard_and_time_steps_cover_the_schedule(rows, tmp_path):
     inputs = build(rows, tmp_path)
     batches = [inputs.batch(step) for step in range(400)]

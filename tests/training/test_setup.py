@@ -9,15 +9,18 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.lora.formats import write_lora
 from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
+from ldm.settings.loss import LossSettings
 from ldm.settings.model import load_model_config
 from ldm.training.trainer import train
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
-from tests.training.micro import FULL, MICRO, ROOT, UNET, prepare
+from tests.training.micro import FULL, MICRO, ROOT, UNET, prepare, write_velocity_config
 
 
 def is_encoded(output) -> bool:
@@ -38,6 +41,25 @@ def test_a_lora_starts_from_a_given_one_in_any_format(settings, empty_run, tmp_p
     for name, layer in layers.items():
         assert layer.alpha == 2.0  # the run's own
         np.testing.assert_allclose(layer.update(), expected[name].update(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_steps_loss_is_that_of_the_settings(settings, tmp_path, monkeypatch):
+    made = []
+
+    def recorded(*arguments):
+        made.append(DiffusionLoss(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("ldm.training.setup.DiffusionLoss", recorded)
+    config = write_velocity_config(tmp_path / "velocity.yaml")
+    given = dict(use_lora=True, zero_terminal_snr=True, min_snr_gamma=5.0, loss_type="huber")
+    prepare(settings(tmp_path / "run", model_config=config, **given))
+    [loss] = made
+    of_loss = LossSettings(zero_terminal_snr=True, min_snr_gamma=5.0, loss_type="huber")
+    expected = DiffusionLoss(loss.unet, NoiseSchedule(zero_terminal_snr=True), "v_prediction", of_loss)
+    assert loss.sqrt_alphas.asnumpy()[-1] == 0.0
+    for name in ("sqrt_alphas", "sqrt_one_minus_alphas", "thresholds", "factors"):
+        np.testing.assert_array_equal(getattr(loss, name).asnumpy(), getattr(expected, name).asnumpy(), err_msg=name)
 
 
 def test_a_random_unet_needs_no_unet_in_the_checkpoint(settings, empty_run, micro_base_model, tmp_path):
@@ -71,6 +93,10 @@ def test_a_random_unet_needs_no_unet_in_the_checkpoint(settings, empty_run, micr
         (dict(max_timestep=1001), "max_timestep 1001 is above the 1000 time steps"),
         (dict(min_timestep=1000), "min_timestep 1000 must be below max_timestep, which is 1000"),
         (dict(min_timestep=300, max_timestep=300), "min_timestep 300 must be below max_timestep"),
+        (
+            dict(use_lora=True, zero_terminal_snr=True),
+            "zero_terminal_snr is for models that predict velocity, and .*micro.yaml",
+        ),
         (dict(caption_column="caption"), "caption"),
         (dict(enable_flash_attention=True), "needs an Ascend device"),
         (dict(dataset_sink_mode=True), "needs an Ascend device"),

@@ -11,6 +11,8 @@ from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
 
 # With fewer steps the last one is of first order, which is more stable (diffusers' `lower_order_final`).
 FEW_STEPS = 15
+# The sigma at which noise alone is sampled, where it is infinite: diffusers' schedulers put abar to 2^-24 there.
+MAX_SIGMA = float(np.sqrt(2.0**24 - 1.0))
 
 
 class NoiseLevels(NamedTuple):
@@ -57,7 +59,8 @@ def solve(
     """
     check_prediction_type(prediction_type)
     timesteps = linspace_timesteps(steps, schedule)
-    levels = NoiseLevels.from_sigmas(np.append(schedule.sigmas[timesteps], final_sigma))
+    sigmas = np.minimum(schedule.sigmas[timesteps], MAX_SIGMA)
+    levels = NoiseLevels.from_sigmas(np.append(sigmas, final_sigma))
     latents = np.asarray(latents, np.float32)
     previous = None
     for i, timestep in enumerate(timesteps):

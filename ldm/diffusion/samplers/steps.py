@@ -11,6 +11,9 @@ A sampler is a function
 - schedule, prediction_type: those that the network was trained with.
 - callback(step): called after each step with its number, counted from 1, for progress bars.
 
+A schedule whose last time step is noise alone (`zero_terminal_snr`) is sampled from that time step on, with the spacing
+that diffusers calls "trailing" (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+
 It returns the final latents (N, C, h, w) float32. Samplers are plain NumPy: only the network needs a device. Time steps
 and formulas follow diffusers' schedulers with Stable Diffusion's settings, so diffusers makes the same image from the
 same starting noise.
@@ -41,13 +44,22 @@ def check_steps(steps: int, timesteps: int) -> None:
 def linspace_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """Return evenly spaced time steps from the last one down to above 0, for DPM-Solver: int64 (steps,), falling."""
     check_steps(steps, schedule.timesteps)
+    if schedule.zero_terminal_snr:
+        return trailing_timesteps(steps, schedule)
     return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].astype(np.int64)
 
 
 def leading_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """Return 1 + the multiples of timesteps // steps, for DDIM (`steps_offset` 1): int64 (steps,), falling."""
     check_steps(steps, schedule.timesteps)
+    if schedule.zero_terminal_snr:
+        return trailing_timesteps(steps, schedule)
     return np.arange(steps - 1, -1, -1, dtype=np.int64) * (schedule.timesteps // steps) + 1
+
+
+def trailing_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    """Return every (timesteps / steps)-th time step from the last one down, rounded: int64 (steps,), falling."""
+    return np.arange(schedule.timesteps, 0, -schedule.timesteps / steps)[:steps].round().astype(np.int64) - 1
 
 
 def predict_denoised(

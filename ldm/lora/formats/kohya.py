@@ -130,4 +130,6 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         velocity = lora.metadata.get("prediction_type") == "v_prediction"
         texts["ss_base_model_version"] = version + ("_v" if velocity else "")
         texts["ss_v2"] = str(version == "sd_v2")
+    if lora.zero_terminal_snr:
+        texts["ss_zero_terminal_snr"] = "True"
     return {**lora.metadata, **texts}

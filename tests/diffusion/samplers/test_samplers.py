@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.samplers import SAMPLERS, ddim
-from ldm.diffusion.samplers.steps import leading_timesteps, linspace_timesteps
+from ldm.diffusion.samplers.steps import leading_timesteps, linspace_timesteps, trailing_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
@@ -98,6 +98,38 @@ def test_the_time_steps_are_those_of_diffusers():
     schedule = NoiseSchedule()
     assert linspace_timesteps(5, schedule).tolist() == [999, 799, 599, 400, 200]
     assert leading_timesteps(5, schedule).tolist() == [801, 601, 401, 201, 1]
+
+
+ZERO_TERMINAL = NoiseSchedule(zero_terminal_snr=True)
+
+
+def test_a_zero_terminal_schedule_is_sampled_from_its_last_time_step_with_trailing_spacing():
+    assert trailing_timesteps(5, ZERO_TERMINAL).tolist() == [999, 799, 599, 399, 199]
+    assert trailing_timesteps(7, ZERO_TERMINAL).tolist() == [999, 856, 713, 570, 428, 285, 142]
+    for steps in range(1, 1000):
+        timesteps = trailing_timesteps(steps, ZERO_TERMINAL)
+        assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0 and (np.diff(timesteps) < 0).all()
+    for function in (linspace_timesteps, leading_timesteps):
+        np.testing.assert_array_equal(function(20, ZERO_TERMINAL), trailing_timesteps(20, ZERO_TERMINAL))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_the_final_latents_of_a_zero_terminal_schedule_are_diffusers(name, steps):
+    ours = SAMPLERS[name](toy_denoise, GOLDEN["latents"], steps, ZERO_TERMINAL, "v_prediction")
+    # DPM-Solver's first step multiplies a difference of float32 numbers by alpha_1 / alpha_0, up to 4,096, in diffusers
+    # as here.
+    bound = 5e-3 if name == "dpm_solver" else 1e-5
+    assert relative_error(ours, GOLDEN[f"{name}.zero_terminal_snr.{steps}"]) < bound
+
+
+@pytest.mark.parametrize(("name", "left_over"), [("dpm_solver_pp", 1e-3), ("dpm_solver", 0.12), ("ddim", 0.12)])
+def test_a_network_that_knows_the_image_leads_to_it_from_noise_alone(name, left_over):
+    image = np.random.default_rng(1).standard_normal((1, 4, 5, 6)).astype(np.float32)
+    denoise = partial(exact_output, image, ZERO_TERMINAL, "v_prediction")
+    for steps in (20, 999):
+        ended = SAMPLERS[name](denoise, GOLDEN["latents"][:1], steps, ZERO_TERMINAL, "v_prediction")
+        assert np.abs(ended - image).max() < left_over
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, 10**9])

@@ -656,6 +656,20 @@ def test_the_time_steps_of_the_training_go_with_the_lora(tmp_path, base, whole, 
     assert found == (None if name == "cloneofsimo-pt" else range(0, 550))  # a list of arrays alone
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_training_with_zero_terminal_snr_goes_with_the_lora(tmp_path, base, whole, name):
+    lora = representable(whole, base, name)
+    lora.metadata["zero_terminal_snr"] = "True"
+    write_lora(path_for(tmp_path, name), lora, name, base.config)
+    assert read_lora(path_for(tmp_path, name), base.config).zero_terminal_snr == (name != "cloneofsimo-pt")
+
+
+def test_zero_terminal_snr_is_read_from_kohyas_metadata_too():
+    assert lora_metadata({"ss_zero_terminal_snr": "True"}) == {"zero_terminal_snr": "True"}
+    for text in ("False", "None", "true", ""):
+        assert lora_metadata({"ss_zero_terminal_snr": text, "zero_terminal_snr": text}) == {}
+
+
 @pytest.mark.parametrize(
     "low, end", [("200", "200"), ("550", "200"), ("-5", "10"), ("a", "b"), ("", "9"), ("1.5", "9"), ("1", "9" * 30)]
 )
