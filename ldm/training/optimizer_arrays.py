@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -84,12 +85,25 @@ class OptimizerArrays:
     def arrays(self) -> tuple[Parameter, ...]:
         return self.large if self.flat is None else (self.flat, *self.large)
 
-    def split(self, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return a copy of `values`, one for each of `arrays`, by parameter name."""
+    @property
+    def parts(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes of the parameters that each of `arrays` consists of."""
+        large = tuple((tuple(p.shape),) for p in self.large)
+        return large if self.flat is None else (tuple(tuple(p.shape) for p in self.small), *large)
+
+    def split(
+        self, values: Sequence[np.ndarray], shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    ) -> dict[str, np.ndarray]:
+        """Return a copy of `values`, one for each of `arrays`, by parameter name.
+
+        `shape` gives the shape of a value for that of its parameter.
+        """
         values, result = list(values), {}
         if self.flat is not None:
-            ends = np.cumsum([p.size for p in self.small])[:-1]
-            result = {p.name: part.reshape(p.shape) for p, part in zip(self.small, np.split(values.pop(0), ends))}
+            shapes = [shape(p.shape) for p in self.small]
+            ends = np.cumsum([math.prod(size) for size in shapes])[:-1]
+            parts = np.split(values.pop(0), ends)
+            result = {p.name: part.reshape(size) for p, part, size in zip(self.small, parts, shapes)}
         result.update({p.name: value for p, value in zip(self.large, values)})
         return {name: value.copy() for name, value in result.items()}
 

@@ -37,7 +37,9 @@ from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler, make_loss_scaler
+from ldm.training.optimizers import Optimizer, make_optimizer
 from ldm.training.plan import RunPlan, make_plan
+from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
@@ -58,6 +60,8 @@ class Run:
     fingerprint: dict[str, Any]  # what a training state is compared by
     inputs: Inputs
     feed: Feed  # returns the next micro-batch
+    optimizer: Optimizer
+    rates: Rates
     step: TrainStep
     reads_late: bool  # whether the result of a step is read after the next step is launched
     skips_overflow: bool  # whether a step whose gradients overflow changes nothing
@@ -122,7 +126,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     model = load_base()
     trainable = choose_trainable(settings, model, lora_spec)
     set_process(model, runtime.process_index)
-    state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
+    optimizer, rates = make_optimizer(settings), make_rates(settings, [parameter.name for parameter in trainable])
+    state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema, optimizer))
     if state is not None:
         status.last_state = state.path
     elif settings.lora_init_path is not None:
@@ -162,8 +167,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
-        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, runtime.is_ascend,
-        skips_overflow, scaler, checkpoints, status,
+        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
+        runtime.is_ascend, skips_overflow, scaler, checkpoints, status,
     )  # fmt: skip
 
 
@@ -274,7 +279,8 @@ def build_step(
     return TrainStep(
         loss,
         trainable,
-        betas=(settings.betas[0], settings.betas[1]),
+        optimizer=make_optimizer(settings),
+        rate_factors=make_rates(settings, [parameter.name for parameter in trainable]).factors,
         clip=settings.clip_grad,
         use_ema=settings.use_ema,
         skip_overflow=skips_overflow,
