@@ -307,7 +307,9 @@ class TrainStep:
         if shard_of is not None:
             shards = Shards(balanced([p.size for p in arrays.arrays], process_count), shard_of)
         self.optimizer = optimizer or AdamW()
-        cell = self.update_cell = _optimizer_cell(self.optimizer, arrays, shards, use_ema, skip_overflow, rate_factors or {})
+        cell = self.update_cell = _optimizer_cell(
+            self.optimizer, arrays, shards, use_ema, skip_overflow, rate_factors or {}
+        )
         update = _Update(arrays, cell, clip, process_count, saturates, shards)
         self._arrays, self._shards = arrays, shards
         self._groups = {"p": arrays.arrays, **cell.state_groups()}

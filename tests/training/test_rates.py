@@ -1,0 +1,36 @@
+"""Which parameter is trained at which rate."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.settings.train import TrainSettings
+from ldm.training.rates import make_rates
+
+UNET, TEXT = "model.diffusion_model.x.lora_", "cond_stage_model.transformer.x.lora_"
+NAMES = [f"{layer}{factor}.weight" for layer in (UNET, TEXT) for factor in ("down", "up")]
+
+
+def absolute(**settings):
+    """The rates of the unet's down and up matrix, and of the text encoder's."""
+    given = TrainSettings(use_lora=True, lora_ft_text_encoder=True, start_learning_rate=1e-4, **settings)
+    rates = make_rates(given, NAMES)
+    assert max(rates.factors.values()) == 1.0
+    return [1e-4 * rates.largest * rates.factors[name] for name in NAMES]
+
+
+def test_one_rate_has_factors_of_exactly_one():
+    for settings in ({}, {"unet_lr": 3e-4, "text_encoder_lr": 3e-4}, {"unet_lr": 1e-4}):
+        rates = make_rates(TrainSettings(use_lora=True, lora_ft_text_encoder=True, **settings), NAMES[:2])
+        assert set(rates.factors.values()) == {1.0}
+    assert make_rates(TrainSettings(), NAMES).largest == 1.0
+
+
+def test_unet_and_text_encoder_have_their_own_rates_or_the_common_one():
+    assert absolute(unet_lr=2e-4, text_encoder_lr=5e-5) == pytest.approx([2e-4, 2e-4, 5e-5, 5e-5])
+    assert absolute(text_encoder_lr=5e-5) == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5])
+
+
+def test_lora_plus_raises_the_rate_of_the_up_matrices():
+    assert absolute(loraplus_lr_ratio=16) == pytest.approx([1e-4, 16e-4, 1e-4, 16e-4])
+    assert absolute(loraplus_lr_ratio=4, text_encoder_lr=5e-5) == pytest.approx([1e-4, 4e-4, 5e-5, 2e-4])
