@@ -215,6 +215,16 @@ class OptimizerSettings:
         needs="use_lora",
     )
 
+    scale_weight_norms: Optional[float] = _adamw_only(
+        None,
+        "largest norm of the update of a layer by LoRA; after each step those above it are scaled down to it. 1 is usual",
+        above=0,
+        high=1e6,
+        resume="followed",
+        graph_key=True,
+        needs="use_lora",
+    )
+
     def optimizer_options(self) -> Any:
         """Return the options of the optimizer, an instance of its class in OPTIONS. Raises UserError."""
         cls = OPTIONS[self.optim]

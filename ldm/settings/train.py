@@ -242,6 +242,8 @@ class TrainSettings(
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
         if self.use_ema and self.optim == "adamwschedulefree":
             raise UserError("use_ema does not go with adamwschedulefree, which averages the parameters: leave it out")
+        if self.scale_weight_norms is not None and (self.use_ema or self.optim == "adamwschedulefree"):
+            raise UserError("scale_weight_norms does not go with averages (use_ema, adamwschedulefree): leave one out")
         for name in names_of(type(self), needs="use_lora"):
             if getattr(self, name) and not self.use_lora:
                 raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")

@@ -134,24 +134,34 @@ class JoinGradients(nn.Cell):
         return (flat,) + gradients[self.small :]
 
 
-class _CopyParts(nn.Cell):
-    """Copies the parts of a flat array into parameters of its type."""
+class SplitFlat(nn.Cell):
+    """Flat array -> its parts (size,) of each parameter, which are views."""
 
     def __init__(self, parameters: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.parameters = ParameterTuple(parameters)
         sizes = [p.size for p in parameters]
         self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
         self.group_sizes = tuple(sum(group) for group in self.sizes)
-        # In pynative mode a part is a view, whose copy MindSpore 2.8 refuses on the CPU: its memory has another size.
-        self.write = _assign if ms.get_context("mode") == ms.PYNATIVE_MODE else _write
 
     def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
         parts = ()
         groups = _split(flat, self.group_sizes, 0)
         for group, sizes in zip(groups, self.sizes):
             parts += _split(group, sizes, 0)
-        return _each(self.write, self.parameters, parts)
+        return parts
+
+
+class _CopyParts(nn.Cell):
+    """Copies the parts of a flat array into parameters of its type."""
+
+    def __init__(self, parameters: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.parameters, self.split = ParameterTuple(parameters), SplitFlat(parameters)
+        # In pynative mode a part is a view, whose copy MindSpore 2.8 refuses on the CPU: its memory has another size.
+        self.write = _assign if ms.get_context("mode") == ms.PYNATIVE_MODE else _write
+
+    def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return _each(self.write, self.parameters, self.split(flat))
 
 
 class CopyIntoParameters(nn.Cell):

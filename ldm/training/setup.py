@@ -43,6 +43,7 @@ from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
+from ldm.training.weight_norms import norm_limit
 from ldm.weights.architecture import config_with_tokens, detect_model_config
 
 logger = logging.getLogger(__name__)
@@ -276,11 +277,15 @@ def build_step(
         loss = LossFromTokens(loss, model.cond_stage_model)
     if runtime.fp16 and not saves_base_model:
         hold_frozen_weights(loss, runtime.compute_dtype)
+    limit = None
+    if settings.scale_weight_norms is not None:
+        limit = norm_limit(model, settings.scale_weight_norms)
     return TrainStep(
         loss,
         trainable,
         optimizer=make_optimizer(settings),
         rate_factors=make_rates(settings, [parameter.name for parameter in trainable]).factors,
+        norm_limit=limit,
         clip=settings.clip_grad,
         use_ema=settings.use_ema,
         skip_overflow=skips_overflow,

@@ -17,6 +17,7 @@ from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, Opt
 from ldm.training.optimizers import AdamW, CellOptions, Optimizer, OptimizerCell, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 from ldm.training.step_operators import SaturationFlags, adder, clear, copy_into, each, global_norm, stack, unstack
+from ldm.training.weight_norms import LimitNorms, NormLimit
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
 LARGE_ON_ASCEND = 2**20
@@ -137,9 +138,11 @@ class _Update(nn.Cell):
         process_count: int,
         saturates: bool,
         shards: Shards | None,
+        norm_limit: NormLimit | None = None,
     ):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
+        self.limit_norms = None if norm_limit is None else LimitNorms(arrays, norm_limit)
         self.copy = None if arrays.flat is None else CopyIntoParameters(arrays)
         self.reduce, self.send = None, None
         self.own: tuple[int, ...] = ()
@@ -188,6 +191,8 @@ class _Update(nn.Cell):
             # `finite` comes after the flags' AllReduce: in each process, also in one without arrays, the broadcasts
             # then come after it too.
             updated = self.send((*updated, finite))
+        if self.limit_norms is not None:
+            updated = self.limit_norms(updated, finite)
         if self.copy is not None:
             updated = ops.depend(updated, self.copy(updated))
         norm = ops.depend(norm, (updated, copy_into(self.previous_finite, finite)))
@@ -258,6 +263,7 @@ class TrainStep:
         parameters: The parameters to train, in fp32. All others of `loss` stay as they are.
         optimizer: The optimizer. Its numbers of each step come with the call.
         rate_factors: Factors of the learning rate by the names of parameters. The others have the factor 1.
+        norm_limit: What the norms of LoRA's layers are limited to, if they are.
         clip: Whether to scale gradients down to the global norm StepScalars.max_norm.
         use_ema: Whether to keep a moving average of the parameters.
         skip_overflow: Whether to leave everything in `state()` as it is if a gradient is not finite.
@@ -282,6 +288,7 @@ class TrainStep:
         *,
         optimizer: Optimizer | None = None,
         rate_factors: Mapping[str, float] | None = None,
+        norm_limit: NormLimit | None = None,
         clip: bool = False,
         use_ema: bool = False,
         skip_overflow: bool = False,
@@ -310,7 +317,7 @@ class TrainStep:
         cell = self.update_cell = _optimizer_cell(
             self.optimizer, arrays, shards, use_ema, skip_overflow, rate_factors or {}
         )
-        update = _Update(arrays, cell, clip, process_count, saturates, shards)
+        update = _Update(arrays, cell, clip, process_count, saturates, shards, norm_limit)
         self._arrays, self._shards = arrays, shards
         self._groups = {"p": arrays.arrays, **cell.state_groups()}
         if use_ema:

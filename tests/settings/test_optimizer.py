@@ -76,6 +76,8 @@ def test_options_read_as_their_types():
         (["--warmup_steps", "2.5"], "no whole number"),
         (["--text_encoder_lr", "1e-5", "--use_lora"], "needs lora_ft_text_encoder"),
         (["--loraplus_lr_ratio", "16"], "loraplus_lr_ratio needs use_lora"),
+        (["--scale_weight_norms", "1"], "scale_weight_norms needs use_lora"),
+        (["--scale_weight_norms", "1", "--use_lora", "--use_ema"], "scale_weight_norms does not go with averages"),
     ],
 )
 def test_mistakes_are_named(argv, says):
