@@ -217,7 +217,7 @@ class OptimizerSettings:
 
     scale_weight_norms: Optional[float] = _adamw_only(
         None,
-        "largest norm of the update of a layer by LoRA; after each step those above it are scaled down to it. 1 is usual",
+        "largest norm of a layer's LoRA; after each step those above it are scaled down to it, 1 is usual",
         above=0,
         high=1e6,
         resume="followed",
