@@ -14,12 +14,19 @@ class Rates(NamedTuple):
 
     Attributes:
         largest: The largest factor of a parameter.
+        shown: The factor of the first parameter without LoRA+, whose rate is logged.
         factors: Factors of that rate by parameter name, from 0 to 1. An update at the largest rate that is made smaller
             has the rounding errors of the largest; one that is made larger would enlarge them.
     """
 
     largest: float
+    shown: float
     factors: dict[str, float]
+
+    @property
+    def differ(self) -> bool:
+        """Whether not all parameters have one rate."""
+        return any(factor != 1.0 for factor in self.factors.values())
 
 
 def make_rates(settings: TrainSettings, names: Sequence[str]) -> Rates:
@@ -30,10 +37,12 @@ def make_rates(settings: TrainSettings, names: Sequence[str]) -> Rates:
         names: Of the trained parameters.
     """
     start, ratio = settings.start_learning_rate, settings.loraplus_lr_ratio
-    factors = {}
+    plain = {}
     for name in names:
         own = settings.text_encoder_lr if name.startswith(COMPONENTS["text_encoder"]) else settings.unet_lr
-        factor = 1.0 if own is None else own / start
-        factors[name] = factor * ratio if ratio is not None and name.endswith(".lora_up.weight") else factor
+        plain[name] = 1.0 if own is None else own / start
+    factors = dict(plain)
+    if ratio is not None:
+        factors.update({name: factor * ratio for name, factor in plain.items() if name.endswith(".lora_up.weight")})
     largest = max(factors.values())
-    return Rates(largest, {name: factor / largest for name, factor in factors.items()})
+    return Rates(largest, plain[names[0]], {name: factor / largest for name, factor in factors.items()})

@@ -237,7 +237,7 @@ def _launch(run: Run, step: int, batches: list[TensorBatch], began: float) -> _L
     scalars, after_overflow = (_scalars(run, scaler, rate) for scaler in scalers)
     with _failed_allocations(run):
         result = run.step(batches, scalars, _dropout_keys(run, step), after_overflow)
-    return _Launched(began, batches, rate, result)
+    return _Launched(began, batches, rate * run.rates.shown, result)
 
 
 def _scalars(run: Run, scaler: LossScaler, rate: float) -> StepScalars:
@@ -304,6 +304,6 @@ def _graph_cache(run: Run, batches: list[TensorBatch]) -> AbstractContextManager
     key = graph_key(
         {name: getattr(settings, name) for name in names_of(TrainSettings, graph_key=True)},
         run.model.config.content(), [tensor.shape for batch in batches for tensor in batch], run.skips_overflow,
-        str(run.runtime), run.lora_spec.modules, run.lora_spec.trainable_model,
+        str(run.runtime), run.lora_spec.modules, run.lora_spec.trainable_model, run.rates.differ,
     )  # fmt: skip
     return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.process_index}", key)

@@ -89,7 +89,7 @@ class LimitNorms(nn.Cell):
         if self.split is not None:
             flat = ops.depend(self.flat, updated)
             parts = self.split(flat)
-        large = ops.depend(self.large, updated)
+        large = ops.depend(self.large, updated) if self.of_large else ()
         downs, ups = (), ()
         for i, shape in zip(self.downs, self.down_shapes):
             down = parts[i] if i < self.small else large[i - self.small]

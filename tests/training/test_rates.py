@@ -15,20 +15,26 @@ def absolute(**settings):
     """The rates of the unet's down and up matrix, and of the text encoder's."""
     given = TrainSettings(use_lora=True, lora_ft_text_encoder=True, start_learning_rate=1e-4, **settings)
     rates = make_rates(given, NAMES)
-    assert max(rates.factors.values()) == 1.0
+    assert max(rates.factors.values()) == 1.0 and rates.differ
     return [1e-4 * rates.largest * rates.factors[name] for name in NAMES]
 
 
 def test_one_rate_has_factors_of_exactly_one():
     for settings in ({}, {"unet_lr": 3e-4, "text_encoder_lr": 3e-4}, {"unet_lr": 1e-4}):
         rates = make_rates(TrainSettings(use_lora=True, lora_ft_text_encoder=True, **settings), NAMES[:2])
-        assert set(rates.factors.values()) == {1.0}
+        assert set(rates.factors.values()) == {1.0} and not rates.differ
     assert make_rates(TrainSettings(), NAMES).largest == 1.0
 
 
 def test_unet_and_text_encoder_have_their_own_rates_or_the_common_one():
     assert absolute(unet_lr=2e-4, text_encoder_lr=5e-5) == pytest.approx([2e-4, 2e-4, 5e-5, 5e-5])
     assert absolute(text_encoder_lr=5e-5) == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5])
+
+
+def test_the_logged_rate_is_that_of_the_unet_without_lora_plus():
+    given = TrainSettings(use_lora=True, start_learning_rate=1e-5, unet_lr=1e-4, loraplus_lr_ratio=16)
+    assert make_rates(given, NAMES).shown == pytest.approx(10)
+    assert make_rates(TrainSettings(use_lora=True, loraplus_lr_ratio=16), NAMES).shown == 1.0
 
 
 def test_lora_plus_raises_the_rate_of_the_up_matrices():

@@ -20,7 +20,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from ldm.training.optimizers.interface import CellOptions, Optimizer, OptimizerCell, copy_into, each, group_of, scalar
 
-SMALLEST = 1e-38  # a sum of weights of 0, before the first update, is not divided by
+SMALLEST = 1e-37  # a sum of weights of 0, before the first update, is not divided by
 
 _sqrt = ops.Sqrt()
 _update = ops.MultitypeFuncGraph("schedulefree")

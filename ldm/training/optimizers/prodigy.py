@@ -23,7 +23,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, ops
 from ldm.training.optimizers.interface import CellOptions, Optimizer, OptimizerCell, copy_into, each, scalar
 from ldm.training.step_operators import stack
 
-SMALLEST = 1e-38  # a sum |s| of 0, before the first gradient, is not divided by
+SMALLEST = 1e-37  # a sum |s| of 0, before the first gradient, is not divided by
 
 _adamw = ops.AdamWeightDecay()
 _sum, _abs = ops.ReduceSum(), ops.Abs()
