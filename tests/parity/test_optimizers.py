@@ -1,5 +1,7 @@
-"""The float64 forms of the optimizers against the packages that people use: PyTorch, transformers, prodigyopt,
-schedulefree and lion-pytorch, over 200 steps. tests/training/test_optimizers.py holds the training step to the forms."""
+"""The float64 forms of the optimizers against the packages that people use, over 200 steps.
+
+tests/training/test_optimizers.py holds the training step to the same forms.
+"""
 
 from __future__ import annotations
 
