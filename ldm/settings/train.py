@@ -84,7 +84,7 @@ class ModelSettings:
         "convolutions), or the last parts of layers' names, such as to_q to_v",
     )
     lora_config: Optional[str] = input_path(
-        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, "
+        "JSON or YAML file with r, alpha, scale, trainable_scale, hard, dropout and lr for each module by name, "
         "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
         resume="fixed",
         needs="use_lora",

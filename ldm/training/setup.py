@@ -127,7 +127,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     model = load_base()
     trainable = choose_trainable(settings, model, lora_spec)
     set_process(model, runtime.process_index)
-    optimizer, rates = make_optimizer(settings), make_rates(settings, [parameter.name for parameter in trainable])
+    optimizer, rates = make_optimizer(settings), make_rates(settings, [p.name for p in trainable], lora_spec)
     state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema, optimizer))
     if state is not None:
         status.last_state = state.path
@@ -149,6 +149,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     step = build_step(
         settings, runtime, model, trainable,
         flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base_model,
+        rates=rates,
     )  # fmt: skip
     if state is not None:
         step.load_state(state.arrays)
@@ -256,6 +257,7 @@ def build_step(
     flash_attention: bool,
     skips_overflow: bool,
     saves_base_model: bool,
+    rates: Rates | None = None,
 ) -> TrainStep:
     """Set the precision and the attention of the networks that are trained, and build the step that trains them.
 
@@ -267,6 +269,7 @@ def build_step(
         flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
         skips_overflow: Whether a step whose gradients overflow changes nothing.
         saves_base_model: Whether checkpoints hold the networks' own weights, frozen ones too, which then keep fp32.
+        rates: The rates of the parameters, None if they are equal.
     """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
@@ -284,7 +287,7 @@ def build_step(
         loss,
         trainable,
         optimizer=make_optimizer(settings),
-        rate_factors=make_rates(settings, [parameter.name for parameter in trainable]).factors,
+        rate_factors=None if rates is None else rates.factors,
         norm_limit=limit,
         clip=settings.clip_grad,
         use_ema=settings.use_ema,
