@@ -32,7 +32,7 @@ class Rates(NamedTuple):
 
 
 def make_rates(settings: TrainSettings, names: Sequence[str], lora_spec: LoRASpec) -> Rates:
-    """Return the rates of the trained parameters: unet_lr, text_encoder_lr, lora_config's, and LoRA+ (Hayou et al. 2024).
+    """Return the rates of the trained parameters: of networks and modules, and LoRA+ (Hayou et al. 2024).
 
     Args:
         settings: Those of the run.
