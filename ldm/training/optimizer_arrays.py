@@ -88,8 +88,10 @@ class OptimizerArrays:
     @property
     def parts(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Shapes of the parameters that each of `arrays` consists of."""
-        large = tuple((tuple(p.shape),) for p in self.large)
-        return large if self.flat is None else (tuple(tuple(p.shape) for p in self.small), *large)
+        parts: list[tuple[tuple[int, ...], ...]] = [(tuple(p.shape),) for p in self.large]
+        if self.flat is not None:
+            parts.insert(0, tuple(tuple(p.shape) for p in self.small))
+        return tuple(parts)
 
     def split(
         self, values: Sequence[np.ndarray], shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple

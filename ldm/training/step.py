@@ -429,7 +429,8 @@ def _optimizer_cell(
         values.update({p.name: np.array(rate_factors.get(p.name, 1.0), np.float32) for p in arrays.large})
         flat = [np.concatenate([values[p.name].ravel() for p in arrays.small])] if arrays.small else []
         factors = [*flat, *(values[p.name] for p in arrays.large)]
-    own, parts = arrays.arrays, arrays.parts
+    own: Sequence[Parameter] = arrays.arrays
+    parts: Sequence[tuple[tuple[int, ...], ...]] = arrays.parts
     if shards is not None:
         own, parts = shards.own(own), shards.own(parts)
         factors = None if factors is None else shards.own(factors)

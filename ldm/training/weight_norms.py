@@ -85,12 +85,15 @@ class LimitNorms(nn.Cell):
             updated: What this must wait for.
             finite: Whether the update was applied. Otherwise this changes nothing.
         """
-        parts, flat = (), None
+        parts: tuple[Tensor, ...] = ()
+        flat: Tensor | None = None
         if self.split is not None:
             flat = ops.depend(self.flat, updated)
             parts = self.split(flat)
         large = ops.depend(self.large, updated) if self.of_large else ()
-        downs, ups = (), ()
+        downs: tuple[Tensor, ...] = ()
+        ups: tuple[Tensor, ...] = ()
+        scaled: tuple[Tensor, ...] = ()
         for i, shape in zip(self.downs, self.down_shapes):
             down = parts[i] if i < self.small else large[i - self.small]
             downs = (*downs, down.reshape(shape))
@@ -100,7 +103,6 @@ class LimitNorms(nn.Cell):
         norms = self.sqrt(self.stack(each(_square_norm, downs, ups)) * self.squares)
         factors = self.sqrt(self.limit / self.maximum(norms, self.limit))
         factors = self.concat((self.select(finite, factors, self.ones), self.one))
-        scaled = ()
         if flat is not None:
             scaled = (copy_into(self.flat, flat * self.gather(factors, self.of_element, 0)),)
         for i, layer in enumerate(self.of_large):

@@ -42,9 +42,9 @@ def set_up(graph_mode):
     setup_runtime("CPU")
 
 
-def starts():
+def starts(scale=1.0):
     rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
+    return [(scale * rng.standard_normal(shape)).astype(np.float32) for shape in SHAPES]
 
 
 def gradients(t, points=None):
@@ -54,9 +54,9 @@ def gradients(t, points=None):
     return [(point - 2.0 + rng.standard_normal(point.shape)).astype(np.float32) for point in points]
 
 
-def make_step(name, options=None, **others):
+def make_step(name, options=None, start=1.0, **others):
     optimizer = getattr(optimizers, name)(**(options or {}))
-    loss = Product(starts())
+    loss = Product(starts(start))
     step = TrainStep(
         loss, list(loss.parameters), optimizer=optimizer, skip_overflow=True, **{"large": LARGE, **others}
     )  # fmt: skip
@@ -78,7 +78,10 @@ def rate_at(name, step):
 @pytest.mark.parametrize("case", CASES)
 def test_an_optimizer_equals_its_form_and_a_skipped_step_changes_nothing(case):
     name, options = CASES[case]
-    step, form = make_step(name, options), getattr(optimizer_forms, name)(starts(), **options)
+    # Prodigy's first steps are of 1e-6. From a parameter of 1, fp32 would round them by a tenth, and with them the
+    # estimate of d. LoRA's up matrices start at 0 too.
+    start = 0.0 if name == "Prodigy" else 1.0
+    step, form = make_step(name, options, start), getattr(optimizer_forms, name)(starts(start), **options)
     for i in range(STEPS):
         arrays, lr = gradients(i, form.p), rate_at(name, i)
         if i in SKIPPED:
@@ -93,16 +96,16 @@ def test_an_optimizer_equals_its_form_and_a_skipped_step_changes_nothing(case):
     state = step.state()
     shapes = state_shapes(step.parameters, False, step.optimizer)
     assert {key: array.shape for key, array in state.items()} == shapes
-    for i in range(len(SHAPES)):
-        for group in ("p", *form.groups):
-            expected, array = getattr(form, group)[i], state[f"{group}.p{i}"]
-            scale = np.abs(expected).max()
-            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{group}.p{i}")
+    for group in ("p", *form.groups):
+        largest = max(np.abs(expected).max() for expected in getattr(form, group))
+        for i, expected in enumerate(getattr(form, group)):
+            array = state[f"{group}.p{i}"]
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5 * largest, err_msg=f"{group}.p{i}")
     for scalar in form.scalars:
         assert state[f"optimizer.{scalar}"][0] == pytest.approx(getattr(form, scalar), rel=1e-5), scalar
     if name == "Prodigy":
         assert form.d > 10 * form.d0  # it has found a rate
-    assert max(np.abs(p - start).max() for p, start in zip(form.p, starts())) > 1e-4
+    assert max(np.abs(p - start).max() for p, start in zip(form.p, starts(start))) > 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)

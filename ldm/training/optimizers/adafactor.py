@@ -274,7 +274,7 @@ class _ApplyAdafactor(OptimizerCell):
             rate, ema_rate, share = rate * applied, ema_rate * applied, share * applied
         gradients, rates = self.unscaled(gradients, finite, factor), self.rates(rate)
         moments = self.row if self.m is None else self.m
-        updated = ()
+        updated: tuple[Tensor, ...] = ()
         for i, update in enumerate(self.updates):
             done = update(
                 self.parameters[i], self.row[i], self.column[i], moments[i], gradients[i], rates[i], share, decay,
