@@ -135,13 +135,13 @@ class ApplyAdamW(OptimizerCell):
             beta1, beta2 = self.maximum(beta1, 1.0 - applied), self.maximum(beta2, 1.0 - applied)
         factor = (factor, finite, self.zero)
         if self.factors is not None:
-            update = ops.partial(_update_by_factor, self.scale, factor, rate, beta1, beta2, epsilon, decay)
+            update = ops.partial(_update_by_factor, self.scaled, factor, rate, beta1, beta2, epsilon, decay)
             updated = each(update, self.parameters, self.m, self.v, self.factors, gradients)
             return self.average(updated, ema_rate)
         if self.use_ema:
             update = ops.partial(
-                _update_and_average, self.scale, self.move, ema_rate, factor, rate, beta1, beta2, epsilon, decay
+                _update_and_average, self.scaled, self.move, ema_rate, factor, rate, beta1, beta2, epsilon, decay
             )
             return each(update, self.parameters, self.m, self.v, self.averages, gradients)
-        update = ops.partial(_update, self.scale, factor, rate, beta1, beta2, epsilon, decay)
+        update = ops.partial(_update, self.scaled, factor, rate, beta1, beta2, epsilon, decay)
         return each(update, self.parameters, self.m, self.v, gradients)

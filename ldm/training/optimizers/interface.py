@@ -158,7 +158,7 @@ class OptimizerCell(nn.Cell):
                 [companion("rate", p, Tensor(f.astype(np.float32))) for p, f in zip(arrays, options.factors)]
             )
         on_ascend = device_ops.on_ascend()
-        self.scale = scale_finite if options.skip_overflow else scale
+        self.scaled = scale_finite if options.skip_overflow else scale
         self.move = move_average_on_ascend if on_ascend else move_average
         self.blend = blend_on_ascend if on_ascend else blend
         self.zero, self.one = Tensor(0.0, ms.float32), Tensor(1.0, ms.float32)
@@ -210,7 +210,7 @@ class OptimizerCell(nn.Cell):
 
     def unscaled(self, gradients: tuple[Tensor, ...], finite: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients times `factor`, or zeros if the update is skipped."""
-        return each(ops.partial(_scaled, self.scale, (factor, finite, self.zero)), gradients)
+        return each(ops.partial(_scaled, self.scaled, (factor, finite, self.zero)), gradients)
 
     def rates(self, rate: Tensor) -> tuple[Tensor, ...]:
         """Return the learning rate of each array: a number, or an array of its shape."""
