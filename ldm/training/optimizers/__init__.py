@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 from ldm.settings.optimizer import (
@@ -48,6 +49,7 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
     """Return the optimizer that the settings ask for, with its hyperparameters."""
     options = settings.optimizer_options()
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in asdict(options).items()}
-    if isinstance(options, ProdigyOptions) and values["growth_rate"] is None:
-        values.pop("growth_rate")
+    if isinstance(options, ProdigyOptions):
+        del values["decouple"]  # it is always True
+        values["growth_rate"] = math.inf if options.growth_rate is None else options.growth_rate
     return _OPTIMIZERS[type(options)](**values)
