@@ -102,7 +102,9 @@ def test_an_optimizer_equals_its_form_and_a_skipped_step_changes_nothing(case):
             array = state[f"{group}.p{i}"]
             np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5 * largest, err_msg=f"{group}.p{i}")
     for scalar in form.scalars:
-        assert state[f"optimizer.{scalar}"][0] == pytest.approx(getattr(form, scalar), rel=1e-5), scalar
+        # Terms of both signs cancel in the numerator: 2.7e-5 was measured where d itself is right to 1e-5.
+        rel = 1e-4 if scalar == "d_numerator" else 1e-5
+        assert state[f"optimizer.{scalar}"][0] == pytest.approx(getattr(form, scalar), rel=rel), scalar
     if name == "Prodigy":
         assert form.d > 10 * form.d0  # it has found a rate
     assert max(np.abs(p - start).max() for p, start in zip(form.p, starts(start))) > 1e-4
