@@ -52,6 +52,7 @@ class LayerSpec:
             lora_wrapper). Otherwise two convolutions run beside the layer's. Both compute the same. Linear layers have
             one form only.
         dropout: The share of the layer's inputs that the update does not see in a training step.
+        lr: The learning rate of the factors and the scale. None stands for that of the network.
     """
 
     rank: int = setting(4, key="r", low=0)
@@ -60,6 +61,7 @@ class LayerSpec:
     trainable_scale: bool = setting(False, zero_one=True)
     hard: bool = setting(False, zero_one=True)
     dropout: float = setting(0.0, low=0, below=1)
+    lr: Optional[float] = setting(None, above=0, high=100, shown=False)  # a resumed run may change it
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,14 @@ class LoRASpec:
             modules[str(name)] = replace(self._layer_spec(), **read_mapping(LayerSpec, entry, source, prefix))
             _check(modules[str(name)], f"{source}: {prefix}")
         return replace(self, modules=modules, **read_mapping(_ConfigFile, content, source, ignore_unknown=True))
+
+    def learning_rate_of(self, layer: str) -> float | None:
+        """Return the learning rate of a layer by its full name, None if the configuration gives it none."""
+        rate = None
+        for name, spec in self.modules.items():
+            if fits(name, layer):
+                rate = spec.lr
+        return rate
 
     def layer_specs(self) -> dict[str, LayerSpec]:
         """Return name or pattern -> LayerSpec. The last one that matches a layer is used.

@@ -54,6 +54,7 @@ def setting(
     shared_with_diffusers: bool = False,
     set_by_comparison: bool = False,
     not_in_diffusers: str | None = None,
+    shown: bool = True,
 ) -> Any:
     """Return a dataclass field that carries the rules of one setting in its metadata.
 
@@ -78,12 +79,13 @@ def setting(
         needs: The setting without which this one has no effect.
         shared_with_diffusers: Whether tools/eval/compare_diffusers.py gives its value to diffusers' training as well.
         set_by_comparison: Whether that tool sets it itself, so that it cannot be given there.
+        shown: Whether `repr` of an instance shows it. A training state holds a hash of the `repr` of a LoRA's layers.
         not_in_diffusers: Why diffusers' LoRA training has no counterpart, so that the comparison needs the default.
     """
-    metadata = {name: value for name, value in locals().items() if name != "default"}
+    metadata = {name: value for name, value in locals().items() if name not in ("default", "shown")}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, repr=shown, metadata=metadata)
 
 
 def input_path(help: str, **rules: Any) -> Any:

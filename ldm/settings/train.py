@@ -13,16 +13,10 @@ from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, nam
 from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
-
-SCHEDULERS = ("constant", "linear", "cosine")
-# The names in mindone's recipes.
-ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear"}
-
+from ldm.settings.optimizer import OptimizerSettings, followed_setting
 
 # Settings that decide the trained weights and the compiled training step.
 graph_setting = partial(setting, resume="fixed", graph_key=True)
-# Settings of the optimizer's course: a resumed run may change them, and the comparison with diffusers shares them.
-followed_setting = partial(setting, resume="followed", shared_with_diffusers=True)
 
 
 @dataclass
@@ -91,7 +85,7 @@ class ModelSettings:
         "convolutions), or the last parts of layers' names, such as to_q to_v",
     )
     lora_config: Optional[str] = input_path(
-        "JSON or YAML file with r, alpha, scale, trainable_scale, hard and dropout for each module by name, "
+        "JSON or YAML file with r, alpha, scale, trainable_scale, hard, dropout and lr for each module by name, "
         "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
         resume="fixed",
         needs="use_lora",
@@ -118,7 +112,14 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings(
-    LossSettings, PriorSettings, MaskSettings, BucketSettings, CaptionSettings, ImageSettings, ModelSettings
+    OptimizerSettings,
+    LossSettings,
+    PriorSettings,
+    MaskSettings,
+    BucketSettings,
+    CaptionSettings,
+    ImageSettings,
+    ModelSettings,
 ):
     """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own.
 
@@ -149,25 +150,6 @@ class TrainSettings(
     train_batch_size: int = setting(4, "images per batch and device", low=1, high=MAX_BATCH, graph_key=True)
     gradient_accumulation_steps: int = graph_setting(
         1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH
-    )
-
-    optim: str = setting("adamw", "optimizer", group="optimizer", choices=("adamw",), resume="fixed")
-    betas: list[float] = followed_setting(
-        [0.9, 0.999], "decay rates of AdamW", low=0, below=1, length=2, graph_key=True
-    )
-    weight_decay: float = followed_setting(0.01, "weight decay of AdamW, for every trained parameter", low=0, high=1000)
-    scheduler: str = followed_setting(
-        "constant", "learning rate schedule after the warm-up", choices=(*SCHEDULERS, *ALIASES)
-    )
-    start_learning_rate: float = followed_setting(1e-5, "learning rate after the warm-up", above=0, high=100)
-    end_learning_rate: float = followed_setting(1e-7, "learning rate at the end of linear and cosine", low=0, high=100)
-    warmup_steps: int = followed_setting(0, "steps of linear warm-up", low=0, high=MAX_COUNT)
-    decay_steps: int = setting(
-        0,
-        "steps from the start to the end learning rate; 0: all steps after the warm-up",
-        low=0,
-        high=MAX_COUNT,
-        resume="followed",
     )
 
     clip_grad: bool = followed_setting(
@@ -239,7 +221,7 @@ class TrainSettings(
     use_parallel: bool = setting(False, "data parallel over the processes that msrun started", set_by_comparison=True)
     shard_optimizer: bool = setting(
         False,
-        "whole-UNet training: divide AdamW's moments and the moving average among the processes, to save memory",
+        "whole-UNet training: divide the optimizer's moments and the moving average among the processes",
         graph_key=True,
         needs="use_parallel",
         not_in_diffusers="the comparison trains in one process",
@@ -251,7 +233,7 @@ class TrainSettings(
         """Check each setting, and the settings against each other. Raises UserError."""
         CaptionSettings.__post_init__(self)  # which checks all values
         self.check_loss()
-        self.scheduler = ALIASES.get(self.scheduler, self.scheduler)
+        self.check_optimizer()
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
         if self.use_lora and self.unet_initialize_random:
@@ -262,6 +244,14 @@ class TrainSettings(
             raise UserError("shard_optimizer needs use_parallel: it divides the optimizer's state among processes")
         if self.shard_optimizer and self.use_lora:
             raise UserError("shard_optimizer is for training the whole UNet: leave it out, a LoRA's state is small")
+        if self.shard_optimizer and self.optim not in ("adamw", "lion"):
+            raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
+        if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
+            raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
+        if self.use_ema and self.optim == "adamwschedulefree":
+            raise UserError("use_ema does not go with adamwschedulefree, which averages the parameters: leave it out")
+        if self.scale_weight_norms is not None and (self.use_ema or self.optim == "adamwschedulefree"):
+            raise UserError("scale_weight_norms does not go with averages (use_ema, adamwschedulefree): leave one out")
         for name in names_of(type(self), needs="use_lora"):
             if getattr(self, name) and not self.use_lora:
                 raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")

@@ -17,8 +17,8 @@ from ldm.lora.lora import ZERO_TERMINAL_SNR, timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import trained_timesteps
+from ldm.training.optimizers import make_optimizer
 from ldm.training.own_files import Numbered, OwnFiles
-from ldm.training.step import averages
 from ldm.training.training_state import TrainingState, check_finite, save_state
 from ldm.weights.added_tokens import tokens_metadata
 from ldm.weights.checkpoint import write_checkpoint
@@ -56,6 +56,7 @@ class Checkpoints:
         self.settings, self.model = settings, model
         self.folder = Path(settings.output_path) / "ckpt"
         self.keep = settings.ckpt_max_keep
+        self.sampled = make_optimizer(settings).sampled
         self.writers: dict[str, Callable[[Path, TrainingState], None]] = {}
         if settings.use_lora:
             self.writers["lora"] = self._write_lora
@@ -87,8 +88,8 @@ class Checkpoints:
         return path
 
     def _write_lora(self, path: Path, state: TrainingState) -> None:
-        """Write the LoRA: the moving averages of its parameters, or the parameters without them."""
-        lora = get_lora(self.model, self.model.config, averages(state.arrays))
+        """Write the LoRA: its parameters, or their moving averages if there are any."""
+        lora = get_lora(self.model, self.model.config, self.sampled(state.arrays))
         timesteps = trained_timesteps(self.settings, self.model.config)
         if timesteps != range(self.model.config.timesteps):
             lora.metadata.update(timesteps_metadata(timesteps))
@@ -99,7 +100,7 @@ class Checkpoints:
     def _write_model(self, path: Path, state: TrainingState) -> None:
         """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""
         arrays = {name: parameter.asnumpy() for name, parameter in self.model.parameters_dict().items()}
-        arrays.update(averages(state.arrays))
+        arrays.update(self.sampled(state.arrays))
         arrays = {name: array for name, array in arrays.items() if "lora_" not in name}
         config = self.model.config
         metadata = {

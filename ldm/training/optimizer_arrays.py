@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -84,12 +85,27 @@ class OptimizerArrays:
     def arrays(self) -> tuple[Parameter, ...]:
         return self.large if self.flat is None else (self.flat, *self.large)
 
-    def split(self, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return a copy of `values`, one for each of `arrays`, by parameter name."""
+    @property
+    def parts(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes of the parameters that each of `arrays` consists of."""
+        parts: list[tuple[tuple[int, ...], ...]] = [(tuple(p.shape),) for p in self.large]
+        if self.flat is not None:
+            parts.insert(0, tuple(tuple(p.shape) for p in self.small))
+        return tuple(parts)
+
+    def split(
+        self, values: Sequence[np.ndarray], shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    ) -> dict[str, np.ndarray]:
+        """Return a copy of `values`, one for each of `arrays`, by parameter name.
+
+        `shape` gives the shape of a value for that of its parameter.
+        """
         values, result = list(values), {}
         if self.flat is not None:
-            ends = np.cumsum([p.size for p in self.small])[:-1]
-            result = {p.name: part.reshape(p.shape) for p, part in zip(self.small, np.split(values.pop(0), ends))}
+            shapes = [shape(p.shape) for p in self.small]
+            ends = np.cumsum([math.prod(size) for size in shapes])[:-1]
+            parts = np.split(values.pop(0), ends)
+            result = {p.name: part.reshape(size) for p, part, size in zip(self.small, parts, shapes)}
         result.update({p.name: value for p, value in zip(self.large, values)})
         return {name: value.copy() for name, value in result.items()}
 
@@ -120,24 +136,34 @@ class JoinGradients(nn.Cell):
         return (flat,) + gradients[self.small :]
 
 
-class _CopyParts(nn.Cell):
-    """Copies the parts of a flat array into parameters of its type."""
+class SplitFlat(nn.Cell):
+    """Flat array -> its parts (size,) of each parameter, which are views."""
 
     def __init__(self, parameters: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.parameters = ParameterTuple(parameters)
         sizes = [p.size for p in parameters]
         self.sizes = tuple(tuple(sizes[i : i + SPLIT_INTO]) for i in range(0, len(sizes), SPLIT_INTO))
         self.group_sizes = tuple(sum(group) for group in self.sizes)
-        # In pynative mode a part is a view, whose copy MindSpore 2.8 refuses on the CPU: its memory has another size.
-        self.write = _assign if ms.get_context("mode") == ms.PYNATIVE_MODE else _write
 
     def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
         parts = ()
         groups = _split(flat, self.group_sizes, 0)
         for group, sizes in zip(groups, self.sizes):
             parts += _split(group, sizes, 0)
-        return _each(self.write, self.parameters, parts)
+        return parts
+
+
+class _CopyParts(nn.Cell):
+    """Copies the parts of a flat array into parameters of its type."""
+
+    def __init__(self, parameters: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.parameters, self.split = ParameterTuple(parameters), SplitFlat(parameters)
+        # In pynative mode a part is a view, whose copy MindSpore 2.8 refuses on the CPU: its memory has another size.
+        self.write = _assign if ms.get_context("mode") == ms.PYNATIVE_MODE else _write
+
+    def construct(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return _each(self.write, self.parameters, self.split(flat))
 
 
 class CopyIntoParameters(nn.Cell):

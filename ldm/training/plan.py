@@ -13,6 +13,7 @@ class RunPlan:
 
     steps: int
     steps_per_epoch: float  # not whole if gradient_accumulation_steps does not divide the batches of an epoch
+    warmup_steps: int  # of the learning rate
     decay_steps: int  # of the learning rate
     save_every: float
 
@@ -27,9 +28,12 @@ def make_plan(settings: TrainSettings, batches_per_epoch: int) -> RunPlan:
     steps_per_epoch = batches_per_epoch / settings.gradient_accumulation_steps
     steps = settings.max_steps or max(1, int(settings.epochs * steps_per_epoch))
     interval = settings.ckpt_save_interval * (1.0 if settings.step_mode else steps_per_epoch)
+    warmup = settings.warmup_steps
+    warmup_steps = int(warmup * steps if warmup < 1 else warmup)
     return RunPlan(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
-        decay_steps=settings.decay_steps or max(1, steps - settings.warmup_steps),
+        warmup_steps=warmup_steps,
+        decay_steps=settings.decay_steps or max(1, steps - warmup_steps),
         save_every=max(1.0, interval),
     )

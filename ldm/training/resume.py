@@ -53,6 +53,7 @@ def make_fingerprint(
         precision=runtime.precision,
         image_size=image_size(settings, config),
         updates=plan.steps,
+        **settings.resolved(),
         lora_config=content_key("lora_config", repr(layers))[:16] if settings.lora_config else None,
     )
     return {name: values[name] for name in FIXED_ON_RESUME + FOLLOWED_ON_RESUME}

@@ -38,10 +38,13 @@ from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
 from ldm.training.loss_scale import LossScaler, make_loss_scaler
+from ldm.training.optimizers import Optimizer, make_optimizer
 from ldm.training.plan import RunPlan, make_plan
+from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
+from ldm.training.weight_norms import norm_limit
 from ldm.weights.architecture import config_with_tokens, detect_model_config
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ class Run:
     fingerprint: dict[str, Any]  # what a training state is compared by
     inputs: Inputs
     feed: Feed  # returns the next micro-batch
+    optimizer: Optimizer
+    rates: Rates
     step: TrainStep
     reads_late: bool  # whether the result of a step is read after the next step is launched
     skips_overflow: bool  # whether a step whose gradients overflow changes nothing
@@ -124,7 +129,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     model = load_base()
     trainable = choose_trainable(settings, model, lora_spec)
     set_process(model, runtime.process_index)
-    state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema))
+    optimizer, rates = make_optimizer(settings), make_rates(settings, [p.name for p in trainable], lora_spec)
+    state = find_state_to_resume(settings, fingerprint, state_shapes(trainable, settings.use_ema, optimizer))
     if state is not None:
         status.last_state = state.path
     elif settings.lora_init_path is not None:
@@ -145,6 +151,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     step = build_step(
         settings, runtime, model, trainable,
         flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base_model,
+        rates=rates,
     )  # fmt: skip
     if state is not None:
         step.load_state(state.arrays)
@@ -164,8 +171,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
     return Run(
-        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, step, runtime.is_ascend,
-        skips_overflow, scaler, checkpoints, status,
+        settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
+        runtime.is_ascend, skips_overflow, scaler, checkpoints, status,
     )  # fmt: skip
 
 
@@ -252,6 +259,7 @@ def build_step(
     flash_attention: bool,
     skips_overflow: bool,
     saves_base_model: bool,
+    rates: Rates | None = None,
 ) -> TrainStep:
     """Set the precision and the attention of the networks that are trained, and build the step that trains them.
 
@@ -263,6 +271,7 @@ def build_step(
         flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
         skips_overflow: Whether a step whose gradients overflow changes nothing.
         saves_base_model: Whether checkpoints hold the networks' own weights, frozen ones too, which then keep fp32.
+        rates: The rates of the parameters, None if they are equal.
     """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
@@ -274,10 +283,15 @@ def build_step(
         loss = LossFromTokens(loss, model.cond_stage_model)
     if runtime.fp16 and not saves_base_model:
         hold_frozen_weights(loss, runtime.compute_dtype)
+    limit = None
+    if settings.scale_weight_norms is not None:
+        limit = norm_limit(model, settings.scale_weight_norms)
     return TrainStep(
         loss,
         trainable,
-        betas=(settings.betas[0], settings.betas[1]),
+        optimizer=make_optimizer(settings),
+        rate_factors=None if rates is None else rates.factors,
+        norm_limit=limit,
         clip=settings.clip_grad,
         use_ema=settings.use_ema,
         skip_overflow=skips_overflow,

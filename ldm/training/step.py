@@ -1,8 +1,9 @@
-"""The training step as one graph: loss, gradients, clipping, AdamW, moving average."""
+"""The training step as one graph: loss, gradients, clipping, optimizer, moving average."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mindspore as ms
@@ -13,25 +14,26 @@ from ldm import ops as device_ops
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
 from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, OptimizerArrays
-from ldm.training.optimizers import AdamW, AdamWScalars, companion
+from ldm.training.optimizers import AdamW, CellOptions, Optimizer, OptimizerCell, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 from ldm.training.step_operators import SaturationFlags, adder, clear, copy_into, each, global_norm, stack, unstack
+from ldm.training.weight_norms import LimitNorms, NormLimit
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
 LARGE_ON_ASCEND = 2**20
 
 
 class StepScalars(NamedTuple):
-    """What the host decides for one step: schedules and loss scale, in seven numbers."""
+    """What the host decides for one step: schedules and loss scale, with AdamW in seven numbers."""
 
     loss_scale: float
     unscale: float  # 1 / (loss_scale * number of micro-batches)
     max_norm: float  # gradients are scaled down to this norm
-    adamw: AdamWScalars
+    optimizer: Sequence[float]  # Optimizer.numbers
     ema_rate: float  # 1 - decay of the moving average
 
     def row(self) -> list[float]:
-        return [self.loss_scale, self.unscale, self.max_norm, *self.adamw, self.ema_rate]
+        return [self.loss_scale, self.unscale, self.max_norm, *self.optimizer, self.ema_rate]
 
 
 class StepResult(NamedTuple):
@@ -120,7 +122,7 @@ def _pick(rows: tuple[Tensor, ...], indices: tuple[int, ...]) -> tuple[Tensor, .
 
 
 class _Update(nn.Cell):
-    """Norm, overflow check, clipping, AdamW and moving average, from gradients that are still scaled.
+    """Norm, overflow check, clipping, optimizer and moving average, from gradients that are still scaled.
 
     The norm is also the overflow check: a sum of squares is finite only if all gradients are. It takes one pass over
     the gradients, a check of each of them several.
@@ -131,14 +133,16 @@ class _Update(nn.Cell):
     def __init__(
         self,
         arrays: OptimizerArrays,
-        optimizer: AdamW,
+        optimizer: OptimizerCell,
         clip: bool,
         process_count: int,
         saturates: bool,
         shards: Shards | None,
+        norm_limit: NormLimit | None = None,
     ):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip = optimizer, clip
+        self.limit_norms = None if norm_limit is None else LimitNorms(arrays, norm_limit)
         self.copy = None if arrays.flat is None else CopyIntoParameters(arrays)
         self.reduce, self.send = None, None
         self.own: tuple[int, ...] = ()
@@ -168,7 +172,7 @@ class _Update(nn.Cell):
         """
         if self.reduce is not None:
             gradients = self.reduce(gradients)
-        _, unscale, max_norm, rate, epsilon, decay, ema_rate = scalars
+        unscale, max_norm, numbers, ema_rate = scalars[1], scalars[2], scalars[3:-1], scalars[-1]
         norm = self.norm(gradients) * unscale
         factor = unscale
         if self.clip:
@@ -182,11 +186,13 @@ class _Update(nn.Cell):
             gradients = _pick(gradients, self.own)
         updated = (norm,)
         if gradients:  # a process may own no array
-            updated = self.optimizer(gradients, finite, factor, rate, epsilon, decay, ema_rate)
+            updated = self.optimizer(gradients, finite, factor, numbers, ema_rate)
         if self.send is not None:
             # `finite` comes after the flags' AllReduce: in each process, also in one without arrays, the broadcasts
             # then come after it too.
             updated = self.send((*updated, finite))
+        if self.limit_norms is not None:
+            updated = self.limit_norms(updated, finite)
         if self.copy is not None:
             updated = ops.depend(updated, self.copy(updated))
         norm = ops.depend(norm, (updated, copy_into(self.previous_finite, finite)))
@@ -244,7 +250,7 @@ class _UpdateFromTotals(nn.Cell):
 
 
 class TrainStep:
-    """Trains parameters by AdamW.
+    """Trains parameters.
 
     With one micro-batch, everything is one graph. With more, one graph adds up the gradients of each, and a second,
     small graph updates. The graphs hold no state but the arrays of `state()`, and whether the gradients of the newest
@@ -255,10 +261,12 @@ class TrainStep:
             returns a fp32 scalar. A LossFromTokens takes tokens (N, 77) int32 in place of the text embeddings. A fifth
             input, weights (N, 1, h, w), is optional (see DiffusionLoss).
         parameters: The parameters to train, in fp32. All others of `loss` stay as they are.
-        betas: Decay rates of AdamW.
+        optimizer: The optimizer. Its numbers of each step come with the call.
+        rate_factors: Factors of the learning rate by the names of parameters. The others have the factor 1.
+        norm_limit: What the norms of LoRA's layers are limited to, if they are.
         clip: Whether to scale gradients down to the global norm StepScalars.max_norm.
         use_ema: Whether to keep a moving average of the parameters.
-        skip_overflow: Whether to leave parameters, moments and average as they are if a gradient is not finite.
+        skip_overflow: Whether to leave everything in `state()` as it is if a gradient is not finite.
         micro_batches: Number of batches that a step is the mean over.
         process_count: Number of data-parallel processes.
         shard_of: This process, if each process is to hold its share of the moments and averages alone (see
@@ -278,7 +286,9 @@ class TrainStep:
         loss: nn.Cell,
         parameters: Sequence[Parameter],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: Optimizer | None = None,
+        rate_factors: Mapping[str, float] | None = None,
+        norm_limit: NormLimit | None = None,
         clip: bool = False,
         use_ema: bool = False,
         skip_overflow: bool = False,
@@ -303,12 +313,16 @@ class TrainStep:
         shards = None
         if shard_of is not None:
             shards = Shards(balanced([p.size for p in arrays.arrays], process_count), shard_of)
-        optimizer = AdamW(arrays.arrays if shards is None else shards.own(arrays.arrays), betas, use_ema, skip_overflow)
-        update = _Update(arrays, optimizer, clip, process_count, saturates, shards)
+        self.optimizer = optimizer or AdamW()
+        cell = self.update_cell = _optimizer_cell(
+            self.optimizer, arrays, shards, use_ema, skip_overflow, rate_factors or {}
+        )
+        update = _Update(arrays, cell, clip, process_count, saturates, shards, norm_limit)
         self._arrays, self._shards = arrays, shards
-        self._groups = {"p": arrays.arrays, "m": optimizer.m, "v": optimizer.v}
+        self._groups = {"p": arrays.arrays, **cell.state_groups()}
         if use_ema:
-            self._groups["ema"] = optimizer.averages
+            self._groups["ema"] = cell.averages
+        self._scalars = cell.state_scalars()
         gradients = _Gradients(loss, arrays, saturates)
         if micro_batches == 1:
             self.whole = _WholeStep(gradients, update)
@@ -358,20 +372,23 @@ class TrainStep:
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that the next step depends on.
 
-        The names are those of the parameters after `p.` (parameters), `m.` and `v.` (moments), and `ema.` (averages).
+        The names are those of the parameters after `p.` (parameters), the optimizer's groups such as `m.` and `v.`
+        (moments), and `ema.` (averages). Numbers of the optimizer are arrays (1,) with names such as `optimizer.d`.
         With `shard_of`, all processes call this together. Process 0 returns the whole, the others nothing.
         """
         state = {}
         for group in self._groups:
             values = self._values(group)
             if values:
-                arrays = self._arrays.split(values)
+                arrays = self._arrays.split(values, partial(self.optimizer.group_shape, group))
                 state.update({f"{group}.{p.name}": arrays[p.name] for p in self.parameters})
+        if state:
+            state.update({p.name: p.asnumpy().reshape(1).copy() for p in self._scalars.values()})
         return state
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Load what `state` returned, before the first step. Raises ValueError if names or shapes differ."""
-        difference = differing_shapes(state_shapes(self.parameters, self.use_ema), arrays)
+        difference = differing_shapes(state_shapes(self.parameters, self.use_ema, self.optimizer), arrays)
         if difference:
             raise ValueError(difference)
         for group, parameters in self._groups.items():
@@ -380,6 +397,8 @@ class TrainStep:
                 rows = self._shards.own(rows)
             for parameter, row in zip(parameters, rows):
                 parameter.set_data(Tensor(row))
+        for number in self._scalars.values():
+            number.set_data(Tensor(arrays[number.name].reshape(()), ms.float32))
         for parameter in self._arrays.small:
             value = Tensor(np.ascontiguousarray(arrays[f"p.{parameter.name}"], np.float32))
             parameter.set_data(value.astype(parameter.dtype))  # as the step casts it
@@ -394,16 +413,38 @@ class TrainStep:
         return self._shards.gather(parameters, [tuple(array.shape) for array in self._arrays.arrays])
 
 
-def averages(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what to sample with of TrainStep.state(), by parameter name: averages, or parameters without them."""
-    prefix = "ema." if any(name.startswith("ema.") for name in state) else "p."
-    return {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
+def _optimizer_cell(
+    optimizer: Optimizer,
+    arrays: OptimizerArrays,
+    shards: Shards | None,
+    use_ema: bool,
+    skip_overflow: bool,
+    rate_factors: Mapping[str, float],
+) -> OptimizerCell:
+    """Build the optimizer's cell for the arrays, or for those that belong to this process."""
+    factors = None
+    if any(factor != 1.0 for factor in rate_factors.values()):
+        # A large array has one factor, the flat one a factor for each element.
+        values = {p.name: np.full(p.shape, rate_factors.get(p.name, 1.0), np.float32) for p in arrays.small}
+        values.update({p.name: np.array(rate_factors.get(p.name, 1.0), np.float32) for p in arrays.large})
+        flat = [np.concatenate([values[p.name].ravel() for p in arrays.small])] if arrays.small else []
+        factors = [*flat, *(values[p.name] for p in arrays.large)]
+    own: Sequence[Parameter] = arrays.arrays
+    parts: Sequence[tuple[tuple[int, ...], ...]] = arrays.parts
+    if shards is not None:
+        own, parts = shards.own(own), shards.own(parts)
+        factors = None if factors is None else shards.own(factors)
+    return optimizer.cell(own, parts, CellOptions(use_ema, skip_overflow, factors))
 
 
-def state_shapes(parameters: Sequence[Parameter], use_ema: bool) -> dict[str, tuple[int, ...]]:
+def state_shapes(
+    parameters: Sequence[Parameter], use_ema: bool, optimizer: Optimizer | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of TrainStep.state(), before there is a TrainStep."""
-    groups = ("p", "m", "v", "ema") if use_ema else ("p", "m", "v")
-    return {f"{group}.{p.name}": tuple(p.shape) for group in groups for p in parameters}
+    optimizer = optimizer or AdamW()
+    groups = ("p", *optimizer.groups, *(("ema",) if use_ema else ()))
+    shapes = {f"{group}.{p.name}": optimizer.group_shape(group, tuple(p.shape)) for group in groups for p in parameters}
+    return {**shapes, **{f"optimizer.{name}": (1,) for name in optimizer.scalars}}
 
 
 def differing_shapes(expected: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray]) -> str:

@@ -32,7 +32,6 @@ from ldm.training.feed import TensorBatch
 from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.loss_scale import LossScaler
 from ldm.training.metrics_file import Metrics, MetricsFile
-from ldm.training.optimizers import adamw_scalars
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.setup import Run, begin, set_up
 from ldm.training.status import Status
@@ -41,7 +40,6 @@ from ldm.training.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-EPSILON = 1e-8  # of AdamW, the default of torch and of diffusers' training scripts
 LOG_EVERY = 50  # steps between two lines in log.txt
 SMOOTHING = 0.98  # weight of the past in the mean loss that is shown
 
@@ -230,22 +228,25 @@ def _launch(run: Run, step: int, batches: list[TensorBatch], began: float) -> _L
         scheduler=settings.scheduler,
         start=settings.start_learning_rate,
         end=settings.end_learning_rate,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=run.plan.warmup_steps,
         decay_steps=run.plan.decay_steps,
+        cycles=settings.lr_scheduler_num_cycles,
+        power=settings.lr_scheduler_power,
     )
     scalers = (scaler, scaler) if step == run.status.steps_done else scaler.outcomes()
-    scalars, after_overflow = (_scalars(settings, scaler, rate) for scaler in scalers)
+    scalars, after_overflow = (_scalars(run, scaler, rate) for scaler in scalers)
     with _failed_allocations(run):
         result = run.step(batches, scalars, _dropout_keys(run, step), after_overflow)
-    return _Launched(began, batches, rate, result)
+    return _Launched(began, batches, rate * run.rates.shown, result)
 
 
-def _scalars(settings: TrainSettings, scaler: LossScaler, rate: float) -> StepScalars:
+def _scalars(run: Run, scaler: LossScaler, rate: float) -> StepScalars:
+    settings = run.settings
     return StepScalars(
         scaler.scale,
         1.0 / (scaler.scale * settings.gradient_accumulation_steps),
         settings.max_grad_norm,
-        adamw_scalars(scaler.updates + 1, rate, settings.betas, EPSILON, settings.weight_decay),
+        run.optimizer.numbers(scaler.updates + 1, rate * run.rates.largest),
         1.0 - ema_decay_at(scaler.updates, settings.ema_decay),
     )
 
@@ -303,6 +304,6 @@ def _graph_cache(run: Run, batches: list[TensorBatch]) -> AbstractContextManager
     key = graph_key(
         {name: getattr(settings, name) for name in names_of(TrainSettings, graph_key=True)},
         run.model.config.content(), [tensor.shape for batch in batches for tensor in batch], run.skips_overflow,
-        str(run.runtime), run.lora_spec.modules, run.lora_spec.trainable_model,
+        str(run.runtime), run.lora_spec.modules, run.lora_spec.trainable_model, run.rates.differ,
     )  # fmt: skip
     return cached_graphs(run.output / "cache" / "graphs" / f"rank{run.runtime.process_index}", key)

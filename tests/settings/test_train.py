@@ -54,8 +54,9 @@ def test_the_settings_in_a_training_state_stay_the_same():
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
-        "loss_scale_factor", "loss_scaler_type", "max_grad_norm", "scale_window", "scheduler", "start_learning_rate",
-        "warmup_steps", "weight_decay",
+        "loraplus_lr_ratio", "loss_scale_factor", "loss_scaler_type", "lr_scheduler_num_cycles", "lr_scheduler_power",
+        "max_grad_norm", "optimizer_args", "scale_weight_norms", "scale_window", "scheduler", "start_learning_rate",
+        "text_encoder_lr", "unet_lr", "warmup_steps", "weight_decay",
     ]  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def test_mindones_names_of_dreambooth_mean_the_same_in_a_recipe(tmp_path):
         (["--scheduler", "cosinus"], '"cosine"'),
         (["--precision", "bf16"], "fp16"),
         (["--caption_dropout", "2"], "at most 1"),
-        (["--learning_rate", "1e-4"], "_learning_rate"),
+        (["--learning_rates", "1e-4"], "learning_rate"),
     ],
 )
 def test_contradictions_and_mistakes_are_named(argv, says):

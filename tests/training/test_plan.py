@@ -34,3 +34,10 @@ def test_the_decay_fills_the_run_unless_it_is_given():
     assert make_plan(TrainSettings(max_steps=100, warmup_steps=10), 5).decay_steps == 90
     assert make_plan(TrainSettings(max_steps=100, decay_steps=20), 5).decay_steps == 20
     assert make_plan(TrainSettings(max_steps=5, warmup_steps=10), 5).decay_steps == 1
+
+
+def test_a_warm_up_below_one_is_a_share_of_all_steps():
+    plan = make_plan(TrainSettings(max_steps=200, warmup_steps=0.1), 5)
+    assert (plan.warmup_steps, plan.decay_steps) == (20, 180)
+    assert make_plan(TrainSettings(max_steps=200, warmup_steps=1), 5).warmup_steps == 1
+    assert make_plan(TrainSettings(max_steps=5, warmup_steps=0.1), 5).warmup_steps == 0

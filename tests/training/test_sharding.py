@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 
 from ldm.training import sharding, step
 from ldm.training.optimizer_arrays import OptimizerArrays
-from ldm.training.optimizers import AdamW
+from ldm.training.optimizers.adamw import ApplyAdamW
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
 
 
@@ -71,7 +71,7 @@ class TestOrder:
         monkeypatch.setattr(sharding.ops, "AllReduce", lambda: lambda x: x)
         monkeypatch.setattr(step, "SendUpdated", lambda arrays, shards: lambda updated: before.extend(updated))
         arrays, shards = OptimizerArrays([Parameter(Tensor([1.0, 2.0]), name="a")], 1), Shards((0,), process)
-        optimizer = AdamW(shards.own(arrays.arrays), (0.9, 0.999))
+        optimizer = ApplyAdamW(shards.own(arrays.arrays), (0.9, 0.999))
         update = step._Update(arrays, optimizer, False, 2, True, shards)
         saturated = Tensor([0, 1, 0, 0, 0, 0, 0, 0], ms.int32)
         _, finite = update(

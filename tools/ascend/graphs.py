@@ -29,7 +29,7 @@ from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import image_size
 from ldm.training.loss_scale import make_loss_scaler
-from ldm.training.optimizers import adamw_scalars
+from ldm.training.optimizers import make_optimizer
 from ldm.training.setup import build_step, choose_trainable, make_lora_spec
 from ldm.training.step import StepScalars
 from tools.ascend.simulation import begin_graph, end_graph
@@ -90,9 +90,7 @@ class Graphs:
             settings, runtime, model, trainable, flash_attention=self.flash, skips_overflow=skips_overflow,
             saves_base_model=not settings.use_lora or lora_spec.trainable_model,
         )  # fmt: skip
-        scalars = StepScalars(
-            1024.0, 1 / 1024, 1.0, adamw_scalars(1, 1e-4, settings.betas, 1e-8, settings.weight_decay), 1e-4
-        )
+        scalars = StepScalars(1024.0, 1 / 1024, 1.0, make_optimizer(settings).numbers(1, 1e-4), 1e-4)
         latents = self._latents(self.batch)
         text = (
             zeros(self.batch, 77, dtype=np.int32)

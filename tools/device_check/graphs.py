@@ -167,7 +167,7 @@ class Graphs:
             settings, self.runtime, model, trainable,
             flash_attention=self.flash, skips_overflow=True, saves_base_model=False,
         )  # fmt: skip
-        adamw = adamw_scalars(1, RATE, settings.betas, EPSILON, settings.weight_decay)
+        adamw = adamw_scalars(1, RATE, (0.9, 0.999), EPSILON, 0.01)
         scalars = StepScalars(1024.0, 1 / 1024, MAX_NORM, adamw, EMA_RATE)
         batch = draw("latents", (2, 4, 8, 8)), draw("noise", (2, 4, 8, 8)), np.array([10, 900], np.int32), self._texts()
         result = step([tuple(Tensor(array) for array in batch)], scalars).read()

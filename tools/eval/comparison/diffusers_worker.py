@@ -145,6 +145,7 @@ def train(job: dict) -> None:
         rate = learning_rate(
             step, scheduler=job["scheduler"], start=job["start_learning_rate"], end=job["end_learning_rate"],
             warmup_steps=job["warmup_steps"], decay_steps=job["decay_steps"],
+            cycles=job["lr_scheduler_num_cycles"], power=job["lr_scheduler_power"],
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate

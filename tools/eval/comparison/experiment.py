@@ -118,7 +118,11 @@ class Experiment:
         rules = {field.name: field.metadata for field in fields(settings)}
         names = [name for name, rule in rules.items() if rule["resume"] or rule["shared_with_diffusers"]]
         names.append("train_batch_size")  # a resumed run compares it times the processes, and here there is one
-        return {**{name: getattr(settings, name) for name in names}, "steps": self.plan(settings).steps}
+        return {
+            **{name: getattr(settings, name) for name in names},
+            **settings.resolved(),
+            "steps": self.plan(settings).steps,
+        }
 
     def start_lora(self, seed: int) -> Path:
         """Return the path of the LoRA that both trainings with a seed start from."""

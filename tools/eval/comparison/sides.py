@@ -76,7 +76,9 @@ class Diffusers:
             "batch_size": settings.train_batch_size,
             "micro_batches": settings.gradient_accumulation_steps,
             "steps": plan.steps,
+            "warmup_steps": plan.warmup_steps,
             "decay_steps": plan.decay_steps,
+            **settings.resolved(),
         }
         return {**self.worker.run("train", folder, job), **_lora_entry(folder, "pytorch_lora_weights.safetensors")}
 
