@@ -39,12 +39,12 @@ from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
-from tools.lessons import same_pixels  # noqa: E402
+from tools.lessons import same_pixels, train  # noqa: E402
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODELS = {1: ("grey", "configs/mnist.yaml"), 3: ("rgb", "configs/mnist_rgb.yaml")}
-TEXT_ENCODER = Path("models/nano/nano.safetensors")  # the model whose text encoder is used
-RECIPE = "configs/train/train_config_{}_mnist.yaml"
+TEXT_ENCODER = "models/nano/nano.safetensors"  # the model whose text encoder is used
+BASE_RECIPE, LORA_RECIPE = (f"configs/train/train_config_{way}_mnist.yaml" for way in ("vanilla", "lora"))
 GUIDANCE = "3"
 BATCH = 10  # images in a call of the UNet, the same in all runs, so that equal images are equal bit for bit
 FRAME = 2  # pixels; the digits of the data set leave at least as many on each side
@@ -75,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         begin = time.time()
         name, config = MODELS[settings.channels]
         folder = output / name
-        base = train("vanilla", config, data / "train", TEXT_ENCODER, folder / "base", settings.base_steps)
+        flags = ("--model_config", config, *length(settings.base_steps))
+        base = train(BASE_RECIPE, str(data / "train"), TEXT_ENCODER, folder / "base", *flags) / "model.ckpt"
         inverted = invert(data / "train", output / "inverted")
-        lora = train("lora", config, inverted, base, folder / "lora", settings.lora_steps)
+        flags = ("--model_config", config, *length(settings.lora_steps))
+        lora = train(LORA_RECIPE, str(inverted), str(base), folder / "lora", *flags) / "lora.ckpt"
         before, after, without = draw(base, lora, settings.images, folder)
         equal = same_pixels(without, before[: len(without)])
         print(f"\nstrength 0 gives the images of the base model, bit for bit: {equal}")
@@ -89,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{(time.time() - begin) / 60:.1f} minutes")
 
 
+def length(steps: int | None) -> tuple[str, ...]:
+    """Return the flags for a training of `steps` steps, none for those of its recipe."""
+    return () if steps is None else ("--max_steps", str(steps))
+
+
 def digits_of(folder: Path) -> tuple[list[Path], np.ndarray]:
     """Return the images of a data set and their digits (N,). Raises UserError if a caption does not end in a digit."""
     rows = read_image_text_csv(folder).rows
@@ -97,20 +104,6 @@ def digits_of(folder: Path) -> tuple[list[Path], np.ndarray]:
         if word not in DIGITS:
             raise UserError(f"the caption of {plain(row.path)} does not end in one of {' '.join(DIGITS)}: correct it")
     return [row.path for row in rows], np.array([DIGITS.index(word) for word in words])
-
-
-def train(kind: str, config: str, data: Path, base: Path, folder: Path, steps: int | None) -> Path:
-    """Train the whole UNet ("vanilla") or a LoRA ("lora") on `base` by its recipe, and return the checkpoint.
-
-    The same command again resumes. After the last step it has nothing to do.
-    """
-    length = () if steps is None else ("--max_steps", str(steps))
-    call(
-        "train_text_to_image.py", "--train_config", RECIPE.format(kind), "--model_config", config,
-        "--data_path", str(data), "--pretrained_model_path", str(base), "--output_path", str(folder),
-        "--resume", "True", *length,
-    )  # fmt: skip
-    return folder / "ckpt" / ("lora.ckpt" if kind == "lora" else "model.ckpt")
 
 
 def invert(data: Path, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What several lessons in examples/ do: check prompts, train a LoRA, write images and compare them."""
+"""What several lessons in examples/ do: check prompts, train, write images and compare them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def write_prompts(prompts: Sequence[str], path: Path) -> None:
         temporary.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
 
-def train_lora(recipe: str, data: str, base: str, folder: Path, *more: str) -> Path:
-    """Train a LoRA and return its file. The same command again resumes; after the last step it has nothing to do.
+def train(recipe: str, data: str, base: str, folder: Path, *more: str) -> Path:
+    """Run a training and return the folder of its checkpoints.
+
+    The same command again resumes. After the last step it has nothing to do.
 
     Args:
         recipe: The YAML of the training.
@@ -51,7 +53,12 @@ def train_lora(recipe: str, data: str, base: str, folder: Path, *more: str) -> P
         "train_text_to_image.py", "--train_config", recipe, "--data_path", data, "--pretrained_model_path", base,
         "--output_path", str(folder), "--resume", "True", *more,
     )  # fmt: skip
-    return folder / "ckpt" / "lora.ckpt"
+    return folder / "ckpt"
+
+
+def train_lora(recipe: str, data: str, base: str, folder: Path, *more: str) -> Path:
+    """Train a LoRA by `train`, and return its file."""
+    return train(recipe, data, base, folder, *more) / "lora.ckpt"
 
 
 def save_images(images: Sequence[Image.Image], files: Sequence[Path]) -> None:

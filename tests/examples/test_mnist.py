@@ -21,7 +21,9 @@ from ldm.settings.model import load_model_config
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import check_settings
+from ldm.weights.checkpoint import read_checkpoint
 from tests.conftest import ROOT
+from tools import lessons
 from tools.nano.digit_classifier import load_digits, named_right, train_classifier
 
 REAL = ROOT / "datasets" / "mnist"
@@ -38,16 +40,21 @@ def restored():
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A data set of two digits of each kind in both splits."""
+    return write_data(tmp_path / "data", 2)
+
+
+def write_data(data: Path, count: int) -> Path:
+    """Write a data set of `count` digits of each kind in both splits."""
     for split in ("train", "test"):
-        folder = tmp_path / "data" / split
+        folder = data / split
         folder.mkdir(parents=True)
         lines = ["dir,text"]
         for digit, name in enumerate(mnist.DIGITS):
-            for path in sorted((REAL / split).glob(f"{digit}_*.png"))[:2]:
+            for path in sorted((REAL / split).glob(f"{digit}_*.png"))[:count]:
                 (folder / path.name).write_bytes(path.read_bytes())
                 lines.append(f"{path.name},the digit {name}")
         (folder / "img_txt.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "data"
+    return data
 
 
 class Scripts:
@@ -80,7 +87,8 @@ class Scripts:
 @pytest.fixture
 def scripts(monkeypatch) -> Scripts:
     scripts = Scripts()
-    monkeypatch.setattr(mnist, "call", scripts.call)
+    for module in (mnist, lessons):
+        monkeypatch.setattr(module, "call", scripts.call)
     return scripts
 
 
@@ -112,6 +120,18 @@ def test_the_lesson_from_data_to_table(scripts, data, tmp_path, monkeypatch, cap
         "the base model": 0, "with the LoRA": 1, "real digits, not used in training": 0, "the same inverted": 1,
     }  # fmt: skip
     assert rows["the base model"][0] == "30" and rows["the same inverted"][0] == "20"
+
+
+def test_the_scripts_run_and_leave_the_lora_and_the_image(tmp_path, capsys):
+    """A step of each training, in the processes that a user starts."""
+    data = write_data(tmp_path / "data", 4)  # enough for a batch of the recipe
+    flags = ["--base_steps", "1", "--lora_steps", "1", "--classifier_steps", "1", "--images", "1"]
+    mnist.main(["--output_path", str(tmp_path / "out"), "--data_path", str(data), *flags])
+    lora, _ = read_checkpoint(tmp_path / "out" / "grey" / "lora" / "ckpt" / "lora.ckpt")
+    factors = [array for name, array in lora.items() if name.endswith((".lora_down.weight", ".lora_up.weight"))]
+    assert len(factors) > 100 and not any(np.isnan(array).any() for array in factors)
+    assert np.asarray(Image.open(tmp_path / "out" / "mnist.png")).std() > 0
+    assert "strength 0 gives the images of the base model, bit for bit: True" in capsys.readouterr().out
 
 
 def test_the_inverted_data_set_is_made_once_and_completed_after_an_interruption(data, tmp_path):
@@ -160,7 +180,7 @@ def test_the_background_is_the_frame_of_the_images():
 
 
 def test_a_caption_without_a_digit_is_refused_before_the_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist, "call", lambda *command: pytest.fail("it began"))
+    monkeypatch.setattr(lessons, "call", lambda *command: pytest.fail("it began"))
     table = data / "test" / "img_txt.csv"
     table.write_text(table.read_text().replace("the digit nine", "the digit"))
     with pytest.raises(UserError, match="the caption of .* does not end in one of zero one two"):
