@@ -93,14 +93,30 @@ class _Recipe(NamedTuple):
 
 _RECIPES = {
     "nano": _Recipe(
-        16, 16, 1e-3, 80, 22, 16_000, 10, "this project's recipes for nano",
-        "its DreamBooth recipe shows each 80 times", "its recipe shows each of 358 images 22 times (docs/nano.md)",
+        rank_of_subject=16,
+        rank_of_style=16,
+        rate=1e-3,
+        views_of_subject=80,
+        views_of_style=22,
+        most_views=16_000,
+        fewest_views=10,
+        source="this project's recipes for nano",
+        subject_views="its DreamBooth recipe shows each 80 times",
+        style_views="its recipe shows each of 358 images 22 times (docs/nano.md)",
     ),
     "sd": _Recipe(
-        8, 16, 1e-4, 120, 75, 60_000, 10, "mindone's and diffusers' recipes",
-        "diffusers' DreamBooth shows each 100 times, mindone's 160", "mindone's recipe shows each 72 times, diffusers' 100",
+        rank_of_subject=8,
+        rank_of_style=16,
+        rate=1e-4,
+        views_of_subject=120,
+        views_of_style=75,
+        most_views=60_000,
+        fewest_views=10,
+        source="mindone's and diffusers' recipes",
+        subject_views="diffusers' DreamBooth shows each 100 times, mindone's 160",
+        style_views="mindone's recipe shows each 72 times, diffusers' 100",
     ),
-}  # fmt: skip
+}
 
 
 class _Factor(NamedTuple):
@@ -169,8 +185,10 @@ def give_advice(
 
 def look_at(data: TrainingData) -> DataFacts:
     """Return the facts of a data set, from at most MOST_READ of its images."""
-    rows = [row for row in range(len(data)) if not data.is_class_image(row)]
-    seen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(MOST_READ, len(rows))).round().astype(int)]
+    rows = np.arange(len(data))
+    if any(subset.is_reg for subset in data.subsets):
+        rows = np.array([row for row in rows.tolist() if not data.is_class_image(row)])
+    seen = rows[np.linspace(0, len(rows) - 1, min(MOST_READ, len(rows))).round().astype(int)].tolist()
     captions = [data.text(row) for row in seen]
     sides, enlarged = [], 0
     for row in seen:
