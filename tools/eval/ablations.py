@@ -122,12 +122,14 @@ class Ablations:
     Args:
         args: The command line.
         flags: Settings of train_text_to_image.py for all variants.
+        words: The whole command line, for the page.
 
     Raises UserError if a file is missing or a setting is wrong, before any work.
     """
 
-    def __init__(self, args: Settings, flags: Sequence[str]):
-        self.args, self.flags, self.output = args, list(flags), Path(from_root(args.output_path))
+    def __init__(self, args: Settings, flags: Sequence[str] = (), words: Sequence[str] = ()):
+        self.args, self.flags, self.words = args, list(flags), list(words)
+        self.output = Path(from_root(args.output_path))
         self.variants = {name: VARIANTS[name] for name in dict.fromkeys(args.variants or VARIANTS)}
         if len(set(args.seeds)) < len(args.seeds):
             raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones")
@@ -273,7 +275,7 @@ class Ablations:
         ]
         count = len(args.seeds)
         seeds = f"{count} seeds" if count > 1 else "one seed"
-        command = ["python", "-m", "tools.eval.ablations", *_shown(sys.argv[1:])]
+        command = ["python", "-m", "tools.eval.ablations", *_shown(self.words)]
         spread = "With one seed there is no standard deviation, and no difference can be told from chance."
         if count > 1:
             spread = (
@@ -398,13 +400,14 @@ def write_page(page: Path, lines: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own, flags = split_flags(Settings, sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    own, flags = split_flags(Settings, words)
     args = read_settings(Settings, own, description=__doc__)
     args.page, args.output_path = args.page.resolve(), args.output_path.resolve()
     for name in ("train_config", "base_model", "data_path", "held_out"):
         setattr(args, name, getattr(args, name).resolve())
     os.chdir(ROOT)  # so that all paths are those of the printed commands
-    ablations = Ablations(args, flags)
+    ablations = Ablations(args, flags, words)
     with claim_folder(ablations.output, "--output_path"), claim_file(args.page, "--page"):
         ablations.run()
 
