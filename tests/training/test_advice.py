@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 from PIL import Image
@@ -123,6 +124,20 @@ def test_what_the_data_lacks_is_named():
 def test_every_range_has_a_source():
     for ranges in PEERS.values():
         assert all(limits.source and limits.low < limits.high for limits in ranges.values())
+
+
+def test_the_page_has_the_ranges():
+    rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \|$", (ROOT / "docs" / "choosing.md").read_text(), re.MULTILINE)
+    names = {
+        "rate": "learning rate, AdamW",
+        "views": "times that each image is seen",
+        "text_encoder": "text encoder's rate, share of the UNet's",
+    }
+    shown = {name: (of_sd, of_nano) for name, of_sd, of_nano in rows}
+    for name in PEERS["sd1"]:
+        ranges = [PEERS[architecture][name] for architecture in ("sd1", "nano")]
+        texts = [f"{limits.low:g} to {'the rank' if name == 'lora_alpha' else f'{limits.high:g}'}" for limits in ranges]
+        assert shown[names.get(name, name)] == tuple(texts)
 
 
 def test_captions_are_alike_by_their_words():
