@@ -173,8 +173,8 @@ def read_material(
     Raises:
         UserError: The data cannot be read, or there are neither prompts nor held-out images.
     """
-    # Class images are drawn for a training alone, and buckets and masks change no real image.
-    settings = replace(settings, with_prior_preservation=False, class_prompt=None, check_images=None)
+    # Class images are drawn for a training alone.
+    settings = replace(settings, with_prior_preservation=False, class_prompt=None)
     own = settings.validation_split or settings.validation_data_path
     if held_out is None and not own:
         held_out = _test_folder(Path(settings.data_path or ""))
