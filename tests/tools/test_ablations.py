@@ -48,7 +48,7 @@ def calls(monkeypatch):
             f"step,images,loss\n0,validation,0.9\n0,training,0.8\n300,validation,{loss}\n300,training,0.1\n"
         )
 
-    def score(self, runs, folder):
+    def score(self, runs):
         return {"clip_scores": [30.0 + seed for _, seed in runs], "base": 50.0, "network": "a network"}
 
     monkeypatch.setattr(ablations, "call", train)

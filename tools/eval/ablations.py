@@ -11,6 +11,7 @@ Settings of train_text_to_image.py may follow, and hold for all variants.
 
     OUTPUT/ablations.json, ablations.csv    every run, and the table
     OUTPUT/VARIANT/seedN                    the training
+    OUTPUT/images                           the images of each run
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Ablations:
                 "loras": [run["sha256"] for run in trained.values()], "base": common["base"], "prompts": self.prompts,
                 "sampling_steps": args.sampling_steps, "seeds": args.seeds,
             },
-            lambda folder: self._score(list(trained), folder), can_continue=True,
+            lambda folder: self._score(list(trained)),
         )  # fmt: skip
         of_run = dict(zip(trained, scores["clip_scores"]))
         rows = [
@@ -230,8 +231,8 @@ class Ablations:
             "sha256": content_hash(folder / "ckpt" / "lora.ckpt"),
         }
 
-    def _score(self, runs: Sequence[tuple[str, int]], folder: Path) -> dict[str, Any]:
-        """Draw the prompts with each LoRA and without one, and return the CLIP scores."""
+    def _score(self, runs: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        """Draw the prompts with each LoRA and without one where that is not done, and return the CLIP scores."""
         from ldm.generation.pipeline import Pipeline
         from ldm.metrics.clip_score import clip_scores
         from ldm.metrics.evaluate import encode_images
@@ -252,7 +253,7 @@ class Ablations:
             encoded = encode_images(drawing.files(place), network, min(32, len(self.prompts)), place.name)
             return float(clip_scores(encoded.features, texts[encoded.indices]).mean())
 
-        places = []
+        folder, places = self.output / "images", []
         with tqdm(total=len(self.prompts) * (len(runs) + 1), desc="drawing", unit="image") as bar:
             drawing.draw(folder / "base", [], {"lora": None}, bar)
             for name, seed in runs:
