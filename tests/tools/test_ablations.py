@@ -89,6 +89,7 @@ def test_the_page_has_a_row_for_each_variant_with_deviations(tmp_path, calls):
     assert "ends at a validation loss of 0.4300, +2.4% beside the best of 1 rate of AdamW" in page
     assert "(base recipe, 0.4200): within 5%." in page
     assert "300 steps of the recipe train_config_lora_nano.yaml on emoji_fluent_hc, 3 seeds" in page
+    assert "Base model: nano.safetensors, sha256 " in page and "CLIP: a network." in page
     assert str(tmp_path) not in page
     result = json.loads((tmp_path / "out" / "ablations.json").read_text())
     assert result["variants"][1]["losses"] == pytest.approx([0.39, 0.40, 0.41])

@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -299,6 +300,8 @@ class Ablations:
             spread,
             "",
             *prodigy_sentence(rows),
+            f"Base model: {args.base_model.name}, sha256 {content_hash(args.base_model)[:16]}. CLIP: {scores['network']}. "
+            f"mindspore {metadata.version('mindspore')}.",
         ]
 
     def _write(self, rows: Sequence[Row], start: float, scores: Mapping[str, Any]) -> None:
