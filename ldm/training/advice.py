@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MOST_READ = 200  # images whose sizes and captions are looked at, evenly spread: the advice needs no exact figures
 ALIKE = 0.5  # share of common words from which captions describe one subject
 MOST_OF_SUBJECT = 100  # images; one subject is rarely seen in more
+MOST_COUNTED = 20_000  # images whose captions are compared
 MANY_SMALL = 0.1  # share of images that are enlarged, from which that is warned of
 FEWEST_IMAGES = 3
 FEW_ENOUGH = 1_000  # images; of more, each is seen less often than in the recipes of PEERS
@@ -143,7 +144,7 @@ class DataFacts:
 
     Attributes:
         images: Number of images that are trained, without class images.
-        captions: Number of different captions among those that were looked at.
+        captions: Number of different captions, of at most MOST_COUNTED images.
         own_samples: How many of the images an epoch has, with repeats.
         samples: The same with class images.
         alike: Mean share of the words that two captions have in common, 0 to 1.
@@ -188,8 +189,7 @@ def look_at(data: TrainingData) -> DataFacts:
     rows = np.arange(len(data))
     if any(subset.is_reg for subset in data.subsets):
         rows = np.array([row for row in rows.tolist() if not data.is_class_image(row)])
-    seen = rows[np.linspace(0, len(rows) - 1, min(MOST_READ, len(rows))).round().astype(int)].tolist()
-    captions = [data.text(row) for row in seen]
+    seen = _evenly(rows, MOST_READ)
     sides, enlarged = [], 0
     for row in seen:
         try:
@@ -200,13 +200,18 @@ def look_at(data: TrainingData) -> DataFacts:
         enlarged += any(own < trained for own, trained in zip(size, data.buckets.size(row)))
     return DataFacts(
         images=len(rows),
-        captions=len(set(captions)),
+        captions=len({data.text(row) for row in _evenly(rows, MOST_COUNTED)}),
         own_samples=int(data.buckets.repeats[rows].sum()),
         samples=int(data.buckets.repeats.sum()),
-        alike=alikeness(captions),
+        alike=alikeness([data.text(row) for row in seen]),
         shorter_side=int(np.median(sides)) if sides else 0,
         enlarged=enlarged / max(1, len(sides)),
     )
+
+
+def _evenly(rows: np.ndarray, count: int) -> list[int]:
+    """Return at most `count` of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
 
 
 def alikeness(captions: Sequence[str]) -> float:
@@ -246,14 +251,18 @@ def advise(
 
 def _of_data(facts: DataFacts, config: ModelConfig, settings: TrainSettings) -> str:
     side = settings.image_size or config.image_size
-    why = f"{facts.captions:,} captions with {facts.alike:.0%} of their words in common"
+    why = f"two captions have {facts.alike:.0%} of their words in common"
     if facts.alike >= ALIKE and not facts.is_subject:
         why += f", but more than {MOST_OF_SUBJECT} images"
     return (
-        f"{facts.images:,} images, {facts.samples:,} samples an epoch, shorter side {facts.shorter_side} pixels "
-        f"(median), trained at {side}, for {config.architecture}; taken for "
+        f"{_count(facts.images, 'image')} with {_count(facts.captions, 'caption')}, {facts.samples:,} samples an epoch, "
+        f"shorter side {facts.shorter_side} pixels (median), trained at {side} for {config.architecture}; taken for "
         f"{'one subject' if facts.is_subject else 'a style or many things'} ({why})"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _of_rank(facts: DataFacts, settings: TrainSettings, recipe: _Recipe) -> str:
@@ -344,6 +353,7 @@ def _lacks(facts: DataFacts, settings: TrainSettings, config: ModelConfig) -> li
             "images: leave image_size out"
         )
     if facts.images < FEWEST_IMAGES:
-        count = "1 image" if facts.images == 1 else f"{facts.images} images"
-        lines.append(f"{count} to train on: DreamBooth's paper (2208.12242) has 3 to 5 of one subject")
+        lines.append(
+            f"{_count(facts.images, 'image')} to train on: DreamBooth's paper (2208.12242) has 3 to 5 of one subject"
+        )
     return lines

@@ -300,8 +300,8 @@ class Ablations:
             spread,
             "",
             *prodigy_sentence(rows),
-            f"Base model: {args.base_model.name}, sha256 {content_hash(args.base_model)[:16]}. CLIP: {scores['network']}. "
-            f"mindspore {metadata.version('mindspore')}.",
+            f"Base model: {args.base_model.name}, sha256 {content_hash(args.base_model)[:16]}. "
+            f"CLIP: {scores['network']}. mindspore {metadata.version('mindspore')}.",
         ]
 
     def _write(self, rows: Sequence[Row], start: float, scores: Mapping[str, Any]) -> None:
