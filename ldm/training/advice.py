@@ -254,10 +254,11 @@ def _of_data(facts: DataFacts, config: ModelConfig, settings: TrainSettings) -> 
     why = f"two captions have {facts.alike:.0%} of their words in common"
     if facts.alike >= ALIKE and not facts.is_subject:
         why += f", but more than {MOST_OF_SUBJECT} images"
+    kind = "one subject" if facts.is_subject else "a style or many things"
     return (
-        f"{_count(facts.images, 'image')} with {_count(facts.captions, 'caption')}, {facts.samples:,} samples an epoch, "
-        f"shorter side {facts.shorter_side} pixels (median), trained at {side} for {config.architecture}; taken for "
-        f"{'one subject' if facts.is_subject else 'a style or many things'} ({why})"
+        f"{_count(facts.images, 'image')} with {_count(facts.captions, 'caption')}, {facts.samples:,} samples an "
+        f"epoch, shorter side {facts.shorter_side} pixels (median), trained at {side} for {config.architecture}; taken "
+        f"for {kind} ({why})"
     )
 
 
