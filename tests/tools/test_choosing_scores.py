@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -94,3 +96,11 @@ def test_the_mean_rank_counts_each_score_in_its_direction_and_shares_equal_ranks
     np.testing.assert_allclose(made.values, [(1 + 2.5) / 2, (2 + 2.5) / 2, (3 + 1) / 2])
     np.testing.assert_allclose(made.samples, [[1.75, 2.75], [2.25, 2.25], [2, 1]])
     assert made.best == 0 and not made.higher_is_better
+
+
+def test_a_clip_score_above_that_of_the_real_images_has_no_better_rank():
+    clip = replace(score([30.0, 35.0, 25.0], [[30, 20], [35, 35], [25, 30]]), enough=29.0)
+    made = mean_rank([clip], 2)
+    np.testing.assert_allclose(made.values, [1.5, 1.5, 3])
+    np.testing.assert_allclose(made.samples, [[1.5, 3], [1.5, 1.5], [3, 1.5]])
+    assert clip.best == 1  # in its own column, the highest is the best

@@ -270,7 +270,8 @@ class Choice:
         real, of_base = features(references, "real images"), features(base, "base model")
         prompts, resamples = network.encode_texts(material.prompts, batch_size), self.args.resamples
         indices = resampled_indices(len(material.prompts), resamples)
-        scores = [clip_score(images, prompts, indices), image_score(images, real, indices)]
+        enough = float(clip_scores(real[: len(prompts)], prompts).mean()) if material.paired else None
+        scores = [clip_score(images, prompts, indices, enough), image_score(images, real, indices)]
         base_scores = [clip_score(of_base[None], prompts, indices), image_score(of_base[None], real, indices)]
         notes = []
         if len(material.prompts) < FEW_PROMPTS:
@@ -288,9 +289,10 @@ class Choice:
             notes.append("no validation loss: validation.csv does not have one at the step of every checkpoint")
         shown = ", ".join(f"{score.label} {_cell(score, 0)}" for score in base_scores)
         notes.append(f"the base model without a LoRA: {shown}")
-        if material.paired:
-            value = float(clip_scores(real[: len(prompts)], prompts).mean())
-            notes.append(f"CLIP score of the real images of these prompts: {value:.2f}; more is not better")
+        if enough is not None:
+            notes.append(
+                f"CLIP score of the real images of these prompts: {enough:.2f}; more is no better, and has equal ranks"
+            )
         notes.append(f"image score and KID: against {len(real)} {material.origin}")
         scores.append(mean_rank(scores, resamples))
         return scores, notes

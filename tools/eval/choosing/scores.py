@@ -31,6 +31,7 @@ class Score:
             that comes without images.
         factor: Tables show the values times this.
         digits: Decimal places in tables.
+        enough: Higher values than this are no better, and have equal ranks.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Score:
     samples: np.ndarray | None
     factor: float = 1.0
     digits: int = 2
+    enough: float | None = None
 
     @property
     def best(self) -> int:
@@ -64,16 +66,18 @@ class Score:
         return [i for i in others if min(better[i], worse[i]) > 1 - CONFIDENCE]
 
 
-def clip_score(features: np.ndarray, prompts: np.ndarray, indices: np.ndarray) -> Score:
+def clip_score(features: np.ndarray, prompts: np.ndarray, indices: np.ndarray, enough: float | None = None) -> Score:
     """Return how well the images fit their prompts.
 
     Args:
         features: Of the images of each candidate, (C, N, D).
         prompts: Of the prompts, (N, D).
         indices: The bootstrap samples of the prompts, (R, N).
+        enough: The score of the real images of these prompts, if there are any.
     """
     of_images = np.stack([clip_scores(images, prompts) for images in features])
-    return Score("clip_score", "CLIP score", True, of_images.mean(axis=1), of_images[:, indices].mean(axis=2))
+    samples = of_images[:, indices].mean(axis=2)
+    return Score("clip_score", "CLIP score", True, of_images.mean(axis=1), samples, enough=enough)
 
 
 def image_score(features: np.ndarray, references: np.ndarray, indices: np.ndarray) -> Score:
@@ -112,23 +116,20 @@ def _weights(indices: np.ndarray) -> np.ndarray:
 
 def mean_rank(scores: list[Score], resamples: int) -> Score:
     """Return the mean of the ranks by several scores, 1 for the best candidate. Equal values share their mean rank."""
-    values = np.mean([_ranks(score.values[:, None], score.higher_is_better)[:, 0] for score in scores], axis=0)
-    samples = np.mean(
-        [
-            np.broadcast_to(
-                _ranks(score.values[:, None] if score.samples is None else score.samples, score.higher_is_better),
-                (len(values), resamples),
-            )
-            for score in scores
-        ],
-        axis=0,
-    )
-    return Score("mean_rank", "mean rank", False, values, samples)
+    values = np.mean([_ranks(score, score.values[:, None])[:, 0] for score in scores], axis=0)
+    samples = [
+        np.broadcast_to(
+            _ranks(score, score.values[:, None] if score.samples is None else score.samples), (len(values), resamples)
+        )
+        for score in scores
+    ]
+    return Score("mean_rank", "mean rank", False, values, np.mean(samples, axis=0))
 
 
-def _ranks(values: np.ndarray, higher_is_better: bool) -> np.ndarray:
-    """Return the ranks (C, R) of C candidates in each of R samples."""
-    signed = -values if higher_is_better else values
+def _ranks(score: Score, values: np.ndarray) -> np.ndarray:
+    """Return the ranks (C, R) of C candidates by a score's values (C, R) in each of R samples."""
+    values = values if score.enough is None else np.minimum(values, score.enough)
+    signed = -values if score.higher_is_better else values
     better = (signed[None] < signed[:, None]).sum(axis=1)
     equal = (signed[None] == signed[:, None]).sum(axis=1) - 1
     return 1.0 + better + 0.5 * equal
