@@ -21,8 +21,13 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, resamples: i
     Returns:
         The values, (resamples,). Their standard deviation is that of the score.
     """
+    return np.array([statistic(indices) for indices in resampled_indices(count, resamples, seed)])
+
+
+def resampled_indices(count: int, resamples: int = 200, seed: int = 0) -> np.ndarray:
+    """Return the indices (resamples, count) of samples that are drawn with replacement from `count` images."""
     rng = draws(seed, "bootstrap", 0)
-    return np.array([statistic(rng.integers(0, count, count)) for _ in range(resamples)])
+    return np.stack([rng.integers(0, count, count) for _ in range(resamples)])
 
 
 def bootstrap_std(statistic: Callable[[np.ndarray], float], count: int, resamples: int = 200) -> float:

@@ -56,12 +56,27 @@ def kernel_distance(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float,
     if min(len(x), len(y)) < 4:
         raise UserError(f"a kernel distance needs 4 images or more in each set, not {min(len(x), len(y))}")
     rng = draws(seed, "kernel distance", 0)
-    chosen_x, chosen_y = _choices(rng, len(x)), _choices(rng, len(y))
-    within_x, within_y = _sums(x, x, chosen_x, chosen_x), _sums(y, y, chosen_y, chosen_y)
-    between = _sums(x, y, chosen_x, chosen_y)
-    n, m = chosen_x.sum(axis=0), chosen_y.sum(axis=0)
-    values = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2.0 * between / (n * m)
+    values = weighted_kernel_distances(x, y, _choices(rng, len(x)), _choices(rng, len(y)))
     return float(values[0]), float(values[1:].std(ddof=1))
+
+
+def weighted_kernel_distances(x: np.ndarray, y: np.ndarray, weights_x: np.ndarray, weights_y: np.ndarray) -> np.ndarray:
+    """Return the kernel distances (K,) of features (N, D) and (M, D) for K choices of them.
+
+    A choice says how often each image counts: zeros and ones for a subset, the number of draws for a bootstrap sample.
+    Pairs of an image with itself do not count, however often it was drawn, because they would add a positive bias.
+
+    Args:
+        x: Features of one set, (N, D).
+        y: Features of the other, (M, D).
+        weights_x: The choices of `x`, (N, K). Each must hold at least two images.
+        weights_y: The choices of `y`, (M, K).
+    """
+    within_x, within_y = _sums(x, x, weights_x, weights_x), _sums(y, y, weights_y, weights_y)
+    between = _sums(x, y, weights_x, weights_y)
+    n, m = weights_x.sum(axis=0), weights_y.sum(axis=0)
+    pairs_x, pairs_y = (sums**2 - (weights**2).sum(axis=0) for sums, weights in ((n, weights_x), (m, weights_y)))
+    return within_x / pairs_x + within_y / pairs_y - 2.0 * between / (n * m)
 
 
 def _choices(rng: np.random.Generator, count: int) -> np.ndarray:

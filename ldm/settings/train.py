@@ -8,6 +8,7 @@ from typing import Optional, Union
 
 from ldm.errors import UserError
 from ldm.files.paths import MAX_STRENGTH
+from ldm.settings.advice import AdviceSettings
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
@@ -113,6 +114,7 @@ class ModelSettings:
 @dataclass
 class TrainSettings(
     OptimizerSettings,
+    AdviceSettings,
     LossSettings,
     PriorSettings,
     MaskSettings,

@@ -31,6 +31,7 @@ from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
+from ldm.training.advice import give_advice
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.checks import check_settings, image_size, trained_timesteps
@@ -122,6 +123,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     scaler = make_loss_scaler(settings, runtime.fp16)
     lora_spec = make_lora_spec(settings)
     fingerprint = make_fingerprint(settings, runtime, config, data, plan, lora_spec)
+    if settings.advise and is_first_process:
+        give_advice(data, settings, config, plan, runtime.process_count)
     if is_first_process:
         remove_leftovers(status.folder)
         remove_leftovers(output)

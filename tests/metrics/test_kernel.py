@@ -5,7 +5,8 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.metrics import kernel
-from ldm.metrics.kernel import FeatureSample, kernel_distance
+from ldm.metrics.bootstrap import resampled_indices
+from ldm.metrics.kernel import FeatureSample, kernel_distance, weighted_kernel_distances
 
 
 def by_definition(x, y):
@@ -32,6 +33,32 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     whole = kernel_distance(x, y)
     monkeypatch.setattr(kernel, "BLOCK", 7)
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+def test_weights_of_zero_and_one_choose_a_part_of_the_images():
+    x, y = features(9), features(7, seed=1, shift=0.5)
+    chosen = np.zeros((9, 1))
+    chosen[[1, 4, 5, 8]] = 1
+    (value,) = weighted_kernel_distances(x, y, chosen, np.ones((7, 1)))
+    assert value == pytest.approx(by_definition(x[[1, 4, 5, 8]].astype(float), y.astype(float)), rel=1e-9)
+
+
+def test_bootstrap_samples_scatter_about_the_distance_of_all_images():
+    """An image that was drawn twice would make its set look narrower than it is."""
+    x, y = features(20), features(20, seed=1)
+    weights = [
+        np.stack([np.bincount(sample, minlength=20) for sample in resampled_indices(20, 400, seed)], axis=1)
+        for seed in (0, 1)
+    ]
+    values = weighted_kernel_distances(x, y, *weights)
+    naive = np.mean(
+        [
+            by_definition(x[i].astype(float), y[j].astype(float))
+            for i, j in zip(resampled_indices(20, 100), resampled_indices(20, 100, 1))
+        ]
+    )
+    error = abs(values.mean() - kernel_distance(x, y)[0])
+    assert error < 4 * values.std() / 400**0.5 < abs(naive - kernel_distance(x, y)[0])
 
 
 def test_two_sets_of_the_same_kind_have_a_distance_of_zero_within_its_std():
