@@ -5,8 +5,8 @@ it: no weights of time steps, no other error than the square, no offset of the n
 dropout nor augmentation, and the caption with all its tags. As many training images are measured in the same way. The
 difference between the two is then due to the images alone, and grows when a training begins to learn them by heart.
 
-Noise, latents' posterior and captions are functions of the seed, the time step and the number of an image, so a state
-of the weights has one validation loss, in any run, whatever other time steps are measured.
+Noise, latents' posterior and captions are functions of the seed, the time step and the row of an image, so the loss of
+an image depends on the weights alone, whatever other images and time steps are measured.
 """
 
 from __future__ import annotations
@@ -106,9 +106,8 @@ class MeasuredImages:
 
     def encode(self, part: slice) -> None:
         """Put the images and captions of a part of the batches into the cache."""
-        places = [place for batch in self.batches[part] for place in batch.tolist()]
-        rows = [self.rows[place] for place in places]
-        self.inputs.cache_rows(rows, [self._caption(row, place) for row, place in zip(rows, places)])
+        rows = [self.rows[place] for batch in self.batches[part] for place in batch.tolist()]
+        self.inputs.cache_rows(rows, [self._caption(row) for row in rows])
 
     def losses(self, network: nn.Cell, timesteps: Sequence[int], part: slice, bar: tqdm) -> np.ndarray:
         """Return the loss (images, time steps) float64 of each image, 0 of those of other batches than `part`.
@@ -137,18 +136,19 @@ class MeasuredImages:
         """Return the latents and the text embeddings of a batch, whose last row is repeated to fill it."""
         config = self.inputs.config
         rows, moments = self.inputs.images([self.rows[place] for place in places.tolist()])
-        texts = self.inputs.texts_of([self._caption(row, place) for row, place in zip(rows, places.tolist())])
+        texts = self.inputs.texts_of([self._caption(row) for row in rows])
         shape = (len(places), config.latent_channels, *moments.shape[2:])
         eps = self._normal("validation_posterior", places, shape)[: len(places)]
         latents = sample_latents(moments, eps, config.scale_factor)
         return Tensor(fill_batch(latents, self.batch_size)), Tensor(fill_batch(texts, self.batch_size))
 
-    def _caption(self, row: int, place: int) -> str:
-        return self.inputs.data.whole_caption(row, draws(self.seed, "validation_caption", place))
+    def _caption(self, row: int) -> str:
+        return self.inputs.data.whole_caption(row, draws(self.seed, "validation_caption", row))
 
     def _normal(self, stream: str, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Return normal numbers for a whole batch, those of each image being a function of its place."""
-        drawn = [draws(self.seed, stream, place).standard_normal(shape[1:], np.float32) for place in places.tolist()]
+        """Return normal numbers for a whole batch, those of each image being a function of its row."""
+        rows = [self.rows[place] for place in places.tolist()]
+        drawn = [draws(self.seed, stream, row).standard_normal(shape[1:], np.float32) for row in rows]
         return fill_batch(np.stack(drawn), self.batch_size)
 
 
@@ -216,6 +216,11 @@ class Validation:
         limit = (settings.max_validation_steps or len(held_out)) * settings.train_batch_size
         rows = choose_rows(held_out, limit, seed, "validation_rows")
         training_rows = choose_rows(inputs.data, len(rows), seed, "training_rows")
+        if not rows or not training_rows:
+            raise UserError(
+                "the validation loss needs images that are not class images, both held out and to train on: add some, "
+                "or turn it off by --validate_every_n_epochs 0"
+            )
         of_held_out = inputs.of_data(held_out)
         self.images = {
             "validation": MeasuredImages(of_held_out, rows, seed),
@@ -284,9 +289,10 @@ class Validation:
 
     def encode(self) -> None:
         """Put the images and captions of this process's batches into the cache."""
+        phase = self.status.phase
         for images in self.images.values():
             images.encode(self._part)
-        self._is_encoded = True
+        self.status.phase, self._is_encoded = phase, True
 
     def measure(self, step: int) -> None:
         """Compute the validation loss after a step, write it down, and keep the weights if it is the best.

@@ -73,12 +73,12 @@ def numpy_losses(run, images, timestep: int) -> list[float]:
     config, data, seed = run.model.config, images.inputs.data, images.seed
     alpha = NoiseSchedule.from_config(config).alphas_cumprod[timestep]
     losses = []
-    for place, row in enumerate(images.rows):
+    for row in images.rows:
         _, moments = images.inputs.images([row])
         mean, logvar = np.split(moments.astype(np.float64), 2, 1)
         shape = mean.shape[1:]
         eps, noise = (
-            draws(seed, stream, place).standard_normal(shape, np.float32)[None]
+            draws(seed, stream, row).standard_normal(shape, np.float32)[None]
             for stream in ("validation_posterior", f"validation_noise_{timestep}")
         )
         latents = (mean + np.exp(logvar / 2) * eps) * config.scale_factor
