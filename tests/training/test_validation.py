@@ -95,6 +95,7 @@ def test_the_loss_is_the_plain_mean_squared_error_of_whole_images(settings, tmp_
     """Whatever the training makes of loss, noise, images and captions. In two shapes, and twice the same."""
     run = prepare(settings(
         tmp_path / "run", data_path=write_shapes(tmp_path / "data"), use_lora=True, lora_dropout=0.5, max_steps=1,
+        lora_targets=["attn2.to_q"],
         enable_bucket=True, min_bucket_reso=8, max_bucket_reso=32, bucket_reso_steps=8, random_flip=True,
         random_crop=True, shuffle_caption=True, caption_tag_dropout_rate=0.9, caption_dropout=1.0, min_snr_gamma=1.0,
         loss_type="huber", noise_offset=0.5, ip_noise_gamma=0.5, validation_split=0.5, validation_timesteps=[700, 300],
@@ -147,12 +148,13 @@ def test_of_schedule_free_adamw_the_averaged_point_is_measured(settings, tmp_pat
 
 
 def assert_measured_as_saved(settings, output: Path, options: dict[str, object]) -> None:
-    """The last loss of a run is the first one of a run that starts from its checkpoint."""
+    """The last loss of a run is the first one of a run without dropout that starts from its checkpoint."""
+    options = {**options, "lora_dropout": 0.0}
     rows = {int(row["step"]): float(row["loss"]) for row in rows_of(output) if row["images"] == "validation"}
     run = prepare(settings(output.parent / "again", **options, lora_init_path=output / "ckpt" / "lora.ckpt"))
     run.validation.begin()
     assert run.validation.last.loss == pytest.approx(rows[4], rel=1e-6)
-    assert rows[4] != pytest.approx(rows[0], rel=1e-3)
+    assert rows[4] != pytest.approx(rows[0], rel=1e-4)
 
 
 # A run
