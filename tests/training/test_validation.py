@@ -154,7 +154,7 @@ def assert_measured_as_saved(settings, output: Path, options: dict[str, object])
     run = prepare(settings(output.parent / "again", **options, lora_init_path=output / "ckpt" / "lora.ckpt"))
     run.validation.begin()
     assert run.validation.last.loss == pytest.approx(rows[4], rel=1e-6)
-    assert rows[4] != pytest.approx(rows[0], rel=1e-4)
+    assert rows[4] != pytest.approx(rows[0], rel=2e-5)  # twenty times what is allowed above
 
 
 # A run
