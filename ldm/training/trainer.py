@@ -151,7 +151,7 @@ def run_steps(run: Run) -> Path:
                     metrics.step, plan.steps, metrics.loss, mean_loss, metrics.learning_rate, metrics.loss_scale,
                     metrics.seconds,
                 )  # fmt: skip
-            if run.validation is not None and _is_validated(run, metrics.step):
+            if run.validation is not None and run.validation.is_due(metrics.step):
                 run.validation.measure(metrics.step)  # before the training state, which knows the best step
             if plan.is_save_step(metrics.step):
                 save(run)
