@@ -56,10 +56,7 @@ def final_caption(
     caption = _with_ends(caption, settings)
     if is_empty_epoch(settings, epoch):
         return ""
-    if settings.enable_wildcard:
-        lines = caption.split("\n")
-        line = lines[_draw(rng, len(lines))]
-        caption = "".join(texts[_draw(rng, len(texts))] for texts in _wildcards(line))
+    caption = _drawn(caption, settings, rng)
     if settings.changes_tags:
         first, tags, last = _split(caption, settings)
         tags = tags[: _warmed_up(len(tags), settings, step, total_steps)]
@@ -69,6 +66,19 @@ def final_caption(
             kept = rng.random(len(tags)) >= settings.caption_tag_dropout_rate
             tags = [tag for tag, is_kept in zip(tags, kept) if is_kept]
         caption = _join(first, tags, last)
+    return _one_separator(caption, settings)
+
+
+def whole_caption(caption: str, settings: CaptionSettings, rng: np.random.Generator) -> str:
+    """Return a final caption of which nothing is dropped, with its tags in their order. Wildcards are drawn.
+
+    Args:
+        caption: See `final_caption`.
+        rng: Draws the line and the wildcards.
+    """
+    caption = _drawn(_with_ends(caption, settings), settings, rng)
+    if settings.changes_tags:
+        caption = _join(*_split(caption, settings))
     return _one_separator(caption, settings)
 
 
@@ -137,6 +147,15 @@ def is_empty_epoch(settings: CaptionSettings, epoch: int) -> bool:
     """Whether `caption_dropout_every_n_epochs` empties all captions of an epoch, counted from 1."""
     every = settings.caption_dropout_every_n_epochs
     return every > 0 and epoch % every == 0
+
+
+def _drawn(caption: str, settings: CaptionSettings, rng: np.random.Generator) -> str:
+    """Return one of the lines of a caption, with one text of each wildcard, where wildcards are enabled."""
+    if not settings.enable_wildcard:
+        return caption
+    lines = caption.split("\n")
+    line = lines[_draw(rng, len(lines))]
+    return "".join(texts[_draw(rng, len(texts))] for texts in _wildcards(line))
 
 
 def _draw(rng: np.random.Generator, count: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
-from ldm.data.captions import cut_captions, cut_report, final_caption
+from ldm.data.captions import cut_captions, cut_report, final_caption, whole_caption
 from ldm.data.checked_images import broken_reason, check_images, each_image
 from ldm.data.content import FileHash, content_key_of, file_hash
 from ldm.data.draws import draws
@@ -164,6 +164,10 @@ class TrainingData:
         rules = self.rules[self.rows[row].subset].captions
         return final_caption(self.text(row), rules, rng, step=step, epoch=epoch + 1, total_steps=total_steps)
 
+    def whole_caption(self, row: int, rng: np.random.Generator) -> str:
+        """Return the caption of a row of which nothing is dropped (see `ldm.data.captions.whole_caption`)."""
+        return whole_caption(self.text(row), self.rules[self.rows[row].subset].captions, rng)
+
     @cached_property
     def has_one_caption(self) -> bool:
         """Whether the caption of a row never changes, but for those that become empty."""
@@ -286,7 +290,11 @@ def read_listing(settings: TrainSettings) -> Listing:
         UserError: The data set cannot be read, or too many of its rows are unusable.
     """
     assert settings.data_path is not None
-    listing = sources.read(settings.data_path, _read_options(settings))
+    return _read(settings.data_path, settings)
+
+
+def _read(place: str, settings: TrainSettings) -> Listing:
+    listing = sources.read(place, _read_options(settings))
     return listing if settings.instance_prompt is None else with_instance_prompt(listing, settings.instance_prompt)
 
 
@@ -304,7 +312,7 @@ def prepare_data(
     Raises:
         UserError: Too many images are unusable, none is left to train on, or settings contradict each other.
     """
-    checked = _check(listing, settings, record)
+    checked = _check(listing, settings, record, plain(str(settings.data_path)))
     out = held_out(checked.listing, settings)
     training = checked.take(np.flatnonzero(~out))
     plan = plan_prior(training.listing, settings.prior_loss_weight)
@@ -325,12 +333,18 @@ def prepare_data(
         for line in data.buckets.report(data.name):
             logger.info("%s", line)
     if settings.validation_data_path is not None:
-        other = sources.read(settings.validation_data_path, _read_options(settings))
-        # Its images are read when they are used.
-        validation = _check(other, dataclasses.replace(settings, check_images=False), None)
+        other = _read(settings.validation_data_path, settings)
+        own_record = None if record is None else record.with_name(f"validation_{record.name}")
+        validation = _check(other, settings, own_record, plain(settings.validation_data_path))
+        _report_trained(validation, data)
     elif out.any():
         validation = checked.take(np.flatnonzero(out))
     else:
+        if settings.validation_split:
+            logger.warning(
+                "validation_split %g of %s images is none: give a larger share to hold images out",
+                settings.validation_split, f"{len(data.rows):,}",
+            )  # fmt: skip
         return data, None
     logger.info(
         "%s images are for validation, %s for training", f"{len(validation.listing.rows):,}", f"{len(data.rows):,}"
@@ -484,8 +498,22 @@ class _Checked(NamedTuple):
         )
 
 
-def _check(listing: Listing, settings: TrainSettings, record: Path | None) -> _Checked:
-    """Leave out the rows whose images do not decode or are too small, as far as images are read at all."""
+def _report_trained(validation: _Checked, data: TrainingData) -> None:
+    """Warn if images for validation are trained as well, as far as they are known by their content."""
+    trained = set(data.contents or ())
+    count = sum(content in trained for content in validation.contents or ())
+    if count:
+        logger.warning(
+            "%s of %s images for validation are trained as well: their loss does not say how new images fare",
+            f"{count:,}", f"{len(validation.listing.rows):,}",
+        )  # fmt: skip
+
+
+def _check(listing: Listing, settings: TrainSettings, record: Path | None, place: str) -> _Checked:
+    """Leave out the rows whose images do not decode or are too small, as far as images are read at all.
+
+    `place` is that of the data set, for errors.
+    """
     decodes = len(listing.rows) <= MAX_CHECKED if settings.check_images is None else settings.check_images
     needs_sizes = bool(settings.image_filter_size) or any(
         subset.settings.get("enable_bucket", settings.enable_bucket) for subset in listing.subsets
@@ -514,7 +542,7 @@ def _check(listing: Listing, settings: TrainSettings, record: Path | None) -> _C
             places.append(number)
     if broken:
         count, before = len(listing.rows) + len(listing.left_out), len(listing.left_out)
-        report_left_out(plain(str(settings.data_path)), broken, count, MAX_BAD_FRACTION, before)
+        report_left_out(place, broken, count, MAX_BAD_FRACTION, before)
     if small:
         logger.info(
             "%d of %d images left out: a side is shorter than image_filter_size %d",

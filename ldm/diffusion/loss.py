@@ -8,7 +8,7 @@ from mindspore import nn, ops
 
 from ldm.diffusion.loss_weighting import huber_thresholds, loss_factors
 from ldm.diffusion.schedule import NoiseSchedule, check_prediction_type
-from ldm.ops import fork, mean, take_rows
+from ldm.ops import fork, mean, row_means, take_rows
 from ldm.settings.loss import LossSettings
 
 
@@ -37,13 +37,19 @@ class DiffusionLoss(nn.Cell):
         schedule: The model's noise schedule.
         prediction_type: "epsilon" or "v_prediction".
         settings: What the loss is. None is as the defaults: the mean squared error, without another operator.
+        of_rows: Whether to return the mean (N,) of each row instead of that of all.
 
     Raises:
         ValueError: The prediction type is another.
     """
 
     def __init__(
-        self, unet: nn.Cell, schedule: NoiseSchedule, prediction_type: str, settings: LossSettings | None = None
+        self,
+        unet: nn.Cell,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        settings: LossSettings | None = None,
+        of_rows: bool = False,
     ) -> None:
         super().__init__(auto_prefix=False)
         check_prediction_type(prediction_type)
@@ -60,7 +66,7 @@ class DiffusionLoss(nn.Cell):
             factors = of_type if factors is None else of_type * factors
         self.thresholds = None if thresholds is None else ms.Tensor(thresholds)
         self.factors = None if factors is None else ms.Tensor(factors)
-        self.take_rows, self.mean, self.fork = take_rows(), mean(), fork()
+        self.take_rows, self.mean, self.fork = take_rows(), row_means() if of_rows else mean(), fork()
         self.absolute, self.sqrt, self.halves = ops.Abs(), ops.Sqrt(), ops.Split(1, 2)
         self.reshape = ops.Reshape()
         self.shape = ops.Shape()
@@ -90,7 +96,7 @@ class DiffusionLoss(nn.Cell):
                 another graph.
 
         Returns:
-            The mean over all elements, a float32 scalar.
+            The mean over all elements, a float32 scalar, or with `of_rows` that over each row's, (N,) float32.
         """
         shape = self.shape(latents)
         alpha = self._at_timesteps(self.sqrt_alphas, timesteps, shape)

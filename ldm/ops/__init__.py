@@ -39,6 +39,7 @@ __all__ = [
     "mean",
     "on_ascend",
     "pixels_to_tokens",
+    "row_means",
     "shared_cell",
     "silu",
     "swap_middle_axes",
@@ -153,6 +154,11 @@ def fork() -> nn.Cell:
 def mean() -> nn.Cell:
     """Mean of all elements: x (...) -> scalar, in x's type."""
     return shared_cell(ascend.Mean if on_ascend() else ops.ReduceMean)
+
+
+def row_means() -> nn.Cell:
+    """Mean of each row: x (N, ...) -> (N,), in x's type."""
+    return shared_cell(ascend.RowMeans if on_ascend() else portable.RowMeans)
 
 
 def take_rows() -> nn.Cell:

@@ -203,6 +203,17 @@ class Mean(nn.Cell):
         return self.mean(x)
 
 
+class RowMeans(nn.Cell):
+    """Mean of each row of (N, ...). ReduceMean is an aclop kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanExt()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.mean(x.reshape(x.shape[0], -1), 1)
+
+
 class Upsample2x(nn.Cell):
     """Nearest-neighbour doubling of height and width of (N, C, H, W), one kernel each way."""
 

@@ -36,6 +36,17 @@ class AddChannelBias(nn.Cell):
         return self.bias_add(x, cast(bias, x.dtype))
 
 
+class RowMeans(nn.Cell):
+    """Mean of each row of (N, ...)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = ops.ReduceMean()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.mean(x.reshape(x.shape[0], -1), 1)
+
+
 class Fork(nn.Cell):
     """x -> (x, x)."""
 

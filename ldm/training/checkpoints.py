@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.files.atomic import atomic_path
-from ldm.files.paths import writing
+import numpy as np
+
 from ldm.lora.formats import mindone
 from ldm.lora.inject import get_lora
 from ldm.lora.lora import ZERO_TERMINAL_SNR, timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
+from ldm.training.best_checkpoint import BestCheckpoint
 from ldm.training.checks import trained_timesteps
 from ldm.training.optimizers import make_optimizer
-from ldm.training.own_files import Numbered, OwnFiles
+from ldm.training.own_files import Numbered, OwnFiles, link
 from ldm.training.training_state import TrainingState, check_finite, save_state
 from ldm.weights.added_tokens import tokens_metadata
 from ldm.weights.checkpoint import write_checkpoint
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
-_WRITTEN = r"(?:lora|model|state|class)(?:-[0-9]+)?|files|metrics|train_args"
+_WRITTEN = r"(?:lora|model|state|class|best)(?:-[0-9]+)?|files|metrics|validation|train_args"
 _LEFTOVER = re.compile(rf"\.(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?")  # see temporary_path
 
 
@@ -64,7 +63,9 @@ class Checkpoints:
             self.writers["model"] = self._write_model
         self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
         self._own_files = OwnFiles(self.folder, resumed_here)
-        self._start: int | None = start  # None after the first save
+        self._start: int | None = start  # None after the first file was written
+        self._best = BestCheckpoint(self.folder, self._own_files, start, STATES_KEPT)
+        self.restore_best: Callable[[BestCheckpoint], None] | None = None  # called before the first file is written
 
     def save(self, state: TrainingState) -> Path:
         """Write the weights, then the training state, so that every state on disk has its weights beside it.
@@ -72,20 +73,54 @@ class Checkpoints:
         Returns the path of the training state. Raises UserError if a value is not finite or a file cannot be written.
         """
         check_finite(state.arrays, f"nothing is saved at step {state.step}: the trained state")
-        if self._start is not None:
-            self._own_files.set_aside_later(self._start)
-            self._start = None
+        self._begin()
         names = [Numbered(kind, state.step).name for kind in (*self.writers, "state")]
         self._own_files.begin([*names, *(f"{kind}.ckpt" for kind in self.writers)])
         for (kind, write), name in zip(self.writers.items(), names):
             write(self.folder / name, state)
-            _link(self.folder / name, self.folder / f"{kind}.ckpt")
+            link(self.folder / name, self.folder / f"{kind}.ckpt")
         path = save_state(self.folder, state)
         for kind in self.writers:
             self._own_files.prune(kind, self.keep)
         self._own_files.prune("state", STATES_KEPT)
+        self._best.after_save()
         logger.debug("saved step %d in %s", state.step, self.folder)
         return path
+
+    def save_best(self, step: int, loss: float, arrays: dict[str, np.ndarray] | None) -> None:
+        """Record the step with the lowest validation loss so far, and write its weights if there are `arrays`.
+
+        Args:
+            step: The step.
+            loss: Its validation loss.
+            arrays: TrainStep.state() of this step.
+
+        Raises:
+            UserError: A file cannot be written.
+        """
+        self._begin()
+        if arrays is None:
+            self._best.write(step, loss)
+            return
+        write = self.writers["lora" if self.settings.use_lora else "model"]
+        state = TrainingState(step, arrays, {}, {})
+        self._best.write(step, loss, lambda path: write(path, state))
+
+    def kept(self, step: int) -> Path | None:
+        """Return the file with the weights of a step, None if they are not kept."""
+        for kind in ("best", "lora" if self.settings.use_lora else "model"):
+            if step in self._own_files.steps(kind) and (self.folder / Numbered(kind, step).name).exists():
+                return self.folder / ("best.ckpt" if kind == "best" else Numbered(kind, step).name)
+        return None
+
+    def _begin(self) -> None:
+        """Make the folder fit the step that this run starts from, before its first file is written."""
+        if self._start is None:
+            return
+        self._own_files.set_aside_later(self._start)
+        self._start = None
+        if self.restore_best is not None:
+            self.restore_best(self._best)
 
     def _write_lora(self, path: Path, state: TrainingState) -> None:
         """Write the LoRA: its parameters, or their moving averages if there are any."""
@@ -120,12 +155,3 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
             except OSError as error:
                 logger.warning("%s, left by a killed run, cannot be removed (%s)", path, error.strerror)
-
-
-def _link(path: Path, link: Path) -> None:
-    """Give `path` the second name `link`: as a hard link, or as a copy if the file system has no hard links."""
-    with writing(link), atomic_path(link) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)

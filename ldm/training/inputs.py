@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -146,18 +147,17 @@ class Inputs:
         if cut := data.cut_report(self.tokenizer):
             logger.warning("%s", cut)
         folder = Path(settings.output_path) / "cache"
-        self._most_ahead, in_memory = self._window_limits()
-        self.moments = self.texts = None
+        self._most_ahead, self._in_memory = self._window_limits()
+        self.moments: ShardedCache | None = None
+        self.texts: ShardedCache | None = None
         if settings.cache_latents and data.augments:
             logger.info("random_crop or random_flip: latents are computed at every step, not cached")
         elif settings.cache_latents:
-            self.moments = ShardedCache(folder, "latents", order.process_index, in_memory)
-            network = network_hash(self.vae_encoder.vae, self.config.vae or self.config.image_channels)
-            self._moments_key = content_key("moments", network, repr(data.alpha_color), IMAGE_CODE)
+            self._open_moments()
         if settings.cache_text and not settings.lora_ft_text_encoder:
             # Captions that change from step to step are hardly ever used again: on disk they would take 236 KB each.
             on_disk = folder if data.has_one_caption else None
-            self.texts = ShardedCache(on_disk, "texts", order.process_index, in_memory)
+            self.texts = ShardedCache(on_disk, "texts", order.process_index, self._in_memory)
             self._texts_key = content_key("text", network_hash(self.text_encoder, self.config.text))
         self._without_mask: set[str] = set()
         self.masks: ShardedCache | None = None
@@ -169,6 +169,12 @@ class Inputs:
         self._prepared, self._window = range(0), 0
         self._broken: dict[int, int] = {}  # a row whose image is broken -> the row that replaces it
         self._loading: dict[int, tuple[np.ndarray, list[Future]]] = {}
+
+    def _open_moments(self) -> None:
+        folder = Path(self.settings.output_path) / "cache"
+        self.moments = ShardedCache(folder, "latents", self.order.process_index, self._in_memory)
+        network = network_hash(self.vae_encoder.vae, self.config.vae or self.config.image_channels)
+        self._moments_key = content_key("moments", network, repr(self.data.alpha_color), IMAGE_CODE)
 
     def _window_limits(self) -> tuple[int, int]:
         """Return how many micro-batches are encoded ahead at most, and the bytes of the arrays of those in use.
@@ -302,6 +308,55 @@ class Inputs:
         for cache in (self.moments, self.texts):
             if cache is not None:
                 cache.refresh()
+
+    # ---- rows without augmentation, for validation ------------------------------------------------------------------
+
+    def of_data(self, data: TrainingData) -> Inputs:
+        """Return the inputs of another data set's rows, by the same networks, caches and threads.
+
+        They are for `cache_rows`, `images` and `texts_of`, which augment no image, so that latents can be cached.
+        """
+        other = copy.copy(self)
+        other.data, other._broken = data, {}
+        if other.moments is None and self.settings.cache_latents:
+            other._open_moments()
+        return other
+
+    def cache_rows(self, rows: Sequence[int], captions: Sequence[str]) -> None:
+        """Put the images of rows, and captions, into the caches, as far as they are not there."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            if self.moments is not None:
+                self._encode_images(rows[start : start + ROWS_AT_ONCE], reads=False)
+            if self.texts is not None:
+                self._encode_texts(list(captions[start : start + ROWS_AT_ONCE]))
+        self._log_notes()
+
+    def images(self, rows: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        """Return rows, with another one in place of one whose image is broken, and the moments of their images.
+
+        All images have one size.
+        """
+        while True:
+            found = [self._usable(row) for row in rows]
+            if self.moments is not None:
+                keys = [(self._row_key(row), self._moments_shape(row)) for row in found]
+                cached = [self._recent.get(self.moments, key, shape) for key, shape in keys]
+                arrays = [array for array in cached if array is not None]
+                if len(arrays) == len(found):
+                    return found, np.stack(arrays)
+                self._encode_images(found)
+            else:
+                loaded = self._load_all(found)
+                arrays = [array for array in loaded if not isinstance(array, UserError)]
+                if len(arrays) == len(found):
+                    return found, self.vae_encoder(Tensor(np.stack(arrays))).asnumpy()
+                for row, fault in zip(found, loaded):
+                    if isinstance(fault, UserError):
+                        self._replace(row, fault)
+
+    def texts_of(self, captions: Sequence[str]) -> np.ndarray:
+        """Return the text embeddings of captions, or their tokens if the text encoder is trained."""
+        return self._text_embeddings(list(captions))
 
     # ---- captions -------------------------------------------------------------------------------------------------
 

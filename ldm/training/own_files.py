@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 RECORD = "files.json"
 LINKS = ("lora.ckpt", "model.ckpt")  # second names of the newest checkpoints
-SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors"}
-_NUMBERED = re.compile(r"(lora|model|state)-([0-9]{8,12})(\.ckpt|\.safetensors)")
+OF_BEST = ("best.ckpt", "best.json")  # second name, and record, of the best checkpoint
+SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors", "best": ".ckpt"}
+_NUMBERED = re.compile(r"(lora|model|state|best)-([0-9]{8,12})(\.ckpt|\.safetensors)")
 
 
 class Numbered(NamedTuple):
@@ -96,7 +98,8 @@ class OwnFiles:
         """Return the files of a run that kept no record."""
         if not find_states(self.folder):
             return []
-        numbered = sorted(filter(None, map(parse_name, list_folder(self.folder))), key=lambda file: file.step)
+        found = filter(None, map(parse_name, list_folder(self.folder)))
+        numbered = sorted((file for file in found if file.kind != "best"), key=lambda file: file.step)
         return [name for name in (*(file.name for file in numbered), *LINKS) if self._is_regular_file(name)]
 
     def _is_regular_file(self, name: str) -> bool:
@@ -122,8 +125,24 @@ class OwnFiles:
 
     def prune(self, kind: str, keep: int) -> None:
         """Remove all but the `keep` files of a kind that were written last. Warn once if that is not possible."""
-        of_kind = [name for name in self.names if (numbered := parse_name(name)) and numbered.kind == kind]
-        for name in of_kind[:-keep]:
+        self.remove(self._of_kind(kind)[:-keep])
+
+    def steps(self, kind: str) -> set[int]:
+        """Return the steps of the files of a kind."""
+        return {_step(name) for name in self._of_kind(kind)}
+
+    def keep_steps(self, kind: str, steps: set[int]) -> None:
+        """Remove the files of a kind but those of some steps. Warn once if that is not possible."""
+        self.remove([name for name in self._of_kind(kind) if _step(name) not in steps])
+
+    def _of_kind(self, kind: str) -> list[str]:
+        return [name for name in self.names if (numbered := parse_name(name)) and numbered.kind == kind]
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove those of some files that are this run's. Warn once if that is not possible."""
+        for name in names:
+            if name not in self.names:
+                continue
             try:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError as error:
@@ -142,7 +161,7 @@ class OwnFiles:
         if not states:
             return
         later = states + [name for name in self.names if _step(name) > step and name not in states]
-        aside = _free_name(self.folder / f"abandoned-after-{step:08d}")
+        aside = free_name(self.folder / f"abandoned-after-{step:08d}")
         with writing(aside):
             aside.mkdir()
             for name in later:
@@ -155,6 +174,15 @@ class OwnFiles:
         )  # fmt: skip
 
 
+def link(path: Path, second: Path) -> None:
+    """Give `path` the second name `second`: as a hard link, or as a copy if the file system has no hard links."""
+    with writing(second), atomic_path(second) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
 def _step(name: str) -> int:
     """Return the step in a file's name, -1 if there is none."""
     numbered = parse_name(name)
@@ -162,18 +190,18 @@ def _step(name: str) -> int:
 
 
 def _is_name(name: object) -> bool:
-    return isinstance(name, str) and (name in LINKS or parse_name(name) is not None)
+    return isinstance(name, str) and (name in (*LINKS, *OF_BEST) or parse_name(name) is not None)
 
 
 def _make_room(path: Path) -> None:
     """Rename what is at `path`, with a warning."""
     if os.path.lexists(path):
-        kept = _free_name(path.with_name(f"{path.stem}-kept{path.suffix}"))
+        kept = free_name(path.with_name(f"{path.stem}-kept{path.suffix}"))
         os.replace(path, kept)
         logger.warning("%s was not written by this run: it is renamed to %s", path, plain(kept.name))
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """Return `path`, or with a number added if it exists."""
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(free for free in itertools.chain([path], numbered) if not os.path.lexists(free))

@@ -45,6 +45,7 @@ from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
+from ldm.training.validation import Validation, make_validation
 from ldm.training.weight_norms import norm_limit
 from ldm.weights.architecture import config_with_tokens, detect_model_config
 
@@ -71,6 +72,7 @@ class Run:
     scaler: LossScaler
     checkpoints: Checkpoints
     status: Status
+    validation: Validation | None  # None without held-out images
 
     @property
     def output(self) -> Path:
@@ -116,7 +118,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     listing = read_listing(settings)
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
-    data, _ = prepare_data(listing, settings, config, output / "cache" / "images.json")
+    data, held_out = prepare_data(listing, settings, config, output / "cache" / "images.json")
+    settings.check_held_out(held_out is not None)
     order = make_order(settings, runtime, data)
     plan = make_plan(settings, order.steps_per_epoch)
     status.total_steps = plan.steps
@@ -173,9 +176,12 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         settings, model,
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done,
     )  # fmt: skip
+    validation = make_validation(
+        settings, runtime, model, inputs, held_out, plan, step, checkpoints, status, state
+    )  # fmt: skip
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
-        runtime.is_ascend, skips_overflow, scaler, checkpoints, status,
+        runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation,
     )  # fmt: skip
 
 

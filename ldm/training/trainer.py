@@ -96,7 +96,7 @@ def train(settings: TrainSettings) -> Path:
 def _claimed(output: Path) -> Iterator[None]:
     """Lock the folders that the first process writes to, and check that their files can be written."""
     with claim_folder(output, "output_path"), claim_folder(output / "ckpt", "output_path"):
-        for name in ("log.txt", "metrics.csv", "train_args.yaml"):
+        for name in ("log.txt", "metrics.csv", "validation.csv", "train_args.yaml"):
             check_file_target(output / name, "output_path")
         yield
 
@@ -104,6 +104,8 @@ def _claimed(output: Path) -> Iterator[None]:
 def encode(run: Run) -> Path:
     """Encode all images and captions into the cache, and return its path. What is there already is kept."""
     what = " and ".join(run.inputs.encode_all())
+    if run.validation is not None:
+        run.validation.encode()
     logger.info("done: the %s of %d rows are encoded in %s", what, len(run.inputs.data), run.output / "cache")
     return run.output / "cache"
 
@@ -125,6 +127,8 @@ def run_steps(run: Run) -> Path:
             save(run)  # the state is from another folder, or the checkpoint was removed
         return newest
 
+    if run.validation is not None:
+        run.validation.begin()
     metrics_file = MetricsFile(run.output / "metrics.csv", status.steps_done) if run.is_first_process else None
     bar = tqdm(total=plan.steps, initial=status.steps_done, desc="training", unit="step", smoothing=0.1,
                disable=not run.is_first_process)  # fmt: skip
@@ -147,6 +151,8 @@ def run_steps(run: Run) -> Path:
                     metrics.step, plan.steps, metrics.loss, mean_loss, metrics.learning_rate, metrics.loss_scale,
                     metrics.seconds,
                 )  # fmt: skip
+            if run.validation is not None and run.validation.is_due(metrics.step):
+                run.validation.measure(metrics.step)  # before the training state, which knows the best step
             if plan.is_save_step(metrics.step):
                 save(run)
     if metrics_file is not None:
@@ -154,6 +160,8 @@ def run_steps(run: Run) -> Path:
     if run.scaler.overflows:
         skipped = " and were skipped" if settings.drop_overflow_update else ""
         logger.warning("%d of %d steps overflowed%s", run.scaler.overflows, plan.steps, skipped)
+    if run.validation is not None:
+        run.validation.finish()
     logger.info("done: %s", newest)
     return newest
 
@@ -166,6 +174,8 @@ def save(run: Run) -> None:
     if not run.is_first_process:
         return
     state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint)
+    if run.validation is not None:
+        state.validation = run.validation.state()
     try:
         run.status.last_state = run.checkpoints.save(state)
     except UserError as error:
@@ -185,7 +195,7 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
     """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
 
     With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first
-    step and those that save are read at once. When a result is read changes no value.
+    step and those that save or are validated are read at once. When a result is read changes no value.
     """
     status, plan = run.status, run.plan
     began, batches = time.perf_counter(), _next_batches(run)
@@ -203,10 +213,14 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
             newest = newest._replace(began=time.perf_counter())  # the device was busy with `unread` until now
             yield metrics
             unread = None
-        if run.reads_late and not plan.is_save_step(step + 1):
+        if run.reads_late and not (plan.is_save_step(step + 1) or _is_validated(run, step + 1)):
             unread = newest
         else:
             yield _read(run, newest)
+
+
+def _is_validated(run: Run, steps_done: int) -> bool:
+    return run.validation is not None and run.validation.is_due(steps_done)
 
 
 def _next_batches(run: Run) -> list[TensorBatch]:

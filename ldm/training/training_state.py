@@ -1,8 +1,8 @@
 """Training states on disk: everything that a run needs to continue after a kill.
 
 `{folder}/state-{step:08d}.safetensors` holds the arrays of TrainStep.state() and, in its metadata, the step, the state
-of the loss scaler and the fingerprint of the run as JSON. A file is written under another name and renamed, so it is
-always whole. A checksum over arrays and metadata detects later damage.
+of the loss scaler, the fingerprint of the run and the best validation loss as JSON. A file is written under another
+name and renamed, so it is always whole. A checksum over arrays and metadata detects later damage.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class TrainingState:
     scaler: dict[str, Any]  # LossScaler.state()
     fingerprint: dict[str, Any]  # see ldm.training.resume
     path: Path | None = None  # file that it was read from
+    validation: dict[str, Any] | None = None  # Validation.state(), None without a validation loss
 
 
 def save_state(folder: Path, state: TrainingState) -> Path:
@@ -51,6 +52,8 @@ def save_state(folder: Path, state: TrainingState) -> Path:
         "scaler": json.dumps(state.scaler),
         "fingerprint": json.dumps(state.fingerprint),
     }
+    if state.validation is not None:
+        texts["validation"] = json.dumps(state.validation)
     write_checkpoint(path, state.arrays, {**texts, "checksum": _checksum(state.arrays, texts)})
     return path
 
@@ -95,13 +98,18 @@ def load_state(path: Path) -> TrainingState:
     fingerprint = parse_json(metadata.get("fingerprint", ""), f"the settings in the training state {path}")
     if not isinstance(fingerprint, dict) or not all(map(_is_setting, fingerprint.values())):
         raise UserError(f"the training state {path} is damaged (invalid settings)")
+    validation = None
+    if "validation" in metadata:
+        validation = parse_json(metadata["validation"], f"the validation loss in the training state {path}")
+        if not isinstance(validation, dict):
+            raise UserError(f"the training state {path} is damaged (invalid validation loss)")
     if not _is_scaler(scaler):
         raise UserError(f"the training state {path} is damaged (invalid loss scaler)")
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise UserError(f"the training state {path} holds {plain(name, 80)} as {array.dtype}, not as float32")
     check_finite(arrays, f"the training state {path}")
-    return TrainingState(int(step), arrays, scaler, fingerprint, path)
+    return TrainingState(int(step), arrays, scaler, fingerprint, path, validation)
 
 
 def check_finite(arrays: dict[str, np.ndarray], subject: str) -> None:

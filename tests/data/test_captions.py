@@ -11,6 +11,7 @@ from ldm.data.captions import (
     cut_report,
     final_caption,
     longest_caption,
+    whole_caption,
 )
 from ldm.data.draws import augmentation_draws, caption_draws
 from ldm.errors import UserError
@@ -244,6 +245,16 @@ def test_the_published_captions_stay():
 # Captions that are cut
 
 WORDS = ", ".join(["cat"] * 37)  # 37 words and 36 commas: 73 tokens
+
+
+def test_a_whole_caption_has_all_tags_in_their_order_whatever_training_drops():
+    rules = CaptionSettings(
+        caption_prefix="p", caption_suffix="s", shuffle_caption=True, caption_tag_dropout_rate=1.0, caption_dropout=1.0,
+        caption_dropout_every_n_epochs=1, token_warmup_step=10, keep_tokens_separator="|||", secondary_separator=";",
+    )  # fmt: skip
+    assert whole_caption("a|||b,c;d", rules, np.random.default_rng(0)) == "p a, b, c,d s"
+    wildcards = CaptionSettings(enable_wildcard=True)
+    assert {whole_caption("{x|y}", wildcards, np.random.default_rng(seed)) for seed in range(20)} == {"x", "y"}
 
 
 def test_captions_over_75_tokens_are_listed_once_with_what_they_lose():

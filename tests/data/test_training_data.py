@@ -202,6 +202,29 @@ def test_validation_has_a_folder_of_its_own(tmp_path):
     assert (len(kept), len(out)) == (3, 2) and "other" in out.source(0)
 
 
+def test_broken_images_for_validation_are_left_out_and_named(tmp_path, caplog):
+    write(tmp_path / "train", [(16, 16)] * 3)
+    write(tmp_path / "other", [(16, 16)] * 12)
+    (tmp_path / "other" / "03.png").write_bytes(b"no image")
+    _, out = prepared(tmp_path / "train", validation_data_path=str(tmp_path / "other"))
+    assert len(out) == 11 and out.contents is not None and "left out: 03.png (the image" in caplog.text
+    for number in range(4, 9):
+        (tmp_path / "other" / f"{number:02}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"{tmp_path / 'other'}: 6 of 12 rows are unusable"):
+        prepared(tmp_path / "train", validation_data_path=str(tmp_path / "other"))
+
+
+def test_images_that_are_trained_and_validated_are_counted(tmp_path, caplog):
+    write(tmp_path, [(16, 16)] * 3)
+    prepared(tmp_path, validation_data_path=str(tmp_path))
+    assert "3 of 3 images for validation are trained as well" in caplog.text
+
+
+def test_a_split_that_holds_no_image_out_is_said(tmp_path, caplog):
+    assert prepared(write(tmp_path, [(16, 16)] * 3), validation_split=0.1)[1] is None
+    assert "validation_split 0.1 of 3 images is none" in caplog.text
+
+
 def test_without_a_split_nothing_is_held_out(tmp_path):
     assert prepared(write(tmp_path, [(16, 16)] * 3))[1] is None
 

@@ -10,7 +10,7 @@ How the accuracy of each form of ldm/ops/ascend.py is held:
 | Upsample2x | UpsampleNearest2D | the same operator |
 | PaddedConvolution | ConstantPadND | the same operator |
 | GELUGate | ChunkView | the same operator; `ops.chunk` with MindSpore 2.7, which has it on Ascend only |
-| Mean | MeanExt | the same operator |
+| Mean, RowMeans | MeanExt | the same operator |
 | GELU, GELUGate | GeluExt | its documented formula |
 | TakeRows | IndexSelect | Gather |
 | LayerNorm | LayerNormExt | its documented formula |

@@ -175,6 +175,13 @@ def test_the_mean_of_all_elements(device):
     np.testing.assert_allclose(by_x, np.full_like(x, 3 / 120), rtol=1e-6)
 
 
+def test_the_mean_of_each_row(device):
+    x = normal(3, 2, 4, 5) + 100
+    y, (by_x,) = value_and_gradients(operators.row_means(), x, weight=np.array([3.0, 0.0, 1.0], np.float32))
+    np.testing.assert_allclose(y, x.mean((1, 2, 3), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(by_x, np.full_like(x, 1 / 40) * np.reshape([3, 0, 1], (3, 1, 1, 1)), rtol=1e-6)
+
+
 def test_upsampling_and_its_derivative(device):
     x, weight = normal(2, 3, 4, 5), normal(2, 3, 8, 10, seed=1)
     y, (by_x,) = value_and_gradients(operators.upsample2x(), x, weight=weight)

@@ -29,6 +29,22 @@ def test_a_state_is_read_back(tmp_path):
         np.testing.assert_array_equal(latest.arrays[name], array)
 
 
+def test_a_state_holds_the_best_validation_loss_and_is_the_same_file_without(tmp_path):
+    path = save_state(tmp_path, state(7))
+    assert "validation" not in read_checkpoint(path)[1] and load_state(path).validation is None
+    validation = {"key": "abc", "best": {"step": 3, "loss": 0.1}}
+    with_it = state(8)
+    with_it.validation = validation
+    path = save_state(tmp_path, with_it)
+    assert load_state(path).validation == validation
+    arrays, metadata = read_checkpoint(path)
+    metadata["validation"] = "[]"
+    metadata["checksum"] = _checksum(arrays, {name: text for name, text in metadata.items() if name != "checksum"})
+    write_checkpoint(path, arrays, metadata)
+    with pytest.raises(UserError, match="invalid validation loss"):
+        load_state(path)
+
+
 def test_the_newest_state_is_taken(tmp_path):
     for step in (5, 100, 20):
         save_state(tmp_path, state(step))

@@ -53,6 +53,7 @@ class AdamWScheduleFree(Optimizer):
 
     groups = ("v", "z")
     scalars = ("largest_weight", "weight_sum")
+    keeps_average = True
 
     def numbers(self, t: int, lr: float) -> tuple[float, ...]:
         correction = math.sqrt(1.0 - self.betas[1] ** t)

@@ -40,10 +40,12 @@ class Optimizer(ABC):
         groups: Names of the arrays that belong to each parameter: `m` for `m.<parameter's name>` in a training state.
             `p` (the parameters themselves) and `ema` are not among them.
         scalars: Names of the numbers that belong to all parameters: `d` for `optimizer.d` in a training state.
+        keeps_average: Whether `sampled` returns other values than those that are trained, without use_ema.
     """
 
     groups: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    keeps_average = False
 
     @abstractmethod
     def numbers(self, t: int, lr: float) -> tuple[float, ...]:
