@@ -14,6 +14,7 @@ from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
+from ldm.settings.samples import SampleSettings
 
 # Settings that decide the trained weights and the compiled training step.
 graph_setting = partial(setting, resume="fixed", graph_key=True)
@@ -113,6 +114,7 @@ class ModelSettings:
 @dataclass
 class TrainSettings(
     OptimizerSettings,
+    SampleSettings,
     LossSettings,
     PriorSettings,
     MaskSettings,
@@ -234,6 +236,7 @@ class TrainSettings(
         CaptionSettings.__post_init__(self)  # which checks all values
         self.check_loss()
         self.check_optimizer()
+        self.check_samples()
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
         if self.use_lora and self.unet_initialize_random:

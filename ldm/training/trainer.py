@@ -117,6 +117,7 @@ def run_steps(run: Run) -> Path:
         plan.steps, run.runtime.process_count, micro_batches, settings.train_batch_size,
         plan.steps / plan.steps_per_epoch, len(run.inputs.data), run.runtime.device, run.runtime.precision,
     )  # fmt: skip
+    run.samples.start()
     status.phase = "while compiling the step"
     newest = run.checkpoints.newest
     if status.steps_done >= plan.steps:
@@ -149,6 +150,7 @@ def run_steps(run: Run) -> Path:
                 )  # fmt: skip
             if plan.is_save_step(metrics.step):
                 save(run)
+            run.samples.draw(metrics.step)
     if metrics_file is not None:
         metrics_file.close()
     if run.scaler.overflows:
@@ -185,7 +187,7 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
     """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
 
     With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first
-    step and those that save are read at once. When a result is read changes no value.
+    step and those that save or draw samples are read at once. When a result is read changes no value.
     """
     status, plan = run.status, run.plan
     began, batches = time.perf_counter(), _next_batches(run)
@@ -203,7 +205,7 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
             newest = newest._replace(began=time.perf_counter())  # the device was busy with `unread` until now
             yield metrics
             unread = None
-        if run.reads_late and not plan.is_save_step(step + 1):
+        if run.reads_late and not (plan.is_save_step(step + 1) or run.samples.is_due(step + 1)):
             unread = newest
         else:
             yield _read(run, newest)
