@@ -12,13 +12,19 @@ from ldm.files.paths import writing
 
 MOST_IMAGES = 24
 WIDEST = 8192  # pixels of a strip: 15 images of 512
-LEAST_SIDE = 64  # pixels; smaller images are enlarged by a whole number, so that a label fits above them
+LEAST_SIDE = 64  # pixels; images below it are enlarged by a whole number, so that a label fits above them
 GAP = 4
 BEFORE = "before"  # the label of step 0, where the width does not take "before training"
 
 
+def enlarged(width: int, height: int) -> tuple[int, int]:
+    """Return the size that an image of this size has in a strip."""
+    factor = max(1, -(-LEAST_SIDE // min(width, height)))
+    return width * factor, height * factor
+
+
 def shown(count: int, width: int) -> list[int]:
-    """Return which of `count` images of this width are in a strip, as indices, the oldest first.
+    """Return which of `count` images are in a strip, where each has this width, as indices, the oldest first.
 
     These are all of them while the strip holds them. Then it is every second image, then every fourth and so on, from
     the first one, with the newest at the end: the first and the newest are always there, and an image that was left out
@@ -35,23 +41,21 @@ def _every(count: int, stride: int) -> list[int]:
     return sorted({*range(0, count, stride), count - 1} if count else ())
 
 
-def draw_strip(images: Sequence[tuple[int, Image.Image]], path: Path) -> None:
+def draw_strip(images: Sequence[tuple[int, Image.Image]], size: tuple[int, int], path: Path) -> None:
     """Write a strip.
 
     Args:
-        images: The step of each image and the image, the oldest first. All have one size.
+        images: The step of each image and the image, the oldest first.
+        size: Width and height of each in the strip.
         path: The PNG.
 
     Raises:
         UserError: It cannot be written.
     """
-    width, height = images[0][1].size
-    factor = -(-LEAST_SIDE // min(width, height)) if min(width, height) < LEAST_SIDE else 1
-    width, height = width * factor, height * factor
+    width, height = size
     font = ImageFont.load_default(max(12, min(28, width // 16)))
     top = GAP + font.size + GAP
-    size = (len(images) * (width + GAP) + GAP, top + height + GAP)
-    strip = Image.new("RGB", size, "white")
+    strip = Image.new("RGB", (len(images) * (width + GAP) + GAP, top + height + GAP), "white")
     draw = ImageDraw.Draw(strip)
     for i, (step, image) in enumerate(images):
         left = GAP + i * (width + GAP)

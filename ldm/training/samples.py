@@ -40,7 +40,7 @@ from ldm.runtime.device import Runtime
 from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.drawing import OwnGraph, model_fields, sampling_field
-from ldm.training.film_strip import draw_strip, shown
+from ldm.training.film_strip import draw_strip, enlarged, shown
 from ldm.training.plan import RunPlan
 from ldm.training.sample_prompts import SamplePrompt
 from ldm.training.status import Status
@@ -125,6 +125,7 @@ class Samples:
         if self._first_process:
             with writing(self.folder):
                 self._prepare_folder(step)
+            self._write_strips()
         self._draw(step, self.is_due(step))
 
     def draw(self, step: int) -> None:
@@ -180,8 +181,7 @@ class Samples:
                     path = self.folders[i] / name
                     with writing(path):
                         write_png(path, image, {**self._fields[i], "step": str(step)})
-        for folder in self.folders:
-            self._write_strip(folder)
+        self._write_strips()
         if missing:
             logger.info(
                 "step %d: %d samples drawn in %.1f s, film strips: %s",
@@ -203,6 +203,7 @@ class Samples:
     @contextlib.contextmanager
     def _weights_of(self, arrays: dict[str, np.ndarray]) -> Iterator[Pipeline]:
         """Yield a pipeline with the weights that a checkpoint of this moment holds. Afterwards all are as before."""
+        self._base_weights.open({})  # raises UserError, before a weight is changed, if a file is not as it was
         with contextlib.ExitStack() as stack:
             replaced = self._replace_by_averages(arrays)
             stack.callback(_set_values, replaced)
@@ -277,13 +278,11 @@ class Samples:
             for prompt in self.prompts
         ]
 
-    def _write_strip(self, folder: Path) -> None:
-        """Write the film strip of a prompt's images. An image that cannot be read is left out, with a warning."""
-        found = _images(folder)
-        images = []
-        if found:
-            with Image.open(found[-1][1]) as newest:
-                size = newest.size
+    def _write_strips(self) -> None:
+        """Write the film strips. An image that cannot be read is left out, with a warning."""
+        for prompt, folder in zip(self.prompts, self.folders):
+            size = enlarged(prompt.sampling.width or 0, prompt.sampling.height or 0)
+            found, images = _images(folder), []
             for i in shown(len(found), size[0]):
                 step, path = found[i]
                 try:
@@ -291,8 +290,8 @@ class Samples:
                         images.append((step, image.convert("RGB")))
                 except (UserError, OSError, SyntaxError, ValueError) as error:
                     logger.warning("%s is not in the film strip: %s", path, plain(error))
-        if images:
-            draw_strip(images, folder.with_suffix(".png"))
+            if images:
+                draw_strip(images, size, folder.with_suffix(".png"))
 
 
 def _merged(lora: LoRA) -> MergedLoRA:
