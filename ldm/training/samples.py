@@ -126,7 +126,8 @@ class Samples:
             with writing(self.folder):
                 self._prepare_folder(step)
             self._write_strips()
-        self._draw(step, self.is_due(step))
+        if self.is_due(step):
+            self._draw(step)
 
     def draw(self, step: int) -> None:
         """Draw the images of this step if they are due. What fails is a warning, and the training continues.
@@ -138,17 +139,15 @@ class Samples:
             return
         phase = self.status.phase
         try:
-            self._draw(step, True)
+            self._draw(step)
         except UserError as error:
             if self._pipeline is not None and self._pipeline.loras:
                 raise UserError(f"{error}; {self.status.how_to_continue()}") from error
             logger.warning("step %d: not all samples are drawn: %s", step, error)
         self.status.phase = phase
 
-    def _draw(self, step: int, is_due: bool) -> None:
-        """Draw the images that are due and missing, and the strips. Every process calls it."""
-        if not is_due:
-            return
+    def _draw(self, step: int) -> None:
+        """Draw the images of a step that are missing, and the strips. Every process calls it."""
         # With shard_optimizer, the processes gather the state together.
         arrays = self._trained() if self._first_process or self.settings.shard_optimizer else {}
         try:
@@ -251,13 +250,13 @@ class Samples:
         self._fields = self._text_fields()
         for folder, fields in zip(self.folders, self._fields):
             remove_leftovers(folder)
+            images = _images(folder)
+            if images and not _has_fields(images[0][1], fields):
+                for kept in rename_earlier([folder, folder.with_suffix(".png")]):
+                    logger.info("kept, of another prompt: %s", kept)
             for image_step, path in _images(folder):
                 if image_step > step:
                     path.unlink()
-            images = _images(folder)
-            if images and not _has_fields(images[-1][1], fields):
-                for kept in rename_earlier([folder, folder.with_suffix(".png")]):
-                    logger.info("kept, of another prompt: %s", kept)
             folder.mkdir(exist_ok=True)
         with atomic_path(self.folder / "prompts.txt") as temporary:
             lines = [valid_text(prompt.line) for prompt in self.prompts]
