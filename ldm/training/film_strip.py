@@ -53,8 +53,9 @@ def draw_strip(images: Sequence[tuple[int, Image.Image]], size: tuple[int, int],
         UserError: It cannot be written.
     """
     width, height = size
-    font = ImageFont.load_default(max(12, min(28, width // 16)))
-    top = GAP + font.size + GAP
+    font_size = max(12, min(28, width // 16))
+    font = ImageFont.load_default(font_size)
+    top = GAP + font_size + GAP
     strip = Image.new("RGB", (len(images) * (width + GAP) + GAP, top + height + GAP), "white")
     draw = ImageDraw.Draw(strip)
     for i, (step, image) in enumerate(images):

@@ -167,7 +167,7 @@ def test_in_fp16_the_sample_is_that_of_text_to_image_and_the_weights_are_as_befo
     for parameter in run.model.get_parameters():
         assert parameter.asnumpy().dtype == before[parameter.name].dtype
         assert np.array_equal(parameter.asnumpy(), before[parameter.name]), parameter.name
-    assert {array.dtype for array in before.values()} == {np.dtype(np.float16), np.dtype(np.float32)}
+    assert np.float16 in {array.dtype.type for array in before.values()}
     mindone.write(tmp_path / "lora.ckpt", run.checkpoints.lora(run.step.state()))
     lora = [str(tmp_path / "lora.ckpt")]
     expected = drawn(micro_base_model, tmp_path / "out", FLAGS[0], lora_ckpt_path=lora, precision="fp16")
