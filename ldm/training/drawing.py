@@ -10,12 +10,13 @@ from mindspore import nn
 from mindspore.common.api import _cell_graph_executor
 
 from ldm.diffusion.sampling import Sampling
+from ldm.ops import RepeatedCell
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
 from ldm.weights.base_model import base_model_hash
 
 
-class OwnGraph(nn.Cell):
+class OwnGraph(RepeatedCell):
     """A network as a graph of its own, which can be freed while the network stays."""
 
     def __init__(self, network: nn.Cell):

@@ -36,7 +36,7 @@ from ldm.lora.merged import MergedLoRA
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime import peers
-from ldm.runtime.device import Runtime
+from ldm.runtime.device import Runtime, give_back_memory
 from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.drawing import OwnGraph, model_fields, sampling_field
@@ -60,6 +60,10 @@ class Samples:
     The networks are those that are trained, so no weight is in memory twice. The LoRA's layers are taken out of them
     while graphs without a LoRA are compiled, the LoRA of the step is merged into the weights, as generation does it,
     and afterwards the weights of the base model are read again from its files.
+
+    SD1.5 in fp32 at 256 pixels and batch 1 (2 cores, process time): merging and putting back take 0.6 s, and compiling
+    12 s, once. The largest resident size grows from 5.63 GB to 6.41 GB at the first sampling and to 6.49 GB at the
+    second. A second UNet and text encoder would be 3.9 GB of weights.
 
     Args:
         prompts: What to draw.
@@ -204,6 +208,7 @@ class Samples:
         """Yield a pipeline with the weights that a checkpoint of this moment holds. Afterwards all are as before."""
         self._base_weights.open({})  # raises UserError, before a weight is changed, if a file is not as it was
         with contextlib.ExitStack() as stack:
+            stack.callback(give_back_memory)  # of weights that were read and of compiling
             replaced = self._replace_by_averages(arrays)
             stack.callback(_set_values, replaced)
             lora = self.checkpoints.lora(arrays) if self.settings.use_lora else None
