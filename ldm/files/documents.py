@@ -1,4 +1,4 @@
-"""Safe reading of untrusted YAML and JSON, bounded in size and depth, and the writing of both.
+"""Safe reading of untrusted YAML, JSON and TOML, bounded in size, and the writing of YAML and JSON.
 
 The arguments `name` and `way` are those of ldm.files.inputs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from typing import Any, Callable
 
 import yaml
@@ -15,7 +16,13 @@ import yaml
 from ldm.errors import UserError, plain
 from ldm.files.inputs import read_text
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 MAX_BYTES = 16 << 20  # of a JSON file
+MAX_TOML_BYTES = 1 << 20
 MAX_YAML_BYTES = 256 << 10  # PyYAML reads some 10,000 words per second
 MAX_ENTRIES = 1_000_000  # of a YAML, with aliases expanded; 32 characters of text count as one entry
 MAX_DIGITS = 1000  # of an integer
@@ -178,6 +185,20 @@ def parse_json(text: str, where: str, lines: bool = True, make: Callable[[dict[s
         raise UserError(f"{where}{line} is not valid JSON: {error.msg}") from None
     except _MALFORMED as error:
         raise UserError(f"{where} is not valid JSON: {_problem(error)}") from None
+
+
+def read_toml(path: str | os.PathLike, name: str = "", way: str = "give the path of a TOML file") -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        UserError: The file cannot be read (see ldm.files.inputs), has more than MAX_TOML_BYTES, or is not valid TOML.
+    """
+    text = read_text(path, name, way, MAX_TOML_BYTES)
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError, OverflowError) as error:
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else plain(error, 120)
+        raise UserError(f"{f'{name} {plain(os.fspath(path))}'.strip()} is not valid TOML: {problem}") from None
 
 
 def json_text(content: Any, indent: int | None = None) -> str:

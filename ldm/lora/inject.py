@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import mindspore as ms
 import numpy as np
@@ -83,6 +84,28 @@ def remove_lora(model: nn.Cell) -> list[str]:
     if not names:
         raise UserError("the model has no LoRA layers: there is nothing to remove")
     return names
+
+
+@contextmanager
+def without_lora(model: nn.Cell) -> Iterator[None]:
+    """Put back the layers that inject_lora replaced while the block runs.
+
+    Graphs that are compiled in the block have no LoRA, those that were compiled before keep theirs. The model may have
+    no LoRA layers.
+    """
+    replaced = [
+        (parent, key, cell)
+        for _, parent in model.cells_and_names()
+        for key, cell in parent._cells.items()
+        if isinstance(cell, LoRACell)
+    ]
+    for parent, key, cell in replaced:
+        _replace(parent, key, cell.base)
+    try:
+        yield
+    finally:
+        for parent, key, cell in replaced:
+            _replace(parent, key, cell)
 
 
 def get_lora(model: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> LoRA:

@@ -15,6 +15,7 @@ from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
+from ldm.settings.samples import SampleSettings
 from ldm.settings.validation import ValidationSettings
 
 # Settings that decide the trained weights and the compiled training step.
@@ -116,6 +117,7 @@ class ModelSettings:
 class TrainSettings(
     OptimizerSettings,
     AdviceSettings,
+    SampleSettings,
     LossSettings,
     ValidationSettings,
     PriorSettings,
@@ -239,6 +241,7 @@ class TrainSettings(
         self.check_loss()
         self.check_optimizer()
         self.check_validation()
+        self.check_samples()
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
         if self.use_lora and self.unet_initialize_random:

@@ -96,6 +96,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)):
         return None
     item, entry = list_item(hint), _dict_entry(hint)
+    if item is not None and str in kinds and isinstance(value, str):  # a text or a list of texts
+        return value
     if item is not None and isinstance(value, list):
         return [convert(element, item, where) for element in value]
     if entry is not None and isinstance(value, dict):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm.lora.formats import mindone
 from ldm.lora.inject import get_lora
-from ldm.lora.lora import ZERO_TERMINAL_SNR, timesteps_metadata
+from ldm.lora.lora import ZERO_TERMINAL_SNR, LoRA, timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
 from ldm.training.best_checkpoint import BestCheckpoint
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
-_WRITTEN = r"(?:lora|model|state|class|best)(?:-[0-9]+)?|files|metrics|validation|train_args"
+_WRITTEN = r"(?:lora|model|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts"
 _LEFTOVER = re.compile(rf"\.(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?")  # see temporary_path
 
 
@@ -123,14 +123,20 @@ class Checkpoints:
             self.restore_best(self._best)
 
     def _write_lora(self, path: Path, state: TrainingState) -> None:
-        """Write the LoRA: its parameters, or their moving averages if there are any."""
-        lora = get_lora(self.model, self.model.config, self.sampled(state.arrays))
+        mindone.write(path, self.lora(state.arrays))
+
+    def lora(self, arrays: dict[str, np.ndarray]) -> LoRA:
+        """Return the LoRA that a checkpoint holds: its parameters, or their averages if there are any.
+
+        `arrays` are those of TrainStep.state().
+        """
+        lora = get_lora(self.model, self.model.config, self.sampled(arrays))
         timesteps = trained_timesteps(self.settings, self.model.config)
         if timesteps != range(self.model.config.timesteps):
             lora.metadata.update(timesteps_metadata(timesteps))
         if self.settings.zero_terminal_snr:
             lora.metadata[ZERO_TERMINAL_SNR] = "True"
-        mindone.write(path, lora)
+        return lora
 
     def _write_model(self, path: Path, state: TrainingState) -> None:
         """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""

@@ -8,6 +8,7 @@ from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.train import TrainSettings
+from ldm.training.sample_prompts import check_sample_prompts
 
 _REQUIRED = {
     "data_path": "give the data set, such as a folder with images and img_txt.csv",
@@ -41,6 +42,7 @@ def check_settings(settings: TrainSettings) -> None:
             "pretrained_model_ema does not go with unet_initialize_random: it selects weights of the UNet, which are "
             "not read from the checkpoint then"
         )
+    check_sample_prompts(settings)
     parse_color("alpha_color", settings.alpha_color)
     if settings.model_config is not None:
         config = load_model_config(under_root(settings.model_config))

@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
-from mindspore.common.api import _cell_graph_executor
 from PIL import Image
 from tqdm import tqdm
 
@@ -52,8 +50,8 @@ from ldm.settings.train import TrainSettings
 from ldm.settings.versions import default_guidance_scale
 from ldm.training.checkpoints import remove_leftovers
 from ldm.training.checks import image_size
+from ldm.training.drawing import OwnGraph, free_graphs, model_fields, sampling_field
 from ldm.training.status import Status
-from ldm.weights.base_model import base_model_hash
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +274,13 @@ def _draw(
     size = sampling.batch_size
     batches = sorted({number // size for number in found.missing})
     rounds = math.ceil(len(batches) / runtime.process_count)
-    fields = _text_fields(settings, config, sampling, runtime.precision)
+    fields = {
+        "prompt": settings.class_prompt,
+        "negative_prompt": "",
+        "seed": str(settings.seed),
+        **model_fields(settings, config),
+        "settings": sampling_field(sampling, config, runtime.precision),
+    }
     done = 0
 
     def drawn() -> Iterator[list[np.ndarray]]:
@@ -321,58 +325,6 @@ def _draw_batch(pipeline: Pipeline, settings: TrainSettings, sampling: Sampling,
         return pipeline.decode(latents, len(numbers))
 
 
-def _text_fields(settings: TrainSettings, config: ModelConfig, sampling: Sampling, precision: str) -> dict[str, Any]:
-    """Return what the text fields of each PNG say, as those of text_to_image.py do, without its number."""
-    checkpoint = settings.pretrained_model_path or ""
-    fields: dict[str, Any] = {
-        "prompt": settings.class_prompt,
-        "negative_prompt": "",
-        "seed": str(settings.seed),
-        "model": config.architecture,
-        "model_config": Path(config.path).name,
-        "checkpoint": Path(checkpoint).name,
-        "checkpoint_sha256": base_model_hash(checkpoint),
-    }
-    if settings.pretrained_model_ema:
-        fields["checkpoint_ema"] = "True"
-    if settings.vae_ckpt_path is not None:
-        fields["vae_checkpoint"] = Path(settings.vae_ckpt_path).name
-        fields["vae_checkpoint_sha256"] = base_model_hash(settings.vae_ckpt_path)
-    fields["settings"] = {
-        "sampler": sampling.sampler,
-        "sampling_steps": sampling.num_inference_steps,
-        "scale": sampling.guidance_scale,
-        "ddim_eta": sampling.eta,
-        "H": sampling.height,
-        "W": sampling.width,
-        "batch_size": sampling.batch_size,
-        "precision": precision,
-        "prediction_type": config.prediction_type,
-    }
-    return fields
-
-
-class _OwnGraph(nn.Cell):
-    """A network as a graph of its own, which can be freed while the network stays."""
-
-    def __init__(self, network: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.network = network
-
-    def construct(self, *inputs: ms.Tensor) -> ms.Tensor:
-        return self.network(*inputs)
-
-
-def _free_graphs(cell: nn.Cell) -> None:
-    """Free the compiled graphs of a cell that is not called again.
-
-    MindSpore 2.8 holds the cell, so that it frees nothing by itself: of the nano model's UNet, each compilation kept 43
-    MB instead of 8 MB, and kernels keep copies of SD's weights.
-    """
-    _cell_graph_executor.del_net_res(cell, cell.compile_cache)
-    cell.compile_cache.clear()
-
-
 @contextmanager
 def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -> Iterator[Pipeline]:
     """Yield a pipeline of the networks that are trained later. Afterwards they are as before, and its graphs are freed.
@@ -384,12 +336,12 @@ def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -
     if flash_attention:
         use_flash_attention(unet, True)
     pipeline = Pipeline(model)
-    pipeline.unet, pipeline.text_encoder = _OwnGraph(pipeline.unet), _OwnGraph(pipeline.text_encoder)
+    pipeline.unet, pipeline.text_encoder = OwnGraph(pipeline.unet), OwnGraph(pipeline.text_encoder)
     try:
         yield pipeline
     finally:
         for network in (pipeline.unet, pipeline.text_encoder, pipeline.decoder):
-            _free_graphs(network)
+            free_graphs(network)
         set_compute_dtype(unet, ms.float32)
         if flash_attention:
             use_flash_attention(unet, False)

@@ -43,11 +43,14 @@ from ldm.training.optimizers import Optimizer, make_optimizer
 from ldm.training.plan import RunPlan, make_plan
 from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
+from ldm.training.sample_prompts import read_sample_prompts
+from ldm.training.samples import Samples
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.training.validation import Validation, make_validation
 from ldm.training.weight_norms import norm_limit
 from ldm.weights.architecture import config_with_tokens, detect_model_config
+from ldm.weights.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class Run:
     checkpoints: Checkpoints
     status: Status
     validation: Validation | None  # None without held-out images
+    samples: Samples  # the images that it draws meanwhile
 
     @property
     def output(self) -> Path:
@@ -115,6 +119,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
     settings.check_prediction_type(config.prediction_type, plain(config.path))
+    sample_prompts = read_sample_prompts(settings, config)
+    base_weights = BaseWeights(_base_model(settings), ema=settings.pretrained_model_ema)
     listing = read_listing(settings)
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
@@ -179,9 +185,12 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     validation = make_validation(
         settings, runtime, model, inputs, held_out, plan, step, checkpoints, status, state
     )  # fmt: skip
+    samples = Samples(
+        sample_prompts, settings, runtime, model, base_weights, plan, step, checkpoints, status, resumed_here
+    )
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
-        runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation,
+        runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation, samples,
     )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ def run_steps(run: Run) -> Path:
         plan.steps, run.runtime.process_count, micro_batches, settings.train_batch_size,
         plan.steps / plan.steps_per_epoch, len(run.inputs.data), run.runtime.device, run.runtime.precision,
     )  # fmt: skip
+    run.samples.start()
     status.phase = "while compiling the step"
     newest = run.checkpoints.newest
     if status.steps_done >= plan.steps:
@@ -155,6 +156,7 @@ def run_steps(run: Run) -> Path:
                 run.validation.measure(metrics.step)  # before the training state, which knows the best step
             if plan.is_save_step(metrics.step):
                 save(run)
+            run.samples.draw(metrics.step)
     if metrics_file is not None:
         metrics_file.close()
     if run.scaler.overflows:
@@ -195,7 +197,7 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
     """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
 
     With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first
-    step and those that save or are validated are read at once. When a result is read changes no value.
+    step and those after which something else runs are read at once. When a result is read changes no value.
     """
     status, plan = run.status, run.plan
     began, batches = time.perf_counter(), _next_batches(run)
@@ -213,10 +215,15 @@ def _train_steps(run: Run) -> Iterator[Metrics]:
             newest = newest._replace(began=time.perf_counter())  # the device was busy with `unread` until now
             yield metrics
             unread = None
-        if run.reads_late and not (plan.is_save_step(step + 1) or _is_validated(run, step + 1)):
+        if run.reads_late and not _is_followed(run, step + 1):
             unread = newest
         else:
             yield _read(run, newest)
+
+
+def _is_followed(run: Run, steps_done: int) -> bool:
+    """Whether the run saves, validates or draws samples after this many steps."""
+    return run.plan.is_save_step(steps_done) or _is_validated(run, steps_done) or run.samples.is_due(steps_done)
 
 
 def _is_validated(run: Run, steps_done: int) -> bool:

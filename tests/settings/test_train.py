@@ -63,7 +63,7 @@ def test_the_settings_in_a_training_state_stay_the_same():
 @pytest.mark.parametrize(
     ("cls", "known"),
     [
-        (TrainSettings, {"use_lora", "use_parallel"}),
+        (TrainSettings, {"use_lora", "use_parallel", "sample_prompts"}),
         (GenerateSettings, {"lora_ckpt_path"}),
     ],
 )

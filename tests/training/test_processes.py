@@ -78,6 +78,7 @@ def test_two_processes_with_a_divided_optimizer_continue_what_one_began(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--use_parallel=True", "--shard_optimizer=True", "--train_batch_size=1", "--resume=True"]
+    flags += ["--sample_prompts=an image --s 2", "--sample_every_n_steps=3"]  # the first process draws, the other waits
     done = subprocess.run(
         [
             str(binaries / "msrun"), "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={port}",
@@ -87,6 +88,8 @@ def test_two_processes_with_a_divided_optimizer_continue_what_one_began(
         env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    drawn = sorted(path.name for path in (saved_run / "samples" / "prompt-01").iterdir())
+    assert drawn == ["step-00000009.png", f"step-{STEPS:08d}.png"]
     continued, expected = (load_state(find_states(folder / "ckpt")[0]) for folder in (saved_run, full_run))
     assert continued.step == expected.step == STEPS and continued.arrays.keys() == expected.arrays.keys()
     for name, array in expected.arrays.items():

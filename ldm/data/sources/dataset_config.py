@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -13,7 +12,8 @@ from ldm.data.sources import caption_files, image_text_csv, imagefolder, kohya_j
 from ldm.data.sources.place import Place, look
 from ldm.data.sources.rows import Listing, ReadOptions, logger, merged
 from ldm.errors import UserError, plain
-from ldm.files.inputs import is_there, read_text
+from ldm.files.documents import read_toml
+from ldm.files.inputs import is_there
 from ldm.files.paths import expanded
 from ldm.settings.data import MAX_REPEATS, BucketSettings, CaptionSettings
 from ldm.settings.declare import MAX_BATCH, MAX_SEED, setting
@@ -21,14 +21,8 @@ from ldm.settings.model_yaml import MAX_SIDE
 from ldm.settings.read import read_mapping
 from ldm.settings.values import nearest, settings_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 NAME = "dataset_config"
 ABOUT = "kohya's dataset_config: a .toml with [general], [[datasets]] and [[datasets.subsets]]"
-MAX_BYTES = 1 << 20
 # The layouts that an image_dir may have, in the order of detection. kohya_folders is not among them, because a
 # dataset_config gives each folder its own repeats.
 IN_IMAGE_DIR = (image_text_csv, saved_dataset, imagefolder, tar_shards)
@@ -99,7 +93,7 @@ def read(place: Place, options: ReadOptions) -> Listing:
         UserError: The file is no such TOML, a key is unknown (the nearest is named) or its value wrong, a folder is
             missing, or as the layout of a subset.
     """
-    content = _parse(place.path)
+    content = read_toml(place.path)
     where = plain(place.path)
     _check_keys(content, ("general", "datasets"), where, "")
     general = _values(DatasetSettings, content.get("general", {}), where, "general.")
@@ -114,15 +108,6 @@ def read(place: Place, options: ReadOptions) -> Listing:
             values = {**of_dataset, **_values(SubsetSettings, subset, where, prefix_of_subset)}
             listings.append(_read_subset(values, place.path, prefix_of_subset, i, options))
     return merged(NAME, listings)
-
-
-def _parse(path: str) -> dict[str, Any]:
-    text = read_text(path, way="give the path of a TOML file", most=MAX_BYTES)
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError, OverflowError) as error:
-        problem = "it is nested too deeply" if isinstance(error, RecursionError) else plain(error, 120)
-        raise UserError(f"{plain(path)} is not valid TOML: {problem}") from None
 
 
 def _check_keys(content: Mapping[str, Any], known: tuple[str, ...], where: str, prefix: str) -> None:
