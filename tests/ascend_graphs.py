@@ -11,15 +11,16 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 os.environ["MS_DEV_DUMP_IR_PASSES"] = "validate"  # the last pass that no device has a part in
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from mindspore import Tensor  # noqa: E402
+from mindspore import Parameter, Tensor, nn, ops  # noqa: E402
 
-from ldm import ops  # noqa: E402
+from ldm import ops as device_ops  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.lora.inject import factors_cast_to, inject_lora  # noqa: E402
@@ -27,8 +28,27 @@ from ldm.lora.spec import LayerSpec, LoRASpec  # noqa: E402
 from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
 from ldm.models.layers import set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
+from ldm.settings.loss import LossSettings  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.training import optimizers  # noqa: E402
 from ldm.training.step import LossFromTokens, TrainStep  # noqa: E402
+from ldm.training.weight_norms import NormLimit  # noqa: E402
+from tests.training.toy import Product  # noqa: E402
+
+# Optimizer -> its options and those of the step that it is combined with, which bring all its operators together.
+UPDATES = {
+    "update, adamw": ("AdamW", {}, {"rate_factors": {"p0": 0.5}, "use_ema": True}),
+    "update, lion": ("Lion", {}, {"rate_factors": {"p0": 0.5}, "use_ema": True}),
+    "update, adafactor": ("Adafactor", {"beta1": 0.9, "scale_parameter": True}, {"use_ema": True}),
+    "update, adamwschedulefree": ("AdamWScheduleFree", {}, {"rate_factors": {"p0": 0.5}}),
+    "update, prodigy": ("Prodigy", {"growth_rate": 1.02}, {"use_ema": True}),
+    "update, limited": ("AdamW", {}, {}),
+}
+LOSSES = {
+    "loss, l1": {"loss_type": "l1"},
+    "loss, huber": {"loss_type": "huber", "min_snr_gamma": 5.0, "ip_noise_gamma": 0.1},
+    "loss, smooth_l1": {"loss_type": "smooth_l1", "debiased_estimation_loss": True},
+}
 
 
 def zeros(*shape: int, dtype=np.float32) -> Tensor:
@@ -75,12 +95,64 @@ def graphs(config: ModelConfig):
     yield "update", step.finish, (scalars,)
 
 
+def graphs_of_updates():
+    """(name, cell, example inputs) of the updates from totals: small matrices in the flat array, and a large one."""
+    starts = [np.zeros(shape, np.float32) for shape in ((2, 9), (7, 2), (2, 3, 3, 3), (5, 2, 1, 1), (6,), (40, 50))]
+    for name, (optimizer, options, others) in UPDATES.items():
+        loss = Product(starts, in_fp16=2)
+        parameters = list(loss.parameters)
+        layers = [(*parameters[:2], 1.0), (*parameters[2:4], 0.5)]
+        step = TrainStep(
+            loss,
+            parameters,
+            optimizer=getattr(optimizers, optimizer)(**options),
+            norm_limit=NormLimit(1.0, layers) if name == "update, limited" else None,
+            clip=True,
+            skip_overflow=True,
+            micro_batches=2,
+            large=1000,
+            read_in_fp16=parameters[:2],
+            **others,
+        )
+        yield name, step.finish, (zeros(2, 4 + len(step.optimizer.numbers(1, 1e-4))),)
+
+
+class _Gradient(nn.Cell):
+    """The gradient of a loss with respect to the one parameter of the network, which multiplies the latents."""
+
+    def __init__(self, config: ModelConfig, settings: LossSettings):
+        super().__init__()
+        network = _Factor()
+        loss = DiffusionLoss(network, NoiseSchedule.from_config(config), "v_prediction", settings)
+        self.gradient = ops.grad(loss, None, weights=network.factor)
+
+    def construct(self, *batch: Tensor) -> Tensor:
+        return self.gradient(*batch)
+
+
+class _Factor(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = Parameter(zeros(2, 4, 8, 8), name="factor")
+
+    def construct(self, latents: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> Tensor:
+        return (latents * self.factor).astype(ms.float16)
+
+
+def graphs_of_losses(config: ModelConfig):
+    """(name, cell, example inputs) of the losses that are no mean squared error, with their gradients."""
+    for name, settings in LOSSES.items():
+        channels = 8 if "ip_noise_gamma" in settings else 4
+        inputs = zeros(2, 4, 8, 8), zeros(2, channels, 8, 8), zeros(2, dtype=np.int32), zeros(1)
+        yield name, _Gradient(config, LossSettings(**settings)), inputs
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
-    ops.on_ascend = lambda: True
+    device_ops.on_ascend = lambda: True
     config = load_model_config(Path(__file__).with_name("tiny.yaml"))
     config.unet["attention_resolutions"], config.text["num_layers"] = [2], 1  # more layers add no operators
-    for name, cell, inputs in graphs(config):
+    for name, cell, inputs in chain(graphs(config), graphs_of_updates(), graphs_of_losses(config)):
         ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(folder / name))
         try:
             cell.compile(*inputs)

@@ -18,7 +18,9 @@ from tests.conftest import ROOT, dump_graphs, validated_graphs
 
 # How a graph is held together; no kernel stands behind these.
 STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Switch", "TupleGetItem", "UpdateState"}
-GRAPHS = ("text", "encode", "decode", "unet", "train", "update")
+UPDATES = tuple(f"update, {name}" for name in ("adamw", "lion", "adafactor", "adamwschedulefree", "prodigy", "limited"))
+LOSSES = tuple(f"loss, {name}" for name in ("l1", "huber", "smooth_l1"))
+GRAPHS = ("text", "encode", "decode", "unet", "train", "update", *UPDATES, *LOSSES)
 PLUGINS = ("libmindspore_ops_ascend.so", "libmindspore_ascend.so.2", "ascend/libmindspore_graph_ir.so")
 
 
@@ -64,6 +66,12 @@ def test_the_graphs_are_what_they_are_taken_for(operators):
     assert {"Conv2DExt", "GroupNorm"} <= operators["encode"] & operators["decode"]
     assert {"ConvolutionGrad", "GroupNormGrad", "Cast"} <= operators["train"]
     assert operators["update"]
+    assert "AdamWeightDecay" in operators["update"] & operators["update, adamw"] & operators["update, prodigy"]
+    assert "Sign" in operators["update, lion"]
+    assert "UnsortedSegmentSum" in operators["update, adafactor"]
+    assert "Sqrt" in operators["update, adamwschedulefree"] & operators["loss, huber"] & operators["loss, smooth_l1"]
+    assert "MatMul" in operators["update, limited"]
+    assert "Sign" in operators["loss, l1"]
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

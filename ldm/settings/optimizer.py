@@ -254,7 +254,7 @@ class OptimizerSettings:
             if value is None or name in values:
                 continue
             if name not in declared:
-                raise UserError(f"{name} is no option of {self.optim}: leave it out")
+                raise UserError(f"{name} is no option of {self.optim}: leave it out, or set it to None over a recipe's")
             values[name] = value
         return cls(**values)
 

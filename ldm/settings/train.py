@@ -256,6 +256,8 @@ class TrainSettings(
             raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
         if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
+        if self.unet_lr is not None and self.use_lora and not self.lora_ft_unet:
+            raise UserError("unet_lr has no effect with lora_ft_unet False: leave it out, or train the UNet too")
         if self.use_ema and self.optim == "adamwschedulefree":
             raise UserError("use_ema does not go with adamwschedulefree, which averages the parameters: leave it out")
         if self.scale_weight_norms is not None and (self.use_ema or self.optim == "adamwschedulefree"):

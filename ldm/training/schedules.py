@@ -42,7 +42,8 @@ def learning_rate(
     if scheduler == "cosine":
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
     if scheduler == "cosine_with_restarts":
-        done_of_cycle = 1.0 if done == 1.0 else cycles * done % 1.0
+        # Not cycles * done, which for 49 cycles is below 1 where the second begins.
+        done_of_cycle = 1.0 if done == 1.0 else cycles * (step - warmup_steps) / max(1, decay_steps) % 1.0
         return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done_of_cycle))
     raise ValueError(f"unknown scheduler {scheduler!r}")
 

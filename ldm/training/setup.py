@@ -15,7 +15,7 @@ from ldm.data.batches import BatchOrder
 from ldm.data.training_data import TrainingData, prepare_data, read_listing
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import plain
+from ldm.errors import UserError, plain
 from ldm.files.paths import under_root, writing
 from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key, set_process
@@ -131,6 +131,11 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     status.total_steps = plan.steps
     scaler = make_loss_scaler(settings, runtime.fp16)
     lora_spec = make_lora_spec(settings)
+    if settings.zero_terminal_snr and lora_spec.trainable_model:
+        raise UserError(
+            "zero_terminal_snr does not go with trainable_model in lora_config: a LoRA's file says that it was trained "
+            "so, a model's does not. Leave one of them out"
+        )
     fingerprint = make_fingerprint(settings, runtime, config, data, plan, lora_spec)
     if settings.advise and is_first_process:
         give_advice(data, settings, config, plan, runtime.process_count)
@@ -150,6 +155,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         check_compatible(lora, config, settings.lora_init_path)
         set_lora(model, lora, settings.lora_init_path)
         logger.info("training starts from %s: %s", settings.lora_init_path, lora)
+        if lora.zero_terminal_snr and not settings.zero_terminal_snr:
+            logger.warning("%s was trained with zero_terminal_snr, and this run is not", settings.lora_init_path)
     check_same_start(fingerprint, state, trainable)
     if is_first_process:
         with writing(output / "train_args.yaml"):

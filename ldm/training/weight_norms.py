@@ -63,7 +63,7 @@ class LimitNorms(nn.Cell):
         self.squares = Tensor(np.square(np.array(multipliers, np.float32)))
         self.limit = Tensor(limit.limit, ms.float32)
         self.ones = Tensor(np.ones(len(downs), np.float32))
-        self.one = Tensor(np.ones(1, np.float32))
+        self.one, self.zero = Tensor(np.ones(1, np.float32)), Tensor(0.0, ms.float32)
         self.flat, self.large = arrays.flat, ParameterTuple(arrays.large)
         self.small = len(arrays.small)
         self.split = SplitFlat(arrays.small) if arrays.small else None
@@ -100,7 +100,10 @@ class LimitNorms(nn.Cell):
         for i, shape in zip(self.ups, self.up_shapes):
             up = parts[i] if i < self.small else large[i - self.small]
             ups = (*ups, up.reshape(shape))
-        norms = self.sqrt(self.stack(each(_square_norm, downs, ups)) * self.squares)
+        # Where the terms of a norm near 0 cancel, their rounded sum may be below 0. Its root is not a number, which
+        # Maximum drops on the CPU, but need not on other devices.
+        squares = self.maximum(self.stack(each(_square_norm, downs, ups)), self.zero)
+        norms = self.sqrt(squares * self.squares)
         factors = self.sqrt(self.limit / self.maximum(norms, self.limit))
         factors = self.concat((self.select(finite, factors, self.ones), self.one))
         if flat is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from ldm.errors import UserError
 from ldm.files.documents import json_text, read_json
 from ldm.runtime.script import run_script
-from tests.ascend.runs import COMPARED, ROOT, RUNS
+from tests.ascend.runs import RECORDED, ROOT, RUNS
 from tools.ascend.dry_run import check_compiled
 from tools.ascend.stub_cann import make_stub
 
@@ -44,7 +44,7 @@ def totals(table: Table) -> str:
 
 def record(name: str) -> None:
     done = RUNS[name](Path(), Path(), Path())
-    check_compiled(done, COMPARED[name][2])
+    check_compiled(done, RECORDED[name])
     table = {graph.name: graph.table() for graph in done.graphs}
     path = GOLDEN / f"{name}.json"
     before = totals(recorded(name)) if path.exists() else "not recorded"
@@ -53,10 +53,10 @@ def record(name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    names = (sys.argv[1:] if argv is None else argv) or list(COMPARED)
+    names = (sys.argv[1:] if argv is None else argv) or list(RECORDED)
     for name in names:
-        if name not in COMPARED:
-            raise UserError(f"there is no table {name}: give some of {', '.join(COMPARED)}")
+        if name not in RECORDED:
+            raise UserError(f"there is no table {name}: give some of {', '.join(RECORDED)}")
     GOLDEN.mkdir(parents=True, exist_ok=True)
     make_stub()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

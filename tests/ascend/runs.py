@@ -24,8 +24,8 @@ RECIPE = ROOT / "configs" / "train" / "train_config_lora_v1.yaml"
 Result = Simulated
 Run = Callable[[Path, Path, Path], Result]
 
-# What is compared with the recorded tables. tests/tiny.yaml has two levels; micro.yaml, with one level, has the same
-# operators in a third of the time. EMA, clipping and the skip of overflows are on.
+# Runs of compile_graphs whose tables are recorded. tests/tiny.yaml has two levels; micro.yaml, with one level, has the
+# same operators in a third of the time. EMA, clipping and the skip of overflows are on.
 COMPARED = {
     "flash-O0": (TINY, 32, GRAPHS, True, "O0", A2),
     "plain-O0": (MICRO, 16, ("unet", "step"), False, "O0", A2),
@@ -33,6 +33,29 @@ COMPARED = {
     "plain-O1": (MICRO, 16, ("unet", "step"), False, "O1", A2),
     "first-910-O0": (MICRO, 16, ("step",), False, "O0", FIRST_910),
 }
+
+# Graph -> flags, of tests/ascend/updates.py: each optimizer with all that it is combined with, and the losses.
+_ACCUMULATED = ("--gradient_accumulation_steps=2",)
+UPDATES = {
+    "adamw": (*_ACCUMULATED, "--use_ema=True", "--loraplus_lr_ratio=16"),
+    "adamw, limited": (*_ACCUMULATED, "--scale_weight_norms=1"),
+    "lion": (*_ACCUMULATED, "--optim=lion", "--use_ema=True", "--loraplus_lr_ratio=16"),
+    "adafactor": (*_ACCUMULATED, "--optim=adafactor", "--use_ema=True", "--loraplus_lr_ratio=16"),
+    "adafactor, all options": (
+        *_ACCUMULATED, "--optim=adafactor", "--optimizer_args", "beta1=0.9", "scale_parameter=True",
+        "relative_step=True",
+    ),
+    "adamwschedulefree": (*_ACCUMULATED, "--optim=adamwschedulefree", "--loraplus_lr_ratio=16"),
+    "prodigy": (*_ACCUMULATED, "--optim=prodigy", "--start_learning_rate=1", "--use_ema=True"),
+    "prodigy, all options": (
+        *_ACCUMULATED, "--optim=prodigy", "--start_learning_rate=1", "--optimizer_args", "growth_rate=1.02",
+        "safeguard_warmup=True", "use_bias_correction=True",
+    ),
+    "losses": ("--loss_type=huber", "--min_snr_gamma=5", "--ip_noise_gamma=0.1", "--lora_targets=to_q"),
+}  # fmt: skip
+# Run -> its graphs, whose tables are recorded in tests/golden/ascend.
+RECORDED = {name: arguments[2] for name, arguments in COMPARED.items()}
+RECORDED["updates-O0"] = tuple(UPDATES)
 
 
 def compile_graphs(
@@ -46,6 +69,11 @@ def compile_graphs(
     ]  # fmt: skip
     command = ["-m", "tools.ascend.graphs", ",".join(graphs), *training_flags(argv)]
     return simulate(command, soc, process_count)
+
+
+def compile_updates(jit_level: str, *_: Path) -> Result:
+    """Compile the graphs of tests/ascend/updates.py."""
+    return simulate(["-m", "tests.ascend.updates", jit_level])
 
 
 def train(
@@ -97,6 +125,7 @@ RUNS: dict[str, Run] = {
     "train nano": train_nano,
     **{name: partial(compile_graphs, *arguments) for name, arguments in COMPARED.items()},
     "generate nano": generate_nano,
+    "updates-O0": partial(compile_updates, "O0"),
     "compile cache": train_twice,
     "sink": partial(train, output="sink", flags=["--dataset_sink_mode=True", "--max_steps=4"]),
     "8 cards": partial(

@@ -8,19 +8,19 @@ from __future__ import annotations
 import pytest
 
 from tests.ascend.record import recorded
-from tests.ascend.runs import COMPARED
+from tests.ascend.runs import RECORDED
 from tools.ascend.dry_run import check_compiled
 
 MEMORY_TOLERANCE = 0.01  # not yet shown to be the same to the byte in every run
 
 compared = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.runs(name), id=name) for name in COMPARED]
+    "name", [pytest.param(name, marks=pytest.mark.runs(name), id=name) for name in RECORDED]
 )
 
 
 @compared
 def test_every_graph_compiles(runs, name):
-    check_compiled(runs[name](), COMPARED[name][2])
+    check_compiled(runs[name](), RECORDED[name])
 
 
 @compared

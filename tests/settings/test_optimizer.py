@@ -50,6 +50,14 @@ def test_an_option_wins_over_the_setting_of_the_same_name():
     assert parse(*argv).resolved() == {"betas": [0.95, 0.98], "weight_decay": 0.1}
 
 
+def test_none_takes_back_what_a_recipe_gives(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("betas: [0.9, 0.98]\nweight_decay: 0.01\n")
+    argv = ["--train_config", str(recipe), "--betas", "None", "--weight_decay", "None"]
+    assert parse(*argv, "--optim=adafactor").resolved() == {"betas": None, "weight_decay": 0.0}
+    assert parse(*argv, "--optim=lion").resolved() == {"betas": [0.9, 0.99], "weight_decay": 0.0}
+
+
 def test_options_read_as_their_types():
     chosen = options("--optim=Adafactor", "--optimizer_args", "eps=(1e-20, 1e-2)", "beta1=none", "scale_parameter=true")
     assert (chosen.eps, chosen.beta1, chosen.scale_parameter) == ([1e-20, 1e-2], None, True)
@@ -66,7 +74,7 @@ def test_options_read_as_their_types():
         (["--optimizer_args", "betas=0.9"], "1 values given"),
         (["--optimizer_args", "betas=0.9,1"], "below 1"),
         (["--optimizer_args", "eps=big"], "is not a number"),
-        (["--optim=adafactor", "--betas", "0.9", "0.99"], "betas is no option of adafactor"),
+        (["--optim=adafactor", "--betas", "0.9", "0.99"], "betas is no option of adafactor.* None"),
         (["--optim=adafactor", "--optimizer_args", "warmup_init=True"], "needs relative_step"),
         (["--optim=prodigy"], "give --start_learning_rate 1"),
         (["--optim=prodigy", "--learning_rate=1", "--unet_lr=1"], "one rate for all"),
@@ -75,6 +83,7 @@ def test_options_read_as_their_types():
         (["--optim=prodigy", "--learning_rate=1", "--shard_optimizer", "--use_parallel"], "shard_optimizer does not"),
         (["--warmup_steps", "2.5"], "no whole number"),
         (["--text_encoder_lr", "1e-5", "--use_lora"], "needs lora_ft_text_encoder"),
+        (["--unet_lr=1", "--use_lora", "--lora_ft_unet=False", "--lora_ft_text_encoder"], "unet_lr has no effect"),
         (["--loraplus_lr_ratio", "16"], "loraplus_lr_ratio needs use_lora"),
         (["--scale_weight_norms", "1"], "scale_weight_norms needs use_lora"),
         (["--scale_weight_norms", "1", "--use_lora", "--use_ema"], "scale_weight_norms does not go with averages"),

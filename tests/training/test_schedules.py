@@ -61,6 +61,11 @@ def test_each_restart_begins_at_the_start_rate():
     assert rates[12] == pytest.approx(0.1)
 
 
+def test_no_restart_is_a_step_late_by_rounding():
+    for cycles in (49, 98, 103):
+        assert rate(2, "cosine_with_restarts", decay=2 * cycles, cycles=cycles) == 1.0
+
+
 def test_one_cycle_is_the_cosine_and_power_one_the_line():
     for step in range(13):
         assert rate(step, "cosine_with_restarts") == pytest.approx(rate(step, "cosine"))

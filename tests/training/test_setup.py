@@ -62,6 +62,17 @@ def test_the_steps_loss_is_that_of_the_settings(settings, tmp_path, monkeypatch)
         np.testing.assert_array_equal(getattr(loss, name).asnumpy(), getattr(expected, name).asnumpy(), err_msg=name)
 
 
+def test_zero_terminal_snr_is_refused_where_a_models_file_would_not_say_so(settings, tmp_path):
+    config = write_velocity_config(tmp_path / "velocity.yaml")
+    modules = tmp_path / "modules.json"
+    modules.write_text('{"to_q": {"r": 2}, "trainable_model": true}')
+    given = dict(model_config=config, zero_terminal_snr=True)
+    with pytest.raises(UserError, match="zero_terminal_snr does not go with trainable_model"):
+        prepare(settings(tmp_path / "beside", use_lora=True, lora_config=str(modules), **given))
+    with pytest.raises(UserError, match="zero_terminal_snr needs use_lora"):
+        settings(tmp_path / "whole", **given)
+
+
 def test_a_random_unet_needs_no_unet_in_the_checkpoint(settings, empty_run, micro_base_model, tmp_path):
     arrays, _ = read_checkpoint(micro_base_model)
     parts = tmp_path / "parts.safetensors"

@@ -30,8 +30,9 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checks import image_size
 from ldm.training.loss_scale import make_loss_scaler
 from ldm.training.optimizers import make_optimizer
+from ldm.training.rates import make_rates
 from ldm.training.setup import build_step, choose_trainable, make_lora_spec
-from ldm.training.step import StepScalars
+from ldm.training.step import StepScalars, TrainStep
 from tools.ascend.simulation import begin_graph, end_graph
 
 
@@ -81,6 +82,26 @@ class Graphs:
 
     def step(self) -> Callable[[], object]:
         """Return the call of the training step."""
+        step, scalars = self._train_step()
+        latents = self._latents(self.batch)
+        # With ip_noise_gamma, the noise of the input follows that of the target.
+        noise = ms.ops.concat([latents] * 2, 1) if self.settings.ip_noise_gamma else latents
+        text = (
+            zeros(self.batch, 77, dtype=np.int32)
+            if self.settings.lora_ft_text_encoder
+            else zeros(self.batch, 77, self.config.context_dim)
+        )
+        batch = latents, noise, zeros(self.batch, dtype=np.int32), text
+        count = self.settings.gradient_accumulation_steps
+        return lambda: step([batch] * count, scalars, [np.zeros(2, np.int32)] * count)
+
+    def update(self) -> Callable[[], object]:
+        """Return the call of the graph that updates from totals, which a step of several micro-batches ends with."""
+        step, scalars = self._train_step()
+        rows = Tensor(np.array([scalars.row()] * 2, np.float32))
+        return lambda: step.finish(rows)
+
+    def _train_step(self) -> tuple[TrainStep, StepScalars]:
         settings, runtime = self.settings, self.runtime
         model = _load(self.config)
         lora_spec = make_lora_spec(settings)
@@ -89,17 +110,9 @@ class Graphs:
         step = build_step(
             settings, runtime, model, trainable, flash_attention=self.flash, skips_overflow=skips_overflow,
             saves_base_model=not settings.use_lora or lora_spec.trainable_model,
+            rates=make_rates(settings, [p.name for p in trainable], lora_spec),
         )  # fmt: skip
-        scalars = StepScalars(1024.0, 1 / 1024, 1.0, make_optimizer(settings).numbers(1, 1e-4), 1e-4)
-        latents = self._latents(self.batch)
-        text = (
-            zeros(self.batch, 77, dtype=np.int32)
-            if settings.lora_ft_text_encoder
-            else zeros(self.batch, 77, self.config.context_dim)
-        )
-        batch = latents, latents, zeros(self.batch, dtype=np.int32), text
-        count = settings.gradient_accumulation_steps
-        return lambda: step([batch] * count, scalars, [np.zeros(2, np.int32)] * count)
+        return step, StepScalars(1024.0, 1 / 1024, 1.0, make_optimizer(settings).numbers(1, 1e-4), 1e-4)
 
     def _latents(self, count: int) -> Tensor:
         return zeros(count, *latent_shape(self.config, self.pixels, self.pixels))
