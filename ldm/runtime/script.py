@@ -114,6 +114,11 @@ def progress() -> str:
     return "" if _describe is None else _describe()
 
 
+def was_interrupted() -> bool:
+    """Return whether a signal is ending the script, whatever exception the interrupted libraries raise."""
+    return _received is not None
+
+
 def _open_streams() -> None:
     """Make every text printable, whatever standard output and standard error lead to."""
     for number in (0, 1, 2):

@@ -14,6 +14,7 @@ from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
+from ldm.settings.report import ReportSettings
 
 # Settings that decide the trained weights and the compiled training step.
 graph_setting = partial(setting, resume="fixed", graph_key=True)
@@ -112,6 +113,7 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings(
+    ReportSettings,
     OptimizerSettings,
     LossSettings,
     PriorSettings,

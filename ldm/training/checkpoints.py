@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
-_WRITTEN = r"(?:lora|model|state|class)(?:-[0-9]+)?|files|metrics|train_args"
+_WRITTEN = r"(?:lora|model|state|class)(?:-[0-9]+)?|files|metrics|train_args|report|run"
 _LEFTOVER = re.compile(rf"\.(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?")  # see temporary_path
 
 
