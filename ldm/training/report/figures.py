@@ -33,8 +33,7 @@ def figures(record: RunRecord) -> Figures:
     span = smoothing_span(len(steps))
     loss = smoothed(metrics["loss"], span) if "loss" in metrics and len(steps) else np.zeros(0)
     seconds = metrics.get("seconds", np.zeros(0))
-    first_steps = {_number(session.get("first_step")) for session in record.sessions} or {1.0}
-    first = np.isin(steps, [step for step in first_steps if step is not None])
+    first = compiles(record)
     later = seconds[~first & np.isfinite(seconds)] if len(seconds) else seconds
     median = float(np.median(later)) if len(later) else None
     compiling = float(np.sum(np.maximum(seconds[first] - median, 0))) if median is not None and first.any() else None
@@ -53,6 +52,12 @@ def figures(record: RunRecord) -> Figures:
         device_memory=_largest(record, "device_peak_memory"),
         overflows=int(overflows(metrics).sum()),
     )
+
+
+def compiles(record: RunRecord) -> np.ndarray:
+    """Return which steps (N,) bool of metrics.csv are the first of a start, whose time has the compilation in it."""
+    known = (_number(session.get("first_step")) for session in record.sessions)
+    return np.isin(record.steps, [step for step in known if step is not None] or [1])
 
 
 def _largest(record: RunRecord, name: str) -> Optional[float]:

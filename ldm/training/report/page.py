@@ -104,7 +104,6 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("layout", _listed(data.get("layouts"))),
         ("images", _count(data.get("rows"))),
         ("of these class images", _count(data.get("class_images"), zero=False)),
-        ("held out for validation", _count(data.get("held_out"), zero=False)),
         ("with a mask", _count(data.get("masks"), zero=False)),
         ("subsets", _count(data.get("subsets")) if data.get("subsets") != 1 else ""),
         (
@@ -114,7 +113,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("different captions", _count(data.get("captions"))),
         ("empty captions", _count(data.get("empty_captions"))),
         ("captions looked at", _count(data.get("captions_of"))),
-        ("content", _text(data.get("hash"))),
+        ("content", _text(data["hash"]) if "hash" in data else ""),
     ]
     return [(name, value) for name, value in rows if value]
 

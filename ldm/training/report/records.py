@@ -6,9 +6,11 @@ are passed over.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,19 +125,23 @@ def read_record(folder: Path) -> RunRecord:
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """Return the columns (N,) float64 of metrics.csv by name. Of rows with the same step, the last one counts."""
-    header, *rows = _table(path) or [[]]
+    rows = _table(path)
+    header = next(rows, [])
     names = [name for name in Metrics._fields if name in header]
     if "step" not in names:
         return {}
-    places = [header.index(name) for name in names]
-    values = [numbers for row in rows if (numbers := _numbers(row, places, len(header))) is not None]
-    table = _by_step(np.array(values, np.float64).reshape(-1, len(names)), names.index("step"))
+    places, values = [header.index(name) for name in names], array("d")  # 48 bytes for a row, a list has 250
+    for row in rows:
+        if (numbers := _numbers(row, places, len(header))) is not None:
+            values.extend(numbers)
+    table = _by_step(np.array(values).reshape(-1, len(names)), names.index("step"))
     return {name: table[:, column] for column, name in enumerate(names)}
 
 
 def read_validation(path: Path) -> dict[str, ValidationLoss]:
     """Return the losses in validation.csv by the images that they are of."""
-    header, *rows = _table(path) or [[]]
+    rows = _table(path)
+    header = next(rows, [])
     if not {"step", "images", "loss"} <= set(header):
         return {}
     timesteps = {
@@ -212,10 +218,11 @@ def _mapping(record: RunRecord, name: str, read: Callable[[Path], Any]) -> dict[
     return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
 
 
-def _table(path: Path) -> list[list[str]]:
-    """Return the rows of a CSV without quoted fields, each as its fields. A crash may leave anything at its end."""
-    text = read_bytes(path, most=MAX_TABLE).decode("utf-8", "replace")
-    return [line.split(",") for line in text.splitlines() if line]
+def _table(path: Path) -> Iterator[list[str]]:
+    """Yield the rows of a CSV without quoted fields, each as its fields. A crash may leave anything at its end."""
+    for line in io.BytesIO(read_bytes(path, most=MAX_TABLE)):
+        if text := line.decode("utf-8", "replace").rstrip("\r\n"):
+            yield text.split(",")
 
 
 def _numbers(row: list[str], places: list[int], length: int) -> Optional[list[float]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm.training.report.charts import Chart, Mark, Series, draw, number
-from ldm.training.report.figures import Figures
+from ldm.training.report.figures import Figures, compiles
 from ldm.training.report.markup import Markup, joined, tag
 from ldm.training.report.records import RunRecord, Strip, ValidationLoss, overflows, smoothed, smoothing_span
 from ldm.training.report.strips import LONGEST_STRIP, all_steps, choose_frames, embed
@@ -157,8 +157,7 @@ def seconds_chart(record: RunRecord, found: Figures) -> Markup:
     steps, seconds = record.steps, _metric(record, "seconds")
     if found.step_seconds is None or len(steps) < 3:
         return joined()
-    first = {session.get("first_step") for session in record.sessions} or {1}
-    usual = np.array([np.nan if step in first else value for step, value in zip(steps.tolist(), seconds)])
+    usual = np.where(compiles(record), np.nan, seconds)
     largest = number(float(np.nanmax(usual)))
     summary = f"Median {number(found.step_seconds)}, largest {largest}, without first steps, which compile."
     series = [Series("each step", steps, usual, 5, faint=True), Series("mean", steps, smoothed(usual, found.span), 5)]

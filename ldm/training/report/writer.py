@@ -73,7 +73,8 @@ class Reports:
 
     def update(self) -> None:
         """Write the report of a run that goes on, unless that would take more than SHARE of its time."""
-        if self.run.is_first_process and time.perf_counter() >= self._next:
+        run = self.run
+        if run.is_first_process and run.status.steps_done < run.plan.steps and time.perf_counter() >= self._next:
             self._write("running")
 
     def __exit__(
