@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from ldm.errors import UserError, system_reason
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import json_text
 from ldm.files.paths import writing
-from ldm.runtime.script import was_interrupted
+from ldm.runtime.script import at_interrupt, was_interrupted
 from ldm.training.metrics_file import Metrics
 from ldm.training.report.facts import begin_session, describe_run, device_peak_memory, now, peak_memory
 from ldm.training.report.page import report_page
@@ -47,6 +48,7 @@ class Reports:
         self._began = time.perf_counter()
         self._next = 0.0  # time.perf_counter() from which another report may be written
         self._warned = False
+        self._writing, self._has_ended = threading.Lock(), False
 
     def __enter__(self) -> Reports:
         if not self.run.is_first_process:
@@ -61,6 +63,8 @@ class Reports:
             self.tensorboard = TensorBoard(
                 self.output, self.run.status.steps_done, self._rates(), self.run.plan.steps_per_epoch
             )
+        # The main thread may be in a step that takes longer than an interrupted script waits.
+        at_interrupt(lambda: self._write("interrupted"))
         return self
 
     def add(self, metrics: Metrics, mean_loss: float) -> None:
@@ -90,8 +94,16 @@ class Reports:
             ended = "failed"
             self.session["error"] = str(error) if isinstance(error, UserError) else type(error).__name__
         self._write(ended)
+        at_interrupt(None)
 
     def _write(self, ended: str) -> None:
+        """Write the files, unless the last ones are written already."""
+        with self._writing:
+            if not self._has_ended:
+                self._write_files(ended)
+                self._has_ended = ended != "running"  # not before, as a signal may interrupt the writing
+
+    def _write_files(self, ended: str) -> None:
         began = time.perf_counter()
         self.session.update(
             ended=ended,

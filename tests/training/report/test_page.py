@@ -161,11 +161,12 @@ def test_the_policy_stops_what_would_get_through(page, tmp_path):
 def test_the_mouse_shows_the_values_of_a_step(opened, tmp_path):
     page = opened(write_run(tmp_path / "run"))
     x, y, width = page.run("(b => [b.x, b.y + 20, b.width])(document.querySelector('.plot').getBoundingClientRect())")
-    page.move_to(x + width - 1, y)
-    assert page.run("document.querySelector('.legend .step').textContent") == "step 120"
-    written = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")
-    shown = float(page.run("document.querySelector('.legend .value').textContent"))
-    assert shown == pytest.approx(float(written[1]), rel=1e-4)
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    for part, step in ((0.001, 1), (30 / 119, 31), (0.999, 120)):
+        page.move_to(x + part * width, y)
+        assert page.run("document.querySelector('.legend .step').textContent") == f"step {step}"
+        shown = float(page.run("document.querySelector('.legend .value').textContent"))
+        assert shown == pytest.approx(float(rows[step].split(",")[1]), rel=1e-4)
 
 
 def test_the_keyboard_reaches_the_plots_and_moves_along_their_steps(opened, tmp_path):

@@ -108,6 +108,9 @@ def test_the_mean_weighs_each_step_back_by_the_same_factor_and_skips_overflows()
 def test_overflows_are_seen_by_the_norm_and_by_the_scale(tmp_path):
     write_metrics(tmp_path, overflows=(3, 4, 90))
     assert np.flatnonzero(overflows(read_metrics(tmp_path / "metrics.csv"))).tolist() == [2, 3, 89]
+    # A number that saturates leaves the norm finite.
+    saturated = {"step": np.arange(4), "gradient_norm": np.ones(4), "loss_scale": np.array([8.0, 8.0, 4.0, 8.0])}
+    assert overflows(saturated).tolist() == [False, True, False, False]
 
 
 def test_validation_is_read_by_images_and_time_step(tmp_path):

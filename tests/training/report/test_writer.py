@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.runtime import script
 from ldm.settings.train import TrainSettings
 from ldm.training.metrics_file import Metrics
 from ldm.training.own_files import find_states
@@ -103,6 +104,18 @@ def test_a_run_that_fails_says_why(run, tmp_path):
         raise UserError(f"the loss is not finite {HOSTILE}")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The run ended with an error: the loss is not finite &lt;/script&gt;" in page
+
+
+def test_an_interrupt_within_a_long_step_leaves_the_report(run, tmp_path):
+    """The main thread does not unwind, so another thread writes."""
+    with Reports(run()):
+        write_metrics(tmp_path, 3)
+        assert script._last_work is not None
+        script._last_work()
+        assert "The run was interrupted." in (tmp_path / "report.html").read_text(encoding="utf-8")
+        (tmp_path / "report.html").unlink()
+    assert script._last_work is None
+    assert not (tmp_path / "report.html").exists()  # it was written already
 
 
 def test_each_start_is_kept_and_a_killed_one_is_called_so(run, tmp_path):
