@@ -232,8 +232,7 @@ def _dots(axes: _Axes, series: Series) -> list[Markup]:
 
 
 def _line_class(series: Series) -> str:
-    dash = " dashed" if series.dashed or series.color >= COLORS // 2 and not series.faint else ""
-    return f"curve c{series.color % COLORS}{' faint' if series.faint else ''}{dash}"
+    return f"curve c{series.color % COLORS}{' faint' * series.faint}{' dashed' * series.dashed}"
 
 
 def _percent(part: float) -> str:

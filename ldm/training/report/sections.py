@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.training.report.charts import Chart, Mark, Series, draw, number
+from ldm.training.report.charts import COLORS, Chart, Mark, Series, draw, number
 from ldm.training.report.figures import Figures, compiles
 from ldm.training.report.markup import Markup, joined, tag
 from ldm.training.report.records import RunRecord, Strip, ValidationLoss, overflows, smoothed, smoothing_span
@@ -212,7 +212,7 @@ def compared_charts(records: Sequence[RunRecord], names: Sequence[str]) -> tuple
         for color, (record, name) in enumerate(zip(records, names)):
             values = _metric(record, of)
             if len(values) and np.isfinite(values).any():
-                found.append(Series(name, record.steps, smoothed(values, span) if mean else values, color))
+                found.append(_of_run(color, name, record.steps, smoothed(values, span) if mean else values))
         return found
 
     series = curves("loss", mean=True)
@@ -234,6 +234,11 @@ def compared_charts(records: Sequence[RunRecord], names: Sequence[str]) -> tuple
     return loss, validation, tag("div", charts, class_="charts") if charts else joined()
 
 
+def _of_run(place: int, name: str, x: np.ndarray, y: np.ndarray) -> Series:
+    """Return the curve of a run, from 0, whose colour and dashes together no other of 16 runs has."""
+    return Series(name, x, y, place, dashed=COLORS // 2 <= place < COLORS + COLORS // 2)
+
+
 def _compared_validation(records: Sequence[RunRecord], names: Sequence[str]) -> Markup:
     found: list[tuple[str, int, ValidationLoss]] = [
         (name, color, record.validation["validation"])
@@ -242,13 +247,13 @@ def _compared_validation(records: Sequence[RunRecord], names: Sequence[str]) -> 
     ]
     if not found:
         return joined()
-    series = [Series(name, losses.steps, losses.mean, color) for name, color, losses in found]
+    series = [_of_run(color, name, losses.steps, losses.mean) for name, color, losses in found]
     parts = [draw(Chart("Held-out images, mean over the time steps", _ends(series), series), "validation-mean")]
     timesteps = sorted(set.union(*(set(losses.by_timestep) for *_, losses in found)))
     small = []
     for timestep in timesteps:
         series = [
-            Series(name, losses.steps, losses.by_timestep[timestep], color)
+            _of_run(color, name, losses.steps, losses.by_timestep[timestep])
             for name, color, losses in found
             if timestep in losses.by_timestep
         ]

@@ -46,6 +46,12 @@ def test_curves_lie_over_each_other_and_samples_beside_each_other(records):
     assert re.findall(r"<th scope=\"row\">([^<]*)</th>", apple) == ["before training", "step 40", "step 80", "step 120"]
 
 
+def test_sixteen_curves_can_be_told_apart(records):
+    loss = re.search(r'<figure id="loss".*?</figure>', comparison_page([records[0]] * 16), re.DOTALL)[0]
+    classes = re.findall(r'<path [^>]*class="([^"]*)"', loss)
+    assert len(classes) == len(set(classes)) == 16
+
+
 def test_runs_are_named_by_what_tells_them_apart():
     assert run_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
     assert run_names([Path("x/a/run"), Path("x/b/run/")]) == ["a/run", "b/run"]
