@@ -39,6 +39,7 @@ from ldm.files.atomic import remove_temporaries
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 GRACE_SECONDS = 5.0  # how long the main thread may take to end after a signal
 LAST_LINE_SECONDS = 1.0  # how long printing the last line may take
+LAST_WORK_SECONDS = 5.0  # how long what `at_interrupt` was given may take
 
 _started: float | None = None
 ignored_signals: set[int] = set()
@@ -46,6 +47,7 @@ _received: int | None = None
 _terminal = 2  # the file descriptor of the last line
 _progress_bar_shown = False  # the last line begins on a new line then
 _describe: Callable[[], str] | None = None
+_last_work: Callable[[], None] | None = None
 _ending = threading.Lock()
 
 
@@ -109,9 +111,24 @@ def describe_progress(describe: Callable[[], str] | None) -> None:
     _describe = describe
 
 
+def at_interrupt(work: Callable[[], None] | None) -> None:
+    """Set what is done before a process ends whose main thread does not unwind in time, such as writing a report.
+
+    A step of a large network on a CPU takes longer than GRACE_SECONDS. The work is done in another thread, and is left
+    alone after LAST_WORK_SECONDS.
+    """
+    global _last_work
+    _last_work = work
+
+
 def progress() -> str:
     """Return the description of the work done so far, "" if there is none."""
     return "" if _describe is None else _describe()
+
+
+def was_interrupted() -> bool:
+    """Return whether a signal is ending the script, whatever exception the interrupted libraries raise."""
+    return _received is not None
 
 
 def _open_streams() -> None:
@@ -194,6 +211,10 @@ def _end_process() -> NoReturn:
     if not _ending.acquire(timeout=LAST_LINE_SECONDS):  # another thread is ending the process and hangs
         os._exit(code)
     try:
+        if _last_work is not None:
+            worker = threading.Thread(target=_last_work, daemon=True)
+            worker.start()
+            worker.join(LAST_WORK_SECONDS)
         remove_temporaries()
         _remove_compiler_files()
         # A reader such as `less` may have stopped reading without closing the stream.

@@ -15,6 +15,7 @@ from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
+from ldm.settings.report import ReportSettings
 from ldm.settings.samples import SampleSettings
 from ldm.settings.validation import ValidationSettings
 
@@ -115,6 +116,7 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings(
+    ReportSettings,
     OptimizerSettings,
     AdviceSettings,
     SampleSettings,

@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
-_WRITTEN = r"(?:lora|model|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts"
+_WRITTEN = (
+    r"(?:lora|model|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts|report|run"
+)
 _LEFTOVER = re.compile(rf"\.(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?")  # see temporary_path
 
 

@@ -8,6 +8,7 @@ from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.train import TrainSettings
+from ldm.training.report.tensorboard import check_tensorboard
 from ldm.training.sample_prompts import check_sample_prompts
 
 _REQUIRED = {
@@ -44,6 +45,7 @@ def check_settings(settings: TrainSettings) -> None:
         )
     check_sample_prompts(settings)
     parse_color("alpha_color", settings.alpha_color)
+    check_tensorboard(settings.report_to)
     if settings.model_config is not None:
         config = load_model_config(under_root(settings.model_config))
         image_size(settings, config)

@@ -32,6 +32,7 @@ from ldm.training.feed import TensorBatch
 from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.loss_scale import LossScaler
 from ldm.training.metrics_file import Metrics, MetricsFile
+from ldm.training.report.writer import Reports
 from ldm.training.schedules import ema_decay_at, learning_rate
 from ldm.training.setup import Run, begin, set_up
 from ldm.training.status import Status
@@ -96,7 +97,7 @@ def train(settings: TrainSettings) -> Path:
 def _claimed(output: Path) -> Iterator[None]:
     """Lock the folders that the first process writes to, and check that their files can be written."""
     with claim_folder(output, "output_path"), claim_folder(output / "ckpt", "output_path"):
-        for name in ("log.txt", "metrics.csv", "validation.csv", "train_args.yaml"):
+        for name in ("log.txt", "metrics.csv", "validation.csv", "train_args.yaml", "report.html", "run.json"):
             check_file_target(output / name, "output_path")
         yield
 
@@ -134,7 +135,7 @@ def run_steps(run: Run) -> Path:
     bar = tqdm(total=plan.steps, initial=status.steps_done, desc="training", unit="step", smoothing=0.1,
                disable=not run.is_first_process)  # fmt: skip
     mean_loss = None
-    with bar:
+    with bar, Reports(run) as reports:
         bar.set_postfix_str("compiling the graph, the first step takes longer")
         for metrics in _train_steps(run):
             status.phase = ""
@@ -146,6 +147,7 @@ def run_steps(run: Run) -> Path:
             bar.update()
             if metrics_file is not None:
                 metrics_file.write(metrics)
+            reports.add(metrics, mean_loss)
             if metrics.step % LOG_EVERY == 0 or metrics.step == plan.steps:
                 logger.info(
                     "step %d/%d: loss %.4f (mean %.4f), learning rate %.3g, loss scale %g, %.3f s",
@@ -157,6 +159,8 @@ def run_steps(run: Run) -> Path:
             if plan.is_save_step(metrics.step):
                 save(run)
             run.samples.draw(metrics.step)
+            if plan.is_save_step(metrics.step):
+                reports.update()
     if metrics_file is not None:
         metrics_file.close()
     if run.scaler.overflows:

@@ -85,6 +85,23 @@ def test_a_replaced_excepthook_changes_nothing(number, code, tmp_path):
     assert interrupted(own + IN_MAIN, number, tmp_path) == (code, "", "interrupted\n")
 
 
+def test_the_last_work_is_done_where_the_main_thread_does_not_unwind(tmp_path):
+    code = (
+        "import os, threading, time\nimport ldm.runtime.script as module\n"
+        "module.GRACE_SECONDS = 0.2\nmodule.LAST_WORK_SECONDS = 0.5\n"
+        "def work():\n    open('report', 'w').close()\n    {}\n"
+        "module.at_interrupt(work)\n"
+        "def stuck():\n"
+        "    print('ready')\n"
+        "    while True:\n"
+        "        try:\n            time.sleep(60)\n        except KeyboardInterrupt:\n            pass\n"
+        "module.run_script(stuck)"
+    )
+    for last in ("pass", "raise ValueError", "time.sleep(60)"):
+        assert interrupted(code.format(last), signal.SIGINT, tmp_path) == (130, "", "interrupted\n"), last
+        (tmp_path / "report").unlink()
+
+
 def test_a_second_signal_ends_a_script_at_once_with_the_same_line(tmp_path):
     again = "import os, signal, threading, time\nthreading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
     code = again + "print('ready')\ntime.sleep(20)"

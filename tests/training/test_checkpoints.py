@@ -102,7 +102,8 @@ def test_an_interrupted_save_is_written_again(settings, empty_run):
 
 
 def test_half_written_files_of_a_killed_process_are_removed_and_no_others(tmp_path):
-    names = ("lora-00000009.ckpt", "model-123456789.ckpt", "state-00000009.safetensors", "metrics.csv", "files.json")
+    names = ("lora-00000009.ckpt", "model-123456789.ckpt", "state-00000009.safetensors", "metrics.csv", "files.json",
+             "report.html", "run.json")  # fmt: skip
     leftovers = {temporary_path(tmp_path / name).name for name in names}
     leftovers |= {".lora-00000009.77.partial.ckpt", ".metrics.7.partial.csv"}  # of earlier versions
     others = (".my.77.partial.ckpt", "lora-00000009.ckpt", ".lora-best.77.partial.ckpt")

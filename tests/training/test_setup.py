@@ -137,7 +137,9 @@ def test_a_base_model_that_predicts_velocity_is_refused_for_a_configuration_that
         prepare(settings(tmp_path / "output", pretrained_model_path=velocity, **FULL))
 
 
-@pytest.mark.parametrize("file", ["log.txt", "metrics.csv", "validation.csv", "train_args.yaml", "ckpt"])
+@pytest.mark.parametrize(
+    "file", ["log.txt", "metrics.csv", "validation.csv", "train_args.yaml", "report.html", "run.json", "ckpt"]
+)
 def test_a_file_that_cannot_be_written_is_named_before_the_data_is_encoded(settings, tmp_path, file):
     output = tmp_path / "run"
     output.mkdir()
