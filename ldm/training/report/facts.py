@@ -38,7 +38,10 @@ def describe_run(run: Run) -> dict[str, Any]:
             "base_model": run.fingerprint["base"],
             "trained_parameters": sum(parameter.size for parameter in run.model.trainable_params()),
         },
-        "data": describe_data(run.inputs.data, run.fingerprint["data"]),
+        "data": {
+            **describe_data(run.inputs.data, run.fingerprint["data"]),
+            "validated": 0 if run.validation is None else len(run.validation.images["validation"]),
+        },
         "environment": describe_environment(run),
     }
 

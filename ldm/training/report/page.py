@@ -105,6 +105,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("images", _count(data.get("rows"))),
         ("of these class images", _count(data.get("class_images"), zero=False)),
         ("with a mask", _count(data.get("masks"), zero=False)),
+        ("held out for the validation loss", _count(data.get("validated"), zero=False)),
         ("subsets", _count(data.get("subsets")) if data.get("subsets") != 1 else ""),
         (
             "images in an epoch, with repeats",
