@@ -19,8 +19,13 @@ class RunPlan:
 
     def is_save_step(self, steps_done: int) -> bool:
         """Whether a checkpoint is saved after this many steps: at every interval, and at the end."""
-        intervals, intervals_before = (int(step / self.save_every + 1e-9) for step in (steps_done, steps_done - 1))
-        return steps_done == self.steps or intervals > intervals_before
+        return steps_done == self.steps or completes_interval(steps_done, self.save_every)
+
+
+def completes_interval(steps_done: int, every: float) -> bool:
+    """Whether the newest step completes an interval of `every` steps, which need not be a whole number."""
+    intervals, intervals_before = (int(step / every + 1e-9) for step in (steps_done, steps_done - 1))
+    return intervals > intervals_before
 
 
 def make_plan(settings: TrainSettings, batches_per_epoch: int) -> RunPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ldm.settings.train import TrainSettings
-from ldm.training.plan import make_plan
+from ldm.training.plan import completes_interval, make_plan
 
 
 def saves(plan):
@@ -28,6 +28,15 @@ def test_length_and_saves(settings, batches, steps, saved):
     plan = make_plan(TrainSettings(**settings), batches)
     assert plan.steps == steps
     assert saves(plan) == saved
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(4, [4, 8, 12]), (2.5, [3, 5, 8, 10]), (1, list(range(1, 13))), (0.5, list(range(1, 13))), (20, []),
+     (1.1, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11])],
+)  # fmt: skip
+def test_an_interval_need_not_be_a_whole_number_of_steps(every, steps):
+    assert [step for step in range(1, 13) if completes_interval(step, every)] == steps
 
 
 def test_the_decay_fills_the_run_unless_it_is_given():
