@@ -19,7 +19,7 @@ def write(best: BestCheckpoint, step: int) -> None:
 
 def kept(folder: Path) -> list[int]:
     """The steps of which there are weights."""
-    return sorted(int(path.stem[5:]) for path in folder.glob("best-*.ckpt"))
+    return sorted(int(path.stem[5:]) for path in folder.glob("best-[0-9]*.ckpt"))
 
 
 def says(folder: Path) -> tuple[int, str]:
@@ -82,14 +82,44 @@ def test_without_weights_only_the_record_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "files.json"]
 
 
-def test_a_run_without_a_best_step_removes_its_own_files_alone(tmp_path):
+def test_a_best_step_that_cannot_be_compared_is_renamed_and_stays(tmp_path, caplog):
     best = make(tmp_path)
     write(best, 2)
-    make(tmp_path, start=1).restore(None, 0.0, kept=True, source=None)
-    assert not (tmp_path / "best.json").exists() and not (tmp_path / "best.ckpt").exists()
+    best.after_save()
+    for name, step in (("best-until-00000003", 2), ("best-until-00000003-2", 4)):
+        best = make(tmp_path, start=3)
+        best.restore(None, 0.0, kept=True, source=None)
+        assert not (tmp_path / "best.json").exists() and not (tmp_path / "best.ckpt").exists()
+        assert f"are kept as {tmp_path / name}.ckpt" in caplog.text
+        for _ in range(3):
+            best.after_save()
+        write(best, 4)
+        for _ in range(3):
+            best.after_save()
+        assert (tmp_path / f"{name}.ckpt").read_text() == f"of step {step}"
+        assert json.loads((tmp_path / f"{name}.json").read_text())["step"] == step
+    assert (tmp_path / "best-until-00000003.ckpt").read_text() == "of step 2"
+    assert kept(tmp_path) == [4] and says(tmp_path) == (4, "of step 4")
+
+
+def test_of_a_best_step_without_weights_nothing_is_kept_nor_of_a_user_s_file(tmp_path):
+    make(tmp_path).write(2, 0.5)
     (tmp_path / "best.ckpt").write_text("a user's")
-    make(tmp_path, start=0).restore(None, 0.0, kept=True, source=None)
+    make(tmp_path, start=3).restore(None, 0.0, kept=True, source=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "files.json"]
     assert (tmp_path / "best.ckpt").read_text() == "a user's"
+
+
+def test_saves_of_a_run_without_a_validation_loss_remove_nothing(tmp_path):
+    best = make(tmp_path)
+    write(best, 1)
+    best.after_save()
+    write(best, 2)
+    best.after_save()
+    best = make(tmp_path, start=3)
+    for _ in range(3):
+        best.after_save()
+    assert kept(tmp_path) == [1, 2] and says(tmp_path) == (2, "of step 2")
 
 
 def test_a_users_file_of_the_same_name_is_renamed(tmp_path, caplog):
