@@ -137,6 +137,7 @@ class Inputs:
         status: Status | None = None,
     ):
         self.settings, self.config, self.data, self.order = settings, model.config, data, order
+        self.data_path = settings.data_path  # where `data` was read, for errors
         self.steps, self.status = steps, status
         self.end = None if steps is None else steps * settings.gradient_accumulation_steps
         self.vae_encoder = VAEEncode(model.first_stage_model)
@@ -311,15 +312,28 @@ class Inputs:
 
     # ---- rows without augmentation, for validation ------------------------------------------------------------------
 
-    def of_data(self, data: TrainingData) -> Inputs:
-        """Return the inputs of another data set's rows, by the same networks, caches and threads.
+    def of_data(self, data: TrainingData, data_path: str | None) -> Inputs:
+        """Return the inputs of another data set's rows, by the same networks and threads.
 
-        They are for `cache_rows`, `images` and `texts_of`, which augment no image, so that latents can be cached.
+        They are for `cache_rows`, `images` and `texts_of`, which augment no image, so that latents can be cached, and
+        are given captions that do not change. What the training caches on disk is shared.
+
+        Args:
+            data: The rows.
+            data_path: Where they were read, for errors.
         """
         other = copy.copy(self)
-        other.data, other._broken = data, {}
+        other.data, other.data_path, other._broken = data, data_path, {}
         if other.moments is None and self.settings.cache_latents:
             other._open_moments()
+        if other.texts is not None and other.texts.folder is None:
+            # The memory of the training holds the captions of its window. If others took their place, the thread that
+            # makes its micro-batches would run the text encoder. If they were in its `_recent`, they would not be put
+            # into its cache.
+            other.texts = ShardedCache(
+                Path(self.settings.output_path) / "cache", "texts", self.order.process_index, self._in_memory
+            )
+            other._recent = _Recent()
         return other
 
     def cache_rows(self, rows: Sequence[int], captions: Sequence[str]) -> None:
@@ -438,8 +452,7 @@ class Inputs:
         count = len(self._broken)
         if count > max(1.0, MAX_BAD_FRACTION * len(self.data)) or all(int(other) in self._broken for other in others):
             raise UserError(
-                f"{plain(self.settings.data_path)}: {count:,} of {len(self.data):,} images are broken, the last one: "
-                f"{error}"
+                f"{plain(self.data_path)}: {count:,} of {len(self.data):,} images are broken, the last one: {error}"
             )
 
     def _cached_moments(self, number: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:

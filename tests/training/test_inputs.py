@@ -186,6 +186,30 @@ def encoded(inputs, monkeypatch):
     return calls
 
 
+def test_validation_pushes_no_caption_out_of_the_memory_of_the_training(rows, tmp_path, monkeypatch):
+    """The thread that makes the training's micro-batches would have to run the text encoder."""
+
+    def refuse(tokens):
+        raise AssertionError("the text encoder runs")
+
+    changing = dict(caption_tag_dropout_rate=0.1, encode_ahead=1)
+    monkeypatch.setattr("ldm.training.inputs.MEMORY_BYTES", 0)
+    monkeypatch.setattr("ldm.training.inputs.RECENT_BYTES", 20 * 4 * 77 * MICRO.context_dim)
+    inputs = build(rows, tmp_path, **changing)
+    assert inputs.texts.folder is None
+    validation = inputs.of_data(inputs.data, "elsewhere")
+    validation.texts_of([*(row.caption for row in rows), ""])  # some captions are those of the training
+    inputs.prepare(0)
+    captions = [f"caption {number}" for number in range(50)]
+    embeddings = [validation.texts_of([caption])[0] for caption in captions]
+    inputs.text_encoder = refuse
+    inputs.prepared_batch(0)
+    # They are on disk for the next run, and both of the data sets of a validation use them.
+    again = build(rows, tmp_path, **changing).of_data(inputs.data, "elsewhere")
+    again.text_encoder = refuse
+    np.testing.assert_array_equal(again.of_data(inputs.data, None).texts_of(captions), embeddings)
+
+
 def test_a_second_run_encodes_only_what_changed(rows, tmp_path, monkeypatch):
     assert encoded(build(rows, tmp_path), monkeypatch) == {"images": 6, "texts": 7}
     assert encoded(build(rows, tmp_path), monkeypatch) == {"images": 0, "texts": 0}
