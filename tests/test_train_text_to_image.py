@@ -43,7 +43,7 @@ def test_a_run_leaves_its_log_metrics_settings_and_checkpoints(full_run):
 def test_the_saved_settings_are_a_recipe(full_run):
     argv = ["--train_config", str(full_run / "train_args.yaml")]
     settings = read_settings(TrainSettings, argv, yaml_flag="train_config")
-    assert settings.betas == [0.9, 0.999] and settings.use_ema
+    assert settings.resolved()["betas"] == [0.9, 0.999] and settings.use_ema
 
 
 def test_the_checkpoint_is_a_whole_model_with_the_averages_as_its_unet(full_run, micro_base_model):

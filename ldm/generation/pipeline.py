@@ -157,6 +157,11 @@ class Pipeline:
         return self._merged.loras
 
     @property
+    def holds_base_weights(self) -> bool:
+        """Whether the weights are those of the base model, also after an error while LoRAs were merged."""
+        return self._merged.holds_base_weights
+
+    @property
     def samples_from_noise_alone(self) -> bool:
         """Whether images are sampled on the schedule of zero_terminal_snr, because a merged LoRA was trained on it.
 

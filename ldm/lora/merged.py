@@ -103,6 +103,11 @@ class MergedLoRAs:
         self._copies: dict[str, np.ndarray] = {}  # base weights by parameter name, where there is no file
         self._updates: dict[str, list[Update]] = {}  # parameter name -> what its weight is now beside the base weight
 
+    @property
+    def holds_base_weights(self) -> bool:
+        """Whether no weight is changed. After an error while weights were written, `loras` does not say that."""
+        return not self._updates
+
     def set(self, loras: Sequence[MergedLoRA]) -> list[LoRAMatch]:
         """Make these LoRAs the merged ones. None gives the base model, bit for bit, and so does strength 0.
 

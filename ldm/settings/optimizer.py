@@ -255,6 +255,7 @@ class OptimizerSettings:
                 continue
             if name not in declared:
                 raise UserError(f"{name} is no option of {self.optim}: leave it out, or set it to None over a recipe's")
+            check_range(value, declared[name], name)  # an optimizer may allow less than the setting of all
             values[name] = value
         return cls(**values)
 
@@ -281,3 +282,7 @@ class OptimizerSettings:
                 )
         if isinstance(options, AdafactorOptions) and options.warmup_init and not options.relative_step:
             raise UserError("optimizer_args: warmup_init needs relative_step=True, or leave it out")
+        if isinstance(options, AdafactorOptions) and options.relative_step:
+            for name in ("unet_lr", "text_encoder_lr", "loraplus_lr_ratio"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} does not go with relative_step, which makes the rate: leave one out")

@@ -8,6 +8,7 @@ Nothing here imports MindSpore, so a mistake is answered at once.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _read(given: str | Sequence[str] | None) -> list[_Entry]:
     if given is None:
         return []
     lines = [given] if isinstance(given, str) else list(given)
-    files = [line for line in lines if Path(line).suffix.lower() in FILES]
+    files = [line for line in lines if _names_file(line)]
     if files and len(lines) > 1:
         raise UserError(
             f"sample_prompts names the file {plain(files[0])} beside others: give one file, or the prompts themselves"
@@ -129,6 +130,13 @@ def _read(given: str | Sequence[str] | None) -> list[_Entry]:
                     f"{where}: {key} has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read: shorten it"
                 )
     return entries
+
+
+def _names_file(line: str) -> bool:
+    """Whether an entry of sample_prompts is a file. A prompt may end in such a name too, behind other words."""
+    if Path(line).suffix.lower() not in FILES:
+        return False
+    return " " not in line or os.path.exists(expanded(line))
 
 
 def _read_file(given: str) -> list[_Entry]:

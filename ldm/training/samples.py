@@ -41,7 +41,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.drawing import OwnGraph, model_fields, sampling_field
 from ldm.training.film_strip import draw_strip, enlarged, shown
-from ldm.training.plan import RunPlan
+from ldm.training.plan import RunPlan, completes_interval
 from ldm.training.sample_prompts import SamplePrompt
 from ldm.training.status import Status
 from ldm.training.step import TrainStep
@@ -110,12 +110,10 @@ class Samples:
             return settings.sample_at_first
         if step == self.plan.steps:
             return True
-        if settings.sample_every_n_steps is not None and step % settings.sample_every_n_steps == 0:
+        if settings.sample_every_n_steps is not None and completes_interval(step, settings.sample_every_n_steps):
             return True
-        if settings.sample_every_n_epochs is None:
-            return False
-        epochs = settings.sample_every_n_epochs * self.plan.steps_per_epoch
-        return int(step / epochs + 1e-9) > int((step - 1) / epochs + 1e-9)
+        epochs = settings.sample_every_n_epochs
+        return epochs is not None and completes_interval(step, epochs * self.plan.steps_per_epoch)
 
     def start(self) -> None:
         """Make the folder ready, and draw what is due now: before the first step, or what a killed run did not draw.
@@ -145,7 +143,7 @@ class Samples:
         try:
             self._draw(step)
         except UserError as error:
-            if self._pipeline is not None and self._pipeline.loras:
+            if self._pipeline is not None and not self._pipeline.holds_base_weights:
                 raise UserError(f"{error}; {self.status.how_to_continue()}") from error
             logger.warning("step %d: not all samples are drawn: %s", step, error)
         self.status.phase = phase
@@ -169,7 +167,7 @@ class Samples:
         """Return the arrays of TrainStep.state() if what is sampled with is made of them, else nothing."""
         settings = self.settings
         # Without averages, a UNet that is trained as a whole holds what is sampled with.
-        if settings.use_lora or settings.use_ema or settings.optim == "adamwschedulefree":
+        if settings.use_lora or settings.use_ema or self.step.optimizer.keeps_average:
             return self.step.state()
         return {}
 
@@ -292,7 +290,7 @@ class Samples:
                 try:
                     with open_file(path) as file, Image.open(file, formats=("PNG",)) as image:
                         images.append((step, image.convert("RGB")))
-                except (UserError, OSError, SyntaxError, ValueError) as error:
+                except (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                     logger.warning("%s is not in the film strip: %s", path, plain(error))
             if images:
                 draw_strip(images, size, folder.with_suffix(".png"))

@@ -122,16 +122,15 @@ def test_the_lesson_from_data_to_table(scripts, data, tmp_path, monkeypatch, cap
     assert rows["the base model"][0] == "30" and rows["the same inverted"][0] == "20"
 
 
-def test_the_scripts_run_and_leave_the_lora_and_the_image(tmp_path, capsys):
-    """A step of each training, in the processes that a user starts."""
+def test_the_trainings_run_and_leave_the_lora(tmp_path, monkeypatch):
+    """A step of each, in the processes that a user starts. The digits are drawn by a stand-in."""
+    monkeypatch.setattr(mnist, "call", Scripts().call)
     data = write_data(tmp_path / "data", 4)  # enough for a batch of the recipe
     flags = ["--base_steps", "1", "--lora_steps", "1", "--classifier_steps", "1", "--images", "1"]
     mnist.main(["--output_path", str(tmp_path / "out"), "--data_path", str(data), *flags])
     lora, _ = read_checkpoint(tmp_path / "out" / "grey" / "lora" / "ckpt" / "lora.ckpt")
     factors = [array for name, array in lora.items() if name.endswith((".lora_down.weight", ".lora_up.weight"))]
     assert len(factors) > 100 and not any(np.isnan(array).any() for array in factors)
-    assert np.asarray(Image.open(tmp_path / "out" / "mnist.png")).std() > 0
-    assert "strength 0 gives the images of the base model, bit for bit: True" in capsys.readouterr().out
 
 
 def test_the_inverted_data_set_is_made_once_and_completed_after_an_interruption(data, tmp_path):

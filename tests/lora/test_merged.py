@@ -106,6 +106,32 @@ def test_strength_zero_and_no_lora_give_the_base_model_bit_for_bit(small_net, lo
         assert_unchanged(small_net, before)
 
 
+def test_a_file_that_fails_while_weights_are_written_is_seen(small_net, loras):
+    """`loras` is that of before then, and so does not tell."""
+    open_base, names = file_of(weights_of(small_net))
+    for parameter in small_net.get_parameters():  # rounded weights are summed anew from the file's
+        parameter.set_dtype(ms.float16)
+
+    def open_failing(shapes):
+        read = open_base(shapes)
+
+        def read_one(name):
+            if names:
+                raise UserError("the file is gone")
+            return read(name)
+
+        return read_one
+
+    net = MergedLoRAs(small_net, open_failing)
+    assert net.holds_base_weights
+    with pytest.raises(UserError, match="gone"):
+        net.set(chosen(loras, style=0.7, both=Strength(0.5, 0.25)))
+    assert net.loras == () and not net.holds_base_weights
+    names.clear()
+    net.set([])  # the one weight that was written
+    assert net.holds_base_weights
+
+
 def test_only_weights_that_change_are_written_and_read(small_net, loras, monkeypatch):
     open_base, read = file_of(weights_of(small_net))
     merged = MergedLoRAs(small_net, open_base)

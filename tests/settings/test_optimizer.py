@@ -76,6 +76,8 @@ def test_options_read_as_their_types():
         (["--optimizer_args", "eps=big"], "is not a number"),
         (["--optim=adafactor", "--betas", "0.9", "0.99"], "betas is no option of adafactor.* None"),
         (["--optim=adafactor", "--optimizer_args", "warmup_init=True"], "needs relative_step"),
+        (["--optim=adafactor", "--optimizer_args", "relative_step=True", "--unet_lr=1"], "unet_lr does not go with"),
+        (["--optim=adamwschedulefree", "--betas", "0", "0.999"], "betas: 0.0 is not allowed"),
         (["--optim=prodigy"], "give --start_learning_rate 1"),
         (["--optim=prodigy", "--learning_rate=1", "--unet_lr=1"], "one rate for all"),
         (["--optim=prodigy", "--learning_rate=1", "--optimizer_args", "decouple=False"], "decouple"),

@@ -52,6 +52,7 @@ def write_run(folder, base, data, **settings):
 def choice(micro_base_model, micro_data, tmp_path_factory):
     """A run, the pipelines that its choice was drawn with, and what the tool printed."""
     run = write_run(tmp_path_factory.mktemp("choice") / "run", micro_base_model, micro_data)
+    ms.set_context(mode=ms.GRAPH_MODE)  # as in a process of its own: another test may have set up MindSpore
     pipelines, from_checkpoint = [], Pipeline.from_checkpoint
 
     def kept(*args, **options):

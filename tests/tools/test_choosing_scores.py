@@ -98,6 +98,13 @@ def test_the_mean_rank_counts_each_score_in_its_direction_and_shares_equal_ranks
     assert made.best == 0 and not made.higher_is_better
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_score_that_is_no_number_is_the_worst(higher_is_better):
+    made = score([1.0, np.nan, 2.0], None, higher_is_better)
+    assert made.best == (2 if higher_is_better else 0)
+    assert mean_rank([made], 1).values.tolist() == ([2.0, 3.0, 1.0] if higher_is_better else [1.0, 3.0, 2.0])
+
+
 def test_a_clip_score_above_that_of_the_real_images_has_no_better_rank():
     clip = replace(score([30.0, 35.0, 25.0], [[30, 20], [35, 35], [25, 30]]), enough=29.0)
     made = mean_rank([clip], 2)

@@ -101,6 +101,12 @@ def test_a_mistake_is_named_with_its_line(tmp_path, name, text, words):
         assert word in str(error.value)
 
 
+def test_a_prompt_may_end_in_the_name_of_a_file(tmp_path):
+    sign = "a sign that says readme.txt"
+    assert [prompt.prompt for prompt in read([sign, f"{'a long ' * 99}story.json"])][0] == sign
+    assert [prompt.prompt for prompt in read(write(tmp_path / "my prompts.txt", "a dog\n"))] == ["a dog"]
+
+
 @pytest.mark.parametrize(("given", "words"), [("no.txt", "does not exist"), (["no.txt", "a cat"], "beside others")])
 def test_the_file_is_checked_before_a_model_is_known(given, words):
     with pytest.raises(UserError, match=words):

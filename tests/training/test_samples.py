@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,24 @@ def test_a_base_model_that_has_changed_ends_the_run_at_its_beginning_and_later_t
         ready.samples.draw(2)
     assert "step 2: not all samples are drawn" in caplog.text and "has changed" in caplog.text
     assert ready.status.phase == phase
+
+
+def test_weights_that_cannot_be_put_back_end_the_run(ready, monkeypatch):
+    """A file that is gone while a LoRA is merged leaves a part of it in the weights."""
+    monkeypatch.setattr(samples.Samples, "_draw", lambda *_: (_ for _ in ()).throw(UserError("gone")))
+    ready.samples._pipeline = SimpleNamespace(loras=(), holds_base_weights=True)
+    ready.samples.draw(2)
+    ready.samples._pipeline.holds_base_weights = False
+    with pytest.raises(UserError, match="gone"):
+        ready.samples.draw(2)
+
+
+def test_a_whole_unet_is_drawn_with_what_any_optimizer_averages(ready):
+    ready.samples.settings = replace(ready.settings, use_lora=False, use_ema=False)
+    for keeps_average in (False, True):
+        optimizer = SimpleNamespace(keeps_average=keeps_average)
+        ready.samples.step = SimpleNamespace(optimizer=optimizer, state=lambda: {"p.weight": np.zeros(1)})
+        assert bool(ready.samples._trained()) == keeps_average
 
 
 def test_processes_other_than_the_first_only_wait(ready, monkeypatch):

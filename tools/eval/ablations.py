@@ -45,7 +45,7 @@ from ldm.files.inputs import content_hash, is_there, read_text  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.files.paths import writing  # noqa: E402
 from ldm.metrics.report import write_json  # noqa: E402
-from ldm.settings.declare import MAX_COUNT, MAX_SEED, names_of, setting  # noqa: E402
+from ldm.settings.declare import MAX_COUNT, MAX_SEED, setting  # noqa: E402
 from ldm.settings.read import read_settings, split_flags  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
 from ldm.training.own_files import find_states  # noqa: E402
@@ -155,8 +155,7 @@ class Ablations:
         # One checkpoint, at the end. The validation loss is computed before the first step and after the last one, with
         # the same noise for all seeds.
         every = ["--step_mode", "True", "--ckpt_save_interval", steps, "--ckpt_max_keep", "1"]
-        if "validate_every_n_steps" in names_of(TrainSettings):
-            every += ["--validate_every_n_steps", steps]
+        every += ["--validate_every_n_steps", steps]
         return [
             *(part for flag, path in paths.items() for part in (flag, from_root(path))),
             "--max_steps", steps, *every, *self.flags, *variant, "--seed", str(seed), "--validation_seed", "1",

@@ -115,14 +115,11 @@ def find_checkpoints(run: Path, steps: Sequence[int] | None = None) -> list[Chec
 
 def _best_step(run: Path) -> int | None:
     """Return the step that best.json gives for best.ckpt, None where it is missing or says something else."""
-    for path in (run / "ckpt" / "best.json", run / "best.json"):
-        try:
-            step = json.loads(path.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        if type(step) is int:
-            return step
-    return None
+    try:
+        step = json.loads((run / "ckpt" / "best.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if type(step) is int else None
 
 
 def validation_losses(run: Path) -> dict[int, float]:

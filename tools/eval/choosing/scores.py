@@ -46,7 +46,7 @@ class Score:
     @property
     def best(self) -> int:
         """The candidate with the best value, the first one of several."""
-        return int((-self.values if self.higher_is_better else self.values).argmin())
+        return int(_lower_is_better(self, self.values).argmin())
 
     def std(self, candidate: int) -> float | None:
         """Return the standard deviation of a candidate's score over the bootstrap samples."""
@@ -126,10 +126,15 @@ def mean_rank(scores: list[Score], resamples: int) -> Score:
     return Score("mean_rank", "mean rank", False, values, np.mean(samples, axis=0))
 
 
+def _lower_is_better(score: Score, values: np.ndarray) -> np.ndarray:
+    """Return values of which the lowest is the best. What is no number, such as an overflowed loss, is the worst."""
+    return np.nan_to_num(-values if score.higher_is_better else values, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+
+
 def _ranks(score: Score, values: np.ndarray) -> np.ndarray:
     """Return the ranks (C, R) of C candidates by a score's values (C, R) in each of R samples."""
     values = values if score.enough is None else np.minimum(values, score.enough)
-    signed = -values if score.higher_is_better else values
+    signed = _lower_is_better(score, values)
     better = (signed[None] < signed[:, None]).sum(axis=1)
     equal = (signed[None] == signed[:, None]).sum(axis=1) - 1
     return 1.0 + better + 0.5 * equal
