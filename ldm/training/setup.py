@@ -77,6 +77,7 @@ class Run:
     status: Status
     validation: Validation | None  # None without held-out images
     samples: Samples  # the images that it draws meanwhile
+    earlier_validation: dict[str, Any] | None  # of the training state, which those of a run without validation pass on
 
     @property
     def output(self) -> Path:
@@ -198,6 +199,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
         runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation, samples,
+        None if state is None else state.validation,
     )  # fmt: skip
 
 

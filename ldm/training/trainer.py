@@ -125,8 +125,12 @@ def run_steps(run: Run) -> Path:
     newest = run.checkpoints.newest
     if status.steps_done >= plan.steps:
         logger.info("all %d steps are done already, at step %d", plan.steps, status.steps_done)
-        if not newest.exists():
-            save(run)  # the state is from another folder, or the checkpoint was removed
+        # What a run that was killed after its last save has not done: its last report, and what it says of the best.
+        with Reports(run):
+            if not newest.exists():
+                save(run)  # the state is from another folder, or the checkpoint was removed
+        if run.validation is not None:
+            run.validation.finish()
         return newest
 
     if run.validation is not None:
@@ -180,8 +184,7 @@ def save(run: Run) -> None:
     if not run.is_first_process:
         return
     state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint)
-    if run.validation is not None:
-        state.validation = run.validation.state()
+    state.validation = run.earlier_validation if run.validation is None else run.validation.state()
     try:
         run.status.last_state = run.checkpoints.save(state)
     except UserError as error:

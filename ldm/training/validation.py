@@ -47,7 +47,7 @@ from ldm.training.checks import trained_timesteps
 from ldm.training.inputs import Inputs, sample_latents
 from ldm.training.metrics_file import StepRows
 from ldm.training.own_files import free_name
-from ldm.training.plan import RunPlan
+from ldm.training.plan import RunPlan, completes_interval
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep
 from ldm.training.training_state import TrainingState
@@ -221,10 +221,10 @@ class Validation:
                 "the validation loss needs images that are not class images, both held out and to train on: add some, "
                 "or turn it off by --validate_every_n_epochs 0"
             )
-        of_held_out = inputs.of_data(held_out)
+        of_held_out = inputs.of_data(held_out, settings.validation_data_path or settings.data_path)
         self.images = {
             "validation": MeasuredImages(of_held_out, rows, seed),
-            "training": MeasuredImages(of_held_out.of_data(inputs.data), training_rows, seed),
+            "training": MeasuredImages(of_held_out.of_data(inputs.data, settings.data_path), training_rows, seed),
         }
         self.network = RowLosses(model, settings)
         self.uses_averages = settings.use_ema or step.optimizer.keeps_average
@@ -246,13 +246,14 @@ class Validation:
     # ---- its part of a training state -------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the best step, and what it was measured on."""
-        return {"key": self._key, "best": None if self.best is None else self.best.content()}
+        """Return what a resumed run needs: the best step, the last one, and what they were measured on."""
+        best, last = (None if step is None else step.content() for step in (self.best, self.last))
+        return {"key": self._key, "best": best, "last": last}
 
     def load_state(self, state: TrainingState) -> None:
         """Continue from a training state."""
         content = state.validation or {}
-        best = Measured.parse(content.get("best"))
+        best, last = Measured.parse(content.get("best")), Measured.parse(content.get("last"))
         if best is not None and (content.get("key") != self._key or len(best.losses) != len(self.images["validation"])):
             logger.warning(
                 "the validation loss is of other images or time steps than before: the best step so far, %d, is not "
@@ -261,6 +262,8 @@ class Validation:
             )
             best = None
         self.best = best
+        # For `finish`, where all steps are done already.
+        self.last = last if best is not None and last is not None and last.step == state.step else None
         source = None if state.path is None else state.path.parent
         keep = self.settings.keep_best
 
@@ -317,7 +320,7 @@ class Validation:
         if self._file is not None:
             self._file.close()
         best, last = self.best, self.last
-        if best is None or last is None:
+        if best is None or last is None or self.runtime.process_index > 0:
             return
         logger.info(
             "validation loss: the best is %.5f at step %d, with %.5f of the training images; at the end it is %.5f, "
@@ -434,8 +437,7 @@ def is_due(settings: TrainSettings, plan: RunPlan, steps_done: int) -> bool:
         epochs = 1
     if epochs:
         intervals.append(max(1.0, epochs * plan.steps_per_epoch))
-    counts = ([int(step / every + 1e-9) for step in (steps_done - 1, steps_done)] for every in intervals)
-    return steps_done in (0, plan.steps) or any(after > before for before, after in counts)
+    return steps_done in (0, plan.steps) or any(completes_interval(steps_done, every) for every in intervals)
 
 
 def choose_rows(data: TrainingData, count: int, seed: int, stream: str) -> list[int]:
@@ -491,15 +493,20 @@ def sampled_weights(step: TrainStep, values: dict[str, np.ndarray] | None) -> It
 
 
 def _set_aside_other_columns(path: Path, header: Sequence[str], step: int) -> None:
-    """Rename the file of a run that is resumed with other time steps, whose rows cannot be continued."""
-    if not step or not is_there(path):
+    """Rename a file that no run wrote, or that of a run which is resumed with other time steps."""
+    if not is_there(path):
         return
-    if read_bytes(path).partition(b"\n")[0].strip() == ",".join(header).encode():
+    found = read_bytes(path).partition(b"\n")[0].strip()
+    is_of_a_run = found.startswith(b"step,images,loss")
+    if is_of_a_run and (not step or found == ",".join(header).encode()):
         return
-    kept = free_name(path.with_name(f"validation-until-{step:08d}.csv"))
+    kept = free_name(path.with_name(f"validation-until-{step:08d}.csv" if is_of_a_run else "validation-kept.csv"))
     with writing(path):
         os.replace(path, kept)
-    logger.warning("validation_timesteps has changed: the rows until step %d are in %s", step, kept)
+    if is_of_a_run:
+        logger.warning("validation_timesteps has changed: the rows until step %d are in %s", step, kept)
+    else:
+        logger.warning("%s was not written by a run: it is renamed to %s", path, kept.name)
 
 
 def _packed(losses: dict[str, np.ndarray]) -> bytes:

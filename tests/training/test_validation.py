@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.training.own_files import find_states
 from ldm.training.plan import make_plan
-from ldm.training.trainer import run_steps, train
+from ldm.training.trainer import run_steps, save, train
 from ldm.training.training_state import load_state
 from ldm.training.validation import Measured, Validation, choose_rows, compare, is_due
 from tests.training.micro import MICRO, SETTINGS, metrics, prepare
@@ -33,6 +34,7 @@ LORA = dict(
     start_learning_rate=2e-2, max_steps=8, ckpt_save_interval=3, validation_split=0.3, validate_every_n_steps=2,
     keep_best=True,
 )  # fmt: skip
+OFF = dict(validate_every_n_steps=None, validate_every_n_epochs=0, keep_best=False)
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:
@@ -130,8 +132,7 @@ def test_the_loss_is_the_plain_mean_squared_error_of_whole_images(settings, tmp_
 def test_averages_are_measured_and_what_is_trained_stays_as_it_is(settings, tmp_path, validated):
     averaged = {**LORA, "max_steps": 4, "use_ema": True, "ema_decay": 0.5, "lora_ft_text_encoder": True,
                 "lora_targets": ["attn2.to_q", "q_proj"]}  # fmt: skip
-    off = dict(validate_every_n_steps=None, validate_every_n_epochs=0, keep_best=False)
-    for name, others in (("with", {}), ("without", off)):
+    for name, others in (("with", {}), ("without", OFF)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cache").symlink_to(validated / "cache")
         train(settings(tmp_path / name, **{**averaged, **others}))
@@ -178,8 +179,7 @@ def test_training_is_the_same_without_it_bit_for_bit(settings, validated, tmp_pa
     output = tmp_path / "run"
     output.mkdir()
     (output / "cache").symlink_to(validated / "cache")
-    off = dict(validate_every_n_steps=None, validate_every_n_epochs=0, keep_best=False)
-    train(settings(output, **{**LORA, **off}))
+    train(settings(output, **{**LORA, **OFF}))
     assert not (output / "validation.csv").exists() and not (output / "ckpt" / "best.json").exists()
     expected, found = arrays_of(validated), arrays_of(output)
     assert expected.keys() == found.keys()
@@ -237,6 +237,68 @@ def test_a_run_that_resumes_with_other_time_steps_begins_a_new_file(settings, va
     assert kept.read_bytes() == (validated / "validation.csv").read_bytes()
 
 
+def saves_after_resuming(settings, output: Path, **others: object):
+    """Resume in a folder, save after steps 9 to 11 without training, and return the run."""
+    run = prepare(settings(output, **{**LORA, "max_steps": 12, **others}, resume=True))
+    for step in range(9, 12):
+        run.status.steps_done = step
+        save(run)
+    return run
+
+
+def test_the_best_weights_stay_where_a_run_resumes_on_other_time_steps(settings, validated, tmp_path):
+    output = shutil.copytree(validated, tmp_path / "run")
+    run = saves_after_resuming(settings, output, validation_timesteps=[500])
+    assert run.validation.best is None and not (output / "ckpt" / "best.ckpt").exists()
+    kept = output / "ckpt" / "best-until-00000008.ckpt"
+    for path in (kept, kept.with_suffix(".json")):
+        assert path.read_bytes() == (validated / "ckpt" / f"best{path.suffix}").read_bytes()
+    assert f"the best weights until step 8 are kept as {kept}" in (output / "log.txt").read_text()
+
+
+def test_the_best_step_stays_where_a_run_resumes_without_validation_and_then_with(settings, validated, tmp_path):
+    output = shutil.copytree(validated, tmp_path / "run")
+    assert saves_after_resuming(settings, output, **OFF).validation is None
+    run = prepare(settings(output, **{**LORA, "max_steps": 12}, resume=True))
+    run.status.steps_done = 12
+    save(run)
+    for name in ("best.ckpt", "best.json"):
+        assert (output / "ckpt" / name).read_bytes() == (validated / "ckpt" / name).read_bytes()
+    assert run.validation.best.step == json.loads((validated / "ckpt" / "best.json").read_text())["step"]
+
+
+def test_a_run_that_was_killed_after_its_last_save_ends_like_one_that_was_not(settings, validated, tmp_path):
+    def said(log: Path) -> list[str]:
+        return re.findall("validation loss: the best is .*|the last step is worse .*", log.read_text())
+
+    output = shutil.copytree(validated, tmp_path / "run")
+    for name in ("report.html", "log.txt"):
+        (output / name).unlink()
+    facts = json.loads((output / "run.json").read_text())
+    facts["sessions"][0]["ended"] = "running"
+    (output / "run.json").write_text(json.dumps(facts))
+    train(settings(output, **LORA, resume=True))
+    assert said(output / "log.txt") == said(validated / "log.txt") != []
+    sessions = json.loads((output / "run.json").read_text())["sessions"]
+    assert [session["ended"] for session in sessions] == ["killed", "finished"]
+    assert (output / "report.html").exists()
+
+
+@pytest.mark.parametrize(("header", "kept"), [("name,score", "validation-kept.csv"), ("step,images,loss,loss_1", None)])
+def test_a_new_run_overwrites_the_file_of_a_run_alone(settings, tmp_path, monkeypatch, header, kept):
+    monkeypatch.setattr(Validation, "measure", lambda self, step: None)
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "validation.csv").write_text(f"{header}\n1,2\n")
+    run = prepare(settings(output, **LORA))
+    run.validation.begin()
+    assert (output / "validation.csv").read_text().split() == ["step,images,loss,loss_200,loss_400,loss_600,loss_800"]
+    assert [path.name for path in output.glob("validation-*")] == ([] if kept is None else [kept])
+    if kept is not None:
+        assert (output / kept).read_text() == f"{header}\n1,2\n"
+        assert f"was not written by a run: it is renamed to {kept}" in (output / "log.txt").read_text()
+
+
 # When, on what
 
 
@@ -288,6 +350,17 @@ def test_what_cannot_be_measured_is_said_before_the_data_is_encoded(settings, tm
     assert not list((tmp_path / "run" / "cache").glob("*.shard"))
 
 
+def test_held_out_images_that_are_broken_are_named_with_their_own_folder(settings, tmp_path):
+    held_out = write_shapes(tmp_path / "held_out")
+    for number in (2, 4):
+        (held_out / f"{number}.png").write_bytes(b"no image")
+    run = prepare(settings(
+        tmp_path / "run", use_lora=True, max_steps=1, check_images=False, validation_data_path=str(held_out)
+    ))  # fmt: skip
+    with pytest.raises(UserError, match=f"^{held_out}: 2 of 8 images are broken"):
+        run.validation.encode()
+
+
 def test_time_steps_that_are_not_trained_are_left_out(settings, validated, tmp_path):
     run = prepare(settings(tmp_path / "run", **LORA, max_timestep=500))
     assert run.validation.timesteps == [200, 400]
@@ -324,7 +397,7 @@ def test_the_end_says_whether_the_last_step_is_worse(caplog, last, best_step, ke
     best = Measured(best_step, 0.2, 0.1, np.array([0.1, 0.2, 0.3], np.float32))
     run = SimpleNamespace(
         best=best, last=Measured(40, float(np.mean(last)), 0.05, np.array(last, np.float32)), _file=None,
-        checkpoints=SimpleNamespace(kept=lambda step: kept),
+        checkpoints=SimpleNamespace(kept=lambda step: kept), runtime=SimpleNamespace(process_index=0),
     )  # fmt: skip
     Validation.finish(run)
     assert f"the best is 0.20000 at step {best_step}, with 0.10000 of the training images" in caplog.text
