@@ -1,5 +1,6 @@
 # make demo           fine-tune the nano model with LoRA and compare images before and after: output/demo/grid.png
 # make test           run the tests, without PyTorch, and print the 20 slowest
+# make test-processes run the tests that start several processes at once, which `make test` leaves out
 # make test-parity    compare with PyTorch, diffusers and transformers, in a virtual environment of its own
 # make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
 # make test-ascend    compile for Ascend without a device and compare the kernels with the recorded ones
@@ -12,13 +13,17 @@ PYTHON ?=
 VERSIONS ?= 2.7.2 2.10.0
 export MAKECMDGOALS
 
-.PHONY: demo test test-parity test-versions test-ascend lint format clean
+.PHONY: demo test test-processes test-parity test-versions test-ascend lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
 
 test: .venv/ready
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=20
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m "not processes" --durations=20
+
+# They use both cores by themselves.
+test-processes: .venv/ready
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m processes tests/generation tests/tools tests/training
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity

@@ -16,6 +16,8 @@ from ldm.weights.checkpoint import write_checkpoint
 from tests.conftest import ROOT
 from tests.two_hosts import two_hosts
 
+pytestmark = pytest.mark.processes
+
 TINY = ROOT / "tests" / "tiny.yaml"
 
 

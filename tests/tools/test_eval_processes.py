@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
 from tools.eval import eval_clip_score, eval_fid
+
+pytestmark = pytest.mark.processes
 
 
 def images(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:

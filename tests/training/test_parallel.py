@@ -15,6 +15,8 @@ from ldm.runtime.device import setup_runtime
 from ldm.training.step import TrainStep
 from tests.training.toy import Linear, batch, numbers, scalars
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:

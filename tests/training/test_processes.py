@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ldm.data.shards import ENTRY
 from ldm.training.own_files import find_states
@@ -21,6 +22,8 @@ from ldm.training.trainer import train
 from ldm.training.training_state import load_state
 from tests.training.micro import ROOT, SETTINGS, STEPS, command
 from tests.two_hosts import two_hosts, worker_of
+
+pytestmark = pytest.mark.processes
 
 SETTINGS_OF_BOTH = dict(
     use_lora=True, caption_dropout=0.3, start_learning_rate=1e-3, clip_grad=True, ckpt_save_interval=2
