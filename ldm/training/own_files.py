@@ -114,9 +114,9 @@ class OwnFiles:
         with writing(self.folder / RECORD):
             for name in names:
                 if name not in self.names:
-                    _make_room(self.folder / name)
+                    make_room(self.folder / name)
             if self._record_is_foreign:
-                _make_room(self.folder / RECORD)
+                make_room(self.folder / RECORD)
                 self._record_is_foreign = False
             self.names = [name for name in self.names if name not in names and self._is_regular_file(name)]
             self.names += names
@@ -193,7 +193,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and (name in (*LINKS, *OF_BEST) or parse_name(name) is not None)
 
 
-def _make_room(path: Path) -> None:
+def make_room(path: Path) -> None:
     """Rename what is at `path`, with a warning."""
     if os.path.lexists(path):
         kept = free_name(path.with_name(f"{path.stem}-kept{path.suffix}"))

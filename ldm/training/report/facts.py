@@ -27,7 +27,7 @@ PACKAGE = "mindspore-stable-diffusion-lora"
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """Return what does not change from start to start: length, model, data and environment."""
+    """Return what does not change from start to start: length, model, data, environment, and what the run writes."""
     plan, config = run.plan, run.model.config
     return {
         "run": {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "warmup_steps": plan.warmup_steps},
@@ -43,7 +43,13 @@ def describe_run(run: Run) -> dict[str, Any]:
             "validated": 0 if run.validation is None else len(run.validation.images["validation"]),
         },
         "environment": describe_environment(run),
+        "parts": parts_of(run),
     }
+
+
+def parts_of(run: Run) -> list[str]:
+    """Return which of records.PARTS the run writes. An earlier one may have left others in the folder."""
+    return ["validation"] * (run.validation is not None) + ["samples"] * bool(run.samples.prompts)
 
 
 def describe_data(data: TrainingData, fingerprint: str) -> dict[str, Any]:

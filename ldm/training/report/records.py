@@ -26,11 +26,12 @@ from ldm.training.metrics_file import Metrics
 logger = logging.getLogger(__name__)
 
 FACTS = "run.json"
+PARTS = ("validation", "samples")  # of a run that its settings turn on and off
 MAX_TABLE = 1 << 30  # bytes of a table
 MAX_STRIPS = 100  # prompts of a run that are looked at
 
+FRAME = re.compile(r"step-([0-9]{8,12})\.png")  # the name of a sample image
 _STRIP = re.compile(r"prompt-([0-9]{1,6})")
-_FRAME = re.compile(r"step-([0-9]{1,12})\.png")
 
 
 class Frame(NamedTuple):
@@ -97,29 +98,36 @@ class RunRecord:
         return part if isinstance(part, dict) else {}
 
     @property
+    def parts(self) -> list[str]:
+        """Which of PARTS the run writes, all if run.json does not say. Others in the folder are of an earlier run."""
+        found = self.facts.get("parts")
+        return [part for part in PARTS if not isinstance(found, list) or part in found]
+
+    @property
     def sessions(self) -> list[dict[str, Any]]:
         """The starts of the run: the first one and each resume."""
         found = self.facts.get("sessions")
         return [session for session in found if isinstance(session, dict)] if isinstance(found, list) else []
 
 
-def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run that run.json knows, none if it cannot be read."""
+def read_facts(folder: Path) -> RunRecord:
+    """Read run.json alone. The facts are empty if it cannot be read."""
     record = RunRecord(folder)
     record.facts = _mapping(record, FACTS, read_json)
-    return record.sessions
+    return record
 
 
 def read_record(folder: Path) -> RunRecord:
     """Read the output folder of a run. Raises UserError if it is no folder or may not be read."""
-    record = RunRecord(folder)
     list_folder(folder, "the output folder")
+    record = read_facts(folder)
     record.settings = _mapping(record, "train_args.yaml", read_yaml)
-    record.facts = _mapping(record, FACTS, read_json)
     record.metrics = _read(record, "metrics.csv", read_metrics, {})
-    record.validation = _read(record, "validation.csv", read_validation, {})
-    record.best = _best(record)
-    record.strips = _read(record, "samples", read_strips, [])
+    if "validation" in record.parts:
+        record.validation = _read(record, "validation.csv", read_validation, {})
+        record.best = _best(record)
+    if "samples" in record.parts:
+        record.strips = _read(record, "samples", read_strips, [])
     return record
 
 
@@ -173,7 +181,7 @@ def read_strips(folder: Path) -> list[Strip]:
     for number, name in numbers[:MAX_STRIPS]:
         frames: list[Frame] = []
         if is_folder(folder / name):
-            found = (_FRAME.fullmatch(entry) for entry in list_folder(folder / name))
+            found = (FRAME.fullmatch(entry) for entry in list_folder(folder / name))
             frames = [Frame(int(match[1]), folder / name / match[0]) for match in found if match]
         whole = folder / f"{name}.png"
         strip = Strip(name, prompts.get(number, ""), sorted(frames), whole if is_file(whole) else None)
@@ -183,11 +191,8 @@ def read_strips(folder: Path) -> list[Strip]:
 
 
 def _prompts(path: Path) -> dict[int, str]:
-    """Return the lines of prompts.txt by their number, from 1, without comments and empty lines."""
-    if not is_file(path):
-        return {}
-    lines = [line.strip() for line in read_text(path).split("\n")]
-    return dict(enumerate((line for line in lines if line and not line.startswith("#")), 1))
+    """Return the lines of prompts.txt by their number, from 1. Each is a prompt: the run wrote the file itself."""
+    return dict(enumerate(read_text(path).split("\n"), 1)) if is_file(path) else {}
 
 
 def _best(record: RunRecord) -> Optional[tuple[int, float]]:

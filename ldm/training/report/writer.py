@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
@@ -12,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Optional
 from ldm.errors import UserError, system_reason
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import json_text
+from ldm.files.inputs import is_file, open_file
 from ldm.files.paths import writing
 from ldm.runtime.script import at_interrupt, was_interrupted
 from ldm.training.metrics_file import Metrics
+from ldm.training.own_files import make_room
 from ldm.training.report.facts import begin_session, describe_run, device_peak_memory, now, peak_memory
-from ldm.training.report.page import report_page
-from ldm.training.report.records import FACTS, read_record, read_sessions
+from ldm.training.report.page import GENERATOR, report_page
+from ldm.training.report.records import FACTS, PARTS, RunRecord, read_facts, read_record
 from ldm.training.report.tensorboard import TensorBoard
 from ldm.weights.names import COMPONENTS
 
@@ -53,19 +57,38 @@ class Reports:
     def __enter__(self) -> Reports:
         if not self.run.is_first_process:
             return self
-        earlier = read_sessions(self.output) if self.run.status.steps_done else []
+        steps_done = self.run.status.steps_done
         self.facts = describe_run(self.run)
-        self.facts["sessions"] = [*earlier[-MOST_SESSIONS + 1 :], self.session]
-        for session in earlier:
-            if session.get("ended") == "running":
-                session["ended"] = "killed"
+        self.facts["sessions"] = [self.session]
+        if steps_done:
+            self._continue(read_facts(self.output))
+        else:
+            self._set_aside()
         if "tensorboard" in self.run.settings.report_to:
             self.tensorboard = TensorBoard(
-                self.output, self.run.status.steps_done, self._rates(), self.run.plan.steps_per_epoch
+                self.output, steps_done, self._rates(), self.run.plan.steps_per_epoch, self.facts["parts"]
             )
+        with self._warning():
+            self._write_facts()  # a run that is killed before its first report does not seem to be an earlier one
         # The main thread may be in a step that takes longer than an interrupted script waits.
         at_interrupt(lambda: self._write("interrupted"))
         return self
+
+    def _continue(self, earlier: RunRecord) -> None:
+        """Add what run.json says of the starts before this one, and of what they wrote."""
+        for session in earlier.sessions:
+            if session.get("ended") == "running":
+                session["ended"] = "killed"
+        self.facts["sessions"] = [*earlier.sessions[-MOST_SESSIONS + 1 :], self.session]
+        self.facts["parts"] = [part for part in PARTS if part in (*earlier.parts, *self.facts["parts"])]
+
+    def _set_aside(self) -> None:
+        """Rename files in the place of this run's that no run wrote. Raises UserError if that is not possible."""
+        for path, is_own in ((self.output / FACTS, _is_facts), (self.output / PAGE, _is_report)):
+            is_written = path.name == FACTS or "html" in self.run.settings.report_to
+            if is_written and is_file(path) and not is_own(path):
+                with writing(path):
+                    make_room(path)
 
     def add(self, metrics: Metrics, mean_loss: float) -> None:
         """Take a row of metrics.csv, and the mean loss that the log shows."""
@@ -112,22 +135,32 @@ class Reports:
             device_peak_memory=device_peak_memory(self.run.runtime.is_ascend),
             written=now(),
         )
-        try:
-            if self.tensorboard is not None:
-                self.tensorboard.update()
-                if ended != "running":
-                    self.tensorboard.close()
-            _write_text(self.output / FACTS, json_text(self.facts, indent=1) + "\n")
+        with self._warning():
+            self._write_facts()
             if "html" in self.run.settings.report_to:
                 write_report(self.output)
+        if self.tensorboard is not None:
+            with self._warning():
+                self.tensorboard.update()
+            if ended != "running":
+                self.tensorboard.close()
+        took = time.perf_counter() - began
+        self._next = time.perf_counter() + took / SHARE
+        logger.debug("the report took %.0f ms", 1000 * took)
+
+    def _write_facts(self) -> None:
+        _write_text(self.output / FACTS, json_text(self.facts, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Make a warning, the first time, of an error in the block."""
+        try:
+            yield
         except (UserError, OSError) as error:
             if not self._warned:
                 reason = error if isinstance(error, UserError) else system_reason(error)
                 logger.warning("the report cannot be written (%s): the training goes on without it", reason)
             self._warned = True
-        took = time.perf_counter() - began
-        self._next = time.perf_counter() + took / SHARE
-        logger.debug("the report took %.0f ms", 1000 * took)
 
     def _rates(self) -> dict[str, float]:
         """Return the learning rate of each network that is trained, as a factor of the one that is logged."""
@@ -143,6 +176,20 @@ class Reports:
 def write_report(output: Path, page: Optional[Path] = None) -> None:
     """Write the report of the run in `output`. Raises UserError if it cannot be written."""
     _write_text(output / PAGE if page is None else page, report_page(read_record(output)))
+
+
+def _is_facts(path: Path) -> bool:
+    """Whether a run wrote this run.json."""
+    return "sessions" in read_facts(path.parent).facts
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a run wrote this page."""
+    try:
+        with open_file(path) as file:
+            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(4096)
+    except (UserError, OSError):
+        return False
 
 
 def _write_text(path: Path, text: str) -> None:

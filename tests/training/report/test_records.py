@@ -131,11 +131,23 @@ def test_the_best_step_is_that_of_best_json_else_the_least_loss(tmp_path):
 
 
 def test_samples_are_sorted_by_step_and_named_by_their_prompt(tmp_path):
-    write_samples(tmp_path, ("# no prompt", "a cat --d 3", "", "a dog"))
-    (tmp_path / "samples" / "prompt-01" / "notes.txt").write_text("x")
+    """prompts.txt is the run's own, a line for each folder: neither a # nor an empty prompt is passed over."""
+    prompts = ("#1 girl", "a cat --d 3", "", "a dog")
+    write_samples(tmp_path, prompts)
+    for name in ("notes.txt", "step-20.png", "step-0000000000020.png"):
+        (tmp_path / "samples" / "prompt-01" / name).write_text("x")
     strips = read_strips(tmp_path / "samples")
-    assert [strip.prompt for strip in strips[:2]] == ["a cat --d 3", "a dog"]
+    assert tuple(strip.prompt for strip in strips) == prompts
     assert [frame.step for frame in strips[0].frames] == [0, 40, 80, 120]
+
+
+@pytest.mark.parametrize("parts", [[], ["validation"], ["samples"]])
+def test_only_what_run_json_names_is_of_the_run(tmp_path, parts):
+    write_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"parts": parts}))
+    record = read_record(tmp_path)
+    assert bool(record.validation) == (record.best is not None) == ("validation" in parts)
+    assert bool(record.strips) == ("samples" in parts)
 
 
 def test_figures_leave_compilation_out_of_the_seconds_of_a_step(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import struct
 import subprocess
 import time
 from types import SimpleNamespace
@@ -19,8 +18,10 @@ from ldm.settings.train import TrainSettings
 from ldm.training.metrics_file import Metrics
 from ldm.training.own_files import find_states
 from ldm.training.rates import Rates
-from ldm.training.report import tensorboard, writer
-from ldm.training.report.tensorboard import TensorBoard, check_tensorboard
+from ldm.training.report import writer
+from ldm.training.report.facts import parts_of
+from ldm.training.report.records import read_record
+from ldm.training.report.tensorboard import TensorBoard
 from ldm.training.report.writer import Reports
 from ldm.training.trainer import train
 from ldm.training.training_state import load_state
@@ -86,10 +87,11 @@ def test_an_interrupted_run_leaves_its_report(micro_base_model, micro_data, tmp_
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Makes what Reports sees of a run that has done some steps."""
-    monkeypatch.setattr(writer, "describe_run", lambda run: {"run": {"steps": 10}})
+    monkeypatch.setattr(writer, "describe_run", lambda run: {"run": {"steps": 10}, "parts": parts_of(run)})
 
-    def make(steps_done: int = 0, **settings):
+    def make(steps_done: int = 0, validates: bool = False, samples: bool = False, **settings):
         return SimpleNamespace(
+            validation=object() if validates else None, samples=SimpleNamespace(prompts=["a cat"] * samples),
             output=tmp_path, is_first_process=True, settings=TrainSettings(**settings),
             status=SimpleNamespace(steps_done=steps_done), plan=SimpleNamespace(steps=10, steps_per_epoch=5.0),
             runtime=SimpleNamespace(is_ascend=False), rates=Rates(1.0, 1.0, {}),
@@ -167,6 +169,73 @@ def test_a_disk_that_refuses_is_one_warning(run, tmp_path, caplog):
     assert caplog.text.count("the report cannot be written") == 1 and "report.html" in caplog.text
 
 
+@pytest.mark.parametrize("parts", [[], ["validation"], ["samples"]])
+def test_what_an_earlier_run_left_in_the_folder_is_not_shown_as_this_run_s(run, tmp_path, parts):
+    write_validation(tmp_path)
+    write_samples(tmp_path, ("a cat",))
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "best.json").write_text('{"step": 80, "loss": 0.5}')
+    assert read_record(tmp_path).parts == ["validation", "samples"]  # a folder without run.json
+    with Reports(run(validates="validation" in parts, samples="samples" in parts)):
+        pass
+    record = read_record(tmp_path)
+    assert bool(record.validation) == (record.best is not None) == ("validation" in parts)
+    assert bool(record.strips) == ("samples" in parts)
+
+
+def test_a_resumed_run_still_shows_what_its_earlier_starts_wrote(run, tmp_path):
+    with Reports(run(validates=True)):
+        pass
+    with Reports(run(steps_done=5, samples=True)):
+        pass
+    assert facts(tmp_path)["parts"] == ["validation", "samples"]
+
+
+def test_run_json_is_of_this_run_from_its_beginning(run, tmp_path):
+    """Otherwise a run that is killed before its first report seems to be the one before it."""
+    with Reports(run(validates=True)):
+        pass
+    with Reports(run()):
+        assert facts(tmp_path)["parts"] == [] and facts(tmp_path)["sessions"][0]["ended"] == "running"
+
+
+def test_a_file_of_the_user_s_is_renamed_and_not_replaced(run, tmp_path, caplog):
+    (tmp_path / "report.html").write_text("<title>Report of mine</title>")
+    (tmp_path / "run.json").write_text('{"mine": 1}')
+    with Reports(run()):
+        pass
+    assert (tmp_path / "report-kept.html").read_text() == "<title>Report of mine</title>"
+    assert (tmp_path / "run-kept.json").read_text() == '{"mine": 1}'
+    assert "report.html was not written by this run: it is renamed to report-kept.html" in caplog.text
+    caplog.clear()
+    with Reports(run()):  # replaces the files of the run before
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report-kept.html", "report.html", "run-kept.json", "run.json"
+    ] and not caplog.records  # fmt: skip
+
+
+def test_a_page_that_the_run_does_not_write_is_left_alone(run, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with Reports(run(report_to=["csv"])):
+        pass
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_an_error_of_tensorboard_s_part_leaves_the_page(run, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("tensorboardX")
+
+    def update(self):
+        raise UserError("validation.csv cannot be read")
+
+    monkeypatch.setattr(TensorBoard, "update", update)
+    with Reports(run(report_to=["html", "tensorboard"])):
+        write_metrics(tmp_path, 3)
+    assert "The run is complete." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert facts(tmp_path)["sessions"][0]["ended"] == "finished"
+    assert caplog.text.count("validation.csv cannot be read") == 1
+
+
 def test_csv_alone_writes_no_page_and_other_processes_write_nothing(run, tmp_path):
     with Reports(run(report_to=["csv"])):
         pass
@@ -178,66 +247,6 @@ def test_csv_alone_writes_no_page_and_other_processes_write_nothing(run, tmp_pat
         reports.add(Metrics(1, 0.5, 1e-3, 1.0, 9.0, 0.2), 0.5)
         reports.update()
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_without_its_library_is_refused_with_the_command(monkeypatch):
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
-    check_tensorboard(["csv", "html"])
-    with pytest.raises(UserError, match="report_to tensorboard needs tensorboardX: pip install tensorboardX"):
-        check_tensorboard(["tensorboard"])
-
-
-def events(folder) -> list[tuple[str, int, float]]:
-    """Return tag, step and value of the events in TensorBoard's files, -1 for an image."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found = []
-    for path in sorted(folder.iterdir()):
-        content, place = path.read_bytes(), 0
-        while place < len(content):
-            (length,) = struct.unpack_from("<Q", content, place)
-            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + length])
-            place += 16 + length
-            for value in event.summary.value:
-                shown = value.simple_value if value.WhichOneof("value") == "simple_value" else -1.0
-                found.append((value.tag, event.step, pytest.approx(shown, rel=1e-6)))
-    return found
-
-
-def test_tensorboard_gets_steps_validations_and_samples_under_kohyas_tags(tmp_path):
-    pytest.importorskip("tensorboardX")
-    board = TensorBoard(tmp_path, 0, {"lr/unet": 1.0, "lr/textencoder": 0.5}, steps_per_epoch=40.0)
-    board.add(Metrics(1, 0.5, 1e-3, 1024.0, 9.0, float("inf")), 0.6)
-    write_validation(tmp_path, (0, 40, 60))
-    write_samples(tmp_path, ("a cat",), (0, 40))
-    board.update()
-    board.update()  # what was written is not written again
-    board.close()
-    found = events(tmp_path / "tensorboard")
-    for entry in (
-        ("loss/current", 1, 0.5), ("loss/average", 1, 0.6), ("lr/unet", 1, 1e-3), ("lr/textencoder", 1, 5e-4),
-        ("loss_scale", 1, 1024.0), ("seconds_per_step", 1, 9.0),
-    ):  # fmt: skip
-        assert found.count(entry) == 1, entry
-    tags = [(tag, step) for tag, step, _ in found]
-    assert not any(tag == "norm/gradient" for tag, _ in tags)  # it overflowed
-    for step in (0, 40, 60):
-        assert tags.count(("loss/validation/step_average", step)) == 1
-        assert tags.count(("loss/validation/timestep_800", step)) == 1
-        assert tags.count(("loss/validation_training/step_average", step)) == 1
-    assert [step for tag, step in tags if tag == "loss/validation/epoch_average"] == [40]
-    assert [step for tag, step in tags if tag == "samples/prompt-01"] == [0, 40]
-
-
-def test_a_resumed_run_adds_to_tensorboard_only_what_is_new(tmp_path):
-    pytest.importorskip("tensorboardX")
-    write_validation(tmp_path, (0, 40, 60))
-    board = TensorBoard(tmp_path, 40, {}, steps_per_epoch=40.0)
-    board.update()
-    board.close()
-    assert {step for tag, step, _ in events(tmp_path / "tensorboard")} == {60}
 
 
 def test_the_rates_of_the_networks_are_factors_of_the_one_that_is_logged(run):
