@@ -205,7 +205,7 @@ def test_weights_that_cannot_be_put_back_end_the_run(ready, monkeypatch):
 
 
 def test_a_whole_unet_is_drawn_with_what_any_optimizer_averages(ready):
-    ready.samples.settings = replace(ready.settings, use_lora=False, use_ema=False)
+    ready.samples.settings = SimpleNamespace(use_lora=False, use_ema=False, optim="another")
     for keeps_average in (False, True):
         optimizer = SimpleNamespace(keeps_average=keeps_average)
         ready.samples.step = SimpleNamespace(optimizer=optimizer, state=lambda: {"p.weight": np.zeros(1)})

@@ -403,6 +403,10 @@ def test_the_end_says_whether_the_last_step_is_worse(caplog, last, best_step, ke
     assert f"the best is 0.20000 at step {best_step}, with 0.10000 of the training images" in caplog.text
     assert "with 0.05000" in caplog.text
     assert re.search(says, caplog.text)
+    caplog.clear()
+    run.runtime.process_index = 1  # of a resumed run, every process knows the last step of the training state
+    Validation.finish(run)
+    assert not caplog.text
 
 
 def test_the_best_step_is_read_back_from_a_training_state_bit_for_bit():
