@@ -46,7 +46,7 @@ from ldm.training.checkpoints import Checkpoints
 from ldm.training.checks import trained_timesteps
 from ldm.training.inputs import Inputs, sample_latents
 from ldm.training.metrics_file import StepRows
-from ldm.training.own_files import free_name
+from ldm.training.own_files import free_name, make_room
 from ldm.training.plan import RunPlan, completes_interval
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep
@@ -500,13 +500,13 @@ def _set_aside_other_columns(path: Path, header: Sequence[str], step: int) -> No
     is_of_a_run = found.startswith(b"step,images,loss")
     if is_of_a_run and (not step or found == ",".join(header).encode()):
         return
-    kept = free_name(path.with_name(f"validation-until-{step:08d}.csv" if is_of_a_run else "validation-kept.csv"))
     with writing(path):
+        if not is_of_a_run:
+            make_room(path)
+            return
+        kept = free_name(path.with_name(f"validation-until-{step:08d}.csv"))
         os.replace(path, kept)
-    if is_of_a_run:
-        logger.warning("validation_timesteps has changed: the rows until step %d are in %s", step, kept)
-    else:
-        logger.warning("%s was not written by a run: it is renamed to %s", path, kept.name)
+    logger.warning("validation_timesteps has changed: the rows until step %d are in %s", step, kept)
 
 
 def _packed(losses: dict[str, np.ndarray]) -> bytes:

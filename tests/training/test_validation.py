@@ -296,7 +296,7 @@ def test_a_new_run_overwrites_the_file_of_a_run_alone(settings, tmp_path, monkey
     assert [path.name for path in output.glob("validation-*")] == ([] if kept is None else [kept])
     if kept is not None:
         assert (output / kept).read_text() == f"{header}\n1,2\n"
-        assert f"was not written by a run: it is renamed to {kept}" in (output / "log.txt").read_text()
+        assert f"was not written by this run: it is renamed to {kept}" in (output / "log.txt").read_text()
 
 
 # When, on what
