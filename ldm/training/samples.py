@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,14 +41,13 @@ from ldm.training.checkpoints import Checkpoints, remove_leftovers
 from ldm.training.drawing import OwnGraph, model_fields, sampling_field
 from ldm.training.film_strip import draw_strip, enlarged, shown
 from ldm.training.plan import RunPlan, completes_interval
+from ldm.training.report.records import FRAME
 from ldm.training.sample_prompts import SamplePrompt
 from ldm.training.status import Status
 from ldm.training.step import TrainStep
 from ldm.weights.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
-
-_IMAGE = re.compile(r"step-([0-9]{8,12})\.png")
 
 
 class Samples:
@@ -321,7 +319,7 @@ def _images(folder: Path) -> list[tuple[int, Path]]:
     """Return the steps and paths of the images of a prompt, the oldest first."""
     if not is_folder(folder):
         return []
-    matches = [(match, name) for name in list_folder(folder) if (match := _IMAGE.fullmatch(name))]
+    matches = [(match, name) for name in list_folder(folder) if (match := FRAME.fullmatch(name))]
     return sorted((int(match[1]), folder / name) for match, name in matches)
 
 

@@ -28,6 +28,7 @@ from ldm.files.documents import read_json
 from ldm.files.inputs import is_file, open_file
 from ldm.files.paths import writing
 from ldm.training.metrics_file import Metrics
+from ldm.training.plan import completes_interval
 from ldm.training.report.records import PARTS, Frame, read_strips, read_validation
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class TensorBoard:
             for place in np.flatnonzero(losses.steps > self._written.get(images, -1)).tolist():
                 step = int(losses.steps[place])
                 self._add_scalar(f"{prefix}/step_average", losses.mean[place], step)
-                if int(step / self.steps_per_epoch + 1e-9) > int((step - 1) / self.steps_per_epoch + 1e-9):
+                if completes_interval(step, self.steps_per_epoch):
                     self._add_scalar(f"{prefix}/epoch_average", losses.mean[place], step)
                 for timestep, values in losses.by_timestep.items():
                     self._add_scalar(f"{prefix}/timestep_{timestep}", values[place], step)
