@@ -160,6 +160,14 @@ class TrainSettings(
         1, "batches whose gradients one optimizer step averages", low=1, high=MAX_BATCH
     )
 
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep the inputs of the UNet's blocks alone, and compute each block again for its gradients: less memory, more "
+        "time (docs/performance.md). The results are the same up to rounding",
+        graph_key=True,
+        resume="followed",
+    )
+
     clip_grad: bool = followed_setting(
         False, "scale gradients down to max_grad_norm", group="gradients and loss scale", graph_key=True
     )

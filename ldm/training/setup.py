@@ -328,4 +328,5 @@ def build_step(
         dropout_key=dropout_key(model),
         saturates=runtime.saturates and runtime.fp16,
         read_in_fp16=factors_cast_to(model, ms.float16),
+        gradient_checkpointing=settings.gradient_checkpointing,
     )

@@ -13,6 +13,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from ldm import ops as device_ops
 from ldm.errors import plain
 from ldm.ops import RepeatedCell
+from ldm.training.checkpointing import CheckpointedGradients
 from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, OptimizerArrays
 from ldm.training.optimizers import AdamW, CellOptions, Optimizer, OptimizerCell, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
@@ -78,12 +79,16 @@ class _Gradients(nn.Cell):
     The flags are zeros if `saturates` is not set, and then cost nothing.
     """
 
-    def __init__(self, loss: nn.Cell, arrays: OptimizerArrays, saturates: bool):
+    def __init__(self, loss: nn.Cell, arrays: OptimizerArrays, saturates: bool, checkpointing: bool):
         super().__init__(auto_prefix=False)
         self.loss = loss
         self.flags = SaturationFlags() if saturates else None
         self.no_flags = Tensor(np.zeros(8, np.int32))
-        self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(arrays.parameters))
+        if checkpointing:
+            of_unet, text_encoder = (loss.loss, loss.text_encoder) if isinstance(loss, LossFromTokens) else (loss, None)
+            self.value_and_grad = CheckpointedGradients(of_unet, text_encoder, arrays.parameters)
+        else:
+            self.value_and_grad = ops.value_and_grad(self.scaled_loss, None, weights=ParameterTuple(arrays.parameters))
         self.join = JoinGradients(arrays)
 
     def scaled_loss(self, loss_scale: Tensor, *batch: Tensor) -> Tensor:
@@ -279,6 +284,8 @@ class TrainStep:
             smaller ones are parts of one flat array, which is copied into them at the end of a step.
         read_in_fp16: Those of `parameters` that the loss casts to fp16 wherever it uses them. The small ones of them
             become fp16, rounded copies of the values in `state()`. The results are the same.
+        gradient_checkpointing: Whether the UNet's blocks are computed again for their gradients. The loss is then a
+            DiffusionLoss of a UNetModel, or a LossFromTokens of one.
     """
 
     def __init__(
@@ -299,6 +306,7 @@ class TrainStep:
         saturates: bool = False,
         large: int | None = None,
         read_in_fp16: Sequence[Parameter] = (),
+        gradient_checkpointing: bool = False,
     ):
         if not parameters:
             raise ValueError("there is nothing to train")
@@ -323,7 +331,7 @@ class TrainStep:
         if use_ema:
             self._groups["ema"] = cell.averages
         self._scalars = cell.state_scalars()
-        gradients = _Gradients(loss, arrays, saturates)
+        gradients = _Gradients(loss, arrays, saturates, gradient_checkpointing)
         if micro_batches == 1:
             self.whole = _WholeStep(gradients, update)
             self.whole.set_train()
