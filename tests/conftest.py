@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def dump_graphs(module: str, folder: Path) -> None:
+def dump_graphs(module: str, folder: Path, *words: str) -> None:
     """Run a module that compiles graphs and writes them into `folder`, in its own process."""
-    run = subprocess.run([sys.executable, "-m", module, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", module, str(folder), *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

@@ -1,6 +1,6 @@
 """Compile the LoRA training graph of the tiny UNet as the CPU runs it and leave its intermediate representation behind.
 
-    python -m tests.cpu_graph FOLDER
+    python -m tests.cpu_graph FOLDER [checkpointing]
 
 A process of its own, as tests/ascend_graphs.py is.
 """
@@ -36,6 +36,7 @@ def main() -> None:
         DiffusionLoss(model.model.diffusion_model, schedule, config.prediction_type),
         list(model.trainable_params()),
         clip=True,
+        gradient_checkpointing="checkpointing" in sys.argv[2:],
     )
     latents = Tensor(np.zeros((4, 4, 16, 16), np.float32))
     context = Tensor(np.zeros((4, 77, config.context_dim), np.float32))

@@ -63,7 +63,7 @@ def frozen(net: nn.Cell) -> nn.Cell:
     return net
 
 
-def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
+def train_step(config: ModelConfig, unet: UNetModel, full: bool, checkpointing: bool = False) -> TrainStep:
     """Build the step of train_text_to_image.py for this workload."""
     if full:
         trainable = list(unet.get_parameters())
@@ -71,7 +71,8 @@ def train_step(config: ModelConfig, unet: UNetModel, full: bool) -> TrainStep:
         inject_lora(unet, LoRASpec(rank=works.RANK))
         trainable = list(unet.trainable_params())
     schedule = NoiseSchedule.from_config(config)
-    return TrainStep(DiffusionLoss(unet, schedule, config.prediction_type), trainable, clip=True)
+    loss = DiffusionLoss(unet, schedule, config.prediction_type)
+    return TrainStep(loss, trainable, clip=True, gradient_checkpointing=checkpointing)
 
 
 def scalars(step: int) -> StepScalars:
@@ -84,9 +85,9 @@ def unet(work: Work, config: ModelConfig) -> Callable:
     return lambda: net(*inputs).asnumpy()
 
 
-def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
+def lora(work: Work, config: ModelConfig, full: bool = False, checkpointing: bool = False) -> Callable:
     unet = frozen(UNetAlone(config)).model.diffusion_model
-    step, given = train_step(config, unet, full), draw_inputs(config, work)
+    step, given = train_step(config, unet, full, checkpointing), draw_inputs(config, work)
     batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "text_embeddings"))
     numbers = itertools.count(1)
     return lambda: step([batch], scalars(next(numbers))).read()
@@ -149,7 +150,8 @@ def text(work: Work, config: ModelConfig) -> Callable:
 
 
 KINDS: dict[str, Callable[..., Callable]] = {
-    "unet": unet, "lora": lora, "full": partial(lora, full=True), "epoch": epoch, "generate": generate,
+    "unet": unet, "lora": lora, "full": partial(lora, full=True),
+    "checkpointed": partial(lora, checkpointing=True), "epoch": epoch, "generate": generate,
     "merged": partial(generate, merged=True), "decode": decode, "text": text, "first_step": lora,
     "first_step_cached": first_step_cached,
 }  # fmt: skip

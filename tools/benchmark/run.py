@@ -71,11 +71,11 @@ class Settings:
 def commands(work: Work, args: Settings) -> dict[str, list[str]]:
     """Return {side: the command of its worker}."""
     ours = [sys.executable, "-m", "tools.benchmark.ours", work.name]
-    if work.peer == "ours":
-        return {"ours": ours, "peer": [*ours, "--kind", "generate"]}
     if work.peer == "reference" and args.reference_python:
         return {"ours": ours, "peer": [str(args.reference_python), "-m", "tools.benchmark.reference", work.name]}
-    return {"ours": ours}
+    if work.peer in ("reference", "none"):
+        return {"ours": ours}
+    return {"ours": ours, "peer": [*ours, "--kind", work.peer]}
 
 
 def measure(work: Work, args: Settings) -> dict[str, Measurement | str]:

@@ -28,7 +28,8 @@ class Work:
         size: height and width of the latents.
         time: (required, goal) as a ratio to the peer, or in seconds without a peer.
         memory: (required, goal) as a ratio to the peer.
-        peer: what this project is compared with: diffusers ("reference"), another way of this project ("ours"), "none".
+        peer: what this project is compared with: diffusers ("reference"), "none", or this project with work of another
+            kind, whose name this is.
         calls: in addition to run.py's --calls. For workloads below a second, because MindSpore's kernels try numbers
             of threads during the first five calls.
     """
@@ -54,11 +55,13 @@ TABLE = _named(
     Work("unet_256", "SD1.5 UNet forward, batch 2, 32x32 latents", "unet", SD1, 2, 32),
     Work("lora_512", "SD1.5 LoRA step, rank 4, batch 1, 64x64 latents", "lora", SD1, 1, 64, (1.0, 0.7), (1.1, 0.9)),
     Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
+    Work("lora_512_b4_checkpointed", "SD1.5 LoRA step with gradient checkpointing, batch 4, 64x64, against that without",
+         "checkpointed", SD1, 4, 64, (1.35, 1.2), (0.71, 0.65), peer="lora"),
     Work("lora_nano", "nano LoRA step, rank 4, batch 16", "lora", NANO, 16, 16, (1.0, 0.6), calls=15),
     Work("epoch_256", "SD1.5 LoRA epoch, 64 images of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
     Work("generate_nano", "nano generation, 20 steps of DPM-Solver++, guidance, batch 16", "generate", NANO, 16, 16,
          (1.0, 0.6)),
-    Work("merged_nano", "the same with a merged LoRA, against the base", "merged", NANO, 16, 16, peer="ours"),
+    Work("merged_nano", "the same with a merged LoRA, against the base", "merged", NANO, 16, 16, peer="generate"),
     Work("decode_512", "SD1.5 VAE decode, 512 px", "decode", SD1, 1, 64, (1.1, 0.8)),
     Work("text", "SD1.5 text encoding, batch 2", "text", SD1, 2, 64, (1.1, 0.8), calls=15),
     Work("first_step", "first step of the SD1.5 LoRA graph, compile included, 64x64", "first_step", SD1, 1, 64,
