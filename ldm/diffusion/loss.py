@@ -98,13 +98,13 @@ class DiffusionLoss(nn.Cell):
         Returns:
             The mean over all elements, a float32 scalar, or with `of_rows` that over each row's, (N,) float32.
         """
-        noisy_latents, target = self.inputs_and_targets(latents, noise, timesteps)
+        noisy_latents, target = self.input_and_target(latents, noise, timesteps)
         return self.of_prediction(self.unet(noisy_latents, timesteps, text_embeddings), target, timesteps, weights)
 
-    def inputs_and_targets(
+    def input_and_target(
         self, latents: ms.Tensor, noise: ms.Tensor, timesteps: ms.Tensor
     ) -> tuple[ms.Tensor, ms.Tensor]:
-        """Return the noisy latents that the network gets, and what it is to predict."""
+        """Return what the network gets and what it is to predict, each (N, C, h, w) float32."""
         shape = self.shape(latents)
         alpha = self._at_timesteps(self.sqrt_alphas, timesteps, shape)
         sigma = self._at_timesteps(self.sqrt_one_minus_alphas, timesteps, shape)
@@ -120,7 +120,7 @@ class DiffusionLoss(nn.Cell):
     def of_prediction(
         self, prediction: ms.Tensor, target: ms.Tensor, timesteps: ms.Tensor, weights: ms.Tensor | None = None
     ) -> ms.Tensor:
-        """Return the loss of a prediction."""
+        """Return the loss of a prediction (N, C, h, w), any float type: a float32 scalar, or (N,) with `of_rows`."""
         shape = self.shape(target)
         difference = self.cast(prediction, ms.float32) - target
         if self.is_absolute:

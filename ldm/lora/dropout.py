@@ -41,24 +41,26 @@ class StepDropout(nn.Cell):
         if not self.training:
             return x
         columns = x.shape[-1] if x.ndim < 4 else x.shape[2] * x.shape[3]
-        return x * ops.stop_gradient(self.mask(x.size // columns, columns).astype(x.dtype).reshape(x.shape))
+        # The mask comes after x, so that gradient checkpointing draws it again with x (ldm.training.checkpointing).
+        mask = self.mask(ops.depend(self.key, x), x.size // columns, columns)
+        return x * ops.stop_gradient(mask.astype(x.dtype).reshape(x.shape))
 
-    def mask(self, rows: int, columns: int) -> Tensor:
-        """Return (rows, columns) fp32 of zeros and 1 / (1 - rate), or of ones where the key is zero."""
-        active = ops.not_equal(ops.bitwise_or(self.key[0], self.key[1]), 0)
+    def mask(self, key: Tensor, rows: int, columns: int) -> Tensor:
+        """Return (rows, columns) fp32 of zeros and 1 / (1 - rate), or of ones where the key (2,) is zero."""
+        active = ops.not_equal(ops.bitwise_or(key[0], key[1]), 0)
         first = self.process_index * rows
-        row, row2 = (self.hash(first, rows, salt).reshape(rows, 1) for salt in self.salts[:2])
-        column, column2 = (self.hash(0, columns, salt).reshape(1, columns) for salt in self.salts[2:])
+        row, row2 = (self.hash(key, first, rows, salt).reshape(rows, 1) for salt in self.salts[:2])
+        column, column2 = (self.hash(key, 0, columns, salt).reshape(1, columns) for salt in self.salts[2:])
         # The comparison depends on the highest bits, into which each product carries all lower ones.
         mixed = ops.bitwise_xor(row, column) * self.odd[2]
         mixed = ops.bitwise_xor(mixed, row2) * ops.bitwise_or(column2, self.one)
         kept = mixed >= self.lowest + active.astype(ms.int32) * self.share
         return kept.astype(ms.float32) * (1.0 + active.astype(ms.float32) * self.extra)
 
-    def hash(self, first: int, count: int, salt: Tensor) -> Tensor:
+    def hash(self, key: Tensor, first: int, count: int, salt: Tensor) -> Tensor:
         """Return int32 numbers (count,) of the places from `first`, whose bits are independent and even."""
-        h = ops.bitwise_xor(Tensor(np.arange(first, first + count, dtype=np.int32)) * self.odd[2] + self.key[0], salt)
-        h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[0] + self.key[1]
+        h = ops.bitwise_xor(Tensor(np.arange(first, first + count, dtype=np.int32)) * self.odd[2] + key[0], salt)
+        h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[0] + key[1]
         h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[1]
         return ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift))
 

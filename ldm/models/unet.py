@@ -200,7 +200,7 @@ class UNetModel(RepeatedCell):
         self.concat_channels, self.fork = ops.Concat(1), fork()
 
     def construct(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        h, emb, context = self.prepare(latents, timesteps, context)
+        h, emb, context = self.block_inputs(latents, timesteps, context)
         skips: tuple[Tensor, ...] = ()
         for block in self.input_blocks:
             h, skip = self.fork(block(h, emb, context))
@@ -211,8 +211,11 @@ class UNetModel(RepeatedCell):
             skips = skips[:-1]
         return self.out(h).astype(ms.float32)
 
-    def prepare(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the blocks take: latents in the network's type, time embeddings, context (N tokens, D)."""
+    def block_inputs(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the blocks take, in the network's type.
+
+        These are the latents, the time embeddings (N, 4 * model_channels), and the context (N * tokens, context_dim).
+        """
         emb = self.time_embed(self.embed_timesteps(timesteps))
         # The number of latents gives the shape, so that a context for another number of images is an error.
         context = context.astype(self.dtype).reshape(latents.shape[0] * context.shape[1], context.shape[2])

@@ -162,10 +162,11 @@ class TrainSettings(
 
     gradient_checkpointing: bool = setting(
         False,
-        "keep the inputs of the UNet's blocks alone, and compute each block again for its gradients: less memory, more "
-        "time (docs/performance.md). The results are the same up to rounding",
+        "keep only the inputs of the UNet's blocks, and compute each block, and a trained text encoder, again for the "
+        "gradients: less memory, more time (docs/performance.md). The results are the same up to rounding",
         graph_key=True,
         resume="followed",
+        not_in_diffusers="it would save memory on this side alone",
     )
 
     clip_grad: bool = followed_setting(

@@ -17,7 +17,17 @@ from ldm.training.checkpointing import CheckpointedGradients
 from ldm.training.optimizer_arrays import CopyIntoParameters, JoinGradients, OptimizerArrays
 from ldm.training.optimizers import AdamW, CellOptions, Optimizer, OptimizerCell, companion
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
-from ldm.training.step_operators import SaturationFlags, adder, clear, copy_into, each, global_norm, stack, unstack
+from ldm.training.step_operators import (
+    SaturationFlags,
+    adder,
+    clear,
+    copy_into,
+    each,
+    global_norm,
+    pick,
+    stack,
+    unstack,
+)
 from ldm.training.weight_norms import LimitNorms, NormLimit
 
 LARGE_ON_CPU = 2**14  # elements of an array that is not copied into the flat one
@@ -119,13 +129,6 @@ class _Scalars(nn.Cell):
         return self.unstack(self.select(self.previous_finite, after_finite, after_overflow))
 
 
-def _pick(rows: tuple[Tensor, ...], indices: tuple[int, ...]) -> tuple[Tensor, ...]:
-    picked: tuple[Tensor, ...] = ()
-    for i in indices:
-        picked = (*picked, rows[i])
-    return picked
-
-
 class _Update(nn.Cell):
     """Norm, overflow check, clipping, optimizer and moving average, from gradients that are still scaled.
 
@@ -188,7 +191,7 @@ class _Update(nn.Cell):
                 flags = self.reduce_flags(ops.depend(flags, norm))
             finite = self.both(finite, self.all(self.equal(flags, self.no_flags)))
         if self.send is not None:
-            gradients = _pick(gradients, self.own)
+            gradients = pick(gradients, self.own)
         updated = (norm,)
         if gradients:  # a process may own no array
             updated = self.optimizer(gradients, finite, factor, numbers, ema_rate)

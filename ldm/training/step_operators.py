@@ -102,6 +102,14 @@ def unstack() -> Callable:
     return UnstackOnAscend() if device_ops.on_ascend() else ops.Unstack()
 
 
+def pick(rows: tuple[Tensor, ...], indices: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors at these places, in a graph."""
+    picked: tuple[Tensor, ...] = ()
+    for i in indices:
+        picked = (*picked, rows[i])
+    return picked
+
+
 class UnstackOnAscend(nn.Cell):
     """Tensor (n, ...) -> n tensors (...), by one aclnn kernel.
 

@@ -303,6 +303,7 @@ def _failed_allocations(run: Run) -> AbstractContextManager:
         f"the device's memory is not enough for a step with train_batch_size {run.settings.train_batch_size} and "
         f"image_size {image_size(run.settings, run.model.config)}: make one of them smaller "
         "(gradient_accumulation_steps keeps the sum)"
+        + ("" if run.settings.gradient_checkpointing else ", or set gradient_checkpointing")
     )
 
 

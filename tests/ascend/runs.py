@@ -34,7 +34,7 @@ COMPARED = {
     "first-910-O0": (MICRO, 16, ("step",), False, "O0", FIRST_910),
 }
 
-# Graph -> flags, of tests/ascend/updates.py: each optimizer with all that it is combined with, and the losses.
+# Graph -> flags, of tests/ascend/updates.py: each optimizer with all that it is combined with, and whole steps.
 _ACCUMULATED = ("--gradient_accumulation_steps=2",)
 UPDATES = {
     "adamw": (*_ACCUMULATED, "--use_ema=True", "--loraplus_lr_ratio=16"),
@@ -51,6 +51,7 @@ UPDATES = {
         *_ACCUMULATED, "--optim=prodigy", "--start_learning_rate=1", "--optimizer_args", "growth_rate=1.02",
         "safeguard_warmup=True", "use_bias_correction=True",
     ),
+    "checkpointed": ("--gradient_checkpointing=True", "--use_ema=True"),
     "losses": ("--loss_type=huber", "--min_snr_gamma=5", "--ip_noise_gamma=0.1", "--lora_targets=to_q"),
 }  # fmt: skip
 # Run -> its graphs, whose tables are recorded in tests/golden/ascend.

@@ -2,8 +2,8 @@
 
     python -m tests.ascend.updates JIT_LEVEL
 
-Each graph is the one that updates from totals, of a LoRA in every layer of the micro model. The last one is a whole
-step with the losses that are no mean squared error.
+Each graph is the one that updates from totals, of a LoRA in every layer of the micro model. The last ones are whole
+steps: with gradient checkpointing, and with losses that are no mean squared error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     for name, flags in UPDATES.items():
         settings = read_settings(TrainSettings, training_flags([*common, *flags]), yaml_flag="train_config")
         runtime = runtime or set_up(settings)
-        graph = "step" if name == "losses" else "update"
+        graph = "step" if name in ("checkpointed", "losses") else "update"
         for _, peak_bytes, seconds in compile_graphs(Graphs(settings, runtime), [graph]):
             end_graph(name, peak_bytes, seconds)
     sys.stdout.flush()

@@ -54,10 +54,10 @@ def test_the_settings_in_a_training_state_stay_the_same():
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
-        "gradient_checkpointing",
-        "loraplus_lr_ratio", "loss_scale_factor", "loss_scaler_type", "lr_scheduler_num_cycles", "lr_scheduler_power",
-        "max_grad_norm", "optimizer_args", "scale_weight_norms", "scale_window", "scheduler", "start_learning_rate",
-        "text_encoder_lr", "unet_lr", "warmup_steps", "weight_decay",
+        "gradient_checkpointing", "loraplus_lr_ratio", "loss_scale_factor", "loss_scaler_type",
+        "lr_scheduler_num_cycles", "lr_scheduler_power", "max_grad_norm", "optimizer_args", "scale_weight_norms",
+        "scale_window", "scheduler", "start_learning_rate", "text_encoder_lr", "unet_lr", "warmup_steps",
+        "weight_decay",
     ]  # fmt: skip
 
 

@@ -254,6 +254,11 @@ class TestChoosing:
         found = run.commands(TABLE["merged_nano"], arguments)
         assert found["peer"] == [*found["ours"], "--kind", "generate"]
 
+    def test_every_peer_is_known(self):
+        from tools.benchmark import ours
+
+        assert {work.peer for work in TABLE.values()} <= {"reference", "none", *ours.KINDS}
+
 
 class TestInputs:
     def test_both_sides_draw_the_same_inputs(self):
@@ -298,7 +303,7 @@ class TestMetrics:
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("kind", ["text", "decode", "epoch", "merged"])
+@pytest.mark.parametrize("kind", ["text", "decode", "epoch", "merged", "checkpointed"])
 def test_the_workloads_run(kind, tiny_config, monkeypatch):
     """With a tiny model. The other workloads are parts of these."""
     from tools.benchmark import ours

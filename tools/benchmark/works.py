@@ -28,8 +28,8 @@ class Work:
         size: height and width of the latents.
         time: (required, goal) as a ratio to the peer, or in seconds without a peer.
         memory: (required, goal) as a ratio to the peer.
-        peer: what this project is compared with: diffusers ("reference"), "none", or this project with work of another
-            kind, whose name this is.
+        peer: what this project is compared with: "reference": diffusers. "none": nothing. Otherwise this project, with
+            the kind of work of that name.
         calls: in addition to run.py's --calls. For workloads below a second, because MindSpore's kernels try numbers
             of threads during the first five calls.
     """
@@ -54,9 +54,9 @@ TABLE = _named(
     Work("unet_512", "SD1.5 UNet forward, batch 2, 64x64 latents", "unet", SD1, 2, 64, (1.1, 0.8), (1.1, 1.0)),
     Work("unet_256", "SD1.5 UNet forward, batch 2, 32x32 latents", "unet", SD1, 2, 32),
     Work("lora_512", "SD1.5 LoRA step, rank 4, batch 1, 64x64 latents", "lora", SD1, 1, 64, (1.0, 0.7), (1.1, 0.9)),
-    Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
-    Work("lora_512_b4_checkpointed", "SD1.5 LoRA step with gradient checkpointing, batch 4, 64x64, against that without",
+    Work("checkpointed_512_b4", "the same with gradient checkpointing, batch 4, against that without it",
          "checkpointed", SD1, 4, 64, (1.35, 1.2), (0.71, 0.65), peer="lora"),
+    Work("lora_256", "SD1.5 LoRA step, rank 4, batch 1, 32x32 latents", "lora", SD1, 1, 32, (1.0, 0.7), (1.1, 0.9)),
     Work("lora_nano", "nano LoRA step, rank 4, batch 16", "lora", NANO, 16, 16, (1.0, 0.6), calls=15),
     Work("epoch_256", "SD1.5 LoRA epoch, 64 images of 256 px, batch 1", "epoch", SD1, 1, 32, (0.7, 0.5)),
     Work("generate_nano", "nano generation, 20 steps of DPM-Solver++, guidance, batch 16", "generate", NANO, 16, 16,
