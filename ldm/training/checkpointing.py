@@ -185,8 +185,9 @@ class CheckpointedGradients(nn.Cell):
         self.middle_block, self.middle_backward = middle
         self.output_blocks, self.output_backward = (nn.CellList(cells, auto_prefix=False) for cells in outputs)
         self.out_gradient = _gradient(unet.out, own(unet.out))
-        self.time_gradient = _gradient(unet.time_embed, own(unet.time_embed))
-        self.text_gradient = None if text_encoder is None else _gradient(text_encoder, own(text_encoder))
+        of_time, of_text = own(unet.time_embed), [] if text_encoder is None else own(text_encoder)
+        self.time_gradient = _gradient(unet.time_embed, of_time) if of_time else None
+        self.text_gradient = _gradient(text_encoder, of_text) if of_text else None
         if len(found) != len(parameters):
             raise ValueError(f"{len(found)} of {len(parameters)} trained parameters are in the networks of the loss")
         places = {id(parameter): i for i, parameter in enumerate(found)}
@@ -239,8 +240,9 @@ class CheckpointedGradients(nn.Cell):
             d_embs, d_contexts, gradients = d_embs + of_emb, d_contexts + of_context, more + gradients
             of_input, d_skips = of_input[:-1], d_skips[:-1]
 
-        _, more = self.time_gradient((self.unet.embed_timesteps(timesteps),), _sum(d_embs))
-        gradients = gradients + more
+        if self.time_gradient is not None:
+            _, more = self.time_gradient((self.unet.embed_timesteps(timesteps),), _sum(d_embs))
+            gradients = gradients + more
         if self.text_gradient is not None:
             d = _sum(d_contexts).reshape(embeddings.shape).astype(embeddings.dtype)
             _, more = self.text_gradient((ops.depend(texts, d),), d)
