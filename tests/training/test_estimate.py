@@ -197,6 +197,9 @@ def test_a_further_row_with_checkpointing_is_used(monkeypatch):
     monkeypatch.setattr("ldm.training.estimate.TABLE", (*TABLE, row))
     assert step_of("sd1", 256, 8, gradient_checkpointing=True) == pytest.approx((5.5, 20.0))
     assert step_of("sd1", 512, 4, gradient_checkpointing=True) == pytest.approx(before)
+    # Beyond the two, the factor of the time is that of the nearer one.
+    plain, beyond = step_of("sd1", 128, 1), step_of("sd1", 128, 1, gradient_checkpointing=True)
+    assert beyond[1] / plain[1] == pytest.approx(20.0 / 17.1)
 
 
 def test_checkpointing_that_was_not_measured_has_the_figures_without_it():
