@@ -27,6 +27,11 @@ def main() -> None:
         description="Fine-tune Stable Diffusion on captioned images, with LoRA (use_lora) or the whole UNet.",
     )  # fmt: skip
     check_settings(settings)
+    if settings.estimate:
+        from ldm.training.estimate import print_estimate
+
+        print_estimate(settings)
+        return
     # MindSpore takes seconds to import, so wrong settings are reported before.
     from ldm.training.trainer import train
 

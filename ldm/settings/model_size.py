@@ -1,8 +1,9 @@
-"""The number of parameters of the networks that a model YAML describes, checked before anything is built."""
+"""The number of parameters of the networks that a model YAML describes, and of a LoRA, before anything is built."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ldm.errors import UserError
 
@@ -41,31 +42,105 @@ def unet_parameters(
 ) -> int:
     """Return the number of parameters of UNetModel."""
     embedding = 4 * model_channels
+    total = _linear(model_channels, embedding) + _linear(embedding, embedding) + _conv(in_channels, model_channels)
+    for part in _unet_parts(model_channels, num_res_blocks, attention_resolutions, channel_mult):
+        if part.kind == "residual":
+            total += _res_block(part.inputs, part.outputs, embedding)
+        elif part.kind == "transformer":
+            total += _transformer(part.outputs, context_dim, transformer_depth)
+        else:
+            total += _conv(part.inputs, part.outputs)
+    width = channel_mult[0] * model_channels
+    return total + _norm(width) + _conv(width, out_channels)
+
+
+class _Part(NamedTuple):
+    """A part of the UNet between its first and its last convolution."""
+
+    kind: str  # "residual", "transformer", "downsampling" or "upsampling"
+    inputs: int  # channels
+    outputs: int
+
+
+def _unet_parts(
+    model_channels: int, num_res_blocks: int, attention_resolutions: Sequence[int], channel_mult: Sequence[int]
+) -> Iterator[_Part]:
     widths = [mult * model_channels for mult in channel_mult]
 
-    def block(inputs: int, level: int) -> int:
-        attends = 2**level in attention_resolutions
-        attention = _transformer(widths[level], context_dim, transformer_depth) if attends else 0
-        return _res_block(inputs, widths[level], embedding) + attention
+    def block(inputs: int, level: int) -> Iterator[_Part]:
+        yield _Part("residual", inputs, widths[level])
+        if 2**level in attention_resolutions:
+            yield _Part("transformer", widths[level], widths[level])
 
-    total = _linear(model_channels, embedding) + _linear(embedding, embedding) + _conv(in_channels, model_channels)
     width, skips = model_channels, [model_channels]
     for level in range(len(widths)):
         for _ in range(num_res_blocks):
-            total += block(width, level)
+            yield from block(width, level)
             width = widths[level]
             skips.append(width)
         if level < len(widths) - 1:
-            total += _conv(width, width)
+            yield _Part("downsampling", width, width)
             skips.append(width)
-    total += 2 * _res_block(width, width, embedding) + _transformer(width, context_dim, transformer_depth)
+    yield _Part("residual", width, width)
+    yield _Part("transformer", width, width)
+    yield _Part("residual", width, width)
     for level in reversed(range(len(widths))):
         for _ in range(num_res_blocks + 1):
-            total += block(width + skips.pop(), level)
+            yield from block(width + skips.pop(), level)
             width = widths[level]
         if level:
-            total += _conv(width, width)
-    return total + _norm(width) + _conv(width, out_channels)
+            yield _Part("upsampling", width, width)
+
+
+class LoRASize(NamedTuple):
+    """A layer that a LoRA may be added to. With rank r, the LoRA has r * (inputs + outputs) parameters."""
+
+    name: str  # its last parts, as lora_targets names layers
+    inputs: int  # values that an output is computed from
+    outputs: int  # channels
+    in_attention: bool  # whether it is one of the group "attention" of lora_targets; all are in the group "all"
+
+
+def unet_lora_sizes(
+    model_channels: int,
+    num_res_blocks: int,
+    attention_resolutions: list[int],
+    channel_mult: list[int],
+    context_dim: int,
+    transformer_depth: int = 1,
+    **others: Any,
+) -> Iterator[LoRASize]:
+    """Return the layers of UNetModel that a LoRA may be added to."""
+    for part in _unet_parts(model_channels, num_res_blocks, attention_resolutions, channel_mult):
+        inputs, width = part.inputs, part.outputs
+        if part.kind == "residual":
+            yield LoRASize("in_layers.2", 9 * inputs, width, False)
+            yield LoRASize("emb_layers.1", 4 * model_channels, width, False)
+            yield LoRASize("out_layers.3", 9 * width, width, False)
+            if inputs != width:
+                yield LoRASize("skip_connection", inputs, width, False)
+        elif part.kind == "transformer":
+            yield LoRASize("proj_in", width, width, False)
+            yield LoRASize("proj_out", width, width, False)
+            for _ in range(transformer_depth):
+                for attention, keys in (("attn1", width), ("attn2", context_dim)):
+                    yield LoRASize(f"{attention}.to_q", width, width, True)
+                    yield LoRASize(f"{attention}.to_k", keys, width, True)
+                    yield LoRASize(f"{attention}.to_v", keys, width, True)
+                    yield LoRASize(f"{attention}.to_out.0", width, width, True)
+                yield LoRASize("ff.net.0.proj", width, 8 * width, False)
+                yield LoRASize("ff.net.2", 4 * width, width, False)
+        else:
+            yield LoRASize("op" if part.kind == "downsampling" else "conv", 9 * inputs, width, False)
+
+
+def text_lora_sizes(width: int, num_layers: int, **others: Any) -> Iterator[LoRASize]:
+    """Return the layers of CLIPTextEncoder that a LoRA may be added to."""
+    for _ in range(num_layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield LoRASize(f"self_attn.{name}", width, width, True)
+        yield LoRASize("mlp.fc1", width, 4 * width, False)
+        yield LoRASize("mlp.fc2", 4 * width, width, False)
 
 
 def vae_parameters(

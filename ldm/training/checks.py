@@ -1,6 +1,8 @@
-"""Checks of the settings that need no MindSpore, whose import takes seconds."""
+"""Checks of the settings, and what they say of the model, without MindSpore, whose import takes seconds."""
 
 from __future__ import annotations
+
+import logging
 
 from ldm.data.transforms import parse_color
 from ldm.errors import UserError, plain
@@ -10,6 +12,9 @@ from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.train import TrainSettings
 from ldm.training.report.tensorboard import check_tensorboard
 from ldm.training.sample_prompts import check_sample_prompts
+from ldm.weights.architecture import config_with_tokens, detect_model_config
+
+logger = logging.getLogger(__name__)
 
 _REQUIRED = {
     "data_path": "give the data set, such as a folder with images and img_txt.csv",
@@ -69,3 +74,25 @@ def trained_timesteps(settings: TrainSettings, config: ModelConfig) -> range:
     if low >= end:
         raise UserError(f"min_timestep {low} must be below max_timestep, which is {end}: no time step is left to train")
     return range(low, end)
+
+
+def base_model(settings: TrainSettings) -> str:
+    """Return pretrained_model_path, which check_settings has seen."""
+    assert settings.pretrained_model_path is not None
+    return settings.pretrained_model_path
+
+
+def read_model_config(settings: TrainSettings) -> ModelConfig:
+    """Return the configuration of the base model, of which only names and shapes are read.
+
+    Raises:
+        UserError: It is not a base model, it does not say which model it is, or its tokens do not fit model_config.
+    """
+    path = base_model(settings)
+    if settings.model_config is not None:
+        return config_with_tokens(load_model_config(under_root(settings.model_config)), path)
+    config = detect_model_config(
+        path, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
+    )
+    logger.info("%s is a model of %s", path, config.path)
+    return config

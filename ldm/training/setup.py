@@ -28,13 +28,13 @@ from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
 from ldm.runtime.logs import set_up_logging
-from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.model import ModelConfig
 from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.advice import give_advice
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
-from ldm.training.checks import check_settings, image_size, trained_timesteps
+from ldm.training.checks import base_model, check_settings, image_size, read_model_config, trained_timesteps
 from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
@@ -49,7 +49,6 @@ from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.training.validation import Validation, make_validation
 from ldm.training.weight_norms import norm_limit
-from ldm.weights.architecture import config_with_tokens, detect_model_config
 from ldm.weights.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
@@ -116,12 +115,12 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     else:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 
-    config = _read_model_config(settings)
+    config = read_model_config(settings)
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
     settings.check_prediction_type(config.prediction_type, plain(config.path))
     sample_prompts = read_sample_prompts(settings, config)
-    base_weights = BaseWeights(_base_model(settings), ema=settings.pretrained_model_ema)
+    base_weights = BaseWeights(base_model(settings), ema=settings.pretrained_model_ema)
     listing = read_listing(settings)
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
@@ -203,15 +202,10 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     )  # fmt: skip
 
 
-def _base_model(settings: TrainSettings) -> str:
-    assert settings.pretrained_model_path is not None  # check_settings
-    return settings.pretrained_model_path
-
-
 def _load_base_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
     return load_model(
         config,
-        _base_model(settings),
+        base_model(settings),
         vae=settings.vae_ckpt_path,
         ema=settings.pretrained_model_ema,
         random_unet=settings.unet_initialize_random,
@@ -229,17 +223,6 @@ def make_order(settings: TrainSettings, runtime: Runtime, data: TrainingData) ->
         of_row=data.buckets.of_row if several else None, repeats=data.buckets.repeats, fill=data.fills_batches,
         file_of_row=files, buffer_size=0 if files is None else settings.shuffle_buffer_size,
     )  # fmt: skip
-
-
-def _read_model_config(settings: TrainSettings) -> ModelConfig:
-    base_model = _base_model(settings)
-    if settings.model_config is not None:
-        return config_with_tokens(load_model_config(under_root(settings.model_config)), base_model)
-    config = detect_model_config(
-        base_model, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
-    )
-    logger.info("%s is a model of %s", base_model, config.path)
-    return config
 
 
 def make_lora_spec(settings: TrainSettings) -> LoRASpec:

@@ -28,6 +28,7 @@ from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import image_size
 from ldm.training.diagnosis import cause_of_not_finite, check_inputs_finite
+from ldm.training.estimate import print_estimate
 from ldm.training.feed import TensorBatch
 from ldm.training.graph_cache import cached_graphs, graph_key
 from ldm.training.loss_scale import LossScaler
@@ -77,12 +78,16 @@ def train_lora(
 def train(settings: TrainSettings) -> Path:
     """Run a training and return the path of the newest checkpoint, `{output_path}/ckpt/lora.ckpt` or `model.ckpt`.
 
-    With cache_only, nothing is trained, and the path is that of the cache.
+    With cache_only, nothing is trained, and the path is that of the cache. With estimate, nothing is read but the
+    shapes of the base model, and the path is output_path, which is not created.
 
     Raises UserError if a setting, a file or the data is wrong, or if nothing is being learned.
     """
-    runtime = begin(settings)
     output = Path(settings.output_path)
+    if settings.estimate:
+        print_estimate(settings)
+        return output
+    runtime = begin(settings)
     status = Status(output / "ckpt", bool(settings.resume))
     process = runtime.process_index
     with _claimed(output) if process == 0 else output_to_file(output / f"log-{process}.txt"):
