@@ -93,8 +93,8 @@ def _generate_images(
     """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
     from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
-    from ldm.lora.lora import Strength
     from ldm.lora.merged import MergedLoRA, SamplingRange
+    from ldm.lora.strength import Strength
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)

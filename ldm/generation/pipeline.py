@@ -30,8 +30,9 @@ from ldm.errors import UserError, plain
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
-from ldm.lora.lora import LoRA, Strength
+from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
+from ldm.lora.strength import Strength
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches

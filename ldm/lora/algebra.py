@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.lora.lora import LoRA, LoRALayer, Strength
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.strength import Strength
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 
 

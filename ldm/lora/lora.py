@@ -7,15 +7,13 @@ canonical names, which every file format is translated to and from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ldm.errors import UserError
 from ldm.settings.model import model_metadata
-from ldm.weights.names import COMPONENTS, LABELS, component_of
+from ldm.weights.names import COMPONENTS, LABELS
 
 TIMESTEPS = ("min_timestep", "max_timestep")  # keys of the metadata, both or none
 ZERO_TERMINAL_SNR = "zero_terminal_snr"  # key of the metadata, "True" or absent
@@ -110,10 +108,12 @@ class LoRA:
         metadata: What is known about the base model, "architecture" and "prediction_type" as in ModelConfig, and about
             the noise levels of the training, "min_timestep" and "max_timestep" (excluded), and "zero_terminal_snr". A
             key is absent where the file does not say.
+        embeddings: Learned tokens (textual inversion) that the file bundles: name -> vectors (count, channels), fp32.
     """
 
     layers: dict[str, LoRALayer]
     metadata: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
 
     def only(self, component: str) -> LoRA:
         """Return the part for "unet" or "text_encoder", which may be empty."""
@@ -147,42 +147,6 @@ class LoRA:
             f"{', '.join(parts) or 'no layers'}; rank {_first_values(self.ranks())}; alpha {_first_values(alphas)}"
             f"{''.join(f'; {key} {value}' for key, value in self.metadata.items())}"
         )
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How much of a LoRA is applied to the UNet and to the text encoder. Any finite numbers."""
-
-    unet: float = 1.0
-    text_encoder: float = 1.0
-
-    @classmethod
-    def from_value(cls, value: float | Strength) -> Strength:
-        """Return `value` itself, or a number as the strength for both networks."""
-        return value if isinstance(value, Strength) else cls(value, value)
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[float], default: float = 1.0) -> Strength:
-        """Return the strength that 0 to 2 numbers after a LoRA's path stand for. One number is for both networks."""
-        unet, *text_encoder = numbers or (default,)
-        return cls(unet, *(text_encoder or [unet]))
-
-    def of_layer(self, name: str) -> float:
-        """Return the strength for a layer, given its canonical name."""
-        return self.text_encoder if component_of(name) == "text_encoder" else self.unet
-
-    def check(self, path: str) -> None:
-        """Raise UserError for a strength that is not finite. `path` names the LoRA in the error."""
-        for value in (self.unet, self.text_encoder):
-            if not math.isfinite(value):
-                raise UserError(f"the strength of {path} is {value}: it must be a finite number")
-
-    def __neg__(self) -> Strength:
-        return Strength(-self.unet, -self.text_encoder)
-
-    def __str__(self) -> str:
-        unet = f"{self.unet:g}"
-        return unet if self.unet == self.text_encoder else f"{unet} (text encoder {self.text_encoder:g})"
 
 
 def _first_values(values: Sequence[float]) -> str:

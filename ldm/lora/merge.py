@@ -11,7 +11,8 @@ import numpy.typing as npt
 from mindspore import Tensor, nn
 
 from ldm.errors import UserError, plain
-from ldm.lora.lora import LoRA, LoRALayer, Strength
+from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.strength import Strength
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 from ldm.weights.recognise import version_of_width

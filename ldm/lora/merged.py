@@ -11,8 +11,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from ldm.errors import UserError
-from ldm.lora.lora import LoRA, Strength
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import LoRAMatch, Update, add_updates, check_range, match_shapes, may_overflow
+from ldm.lora.strength import Strength
 
 NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16}
 

@@ -30,8 +30,9 @@ from ldm.files.paths import writing
 from ldm.generation.image_files import rename_earlier, write_png
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.inject import without_lora
-from ldm.lora.lora import LoRA, Strength
+from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA
+from ldm.lora.strength import Strength
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime import peers

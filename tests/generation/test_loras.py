@@ -16,8 +16,9 @@ from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRA, Strength, timesteps_metadata
+from ldm.lora.lora import LoRA, timesteps_metadata
 from ldm.lora.spec import LoRASpec
+from ldm.lora.strength import Strength
 from ldm.models.stable_diffusion import build_model
 from ldm.weights.checkpoint import write_checkpoint
 from tests.conftest import ROOT

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRALayer, Strength
+from ldm.lora.lora import LoRALayer
 from ldm.lora.spec import LoRASpec
+from ldm.lora.strength import Strength
 from tests.lora.helpers import TEXT, normal
 
 

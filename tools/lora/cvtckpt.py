@@ -36,7 +36,8 @@ from ldm.lora.algebra import weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
-from ldm.lora.lora import LoRA, Strength  # noqa: E402
+from ldm.lora.lora import LoRA  # noqa: E402
+from ldm.lora.strength import Strength  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402

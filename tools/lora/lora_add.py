@@ -44,7 +44,8 @@ from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
-from ldm.lora.lora import LoRA, Strength  # noqa: E402
+from ldm.lora.lora import LoRA  # noqa: E402
+from ldm.lora.strength import Strength  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
