@@ -65,6 +65,25 @@ class StepDropout(nn.Cell):
         return ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift))
 
 
+class UnitDropout(StepDropout):
+    """Dropout of whole ranks, outputs or layers: count -> (count,) fp32 of zeros and ones.
+
+    It follows LyCORIS, which does not lift what is kept. All images of a step drop the same. It reads the same key as
+    StepDropout, and a name of its own.
+
+    Args:
+        rate: Probability that a unit is dropped.
+        name: Full name of the layer and the kind of unit.
+        key: As for StepDropout.
+    """
+
+    def construct(self, count: int) -> Tensor:
+        key = self.key
+        active = ops.not_equal(ops.bitwise_or(key[0], key[1]), 0).astype(ms.int32)
+        kept = self.hash(key, 0, count, self.salts[0]) >= self.lowest + active * self.share
+        return ops.stop_gradient(kept.astype(ms.float32))
+
+
 def make_dropout_key() -> Parameter:
     """Return a new key for all StepDropouts of a model. Training sets it for each step, and back to zero at the end."""
     return Parameter(Tensor(np.zeros(2, np.int32)), name="lora_dropout.key", requires_grad=False)

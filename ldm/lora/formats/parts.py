@@ -39,6 +39,7 @@ from ldm.lora.updates import (
     loha_shape,
     lokr_shape,
     update_shape,
+    with_mid,
 )
 from ldm.weights.checkpoint import Checkpoint
 
@@ -144,7 +145,7 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
     if "down" in arrays:
         down = arrays["down"]
         if "mid" in arrays:
-            down = _with_mid(down, arrays["mid"])
+            down = with_mid(down, arrays["mid"])
         update_shape(down.shape, arrays["up"].shape)
         return LoRALayer(down, arrays["up"], float(len(down) if alpha is None else alpha))
     for kind, prefix, check in ((LoHa, "hada_", loha_shape), (LoKr, "lokr_", lokr_shape)):
@@ -169,20 +170,6 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
     if arrays.keys() & {"on_input", "rescale"}:
         raise ValueError(f"{', '.join(arrays)} alone is no update")
     return None
-
-
-def _with_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
-    """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k)."""
-    if (
-        mid.ndim != 4
-        or not 2 <= down.ndim <= 4
-        or any(size != 1 for size in down.shape[2:])
-        or mid.shape[1] != len(down)
-    ):
-        raise ValueError(f"mid {mid.shape} does not go with down {down.shape}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        product: np.ndarray = np.einsum("rskl,si->rikl", mid, down.reshape(len(down), -1))
-    return product
 
 
 def _vector(array: np.ndarray, name: str) -> np.ndarray:
