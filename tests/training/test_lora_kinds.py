@@ -1,4 +1,4 @@
-"""Training of every kind of LoRA: a run that is resumed ends as an uninterrupted one, and files hold what was trained."""
+"""Training of every kind of LoRA: a resumed run ends as an uninterrupted one, and files hold what was trained."""
 
 from __future__ import annotations
 
