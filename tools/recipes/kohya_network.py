@@ -18,6 +18,7 @@ from tools.recipes.recipe import (
     UNET_RESIDUAL,
     UNET_TRANSFORMER,
     Recipe,
+    Rule,
     as_number,
     is_empty,
     is_off,
@@ -80,9 +81,7 @@ def write_network(recipe: Recipe) -> bool:
 
     module = str(recipe.take("network_module", ""))
     lora = bool(module or kind or not is_off(recipe.left.get("network_dim")))
-    recipe.write(
-        "use_lora", lora, "network_module" if module else "LoRA_type" if kind else "network_module", module or kind
-    )
+    recipe.write("use_lora", lora, "network_module" if module or not kind else "LoRA_type", module or kind)
     if not lora:
         reason = "sd-scripts' fine-tuning may train the text encoder too; here the UNet alone is trained"
         recipe.name(ANOTHER_MEANING, "network_module", "", reason)
@@ -91,7 +90,7 @@ def write_network(recipe: Recipe) -> bool:
                 recipe.name(NOT_NEEDED, name, recipe.left.pop(name), "no LoRA is trained")
         return False
     _layers(recipe, module, kind)
-    recipe.take_rules([rule._replace(theirs="network_dim") for rule in (tables.Rule("", "lora_rank"),)])
+    recipe.take_rules((Rule("network_dim", "lora_rank"),))
     alpha = recipe.take("network_alpha")
     if alpha is not None:
         recipe.write("lora_alpha", None if is_off(alpha) else alpha, "network_alpha", alpha)
@@ -108,8 +107,9 @@ def write_network(recipe: Recipe) -> bool:
             recipe.write(rule.ours, value, full)
     for full in [name for name in recipe.left if name.startswith("network_args.")]:
         value = recipe.left.pop(full)
-        reason = next((reason for reason, names in tables.NO_COUNTERPART.items() if full[13:] in names.split()),
-                      "this project has no such option of networks")  # fmt: skip
+        name, reasons = full.partition(".")[2], tables.NO_COUNTERPART.items()
+        known = (reason for reason, names in reasons if name in names.split())
+        reason = next(known, "this project has no such option of networks")
         recipe.name(OFF if is_off(value) else NO_COUNTERPART, full, value, reason)
     return True
 

@@ -68,13 +68,8 @@ def read(content: Mapping[str, Any]) -> Recipe:
     _samples(recipe)
     _saving(recipe)
     given = str(recipe.take("train_dtype", "FLOAT_16"))
-    recipe.write(
-        "precision",
-        tables.PRECISIONS.get(given, (given, ""))[0],
-        "train_dtype",
-        given,
-        tables.PRECISIONS.get(given, ("", ""))[1],
-    )
+    precision, note = tables.PRECISIONS.get(given, (given, ""))
+    recipe.write("precision", precision, "train_dtype", given, note)
     old = recipe.take("gradient_checkpointing")
     if old is not None:
         recipe.write("gradient_checkpointing", is_true(old), "gradient_checkpointing", old)
