@@ -16,8 +16,10 @@ from ldm.lora.lora import LoRA, LoRALayer
 from ldm.lora.merge import match_lora, merge_lora, unmerge_lora
 from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.lora.strength import Strength
+from ldm.settings.block_weights import BlockWeights
 
 __all__ = [
+    "BlockWeights",
     "LayerSpec",
     "LoRA",
     "LoRALayer",

@@ -16,6 +16,7 @@ from ldm.lora.formats import mindone
 from ldm.lora.formats.factors import check_pair, read_factors, read_number
 from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
 from ldm.lora.merge import match_shapes
+from ldm.lora.strength import Strength
 from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
 from ldm.weights.names import KeyMap, component_of, source_shape
@@ -34,24 +35,27 @@ class MergedArrays(RenamedCheckpoint):
     An array whose update is zero stays as it is, bit for bit. `key_map` is that of `base`.
 
     Raises:
-        UserError: A layer of the LoRA has no array of its shape, or (when an array is read) a sum is outside the range
-            of the array's type.
+        UserError: A layer of the LoRA has no array of its shape, block weights do not suit the base model, or (when an
+            array is read) a sum is outside the range of the array's type.
     """
 
-    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float = 1.0):
+    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float | Strength = 1.0):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, key_map, lora)
-        self._strength = strength
-        self._layers: dict[str, list[tuple[LoRALayer, int, int]]] = {}
+        strength = Strength.from_value(strength)
+        strength.check_model(key_map.sources, "the LoRA", str(base.path))
+        strength.warn_of_layers(lora, "the LoRA")
+        self._layers: dict[str, list[tuple[LoRALayer, float, int, int]]] = {}
         for name, layer in lora.layers.items():
             source = key_map.sources[f"{name}.weight"]
-            self._layers.setdefault(source.name, []).append((layer, source.part, source.parts))
+            entry = (layer, strength.of_layer(name), source.part, source.parts)
+            self._layers.setdefault(source.name, []).append(entry)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = super().__getitem__(name)
         merged = None
-        for layer, part, parts in self._layers.get(name, ()):
-            update = layer.update(self._strength)
+        for layer, strength, part, parts in self._layers.get(name, ()):
+            update = layer.update(strength)
             if update.any():
                 merged = array.astype(np.float32) if merged is None else merged
                 rows = array.shape[0] // parts
