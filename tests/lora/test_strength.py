@@ -134,6 +134,7 @@ def test_layers_that_17_numbers_do_not_name_are_left_out_and_counted(caplog):
     caplog.clear()
     weights(ONES).warn_of_layers(lora, "a.ckpt")
     weights("ALL").warn_of_layers(sd_lora("to_q", "q_proj"), "a.ckpt")
+    weights(ONES[2:]).warn_of_layers(sd_lora("to_q", "q_proj"), "a.ckpt")  # the text encoder keeps its strength
     Strength(0.5).warn_of_layers(lora, "a.ckpt")
     assert not caplog.records
 
