@@ -42,7 +42,7 @@ class Strength:
         return cls(numbers[0], numbers[-1], blocks)
 
     def of_layer(self, name: str) -> float:
-        """Return the strength for a layer, given its canonical name."""
+        """Return the strength for a layer or parameter, given its canonical name."""
         strength = self.text_encoder if component_of(name) == "text_encoder" else self.unet
         return strength if self.blocks is None else strength * self.blocks.of_block(_block_of(name))
 
@@ -65,9 +65,9 @@ class Strength:
         """
         if self.blocks is None or self.blocks.count is None:
             return
-        attention = {_block_of(name) for name in lora.layers if ".transformer_blocks." in name}
+        attention = {_block_of(name) for name in lora.updates() if ".transformer_blocks." in name}
         if lora.metadata.get("architecture") == "nano" or attention - {*SD_ATTENTION_BLOCKS}:
-            own = spans(block for name in lora.layers if (block := _block_of(name)))
+            own = spans(block for name in lora.updates() if (block := _block_of(name)))
             raise UserError(
                 f'{path}: block weights "{plain(self.blocks.text, 60)}": {self.blocks.count} numbers are for the '
                 f"blocks of Stable Diffusion, the LoRA is for another model and has {own}: name its blocks instead, "
@@ -78,7 +78,7 @@ class Strength:
         """Say in the log which layers of a LoRA the block weights do not name or do not reach."""
         if self.blocks is None:
             return
-        blocks = [_block_of(name) for name in lora.layers]
+        blocks = [_block_of(name) for name in lora.updates()]
         own = in_order(block for block in blocks if block)
         if self.blocks.count:
             named = dict(self.blocks.factors)

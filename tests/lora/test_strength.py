@@ -6,11 +6,12 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.algebra import weighted_sum
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import merge_lora, unmerge_lora
 from ldm.lora.strength import Strength
+from ldm.lora.updates import Full, LoRALayer
 from ldm.settings.block_weights import SD_BLOCKS, BlockWeights
-from tests.lora.helpers import TEXT, TO_K, TO_Q, UNET, assert_unchanged, normal, weights_of
+from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, UNET, assert_unchanged, normal, weights_of
 
 SD1, SD2, NANO = known_bases()
 ONES = ",".join(["1"] * 26)
@@ -86,16 +87,20 @@ def test_a_block_of_0_gives_the_sum_of_a_lora_without_its_layers(base, block):
         assert_same(weighted_sum([(lora, weights(text, 0.7, 0.3))]), weighted_sum([(rest, Strength(0.7, 0.3))]))
 
 
-def test_merged_weights_are_those_of_each_layers_strength(small_net):
+def test_merged_weights_and_biases_are_those_of_each_layers_strength(small_net):
     lora = LoRA({TO_Q: LoRALayer(normal(2, 8), normal(8, 2), 3.0), TEXT_Q: LoRALayer(normal(2, 6), normal(6, 2), 3.0),
-                 OUT: LoRALayer(normal(2, 8, 3, 3), normal(4, 2, 1, 1), 1.0)})  # fmt: skip
+                 OUT: LoRALayer(normal(2, 8, 3, 3), normal(4, 2, 1, 1), 1.0)},
+                biases={CONV: Full(normal(8)), TEXT_Q: Full(normal(6))})  # fmt: skip
     before = weights_of(small_net)
     strength = weights("IN00=0.5,BASE=-2", 0.7, 0.3)
     merge_lora(small_net, lora, strength)
     after = weights_of(small_net)
-    for name, factor in ((TO_Q, 0.35), (TEXT_Q, -0.6), (OUT, 0.7)):
-        expected = before[f"{name}.weight"] + lora.layers[name].update(factor).reshape(before[f"{name}.weight"].shape)
-        np.testing.assert_allclose(after[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
+    factors = {f"{TO_Q}.weight": 0.35, f"{TEXT_Q}.weight": -0.6, f"{OUT}.weight": 0.7, f"{CONV}.bias": 0.35,
+               f"{TEXT_Q}.bias": -0.6}  # fmt: skip
+    assert factors.keys() == lora.updates().keys()
+    for name, factor in factors.items():
+        expected = before[name] + lora.updates()[name].update(factor, before[name]).reshape(before[name].shape)
+        np.testing.assert_allclose(after[name], expected, rtol=1e-6, atol=1e-6)
     unmerge_lora(small_net, lora, strength)
     for name, array in weights_of(small_net).items():
         np.testing.assert_allclose(array, before[name], atol=1e-6)
@@ -110,6 +115,8 @@ def test_block_weights_for_another_model_leave_the_weights_as_they_are(small_net
     for text, words in (("OUTALL", "a.ckpt: block weights.*17 numbers.*has IN00"), ("MID=0", "no block MID")):
         with pytest.raises(UserError, match=words):
             merge_lora(small_net, lora, weights(text), "a.ckpt")
+        with pytest.raises(UserError, match="block weights"):
+            unmerge_lora(small_net, lora, weights(text))
     assert_unchanged(small_net, before)
 
 

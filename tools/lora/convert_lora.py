@@ -28,8 +28,9 @@ from ldm.files.paths import under_root  # noqa: E402
 from ldm.lora.claims import claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases  # noqa: E402
-from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
+from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
+from ldm.lora.updates import LoRALayer  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
