@@ -68,12 +68,14 @@ def weighted_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     strength 0 leaves nothing behind.
 
     Raises:
-        UserError: The LoRAs were made for different models, a strength is not finite, or the sum has no layers.
+        UserError: The LoRAs were made for different models, a strength is not finite, block weights are for another
+            model, or the sum has no layers.
     """
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for lora, value in loras:
         strength = Strength.from_value(value)
         strength.check("a LoRA")
+        strength.check_lora(lora, "a LoRA")
         for name, layer in lora.pairs().items():
             if strength.of_layer(name):
                 parts.setdefault(name, []).append((strength.of_layer(name), layer))

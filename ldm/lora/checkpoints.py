@@ -16,6 +16,7 @@ from ldm.lora.formats import mindone
 from ldm.lora.formats.factors import check_pair, read_factors, read_number
 from ldm.lora.lora import LoRA, lora_metadata
 from ldm.lora.merge import match_shapes
+from ldm.lora.strength import Strength
 from ldm.lora.updates import LayerUpdate, LoRALayer
 from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
@@ -35,26 +36,29 @@ class MergedArrays(RenamedCheckpoint):
     An array whose update is zero stays as it is, bit for bit. `key_map` is that of `base`.
 
     Raises:
-        UserError: A layer of the LoRA has no array of its shape, or (when an array is read) a sum is outside the range
-            of the array's type.
+        UserError: A layer of the LoRA has no array of its shape, block weights do not suit the base model, or (when an
+            array is read) a sum is outside the range of the array's type.
     """
 
-    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float = 1.0):
+    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float | Strength = 1.0):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, key_map, lora)
-        self._strength = strength
-        self._updates: dict[str, list[tuple[LayerUpdate, int, int]]] = {}
+        strength = Strength.from_value(strength)
+        strength.check_model(key_map.sources, "the LoRA", str(base.path))
+        strength.warn_of_layers(lora, "the LoRA")
+        self._updates: dict[str, list[tuple[LayerUpdate, float, int, int]]] = {}
         for name, update in lora.updates().items():
             source = key_map.sources[name]
-            self._updates.setdefault(source.name, []).append((update, source.part, source.parts))
+            entry = (update, strength.of_layer(name), source.part, source.parts)
+            self._updates.setdefault(source.name, []).append(entry)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = super().__getitem__(name)
         merged = None
-        for update, part, parts in self._updates.get(name, ()):
+        for update, strength, part, parts in self._updates.get(name, ()):
             rows = slice(part * (array.shape[0] // parts), (part + 1) * (array.shape[0] // parts))
             before = (array if merged is None else merged)[rows].astype(np.float32)
-            added = update.update(self._strength, before)
+            added = update.update(strength, before)
             if added.any():
                 merged = array.astype(np.float32) if merged is None else merged
                 block = merged[rows]

@@ -7,7 +7,9 @@ from ldm.errors import UserError
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
 from ldm.lora.extract import extract_lora
 from ldm.lora.lora import LoRA
+from ldm.lora.strength import Strength
 from ldm.lora.updates import LoRALayer
+from ldm.settings.block_weights import BlockWeights
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
@@ -76,6 +78,19 @@ class TestMerging:
                 np.testing.assert_array_equal(merged[name], array)
             else:
                 np.testing.assert_array_equal(merged[name], array + layer.update(scale))
+
+    def test_block_weights_multiply_the_strength_of_each_layer(self, base, lora, caplog):
+        blocks = BlockWeights.parse("IN01=0.5,BASE=-2")
+        merged = canonical(MergedArrays(base, map_base_model(base), lora, Strength(0.7, 0.3, blocks)))
+        expected = canonical(base)
+        for name, factor in ((TO_Q, 0.35), (CONV, 0.35), (Q, -0.6), (FC, -0.6)):
+            expected[f"{name}.weight"] = expected[f"{name}.weight"] + lora.layers[name].update(factor)
+        for name, array in expected.items():
+            assert merged[name].tobytes() == array.tobytes(), name
+        assert not caplog.records
+        for text, words in (("OUTALL", "numbers are for .* has IN01"), ("IN02=1", "has no block IN02. It has IN01,")):
+            with pytest.raises(UserError, match=words):
+                MergedArrays(base, map_base_model(base), lora, Strength(blocks=BlockWeights.parse(text)))
 
     def test_scale_zero_changes_no_bit(self, tmp_path, lora):
         arrays = {name: np.where(array > 0.5, np.float32(-0.0), array) for name, array in arrays_of().items()}
