@@ -7,6 +7,7 @@ that a LoRA does not touch stay as they are, bit for bit.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,26 +32,27 @@ _INNER_LAYERS = ("base_layer", "linear", "conv")  # where lora_wrapper and mindo
 
 
 class MergedArrays(RenamedCheckpoint):
-    """A base model's arrays with the updates of a LoRA added, each summed in fp32 and cast to the array's type once.
+    """A base model's arrays with the updates of LoRAs added one after another in fp32, and cast to their type once.
 
-    An array whose update is zero stays as it is, bit for bit. `key_map` is that of `base`.
+    An array whose updates are zero stays as it is, bit for bit. `key_map` is that of `base`.
 
     Raises:
         UserError: A layer of the LoRA has no array of its shape, block weights do not suit the base model, or (when an
             array is read) a sum is outside the range of the array's type.
     """
 
-    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float | Strength = 1.0):
+    def __init__(self, base: Checkpoint, key_map: KeyMap, loras: Sequence[tuple[LoRA, float | Strength]]):
         super().__init__(base, {name: name for name in base})
-        _check_fits(base, key_map, lora)
-        strength = Strength.from_value(strength)
-        strength.check_model(key_map.sources, "the LoRA", str(base.path))
-        strength.warn_of_layers(lora, "the LoRA")
         self._updates: dict[str, list[tuple[LayerUpdate, float, int, int]]] = {}
-        for name, update in lora.updates().items():
-            source = key_map.sources[name]
-            entry = (update, strength.of_layer(name), source.part, source.parts)
-            self._updates.setdefault(source.name, []).append(entry)
+        for lora, value in loras:
+            _check_fits(base, key_map, lora)
+            strength = Strength.from_value(value)
+            strength.check_model(key_map.sources, "the LoRA", str(base.path))
+            strength.warn_of_layers(lora, "the LoRA")
+            for name, update in lora.updates().items():
+                source = key_map.sources[name]
+                entry = (update, strength.of_layer(name), source.part, source.parts)
+                self._updates.setdefault(source.name, []).append(entry)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = super().__getitem__(name)

@@ -17,8 +17,9 @@ from ldm.lora.algebra import relative_difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
+from ldm.lora.merge import Update, add_updates
 from ldm.lora.strength import Strength
-from ldm.lora.updates import LoRALayer
+from ldm.lora.updates import DoRA, LoHa, LoRALayer
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import CanonicalArrays
@@ -580,6 +581,32 @@ class TestWholeModel:
         found = read_lora(tmp_path / "found.ckpt")
         assert found.layers.keys() == trained.layers.keys()
         assert relative_difference(found, weighted_sum([(trained, 0.5)])) < 1e-4
+
+
+def test_other_kinds_are_merged_into_a_base_model_one_after_another(tmp_path):
+    """A LoHa and a DoRA, as merge_lora applies them to the model in memory; sums of LoRAs alone refuse them."""
+    nano = known_bases()[2]
+    module = next(module for module in nano.modules if module.path.endswith("attn2.to_k"))
+    out, incoming = module.shape
+    loha = LoHa(
+        {"hada_w1_a": normal(out, 2), "hada_w1_b": normal(2, incoming), "hada_w2_a": normal(out, 2),
+         "hada_w2_b": normal(2, incoming)}, 0.2,
+    )  # fmt: skip
+    pair = LoRALayer(normal(2, incoming), normal(out, 2), 0.1)
+    paths = []
+    for name, layer in (("loha", loha), ("dora", DoRA(pair, 1 + np.abs(normal(out))))):
+        paths.append(str(tmp_path / f"{name}.ckpt"))
+        write_lora(paths[-1], LoRA({module.name: layer}))
+    with pytest.raises(UserError, match="holds more than pairs of low-rank factors"):
+        lora_add.main(["--paths", *paths, "--output_path", str(tmp_path / "sum.ckpt")])
+    out_path = tmp_path / "out.safetensors"
+    lora_add.main([NANO_BASE, f"{paths[0]}:0.5", str(out_path), "--paths", f"{paths[1]}:0.7", "--mode", "upl"])
+    weight = read_checkpoint(NANO_BASE)[0][f"{module.name}.weight"].astype(np.float32)
+    wanted = add_updates(
+        weight, [Update(loha, 0.5, ""), Update(read_lora(paths[1]).layers[module.name], 0.7, "")], np.float32
+    )
+    found = read_checkpoint(out_path)[0][f"{module.name}.weight"]
+    np.testing.assert_array_equal(found, wanted.astype(found.dtype))
 
 
 class TestLearnedTokens:

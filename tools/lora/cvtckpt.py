@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
-from ldm.lora.algebra import weighted_sum  # noqa: E402
+from ldm.lora.algebra import check_sum, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
@@ -129,13 +129,13 @@ def merge(settings: Settings) -> None:
         if settings.lora_block_weights and not settings.lora_ckpt:
             raise UserError("--lora_block_weights is for LoRAs of --lora_ckpt, not for the one in --model_ckpt")
         key_map = map_base_model(base)
-        loras = [embedded] if embedded is not None else []
+        loras = [(embedded, Strength())] if embedded is not None else []
         if settings.lora_ckpt:
             added = read_loras(settings)
             check_block_weights(added, key_map, settings)
-            loras.append(weighted_sum(added))
-        lora = weighted_sum([(lora, 1.0) for lora in loras])
-        write_base_model(settings.out_ckpt, MergedArrays(base, key_map, lora), checkpoint)
+            loras += added
+        check_sum(loras)
+        write_base_model(settings.out_ckpt, MergedArrays(base, key_map, loras), checkpoint)
         sources = f"{'the LoRA inside it and ' if embedded is not None else ''}{len(settings.lora_ckpt)} LoRA files"
         print(f"{settings.out_ckpt}: {settings.model_ckpt} with {sources} merged")
 

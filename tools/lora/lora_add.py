@@ -24,7 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -40,7 +40,14 @@ import numpy as np  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
-from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
+from ldm.lora.algebra import (  # noqa: E402
+    check_cut,
+    check_sum,
+    mix_factors,
+    relative_difference,
+    resize,
+    weighted_sum,
+)
 from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
@@ -172,8 +179,8 @@ def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: l
     key_map = map_base_model(base)
     for text, (_, strength) in zip(paths, loras):
         strength.check_model(key_map.sources, text, settings.path_1)
-    without_tokens = [(replace(lora, embeddings={}), strength) for lora, strength in loras]
-    merged = MergedArrays(base, key_map, weighted_sum(without_tokens))
+    check_sum(loras)
+    merged = MergedArrays(base, key_map, loras)
     one_file = settings.mode == "upl-ckpt-v2"
     tokens = []
     if one_file:
