@@ -20,7 +20,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, peft
 from ldm.lora.formats.factors import open_lora, reshape_layer
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases
-from ldm.lora.lora import LoRA
+from ldm.lora.lora import LoRA, shared_metadata
 from ldm.settings.model import ModelConfig
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.recognise import describe_non_lora, unsupported_lora
@@ -108,6 +108,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
             raise UserError(f"{path}: {plain(min(duplicates))} is in two of its files: take one of them out")
         lora.layers.update(part.layers)
         lora.metadata.update(part.metadata)
+        lora.file_metadata.update(shared_metadata(checkpoint.metadata))
     for name, layer in lora.layers.items():
         if not (np.isfinite(layer.down).all() and np.isfinite(layer.up).all() and np.isfinite(layer.alpha)):
             raise UserError(f"{path}: {plain(name)} holds values that are not finite: its training went wrong")
@@ -159,7 +160,7 @@ def write_lora(
         return
     base = base_of(lora, config, str(path))
     layers = {name: reshape_layer(layer, base.by_name[name].shape) for name, layer in lora.layers.items()}
-    FORMATS[format].write(path, LoRA(layers, lora.metadata), base, dtype)
+    FORMATS[format].write(path, LoRA(layers, lora.metadata, file_metadata=lora.file_metadata), base, dtype)
 
 
 def check_lora_name(path: str | os.PathLike, format: str) -> None:

@@ -11,7 +11,7 @@
 "." is "_" in the names after `lora_`. Files mix these names, so all are read at once. Convolutions have a k x k down
 and a 1x1 up. The metadata (`ss_...`) tells how the LoRA was trained: the version of the base model is read, and what
 describes the network is written. LyCORIS's LoCon files have these names too, and sometimes a third factor `lora_mid`
-that is multiplied into down.
+that is multiplied into down. `sshs_...` are hashes of the file itself (ldm.weights.hashes).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
+from ldm.lora.formats.factors import by_component, fold_alpha, to_dtype
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA, lora_metadata
-from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.checkpoint import Checkpoint, write_checkpoint
+from ldm.weights.hashes import sshs_hashes
 from ldm.weights.names.tables import UNET_PREFIX
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
@@ -87,7 +88,9 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
             arrays[f"{name}.lora_down.weight"] = layer.down
             arrays[f"{name}.lora_up.weight"] = layer.up
             arrays[f"{name}.alpha"] = np.array(layer.alpha)
-    write_factors(path, arrays, _metadata(lora), dtype)
+    arrays = {key: to_dtype(array, dtype, f"{path}: {key}") for key, array in arrays.items()}
+    metadata = _metadata(lora)
+    write_checkpoint(path, arrays, {**metadata, **sshs_hashes(arrays, metadata)})
 
 
 def _parse(key: str) -> tuple[str, str] | None:
@@ -132,4 +135,4 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         texts["ss_v2"] = str(version == "sd_v2")
     if lora.zero_terminal_snr:
         texts["ss_zero_terminal_snr"] = "True"
-    return {**lora.metadata, **texts}
+    return {**lora.metadata, **lora.file_metadata, **texts}
