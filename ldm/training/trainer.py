@@ -146,7 +146,7 @@ def run_steps(run: Run) -> Path:
     mean_loss = None
     with bar, Reports(run) as reports:
         bar.set_postfix_str("compiling the graph, the first step takes longer")
-        for metrics in _train_steps(run):
+        for metrics in train_steps(run):
             status.phase = ""
             if mean_loss is None or not math.isfinite(mean_loss):
                 mean_loss = metrics.loss
@@ -205,7 +205,7 @@ class _Launched(NamedTuple):
     result: UnreadResult
 
 
-def _train_steps(run: Run) -> Iterator[Metrics]:
+def train_steps(run: Run) -> Iterator[Metrics]:
     """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
 
     With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first
