@@ -29,9 +29,9 @@ CONFIG = ROOT / "configs" / "v1-inference.yaml"
 PROMPT, NEGATIVE_PROMPT = "a drawing of a blue dragon", "blurry"
 SEED = 42
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-LORA_SIZE = 3.0  # standard deviation of the LoRA's updates over that of the weights
-# Factors of the last layers' weights, which make the images high in contrast and the UNet's share of them large, so that
-# 8 bits are fine enough.
+LORA_SIZE = 0.5  # standard deviation of the LoRA's updates over that of the weights
+# Factors of the last layers' weights, which make the images high in contrast and the UNet's share of them large, so
+# that 8 bits are fine enough.
 LOUD = {"model.diffusion_model.out.2.weight": 4.0, "first_stage_model.decoder.conv_out.weight": 4.0}
 # Largest share of the LoRA's effect, as root mean squares, by which both sides may differ in it.
 BOUND = 0.05

@@ -30,7 +30,7 @@ from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.inputs import check_file, is_folder, is_there  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
 from ldm.settings.declare import MAX_COUNT, REQUIRED, input_path, setting  # noqa: E402
-from ldm.settings.read import read_settings  # noqa: E402
+from ldm.settings.read import check_values, read_settings  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402
 
 
@@ -49,6 +49,10 @@ class Settings:
         high=MAX_COUNT,
     )
     state: Optional[str] = setting(None, "a training state of the run, or the folder that holds them", path=True)
+
+    def __post_init__(self) -> None:
+        """Check that one LoRA is given. Raises UserError."""
+        check_values(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
