@@ -252,12 +252,16 @@ class TrainingData:
     def content_digest(self) -> str | None:
         """Return a hash of the images with their captions, masks and repeats, whatever their order, names and layout.
 
-        Class images are not part of it. It is None if not all images were read.
+        What a data set sets itself is part of it, class images are not. It is None if not all images were read.
         """
         if self.contents is None:
             return None
+        own = [
+            repr(sorted((name, value) for name, value in subset.settings.items() if name != "conditioning_data_dir"))
+            for subset in self.subsets
+        ]
         parts = sorted(
-            content_key(self.contents[place], self._text(row), self._mask_fingerprint(place), repeats)
+            content_key(self.contents[place], self._text(row), self._mask_fingerprint(place), repeats, own[row.subset])
             for place, (row, repeats) in enumerate(zip(self.rows, self.buckets.repeats.tolist()))
             if not self.subsets[row.subset].is_reg
         )

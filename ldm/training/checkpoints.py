@@ -73,6 +73,7 @@ class Checkpoints:
         if saves_base_model:
             self.writers["model"] = self._write_model
         self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
+        self.newest_shared = None if shared is None else self.folder / shared_name(shared.name)
         self._own_files = OwnFiles(self.folder, resumed_here)
         self._start: int | None = start  # None after the first file was written
         self._best = BestCheckpoint(self.folder, self._own_files, start, STATES_KEPT)

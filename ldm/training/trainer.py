@@ -177,6 +177,8 @@ def run_steps(run: Run) -> Path:
         logger.warning("%d of %d steps overflowed%s", run.scaler.overflows, plan.steps, skipped)
     if run.validation is not None:
         run.validation.finish()
+    if (shared := run.checkpoints.newest_shared) is not None:
+        logger.info("for A1111, ComfyUI and others: %s", shared)
     logger.info("done: %s", newest)
     return newest
 

@@ -67,6 +67,14 @@ class TestData:
         (folder / "x").rename(folder / "4.txt")
         assert digest(folder) != digest(captioned_data)
 
+    def test_what_the_data_set_sets_itself_counts(self, captioned_data, tmp_path):
+        found = []
+        for number, line in enumerate(("", "shuffle_caption = true", "caption_prefix = 'x'")):
+            subset = f"[[datasets.subsets]]\nimage_dir = '{captioned_data}'\n{line}\n"
+            (tmp_path / f"{number}.toml").write_text(f"[[datasets]]\nresolution = 16\n{subset}")
+            found.append(digest(tmp_path / f"{number}.toml"))
+        assert len(set(found)) == 3
+
     def test_images_that_were_not_read_have_none(self, captioned_data):
         assert digest(captioned_data, check_images=False) is None
 
