@@ -14,8 +14,9 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.lora.formats import mindone
 from ldm.lora.formats.factors import check_pair, read_factors, read_number
-from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
+from ldm.lora.lora import LoRA, lora_metadata
 from ldm.lora.merge import match_shapes
+from ldm.lora.updates import LayerUpdate, LoRALayer
 from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
 from ldm.weights.names import KeyMap, component_of, source_shape
@@ -42,21 +43,22 @@ class MergedArrays(RenamedCheckpoint):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, key_map, lora)
         self._strength = strength
-        self._layers: dict[str, list[tuple[LoRALayer, int, int]]] = {}
-        for name, layer in lora.layers.items():
-            source = key_map.sources[f"{name}.weight"]
-            self._layers.setdefault(source.name, []).append((layer, source.part, source.parts))
+        self._updates: dict[str, list[tuple[LayerUpdate, int, int]]] = {}
+        for name, update in lora.updates().items():
+            source = key_map.sources[name]
+            self._updates.setdefault(source.name, []).append((update, source.part, source.parts))
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = super().__getitem__(name)
         merged = None
-        for layer, part, parts in self._layers.get(name, ()):
-            update = layer.update(self._strength)
-            if update.any():
+        for update, part, parts in self._updates.get(name, ()):
+            rows = slice(part * (array.shape[0] // parts), (part + 1) * (array.shape[0] // parts))
+            before = (array if merged is None else merged)[rows].astype(np.float32)
+            added = update.update(self._strength, before)
+            if added.any():
                 merged = array.astype(np.float32) if merged is None else merged
-                rows = array.shape[0] // parts
-                block = merged[part * rows : (part + 1) * rows]
-                block += update.reshape(block.shape)
+                block = merged[rows]
+                block += added.reshape(block.shape)
         if merged is None:
             return array
         with np.errstate(over="ignore"):  # checked below
@@ -79,7 +81,7 @@ class EmbeddedArrays(RenamedCheckpoint):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, key_map, lora)
         factors: dict[str, np.ndarray] = {}
-        for name, layer in lora.layers.items():
+        for name, layer in lora.pairs().items():
             factors[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
             factors[f"{name}.lora_up.weight"] = layer.up.astype(np.float32)
             factors[f"{name}.alpha"] = np.array(layer.alpha, np.float32)

@@ -191,10 +191,10 @@ def _updates_of_weights(loras: Sequence[MergedLoRA]) -> dict[str, list[Update]]:
     """Return parameter name -> the updates of its weight, without those of strength 0."""
     updates: dict[str, list[Update]] = {}
     for merged in loras:
-        for layer_name, layer in merged.lora.layers.items():
-            strength = merged.strength.of_layer(layer_name)
+        for name, update in merged.lora.updates().items():
+            strength = merged.strength.of_layer(name)
             if strength:
-                updates.setdefault(f"{layer_name}.weight", []).append(Update(layer, strength, merged.name))
+                updates.setdefault(name, []).append(Update(update, strength, merged.name))
     return updates
 
 

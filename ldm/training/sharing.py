@@ -274,6 +274,6 @@ def last_part(path: str) -> str:
 def fits_fp16(lora: LoRA) -> bool:
     """Whether fp16 holds the largest value of each factor: it neither overflows nor becomes 0."""
     largest = [
-        float(np.abs(factor).max(initial=0)) for layer in lora.layers.values() for factor in (layer.down, layer.up)
+        float(np.abs(factor).max(initial=0)) for layer in lora.pairs().values() for factor in (layer.down, layer.up)
     ]
     return all(value == 0 or _HALF_RANGE[1] < value <= _HALF_RANGE[0] for value in largest)

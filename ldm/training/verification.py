@@ -220,8 +220,9 @@ def _difference(lora: LoRA, other: LoRA) -> str:
     if lora.layers.keys() != other.layers.keys():
         return "its layers are others"
     largest = differing = 0.0
-    for name, layer in lora.layers.items():
-        pairs = [(getattr(layer, factor), getattr(other.layers[name], factor)) for factor in ("down", "up")]
+    others = other.pairs()
+    for name, layer in lora.pairs().items():
+        pairs = [(getattr(layer, factor), getattr(others[name], factor)) for factor in ("down", "up")]
         if any(ours.shape != theirs.shape for ours, theirs in pairs):
             return f"the rank of {plain(name)} is another"
         differing += any(not np.array_equal(*pair) for pair in pairs)

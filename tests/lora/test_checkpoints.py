@@ -6,7 +6,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
 from ldm.lora.extract import extract_lora
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
+from ldm.lora.updates import LoRALayer
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
@@ -179,7 +180,7 @@ class TestEmbedding:
         "extra, says",
         [
             ({f"{TO_Q}.lora_A": normal(2, 6)}, "lacks its lora_B"),
-            ({f"{TO_Q}.lora_down.weight": normal(2, 6)}, "lacks its lora_up"),
+            ({f"{TO_Q}.lora_down.weight": normal(2, 6)}, "lacks its up"),
             ({f"{CONV}.lora_A.weight": normal(5, 2, 3, 3), f"{CONV}.lora_B.weight": normal(2, 4, 3, 3)}, "soft convol"),
             ({f"{TO_Q}.lora_A": normal(2, 6), f"{TO_Q}.lora_B": normal(8, 3)}, "no pair of factors"),
         ],

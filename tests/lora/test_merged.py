@@ -6,10 +6,11 @@ import pytest
 from mindspore import Tensor
 
 from ldm.errors import UserError
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import merge_lora
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
 
 TEXT_Q = f"{TEXT}q_proj"

@@ -16,8 +16,9 @@ from ldm.files.outputs import claim_new
 from ldm.lora.algebra import relative_difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import CanonicalArrays

@@ -14,7 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from ldm.lora.formats import read_lora
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
+from ldm.lora.updates import LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import trainer
 from ldm.training.sharing import describe_optimizer, fits_fp16, last_part

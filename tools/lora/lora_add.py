@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -162,7 +162,8 @@ def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: l
     """Write the base model with LoRAs, given with their paths, added to its weights."""
     base = open_base_model(settings.path_1)
     key_map = map_base_model(base)
-    merged = MergedArrays(base, key_map, weighted_sum(loras))
+    without_tokens = [(replace(lora, embeddings={}), strength) for lora, strength in loras]
+    merged = MergedArrays(base, key_map, weighted_sum(without_tokens))
     one_file = settings.mode == "upl-ckpt-v2"
     tokens = []
     if one_file:

@@ -18,13 +18,14 @@ import safetensors
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
-from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, CheckpointFile, Entry
+from ldm.weights.arrays import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, Arrays, Checkpoint, CheckpointFile, Entry
 
 # Element types by their names in the format.
-DTYPES: dict[str, np.dtype] = {"BF16": BFLOAT16, **{name: np.dtype(code) for name, code in {
+DTYPES: dict[str, np.dtype] = {"BF16": BFLOAT16, "F8_E4M3": FLOAT8_E4M3, "F8_E5M2": FLOAT8_E5M2}
+DTYPES.update({name: np.dtype(code) for name, code in {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}.items()}}  # fmt: skip
+}.items()})  # fmt: skip
 LARGEST_VALID_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 # Bytes of the largest header that is read: one of 100 MB takes 1 GB in memory. Those of Stable Diffusion have 0.3 MB.
 MAX_HEADER = 16 << 20
