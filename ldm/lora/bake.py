@@ -82,7 +82,8 @@ def bake(
     layers = {name: layer for name, layer in pairs.items() if isinstance(layer, LoRALayer)}
     if not layers:
         raise UserError("nothing is left of the LoRA: all its updates are zero, of normalisations or of biases")
-    return Baked(LoRA(layers, dict(lora.metadata), dict(lora.embeddings)), truncation, sorted(left_out))
+    kept = LoRA(layers, dict(lora.metadata), dict(lora.embeddings), file_metadata=dict(lora.file_metadata))
+    return Baked(kept, truncation, sorted(left_out))
 
 
 def _dense(

@@ -69,6 +69,17 @@ def test_every_format(source, tmp_path, capsys, name, dtype):
     assert_same_updates(read_lora(target), read_lora(source), rtol=1e-5 if dtype == "fp32" else 0.03)
 
 
+def test_a_file_in_kohyas_form_keeps_what_the_source_says_of_its_training(source, tmp_path):
+    lora = read_lora(source)
+    lora.file_metadata = {"ss_seed": "7", "modelspec.author": "me", "passport.base": "0" * 64}
+    write_lora(tmp_path / "source.safetensors", lora, "kohya")
+    target = tmp_path / "out.safetensors"
+    main(
+        ["--source", str(tmp_path / "source.safetensors"), "--target", str(target), "--to", "kohya", "--dtype", "bf16"]
+    )
+    assert read_lora(target).file_metadata.items() >= lora.file_metadata.items()
+
+
 def test_the_text_encoder_has_no_place_in_the_oldest(source, tmp_path):
     with pytest.raises(UserError, match="diffusers-oldest holds only the UNet's attention"):
         main(["--source", str(source), "--target", str(tmp_path / "x.safetensors"), "--to", "diffusers-oldest"])

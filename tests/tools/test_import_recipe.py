@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ EXPECTED = {
         "unet_lr": 1e-4, "text_encoder_lr": 5e-5, "report_to": ["csv", "html", "tensorboard"],
         "epochs": 12, "train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
         "clip_grad": True, "ckpt_save_interval": 2, "ckpt_max_keep": 3, "seed": 1234,
+        "output_name": "style_v1", "save_precision": "fp16",
     },
     "sd_scripts_short.toml": {
         "data_path": "img", "pretrained_model_path": "v2-1_768-ema-pruned.safetensors", "image_size": 768,
@@ -105,7 +107,8 @@ EXPECTED = {
         "optimizer_args": ["weight_decay=0.05", "betas=0.9,0.99"], "scheduler": "cosine",
         "start_learning_rate": 1e-4, "end_learning_rate": 0.0, "warmup_steps": 0.1, "unet_lr": 1e-4,
         "text_encoder_lr": 5e-5, "max_timestep": 1000, "train_batch_size": 2, "clip_grad": True,
-        "ckpt_max_keep": recipe.KEEPS_ALL, "precision": "fp16",
+        "ckpt_max_keep": recipe.KEEPS_ALL, "precision": "fp16", "output_name": "person", "save_precision": "fp16",
+        "training_comment": "trigger: sks",
     },
     "kohya_ss_loha.json": {
         "data_path": "img", "pretrained_model_path": "E:\\models\\sd15.safetensors", "model_config": SD1,
@@ -125,14 +128,14 @@ EXPECTED = {
         "end_learning_rate": 0.1, "warmup_steps": 0.05, "max_timestep": 900, "epochs": 20,
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "clip_grad": True,
         "use_ema": True, "ema_decay": 0.998, "ckpt_save_interval": 500, "step_mode": True,
-        "ckpt_max_keep": recipe.KEEPS_ALL,
+        "ckpt_max_keep": recipe.KEEPS_ALL, "output_name": "my lora", "save_precision": "fp16",
     },
     "onetrainer_preset.json": {
         "pretrained_model_path": "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_config": SD1,
         "use_lora": True, "lora_ft_text_encoder": True, "lora_rank": 16, "lora_alpha": 1.0,
         "lora_targets": [*TRANSFORMER, *RESIDUAL, "time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2", *TEXT],
         "image_size": 512, "enable_bucket": True, "start_learning_rate": 3e-4, "warmup_steps": 200, "epochs": 100,
-        "gradient_checkpointing": True, "clip_grad": True, "precision": "fp16",
+        "gradient_checkpointing": True, "clip_grad": True, "precision": "fp16", "output_name": "lora",
     },
     "diffusers_lora.sh": {
         "data_path": "data/naruto blip", "output_path": "${OUTPUT_DIR}", "pretrained_model_path": "$MODEL_NAME",
@@ -160,6 +163,16 @@ EXPECTED = {
         "ckpt_max_keep": recipe.KEEPS_ALL,
     },
 }  # fmt: skip
+
+
+# What settings of later versions change in it.
+LATER = {
+    "sd_scripts_lora.toml": {"conv_dim": 8, "conv_alpha": 4.0},
+    "kohya_ss_loha.json": {"algo": "loha", "use_tucker": True, "scale_weight_norms": None},
+}
+if "algo" in {field.name for field in dataclasses.fields(TrainSettings)}:
+    for _name, _settings in LATER.items():
+        EXPECTED[_name] = {key: value for key, value in {**EXPECTED[_name], **_settings}.items() if value is not None}
 
 
 def names_in(path: Path) -> set[str]:
@@ -215,9 +228,7 @@ def recipe_of(path: Path) -> recipe.Recipe:
 def test_every_rule_leads_to_a_setting_or_to_one_of_those_that_are_to_come():
     to_come = set(
         "algo conv_dim conv_alpha factor use_tucker dora_wd rs_lora rank_dropout module_dropout placeholder_token "
-        "initializer_token num_vectors learnable_property save_model_as save_precision no_metadata output_name "
-        "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags "
-        "metadata_usage_hint metadata_trigger_phrase metadata_thumbnail".split()
+        "initializer_token num_vectors learnable_property metadata_thumbnail".split()
     )
     known = set(recipe.Recipe("", {}).known)
     tables = (kohya_tables.SAME, kohya_tables.RULES, kohya_tables.NETWORK_ARGS, onetrainer_tables.RULES,
@@ -301,6 +312,7 @@ NETWORK = 'network_module = "networks.lora"\n'
         ("network_train_text_encoder_only = true", {"lora_ft_unet": False, "lora_targets": TEXT}),
         ("network_train_unet_only = true\ntext_encoder_lr = 1e-5", {"lora_ft_text_encoder": False}),
         ('network_args = ["conv_dim=4", "conv_alpha=1"]', {"lora_targets": [*TRANSFORMER, *RESIDUAL, *TEXT]}),
+        ('network_args = ["conv_alpha=1"]', {"lora_targets": [*TRANSFORMER, *TEXT]}),
         ('optimizer_type = "Lion8bit"', {"optim": "lion"}),
         ('optimizer_type = "PagedAdamW"', {"optim": "adamw"}),
         ('optimizer_type = "SGDNesterov"', {"optim": "adamw"}),
@@ -355,6 +367,13 @@ def test_what_the_validator_refuses_is_named_with_the_reason(tmp_path):
     assert "adaptive_noise_scale needs noise_offset" in refused and "at least 8" in refused
 
 
+def with_settings(**later: tuple[type, object]) -> type:
+    """Return TrainSettings with settings that are to come, as far as they are not there yet."""
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    fields = [(name, Optional[kind], setting(default)) for name, (kind, default) in later.items() if name not in names]
+    return dataclasses.make_dataclass("Later", fields, bases=(TrainSettings,))
+
+
 @pytest.mark.parametrize("options", [{"conv_dim": 8, "conv_alpha": 4}, {"algo": "loha"}, {"algo": "lokr", "factor": 8}])
 def test_options_of_networks_that_are_not_in_this_version_are_named_and_written_as_soon_as_they_are(
     options, tmp_path, monkeypatch
@@ -364,14 +383,9 @@ def test_options_of_networks_that_are_not_in_this_version_are_named_and_written_
     path = tmp_path / "a.toml"
     path.write_text(toml, encoding="utf-8")
 
-    @dataclasses.dataclass
-    class Later(TrainSettings):
-        conv_dim: int = setting(0, "rank of the convolutions")
-        conv_alpha: float = setting(1.0, "alpha of the convolutions")
-        algo: str = setting("lora", "kind", choices=("lora", "loha", "lokr"))
-        factor: int = setting(-1, "factor")
-        output_name: str = setting("", "name")
-
+    later = with_settings(
+        conv_dim=(int, None), conv_alpha=(float, None), algo=(str, "lora"), factor=(int, -1), dora_wd=(bool, False)
+    )
     names = {field.name for field in dataclasses.fields(TrainSettings)}
     made = recipe_of(path)
     for name, value in options.items():
@@ -380,7 +394,7 @@ def test_options_of_networks_that_are_not_in_this_version_are_named_and_written_
                 (entry.list, entry.theirs, str(entry.value)) for entry in made.named
             ]
     for module in ("tools.recipes.recipe", "tools.recipes.written"):
-        monkeypatch.setattr(f"{module}.TrainSettings", Later)
+        monkeypatch.setattr(f"{module}.TrainSettings", later)
     made = recipe_of(path)
     assert {name: made.settings[name].value for name in options} == options
     assert not [entry for entry in made.named if entry.list == recipe.NOT_IN_VERSION]
@@ -416,6 +430,8 @@ def test_the_other_variants_of_onetrainer_and_diffusers(tmp_path):
     settings, text = of_text(command + "--learning_rate=$RATE --lr_scheduler=linear", tmp_path)
     assert settings.start_learning_rate == 1e-4 and settings.warmup_steps == 500 and settings.epochs == 100
     assert "learning_rate $RATE: refused" in text
+    settings, _ = of_text(f"{command} --learning_rate 1e-5 --scale_lr --gradient_accumulation_steps=4", tmp_path)
+    assert settings.start_learning_rate == 6.4e-4  # 16 images, 4 times
     settings, text = of_text(
         command.replace("_lora", "") + "--validation_prompts 'a b' \"c d\" --max_grad_norm 0", tmp_path
     )
@@ -427,12 +443,7 @@ def test_the_other_variants_of_onetrainer_and_diffusers(tmp_path):
 
 
 def test_embeddings_are_read_as_soon_as_this_version_trains_them(tmp_path, monkeypatch):
-    @dataclasses.dataclass
-    class Later(TrainSettings):
-        placeholder_token: str = setting("", "name")
-        initializer_token: str = setting("", "word")
-        num_vectors: int = setting(1, "vectors")
-
+    later = with_settings(placeholder_token=(str, None), initializer_token=(str, None), num_vectors=(int, 1))
     command = (
         "python textual_inversion.py --placeholder_token='<cat>' --initializer_token=toy --num_vectors 2 --repeats 5"
     )
@@ -446,7 +457,7 @@ def test_embeddings_are_read_as_soon_as_this_version_trains_them(tmp_path, monke
                 recipe_of(tmp_path / name)
         with monkeypatch.context() as patch:
             for module in ("tools.recipes.recipe", "tools.recipes.written"):
-                patch.setattr(f"{module}.TrainSettings", Later)
+                patch.setattr(f"{module}.TrainSettings", later)
             written = recipe_of(tmp_path / name).settings
         expected = {"placeholder_token": "<cat>", "initializer_token": "toy", "num_vectors": 2}
         assert {setting: written[setting].value for setting in expected} == expected
@@ -487,6 +498,7 @@ HEADER = {
     "ss_lr_scheduler": "cosine", "ss_lr_warmup_steps": "50", "ss_max_train_steps": "900", "ss_num_epochs": "3",
     "ss_batch_size_per_device": "2", "ss_gradient_accumulation_steps": "1", "ss_gradient_checkpointing": "True",
     "ss_mixed_precision": "fp16", "ss_full_fp16": "False", "ss_resolution": "(640, 640)", "ss_seed": "7",
+    "ss_output_name": "cat",
     "ss_sd_model_name": "base.safetensors", "ss_v2": "False", "ss_clip_skip": "None", "ss_min_snr_gamma": "5.0",
     "ss_debiased_estimation": "True", "ss_max_grad_norm": "1.0", "ss_tag_frequency": '{"a": {"cat": 3}}',
     "ss_base_model_version": "sd_v1", "ss_noise_offset": "None", "ss_new_key": "1", "sshs_model_hash": "00",
@@ -510,7 +522,7 @@ def test_the_header_of_a_lora_becomes_its_recipe(tmp_path):
         "debiased_estimation_loss": True, "optimizer_args": ["weight_decay=0.1", "betas=(0.9, 0.99)"],
         "scheduler": "cosine", "start_learning_rate": 1e-4, "end_learning_rate": 0.0, "warmup_steps": 50,
         "unet_lr": 1e-4, "text_encoder_lr": 5e-5, "max_steps": 900, "train_batch_size": 2,
-        "gradient_checkpointing": True, "clip_grad": True, "precision": "fp16", "seed": 7,
+        "gradient_checkpointing": True, "clip_grad": True, "precision": "fp16", "seed": 7, "output_name": "cat",
     }  # fmt: skip
     made = recipe_of(path)
     told = {entry.theirs for entry in (*made.settings.values(), *made.named)}

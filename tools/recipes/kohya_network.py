@@ -23,6 +23,7 @@ from tools.recipes.recipe import (
     is_empty,
     is_off,
     is_true,
+    whole,
 )
 
 # What LyCORIS calls its presets -> layers of the UNet and of the text encoder.
@@ -151,24 +152,34 @@ def _layers(recipe: Recipe, module: str, kind: str) -> None:
     _parts(recipe, unet, text, "network_module" if module else "LoRA_type" if kind else "network_dim")
     if lycoris and preset is not None and preset in PRESETS:
         recipe.name(NOT_NEEDED, preset_name, preset, "lora_targets names its layers")
-    rank, alpha = recipe.left.get("network_dim", 4), recipe.left.get("network_alpha", 1)
-    for full, ours, value, plain_value in (
-        (conv_name, "conv_dim", conv, rank),
-        (alpha_name, "conv_alpha", None if unused else conv_alpha, alpha),
-    ):
-        if value is None:
-            continue
-        if ours in recipe.known:
-            recipe.write(ours, value, full)
-        elif is_off(value):
-            recipe.name(OFF, full, value)
-        elif ours == "conv_alpha" and is_off(conv) and not lycoris:
-            recipe.name(NOT_NEEDED, full, value, "there is no conv_dim")
-        elif as_number(value, full) == as_number(plain_value, "network_dim"):
-            recipe.name(NOT_NEEDED, full, value, "it is that of the other layers")
-        else:
-            other = "lora_rank" if ours == "conv_dim" else "lora_alpha"
-            recipe.name(NOT_IN_VERSION, full, value, f"the convolutions get {other} too; a lora_config gives their own")
+    if not unused:
+        _convolutions(recipe, "op" in unet, lycoris, (conv_name, conv), (alpha_name, conv_alpha))
+
+
+def _convolutions(recipe: Recipe, trained: bool, lycoris: bool, dim: tuple[str, Any], alpha: tuple[str, Any]) -> None:
+    """Write the rank and the alpha of the 3x3 convolutions, or name them.
+
+    Left out, LyCORIS has those of the other layers, and networks.lora no such convolutions, or an alpha of 1.
+    """
+    given = [pair for pair in (dim, alpha) if pair[1] is not None]
+    if not trained:
+        for name, value in given:
+            recipe.name(OFF if is_off(value) else NOT_NEEDED, name, value, "no 3x3 convolutions are trained")
+        return
+    ranks = as_number(recipe.left.get("network_dim") or 4, "network_dim")
+    alphas = as_number(recipe.left.get("network_alpha") or 1, "network_alpha")
+    of_rank = ranks if is_off(dim[1]) else as_number(dim[1], dim[0])
+    of_alpha = (alphas if lycoris else 1.0) if is_off(alpha[1]) else as_number(alpha[1], alpha[0])
+    if (of_rank, of_alpha) == (ranks, alphas):
+        for name, value in given:
+            recipe.name(NOT_NEEDED, name, value, "it is that of the other layers")
+    elif "conv_dim" in recipe.known:
+        recipe.write("conv_dim", whole(of_rank), dim[0])
+        recipe.write("conv_alpha", whole(of_alpha), alpha[0])
+    else:
+        reason = f"there the 3x3 convolutions have rank {of_rank:g} and alpha {of_alpha:g}, here those of all layers"
+        for name, value in given:
+            recipe.name(NOT_IN_VERSION, name, value, reason)
 
 
 def _parts(recipe: Recipe, unet: tuple[str, ...], text: tuple[str, ...], key: str) -> None:

@@ -60,7 +60,7 @@ TOGETHER = (
     (
         "conv_dim conv_alpha",
         "conv_dim conv_alpha",
-        "where this version has none: the convolutions get lora_rank and lora_alpha, which is named unless equal",
+        "of the 3x3 convolutions; written where they differ from those of the other layers",
     ),
     (
         "network_train_unet_only network_train_text_encoder_only",
