@@ -536,6 +536,13 @@ def test_the_tensors_of_a_lora_show_which_networks_were_trained(tmp_path):
     assert not settings.lora_ft_text_encoder and not set(TEXT) & set(settings.lora_targets)
 
 
+def test_a_header_of_this_project_is_read_as_well(tmp_path):
+    header = {name: value for name, value in HEADER.items() if name != "ss_v2"}  # of an architecture of its own
+    header["ss_optimizer"] = "AdamW(betas=[0.9, 0.98],weight_decay=0.02)"
+    settings, _ = imported(lora_file(tmp_path / "a.safetensors", header, "lora_unet_x"), tmp_path)
+    assert settings.model_config is None and settings.optimizer_args == ["betas=[0.9, 0.98]", "weight_decay=0.02"]
+
+
 def test_a_header_without_its_training_gives_the_network_and_no_defaults(tmp_path):
     header = {name: HEADER[name] for name in ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_v2")}
     settings, text = imported(lora_file(tmp_path / "a.safetensors", header, "lora_unet_x"), tmp_path)

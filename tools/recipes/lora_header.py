@@ -72,6 +72,8 @@ def read(metadata: Mapping[str, str], tensors: Iterable[str]) -> Recipe:
         recipe.add("network_train_text_encoder_only", True)
     recipe.take_named(NOT_NEEDED, STATISTICS)
     kohya.convert(recipe)
+    if "v2" not in given:  # as in the files of this project for other architectures
+        recipe.settings.pop("model_config", None)
     recipe.finish()
     back = {**{new: old for old, new in NAMES.items() if old in given}, "optimizer_args": "optimizer"}
     recipe.named = [entry._replace(theirs=_full(entry.theirs, back)) for entry in recipe.named]
@@ -109,4 +111,4 @@ def _options_of_optimizer(recipe: Recipe) -> None:
     match = re.fullmatch(r"([\w.]+)\((.{0,1000})\)", str(recipe.left.get("optimizer_type", "")))
     if match:
         recipe.left["optimizer_type"] = match.group(1)
-        recipe.add("optimizer_args", re.findall(r"\w+=(?:\([^)]*\)|[^,]*)", match.group(2)))
+        recipe.add("optimizer_args", re.findall(r"\w+=(?:\([^)]*\)|\[[^\]]*\]|[^,]*)", match.group(2)))
