@@ -157,8 +157,8 @@ class _Kinds(nn.Cell):
         key = make_dropout_key()
         both = dict(rank_dropout=0.1, module_dropout=0.1)
         specs = (
-            LayerSpec(2, algo="loha", **both), LayerSpec(8, algo="loha", dora_wd=True), LayerSpec(1, algo="lokr", **both),
-            LayerSpec(9, algo="lokr"), LayerSpec(2, algo="dora", **both),
+            LayerSpec(2, algo="loha", **both), LayerSpec(8, algo="loha", dora_wd=True),
+            LayerSpec(1, algo="lokr", **both), LayerSpec(9, algo="lokr"), LayerSpec(2, algo="dora", **both),
         )  # fmt: skip
         self.dense = nn.SequentialCell([self.layer(Linear(16, 16), spec, key) for spec in specs])
         specs = (*specs, *(replace(spec, use_tucker=True) for spec in (specs[0], specs[2], specs[4])))

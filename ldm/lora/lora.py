@@ -20,6 +20,7 @@ from ldm.weights.names import COMPONENTS, LABELS
 
 TIMESTEPS = ("min_timestep", "max_timestep")  # keys of the metadata, both or none
 ZERO_TERMINAL_SNR = "zero_terminal_snr"  # key of the metadata, "True" or absent
+SHARED_PREFIXES = ("ss_", "modelspec.", "passport.")  # of keys in LoRA.file_metadata
 
 
 def lora_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -31,6 +32,11 @@ def lora_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     if "True" in (metadata.get(ZERO_TERMINAL_SNR), metadata.get(f"ss_{ZERO_TERMINAL_SNR}")):  # the latter of kohya
         known[ZERO_TERMINAL_SNR] = "True"
     return known
+
+
+def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file says for other projects, see LoRA.file_metadata."""
+    return {key: text for key, text in metadata.items() if key.startswith(SHARED_PREFIXES)}
 
 
 def timesteps_metadata(timesteps: range) -> dict[str, str]:
@@ -48,6 +54,8 @@ class LoRA:
         metadata: What is known about the base model, "architecture" and "prediction_type" as in ModelConfig, and about
             the noise levels of the training, "min_timestep" and "max_timestep" (excluded), and "zero_terminal_snr". A
             key is absent where the file does not say.
+        file_metadata: What a file says for other projects, under keys that begin with one of SHARED_PREFIXES: kohya's
+            and Stability AI's, and the digests of the training's inputs. kohya's form keeps them.
         embeddings: Learned tokens (textual inversion) that the file bundles: name -> vectors (count, channels), fp32.
     """
 
@@ -55,6 +63,7 @@ class LoRA:
     metadata: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     biases: Mapping[str, Full] = field(default_factory=dict)
+    file_metadata: dict[str, str] = field(default_factory=dict)
 
     def only(self, component: str) -> LoRA:
         """Return the part for "unet" or "text_encoder", which may be empty. Learned tokens are the text encoder's."""

@@ -553,17 +553,7 @@ def tucker_product(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray
 
 
 def with_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
-    """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k).
-
-    Raises ValueError if they do not go together.
-    """
-    if (
-        mid.ndim != 4
-        or not 2 <= down.ndim <= 4
-        or any(size != 1 for size in down.shape[2:])
-        or mid.shape[1] != len(down)
-    ):
-        raise ValueError(f"mid {mid.shape} does not go with down {down.shape}")
+    """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k)."""
     with np.errstate(over="ignore", invalid="ignore"):
         product: np.ndarray = np.einsum("rskl,si->rikl", mid, down.reshape(len(down), -1))
     return product

@@ -20,7 +20,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, peft
 from ldm.lora.formats.factors import open_lora, reshape_layer
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases
-from ldm.lora.lora import LoRA
+from ldm.lora.lora import LoRA, shared_metadata
 from ldm.settings.model import ModelConfig
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.recognise import describe_non_lora, unsupported_lora
@@ -111,6 +111,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
             {**lora.metadata, **part.metadata},
             {**lora.embeddings, **part.embeddings},
             {**lora.biases, **part.biases},
+            {**lora.file_metadata, **shared_metadata(checkpoint.metadata)},
         )
     for name, update in lora.updates().items():
         name = name.removesuffix(".weight")
@@ -164,7 +165,8 @@ def write_lora(
         return
     base = base_of(lora, config, str(path))
     layers = {name: reshape_layer(layer, base.by_name[name].shape) for name, layer in lora.layers.items()}
-    FORMATS[format].write(path, LoRA(layers, lora.metadata, lora.embeddings, lora.biases), base, dtype)
+    whole = LoRA(layers, lora.metadata, lora.embeddings, lora.biases, lora.file_metadata)
+    FORMATS[format].write(path, whole, base, dtype)
 
 
 def check_lora_name(path: str | os.PathLike, format: str) -> None:

@@ -22,8 +22,9 @@ from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
 
 # No layer of the published models is wider than 11,520. A sum of LoRAs has the sum of their ranks.
 MAX_RANK = 1 << 14
-# Bytes of all arrays for each byte of the file: bfloat16 is widened to twice its size, and some tools store a tensor
-# once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60 elements.
+# Bytes of all arrays for each byte of the file: types of 8 bits are widened to four times their size, and some tools
+# store a tensor once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60
+# elements.
 MAX_EXPANSION = 8
 
 # Learned tokens beside the factors, by A1111's names for them: vectors (count, channels).

@@ -11,7 +11,7 @@
 "." is "_" in the names after `lora_`. Files mix these names, so all are read at once. Convolutions have a k x k down
 and a 1x1 up. The metadata (`ss_...`) tells how the LoRA was trained: the version of the base model is read, and what
 describes the network is written. LyCORIS's files have these names too, and other arrays beside or in place of the
-factors (ldm.lora.formats.parts).
+factors (ldm.lora.formats.parts). `sshs_...` are hashes of the file itself (ldm.weights.hashes).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import os
 import re
 from collections.abc import Iterable
 
-from ldm.lora.formats.factors import by_component, embedding_arrays, positive_alpha, write_factors
+from ldm.lora.formats.factors import by_component, embedding_arrays, positive_alpha, to_dtype
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.formats.parts import PART, part_of
 from ldm.lora.lora import LoRA, lora_metadata
 from ldm.lora.updates import IA3, OFT, DoRA, Full, LoHa, LoKr, LoRALayer, Product, direction_of
-from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.checkpoint import Checkpoint, write_checkpoint
+from ldm.weights.hashes import sshs_hashes
 from ldm.weights.names.tables import UNET_PREFIX
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
@@ -94,7 +95,10 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
             module = PREFIX[component] + path_in_network.replace(".", "_")
             part = "b_norm" if f"{module}.w_norm" in arrays else "diff_b"
             arrays[f"{module}.{part}"] = bias.difference
-    write_factors(path, {**arrays, **embedding_arrays(lora)}, _metadata(lora), dtype)
+    arrays.update(embedding_arrays(lora))
+    arrays = {key: to_dtype(array, dtype, f"{path}: {key}") for key, array in arrays.items()}
+    metadata = _metadata(lora)
+    write_checkpoint(path, arrays, {**metadata, **sshs_hashes(arrays, metadata)})
 
 
 def _parse(key: str) -> tuple[str, str] | None:
@@ -131,7 +135,10 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         texts["ss_v2"] = str(version == "sd_v2")
     if lora.zero_terminal_snr:
         texts["ss_zero_terminal_snr"] = "True"
-    return {**lora.metadata, **texts}
+    kept = dict(lora.file_metadata)
+    if kept.get("ss_network_module") != texts["ss_network_module"]:
+        kept.pop("ss_network_args", None)  # of another kind of network, which this one was made from
+    return {**lora.metadata, **kept, **texts}
 
 
 def network_metadata(lora: LoRA) -> dict[str, str]:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import DETECTORS, base_of, detect_format, kohya, read_lora, write_lora
+from ldm.lora.formats import DETECTORS, base_of, detect_format, kohya, parts, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.hashes import sshs_hashes
 from tests.lora.formats.files import random_lora
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -250,8 +251,9 @@ def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
         read(tmp_path, {**arrays, f"{LAYER}.alpha": np.array(alpha)})
 
 
-def test_a_third_factor_of_another_model(tmp_path):
+def test_a_third_factor_of_another_model(tmp_path, monkeypatch):
     """It is not multiplied out: its product may be any number of times as large as the file."""
+    monkeypatch.setattr(parts, "_with_mid", None)
     arrays = {
         f"{CONV}.lora_down.weight": normal(1, 20_000),
         f"{CONV}.lora_mid.weight": normal(16_000, 1, 3, 3),
@@ -303,3 +305,21 @@ def test_what_is_written_for_other_programs(tmp_path):
     assert texts["ss_network_module"] == "networks.lora"
     assert json.loads(texts["ss_network_args"]) == {"conv_dim": 4, "conv_alpha": 2.0}
     assert "lora_adapter_metadata" not in texts  # diffusers refuses alphas and it together
+
+
+def test_what_a_file_says_for_others_is_kept_and_what_the_network_says_is_written_anew(tmp_path):
+    lora = random_lora(known_bases()[0], rank=4, only="attn1.to_q", architecture="sd1")
+    lora.file_metadata = {
+        "ss_tag_frequency": '{"cat": {}}', "modelspec.title": "Cat", "passport.version": "1", "ss_network_dim": "8",
+        "ss_network_module": "lycoris.kohya", "sshs_model_hash": "0" * 64,
+    }  # fmt: skip
+    write_lora(tmp_path / "a.safetensors", lora, "kohya")
+    write_lora(tmp_path / "b.safetensors", read_lora(tmp_path / "a.safetensors"), "kohya", dtype="fp16")
+    (arrays, texts), (half, again) = (read_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert {key: texts[key] for key in ("ss_tag_frequency", "modelspec.title", "passport.version")} == {
+        "ss_tag_frequency": '{"cat": {}}', "modelspec.title": "Cat", "passport.version": "1",
+    }  # fmt: skip
+    assert texts["ss_network_dim"] == "4" and texts["ss_network_module"] == "networks.lora"
+    for found, said in ((arrays, texts), (half, again)):
+        assert sshs_hashes(found, said).items() <= said.items()
+    assert {key for key in texts if texts[key] != again[key]} == {"sshs_model_hash"}  # the file is small
