@@ -10,7 +10,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
 from ldm.lora.dropout import StepDropout, UnitDropout
 from ldm.lora.magnitude import ApplyMagnitude, row_norms
@@ -159,5 +159,5 @@ class LoRACell(nn.Cell):
     def with_magnitude(self, y: Tensor) -> Tensor:
         """Return the outputs y with DoRA's magnitudes."""
         kept = None if self.module_dropout is None else self.module_dropout(1)
-        delta = ops.stop_gradient(self.delta())
-        return self.magnitude(y, self.base.weight, self.base.bias, delta, self.lora_dora_scale, kept, self.fp16)
+        weight, bias = self.base.weight, self.base.bias
+        return self.magnitude(y, weight, bias, self.delta(), self.lora_dora_scale, kept, self.fp16)
