@@ -97,6 +97,6 @@ def select_lora(
             layers.update(part)
     if not layers:
         raise UserError(f"{path}: no part of it would be applied ({lora}): leave out lora_ft_... False")
-    selected = LoRA(layers, lora.metadata)
+    selected = LoRA(layers, lora.metadata, lora.embeddings)
     match_shapes(BaseModules(config).shapes, selected).require(str(path))
     return selected
