@@ -52,7 +52,8 @@ class TextualInversionSettings:
     )
     learnable_property: Optional[str] = _ti_setting(
         "object",
-        "captions without the token become templates with it, for an object or a style; None: they stay as they are",
+        "captions without the token, and images without a caption, get templates with it, for an object or a style; "
+        "None: captions stay as they are",
         choices=PROPERTIES,
         resume="fixed",
         needs="placeholder_token",

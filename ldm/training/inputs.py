@@ -398,14 +398,17 @@ class Inputs:
         return self._with_token(row, self.data.whole_caption(row, rng), rng)
 
     def _with_token(self, row: int, caption: str, rng: np.random.Generator) -> str:
-        """Return a caption as it is, or a template if it lacks the token that is learned."""
+        """Return a caption as it is, or a template if it says nothing of the token that is learned."""
         settings = self.settings
-        if not self._replaces_captions or self._has_token(caption) or self.data.is_class_image(row):
+        if not self._replaces_captions or self._uses_token(caption) or self.data.is_class_image(row):
             return caption
         assert settings.learnable_property is not None and settings.placeholder_token is not None
         return draw_template(settings.learnable_property, settings.placeholder_token, rng)
 
-    def _has_token(self, caption: str) -> bool:
+    def _uses_token(self, caption: str) -> bool:
+        """Whether a caption has the token and other words. Images without a caption have the token alone."""
+        if caption.strip() == self.settings.placeholder_token:
+            return False
         return bool(np.isin(self._tokens_of(caption), self._learned_ids).any())
 
     def _report_templates(self) -> None:
@@ -413,10 +416,10 @@ class Inputs:
         data, settings = self.data, self.settings
         rows = np.linspace(0, len(data) - 1, min(len(data), MAX_CHECKED)).round().astype(int).tolist()
         rows = [row for row in rows if not data.is_class_image(row)]
-        lacking = sum(not self._has_token(data.whole_caption(row, np.random.default_rng(0))) for row in rows)
+        lacking = sum(not self._uses_token(data.whole_caption(row, np.random.default_rng(0))) for row in rows)
         if lacking:
             logger.info(
-                "%s of %s captions do not contain %s: templates with it take their place "
+                "%s of %s captions do not use %s: templates with it take their place "
                 "(learnable_property %s)",
                 f"{lacking:,}", f"{len(rows):,}", plain(settings.placeholder_token), settings.learnable_property,
             )  # fmt: skip
