@@ -71,9 +71,11 @@ def test_what_pytorch_writes_is_read(embeddings, tmp_path):
         "b.bin": {"<cat>": vectors},
         "c.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 5,
                  "sd_checkpoint": None, "sd_checkpoint_name": None},
+        "d.pt": {"string_to_token": {"*": torch.tensor(265)},
+                 "string_to_param": torch.nn.ParameterDict({"*": vectors})},
     }  # fmt: skip
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
         (found,) = read_embeddings(tmp_path / name)
-        assert found.token == ("c" if name == "c.pt" else "<cat>")
+        assert found.token == (name[0] if name.endswith(".pt") else "<cat>")
         np.testing.assert_array_equal(found.vectors, cat.vectors)
