@@ -63,8 +63,8 @@ class ExtendedTable(nn.Cell):
 
 def extended_table(model: StableDiffusion) -> ExtendedTable | None:
     """Return the token table with learned rows, None if a model has none."""
-    table = _text_embeddings(model).token_embedding
-    return table if isinstance(table, ExtendedTable) else None
+    cells = (cell for _, cell in model.cond_stage_model.cells_and_names())
+    return next((cell for cell in cells if isinstance(cell, ExtendedTable)), None)
 
 
 def learned_tokens_of(model: StableDiffusion) -> tuple[LearnedToken, ...]:
