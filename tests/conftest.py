@@ -154,3 +154,45 @@ def full_run(micro_base_model, micro_data, tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert f"{STEPS}/{STEPS}" in done.stderr and "loss" in done.stderr
     return output
+
+
+@pytest.fixture(scope="session")
+def captioned_data(micro_data, tmp_path_factory) -> Path:
+    """The images of micro_data with captions of several tags."""
+    folder = tmp_path_factory.mktemp("data-of-tags") / "captioned"
+    folder.mkdir()
+    for i in range(10):
+        shutil.copy(micro_data / f"{i}.png", folder)
+        (folder / f"{i}.txt").write_text(f"Blue, a square, number {i}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_settings(micro_base_model, captioned_data):
+    """Makes the settings of shared_run, for a run that saves into a folder."""
+    from ldm.settings.train import TrainSettings
+    from tests.training.micro import SETTINGS
+
+    def make(output: Path, **others: object) -> TrainSettings:
+        paths = {"pretrained_model_path": micro_base_model, "data_path": captioned_data, "output_path": output}
+        return TrainSettings(**{
+            **SETTINGS, **paths, "use_lora": True, "lora_rank": 2, "lora_targets": ["to_q", "to_out.0", "in_layers.2"],
+            "max_steps": 6, "start_learning_rate": 1e-2, "output_name": "style", "metadata_title": "Blue squares",
+            "metadata_trigger_phrase": "blue", "training_comment": "a test", "log_level": "WARNING", **others,
+        })  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_settings, tmp_path_factory) -> Path:
+    """The output folder of a training of a LoRA, of 6 steps, saved after 3 and 6."""
+    import mindspore as ms
+
+    from ldm.training.trainer import train
+
+    output = tmp_path_factory.mktemp("shared") / "run"
+    ms.set_context(mode=ms.GRAPH_MODE)
+    train(shared_settings(output))
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    return output

@@ -19,7 +19,7 @@ from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, Size, check_multiple, join_buckets, make_buckets
 from ldm.data.captions import cut_captions, cut_report, final_caption, whole_caption
 from ldm.data.checked_images import broken_reason, check_images, each_image
-from ldm.data.content import FileHash, content_key_of, file_hash
+from ldm.data.content import FileHash, content_key, content_key_of, file_hash
 from ldm.data.draws import draws
 from ldm.data.masks import ALPHA, Mask, MaskFinder, load_image_and_mask, load_mask
 from ldm.data.prior import plan_prior, with_instance_prompt
@@ -248,6 +248,24 @@ class TrainingData:
         if self.masks is not None:
             rules.append([self._mask_fingerprint(row) for row in range(len(self.rows))])
         return content_key_of(chain(["rows"], parts, [repr(rules)] if rules else []))
+
+    def content_digest(self) -> str | None:
+        """Return a hash of the images with their captions, masks and repeats, whatever their order, names and layout.
+
+        What a data set sets itself is part of it, class images are not. It is None if not all images were read.
+        """
+        if self.contents is None:
+            return None
+        own = [
+            repr(sorted((name, value) for name, value in subset.settings.items() if name != "conditioning_data_dir"))
+            for subset in self.subsets
+        ]
+        parts = sorted(
+            content_key(self.contents[place], self._text(row), self._mask_fingerprint(place), repeats, own[row.subset])
+            for place, (row, repeats) in enumerate(zip(self.rows, self.buckets.repeats.tolist()))
+            if not self.subsets[row.subset].is_reg
+        )
+        return content_key_of(["images and captions", *parts])
 
     def _mask_fingerprint(self, row: int) -> str:
         mask = self.masks[row] if self.masks is not None else None

@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats import read_lora
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible, match_shapes
+from ldm.lora.updates import Full, LayerUpdate
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
@@ -86,17 +88,21 @@ def select_lora(
     """
     lora = read_lora(path, config)
     check_compatible(lora, config, str(path))
-    layers = {}
+    layers: dict[str, LayerUpdate] = {}
+    biases: dict[str, Full] = {}
+    embeddings: dict[str, np.ndarray] = {}
     for component, wanted in (("unet", unet), ("text_encoder", text_encoder)):
-        part, label, flag = lora.only(component).layers, LABELS[component], f"lora_ft_{component}"
-        if wanted and not part:
+        part, label, flag = lora.only(component), LABELS[component], f"lora_ft_{component}"
+        if wanted and not part.updates():
             raise UserError(f"{path} has no {label} part ({lora}): leave out {flag}, or choose another file")
-        if wanted is False and part:
-            logger.warning("%s: its %s part, %d layers, is left out (%s False)", path, label, len(part), flag)
+        if wanted is False and part.updates():
+            logger.warning("%s: its %s part, %d layers, is left out (%s False)", path, label, len(part.layers), flag)
         else:
-            layers.update(part)
-    if not layers:
+            layers.update(part.layers)
+            biases.update(part.biases)
+            embeddings.update(part.embeddings)
+    if not (layers or biases):
         raise UserError(f"{path}: no part of it would be applied ({lora}): leave out lora_ft_... False")
-    selected = LoRA(layers, lora.metadata, lora.embeddings)
+    selected = LoRA(layers, lora.metadata, embeddings, biases)
     match_shapes(BaseModules(config).shapes, selected).require(str(path))
     return selected

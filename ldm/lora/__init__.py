@@ -12,12 +12,15 @@ write_lora("mine.safetensors", lora, "kohya")
 from ldm.lora.algebra import decompose, resize, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora, remove_lora, set_lora
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import match_lora, merge_lora, unmerge_lora
 from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
+from ldm.settings.block_weights import BlockWeights
 
 __all__ = [
+    "BlockWeights",
     "LayerSpec",
     "LoRA",
     "LoRALayer",

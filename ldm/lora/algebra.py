@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 from ldm.weights.names import LABELS, component_of, same_up_to_1x1
 
 
@@ -67,19 +68,19 @@ def weighted_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     strength 0 leaves nothing behind.
 
     Raises:
-        UserError: The LoRAs were made for different models, a strength is not finite, or the sum has no layers.
+        UserError: The LoRAs were made for different models, a strength is not finite, block weights are for another
+            model, or the sum has no layers.
     """
+    metadata = check_sum(loras)
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for lora, value in loras:
         strength = Strength.from_value(value)
-        strength.check("a LoRA")
-        for name, layer in lora.layers.items():
+        strength.check_lora(lora, "a LoRA")
+        for name, layer in lora.pairs().items():
             if strength.of_layer(name):
                 parts.setdefault(name, []).append((strength.of_layer(name), layer))
-    metadata = _common_metadata([lora for lora, _ in loras])
-    if not parts:
-        raise UserError("nothing is left of the LoRAs: every strength is 0, or they hold no layers")
-    return LoRA({name: _sum_layers(name, layers) for name, layers in parts.items()}, metadata)
+    layers = {name: _sum_layers(name, of_name) for name, of_name in parts.items()}
+    return LoRA(layers, metadata, _all_embeddings([lora for lora, _ in loras]))
 
 
 def mix_factors(first: LoRA, second: LoRA, weight1: float, weight2: float) -> LoRA:
@@ -97,10 +98,10 @@ def mix_factors(first: LoRA, second: LoRA, weight1: float, weight2: float) -> Lo
             f"factors can be mixed only if both LoRAs have the same layers: {len(unshared)} are in only one, such as "
             f"{min(unshared)}; take the exact sum (--mode sum)"
         )
-    metadata = _common_metadata([first, second])
-    layers = {}
-    for name, a in first.layers.items():
-        b = second.layers[name]
+    metadata = check_sum([(first, weight1), (second, weight2)])
+    layers, others = {}, second.pairs()
+    for name, a in first.pairs().items():
+        b = others[name]
         _check_shapes(name, a, b)
         if a.rank != b.rank:
             raise UserError(
@@ -110,7 +111,7 @@ def mix_factors(first: LoRA, second: LoRA, weight1: float, weight2: float) -> Lo
         up = weight1 * a.alpha / a.rank * a.up + weight2 * b.alpha / b.rank * b.up.reshape(a.up.shape)
         down = weight1 * a.down + weight2 * b.down.reshape(a.down.shape)
         layers[name] = LoRALayer(up=up.astype(np.float32), down=down.astype(np.float32), alpha=float(a.rank))
-    return LoRA(layers, metadata)
+    return LoRA(layers, metadata, _all_embeddings([first, second]))
 
 
 def resize(lora: LoRA, rank: int | None = None, energy: float | None = None) -> tuple[LoRA, Truncation]:
@@ -130,13 +131,13 @@ def resize(lora: LoRA, rank: int | None = None, energy: float | None = None) -> 
     """
     check_cut(rank, energy)
     layers, truncation = {}, Truncation()
-    for name, layer in lora.layers.items():
+    for name, layer in lora.pairs().items():
         if energy is None and rank is not None and layer.rank <= rank:
             layers[name] = layer
             truncation.layers[name] = LayerTruncation(layer.rank, layer.rank, _squared_norm(layer), 0.0)
         else:
             layers[name], truncation.layers[name] = _truncate_layer(layer, rank, energy)
-    return LoRA(layers, dict(lora.metadata)), truncation
+    return LoRA(layers, dict(lora.metadata), dict(lora.embeddings)), truncation
 
 
 def decompose(
@@ -170,7 +171,7 @@ def relative_difference(lora: LoRA, reference: LoRA) -> float:
     """Return |updates - reference updates| / |reference updates|, in the Frobenius norm over all layers."""
 
     def squared_norm(lora: LoRA) -> float:
-        return sum(map(_squared_norm, lora.layers.values()))
+        return sum(map(_squared_norm, lora.pairs().values()))
 
     difference, norm = squared_norm(weighted_sum([(lora, 1.0), (reference, -1.0)])), squared_norm(reference)
     return math.sqrt(difference / norm) if norm else (math.inf if difference else 0.0)
@@ -184,6 +185,32 @@ def check_cut(rank: int | None, energy: float | None) -> None:
         raise UserError(f"rank is {rank}: it must be a whole number, 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is {energy}: it must be above 0 and at most 1, such as 0.95")
+
+
+def check_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> dict[str, str]:
+    """Check that LoRAs can be added, to each other or to a base model. Returns what the metadata of all says.
+
+    Raises:
+        UserError: They are for different models or time steps, a strength is not finite, or nothing is left of them.
+    """
+    strengths = [(lora, Strength.from_value(value)) for lora, value in loras]
+    for _, strength in strengths:
+        strength.check("a LoRA")
+    if not any(strength.of_layer(name) for lora, strength in strengths for name in lora.updates()):
+        raise UserError("nothing is left of the LoRAs: every strength is 0, or they hold no layers")
+    if any(lora.timesteps != loras[0][0].timesteps for lora, _ in loras):
+        raise UserError(
+            "the LoRAs are for different time steps (min_timestep and max_timestep in their metadata), which one LoRA "
+            "cannot keep apart: apply them together, --lora_ckpt_path a.ckpt b.ckpt"
+        )
+    metadata: dict[str, str] = {}
+    for lora, _ in loras:
+        for key, text in lora.metadata.items():
+            if metadata.setdefault(key, text) != text:
+                raise UserError(
+                    f"the LoRAs are for different models: the {key} of one is {metadata[key]}, of another {text}"
+                )
+    return metadata
 
 
 def _sum_layers(name: str, layers: list[tuple[float, LoRALayer]]) -> LoRALayer:
@@ -207,20 +234,14 @@ def _check_shapes(name: str, a: LoRALayer, b: LoRALayer) -> None:
         raise UserError(f"the LoRAs are for different models: {name} is {a.shape} in one and {b.shape} in another")
 
 
-def _common_metadata(loras: Sequence[LoRA]) -> dict[str, str]:
-    if any(lora.timesteps != loras[0].timesteps for lora in loras):
-        raise UserError(
-            "the LoRAs are for different time steps (min_timestep and max_timestep in their metadata), which one LoRA "
-            "cannot keep apart: apply them together, --lora_ckpt_path a.ckpt b.ckpt"
-        )
-    metadata: dict[str, str] = {}
+def _all_embeddings(loras: Sequence[LoRA]) -> dict[str, np.ndarray]:
+    """Return the learned tokens of all LoRAs. Raises UserError if two have different vectors for one name."""
+    embeddings: dict[str, np.ndarray] = {}
     for lora in loras:
-        for key, text in lora.metadata.items():
-            if metadata.setdefault(key, text) != text:
-                raise UserError(
-                    f"the LoRAs are for different models: the {key} of one is {metadata[key]}, of another {text}"
-                )
-    return metadata
+        for name, vectors in lora.embeddings.items():
+            if not np.array_equal(embeddings.setdefault(name, vectors), vectors):
+                raise UserError(f"two LoRAs have different vectors for the learned token {name}: apply them one by one")
+    return embeddings
 
 
 def _svd(layer: LoRALayer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

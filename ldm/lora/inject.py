@@ -14,9 +14,10 @@ from mindspore import Parameter, Tensor, nn
 from ldm.errors import UserError, plain
 from ldm.lora.dropout import StepDropout, make_dropout_key
 from ldm.lora.layers import HardLoRAConv2d, LoRACell, LoRAConv2d, LoRALinear
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.lora.target_layers import find_target_layers
+from ldm.lora.updates import LoRALayer
 from ldm.models.layers import Conv2d, Linear
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import COMPONENTS, same_up_to_1x1
@@ -163,7 +164,7 @@ def set_lora(model: nn.Cell, lora: LoRA, path: str = "the LoRA") -> None:
             "lora_targets, lora_ft_unet and lora_ft_text_encoder as it was trained"
         )
     values = []
-    for name, layer in lora.layers.items():
+    for name, layer in lora.pairs(path).items():
         cell = cells[name]
         if not cell.scale:
             raise UserError(f"{path} cannot be trained further at scale 0, where a LoRA has no effect: set lora_scale")

@@ -11,10 +11,11 @@ import numpy.typing as npt
 from mindspore import Tensor, nn
 
 from ldm.errors import UserError, plain
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LayerUpdate
 from ldm.settings.model import ModelConfig
-from ldm.weights.names import LABELS, component_of, same_up_to_1x1
+from ldm.weights.names import LABELS, component_of
 from ldm.weights.recognise import version_of_width
 
 LARGEST_FP16 = 65504.0
@@ -22,7 +23,7 @@ LARGEST_FP16 = 65504.0
 
 @dataclass
 class LoRAMatch:
-    """How the layers of a LoRA fit a model.
+    """How the layers of a LoRA fit a model. A bias is named `<layer>.bias`.
 
     Attributes:
         matched: Names of the layers that the model has in the same shape.
@@ -80,37 +81,43 @@ def match_lora(model: nn.Cell, lora: LoRA) -> LoRAMatch:
 def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch:
     """Compare the layers of `lora` with a model given as parameter name -> shape."""
     match = LoRAMatch()
-    for name, layer in lora.layers.items():
-        wanted = shapes.get(f"{name}.weight")
+    for parameter, update in lora.updates().items():
+        name = parameter.removesuffix(".weight")
+        wanted = shapes.get(parameter)
         if wanted is None:
             match.unmatched.append(name)
-        elif same_up_to_1x1(layer.shape, wanted):  # SD1 has 1x1 convolutions where SD2 has linear layers
+        elif update.fits(wanted):
             match.matched.append(name)
         else:
-            match.wrong_shape[name] = (layer.shape, wanted)
+            match.wrong_shape[name] = (update.shape, wanted)
     return match
 
 
 class Update(NamedTuple):
-    """What a LoRA adds to one weight: `layer.update(strength)`. `path` names the LoRA in errors."""
+    """What a LoRA adds to one weight: `layer.update(strength, weight)`. `path` names the LoRA in errors."""
 
-    layer: LoRALayer
+    layer: LayerUpdate
     strength: float
     path: str
 
 
 def add_updates(weight: np.ndarray, updates: Sequence[Update], dtype: npt.DTypeLike) -> np.ndarray:
-    """Add updates to a weight, one after another in fp32, and cast the sum to `dtype`. Returns a new array."""
+    """Add updates to a weight, one after another in fp32, and cast the sum to `dtype`. Returns a new array.
+
+    An update that depends on the weight gets the sum so far, as in A1111 and ComfyUI.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # see check_range
         total = weight.astype(np.float32)
         for update in updates:
-            total += update.layer.update(update.strength).reshape(total.shape)
+            total += update.layer.update(update.strength, total).reshape(total.shape)
         return total.astype(dtype, copy=False)
 
 
 def may_overflow(updates: Sequence[Update]) -> bool:
     """Whether the updates are so large that their sum with a weight may be outside the range of fp16."""
     # Weights are small and large updates are rare: only where this is true, the sum is computed twice.
+    if any(update.layer.needs_weight for update in updates):
+        return True  # `largest` leaves out the weight
     return not sum(update.layer.largest(update.strength) for update in updates) < LARGEST_FP16 / 2
 
 
@@ -121,7 +128,7 @@ def check_range(name: str, weight: np.ndarray, updates: Sequence[Update], dtype:
     for count, update in enumerate(updates, 1):
         if not np.isfinite(add_updates(weight, updates[:count], dtype)).all():
             raise UserError(
-                f"{update.path} at strength {update.strength:g}: the sum with {plain(name[: -len('.weight')])} is "
+                f"{update.path} at strength {update.strength:g}: the sum with {plain(name.removesuffix('.weight'))} is "
                 f"outside the range of {np.dtype(dtype).name}: lower the strength"
             )
 
@@ -146,7 +153,7 @@ def check_compatible(lora: LoRA, config: ModelConfig, path: str = "the LoRA") ->
 
 
 def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, path: str = "the LoRA") -> LoRAMatch:
-    """Add strength * (alpha / rank) * up @ down to the weight of each layer.
+    """Add the update of each layer to its weight: strength * (alpha / rank) * up @ down for low-rank factors.
 
     The sum is computed in fp32 and cast to the weight's type. Strength 0 leaves every weight unchanged, bit for bit. A
     negative strength subtracts. Several LoRAs can be merged one after another.
@@ -154,24 +161,26 @@ def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, pat
     Args:
         model: A StableDiffusion or a part of one, with or without injected LoRA layers.
         lora: The LoRA.
-        strength: One number, or a Strength with one number for each network.
+        strength: One number, or a Strength with one number for each network and block weights.
         path: Name of the LoRA in an error.
 
     Returns:
         How the layers fit.
 
     Raises:
-        UserError: A layer has no counterpart of its shape in `model`, or a sum is outside the range of the weight's
-            type. `model` is unchanged then.
+        UserError: A layer has no counterpart of its shape in `model`, block weights do not suit it, or a sum is outside
+            the range of the weight's type. `model` is unchanged then.
     """
     strength = Strength.from_value(strength)
     strength.check(path)
     match = match_lora(model, lora)
     match.require(path)
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+    strength.check_model(parameters, path)
+    strength.warn_of_layers(lora, path)
     updates = {
-        f"{name}.weight": [Update(layer, strength.of_layer(name), path)]
-        for name, layer in lora.layers.items()
+        name: [Update(update, strength.of_layer(name), path)]
+        for name, update in lora.updates().items()
         if strength.of_layer(name)
     }
     for name, of_weight in updates.items():
@@ -185,5 +194,23 @@ def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, pat
 
 
 def unmerge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0) -> LoRAMatch:
-    """Subtract what merge_lora(model, lora, strength) added, within rounding of the weights' type."""
-    return merge_lora(model, lora, -Strength.from_value(strength))
+    """Take out of the weights what merge_lora(model, lora, strength) put in, within rounding of their type.
+
+    Raises:
+        UserError: As for merge_lora, and for kinds of layers (DoRA) whose weights the merged ones do not tell. `model`
+            is unchanged then.
+    """
+    strength = Strength.from_value(strength)
+    strength.check("the LoRA")
+    match = match_lora(model, lora)
+    match.require("the LoRA")
+    parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+    strength.check_model(parameters, "the LoRA")
+    restored = {}
+    for name, update in lora.updates().items():
+        weight = parameters[name].asnumpy()
+        if strength.of_layer(name):
+            restored[name] = update.restore(weight, strength.of_layer(name)).astype(weight.dtype)
+    for name, weight in restored.items():
+        parameters[name].set_data(Tensor(weight))
+    return match

@@ -17,6 +17,7 @@ from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
 from ldm.settings.report import ReportSettings
 from ldm.settings.samples import SampleSettings
+from ldm.settings.saving import SavingSettings
 from ldm.settings.textual_inversion import TextualInversionSettings
 from ldm.settings.validation import ValidationSettings
 
@@ -117,6 +118,7 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings(
+    SavingSettings,
     ReportSettings,
     OptimizerSettings,
     AdviceSettings,
@@ -255,6 +257,7 @@ class TrainSettings(
         self.check_optimizer()
         self.check_validation()
         self.check_samples()
+        self.check_saving()
         self.check_textual_inversion()
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")

@@ -79,7 +79,7 @@ def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             raise UserError(
                 f"{checkpoint.path}: the learned token {plain(token)} is no vector of finite numbers: it is damaged"
             )
-        tokens[token] = _vectors(checkpoint, token, token)[0]
+        tokens[token] = read_vectors(checkpoint, token, token)[0]
     return tokens
 
 
@@ -141,13 +141,13 @@ def _read(checkpoint: Checkpoint, path: Path) -> list[Embedding]:
             raise UserError(
                 f"{path} is an embedding of {len(params)} parameters: only one is read. Save them one by one"
             )
-        return [Embedding(path.stem, _vectors(checkpoint, params[0], path.stem))]
+        return [Embedding(path.stem, read_vectors(checkpoint, params[0], path.stem))]
     if KOHYA in keys:
-        return [Embedding(path.stem, _vectors(checkpoint, KOHYA, path.stem))]
+        return [Embedding(path.stem, read_vectors(checkpoint, KOHYA, path.stem))]
     if CLIP_G in keys:
         raise UserError(f"{path} is {TEXTUAL_INVERSION}, for SDXL: only those for SD1.x and SD2.x are supported")
     if keys == [CLIP_L]:
-        return [Embedding(path.stem, _vectors(checkpoint, CLIP_L, path.stem))]
+        return [Embedding(path.stem, read_vectors(checkpoint, CLIP_L, path.stem))]
     content = recognise(checkpoint)
     if content.kind == "LoRA":
         tokens = learned_tokens(checkpoint)
@@ -160,16 +160,25 @@ def _read(checkpoint: Checkpoint, path: Path) -> list[Embedding]:
         raise UserError(
             f"{path} is {what}, no learned token (textual inversion): give a file of diffusers, A1111 or kohya"
         )
-    return [Embedding(key, _vectors(checkpoint, key, key)) for key in keys]
+    return [Embedding(key, read_vectors(checkpoint, key, key)) for key in keys]
 
 
-def _vectors(checkpoint: Checkpoint, key: str, token: str) -> np.ndarray:
-    """Read the vectors (count, width) fp32 of a token."""
+def read_vectors(checkpoint: Checkpoint, key: str, token: str) -> np.ndarray:
+    """Read the vectors (count, width) fp32 of a token, which are an array (count, width) or (width,).
+
+    Args:
+        checkpoint: The opened file.
+        key: The name of the array.
+        token: Names the token in errors.
+
+    Raises:
+        UserError: They are no finite numbers, or more than a prompt holds.
+    """
     where = f"{checkpoint.path}: the learned token {plain(token, 60)}"
     dtype, shape = checkpoint.spec(key)
     if len(shape) not in (1, 2) or not all(shape) or dtype.kind != "f":
         raise UserError(
-            f"{where} is of shape {plain(shape)} and type {dtype}, no vector of finite numbers: is it damaged?"
+            f"{where} is no vector of finite numbers, but of type {dtype} and shape {plain(shape)}: it is damaged"
         )
     count, width = (1, *shape)[-2:]
     if count > MAX_VECTORS or width > MAX_WIDTH:

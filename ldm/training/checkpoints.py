@@ -1,4 +1,7 @@
-"""The checkpoints of a run: `{output_path}/ckpt` with the trained weights and the training states."""
+"""The checkpoints of a run: `{output_path}/ckpt` with the trained weights and the training states.
+
+Beside each lora-<step>.ckpt lies the same LoRA as a .safetensors for others (ldm.training.sharing).
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,23 @@ from ldm.textual_inversion.inject import get_embeddings
 from ldm.training.best_checkpoint import BestCheckpoint
 from ldm.training.checks import trained_timesteps
 from ldm.training.optimizers import make_optimizer
-from ldm.training.own_files import SUFFIXES, Numbered, OwnFiles, link
+from ldm.training.own_files import SUFFIXES, Numbered, OwnFiles, link, shared_name
+from ldm.training.sharing import SharedFile
 from ldm.training.training_state import TrainingState, check_finite, save_state
 from ldm.weights.added_tokens import tokens_metadata
 from ldm.weights.checkpoint import write_checkpoint
 
 logger = logging.getLogger(__name__)
 
+_OF_SHARED = r".+-step[0-9]{8,12}\.[0-9]+-[0-9a-f]{8}\.partial\.safetensors"
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
 _WRITTEN = (
     r"(?:lora|model|ti|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts|report|run"
 )
-_LEFTOVER = re.compile(rf"\.(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?")  # see temporary_path
+_LEFTOVER = re.compile(
+    rf"\.(?:(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?|{_OF_SHARED})"  # see temporary_path
+)
 
 
 class Checkpoints:
@@ -46,6 +53,7 @@ class Checkpoints:
         saves_base_model: Whether the base model is saved, because it is trained, alone or beside a LoRA.
         resumed_here: Whether the run resumes one in the same folder, whose files are then its own.
         start: Number of steps that are done before this run.
+        shared: Writes the LoRA for others, None if it does not.
     """
 
     def __init__(
@@ -56,8 +64,9 @@ class Checkpoints:
         saves_base_model: bool,
         resumed_here: bool,
         start: int,
+        shared: SharedFile | None = None,
     ):
-        self.settings, self.model = settings, model
+        self.settings, self.model, self.shared = settings, model, shared
         self.folder = Path(settings.output_path) / "ckpt"
         self.keep = settings.ckpt_max_keep
         self.sampled = make_optimizer(settings).sampled
@@ -70,6 +79,7 @@ class Checkpoints:
             self.writers["ti"] = self._write_token
         self.kind = next(iter(self.writers))  # what a checkpoint mainly is
         self.newest = self.folder / f"{self.kind}{SUFFIXES[self.kind]}"
+        self.newest_shared = None if shared is None else self.folder / shared_name(shared.name)
         self._own_files = OwnFiles(self.folder, resumed_here)
         self._start: int | None = start  # None after the first file was written
         self._best = BestCheckpoint(self.folder, self._own_files, start, STATES_KEPT)
@@ -82,14 +92,18 @@ class Checkpoints:
         """
         check_finite(state.arrays, f"nothing is saved at step {state.step}: the trained state")
         self._begin()
-        names = [Numbered(kind, state.step).name for kind in (*self.writers, "state")]
-        self._own_files.begin([*names, *(f"{kind}{SUFFIXES[kind]}" for kind in self.writers)])
-        for (kind, write), name in zip(self.writers.items(), names):
+        links = {Numbered(kind, state.step).name: f"{kind}{SUFFIXES[kind]}" for kind in self.writers}
+        writers = dict(zip(links, self.writers.values()))
+        if self.shared is not None:
+            name = Numbered("share", state.step, self.shared.name).name
+            links[name], writers[name] = shared_name(self.shared.name), self._write_shared
+        self._own_files.begin([*links, Numbered("state", state.step).name, *links.values()])
+        for name, write in writers.items():
             write(self.folder / name, state)
-            link(self.folder / name, self.folder / f"{kind}{SUFFIXES[kind]}")
+            link(self.folder / name, self.folder / links[name])
         path = save_state(self.folder, state)
         for kind in self.writers:
-            self._own_files.prune(kind, self.keep)
+            self._own_files.prune(kind, self.keep, beside="share" if kind == "lora" else None)
         self._own_files.prune("state", STATES_KEPT)
         self._best.after_save()
         logger.debug("saved step %d in %s", state.step, self.folder)
@@ -133,6 +147,10 @@ class Checkpoints:
     def _write_lora(self, path: Path, state: TrainingState) -> None:
         mindone.write(path, self.lora(state.arrays))
 
+    def _write_shared(self, path: Path, state: TrainingState) -> None:
+        assert self.shared is not None
+        self.shared.write(path, self.lora(state.arrays), state)
+
     def lora(self, arrays: dict[str, np.ndarray]) -> LoRA:
         """Return the LoRA that a checkpoint holds: its parameters, or their averages if there are any.
 
@@ -168,10 +186,14 @@ class Checkpoints:
         write_checkpoint(path, arrays, metadata)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files of a killed process. The folder must be claimed."""
+def remove_leftovers(folder: Path, share_name: str | None = None) -> None:
+    """Remove the half-written files of a killed process. The folder must be claimed.
+
+    `share_name` is that of the newest file to share, without its suffix.
+    """
+    newest = re.compile(rf"\.{re.escape(share_name or '')}\.[0-9]+-[0-9a-f]{{8}}\.partial\.safetensors")
     for path in folder.glob(".*.partial*"):
-        if _LEFTOVER.fullmatch(path.name):
+        if _LEFTOVER.fullmatch(path.name) or (share_name and newest.fullmatch(path.name)):
             try:
                 path.unlink()
             except OSError as error:

@@ -23,6 +23,7 @@ from ldm.files.atomic import atomic_path
 from ldm.files.documents import read_json
 from ldm.files.inputs import is_folder, list_folder
 from ldm.files.paths import writing
+from ldm.settings.saving import output_name_fault
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +32,38 @@ LINKS = ("lora.ckpt", "model.ckpt", "ti.safetensors")  # second names of the new
 OF_BEST = ("best.ckpt", "best.json")  # second name, and record, of the best checkpoint
 SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors", "best": ".ckpt", "ti": ".safetensors"}
 _NUMBERED = re.compile(r"(lora|model|state|best|ti)-([0-9]{8,12})(\.ckpt|\.safetensors)")
+SHARED_SUFFIX = ".safetensors"
+_SHARED = re.compile(rf"(.+)-step([0-9]{{8,12}})\{SHARED_SUFFIX}")
 
 
 class Numbered(NamedTuple):
-    """The parts of a name such as lora-00000010.ckpt."""
+    """The parts of a name such as lora-00000010.ckpt, or pokemon-step00000010.safetensors of the kind "share"."""
 
     kind: str
     step: int
+    output_name: str = ""  # of the kind "share": the setting, "pokemon"
 
     @property
     def name(self) -> str:
+        if self.kind == "share":
+            return f"{self.output_name}-step{self.step:08d}{SHARED_SUFFIX}"
         return f"{self.kind}-{self.step:08d}{SUFFIXES[self.kind]}"
 
 
 def parse_name(name: str) -> Numbered | None:
     """Return the kind and step in a name that has exactly the form of a run's own, else None."""
-    match = _NUMBERED.fullmatch(name)
-    if match is None:
+    if match := _NUMBERED.fullmatch(name):
+        numbered = Numbered(match[1], int(match[2]))
+    elif (match := _SHARED.fullmatch(name)) and not output_name_fault(match[1]):
+        numbered = Numbered("share", int(match[2]), match[1])
+    else:
         return None
-    numbered = Numbered(match[1], int(match[2]))
     return numbered if numbered.name == name else None
+
+
+def shared_name(output_name: str) -> str:
+    """Return the name of the newest file to share."""
+    return f"{output_name}{SHARED_SUFFIX}"
 
 
 def find_states(folder: Path) -> list[Path]:
@@ -99,7 +112,7 @@ class OwnFiles:
         if not find_states(self.folder):
             return []
         found = filter(None, map(parse_name, list_folder(self.folder)))
-        numbered = sorted((file for file in found if file.kind != "best"), key=lambda file: file.step)
+        numbered = sorted((file for file in found if file.kind not in ("best", "share")), key=lambda file: file.step)
         return [name for name in (*(file.name for file in numbered), *LINKS) if self._is_regular_file(name)]
 
     def _is_regular_file(self, name: str) -> bool:
@@ -123,9 +136,16 @@ class OwnFiles:
             with atomic_path(self.folder / RECORD) as temporary:
                 temporary.write_text(json.dumps({"files": self.names}, indent=1) + "\n", encoding="utf-8")
 
-    def prune(self, kind: str, keep: int) -> None:
-        """Remove all but the `keep` files of a kind that were written last. Warn once if that is not possible."""
-        self.remove(self._of_kind(kind)[:-keep])
+    def prune(self, kind: str, keep: int, beside: str | None = None) -> None:
+        """Remove all but the `keep` files of a kind that were written last. Warn once if that is not possible.
+
+        Those of the kind `beside` that are of the same steps are removed before them, so that a kill leaves none alone.
+        """
+        old = self._of_kind(kind)[:-keep]
+        if beside is not None:
+            steps = {_step(name) for name in old}
+            self.remove([name for name in self._of_kind(beside) if _step(name) in steps])
+        self.remove(old)
 
     def steps(self, kind: str) -> set[int]:
         """Return the steps of the files of a kind."""
@@ -190,7 +210,10 @@ def _step(name: str) -> int:
 
 
 def _is_name(name: object) -> bool:
-    return isinstance(name, str) and (name in (*LINKS, *OF_BEST) or parse_name(name) is not None)
+    if not isinstance(name, str):
+        return False
+    is_shared = name.endswith(SHARED_SUFFIX) and not output_name_fault(name[: -len(SHARED_SUFFIX)])
+    return name in (*LINKS, *OF_BEST) or is_shared or parse_name(name) is not None
 
 
 def make_room(path: Path) -> None:

@@ -146,7 +146,7 @@ def run_steps(run: Run) -> Path:
     mean_loss = None
     with bar, Reports(run) as reports:
         bar.set_postfix_str("compiling the graph, the first step takes longer")
-        for metrics in _train_steps(run):
+        for metrics in train_steps(run):
             status.phase = ""
             if mean_loss is None or not math.isfinite(mean_loss):
                 mean_loss = metrics.loss
@@ -177,6 +177,8 @@ def run_steps(run: Run) -> Path:
         logger.warning("%d of %d steps overflowed%s", run.scaler.overflows, plan.steps, skipped)
     if run.validation is not None:
         run.validation.finish()
+    if (shared := run.checkpoints.newest_shared) is not None:
+        logger.info("for A1111, ComfyUI and others: %s", shared)
     logger.info("done: %s", newest)
     return newest
 
@@ -188,7 +190,7 @@ def save(run: Run) -> None:
     arrays = run.step.state()
     if not run.is_first_process:
         return
-    state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint)
+    state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint, began=run.began)
     state.validation = run.earlier_validation if run.validation is None else run.validation.state()
     try:
         run.status.last_state = run.checkpoints.save(state)
@@ -205,7 +207,7 @@ class _Launched(NamedTuple):
     result: UnreadResult
 
 
-def _train_steps(run: Run) -> Iterator[Metrics]:
+def train_steps(run: Run) -> Iterator[Metrics]:
     """Train the steps that are left, at least one. Yields the row of each for metrics.csv when its result is read.
 
     With `reads_late`, the next step is launched before that, so that the device does not wait for the host. The first

@@ -22,8 +22,34 @@ MAX_NAME = 1000  # characters
 # Several tensors may share one storage, and a tensor may repeat a part of it. All tensors together hold at most
 # MAX_SHARED times the bytes of the file, or SMALL bytes for a small file. Weights tied in pairs need a factor of 2.
 MAX_SHARED, SMALL = 8, 64 << 20
-# Stands for bfloat16, which numpy does not have, in files. Arrays that are read are widened to float32.
+# These stand for the types in files that numpy does not have. Arrays that are read are widened to float32.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+FLOAT8_E4M3 = np.dtype([("float8_e4m3", "u1")])  # without infinities, torch's float8_e4m3fn
+FLOAT8_E5M2 = np.dtype([("float8_e5m2", "u1")])
+WIDENED = (BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2)
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """Return an array of one of the types WIDENED as float32, which is exact. Any other array is returned as it is."""
+    if array.dtype == BFLOAT16:
+        return (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if array.dtype == FLOAT8_E5M2:  # the upper byte of float16
+        return (array.view(np.uint8).astype("<u2") << 8).view("<f2").astype(np.float32)
+    if array.dtype == FLOAT8_E4M3:
+        return _E4M3_VALUES[array.view(np.uint8)]
+    return array
+
+
+def _e4m3_values() -> np.ndarray:
+    """Return the value of each byte: a sign, 4 bits of exponent with bias 7, and 3 of mantissa (Micikevicius 2022)."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    values[byte & 127 == 127] = np.nan
+    return np.where(byte < 128, values, -values).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_values()
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -154,8 +180,9 @@ class Entry(NamedTuple):
 class CheckpointFile(Checkpoint):
     """A checkpoint file that is mapped into memory.
 
-    Arrays are read-only views of the mapped file, or copies where an array is not aligned in the file. bfloat16 is
-    widened to float32, which is exact. A loop over all arrays that releases each one holds one array at a time.
+    Arrays are read-only views of the mapped file, or copies where an array is not aligned in the file. bfloat16 and the
+    types of 8 bits are widened to float32, which is exact. A loop over all arrays that releases each one holds one
+    array at a time.
 
     Raises:
         UserError: The file declares more than the bounds above. No array has been made then.
@@ -203,9 +230,7 @@ class CheckpointFile(Checkpoint):
         if not array.flags.aligned:  # a .ckpt of MindSpore, whose Tensor refuses such arrays in its version 2.7
             array = array.copy()
             array.flags.writeable = False
-        if dtype == BFLOAT16:
-            array = (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        return array.reshape(entry.shape)
+        return widen(array).reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -215,7 +240,7 @@ class CheckpointFile(Checkpoint):
 
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         entry = self._entries[name]
-        return np.dtype("<f4") if entry.dtype == BFLOAT16 else entry.dtype, entry.shape
+        return np.dtype("<f4") if entry.dtype in WIDENED else entry.dtype, entry.shape
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of the array. Reading it again reads the disk."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.files.inputs import content_hash, is_folder
+from ldm.files.inputs import check_file, content_hash, is_folder
 from ldm.weights.arrays import Checkpoint, RenamedCheckpoint
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.diffusers_folder.reader import DiffusersFolder, open_diffusers_folder
@@ -60,11 +61,26 @@ def map_base_model(checkpoint: Checkpoint, ema: bool = False) -> KeyMap:
 
 
 def base_model_hash(path: str | os.PathLike) -> str:
-    """Return a hash that identifies a base model: content_hash of a file, or one hash over all weights of a folder."""
+    """Return a hash that identifies a base model: content_hash of a file, or one hash over all weights of a folder.
+
+    A file is read once in a process, unless it changes.
+    """
     if not is_folder(path):
-        return content_hash(path)
+        return _hash_of_file(Path(path))
     digest = hashlib.sha256()
     folder = open_diffusers_folder(Path(path))
     for file in folder.files:
-        digest.update(f"{file.relative_to(folder.path)} {content_hash(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder.path)} {_hash_of_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_of_file(path: Path) -> str:
+    check_file(path)
+    status = os.stat(path)
+    return _hash_once(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _hash_once(path: str, *_: int) -> str:
+    """Return content_hash of a file. The numbers are other ones when the file has changed."""
+    return content_hash(path)

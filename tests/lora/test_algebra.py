@@ -5,8 +5,9 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.algebra import decompose, mix_factors, relative_difference, resize, weighted_sum
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 A, B, C = f"{UNET}middle_block.1.x.to_q", f"{UNET}input_blocks.1.0.in_layers.2", f"{TEXT}layers.0.q_proj"

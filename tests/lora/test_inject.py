@@ -13,9 +13,10 @@ from ldm.errors import UserError
 from ldm.lora.formats import write_lora
 from ldm.lora.inject import assert_trainable, get_lora, inject_lora, remove_lora, set_lora
 from ldm.lora.layers import HardLoRAConv2d, LoRAConv2d, LoRALinear, StepDropout
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import merge_lora, unmerge_lora
 from ldm.lora.spec import LayerSpec, LoRASpec
+from ldm.lora.updates import LoRALayer
 from ldm.models import initial_values, layers
 from ldm.models.unet import UNetModel
 from ldm.settings.model import load_model_config

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRALayer
 from ldm.lora.spec import LoRASpec
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 from tests.lora.helpers import TEXT, normal
 
 

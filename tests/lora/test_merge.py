@@ -9,9 +9,10 @@ import pytest
 from mindspore import Tensor
 
 from ldm.errors import UserError
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible, match_lora, merge_lora, unmerge_lora
 from ldm.lora.strength import Strength
+from ldm.lora.updates import LoRALayer
 from tests.lora.helpers import BLOCK, CONV, TEXT, TO_K, TO_Q, UNET, Fresh, assert_unchanged, normal, weights_of
 
 

@@ -7,7 +7,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft", reason="PEFT is not installed: requirements-parity.txt")
 
 from ldm.lora.algebra import resize, weighted_sum  # noqa: E402
-from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
+from ldm.lora.lora import LoRA  # noqa: E402
+from ldm.lora.updates import LoRALayer  # noqa: E402
 
 RANKS, ALPHAS = (2, 5), (3.0, 5.0)
 

@@ -18,8 +18,9 @@ from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.cloneofsimo import CLASSES, in_order
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import merge_lora
+from ldm.lora.updates import LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.textual_inversion.embedding import Embedding
 from ldm.textual_inversion.formats import write_embeddings

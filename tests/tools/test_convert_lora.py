@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
+from ldm.lora.updates import LoKr
 from tests.lora.formats.files import assert_same_updates, random_lora
 from tools.lora.convert_lora import main
 
@@ -51,8 +53,8 @@ def test_looking_alone_prints_the_table(source, capsys):
     assert "  architecture: nano" in lines and "  prediction_type: v_prediction" in lines
     rows = [line.split("  ") for line in lines]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert ["UNet", "attention", "20", "2", "1", "20 of 20", "-"] in rows
-    assert ["text encoder", "attention", "3", "3", "3", "3 of 3", "-"] in rows
+    assert ["UNet", "attention", "LoRA", "20", "2", "1", "20 of 20", "-"] in rows
+    assert ["text encoder", "attention", "LoRA", "3", "3", "3", "3 of 3", "-"] in rows
     assert lines[-1] == "  made for the nano model, by the shapes"
     assert sorted(source.parent.iterdir()) == before
 
@@ -65,6 +67,17 @@ def test_every_format(source, tmp_path, capsys, name, dtype):
     assert f"{target.name}: {name} (" in capsys.readouterr().out
     assert detect_format(target if target.exists() else tmp_path / "out.text_encoder.pt") == name
     assert_same_updates(read_lora(target), read_lora(source), rtol=1e-5 if dtype == "fp32" else 0.03)
+
+
+def test_a_file_in_kohyas_form_keeps_what_the_source_says_of_its_training(source, tmp_path):
+    lora = read_lora(source)
+    lora.file_metadata = {"ss_seed": "7", "modelspec.author": "me", "passport.base": "0" * 64}
+    write_lora(tmp_path / "source.safetensors", lora, "kohya")
+    target = tmp_path / "out.safetensors"
+    main(
+        ["--source", str(tmp_path / "source.safetensors"), "--target", str(target), "--to", "kohya", "--dtype", "bf16"]
+    )
+    assert read_lora(target).file_metadata.items() >= lora.file_metadata.items()
 
 
 def test_the_text_encoder_has_no_place_in_the_oldest(source, tmp_path):
@@ -114,3 +127,19 @@ def test_a_lora_of_another_base_is_named(tmp_path):
 def test_a_flag_that_is_not_there_names_the_nearest():
     with pytest.raises(UserError, match="unknown setting --tarket: did you mean --target"):
         main(["--source", "x", "--tarket", "y"])
+
+
+def test_other_kinds_are_baked_on_request_alone(tmp_path, capsys):
+    layer = LoKr({"lokr_w1": np.eye(2, dtype=np.float32), "lokr_w2": np.ones((32, 48), np.float32)}, 1.0)
+    name = next(module.name for module in known_bases()[2].modules if module.shape == (64, 96))
+    write_lora(tmp_path / "lokr.ckpt", LoRA({name: layer}))
+    arguments = ["--source", str(tmp_path / "lokr.ckpt"), "--target", str(tmp_path / "out.safetensors"), "--to"]
+    with pytest.raises(UserError, match="holds more than pairs .*1 LoKr.*--bake_energy"):
+        main([*arguments, "diffusers"])
+    assert not (tmp_path / "out.safetensors").exists()
+    main([*arguments, "diffusers", "--bake_energy", "1"])
+    printed = capsys.readouterr().out
+    assert "LoKr" in printed and "energy kept: 100.0000%" in printed
+    (baked,) = read_lora(tmp_path / "out.safetensors").layers.values()
+    assert baked.rank == 2
+    np.testing.assert_allclose(baked.update(), layer.delta(), atol=1e-5)

@@ -82,13 +82,14 @@ def test_files_that_the_run_did_not_write_are_kept(settings, empty_run):
     kept = {*names[:2], "lora-00000001-kept.ckpt", "lora-kept.ckpt", "lora-00000002-kept.ckpt"}
     assert {path.name for path in folder.iterdir()} == {
         *kept, "state-00000003-kept.safetensors", "lora.ckpt", "lora-00000003.ckpt", "state-00000002.safetensors",
-        "state-00000003.safetensors", "files.json",
+        "state-00000003.safetensors", "files.json", "lora.safetensors", "lora-step00000003.safetensors",
     }  # fmt: skip
     assert {(folder / name).read_text() for name in kept} == set(names)
 
 
-def test_an_interrupted_save_is_written_again(settings, empty_run):
+def test_an_interrupted_save_is_written_again(settings, empty_run, monkeypatch):
     """Killed between the LoRA of step 3 and its state, which is not the state of another run."""
+    monkeypatch.setattr("ldm.training.sharing.time.time", lambda: 1e9)
     save_at(prepare(settings(empty_run, **LORA)), 1, 2, 3)
     folder = empty_run / "ckpt"
     whole = contents(folder)
@@ -103,12 +104,13 @@ def test_an_interrupted_save_is_written_again(settings, empty_run):
 
 def test_half_written_files_of_a_killed_process_are_removed_and_no_others(tmp_path):
     names = ("lora-00000009.ckpt", "model-123456789.ckpt", "state-00000009.safetensors", "metrics.csv", "files.json",
-             "report.html", "run.json")  # fmt: skip
+             "report.html", "run.json", "style-step00000009.safetensors", "my style.safetensors")  # fmt: skip
     leftovers = {temporary_path(tmp_path / name).name for name in names}
     leftovers |= {".lora-00000009.77.partial.ckpt", ".metrics.7.partial.csv"}  # of earlier versions
-    others = (".my.77.partial.ckpt", "lora-00000009.ckpt", ".lora-best.77.partial.ckpt")
+    others = {".my.77.partial.ckpt", "lora-00000009.ckpt", ".lora-best.77.partial.ckpt"}
+    others |= {temporary_path(tmp_path / name).name for name in ("mine.safetensors", "my style.ckpt")}
     for name in (*leftovers, *others):
         (tmp_path / name).touch()
     (tmp_path / ".state-00000009.7.partial.safetensors").mkdir()
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "my style")
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".state-00000009.7.partial.safetensors"}

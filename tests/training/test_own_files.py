@@ -28,13 +28,14 @@ def names(folder) -> set[str]:
     "name",
     ["lora-best.ckpt", "lora-mystyle-v1.ckpt", "lora-9.ckpt", "lora-000000009.ckpt", "lora-00000009.safetensors",
      "state-99999999999999999999.safetensors", "lora-0000000\u0669.ckpt", "lora-00000009.ckpt.bak",
-     "lora-2024-05.ckpt"],
+     "lora-2024-05.ckpt", "style-step9.safetensors", "style-step00000009.ckpt", "-step00000009.safetensors",
+     ".style-step00000009.safetensors", "a/b-step00000009.safetensors", "lora-00000003-step00000009.safetensors"],
 )  # fmt: skip
 def test_only_names_of_the_exact_form_are_a_run_s(name):
     assert parse_name(name) is None
-    assert parse_name("lora-00000009.ckpt") == ("lora", 9) and parse_name("state-123456789.safetensors") == (
-        "state", 123456789
-    )  # fmt: skip
+    assert parse_name("lora-00000009.ckpt") == ("lora", 9, "")
+    assert parse_name("state-123456789.safetensors") == ("state", 123456789, "")
+    assert parse_name("my-style-step00000009.safetensors") == ("share", 9, "my-style")
 
 
 def test_states_are_found_by_name_the_newest_first(tmp_path):
@@ -57,6 +58,28 @@ def test_pruning_keeps_the_last_files_and_all_that_are_not_the_run_s(tmp_path):
         own.prune("state", 1)
     assert names(tmp_path) == {*users, *LORAS[1:], "lora.ckpt", STATES[2], "files.json"}
     assert {name for name in users if (tmp_path / name).read_text() == "a user's"} == users
+
+
+def test_files_to_share_are_pruned_with_the_lora_of_their_step_before_it_and_no_others(tmp_path, monkeypatch):
+    shared = [f"style-step{step:08d}.safetensors" for step in (3, 6, 9)]
+    (tmp_path / "other-step00000003.safetensors").write_text("a user's")
+    own = OwnFiles(tmp_path, resumed=False)
+    for lora, share in zip(LORAS[:2], shared):
+        save(own, lora, share, "lora.ckpt", "style.safetensors")
+    own = OwnFiles(tmp_path, resumed=True)
+    assert own.names == [LORAS[0], shared[0], LORAS[1], shared[1], "lora.ckpt", "style.safetensors"]
+    save(own, LORAS[2], "lora.ckpt")  # none is written any more
+    removed = []
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, missing_ok: removed.append(path.name))
+    own.prune("lora", 2, beside="share")
+    assert removed == [shared[0], LORAS[0]]
+
+
+def test_a_name_in_the_record_that_leaves_the_folder_is_not_the_run_s(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "mine.safetensors").touch()
+    (tmp_path / "ckpt" / "files.json").write_text(json.dumps({"files": ["../mine.safetensors", "/mine.safetensors"]}))
+    assert OwnFiles(tmp_path / "ckpt", resumed=True).names == []
 
 
 def test_the_record_is_written_before_the_files(tmp_path):

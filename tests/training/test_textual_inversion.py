@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.generation.loading import select_lora
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.lora import LoRA
 from ldm.settings.train import TrainSettings
@@ -21,6 +22,7 @@ from ldm.tokenizer import AddedToken
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.checks import check_settings
 from ldm.training.rates import make_rates
+from ldm.training.samples import _merged
 from ldm.training.setup import inject_token, make_lora_spec, set_token
 from ldm.training.trainer import run_steps, train
 from ldm.training.training_state import load_state
@@ -78,6 +80,7 @@ def test_only_new_rows_change_and_a_resumed_run_ends_with_the_same(settings, mic
     assert sorted(path.name for path in folder.iterdir()) == sorted([
         "files.json", "state-00000002.safetensors", "state-00000004.safetensors",
         *(f"{kind}{number}{suffixes[kind]}" for kind in kinds for number in ("", "-00000004")),
+        *(["lora-step00000004.safetensors", "lora.safetensors"] if way == "pivotal" else []),
     ])  # fmt: skip
     (saved,) = read_embeddings(folder / "ti.safetensors")
     sampled = state.arrays[f"{'ema' if way == 'pivotal' else 'p'}.{NAME}"]
@@ -88,6 +91,10 @@ def test_only_new_rows_change_and_a_resumed_run_ends_with_the_same(settings, mic
         assert (resumed.parent / path.name).read_bytes() == path.read_bytes(), path.name
     with pytest.raises(UserError, match="num_vectors was 2, is 3"):
         prepare(settings(tmp_path / "half", **{**given, "num_vectors": 3}, resume=True))
+    for name in ("lora.ckpt", "lora.safetensors") if way == "pivotal" else ():
+        lora = select_lora(run.model.config, folder / name)  # what a Pipeline loads
+        np.testing.assert_array_equal(lora.embeddings["<cat>"], sampled)
+        assert not _merged(lora).lora.embeddings  # samples find them in the text encoder
     if way == "alone":
         check_sample(tmp_path / "whole", micro_base_model)
 

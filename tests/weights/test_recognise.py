@@ -154,9 +154,8 @@ class TestLoRAs:
         [
             ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "an SDXL LoRA"),
             ("lora_unet_label_emb_0_0.lora_down.weight", "an SDXL LoRA"),
-            ("lora_unet_a.dora_scale", "a DoRA"),
-            ("lora_unet_a.hada_w1_a", "LoHa or LoKr"),
-            ("lora_unet_a.oft_blocks", "OFT"),
+            ("lora_unet_a.oft_R.weight", "an OFT in another form"),
+            ("lora_unet_a.boft_R", "an OFT in another form"),
             ("lora_unet_a.a1.weight", "GLoRA"),
             ("unet.a.lora_B.bias", "a LoRA with biases"),
             ("text_model.embeddings.token_embedding.lora_embedding_A", "embedding table"),

@@ -2,8 +2,10 @@
 
     python tools/lora/convert_lora.py --source style.safetensors                                   # only print
     python tools/lora/convert_lora.py --source style.safetensors --target style.ckpt --to mindone
+    python tools/lora/convert_lora.py --source loha.safetensors --target lora.safetensors --to kohya --bake_energy 0.99
 
-docs/lora_files.md says what each format keeps.
+--bake_rank and --bake_energy make pairs of low-rank factors of all other kinds (LoHa, LoKr, DoRA, ...), by the SVD of
+each layer's update, and print what is kept. docs/lora_files.md says what each format keeps.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ if __name__ == "__main__":
 
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.paths import under_root  # noqa: E402
+from ldm.lora.bake import bake  # noqa: E402
 from ldm.lora.claims import claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases  # noqa: E402
-from ldm.lora.lora import LoRA, LoRALayer  # noqa: E402
+from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
-from ldm.settings.declare import REQUIRED, setting  # noqa: E402
+from ldm.lora.updates import LayerUpdate, LoRALayer, Product, direction_of  # noqa: E402
+from ldm.settings.declare import MAX_RANK, REQUIRED, input_path, setting  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.names import LABELS  # noqa: E402
@@ -38,13 +42,14 @@ from ldm.weights.names import LABELS  # noqa: E402
 # What a layer is for: the first pattern that matches diffusers' name.
 KINDS = (
     (r"\.attn[12]\.|\.self_attn\.", "attention"),
+    (r"norm", "normalisations"),
     (r"\.ff\.|\.mlp\.", "feed-forward"),
     (r"\.proj_(in|out)$", "projections"),
     (r"\.resnets\.", "residual blocks"),
     (r"samplers\.", "resampling"),
     (r"", "first, last, time"),
 )
-HEADER = ("component", "layers", "number", "rank", "alpha", "fit the base model", "all zero")
+HEADER = ("component", "layers", "kind", "number", "rank", "alpha", "fit the base model", "all zero")
 
 
 @dataclass
@@ -65,6 +70,17 @@ class Settings:
         "not tell SD1.x from SD2.x",
         path=True,
     )
+    bake_rank: Optional[int] = setting(
+        None, "make pairs of low-rank factors of other kinds of layers, of at most this rank", low=1, high=MAX_RANK
+    )
+    bake_energy: Optional[float] = setting(
+        None,
+        "make pairs of low-rank factors of other kinds of layers, each of the smallest rank that keeps this share of "
+        "the squared norm of its update",
+        above=0,
+        high=1,
+    )
+    ckpt_path: Optional[str] = input_path("base model, for baking DoRA, IA3 and OFT, which depend on its weights")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert(settings: Settings) -> None:
     """Print what the LoRA holds and write it in the other format."""
     config, lora = inspect_lora(settings)
+    if settings.bake_rank is not None or settings.bake_energy is not None:
+        baked = bake(lora, settings.bake_rank, settings.bake_energy, settings.ckpt_path, config)
+        print(baked)
+        lora = baked.lora
     write_lora(settings.target, lora, settings.to, config, settings.dtype)
     print(f"{settings.target}: {settings.to} ({FORMATS[settings.to].about}), {settings.dtype}")
 
@@ -106,17 +126,24 @@ def inspect_lora(settings: Settings) -> tuple[ModelConfig | None, LoRA]:
 def table(lora: LoRA, base: BaseModules) -> str:
     """Return a table with a line for each kind of layer of each component."""
     zeros, matched = set(lora.zero_layers()), set(match_shapes(base.shapes, lora).matched)
-    rows: dict[tuple[str, str], dict[str, LoRALayer]] = {}
-    for module in base.modules:
+    rows: dict[tuple[str, str, str], dict[str, LayerUpdate]] = {}
+    for module in (*base.modules, *base.norms):
+        place = next(label for pattern, label in KINDS if re.search(pattern, module.path))
         if module.name in lora.layers:
-            kind = next(label for pattern, label in KINDS if re.search(pattern, module.path))
-            rows.setdefault((LABELS[module.component], kind), {})[module.name] = lora.layers[module.name]
+            update = lora.layers[module.name]
+            rows.setdefault((LABELS[module.component], place, update.label), {})[module.name] = update
+        if module.name in lora.biases:
+            name = f"{module.name}.bias"
+            rows.setdefault((LABELS[module.component], place, "bias"), {})[name] = lora.biases[module.name]
     lines = [HEADER]
-    for (component, kind), layers in rows.items():
+    for (component, place, kind), layers in rows.items():
+        alphas = [
+            layer.alpha for layer in map(direction_of, layers.values()) if isinstance(layer, (LoRALayer, Product))
+        ]
         lines.append((
-            component, kind, str(len(layers)), _span(layer.rank for layer in layers.values()),
-            _span(layer.alpha for layer in layers.values()), f"{len(matched & layers.keys())} of {len(layers)}",
-            str(len(zeros & layers.keys()) or "-"),
+            component, place, kind, str(len(layers)),
+            _span(layer.rank for layer in layers.values() if layer.rank is not None), _span(alphas),
+            f"{len(matched & layers.keys())} of {len(layers)}", str(len(zeros & layers.keys()) or "-"),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -124,6 +151,8 @@ def table(lora: LoRA, base: BaseModules) -> str:
 
 def _span(values: Iterable[float]) -> str:
     distinct = sorted(set(values))
+    if not distinct:
+        return "-"
     return f"{distinct[0]:g}" if len(distinct) == 1 else f"{distinct[0]:g} to {distinct[-1]:g}"
 
 

@@ -20,7 +20,7 @@ from ldm.files.inputs import is_file, is_folder, is_there, list_folder
 from ldm.lora.formats import cloneofsimo, diffusers, kohya, mindone, peft
 from ldm.lora.formats.factors import open_lora, reshape_layer
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases
-from ldm.lora.lora import LoRA
+from ldm.lora.lora import LoRA, shared_metadata
 from ldm.settings.model import ModelConfig
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.recognise import describe_non_lora, unsupported_lora
@@ -103,18 +103,24 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
     for file in lora_files(path):
         name, checkpoint = _open(file)
         part = FORMATS[name].read(checkpoint, base)
-        duplicates = lora.layers.keys() & part.layers.keys()
+        duplicates = lora.updates().keys() & part.updates().keys()
         if duplicates:
             raise UserError(f"{path}: {plain(min(duplicates))} is in two of its files: take one of them out")
-        lora.layers.update(part.layers)
-        lora.metadata.update(part.metadata)
-    for name, layer in lora.layers.items():
-        if not (np.isfinite(layer.down).all() and np.isfinite(layer.up).all() and np.isfinite(layer.alpha)):
+        lora = LoRA(
+            {**lora.layers, **part.layers},
+            {**lora.metadata, **part.metadata},
+            {**lora.embeddings, **part.embeddings},
+            {**lora.biases, **part.biases},
+            {**lora.file_metadata, **shared_metadata(checkpoint.metadata)},
+        )
+    for name, update in lora.updates().items():
+        name = name.removesuffix(".weight")
+        if not update.is_finite():
             raise UserError(f"{path}: {plain(name)} holds values that are not finite: its training went wrong")
-        if not layer.largest() < LARGEST_FP32:
+        if not update.largest() < LARGEST_FP32:
             raise UserError(
-                f"{path}: the update of {plain(name)}, with alpha {layer.alpha:g}, is outside the range of fp32: its "
-                "training went wrong, or the file is damaged"
+                f"{path}: the update of {plain(name)} is outside the range of fp32: its training went wrong, or the "
+                "file is damaged"
             )
     zeros = lora.zero_layers()
     if len(zeros) == len(lora.layers):
@@ -159,7 +165,8 @@ def write_lora(
         return
     base = base_of(lora, config, str(path))
     layers = {name: reshape_layer(layer, base.by_name[name].shape) for name, layer in lora.layers.items()}
-    FORMATS[format].write(path, LoRA(layers, lora.metadata), base, dtype)
+    whole = LoRA(layers, lora.metadata, lora.embeddings, lora.biases, lora.file_metadata)
+    FORMATS[format].write(path, whole, base, dtype)
 
 
 def check_lora_name(path: str | os.PathLike, format: str) -> None:

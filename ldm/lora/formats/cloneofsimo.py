@@ -32,15 +32,15 @@ from ldm.lora.formats.factors import (
     fold_alpha,
     open_lora,
     read_factors,
-    reshape_layer,
     to_dtype,
-    warn_of_textual_inversion,
+    warn_of_left_out_tokens,
     without_extras,
     write_factors,
 )
 from ldm.lora.formats.modules import BaseModules, Module, known_bases
-from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
-from ldm.textual_inversion.formats import is_cloneofsimo_token
+from ldm.lora.lora import LoRA, lora_metadata
+from ldm.lora.updates import LoRALayer
+from ldm.textual_inversion.formats import is_cloneofsimo_token, learned_tokens
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
 from ldm.weights.names import LABELS, same_up_to_1x1
@@ -101,7 +101,7 @@ def detect(keys: Iterable[str]) -> str | None:
 
 
 def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
-    """Read an opened .safetensors. Learned tokens are left out with a warning.
+    """Read an opened .safetensors.
 
     Raises:
         UserError: A number or half of a pair is missing, a key is unknown, or the factors are not those of the listed
@@ -110,22 +110,19 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """
     path = checkpoint.path
     keys: dict[str, dict[int, dict[str, str]]] = {}
-    tokens, others = [], []
+    others = []
     for key in checkpoint:
         match = _KEY.match(key)
         if match:
             component, index, factor = match.groups()
             keys.setdefault(component, {}).setdefault(int(index), {})[factor] = key
-        elif is_cloneofsimo_token(key):
-            tokens.append(key)
-        else:
+        elif not is_cloneofsimo_token(key):
             others.append(key)
-    others = without_extras(path, others)
+    others = without_extras(others)
     if others:
         raise UserError(
             f"{path}: {plain(others[0])} belongs to nothing in a LoRA of cloneofsimo's: is the file damaged?"
         )
-    warn_of_textual_inversion(path, "learned token(s)", tokens)
     rows = {component: _read_row(checkpoint, component, numbered) for component, numbered in keys.items()}
     listed = {component: _listed_classes(checkpoint, component) for component in rows}
     choices = {component: _choices(component, classes) for component, classes in listed.items()}
@@ -138,7 +135,8 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             f"{path}: its {counts} ({plain(names)}) are not those of {_labels(bases)}: it was made for another model, "
             "or saved again by another program"
         )
-    return LoRA(layers, lora_metadata(checkpoint.metadata))
+    embeddings = {token: vector.reshape(1, -1) for token, vector in learned_tokens(checkpoint).items()}
+    return LoRA(layers, lora_metadata(checkpoint.metadata), embeddings)
 
 
 def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
@@ -164,8 +162,13 @@ def read_list(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
-    """Write a .safetensors. Raises UserError for layers in no class (the UNet's first and last convolution)."""
-    arrays, metadata = {}, dict(lora.metadata)
+    """Write a .safetensors.
+
+    Raises:
+        UserError: There are layers in no class (the UNet's first and last convolution), layers that are no pairs of
+            factors, or learned tokens of several vectors.
+    """
+    arrays, metadata = _token_arrays(path, lora), dict(lora.metadata)
     for component, (classes, row) in _rows_to_write(path, lora, base).items():
         metadata[component] = json.dumps(classes)
         for i, layer in enumerate(row):
@@ -187,6 +190,7 @@ def write_list(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: st
     """
     path = Path(path)
     text_encoder = text_encoder_path(path)
+    warn_of_left_out_tokens(path, lora, "cloneofsimo-pt")
     rows = _rows_to_write(path, lora, base)
     if os.path.lexists(text_encoder):
         raise UserError(
@@ -223,6 +227,19 @@ def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, 
         return block_start.setdefault(match.group(1), index), order_in_block[match.group(2)]
 
     return [module for _, module in sorted(enumerate(chosen), key=position)]
+
+
+def _token_arrays(path: str | os.PathLike, lora: LoRA) -> dict[str, np.ndarray]:
+    """Return the learned tokens as `<name>` -> vector (channels,), which is all that this format holds."""
+    arrays = {}
+    for name, vectors in lora.embeddings.items():
+        if len(vectors) > 1:
+            raise UserError(
+                f"{path}: the learned token {plain(name)} has {len(vectors)} vectors, cloneofsimo's have one: write "
+                "kohya"
+            )
+        arrays[name if is_cloneofsimo_token(name) else f"<{name}>"] = vectors[0]
+    return arrays
 
 
 def _read_row(checkpoint: Checkpoint, component: str, keys: Mapping[int, Mapping[str, str]]) -> list[LoRALayer]:
@@ -308,7 +325,7 @@ def _assign_component(
             "nothing in it tells which: take a file that lists its classes, or a LoRA in another format"
         )
     for modules in found:
-        return {module.name: reshape_layer(layer, module.shape) for layer, module in zip(row, modules)}
+        return {module.name: layer.reshaped(module.shape) for layer, module in zip(row, modules)}
     return None
 
 
@@ -320,10 +337,11 @@ def _rows_to_write(
     path: str | os.PathLike, lora: LoRA, base: BaseModules
 ) -> dict[str, tuple[Classes, list[LoRALayer]]]:
     """Return component -> (classes, layers in order), with zeros for the layers that are not in `lora`."""
+    pairs = lora.pairs(str(path))
     rows: dict[str, tuple[Classes, list[LoRALayer]]] = {}
     for component in COMPONENTS:
         all_modules = base.of_component(component)
-        present = {module for module in all_modules if module.name in lora.layers}
+        present = {module for module in all_modules if module.name in pairs}
         if not present:
             continue
         choices = {classes: in_order(all_modules, classes, component) for classes in CHOICES[component]}
@@ -339,7 +357,7 @@ def _rows_to_write(
             log.info("%s: %d layers of the %s without a LoRA are written as zeros", path, zeros, LABELS[component])
         rank = max(lora.only(component).ranks())
         rows[component] = (classes, [
-            fold_alpha(lora.layers[module.name]) if module in present else _zero_layer(module, rank)
+            fold_alpha(pairs[module.name]) if module in present else _zero_layer(module, rank)
             for module in modules
         ])  # fmt: skip
     return rows

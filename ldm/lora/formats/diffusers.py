@@ -25,7 +25,13 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.files.documents import parse_json
-from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
+from ldm.lora.formats.factors import (
+    by_component,
+    fold_alpha,
+    pairs_and_magnitudes,
+    warn_of_left_out_tokens,
+    write_factors,
+)
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules, Module
@@ -49,14 +55,17 @@ OTHER_FORMATS = (
     "cond_stage_model.",
 )
 _PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
-_FACTOR = re.compile(rf"(.+)\.(?:{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))\Z")
+_FACTOR = re.compile(
+    rf"(.+)\.(?:{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha)|lora_(magnitude)_vector(?:\.\w+)*)\Z"
+)
+_BESIDE_FACTORS = re.compile(r"\.(alpha|lora_magnitude_vector(\.\w+)*)\Z")
 _ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight\Z")
 
 
 def detect(keys: Iterable[str]) -> str | None:
     """Return which of VERSIONS has such keys, None for keys that are not diffusers'."""
     keys = [key for key in keys if not key.startswith(OTHER_FORMATS)]
-    factors = [key for key in keys if _ATTENTION.match(key) or _FACTOR.match(key) and not key.endswith(".alpha")]
+    factors = [key for key in keys if _ATTENTION.match(key) or _FACTOR.match(key) and not _BESIDE_FACTORS.search(key)]
     if not factors:
         return None
     if any(".lora_A." in key or ".lora_B." in key for key in factors):
@@ -74,24 +83,33 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
         component = "text_encoder" if layer.startswith("encoder.") else "unet"
         return configs[component].alpha(layer, rank) if component in configs else rank
 
-    layers = read_keyed(checkpoint, parse, table, base, alpha)
-    return LoRA(layers, lora_metadata(checkpoint.metadata))
+    lora = read_keyed(checkpoint, parse, table, base, alpha)
+    lora.metadata.update(lora_metadata(checkpoint.metadata))
+    return lora
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32", name: str = "diffusers") -> None:
-    """Write a .safetensors in one of VERSIONS.
+    """Write a .safetensors in one of VERSIONS. "diffusers" holds DoRA as well, by output.
 
     Raises:
-        UserError: The format is "diffusers-oldest" and there are layers other than the UNet's attention.
+        UserError: There are layers of other kinds, or the format is "diffusers-oldest" and there are layers other than
+            the UNet's attention.
     """
     arrays: dict[str, np.ndarray] = {}
     configs: dict[str, Any] = {}
-    for component, layers in by_component(lora, base).items():
+    warn_of_left_out_tokens(path, lora, name)
+    pairs, magnitudes = (
+        pairs_and_magnitudes(lora, base, str(path)) if name == "diffusers" else (lora.pairs(str(path)), {})
+    )
+    for component, layers in by_component(pairs, base).items():
         for module, layer in layers.items():
             written = layer if name == "diffusers" else fold_alpha(layer)
             down, up = _keys(component, module, name, path)
             arrays[down], arrays[up] = written.down, written.up
-        settings = settings_of(layers, base.of_component(component))
+            if magnitudes:
+                key = down.removesuffix("lora_A.weight") + "lora_magnitude_vector"
+                arrays[key] = magnitudes[module]
+        settings = settings_of(layers, base.of_component(component), use_dora=bool(magnitudes))
         configs.update({f"{component}.{key}": value for key, value in settings.items()})
     metadata = {"format": "pt", **lora.metadata}
     if name == "diffusers":
@@ -113,14 +131,14 @@ def parse(key: str) -> tuple[str, str] | None:
     match = _FACTOR.match(name)
     if match is None:
         return None
-    module, letter, factor, alpha = match.groups()
+    module, letter, factor, alpha, magnitude = match.groups()
     module += ".0" if module.endswith(".to_out") else ""
-    return module, FACTOR_OF_LETTER.get(letter) or factor or alpha
+    return module, FACTOR_OF_LETTER.get(letter) or factor or alpha or magnitude
 
 
 def table(base: BaseModules) -> dict[str, Module]:
     """Return the modules of a base model by the names that `parse` returns."""
-    return {module.path: module for module in base.modules}
+    return {module.path: module for module in (*base.modules, *base.norms)}
 
 
 def _keys(component: str, module: str, name: str, path: str | os.PathLike) -> tuple[str, str]:

@@ -9,29 +9,32 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA, LoRALayer, update_shape
+from ldm.lora.lora import LoRA
+from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, Product, update_shape
+from ldm.textual_inversion.formats import read_vectors
 from ldm.weights.arrays import Checkpoint, to_bfloat16
 from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
-from ldm.weights.names import same_up_to_1x1
 
 # No layer of the published models is wider than 11,520. A sum of LoRAs has the sum of their ranks.
 MAX_RANK = 1 << 14
-# Bytes of all arrays for each byte of the file: bfloat16 is widened to twice its size, and some tools store a tensor
-# once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60 elements.
+# Bytes of all arrays for each byte of the file: types of 8 bits are widened to four times their size, and some tools
+# store a tensor once for two names. PyTorch's expanded tensors have no such limit: a file of 1 KB may hold one of 2^60
+# elements.
 MAX_EXPANSION = 8
 
+# Learned tokens beside the factors, by A1111's names for them: vectors (count, channels).
+_VECTORS = "string_to_param.*"
+_BUNDLED_EMBEDDING = re.compile(rf"bundle_emb\.(.+?)\.({re.escape(_VECTORS)}|.+)\Z")
 # Keys beside the factors of real files that change no layer.
-_BUNDLED_EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.")
 _HARMLESS = re.compile(r".*embeddings[._]position_ids$|(global_step|epoch)$")
-_NO_TEXTUAL_INVERSION = (
-    "%s: %d %s, %s, are textual inversion and no part of the LoRA: without them prompts that name them will not mean "
-    "what they did"
-)
+
+Layer = TypeVar("Layer", bound=LayerUpdate)
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +56,37 @@ def open_lora(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-def without_extras(path: str | os.PathLike, keys: Iterable[str]) -> list[str]:
-    """Remove keys that may lie beside the factors: bundled embeddings, with a warning, and training counters."""
-    keys = list(keys)
-    embeddings = sorted({match[1] for match in map(_BUNDLED_EMBEDDING.match, keys) if match})
-    warn_of_textual_inversion(path, "bundled embedding(s)", embeddings)
+def without_extras(keys: Iterable[str]) -> list[str]:
+    """Remove keys that may lie beside the factors: bundled embeddings (see read_embeddings) and training counters."""
     return [key for key in keys if not _BUNDLED_EMBEDDING.match(key) and not _HARMLESS.match(key)]
 
 
-def warn_of_textual_inversion(path: str | os.PathLike, kind: str, names: list[str]) -> None:
-    """Warn that a file has textual inversion beside its LoRA, which is ignored."""
-    if names:
-        log.warning(_NO_TEXTUAL_INVERSION, path, len(names), kind, plain(", ".join(names)))
+def read_embeddings(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Read the learned tokens that are bundled with a LoRA, name -> vectors (count, channels) fp32, sorted by name.
+
+    Raises:
+        UserError: One has no vectors of finite numbers, or more than a prompt holds.
+    """
+    matches = (match for match in map(_BUNDLED_EMBEDDING.match, checkpoint) if match)
+    keys = {match[1]: match[0] for match in matches if match[2] in (_VECTORS, "emb_params")}
+    return {name: read_vectors(checkpoint, keys[name], name) for name in sorted(keys)}
+
+
+def embedding_arrays(lora: LoRA) -> dict[str, np.ndarray]:
+    """Return the learned tokens of a LoRA by their names in a file that bundles them, see read_embeddings."""
+    return {f"bundle_emb.{name}.{_VECTORS}": vectors for name, vectors in lora.embeddings.items()}
+
+
+def warn_of_left_out_tokens(path: str | os.PathLike, lora: LoRA, format: str) -> None:
+    """Warn that a format has no place for a LoRA's learned tokens."""
+    if lora.embeddings:
+        log.warning(
+            "%s: %s has no place for the learned tokens %s, without which prompts that name them do not mean what they "
+            "did: write kohya, which bundles them, or give them beside it as a file of their own",
+            path,
+            format,
+            plain(", ".join(lora.embeddings)),
+        )
 
 
 def read_factors(checkpoint: Checkpoint, name: str, down: str, up: str, alpha: float | None = None) -> LoRALayer:
@@ -109,7 +131,7 @@ def check_types(checkpoint: Checkpoint, name: str, keys: Mapping[str, str]) -> N
         if dtype.kind != "f":
             raise UserError(
                 f"{checkpoint.path}: the {factor} of {plain(name)} is of type {dtype}: quantised? Factors "
-                "are fp32, fp16 or bf16"
+                "are fp32, fp16, bf16 or fp8"
             )
 
 
@@ -137,15 +159,12 @@ def make_layer(down: np.ndarray, up: np.ndarray, alpha: float | None = None) -> 
         return LoRALayer(down.astype(np.float32), up.astype(np.float32), float(len(down) if alpha is None else alpha))
 
 
-def reshape_layer(layer: LoRALayer, shape: tuple[int, ...]) -> LoRALayer:
-    """Give a layer as many axes as a weight of `shape` has, if the shapes differ only in axes of size 1.
+def reshape_layer(layer: LayerUpdate, shape: tuple[int, ...]) -> LayerUpdate:
+    """Give an update as many axes as a weight of `shape` has, if it fits.
 
     kohya writes 4-D factors for some linear layers. A projection is a convolution in SD1.x and a linear layer in SD2.x.
     """
-    if not same_up_to_1x1(layer.shape, shape):
-        return layer
-    up_shape = (*layer.up.shape[:2], *(1,) * (len(shape) - 2))
-    return replace(layer, down=layer.down.reshape(layer.rank, *shape[1:]), up=layer.up.reshape(up_shape))
+    return layer.reshaped(shape) if layer.fits(shape) else layer
 
 
 def fold_alpha(layer: LoRALayer) -> LoRALayer:
@@ -153,6 +172,47 @@ def fold_alpha(layer: LoRALayer) -> LoRALayer:
     if layer.alpha == layer.rank:
         return layer
     return replace(layer, up=layer.up * np.float32(layer.alpha / layer.rank), alpha=float(layer.rank))
+
+
+def pairs_and_magnitudes(
+    lora: LoRA, base: BaseModules, path: str
+) -> tuple[dict[str, LoRALayer], dict[str, np.ndarray]]:
+    """Return a LoRA in PEFT's form: the pairs of factors, and the magnitudes if all layers are DoRA by output.
+
+    Returns:
+        Canonical name -> pair, and Module.path -> magnitude (out,), or (1, out, 1, 1) of a convolution.
+
+    Raises:
+        UserError: There are layers of other kinds, or both DoRA and pairs without a magnitude. `path` names the LoRA.
+    """
+    doras = {name: layer for name, layer in lora.layers.items() if isinstance(layer, DoRA)}
+    if not doras:
+        return lora.pairs(path), {}
+    by_input = next((name for name, layer in doras.items() if layer.on_input), None)
+    if by_input is not None or len(doras) < len(lora.layers):
+        problem = (
+            "some of its layers are DoRA and others are not" if by_input is None else f"{by_input} is DoRA by input"
+        )
+        raise UserError(
+            f"{path}: {problem}, for which PEFT's form has no place: write kohya, or let "
+            "tools/lora/convert_lora.py --bake_energy 0.99 --base_ckpt make pairs of low-rank factors"
+        )
+    pairs = LoRA({name: layer.direction for name, layer in doras.items()}, {}, {}, lora.biases).pairs(path)
+    shapes = {name: (-1,) if pair.down.ndim == 2 else (1, -1, 1, 1) for name, pair in pairs.items()}
+    return pairs, {base.by_name[name].path: layer.magnitude.reshape(shapes[name]) for name, layer in doras.items()}
+
+
+def positive_alpha(layer: LayerUpdate) -> LayerUpdate:
+    """Return the same update with an alpha above 0: sd-scripts and LyCORIS take an alpha of 0 for the rank."""
+    if isinstance(layer, LoRALayer):
+        return layer if layer.alpha > 0 else fold_alpha(layer)
+    if isinstance(layer, DoRA):
+        return replace(layer, direction=positive_alpha(layer.direction))
+    if not isinstance(layer, Product) or layer.alpha > 0:
+        return layer
+    first = min(layer.factors)
+    factors = {**layer.factors, first: layer.factors[first] * np.float32(layer.scale)}
+    return replace(layer, factors=factors, alpha=float(layer.rank or 1))
 
 
 def write_factors(
@@ -182,10 +242,10 @@ def to_dtype(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return half
 
 
-def by_component(lora: LoRA, base: BaseModules) -> dict[str, dict[str, LoRALayer]]:
+def by_component(layers: Mapping[str, Layer], base: BaseModules) -> dict[str, dict[str, Layer]]:
     """Return component -> diffusers' name -> layer, in diffusers' order. Components without layers are left out."""
-    components: dict[str, dict[str, LoRALayer]] = {}
-    for module in base.modules:
-        if module.name in lora.layers:
-            components.setdefault(module.component, {})[module.path] = lora.layers[module.name]
+    components: dict[str, dict[str, Layer]] = {}
+    for module in (*base.modules, *base.norms):
+        if module.name in layers:
+            components.setdefault(module.component, {})[module.path] = layers[module.name]
     return components

@@ -10,8 +10,8 @@
 
 "." is "_" in the names after `lora_`. Files mix these names, so all are read at once. Convolutions have a k x k down
 and a 1x1 up. The metadata (`ss_...`) tells how the LoRA was trained: the version of the base model is read, and what
-describes the network is written. LyCORIS's LoCon files have these names too, and sometimes a third factor `lora_mid`
-that is multiplied into down.
+describes the network is written. LyCORIS's files have these names too, and other arrays beside or in place of the
+factors (ldm.lora.formats.parts). `sshs_...` are hashes of the file itself (ldm.weights.hashes).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import os
 import re
 from collections.abc import Iterable
 
-import numpy as np
-
-from ldm.lora.formats.factors import by_component, fold_alpha, write_factors
+from ldm.lora.formats.factors import by_component, embedding_arrays, positive_alpha, to_dtype
 from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
+from ldm.lora.formats.parts import PART, part_of
 from ldm.lora.lora import LoRA, lora_metadata
-from ldm.weights.checkpoint import Checkpoint
+from ldm.lora.updates import IA3, OFT, DoRA, Full, LoHa, LoKr, LoRALayer, Product, direction_of
+from ldm.weights.checkpoint import Checkpoint, write_checkpoint
+from ldm.weights.hashes import sshs_hashes
 from ldm.weights.names.tables import UNET_PREFIX
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
@@ -44,8 +45,9 @@ OTHER_PREFIXES = {
     "cond_stage_model.transformer.": "text_encoder.",
 }
 _FACTOR = re.compile(
-    rf"(.+)\.(?:lora_(down|up|mid)\.weight|{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha))\Z"
+    rf"(.+)\.(?:({PART})|{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|lora_(magnitude)_vector(?:\.weight)?)\Z"
 )
+_IA3 = re.compile(r"(lora_[^.]+)\.(weight|on_input)\Z")
 _TYPICAL = re.compile(r"lora_(unet|te|te1|te2)_[^.]+\.|(diffusion_model|text_encoders)\.")
 _CHECKPOINT_NAMES = re.compile(r"(model\.diffusion_model|cond_stage_model)\..+\.lora_[AB]\.")
 
@@ -54,13 +56,13 @@ log = logging.getLogger(__name__)
 
 def detect(keys: Iterable[str]) -> str | None:
     """Return "kohya" for the keys of such a file, otherwise None."""
-    factors = (key for key in keys if not key.endswith(".alpha") and _FACTOR.match(key))
+    factors = (key for key in keys if not key.endswith(".alpha") and (_FACTOR.match(key) or _IA3.match(key)))
     return "kohya" if any(_TYPICAL.match(key) or _CHECKPOINT_NAMES.match(key) for key in factors) else None
 
 
 def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened file. Raises UserError as `read_keyed`."""
-    layers = read_keyed(checkpoint, _parse, _table, base)
+    lora = read_keyed(checkpoint, _parse, _table, base)
     version = checkpoint.metadata.get("ss_base_model_version", "")
     metadata = {}
     for architecture, text in VERSIONS.items():
@@ -68,43 +70,53 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
             metadata["architecture"] = architecture
             if version.endswith("_v"):  # the reverse does not hold: files of early 2023 lack the ending
                 metadata["prediction_type"] = "v_prediction"
-    return LoRA(layers, {**metadata, **lora_metadata(checkpoint.metadata)})
+    lora.metadata.update({**metadata, **lora_metadata(checkpoint.metadata)})
+    return lora
 
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "fp32") -> None:
-    """Write a .safetensors. A positive alpha is kept by layer, with a warning where diffusers would misread it."""
-    if len({layer.alpha for layer in lora.layers.values()}) > 1:
+    """Write a .safetensors, layers that are no pairs of low-rank factors in LyCORIS's names.
+
+    A positive alpha is kept by layer, with a warning where diffusers would misread it.
+    """
+    if len({layer.alpha for layer in lora.layers.values() if isinstance(layer, LoRALayer)}) > 1:
         log.warning(
             "%s: its layers' alphas differ, and diffusers uses the commonest for all attention layers of a "
             "kohya file: for diffusers, write diffusers",
             path,
         )
     arrays = {}
-    for component, layers in by_component(lora, base).items():
+    for component, layers in by_component(lora.layers, base).items():
         for path_in_network, layer in layers.items():
-            layer = layer if layer.alpha > 0 else fold_alpha(layer)  # sd-scripts takes an alpha of 0 for the rank
             name = PREFIX[component] + path_in_network.replace(".", "_")
-            arrays[f"{name}.lora_down.weight"] = layer.down
-            arrays[f"{name}.lora_up.weight"] = layer.up
-            arrays[f"{name}.alpha"] = np.array(layer.alpha)
-    write_factors(path, arrays, _metadata(lora), dtype)
+            arrays.update({f"{name}.{part}": array for part, array in positive_alpha(layer).arrays().items()})
+    for component, biases in by_component(lora.biases, base).items():
+        for path_in_network, bias in biases.items():
+            module = PREFIX[component] + path_in_network.replace(".", "_")
+            part = "b_norm" if f"{module}.w_norm" in arrays else "diff_b"
+            arrays[f"{module}.{part}"] = bias.difference
+    arrays.update(embedding_arrays(lora))
+    arrays = {key: to_dtype(array, dtype, f"{path}: {key}") for key, array in arrays.items()}
+    metadata = _metadata(lora)
+    write_checkpoint(path, arrays, {**metadata, **sshs_hashes(arrays, metadata)})
 
 
 def _parse(key: str) -> tuple[str, str] | None:
     match = _FACTOR.match(key)
     if match is None:
-        return None
-    layer, factor, letter, diffusers_factor, alpha = match.groups()
+        match = _IA3.match(key)
+        return None if match is None else (match[1], match[2])
+    layer, part, letter, diffusers_factor, magnitude = match.groups()
     for other, prefix in OTHER_PREFIXES.items():
         if layer.startswith(other):
             layer = prefix + layer[len(other) :]
-    return layer, factor or FACTOR_OF_LETTER.get(letter) or diffusers_factor or alpha
+    return layer, part_of(part) if part else FACTOR_OF_LETTER.get(letter) or diffusers_factor or magnitude
 
 
 def _table(base: BaseModules) -> dict[str, Module]:
     """Return the modules of a base model by all of their names."""
     table = {}
-    for module in base.modules:
+    for module in (*base.modules, *base.norms):
         table[PREFIX[module.component] + module.path.replace(".", "_")] = module
         if module.component == "unet":
             name = module.name[len(UNET_PREFIX) :]
@@ -115,16 +127,7 @@ def _table(base: BaseModules) -> dict[str, Module]:
 
 
 def _metadata(lora: LoRA) -> dict[str, str]:
-    alphas = {layer.alpha for layer in lora.layers.values()}
-    ranks = lora.ranks()
-    texts = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",  # kohya's word for ranks that differ
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-    }
-    kernels = [layer for layer in lora.layers.values() if layer.down.ndim == 4 and layer.down.shape[-1] > 1]
-    if kernels:
-        texts["ss_network_args"] = json.dumps({"conv_dim": kernels[0].rank, "conv_alpha": kernels[0].alpha})
+    texts = network_metadata(lora)
     version = VERSIONS.get(lora.metadata.get("architecture", ""))
     if version:
         velocity = lora.metadata.get("prediction_type") == "v_prediction"
@@ -132,4 +135,31 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         texts["ss_v2"] = str(version == "sd_v2")
     if lora.zero_terminal_snr:
         texts["ss_zero_terminal_snr"] = "True"
-    return {**lora.metadata, **texts}
+    kept = dict(lora.file_metadata)
+    if kept.get("ss_network_module") != texts["ss_network_module"]:
+        kept.pop("ss_network_args", None)  # of another kind of network, which this one was made from
+    return {**lora.metadata, **kept, **texts}
+
+
+def network_metadata(lora: LoRA) -> dict[str, str]:
+    """Return what sd-scripts writes about the network: its module, ranks, alphas and further arguments."""
+    with_alpha = [layer for layer in map(direction_of, lora.layers.values()) if isinstance(layer, (LoRALayer, Product))]
+    alphas, ranks = {layer.alpha for layer in with_alpha}, lora.ranks()
+    kinds = {type(direction_of(layer)) for layer in lora.layers.values()}
+    arguments: dict[str, float | str] = {}
+    if kinds != {LoRALayer} or lora.biases:
+        algorithms = {LoHa: "loha", LoKr: "lokr", Full: "full", IA3: "ia3", OFT: "diag-oft"}
+        arguments["algo"] = next((algorithms[kind] for kind in algorithms if kind in kinds), "lora")
+    if any(isinstance(layer, DoRA) for layer in lora.layers.values()):
+        arguments["dora_wd"] = "True"
+    kernels = [layer for layer in with_alpha if len(layer.shape) == 4 and layer.shape[-1] > 1]
+    if kernels and kernels[0].rank is not None:
+        arguments.update(conv_dim=kernels[0].rank, conv_alpha=kernels[0].alpha)
+    texts = {
+        "ss_network_module": "lycoris.kohya" if {"algo", "dora_wd"} & arguments.keys() else "networks.lora",
+        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",  # kohya's word for ranks that differ
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    if arguments:
+        texts["ss_network_args"] = json.dumps(arguments)
+    return texts

@@ -20,13 +20,13 @@ import regex
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import Module
-from ldm.lora.lora import LoRALayer
+from ldm.lora.updates import LoRALayer
 from ldm.settings.declare import setting
 from ldm.settings.read import read_mapping
 
+TYPES = ("LORA", "LOHA", "LOKR")
 # Settings with which the factors are not the update of the published base model.
 UNSUPPORTED = {
-    "use_dora": "a DoRA: it scales whole columns beside the low-rank pairs, which is not supported",
     "use_qalora": "a QALoRA, which pools the inputs: not supported",
     "alora_invocation_tokens": "an activated LoRA, which acts only after certain words of a text: not supported",
     "layer_replication": "for a model with replicated layers: not supported",
@@ -71,9 +71,11 @@ class LoraConfig:
 
     def __init__(self, settings: Mapping[str, Any], where: str):
         self.where = where
-        kind = settings.get("peft_type") or "LORA"
-        if str(kind).upper() != "LORA":
-            raise UserError(f"{where}: peft_type is {plain(kind, 40)}: only LORA is a pair of low-rank factors")
+        kind = str(settings.get("peft_type") or "LORA").upper()
+        if kind not in TYPES:
+            raise UserError(f"{where}: peft_type is {plain(kind, 40)}: only {', '.join(TYPES)} can be read")
+        if kind != "LORA":  # the other types call it `alpha`
+            settings = {**settings, "lora_alpha": settings.get("alpha", 8)}
         for key, what in UNSUPPORTED.items():
             if settings.get(key):
                 raise UserError(f"{where}: {key} is set: it is {what}")
@@ -102,6 +104,11 @@ class LoraConfig:
             raise UserError(f"{self.where}: the rank of {module} is {expected:g}, but its factors have {rank}")
         alpha = self._value_for("alpha_pattern", module, self._numbers.lora_alpha)
         return alpha * math.sqrt(rank) if self._numbers.use_rslora else alpha
+
+    @property
+    def scale(self) -> float:
+        """Alpha / r without the patterns."""
+        return self._numbers.lora_alpha / self._numbers.r if self._numbers.r else 1.0
 
     def _compile(self, key: str) -> list[tuple[Any, float]]:
         """Return (compiled pattern, number) for each pattern of a setting."""
@@ -142,7 +149,7 @@ class LoraConfig:
         return default
 
 
-def settings_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> dict[str, Any]:
+def settings_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module], use_dora: bool = False) -> dict[str, Any]:
     """Return PEFT's arguments for one network's layers, with as few patterns as possible.
 
     Names are without `text_model.`, which transformers 5 does not have. They match names that have it as well.
@@ -150,6 +157,7 @@ def settings_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> d
     Args:
         layers: Module.path -> layer.
         modules: All modules of that network.
+        use_dora: Whether all layers have magnitudes beside the factors.
 
     Raises:
         UserError: An alpha is larger than LoraConfig reads.
@@ -165,6 +173,7 @@ def settings_of(layers: Mapping[str, LoRALayer], modules: Iterable[Module]) -> d
         "rank_pattern": {path: value for path, value in ranks.items() if value != r},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         "use_rslora": False,
+        "use_dora": use_dora,
         "lora_dropout": 0.0,
         "bias": "none",
     }

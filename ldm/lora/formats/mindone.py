@@ -5,8 +5,10 @@
     lora_rank, lora_alpha, lora_scale; architecture, prediction_type (texts)
 
 Layers have their canonical names. dW = lora_scale * lora_alpha / rank * up @ down. A layer with an alpha of its own has
-`<layer>.alpha`. mindone writes neither alpha nor scale, which stands for alpha = rank and scale 1. Its text encoder has
-q, k and v in one layer `in_proj`: its `up` is split by rows, which is exact, and `down` is shared.
+`<layer>.alpha`. Layers that are no pairs of low-rank factors have LyCORIS's names for their arrays, see
+ldm.lora.formats.parts, and learned tokens have A1111's. mindone writes neither alpha nor scale, which stands for
+alpha = rank and scale 1. Its text encoder has q, k and v in one layer `in_proj`: its `up` is split by rows, which is
+exact, and `down` is shared.
 """
 
 from __future__ import annotations
@@ -22,22 +24,26 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.lora.formats.factors import check_pair, read_factors, read_number, to_dtype, without_extras
+from ldm.lora.formats.factors import embedding_arrays, read_embeddings, read_number, to_dtype, without_extras
 from ldm.lora.formats.modules import BaseModules
-from ldm.lora.lora import LoRA, LoRALayer, lora_metadata
+from ldm.lora.formats.parts import PART, part_of, read_updates, shapes_of
+from ldm.lora.lora import LoRA, lora_metadata
+from ldm.lora.updates import IA3, Full, LayerUpdate, LoRALayer
 from ldm.weights.arrays import Checkpoint
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.names import component_of, compvis, mindone
 
 SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")  # entries for the whole file
-_FACTOR = re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)\Z")
+# IA3's `weight` would be that of a frozen layer.
+_IA3 = {"ia3_weight": "weight", "ia3_on_input": "on_input"}
+_FACTOR = re.compile(rf"(.+)\.({PART}|{'|'.join(_IA3)})\Z")
 
 log = logging.getLogger(__name__)
 
 
 def detect(keys: Iterable[str]) -> str | None:
     """Return "mindone" for the keys of such a file, otherwise None."""
-    factors = [key for key in keys if key.endswith((".lora_down.weight", ".lora_up.weight"))]
+    factors = [key for key in keys if _FACTOR.match(key) and not key.endswith(".alpha")]
     return "mindone" if factors and all(component_of(key) != "other" for key in factors) else None
 
 
@@ -57,26 +63,30 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     for key in checkpoint:
         match = _FACTOR.match(key)
         if match and component_of(key) != "other":
-            keys.setdefault(match.group(1), {})[match.group(2).split(".")[0]] = key
+            part = match.group(2)
+            keys.setdefault(match.group(1), {})[_IA3.get(part) or part_of(part)] = key
         elif key not in SETTINGS:
             others.append(key)
-    others = without_extras(path, others)
+    others = without_extras(others)
     if others:
         log.warning("%s: %d arrays that are not LoRA's are left out (%s, ...)", path, len(others), plain(others[0]))
 
-    layers: dict[str, LoRALayer] = {}
-    for module, factors in keys.items():
-        check_pair(path, module, factors, ("lora_down", "lora_up"))
-        alpha = settings.get("lora_alpha")
-        if "alpha" in factors:
-            alpha = read_number(checkpoint, module, factors["alpha"])
-        layer = read_factors(checkpoint, module, factors["lora_down"], factors["lora_up"], alpha)
-        for name, rows in _canonical_layers(path, module, layer.up):
-            if name in layers:
+    layers: dict[str, LayerUpdate] = {}
+    biases: dict[str, Full] = {}
+    for module, parts in keys.items():
+        shapes_of(checkpoint, module, parts)
+        update, bias = read_updates(checkpoint, module, parts, settings.get("lora_alpha"))
+        if isinstance(update, LoRALayer):
+            update = replace(update, alpha=update.alpha * settings.get("lora_scale", 1.0))
+        for name, rows in _canonical_layers(path, module, update):
+            if name in layers or name in biases:
                 raise UserError(f"{path}: {plain(name)} is there twice, alone and in one layer with others")
-            layers[name] = replace(layer, up=rows, alpha=layer.alpha * settings.get("lora_scale", 1.0))
-    lora = LoRA(layers, lora_metadata(checkpoint.metadata))
-    if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks()):
+            if rows is not None:
+                layers[name] = rows
+            if bias is not None:
+                biases[name] = bias
+    lora = LoRA(layers, lora_metadata(checkpoint.metadata), read_embeddings(checkpoint), biases)
+    if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks(), default=0):
         raise UserError(f"{path} has lora_rank {settings['lora_rank']:g}, but its factors have {lora.ranks()}")
     return lora
 
@@ -84,30 +94,48 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, dtype: str = "fp32") -> None:
     """Write a .ckpt or .safetensors, with the factors in "fp32", "fp16" or "bf16". `base` is not needed."""
     arrays: dict[str, np.ndarray] = {}
+    alphas = {layer.alpha if isinstance(layer, LoRALayer) else None for layer in lora.layers.values()}
+    common = alphas.pop() if len(alphas) == 1 else None
+    ia3 = {part: name for name, part in _IA3.items()}
     for name, layer in lora.layers.items():
-        for factor, array in (("down", layer.down), ("up", layer.up)):
-            arrays[f"{name}.lora_{factor}.weight"] = to_dtype(array, dtype, f"{path}: {name}")
-    alphas = {layer.alpha for layer in lora.layers.values()}
-    if len(alphas) == 1:
-        arrays["lora_alpha"] = np.array(alphas.pop(), np.float64)
-    else:
-        arrays.update({f"{name}.alpha": np.array(layer.alpha, np.float64) for name, layer in lora.layers.items()})
-    arrays["lora_rank"] = np.array(max(lora.ranks()), np.int64)
+        for part, array in layer.arrays().items():
+            if part == "alpha":
+                if common is None:
+                    arrays[f"{name}.alpha"] = array
+            elif isinstance(layer, IA3):
+                arrays[f"{name}.{ia3[part]}"] = to_dtype(array, dtype, f"{path}: {name}")
+            else:
+                arrays[f"{name}.{part}"] = to_dtype(array, dtype, f"{path}: {name}")
+    for name, bias in lora.biases.items():
+        arrays[f"{name}.diff_b"] = to_dtype(bias.difference, dtype, f"{path}: {name}")
+    for name, vectors in embedding_arrays(lora).items():
+        arrays[name] = to_dtype(vectors, dtype, f"{path}: {name}")
+    if common is not None:
+        arrays["lora_alpha"] = np.array(common, np.float64)
+    if lora.ranks():
+        arrays["lora_rank"] = np.array(max(lora.ranks()), np.int64)
     arrays["lora_scale"] = np.array(1.0, np.float64)
     write_checkpoint(path, arrays, lora.metadata)
 
 
-def _canonical_layers(path: Path, module: str, up: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Return (canonical layer name, its rows of up) for each layer that a layer of the file stands for."""
+def _canonical_layers(path: Path, module: str, update: LayerUpdate | None) -> list[tuple[str, LayerUpdate | None]]:
+    """Return (canonical layer name, its part of the update) for each layer that a layer of the file stands for."""
     weight = f"{module}.weight"
     # In the UNet mindone's names for attention are the canonical ones. In its text encoder none is.
     names = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
     if not isinstance(names, tuple):
         raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
-    if up.shape[0] % len(names):
-        raise UserError(f"{path}: the {up.shape[0]} rows of {plain(module)} are not those of {len(names)} layers")
-    rows = up.shape[0] // len(names)
-    return [(name[: -len(".weight")], up[i * rows : (i + 1) * rows]) for i, name in enumerate(names)]
+    layers = [name[: -len(".weight")] for name in names]
+    if len(layers) == 1:
+        return [(layers[0], update)]
+    if not isinstance(update, LoRALayer):
+        raise UserError(f"{path}: {plain(module)} stands for {len(layers)} layers, which only low-rank factors can")
+    if update.up.shape[0] % len(layers):
+        raise UserError(
+            f"{path}: the {update.up.shape[0]} rows of {plain(module)} are not those of {len(layers)} layers"
+        )
+    rows = update.up.shape[0] // len(layers)
+    return [(name, replace(update, up=update.up[i * rows : (i + 1) * rows])) for i, name in enumerate(layers)]
 
 
 def _setting(checkpoint: Checkpoint, key: str) -> float:

@@ -22,15 +22,30 @@ LABELS_OF_ARCHITECTURE = {"sd1": "SD1.x", "sd2": "SD2.x", "nano": "the nano mode
 KNOWN = ("configs/v1-inference.yaml", "configs/v2-inference.yaml", "configs/nano.yaml")
 
 
+# The normalisation before a layer, by the ends of diffusers' names. It has the layer's number of inputs.
+NORM_BEFORE = {
+    "proj_in": "norm",
+    "attn1.to_q": "norm1",
+    "attn2.to_q": "norm2",
+    "ff.net.0.proj": "norm3",
+    "conv1": "norm1",
+    "conv2": "norm2",
+    "conv_out": "conv_norm_out",
+    "self_attn.q_proj": "layer_norm1",
+    "mlp.fc1": "layer_norm2",
+}
+WITHOUT_BIAS = (".to_q", ".to_k", ".to_v")
+
+
 @dataclass(frozen=True)
 class Module:
-    """A linear layer or a convolution of a base model.
+    """A linear layer, a convolution or a normalisation of a base model.
 
     Attributes:
         name: Canonical name.
         component: "unet" or "text_encoder".
         path: diffusers' name within its network, for a text encoder without `text_model.`, as in transformers 5.
-        shape: Shape of the weight, (out, in) or (out, in, k, k).
+        shape: Shape of the weight, (out, in) or (out, in, k, k), or (channels,) of a normalisation.
     """
 
     name: str
@@ -40,17 +55,35 @@ class Module:
 
 
 class BaseModules:
-    """The modules of one architecture in diffusers' order, the UNet's first."""
+    """The modules of one architecture in diffusers' order, the UNet's first.
+
+    Attributes:
+        modules: Linear layers and convolutions.
+        norms: Normalisations.
+        by_name: Canonical name -> module, of both.
+        shapes: Canonical name of a parameter -> shape.
+    """
 
     def __init__(self, config: ModelConfig):
         self.config = config
         self.label = LABELS_OF_ARCHITECTURE.get(config.architecture, f"the model of {config.path}")
         table = unet_modules(config.unet)
-        self.modules = [
-            Module(f"{UNET_PREFIX}{rename(path, table)}", "unet", path, shape) for path, shape in _unet(config.unet)
-        ] + [Module(f"{TEXT_PREFIX}{path}", "text_encoder", path, shape) for path, shape in _text_encoder(config.text)]
-        self.by_name = {module.name: module for module in self.modules}
-        self.shapes = {f"{module.name}.weight": module.shape for module in self.modules}
+        self.modules = [_module("unet", path, shape, table) for path, shape in _unet(config.unet)] + [
+            _module("text_encoder", path, shape, table) for path, shape in _text_encoder(config.text)
+        ]
+        self.norms = [
+            _module(module.component, f"{module.path[: -len(layer)]}{norm}", module.shape[1:2], table)
+            for module in self.modules
+            for layer, norm in NORM_BEFORE.items()
+            if f".{module.path}".endswith(f".{layer}")
+        ] + [_module("text_encoder", "final_layer_norm", (config.text["width"],), table)]
+        self.by_name = {module.name: module for module in (*self.modules, *self.norms)}
+        self.shapes = {f"{module.name}.weight": module.shape for module in self.by_name.values()}
+        self.shapes.update({
+            f"{module.name}.bias": module.shape[:1]
+            for module in self.by_name.values()
+            if not module.path.endswith(WITHOUT_BIAS)
+        })  # fmt: skip
 
     def of_component(self, component: str) -> list[Module]:
         return [module for module in self.modules if module.component == component]
@@ -63,6 +96,12 @@ class BaseModules:
         if match.unmatched:
             return f"{len(match.unmatched)} layers are not there, such as {match.unmatched[0]}"
         return ""
+
+
+def _module(component: str, path: str, shape: tuple[int, ...], table: dict[str, str]) -> Module:
+    """Return the module of a diffusers' name. `table` renames those of the UNet."""
+    name = f"{TEXT_PREFIX}{path}" if component == "text_encoder" else f"{UNET_PREFIX}{rename(path, table)}"
+    return Module(name, component, path, shape)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import safetensors
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
-from ldm.weights.arrays import BFLOAT16, Arrays, Checkpoint, CheckpointFile, Entry
+from ldm.weights.arrays import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, Arrays, Checkpoint, CheckpointFile, Entry
 
 # Element types by their names in the format.
-DTYPES: dict[str, np.dtype] = {"BF16": BFLOAT16, **{name: np.dtype(code) for name, code in {
+DTYPES: dict[str, np.dtype] = {"BF16": BFLOAT16, "F8_E4M3": FLOAT8_E4M3, "F8_E5M2": FLOAT8_E5M2}
+DTYPES.update({name: np.dtype(code) for name, code in {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}.items()}}  # fmt: skip
+}.items()})  # fmt: skip
 LARGEST_VALID_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 # Bytes of the largest header that is read: one of 100 MB takes 1 GB in memory. Those of Stable Diffusion have 0.3 MB.
 MAX_HEADER = 16 << 20
@@ -79,6 +80,20 @@ def write_safetensors(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -
     Raises:
         TypeError: The format does not have an element type.
     """
+    parts = safetensors_parts(arrays, metadata)
+    header = next(parts)  # before the file is opened, as it may raise the error
+    with open(path, "wb") as file:
+        file.write(header)
+        for part in parts:
+            file.write(part)
+
+
+def safetensors_parts(arrays: Arrays, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a .safetensors file: its header with the header's length, then those of each array.
+
+    Raises:
+        TypeError: The format does not have an element type.
+    """
     specs = {name: arrays.spec(name) for name in arrays}
     for name, (dtype, _) in specs.items():
         if dtype not in DTYPE_NAMES:
@@ -93,12 +108,11 @@ def write_safetensors(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            dtype, shape = specs[name]
-            array = np.asarray(arrays[name], dtype, order="C")
-            if array.shape != shape:
-                raise ValueError(f"{name} is {array.shape}, but its spec says {shape}")
-            file.write(array.reshape(-1).view(np.uint8).data)
-            arrays.release(name)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        dtype, shape = specs[name]
+        array = np.asarray(arrays[name], dtype, order="C")
+        if array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}, but its spec says {shape}")
+        yield array.reshape(-1).view(np.uint8).data
+        arrays.release(name)

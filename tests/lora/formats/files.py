@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
+from ldm.lora.updates import LoRALayer
 
 
 def random_lora(base, rank=2, alpha=None, only="", component="", seed=0, **metadata):

@@ -134,12 +134,22 @@ class TestReading:
         with pytest.raises(UserError, match=r"89 layers of the UNet \(classes that are not listed\) .* saved again by"):
             read_lora(path)
 
-    def test_learned_tokens_are_left_out_with_a_warning(self, tmp_path, whole, caplog):
+    def test_learned_tokens_are_read_and_written(self, tmp_path, whole):
         modules = in_order(NANO.of_component("text_encoder"), ("CLIPAttention",), "text_encoder")
         arrays = {**numbered(whole, modules, "text_encoder"), "<s1>": np.ones(96, np.float32)}
         write_checkpoint(tmp_path / "lora.safetensors", arrays, {"text_encoder": '["CLIPAttention"]'})
-        assert len(read_lora(tmp_path / "lora.safetensors").layers) == 12
-        assert "1 learned token(s), <s1>, are textual inversion and no part of the LoRA" in caplog.text
+        lora = read_lora(tmp_path / "lora.safetensors")
+        assert len(lora.layers) == 12
+        write_lora(tmp_path / "again.safetensors", lora, "cloneofsimo")
+        for read in (lora, read_lora(tmp_path / "again.safetensors")):
+            assert list(read.embeddings) == ["<s1>"]
+            np.testing.assert_array_equal(read.embeddings["<s1>"], np.ones((1, 96), np.float32))
+
+    def test_a_learned_token_of_several_vectors_has_no_place(self, tmp_path):
+        lora = random_lora(NANO, only="attn1.to_q")
+        lora.embeddings["cat"] = np.ones((2, 96), np.float32)
+        with pytest.raises(UserError, match="cat has 2 vectors.* write kohya"):
+            write_lora(tmp_path / "lora.safetensors", lora, "cloneofsimo")
 
 
 class TestDamage:

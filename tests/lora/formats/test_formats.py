@@ -22,8 +22,9 @@ from ldm.lora.formats import (
     write_lora,
 )
 from ldm.lora.formats.modules import BaseModules, known_bases
-from ldm.lora.lora import LoRA, LoRALayer, lora_metadata, timesteps_metadata
+from ldm.lora.lora import LoRA, lora_metadata, timesteps_metadata
 from ldm.lora.merge import match_shapes
+from ldm.lora.updates import LoRALayer
 from ldm.weights.arrays import CheckpointFile
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.recognise import unsupported_lora
@@ -354,12 +355,22 @@ class TestDamage:
         path = save(tmp_path, {**pair(name), key: np.arange(1, dtype=np.int64)})
         assert list(read_lora(path).layers) == [CANONICAL]
 
-    def test_bundled_embeddings_are_left_out_with_a_warning(self, tmp_path, name, caplog):
-        vectors = np.ones((2, 768), np.float32)
-        extra = {"bundle_emb.cat.string_to_param.*": vectors, "bundle_emb.my dog.emb_params": vectors}
-        path = save(tmp_path, {**pair(name), **extra})
-        assert list(read_lora(path).layers) == [CANONICAL]
-        assert "2 bundled embedding(s), cat, my dog, are textual inversion and no part of the LoRA" in caplog.text
+    def test_bundled_embeddings_are_read(self, tmp_path, name):
+        vectors = np.arange(2 * 768, dtype=np.float32).reshape(2, 768)
+        extra = {"bundle_emb.cat.string_to_param.*": vectors, "bundle_emb.my dog.emb_params": vectors[0]}
+        path = save(tmp_path, {**pair(name), **extra, "bundle_emb.cat.step": np.array(3)})
+        lora = read_lora(path)
+        assert list(lora.layers) == [CANONICAL] and list(lora.embeddings) == ["cat", "my dog"]
+        np.testing.assert_array_equal(lora.embeddings["cat"], vectors)
+        np.testing.assert_array_equal(lora.embeddings["my dog"], vectors[:1])
+
+    @pytest.mark.parametrize("vectors", [
+        np.ones((1, 2, 768), np.float32), np.full((1, 768), np.nan, np.float32), np.ones((0, 768), np.float32),
+        np.ones((2, 768), np.int32), np.float32(1), np.ones((1025, 8), np.float32),
+    ])  # fmt: skip
+    def test_a_bundled_embedding_that_is_no_matrix(self, tmp_path, name, vectors):
+        path = save(tmp_path, {**pair(name), "bundle_emb.cat.string_to_param.*": np.asarray(vectors)})
+        refused(path, "the learned token cat (is no vector of finite numbers|has 1,025 vectors)")
 
     @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_])
     def test_factors_that_are_whole_numbers(self, tmp_path, name, dtype):
@@ -467,37 +478,25 @@ def test_the_ways_to_call_the_output_projection(tmp_path, form):
 
 # What a file is -> (its names, with X, Y and CANONICAL for a block or layer, what the error says).
 OTHERS = {
-    "LoHa": (
-        "lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.hada_w1_b lora_unet_X_to_q.hada_w2_a lora_unet_X_to_q.hada_w2_b",
-        "LyCORIS",
-    ),
-    "LoHa with an alpha": ("lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.alpha", "LyCORIS"),
-    "LoKr": ("lora_unet_X_to_q.lokr_w1 lora_unet_X_to_q.lokr_w2 lora_unet_X_to_q.alpha", "LyCORIS"),
-    "LoKr beside pairs": (
-        "lora_unet_X_to_q.lokr_w1 lora_unet_X_to_k.lora_down.weight lora_unet_X_to_k.lora_up.weight",
-        "LyCORIS",
+    "half of a LoHa": ("lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.alpha", "hada_w1_b is missing"),
+    "LoKr that does not fit": ("lora_unet_X_to_q.lokr_w1 lora_unet_X_to_q.lokr_w2", r"to_q is \(4, 4\)"),
+    "LoKr beside half a pair": (
+        "lora_unet_X_to_q.lokr_w1 lora_unet_X_to_q.lokr_w2 lora_unet_X_to_k.lora_down.weight",
+        "to_k lacks its up",
     ),
     "GLoRA": (
         "lora_unet_X_to_q.a1.weight lora_unet_X_to_q.a2.weight lora_unet_X_to_q.b1.weight lora_unet_X_to_q.b2.weight",
-        "LyCORIS.*GLoRA",
+        "GLoRA",
     ),
-    "DoRA in mindone's names": ("CANONICAL.dora_scale CANONICAL.lora_down.weight CANONICAL.lora_up.weight", "DoRA"),
-    "LoHa in mindone's names": ("CANONICAL.hada_w1_a CANONICAL.lora_down.weight CANONICAL.lora_up.weight", "LyCORIS"),
-    "full layers": ("lora_unet_X_to_q.diff lora_unet_X_to_q.diff_b", "LyCORIS"),
-    "norms": ("lora_unet_X_to_q.w_norm lora_unet_X_to_q.b_norm", "LyCORIS"),
-    "DoRA of kohya": (
-        "lora_unet_X_to_q.dora_scale lora_unet_X_to_q.lora_down.weight lora_unet_X_to_q.lora_up.weight",
-        "DoRA",
+    "a magnitude alone": ("lora_unet_X_to_q.dora_scale", "alone"),
+    "a magnitude beside no factors": ("lora_unet_X_to_q.dora_scale lora_unet_X_to_q.diff", "not beside a pair"),
+    "two kinds": (
+        "CANONICAL.hada_w1_a CANONICAL.lora_down.weight CANONICAL.lora_up.weight",
+        "a pair of factors and LoHa at once",
     ),
-    "DoRA of diffusers": (
-        "unet.Y.to_q.lora_A.weight unet.Y.to_q.lora_B.weight unet.Y.to_q.lora_magnitude_vector",
-        "DoRA",
-    ),
-    "DoRA of PEFT": (
-        "base_model.model.Y.to_q.lora_A.weight base_model.model.Y.to_q.lora_B.weight "
-        "base_model.model.Y.to_q.lora_magnitude_vector.weight",
-        "DoRA",
-    ),
+    "a norm's weight for a linear layer": ("lora_unet_X_to_q.w_norm", "not one number for each channel"),
+    "OFT of PEFT": ("base_model.model.Y.to_q.oft_R.weight", "OFT in another form"),
+    "IA3 of PEFT": ("base_model.model.Y.to_q.ia3_l", "IA3 in PEFT's form"),
     "biases": ("unet.Y.to_q.lora_A.weight unet.Y.to_q.lora_B.weight unet.Y.to_q.lora_B.bias", "with biases"),
     "embedding": (
         "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A "
@@ -606,7 +605,7 @@ def test_a_name_of_any_length_is_looked_at_once(part):
         names = [head + part * (50_000 // len(part)) + tail]
         for detect in DETECTORS:
             detect(names)
-        unsupported_lora(names, {}), factors.without_extras("lora", names)
+        unsupported_lora(names, {}), factors.without_extras(names)
         kohya._parse(names[0]), diffusers.parse(names[0])
     assert time.perf_counter() - start < 10
 

@@ -12,6 +12,7 @@ from ldm.lora.formats import DETECTORS, base_of, detect_format, kohya, read_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
+from ldm.weights.hashes import sshs_hashes
 from tests.lora.formats.files import random_lora
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -58,7 +59,7 @@ def test_an_alpha_that_is_not_finite(tmp_path, alpha):
 
 def test_an_alpha_alone_is_half_a_pair(tmp_path):
     arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
-    with pytest.raises(UserError, match="to_k lacks its down"):
+    with pytest.raises(UserError, match="to_k has alpha alone"):
         read(tmp_path, {**arrays, f"{LAYER.replace('to_q', 'to_k')}.alpha": np.array(1.0)})
 
 
@@ -219,7 +220,7 @@ class TestCheckpointsNames:
     def test_names_do_not_meet(self):
         for base in known_bases():
             table = kohya._table(base)
-            assert len(table) == sum(3 if module.component == "unet" else 2 for module in base.modules)
+            assert len(table) == sum(3 if module.component == "unet" else 2 for module in (*base.modules, *base.norms))
 
     @pytest.mark.parametrize("style", STYLES)
     @pytest.mark.parametrize("layers", [
@@ -246,7 +247,7 @@ def test_an_alpha_that_is_not_one_number(tmp_path, shape, dtype):
 @pytest.mark.parametrize("alpha", [1e300, -1e39, 1e38])
 def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
     arrays = {f"{LAYER}.lora_down.weight": normal(4, 320), f"{LAYER}.lora_up.weight": normal(320, 4)}
-    with pytest.raises(UserError, match="to_q, with alpha .* outside the range of fp32"):
+    with pytest.raises(UserError, match="to_q is outside the range of fp32"):
         read(tmp_path, {**arrays, f"{LAYER}.alpha": np.array(alpha)})
 
 
@@ -303,3 +304,21 @@ def test_what_is_written_for_other_programs(tmp_path):
     assert texts["ss_network_module"] == "networks.lora"
     assert json.loads(texts["ss_network_args"]) == {"conv_dim": 4, "conv_alpha": 2.0}
     assert "lora_adapter_metadata" not in texts  # diffusers refuses alphas and it together
+
+
+def test_what_a_file_says_for_others_is_kept_and_what_the_network_says_is_written_anew(tmp_path):
+    lora = random_lora(known_bases()[0], rank=4, only="attn1.to_q", architecture="sd1")
+    lora.file_metadata = {
+        "ss_tag_frequency": '{"cat": {}}', "modelspec.title": "Cat", "passport.version": "1", "ss_network_dim": "8",
+        "ss_network_module": "lycoris.kohya", "sshs_model_hash": "0" * 64,
+    }  # fmt: skip
+    write_lora(tmp_path / "a.safetensors", lora, "kohya")
+    write_lora(tmp_path / "b.safetensors", read_lora(tmp_path / "a.safetensors"), "kohya", dtype="fp16")
+    (arrays, texts), (half, again) = (read_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert {key: texts[key] for key in ("ss_tag_frequency", "modelspec.title", "passport.version")} == {
+        "ss_tag_frequency": '{"cat": {}}', "modelspec.title": "Cat", "passport.version": "1",
+    }  # fmt: skip
+    assert texts["ss_network_dim"] == "4" and texts["ss_network_module"] == "networks.lora"
+    for found, said in ((arrays, texts), (half, again)):
+        assert sshs_hashes(found, said).items() <= said.items()
+    assert {key for key in texts if texts[key] != again[key]} == {"sshs_model_hash"}  # the file is small

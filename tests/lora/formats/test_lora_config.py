@@ -50,9 +50,8 @@ def test_alpha(settings, layer, rank, alpha):
 @pytest.mark.parametrize(
     "settings, pattern",
     [
-        ({"peft_type": "LOHA"}, "peft_type is LOHA"),
+        ({"peft_type": "VERA"}, "peft_type is VERA"),
         ({"peft_type": "IA3"}, "peft_type is IA3"),
-        ({"use_dora": True}, "DoRA"),
         ({"use_qalora": True}, "QALoRA"),
         ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
         ({"layer_replication": [[0, 4]]}, "replicated"),

@@ -7,9 +7,10 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRA, LoRALayer
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import match_lora
 from ldm.lora.spec import LoRASpec
+from ldm.lora.updates import LoRALayer
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
@@ -170,7 +171,7 @@ class TestDamage:
         arrays = {**pair(TO_Q), **pair(f"{BLOCK}attn1.to_k")}
         del arrays[f"{TO_Q}.{half}.weight"]
         write_checkpoint(tmp_path / "lora.ckpt", arrays)
-        with pytest.raises(UserError, match=f"{TO_Q} lacks its {half}"):
+        with pytest.raises(UserError, match=f"{TO_Q} lacks its {half[len('lora_') :]}"):
             read_lora(tmp_path / "lora.ckpt")
 
     def test_factors_of_different_ranks(self, tmp_path):

@@ -49,12 +49,11 @@ class TestPublished:
 def test_a_network_of_another_size(tiny_config):
     base = BaseModules(tiny_config)
     shapes = {p.name: tuple(p.shape) for p in build_model(tiny_config).get_parameters()}
-    layers = {
-        name: shape
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) in (2, 4) and "first_stage" not in name and "embeddings" not in name
-    }
+    layers = {name: shape for name, shape in shapes.items() if "first_stage" not in name and "embeddings" not in name}
     assert base.shapes == layers
+    assert {module.name for module in base.norms} == {
+        name[: -len(".weight")] for name in layers if len(layers[name]) == 1 and name.endswith(".weight")
+    }
     assert len({module.path for module in base.modules}) == len(base.modules)
 
 
