@@ -81,6 +81,9 @@ class Pipeline:
     LoRAs are merged into the weights, so they cost nothing while images are made, and they can be exchanged between two
     calls without compiling a network again. What is merged is always computed from the weights of the base model.
 
+    Learned tokens (textual inversion) are rows beside the text encoder's table of tokens: those of load_embedding, and
+    those that the merged LoRAs bring.
+
     Args:
         model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
         tokenizer: Replaces the tokenizer that the model's configuration describes.

@@ -151,6 +151,8 @@ def test_captions_without_the_token_become_templates_that_change(settings, micro
     assert batch.text_embeddings.dtype == np.int32 and (batch.text_embeddings == 49408).any(1).all()
     style = prepare(settings(tmp_path / "b", **{**TI, "learnable_property": "style"}))
     assert set(captions_of(style)) <= {text.format("<cat>") for text in TEMPLATES["style"]}
+    run.inputs.data.is_class_image = lambda row: True  # those of prior preservation keep theirs
+    assert all(caption.startswith("an image of colour") for caption in captions_of(run, 3))
     kept = prepare(settings(tmp_path / "c", **{**TI, "learnable_property": None, "caption_prefix": "<cat>"}))
     assert all(caption.startswith("<cat> an image of colour") for caption in captions_of(kept, 3))
     with_token = replace(kept.settings, learnable_property="object", output_path=str(tmp_path / "d"))
