@@ -77,7 +77,8 @@ def graphs(config: ModelConfig):
     yield "decode", VAEDecode(model.first_stage_model), (zeros(1, 4, 4, 4),)
     yield "unet", model.model.diffusion_model, (latents, timesteps, context)
 
-    # LoRA everywhere and a learned token, trained with everything that the step can do. The step of whole networks has the same operators.
+    # LoRA everywhere and a learned token, trained with everything that the step can do. The step of whole networks has
+    # the same operators.
     model = as_on_ascend(config)
     spec = LoRASpec(rank=2, text_encoder=True, targets="all")
     # Dropout on a linear layer and a convolution brings all its operators. On every layer it takes most of the time.

@@ -8,12 +8,14 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import nn
 from PIL import Image
 
 from ldm.errors import UserError
 from ldm.generation.loading import select_lora
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.lora import LoRA
+from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.settings.train import TrainSettings
 from ldm.textual_inversion.formats import read_embeddings
 from ldm.textual_inversion.inject import NAME, make_tokenizer
@@ -24,11 +26,12 @@ from ldm.training.checks import check_settings
 from ldm.training.rates import make_rates
 from ldm.training.samples import _merged
 from ldm.training.setup import inject_token, make_lora_spec, set_token
+from ldm.training.step import StepScalars, TrainStep
 from ldm.training.trainer import run_steps, train
 from ldm.training.training_state import load_state
 from ldm.weights.added_tokens import TOKEN_EMBEDDING
 from ldm.weights.checkpoint import read_checkpoint
-from tests.training.micro import MICRO, metrics, prepare
+from tests.training.micro import MICRO, prepare
 
 TI = {
     "placeholder_token": "<cat>", "initializer_token": "toy", "num_vectors": 2, "max_steps": 4, "ckpt_save_interval": 2,
@@ -124,16 +127,35 @@ def test_the_lora_of_a_pivotal_run_has_the_rows_and_another_run_continues_them(s
         set_token(run.settings, run.model, LoRA({}, {}, {"<cat>": np.ones((1, 32), np.float32)}))
 
 
-def test_in_fp16_the_rows_stay_fp32_and_a_step_that_overflows_leaves_them(settings, tmp_path):
-    """With gradient checkpointing, where the text encoder alone has something that is trained."""
-    given = {**TI, "max_steps": 3, "precision": "fp16", "init_loss_scale": 2.0**30, "loss_scale_factor": 2.0**14}
-    run = prepare(settings(tmp_path / "run", **given, gradient_checkpointing=True))
-    (rows,) = run.step.parameters
+class SumOfTexts(nn.Cell):
+    """Stands for the loss: the text embeddings of a batch, weighted and added."""
+
+    def __init__(self, text_encoder, weights):
+        super().__init__(auto_prefix=False)
+        self.text_encoder, self.weights = text_encoder, weights
+
+    def construct(self, tokens):
+        return (self.text_encoder(tokens) * self.weights).sum()
+
+
+def test_in_fp16_the_rows_stay_fp32_and_a_step_that_overflows_leaves_them(settings, tmp_path, tiny_model):
+    given = settings(tmp_path / "run", **TI, precision="fp16")
+    inject_token(given, tiny_model)
+    encoder = tiny_model.cond_stage_model
+    (rows,) = trained = [p for p in encoder.get_parameters() if p.requires_grad]
+    set_compute_dtype(encoder, ms.float16)
+    assert rows.name == NAME and hold_frozen_weights(encoder, ms.float16) > 0
+    tokens = make_tokenizer(tiny_model).encode(["a <cat>", "a cat"])
+    weights = np.random.default_rng(0).standard_normal((2, 77, rows.shape[1]), np.float32)
+    step = TrainStep(SumOfTexts(encoder, ms.Tensor(weights)), trained, skip_overflow=True)
     start = rows.asnumpy().copy()
-    run_steps(run)
+    for scale, applied in ((1e38, False), (2.0**10, True)):
+        scalars = StepScalars(scale, 1 / scale, 1.0, step.optimizer.numbers(1, 1e-2), 0.0)
+        result = step([(ms.Tensor(tokens),)], scalars).read()
+        assert result.finite == applied
+        moved = np.abs(rows.asnumpy() - start)
+        assert moved.min() > 5e-3 if applied else not moved.any()  # one update of AdamW
     assert rows.dtype == ms.float32
-    assert [float(row["loss_scale"]) for row in metrics(tmp_path / "run")] == [2.0**30, 2.0**16, 2.0**16]
-    assert 1.5 * given["start_learning_rate"] < np.abs(rows.asnumpy() - start).max() < 2.5e-2  # two updates of AdamW
 
 
 def captions_of(run, steps=30):
