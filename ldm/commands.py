@@ -1,4 +1,4 @@
-"""The console commands of an installation: each runs the script of the same name, as `python <script>` does."""
+"""The console commands of an installation: each runs a script, as `python <script>` does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ convert_lora = _command("tools/lora/convert_lora.py")
 lora_add = _command("tools/lora/lora_add.py")
 extract_lora = _command("tools/lora/extract_lora.py")
 resize_lora = _command("tools/lora/resize_lora.py")
+lora_doctor = _command("tools/lora/doctor.py")
 cvtckpt = _command("tools/lora/cvtckpt.py")
-verify_lora = _command("tools/lora/verify_lora.py")
+lora_verify = _command("tools/lora/verify.py")
 inspect_data = _command("tools/data/inspect_data.py")
 compare_runs = _command("tools/compare_runs.py")
+import_recipe = _command("tools/import_recipe.py")

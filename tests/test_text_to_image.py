@@ -208,7 +208,12 @@ def test_a_diffusers_folder_is_a_checkpoint(folder, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["FILES/both.ckpt", "--lora_scale", "0"], ["FILES/both.ckpt:0", "FILES/unet_lora.ckpt:0"]]
+    "flags",
+    [
+        ["FILES/both.ckpt", "--lora_scale", "0"],
+        ["FILES/both.ckpt:0", "FILES/unet_lora.ckpt:0"],
+        ["FILES/both.ckpt", "--lora_block_weights", "*=0"],
+    ],
 )
 def test_a_lora_at_strength_0_changes_nothing(folder, base, tmp_path, flags):
     np.testing.assert_array_equal(final_latents(folder, tmp_path, "--lora_ckpt_path", *flags), base)

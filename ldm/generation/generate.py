@@ -119,7 +119,7 @@ def _generate_images(
             MergedLoRA(
                 str(file.path),
                 lora,
-                Strength(file.strength, file.text_encoder_strength),
+                Strength(file.strength, file.text_encoder_strength, file.blocks),
                 SamplingRange.from_ends(file.start, file.end),
             )
             for file, lora in zip(plan.loras, loras)
@@ -240,6 +240,8 @@ def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]
     }
     if file.text_encoder_strength != file.strength:
         metadata["text_encoder_weight"] = file.text_encoder_strength
+    if file.blocks is not None:
+        metadata["block_weights"] = file.blocks.text
     for name, share in (("start", file.start), ("end", file.end)):
         if share is not None:
             metadata[name] = share

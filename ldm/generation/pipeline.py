@@ -37,6 +37,7 @@ from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.batches import fill_batch, run_in_batches
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
+from ldm.settings.block_weights import BlockWeights
 from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
@@ -169,7 +170,7 @@ class Pipeline:
         The model must predict velocity: noise alone says nothing to a model that predicts noise.
         """
         return self.config.prediction_type == "v_prediction" and any(
-            merged.lora.zero_terminal_snr and merged.strength.unet for merged in self.loras
+            merged.lora.zero_terminal_snr and merged.applies_to_unet for merged in self.loras
         )
 
     def load_lora(
@@ -182,34 +183,40 @@ class Pipeline:
         text_encoder: bool | None = None,
         start: float | None = None,
         end: float | None = None,
+        block_weights: str | None = None,
     ) -> LoRA:
         """Merge a LoRA into the model's weights, in addition to those that are merged already.
 
         Args:
             path: A file or folder in any known format (see ldm.lora.formats).
-            strength: How much of the LoRA is applied, or a Strength with one number for each network. 0 leaves the
-                weights as they are, bit for bit.
+            strength: How much of the LoRA is applied, or a Strength with one number for each network and block weights.
+                0 leaves the weights as they are, bit for bit.
             name: Keeps the LoRA in memory under this name, for set_loras and unload_lora. None calls it by its path.
             unet: Whether to apply its UNet part: None if it has one, True requires it, False leaves it out.
             text_encoder: The same for its text encoder part.
             start: The share of the sampling steps after which the UNet part is applied, 0 to 1.
             end: The share of the sampling steps up to which it is applied. None for both: at the time steps that the
                 LoRA was trained on, which are all of them if its file names none.
+            block_weights: Factors of the strength by block, such as "MID=0.5,OUT*=0" (see docs/lora_toolbox.md).
 
         Returns:
             What was merged.
 
         Raises:
             UserError: The file is not a LoRA or was made for another model, a required part is missing, no part
-                remains, a merged weight would be out of range, or the name is taken. The pipeline is unchanged then.
+                remains, block weights do not suit the model, a merged weight would be out of range, or the name is
+                taken. The pipeline is unchanged then.
         """
         if name in self._named:
             raise UserError(
                 f"a LoRA with the name {plain(name)} is loaded: choose another name, or change it by set_loras or "
                 "unload_lora"
             )
+        strength = Strength.from_value(strength)
+        if block_weights is not None:
+            strength = replace(strength, blocks=BlockWeights.parse(block_weights, "block_weights"))
         lora = select_lora(self.config, path, unet, text_encoder)
-        merged = MergedLoRA(name or str(path), lora, Strength.from_value(strength), SamplingRange.from_ends(start, end))
+        merged = MergedLoRA(name or str(path), lora, strength, SamplingRange.from_ends(start, end))
         self.merge_loras([*self.loras, merged])
         if name is not None:
             self._named[name] = lora

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import ROOT, path_and_strengths, under_root
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
-from ldm.settings.declare import names_of
+from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
+from ldm.settings.declare import default_of, names_of
 from ldm.settings.generate import MAX_IMAGES, GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.versions import VERSIONS, default_guidance_scale
@@ -35,6 +36,7 @@ class LoRAFile(NamedTuple):
     text_encoder_strength: float
     start: float | None = None  # share of the sampling steps, see ldm.lora.merged.SamplingRange
     end: float | None = None
+    blocks: BlockWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         None if path is None else _existing(path, name)
         for name, path in (("unet_ckpt_path", settings.unet_ckpt_path), ("vae_ckpt_path", settings.vae_ckpt_path))
     )
-    loras = _lora_files(settings)
+    loras = _lora_files(settings, config)
     height, width = settings.H or config.image_size, settings.W or config.image_size
     scale = default_guidance_scale(config.architecture) if settings.scale is None else settings.scale
     sampling = Sampling(
@@ -228,10 +230,11 @@ def _model_config(version: str | None, path: str | Path | None) -> ModelConfig:
     return config
 
 
-def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
+def _lora_files(settings: GenerateSettings, config: ModelConfig) -> list[LoRAFile]:
     if not settings.lora_ckpt_path:
         names = names_of(GenerateSettings, needs="lora_ckpt_path")
-        given = [name for name in names if getattr(settings, name) != getattr(GenerateSettings, name)]
+        defaults = {field.name: default_of(field) for field in fields(GenerateSettings)}
+        given = [name for name in names if getattr(settings, name) != defaults[name]]
         if given and settings.use_lora is None:
             logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
         return []
@@ -240,14 +243,18 @@ def _lora_files(settings: GenerateSettings) -> list[LoRAFile]:
         return []
     count = len(settings.lora_ckpt_path)
     starts, ends = (_for_each_lora(getattr(settings, name), count, name) for name in ("lora_start", "lora_end"))
+    blocks = block_weights_of_each(settings.lora_block_weights, count, "lora_block_weights")
+    for weights in blocks:
+        if weights is not None:
+            weights.check_model(unet_blocks(config.unet), f"the model of {plain(config.path)}", "lora_block_weights")
     files = []
-    for text, start, end in zip(settings.lora_ckpt_path, starts, ends):
+    for text, start, end, weights in zip(settings.lora_ckpt_path, starts, ends, blocks):
         if start is not None and end is not None and start >= end:
             raise UserError(f"lora_start {start:g} is not below lora_end {end:g}: {plain(text)} would not be applied")
         path, strengths = path_and_strengths(text, "lora_ckpt_path")
         _existing(path, "lora_ckpt_path")
         scaled = [strength * settings.lora_scale for strength in strengths or (1.0,)]
-        files.append(LoRAFile(path, scaled[0], scaled[-1], start, end))
+        files.append(LoRAFile(path, scaled[0], scaled[-1], start, end, weights))
     return files
 
 

@@ -17,8 +17,10 @@ from ldm.lora.merge import match_lora, merge_lora, unmerge_lora
 from ldm.lora.spec import LayerSpec, LoRASpec
 from ldm.lora.strength import Strength
 from ldm.lora.updates import LoRALayer
+from ldm.settings.block_weights import BlockWeights
 
 __all__ = [
+    "BlockWeights",
     "LayerSpec",
     "LoRA",
     "LoRALayer",

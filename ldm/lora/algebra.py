@@ -68,18 +68,17 @@ def weighted_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> LoRA:
     strength 0 leaves nothing behind.
 
     Raises:
-        UserError: The LoRAs were made for different models, a strength is not finite, or the sum has no layers.
+        UserError: The LoRAs were made for different models, a strength is not finite, block weights are for another
+            model, or the sum has no layers.
     """
+    metadata = check_sum(loras)
     parts: dict[str, list[tuple[float, LoRALayer]]] = {}
     for lora, value in loras:
         strength = Strength.from_value(value)
-        strength.check("a LoRA")
+        strength.check_lora(lora, "a LoRA")
         for name, layer in lora.pairs().items():
             if strength.of_layer(name):
                 parts.setdefault(name, []).append((strength.of_layer(name), layer))
-    metadata = _common_metadata([lora for lora, _ in loras])
-    if not parts:
-        raise UserError("nothing is left of the LoRAs: every strength is 0, or they hold no layers")
     layers = {name: _sum_layers(name, of_name) for name, of_name in parts.items()}
     return LoRA(layers, metadata, _all_embeddings([lora for lora, _ in loras]))
 
@@ -99,7 +98,7 @@ def mix_factors(first: LoRA, second: LoRA, weight1: float, weight2: float) -> Lo
             f"factors can be mixed only if both LoRAs have the same layers: {len(unshared)} are in only one, such as "
             f"{min(unshared)}; take the exact sum (--mode sum)"
         )
-    metadata = _common_metadata([first, second])
+    metadata = check_sum([(first, weight1), (second, weight2)])
     layers, others = {}, second.pairs()
     for name, a in first.pairs().items():
         b = others[name]
@@ -188,6 +187,32 @@ def check_cut(rank: int | None, energy: float | None) -> None:
         raise UserError(f"energy is {energy}: it must be above 0 and at most 1, such as 0.95")
 
 
+def check_sum(loras: Sequence[tuple[LoRA, Strength | float]]) -> dict[str, str]:
+    """Check that LoRAs can be added, to each other or to a base model. Returns what the metadata of all says.
+
+    Raises:
+        UserError: They are for different models or time steps, a strength is not finite, or nothing is left of them.
+    """
+    strengths = [(lora, Strength.from_value(value)) for lora, value in loras]
+    for _, strength in strengths:
+        strength.check("a LoRA")
+    if not any(strength.of_layer(name) for lora, strength in strengths for name in lora.updates()):
+        raise UserError("nothing is left of the LoRAs: every strength is 0, or they hold no layers")
+    if any(lora.timesteps != loras[0][0].timesteps for lora, _ in loras):
+        raise UserError(
+            "the LoRAs are for different time steps (min_timestep and max_timestep in their metadata), which one LoRA "
+            "cannot keep apart: apply them together, --lora_ckpt_path a.ckpt b.ckpt"
+        )
+    metadata: dict[str, str] = {}
+    for lora, _ in loras:
+        for key, text in lora.metadata.items():
+            if metadata.setdefault(key, text) != text:
+                raise UserError(
+                    f"the LoRAs are for different models: the {key} of one is {metadata[key]}, of another {text}"
+                )
+    return metadata
+
+
 def _sum_layers(name: str, layers: list[tuple[float, LoRALayer]]) -> LoRALayer:
     if len(layers) == 1:
         strength, layer = layers[0]
@@ -207,22 +232,6 @@ def _sum_layers(name: str, layers: list[tuple[float, LoRALayer]]) -> LoRALayer:
 def _check_shapes(name: str, a: LoRALayer, b: LoRALayer) -> None:
     if not same_up_to_1x1(a.shape, b.shape):
         raise UserError(f"the LoRAs are for different models: {name} is {a.shape} in one and {b.shape} in another")
-
-
-def _common_metadata(loras: Sequence[LoRA]) -> dict[str, str]:
-    if any(lora.timesteps != loras[0].timesteps for lora in loras):
-        raise UserError(
-            "the LoRAs are for different time steps (min_timestep and max_timestep in their metadata), which one LoRA "
-            "cannot keep apart: apply them together, --lora_ckpt_path a.ckpt b.ckpt"
-        )
-    metadata: dict[str, str] = {}
-    for lora in loras:
-        for key, text in lora.metadata.items():
-            if metadata.setdefault(key, text) != text:
-                raise UserError(
-                    f"the LoRAs are for different models: the {key} of one is {metadata[key]}, of another {text}"
-                )
-    return metadata
 
 
 def _all_embeddings(loras: Sequence[LoRA]) -> dict[str, np.ndarray]:

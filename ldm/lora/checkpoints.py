@@ -7,6 +7,7 @@ that a LoRA does not touch stay as they are, bit for bit.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldm.lora.formats import mindone
 from ldm.lora.formats.factors import check_pair, read_factors, read_number
 from ldm.lora.lora import LoRA, lora_metadata
 from ldm.lora.merge import match_shapes
+from ldm.lora.strength import Strength
 from ldm.lora.updates import LayerUpdate, LoRALayer
 from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
@@ -30,31 +32,35 @@ _INNER_LAYERS = ("base_layer", "linear", "conv")  # where lora_wrapper and mindo
 
 
 class MergedArrays(RenamedCheckpoint):
-    """A base model's arrays with the updates of a LoRA added, each summed in fp32 and cast to the array's type once.
+    """A base model's arrays with the updates of LoRAs added one after another in fp32, and cast to their type once.
 
-    An array whose update is zero stays as it is, bit for bit. `key_map` is that of `base`.
+    An array whose updates are zero stays as it is, bit for bit. `key_map` is that of `base`.
 
     Raises:
-        UserError: A layer of the LoRA has no array of its shape, or (when an array is read) a sum is outside the range
-            of the array's type.
+        UserError: A layer of the LoRA has no array of its shape, block weights do not suit the base model, or (when an
+            array is read) a sum is outside the range of the array's type.
     """
 
-    def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA, strength: float = 1.0):
+    def __init__(self, base: Checkpoint, key_map: KeyMap, loras: Sequence[tuple[LoRA, float | Strength]]):
         super().__init__(base, {name: name for name in base})
-        _check_fits(base, key_map, lora)
-        self._strength = strength
-        self._updates: dict[str, list[tuple[LayerUpdate, int, int]]] = {}
-        for name, update in lora.updates().items():
-            source = key_map.sources[name]
-            self._updates.setdefault(source.name, []).append((update, source.part, source.parts))
+        self._updates: dict[str, list[tuple[LayerUpdate, float, int, int]]] = {}
+        for lora, value in loras:
+            _check_fits(base, key_map, lora)
+            strength = Strength.from_value(value)
+            strength.check_model(key_map.sources, "the LoRA", str(base.path))
+            strength.warn_of_layers(lora, "the LoRA")
+            for name, update in lora.updates().items():
+                source = key_map.sources[name]
+                entry = (update, strength.of_layer(name), source.part, source.parts)
+                self._updates.setdefault(source.name, []).append(entry)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = super().__getitem__(name)
         merged = None
-        for update, part, parts in self._updates.get(name, ()):
+        for update, strength, part, parts in self._updates.get(name, ()):
             rows = slice(part * (array.shape[0] // parts), (part + 1) * (array.shape[0] // parts))
             before = (array if merged is None else merged)[rows].astype(np.float32)
-            added = update.update(self._strength, before)
+            added = update.update(strength, before)
             if added.any():
                 merged = array.astype(np.float32) if merged is None else merged
                 block = merged[rows]

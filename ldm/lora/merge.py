@@ -161,21 +161,23 @@ def merge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0, pat
     Args:
         model: A StableDiffusion or a part of one, with or without injected LoRA layers.
         lora: The LoRA.
-        strength: One number, or a Strength with one number for each network.
+        strength: One number, or a Strength with one number for each network and block weights.
         path: Name of the LoRA in an error.
 
     Returns:
         How the layers fit.
 
     Raises:
-        UserError: A layer has no counterpart of its shape in `model`, or a sum is outside the range of the weight's
-            type. `model` is unchanged then.
+        UserError: A layer has no counterpart of its shape in `model`, block weights do not suit it, or a sum is outside
+            the range of the weight's type. `model` is unchanged then.
     """
     strength = Strength.from_value(strength)
     strength.check(path)
     match = match_lora(model, lora)
     match.require(path)
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+    strength.check_model(parameters, path)
+    strength.warn_of_layers(lora, path)
     updates = {
         name: [Update(update, strength.of_layer(name), path)]
         for name, update in lora.updates().items()
@@ -203,6 +205,7 @@ def unmerge_lora(model: nn.Cell, lora: LoRA, strength: float | Strength = 1.0) -
     match = match_lora(model, lora)
     match.require("the LoRA")
     parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+    strength.check_model(parameters, "the LoRA")
     restored = {}
     for name, update in lora.updates().items():
         weight = parameters[name].asnumpy()

@@ -14,6 +14,7 @@ from ldm.errors import UserError
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import LoRAMatch, Update, add_updates, check_range, match_shapes, may_overflow
 from ldm.lora.strength import Strength
+from ldm.weights.names import component_of
 
 NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16}
 
@@ -61,6 +62,14 @@ class MergedLoRA(NamedTuple):
     lora: LoRA
     strength: Strength
     sampling_range: Optional[SamplingRange] = None  # None for the time steps that it was trained on
+
+    @property
+    def applies_to_unet(self) -> bool:
+        """Whether the strength of the UNet part is not zero, in some of the LoRA's blocks at least."""
+        strength = self.strength
+        if strength.blocks is None:
+            return bool(strength.unet)
+        return any(strength.of_layer(name) for name in self.lora.updates() if component_of(name) == "unet")
 
     def is_active(self, step: int, steps: int, timestep: int) -> bool:
         """Whether the UNet part is applied at a step of the sampling, counted from 0, and its time step."""
@@ -116,15 +125,20 @@ class MergedLoRAs:
             How the layers of each LoRA fit.
 
         Raises:
-            UserError: A LoRA does not fit the model, a strength is no finite number, a sum is outside the range of the
-                weight's type, or a file of the base model cannot be read any more. The model is unchanged then.
+            UserError: A LoRA or its block weights do not fit the model, a strength is no finite number, a sum is
+                outside the range of the weight's type, or a file of the base model cannot be read any more. The model
+                is unchanged then.
         """
         shapes = {parameter.name: tuple(parameter.shape) for parameter in self._model.get_parameters()}
         matches = []
+        present = set(map(id, self.loras))
         for merged in loras:
             merged.strength.check(merged.name)
             matches.append(match_shapes(shapes, merged.lora))
             matches[-1].require(merged.name)
+            merged.strength.check_model(shapes, merged.name)
+            if id(merged) not in present:
+                merged.strength.warn_of_layers(merged.lora, merged.name)
         self._write(loras)
         self.loras, self._active = tuple(loras), (True,) * len(loras)
         return matches
@@ -132,7 +146,7 @@ class MergedLoRAs:
     def switch(self, active: Sequence[bool]) -> None:
         """Make the weights those with the UNet part of these of `loras` alone. Errors are those of `set`."""
         if tuple(active) != self._active:
-            off = (merged._replace(strength=Strength(0.0, merged.strength.text_encoder)) for merged in self.loras)
+            off = (merged._replace(strength=merged.strength.without_unet()) for merged in self.loras)
             self._write([merged if is_on else without for merged, without, is_on in zip(self.loras, off, active)])
             self._active = tuple(active)
 

@@ -7,6 +7,7 @@ from typing import Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.paths import MAX_STRENGTH
+from ldm.settings.block_weights import block_weights_setting
 from ldm.settings.declare import MAX_BATCH, MAX_RANK, MAX_SEED, input_path, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
@@ -85,6 +86,7 @@ class GenerateSettings:
         high=MAX_STRENGTH,
         needs="lora_ckpt_path",
     )
+    lora_block_weights: list[str] = block_weights_setting(needs="lora_ckpt_path")
     lora_start: Optional[list[float]] = setting(
         None,
         "share of the sampling steps after which a LoRA is applied to the UNet: one number for all LoRAs, or one for "

@@ -156,6 +156,30 @@ def test_text_embeddings_are_those_of_the_merged_text_encoder(pipeline, folder):
     np.testing.assert_array_equal(pipeline.encode_prompts(["a red cat"]), base)
 
 
+def test_block_weights_are_the_strengths_of_the_layers_in_these_blocks(pipeline, folder):
+    lora = pipeline.load_lora(folder / "a.ckpt", 0.8, name="style", block_weights="MID=0.5,OUT*=0,BASE=0")
+    (merged,) = pipeline.loras
+    assert str(merged.strength) == "0.8, blocks MID=0.5,OUT*=0,BASE=0"
+    blocks = weights(pipeline)
+
+    unet = "model.diffusion_model."
+    middle = {name: layer for name, layer in lora.layers.items() if name.startswith(f"{unet}middle_block.")}
+    zero = (f"{unet}output_blocks.", "cond_stage_model.")
+    others = {name: layer for name, layer in lora.layers.items() if name not in middle and not name.startswith(zero)}
+    assert len(middle) > 5 and len(others) > 5
+    write_lora(folder / "middle.ckpt", LoRA(middle, lora.metadata))
+    write_lora(folder / "others.ckpt", LoRA(others, lora.metadata))
+    assert blocks == fresh(folder, ("middle", 0.4), ("others", 0.8))
+    pipeline.set_loras([("style", replace(merged.strength, blocks=None))])
+    assert weights(pipeline) == fresh(folder, ("a", 0.8)) != blocks
+    pipeline.set_loras([("style", merged.strength)])
+    assert weights(pipeline) == blocks
+    for wrong, words in (("OUTALL", "has IN00 to IN03"), ("MID", "is no preset")):
+        with pytest.raises(UserError, match=words):
+            pipeline.load_lora(folder / "b.ckpt", block_weights=wrong)
+    assert weights(pipeline) == blocks and len(pipeline.loras) == 1
+
+
 @pytest.mark.parametrize("mode", ["load", "set"])
 def test_a_second_lora_that_does_not_fit_leaves_the_pipeline_as_it_was(pipeline, folder, mode):
     pipeline.load_lora(folder / "a.ckpt", 0.8, name="style")

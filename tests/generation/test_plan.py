@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
+from ldm.generation.generate import _lora_metadata
 from ldm.generation.plan import LoRAFile, plan_generation
+from ldm.settings.block_weights import BlockWeights
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_settings
 from ldm.settings.versions import VERSIONS
@@ -272,6 +274,53 @@ def test_a_range_that_is_none_is_refused(folder, flags, words):
         plan_generation(parse(f"--prompt x --lora_ckpt_path lora.ckpt {flags}"))
 
 
+@pytest.mark.parametrize(
+    "flags, blocks",
+    [
+        ("", [None, None]),
+        ("--lora_block_weights MID=0.5", ["MID=0.5", "MID=0.5"]),
+        ("--lora_block_weights 'mid=0.5, OUT*=0' BASE=0", ["MID=0.5,OUT*=0", "BASE=0"]),
+    ],
+)
+def test_block_weights_are_for_all_loras_or_for_each(folder, flags, blocks):
+    (folder / "b.ckpt").write_bytes(b"")
+    plan = planned(f"--prompt x --lora_ckpt_path lora.ckpt b.ckpt:0.5 {flags}")
+    assert [file.blocks and file.blocks.text for file in plan.loras] == blocks
+    assert [file.blocks for file in plan.loras] == [text and BlockWeights.parse(text) for text in blocks]
+    assert [file.strength for file in plan.loras] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("text", ["NONE", "none"])
+def test_none_is_a_preset_and_not_a_missing_value(folder, text):
+    with pytest.raises(UserError, match='lora_block_weights "NONE": 17 numbers'):
+        planned(f"--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights {text}")
+
+
+def test_the_metadata_of_a_png_names_block_weights(folder):
+    settings = parse("--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights 'mid=0.25, OUT3=0'")
+    (file,) = planned("--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights 'mid=0.25, OUT3=0'").loras
+    assert _lora_metadata(settings, file)["block_weights"] == "MID=0.25,OUT3=0"
+    assert "block_weights" not in _lora_metadata(settings, file._replace(blocks=None))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("OUTALL", "lora_block_weights .*17 numbers.*tiny.yaml has IN00 to IN03, MID, OUT00 to OUT03: name its blocks"),
+        ("MID=1 MID=2", "lora_block_weights has 2 texts for 1 LoRAs"),
+        ("MID=1,OUT04=2", "the model of .*tiny.yaml has no block OUT04. It has IN00 to IN03"),
+        ("0 1 2", "has 3 texts for 1 LoRAs.*joined by commas"),
+        ("0,1,2", "lora_block_weights .* has 3 numbers"),
+        ("MID=much", "is not a number"),
+        ("", "needs a value"),
+        ("''", "is empty"),
+    ],
+)
+def test_block_weights_that_do_not_suit_the_model_are_refused_before_anything_is_read(folder, flags, words):
+    with pytest.raises(UserError, match=words):
+        planned(f"--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights {flags}")
+
+
 def test_a_lora_is_left_out_where_use_lora_is_false(folder, caplog):
     assert planned("--prompt x --use_lora False --lora_ckpt_path lora.ckpt").loras == []
     assert "not applied" in caplog.text
@@ -281,6 +330,7 @@ def test_a_lora_is_left_out_where_use_lora_is_false(folder, caplog):
     ("flags", "words"),
     [
         ("--lora_scale 0.5 --lora_ft_unet False", "no lora_ckpt_path is given: lora_scale, lora_ft_unet has no effect"),
+        ("--lora_block_weights MID=0", "no lora_ckpt_path is given: lora_block_weights has no effect"),
         ("--scale 1 --negative_prompt ugly", "scale 1 is without guidance: the negative prompts are not used"),
         ("--skip_save --skip_grid", "skip_save and skip_grid without save_latents: nothing of this run is kept"),
         ("--use_lora False --lora_rank 4 --scale 1 --skip_save --skip_grid --save_latents a.npy", ""),

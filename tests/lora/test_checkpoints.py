@@ -7,7 +7,9 @@ from ldm.errors import UserError
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
 from ldm.lora.extract import extract_lora
 from ldm.lora.lora import LoRA
+from ldm.lora.strength import Strength
 from ldm.lora.updates import LoRALayer
+from ldm.settings.block_weights import BlockWeights
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
@@ -68,7 +70,7 @@ def canonical(checkpoint):
 class TestMerging:
     @pytest.mark.parametrize("scale", [1.0, -0.5])
     def test_adds_the_updates_and_leaves_the_rest(self, base, lora, scale):
-        merged = MergedArrays(base, map_base_model(base), lora, scale)
+        merged = MergedArrays(base, map_base_model(base), [(lora, scale)])
         assert list(merged) == list(base)
         for name, array in base.items():
             layer = lora.layers.get(name.removesuffix(".weight"))
@@ -77,11 +79,24 @@ class TestMerging:
             else:
                 np.testing.assert_array_equal(merged[name], array + layer.update(scale))
 
+    def test_block_weights_multiply_the_strength_of_each_layer(self, base, lora, caplog):
+        blocks = BlockWeights.parse("IN01=0.5,BASE=-2")
+        merged = canonical(MergedArrays(base, map_base_model(base), [(lora, Strength(0.7, 0.3, blocks))]))
+        expected = canonical(base)
+        for name, factor in ((TO_Q, 0.35), (CONV, 0.35), (Q, -0.6), (FC, -0.6)):
+            expected[f"{name}.weight"] = expected[f"{name}.weight"] + lora.layers[name].update(factor)
+        for name, array in expected.items():
+            assert merged[name].tobytes() == array.tobytes(), name
+        assert not caplog.records
+        for text, words in (("OUTALL", "numbers are for .* has IN01"), ("IN02=1", "has no block IN02. It has IN01,")):
+            with pytest.raises(UserError, match=words):
+                MergedArrays(base, map_base_model(base), [(lora, Strength(blocks=BlockWeights.parse(text)))])
+
     def test_scale_zero_changes_no_bit(self, tmp_path, lora):
         arrays = {name: np.where(array > 0.5, np.float32(-0.0), array) for name, array in arrays_of().items()}
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        merged = MergedArrays(base, map_base_model(base), lora, 0.0)
+        merged = MergedArrays(base, map_base_model(base), [(lora, 0.0)])
         for name in base:
             assert merged[name].tobytes() == arrays[name].tobytes()
 
@@ -91,7 +106,7 @@ class TestMerging:
         arrays = arrays_of(family)
         write_checkpoint(tmp_path / "a.safetensors", arrays)
         base = open_checkpoint(tmp_path / "a.safetensors")
-        merged = MergedArrays(base, map_base_model(base), lora)
+        merged = MergedArrays(base, map_base_model(base), [(lora, 1.0)])
         fused, fc = FUSED[family]
         np.testing.assert_array_equal(merged[fused][:6], arrays[fused][:6] + lora.layers[Q].update())
         np.testing.assert_array_equal(merged[fused][6:12], arrays[fused][6:12] + lora.layers[K].update())
@@ -102,12 +117,12 @@ class TestMerging:
         arrays = arrays_of(dtype=np.float16)
         write_checkpoint(tmp_path / "a.ckpt", arrays)
         base = open_checkpoint(tmp_path / "a.ckpt")
-        found = MergedArrays(base, map_base_model(base), lora)[f"{TO_Q}.weight"]
+        found = MergedArrays(base, map_base_model(base), [(lora, 1.0)])[f"{TO_Q}.weight"]
         wanted = arrays[f"{TO_Q}.weight"].astype(np.float32) + lora.layers[TO_Q].update()
         assert found.dtype == np.float16
         np.testing.assert_array_equal(found, wanted.astype(np.float16))
         with pytest.raises(UserError, match="outside the range of float16"):
-            _ = MergedArrays(base, map_base_model(base), lora, 1e6)[f"{TO_Q}.weight"]
+            _ = MergedArrays(base, map_base_model(base), [(lora, 1e6)])[f"{TO_Q}.weight"]
 
     @pytest.mark.parametrize(
         "wrong, says",
@@ -119,9 +134,10 @@ class TestMerging:
         ],
     )
     def test_what_does_not_fit(self, base, wrong, says):
-        for arrays_type in (MergedArrays, EmbeddedArrays):
-            with pytest.raises(UserError, match=says):
-                arrays_type(base, map_base_model(base), wrong)
+        with pytest.raises(UserError, match=says):
+            MergedArrays(base, map_base_model(base), [(wrong, 1.0)])
+        with pytest.raises(UserError, match=says):
+            EmbeddedArrays(base, map_base_model(base), wrong)
 
 
 class TestEmbedding:
@@ -198,7 +214,7 @@ class TestExtracting:
         write_checkpoint(tmp_path / "base.safetensors", arrays_of("openclip"))
         write_checkpoint(tmp_path / "plain.ckpt", arrays_of())
         base = open_checkpoint(tmp_path / "plain.ckpt")
-        tuned = dict(MergedArrays(base, map_base_model(base), lora))
+        tuned = dict(MergedArrays(base, map_base_model(base), [(lora, 1.0)]))
         tuned[f"{TO_Q}.bias"] = tuned[f"{TO_Q}.bias"] + 2
         write_checkpoint(tmp_path / "tuned.ckpt", tuned, {"architecture": "sd1", "prediction_type": "epsilon"})
         return tmp_path / "base.safetensors", tmp_path / "tuned.ckpt"

@@ -11,6 +11,7 @@ from ldm.lora.merge import merge_lora
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
 from ldm.lora.updates import LoRALayer
+from ldm.settings.block_weights import BlockWeights
 from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
 
 TEXT_Q = f"{TEXT}q_proj"
@@ -35,6 +36,10 @@ def chosen(loras, **strengths):
     return [MergedLoRA(name, loras[name], Strength.from_value(value)) for name, value in strengths.items()]
 
 
+def blocks(text, unet, text_encoder=0.0):
+    return Strength(unet, text_encoder, BlockWeights.parse(text))
+
+
 def file_of(weights):
     """What BaseWeights.open is, over weights in memory, and the names that were read."""
     names = []
@@ -57,6 +62,9 @@ SWITCHES = [
     {"style": 0.3},
     {"both": Strength(0.5, 0.0)},
     {"both": Strength(0.5, 0.25), "style": 0.3},
+    {"both": blocks("BASE=2", 0.5, 0.25), "style": 0.3},
+    {"both": blocks("IN00=-1,BASE=2", 0.5, 0.25), "style": 0.3},
+    {"both": blocks("IN00=0,BASE=0", 0.5, 0.25), "style": blocks("*=1", 0.3)},
     {"style": 0.3},
     {"face": 0.0},
     {},
@@ -219,6 +227,12 @@ class TestRefusing:
         wrong = MergedLoRA("wrong.ckpt", loras["both"], Strength(float("nan"), 1.0))
         assert "wrong.ckpt is nan" in self.refused(small_net, loras, wrong)
 
+    def test_block_weights_of_another_model(self, small_net, loras):
+        for text, words in (("OUTALL", "has IN00: name"), ("OUT00=0", "no block OUT00. It has IN00")):
+            wrong = MergedLoRA("wrong.ckpt", loras["both"], blocks(text, 0.5))
+            message = self.refused(small_net, loras, wrong)
+            assert "wrong.ckpt: block weights" in message and words in message
+
     def test_the_lora_that_makes_a_sum_overflow_is_named(self, small_net, loras):
         wrong = MergedLoRA("wrong.ckpt", loras["both"], Strength(1e300, 1.0))
         message = self.refused(small_net, loras, wrong)
@@ -256,6 +270,58 @@ def test_a_lora_that_is_switched_off_keeps_its_text_encoder_part_alone(small_net
         assert array.tobytes() == without_both[name].tobytes(), name
     for name, array in expected(both=Strength(0.0, 0.25)).items():
         assert array.tobytes() == without_any[name].tobytes(), name
+
+
+def test_a_lora_that_is_switched_off_keeps_its_text_encoder_part_with_its_block_weight(small_net, loras):
+    base = weights_of(small_net)
+    merged = MergedLoRAs(small_net)
+    merged.set(chosen(loras, both=blocks("IN00=3,BASE=2", 0.5, 0.25)))
+    on = weights_of(small_net)
+    update = loras["both"].layers[TEXT_Q].update(0.5)
+    np.testing.assert_allclose(on[f"{TEXT_Q}.weight"], base[f"{TEXT_Q}.weight"] + update, rtol=1e-6)
+    merged.switch([False])
+    off = weights_of(small_net)
+    assert off[f"{TEXT_Q}.weight"].tobytes() == on[f"{TEXT_Q}.weight"].tobytes()
+    assert off[f"{TO_K}.weight"].tobytes() == base[f"{TO_K}.weight"].tobytes() != on[f"{TO_K}.weight"].tobytes()
+    merged.switch([True])
+    assert_unchanged(small_net, on)
+
+
+def test_block_weights_write_the_weights_of_their_blocks_alone(small_net, loras, monkeypatch):
+    merged = MergedLoRAs(small_net)
+    merged.set(chosen(loras, both=Strength(0.5, 0.25)))
+    written = []
+    set_data = ms.Parameter.set_data
+
+    def spy(parameter, data):
+        written.append(parameter.name)
+        return set_data(parameter, data)
+
+    monkeypatch.setattr(ms.Parameter, "set_data", spy)
+    merged.set(chosen(loras, both=blocks("*=1", 0.5, 0.25)))
+    assert not written  # the same strengths
+    merged.set(chosen(loras, both=blocks("BASE=2", 0.5, 0.25)))
+    assert written == [f"{TEXT_Q}.weight"]
+    merged.set(chosen(loras, both=blocks("BASE=2,IN00=0", 0.5, 0.25)))
+    assert written == [f"{TEXT_Q}.weight", f"{TO_K}.weight"]
+
+
+def test_a_block_weight_of_0_for_all_layers_of_the_unet_is_no_unet_part(loras):
+    def applies(strength):
+        return chosen(loras, both=strength)[0].applies_to_unet
+
+    assert [applies(Strength(0.5, 0.0)), applies(blocks("IN00=2,BASE=0", 0.5))] == [True, True]
+    assert [applies(Strength(0.0, 1.0)), applies(blocks("IN00=0", 0.5, 1.0))] == [False, False]
+
+
+def test_what_block_weights_leave_out_is_said_once(small_net, loras, caplog):
+    merged = MergedLoRAs(small_net)
+    (first,) = chosen(loras, style=blocks("IN00=2,BASE=0", 0.5))
+    merged.set([first])
+    assert "style has no layer in BASE" in caplog.text
+    caplog.clear()
+    merged.set([first, *chosen(loras, face=0.5)])
+    assert not caplog.text
 
 
 def test_a_switch_to_the_present_state_writes_nothing(small_net, loras, monkeypatch):

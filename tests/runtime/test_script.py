@@ -55,7 +55,7 @@ SCRIPTS = [
     "train_text_to_image.py", "text_to_image.py", "tools/demo.py", "tools/check_device.py", "tools/eval/eval_fid.py",
     "tools/eval/eval_clip_score.py", "tools/eval/compare_diffusers.py", "tools/model_conversion/convert_weights.py",
     "tools/lora/convert_lora.py", "tools/lora/lora_add.py", "tools/lora/extract_lora.py", "tools/lora/resize_lora.py",
-    "tools/lora/cvtckpt.py", "tools/lora/verify_lora.py",
+    "tools/lora/cvtckpt.py", "tools/lora/doctor.py", "tools/lora/verify.py",
     *(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))),
 ]  # fmt: skip
 STOP_AT_START = """

@@ -94,6 +94,7 @@ def test_a_prompt_may_be_the_word_none():
         ("--prompt x --scale inf", "scale"),
         ("--prompt x --lora_scale much", "lora_scale"),
         ("--prompt x --lora_rank 0", "lora_rank.*at least 1"),
+        ("--prompt x --lora_block_weight MID=1", "did you mean --lora_block_weights"),
         ("--prompt x --seed -1", "seed.*at least 0"),
         ("--prompt x --seed 4294967296", "seed.*at most"),
         ("--prompt x --batch_size 0", "batch_size.*at least 1"),

@@ -17,8 +17,9 @@ from ldm.lora.algebra import relative_difference, weighted_sum
 from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
+from ldm.lora.merge import Update, add_updates
 from ldm.lora.strength import Strength
-from ldm.lora.updates import LoRALayer
+from ldm.lora.updates import DoRA, LoHa, LoRALayer
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import CanonicalArrays
@@ -125,6 +126,20 @@ class TestLoRAAndLoRA:
         assert_sum(out, (ONE, 0.7), (TWO, Strength(-0.5, 0.0)), (THREE, 1.0))
         assert "strength -0.5 (text encoder 0)" in capsys.readouterr().out
 
+    def test_block_weights_multiply_the_strengths(self, files, capsys, caplog):
+        tmp_path, paths = files
+        out = str(tmp_path / "out.ckpt")
+        lora_add.main(["--paths", paths["one"], f"{paths['three']}:0.5", "--output_path", out,
+                       "--lora_block_weights", "IN01=0.5", "MIDD"])  # fmt: skip
+        assert_sum(out, (ONE, Strength(0.5, 1.0)), (THREE, Strength(0.0, 0.5)))
+        printed = capsys.readouterr().out
+        assert "strength 1, blocks IN01=0.5" in printed and "strength 0.5, blocks MIDD" in printed
+        out = str(tmp_path / "all.ckpt")
+        lora_add.main(["--paths", paths["one"], paths["three"], "--output_path", out, "--lora_block_weights",
+                       "BASE=0,MID=0"])  # fmt: skip
+        assert_sum(out, (ONE.only("unet"), 1.0), (THREE.only("unet"), 1.0))
+        assert f"{paths['three']} has no layer in MID" in caplog.text
+
     def test_the_originals_order_without_flags(self, files):
         tmp_path, paths = files
         out = str(tmp_path / "out.ckpt")
@@ -170,6 +185,13 @@ class TestLoRAAndLoRA:
             (["{one}", "{three}", "{out}"], "same rank.*--mode sum"),
             (["--paths", "{one}", "{two}", "{three}", "--mode", "lpl", "--output_path", "{out}"], "takes two"),
             (["{one}:1:0", "{two}", "{out}"], "one strength for both networks"),
+            (["{one}", "{two}", "{out}", "--lora_block_weights", "MID=0"], "one strength for all layers.*--mode sum"),
+            (
+                ["--paths", "{one}", "--output_path", "{out}", "--lora_block_weights", "MID=0", "MID=0"],
+                "--lora_block_weights has 2 texts for 1 LoRAs",
+            ),
+            (["--paths", "{one}", "--output_path", "{out}", "--lora_block_weights", "1,0"], "has 2 numbers"),
+            (["--paths", "{one}", "--output_path", "{out}", "--lora_block_weights", "NONE"], "nothing is left"),
             (["{one}", "nowhere.ckpt", "{out}"], "nowhere.ckpt does not exist"),
             (["{one}:x", "{two}", "{out}"], "after the colon is not a number"),
             (["{one}:nan", "{two}", "{out}"], "nan.* after the colon is not a number"),
@@ -233,6 +255,21 @@ class TestBaseAndLoRA:
             wanted = arrays[f"{name}.weight"] + update
             np.testing.assert_allclose(merged[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-5)
 
+    def test_block_weights(self, files, base):
+        tmp_path, paths = files
+        path, arrays = base
+        out = tmp_path / "merged.safetensors"
+        lora_add.main(["--path_1", path, "--paths", paths["one"], "--mode", "upl", "--output_path", str(out),
+                       "--lora_block_weights", "IN01=0.5,BASE=0"])  # fmt: skip
+        merged, _ = read_checkpoint(out)
+        np.testing.assert_allclose(merged[f"{TO_Q}.weight"], arrays[f"{TO_Q}.weight"] + ONE.layers[TO_Q].update(0.5))
+        np.testing.assert_array_equal(merged[f"{Q}.weight"], arrays[f"{Q}.weight"])
+        for text, says in (("OUTALL", "17 numbers.*base.ckpt has IN01"), ("MID=1", "base.ckpt has no block MID")):
+            with pytest.raises(UserError, match=f"one.ckpt: block weights .*{says}"):
+                lora_add.main(["--path_1", path, "--paths", paths["one"], "--mode", "upl", "--output_path",
+                               str(tmp_path / "no.ckpt"), "--lora_block_weights", text])  # fmt: skip
+        assert not (tmp_path / "no.ckpt").exists()
+
     def test_a_diffusers_folder_stays_one(self, files, folder):
         tmp_path, paths = files
         root, arrays = folder
@@ -287,6 +324,19 @@ class TestCvtckpt:
         self.run("extract", tmp_path / "both.ckpt", tmp_path / "lora.ckpt")
         assert_sum(tmp_path / "lora.ckpt", (ONE, 0.5), (THREE, 1.0))
 
+    def test_block_weights_are_for_the_loras_that_are_added(self, files, base):
+        tmp_path, paths = files
+        path, arrays = base
+        given = ["--lora_ckpt", f"{paths['three']}:2", "--lora_block_weights", "IN01=0.25,BASE=0"]
+        self.run("embed", path, tmp_path / "both.ckpt", *given)
+        self.run("extract", tmp_path / "both.ckpt", tmp_path / "lora.ckpt")
+        assert_sum(tmp_path / "lora.ckpt", (THREE, Strength(0.5, 0.0)))
+        self.run("merge", tmp_path / "both.ckpt", tmp_path / "merged.ckpt", *given)
+        merged, _ = read_checkpoint(tmp_path / "merged.ckpt")
+        np.testing.assert_allclose(merged[f"{TO_Q}.weight"], arrays[f"{TO_Q}.weight"] + THREE.layers[TO_Q].update(1.0),
+                                   rtol=1e-6, atol=1e-6)  # fmt: skip
+        np.testing.assert_array_equal(merged[f"{Q}.weight"], arrays[f"{Q}.weight"])
+
     @pytest.mark.parametrize("way", ["files", "embedded", "both"])
     def test_merge(self, files, base, way):
         tmp_path, paths = files
@@ -320,6 +370,11 @@ class TestCvtckpt:
             ("merge", "base", [], "nothing to merge"),
             ("embed", "base", [], "--lora_ckpt is needed"),
             ("extract", "base", ["--lora_ckpt", "{one}"], "leave out --lora_ckpt"),
+            ("extract", "both", ["--lora_block_weights", "MID=1"], "leave out --lora_block_weights"),
+            ("merge", "both", ["--lora_block_weights", "MID=1"], "is for LoRAs of --lora_ckpt"),
+            ("merge", "base", ["--lora_ckpt", "{one}", "--lora_block_weights", "MID=1"], "base.ckpt has no block MID"),
+            ("embed", "base", ["--lora_ckpt", "{one}", "--lora_block_weights", "ALL"], "base.ckpt has IN01"),
+            ("merge", "base", ["--lora_ckpt", "{one}", "--lora_block_weights", "0,1"], "has 2 numbers"),
             ("embed", "both", ["--lora_ckpt", "{one}"], "has a LoRA in it"),
             ("merge", "one", ["--lora_ckpt", "{two}"], "without any arrays|LoRA"),
             ("merge", "base", ["--lora_ckpt", "{one}:0"], "nothing is left"),
@@ -526,6 +581,32 @@ class TestWholeModel:
         found = read_lora(tmp_path / "found.ckpt")
         assert found.layers.keys() == trained.layers.keys()
         assert relative_difference(found, weighted_sum([(trained, 0.5)])) < 1e-4
+
+
+def test_other_kinds_are_merged_into_a_base_model_one_after_another(tmp_path):
+    """A LoHa and a DoRA, as merge_lora applies them to the model in memory; sums of LoRAs alone refuse them."""
+    nano = known_bases()[2]
+    module = next(module for module in nano.modules if module.path.endswith("attn2.to_k"))
+    out, incoming = module.shape
+    loha = LoHa(
+        {"hada_w1_a": normal(out, 2), "hada_w1_b": normal(2, incoming), "hada_w2_a": normal(out, 2),
+         "hada_w2_b": normal(2, incoming)}, 0.2,
+    )  # fmt: skip
+    pair = LoRALayer(normal(2, incoming), normal(out, 2), 0.1)
+    paths = []
+    for name, layer in (("loha", loha), ("dora", DoRA(pair, 1 + np.abs(normal(out))))):
+        paths.append(str(tmp_path / f"{name}.ckpt"))
+        write_lora(paths[-1], LoRA({module.name: layer}))
+    with pytest.raises(UserError, match="holds more than pairs of low-rank factors"):
+        lora_add.main(["--paths", *paths, "--output_path", str(tmp_path / "sum.ckpt")])
+    out_path = tmp_path / "out.safetensors"
+    lora_add.main([NANO_BASE, f"{paths[0]}:0.5", str(out_path), "--paths", f"{paths[1]}:0.7", "--mode", "upl"])
+    weight = read_checkpoint(NANO_BASE)[0][f"{module.name}.weight"].astype(np.float32)
+    wanted = add_updates(
+        weight, [Update(loha, 0.5, ""), Update(read_lora(paths[1]).layers[module.name], 0.7, "")], np.float32
+    )
+    found = read_checkpoint(out_path)[0][f"{module.name}.weight"]
+    np.testing.assert_array_equal(found, wanted.astype(found.dtype))
 
 
 class TestLearnedTokens:

@@ -11,7 +11,8 @@ modes:
            summed in fp32 and written in the form and types of the base model
 
 A base model is a file of any kind that this project reads, or a diffusers folder. FILE:0.7 is a LoRA at strength 0.7,
-FILE:0.7:0.3 one at strength 0.3 in the text encoder.
+FILE:0.7:0.3 one at strength 0.3 in the text encoder. --lora_block_weights multiplies the strengths block by block
+(docs/lora_toolbox.md).
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ if __name__ == "__main__":
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_all  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
-from ldm.lora.algebra import weighted_sum  # noqa: E402
+from ldm.lora.algebra import check_sum, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.strength import Strength  # noqa: E402
+from ldm.settings.block_weights import block_weights_of_each, block_weights_setting  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
+from ldm.weights.names import KeyMap  # noqa: E402
 from ldm.weights.rewrite import open_as_single_file, write_base_model  # noqa: E402
 
 
@@ -52,6 +55,7 @@ class Settings:
     mode: str = setting(REQUIRED, "see above", choices=("embed", "extract", "merge"))
     model_ckpt: Path = setting(REQUIRED, "the base model, or for extract the file with LoRA in it", path=True)
     lora_ckpt: list[str] = setting([], "LoRAs of any format: FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT_STRENGTH")
+    lora_block_weights: list[str] = block_weights_setting()
     out_ckpt: Path = setting(REQUIRED, "what to write", path=True)
     out_base: Optional[Path] = setting(
         None, "extract: write the base model without the LoRA to this file too", path=True
@@ -77,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def embed(settings: Settings) -> None:
     """Write the base model with the LoRA beside its weights."""
     with claim_checkpoint(settings.out_ckpt, "--out_ckpt"):
-        lora = read_loras(settings.lora_ckpt)
+        loras = read_loras(settings)
+        lora = weighted_sum(loras)
         with open_as_single_file(settings.model_ckpt, settings.out_ckpt) as base:
             if split_embedded(base)[1] is not None:
                 raise UserError(f"{settings.model_ckpt} has a LoRA in it: merge adds to it, extract takes it out")
-            embedded = EmbeddedArrays(base, map_base_model(base), lora)
+            key_map = map_base_model(base)
+            check_block_weights(loras, key_map, settings)
+            embedded = EmbeddedArrays(base, key_map, lora)
             write_checkpoint(settings.out_ckpt, embedded, {**base.metadata, **lora.metadata})
         print(f"{settings.out_ckpt}: {settings.model_ckpt} and beside it {lora}")
 
@@ -93,8 +100,9 @@ def extract(settings: Settings) -> None:
     if settings.out_base:
         claims.append(claim_checkpoint(settings.out_base, "--out_base"))
     with claim_all(*claims):
-        if settings.lora_ckpt:
-            raise UserError("--mode extract takes the LoRA out of --model_ckpt: leave out --lora_ckpt")
+        for flag in ("lora_ckpt", "lora_block_weights"):
+            if getattr(settings, flag):
+                raise UserError(f"--mode extract takes the LoRA out of --model_ckpt: leave out --{flag}")
         checkpoint = open_base_model(settings.model_ckpt)
         base, lora = split_embedded(checkpoint)
         if lora is None:
@@ -118,26 +126,41 @@ def merge(settings: Settings) -> None:
             raise UserError(
                 f"{settings.model_ckpt} has no LoRA in it, and no --lora_ckpt is given: there is nothing to merge"
             )
-        loras = [embedded] if embedded is not None else []
+        if settings.lora_block_weights and not settings.lora_ckpt:
+            raise UserError("--lora_block_weights is for LoRAs of --lora_ckpt, not for the one in --model_ckpt")
+        key_map = map_base_model(base)
+        loras = [(embedded, Strength())] if embedded is not None else []
         if settings.lora_ckpt:
-            loras.append(read_loras(settings.lora_ckpt))
-        lora = weighted_sum([(lora, 1.0) for lora in loras])
-        write_base_model(settings.out_ckpt, MergedArrays(base, map_base_model(base), lora), checkpoint)
+            added = read_loras(settings)
+            check_block_weights(added, key_map, settings)
+            loras += added
+        check_sum(loras)
+        write_base_model(settings.out_ckpt, MergedArrays(base, key_map, loras), checkpoint)
         sources = f"{'the LoRA inside it and ' if embedded is not None else ''}{len(settings.lora_ckpt)} LoRA files"
         print(f"{settings.out_ckpt}: {settings.model_ckpt} with {sources} merged")
 
 
-def read_loras(paths: Sequence[str]) -> LoRA:
-    """Read LoRAs at the strengths after their paths, print what they hold, and return their sum."""
+def read_loras(settings: Settings) -> list[tuple[LoRA, Strength]]:
+    """Read LoRAs with the strengths after their paths and their block weights, and print what they hold."""
+    paths = settings.lora_ckpt
     if not paths:
         raise UserError("--lora_ckpt is needed: one or several LoRAs")
     loras = []
-    for path_and_strength in paths:
+    blocks = block_weights_of_each(settings.lora_block_weights, len(paths), "--lora_block_weights")
+    for path_and_strength, weights in zip(paths, blocks):
         path, numbers = path_and_strengths(path_and_strength, "lora_ckpt")
-        lora, strength = read_lora(path), Strength.from_numbers(numbers)
+        lora, strength = read_lora(path), Strength.from_numbers(numbers, blocks=weights)
         print(f"{path}: {lora}; strength {strength}")
+        strength.check_lora(lora, str(path))
+        strength.warn_of_layers(lora, str(path))
         loras.append((lora, strength))
-    return weighted_sum(loras)
+    return loras
+
+
+def check_block_weights(loras: Sequence[tuple[LoRA, Strength]], key_map: KeyMap, settings: Settings) -> None:
+    """Raise UserError for block weights that do not suit the base model."""
+    for path, (_, strength) in zip(settings.lora_ckpt, loras):
+        strength.check_model(key_map.sources, path, str(settings.model_ckpt))
 
 
 if __name__ == "__main__":

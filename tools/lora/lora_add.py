@@ -16,6 +16,7 @@ modes:
                cloneofsimo's LoRAs learned go into a .pt of the same name, an embedding for A1111's web UI
 
 FILE:0.7 is a LoRA at strength 0.7 in place of alpha, FILE:0.7:0.3 one at strength 0.3 in the text encoder.
+--lora_block_weights multiplies the strengths block by block (docs/lora_toolbox.md), in all modes except lpl.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -39,13 +40,21 @@ import numpy as np  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
-from ldm.lora.algebra import check_cut, mix_factors, relative_difference, resize, weighted_sum  # noqa: E402
+from ldm.lora.algebra import (  # noqa: E402
+    check_cut,
+    check_sum,
+    mix_factors,
+    relative_difference,
+    resize,
+    weighted_sum,
+)
 from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.strength import Strength  # noqa: E402
+from ldm.settings.block_weights import block_weights_of_each, block_weights_setting  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
@@ -72,6 +81,7 @@ class Settings:
     )
     paths: list[str] = setting([], "more LoRAs: FILE, FILE:STRENGTH or FILE:STRENGTH:TEXT_STRENGTH")
     output_path: Optional[Path] = setting(None, "what to write", path=True)
+    lora_block_weights: list[str] = block_weights_setting()
     alpha: float = setting(0.5, "strength of the LoRA (upl), or of the first of two; the second has 1 - alpha")
     alpha_1: Optional[float] = setting(None, "strength of the first alone, as in later versions of the original")
     alpha_2: Optional[float] = setting(None, "strength of the second alone")
@@ -105,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"mode {settings.mode} takes {wanted}, {len(paths)} LoRAs are given: --path_1, --path_2, --paths"
         )
+    if settings.mode == "lpl" and settings.lora_block_weights:
+        raise UserError("mode lpl has one strength for all layers: take --mode sum for --lora_block_weights")
     with claim_output(settings):
         loras = read_loras(paths, settings)
         if to_base:
@@ -130,13 +142,16 @@ def lora_format(settings: Settings) -> str:
 def read_loras(paths: list[str], settings: Settings) -> list[tuple[LoRA, Strength]]:
     """Read the LoRAs and print what they hold. Returns each with its strength."""
     loras = []
-    for text, default in zip(paths, _default_strengths(len(paths), settings)):
+    blocks = block_weights_of_each(settings.lora_block_weights, len(paths), "--lora_block_weights")
+    for text, default, weights in zip(paths, _default_strengths(len(paths), settings), blocks):
         path, numbers = path_and_strengths(text, "LoRA")
         lora = read_lora(path)
         lora = lora if settings.with_text_lora else lora.only("unet")
-        loras.append((lora, Strength.from_numbers(numbers, default)))
+        loras.append((lora, Strength.from_numbers(numbers, default, weights)))
     for text, (lora, strength) in zip(paths, loras):
         print(f"{text}: {lora}; strength {strength}")
+        strength.check_lora(lora, text)
+        strength.warn_of_layers(lora, text)
     return loras
 
 
@@ -162,8 +177,10 @@ def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: l
     """Write the base model with LoRAs, given with their paths, added to its weights."""
     base = open_base_model(settings.path_1)
     key_map = map_base_model(base)
-    without_tokens = [(replace(lora, embeddings={}), strength) for lora, strength in loras]
-    merged = MergedArrays(base, key_map, weighted_sum(without_tokens))
+    for text, (_, strength) in zip(paths, loras):
+        strength.check_model(key_map.sources, text, settings.path_1)
+    check_sum(loras)
+    merged = MergedArrays(base, key_map, loras)
     one_file = settings.mode == "upl-ckpt-v2"
     tokens = []
     if one_file:

@@ -95,6 +95,8 @@ def shapes_of(checkpoint: Checkpoint, name: str, keys: Mapping[str, str]) -> Lay
     zeros = {part: np.broadcast_to(zero, checkpoint.shape(key)) for part, key in keys.items() if part not in _NUMBERS}
     on_input = "on_input" in keys and bool(read_number(checkpoint, name, keys["on_input"]))
     try:
+        if "mid" in zeros:  # not multiplied out: the product may be any number of times as large as the file
+            zeros["down"] = np.broadcast_to(zero, _shape_with_mid(zeros["down"].shape, zeros.pop("mid").shape))
         return _updates(zeros, None, on_input)
     except ValueError as error:
         raise UserError(f"{path}: {plain(name)}: {plain(error)}: the file is damaged") from None
@@ -173,16 +175,17 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
 
 def _with_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
     """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k)."""
-    if (
-        mid.ndim != 4
-        or not 2 <= down.ndim <= 4
-        or any(size != 1 for size in down.shape[2:])
-        or mid.shape[1] != len(down)
-    ):
-        raise ValueError(f"mid {mid.shape} does not go with down {down.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
         product: np.ndarray = np.einsum("rskl,si->rikl", mid, down.reshape(len(down), -1))
     return product
+
+
+def _shape_with_mid(down: tuple[int, ...], mid: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of `_with_mid`, given those of its arguments. Raises ValueError if they do not go together."""
+    is_matrix = 2 <= len(down) <= 4 and all(size == 1 for size in down[2:])
+    if len(mid) != 4 or not is_matrix or mid[1] != down[0]:
+        raise ValueError(f"mid {mid} does not go with down {down}")
+    return (mid[0], down[1], *mid[2:])
 
 
 def _vector(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""tools/lora/verify_lora.py on a LoRA that a training wrote: what matches, what does not, and mistakes."""
+"""tools/lora/verify.py on a LoRA that a training wrote: what matches, what does not, and mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.settings.model import load_model_config
 from ldm.training import repeat, verification
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from tests.training.micro import MICRO
-from tools.lora.verify_lora import main
+from tools.lora.verify import main
 
 CONFIG = load_model_config(MICRO)
 

@@ -1,6 +1,6 @@
 """Tell whether a LoRA was trained from a base model, data and settings, by the digests in its file.
 
-    python tools/lora/verify_lora.py output/pokemon/ckpt/lora.safetensors
+    python tools/lora/verify.py output/pokemon/ckpt/lora.safetensors
         --base models/sd_v1.5.safetensors --data datasets/pokemon --train_config output/pokemon/train_args.yaml
 
 With --repeat and --state, the last steps are trained again, and the resulting factors are compared bit for bit:
@@ -57,7 +57,7 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each thing that is compared, and return the exit code."""
-    settings = read_settings(Settings, argv, prog="tools/lora/verify_lora.py", description=__doc__)
+    settings = read_settings(Settings, argv, prog="tools/lora/verify.py", description=__doc__)
     set_up_logging("WARNING")
     check(settings)
     train_settings = None
