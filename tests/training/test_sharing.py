@@ -132,6 +132,8 @@ def test_the_first_start_is_that_of_any_file_to_share_that_can_be_read_and_else_
     assert first_start(state) == 7.0
     shutil.copy(trained / "style-step00000003.safetensors", tmp_path)
     assert first_start(state) == float(texts_of(trained / "style.safetensors")["ss_training_started_at"])
+    write_checkpoint(tmp_path / "x-step00000006.safetensors", {}, {"ss_training_started_at": "5.5"})
+    assert first_start(state) == 5.5  # the one that was written with the state
 
 
 def test_the_same_seed_gives_the_same_hash_and_another_seed_another(settings, tmp_path):
