@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +50,7 @@ from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.sample_prompts import read_sample_prompts
 from ldm.training.samples import Samples
-from ldm.training.sharing import SharedFile
+from ldm.training.sharing import SharedFile, first_start
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.training.validation import Validation, make_validation
@@ -84,7 +83,6 @@ class Run:
     validation: Validation | None  # None without held-out images
     samples: Samples  # the images that it draws meanwhile
     earlier_validation: dict[str, Any] | None  # of the training state, which those of a run without validation pass on
-    began: float  # when the run was first started, in seconds since 1970
 
     @property
     def output(self) -> Path:
@@ -199,12 +197,12 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     resumed_here = settings.resume is True or (
         state is not None and state.path is not None and status.folder.resolve() in state.path.resolve().parents
     )
-    began = time.time() if state is None or state.began is None else state.began
     shared = None
     if settings.use_lora and settings.share_name is not None and is_first_process:
         shared = SharedFile(
-            settings, runtime, config, data, 0 if held_out is None else len(held_out), order, plan, fingerprint, began
-        )
+            settings, runtime, config, data, 0 if held_out is None else len(held_out), order, plan, fingerprint,
+            first_start(state),
+        )  # fmt: skip
     checkpoints = Checkpoints(
         settings, model,
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done, shared=shared,
@@ -218,7 +216,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
         runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation, samples,
-        None if state is None else state.validation, began,
+        None if state is None else state.validation,
     )  # fmt: skip
 
 
