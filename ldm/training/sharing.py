@@ -237,7 +237,7 @@ class SharedFile:
     def _modelspec(self, now: float) -> dict[str, str]:
         settings = self.settings
         texts = {name: getattr(settings, f"metadata_{name}") for name in MODELSPEC_TEXTS}
-        texts["trigger_phrase"] = texts["trigger_phrase"] or settings.instance_prompt
+        texts["trigger_phrase"] = texts["trigger_phrase"] or settings.instance_prompt or settings.placeholder_token
         return modelspec_metadata(
             self.config.architecture,
             self.config.prediction_type,

@@ -17,6 +17,7 @@ from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, Product, update_shape
+from ldm.textual_inversion.formats import read_vectors
 from ldm.weights.arrays import Checkpoint, to_bfloat16
 from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
 
@@ -30,8 +31,6 @@ MAX_EXPANSION = 8
 # Learned tokens beside the factors, by A1111's names for them: vectors (count, channels).
 _VECTORS = "string_to_param.*"
 _BUNDLED_EMBEDDING = re.compile(rf"bundle_emb\.(.+?)\.({re.escape(_VECTORS)}|.+)\Z")
-# Bounds for learned tokens: vectors of one, and their channels.
-MAX_VECTORS, MAX_CHANNELS = 1024, 1 << 16
 # Keys beside the factors of real files that change no layer.
 _HARMLESS = re.compile(r".*embeddings[._]position_ids$|(global_step|epoch)$")
 
@@ -66,25 +65,11 @@ def read_embeddings(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Read the learned tokens that are bundled with a LoRA, name -> vectors (count, channels) fp32, sorted by name.
 
     Raises:
-        UserError: One is no matrix of finite numbers.
+        UserError: One has no vectors of finite numbers, or more than a prompt holds.
     """
     matches = (match for match in map(_BUNDLED_EMBEDDING.match, checkpoint) if match)
     keys = {match[1]: match[0] for match in matches if match[2] in (_VECTORS, "emb_params")}
-    return {name: read_embedding_vectors(checkpoint, name, keys[name]) for name in sorted(keys)}
-
-
-def read_embedding_vectors(checkpoint: Checkpoint, name: str, key: str) -> np.ndarray:
-    """Read the vectors of a learned token, (count, channels) or (channels,). Raises UserError as read_embeddings."""
-    dtype, shape = checkpoint.spec(key)
-    if len(shape) in (1, 2) and 0 < shape[-1] <= MAX_CHANNELS and 0 < math.prod(shape[:-1]) <= MAX_VECTORS:
-        if dtype.kind == "f":
-            vectors = np.array(checkpoint[key], np.float32).reshape(-1, shape[-1])
-            if np.isfinite(vectors).all():
-                return vectors
-    raise UserError(
-        f"{checkpoint.path}: the learned token {plain(name)} is no matrix of finite numbers: it is damaged, or its "
-        "training went wrong"
-    )
+    return {name: read_vectors(checkpoint, keys[name], name) for name in sorted(keys)}
 
 
 def embedding_arrays(lora: LoRA) -> dict[str, np.ndarray]:
