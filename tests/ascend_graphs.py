@@ -32,6 +32,9 @@ from ldm.models.layers import Conv2d, Linear, set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
 from ldm.settings.loss import LossSettings  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
+from ldm.textual_inversion.embedding import Embedding  # noqa: E402
+from ldm.textual_inversion.inject import NAME as LEARNED_ROWS  # noqa: E402
+from ldm.textual_inversion.inject import put_embeddings  # noqa: E402
 from ldm.training import optimizers  # noqa: E402
 from ldm.training.step import LossFromTokens, TrainStep  # noqa: E402
 from ldm.training.weight_norms import NormLimit  # noqa: E402
@@ -76,12 +79,16 @@ def graphs(config: ModelConfig):
     yield "decode", VAEDecode(model.first_stage_model), (zeros(1, 4, 4, 4),)
     yield "unet", model.model.diffusion_model, (latents, timesteps, context)
 
-    # LoRA everywhere, trained with everything that the step can do. The step of whole networks has the same operators.
+    # LoRA everywhere and a learned token, trained with everything that the step can do. The step of whole networks has
+    # the same operators.
     model = as_on_ascend(config)
     spec = LoRASpec(rank=2, text_encoder=True, targets="all")
     # Dropout on a linear layer and a convolution brings all its operators. On every layer it takes most of the time.
     dropout = {name: LayerSpec(2, dropout=0.1) for name in ("to_q", "in_layers.2")}
     inject_lora(model, replace(spec, modules={**spec.layer_specs(), **dropout}))
+    put_embeddings(model, [Embedding("<x>", np.zeros((2, config.text["width"]), np.float32))])
+    for parameter in model.cond_stage_model.get_parameters():
+        parameter.requires_grad = parameter.requires_grad or parameter.name == LEARNED_ROWS
     schedule = NoiseSchedule.from_config(config)
     loss = DiffusionLoss(model.model.diffusion_model, schedule, "v_prediction")
     step = TrainStep(

@@ -64,7 +64,7 @@ def test_the_graphs_are_what_they_are_taken_for(operators):
     assert {"Conv2DExt", "Dense", "BatchMatMul", "Softmax", "GroupNorm", "GeluExt"} <= operators["unet"]
     assert {"IndexSelect", "LayerNormExt", "Sigmoid"} <= operators["text"]
     assert {"Conv2DExt", "GroupNorm"} <= operators["encode"] & operators["decode"]
-    assert {"ConvolutionGrad", "GroupNormGrad", "Cast"} <= operators["train"]
+    assert {"ConvolutionGrad", "GroupNormGrad", "Cast", "GreaterEqual"} <= operators["train"]
     assert operators["update"]
     assert "AdamWeightDecay" in operators["update"] & operators["update, adamw"] & operators["update, prodigy"]
     assert "Sign" in operators["update, lion"]

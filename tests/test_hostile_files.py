@@ -27,7 +27,7 @@ FILES = [
     (text_to_image.main, "--device_target CPU --output_path out", "data_path"),
     *((text_to_image.main, GENERATE, name) for name in (
         "generate_config", "negative_data_path", "init_latents", "config", "ckpt_path", "unet_ckpt_path",
-        "vae_ckpt_path", "lora_ckpt_path")),
+        "vae_ckpt_path", "lora_ckpt_path", "ti_ckpt_path")),
     *((train_text_to_image.main, TRAIN, name) for name in (
         "train_config", "data_path", "pretrained_model_path", "vae_ckpt_path", "model_config", "lora_config",
         "lora_init_path", "resume")),

@@ -17,6 +17,7 @@ LAYERS = (
     {"ops"},
     {"models", "tokenizer"},
     {"data", "diffusion", "weights"},
+    {"textual_inversion"},
     {"lora"},
     {"generation", "training", "metrics"},
     {"commands"},

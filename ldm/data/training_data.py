@@ -453,7 +453,8 @@ def _read_options(settings: TrainSettings) -> ReadOptions:
         image_column=settings.image_column,
         caption_column=settings.caption_column,
         caption_extension=settings.caption_extension,
-        class_tokens=settings.instance_prompt,
+        # Without a caption, an image has the token that is learned, for which ldm.training.inputs draws a template.
+        class_tokens=settings.instance_prompt or settings.placeholder_token,
         num_repeats=settings.num_repeats,
         caption_separator=settings.caption_separator,
         rows_on_disk=settings.shuffle_buffer_size > 0,

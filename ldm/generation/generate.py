@@ -114,6 +114,8 @@ def _generate_images(
         ema=settings.ckpt_ema,
         flash_attention=flash_attention,
     )
+    for embedding_file in plan.embeddings:
+        pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
     pipeline.merge_loras(
         [
             MergedLoRA(
@@ -212,6 +214,11 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
             metadata[f"{name}_sha256"] = base_model_hash(path)
     if plan.loras:
         metadata["lora"] = [_lora_metadata(settings, file) for file in plan.loras]
+    if plan.embeddings:
+        metadata["textual_inversion"] = [
+            {"file": file.path.name, "sha256": content_hash(file.path), "tokens": [e.token for e in file.embeddings]}
+            for file in plan.embeddings
+        ]
     if settings.init_latents is not None:
         metadata["init_latents"] = Path(settings.init_latents).name
         metadata["init_latents_sha256"] = content_hash(settings.init_latents)

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import mindspore as ms
-import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats import read_lora
@@ -90,7 +89,6 @@ def select_lora(
     check_compatible(lora, config, str(path))
     layers: dict[str, LayerUpdate] = {}
     biases: dict[str, Full] = {}
-    embeddings: dict[str, np.ndarray] = {}
     for component, wanted in (("unet", unet), ("text_encoder", text_encoder)):
         part, label, flag = lora.only(component), LABELS[component], f"lora_ft_{component}"
         if wanted and not part.updates():
@@ -100,9 +98,8 @@ def select_lora(
         else:
             layers.update(part.layers)
             biases.update(part.biases)
-            embeddings.update(part.embeddings)
     if not (layers or biases):
         raise UserError(f"{path}: no part of it would be applied ({lora}): leave out lora_ft_... False")
-    selected = LoRA(layers, lora.metadata, embeddings, biases)
+    selected = LoRA(layers, lora.metadata, lora.embeddings, biases)  # a prompt may name its tokens in any case
     match_shapes(BaseModules(config).shapes, selected).require(str(path))
     return selected

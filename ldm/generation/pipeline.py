@@ -35,11 +35,15 @@ from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.ops import free_graphs
 from ldm.runtime.batches import fill_batch, run_in_batches
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
 from ldm.settings.block_weights import BlockWeights
 from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
+from ldm.textual_inversion.embedding import Embedding, check_width, is_word
+from ldm.textual_inversion.formats import read_embeddings
+from ldm.textual_inversion.inject import get_embeddings, learned_tokens_of, put_embeddings, token_width
 from ldm.tokenizer import Tokenizer
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_weights import BaseWeights
@@ -77,6 +81,9 @@ class Pipeline:
     LoRAs are merged into the weights, so they cost nothing while images are made, and they can be exchanged between two
     calls without compiling a network again. What is merged is always computed from the weights of the base model.
 
+    Learned tokens (textual inversion) are rows beside the text encoder's table of tokens: those of load_embedding, and
+    those that the merged LoRAs bring.
+
     Args:
         model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
         tokenizer: Replaces the tokenizer that the model's configuration describes.
@@ -91,12 +98,15 @@ class Pipeline:
         self.model = model
         self.config: ModelConfig = model.config
         self.schedule = NoiseSchedule.from_config(self.config)
-        self.tokenizer = tokenizer or Tokenizer(self.config.pad_token, self.config.added_tokens)
+        self._plain_tokenizer = tokenizer or Tokenizer(self.config.pad_token, self.config.added_tokens)
+        self.tokenizer = self._plain_tokenizer.with_learned_tokens(learned_tokens_of(model))
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
         self._merged = MergedLoRAs(model, None if base_weights is None else base_weights.open)
         self._named: dict[str, LoRA] = {}  # the LoRAs that load_lora gave a name
+        self._own_embeddings = get_embeddings(model)  # those that no LoRA brings
+        self.embeddings: tuple[Embedding, ...] = tuple(self._own_embeddings)  # all that prompts may name
 
     @classmethod
     def from_checkpoint(
@@ -267,10 +277,84 @@ class Pipeline:
 
     def merge_loras(self, loras: Sequence[MergedLoRA]) -> None:
         """Replace the LoRAs that are merged into the weights by LoRAs in memory. Errors are those of set_loras."""
+        for merged in loras:
+            check_width(of_lora(merged.lora), token_width(self.model), merged.name)
         present = set(map(id, self.loras))
         for merged, match in zip(loras, self._merged.set(loras)):
             if id(merged) not in present:
                 logger.info("%s: %s; strength %s%s", merged.name, match, merged.strength, merged.applied_at())
+        self._put_embeddings(self._own_embeddings)
+
+    def load_embedding(self, path: str | Path, token: str | None = None) -> list[Embedding]:
+        """Load learned tokens (textual inversion). Prompts and negative prompts may name them from now on.
+
+        Args:
+            path: A file of diffusers, A1111, kohya or cloneofsimo (see ldm.textual_inversion.formats).
+            token: What prompts call the file's only token. None: the token in the file, or else the file's name
+                without its suffix.
+
+        Returns:
+            The tokens. Those that a LoRA brings are loaded with the LoRA.
+
+        Raises:
+            UserError: The file cannot be read or was made for another model, or a token is there already. The pipeline
+                is unchanged then.
+        """
+        found = read_embeddings(path, token)
+        self.add_embeddings(found, str(path))
+        return found
+
+    def add_embeddings(self, embeddings: Sequence[Embedding], path: str) -> None:
+        """Do as load_embedding with tokens in memory. `path` names their file in errors."""
+        check_width(embeddings, token_width(self.model), path)
+        known = {added.text.lower() for added in self.config.added_tokens}
+        known.update(embedding.token.lower() for embedding in self._own_embeddings)
+        for embedding in embeddings:
+            name = plain(embedding.token, 60)
+            if embedding.token.lower() in known:
+                raise UserError(
+                    f"{path}: a token {name} is there already: give this one another name (--ti_ckpt_path file:<name>)"
+                )
+            known.add(embedding.token.lower())
+            if is_word(embedding.token):
+                logger.warning("%s: %s is a word, which means what was learned from now on", path, name)
+            logger.info("%s: %s", path, embedding)
+        self._put_embeddings([*self._own_embeddings, *embeddings])
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Forget a token that load_embedding loaded, or all of them.
+
+        Raises:
+            UserError: There is no such token.
+        """
+        known = [embedding.token for embedding in self._own_embeddings]
+        if token is not None and token not in known:
+            raise UserError(f"no token {plain(token)} is loaded: choose one of {plain(', '.join(known)) or 'none'}")
+        kept = [embedding for embedding in self._own_embeddings if token is not None and embedding.token != token]
+        self._put_embeddings(kept)
+
+    def _put_embeddings(self, own: Sequence[Embedding]) -> None:
+        """Let prompts name these tokens, and those of the LoRAs that are merged."""
+        wanted = list(own)
+        known = {embedding.token.lower(): embedding for embedding in own}
+        for merged in self.loras:
+            for embedding in of_lora(merged.lora):
+                other = known.setdefault(embedding.token.lower(), embedding)
+                if other is embedding:
+                    wanted.append(embedding)
+                elif not np.array_equal(other.vectors, embedding.vectors):
+                    logger.warning(
+                        "%s: its token %s is not used, another one is loaded: give the file as --ti_ckpt_path "
+                        "file:<name> too, with another name",
+                        merged.name, plain(embedding.token, 60),
+                    )  # fmt: skip
+        self._own_embeddings = list(own)
+        if [(e.token, id(e.vectors)) for e in wanted] == [(e.token, id(e.vectors)) for e in self.embeddings]:
+            return
+        if put_embeddings(self.model, wanted, spare=True) and self.text_encoder.compile_cache:
+            free_graphs(self.text_encoder)
+        self.embeddings = tuple(wanted)
+        self.tokenizer = self._plain_tokenizer.with_learned_tokens(learned_tokens_of(self.model))
 
     def __call__(
         self,
@@ -490,6 +574,11 @@ class Pipeline:
         batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
         unscaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
         return to_uint8(run_in_batches(self.decoder, unscaled, batch_size))
+
+
+def of_lora(lora: LoRA) -> list[Embedding]:
+    """Return the learned tokens that a LoRA brings."""
+    return [Embedding(token, vectors) for token, vectors in lora.embeddings.items()]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -16,13 +16,15 @@ from typing import NamedTuple
 from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
-from ldm.files.paths import ROOT, path_and_strengths, under_root
+from ldm.files.paths import ROOT, expanded, path_and_strengths, under_root
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
 from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
 from ldm.settings.declare import default_of, names_of
 from ldm.settings.generate import MAX_IMAGES, GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.versions import VERSIONS, default_guidance_scale
+from ldm.textual_inversion.embedding import Embedding, check_width
+from ldm.textual_inversion.formats import read_embeddings
 from ldm.weights.architecture import detect_model_config
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,13 @@ class LoRAFile(NamedTuple):
     blocks: BlockWeights | None = None
 
 
+class EmbeddingFile(NamedTuple):
+    """A file of learned tokens, and what prompts call them."""
+
+    path: Path
+    embeddings: list[Embedding]
+
+
 @dataclass(frozen=True)
 class GenerationPlan:
     """What a run generates, and from which files."""
@@ -52,6 +61,7 @@ class GenerationPlan:
     unet_checkpoint: Path | None  # whose UNet replaces the checkpoint's
     vae_checkpoint: Path | None
     loras: list[LoRAFile]  # in the order in which they are merged
+    embeddings: list[EmbeddingFile]
     sampling: Sampling  # with size, guidance scale and batch size
 
 
@@ -79,6 +89,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         for name, path in (("unet_ckpt_path", settings.unet_ckpt_path), ("vae_ckpt_path", settings.vae_ckpt_path))
     )
     loras = _lora_files(settings, config)
+    embeddings = _embedding_files(settings, config)
     height, width = settings.H or config.image_size, settings.W or config.image_size
     scale = default_guidance_scale(config.architecture) if settings.scale is None else settings.scale
     sampling = Sampling(
@@ -107,6 +118,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         unet_checkpoint=unet,
         vae_checkpoint=vae,
         loras=loras,
+        embeddings=embeddings,
         sampling=sampling,
     )
 
@@ -255,6 +267,20 @@ def _lora_files(settings: GenerateSettings, config: ModelConfig) -> list[LoRAFil
         _existing(path, "lora_ckpt_path")
         scaled = [strength * settings.lora_scale for strength in strengths or (1.0,)]
         files.append(LoRAFile(path, scaled[0], scaled[-1], start, end, weights))
+    return files
+
+
+def _embedding_files(settings: GenerateSettings, config: ModelConfig) -> list[EmbeddingFile]:
+    """Read the learned tokens of ti_ckpt_path."""
+    files = []
+    for text in settings.ti_ckpt_path or []:
+        path, token = expanded(text), None
+        if not is_there(path, "ti_ckpt_path") and ":" in path:
+            path, _, token = path.rpartition(":")
+        check_file(path, "ti_ckpt_path", "give a file of learned tokens, and a name for prompts if wanted: file:<name>")
+        embeddings = read_embeddings(path, token)
+        check_width(embeddings, config.text["width"], path)
+        files.append(EmbeddingFile(Path(path), embeddings))
     return files
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ldm.errors import UserError
-from ldm.lora.updates import Full, LayerUpdate, LoRALayer, Product
+from ldm.errors import UserError, plain
+from ldm.lora.updates import Full, LayerUpdate, LoRALayer, Product, direction_of
 from ldm.settings.model import model_metadata
 from ldm.weights.names import COMPONENTS, LABELS
 
@@ -94,7 +94,8 @@ class LoRA:
             raise UserError(
                 f"{path} holds more than pairs of low-rank factors "
                 f"({', '.join(f'{count} {label}' for label, count in counts.items())}, such as {min(others)}): "
-                "tools/lora/convert_lora.py --bake_energy 0.99 makes pairs of them, and says what is lost"
+                "tools/lora/convert_lora.py --bake_energy 0.99 makes pairs of them, and says what is lost (DoRA, IA3 "
+                "and OFT need --ckpt_path too)"
             )
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, LoRALayer)}
 
@@ -119,19 +120,20 @@ class LoRA:
     def __str__(self) -> str:
         counts = {component: len(self.only(component).layers) for component in COMPONENTS}
         parts = [f"{LABELS[component]}: {count} layers" for component, count in counts.items() if count]
-        alphas = sorted({layer.alpha for layer in self.layers.values() if isinstance(layer, (LoRALayer, Product))})
+        directions = map(direction_of, self.layers.values())
+        alphas = sorted({layer.alpha for layer in directions if isinstance(layer, (LoRALayer, Product))})
         kinds = Counter(layer.label for layer in self.layers.values())
         facts = [", ".join(parts) or "no layers"]
         if kinds.keys() - {LoRALayer.label}:
             facts.append(", ".join(f"{count} {label}" for label, count in kinds.items()))
         if self.biases:
-            facts.append(f"{len(self.biases)} biases")
+            facts.append(f"biases: {len(self.biases)}")
         if self.ranks():
             facts.append(f"rank {_first_values(self.ranks())}")
         if alphas:
             facts.append(f"alpha {_first_values(alphas)}")
         if self.embeddings:
-            facts.append(f"learned tokens {', '.join(self.embeddings)}")
+            facts.append(f"learned tokens {plain(', '.join(self.embeddings))}")
         return "; ".join([*facts, *(f"{key} {value}" for key, value in self.metadata.items())])
 
 

@@ -89,7 +89,7 @@ def match_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoRA) -> LoRAMatch
         elif update.fits(wanted):
             match.matched.append(name)
         else:
-            match.wrong_shape[name] = (update.shape, wanted)
+            match.wrong_shape[name] = (update.misfit(wanted), wanted)
     return match
 
 
@@ -122,8 +122,8 @@ def may_overflow(updates: Sequence[Update]) -> bool:
 
 
 def check_range(name: str, weight: np.ndarray, updates: Sequence[Update], dtype: npt.DTypeLike) -> None:
-    """Raise UserError for the update after which the sum with a finite weight is outside the range of `dtype`."""
-    if not np.isfinite(weight).all():
+    """Raise UserError if the sum with a finite weight is outside the range of `dtype`. It names the update at fault."""
+    if not np.isfinite(weight).all() or np.isfinite(add_updates(weight, updates, dtype)).all():
         return
     for count, update in enumerate(updates, 1):
         if not np.isfinite(add_updates(weight, updates[:count], dtype)).all():

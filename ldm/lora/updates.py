@@ -80,9 +80,9 @@ class LayerUpdate(ABC):
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by their names in kohya's and LyCORIS's files, "alpha" included."""
 
+    @abstractmethod
     def largest(self, strength: float = 1.0) -> float:
-        """Return a bound for the values that `update` computes, apart from those of the weight it reads."""
-        return abs(strength) * math.prod(_largest(array) for array in self.arrays().values())
+        """Return a bound for all values that `update` computes on its way, apart from those of the weight it reads."""
 
     def is_finite(self) -> bool:
         return all(np.isfinite(array).all() for array in self.arrays().values())
@@ -94,6 +94,10 @@ class LayerUpdate(ABC):
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether this is an update of a weight of `shape`. SD1 has 1x1 convolutions where SD2 has linear layers."""
         return same_up_to_1x1(self.shape, shape)
+
+    def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that is at fault where this does not fit a weight of `shape`."""
+        return self.shape
 
     def reshaped(self, shape: tuple[int, ...]) -> LayerUpdate:
         """Return the same update with as many axes as a weight of `shape`, which it fits."""
@@ -186,6 +190,17 @@ class Product(LayerUpdate):
     def reshaped(self, shape: tuple[int, ...]) -> Product:
         return replace(self, weight_shape=shape)
 
+    def _largest_of(self, name: str, tucker: str) -> float:
+        """Return a bound for a matrix that is whole, of two parts, or in Tucker's form, and for what makes it up."""
+        if name in self.factors:
+            return _largest(self.factors[name])
+        a, b = self.factors[f"{name}_a"], self.factors[f"{name}_b"]
+        largest = [_largest(a), _largest(b), _largest(a) * _largest(b) * len(b)]
+        if tucker in self.factors:
+            core = _largest(self.factors[tucker]) * len(b)
+            largest = [core, core * largest[0], core * largest[1], core * len(b) * largest[0] * largest[1]]
+        return max(largest)
+
 
 @dataclass(frozen=True)
 class LoHa(Product):
@@ -217,7 +232,8 @@ class LoHa(Product):
         return not (self.alpha and all(factor.any() for factor in self.factors.values()))
 
     def largest(self, strength: float = 1.0) -> float:
-        return super().largest(strength) * self.rank ** (4 if "hada_t1" in self.factors else 2)
+        first, second = (self._largest_of(f"hada_w{half}", f"hada_t{half}") for half in "12")
+        return max(first, second, first * second * max(1.0, abs(self.scale), abs(strength * self.scale)))
 
 
 @dataclass(frozen=True)
@@ -259,8 +275,8 @@ class LoKr(Product):
         return not all(factor.any() for factor in self.factors.values()) or not self.scale
 
     def largest(self, strength: float = 1.0) -> float:
-        product = math.prod(_largest(factor) for factor in self.factors.values())
-        return abs(strength * self.scale) * product * (self.rank or 1) ** 3
+        first, second = (self._largest_of(f"lokr_w{half}", f"lokr_t{half}") for half in "12")
+        return max(first, second, first * second * max(1.0, abs(self.scale), abs(strength * self.scale)))
 
 
 @dataclass(frozen=True)
@@ -287,6 +303,9 @@ class Full(LayerUpdate):
     def arrays(self) -> dict[str, np.ndarray]:
         return {self.name: self.difference}
 
+    def largest(self, strength: float = 1.0) -> float:
+        return max(1.0, abs(strength)) * _largest(self.difference)
+
     def is_zero(self) -> bool:
         return not self.difference.any()
 
@@ -299,45 +318,53 @@ class IA3(LayerUpdate):
     """Factors for the outputs or the inputs of a layer: W' = W * (1 + strength * w).
 
     Attributes:
-        factors: w, (out,) or (in,), fp32.
+        multipliers: w, (out,) or (in,), fp32.
         on_input: Whether it is by input.
+        axes: Axes of the weight. LyCORIS writes w as (1, channels, 1, 1) for a convolution.
     """
 
     label = "IA3"
     needs_weight = True
 
-    factors: np.ndarray
+    multipliers: np.ndarray
     on_input: bool
+    axes: int = 2
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (1, len(self.factors)) if self.on_input else (len(self.factors), 1)
+        return (1, len(self.multipliers)) if self.on_input else (len(self.multipliers), 1)
 
     def delta(self, weight: np.ndarray | None = None) -> np.ndarray:
         weight = _needed(weight)
         return weight.astype(np.float32) * self._along(weight)
 
     def restore(self, merged: np.ndarray, strength: float = 1.0) -> np.ndarray:
-        factors = 1 + np.float32(strength) * self._along(merged)
-        if not factors.all():
-            raise UserError("a factor of 0 has removed a part of the weight, which cannot be restored: load it again")
-        return merged.astype(np.float32) / factors
+        multipliers = 1 + np.float32(strength) * self._along(merged)
+        if not multipliers.all():
+            raise UserError(
+                "a multiplier of 0 has removed a part of the weight, which cannot be restored: load it again"
+            )
+        return merged.astype(np.float32) / multipliers
 
     def _along(self, weight: np.ndarray) -> np.ndarray:
         axis = 1 if self.on_input else 0
-        return self.factors.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        return self.multipliers.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"weight": self.factors, "on_input": _scalar(self.on_input)}
+        weight = self.multipliers if self.axes == 2 else self.multipliers.reshape(1, -1, *(1,) * (self.axes - 2))
+        return {"weight": weight, "on_input": _scalar(self.on_input)}
 
     def largest(self, strength: float = 1.0) -> float:
-        return abs(strength) * _largest(self.factors)
+        return max(1.0, abs(strength)) * _largest(self.multipliers)
 
     def is_zero(self) -> bool:
-        return not self.factors.any()
+        return not self.multipliers.any()
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) in (2, 4) and shape[1 if self.on_input else 0] == len(self.factors)
+        return len(shape) in (2, 4) and shape[1 if self.on_input else 0] == len(self.multipliers)
+
+    def reshaped(self, shape: tuple[int, ...]) -> IA3:
+        return replace(self, axes=len(shape))
 
 
 @dataclass(frozen=True)
@@ -350,6 +377,7 @@ class OFT(LayerUpdate):
         blocks: `oft_blocks` (number of blocks, size, size), fp32.
         alpha: Q is scaled down to the norm alpha * out where it is larger. 0 is no limit.
         rescale: (out,) or None.
+        axes: Axes of the weight, and of `rescale` in LyCORIS's files.
     """
 
     label = "OFT"
@@ -358,6 +386,7 @@ class OFT(LayerUpdate):
     blocks: np.ndarray
     alpha: float = 0.0
     rescale: np.ndarray | None = None
+    axes: int = 2
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -399,10 +428,12 @@ class OFT(LayerUpdate):
 
     def arrays(self) -> dict[str, np.ndarray]:
         arrays = {"oft_blocks": self.blocks, "alpha": _scalar(self.alpha)}
-        return arrays if self.rescale is None else {**arrays, "rescale": self.rescale}
+        if self.rescale is not None:
+            arrays["rescale"] = self.rescale.reshape(-1, *(1,) * (self.axes - 1))
+        return arrays
 
     def largest(self, strength: float = 1.0) -> float:
-        return abs(strength) * (1.0 if self.rescale is None else _largest(self.rescale))
+        return max(1.0, abs(strength)) * (1.0 if self.rescale is None else _largest(self.rescale))
 
     def is_zero(self) -> bool:
         return not (self.blocks - self.blocks.transpose(0, 2, 1)).any() and (
@@ -411,6 +442,9 @@ class OFT(LayerUpdate):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) in (2, 4) and shape[0] == self.shape[0]
+
+    def reshaped(self, shape: tuple[int, ...]) -> OFT:
+        return replace(self, axes=len(shape))
 
 
 @dataclass(frozen=True)
@@ -473,6 +507,9 @@ class DoRA(LayerUpdate):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.direction.fits(shape) and shape[1 if self.on_input else 0] == len(self.magnitude)
+
+    def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.magnitude.shape if self.direction.fits(shape) else self.direction.misfit(shape)
 
     def reshaped(self, shape: tuple[int, ...]) -> DoRA:
         return replace(self, direction=self.direction.reshaped(shape))

@@ -18,7 +18,7 @@ from mindspore import nn, ops
 
 from ldm.ops import ascend, composite, cpu, portable
 from ldm.ops.cpu.library import kernel_library
-from ldm.ops.graph import Identity, RepeatedCell, Sequential, add, cast, shared_cell
+from ldm.ops.graph import Identity, RepeatedCell, Sequential, add, cast, free_graphs, shared_cell
 
 __all__ = [
     "RepeatedCell",
@@ -29,6 +29,7 @@ __all__ = [
     "cast",
     "conv2d",
     "fork",
+    "free_graphs",
     "gelu",
     "gelu_gate",
     "group_norm",

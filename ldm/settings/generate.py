@@ -121,6 +121,15 @@ class GenerateSettings:
         needs="lora_ckpt_path",
     )
 
+    ti_ckpt_path: Optional[list[str]] = setting(
+        None,
+        "files of learned tokens (textual inversion) for prompts and negative prompts, of diffusers, A1111, kohya or "
+        "cloneofsimo, each with a name if wanted: a.safetensors b.pt:<name>. None: the token in the file, or else the "
+        "file's name",
+        group="textual inversion",
+        path=True,
+    )
+
     sampling_steps: int = setting(20, "steps of the sampler", group="sampling", low=1, high=MAX_TIMESTEPS)
     scale: Optional[float] = setting(
         None, "guidance scale, 1 for none; None: 9.0 (SD2.x), 7.5 (SD1.5), 4.0 (nano)", low=0, high=MAX_GUIDANCE

@@ -20,6 +20,7 @@ _adamw_only = partial(setting, not_in_diffusers="the comparison trains with Adam
 
 MAX_RATE = 100
 LEAST_PRODIGY_RATE = 0.01  # Prodigy multiplies its own rate by start_learning_rate, of which 1 is meant
+RATES = ("unet_lr", "text_encoder_lr", "ti_lr", "loraplus_lr_ratio")  # settings of rates that are not the common one
 SCHEDULERS = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # The names in mindone's recipes and in sd-scripts. The warm-up goes with all schedules.
 SCHEDULER_ALIASES = {"cosine_decay": "cosine", "linear_decay": "linear", "constant_with_warmup": "constant"}
@@ -205,6 +206,17 @@ class OptimizerSettings:
         resume="followed",
         graph_key=True,
     )
+    ti_lr: Optional[float] = _adamw_only(
+        None,
+        "learning rate of placeholder_token in place of start_learning_rate, with the same schedule; without a LoRA "
+        "1e-4 to 5e-3 is usual, with one 5e-4",
+        above=0,
+        high=MAX_RATE,
+        resume="followed",
+        graph_key=True,
+        needs="placeholder_token",
+        aliases=("learning_rate_ti",),
+    )
     loraplus_lr_ratio: Optional[float] = _adamw_only(
         None,
         "LoRA+: the learning rate of LoRA's up matrices (with loha and lokr: of the factors that start at zero) is so "
@@ -273,7 +285,7 @@ class OptimizerSettings:
         if self.warmup_steps >= 1 and not float(self.warmup_steps).is_integer():
             raise UserError(f"warmup_steps {self.warmup_steps:g} is no whole number: from 1 on it counts steps")
         if self.optim == "prodigy":
-            for name in ("unet_lr", "text_encoder_lr", "loraplus_lr_ratio"):
+            for name in RATES:
                 if getattr(self, name) is not None:
                     raise UserError(f"{name} does not go with prodigy, which finds one rate for all: leave it out")
             if self.start_learning_rate < LEAST_PRODIGY_RATE:
@@ -284,6 +296,6 @@ class OptimizerSettings:
         if isinstance(options, AdafactorOptions) and options.warmup_init and not options.relative_step:
             raise UserError("optimizer_args: warmup_init needs relative_step=True, or leave it out")
         if isinstance(options, AdafactorOptions) and options.relative_step:
-            for name in ("unet_lr", "text_encoder_lr", "loraplus_lr_ratio"):
+            for name in RATES:
                 if getattr(self, name) is not None:
                     raise UserError(f"{name} does not go with relative_step, which makes the rate: leave one out")

@@ -21,7 +21,7 @@ LONGEST_TEXT = 10_000  # characters of a text in the metadata
 
 # What a file name cannot hold on some system, and what cannot stand in `<lora:name:1>` of a prompt.
 _NOT_IN_A_NAME = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
-_NAME_OF_A_RUN = re.compile(r"(lora|model|state|best)-[0-9]+|.*-step[0-9]+")
+_NAME_OF_A_RUN = re.compile(r"(lora|model|state|best|ti)-[0-9]+|ti|.*-step[0-9]+")
 
 _lora_setting = partial(setting, needs="use_lora")
 
@@ -53,7 +53,7 @@ class SavingSettings:
     metadata_license: Optional[str] = _lora_setting(None, "its licence")
     metadata_tags: Optional[str] = _lora_setting(None, "its tags, separated by commas")
     metadata_trigger_phrase: Optional[str] = _lora_setting(
-        None, "the words that a prompt needs; None: instance_prompt, if that is given"
+        None, "the words that a prompt needs; None: instance_prompt or placeholder_token, if one is given"
     )
     metadata_usage_hint: Optional[str] = _lora_setting(None, "how to use it")
     training_comment: Optional[str] = _lora_setting(None, "a remark on its training")

@@ -17,6 +17,7 @@ from ldm.settings.optimizer import OptimizerSettings, followed_setting
 from ldm.settings.report import ReportSettings
 from ldm.settings.samples import SampleSettings
 from ldm.settings.saving import SavingSettings
+from ldm.settings.textual_inversion import TextualInversionSettings
 from ldm.settings.validation import ValidationSettings
 
 
@@ -83,6 +84,7 @@ class TrainSettings(
     CaptionSettings,
     ImageSettings,
     LoRASettings,
+    TextualInversionSettings,
     ModelSettings,
 ):
     """The settings of train_text_to_image.py: those of mindone's published recipes, and this project's own.
@@ -210,8 +212,11 @@ class TrainSettings(
         self.check_validation()
         self.check_samples()
         self.check_saving()
+        self.check_textual_inversion()
         if self.use_lora and not (self.lora_ft_unet or self.lora_ft_text_encoder):
             raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: use_lora has nothing to train")
+        if self.placeholder_token is not None and self.unet_initialize_random:
+            raise UserError("unet_initialize_random does not go with placeholder_token: a token is learned for a UNet")
         if self.use_lora and self.unet_initialize_random:
             raise UserError("unet_initialize_random trains a UNet from nothing; that is not for use_lora")
         if self.lora_config is not None and self.lora_targets != ["attention"]:
@@ -220,12 +225,16 @@ class TrainSettings(
             raise UserError("shard_optimizer needs use_parallel: it divides the optimizer's state among processes")
         if self.shard_optimizer and self.use_lora:
             raise UserError("shard_optimizer is for training the whole UNet: leave it out, a LoRA's state is small")
+        if self.shard_optimizer and self.placeholder_token is not None:
+            raise UserError("shard_optimizer is for training the whole UNet: leave it out, a token's state is small")
         if self.shard_optimizer and self.optim not in ("adamw", "lion"):
             raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
         if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
         if self.unet_lr is not None and self.use_lora and not self.lora_ft_unet:
             raise UserError("unet_lr has no effect with lora_ft_unet False: leave it out, or train the UNet too")
+        if self.unet_lr is not None and self.trains_token_alone:
+            raise UserError("unet_lr has no effect where the token is trained alone: give ti_lr, or use_lora too")
         if self.use_ema and self.optim == "adamwschedulefree":
             raise UserError("use_ema does not go with adamwschedulefree, which averages the parameters: leave it out")
         if self.scale_weight_norms is not None and (self.use_ema or self.optim == "adamwschedulefree"):
@@ -248,3 +257,13 @@ class TrainSettings(
             raise UserError("cache_only needs cache_latents or cache_text: there is nothing else to encode")
         if self.with_prior_preservation and not self.class_prompt:
             raise UserError('with_prior_preservation needs class_prompt, such as "a photo of a dog"')
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the training step encodes the captions itself, because something in the text encoder is trained."""
+        return self.lora_ft_text_encoder or self.placeholder_token is not None
+
+    @property
+    def trains_token_alone(self) -> bool:
+        """Whether a token is learned and nothing else."""
+        return self.placeholder_token is not None and not self.use_lora

@@ -6,8 +6,18 @@ from ldm.tokenizer.tokenizer import (
     START_TOKEN,
     VOCABULARY_SIZE,
     AddedToken,
+    LearnedToken,
     Tokenizer,
     clean_text,
 )
 
-__all__ = ["CONTEXT_LENGTH", "END_TOKEN", "START_TOKEN", "VOCABULARY_SIZE", "AddedToken", "Tokenizer", "clean_text"]
+__all__ = [
+    "CONTEXT_LENGTH",
+    "END_TOKEN",
+    "START_TOKEN",
+    "VOCABULARY_SIZE",
+    "AddedToken",
+    "LearnedToken",
+    "Tokenizer",
+    "clean_text",
+]

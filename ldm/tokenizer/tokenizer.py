@@ -6,6 +6,7 @@ end tokens. SD1.x (OpenAI CLIP) pads with the end token, SD2.x (OpenCLIP) with z
 
 from __future__ import annotations
 
+import copy
 import gzip
 import zlib
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,27 @@ WORD_END = "</w>"
 WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
+
+
+class LearnedToken(NamedTuple):
+    """A text that stands for vectors of a textual inversion, each of which is a token of its own.
+
+    Attributes:
+        text: The text in a prompt, in any case. If it begins or ends with a letter, digit or underscore, it is not
+            matched beside another one, as A1111's names are whole words. `<cat-toy>` is matched anywhere.
+        token: The id of its first vector. The others follow.
+        length: Number of vectors.
+    """
+
+    text: str
+    token: int
+    length: int
+
+    @property
+    def added(self) -> AddedToken:
+        """The text with the id of the first vector."""
+        is_word = any(letter.isalnum() or letter == "_" for letter in (self.text[0], self.text[-1]))
+        return AddedToken(self.text, self.token, single_word=is_word)
 
 
 def clean_text(text: str) -> str:
@@ -68,7 +90,22 @@ class Tokenizer:
         self.pad_id = END_TOKEN if pad == "end" else 0
         self._vocabulary = vocabulary()
         self._words: dict[str, tuple[int, ...]] = {START_TEXT: (START_TOKEN,), END_TEXT: (END_TOKEN,)}
+        self._added_tokens = tuple(added_tokens)
+        self._learned: dict[int, LearnedToken] = {}
+        self._index_added()
+
+    def with_learned_tokens(self, learned_tokens: Sequence[LearnedToken]) -> Tokenizer:
+        """Return a tokenizer that knows the tokens of textual inversions too, in place of those that it knew."""
+        other = copy.copy(self)
+        other._learned = {learned.token: learned for learned in learned_tokens}
+        other._index_added()
+        return other
+
+    def _index_added(self) -> None:
+        added_tokens = [*self._added_tokens, *(learned.added for learned in self._learned.values())]
         self._added_texts = {added.token: added.text for added in added_tokens}
+        for learned in self._learned.values():
+            self._added_texts.update((learned.token + i, learned.text) for i in range(learned.length))
         self._added_pattern, self._added_ids = _added_pattern(added_tokens)
 
     def encode(self, texts: Iterable[str]) -> np.ndarray:
@@ -93,7 +130,8 @@ class Tokenizer:
         end = 0
         for match in self._added_pattern.finditer(text) if self._added_ids else ():
             tokens += self._tokenize_words(text[end : match.start()])
-            tokens.append(self._added_ids[match.lastindex - 1])
+            token = self._added_ids[match.lastindex - 1]
+            tokens += range(token, token + self._learned[token].length) if token in self._learned else [token]
             end = match.end()
         return tokens + self._tokenize_words(text[end:])
 
@@ -101,15 +139,18 @@ class Tokenizer:
         """Return the cleaned text of a row of ids up to its end token, with single spaces between words."""
         symbols = self._vocabulary.symbols
         byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
-        raw = b""
+        raw, previous = b"", -1
         for token in map(int, tokens):
             if token == END_TOKEN:
                 break
+            follows = token == previous + 1 and token not in self._learned  # a further vector of the same text
             if token in self._added_texts:
-                raw += f" {self._added_texts[token]} ".encode("utf-8", errors="replace")
+                if not (follows and self._added_texts[token] == self._added_texts.get(previous)):
+                    raw += f" {self._added_texts[token]} ".encode("utf-8", errors="replace")
             elif token != START_TOKEN:
                 # A space is not a byte symbol: it can only be the end of a word.
                 raw += bytes(byte_of.get(letter, ord(" ")) for letter in symbols[token].replace(WORD_END, " "))
+            previous = token
         return " ".join(part for part in raw.decode("utf-8", errors="replace").split(" ") if part)
 
     def _tokenize_words(self, text: str) -> list[int]:

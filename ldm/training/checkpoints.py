@@ -17,10 +17,12 @@ from ldm.lora.inject import get_lora
 from ldm.lora.lora import ZERO_TERMINAL_SNR, LoRA, timesteps_metadata
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings
+from ldm.textual_inversion.formats import write_embeddings
+from ldm.textual_inversion.inject import get_embeddings
 from ldm.training.best_checkpoint import BestCheckpoint
 from ldm.training.checks import trained_timesteps
 from ldm.training.optimizers import make_optimizer
-from ldm.training.own_files import Numbered, OwnFiles, link, shared_name
+from ldm.training.own_files import SUFFIXES, Numbered, OwnFiles, link, shared_name
 from ldm.training.sharing import SharedFile
 from ldm.training.training_state import TrainingState, check_finite, save_state
 from ldm.weights.added_tokens import tokens_metadata
@@ -32,7 +34,7 @@ _OF_SHARED = r".+-step[0-9]{8,12}\.[0-9]+-[0-9a-f]{8}\.partial\.safetensors"
 # The newest state, and one in case that is damaged. A state takes three to four times the trained parameters' memory.
 STATES_KEPT = 2
 _WRITTEN = (
-    r"(?:lora|model|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts|report|run"
+    r"(?:lora|model|ti|state|class|best|step|prompt)(?:-[0-9]+)?|files|metrics|validation|train_args|prompts|report|run"
 )
 _LEFTOVER = re.compile(
     rf"\.(?:(?:{_WRITTEN})\.[0-9]+(?:-[0-9a-f]{{8}})?\.partial(?:\.\w+)?|{_OF_SHARED})"  # see temporary_path
@@ -42,7 +44,8 @@ _LEFTOVER = re.compile(
 class Checkpoints:
     """Writes `lora-<step>.ckpt` or `model-<step>.ckpt` with a training state beside it, and removes old ones.
 
-    `lora.ckpt` and `model.ckpt` always name the newest.
+    A learned token is in `ti-<step>.safetensors`, beside a LoRA or alone. `lora.ckpt`, `model.ckpt` and
+    `ti.safetensors` always name the newest.
 
     Args:
         settings: Settings of the run.
@@ -72,7 +75,10 @@ class Checkpoints:
             self.writers["lora"] = self._write_lora
         if saves_base_model:
             self.writers["model"] = self._write_model
-        self.newest = self.folder / ("lora.ckpt" if settings.use_lora else "model.ckpt")
+        if settings.placeholder_token is not None:
+            self.writers["ti"] = self._write_token
+        self.kind = next(iter(self.writers))  # what a checkpoint mainly is
+        self.newest = self.folder / f"{self.kind}{SUFFIXES[self.kind]}"
         self.newest_shared = None if shared is None else self.folder / shared_name(shared.name)
         self._own_files = OwnFiles(self.folder, resumed_here)
         self._start: int | None = start  # None after the first file was written
@@ -86,7 +92,7 @@ class Checkpoints:
         """
         check_finite(state.arrays, f"nothing is saved at step {state.step}: the trained state")
         self._begin()
-        links = {Numbered(kind, state.step).name: f"{kind}.ckpt" for kind in self.writers}
+        links = {Numbered(kind, state.step).name: f"{kind}{SUFFIXES[kind]}" for kind in self.writers}
         writers = dict(zip(links, self.writers.values()))
         if self.shared is not None:
             name = Numbered("share", state.step, self.shared.name).name
@@ -118,13 +124,13 @@ class Checkpoints:
         if arrays is None:
             self._best.write(step, loss)
             return
-        write = self.writers["lora" if self.settings.use_lora else "model"]
+        write = self.writers[self.kind]
         state = TrainingState(step, arrays, {}, {})
         self._best.write(step, loss, lambda path: write(path, state))
 
     def kept(self, step: int) -> Path | None:
         """Return the file with the weights of a step, None if they are not kept."""
-        for kind in ("best", "lora" if self.settings.use_lora else "model"):
+        for kind in ("best", self.kind):
             if step in self._own_files.steps(kind) and (self.folder / Numbered(kind, step).name).exists():
                 return self.folder / ("best.ckpt" if kind == "best" else Numbered(kind, step).name)
         return None
@@ -150,13 +156,20 @@ class Checkpoints:
 
         `arrays` are those of TrainStep.state().
         """
-        lora = get_lora(self.model, self.model.config, self.sampled(arrays))
+        sampled = self.sampled(arrays)
+        lora = get_lora(self.model, self.model.config, sampled)
+        lora.embeddings.update((learned.token, learned.vectors) for learned in get_embeddings(self.model, sampled))
         timesteps = trained_timesteps(self.settings, self.model.config)
         if timesteps != range(self.model.config.timesteps):
             lora.metadata.update(timesteps_metadata(timesteps))
         if self.settings.zero_terminal_snr:
             lora.metadata[ZERO_TERMINAL_SNR] = "True"
         return lora
+
+    def _write_token(self, path: Path, state: TrainingState) -> None:
+        """Write the learned token in diffusers' form, for text_to_image.py's --ti_ckpt_path."""
+        metadata = {"architecture": self.model.config.architecture, "step": str(state.step)}
+        write_embeddings(path, get_embeddings(self.model, self.sampled(state.arrays)), metadata=metadata)
 
     def _write_model(self, path: Path, state: TrainingState) -> None:
         """Write the whole model without LoRA, with the moving averages, for text_to_image.py's --ckpt_path."""

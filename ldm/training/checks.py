@@ -10,6 +10,7 @@ from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.train import TrainSettings
+from ldm.textual_inversion.embedding import check_token, is_word
 from ldm.training.report.tensorboard import check_tensorboard
 from ldm.training.sample_prompts import check_sample_prompts
 from ldm.weights.architecture import config_with_tokens, detect_model_config
@@ -48,6 +49,13 @@ def check_settings(settings: TrainSettings) -> None:
             "pretrained_model_ema does not go with unet_initialize_random: it selects weights of the UNet, which are "
             "not read from the checkpoint then"
         )
+    if settings.placeholder_token is not None:
+        check_token(settings.placeholder_token, "placeholder_token")
+        if is_word(settings.placeholder_token):
+            raise UserError(
+                f"placeholder_token {plain(settings.placeholder_token, 60)} is a word of CLIP's vocabulary, which "
+                f"would lose its meaning: choose another, such as <{plain(settings.placeholder_token, 60)}>"
+            )
     check_sample_prompts(settings)
     parse_color("alpha_color", settings.alpha_color)
     check_tensorboard(settings.report_to)

@@ -40,6 +40,7 @@ from ldm.generation.pipeline import Pipeline
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.ops import free_graphs
 from ldm.runtime import peers
 from ldm.runtime.device import Runtime, failed_allocations_as, give_back_memory
 from ldm.runtime.launcher import process_name
@@ -50,7 +51,7 @@ from ldm.settings.train import TrainSettings
 from ldm.settings.versions import default_guidance_scale
 from ldm.training.checkpoints import remove_leftovers
 from ldm.training.checks import image_size
-from ldm.training.drawing import OwnGraph, free_graphs, model_fields, sampling_field
+from ldm.training.drawing import OwnGraph, model_fields, sampling_field
 from ldm.training.status import Status
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import nn
-from mindspore.common.api import _cell_graph_executor
 
 from ldm.diffusion.sampling import Sampling
 from ldm.ops import RepeatedCell
@@ -25,16 +24,6 @@ class OwnGraph(RepeatedCell):
 
     def construct(self, *inputs: ms.Tensor) -> ms.Tensor:
         return self.network(*inputs)
-
-
-def free_graphs(cell: nn.Cell) -> None:
-    """Free the compiled graphs of a cell that is not called again.
-
-    MindSpore 2.8 holds the cell, so that it frees nothing by itself: of the nano model's UNet, each compilation kept 43
-    MB instead of 8 MB, and kernels keep copies of SD's weights.
-    """
-    _cell_graph_executor.del_net_res(cell, cell.compile_cache)
-    cell.compile_cache.clear()
 
 
 def model_fields(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]:

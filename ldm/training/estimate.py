@@ -221,6 +221,8 @@ def _not_measured(settings: TrainSettings, config: ModelConfig, training: str) -
         return f"the architecture {config.architecture}. There are figures of {', '.join(NAMES)}"
     if settings.use_lora and not settings.lora_ft_unet:
         return "a LoRA of the text encoder alone"
+    if settings.trains_token_alone:
+        return "textual inversion without a LoRA"
     if config.architecture == "sd2":
         return ""
     count = unet_parameters(**config.unet)
@@ -382,7 +384,7 @@ def _notes_on_settings(settings: TrainSettings) -> Iterator[str]:
         missing.append("the time, and what is kept for the gradients, of layers other than all of attention")
     if settings.use_lora and (settings.algo not in ("lora", "rslora") or settings.dora_wd):
         missing.append("the time and what is kept for the gradients that LoHa, LoKr and DoRA take beyond a plain LoRA")
-    if settings.lora_ft_text_encoder:
+    if settings.trains_text_encoder:
         missing.append("the text encoder's own forward and backward pass")
     if settings.mode == 1:
         missing.append("what pynative mode changes")

@@ -30,7 +30,7 @@ def check_sink(settings: TrainSettings, runtime: Runtime) -> None:
     if not runtime.is_ascend:
         raise UserError("dataset_sink_mode needs an Ascend device: leave it out on the CPU")
     augments = settings.random_crop or settings.random_flip
-    if not settings.cache_latents or augments or not (settings.cache_text or settings.lora_ft_text_encoder):
+    if not settings.cache_latents or augments or not (settings.cache_text or settings.trains_text_encoder):
         raise UserError(
             "dataset_sink_mode needs cached latents and text embeddings: set cache_latents and cache_text, and neither "
             "random_crop nor random_flip"
@@ -45,7 +45,7 @@ def _check_sinks(inputs: Inputs) -> None:
             f"dataset_sink_mode takes images of one size, and there are {len(data.buckets.sizes)}: leave out "
             "dataset_sink_mode, or enable_bucket and other resolutions in data_path"
         )
-    if not inputs.needs_no_network or not (data.has_one_caption or inputs.settings.lora_ft_text_encoder):
+    if not inputs.needs_no_network or not (data.has_one_caption or inputs.settings.trains_text_encoder):
         raise UserError(
             "dataset_sink_mode needs images and captions that are the same at every step: leave out dataset_sink_mode, "
             "or what changes them in data_path"

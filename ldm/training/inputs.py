@@ -30,7 +30,9 @@ from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime import peers
 from ldm.runtime.batches import run_in_batches
 from ldm.settings.train import TrainSettings
-from ldm.tokenizer import CONTEXT_LENGTH, Tokenizer
+from ldm.textual_inversion.inject import learned_tokens_of, make_tokenizer
+from ldm.textual_inversion.templates import draw_template
+from ldm.tokenizer import CONTEXT_LENGTH
 from ldm.training.checks import trained_timesteps
 from ldm.training.status import Status
 
@@ -143,10 +145,14 @@ class Inputs:
         self.vae_encoder = VAEEncode(model.first_stage_model)
         self.text_encoder = model.cond_stage_model
         self.pool = ThreadPoolExecutor(settings.num_workers)
-        self.tokenizer = Tokenizer(self.config.pad_token, self.config.added_tokens)
+        self.tokenizer = make_tokenizer(model)
         self._tokens_of = lru_cache(CAPTIONS_HELD)(lambda caption: self.tokenizer.encode([caption])[0])
+        self._learned_ids = [learned.token for learned in learned_tokens_of(model)]
+        self._replaces_captions = None not in (settings.placeholder_token, settings.learnable_property)
         if cut := data.cut_report(self.tokenizer):
             logger.warning("%s", cut)
+        if self._replaces_captions:
+            self._report_templates()
         folder = Path(settings.output_path) / "cache"
         self._most_ahead, self._in_memory = self._window_limits()
         self.moments: ShardedCache | None = None
@@ -155,7 +161,7 @@ class Inputs:
             logger.info("random_crop or random_flip: latents are computed at every step, not cached")
         elif settings.cache_latents:
             self._open_moments()
-        if settings.cache_text and not settings.lora_ft_text_encoder:
+        if settings.cache_text and not settings.trains_text_encoder:
             # Captions that change from step to step are hardly ever used again: on disk they would take 236 KB each.
             on_disk = folder if data.has_one_caption else None
             self.texts = ShardedCache(on_disk, "texts", order.process_index, self._in_memory)
@@ -198,7 +204,7 @@ class Inputs:
     @property
     def needs_no_network(self) -> bool:
         """Whether a prepared micro-batch is made of cached arrays alone, so that another thread can make it."""
-        return self.moments is not None and (self.texts is not None or self.settings.lora_ft_text_encoder)
+        return self.moments is not None and (self.texts is not None or self.settings.trains_text_encoder)
 
     def batch(self, number: int) -> Batch:
         """Return a micro-batch by its number, from 0 over the whole run, and encode ahead what it needs."""
@@ -377,14 +383,46 @@ class Inputs:
     def _captions(self, rows: np.ndarray, number: int) -> list[str]:
         """Return the captions of the rows of a micro-batch, before any is dropped."""
         settings, order = self.settings, self.order
-        if self.data.has_one_caption:
+        if self.data.has_one_caption and not self._replaces_captions:
             generators = [_NO_DRAWS] * len(rows)
         else:
             generators = caption_draws(settings.seed, number, len(rows), order.process_index)
         step = number // settings.gradient_accumulation_steps
         return [
-            self.data.caption(row, rng, step, order.epoch(number), self.steps) for row, rng in zip(rows, generators)
+            self._with_token(row, self.data.caption(row, rng, step, order.epoch(number), self.steps), rng)
+            for row, rng in zip(rows, generators)
         ]
+
+    def whole_caption(self, row: int, rng: np.random.Generator) -> str:
+        """Return the caption of a row of which nothing is dropped (see `TrainingData.whole_caption`)."""
+        return self._with_token(row, self.data.whole_caption(row, rng), rng)
+
+    def _with_token(self, row: int, caption: str, rng: np.random.Generator) -> str:
+        """Return a caption as it is, or a template if it says nothing of the token that is learned."""
+        settings = self.settings
+        if not self._replaces_captions or self._uses_token(caption) or self.data.is_class_image(row):
+            return caption
+        assert settings.learnable_property is not None and settings.placeholder_token is not None
+        return draw_template(settings.learnable_property, settings.placeholder_token, rng)
+
+    def _uses_token(self, caption: str) -> bool:
+        """Whether a caption has the token and other words. Images without a caption have the token alone."""
+        if caption.strip() == self.settings.placeholder_token:
+            return False
+        return bool(np.isin(self._tokens_of(caption), self._learned_ids).any())
+
+    def _report_templates(self) -> None:
+        """Log how many captions lack the token that is learned. A large data set is looked at in part."""
+        data, settings = self.data, self.settings
+        rows = np.linspace(0, len(data) - 1, min(len(data), MAX_CHECKED)).round().astype(int).tolist()
+        rows = [row for row in rows if not data.is_class_image(row)]
+        lacking = sum(not self._uses_token(data.whole_caption(row, np.random.default_rng(0))) for row in rows)
+        if lacking:
+            logger.info(
+                "%s of %s captions do not use %s: templates with it take their place "
+                "(learnable_property %s)",
+                f"{lacking:,}", f"{len(rows):,}", plain(settings.placeholder_token), settings.learnable_property,
+            )  # fmt: skip
 
     def _dropout(self, rows: np.ndarray) -> np.ndarray:
         return self.data.dropout[[self.data.rows[row].subset for row in rows]]
@@ -392,7 +430,7 @@ class Inputs:
     def _text_embeddings(self, captions: list[str]) -> np.ndarray:
         tokens = np.stack([self._tokens_of(caption) for caption in captions])
         if self.texts is None:
-            return tokens if self.settings.lora_ft_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
+            return tokens if self.settings.trains_text_encoder else self.text_encoder(Tensor(tokens)).asnumpy()
         while True:
             found = [self._recent.get(self.texts, self._text_key(row), self._text_shape) for row in tokens]
             arrays = [array for array in found if array is not None]

@@ -28,11 +28,11 @@ from ldm.settings.saving import output_name_fault
 logger = logging.getLogger(__name__)
 
 RECORD = "files.json"
-LINKS = ("lora.ckpt", "model.ckpt")  # second names of the newest checkpoints
+LINKS = ("lora.ckpt", "model.ckpt", "ti.safetensors")  # second names of the newest checkpoints
 OF_BEST = ("best.ckpt", "best.json")  # second name, and record, of the best checkpoint
-SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors", "best": ".ckpt"}
+SUFFIXES = {"lora": ".ckpt", "model": ".ckpt", "state": ".safetensors", "best": ".ckpt", "ti": ".safetensors"}
+_NUMBERED = re.compile(r"(lora|model|state|best|ti)-([0-9]{8,12})(\.ckpt|\.safetensors)")
 SHARED_SUFFIX = ".safetensors"
-_NUMBERED = re.compile(r"(lora|model|state|best)-([0-9]{8,12})(\.ckpt|\.safetensors)")
 _SHARED = re.compile(rf"(.+)-step([0-9]{{8,12}})\{SHARED_SUFFIX}")
 
 

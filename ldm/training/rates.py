@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ldm.errors import UserError
 from ldm.lora.spec import LoRASpec
 from ldm.settings.train import TrainSettings
+from ldm.textual_inversion.inject import NAME as LEARNED_ROWS
 from ldm.weights.names import COMPONENTS
 
 # The factors that start at zero: those whose rate LoRA+ makes larger, as that of `up`. hada_w1_a does not.
@@ -49,6 +50,8 @@ def make_rates(settings: TrainSettings, names: Sequence[str], lora_spec: LoRASpe
     plain = {}
     for name in names:
         own = settings.text_encoder_lr if name.startswith(COMPONENTS["text_encoder"]) else settings.unet_lr
+        if name == LEARNED_ROWS:
+            own = settings.ti_lr
         layer, dot, _ = name.partition(".lora_")
         if dot and (rate := lora_spec.learning_rate_of(layer)) is not None:
             own = rate

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class Samples:
             lora = self.checkpoints.lora(arrays) if self.settings.use_lora else None
             stack.enter_context(without_lora(self.model))
             text_encoder, dtype = self.model.cond_stage_model, self.runtime.compute_dtype
-            if not self.settings.lora_ft_text_encoder and dtype != ms.float32:
+            if not self.settings.trains_text_encoder and dtype != ms.float32:
                 # A training encodes its captions in fp32, and text_to_image.py its prompts in fp16.
                 set_compute_dtype(text_encoder, dtype)
                 stack.callback(set_compute_dtype, text_encoder, ms.float32)
@@ -296,8 +297,8 @@ class Samples:
 
 
 def _merged(lora: LoRA) -> MergedLoRA:
-    """Return a LoRA at strength 1, which text_to_image.py applies by default."""
-    return MergedLoRA("the LoRA of this step", lora, Strength(1.0, 1.0), None)
+    """Return a LoRA at strength 1, which text_to_image.py applies by default. Its tokens are in the text encoder."""
+    return MergedLoRA("the LoRA of this step", replace(lora, embeddings={}), Strength(1.0, 1.0), None)
 
 
 def _set_values(values: Sequence[tuple[Parameter, np.ndarray]]) -> None:

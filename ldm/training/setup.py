@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter, nn
+import numpy as np
+from mindspore import Parameter, Tensor, nn
 
 from ldm.data.batches import BatchOrder
+from ldm.data.draws import draws
 from ldm.data.training_data import TrainingData, prepare_data, read_listing
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
@@ -22,6 +23,7 @@ from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key, set_process
 from ldm.lora.formats import read_lora
 from ldm.lora.inject import factors_cast_to, inject_lora, set_lora
+from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
 from ldm.models.attention import use_flash_attention
@@ -32,6 +34,8 @@ from ldm.runtime.logs import set_up_logging
 from ldm.settings.model import ModelConfig
 from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
+from ldm.textual_inversion.embedding import Embedding
+from ldm.textual_inversion.inject import extended_table, initial_vectors, make_tokenizer, put_embeddings
 from ldm.training.advice import give_advice
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
@@ -46,7 +50,7 @@ from ldm.training.rates import Rates, make_rates
 from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
 from ldm.training.sample_prompts import read_sample_prompts
 from ldm.training.samples import Samples
-from ldm.training.sharing import SharedFile
+from ldm.training.sharing import SharedFile, first_start
 from ldm.training.status import Status
 from ldm.training.step import LossFromTokens, TrainStep, state_shapes
 from ldm.training.validation import Validation, make_validation
@@ -79,7 +83,6 @@ class Run:
     validation: Validation | None  # None without held-out images
     samples: Samples  # the images that it draws meanwhile
     earlier_validation: dict[str, Any] | None  # of the training state, which those of a run without validation pass on
-    began: float  # when the run was first started, in seconds since 1970
 
     @property
     def output(self) -> Path:
@@ -139,8 +142,13 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
             "zero_terminal_snr does not go with trainable_model in lora_config: a LoRA's file says that it was trained "
             "so, a model's does not. Leave one of them out"
         )
+    if settings.placeholder_token is not None and lora_spec.trainable_model:
+        raise UserError(
+            "placeholder_token does not go with trainable_model in lora_config, which trains the base model: leave one "
+            "of them out"
+        )
     fingerprint = make_fingerprint(settings, runtime, config, data, plan, lora_spec)
-    if settings.advise and is_first_process:
+    if settings.advise and is_first_process and not settings.trains_token_alone:  # the advice is on LoRA and the UNet
         give_advice(data, settings, config, plan, runtime.process_count)
     if is_first_process:
         remove_leftovers(status.folder, settings.share_name)
@@ -157,6 +165,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         lora = read_lora(settings.lora_init_path, config)
         check_compatible(lora, config, settings.lora_init_path)
         set_lora(model, lora, settings.lora_init_path)
+        set_token(settings, model, lora)
         logger.info("training starts from %s: %s", settings.lora_init_path, lora)
         if lora.zero_terminal_snr and not settings.zero_terminal_snr:
             logger.warning("%s was trained with zero_terminal_snr, and this run is not", settings.lora_init_path)
@@ -169,7 +178,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     inputs = Inputs(settings, model, data, order, plan.steps, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
-    saves_base_model = not settings.use_lora or lora_spec.trainable_model
+    saves_base_model = lora_spec.trainable_model or not (settings.use_lora or settings.trains_token_alone)
     step = build_step(
         settings, runtime, model, trainable,
         flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base_model,
@@ -188,12 +197,12 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     resumed_here = settings.resume is True or (
         state is not None and state.path is not None and status.folder.resolve() in state.path.resolve().parents
     )
-    began = time.time() if state is None or state.began is None else state.began
     shared = None
     if settings.use_lora and settings.share_name is not None and is_first_process:
         shared = SharedFile(
-            settings, runtime, config, data, 0 if held_out is None else len(held_out), order, plan, fingerprint, began
-        )
+            settings, runtime, config, data, 0 if held_out is None else len(held_out), order, plan, fingerprint,
+            first_start(state),
+        )  # fmt: skip
     checkpoints = Checkpoints(
         settings, model,
         saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done, shared=shared,
@@ -207,7 +216,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     return Run(
         settings, runtime, model, lora_spec, plan, fingerprint, inputs, feed, optimizer, rates, step,
         runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation, samples,
-        None if state is None else state.validation, began,
+        None if state is None else state.validation,
     )  # fmt: skip
 
 
@@ -260,22 +269,65 @@ def make_lora_spec(settings: TrainSettings) -> LoRASpec:
 
 
 def choose_trainable(settings: TrainSettings, model: StableDiffusion, lora_spec: LoRASpec) -> list[Parameter]:
-    """Inject LoRA, or unfreeze the whole UNet, and return the parameters that are trained.
+    """Inject LoRA and the learned token, or unfreeze the whole UNet, and return the parameters that are trained.
 
     Args:
-        settings: Those of the run, of which `use_lora` decides.
+        settings: Those of the run, of which `use_lora` and `placeholder_token` decide.
         model: The networks, all of whose parameters are frozen.
         lora_spec: The LoRA to inject.
     """
     layers = ""
     if settings.use_lora:
         layers = f", LoRA in {len(inject_lora(model, lora_spec))} layers"
-    else:
+    if settings.placeholder_token is not None:
+        embedding = inject_token(settings, model)
+        layers += f", the learned token {embedding}"
+    elif not settings.use_lora:
         for parameter in model.model.get_parameters():
             parameter.requires_grad = True
     trainable = list(model.trainable_params())
     logger.info("training %s parameters in %d arrays%s", f"{sum(p.size for p in trainable):,}", len(trainable), layers)
     return trainable
+
+
+def inject_token(settings: TrainSettings, model: StableDiffusion) -> Embedding:
+    """Put the token that is learned into the text encoder, to be trained, and return it with its first vectors.
+
+    Raises:
+        UserError: The model knows the token already, or initializer_token has no tokens, or more than num_vectors.
+    """
+    token = settings.placeholder_token
+    assert token is not None
+    tokenizer, rng = make_tokenizer(model), draws(settings.seed, "learned token", 0)
+    if any(added.text.lower() == token.lower() for added in model.config.added_tokens):
+        raise UserError(f"placeholder_token {plain(token, 60)} is a token of the base model already: choose another")
+    embedding = Embedding(
+        token, initial_vectors(model, tokenizer, settings.initializer_token, settings.num_vectors, rng)
+    )
+    put_embeddings(model, [embedding])
+    table = extended_table(model)
+    assert table is not None
+    table.learned.weight.requires_grad = True
+    return embedding
+
+
+def set_token(settings: TrainSettings, model: StableDiffusion, lora: LoRA) -> None:
+    """Continue with the vectors that a LoRA's file has for the token that is learned.
+
+    Raises:
+        UserError: They are of another number or width.
+    """
+    vectors = lora.embeddings.get(settings.placeholder_token or "")
+    if vectors is None:
+        return
+    table = extended_table(model)
+    assert table is not None
+    if vectors.shape != table.learned.weight.shape:
+        raise UserError(
+            f"{settings.lora_init_path}: its token {plain(settings.placeholder_token)} has vectors {vectors.shape}, "
+            f"here they are {table.learned.weight.shape}: set num_vectors {len(vectors)}, or another placeholder_token"
+        )
+    table.learned.weight.set_data(Tensor(np.array(vectors, np.float32)))
 
 
 def build_step(
@@ -306,7 +358,7 @@ def build_step(
     use_flash_attention(unet, flash_attention)
     schedule = NoiseSchedule.from_config(model.config, settings.zero_terminal_snr)
     loss: nn.Cell = DiffusionLoss(unet, schedule, model.config.prediction_type, settings)
-    if settings.lora_ft_text_encoder:
+    if settings.trains_text_encoder:
         set_compute_dtype(model.cond_stage_model, runtime.compute_dtype)
         loss = LossFromTokens(loss, model.cond_stage_model)
     if runtime.fp16 and not saves_base_model:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,8 +26,9 @@ import numpy as np
 
 from ldm.data.batches import BatchOrder
 from ldm.data.training_data import TrainingData
+from ldm.errors import UserError
 from ldm.files.documents import valid_text
-from ldm.files.inputs import is_folder
+from ldm.files.inputs import is_folder, list_folder
 from ldm.lora.formats import write_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.metadata import MODELSPEC_TEXTS, compact_json, modelspec_metadata, ss_metadata, tag_frequency
@@ -35,14 +37,18 @@ from ldm.settings.model import ModelConfig
 from ldm.settings.optimizer import OPTIMIZER_ALIASES
 from ldm.settings.train import TrainSettings
 from ldm.training.checks import base_model, image_size
+from ldm.training.own_files import parse_name
 from ldm.training.passport import PREFIX, VERSION, base_digests, code_digest, library_versions, settings_digests
 from ldm.training.plan import RunPlan
 from ldm.training.training_state import TrainingState
 from ldm.weights.base_model import base_model_hash
+from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.hashes import legacy_hash
 
 logger = logging.getLogger(__name__)
 
+_STARTED = "ss_training_started_at"
+_SECONDS = re.compile(r"[0-9]{1,11}(\.[0-9]{1,20})?")
 MOST_CAPTIONS = 100_000  # whose tags are counted: 1 us each, and 20 us where the rows are on disk
 _HALF_RANGE = (
     float(np.finfo(np.float16).max),
@@ -231,7 +237,7 @@ class SharedFile:
     def _modelspec(self, now: float) -> dict[str, str]:
         settings = self.settings
         texts = {name: getattr(settings, f"metadata_{name}") for name in MODELSPEC_TEXTS}
-        texts["trigger_phrase"] = texts["trigger_phrase"] or settings.instance_prompt
+        texts["trigger_phrase"] = texts["trigger_phrase"] or settings.instance_prompt or settings.placeholder_token
         return modelspec_metadata(
             self.config.architecture,
             self.config.prediction_type,
@@ -256,6 +262,25 @@ class SharedFile:
                 {"device": runtime.device, "precision": runtime.precision, "processes": runtime.process_count}
             ),
         }
+
+
+def first_start(state: TrainingState | None) -> float:
+    """Return when a run was first started, in seconds since 1970: now, unless it continues from a training state.
+
+    The files to share beside the state say it. The state does not, so that equal runs have equal states.
+    """
+    if state is None or state.path is None:
+        return time.time()
+    folder = state.path.parent
+    found = [shared for shared in map(parse_name, list_folder(folder)) if shared and shared.kind == "share"]
+    for shared in sorted(found, key=lambda shared: (shared.step != state.step, shared.step)):
+        try:
+            text = open_checkpoint(folder / shared.name).metadata.get(_STARTED, "")
+        except UserError:  # it is damaged, or not a file
+            continue
+        if _SECONDS.fullmatch(text):
+            return float(text)
+    return time.time()
 
 
 def describe_optimizer(settings: TrainSettings) -> str:

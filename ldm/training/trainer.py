@@ -190,7 +190,7 @@ def save(run: Run) -> None:
     arrays = run.step.state()
     if not run.is_first_process:
         return
-    state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint, began=run.began)
+    state = TrainingState(run.status.steps_done, arrays, run.scaler.state(), run.fingerprint)
     state.validation = run.earlier_validation if run.validation is None else run.validation.state()
     try:
         run.status.last_state = run.checkpoints.save(state)

@@ -1,8 +1,8 @@
 """Training states on disk: everything that a run needs to continue after a kill.
 
 `{folder}/state-{step:08d}.safetensors` holds the arrays of TrainStep.state() and, in its metadata, the step, the state
-of the loss scaler, the fingerprint of the run and the best validation loss as JSON, and when the run began. A file is
-written under another name and renamed, so it is always whole. A checksum over arrays and metadata detects later damage.
+of the loss scaler, the fingerprint of the run and the best validation loss as JSON. A file is written under another
+name and renamed, so it is always whole. A checksum over arrays and metadata detects later damage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 # Format 1 had a checksum over the names and values of the arrays alone.
 _FORMATS = ("1", "2")
 _LARGEST_COUNT = 10**12
-_SECONDS = re.compile(r"[0-9]{1,11}(\.[0-9]{1,20})?")  # since 1970
 
 
 @dataclass
@@ -42,7 +41,6 @@ class TrainingState:
     fingerprint: dict[str, Any]  # see ldm.training.resume
     path: Path | None = None  # file that it was read from
     validation: dict[str, Any] | None = None  # Validation.state(), None without a validation loss
-    began: float | None = None  # when the run was first started, in seconds since 1970; None: it is not known
 
 
 def save_state(folder: Path, state: TrainingState) -> Path:
@@ -56,8 +54,6 @@ def save_state(folder: Path, state: TrainingState) -> Path:
     }
     if state.validation is not None:
         texts["validation"] = json.dumps(state.validation)
-    if state.began is not None:
-        texts["began"] = repr(state.began)
     write_checkpoint(path, state.arrays, {**texts, "checksum": _checksum(state.arrays, texts)})
     return path
 
@@ -107,18 +103,13 @@ def load_state(path: Path) -> TrainingState:
         validation = parse_json(metadata["validation"], f"the validation loss in the training state {path}")
         if not isinstance(validation, dict):
             raise UserError(f"the training state {path} is damaged (invalid validation loss)")
-    began = metadata.get("began")
-    if began is not None and not _SECONDS.fullmatch(began):
-        raise UserError(f"the training state {path} is damaged (invalid date {plain(repr(began), 40)})")
     if not _is_scaler(scaler):
         raise UserError(f"the training state {path} is damaged (invalid loss scaler)")
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise UserError(f"the training state {path} holds {plain(name, 80)} as {array.dtype}, not as float32")
     check_finite(arrays, f"the training state {path}")
-    return TrainingState(
-        int(step), arrays, scaler, fingerprint, path, validation, None if began is None else float(began)
-    )
+    return TrainingState(int(step), arrays, scaler, fingerprint, path, validation)
 
 
 def check_finite(arrays: dict[str, np.ndarray], subject: str) -> None:

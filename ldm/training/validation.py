@@ -74,7 +74,7 @@ class RowLosses(RepeatedCell):
         schedule = NoiseSchedule.from_config(model.config, settings.zero_terminal_snr)
         unet = model.model.diffusion_model
         self.loss: nn.Cell = DiffusionLoss(unet, schedule, model.config.prediction_type, of_rows=True)
-        if settings.lora_ft_text_encoder:
+        if settings.trains_text_encoder:
             self.loss = LossFromTokens(self.loss, model.cond_stage_model)
 
     def construct(self, latents: Tensor, noise: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class MeasuredImages:
         return Tensor(fill_batch(latents, self.batch_size)), Tensor(fill_batch(texts, self.batch_size))
 
     def _caption(self, row: int) -> str:
-        return self.inputs.data.whole_caption(row, draws(self.seed, "validation_caption", row))
+        return self.inputs.whole_caption(row, draws(self.seed, "validation_caption", row))
 
     def _normal(self, stream: str, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Return normal numbers for a whole batch, those of each image being a function of its row."""
@@ -419,7 +419,7 @@ def make_validation(
     """
     if held_out is None or not settings.validates:
         return None
-    if settings.keep_best and len(checkpoints.writers) > 1:
+    if settings.keep_best and "model" in checkpoints.writers and settings.use_lora:
         raise UserError("keep_best keeps one file, and this lora_config trains the base model as well: leave it out")
     validation = Validation(settings, runtime, model, inputs, held_out, plan, step, checkpoints, status)
     if state is not None:

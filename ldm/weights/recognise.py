@@ -74,13 +74,15 @@ _OTHER_MODELS = (
 )
 _LORA_MARKS = (
     ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",
-    ".lora_linear_layer.", ".hada_w", ".lokr_w", ".oft_", ".ia3_l", "unet:", "text_encoder:", "bundle_emb.",
+    ".lora_linear_layer.", ".hada_w", ".lokr_w", ".oft_", "oft_unet_", "oft_te_", ".ia3_l", "lycoris_", "unet:",
+    "text_encoder:", "bundle_emb.",
 )  # fmt: skip
 _LORA_FACTOR = re.compile(r"\.(lora_down\.weight|lora_up\.weight|lora_[AB])$")
 # Patterns of keys in LoRAs of kinds that cannot be read, and what the files are.
 _OTHER_LORAS = (
     (r"\.oft_(?!blocks$)\w+|\.boft_\w+", "an OFT in another form than LyCORIS's `oft_blocks`: not supported"),
     (r"^lora_.*\.[ab][12]\.weight$|glora_[AB]", "a GLoRA, which multiplies the weights too: not supported"),
+    (r"\.(lambda_layer|[pq]_layer\.weight)$", "a T-LoRA, whose rank depends on the time step: not supported"),
     (r"\.ia3_l", "an IA3 in PEFT's form, which multiplies biases too: not supported"),
     (r"\.scalar$", "a LyCORIS file with a scalar beside the factors: let LyCORIS save it, which multiplies it in"),
     (r"(lora_B|lora_up|lora\.up)(\.\w+)?\.bias$", "a LoRA with biases: biases are not supported"),

@@ -71,10 +71,10 @@ def test_meta_names_the_split_of_each_image(style):
 def test_sources_and_licences_travel_with_the_images():
     attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
-    assert bundled == {*STYLES, "styles", "mnist", "line_art_cat"}
+    assert bundled == {*STYLES, "styles", "mnist", "line_art_cat", "green_face"}
     assert {path.name for path in (DATASETS / "styles").iterdir()} == MORE_STYLES.keys()
     notice = (DATASETS.parent / "NOTICE").read_text(encoding="utf-8")
-    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist", "line_art_cat"):
+    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist", "line_art_cat", "green_face"):
         assert re.search(rf"^\| ([^|]*, )?{folder}[ ,]", attribution, re.MULTILINE), folder
         assert re.search(rf"\b{folder.removeprefix('styles/')}\b", notice), folder
     licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
@@ -95,6 +95,14 @@ def test_the_cat_of_dreambooth_is_in_the_train_split_of_its_style():
     cat = sorted((DATASETS / "line_art_cat").iterdir())
     assert len(cat) == 6
     assert all(path.read_bytes() == (DATASETS / "emoji_fluent_hc" / "train" / path.name).read_bytes() for path in cat)
+
+
+def test_the_face_of_textual_inversion_is_in_three_styles_and_the_nano_model_has_not_seen_it():
+    name = "1f922.png"
+    sources = {"noto-v1": "styles/noto-v1", "emojione": "styles/emojione", "twemoji": "emoji_twemoji/train"}
+    faces = {path.stem: path.read_bytes() for path in (DATASETS / "green_face").iterdir()}
+    assert faces == {style: (DATASETS / folder / name).read_bytes() for style, folder in sources.items()}
+    assert f"/{name}," not in (DATASETS / "emoji_noto" / "img_txt.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("split, count", [("train", 5000), ("test", 1000)])

@@ -199,4 +199,4 @@ def test_a_lora_of_other_kinds_is_no_list_of_pairs():
     ):
         lora.pairs("x.ckpt")
     assert LoRA({"a": PAIR}).pairs() == {"a": PAIR} and lora.ranks() == [2]
-    assert "1 LoRA, 1 LoHa; 1 biases" in str(lora)
+    assert "1 LoRA, 1 LoHa; biases: 1" in str(lora)

@@ -29,7 +29,6 @@ CONFIG = ROOT / "configs" / "v1-inference.yaml"
 PROMPT, NEGATIVE_PROMPT = "a drawing of a blue dragon", "blurry"
 SEED = 42
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-LORA_SIZE = 0.5  # standard deviation of the LoRA's updates over that of the weights
 # Factors of the last layers' weights, which make the images high in contrast and the UNet's share of them large, so
 # that 8 bits are fine enough.
 LOUD = {"model.diffusion_model.out.2.weight": 4.0, "first_stage_model.decoder.conv_out.weight": 4.0}
@@ -56,8 +55,8 @@ def philox_noise(seed: int, count: int) -> np.ndarray:
     return (np.sqrt(-2 * np.log(u)) * np.sin(v)).astype(np.float32)
 
 
-def write_files(folder: Path) -> None:
-    """Write the base model and the LoRA."""
+def write_files(folder: Path, lora_size: float) -> None:
+    """Write the base model and the LoRA. `lora_size`: see the command line."""
     from ldm.lora.formats import write_lora
     from ldm.lora.formats.modules import BaseModules
     from ldm.lora.lora import LoRA
@@ -81,7 +80,7 @@ def write_files(folder: Path) -> None:
         if module.path.endswith(LORA_TARGETS):
             out, inner = module.shape
             down, up = named_input(f"{module.name} down", (4, inner)), named_input(f"{module.name} up", (out, 4))
-            size = LORA_SIZE * named_weight(f"{module.name}.weight", module.shape).std() / 2  # 2: of 4 products
+            size = lora_size * named_weight(f"{module.name}.weight", module.shape).std() / 2  # 2: of 4 products
             layers[module.name] = LoRALayer(down, (up * size).astype(np.float32), 4.0)
     lora = LoRA(layers, {"architecture": "sd1", "prediction_type": "epsilon"})
     write_lora(folder / "lora.safetensors", lora, "kohya", config)
@@ -171,12 +170,13 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale")
+    parser.add_argument("--lora_size", type=float, default=0.5, help="std of the LoRA's updates over the weights'")
     arguments = parser.parse_args()
     drawn = (arguments.size, arguments.steps, arguments.scale)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         jobs = {
-            "writing the files": (write_files, (folder,)),
+            "writing the files": (write_files, (folder, arguments.lora_size)),
             "this project": (draw_here, (folder, *drawn, False)),
             "this project with convolutions rounded to fp16": (draw_here, (folder, *drawn, True)),
             "stable-diffusion.cpp": (draw_there, (folder, arguments.library.resolve(), *drawn)),
@@ -190,10 +190,13 @@ def main() -> int:
             if process.exitcode:
                 return process.exitcode
         there = dict(np.load(folder / "there.npz"))
+        here = [dict(np.load(folder / f"here{half}.npz")) for half in (0, 1)]
         agree = []
-        for half, text in enumerate(("fp32", "convolutions rounded to fp16")):
+        for images, text in zip(here, ("fp32", "convolutions rounded to fp16")):
             print(f"{arguments.size} pixels, {arguments.steps} steps, guidance {arguments.scale:g}, {text}:")
-            agree.append(compare(dict(np.load(folder / f"here{half}.npz")), there))
+            agree.append(compare(images, there))
+        rounded = [_rms(here[0][name].astype(int) - here[1][name]) for name in ("base", "lora")]
+        print(f"this rounding changes the images here by {rounded[0]:.2f} and {rounded[1]:.2f} as root mean square")
     return int(not all(agree))
 
 

@@ -16,12 +16,14 @@ from peft import PeftModel
 from ldm.diffusion.sampling import Sampling
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import detect_format, read_lora, write_lora
-from ldm.lora.formats.cloneofsimo import CLASSES, in_order, write_embedding
+from ldm.lora.formats.cloneofsimo import CLASSES, in_order
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import merge_lora
 from ldm.lora.updates import LoRALayer
 from ldm.settings.model import load_model_config
+from ldm.textual_inversion.embedding import Embedding
+from ldm.textual_inversion.formats import write_embeddings
 from tests.golden import make_lora_formats as maker
 from tests.golden.make_pipelines import draw
 from tests.named_weights import named_input, relative_error
@@ -150,7 +152,7 @@ class TestWrittenHere:
 
     def test_pytorch_loads_the_embedding(self, tmp_path):
         vectors = np.random.default_rng(0).standard_normal((2, 768)).astype(np.float32)
-        write_embedding(tmp_path / "tokens.pt", vectors)
+        write_embeddings(tmp_path / "tokens.pt", [Embedding("", vectors)], "a1111")
         loaded = torch.load(tmp_path / "tokens.pt", weights_only=True)
         assert loaded.keys() == {"string_to_token", "string_to_param", "name"} and loaded["name"] == ""
         assert loaded["string_to_token"]["*"] == torch.tensor(265)

@@ -42,22 +42,22 @@ def test_the_settings_in_a_training_state_stay_the_same():
         "caption_dropout", "caption_dropout_every_n_epochs", "caption_prefix", "caption_separator", "caption_suffix",
         "caption_tag_dropout_rate", "check_images", "class_prompt", "conditioning_data_dir", "conv_alpha", "conv_dim",
         "debiased_estimation_loss", "dora_wd", "enable_bucket", "enable_wildcard", "factor",
-        "gradient_accumulation_steps", "huber_c", "huber_scale", "huber_schedule", "image_size", "instance_prompt",
-        "ip_noise_gamma", "keep_tokens", "keep_tokens_separator", "lora_alpha", "lora_config", "lora_dropout",
-        "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale", "lora_targets", "loss_type",
-        "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep", "min_bucket_reso", "min_snr_gamma",
-        "min_timestep", "module_dropout", "multires_noise_discount", "multires_noise_iterations", "noise_offset",
-        "normalize_masked_area_loss", "num_class_images", "num_repeats", "optim", "precision", "prior_loss_weight",
-        "random_crop", "random_flip", "rank_dropout", "rs_lora", "scale_v_pred_loss_like_noise_pred",
-        "secondary_separator", "seed", "shuffle_buffer_size", "shuffle_caption", "token_warmup_min",
-        "token_warmup_step", "unmasked_weight", "use_ema", "use_lora", "use_tucker", "v_pred_like_loss",
-        "validation_seed", "validation_split", "with_prior_preservation", "zero_terminal_snr",
+        "gradient_accumulation_steps", "huber_c", "huber_scale", "huber_schedule", "image_size", "initializer_token",
+        "instance_prompt", "ip_noise_gamma", "keep_tokens", "keep_tokens_separator", "learnable_property", "lora_alpha",
+        "lora_config", "lora_dropout", "lora_fp16", "lora_ft_text_encoder", "lora_ft_unet", "lora_rank", "lora_scale",
+        "lora_targets", "loss_type", "masked_loss", "max_bucket_reso", "max_buckets", "max_timestep", "min_bucket_reso",
+        "min_snr_gamma", "min_timestep", "module_dropout", "multires_noise_discount", "multires_noise_iterations",
+        "noise_offset", "normalize_masked_area_loss", "num_class_images", "num_repeats", "num_vectors", "optim",
+        "placeholder_token", "precision", "prior_loss_weight", "random_crop", "random_flip", "rank_dropout", "rs_lora",
+        "scale_v_pred_loss_like_noise_pred", "secondary_separator", "seed", "shuffle_buffer_size", "shuffle_caption",
+        "token_warmup_min", "token_warmup_step", "unmasked_weight", "use_ema", "use_lora", "use_tucker",
+        "v_pred_like_loss", "validation_seed", "validation_split", "with_prior_preservation", "zero_terminal_snr",
     ]  # fmt: skip
     assert sorted(names_of(TrainSettings, resume="followed")) == [
         "betas", "clip_grad", "decay_steps", "drop_overflow_update", "ema_decay", "end_learning_rate",
         "gradient_checkpointing", "loraplus_lr_ratio", "loss_scale_factor", "loss_scaler_type",
         "lr_scheduler_num_cycles", "lr_scheduler_power", "max_grad_norm", "optimizer_args", "scale_weight_norms",
-        "scale_window", "scheduler", "start_learning_rate", "text_encoder_lr", "unet_lr", "warmup_steps",
+        "scale_window", "scheduler", "start_learning_rate", "text_encoder_lr", "ti_lr", "unet_lr", "warmup_steps",
         "weight_decay",
     ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def test_the_settings_in_a_training_state_stay_the_same():
 @pytest.mark.parametrize(
     ("cls", "known"),
     [
-        (TrainSettings, {"use_lora", "use_parallel", "sample_prompts"}),
+        (TrainSettings, {"use_lora", "use_parallel", "sample_prompts", "placeholder_token"}),
         (GenerateSettings, {"lora_ckpt_path"}),
     ],
 )
@@ -110,7 +110,8 @@ def test_there_is_a_recipe_for_each_model_and_way():
     models = ("mnist", "nano", "v1", "v2", "v2_vpred")
     assert [path.stem for path in RECIPES] == [
         "train_config_dreambooth_lora_nano", "train_config_dreambooth_lora_v1",
-        *(f"train_config_{way}_{model}" for way in ("lora", "vanilla") for model in models),
+        *(f"train_config_lora_{model}" for model in models), "train_config_ti_nano", "train_config_ti_v1",
+        *(f"train_config_vanilla_{model}" for model in models),
     ]  # fmt: skip
 
 

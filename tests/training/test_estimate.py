@@ -289,6 +289,7 @@ def test_a_larger_lora_adds_itself_its_gradients_and_its_moments():
         ("sd1", {"precision": "fp16"}, "training in fp16"),
         ("sd2", {"precision": "fp16"}, "training in fp16"),
         ("sd1", {"lora_ft_unet": False, "lora_ft_text_encoder": True}, "a LoRA of the text encoder alone"),
+        ("sd1", {"use_lora": False, "placeholder_token": "<x>"}, "textual inversion without a LoRA"),
     ],
 )
 def test_what_was_not_measured_gets_no_figure(model, settings, words):

@@ -35,6 +35,7 @@ def test_only_names_of_the_exact_form_are_a_run_s(name):
     assert parse_name(name) is None
     assert parse_name("lora-00000009.ckpt") == ("lora", 9, "")
     assert parse_name("state-123456789.safetensors") == ("state", 123456789, "")
+    assert parse_name("ti-00000009.safetensors") == ("ti", 9, "") and parse_name("ti-00000009.ckpt") is None
     assert parse_name("my-style-step00000009.safetensors") == ("share", 9, "my-style")
 
 

@@ -18,8 +18,9 @@ from ldm.lora.lora import LoRA
 from ldm.lora.updates import LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import trainer
-from ldm.training.sharing import describe_optimizer, fits_fp16, last_part
-from ldm.weights.checkpoint import read_checkpoint
+from ldm.training.sharing import describe_optimizer, first_start, fits_fp16, last_part
+from ldm.training.training_state import TrainingState
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.hashes import sshs_hashes
 from tests.lora.test_metadata import KOHYA
 from tests.training.micro import MICRO, prepare
@@ -108,7 +109,8 @@ def test_nothing_in_it_tells_of_the_machine(trained, shared_run):
 def test_a_resumed_run_writes_the_same_file_but_for_its_date(trained, shared_run, shared_settings, tmp_path):
     output = tmp_path / "resumed"
     (output / "ckpt").mkdir(parents=True)
-    shutil.copy(trained / "state-00000003.safetensors", output / "ckpt")
+    for name in ("state-00000003.safetensors", "style-step00000003.safetensors"):
+        shutil.copy(trained / name, output / "ckpt")
     (output / "cache").symlink_to(shared_run / "cache")
     trainer.train(shared_settings(output, resume=True))
     for name in ("style-step00000006", "style"):
@@ -119,6 +121,19 @@ def test_a_resumed_run_writes_the_same_file_but_for_its_date(trained, shared_run
         assert all(array.tobytes() == expected[key].tobytes() for key, array in arrays.items())
         assert list(texts) == list(said) and {key for key in texts if texts[key] != said[key]} <= OF_TIME
         assert texts["ss_training_finished_at"] != said["ss_training_finished_at"]
+
+
+def test_the_first_start_is_that_of_any_file_to_share_that_can_be_read_and_else_now(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.training.sharing.time.time", lambda: 7.0)
+    state = TrainingState(6, {}, {}, {}, tmp_path / "state-00000006.safetensors")
+    assert first_start(None) == first_start(state) == 7.0
+    (tmp_path / "style-step00000006.safetensors").write_bytes(b"damaged")
+    write_checkpoint(tmp_path / "x-step00000001.safetensors", {}, {"ss_training_started_at": "nan"})
+    assert first_start(state) == 7.0
+    shutil.copy(trained / "style-step00000003.safetensors", tmp_path)
+    assert first_start(state) == float(texts_of(trained / "style.safetensors")["ss_training_started_at"])
+    write_checkpoint(tmp_path / "x-step00000006.safetensors", {}, {"ss_training_started_at": "5.5"})
+    assert first_start(state) == 5.5  # the one that was written with the state
 
 
 def test_the_same_seed_gives_the_same_hash_and_another_seed_another(settings, tmp_path):

@@ -125,7 +125,6 @@ def write(folder, **changed):
         (dict(fingerprint="[1]"), "invalid settings"),
         (dict(fingerprint='{"seed": {"a": {}}}'), "invalid settings"),
         (dict(fingerprint='{"seed": 1, "seed": 2}'), "given twice"),
-        *((dict(began=text), "invalid date") for text in ("", "now", "-1.0", "nan", "1e9", "9" * 40, "\u0661")),
         (dict(arrays={"p.a": np.zeros((2, 3), np.int8)}), "holds p.a as int8"),
         (dict(arrays={"p.a": np.full((2, 3), np.inf, np.float32)}), "not finite, the first in p.a"),
     ],
@@ -136,13 +135,6 @@ def test_an_invalid_state_is_named_and_the_one_before_it_taken(tmp_path, caplog,
     with pytest.raises(UserError, match=f"{path.name}.*{error}|{error}.*{path.name}"):
         load_state(path)
     assert load_latest_state(tmp_path).step == 5 and path.name in caplog.text
-
-
-def test_when_the_run_began_is_kept_to_the_last_digit(tmp_path):
-    for number, seconds in enumerate((1796005110.4648893, 1e9, 0.1, None)):
-        saved = state(number)
-        saved.began = seconds
-        assert load_state(save_state(tmp_path, saved)).began == seconds
 
 
 def test_changed_metadata_does_not_match_the_checksum(tmp_path):

@@ -88,7 +88,7 @@ class Graphs:
         noise = ms.ops.concat([latents] * 2, 1) if self.settings.ip_noise_gamma else latents
         text = (
             zeros(self.batch, 77, dtype=np.int32)
-            if self.settings.lora_ft_text_encoder
+            if self.settings.trains_text_encoder
             else zeros(self.batch, 77, self.config.context_dim)
         )
         batch = latents, noise, zeros(self.batch, dtype=np.int32), text

@@ -433,7 +433,7 @@ class Inspection:
             section.add("latents", f"{bytes_text(latents)} of {counted(len(cached), 'image')}")
         if not settings.cache_text:
             section.add("texts", "none: cache_text is False")
-        elif settings.lora_ft_text_encoder:
+        elif settings.trains_text_encoder:
             section.add("texts", "none: the text encoder is trained")
         else:
             size = CONTEXT_LENGTH * config.context_dim * BYTES_A_VALUE + RECORD_BYTES

@@ -51,12 +51,13 @@ from ldm.lora.algebra import (  # noqa: E402
 from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
-from ldm.lora.formats.cloneofsimo import learned_tokens, write_embedding  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.strength import Strength  # noqa: E402
 from ldm.settings.block_weights import block_weights_of_each, block_weights_setting  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
+from ldm.textual_inversion.embedding import Embedding  # noqa: E402
+from ldm.textual_inversion.formats import learned_tokens, write_embeddings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
@@ -191,7 +192,7 @@ def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: l
         write(settings.output_path, merged, base)
         print(f"{settings.output_path}: {settings.path_1} with {len(loras)} LoRA{'s' * (len(loras) > 1)} in it")
         if tokens:
-            write_embedding(embedding, np.stack([vector for _, vector in tokens]))
+            write_embeddings(embedding, [Embedding("", np.stack([vector for _, vector in tokens]))], "a1111")
             names = ", ".join(token for token, _ in tokens)
             print(f"{embedding}: {names}, in this order, as one embedding: its file name is its word in a prompt")
 

@@ -123,7 +123,7 @@ def read_lora(path: str | os.PathLike, config: ModelConfig | None = None) -> LoR
                 "file is damaged"
             )
     zeros = lora.zero_layers()
-    if len(zeros) == len(lora.layers):
+    if all(update.is_zero() for update in lora.updates().values()):
         log.warning("%s: the updates of all its %d layers are zero: it changes nothing", path, len(zeros))
     elif zeros:
         log.info("%s: the updates of %d of its %d layers are zero", path, len(zeros), len(lora.layers))
@@ -157,7 +157,7 @@ def write_lora(
             f"{', '.join(DTYPES)}"
         )
     path = Path(path)
-    if not lora.layers:
+    if not lora.updates():
         raise UserError(f"{path}: the LoRA has no layers, there is nothing to write")
     check_lora_name(path, format)
     if format == "mindone":

@@ -40,6 +40,7 @@ from ldm.lora.formats.factors import (
 from ldm.lora.formats.modules import BaseModules, Module, known_bases
 from ldm.lora.lora import LoRA, lora_metadata
 from ldm.lora.updates import LoRALayer
+from ldm.textual_inversion.formats import is_cloneofsimo_token, learned_tokens
 from ldm.weights.checkpoint import Checkpoint
 from ldm.weights.file_formats.torch_writer import write_torch
 from ldm.weights.names import LABELS, same_up_to_1x1
@@ -82,7 +83,6 @@ CHOICES = {
     ),
     "text_encoder": (("CLIPAttention",), ("CLIPAttention", "CLIPMLP")),
 }
-MAX_CHANNELS = 1 << 16  # of a learned token
 _KEY = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,6}):(up|down)\Z")
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
 
@@ -116,7 +116,7 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
         if match:
             component, index, factor = match.groups()
             keys.setdefault(component, {}).setdefault(int(index), {})[factor] = key
-        elif not _is_token(key):
+        elif not is_cloneofsimo_token(key):
             others.append(key)
     others = without_extras(others)
     if others:
@@ -206,31 +206,6 @@ def write_list(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: st
         log.info("%s: its text encoder is %s", path, text_encoder.name)
 
 
-def learned_tokens(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the textual inversion's vectors beside a LoRA, token -> (channels,) fp32, sorted by token.
-
-    Raises:
-        UserError: One is no vector of finite numbers.
-    """
-    tokens = {}
-    for token in sorted(filter(_is_token, checkpoint)):
-        dtype, shape = checkpoint.spec(token)
-        if len(shape) == 1 and shape[0] <= MAX_CHANNELS and dtype.kind == "f":
-            tokens[token] = np.array(checkpoint[token], np.float32)
-        if token not in tokens or not np.isfinite(tokens[token]).all():
-            raise UserError(
-                f"{checkpoint.path}: the learned token {plain(token)} is no vector of finite numbers: it "
-                "is damaged, or its training went wrong"
-            )
-    return tokens
-
-
-def write_embedding(path: Path, vectors: np.ndarray) -> None:
-    """Write learned tokens (tokens, channels) fp32 as a .pt for A1111's web UI: one embedding of several vectors."""
-    token_of_star = np.array(265, np.int64)
-    write_torch(path, {"string_to_token": {"*": token_of_star}, "string_to_param": {"*": vectors}, "name": ""})
-
-
 def in_order(modules: Sequence[Module], classes: Iterable[str], component: str, early: bool = True) -> list[Module]:
     """Return the modules of a component within some classes, in the order of cloneofsimo's lora.
 
@@ -263,12 +238,8 @@ def _token_arrays(path: str | os.PathLike, lora: LoRA) -> dict[str, np.ndarray]:
                 f"{path}: the learned token {plain(name)} has {len(vectors)} vectors, cloneofsimo's have one: write "
                 "kohya"
             )
-        arrays[name if _is_token(name) else f"<{name}>"] = vectors[0]
+        arrays[name if is_cloneofsimo_token(name) else f"<{name}>"] = vectors[0]
     return arrays
-
-
-def _is_token(key: str) -> bool:
-    return key.startswith("<") and key.endswith(">")
 
 
 def _read_row(checkpoint: Checkpoint, component: str, keys: Mapping[int, Mapping[str, str]]) -> list[LoRALayer]:

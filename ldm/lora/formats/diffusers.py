@@ -32,7 +32,7 @@ from ldm.lora.formats.factors import (
     warn_of_left_out_tokens,
     write_factors,
 )
-from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
+from ldm.lora.formats.keyed import FACTOR_OF_LETTER, MAGNITUDE, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.lora import LoRA, lora_metadata
@@ -55,9 +55,7 @@ OTHER_FORMATS = (
     "cond_stage_model.",
 )
 _PREFIX = re.compile(r"(unet|text_encoder)\.(.+)")
-_FACTOR = re.compile(
-    rf"(.+)\.(?:{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha)|lora_(magnitude)_vector(?:\.\w+)*)\Z"
-)
+_FACTOR = re.compile(rf"(.+)\.(?:{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|(alpha)|{MAGNITUDE})\Z")
 _BESIDE_FACTORS = re.compile(r"\.(alpha|lora_magnitude_vector(\.\w+)*)\Z")
 _ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight\Z")
 
@@ -79,9 +77,9 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     """Read an opened file. Raises UserError as `read_keyed`."""
     configs = _lora_configs(checkpoint)
 
-    def alpha(layer: str, rank: int) -> float:
+    def alpha(layer: str, rank: int | None) -> float | None:
         component = "text_encoder" if layer.startswith("encoder.") else "unet"
-        return configs[component].alpha(layer, rank) if component in configs else rank
+        return configs[component].alpha(layer, rank) if component in configs and rank is not None else rank
 
     lora = read_keyed(checkpoint, parse, table, base, alpha)
     lora.metadata.update(lora_metadata(checkpoint.metadata))
@@ -106,10 +104,12 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
             written = layer if name == "diffusers" else fold_alpha(layer)
             down, up = _keys(component, module, name, path)
             arrays[down], arrays[up] = written.down, written.up
-            if magnitudes:
+            if module in magnitudes:
                 key = down.removesuffix("lora_A.weight") + "lora_magnitude_vector"
                 arrays[key] = magnitudes[module]
-        settings = settings_of(layers, base.of_component(component), use_dora=bool(magnitudes))
+        settings = settings_of(
+            layers, base.of_component(component), use_dora=any(module in magnitudes for module in layers)
+        )
         configs.update({f"{component}.{key}": value for key, value in settings.items()})
     metadata = {"format": "pt", **lora.metadata}
     if name == "diffusers":

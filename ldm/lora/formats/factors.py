@@ -16,9 +16,11 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, Product, update_shape
+from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, Product, direction_of, update_shape
+from ldm.textual_inversion.formats import read_vectors
 from ldm.weights.arrays import Checkpoint, to_bfloat16
 from ldm.weights.checkpoint import open_checkpoint, write_checkpoint
+from ldm.weights.names import component_of
 
 # No layer of the published models is wider than 11,520. A sum of LoRAs has the sum of their ranks.
 MAX_RANK = 1 << 14
@@ -27,11 +29,11 @@ MAX_RANK = 1 << 14
 # elements.
 MAX_EXPANSION = 8
 
-# Learned tokens beside the factors, by A1111's names for them: vectors (count, channels).
+# Learned tokens beside the factors, vectors (count, channels): as in A1111's files, or by OneTrainer as `clip_l`.
 _VECTORS = "string_to_param.*"
-_BUNDLED_EMBEDDING = re.compile(rf"bundle_emb\.(.+?)\.({re.escape(_VECTORS)}|.+)\Z")
-# Bounds for learned tokens: vectors of one, and their channels.
-MAX_VECTORS, MAX_CHANNELS = 1024, 1 << 16
+_BUNDLED_EMBEDDING = re.compile(rf"bundle_emb\.(.+)\.({re.escape(_VECTORS)}|string_to_token\.\*|[^.*]+)\Z")
+_VECTORS_OF_OTHERS = ("emb_params", "clip_l")
+_BESIDE_VECTORS = ("string_to_token.*", "step", "name", "sd_checkpoint", "sd_checkpoint_name")
 # Keys beside the factors of real files that change no layer.
 _HARMLESS = re.compile(r".*embeddings[._]position_ids$|(global_step|epoch)$")
 
@@ -65,26 +67,31 @@ def without_extras(keys: Iterable[str]) -> list[str]:
 def read_embeddings(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Read the learned tokens that are bundled with a LoRA, name -> vectors (count, channels) fp32, sorted by name.
 
+    Other arrays of a token, such as OneTrainer's `clip_l_out`, are named in a warning.
+
     Raises:
-        UserError: One is no matrix of finite numbers.
+        UserError: One has no vectors of finite numbers, or more than a prompt holds, or two arrays of them.
     """
-    matches = (match for match in map(_BUNDLED_EMBEDDING.match, checkpoint) if match)
-    keys = {match[1]: match[0] for match in matches if match[2] in (_VECTORS, "emb_params")}
-    return {name: read_embedding_vectors(checkpoint, name, keys[name]) for name in sorted(keys)}
-
-
-def read_embedding_vectors(checkpoint: Checkpoint, name: str, key: str) -> np.ndarray:
-    """Read the vectors of a learned token, (count, channels) or (channels,). Raises UserError as read_embeddings."""
-    dtype, shape = checkpoint.spec(key)
-    if len(shape) in (1, 2) and 0 < shape[-1] <= MAX_CHANNELS and 0 < math.prod(shape[:-1]) <= MAX_VECTORS:
-        if dtype.kind == "f":
-            vectors = np.array(checkpoint[key], np.float32).reshape(-1, shape[-1])
-            if np.isfinite(vectors).all():
-                return vectors
-    raise UserError(
-        f"{checkpoint.path}: the learned token {plain(name)} is no matrix of finite numbers: it is damaged, or its "
-        "training went wrong"
-    )
+    keys: dict[str, str] = {}
+    unused = []
+    for match in filter(None, map(_BUNDLED_EMBEDDING.match, checkpoint)):
+        key, name, part = match.group(0, 1, 2)
+        if part == _VECTORS or part in _VECTORS_OF_OTHERS:
+            if name in keys:
+                raise UserError(
+                    f"{checkpoint.path}: {plain(keys[name])} and {plain(key)} are both the token {plain(name)}"
+                )
+            keys[name] = key
+        elif part not in _BESIDE_VECTORS:
+            unused.append(key)
+    if unused:
+        log.warning(
+            "%s: %d arrays of learned tokens are left out, such as %s: they are of a kind that is not supported",
+            checkpoint.path,
+            len(unused),
+            plain(unused[0]),
+        )
+    return {name: read_vectors(checkpoint, keys[name], name) for name in sorted(keys)}
 
 
 def embedding_arrays(lora: LoRA) -> dict[str, np.ndarray]:
@@ -192,27 +199,26 @@ def fold_alpha(layer: LoRALayer) -> LoRALayer:
 def pairs_and_magnitudes(
     lora: LoRA, base: BaseModules, path: str
 ) -> tuple[dict[str, LoRALayer], dict[str, np.ndarray]]:
-    """Return a LoRA in PEFT's form: the pairs of factors, and the magnitudes if all layers are DoRA by output.
+    """Return a LoRA in PEFT's form: the pairs of factors, and the magnitudes of networks whose layers are all DoRA.
 
     Returns:
         Canonical name -> pair, and Module.path -> magnitude (out,), or (1, out, 1, 1) of a convolution.
 
     Raises:
-        UserError: There are layers of other kinds, or both DoRA and pairs without a magnitude. `path` names the LoRA.
+        UserError: There are layers of other kinds, DoRA by input, or in one network DoRA and pairs without a magnitude.
+            `path` names the LoRA.
     """
     doras = {name: layer for name, layer in lora.layers.items() if isinstance(layer, DoRA)}
-    if not doras:
-        return lora.pairs(path), {}
+    with_dora = {component_of(name) for name in doras}
+    plain_pair = next((name for name in lora.layers if name not in doras and component_of(name) in with_dora), None)
     by_input = next((name for name, layer in doras.items() if layer.on_input), None)
-    if by_input is not None or len(doras) < len(lora.layers):
-        problem = (
-            "some of its layers are DoRA and others are not" if by_input is None else f"{by_input} is DoRA by input"
-        )
+    if by_input is not None or plain_pair is not None:
+        problem = f"{by_input} is DoRA by input" if by_input is not None else f"{plain_pair} is none beside DoRA"
         raise UserError(
-            f"{path}: {problem}, for which PEFT's form has no place: write kohya, or let "
-            "tools/lora/convert_lora.py --bake_energy 0.99 --base_ckpt make pairs of low-rank factors"
+            f"{path}: {problem}, for which PEFT's form has no place: write kohya, or let tools/lora/convert_lora.py "
+            "--bake_energy 0.99 --ckpt_path BASE make pairs of low-rank factors"
         )
-    pairs = LoRA({name: layer.direction for name, layer in doras.items()}, {}, {}, lora.biases).pairs(path)
+    pairs = replace(lora, layers={name: direction_of(layer) for name, layer in lora.layers.items()}).pairs(path)
     shapes = {name: (-1,) if pair.down.ndim == 2 else (1, -1, 1, 1) for name, pair in pairs.items()}
     return pairs, {base.by_name[name].path: layer.magnitude.reshape(shapes[name]) for name, layer in doras.items()}
 

@@ -22,14 +22,16 @@ from ldm.weights.recognise import sdxl_lora
 Parse = Callable[[str], Optional[tuple[str, str]]]
 # A base model -> its modules by the format's names.
 Table = Callable[[BaseModules], Mapping[str, Module]]
-# (the format's name of a layer, its rank) -> the alpha of a layer without an array for it.
-Alpha = Callable[[str, int], float]
+# (the format's name of a layer, its rank or None) -> the alpha of a layer without an array for it.
+Alpha = Callable[[str, Optional[int]], Optional[float]]
 # The format's name of a layer -> part -> key.
 Keys = Mapping[str, Mapping[str, str]]
 
 # PEFT's names of the two factors: A is down and B is up. The name of an adapter may stand before `weight`.
 PEFT_FACTOR = r"lora_([AB])(?:\.(?!weight)[^.]+)?\.weight"
 FACTOR_OF_LETTER = {"A": "down", "B": "up"}
+# PEFT's name of DoRA's magnitude, after which the name of an adapter and `weight` may stand.
+MAGNITUDE = r"lora_(magnitude)_vector(?:\.\w+)*"
 
 
 def read_keyed(
@@ -73,8 +75,7 @@ def read_keyed(
             raise UserError(
                 f"{path}: {name} is {update.shape}, in the model {module.shape}: it was made for another model"
             )
-        rank = update.rank if update is not None else None
-        update, bias = read_updates(checkpoint, name, parts, None if rank is None else alpha(name, rank))
+        update, bias = read_updates(checkpoint, name, parts, alpha(name, None if update is None else update.rank))
         if update is not None:
             layers[module.name] = reshape_layer(update, module.shape)
         if bias is not None:
@@ -136,26 +137,18 @@ def _best_table(
     tables: Mapping[BaseModules, Mapping[str, Module]],
 ) -> Mapping[str, Module]:
     """Return the table whose modules have the shapes of the layers, best with as many axes. UserError if none has."""
-
-    def score(base: BaseModules, updates: LayerUpdates, module: Module) -> int:
-        """Return 0 if the updates do not fit a module, more for as many axes."""
-        update, bias = updates
-        if bias is not None and base.shapes.get(f"{module.name}.bias") != bias.shape:
-            return 0
-        return 2 if update is None or update.shape == module.shape else int(update.fits(module.shape))
-
     reasons = []
     best, best_score = None, 0
     for base, modules in tables.items():
-        scores = {name: score(base, updates, modules[name]) for name, updates in shapes.items()}
-        wrong = next((name for name, points in scores.items() if not points), None)
-        if wrong is not None:
-            shape = next(update.shape for update in shapes[wrong] if update is not None)
-            reasons.append(f"{wrong} is {shape}, in {base.label} {modules[wrong].shape}")
-        elif sum(scores.values()) > best_score:
-            best, best_score = modules, sum(scores.values())
+        misfits = {name: misfit for name in shapes if (misfit := _misfit(shapes[name], modules[name], base))}
+        # A layer with as many axes as in the model counts for more.
+        score = sum(1 + (update is None or update.shape == modules[name].shape) for name, (update, _) in shapes.items())
+        if misfits:
+            reasons.append("{} {}".format(*next(iter(misfits.items()))))
+        elif score > best_score:
+            best, best_score = modules, score
     if best is None:
-        _refuse_sdxl(checkpoint, keys)
+        _refuse_sdxl(checkpoint, keys, shapes)
         raise UserError(
             f"{checkpoint.path} fits no known base model: {'; '.join(reasons)}. Name its model YAML, or take another "
             "file"
@@ -163,9 +156,23 @@ def _best_table(
     return best
 
 
-def _refuse_sdxl(checkpoint: Checkpoint, keys: Keys) -> None:
+def _misfit(updates: LayerUpdates, module: Module, base: BaseModules) -> str:
+    """Say in a few words why a layer's updates do not fit a module, "" if they do."""
+    update, bias = updates
+    if update is not None and not update.fits(module.shape):
+        return f"is {update.misfit(module.shape)}, in {base.label} {module.shape}"
+    wanted = base.shapes.get(f"{module.name}.bias")
+    if bias is not None and bias.shape != wanted:
+        return f"has a bias of {bias.shape}, in {base.label} " + (
+            "it has none" if wanted is None else f"it is {wanted}"
+        )
+    return ""
+
+
+def _refuse_sdxl(checkpoint: Checkpoint, keys: Keys, updates: Mapping[str, LayerUpdates] | None = None) -> None:
     """Raise UserError if a layer shows that the LoRA is for SDXL."""
     shapes = {name: checkpoint.shape(parts["down"]) if "down" in parts else () for name, parts in keys.items()}
+    shapes.update({name: update.shape for name, (update, _) in (updates or {}).items() if update is not None})
     sdxl = sdxl_lora(shapes)
     if sdxl:
         raise UserError(f"{checkpoint.path} is {sdxl}")

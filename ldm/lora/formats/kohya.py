@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable
 
 from ldm.lora.formats.factors import by_component, embedding_arrays, positive_alpha, to_dtype
-from ldm.lora.formats.keyed import FACTOR_OF_LETTER, PEFT_FACTOR, read_keyed
+from ldm.lora.formats.keyed import FACTOR_OF_LETTER, MAGNITUDE, PEFT_FACTOR, read_keyed
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.formats.parts import PART, part_of
 from ldm.lora.lora import LoRA, lora_metadata
@@ -39,16 +39,17 @@ VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}
 # `lora_te2_` it is the first one of SDXL. ComfyUI calls SD1.x's text encoder `clip_l`, and SD2.x's `clip_h`.
 OTHER_PREFIXES = {
     "lora_te1_": "lora_te_",
+    "lycoris_": "lora_unet_",  # LyCORIS without kohya's scripts
+    "oft_unet_": "lora_unet_",
+    "oft_te_": "lora_te_",
     "model.diffusion_model.": "diffusion_model.",
     "text_encoders.clip_l.transformer.": "text_encoder.",
     "text_encoders.clip_h.transformer.": "text_encoder.",
     "cond_stage_model.transformer.": "text_encoder.",
 }
-_FACTOR = re.compile(
-    rf"(.+)\.(?:({PART})|{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|lora_(magnitude)_vector(?:\.weight)?)\Z"
-)
-_IA3 = re.compile(r"(lora_[^.]+)\.(weight|on_input)\Z")
-_TYPICAL = re.compile(r"lora_(unet|te|te1|te2)_[^.]+\.|(diffusion_model|text_encoders)\.")
+_FACTOR = re.compile(rf"(.+)\.(?:({PART})|{PEFT_FACTOR}|lora(?:_linear_layer)?\.(down|up)\.weight|{MAGNITUDE})\Z")
+_IA3 = re.compile(r"((?:lora|lycoris)_[^.]+)\.(weight|on_input)\Z")
+_TYPICAL = re.compile(r"(lora|oft)_(unet|te|te1|te2)_[^.]+\.|lycoris_[^.]+\.|(diffusion_model|text_encoders)\.")
 _CHECKPOINT_NAMES = re.compile(r"(model\.diffusion_model|cond_stage_model)\..+\.lora_[AB]\.")
 
 log = logging.getLogger(__name__)
@@ -105,11 +106,13 @@ def _parse(key: str) -> tuple[str, str] | None:
     match = _FACTOR.match(key)
     if match is None:
         match = _IA3.match(key)
-        return None if match is None else (match[1], match[2])
+        return None if match is None else (match[1].replace("lycoris_", "lora_unet_"), match[2])
     layer, part, letter, diffusers_factor, magnitude = match.groups()
     for other, prefix in OTHER_PREFIXES.items():
         if layer.startswith(other):
             layer = prefix + layer[len(other) :]
+    if layer.startswith("lora_"):  # diffusers leaves two dots in the names of magnitudes
+        layer = layer.replace(".", "_")
     return layer, part_of(part) if part else FACTOR_OF_LETTER.get(letter) or diffusers_factor or magnitude
 
 
@@ -135,8 +138,11 @@ def _metadata(lora: LoRA) -> dict[str, str]:
         texts["ss_v2"] = str(version == "sd_v2")
     if lora.zero_terminal_snr:
         texts["ss_zero_terminal_snr"] = "True"
-    kept = dict(lora.file_metadata)
-    if kept.get("ss_network_module") != texts["ss_network_module"]:
+    kept = {key: text for key, text in lora.file_metadata.items() if key != "modelspec.hash_sha256"}
+    if kept.get("ss_network_module") == texts["ss_network_module"]:
+        # The same network: its arguments as they were given say more than the arrays do.
+        texts.update({key: text for key, text in kept.items() if key.startswith("ss_network_")})
+    else:
         kept.pop("ss_network_args", None)  # of another kind of network, which this one was made from
     return {**lora.metadata, **kept, **texts}
 

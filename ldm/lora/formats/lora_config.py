@@ -89,17 +89,19 @@ class LoraConfig:
         self._seconds_left = MAX_SECONDS
         self._patterns = {key: self._compile(key) for key in ("rank_pattern", "alpha_pattern")}
 
-    def alpha(self, module: str, rank: int) -> float:
+    def alpha(self, module: str, rank: int | None) -> float:
         """Return the alpha of a layer in this project's formula.
 
         Args:
             module: The layer's name in diffusers or transformers.
-            rank: The rank of its factors.
+            rank: The rank of its factors, None for a LoKr of two whole ones. Its alpha is its scale: alpha / r.
 
         Raises:
             UserError: The settings give the layer another rank.
         """
         expected = self._value_for("rank_pattern", module, self._numbers.r)
+        if rank is None:
+            return self._value_for("alpha_pattern", module, self._numbers.lora_alpha) / (expected or 1)
         if expected != rank:
             raise UserError(f"{self.where}: the rank of {module} is {expected:g}, but its factors have {rank}")
         alpha = self._value_for("alpha_pattern", module, self._numbers.lora_alpha)

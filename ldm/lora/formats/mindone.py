@@ -73,18 +73,23 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
 
     layers: dict[str, LayerUpdate] = {}
     biases: dict[str, Full] = {}
+    scale = settings.get("lora_scale", 1.0)
     for module, parts in keys.items():
         shapes_of(checkpoint, module, parts)
         update, bias = read_updates(checkpoint, module, parts, settings.get("lora_alpha"))
         if isinstance(update, LoRALayer):
-            update = replace(update, alpha=update.alpha * settings.get("lora_scale", 1.0))
-        for name, rows in _canonical_layers(path, module, update):
+            update = replace(update, alpha=update.alpha * scale)
+        elif scale != 1.0:
+            raise UserError(
+                f"{path}: lora_scale is {scale:g}, which only pairs of low-rank factors have: {plain(module)}"
+            )
+        for name, part_of_update, part_of_bias in _canonical_layers(path, module, update, bias):
             if name in layers or name in biases:
                 raise UserError(f"{path}: {plain(name)} is there twice, alone and in one layer with others")
-            if rows is not None:
-                layers[name] = rows
-            if bias is not None:
-                biases[name] = bias
+            if part_of_update is not None:
+                layers[name] = part_of_update
+            if part_of_bias is not None:
+                biases[name] = part_of_bias
     lora = LoRA(layers, lora_metadata(checkpoint.metadata), read_embeddings(checkpoint), biases)
     if "lora_rank" in settings and settings["lora_rank"] != max(lora.ranks(), default=0):
         raise UserError(f"{path} has lora_rank {settings['lora_rank']:g}, but its factors have {lora.ranks()}")
@@ -118,8 +123,10 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, 
     write_checkpoint(path, arrays, lora.metadata)
 
 
-def _canonical_layers(path: Path, module: str, update: LayerUpdate | None) -> list[tuple[str, LayerUpdate | None]]:
-    """Return (canonical layer name, its part of the update) for each layer that a layer of the file stands for."""
+def _canonical_layers(
+    path: Path, module: str, update: LayerUpdate | None, bias: Full | None
+) -> list[tuple[str, LayerUpdate | None, Full | None]]:
+    """Return (canonical layer name, its part of the update, of the bias) for each layer that `module` stands for."""
     weight = f"{module}.weight"
     # In the UNet mindone's names for attention are the canonical ones. In its text encoder none is.
     names = (mindone.map_key(weight) if component_of(weight) == "text_encoder" else None) or compvis.map_key(weight)
@@ -127,15 +134,18 @@ def _canonical_layers(path: Path, module: str, update: LayerUpdate | None) -> li
         raise UserError(f"{path}: {plain(module)} is no layer of Stable Diffusion 1 or 2")
     layers = [name[: -len(".weight")] for name in names]
     if len(layers) == 1:
-        return [(layers[0], update)]
-    if not isinstance(update, LoRALayer):
+        return [(layers[0], update, bias)]
+    if not (update is None or isinstance(update, LoRALayer)):
         raise UserError(f"{path}: {plain(module)} stands for {len(layers)} layers, which only low-rank factors can")
-    if update.up.shape[0] % len(layers):
-        raise UserError(
-            f"{path}: the {update.up.shape[0]} rows of {plain(module)} are not those of {len(layers)} layers"
-        )
-    rows = update.up.shape[0] // len(layers)
-    return [(name, replace(update, up=update.up[i * rows : (i + 1) * rows])) for i, name in enumerate(layers)]
+    size = len(update.up) if update is not None else len(bias.difference) if bias is not None else 0
+    if size % len(layers) or bias is not None and len(bias.difference) != size:
+        raise UserError(f"{path}: the {size} rows of {plain(module)} are not those of {len(layers)} layers")
+    parts: list[tuple[str, LayerUpdate | None, Full | None]] = []
+    for i, name in enumerate(layers):
+        rows = slice(i * size // len(layers), (i + 1) * size // len(layers))
+        of_update = None if update is None else replace(update, up=update.up[rows])
+        parts.append((name, of_update, None if bias is None else replace(bias, difference=bias.difference[rows])))
+    return parts
 
 
 def _setting(checkpoint: Checkpoint, key: str) -> float:

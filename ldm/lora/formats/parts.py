@@ -18,6 +18,7 @@ of their own parse them into these parts:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Optional
@@ -60,6 +61,15 @@ _KINDS = {
     ("oft_blocks", "rescale"): "OFT",
 }
 _NUMBERS = ("alpha", "on_input")
+# Parts that say the same thing twice, and parts that mean nothing without another.
+_EITHER = (
+    _WEIGHTS, _BIASES, ("dora_scale", "magnitude"),
+    *((f"lokr_w{half}", part) for half in "12" for part in (f"lokr_w{half}_a", f"lokr_w{half}_b", f"lokr_t{half}")),
+)  # fmt: skip
+_NEEDED = {
+    "on_input": "weight", "weight": "on_input", "rescale": "oft_blocks", "hada_t1": "hada_t2", "hada_t2": "hada_t1",
+}  # fmt: skip
+MAX_PRODUCT = 1 << 26  # values of a factor with `mid` multiplied in; the largest layer of SD1.x has 29 million
 
 # The update of a layer's weight and that of its bias. One of them may be None.
 LayerUpdates = tuple[Optional[LayerUpdate], Optional[Full]]
@@ -87,17 +97,23 @@ def shapes_of(checkpoint: Checkpoint, name: str, keys: Mapping[str, str]) -> Lay
         raise UserError(f"{path}: {plain(name)} is {' and '.join(kinds)} at once: is the file damaged?")
     if not kinds and not any(part in keys for part in _BIASES):
         raise UserError(f"{path}: {plain(name)} has {plain(', '.join(keys))} alone: the file is damaged")
+    for one, other in _EITHER:
+        if one in keys and other in keys:
+            raise UserError(f"{path}: {plain(name)} has both {one} and {other}: is the file damaged?")
+    for part, needed in _NEEDED.items():
+        if part in keys and needed not in keys:
+            raise UserError(f"{path}: {plain(name)} has {part} without {needed}: the file is damaged")
     check_types(checkpoint, name, {part: key for part, key in keys.items() if part not in _NUMBERS})
     if "down" in keys or "up" in keys or "mid" in keys:
         check_pair(path, name, keys)
-        if "mid" not in keys:
-            checked_shape(path, name, checkpoint.shape(keys["down"]), checkpoint.shape(keys["up"]))
     zero = np.zeros((), np.float32)
     zeros = {part: np.broadcast_to(zero, checkpoint.shape(key)) for part, key in keys.items() if part not in _NUMBERS}
     on_input = "on_input" in keys and bool(read_number(checkpoint, name, keys["on_input"]))
     try:
         if "mid" in zeros:  # not multiplied out: the product may be any number of times as large as the file
             zeros["down"] = np.broadcast_to(zero, _shape_with_mid(zeros["down"].shape, zeros.pop("mid").shape))
+        if "down" in zeros:
+            checked_shape(path, name, zeros["down"].shape, zeros["up"].shape)
         return _updates(zeros, None, on_input)
     except ValueError as error:
         raise UserError(f"{path}: {plain(name)}: {plain(error)}: the file is damaged") from None
@@ -154,8 +170,8 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
         factors = {part: array for part, array in arrays.items() if part.startswith(prefix)}
         if factors:
             check(shapes)
-            made = kind(factors, 1.0)
-            return replace(made, alpha=float(made.rank or 1) if alpha is None else alpha)
+            update = kind(factors, 1.0)
+            return replace(update, alpha=float(update.rank or 1) if alpha is None else alpha)
     for part in _WEIGHTS:
         if part in arrays:
             return Full(arrays[part] if part == "diff" else _vector(arrays[part], part), part)
@@ -169,8 +185,6 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
         if rescale is not None and len(rescale) != blocks.shape[0] * blocks.shape[1]:
             raise ValueError(f"rescale is {rescale.shape} beside oft_blocks {blocks.shape}")
         return OFT(blocks, 0.0 if alpha is None else alpha, rescale)
-    if arrays.keys() & {"on_input", "rescale"}:
-        raise ValueError(f"{', '.join(arrays)} alone is no update")
     return None
 
 
@@ -179,7 +193,10 @@ def _shape_with_mid(down: tuple[int, ...], mid: tuple[int, ...]) -> tuple[int, .
     is_matrix = 2 <= len(down) <= 4 and all(size == 1 for size in down[2:])
     if len(mid) != 4 or not is_matrix or mid[1] != down[0]:
         raise ValueError(f"mid {mid} does not go with down {down}")
-    return (mid[0], down[1], *mid[2:])
+    shape = (mid[0], down[1], *mid[2:])
+    if math.prod(shape) > MAX_PRODUCT:
+        raise ValueError(f"mid {mid} and down {down} make a factor of {math.prod(shape):,} values")
+    return shape
 
 
 def _vector(array: np.ndarray, name: str) -> np.ndarray:

@@ -65,9 +65,8 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
     settings = read_json(where, way="fetch it again, with the factors beside it")
     if not isinstance(settings, dict):
         raise UserError(f"{where} is no JSON object")
-    config = LoraConfig(settings, str(where))
-    lora = read_keyed(checkpoint, _parse, diffusers.table, base, config.alpha)
-    layers = {name: _scaled(layer, config) for name, layer in lora.layers.items()}
+    lora = read_keyed(checkpoint, _parse, diffusers.table, base, LoraConfig(settings, str(where)).alpha)
+    layers = {name: _scaled(layer) for name, layer in lora.layers.items()}
     return replace(lora, layers=layers, metadata=lora_metadata(checkpoint.metadata))
 
 
@@ -94,14 +93,16 @@ def write(path: str | os.PathLike, lora: LoRA, base: BaseModules, dtype: str = "
         for module, layer in layers.items():
             arrays[f"{prefix}{module}.lora_A.weight"] = layer.down
             arrays[f"{prefix}{module}.lora_B.weight"] = layer.up
-            if magnitudes:
+            if module in magnitudes:
                 arrays[f"{prefix}{module}.lora_magnitude_vector"] = magnitudes[module]
         settings = {
             "peft_type": "LORA",
             "base_model_name_or_path": None,
             "inference_mode": True,
             "task_type": None,
-            **settings_of(layers, base.of_component(component), use_dora=bool(magnitudes)),
+            **settings_of(
+                layers, base.of_component(component), use_dora=any(module in magnitudes for module in layers)
+            ),
         }
         write_factors(folder / WEIGHTS[0], arrays, {"format": "pt", **lora.metadata}, dtype)
         with writing(folder / CONFIG), atomic_path(folder / CONFIG) as temporary:
@@ -117,8 +118,9 @@ def _parse(key: str) -> tuple[str, str] | None:
     return product[1].removeprefix("text_model."), product[2]
 
 
-def _scaled(layer: LayerUpdate, config: LoraConfig) -> LayerUpdate:
-    """Multiply the scale alpha / r into a LoKr of two whole factors, for which other formats have none."""
+def _scaled(layer: LayerUpdate) -> LayerUpdate:
+    """Multiply the scale into a LoKr of two whole factors, for which other formats have none (see LoraConfig.alpha)."""
     if not isinstance(layer, LoKr) or layer.rank is not None:
         return layer
-    return replace(layer, factors={**layer.factors, "lokr_w1": layer.factors["lokr_w1"] * np.float32(config.scale)})
+    factors = {**layer.factors, "lokr_w1": layer.factors["lokr_w1"] * np.float32(layer.alpha)}
+    return replace(layer, factors=factors, alpha=1.0)

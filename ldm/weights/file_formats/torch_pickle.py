@@ -54,7 +54,6 @@ UNUSED_OBJECTS = {
     *(f"torch.{name}" for name in DTYPES),
     *(f"torch.{name}" for name in ("complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
                                    "float8_e5m2fnuz")),
-    "torch.nn.modules.container.ParameterDict",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
@@ -107,6 +106,10 @@ class _Placeholder:
 
 
 _PLACEHOLDER = _Placeholder()
+
+
+class _ParameterDict(dict):
+    """The parameters of a torch.nn.ParameterDict, in which the first textual inversions are."""
 
 
 def read_pickles(file: BinaryIO, pickles: int = 1) -> tuple[list[Any], dict[str, Storage]]:
@@ -222,9 +225,15 @@ class _Machine:
             raise Damaged("items are set in something that is not a dictionary")
 
     def _build(self) -> None:
-        self.stack.pop()  # attributes, such as the `_metadata` of a state dict
-        if not isinstance(self.stack[-1], (dict, Tensor, _Placeholder)):
+        attributes = self.stack.pop()  # such as the `_metadata` of a state dict
+        target = self.stack[-1]
+        if not isinstance(target, (dict, Tensor, _Placeholder)):
             raise Damaged("attributes are set on a value that has none")
+        if isinstance(target, _ParameterDict) and isinstance(attributes, dict):
+            parameters = attributes.get("_parameters")
+            if isinstance(parameters, dict):
+                self._count(len(parameters))
+                target.update(parameters)
 
     def _global(self) -> None:
         module, name = self._take(2)
@@ -248,6 +257,8 @@ class _Machine:
                 if isinstance(argument, (dict, list)):
                     self._count(len(argument))  # copying costs as many steps as there are items
                     self._set(_flat(argument))
+        elif function.text == _PARAMETER_DICT:
+            self.push(_ParameterDict())
         else:
             self.push(_CALLS[function.text](arguments) if function.text in _CALLS else _PLACEHOLDER)
 
@@ -381,7 +392,8 @@ _CALLS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first_argument,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
 }
-_KNOWN = {*_CALLS, *_DICTIONARIES, *STORAGES, *UNUSED_OBJECTS}
+_PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+_KNOWN = {_PARAMETER_DICT, *_CALLS, *_DICTIONARIES, *STORAGES, *UNUSED_OBJECTS}
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:

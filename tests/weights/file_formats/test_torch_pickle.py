@@ -114,6 +114,14 @@ class TestNames:
         module = b"(" + text("module") + b"ctorch.nn.modules.container\nParameterDict\n" + text("x.py") + text("...")
         assert list(tensors(b"](" + module + b"tQ)\x81}b" + tensor() + b"e")) == ["1"]
 
+    def test_a_parameter_dict_has_its_parameters(self):
+        start = b"ctorch.nn.modules.container\nParameterDict\n)\x81}("
+        parameters = text("_parameters") + b"}(" + text("*") + tensor() + b"u"
+        assert list(tensors(start + parameters + text("training") + b"\x88ub")) == ["*"]
+        assert not tensors(start + text("_parameters") + b"]" + b"ub") and not tensors(start[:-2] + b"]b")
+        with pytest.raises(Refused, match="nested in more than 32 levels"):  # it holds itself
+            tensors(start[:-2] + b"q\0}(" + text("_parameters") + b"}(" + text("*") + b"h\0uub")
+
     def test_attributes_change_no_storage(self):
         # A storage's type once could be set so after it had been checked.
         with pytest.raises(Damaged, match="attributes are set on a value that has none"):
