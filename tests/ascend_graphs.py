@@ -18,15 +18,17 @@ os.environ["MS_DEV_DUMP_IR_PASSES"] = "validate"  # the last pass that no device
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from mindspore import Parameter, Tensor, nn, ops  # noqa: E402
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops  # noqa: E402
 
 from ldm import ops as device_ops  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
+from ldm.lora.dropout import make_dropout_key  # noqa: E402
 from ldm.lora.inject import factors_cast_to, inject_lora  # noqa: E402
+from ldm.lora.new_cells import new_lora_cell  # noqa: E402
 from ldm.lora.spec import LayerSpec, LoRASpec  # noqa: E402
 from ldm.models.autoencoder import VAEDecode, VAEEncode  # noqa: E402
-from ldm.models.layers import set_compute_dtype  # noqa: E402
+from ldm.models.layers import Conv2d, Linear, set_compute_dtype  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion, build_model  # noqa: E402
 from ldm.settings.loss import LossSettings  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -154,12 +156,46 @@ def graphs_of_losses(config: ModelConfig):
         yield name, _Gradient(config, LossSettings(**settings)), inputs
 
 
+class _Kinds(nn.Cell):
+    """Linear layers and convolutions with every kind of LoRA, one after the other, and their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        key = make_dropout_key()
+        both = dict(rank_dropout=0.1, module_dropout=0.1)
+        specs = (
+            LayerSpec(2, algo="loha", **both), LayerSpec(8, algo="loha", dora_wd=True),
+            LayerSpec(1, algo="lokr", **both), LayerSpec(9, algo="lokr"), LayerSpec(2, algo="dora", **both),
+        )  # fmt: skip
+        self.dense = nn.SequentialCell([self.layer(Linear(16, 16), spec, key) for spec in specs])
+        specs = (*specs, *(replace(spec, use_tucker=True) for spec in (specs[0], specs[2], specs[4])))
+        self.convolutions = nn.SequentialCell([self.layer(Conv2d(16, 16, 3, 1, 1), spec, key) for spec in specs])
+        self.mean = device_ops.mean()
+        set_compute_dtype(self, ms.float16)
+        weights = [p for p in self.trainable_params() if ".lora_" in p.name]
+        self.gradient = ops.grad(self.loss, (0, 1), weights=ParameterTuple(weights))
+        self.set_train()
+
+    def layer(self, base: nn.Cell, spec: LayerSpec, key: Parameter) -> nn.Cell:
+        name = f"layer{len(list(self.get_parameters()))}.{id(base)}"
+        for parameter in base.get_parameters():
+            parameter.requires_grad, parameter.name = False, f"{name}.{parameter.name}"
+        return new_lora_cell(base, name, spec, LoRASpec(), key)
+
+    def loss(self, x: Tensor, images: Tensor) -> Tensor:
+        return self.mean(self.dense(x).astype(ms.float32)) + self.mean(self.convolutions(images).astype(ms.float32))
+
+    def construct(self, x: Tensor, images: Tensor):
+        return self.gradient(x, images)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     device_ops.on_ascend = lambda: True
     config = load_model_config(Path(__file__).with_name("tiny.yaml"))
     config.unet["attention_resolutions"], config.text["num_layers"] = [2], 1  # more layers add no operators
-    for name, cell, inputs in chain(graphs(config), graphs_of_updates(), graphs_of_losses(config)):
+    kinds = [("kinds of LoRA", _Kinds(), (zeros(2, 3, 16), zeros(2, 16, 8, 8)))]
+    for name, cell, inputs in chain(graphs(config), graphs_of_updates(), graphs_of_losses(config), kinds):
         ms.set_context(mode=ms.GRAPH_MODE, save_graphs=1, save_graphs_path=str(folder / name))
         try:
             cell.compile(*inputs)

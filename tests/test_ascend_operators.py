@@ -20,7 +20,7 @@ from tests.conftest import ROOT, dump_graphs, validated_graphs
 STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Switch", "TupleGetItem", "UpdateState"}
 UPDATES = tuple(f"update, {name}" for name in ("adamw", "lion", "adafactor", "adamwschedulefree", "prodigy", "limited"))
 LOSSES = tuple(f"loss, {name}" for name in ("l1", "huber", "smooth_l1"))
-GRAPHS = ("text", "encode", "decode", "unet", "train", "update", *UPDATES, *LOSSES)
+GRAPHS = ("text", "encode", "decode", "unet", "train", "update", *UPDATES, *LOSSES, "kinds of LoRA")
 PLUGINS = ("libmindspore_ops_ascend.so", "libmindspore_ascend.so.2", "ascend/libmindspore_graph_ir.so")
 
 

@@ -58,11 +58,31 @@ class StepDropout(nn.Cell):
         return kept.astype(ms.float32) * (1.0 + active.astype(ms.float32) * self.extra)
 
     def hash(self, key: Tensor, first: int, count: int, salt: Tensor) -> Tensor:
-        """Return int32 numbers (count,) of the places from `first`, whose bits are independent and even."""
+        """Return int32 numbers (count,) of the places from `first`, whose bits, but the highest, are independent."""
         h = ops.bitwise_xor(Tensor(np.arange(first, first + count, dtype=np.int32)) * self.odd[2] + key[0], salt)
         h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[0] + key[1]
         h = ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift)) * self.odd[1]
         return ops.bitwise_xor(h, ops.bitwise_right_shift(h, self.shift))
+
+
+class UnitDropout(StepDropout):
+    """Dropout of whole ranks, outputs or layers: count -> (count,) fp32 of zeros and ones.
+
+    It follows LyCORIS, which does not lift what is kept. All images of a step drop the same. It reads the same key as
+    StepDropout, and a name of its own.
+
+    Args:
+        rate: Probability that a unit is dropped.
+        name: Full name of the layer and the kind of unit.
+        key: As for StepDropout.
+    """
+
+    def construct(self, count: int) -> Tensor:
+        key = self.key
+        active = ops.not_equal(ops.bitwise_or(key[0], key[1]), 0).astype(ms.int32)
+        # As in `mask`. The highest bit of a hash itself is always 0.
+        kept = self.hash(key, 0, count, self.salts[0]) * self.odd[2] >= self.lowest + active * self.share
+        return ops.stop_gradient(kept.astype(ms.float32))
 
 
 def make_dropout_key() -> Parameter:

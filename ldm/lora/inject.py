@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,13 +10,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from ldm.errors import UserError, plain
-from ldm.lora.dropout import StepDropout, make_dropout_key
-from ldm.lora.layers import HardLoRAConv2d, LoRACell, LoRAConv2d, LoRALinear
+from ldm.lora.cell import LoRACell
+from ldm.lora.dropout import make_dropout_key
 from ldm.lora.lora import LoRA
-from ldm.lora.spec import LayerSpec, LoRASpec
+from ldm.lora.new_cells import new_lora_cell
+from ldm.lora.spec import LoRASpec
 from ldm.lora.target_layers import find_target_layers
-from ldm.lora.updates import LoRALayer
-from ldm.models.layers import Conv2d, Linear
+from ldm.lora.updates import DoRA, LayerUpdate, direction_of
 from ldm.settings.model import ModelConfig
 from ldm.weights.names import COMPONENTS, same_up_to_1x1
 
@@ -50,9 +48,10 @@ def inject_lora(model: nn.Cell, spec: LoRASpec) -> list[str]:
     if lora_cells(model):
         raise UserError("the model has LoRA layers already: call remove_lora first, or build a new model")
     targets = find_target_layers(model, spec)
-    key = make_dropout_key() if any(layer_spec.dropout for _, layer_spec in targets) else None
+    drops = any(layer.dropout or layer.rank_dropout or layer.module_dropout for _, layer in targets)
+    key = make_dropout_key() if drops else None
     for layer, layer_spec in targets:
-        _replace(layer.parent, layer.key, _lora_cell(layer.cell, layer.name, layer_spec, spec, key))
+        _replace(layer.parent, layer.key, new_lora_cell(layer.cell, layer.name, layer_spec, spec, key))
     names = [layer.name for layer, _ in targets]
     trained_base = _trained_base(model, spec, names)
     for parameter in model.get_parameters():
@@ -118,8 +117,8 @@ def get_lora(model: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[
         arrays: Parameter name -> values to use in place of the parameters, such as their moving averages.
 
     Returns:
-        The LoRA with factors (rank, in) and (out, rank) for linear layers, (rank, in, k, k) and (out, rank, 1, 1) for
-        convolutions.
+        The LoRA. Pairs of factors are (rank, in) and (out, rank) for linear layers, (rank, in, k, k) and
+        (out, rank, 1, 1) for convolutions.
 
     Raises:
         UserError: The model has no LoRA layers.
@@ -130,11 +129,8 @@ def get_lora(model: nn.Cell, config: ModelConfig | None = None, arrays: Mapping[
 
     layers = {}
     for name, cell in lora_cells(model).items():
-        down, up = value(cell.lora_down.weight), value(cell.lora_up.weight)
-        if isinstance(cell, HardLoRAConv2d):
-            down, up = down[:, :, None, None], up[:, :, None, None]
         scale = float(value(cell.lora_scale)[0]) if cell.trainable_scale else cell.scale
-        layers[name] = LoRALayer(down, up, cell.alpha * scale)
+        layers[name] = cell.layer_update({part: value(p) for part, p in cell.parts().items()}, scale)
     if not layers:
         raise UserError("the model has no LoRA layers: inject_lora comes first")
     metadata = {"architecture": config.architecture, "prediction_type": config.prediction_type} if config else {}
@@ -163,29 +159,54 @@ def set_lora(model: nn.Cell, lora: LoRA, path: str = "the LoRA") -> None:
             f"{len(missing)} of those to be trained are not in it; for example {(extra or missing)[0]}. Set "
             "lora_targets, lora_ft_unet and lora_ft_text_encoder as it was trained"
         )
-    values = []
-    for name, layer in lora.pairs(path).items():
-        cell = cells[name]
-        if not cell.scale:
-            raise UserError(f"{path} cannot be trained further at scale 0, where a LoRA has no effect: set lora_scale")
-        if layer.rank != cell.rank:
-            raise UserError(f"{path}: {name} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
-        with np.errstate(over="ignore", invalid="ignore"):  # checked below
-            up = layer.up * np.float32(layer.alpha / (cell.alpha * cell.scale))
-        if not np.isfinite(up).all():
-            raise UserError(
-                f"{path}: the factors of {plain(name)} at alpha {cell.alpha * cell.scale:g} are outside the range of "
-                "fp32: set lora_alpha and lora_scale as it was trained"
-            )
-        for parameter, array in ((cell.lora_down.weight, layer.down), (cell.lora_up.weight, up)):
-            if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
-                raise UserError(
-                    f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}: it was made for "
-                    "another model"
-                )
-            values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
+    if lora.biases:
+        raise UserError(f"{path} changes biases, such as {min(lora.biases)}, which a LoRA is not trained for here")
+    values: list[tuple[Parameter, np.ndarray]] = []
+    for name, layer in lora.layers.items():
+        values += _new_values(name, cells[name], layer, path)
     for parameter, array in values:
         parameter.set_data(Tensor(np.ascontiguousarray(array)))
+
+
+def _new_values(name: str, cell: LoRACell, layer: LayerUpdate, path: str) -> list[tuple[Parameter, np.ndarray]]:
+    """Return the values of a cell's parameters with which its update is that of `layer`. Raises UserError."""
+    direction, here = direction_of(layer), plain(name)
+    if not isinstance(direction, cell.kind) or isinstance(layer, DoRA) != cell.dora:
+        kind = f"DoRA of {cell.kind.label}" if cell.dora else cell.kind.label
+        raise UserError(
+            f"{path}: {here} is a {layer.label}, and a {kind} is trained here: set algo and dora_wd as it was trained"
+        )
+    if isinstance(layer, DoRA) and layer.on_input:
+        raise UserError(f"{path}: {here} has a magnitude for each input, and one for each output is trained here")
+    if not cell.scale:
+        raise UserError(f"{path} cannot be trained further at scale 0, where a LoRA has no effect: set lora_scale")
+    arrays = layer.arrays()
+    alpha = float(arrays.pop("alpha"))
+    if arrays.keys() != cell.parts().keys():
+        raise UserError(
+            f"{path}: {here} has the factors {', '.join(arrays)}, here they are {', '.join(cell.parts())}: set "
+            "use_tucker, factor and lora_rank as it was trained (a pair in Tucker's form is saved without it)"
+        )
+    if direction.rank not in (None, cell.rank):
+        raise UserError(f"{path}: {here} has rank {layer.rank}, here it is {cell.rank}: set lora_rank {layer.rank}")
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
+        ratio = 1 / cell.scale if direction.rank is None else alpha / (cell.alpha * cell.scale)
+        arrays[cell.rescaled] = arrays[cell.rescaled] * np.float32(ratio)
+    if not np.isfinite(arrays[cell.rescaled]).all():
+        raise UserError(
+            f"{path}: the factors of {here} at alpha {cell.alpha * cell.scale:g} are outside the range of fp32: set "
+            "lora_alpha and lora_scale as it was trained"
+        )
+    values = []
+    for part, parameter in cell.parts().items():
+        array = arrays[part].reshape(-1) if part == "dora_scale" else arrays[part]
+        if not same_up_to_1x1(array.shape, tuple(parameter.shape)):
+            raise UserError(
+                f"{path}: {parameter.name} is {array.shape}, wanted {tuple(parameter.shape)}: it was made for another "
+                "model" + (", or with another factor" if part.startswith("lokr_") else "")
+            )
+        values.append((parameter, array.reshape(parameter.shape).astype(np.float32)))
+    return values
 
 
 def lora_cells(model: nn.Cell) -> dict[str, LoRACell]:
@@ -212,8 +233,10 @@ def assert_trainable(model: nn.Cell, names: Iterable[str], trained_base: Iterabl
     parameters = list(model.get_parameters())
     if len({parameter.name for parameter in parameters}) != len(parameters):
         raise RuntimeError("two parameters of the model have the same name")
-    expected = {f"{name}.lora_{factor}.weight" for name in names for factor in ("down", "up")} | set(trained_base)
-    expected |= {f"{name}.lora_scale" for name, cell in lora_cells(model).items() if cell.trainable_scale}
+    cells = lora_cells(model)
+    expected = set(trained_base)
+    for name in names:
+        expected |= {p.name for p in cells[name].lora_parameters()} if name in cells else {f"{name}.lora_down.weight"}
     trainable = {parameter.name for parameter in parameters if parameter.requires_grad}
     if trainable != expected:
         extra, missing = sorted(trainable - expected), sorted(expected - trainable)
@@ -221,22 +244,6 @@ def assert_trainable(model: nn.Cell, names: Iterable[str], trained_base: Iterabl
             f"{len(expected)} parameters should be trainable, {len(trainable)} are: {len(extra)} should not be, "
             f"{len(missing)} are missing, for example {(extra or missing)[0]}"
         )
-
-
-def _lora_cell(base: Linear | Conv2d, name: str, layer: LayerSpec, spec: LoRASpec, key: Parameter | None) -> LoRACell:
-    """Build the LoRA layer for `base`. `key` is the model's dropout key."""
-    shape = (layer.rank, *base.weight.shape[1:])
-    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
-    down = np.random.default_rng([spec.seed, zlib.crc32(name.encode())]).uniform(-bound, bound, shape)
-    if isinstance(base, Linear):
-        cell_type: type[LoRACell] = LoRALinear
-    elif layer.hard:
-        cell_type, down = HardLoRAConv2d, down.reshape(layer.rank, -1)
-    else:
-        cell_type = LoRAConv2d
-    alpha = layer.rank if layer.alpha is None else layer.alpha
-    dropout = StepDropout(layer.dropout, name, key) if layer.dropout else None
-    return cell_type(base, down, name, alpha, layer.scale, spec.fp16, layer.trainable_scale, dropout)
 
 
 def _trained_base(model: nn.Cell, spec: LoRASpec, names: Iterable[str]) -> set[str]:

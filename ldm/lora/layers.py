@@ -2,42 +2,51 @@
 
 A LoRA layer takes the place of a Linear or Conv2d and holds it as `base`, whose parameters keep their names. The
 factors are `<layer>.lora_down.weight` and `<layer>.lora_up.weight`. A trainable scale is `<layer>.lora_scale`, of shape
-(1,). All of these are fp32 whatever type the base layer computes in, so that small updates are not lost. While they are
-trained, the factors that are only read in fp16 may be fp16 copies of fp32 values (see `factors_cast_to`).
+(1,), and DoRA's magnitudes are `<layer>.lora_dora_scale`, (out,). All of these are fp32 whatever type the base layer
+computes in, so that small updates are not lost. While they are trained, the factors that are only read in fp16 may be
+fp16 copies of fp32 values (see `factors_cast_to`). ldm.lora.product_layers has the kinds with other factors.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ldm.lora.cell import LoRACell
 from ldm.lora.dropout import StepDropout
+from ldm.lora.updates import LayerUpdate, LoRALayer, with_mid
 from ldm.models.layers import Conv2d, Linear
-from ldm.ops import cast, conv2d, fork, identity, shared_cell
+from ldm.ops import cast, conv2d, shared_cell
 
 
-class Factor(nn.Cell):
-    """One factor as `weight`, fp32 and trainable. `name` is the parameter's full name."""
+class TuckerProduct(nn.Cell):
+    """(core (r, s, k, k), matrix (s, n)) -> (r, n, k, k), the sum over s."""
 
-    def __init__(self, array: np.ndarray, name: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = Parameter(Tensor(array.astype(np.float32)), name=name)
+        self.matmul = ops.MatMul()
+
+    def construct(self, core: Tensor, matrix: Tensor) -> Tensor:
+        r, s, k, _ = core.shape
+        rows = self.matmul(core.transpose(0, 2, 3, 1).reshape(-1, s), matrix)
+        return rows.reshape(r, k, k, -1).transpose(0, 3, 1, 2)
 
 
-class LoRACell(nn.Cell):
-    """Superclass of the layers with a LoRA. `up` starts at zero, so the output is the base layer's until it is trained.
+class PairCell(LoRACell):
+    """Superclass of the layers with a pair of factors. `up` starts at zero.
 
     Args:
-        base: The layer to replace.
+        base: As in LoRACell.
         down: Initial values of the factor down.
-        name: Full name of the layer.
-        alpha: The update is multiplied by alpha / rank.
-        scale: The update is also multiplied by this.
-        fp16: Compute the update in the base layer's type instead of always in fp32.
-        trainable_scale: Train the scale, starting from `scale`.
-        dropout: Dropout on the input of the update. HardLoRAConv2d has no such input.
+        name, alpha, scale, fp16, trainable_scale, dropout, others: As in LoRACell.
+        mid: Initial values of LoCon's third factor (rank, rank, k, k), for a down (rank, in, 1, 1) (`use_tucker`).
     """
+
+    tucker: Any  # a TuckerProduct or None
+    matmul_of_delta: Any  # None without DoRA
 
     def __init__(
         self,
@@ -49,46 +58,45 @@ class LoRACell(nn.Cell):
         fp16: bool = True,
         trainable_scale: bool = False,
         dropout: StepDropout | None = None,
+        mid: np.ndarray | None = None,
+        **others: Any,
     ):
-        super().__init__()
-        self.name, self.rank, self.alpha, self.scale, self.fp16 = name, len(down), float(alpha), float(scale), fp16
-        self.trainable_scale = trainable_scale
-        self.multiplier = self.alpha / self.rank if trainable_scale else self.scale * self.alpha / self.rank
-        # Assigning a child would put the attribute's name before parameter names that are complete already.
-        self.insert_child_to_cell("base", base)
-        for key, parameter in base.parameters_and_names(expand=False):
-            self.insert_param_to_cell(key, parameter)  # so that its place in the model still agrees with its name
-        up = np.zeros((base.out_channels, self.rank, *(1,) * (down.ndim - 2)))
-        self.insert_child_to_cell("lora_down", Factor(down, f"{name}.lora_down.weight"))
-        self.insert_child_to_cell("lora_up", Factor(up, f"{name}.lora_up.weight"))
-        if trainable_scale:
-            start = Tensor(np.array([scale], np.float32))
-            self.insert_param_to_cell("lora_scale", Parameter(start, name=f"{name}.lora_scale"))
-        else:
-            self.lora_scale = None
-        self.insert_child_to_cell("lora_dropout", dropout or identity())
-        self.insert_child_to_cell("fork", fork())
-        self.set_train(base.training)
-        self.create_operators()
+        rank = len(down)
+        up = np.zeros((base.out_channels, rank, *(1,) * (down.ndim - 2)))
+        factors = {"lora_down.weight": down, "lora_up.weight": up}
+        if mid is not None:
+            factors["lora_mid.weight"] = mid
+        super().__init__(base, factors, name, rank, alpha, scale, fp16, trainable_scale, dropout, **others)
+        self.has_mid = mid is not None
+        self.matmul_of_delta = ops.MatMul() if self.dora else None
+        self.tucker = shared_cell(TuckerProduct) if self.has_mid else None
 
-    def create_operators(self) -> None:
-        """Create the operators that `construct` calls."""
-        raise NotImplementedError
+    def kept_up(self) -> Tensor:
+        """Return `up` without the ranks that this step drops."""
+        up = self.lora_up.weight
+        return up * cast(self.kept(up.shape[1]), up.dtype).reshape((1, -1) + up.shape[2:])
 
-    def lora_parameters(self) -> list[Parameter]:
-        """Return the parameters that are trained: both factors, and the scale if it is trainable."""
-        factors = [self.lora_down.weight, self.lora_up.weight]
-        return factors + [self.lora_scale] if self.trainable_scale else factors
+    def delta(self) -> Tensor:
+        up = self.kept_up() if self.drops_units else self.lora_up.weight
+        down = self.lora_down.weight
+        if self.tucker is not None:
+            down = self.tucker(self.lora_mid.weight, down.reshape(down.shape[:2]))
+        if self.trainable_scale:
+            up = up * self.lora_scale.reshape((1,) * up.ndim)
+        return self.matmul_of_delta(up.reshape(-1, self.rank), down.reshape(self.rank, -1)) * self.multiplier
 
     def factors_cast_to(self, dtype: ms.Type) -> list[Parameter]:
-        """Return the factors that `construct` casts to `dtype` wherever it uses them.
-
-        A factor that is of this type already gives the same results.
-        """
-        if not self.fp16 or self.base.dtype != dtype:
+        if not self.fp16 or self.base.dtype != dtype or self.dora:
             return []
-        # A trainable scale is multiplied into `up` before the cast.
-        return [self.lora_down.weight] if self.trainable_scale else [self.lora_down.weight, self.lora_up.weight]
+        # A trainable scale is multiplied into `up` before the cast, and a third factor into `down`.
+        downs = [] if self.has_mid else [self.lora_down.weight]
+        return downs if self.trainable_scale else [*downs, self.lora_up.weight]
+
+    def direction(self, factors: dict[str, np.ndarray], scale: float) -> LayerUpdate:
+        down, up = factors["lora_down.weight"], factors["lora_up.weight"]
+        if self.has_mid:
+            down = with_mid(down, factors["lora_mid.weight"])
+        return LoRALayer(down, up, self.alpha * scale)
 
 
 class LowRankUpdate(nn.Cell):
@@ -116,10 +124,10 @@ class LowRankUpdate(nn.Cell):
         return y + cast(update, y.dtype).reshape(y.shape)
 
 
-class LoRALinear(LoRACell):
+class LoRALinear(PairCell):
     """y = base(x) + scale * (alpha / rank) * x down^T up^T for x of shape (..., in).
 
-    down is (rank, in) and up is (out, rank). See LoRACell for the arguments.
+    down is (rank, in) and up is (out, rank). See PairCell for the arguments.
     """
 
     def create_operators(self) -> None:
@@ -127,23 +135,25 @@ class LoRALinear(LoRACell):
 
     def construct(self, x: Tensor) -> Tensor:
         x, of_update = self.fork(x)
-        return self.update(
+        y = self.update(
             self.base(x),
             self.lora_dropout(of_update),
             self.lora_down.weight,
-            self.lora_up.weight,
+            self.kept_up() if self.drops_units else self.lora_up.weight,
             self.lora_scale,
             self.multiplier,
             self.fp16,
         )
+        return self.with_magnitude(y) if self.dora else y
 
 
-class LoRAConv2d(LoRACell):
+class LoRAConv2d(PairCell):
     """y = base(x) + scale * (alpha / rank) * up(down(x)) for x of shape (N, in, H, W).
 
     down is a convolution (rank, in, k, k) with the stride and padding of the base, up is a 1x1 convolution
-    (out, rank, 1, 1), as in kohya's scripts and LoCon. lora_wrapper calls this "soft", but its up has the kernel size k
-    as well, which no single kernel could replace. See LoRACell for the arguments.
+    (out, rank, 1, 1), as in kohya's scripts and LoCon. With a third factor, its product with down (rank, in, 1, 1) is
+    that convolution. lora_wrapper calls this "soft", but its up has the kernel size k as well, which no single kernel
+    could replace. See PairCell for the arguments.
     """
 
     def create_operators(self) -> None:
@@ -155,21 +165,26 @@ class LoRAConv2d(LoRACell):
         x, of_update = self.fork(x)
         y = self.base(x)
         dtype = y.dtype if self.fp16 else ms.float32
-        hidden = self.conv_down(self.lora_dropout(of_update), self.lora_down.weight, None, dtype)
+        down = self.lora_down.weight
+        if self.tucker is not None:
+            down = self.tucker(self.lora_mid.weight, down.reshape(down.shape[:2]))
+        hidden = self.conv_down(self.lora_dropout(of_update), down, None, dtype)
+        up = self.kept_up() if self.drops_units else self.lora_up.weight
         if self.trainable_scale:
-            update = self.conv_up(hidden, self.lora_up.weight * self.lora_scale * self.multiplier, None, dtype)
+            update = self.conv_up(hidden, up * self.lora_scale * self.multiplier, None, dtype)
         else:
-            update = self.conv_up(hidden, self.lora_up.weight, None, dtype)
+            update = self.conv_up(hidden, up, None, dtype)
             if self.multiplier != 1.0:
                 update = update * self.multiplier
-        return y + cast(update, y.dtype)
+        y = y + cast(update, y.dtype)
+        return self.with_magnitude(y) if self.dora else y
 
 
-class HardLoRAConv2d(LoRACell):
+class HardLoRAConv2d(PairCell):
     """A 1x1 convolution with the kernel W + scale * (alpha / rank) * up @ down, "hard" in lora_wrapper.
 
     It needs one convolution where LoRAConv2d needs three. down is (rank, in) and up is (out, rank). The sum is computed
-    in fp32. See LoRACell for the arguments.
+    in fp32. See PairCell for the arguments.
     """
 
     def create_operators(self) -> None:
@@ -177,12 +192,16 @@ class HardLoRAConv2d(LoRACell):
         self.base.keeps_fp32 = True  # the kernel is rounded once, after the sum
 
     def construct(self, x: Tensor) -> Tensor:
-        up = self.lora_up.weight * self.multiplier
+        up = (self.kept_up() if self.drops_units else self.lora_up.weight) * self.multiplier
         if self.trainable_scale:
             up = up * self.lora_scale
         kernel = cast(self.base.weight, ms.float32)
         kernel = kernel + self.matmul(up, self.lora_down.weight).reshape(kernel.shape)
-        return self.base.conv2d(x, kernel, self.base.bias, self.base.dtype)
+        y = self.base.conv2d(x, kernel, self.base.bias, self.base.dtype)
+        return self.with_magnitude(y) if self.dora else y
 
     def factors_cast_to(self, dtype: ms.Type) -> list[Parameter]:
         return []
+
+    def direction(self, factors: dict[str, np.ndarray], scale: float) -> LayerUpdate:
+        return super().direction({part: factor[:, :, None, None] for part, factor in factors.items()}, scale)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any, Optional
 
 from ldm.errors import UserError, plain
 from ldm.files.documents import read_json, read_yaml
-from ldm.settings.declare import setting
+from ldm.settings.declare import MAX_RANK, setting
 from ldm.settings.read import check_values, read_mapping
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -33,6 +33,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 PROJECTIONS = ("proj_in", "proj_out")
 RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "op", "conv")
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + FEED_FORWARD + PROJECTIONS + RESIDUAL}
+ALGOS = ("lora", "loha", "lokr", "dora", "rslora")
 
 # Bounds for a configuration: the number of names, the characters of a name, and the size of an alpha or a scale and of
 # its inverse.
@@ -53,6 +54,13 @@ class LayerSpec:
             one form only.
         dropout: The share of the layer's inputs that the update does not see in a training step.
         lr: The learning rate of the factors and the scale. None stands for that of the network.
+        algo: The kind of update, one of ALGOS. "dora" is "lora" with `dora_wd`, "rslora" is "lora" with `rs_lora`.
+        dora_wd: Whether the norms of the weight's rows are trained by themselves (DoRA).
+        rs_lora: Whether alpha is divided by the root of the rank instead of the rank.
+        factor: LoKr: into how many parts the channels are divided, see ldm.settings.model_size.factorization.
+        use_tucker: Whether larger convolutions have a factor of their own for the kernel's pixels.
+        rank_dropout: The probability that a rank is dropped in a training step, or an output of LoHa and LoKr.
+        module_dropout: The probability that the layer's whole update is dropped in a training step.
     """
 
     rank: int = setting(4, key="r", low=0)
@@ -62,6 +70,30 @@ class LayerSpec:
     hard: bool = setting(False, zero_one=True)
     dropout: float = setting(0.0, low=0, below=1)
     lr: Optional[float] = setting(None, above=0, high=100, shown=False)  # a resumed run may change it
+    algo: str = setting("lora", choices=ALGOS)
+    dora_wd: bool = setting(False, zero_one=True)
+    rs_lora: bool = setting(False, zero_one=True)
+    factor: int = setting(-1, low=-1, high=MAX_RANK)
+    use_tucker: bool = setting(False, zero_one=True)
+    rank_dropout: float = setting(0.0, low=0, below=1)
+    module_dropout: float = setting(0.0, low=0, below=1)
+
+    def __repr__(self) -> str:
+        """Show the settings that were there from the beginning, and others that are not their defaults.
+
+        A training state holds a hash of this, so that it must stay the same for the same layers.
+        """
+        always = ("rank", "alpha", "scale", "trainable_scale", "hard", "dropout")
+        shown = [f for f in fields(self) if f.name in always or (f.repr and getattr(self, f.name) != f.default)]
+        return f"LayerSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    @property
+    def uses_dora(self) -> bool:
+        return self.dora_wd or self.algo == "dora"
+
+    @property
+    def uses_rs_lora(self) -> bool:
+        return self.rs_lora or self.algo == "rslora"
 
 
 @dataclass(frozen=True)
@@ -76,7 +108,8 @@ class LoRASpec:
     """What to inject.
 
     Attributes:
-        rank, alpha, scale, dropout: As in LayerSpec, for every layer where `modules` does not give them.
+        rank, alpha, scale, dropout, algo, dora_wd, rs_lora, factor, use_tucker, rank_dropout, module_dropout: As in
+            LayerSpec, for every layer where `modules` does not give them.
         unet, text_encoder: Which networks.
         targets: One or several of "attention" (q, k, v and output projections), "all" (also feed-forward, projections
             around the transformers, residual blocks and resampling convolutions), and the last parts of layers' names.
@@ -84,6 +117,9 @@ class LoRASpec:
         seed: The seed of the initial values.
         modules: Layers' names -> LayerSpec, in place of `targets`, as `with_config` reads them.
         trainable_model: Whether the chosen networks' own parameters are trained too.
+        conv_rank: The rank of convolutions that are larger than 1x1. It adds the residual blocks and the resampling
+            to `targets`, as kohya's conv_dim does. None: they are like all others.
+        conv_alpha: Their alpha. None stands for conv_rank.
     """
 
     rank: int = 4
@@ -97,6 +133,15 @@ class LoRASpec:
     dropout: float = 0.0
     modules: Mapping[str, LayerSpec] = field(default_factory=dict)
     trainable_model: bool = False
+    algo: str = "lora"
+    dora_wd: bool = False
+    rs_lora: bool = False
+    factor: int = -1
+    use_tucker: bool = False
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
 
     def with_config(self, config: str | Path | Mapping[str, Any]) -> LoRASpec:
         """Return this spec with the modules of a configuration.
@@ -155,14 +200,27 @@ class LoRASpec:
         _check(layer, "lora_")
         if layer.rank == 0:
             raise UserError("lora_rank: 0 is not allowed: at least 1 (4 is usual)")
-        return {name: layer for entry in self.target_list() for name in TARGETS.get(entry, (entry,))}
+        names = [name for entry in self.target_list() for name in TARGETS.get(entry, (entry,))]
+        if self.conv_rank is not None:
+            names += RESIDUAL
+        return {name: layer for name in names}
 
     def target_list(self) -> tuple[str, ...]:
         """Return the targets as a tuple, even a single one."""
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
+    def for_layer(self, layer: LayerSpec, kernel_size: int) -> LayerSpec:
+        """Return the specification of a layer with the rank and alpha of its kernel size."""
+        if self.conv_rank is None or kernel_size == 1 or self.modules:
+            return layer
+        return replace(layer, rank=self.conv_rank, alpha=self.conv_alpha)
+
     def _layer_spec(self) -> LayerSpec:
-        return LayerSpec(self.rank, self.alpha, self.scale, dropout=self.dropout)
+        return LayerSpec(
+            self.rank, self.alpha, self.scale, dropout=self.dropout, algo=self.algo, dora_wd=self.dora_wd,
+            rs_lora=self.rs_lora, factor=self.factor, use_tucker=self.use_tucker, rank_dropout=self.rank_dropout,
+            module_dropout=self.module_dropout,
+        )  # fmt: skip
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -207,6 +265,16 @@ def _check(layer: LayerSpec, prefix: str) -> None:
             f"{prefix}hard and dropout do not go together: a hard update is part of the kernel, so its inputs are the "
             "layer's own; set hard to 0"
         )
+    if layer.factor == 0:
+        raise UserError(f"{prefix}factor: 0 is not allowed: at least 1, or -1")
+    if layer.factor != -1 and layer.algo != "lokr":
+        raise UserError(f"{prefix}factor is for algo lokr, here it is {layer.algo}: leave it out")
+    if layer.algo in ("loha", "lokr"):
+        for name in ("trainable_scale", "hard"):
+            if getattr(layer, name):
+                raise UserError(f"{prefix}{name} is for pairs of factors, not for algo {layer.algo}: set it to 0")
+    if layer.hard and layer.use_tucker:
+        raise UserError(f"{prefix}hard is for 1x1 convolutions, use_tucker for larger ones: leave one of them out")
 
 
 def _read(path: Path) -> Any:

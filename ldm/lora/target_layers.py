@@ -24,6 +24,11 @@ class Layer(NamedTuple):
     key: str
     cell: nn.Cell
 
+    @property
+    def kernel_size(self) -> int:
+        """That of a convolution, 1 of a linear layer."""
+        return self.cell.kernel_size if isinstance(self.cell, Conv2d) else 1
+
 
 def find_target_layers(model: nn.Cell, spec: LoRASpec) -> list[tuple[Layer, LayerSpec]]:
     """Return the layers that get a LoRA, each with its specification.
@@ -44,9 +49,9 @@ def find_target_layers(model: nn.Cell, spec: LoRASpec) -> list[tuple[Layer, Laye
         matching.update(patterns)
         deciding.add(patterns[-1])
         components.add(component)
-        layer_spec = specs[patterns[-1]]
+        layer_spec = spec.for_layer(specs[patterns[-1]], layer.kernel_size)
         if layer_spec.rank:
-            _check_layer(layer, layer_spec, patterns[-1] if spec.modules else None)
+            _check_layer(layer, layer_spec, patterns[-1] if spec.modules else None, spec)
             targets.append((layer, layer_spec))
     for component, wanted in trained.items():
         if wanted and component not in components:
@@ -94,11 +99,13 @@ def _layers(model: nn.Cell) -> list[Layer]:
     return layers
 
 
-def _check_layer(layer: Layer, spec: LayerSpec, pattern: str | None) -> None:
+def _check_layer(layer: Layer, spec: LayerSpec, pattern: str | None, run: LoRASpec) -> None:
     """Check that a specification suits its layer. `pattern` is the name in the LoRA configuration, if there is one."""
     setting = "lora_rank" if pattern is None else f'"{plain(pattern)}": r'
+    if pattern is None and run.conv_rank is not None and layer.kernel_size != 1:
+        setting = "conv_dim"
     width = min(layer.cell.weight.shape[0], math.prod(layer.cell.weight.shape[1:]))
-    if spec.rank > width:
+    if spec.rank > width and spec.algo != "lokr":  # whose second factor is whole at large ranks
         raise UserError(f"{setting} {plain(spec.rank, 40)} is more than the width {width} of {layer.name}: lower it")
     if spec.hard and isinstance(layer.cell, Conv2d) and layer.cell.kernel_size != 1:
         size = layer.cell.kernel_size

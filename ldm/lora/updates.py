@@ -589,6 +589,13 @@ def tucker_product(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray
     return product
 
 
+def with_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
+    """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product: np.ndarray = np.einsum("rskl,si->rikl", mid, down.reshape(len(down), -1))
+    return product
+
+
 def _needed(weight: np.ndarray | None) -> np.ndarray:
     if weight is None:
         raise ValueError("this update depends on the weight")

@@ -17,6 +17,8 @@ from ldm.ops import conv2d, group_norm, layer_norm, linear, on_ascend
 class Linear(nn.Cell):
     """y = x W^T + b for x of shape (..., in_channels). `weight` is (out_channels, in_channels)."""
 
+    keeps_fp32 = False  # whether `hold_frozen_weights` must leave it, because another layer computes with the weight
+
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -35,7 +37,7 @@ class Conv2d(nn.Cell):
     `padding` is one number of pixels for all sides, or (top, bottom, left, right).
     """
 
-    keeps_fp32 = False  # whether `hold_frozen_weights` must leave it, because another layer computes with the weight
+    keeps_fp32 = False  # as in Linear
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ def hold_frozen_weights(net: nn.Cell, dtype: ms.Type) -> int:
     count = 0
     for _, cell in net.cells_and_names():
         layers = (Linear, Conv2d, GroupNorm, LayerNorm) if on_ascend() else (Linear, Conv2d)
-        if not isinstance(cell, layers) or cell.dtype != dtype or (isinstance(cell, Conv2d) and cell.keeps_fp32):
+        if not isinstance(cell, layers) or cell.dtype != dtype or getattr(cell, "keeps_fp32", False):
             continue
         for parameter in (cell.weight, cell.bias):
             if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:

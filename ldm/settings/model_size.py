@@ -99,6 +99,46 @@ class LoRASize(NamedTuple):
     inputs: int  # values that an output is computed from
     outputs: int  # channels
     in_attention: bool  # whether it is one of the group "attention" of lora_targets; all are in the group "all"
+    kernel_size: int = 1
+    in_residual: bool = False  # whether it is one of the layers that conv_dim adds
+
+    def parameters(self, algo: str, rank: int, factor: int = -1, tucker: bool = False) -> int:
+        """Return the parameters of a LoRA of this layer, without DoRA's `outputs` magnitudes.
+
+        Args:
+            algo: "lora", "loha" or "lokr".
+            rank: The rank.
+            factor: LoKr's.
+            tucker: Whether larger convolutions are in Tucker's form.
+        """
+        pixels = self.kernel_size**2
+        channels = self.inputs // pixels
+        if algo == "lokr":
+            (out1, out2), (in1, in2) = factorization(self.outputs, factor), factorization(channels, factor)
+            if rank >= max(out2, in2) / 2:
+                return out1 * in1 + out2 * in2 * pixels
+            return out1 * in1 + _pair_parameters(out2, in2, pixels, rank, tucker)
+        return (2 if algo == "loha" else 1) * _pair_parameters(self.outputs, channels, pixels, rank, tucker)
+
+
+def _pair_parameters(outputs: int, channels: int, pixels: int, rank: int, tucker: bool) -> int:
+    if tucker and pixels > 1:
+        return rank * (outputs + channels + rank * pixels)
+    return rank * (outputs + channels * pixels)
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Divide a number of channels into two factors m <= n, by the rule of LyCORIS.
+
+    Args:
+        size: The number.
+        factor: One of them if it divides the number, else the largest m that is allowed. -1: the most equal ones.
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    limit = size if factor < 0 else factor
+    m = max(i for i in range(1, int(size**0.5) + 1) if size % i == 0 and i <= limit)
+    return m, size // m
 
 
 def unet_lora_sizes(
@@ -114,11 +154,11 @@ def unet_lora_sizes(
     for part in _unet_parts(model_channels, num_res_blocks, attention_resolutions, channel_mult):
         inputs, width = part.inputs, part.outputs
         if part.kind == "residual":
-            yield LoRASize("in_layers.2", 9 * inputs, width, False)
-            yield LoRASize("emb_layers.1", 4 * model_channels, width, False)
-            yield LoRASize("out_layers.3", 9 * width, width, False)
+            yield LoRASize("in_layers.2", 9 * inputs, width, False, 3, True)
+            yield LoRASize("emb_layers.1", 4 * model_channels, width, False, 1, True)
+            yield LoRASize("out_layers.3", 9 * width, width, False, 3, True)
             if inputs != width:
-                yield LoRASize("skip_connection", inputs, width, False)
+                yield LoRASize("skip_connection", inputs, width, False, 1, True)
         elif part.kind == "transformer":
             yield LoRASize("proj_in", width, width, False)
             yield LoRASize("proj_out", width, width, False)
@@ -131,7 +171,7 @@ def unet_lora_sizes(
                 yield LoRASize("ff.net.0.proj", width, 8 * width, False)
                 yield LoRASize("ff.net.2", 4 * width, width, False)
         else:
-            yield LoRASize("op" if part.kind == "downsampling" else "conv", 9 * inputs, width, False)
+            yield LoRASize("op" if part.kind == "downsampling" else "conv", 9 * inputs, width, False, 3, True)
 
 
 def text_lora_sizes(width: int, num_layers: int, **others: Any) -> Iterator[LoRASize]:

@@ -219,7 +219,8 @@ class OptimizerSettings:
     )
     loraplus_lr_ratio: Optional[float] = _adamw_only(
         None,
-        "LoRA+: the learning rate of LoRA's up matrices is so many times that of the others; its paper takes 16",
+        "LoRA+: the learning rate of LoRA's up matrices (with loha and lokr: of the factors that start at zero) is so "
+        "many times that of the others; its paper takes 16",
         above=0,
         high=1e4,
         resume="followed",

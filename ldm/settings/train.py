@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import Optional, Union
 
 from ldm.errors import UserError
-from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.advice import AdviceSettings
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
-from ldm.settings.declare import MAX_BATCH, MAX_COUNT, MAX_RANK, input_path, names_of, setting
+from ldm.settings.declare import MAX_BATCH, MAX_COUNT, default_of, input_path, setting
 from ldm.settings.device import flash_attention_setting, jit_level_setting
+from ldm.settings.lora import LoRASettings, graph_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.optimizer import OptimizerSettings, followed_setting
@@ -20,9 +19,6 @@ from ldm.settings.samples import SampleSettings
 from ldm.settings.saving import SavingSettings
 from ldm.settings.textual_inversion import TextualInversionSettings
 from ldm.settings.validation import ValidationSettings
-
-# Settings that decide the trained weights and the compiled training step.
-graph_setting = partial(setting, resume="fixed", graph_key=True)
 
 
 @dataclass
@@ -72,49 +68,6 @@ class ModelSettings:
         group="network",
     )
 
-    use_lora: bool = graph_setting(False, "train low-rank updates (LoRA) instead of the whole UNet", group="LoRA")
-    lora_ft_unet: bool = graph_setting(True, "add LoRA to the UNet")
-    lora_ft_text_encoder: bool = graph_setting(
-        False,
-        "add LoRA to the text encoder",
-        needs="use_lora",
-        not_in_diffusers="diffusers' script trains the UNet alone",
-    )
-    lora_rank: int = graph_setting(4, "rank; a larger one learns more and makes a larger file", low=1, high=MAX_RANK)
-    lora_alpha: Optional[float] = graph_setting(
-        None, "the update is multiplied by lora_alpha / lora_rank; None: by 1", above=0, high=1e6
-    )
-    lora_scale: float = graph_setting(1.0, "a further factor of the update", above=0, high=MAX_STRENGTH)
-    lora_targets: list[str] = graph_setting(
-        ["attention"],
-        "which layers: attention (q, k, v and output projections), all (also feed-forward, projections and "
-        "convolutions), or the last parts of layers' names, such as to_q to_v",
-    )
-    lora_config: Optional[str] = input_path(
-        "JSON or YAML file with r, alpha, scale, trainable_scale, hard, dropout and lr for each module by name, "
-        "instead of lora_targets (docs/lora_toolbox.md); the settings here are the defaults",
-        resume="fixed",
-        needs="use_lora",
-        not_in_diffusers="it may train scales and drop inputs, which diffusers' script does not; use lora_targets",
-    )
-    lora_dropout: float = graph_setting(
-        0.0,
-        "share of a layer's inputs that LoRA does not see in a step",
-        low=0,
-        below=1,
-        not_in_diffusers="its masks are drawn differently",
-    )
-    lora_init_path: Optional[str] = setting(
-        None,
-        "LoRA file of any known format that training starts from; its layers and ranks must be those trained here",
-        path=True,
-        needs="use_lora",
-        set_by_comparison=True,
-    )
-    lora_fp16: bool = graph_setting(
-        True, "compute LoRA in fp16 where the network computes in fp16; its parameters stay fp32"
-    )
-
 
 @dataclass
 class TrainSettings(
@@ -130,6 +83,7 @@ class TrainSettings(
     BucketSettings,
     CaptionSettings,
     ImageSettings,
+    LoRASettings,
     TextualInversionSettings,
     ModelSettings,
 ):
@@ -285,9 +239,18 @@ class TrainSettings(
             raise UserError("use_ema does not go with adamwschedulefree, which averages the parameters: leave it out")
         if self.scale_weight_norms is not None and (self.use_ema or self.optim == "adamwschedulefree"):
             raise UserError("scale_weight_norms does not go with averages (use_ema, adamwschedulefree): leave one out")
-        for name in names_of(type(self), needs="use_lora"):
-            if getattr(self, name) and not self.use_lora:
-                raise UserError(f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else")
+        if self.scale_weight_norms is not None and self.algo in ("loha", "lokr"):
+            raise UserError(f"scale_weight_norms is for pairs of factors, not for algo {self.algo}: leave one out")
+        if self.scale_weight_norms is not None and self.use_tucker:
+            raise UserError("scale_weight_norms does not go with the third factor of use_tucker: leave one out")
+        for field in fields(self):
+            name = field.name
+            if field.metadata["needs"] == "use_lora" and not self.use_lora:
+                if getattr(self, name) and getattr(self, name) != default_of(field):
+                    raise UserError(
+                        f"{name} needs use_lora: without it the UNet is trained as a whole, and nothing else"
+                    )
+        self.check_lora()
         if self.conditioning_data_dir is not None and not self.masked_loss:
             raise UserError("conditioning_data_dir has no effect without masked_loss: give that too, or leave it out")
         if self.cache_only and not (self.cache_latents or self.cache_text):

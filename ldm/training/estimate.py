@@ -360,10 +360,15 @@ def lora_parameters(settings: TrainSettings, config: ModelConfig) -> int:
     sizes: list[LoRASize] = list(unet_lora_sizes(**config.unet)) if settings.lora_ft_unet else []
     if settings.lora_ft_text_encoder:
         sizes += text_lora_sizes(**config.text)
-    targets = settings.lora_targets
-    return settings.lora_rank * sum(
-        size.inputs + size.outputs for size in sizes if any(_is_target(size, target) for target in targets)
-    )
+    algo = settings.algo if settings.algo in ("loha", "lokr") else "lora"
+    count = 0
+    for size in sizes:
+        added = settings.conv_dim is not None and size.in_residual
+        if added or any(_is_target(size, target) for target in settings.lora_targets):
+            rank = settings.lora_rank if size.kernel_size == 1 or settings.conv_dim is None else settings.conv_dim
+            count += size.parameters(algo, rank, settings.factor, settings.use_tucker)
+            count += size.outputs if settings.dora_wd or settings.algo == "dora" else 0
+    return count
 
 
 def _is_target(size: LoRASize, target: str) -> bool:
@@ -375,8 +380,10 @@ def _notes_on_settings(settings: TrainSettings) -> Iterator[str]:
     missing = []
     if settings.lora_config is not None:
         missing.append("the layers and ranks of lora_config")
-    elif settings.use_lora and settings.lora_targets != ["attention"]:
+    elif settings.use_lora and (settings.lora_targets != ["attention"] or settings.conv_dim is not None):
         missing.append("the time, and what is kept for the gradients, of layers other than all of attention")
+    if settings.use_lora and (settings.algo not in ("lora", "rslora") or settings.dora_wd):
+        missing.append("the time and what is kept for the gradients that LoHa, LoKr and DoRA take beyond a plain LoRA")
     if settings.trains_text_encoder:
         missing.append("the text encoder's own forward and backward pass")
     if settings.mode == 1:

@@ -11,6 +11,9 @@ from ldm.settings.train import TrainSettings
 from ldm.textual_inversion.inject import NAME as LEARNED_ROWS
 from ldm.weights.names import COMPONENTS
 
+# The factors that start at zero: those whose rate LoRA+ makes larger, as that of `up`. hada_w1_a does not.
+STARTS_AT_ZERO = (".lora_up.weight", ".lora_hada_w2_a", ".lora_lokr_w2", ".lora_lokr_w2_b")
+
 
 class Rates(NamedTuple):
     """What start_learning_rate and its schedule are multiplied by.
@@ -55,7 +58,7 @@ def make_rates(settings: TrainSettings, names: Sequence[str], lora_spec: LoRASpe
         plain[name] = 1.0 if own is None else own / start
     factors = dict(plain)
     if ratio is not None:
-        factors.update({name: factor * ratio for name, factor in plain.items() if name.endswith(".lora_up.weight")})
+        factors.update({name: factor * ratio for name, factor in plain.items() if name.endswith(STARTS_AT_ZERO)})
     largest = max(factors.values())
     rates = Rates(largest, plain[names[0]], {name: factor / largest for name, factor in factors.items()})
     if settings.optim == "prodigy" and (rates.differ or largest != 1.0):

@@ -255,6 +255,15 @@ def make_lora_spec(settings: TrainSettings) -> LoRASpec:
         fp16=settings.lora_fp16,
         seed=settings.seed,
         dropout=settings.lora_dropout,
+        algo=settings.algo,
+        dora_wd=settings.dora_wd,
+        rs_lora=settings.rs_lora,
+        factor=settings.factor,
+        use_tucker=settings.use_tucker,
+        rank_dropout=settings.rank_dropout,
+        module_dropout=settings.module_dropout,
+        conv_rank=settings.conv_dim,
+        conv_alpha=settings.conv_alpha,
     )
     return spec if settings.lora_config is None else spec.with_config(under_root(settings.lora_config))
 

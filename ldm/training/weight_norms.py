@@ -14,6 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError, plain
 from ldm.lora.inject import lora_cells
+from ldm.lora.layers import PairCell
 from ldm.training.optimizer_arrays import OptimizerArrays, SplitFlat
 from ldm.training.step_operators import copy_into, each, stack
 
@@ -36,9 +37,16 @@ class NormLimit(NamedTuple):
 
 
 def norm_limit(model: nn.Cell, limit: float) -> NormLimit:
-    """Return the limit for all LoRA layers of a model. Raises UserError if one has a trainable scale."""
+    """Return the limit for all LoRA layers of a model, with DoRA for its pair of factors.
+
+    Raises:
+        UserError: A layer has no plain pair of factors, or a trainable scale.
+    """
     layers = []
     for name, cell in lora_cells(model).items():
+        if not isinstance(cell, PairCell) or cell.has_mid:
+            what = "third factor (use_tucker)" if isinstance(cell, PairCell) else cell.kind.label
+            raise UserError(f"scale_weight_norms does not go with the {what} of {plain(name)}: leave one out")
         if cell.trainable_scale:
             raise UserError(f"scale_weight_norms does not go with the trainable_scale of {plain(name)}: leave one out")
         layers.append((cell.lora_down.weight, cell.lora_up.weight, cell.multiplier))

@@ -13,7 +13,6 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.inject import inject_lora
-from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
 from ldm.settings.model_size import text_parameters, unet_parameters
@@ -31,6 +30,7 @@ from ldm.training.estimate import (
     report,
 )
 from ldm.training.optimizers import make_optimizer
+from ldm.training.setup import make_lora_spec
 from ldm.training.trainer import train
 from tests.conftest import ROOT
 
@@ -252,16 +252,17 @@ def test_each_optimizer_has_its_number_of_arrays(name):
         {"lora_targets": ["to_q", "attn2.to_v"]},
         {"lora_ft_text_encoder": True, "lora_targets": ["all"]},
         {"lora_ft_unet": False, "lora_ft_text_encoder": True},
+        {"algo": "dora", "conv_dim": 2},
+        {"algo": "loha", "conv_dim": 3, "use_tucker": True, "lora_ft_text_encoder": True},
+        {"algo": "lokr", "lora_targets": ["all"], "use_tucker": True, "dora_wd": True},
+        {"algo": "lokr", "lora_rank": 8, "factor": 4, "conv_dim": 64},
     ],
 )
 @pytest.mark.parametrize("model", ["nano", "mnist"])
 def test_the_parameters_of_a_lora_are_counted_before_it_is_built(model, given):
     settings = made(**given)
     network = build_model(CONFIGS[model], random=False)
-    inject_lora(network, LoRASpec(
-        rank=settings.lora_rank, targets=tuple(settings.lora_targets), unet=settings.lora_ft_unet,
-        text_encoder=settings.lora_ft_text_encoder,
-    ))  # fmt: skip
+    inject_lora(network, make_lora_spec(settings))
     assert lora_parameters(settings, CONFIGS[model]) == sum(p.size for p in network.trainable_params())
 
 
@@ -271,6 +272,8 @@ def test_a_larger_lora_adds_itself_its_gradients_and_its_moments():
     assert estimated(lora_rank=64).seconds == estimated().seconds
     assert any("layers other than all of attention" in note for note in estimated(lora_targets=["all"]).notes)
     assert any("text encoder's own" in note for note in estimated(lora_ft_text_encoder=True).notes)
+    assert any("layers other than all of attention" in note for note in estimated(conv_dim=4).notes)
+    assert any("LoHa, LoKr and DoRA take" in note for note in estimated(dora_wd=True).notes)
     assert any("ranks of lora_config" in note for note in estimated(lora_config="modules.json").notes)
 
 

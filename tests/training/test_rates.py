@@ -58,3 +58,23 @@ def test_a_module_of_a_lora_config_has_its_own_rate():
 def test_a_rate_is_no_part_of_what_a_resumed_run_must_have():
     spec, other = (LoRASpec().with_config({"x": {"r": 2, **rate}}) for rate in ({}, {"lr": 1e-3}))
     assert repr(spec.modules) == repr(other.modules)
+
+
+def test_lora_plus_is_for_the_factors_that_start_at_zero():
+    parts = (
+        "hada_w1_a",
+        "hada_w1_b",
+        "hada_w2_a",
+        "hada_w2_b",
+        "lokr_w1",
+        "lokr_w2",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "dora_scale",
+    )
+    names = [UNET + part for part in parts]
+    rates = make_rates(TrainSettings(use_lora=True, loraplus_lr_ratio=16), names, LoRASpec())
+    assert {part for part, name in zip(parts, names) if rates.factors[name] == 1.0} == {
+        "hada_w2_a", "lokr_w2", "lokr_w2_b",
+    }  # fmt: skip
+    assert rates.shown == 1.0 and rates.factors[names[0]] == 1 / 16

@@ -5,11 +5,15 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
+from ldm.errors import UserError
+from ldm.lora.new_cells import new_lora_cell
+from ldm.lora.spec import LayerSpec, LoRASpec
+from ldm.models.layers import Conv2d
 from ldm.runtime.device import setup_runtime
 from ldm.training.optimizer_arrays import OptimizerArrays
-from ldm.training.weight_norms import LimitNorms, NormLimit
+from ldm.training.weight_norms import LimitNorms, NormLimit, norm_limit
 
 # down and up of a linear layer, of a convolution and of a wide layer; a parameter of no layer
 SHAPES = ((2, 9), (7, 2), (2, 3, 3, 3), (5, 2, 1, 1), (4, 200), (30, 4), (6,))
@@ -53,3 +57,22 @@ def test_factors_are_scaled_where_the_norm_is_above_the_limit(large):
     np.testing.assert_array_equal(limited["p0"], values[0])
     np.testing.assert_array_equal(limited["p6"], values[6])
     assert not np.array_equal(limited["p3"], values[3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (LayerSpec(1, algo="loha"), "does not go with the LoHa of layer"),
+        (LayerSpec(1, algo="lokr"), "the LoKr of layer"),
+        (LayerSpec(1, use_tucker=True), "the third factor .use_tucker. of layer"),
+        (LayerSpec(1, trainable_scale=True), "the trainable_scale of layer"),
+    ],
+)
+def test_layers_without_a_plain_pair_of_factors_are_refused(layer, words):
+    net = nn.SequentialCell([new_lora_cell(Conv2d(4, 4, 3), "layer", layer, LoRASpec(), None)])
+    with pytest.raises(UserError, match=f"scale_weight_norms.*{words}"):
+        norm_limit(net, 1.0)
+    plain = nn.SequentialCell(
+        [new_lora_cell(Conv2d(4, 4, 3), "layer", LayerSpec(2, 1.0, algo="dora"), LoRASpec(), None)]
+    )
+    assert [multiplier for _, _, multiplier in norm_limit(plain, 1.0).layers] == [0.5]

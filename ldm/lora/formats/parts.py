@@ -40,6 +40,7 @@ from ldm.lora.updates import (
     loha_shape,
     lokr_shape,
     update_shape,
+    with_mid,
 )
 from ldm.weights.checkpoint import Checkpoint
 
@@ -162,7 +163,7 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
     if "down" in arrays:
         down = arrays["down"]
         if "mid" in arrays:
-            down = _with_mid(down, arrays["mid"])
+            down = with_mid(down, arrays["mid"])
         update_shape(down.shape, arrays["up"].shape)
         return LoRALayer(down, arrays["up"], float(len(down) if alpha is None else alpha))
     for kind, prefix, check in ((LoHa, "hada_", loha_shape), (LoKr, "lokr_", lokr_shape)):
@@ -187,15 +188,8 @@ def _direction(arrays: Mapping[str, np.ndarray], alpha: float | None, on_input: 
     return None
 
 
-def _with_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
-    """Multiply LyCORIS's third factor (rank, rank, k, k) into down (rank, in[, 1, 1]): (rank, in, k, k)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        product: np.ndarray = np.einsum("rskl,si->rikl", mid, down.reshape(len(down), -1))
-    return product
-
-
 def _shape_with_mid(down: tuple[int, ...], mid: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of `_with_mid`, given those of its arguments. Raises ValueError if they do not go together."""
+    """Return the shape of `with_mid`, given those of its arguments. Raises ValueError if they do not go together."""
     is_matrix = 2 <= len(down) <= 4 and all(size == 1 for size in down[2:])
     if len(mid) != 4 or not is_matrix or mid[1] != down[0]:
         raise ValueError(f"mid {mid} does not go with down {down}")

@@ -19,6 +19,7 @@ from ldm.files.paths import writing
 from ldm.runtime.script import at_interrupt, was_interrupted
 from ldm.training.metrics_file import Metrics
 from ldm.training.own_files import make_room
+from ldm.training.rates import STARTS_AT_ZERO
 from ldm.training.report.facts import begin_session, describe_run, device_peak_memory, now, peak_memory
 from ldm.training.report.page import GENERATOR, report_page
 from ldm.training.report.records import FACTS, PARTS, RunRecord, read_facts, read_record
@@ -168,7 +169,7 @@ class Reports:
         tags: dict[str, float] = {}
         for name, factor in rates.factors.items():
             tag = "lr/textencoder" if name.startswith(COMPONENTS["text_encoder"]) else "lr/unet"
-            if not name.endswith(".lora_up.weight"):  # whose rate LoRA+ makes larger
+            if not name.endswith(STARTS_AT_ZERO):  # whose rate LoRA+ makes larger
                 tags.setdefault(tag, factor * rates.largest / rates.shown)
         return tags
 
