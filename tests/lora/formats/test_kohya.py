@@ -259,7 +259,7 @@ def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
 ])  # fmt: skip
 def test_a_third_factor_of_another_model(tmp_path, monkeypatch, width, rank, says):
     """It is not multiplied out: its product may be any number of times as large as the file."""
-    monkeypatch.setattr(parts, "_with_mid", None)
+    monkeypatch.setattr(parts, "with_mid", None)
     arrays = {
         f"{CONV}.lora_down.weight": normal(1, width),
         f"{CONV}.lora_mid.weight": normal(rank, 1, 3, 3),

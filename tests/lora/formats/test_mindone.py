@@ -194,7 +194,7 @@ class TestOtherKinds:
             read_lora(tmp_path / "lora.ckpt")
 
     def test_a_third_factor_that_would_fill_the_memory(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(parts, "_with_mid", None)
+        monkeypatch.setattr(parts, "with_mid", None)
         arrays = {
             f"{TO_Q}.lora_down.weight": normal(1, 8_200), f"{TO_Q}.lora_mid.weight": normal(8_200, 1, 1, 1),
             f"{TO_Q}.lora_up.weight": normal(1, 8_200),
