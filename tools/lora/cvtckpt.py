@@ -83,7 +83,8 @@ def embed(settings: Settings) -> None:
     """Write the base model with the LoRA beside its weights."""
     with claim_checkpoint(settings.out_ckpt, "--out_ckpt"):
         loras = read_loras(settings)
-        lora = weighted_sum(loras)
+        # One LoRA as it is may be of any kind. Only pairs of low-rank factors have a sum and a strength in a file.
+        lora = loras[0][0] if len(loras) == 1 and loras[0][1] == Strength() else weighted_sum(loras)
         with open_as_single_file(settings.model_ckpt, settings.out_ckpt) as base:
             if split_embedded(base)[1] is not None:
                 raise UserError(f"{settings.model_ckpt} has a LoRA in it: merge adds to it, extract takes it out")
