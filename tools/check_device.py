@@ -112,13 +112,5 @@ def compute(settings: Settings, folder: Path) -> None:
     graphs.compute(settings.graphs, runtime, folder)
 
 
-def _script() -> None:
-    """Run the tool as a script. A check that fails is a result, not an error, and has exit code 1."""
-    code = main()
-    sys.stdout.flush()
-    if code:
-        sys.exit(code)
-
-
 if __name__ == "__main__":
-    run_script(_script)
+    run_script(main)

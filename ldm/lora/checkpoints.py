@@ -23,11 +23,10 @@ from ldm.settings.model import model_metadata
 from ldm.weights.arrays import ArraysInMemory, Checkpoint, RenamedCheckpoint
 from ldm.weights.names import KeyMap, component_of, source_shape
 
-# The parts of a layer's LoRA as EmbeddedArrays and mindone name them.
-_OWN_PART = r"lora_down\.weight|lora_up\.weight|alpha"
-# As lora_wrapper names them, where A is down. The last two are the factors of its soft convolutions.
+# The parts of a layer's LoRA as lora_wrapper names them, where A is down. The last two are the factors of its soft
+# convolutions.
 _WRAPPER_PART = r"lora_A|lora_B|lora_scale|lora_A\.weight|lora_B\.weight"
-_PART = re.compile(rf"(.+)\.({_OWN_PART}|{_WRAPPER_PART})$")
+_PART = re.compile(rf"(.+)\.(?:({mindone.LAYER_PART})|{_WRAPPER_PART})$")
 _INNER_LAYERS = ("base_layer", "linear", "conv")  # where lora_wrapper and mindone put a wrapped layer's own parameters
 
 
@@ -75,9 +74,10 @@ class MergedArrays(RenamedCheckpoint):
 
 
 class EmbeddedArrays(RenamedCheckpoint):
-    """A base model's arrays, followed by the factors of a LoRA in fp32.
+    """A base model's arrays, followed by those of a LoRA's layers in fp32, in the names of ldm.lora.formats.mindone.
 
-    They are `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and `<layer>.alpha`. `key_map` is that of `base`.
+    They are `<layer>.lora_down.weight`, `<layer>.lora_up.weight` and `<layer>.alpha` for low-rank factors. `key_map` is
+    that of `base`.
 
     Raises:
         UserError: A layer of the LoRA has no array of its shape.
@@ -86,13 +86,9 @@ class EmbeddedArrays(RenamedCheckpoint):
     def __init__(self, base: Checkpoint, key_map: KeyMap, lora: LoRA):
         super().__init__(base, {name: name for name in base})
         _check_fits(base, key_map, lora)
-        factors: dict[str, np.ndarray] = {}
-        for name, layer in lora.pairs().items():
-            factors[f"{name}.lora_down.weight"] = layer.down.astype(np.float32)
-            factors[f"{name}.lora_up.weight"] = layer.up.astype(np.float32)
-            factors[f"{name}.alpha"] = np.array(layer.alpha, np.float32)
-        in_memory = ArraysInMemory(factors)
-        self.sources.update({name: (in_memory, name) for name in factors})
+        arrays = {name: array.astype(np.float32) for name, array in mindone.layer_arrays(lora).items()}
+        in_memory = ArraysInMemory(arrays)
+        self.sources.update({name: (in_memory, name) for name in arrays})
 
 
 def split_embedded(checkpoint: Checkpoint) -> tuple[Checkpoint, LoRA | None]:
@@ -119,7 +115,7 @@ def split_embedded(checkpoint: Checkpoint) -> tuple[Checkpoint, LoRA | None]:
     }
     lora_names = {name: name for name in checkpoint if name in parts or name in mindone.SETTINGS}
     base_names = {own_names.get(name, name): name for name in checkpoint if name not in lora_names}
-    if any(match.group(2).startswith(("lora_down", "lora_up")) for match in parts.values()):
+    if any(match.group(2) for match in parts.values()):
         lora = mindone.read(RenamedCheckpoint(checkpoint, lora_names))
     else:
         layers = {module: _wrapper_layer(checkpoint, module) for module in sorted(modules)}

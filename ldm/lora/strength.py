@@ -44,7 +44,7 @@ class Strength:
     def of_layer(self, name: str) -> float:
         """Return the strength for a layer or parameter, given its canonical name."""
         strength = self.text_encoder if component_of(name) == "text_encoder" else self.unet
-        return strength if self.blocks is None else strength * self.blocks.of_block(_block_of(name))
+        return strength if self.blocks is None else strength * self.blocks.of_block(block_of_parameter(name))
 
     def check(self, path: str) -> None:
         """Raise UserError for a strength that is not finite. `path` names the LoRA in the error."""
@@ -55,7 +55,7 @@ class Strength:
     def check_model(self, parameters: Iterable[str], path: str, model: str = "the model") -> None:
         """Raise UserError for block weights that do not suit a model, given the canonical names of its parameters."""
         if self.blocks is not None:
-            found = {_block_of(name) for name in parameters} - {None, BASE}
+            found = {block_of_parameter(name) for name in parameters} - {None, BASE}
             self.blocks.check_model(in_order(block for block in found if block), model, f"{path}: block weights")
 
     def check_lora(self, lora: LoRA, path: str) -> None:
@@ -65,9 +65,9 @@ class Strength:
         """
         if self.blocks is None or self.blocks.count is None:
             return
-        attention = {_block_of(name) for name in lora.updates() if ".transformer_blocks." in name}
+        attention = {block_of_parameter(name) for name in lora.updates() if ".transformer_blocks." in name}
         if lora.metadata.get("architecture") == "nano" or attention - {*SD_ATTENTION_BLOCKS}:
-            own = spans(block for name in lora.updates() if (block := _block_of(name)))
+            own = spans(block for name in lora.updates() if (block := block_of_parameter(name)))
             raise UserError(
                 f'{path}: block weights "{plain(self.blocks.text, 60)}": {self.blocks.count} numbers are for the '
                 f"blocks of Stable Diffusion, the LoRA is for another model and has {own}: name its blocks instead, "
@@ -78,7 +78,7 @@ class Strength:
         """Say in the log which layers of a LoRA the block weights do not name or do not reach."""
         if self.blocks is None:
             return
-        blocks = [_block_of(name) for name in lora.updates()]
+        blocks = [block_of_parameter(name) for name in lora.updates()]
         own = in_order(block for block in blocks if block)
         if self.blocks.count:
             named = dict(self.blocks.factors)
@@ -112,7 +112,7 @@ class Strength:
         return text if self.blocks is None else f"{text}, blocks {self.blocks.text}"
 
 
-def _block_of(name: str) -> str | None:
+def block_of_parameter(name: str) -> str | None:
     """Return the block of a layer or parameter, given its canonical name. BASE is the text encoder."""
     if component_of(name) == "text_encoder":
         return BASE

@@ -6,8 +6,9 @@
     if __name__ == "__main__":
         run_script(main)
 
-Exit codes: 0 for success, 2 for a UserError or an error of the operating system, 130, 143 and 129 for Ctrl-C, `kill`
-and a closed terminal. Any other exception is a fault of the program and keeps its traceback.
+Exit codes: 0 for success, what `main` returns for a result that is no success, 2 for a UserError or an error of the
+operating system, 130, 143 and 129 for Ctrl-C, `kill` and a closed terminal. Any other exception is a fault of the
+program and keeps its traceback.
 
 MindSpore takes Ctrl-C from Python while it runs a graph, and Python handles no signal while MindSpore compiles. So the
 signals are blocked in all threads, and a thread of this module waits for them. Threads inherit the blocked signals from
@@ -79,12 +80,16 @@ def start_script() -> None:
     sys.excepthook = _excepthook
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call a script's `main` and end the process with the exit codes of this module."""
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call a script's `main` and end the process with the exit codes of this module.
+
+    A number that `main` returns is the exit code, such as 1 for a comparison that finds a difference.
+    """
     start_script()
+    code = None
     try:
         with _end_if_interrupted():
-            main()
+            code = main()
             sys.stdout.flush()
     except UserError as error:
         _fail(error)
@@ -103,6 +108,8 @@ def run_script(main: Callable[[], None]) -> None:
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN if number in ignored_signals else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
+    if code:
+        sys.exit(code)
 
 
 def describe_progress(describe: Callable[[], str] | None) -> None:

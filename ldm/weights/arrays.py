@@ -86,6 +86,10 @@ class Checkpoint(Arrays):
     format: str
     metadata: dict[str, str]
 
+    def stored_type(self, name: str) -> str:
+        """Return the name of the element type in the file, such as "bfloat16", which reading may widen."""
+        return self.spec(name)[0].name
+
 
 class CheckpointView(Checkpoint):
     """Arrays from other places, under names of its own.
@@ -241,6 +245,10 @@ class CheckpointFile(Checkpoint):
     def spec(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         entry = self._entries[name]
         return np.dtype("<f4") if entry.dtype in WIDENED else entry.dtype, entry.shape
+
+    def stored_type(self, name: str) -> str:
+        dtype = self._entries[name].dtype
+        return dtype.names[0] if dtype.names else dtype.name
 
     def release(self, name: str) -> None:
         """Let the system drop the pages of the array. Reading it again reads the disk."""

@@ -8,7 +8,7 @@ from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
 from ldm.lora.extract import extract_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.strength import Strength
-from ldm.lora.updates import LoRALayer
+from ldm.lora.updates import IA3, DoRA, LoHa, LoRALayer
 from ldm.settings.block_weights import BlockWeights
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
@@ -141,6 +141,20 @@ class TestMerging:
 
 
 class TestEmbedding:
+    def test_of_other_kinds_gives_both_back_bit_for_bit(self, base, tmp_path):
+        loha = {
+            "hada_w1_a": normal(6, 2), "hada_w1_b": normal(2, 6), "hada_w2_a": normal(6, 2), "hada_w2_b": normal(2, 6)
+        }  # fmt: skip
+        layers = {TO_Q: DoRA(layer(TO_Q), np.abs(normal(8))), Q: LoHa(loha, 3.0), CONV: IA3(normal(5), False, 4)}
+        lora = LoRA(layers)
+        path = tmp_path / f"both{base.path.suffix}"
+        write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), lora), base.metadata)
+        alone, found = split_embedded(open_checkpoint(path))
+        assert list(alone) == list(base) and found.updates().keys() == lora.updates().keys()
+        for name, update in lora.updates().items():
+            for part, array in update.arrays().items():
+                np.testing.assert_array_equal(array.reshape(-1), found.updates()[name].arrays()[part].reshape(-1))
+
     def test_and_taking_out_gives_both_back_bit_for_bit(self, base, lora, tmp_path):
         path = tmp_path / f"both{base.path.suffix}"
         write_checkpoint(path, EmbeddedArrays(base, map_base_model(base), lora), base.metadata)

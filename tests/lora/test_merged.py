@@ -7,10 +7,10 @@ from mindspore import Tensor
 
 from ldm.errors import UserError
 from ldm.lora.lora import LoRA
-from ldm.lora.merge import merge_lora
+from ldm.lora.merge import Update, add_updates, merge_lora
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
-from ldm.lora.updates import LoRALayer
+from ldm.lora.updates import IA3, OFT, DoRA, Full, LoRALayer
 from ldm.settings.block_weights import BlockWeights
 from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
 
@@ -364,3 +364,68 @@ def test_without_a_range_the_time_steps_of_the_training_decide(loras):
 def test_an_empty_or_impossible_range_is_refused(ends):
     with pytest.raises(UserError, match="start must be at least 0 and below end"):
         SamplingRange.from_ends(*ends)
+
+
+@pytest.fixture
+def other_kinds():
+    """Two LoRAs of kinds that depend on the weight, and one of pairs and biases, on layers that they share."""
+    magnitude = 1 + np.abs(normal(8))
+    return {
+        "dora": LoRA({TO_Q: DoRA(linear(8, 8), magnitude), CONV: IA3(0.1 * normal(8), True, 4)}),
+        "oft": LoRA({TO_Q: OFT(normal(4, 2, 2)), TO_K: DoRA(linear(6, 8), 1 + np.abs(normal(6)), on_input=True)}),
+        "pairs": LoRA({TO_Q: linear(8, 8)}, {}, {}, {CONV: Full(normal(8), "diff_b")}),
+    }
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+@pytest.mark.parametrize("with_file", [False, True])
+def test_kinds_that_depend_on_the_weight_are_exchanged_and_switched(small_net, other_kinds, dtype, with_file):
+    """Each is applied to the sum of the weight and those before it, whatever was merged before."""
+    for parameter in small_net.get_parameters():
+        parameter.set_dtype(dtype)
+    base = weights_of(small_net)
+    files = {name: array.astype(np.float32) for name, array in base.items()}
+    merged = MergedLoRAs(small_net, file_of(files)[0] if with_file else None)
+
+    def wanted(**strengths):
+        result = dict(base)
+        for name in base:
+            updates = [
+                Update(other_kinds[lora].updates()[name], strength, lora)
+                for lora, strength in strengths.items()
+                if strength and name in other_kinds[lora].updates()
+            ]
+            if updates:
+                result[name] = add_updates(files[name], updates, base[name].dtype)
+        return result
+
+    def assert_weights(weights):
+        for name, array in weights_of(small_net).items():
+            assert array.tobytes() == weights[name].tobytes(), name
+
+    for strengths in (
+        {"dora": 1.0},
+        {"pairs": 0.5, "dora": 0.7},
+        {"dora": 0.7, "pairs": 0.5, "oft": 1.0},
+        {"oft": -0.5},
+    ):
+        merged.set(chosen(other_kinds, **strengths))
+        assert_weights(wanted(**strengths))
+    merged.set(chosen(other_kinds, dora=0.7, oft=1.0, pairs=0.5))
+    merged.switch((False, True, True))
+    assert_weights(wanted(dora=0.0, oft=1.0, pairs=0.5))
+    merged.switch((True, True, False))
+    assert_weights(wanted(dora=0.7, oft=1.0, pairs=0.0))
+    merged.set([])
+    assert_weights(base)
+
+
+def test_a_dora_that_leaves_the_range_of_fp16_is_named(small_net):
+    for parameter in small_net.get_parameters():
+        parameter.set_dtype(ms.float16)
+    merged = MergedLoRAs(small_net)
+    too_large = LoRA({TO_Q: DoRA(linear(8, 8), np.full(8, 1e6, np.float32))})
+    before = weights_of(small_net)
+    with pytest.raises(UserError, match="big at strength 1: the sum with .*to_q is outside the range of float16"):
+        merged.set([MergedLoRA("big", too_large, Strength())])
+    assert_unchanged(small_net, before)

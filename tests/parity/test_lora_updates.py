@@ -27,7 +27,7 @@ from ldm.lora.formats.modules import known_bases  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.merge import Update, add_updates  # noqa: E402
 from ldm.lora.updates import DoRA, LoKr, LoRALayer  # noqa: E402
-from ldm.weights.checkpoint import write_checkpoint  # noqa: E402
+from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 NANO = known_bases()[2]
 # diffusers' names of layers of the nano model: linear with and without a bias, 1x1 and 3x3 convolutions, a norm.
@@ -131,6 +131,10 @@ def test_lycoris(tmp_path, kind, path):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=BOUND * np.abs(wanted).max())
 
     write_lora(tmp_path / "b.safetensors", lora, "kohya", NANO.config)
+    written = read_checkpoint(tmp_path / "b.safetensors")[0]
+    written = {key.removeprefix(f"{name}."): torch.tensor(array) for key, array in written.items()}
+    if kind != "LoCon, Tucker":  # whose third factor is multiplied in
+        assert written.keys() == arrays.keys() and not theirs.load_state_dict(written, strict=False).missing_keys
     write_lora(tmp_path / "b.ckpt", lora)
     for file in ("b.safetensors", "b.ckpt"):
         again = read_lora(tmp_path / file, NANO.config).updates()
@@ -187,6 +191,9 @@ PEFT_KINDS = {
     "LoKr": peft.LoKrConfig(r=4, alpha=2, decompose_factor=4, target_modules=[]),
     "LoKr, Tucker": peft.LoKrConfig(r=4, alpha=2, decompose_factor=4, use_effective_conv2d=True, target_modules=[]),
     "LoKr, both whole": peft.LoKrConfig(r=400, alpha=2, target_modules=[]),
+    "LoKr, both whole, with patterns": peft.LoKrConfig(
+        r=400, alpha=2, target_modules=[], alpha_pattern={"attn2.to_k": 7}, rank_pattern={"conv1": 600}
+    ),
     "LoKr, both factored": peft.LoKrConfig(r=2, alpha=3, decompose_factor=8, decompose_both=True, target_modules=[]),
 }
 

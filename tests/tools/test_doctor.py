@@ -13,7 +13,7 @@ from ldm.lora.updates import DoRA, LoRALayer, weight_norms
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from tests.lora.formats.files import random_lora
 from tools.lora.diagnosis.facts import trigger_words
-from tools.lora.diagnosis.strengths import findings, layer_strengths, strength_table
+from tools.lora.diagnosis.update_norms import findings, norm_table, update_norms
 from tools.lora.doctor import main
 
 SD1, _, NANO = known_bases()
@@ -57,6 +57,7 @@ def test_the_page_of_a_file(tmp_path, capsys):
     ({"modelspec.trigger_phrase": " a zwx dog ", "ss_tag_frequency": '{"a": {"b": 1}}'}, ["a zwx dog"]),
     ({"ss_tag_frequency": '{"a": {"one": 1, "two": 2}, "b": {"one": 2}}'}, ["one", "two"]),
     ({"ss_tag_frequency": "{"}, []), ({"ss_tag_frequency": "[1]"}, []), ({"ss_tag_frequency": '{"a": {"b": []}}'}, []),
+    ({"ss_tag_frequency": '{"a": {"b": Infinity}}'}, []),
     ({}, []),
 ])  # fmt: skip
 def test_trigger_words(metadata, words):
@@ -69,20 +70,26 @@ def test_dead_and_exploding_layers_are_named():
     for name, factor in ((names[0], 0.0), (names[1], 1e6)):
         layer = lora.layers[name]
         lora.layers[name] = LoRALayer(layer.down, layer.up * np.float32(factor), layer.alpha)
-    found = findings(lora, layer_strengths(lora))
-    assert any(line.startswith("1 layers are dead") and names[0] in line for line in found)
-    assert any(line.startswith("1 layers are exploding") and names[1] in line for line in found)
+    found = findings(lora, update_norms(lora))
+    assert any(line.startswith("1 of the layers: dead") and names[0] in line for line in found)
+    assert any(line.startswith("1 of the layers: exploding") and names[1] in line for line in found)
 
 
 def test_the_norms_are_those_of_the_dense_updates():
     lora = random_lora(NANO, rank=2, alpha=1.0, only="proj_in")
-    for name, strength in layer_strengths(lora).items():
+    for name, strength in update_norms(lora).items():
         update = lora.updates()[name].delta()
         assert strength.update == pytest.approx(np.sqrt(np.sum(update.astype(np.float64) ** 2)), rel=1e-6)
-    table = strength_table(layer_strengths(lora))
+    table = norm_table(update_norms(lora))
     assert (
         len(table) == len({line.split()[0] for line in table}) and sum(line.endswith("#" * 24) for line in table) == 1
     )
+
+
+def test_the_type_in_the_file_is_named(tmp_path, capsys):
+    write_lora(tmp_path / "a.safetensors", random_lora(SD1, rank=1, only="to_q"), "kohya", dtype="bf16")
+    main([str(tmp_path / "a.safetensors")])
+    assert "bfloat16" in capsys.readouterr().out
 
 
 def test_kinds_that_need_the_base_model_say_so():
@@ -90,7 +97,7 @@ def test_kinds_that_need_the_base_model_say_so():
     name, pair = next(iter(random_lora(NANO, rank=1, only="attn1.to_q").layers.items()))
     pair = LoRALayer(pair.down[:, :64], pair.up[:64], 1.0)
     lora = LoRA({name: DoRA(pair, weight_norms(weight).reshape(-1))})
-    assert not layer_strengths(lora)
+    assert not update_norms(lora)
     assert any("DoRA" in line and "--base" in line for line in findings(lora, {}))
 
 

@@ -37,6 +37,7 @@ from ldm.lora.algebra import check_sum, weighted_sum  # noqa: E402
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
 from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats.factors import warn_of_left_out_tokens  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.strength import Strength  # noqa: E402
 from ldm.settings.block_weights import block_weights_of_each, block_weights_setting  # noqa: E402
@@ -82,12 +83,14 @@ def embed(settings: Settings) -> None:
     """Write the base model with the LoRA beside its weights."""
     with claim_checkpoint(settings.out_ckpt, "--out_ckpt"):
         loras = read_loras(settings)
-        lora = weighted_sum(loras)
+        # One LoRA as it is may be of any kind. Only pairs of low-rank factors have a sum and a strength in a file.
+        lora = loras[0][0] if len(loras) == 1 and loras[0][1] == Strength() else weighted_sum(loras)
         with open_as_single_file(settings.model_ckpt, settings.out_ckpt) as base:
             if split_embedded(base)[1] is not None:
                 raise UserError(f"{settings.model_ckpt} has a LoRA in it: merge adds to it, extract takes it out")
             key_map = map_base_model(base)
             check_block_weights(loras, key_map, settings)
+            warn_of_left_out_tokens(settings.out_ckpt, lora, "a base model")
             embedded = EmbeddedArrays(base, key_map, lora)
             write_checkpoint(settings.out_ckpt, embedded, {**base.metadata, **lora.metadata})
         print(f"{settings.out_ckpt}: {settings.model_ckpt} and beside it {lora}")
@@ -135,6 +138,8 @@ def merge(settings: Settings) -> None:
             check_block_weights(added, key_map, settings)
             loras += added
         check_sum(loras)
+        for lora, _ in loras:
+            warn_of_left_out_tokens(settings.out_ckpt, lora, "a base model")
         write_base_model(settings.out_ckpt, MergedArrays(base, key_map, loras), checkpoint)
         sources = f"{'the LoRA inside it and ' if embedded is not None else ''}{len(settings.lora_ckpt)} LoRA files"
         print(f"{settings.out_ckpt}: {settings.model_ckpt} with {sources} merged")

@@ -4,7 +4,7 @@
     python tools/lora/doctor.py style.safetensors --base models/sd_v1.5.safetensors --prompt "a dog"
 
 The page names the format, the kinds of layers, the base model, the trigger words and how it was trained, then the
-strength of each block's update and layers that are dead or exploding. With a base model, one prompt is drawn without
+norm of each block's update and layers that are dead or exploding. With a base model, one prompt is drawn without
 the LoRA, with it, and with it written to and read from each format that it could be shared in. The images are in
 output_path.
 """
@@ -25,6 +25,7 @@ from ldm.runtime.script import run_script, start_script  # noqa: E402
 if __name__ == "__main__":
     start_script()
 
+from ldm.errors import plain  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.files.paths import MAX_STRENGTH, under_root  # noqa: E402
 from ldm.lora.formats import lora_files, read_lora  # noqa: E402
@@ -38,7 +39,7 @@ from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
 from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names import CanonicalArrays  # noqa: E402
 from tools.lora.diagnosis.facts import facts, trigger_words  # noqa: E402
-from tools.lora.diagnosis.strengths import findings, layer_strengths, strength_table  # noqa: E402
+from tools.lora.diagnosis.update_norms import findings, norm_table, update_norms  # noqa: E402
 
 PLAIN_PROMPT = "a photo of a dog"  # where neither the user nor the file gives words
 
@@ -72,24 +73,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             claims.enter_context(claim_file(settings.output_path / "grid.png", "--output_path"))
         lora = read_lora(path, config)
         print("\n".join(facts(path, lora)))
-        show_strengths(str(path), lora, settings.base)
+        show_norms(str(path), lora, settings.base)
         if settings.base is not None:
             show_effect(settings, path)
         else:
             print("\ngive --base to see whether it has an effect and works elsewhere")
 
 
-def show_strengths(path: str, lora: LoRA, base_path: str | None) -> None:
-    """Print the strength of each block, and what is wrong with layers."""
+def show_norms(path: str, lora: LoRA, base_path: str | None) -> None:
+    """Print how much each block is changed, and what is wrong with layers."""
     base = None
     if base_path is not None:
         checkpoint = open_base_model(base_path)
         base = CanonicalArrays(checkpoint, map_base_model(checkpoint))
         match_shapes({name: base.shape(name) for name in base}, lora).require(path)
-    strengths = layer_strengths(lora, base)
-    print("\nstrength of each block's update")
-    print("\n".join(strength_table(strengths)))
-    print("\n".join(findings(lora, strengths) or ["no layer is dead or exploding"]))
+    norms = update_norms(lora, base)
+    print("\nhow much each block is changed, at strength 1")
+    print("\n".join(norm_table(norms)))
+    print("\n".join(findings(lora, norms) or ["no layer is dead or exploding"]))
 
 
 def show_effect(settings: Settings, path: Path) -> None:
@@ -103,9 +104,8 @@ def show_effect(settings: Settings, path: Path) -> None:
     lora = select_lora(pipeline.config, path)
     metadata = open_checkpoint(lora_files(path)[0]).metadata
     prompt = settings.prompt or ", ".join([*lora.embeddings, *trigger_words(metadata)[:1]]) or PLAIN_PROMPT
-    print(
-        f'\ndrawing "{prompt}" at strength {settings.strength:g}, {settings.sampling_steps} steps, seed {settings.seed}'
-    )
+    how = f"strength {settings.strength:g}, {settings.sampling_steps} steps, seed {settings.seed}"
+    print(f'\ndrawing "{plain(prompt)}" at {how}')
     drawn = list(draw(pipeline, lora, prompt, settings.strength, settings.sampling_steps, settings.seed))
     files = save_images(drawn, settings.output_path)
     draw_grid([prompt], {title: [file] for title, file in files.items()}, settings.output_path / "grid.png")

@@ -24,7 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 
-from ldm.errors import UserError  # noqa: E402
+from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.outputs import claim_new  # noqa: E402
 from ldm.files.paths import path_and_strengths  # noqa: E402
 from ldm.lora.algebra import (  # noqa: E402
@@ -50,16 +50,16 @@ from ldm.lora.algebra import (  # noqa: E402
 )
 from ldm.lora.checkpoints import MergedArrays  # noqa: E402
 from ldm.lora.claims import claim_base, claim_checkpoint, claim_lora  # noqa: E402
-from ldm.lora.formats import DTYPES, FORMATS, lora_files, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats import DTYPES, FORMATS, read_lora, write_lora  # noqa: E402
+from ldm.lora.formats.factors import warn_of_left_out_tokens  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.strength import Strength  # noqa: E402
 from ldm.settings.block_weights import block_weights_of_each, block_weights_setting  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from ldm.textual_inversion.embedding import Embedding  # noqa: E402
-from ldm.textual_inversion.formats import learned_tokens, write_embeddings  # noqa: E402
+from ldm.textual_inversion.formats import write_embeddings  # noqa: E402
 from ldm.weights.base_model import map_base_model, open_base_model  # noqa: E402
-from ldm.weights.checkpoint import open_checkpoint  # noqa: E402
 from ldm.weights.names.tables import TEXT_PREFIX  # noqa: E402
 from ldm.weights.rewrite import write_base_model, write_fp16_file  # noqa: E402
 
@@ -147,7 +147,7 @@ def read_loras(paths: list[str], settings: Settings) -> list[tuple[LoRA, Strengt
     for text, default, weights in zip(paths, _default_strengths(len(paths), settings), blocks):
         path, numbers = path_and_strengths(text, "LoRA")
         lora = read_lora(path)
-        lora = lora if settings.with_text_lora else lora.only("unet")
+        lora = lora if settings.with_text_lora else replace(lora.only("unet"), embeddings=lora.embeddings)
         loras.append((lora, Strength.from_numbers(numbers, default, weights)))
     for text, (lora, strength) in zip(paths, loras):
         print(f"{text}: {lora}; strength {strength}")
@@ -185,29 +185,33 @@ def add_to_base(settings: Settings, loras: list[tuple[LoRA, Strength]], paths: l
     one_file = settings.mode == "upl-ckpt-v2"
     tokens = []
     if one_file:
-        tokens = read_tokens(paths, width=base.shape(key_map.sources[TOKEN_EMBEDDING].name)[1])
+        width = base.shape(key_map.sources[TOKEN_EMBEDDING].name)[1]
+        tokens = read_tokens([lora for lora, _ in loras], paths, width)
+    else:
+        for lora, _ in loras:
+            warn_of_left_out_tokens(settings.output_path, lora, "a base model")
     embedding = settings.output_path.with_suffix(".pt")
     with claim_new(embedding, "--output_path") if tokens else nullcontext():
         write = write_fp16_file if one_file else write_base_model
         write(settings.output_path, merged, base)
         print(f"{settings.output_path}: {settings.path_1} with {len(loras)} LoRA{'s' * (len(loras) > 1)} in it")
         if tokens:
-            write_embeddings(embedding, [Embedding("", np.stack([vector for _, vector in tokens]))], "a1111")
+            write_embeddings(embedding, [Embedding("", np.concatenate([vectors for _, vectors in tokens]))], "a1111")
             names = ", ".join(token for token, _ in tokens)
             print(f"{embedding}: {names}, in this order, as one embedding: its file name is its word in a prompt")
 
 
-def read_tokens(paths: list[str], width: int) -> list[tuple[str, np.ndarray]]:
-    """Return (token, vector (width,)) for the learned tokens in the files of LoRAs, in order."""
+def read_tokens(loras: list[LoRA], paths: list[str], width: int) -> list[tuple[str, np.ndarray]]:
+    """Return (token, vectors (count, width)) for the learned tokens of LoRAs, given with their paths, in order."""
     tokens = []
-    for file in (file for path in paths for file in lora_files(path_and_strengths(path, "LoRA")[0])):
-        for token, vector in learned_tokens(open_checkpoint(file)).items():
-            if vector.shape != (width,):
+    for path, lora in zip(paths, loras):
+        for token, vectors in lora.embeddings.items():
+            if vectors.shape[1] != width:
                 raise UserError(
-                    f"{file}: the learned token {token} has {len(vector)} numbers, the base model's tokens have "
-                    f"{width}: it was made for another model (--mode upl leaves tokens out)"
+                    f"{path}: the learned token {plain(token)} has {vectors.shape[1]} numbers, the base model's tokens "
+                    f"have {width}: it was made for another model (--mode upl leaves tokens out)"
                 )
-            tokens.append((token, vector))
+            tokens.append((token, vectors))
     return tokens
 
 

@@ -36,7 +36,8 @@ from ldm.weights.names import component_of, compvis, mindone
 SETTINGS = ("lora_rank", "lora_alpha", "lora_scale")  # entries for the whole file
 # IA3's `weight` would be that of a frozen layer.
 _IA3 = {"ia3_weight": "weight", "ia3_on_input": "on_input"}
-_FACTOR = re.compile(rf"(.+)\.({PART}|{'|'.join(_IA3)})\Z")
+LAYER_PART = rf"{PART}|{'|'.join(_IA3)}"  # a pattern of what follows a layer's name
+_FACTOR = re.compile(rf"(.+)\.({LAYER_PART})\Z")
 
 log = logging.getLogger(__name__)
 
@@ -98,29 +99,31 @@ def read(checkpoint: Checkpoint, base: BaseModules | None = None) -> LoRA:
 
 def write(path: str | os.PathLike, lora: LoRA, base: BaseModules | None = None, dtype: str = "fp32") -> None:
     """Write a .ckpt or .safetensors, with the factors in "fp32", "fp16" or "bf16". `base` is not needed."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays = {**layer_arrays(lora), **embedding_arrays(lora)}
     alphas = {layer.alpha if isinstance(layer, LoRALayer) else None for layer in lora.layers.values()}
     common = alphas.pop() if len(alphas) == 1 else None
-    ia3 = {part: name for name, part in _IA3.items()}
-    for name, layer in lora.layers.items():
-        for part, array in layer.arrays().items():
-            if part == "alpha":
-                if common is None:
-                    arrays[f"{name}.alpha"] = array
-            elif isinstance(layer, IA3):
-                arrays[f"{name}.{ia3[part]}"] = to_dtype(array, dtype, f"{path}: {name}")
-            else:
-                arrays[f"{name}.{part}"] = to_dtype(array, dtype, f"{path}: {name}")
-    for name, bias in lora.biases.items():
-        arrays[f"{name}.diff_b"] = to_dtype(bias.difference, dtype, f"{path}: {name}")
-    for name, vectors in embedding_arrays(lora).items():
-        arrays[name] = to_dtype(vectors, dtype, f"{path}: {name}")
     if common is not None:
+        arrays = {name: array for name, array in arrays.items() if not name.endswith(".alpha")}
         arrays["lora_alpha"] = np.array(common, np.float64)
+    # Scalars are fp64, in which an alpha is what it was.
+    arrays = {
+        name: to_dtype(array, dtype, f"{path}: {name}") if array.ndim else array for name, array in arrays.items()
+    }
     if lora.ranks():
         arrays["lora_rank"] = np.array(max(lora.ranks()), np.int64)
     arrays["lora_scale"] = np.array(1.0, np.float64)
     write_checkpoint(path, arrays, lora.metadata)
+
+
+def layer_arrays(lora: LoRA) -> dict[str, np.ndarray]:
+    """Return the arrays of all layers and biases by their names in a file, each layer with its alpha."""
+    ia3 = {part: name for name, part in _IA3.items()}
+    arrays = {}
+    for name, layer in lora.layers.items():
+        for part, array in layer.arrays().items():
+            arrays[f"{name}.{ia3[part] if isinstance(layer, IA3) else part}"] = array
+    arrays.update({f"{name}.diff_b": bias.difference for name, bias in lora.biases.items()})
+    return arrays
 
 
 def _canonical_layers(

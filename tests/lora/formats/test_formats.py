@@ -364,6 +364,16 @@ class TestDamage:
         np.testing.assert_array_equal(lora.embeddings["cat"], vectors)
         np.testing.assert_array_equal(lora.embeddings["my dog"], vectors[:1])
 
+    def test_bundles_of_other_programs(self, tmp_path, name, caplog):
+        """OneTrainer's name of the vectors, a name with dots, and arrays of a kind that is not supported."""
+        vectors = np.ones((2, 768), np.float32)
+        extra = {"bundle_emb.v1.5 cat.clip_l": vectors, "bundle_emb.v1.5 cat.clip_l_out": vectors}
+        lora = read_lora(save(tmp_path, {**pair(name), **extra}))
+        assert list(lora.embeddings) == ["v1.5 cat"]
+        assert "1 arrays of learned tokens are left out, such as bundle_emb.v1.5 cat.clip_l_out" in caplog.text
+        again = {**extra, "bundle_emb.v1.5 cat.emb_params": vectors}
+        refused(save(tmp_path, {**pair(name), **again}), "are both the token v1.5 cat")
+
     @pytest.mark.parametrize("vectors", [
         np.ones((1, 2, 768), np.float32), np.full((1, 768), np.nan, np.float32), np.ones((0, 768), np.float32),
         np.ones((2, 768), np.int32), np.float32(1), np.ones((1025, 8), np.float32),
@@ -495,6 +505,24 @@ OTHERS = {
         "a pair of factors and LoHa at once",
     ),
     "a norm's weight for a linear layer": ("lora_unet_X_to_q.w_norm", "not one number for each channel"),
+    "both of two": ("lora_unet_X_to_q.diff lora_unet_X_to_q.w_norm", "has both diff and w_norm"),
+    "two biases": ("lora_unet_X_to_q.diff_b lora_unet_X_to_q.b_norm", "has both diff_b and b_norm"),
+    "two magnitudes": (
+        "lora_unet_X_to_q.lora_down.weight lora_unet_X_to_q.lora_up.weight lora_unet_X_to_q.dora_scale "
+        "lora_unet_X_to_q.lora_magnitude_vector",
+        "has both dora_scale and magnitude",
+    ),
+    "a whole and a factored half": (
+        "lora_unet_X_to_q.lokr_w1 lora_unet_X_to_q.lokr_w1_b lora_unet_X_to_q.lokr_w2",
+        "has both lokr_w1 and lokr_w1_b",
+    ),
+    "half of IA3": ("lora_unet_X_to_q.on_input lora_unet_X_to_k.diff", "has on_input without weight"),
+    "one core of two": (
+        "lora_unet_X_to_q.hada_w1_a lora_unet_X_to_q.hada_w1_b lora_unet_X_to_q.hada_w2_a lora_unet_X_to_q.hada_w2_b "
+        "lora_unet_X_to_q.hada_t1",
+        "has hada_t1 without hada_t2",
+    ),
+    "T-LoRA": ("lora_unet_X_to_q.q_layer.weight lora_unet_X_to_q.lambda_layer", "T-LoRA"),
     "OFT of PEFT": ("base_model.model.Y.to_q.oft_R.weight", "OFT in another form"),
     "IA3 of PEFT": ("base_model.model.Y.to_q.ia3_l", "IA3 in PEFT's form"),
     "biases": ("unet.Y.to_q.lora_A.weight unet.Y.to_q.lora_B.weight unet.Y.to_q.lora_B.bias", "with biases"),

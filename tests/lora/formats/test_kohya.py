@@ -11,6 +11,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import DETECTORS, base_of, detect_format, kohya, parts, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
+from ldm.lora.updates import OFT, DoRA
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 from ldm.weights.hashes import sshs_hashes
 from tests.lora.formats.files import random_lora
@@ -258,7 +259,7 @@ def test_an_alpha_that_fp32_does_not_hold(tmp_path, alpha):
 ])  # fmt: skip
 def test_a_third_factor_of_another_model(tmp_path, monkeypatch, width, rank, says):
     """It is not multiplied out: its product may be any number of times as large as the file."""
-    monkeypatch.setattr(parts, "_with_mid", None)
+    monkeypatch.setattr(parts, "with_mid", None)
     arrays = {
         f"{CONV}.lora_down.weight": normal(1, width),
         f"{CONV}.lora_mid.weight": normal(rank, 1, 3, 3),
@@ -328,3 +329,61 @@ def test_what_a_file_says_for_others_is_kept_and_what_the_network_says_is_writte
     for found, said in ((arrays, texts), (half, again)):
         assert sshs_hashes(found, said).items() <= said.items()
     assert {key for key in texts if texts[key] != again[key]} == {"sshs_model_hash"}  # the file is small
+
+
+class TestOtherNames:
+    """Names of keys that other programs give, of the layer `to_q` in the first block."""
+
+    def arrays(self, **parts):
+        return {"lora_down.weight": normal(4, 320), "lora_up.weight": normal(320, 4), **parts}
+
+    @pytest.mark.parametrize("magnitude", [
+        f"{LAYER}.dora_scale", f"{LAYER}.lora_magnitude_vector", f"{LAYER}.lora_magnitude_vector.weight",
+        f"{LAYER}.lora_magnitude_vector.default.weight", f"{LAYER[: -len('_to_q')]}.to_q.lora_magnitude_vector",
+    ])  # fmt: skip
+    def test_of_a_magnitude(self, tmp_path, magnitude):
+        pair = {f"{LAYER}.{part}": array for part, array in self.arrays().items()}
+        (layer,) = read(
+            tmp_path, {**pair, magnitude: np.arange(1, 321, dtype=np.float32).reshape(-1, 1)}
+        ).layers.values()
+        assert isinstance(layer, DoRA) and not layer.on_input and layer.magnitude[2] == 3
+
+    @pytest.mark.parametrize("prefix", ["lycoris_", "oft_unet_"])
+    def test_of_prefixes(self, tmp_path, prefix):
+        name = LAYER.replace("lora_unet_", prefix)
+        lora = read(tmp_path, {f"{name}.oft_blocks": normal(32, 10, 10), f"{name}.alpha": np.array(0.001)})
+        assert [type(layer) for layer in lora.layers.values()] == [OFT] and list(lora.layers)[0].endswith("attn1.to_q")
+
+    def test_a_magnitude_of_another_length(self, tmp_path):
+        pair = {f"{LAYER}.{part}": array for part, array in self.arrays(dora_scale=normal(319, 1)).items()}
+        with pytest.raises(UserError, match=r"to_q is \(319,\), in SD1.x \(320, 320\)"):
+            read(tmp_path, pair)
+
+    @pytest.mark.parametrize(
+        "layer, says",
+        [
+            (LAYER, "to_q has a bias of .*, in SD1.x it has none"),
+            (CONV, r"conv1 has a bias of \(321,\), in SD1.x it is \(320,\)"),
+        ],
+    )
+    def test_a_bias_that_is_not_the_models(self, tmp_path, layer, says):
+        with pytest.raises(UserError, match=says):
+            read(tmp_path, {f"{layer}.diff_b": normal(320 if layer == LAYER else 321)})
+
+    def test_biases_alone_are_a_lora(self, tmp_path, caplog):
+        lora = read(tmp_path, {f"{CONV}.diff_b": normal(320)})
+        assert not lora.layers and len(lora.biases) == 1 and "zero" not in caplog.text
+        write_lora(tmp_path / "again.ckpt", lora)
+        assert list(read_lora(tmp_path / "again.ckpt").biases) == list(lora.biases)
+
+    def test_a_conversion_keeps_the_arguments_of_the_network(self, tmp_path):
+        arguments = json.dumps({"conv_dim": "2", "conv_alpha": "1", "loraplus_lr_ratio": "16"})
+        metadata = {
+            "ss_network_module": "networks.lora", "ss_network_args": arguments, "ss_network_dim": "8",
+            "modelspec.hash_sha256": "0xab",
+        }  # fmt: skip
+        lora = read(tmp_path, {f"{LAYER}.{part}": array for part, array in self.arrays().items()}, metadata)
+        write_lora(tmp_path / "again.safetensors", lora, "kohya")
+        written = read_checkpoint(tmp_path / "again.safetensors")[1]
+        assert written["ss_network_args"] == arguments and written["ss_network_dim"] == "8"
+        assert "modelspec.hash_sha256" not in written

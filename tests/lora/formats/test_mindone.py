@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.formats import parts, read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import match_lora
@@ -163,6 +163,45 @@ class TestAlphas:
         write_checkpoint(tmp_path / "lora.safetensors", {**pair(TO_Q), f"{TO_Q}.alpha": alpha})
         with pytest.raises(UserError, match=f"lora.safetensors: {TO_Q}"):
             read_lora(tmp_path / "lora.safetensors")
+
+
+class TestOtherKinds:
+    LOHA = {
+        "hada_w1_a": np.ones((8, 1), np.float32), "hada_w1_b": np.ones((1, 4), np.float32),
+        "hada_w2_a": np.ones((8, 1), np.float32), "hada_w2_b": np.ones((1, 4), np.float32),
+    }  # fmt: skip
+
+    def test_a_scale_that_only_pairs_have(self, tmp_path):
+        arrays = {f"{TO_Q}.{part}": array for part, array in self.LOHA.items()}
+        write_checkpoint(tmp_path / "lora.ckpt", {**arrays, "lora_scale": np.array(1.0)})
+        assert read_lora(tmp_path / "lora.ckpt").layers[TO_Q].delta().max() == 1
+        write_checkpoint(tmp_path / "lora.ckpt", {**arrays, "lora_scale": np.array(0.5)})
+        with pytest.raises(UserError, match="lora_scale is 0.5, which only pairs"):
+            read_lora(tmp_path / "lora.ckpt")
+
+    def test_a_bias_of_three_layers_in_one_is_split_like_its_factors(self, tmp_path):
+        fused = f"{TEXT}transformer_layer.resblocks.3.attn.attn.in_proj"
+        arrays = {
+            f"{fused}.lora_down.weight": normal(2, 4), f"{fused}.lora_up.weight": normal(12, 2),
+            f"{fused}.diff_b": np.arange(12, dtype=np.float32),
+        }  # fmt: skip
+        write_checkpoint(tmp_path / "lora.ckpt", arrays)
+        lora = read_lora(tmp_path / "lora.ckpt")
+        biases = [lora.biases[f"{TEXT_LAYER}{part}_proj"].difference for part in "qkv"]
+        np.testing.assert_array_equal(np.concatenate(biases), np.arange(12))
+        write_checkpoint(tmp_path / "lora.ckpt", {**arrays, f"{fused}.diff_b": np.zeros(9, np.float32)})
+        with pytest.raises(UserError, match="the 12 rows of .*in_proj are not those of 3 layers"):
+            read_lora(tmp_path / "lora.ckpt")
+
+    def test_a_third_factor_that_would_fill_the_memory(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(parts, "with_mid", None)
+        arrays = {
+            f"{TO_Q}.lora_down.weight": normal(1, 8_200), f"{TO_Q}.lora_mid.weight": normal(8_200, 1, 1, 1),
+            f"{TO_Q}.lora_up.weight": normal(1, 8_200),
+        }  # fmt: skip
+        write_checkpoint(tmp_path / "lora.ckpt", arrays)
+        with pytest.raises(UserError, match="make a factor of 67,240,000 values"):
+            read_lora(tmp_path / "lora.ckpt")
 
 
 class TestDamage:

@@ -58,7 +58,7 @@ def facts(path: Path, lora: LoRA) -> list[str]:
     if metadata.get(MODEL_HASH):
         matches = len(files) == 1 and data_hash(files[0]) == metadata[MODEL_HASH]
         state = "is that of its arrays" if matches else "is not that of its arrays: it was changed after it was saved"
-        lines.append(f"hash        {metadata[MODEL_HASH][:12]} {state}")
+        lines.append(f"hash        {plain(metadata[MODEL_HASH][:12])} {state}")
     for key, label in TRAINING.items():
         if metadata.get(key, "") not in _NOTHING:
             lines.append(f"            {label}: {plain(metadata[key], LONGEST_VALUE)}")
@@ -75,7 +75,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return []  # written by hand or damaged: words are a help, not a condition
     return [tag for tag, _ in counts.most_common(MOST_WORDS)]
 
@@ -84,7 +84,7 @@ def _words(metadata: Mapping[str, str], lora: LoRA) -> str:
     parts = []
     if lora.embeddings:
         tokens = (f"{name} ({len(vectors)})" for name, vectors in lora.embeddings.items())
-        parts.append(f"learned tokens with their vectors: {', '.join(tokens)}")
+        parts.append(f"learned tokens with their vectors: {plain(', '.join(tokens), LONGEST_VALUE)}")
     words = trigger_words(metadata)
     if words:
         parts.append(plain(", ".join(words), LONGEST_VALUE))
@@ -92,7 +92,7 @@ def _words(metadata: Mapping[str, str], lora: LoRA) -> str:
 
 
 def _types(checkpoints: list[Checkpoint]) -> str:
-    types = Counter(checkpoint.spec(name)[0].name for checkpoint in checkpoints for name in checkpoint)
+    types = Counter(checkpoint.stored_type(name) for checkpoint in checkpoints for name in checkpoint)
     return ", ".join(name for name, _ in types.most_common(2))
 
 
