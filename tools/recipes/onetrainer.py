@@ -20,6 +20,7 @@ from tools.recipes.recipe import (
     Recipe,
     Rule,
     as_number,
+    fit_layers,
     fit_prodigy,
     is_off,
     is_true,
@@ -64,6 +65,7 @@ def read(content: Mapping[str, Any]) -> Recipe:
     _optimizer(recipe)
     _rate(recipe)
     _loss(recipe)
+    _dropout(recipe)
     _concepts(recipe)
     _samples(recipe)
     _saving(recipe)
@@ -80,6 +82,7 @@ def read(content: Mapping[str, Any]) -> Recipe:
             continue
         recipe.default(name, value)
     fit_prodigy(recipe)
+    fit_layers(recipe)
     recipe.take_named(NO_COUNTERPART, tables.NO_COUNTERPART, tables.OFF_VALUES)
     recipe.take_named(NOT_NEEDED, tables.NOT_NEEDED, tables.OFF_VALUES)
     return recipe.finish()
@@ -88,20 +91,11 @@ def read(content: Mapping[str, Any]) -> Recipe:
 def _method(recipe: Recipe) -> None:
     """Write what is trained."""
     method = str(recipe.take("training_method", "FINE_TUNE"))
-    if method not in ("LORA", "FINE_TUNE", "EMBEDDING") or (
-        method == "EMBEDDING" and "placeholder_token" not in recipe.known
-    ):
-        raise UserError(f"training_method {method[:60]}: this version of the project trains LORA and FINE_TUNE alone")
+    if method not in ("LORA", "FINE_TUNE", "EMBEDDING"):
+        raise UserError(f"training_method {method[:60]}: this project has LORA, FINE_TUNE and EMBEDDING")
     recipe.write("use_lora", method == "LORA", "training_method", method)
     peft = str(recipe.take("peft_type", "LORA"))
-    if method == "EMBEDDING":
-        recipe.take_rules(
-            (
-                Rule("embedding.placeholder", "placeholder_token"),
-                Rule("embedding.initial_embedding_text", "initializer_token"),
-                Rule("embedding.token_count", "num_vectors"),
-            )
-        )
+    _embedding(recipe, method)
     if method != "LORA":
         for name in [name for name in recipe.left if name.startswith(("lora_", "lokr_", "layer_filter"))]:
             recipe.name(NOT_NEEDED, name, recipe.left.pop(name), "no LoRA is trained")
@@ -110,6 +104,8 @@ def _method(recipe: Recipe) -> None:
             recipe.name(NO_COUNTERPART, "text_encoder.train", trained, "the UNet alone is trained as a whole")
         recipe.take("unet.train")
         _drop_rate(recipe, "text_encoder.learning_rate")
+        if method == "EMBEDDING":
+            _drop_rate(recipe, "unet.learning_rate")
         return
     if peft != "LORA":
         note = "" if "algo" in recipe.known else "a plain LoRA is trained instead"
@@ -159,10 +155,116 @@ def _method(recipe: Recipe) -> None:
     recipe.write("lora_targets", list(names), "layer_filter_preset" if layers is tables.FILTERS["full"] else key, given)
 
 
-def _drop_rate(recipe: Recipe, name: str) -> None:
+def _embedding(recipe: Recipe, method: str) -> None:
+    """Write the token that is learned: that of EMBEDDING, or the only one beside a LoRA. Others are named."""
+    numbers = [
+        number
+        for number in _numbers(recipe, "additional_embeddings")
+        if is_true(recipe.left.get(f"additional_embeddings.{number}.train", True))
+    ]
+    prefix = "embedding."
+    if method == "LORA" and len(numbers) == 1 and is_true(recipe.left.get("text_encoder.train_embedding", True)):
+        prefix = f"additional_embeddings.{numbers[0]}."
+    elif method != "EMBEDDING":
+        if numbers:
+            reason = (
+                "text_encoder.train_embedding is off"
+                if not is_true(recipe.left.get("text_encoder.train_embedding", True))
+                else "one token can be learned beside a LoRA: there are several"
+                if method == "LORA"
+                else "no token is learned beside a whole UNet"
+            )
+            names = " ".join(f"additional_embeddings.{number}.*" for number in numbers)
+            ordinary = {f"additional_embeddings.{number}.{name}": values
+                        for number in numbers for name, values in tables.ORDINARY_TOKEN.items()}  # fmt: skip
+            recipe.take_named(NO_COUNTERPART, {reason: names}, ordinary)
+        unused = "embedding.* embedding embedding_learning_rate"
+        recipe.take_named(NOT_NEEDED, {"no token is learned": unused})
+        return
+    recipe.take_rules(
+        (
+            Rule(f"{prefix}placeholder", "placeholder_token"),
+            Rule(f"{prefix}initial_embedding_text", "initializer_token"),
+        )
+    )
+    recipe.default("placeholder_token", "<embedding>")
+    recipe.default("initializer_token", "*")
+    vectors = recipe.take(f"{prefix}token_count")
+    if vectors is not None:
+        note = "vectors beyond the tokens of the text begin as * there; here its tokens are taken in turn"
+        recipe.write("num_vectors", vectors, f"{prefix}token_count", vectors, note if str(vectors) != "1" else "")
+    recipe.default("learnable_property", None, "OneTrainer leaves captions as they are")
+    rate = recipe.take("embedding_learning_rate")
+    if rate is not None and method == "EMBEDDING":
+        recipe.write("start_learning_rate", rate, "embedding_learning_rate")
+        _drop_rate(recipe, "learning_rate", "embedding_learning_rate is that of the token")
+    elif rate is not None:
+        recipe.write("ti_lr", rate, "embedding_learning_rate")
+    ordinary = {f"{prefix}{name}": values for name, values in tables.ORDINARY_TOKEN.items()}
+    recipe.take_named(NOT_NEEDED, {"it is a part of the GUI": f"{prefix}uuid"})
+    recipe.take_named(NO_COUNTERPART, {"a token has no such setting": f"{prefix}*"}, ordinary)
+    if prefix == "embedding.":
+        return
+    unused = [name for name in recipe.left if name.startswith("embedding.")]
+    recipe.take_named(NOT_NEEDED, {"it is for the training method EMBEDDING": " ".join(unused)})
+
+
+def _dropout(recipe: Recipe) -> None:
+    value = recipe.take("dropout_probability")
+    if value is None:
+        return
+    if not recipe.settings.get("use_lora", (False,))[0]:
+        recipe.name(OFF if is_off(value) else NOT_NEEDED, "dropout_probability", value, "no LoRA is trained")
+        return
+    pair = "algo" not in recipe.settings
+    there = "the outputs of the down matrix" if pair else "numbers of the factors or between them, not of the input"
+    note = f"there it drops {there}; here the inputs of the layer"
+    recipe.write("lora_dropout", value, "dropout_probability", value, "" if is_off(value) else note)
+
+
+def _batches(recipe: Recipe) -> int:
+    """Return how many of OneTrainer's steps, which are batches, are one step of the optimizer."""
+    return max(1, int(as_number(recipe.left.get("gradient_accumulation_steps") or 1, "gradient_accumulation_steps")))
+
+
+def _write_steps(recipe: Recipe, ours: str, theirs: str, value: Any, unit: str = "") -> None:
+    """Write a number of OneTrainer's steps as one of the optimizer's, at least 1."""
+    batches = _batches(recipe)
+    note = f"batches there: {batches} of them, gradient_accumulation_steps, are a step here" if batches > 1 else ""
+    try:
+        steps = max(1, int(as_number(value, theirs)) // batches) if batches > 1 else value
+    except UserError as error:
+        recipe.name(NO_COUNTERPART, theirs, value, f"refused here: {error}")
+        return
+    recipe.write(ours, steps, theirs, f"{value}{unit}", note)
+
+
+def _warmup(recipe: Recipe) -> None:
+    """Write the warm-up: batches above 1, a share of all steps up to 1."""
+    given = recipe.take("learning_rate_warmup_steps")
+    batches = _batches(recipe)
+    if given is None:
+        note = "left out there: 200 batches" if batches > 1 else ""
+        recipe.default("warmup_steps", 200 // batches, note)
+        return
+    try:
+        number = as_number(given, "learning_rate_warmup_steps")
+    except UserError as error:
+        recipe.name(NO_COUNTERPART, "learning_rate_warmup_steps", given, f"refused here: {error}")
+        return
+    if number == 1:
+        reason = "1 is a share there, all steps; here it would be one step: there is no warm-up"
+        recipe.name(NO_COUNTERPART, "learning_rate_warmup_steps", given, reason)
+    elif number < 1 or batches == 1:
+        recipe.write("warmup_steps", given, "learning_rate_warmup_steps")
+    else:
+        _write_steps(recipe, "warmup_steps", "learning_rate_warmup_steps", given)
+
+
+def _drop_rate(recipe: Recipe, name: str, reason: str = "that network is not trained") -> None:
     value = recipe.take(name)
     if value is not None:
-        recipe.name(NOT_NEEDED, name, value, "that network is not trained")
+        recipe.name(NOT_NEEDED, name, value, reason)
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -202,6 +304,7 @@ def _optimizer(recipe: Recipe) -> None:
 
 
 def _rate(recipe: Recipe) -> None:
+    _warmup(recipe)
     given = str(recipe.take("learning_rate_scheduler", "CONSTANT"))
     name, note = tables.SCHEDULERS.get(given, ("constant", ""))
     if given in tables.SCHEDULERS:
@@ -209,7 +312,11 @@ def _rate(recipe: Recipe) -> None:
     else:
         recipe.name(NO_COUNTERPART, "learning_rate_scheduler", given, "a constant rate is used instead")
     factor = recipe.take("learning_rate_min_factor", 0.0)
-    rate = as_number(recipe.left.get("learning_rate", tables.DEFAULTS["start_learning_rate"]), "learning_rate")
+    token = recipe.settings.get("start_learning_rate")  # that of a token alone
+    rate = as_number(
+        token.value if token else recipe.left.get("learning_rate", tables.DEFAULTS["start_learning_rate"]),
+        "learning_rate",
+    )
     if name != "constant":
         end = rounded(rate * as_number(factor, "learning_rate_min_factor"))
         recipe.write("end_learning_rate", end, "learning_rate_min_factor", factor)
@@ -345,7 +452,10 @@ def _samples(recipe: Recipe) -> None:
     recipe.write("sample_prompts", lines, " ".join(keys))
     setting = {"STEP": "sample_every_n_steps", "EPOCH": "sample_every_n_epochs"}.get(str(unit))
     if setting and every is not None:
-        recipe.write(setting, every, "sample_after", f"{every} {unit}")
+        if unit == "STEP":
+            _write_steps(recipe, setting, "sample_after", every, " STEP")
+        else:
+            recipe.write(setting, every, "sample_after", f"{every} {unit}")
         recipe.name(NOT_NEEDED, "sample_after_unit", unit, f"{setting} says so")
     else:
         for name, value in (("sample_after", every), ("sample_after_unit", unit)):
@@ -356,7 +466,10 @@ def _samples(recipe: Recipe) -> None:
 def _saving(recipe: Recipe) -> None:
     every, unit = recipe.take("save_every", recipe.take("save_after", 0)), recipe.take("save_every_unit", "NEVER")
     if unit in ("STEP", "EPOCH") and not is_off(every):
-        recipe.write("ckpt_save_interval", every, "save_every")
+        if unit == "STEP":
+            _write_steps(recipe, "ckpt_save_interval", "save_every", every)
+        else:
+            recipe.write("ckpt_save_interval", every, "save_every")
         recipe.write("step_mode", unit == "STEP", "save_every_unit", unit)
         recipe.default("ckpt_max_keep", KEEPS_ALL, "left out there: OneTrainer keeps all of them")
     else:
