@@ -236,5 +236,5 @@ def _difference(lora: LoRA, other: LoRA) -> str:
 
 def _arrays_by_name(lora: LoRA) -> dict[str, dict[str, np.ndarray]]:
     """Return layer or learned token -> part -> array."""
-    arrays = {name: update.arrays() for name, update in lora.updates().items()}
+    arrays = {name.removesuffix(".weight"): update.arrays() for name, update in lora.updates().items()}
     return {**arrays, **{name: {"vectors": vectors} for name, vectors in lora.embeddings.items()}}
