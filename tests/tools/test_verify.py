@@ -88,7 +88,7 @@ def test_factors_that_come_out_otherwise_are_a_mismatch(lora, flags, shared_run,
     monkeypatch.setattr(verification, "repeat_steps", lambda *given: (other, CONFIG))
     assert main([str(lora), *words(flags), "--repeat", "3", "--state", str(shared_run / "ckpt")]) == 1
     out = capsys.readouterr().out
-    assert results(out)["repeat"] == "MISMATCH" and f"1 of {len(other.layers)} layers differ, by" in out
+    assert results(out)["repeat"] == "MISMATCH" and f"1 of {len(other.layers)} layers and tokens differ, by" in out
 
 
 @pytest.mark.parametrize("what", ["data", "base", "settings", "code", "libraries", "file"])
