@@ -3,7 +3,7 @@
 # make test-processes run the tests that start several processes at once, which `make test` leaves out
 # make test-parity    compare with PyTorch, diffusers and transformers, in a virtual environment of its own
 # make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
-# make test-ascend    compile for Ascend without a device and compare the kernels with the recorded ones
+# make test-ascend    compile for Ascend without a device, compare the kernels with the recorded ones, look up operators
 # make lint           check style, layout and types: ruff and mypy
 # make format         apply ruff's fixes and layout
 #

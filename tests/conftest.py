@@ -60,18 +60,22 @@ def fixed_seed():
 @pytest.fixture(autouse=True)
 def log_set_back():
     """The log is as Python makes it, before and after each test, whatever another file's fixtures did to it."""
-    log = logging.getLogger("ldm")
-    _set_back(log)
+    _set_back_log()
     yield
-    _set_back(log)
+    _set_back_log()
 
 
-def _set_back(log: logging.Logger) -> None:
+def _set_back_log() -> None:
+    log, root = logging.getLogger("ldm"), logging.getLogger()
     log.setLevel(logging.NOTSET)
     log.propagate = True
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
+    # Scripts give the root one that writes to a stream which pytest closes. Pytest's own handlers are of other classes.
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -407,7 +407,7 @@ class Inputs:
 
     def _uses_token(self, caption: str) -> bool:
         """Whether a caption has the token and other words. Images without a caption have the token alone."""
-        if caption.strip() == self.settings.placeholder_token:
+        if caption.strip().lower() == (self.settings.placeholder_token or "").lower():  # tokens match in any case
             return False
         return bool(np.isin(self._tokens_of(caption), self._learned_ids).any())
 
@@ -418,7 +418,9 @@ class Inputs:
         rows = [row for row in rows if not data.is_class_image(row)]
         lacking = sum(not self._uses_token(data.whole_caption(row, np.random.default_rng(0))) for row in rows)
         if lacking:
-            logger.info(
+            # Beside a LoRA the captions are likely to matter.
+            logger.log(
+                logging.WARNING if settings.use_lora else logging.INFO,
                 "%s of %s captions do not use %s: templates with it take their place "
                 "(learnable_property %s)",
                 f"{lacking:,}", f"{len(rows):,}", plain(settings.placeholder_token), settings.learnable_property,

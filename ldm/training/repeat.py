@@ -59,7 +59,7 @@ def repeat_steps(settings: TrainSettings, state: Path, step: int) -> tuple[LoRA,
             settings, output_path=folder, resume=str(state), save_model_as="ckpt", report_to=[], sample_prompts=None,
             sample_every_n_steps=None, sample_every_n_epochs=None, validate_every_n_steps=None,
             validate_every_n_epochs=0, max_validation_steps=None, keep_best=False, advise=False, cache_only=False,
-            estimate=False, log_level="WARNING",
+            estimate=False, log_level="WARNING", ckpt_save_interval=1, step_mode=True,  # no step is begun ahead
         )  # fmt: skip
         run = set_up(settings, begin(settings), Status(Path(folder) / "ckpt", resumes=True))
         if step > run.plan.steps:

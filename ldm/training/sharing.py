@@ -297,8 +297,7 @@ def last_part(path: str) -> str:
 
 
 def fits_fp16(lora: LoRA) -> bool:
-    """Whether fp16 holds the largest value of each factor: it neither overflows nor becomes 0."""
-    largest = [
-        float(np.abs(factor).max(initial=0)) for layer in lora.pairs().values() for factor in (layer.down, layer.up)
-    ]
+    """Whether fp16 holds the largest value of each array: it neither overflows nor becomes 0. Scalars stay fp32."""
+    arrays = [array for update in lora.updates().values() for array in update.arrays().values() if array.ndim]
+    largest = [float(np.abs(array).max(initial=0)) for array in (*arrays, *lora.embeddings.values())]
     return all(value == 0 or _HALF_RANGE[1] < value <= _HALF_RANGE[0] for value in largest)

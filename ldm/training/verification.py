@@ -217,14 +217,24 @@ def _dtype(path: str | os.PathLike) -> str:
 
 
 def _difference(lora: LoRA, other: LoRA) -> str:
-    if lora.layers.keys() != other.layers.keys():
+    """Say in a few words how the layers and learned tokens of two LoRAs differ."""
+    ours, theirs = _arrays_by_name(lora), _arrays_by_name(other)
+    if ours.keys() != theirs.keys():
         return "its layers are others"
-    largest = differing = 0.0
-    others = other.pairs()
-    for name, layer in lora.pairs().items():
-        pairs = [(getattr(layer, factor), getattr(others[name], factor)) for factor in ("down", "up")]
-        if any(ours.shape != theirs.shape for ours, theirs in pairs):
-            return f"the rank of {plain(name)} is another"
-        differing += any(not np.array_equal(*pair) for pair in pairs)
-        largest = max(largest, *(float(np.abs(ours - theirs).max()) for ours, theirs in pairs))
-    return f"{differing:.0f} of {len(lora.layers)} layers differ, by {largest:.3g} at most"
+    largest, differing = 0.0, 0
+    for name, arrays in ours.items():
+        others = theirs[name]
+        if {part: array.shape for part, array in arrays.items()} != {
+            part: array.shape for part, array in others.items()
+        }:
+            return f"the rank or the kind of {plain(name)} is another"
+        differences = [float(np.abs(array - others[part]).max(initial=0.0)) for part, array in arrays.items()]
+        differing += any(differences)
+        largest = max(largest, *differences)
+    return f"{differing} of {len(ours)} layers and tokens differ, by {largest:.3g} at most"
+
+
+def _arrays_by_name(lora: LoRA) -> dict[str, dict[str, np.ndarray]]:
+    """Return layer or learned token -> part -> array."""
+    arrays = {name.removesuffix(".weight"): update.arrays() for name, update in lora.updates().items()}
+    return {**arrays, **{name: {"vectors": vectors} for name, vectors in lora.embeddings.items()}}

@@ -10,6 +10,8 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
+from ldm.lora.lora import LoRA
+from ldm.lora.updates import DoRA, LoKr, LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import repeat, verification
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
@@ -86,7 +88,7 @@ def test_factors_that_come_out_otherwise_are_a_mismatch(lora, flags, shared_run,
     monkeypatch.setattr(verification, "repeat_steps", lambda *given: (other, CONFIG))
     assert main([str(lora), *words(flags), "--repeat", "3", "--state", str(shared_run / "ckpt")]) == 1
     out = capsys.readouterr().out
-    assert results(out)["repeat"] == "MISMATCH" and f"1 of {len(other.layers)} layers differ, by" in out
+    assert results(out)["repeat"] == "MISMATCH" and f"1 of {len(other.layers)} layers and tokens differ, by" in out
 
 
 @pytest.mark.parametrize("what", ["data", "base", "settings", "code", "libraries", "file"])
@@ -172,3 +174,16 @@ def test_mistakes_are_one_line(lora, flags, change, says):
 def test_a_damaged_passport_is_named(lora, flags, tmp_path, texts, says):
     with pytest.raises(UserError, match=says):
         main([str(changed(lora, tmp_path / "a.safetensors", **texts)), *words(flags)])
+
+
+def test_how_two_loras_of_any_kind_differ_is_said():
+    pair = LoRALayer(np.ones((2, 4), np.float32), np.ones((4, 2), np.float32), 2.0)
+    whole = LoKr({"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((2, 2), np.float32)}, 1.0)
+    changed = LoKr({**whole.factors, "lokr_w1": whole.factors["lokr_w1"] + 0.5}, 1.0)
+    tokens = {"cat": np.zeros((1, 4), np.float32)}
+    lora = LoRA({"a": DoRA(pair, np.ones(4, np.float32)), "b": whole}, {}, tokens)
+    assert verification._difference(lora, lora) == "0 of 3 layers and tokens differ, by 0 at most"
+    other = LoRA({**lora.layers, "b": changed}, {}, {"cat": tokens["cat"] - 2})
+    assert verification._difference(lora, other) == "2 of 3 layers and tokens differ, by 2 at most"
+    assert "kind of b is another" in verification._difference(lora, LoRA({**lora.layers, "b": pair}, {}, tokens))
+    assert verification._difference(lora, LoRA(lora.layers)) == "its layers are others"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from ldm.lora.formats import read_lora
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import LoRALayer
+from ldm.lora.updates import DoRA, Full, LoHa, LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import trainer
 from ldm.training.sharing import describe_optimizer, first_start, fits_fp16, last_part
@@ -230,6 +230,18 @@ def test_the_optimizer_has_kohyas_name(settings, tmp_path):
 def test_values_that_fp16_loses_are_noticed(value, fits):
     layer = LoRALayer(np.full((1, 2), value, np.float32), np.zeros((2, 1), np.float32), 1.0)
     assert fits_fp16(LoRA({"a": layer})) == fits
+
+
+@pytest.mark.parametrize("value, fits", [(1.0, True), (1e6, False), (1e-12, False)])
+def test_values_of_all_kinds_and_tokens_are_looked_at(value, fits):
+    array = np.full((4, 2), value, np.float32)
+    pair = LoRALayer(np.ones((2, 4), np.float32), np.ones((4, 2), np.float32), 2.0)
+    loha = {"hada_w1_a": array, "hada_w1_b": pair.down, "hada_w2_a": pair.up, "hada_w2_b": pair.down}
+    for lora in (
+        LoRA({"a": LoHa(loha, 1.0)}), LoRA({"a": DoRA(pair, array[:, 0])}), LoRA({"a": pair}, {}, {"cat": array}),
+        LoRA({"a": pair}, {}, {}, {"a": Full(array[:, 0], "diff_b")}),
+    ):  # fmt: skip
+        assert fits_fp16(lora) == fits
 
 
 def test_a_lora_that_fp16_does_not_hold_is_saved_in_float_with_a_warning(settings, tmp_path, caplog):
