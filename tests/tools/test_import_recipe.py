@@ -598,6 +598,7 @@ def test_embeddings_of_onetrainer_are_the_token_alone_or_beside_a_lora(tmp_path)
     assert (settings.placeholder_token, settings.initializer_token, settings.num_vectors) == ("<cat>", "cat", 2)
     assert settings.start_learning_rate == 5e-3 and settings.ti_lr is None and not settings.use_lora
     assert settings.learnable_property is None and settings.unet_lr is None and "begin as * there" in text
+    assert "unet.learning_rate 1e-05: that network is not trained" in text
     assert trained("EMBEDDING", embedding=token, embedding_learning_rate=None)[0].start_learning_rate == 1e-4
     settings, text = trained("LORA", additional_embeddings=[token])
     assert settings.use_lora and settings.placeholder_token == "<cat>" and settings.num_vectors == 2
