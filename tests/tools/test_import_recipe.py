@@ -127,13 +127,13 @@ EXPECTED = {
         "betas": [0.9, 0.99], "weight_decay": 0.01, "scheduler": "cosine", "start_learning_rate": 1.0,
         "end_learning_rate": 0.1, "warmup_steps": 0.05, "max_timestep": 900, "epochs": 20,
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "clip_grad": True,
-        "use_ema": True, "ema_decay": 0.998, "ckpt_save_interval": 500, "step_mode": True,
+        "use_ema": True, "ema_decay": 0.998, "ckpt_save_interval": 250, "step_mode": True,
         "ckpt_max_keep": recipe.KEEPS_ALL, "output_name": "my lora", "save_precision": "fp16",
     },
     "onetrainer_preset.json": {
         "pretrained_model_path": "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_config": SD1,
         "use_lora": True, "lora_ft_text_encoder": True, "lora_rank": 16, "lora_alpha": 1.0,
-        "lora_targets": [*TRANSFORMER, *RESIDUAL, "time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2", *TEXT],
+        "lora_targets": [*TRANSFORMER, *RESIDUAL, "time_embed.0", "time_embed.2", "input_blocks.0.0", *TEXT],
         "image_size": 512, "enable_bucket": True, "start_learning_rate": 3e-4, "warmup_steps": 200, "epochs": 100,
         "gradient_checkpointing": True, "clip_grad": True, "precision": "fp16", "output_name": "lora",
     },
@@ -153,7 +153,8 @@ EXPECTED = {
         "lora_ft_text_encoder": True, "lora_targets": [*TRANSFORMER[:4], *TEXT[:4]], "image_size": 512,
         "random_crop": True, "with_prior_preservation": True, "instance_prompt": "a photo of sks dog",
         "class_data_dir": "class_dog", "class_prompt": "a photo of dog", "num_class_images": 100,
-        "start_learning_rate": 2e-3, "epochs": 1, "clip_grad": True, "ckpt_save_interval": 500, "step_mode": True,
+        "start_learning_rate": 2e-3, "epochs": 1, "clip_grad": True, "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2, "ckpt_save_interval": 500, "step_mode": True,
         "ckpt_max_keep": recipe.KEEPS_ALL,
     },
     "diffusers_full.sh": {
@@ -440,6 +441,193 @@ def test_the_other_variants_of_onetrainer_and_diffusers(tmp_path):
         "python train_network.py --network_module networks.lora --network_dim 8 --xformers", tmp_path
     )
     assert settings.lora_rank == 8 and settings.lora_alpha == 1.0 and "xformers True" in text
+
+
+# ---- what is trained otherwise there: the same is written, or the difference is named
+
+OTHERS = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2"]
+
+
+def network(arguments: str, tmp_path: Path, module: str = "lycoris.kohya", more: str = "") -> tuple[TrainSettings, str]:
+    words = ", ".join(f'"{word}"' for word in arguments.split())
+    toml = f'network_module = "{module}"\nnetwork_args = [{words}]\n{more}\n'
+    settings, text = of_text(toml, tmp_path, "a.toml")
+    return settings, one_line(text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("#", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("preset", "unet", "text"),
+    [
+        ("full", [*TRANSFORMER, *RESIDUAL, *OTHERS], TEXT),
+        ("full-lin", [*TRANSFORMER, "emb_layers.1", "skip_connection", *OTHERS[:2]], TEXT),
+        ("unet-only", [*TRANSFORMER, *RESIDUAL, *OTHERS], []),
+        ("unet-convblock-only", [*RESIDUAL, *OTHERS[2:]], []),
+        ("unet-transformer-only", TRANSFORMER, []),
+    ],
+)
+def test_a_preset_of_lycoris_trains_all_its_layers_and_no_others(preset, unet, text, tmp_path):
+    settings, _ = network(f"preset={preset}", tmp_path)
+    assert settings.lora_targets == [*unet, *text] and settings.lora_ft_text_encoder == bool(text)
+
+
+def test_layers_that_are_narrower_than_the_rank_are_left_out_and_named_because_a_training_refuses_them(tmp_path):
+    settings, text = network("conv_dim=40", tmp_path)
+    assert not {"input_blocks.0.0", "out.2"} & set(settings.lora_targets) and "out.2 (width 4)" in text
+    settings, text = network("", tmp_path, more="network_dim = 16")
+    assert "input_blocks.0.0" in settings.lora_targets and "out.2" not in settings.lora_targets
+    settings, text = network("algo=lokr", tmp_path, more="network_dim = 16")
+    assert "out.2" in settings.lora_targets and "width" not in text
+
+
+def test_dropouts_that_drop_other_things_are_named(tmp_path):
+    settings, text = network("rank_dropout=0.2 module_dropout=0.1", tmp_path, "networks.lora", "network_dropout = 0.1")
+    assert (settings.rank_dropout, settings.module_dropout, settings.lora_dropout) == (0.2, 0.1, 0.1)
+    assert "multiplied by 1 / (1 - p)" in text and "outputs of the down matrix" in text
+    for algo, named in (("loha", False), ("lora", True), ("lora bypass_mode=True", False)):
+        settings, text = network(f"algo={algo} rank_dropout=0.2", tmp_path)
+        assert settings.rank_dropout == 0.2 and ("outputs of the update are left out" in text) == named
+    for algo in ("loha", "lokr"):
+        for arguments, more in ((f"algo={algo} dropout=0.2", "network_dropout = 0.5"),
+                                (f"algo={algo}", "network_dropout = 0.2")):  # fmt: skip
+            settings, text = network(arguments, tmp_path, more=more)
+            assert settings.lora_dropout == 0.2 and "down matrix" not in text
+            assert f"not implemented for {algo}" in text
+    settings, text = of_text(
+        json.dumps({"training_method": "LORA", "peft_type": "LOHA", "dropout_probability": 0.1}), tmp_path
+    )
+    assert settings.lora_dropout == 0.1 and "down matrix" not in text and "numbers of the factors" in one_line(text)
+
+
+def test_options_of_lycoris_that_do_something_else_are_named(tmp_path):
+    for algo in ("loha", "lokr"):
+        settings, text = network(f"algo={algo} loraplus_lr_ratio=16", tmp_path)
+        assert settings.loraplus_lr_ratio is None and f"with {algo} it does nothing there" in text
+    settings, text = network("algo=lora loraplus_lr_ratio=16", tmp_path)
+    assert settings.loraplus_lr_ratio == 16
+    for algo, named in (("lokr", True), ("loha", False), ("lora", False)):
+        settings, text = network(f"algo={algo} rs_lora=True", tmp_path)
+        assert settings.rs_lora and ("LoKr of two whole factors" in text) == named
+    for name in ("use_tucker", "use_cp", "use_conv_cp"):
+        assert network(f"algo=loha {name}=True", tmp_path)[0].use_tucker
+    settings, text = network("dora_wd=True algo=loha", tmp_path, "networks.lora")
+    assert not settings.dora_wd and settings.algo == "lora" and text.count("LyCORIS alone reads it") == 2
+
+
+LORA_COMMAND = "accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path=a --train_data_dir b "
+
+
+def test_the_first_factors_of_diffusers_are_named_with_the_consequence(tmp_path):
+    for rank, consequence in ((4, "7.7 to 15 times smaller here at rank 4: early steps move the weights less"),
+                              (128, "2.1 to 4.1 times larger here at rank 128: they move the weights more"),
+                              (40, "about as large at rank 40")):  # fmt: skip
+        _, text = of_text(f"{LORA_COMMAND} --rank {rank}", tmp_path)
+        assert consequence in one_line(listed(text, "another meaning"))
+
+
+def test_snr_gamma_of_diffusers_is_named_with_velocity_alone(tmp_path):
+    for prediction, named in (("v_prediction", True), ("epsilon", False)):
+        settings, text = of_text(f"{LORA_COMMAND} --snr_gamma 5 --prediction_type {prediction}", tmp_path)
+        assert settings.min_snr_gamma == 5 and ("snr_gamma 5" in listed(text, "another meaning")) == named
+    _, text = of_text(f"{LORA_COMMAND} --prediction_type v_prediction", tmp_path)
+    assert "snr_gamma" not in listed(text, "another meaning")
+
+
+def test_pairs_of_instance_and_class_are_as_many_images_in_a_step_here(tmp_path):
+    command = (
+        "python train_dreambooth_lora.py --instance_data_dir a --instance_prompt x --with_prior_preservation "
+        "--class_data_dir c --class_prompt y --train_batch_size 2 --gradient_accumulation_steps 3 "
+    )
+    settings, text = of_text(f"{command} --max_grad_norm 0.8 --max_train_steps 9", tmp_path)
+    assert settings.train_batch_size == 2 and settings.gradient_accumulation_steps == 6
+    assert settings.max_grad_norm == 0.4 and settings.max_steps == 9
+    assert "max_grad_norm 0.4: half" in one_line(text) and "an epoch there" not in one_line(text)
+    settings, text = of_text(f"{command} --max_grad_norm 0 --num_train_epochs 9", tmp_path)
+    assert not settings.clip_grad and settings.max_grad_norm == 1 and "an epoch there" in one_line(text)
+    settings, _ = of_text(command.replace("--with_prior_preservation", ""), tmp_path)
+    assert settings.gradient_accumulation_steps == 3 and settings.max_grad_norm == 1
+
+
+def test_textual_inversion_of_diffusers_mirrors_squashes_and_has_its_own_templates(tmp_path):
+    command = "python textual_inversion.py --placeholder_token='<cat>' --initializer_token=toy --train_data_dir a "
+    settings, text = of_text(f"{command} --validation_prompt 'a <cat>' --num_validation_images 1", tmp_path)
+    assert settings.random_flip and not settings.random_crop and not settings.clip_grad and settings.max_steps == 5000
+    assert settings.num_repeats == 100 and settings.sample_every_n_steps == 100
+    named = one_line(listed(text, "another meaning"))
+    assert "squashed to a square" in named and "captions are never read" in named
+    settings, text = of_text(f"{command} --center_crop", tmp_path)
+    assert settings.random_flip and not settings.random_crop and "squashed" not in text
+
+
+def test_steps_of_onetrainer_are_batches(tmp_path):
+    def trained(**changes):
+        base = {"training_method": "LORA", "learning_rate": 1e-4, "gradient_accumulation_steps": 4}
+        return of_text(json.dumps({**base, **changes}), tmp_path)
+
+    saved = {"save_every": 100, "save_every_unit": "STEP", "sample_after": 50, "sample_after_unit": "STEP"}
+    settings, text = trained(learning_rate_warmup_steps=200, samples=[{"prompt": "x"}], **saved)
+    assert (settings.warmup_steps, settings.ckpt_save_interval, settings.sample_every_n_steps) == (50, 25, 12)
+    for name in ("learning_rate_warmup_steps 200: batches", "save_every 100: batches", "sample_after 50 STEP: batches"):
+        assert name in one_line(listed(text, "another meaning"))
+    assert trained()[0].warmup_steps == 50  # of 200, which it has where it is left out
+    assert trained(learning_rate_warmup_steps=0.1)[0].warmup_steps == 0.1
+    assert trained(learning_rate_warmup_steps=0)[0].warmup_steps == 0
+    settings, text = trained(learning_rate_warmup_steps=1)
+    assert settings.warmup_steps == 0 and "all steps" in text
+    saved.update(save_every_unit="EPOCH", sample_after_unit="EPOCH")
+    settings, text = trained(samples=[{"prompt": "x"}], **saved)
+    assert (settings.ckpt_save_interval, settings.sample_every_n_epochs) == (100, 50)
+    settings, text = trained(gradient_accumulation_steps=1, learning_rate_warmup_steps=200)
+    assert settings.warmup_steps == 200 and "batches there" not in text
+
+
+def test_embeddings_of_onetrainer_are_the_token_alone_or_beside_a_lora(tmp_path):
+    token = {"placeholder": "<cat>", "initial_embedding_text": "cat", "token_count": 2, "train": True}
+
+    def trained(method, **changes):
+        content = {"training_method": method, "model_type": "STABLE_DIFFUSION_15", "learning_rate": 1e-4,
+                   "embedding_learning_rate": 5e-3, **changes}  # fmt: skip
+        settings, text = of_text(json.dumps(content), tmp_path)
+        assert "its embeddings are not trained" not in text
+        return settings, one_line(text)
+
+    settings, text = trained("EMBEDDING", embedding=token, unet={"learning_rate": 1e-5})
+    assert (settings.placeholder_token, settings.initializer_token, settings.num_vectors) == ("<cat>", "cat", 2)
+    assert settings.start_learning_rate == 5e-3 and settings.ti_lr is None and not settings.use_lora
+    assert settings.learnable_property is None and settings.unet_lr is None and "begin as * there" in text
+    assert "unet.learning_rate 1e-05: that network is not trained" in text
+    assert trained("EMBEDDING", embedding=token, embedding_learning_rate=None)[0].start_learning_rate == 1e-4
+    settings, text = trained("LORA", additional_embeddings=[token])
+    assert settings.use_lora and settings.placeholder_token == "<cat>" and settings.num_vectors == 2
+    assert settings.start_learning_rate == 1e-4 and settings.ti_lr == 5e-3
+    settings, text = trained("LORA", additional_embeddings=[token, {**token, "train": False, "placeholder": "<b>"}])
+    assert settings.placeholder_token == "<cat>" and "additional_embeddings.1.placeholder <b>: one token" in text
+    settings, text = trained("LORA", additional_embeddings=[token, token])
+    assert settings.placeholder_token is None and settings.ti_lr is None and "there are several" in text
+    assert "embedding_learning_rate 0.005: no token is learned" in text
+    settings, text = trained("FINE_TUNE", additional_embeddings=[token])
+    assert settings.placeholder_token is None and "no token is learned beside a whole UNet" in text
+    settings, text = trained("LORA", additional_embeddings=[token], optimizer={"optimizer": "PRODIGY"})
+    assert settings.placeholder_token == "<cat>" and settings.ti_lr is None and "Prodigy finds one rate for all" in text
+
+
+def test_the_tensors_and_not_the_defaults_say_what_a_header_without_its_training_trained(tmp_path):
+    header = {name: HEADER[name] for name in ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_v2")}
+    header["ss_network_args"] = '{"conv_dim": "8"}'
+    settings, text = imported(lora_file(tmp_path / "a.safetensors", header, "lora_unet_x", "lora_te_x"), tmp_path)
+    assert settings.lora_ft_text_encoder and settings.lora_ft_unet and set(TEXT) < set(settings.lora_targets)
+    assert "lora_ft_text_encoder: true" in text and "lora_ft_unet: true" in text
+    assert settings.conv_dim == 8 and settings.conv_alpha == 1  # which is conv_dim here where it is left out
+    settings, text = imported(lora_file(tmp_path / "b.safetensors", header, "lora_unet_x"), tmp_path)
+    assert "lora_ft_text_encoder: false" in text
+    header["ss_network_module"] = "lycoris.kohya"
+    names = ("lora_unet_x", "lora_unet_conv_in", "lora_unet_time_embedding_linear_1")
+    settings, text = imported(lora_file(tmp_path / "c.safetensors", header, *names), tmp_path)
+    assert set(OTHERS) & set(settings.lora_targets) == {"time_embed.0", "input_blocks.0.0"} and "width" not in text
+    assert settings.conv_alpha == 8  # of LyCORIS, that of the other layers
 
 
 def test_embeddings_are_read_as_soon_as_this_version_trains_them(tmp_path, monkeypatch):

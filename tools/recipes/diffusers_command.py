@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 from ldm.errors import UserError
 from tools.recipes import kohya
@@ -16,6 +17,7 @@ from tools.recipes.recipe import (
     UNET_ATTENTION,
     Recipe,
     Rule,
+    Written,
     as_number,
     fit_prodigy,
     is_off,
@@ -40,6 +42,7 @@ class Script(NamedTuple):
     epochs: int
     sample_epochs: int  # validation_epochs
     dreambooth: bool = False
+    token: bool = False  # textual inversion
     steps: int | None = None
 
 
@@ -48,7 +51,7 @@ SCRIPTS = {
     "train_text_to_image.py": Script(False, 1e-4, 16, 100, 5),
     "train_dreambooth_lora.py": Script(True, 5e-4, 4, 1, 50, dreambooth=True),
     "train_dreambooth.py": Script(False, 5e-6, 4, 1, 50, dreambooth=True),
-    "textual_inversion.py": Script(False, 1e-4, 16, 100, 50, steps=5000),
+    "textual_inversion.py": Script(False, 1e-4, 16, 100, 50, token=True, steps=5000),
 }
 KOHYA_SCRIPTS = ("train_network.py", "train_db.py", "fine_tune.py")
 
@@ -81,8 +84,23 @@ RULES = (
 )
 
 TOGETHER = (
-    ("(the script)", "use_lora lora_targets", "to_q, to_k, to_v and to_out.0; alpha = rank, as here"),
+    (
+        "(the script)",
+        "use_lora lora_targets",
+        "to_q, to_k, to_v and to_out.0; alpha = rank, as here. `down` begins otherwise there, which is named",
+    ),
     ("pretrained_model_name_or_path", "pretrained_model_path", "a path, not a name on the Hub"),
+    (
+        "snr_gamma prediction_type",
+        "min_snr_gamma",
+        "with v_prediction older scripts add one to the SNR, and train_dreambooth.py to the weight, which is named",
+    ),
+    (
+        "learnable_property",
+        "learnable_property random_flip num_repeats",
+        "textual_inversion.py has other templates, reads no captions, mirrors half of the images and repeats them 100 "
+        "times",
+    ),
     ("train_text_encoder", "lora_ft_text_encoder", "q, k, v and out"),
     ("learning_rate scale_lr", "start_learning_rate", "left out: that of the script; scale_lr multiplies it"),
     (
@@ -93,11 +111,17 @@ TOGETHER = (
     ("num_train_epochs max_train_steps", "epochs max_steps", "steps win; left out: that of the script"),
     ("adam_beta1 adam_beta2 adam_weight_decay adam_epsilon", "betas weight_decay optimizer_args", ""),
     ("use_8bit_adam optimizer", "optim", "the state has 32 bits here"),
-    ("center_crop", "random_crop", "left out: a random crop"),
+    ("center_crop", "random_crop", "left out: a random crop. textual_inversion.py then squashes images to a square"),
     (
-        "validation_prompt validation_prompts num_validation_images validation_epochs",
-        "sample_prompts sample_every_n_epochs",
-        "one prompt for each image, with seeds from 0 on",
+        "with_prior_preservation num_train_epochs",
+        "gradient_accumulation_steps max_grad_norm",
+        "a batch of N has N images of the instance and N of the class there, and N of both here: twice as many batches "
+        "in a step, and half of max_grad_norm, because the loss there is a sum of two means",
+    ),
+    (
+        "validation_prompt validation_prompts num_validation_images validation_epochs validation_steps",
+        "sample_prompts sample_every_n_epochs sample_every_n_steps",
+        "one prompt for each image, with seeds from 0 on; steps are for textual_inversion.py",
     ),
     ("mixed_precision", "precision", "of the script, else of accelerate; bf16 becomes auto"),
     ("report_to", "report_to", "tensorboard is written beside csv and html"),
@@ -146,19 +170,13 @@ def read(command: Command) -> Recipe:
         )
     script = SCRIPTS[command.script]
     recipe = Recipe(PROJECT, command.flags)
-    if command.script == "textual_inversion.py" and "placeholder_token" not in recipe.known:
-        raise UserError("textual_inversion.py trains an embedding, which this version of the project does not")
     recipe.given.add("(script)")
     _network(recipe, script, command.script)
     _rate(recipe, script)
     _length(recipe, script)
     _optimizer(recipe)
     _samples(recipe, script)
-    crop = recipe.take("center_crop")
-    if crop is not None and is_true(crop):
-        recipe.write("random_crop", False, "center_crop", crop)
-    else:
-        recipe.default("random_crop", True, "no center_crop there: the crop is random")
+    _images(recipe, script)
     precision = recipe.take("mixed_precision", command.launcher.get("mixed_precision"))
     if precision is not None:
         recipe.given.add("mixed_precision")
@@ -174,12 +192,15 @@ def read(command: Command) -> Recipe:
     fit_prodigy(recipe)
     recipe.default("image_size", 512)
     recipe.default("train_batch_size", script.batch)
-    recipe.default("clip_grad", True)
+    recipe.default("clip_grad", not script.token)  # textual_inversion.py clips no gradients
     recipe.default("ckpt_save_interval", 500)
     recipe.default("step_mode", True, "diffusers counts steps between checkpoints")
     recipe.default("ckpt_max_keep", KEEPS_ALL, "left out there: diffusers keeps all of them")
     if script.dreambooth and "with_prior_preservation" in recipe.settings:
         recipe.default("num_class_images", 100)
+    if _value(recipe, "with_prior_preservation"):
+        _pairs(recipe)
+    _differences(recipe, script, command.script)
     recipe.take_named(NO_COUNTERPART, NO_COUNTERPART_NAMES, OFF_VALUES)
     recipe.take_named(NOT_NEEDED, NOT_NEEDED_NAMES, OFF_VALUES)
     return _named(recipe, command)
@@ -213,6 +234,86 @@ def _named(recipe: Recipe, command: Command) -> Recipe:
             recipe.given.add(variable)
             recipe.name(NOT_NEEDED, variable, given, "a variable that no setting here has")
     return recipe
+
+
+def _value(recipe: Recipe, name: str) -> Any:
+    """Return the value of a setting so far, with the default here where it is not written."""
+    return recipe.settings[name].value if name in recipe.settings else recipe.known[name].default
+
+
+def _images(recipe: Recipe, script: Script) -> None:
+    """Write how images are cut. textual_inversion.py mirrors half of them and cuts none, but with center_crop."""
+    crop = recipe.take("center_crop")
+    if crop is not None and is_true(crop):
+        recipe.write("random_crop", False, "center_crop", crop)
+        return
+    if not script.token:
+        recipe.default("random_crop", True, "no center_crop there: the crop is random")
+        return
+    reason = "left out there: images are squashed to a square; here the middle is cut out. Square images are the same"
+    recipe.name(ANOTHER_MEANING, "center_crop", "False" if crop is None else crop, reason)
+
+
+def _pairs(recipe: Recipe) -> None:
+    """Let a step have as many images as there, where each batch of N has N of the instance and N of the class."""
+    for name, change, note in (
+        (
+            "gradient_accumulation_steps",
+            lambda number: 2 * number,
+            "twice as many batches in a step: there each has so many images of the instance, and as many of the class",
+        ),
+        (
+            "max_grad_norm",
+            lambda norm: norm / 2,
+            "half: the loss there is the sum of two means, here the mean of all, and so are the gradients",
+        ),
+    ):
+        if name == "max_grad_norm" and not _value(recipe, "clip_grad"):
+            continue
+        entry = recipe.settings.get(name)
+        given = _value(recipe, name)
+        theirs = entry.theirs if entry is not None and entry.theirs else "with_prior_preservation"
+        recipe.settings[name] = Written(change(given), theirs, note, given)
+        recipe.name(ANOTHER_MEANING, theirs, given, f"{name} {change(given):g}: {note}")
+    if "epochs" in recipe.settings:
+        reason = (
+            "an epoch there has as many steps as the larger of the two sets asks for; here it has each image of the "
+            "instance once, and as many of the class: set num_repeats, or max_steps"
+        )
+        recipe.name(
+            ANOTHER_MEANING, recipe.settings["epochs"].theirs or "num_train_epochs", _value(recipe, "epochs"), reason
+        )
+
+
+def _differences(recipe: Recipe, script: Script, name: str) -> None:
+    """Name what is different without a setting that says so."""
+    if script.lora:
+        rank = int(_value(recipe, "lora_rank"))
+        # The standard deviations: 1 / rank there (PEFT's "gaussian"), 1 / sqrt(3 n) of n inputs here.
+        least, most = (math.sqrt(3 * inputs) / rank for inputs in (320, 1280))
+        if least > 1:
+            effect = f"{least:.2g} to {most:.2g} times smaller here at rank {rank}: early steps move the weights less"
+        elif most < 1:
+            effect = f"{1 / most:.2g} to {1 / least:.2g} times larger here at rank {rank}: they move the weights more"
+        else:
+            effect = f"about as large at rank {rank}"
+        reason = f"the down matrices begin as N(0, 1 / rank^2) there and as U(+-1 / sqrt(inputs)) here, {effect}"
+        recipe.name(ANOTHER_MEANING, "(script)", name, reason)
+    if script.token:
+        recipe.default("random_flip", True, "textual_inversion.py mirrors half of the images")
+        recipe.default("num_repeats", 100)
+        reason = (
+            "the templates are other texts than here, and captions are never read there; here captions with the token "
+            "stay as they are, and others become templates: remove caption files"
+        )
+        recipe.name(ANOTHER_MEANING, "learnable_property", _value(recipe, "learnable_property"), reason)
+    velocity = str(recipe.left.get("prediction_type", "")) == "v_prediction"
+    if velocity and "min_snr_gamma" in recipe.settings:
+        reason = (
+            "with velocity older scripts of diffusers add one to the SNR before the minimum, and train_dreambooth.py "
+            "to the weight; here it is min(SNR, gamma) / (SNR + 1), as in sd-scripts and newer scripts"
+        )
+        recipe.name(ANOTHER_MEANING, "snr_gamma", _value(recipe, "min_snr_gamma"), reason)
 
 
 def _network(recipe: Recipe, script: Script, name: str) -> None:
@@ -312,7 +413,10 @@ def _samples(recipe: Recipe, script: Script) -> None:
             recipe.name(NOT_NEEDED, "num_validation_images", count, "sample_prompts has so many lines")
     recipe.write("sample_prompts", texts, key, prompts)
     recipe.default("sample_at_first", False)
-    if epochs is not None:
+    steps = recipe.take("validation_steps", 100) if script.token and epochs is None else None
+    if steps is not None:
+        recipe.write("sample_every_n_steps", steps, "validation_steps")
+    elif epochs is not None:
         recipe.write("sample_every_n_epochs", epochs, "validation_epochs")
     else:
         recipe.default("sample_every_n_epochs", script.sample_epochs)

@@ -20,6 +20,7 @@ from tools.recipes.recipe import (
     OFF,
     Recipe,
     as_number,
+    fit_layers,
     is_off,
     is_true,
     shown,
@@ -82,6 +83,7 @@ def read(values: Mapping[str, Any], gui: bool = False) -> Recipe:
     if gui:
         _add_parameters(recipe)
     convert(recipe, gui)
+    fit_layers(recipe)
     for number, entry in enumerate(recipe.named):  # under the names of the file
         theirs = next((name for name, other in tables.GUI_NAMES.items() if other == entry.theirs and name in values),
                       entry.theirs) if gui else entry.theirs  # fmt: skip

@@ -15,10 +15,12 @@ from tools.recipes.recipe import (
     TEXT_ATTENTION,
     TEXT_ENCODER,
     UNET_ATTENTION,
+    UNET_OTHERS,
     UNET_RESIDUAL,
     UNET_TRANSFORMER,
     Recipe,
     Rule,
+    Written,
     as_number,
     is_empty,
     is_off,
@@ -28,12 +30,13 @@ from tools.recipes.recipe import (
 
 # What LyCORIS calls its presets -> layers of the UNet and of the text encoder.
 PRESETS = {
-    "full": ((*UNET_TRANSFORMER, *UNET_RESIDUAL), TEXT_ENCODER),
-    "full-lin": ((*UNET_TRANSFORMER, "emb_layers.1"), TEXT_ENCODER),
+    "full": ((*UNET_TRANSFORMER, *UNET_RESIDUAL, *UNET_OTHERS), TEXT_ENCODER),
+    "full-lin": ((*UNET_TRANSFORMER, "emb_layers.1", "skip_connection", "time_embed.0", "time_embed.2"), TEXT_ENCODER),
     "attn-mlp": (UNET_TRANSFORMER, TEXT_ENCODER),
     "attn-only": (UNET_ATTENTION, TEXT_ATTENTION),
     "unet-transformer-only": (UNET_TRANSFORMER, ()),
-    "unet-convblock-only": (UNET_RESIDUAL, ()),
+    "unet-only": ((*UNET_TRANSFORMER, *UNET_RESIDUAL, *UNET_OTHERS), ()),
+    "unet-convblock-only": ((*UNET_RESIDUAL, "input_blocks.0.0", "out.2"), ()),
 }
 MODELS = {
     (False, False): "configs/v1-inference.yaml",
@@ -90,22 +93,29 @@ def write_network(recipe: Recipe) -> bool:
             if name in recipe.left:
                 recipe.name(NOT_NEEDED, name, recipe.left.pop(name), "no LoRA is trained")
         return False
-    _layers(recipe, module, kind)
+    lycoris = module.startswith("lycoris") or kind.startswith("LyCORIS")
+    algo = _layers(recipe, module, kind, lycoris)
     recipe.take_rules((Rule("network_dim", "lora_rank"),))
     alpha = recipe.take("network_alpha")
     if alpha is not None:
         recipe.write("lora_alpha", None if is_off(alpha) else alpha, "network_alpha", alpha)
     recipe.default("lora_alpha", 1.0)
+    _dropout(recipe, algo, lycoris)
+    bypass = lycoris and is_true(recipe.left.get("network_args.bypass_mode"))
     for rule in tables.NETWORK_ARGS:
         full, value = _argument(recipe, rule.theirs)
         if value is None:
             continue
-        if rule.ours not in recipe.known and is_off(value):
+        if is_off(value) or str(value) == "-1":
             recipe.name(OFF, full, value)
-        elif rule.theirs == "factor" and str(value) == "-1" and rule.ours not in recipe.known:
-            recipe.name(OFF, full, value)
+        elif not lycoris and rule.theirs in tables.OF_LYCORIS:
+            recipe.name(NOT_NEEDED, full, value, "LyCORIS alone reads it, and another network is trained")
+        elif rule.theirs == "loraplus_lr_ratio" and algo in tables.PRODUCTS:
+            recipe.name(NOT_NEEDED, full, value, f"LyCORIS has it for lora_up alone: with {algo} it does nothing there")
+        elif rule.ours == "use_tucker" and "use_tucker" in recipe.settings:
+            recipe.name(NOT_NEEDED, full, value, "use_tucker is on")
         else:
-            recipe.write(rule.ours, value, full)
+            recipe.write(rule.ours, value, full, value, _difference(rule.theirs, algo, lycoris, bypass))
     for full in [name for name in recipe.left if name.startswith("network_args.")]:
         value = recipe.left.pop(full)
         name, reasons = full.partition(".")[2], tables.NO_COUNTERPART.items()
@@ -115,16 +125,52 @@ def write_network(recipe: Recipe) -> bool:
     return True
 
 
-def _layers(recipe: Recipe, module: str, kind: str) -> None:
-    """Write the layers and the kind of their updates."""
-    lycoris = module.startswith("lycoris") or kind.startswith("LyCORIS")
+def _dropout(recipe: Recipe, algo: str, lycoris: bool) -> None:
+    """Write the dropout. Of LyCORIS's it is one of network_args, or sd-scripts gives it that of the network."""
+    name, value = _argument(recipe, "dropout") if lycoris else ("", None)
+    common = recipe.take("network_dropout")
+    if value is None:
+        name, value = "network_dropout", common
+    elif common is not None:
+        recipe.name(OFF if is_off(common) else NOT_NEEDED, "network_dropout", common, f"{name} wins")
+    if value is None:
+        return
+    note = "there it drops the outputs of the down matrix, here the inputs of the layer"
+    if lycoris:
+        note = "there it drops outputs of the update, and in bypass_mode alone; here inputs of the layer"
+        if algo in tables.PRODUCTS:
+            note = f"LyCORIS says that it is not implemented for {algo}; {note}"
+    recipe.write("lora_dropout", value, name, value, "" if is_off(value) else note)
+
+
+def _difference(name: str, algo: str, lycoris: bool, bypass: bool) -> str:
+    """Return what an option of the network does there and not here, or "" where it is the same."""
+    if name == "rank_dropout" and not lycoris:
+        return (
+            "there each image drops ranks of its own, and what is kept is multiplied by 1 / (1 - p); here all images "
+            "of a step drop the same ranks, and nothing is multiplied"
+        )
+    if name == "rank_dropout" and algo not in tables.PRODUCTS and not bypass:
+        return "there outputs of the update are left out, as ranks are in bypass_mode alone; here ranks"
+    if name == "rs_lora" and algo == "lokr":
+        return "there a LoKr of two whole factors is multiplied by the root of the rank, here by 1"
+    return ""
+
+
+def _layers(recipe: Recipe, module: str, kind: str, lycoris: bool) -> str:
+    """Write the layers and the kind of their updates, which is returned."""
     name, algo = _argument(recipe, "algo")
     if algo is None and "/" in kind:
         name, algo = "LoRA_type", kind.partition("/")[2]
     algo = str(algo or "lora").lower()
-    if algo not in ("lora", "locon"):
+    if not lycoris:
+        if algo != "lora":
+            recipe.name(NOT_NEEDED, name, algo, "LyCORIS alone reads it, and another network is trained")
+        algo = "lora"
+    elif algo not in ("lora", "locon"):
         plain_lora = "a plain LoRA is trained instead" if "algo" not in recipe.known else ""
-        recipe.write("algo", algo, name, algo, plain_lora)
+        if not recipe.write("algo", algo, name, algo, plain_lora):
+            algo = "lora"
     elif name != "algo":
         recipe.name(NOT_NEEDED, name, algo, "it is what lora_targets with convolutions train")
     if not lycoris and (module not in ("", "networks.lora") or kind not in ("", "Standard", "Kohya LoCon")):
@@ -154,6 +200,7 @@ def _layers(recipe: Recipe, module: str, kind: str) -> None:
         recipe.name(NOT_NEEDED, preset_name, preset, "lora_targets names its layers")
     if not unused:
         _convolutions(recipe, "op" in unet, lycoris, (conv_name, conv), (alpha_name, conv_alpha))
+    return algo
 
 
 def _convolutions(recipe: Recipe, trained: bool, lycoris: bool, dim: tuple[str, Any], alpha: tuple[str, Any]) -> None:
@@ -175,7 +222,13 @@ def _convolutions(recipe: Recipe, trained: bool, lycoris: bool, dim: tuple[str, 
             recipe.name(NOT_NEEDED, name, value, "it is that of the other layers")
     elif "conv_dim" in recipe.known:
         recipe.write("conv_dim", whole(of_rank), dim[0])
-        recipe.write("conv_alpha", whole(of_alpha), alpha[0])
+        if not is_off(alpha[1]):
+            recipe.write("conv_alpha", whole(of_alpha), alpha[0])
+        else:  # always, as it would be conv_dim here
+            if alpha[1] is not None:
+                recipe.name(OFF, alpha[0], alpha[1])
+            left_out = f"left out there: that of {'the other layers' if lycoris else recipe.project}"
+            recipe.settings["conv_alpha"] = Written(float(of_alpha), "", left_out)
     else:
         reason = f"there the 3x3 convolutions have rank {of_rank:g} and alpha {of_alpha:g}, here those of all layers"
         for name, value in given:

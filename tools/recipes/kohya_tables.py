@@ -40,11 +40,6 @@ RULES = (
     Rule("dataset_repeats", "num_repeats"),
     Rule("cache_text_encoder_outputs", "cache_text"),
     Rule("seed", "seed", note="the same number draws other noise here than in PyTorch"),
-    Rule(
-        "network_dropout",
-        "lora_dropout",
-        note="there it drops the outputs of the down matrix, here the inputs of the layer",
-    ),
 )
 
 # Settings that are read together, for docs/recipes.md: their names, ours, and what is done.
@@ -56,6 +51,18 @@ TOGETHER = (
         "MLP of the text encoder. `conv_dim` and `lycoris.kohya` add the residual blocks and the resampling",
     ),
     ("network_dim", "lora_rank", "left out: 4"),
+    (
+        "network_dropout dropout",
+        "lora_dropout",
+        "there outputs of the down matrix are dropped, of LyCORIS those of the update, here inputs of the layer. "
+        "`dropout` is LyCORIS's, and wins",
+    ),
+    (
+        "rank_dropout rs_lora loraplus_lr_ratio",
+        "rank_dropout rs_lora loraplus_lr_ratio",
+        "what differs is named: the dropout of `networks.lora` is drawn for each image and lifts what is kept; LyCORIS "
+        "leaves out outputs, has LoRA+ for `lora_up` alone, and scales a whole LoKr",
+    ),
     ("network_alpha", "lora_alpha", "left out: 1; 0 stands for network_dim"),
     (
         "conv_dim conv_alpha",
@@ -96,7 +103,6 @@ TOGETHER = (
     ("train_data_dir dataset_config", "data_path", "dataset_config wins"),
     ("sample_prompts sample_sampler", "sample_prompts sample_sampler", "the GUI's text is a list of prompts"),
     ("log_with", "report_to", "tensorboard is written beside csv and html"),
-    ("loraplus_lr_ratio", "loraplus_lr_ratio", "also as one of network_args"),
     ("additional_parameters", "", "of the GUI: its flags are read as further settings"),
 )
 
@@ -111,15 +117,18 @@ GUI_NAMES = {
 # Options of the networks, as network_args or as settings of the GUI -> here.
 NETWORK_ARGS = same("factor use_tucker dora_wd rs_lora rank_dropout module_dropout loraplus_lr_ratio") + (
     Rule("use_cp", "use_tucker"),
+    Rule("use_conv_cp", "use_tucker"),
 )
+OF_LYCORIS = ("factor", "use_tucker", "use_cp", "use_conv_cp", "dora_wd", "rs_lora")  # networks.lora reads none
+PRODUCTS = ("loha", "lokr")  # kinds without up and down matrices
 
 NO_COUNTERPART = {
     "blocks have no ranks and rates of their own, unless a lora_config gives them (docs/lora_toolbox.md)":
         "block_dims block_alphas conv_block_dims conv_block_alphas conv_dims conv_alphas down_lr_weight mid_lr_weight "
         "up_lr_weight block_lr_zero_threshold block_lr",
     "an option of LyCORIS that this project does not have":
-        "decompose_both use_scalar rescaled constrain bypass_mode train_norm train_on_input unit wd_on_output "
-        "full_matrix unbalanced_factorization rank_dropout_scale",
+        "decompose_both use_scalar rescaled constrain constraint block_size disable_conv_cp bypass_mode train_norm "
+        "train_on_input unit wd_on_output full_matrix unbalanced_factorization rank_dropout_scale",
     "up matrices of the UNet and the text encoder have one ratio: give loraplus_lr_ratio":
         "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
     "give the rank of that file as lora_rank": "dim_from_weights",

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from tools.recipes import kohya
-from tools.recipes.recipe import NO_COUNTERPART, NOT_NEEDED, Recipe
+from tools.recipes.recipe import NO_COUNTERPART, NOT_NEEDED, Recipe, Written, fit_layers
 
 PREFIX = "ss_"
 # Names after the prefix that are not those of the settings.
@@ -32,6 +32,9 @@ STATISTICS = {
     "max_train_steps is known": "max_train_epochs",
     "model_config says so": "base_model_version",
 }  # fmt: skip
+# The UNet's layers beside its blocks -> their names in the file. Only some versions of LyCORIS train them.
+OTHERS = {"time_embed.0": "time_embedding_linear_1", "time_embed.2": "time_embedding_linear_2",
+          "input_blocks.0.0": "conv_in", "out.2": "conv_out"}  # fmt: skip
 # Without these, the file was written with no_metadata and says nothing of the training.
 OF_TRAINING = ("learning_rate", "max_train_steps", "optimizer")
 OTHER_MODELS = ("sdxl", "sd3", "flux", "lumina", "hunyuan", "chroma", "anima", "qwen", "wan")
@@ -72,6 +75,9 @@ def read(metadata: Mapping[str, str], tensors: Iterable[str]) -> Recipe:
         recipe.add("network_train_text_encoder_only", True)
     recipe.take_named(NOT_NEEDED, STATISTICS)
     kohya.convert(recipe)
+    if names:
+        _of_tensors(recipe, names)
+    fit_layers(recipe)
     if "v2" not in given:  # as in the files of this project for other architectures
         recipe.settings.pop("model_config", None)
     recipe.finish()
@@ -85,6 +91,22 @@ def read(metadata: Mapping[str, str], tensors: Iterable[str]) -> Recipe:
             recipe.given.add(name)
             recipe.name(NOT_NEEDED, name, text, "it describes the file")
     return recipe
+
+
+def _of_tensors(recipe: Recipe, names: list[str]) -> None:
+    """Write which networks, and which layers beside the UNet's blocks, the file has."""
+    trained = recipe.settings.get("use_lora", Written(False)).value
+    for setting, prefix in (("lora_ft_unet", "lora_unet"), ("lora_ft_text_encoder", "lora_te")):
+        if trained and setting not in recipe.settings:
+            value = any(name.startswith(prefix) for name in names)
+            recipe.settings[setting] = Written(value, "", "the tensors of the file show it")
+    entry = recipe.settings.get("lora_targets")
+    if entry is not None:
+        absent = {
+            ours for ours, name in OTHERS.items() if not any(full.startswith(f"lora_unet_{name}.") for full in names)
+        }
+        kept = [name for name in entry.value if name not in absent]
+        recipe.settings["lora_targets"] = entry._replace(value=kept)
 
 
 def _full(name: str, back: Mapping[str, str]) -> str:

@@ -10,16 +10,15 @@ from ldm.errors import UserError
 from ldm.settings.optimizer import OPTIONS
 from ldm.settings.values import settings_of
 from tools.recipes import onetrainer_tables as tables
+from tools.recipes.onetrainer_method import numbers_of, write_dropout, write_method
 from tools.recipes.recipe import (
-    ANOTHER_MEANING,
     KEEPS_ALL,
     NO_COUNTERPART,
     NOT_NEEDED,
     OFF,
-    TEXT_ENCODER,
     Recipe,
-    Rule,
     as_number,
+    fit_layers,
     fit_prodigy,
     is_off,
     is_true,
@@ -60,10 +59,11 @@ def read(content: Mapping[str, Any]) -> Recipe:
             f"model_type {model[:60]}: this project trains {', '.join(tables.MODELS)}, without inpainting models"
         )
     recipe.write("model_config", tables.MODELS[model], "model_type", model)
-    _method(recipe)
+    write_method(recipe)
     _optimizer(recipe)
     _rate(recipe)
     _loss(recipe)
+    write_dropout(recipe)
     _concepts(recipe)
     _samples(recipe)
     _saving(recipe)
@@ -80,89 +80,49 @@ def read(content: Mapping[str, Any]) -> Recipe:
             continue
         recipe.default(name, value)
     fit_prodigy(recipe)
+    fit_layers(recipe)
     recipe.take_named(NO_COUNTERPART, tables.NO_COUNTERPART, tables.OFF_VALUES)
     recipe.take_named(NOT_NEEDED, tables.NOT_NEEDED, tables.OFF_VALUES)
     return recipe.finish()
 
 
-def _method(recipe: Recipe) -> None:
-    """Write what is trained."""
-    method = str(recipe.take("training_method", "FINE_TUNE"))
-    if method not in ("LORA", "FINE_TUNE", "EMBEDDING") or (
-        method == "EMBEDDING" and "placeholder_token" not in recipe.known
-    ):
-        raise UserError(f"training_method {method[:60]}: this version of the project trains LORA and FINE_TUNE alone")
-    recipe.write("use_lora", method == "LORA", "training_method", method)
-    peft = str(recipe.take("peft_type", "LORA"))
-    if method == "EMBEDDING":
-        recipe.take_rules(
-            (
-                Rule("embedding.placeholder", "placeholder_token"),
-                Rule("embedding.initial_embedding_text", "initializer_token"),
-                Rule("embedding.token_count", "num_vectors"),
-            )
-        )
-    if method != "LORA":
-        for name in [name for name in recipe.left if name.startswith(("lora_", "lokr_", "layer_filter"))]:
-            recipe.name(NOT_NEEDED, name, recipe.left.pop(name), "no LoRA is trained")
-        trained = recipe.take("text_encoder.train", True)
-        if trained and method == "FINE_TUNE":
-            recipe.name(NO_COUNTERPART, "text_encoder.train", trained, "the UNet alone is trained as a whole")
-        recipe.take("unet.train")
-        _drop_rate(recipe, "text_encoder.learning_rate")
+def _batches(recipe: Recipe) -> int:
+    """Return how many of OneTrainer's steps, which are batches, are one step of the optimizer."""
+    return max(1, int(as_number(recipe.left.get("gradient_accumulation_steps") or 1, "gradient_accumulation_steps")))
+
+
+def _write_steps(recipe: Recipe, ours: str, theirs: str, value: Any, unit: str = "") -> None:
+    """Write a number of OneTrainer's steps as one of the optimizer's, at least 1."""
+    batches = _batches(recipe)
+    note = f"batches there: {batches} of them, gradient_accumulation_steps, are a step here" if batches > 1 else ""
+    try:
+        steps = max(1, int(as_number(value, theirs)) // batches) if batches > 1 else value
+    except UserError as error:
+        recipe.name(NO_COUNTERPART, theirs, value, f"refused here: {error}")
         return
-    if peft != "LORA":
-        note = "" if "algo" in recipe.known else "a plain LoRA is trained instead"
-        recipe.write("algo", {"LOHA": "loha", "LOKR": "lokr"}.get(peft, peft), "peft_type", peft, note)
-    for theirs, ours, kind in (
-        ("lora_decompose", "dora_wd", "LORA"),
-        ("lokr_weight_decompose", "dora_wd", "LOKR"),
-        ("lokr_decompose_factor", "factor", "LOKR"),
-        ("lokr_use_tucker", "use_tucker", "LOKR"),
-    ):
-        value = recipe.take(theirs)
-        if value is None:
-            continue
-        if is_off(value) or str(value) == "-1":
-            recipe.name(OFF, theirs, value)
-        elif kind != peft:
-            recipe.name(NOT_NEEDED, theirs, value, f"peft_type {peft} does not use it")
-        else:
-            recipe.write(ours, value, theirs)
-    for name in [name for name in recipe.left if name.startswith("lokr_")]:
-        value = recipe.left.pop(name)
-        kind = NOT_NEEDED if peft != "LOKR" else NO_COUNTERPART
-        recipe.name(OFF if is_off(value) else kind, name, value, f"peft_type {peft}: this project has no such option")
-    unet, text = recipe.take("unet.train", True), recipe.take("text_encoder.train", True)
-    recipe.write("lora_ft_unet", is_true(unet), "unet.train", unet)
-    recipe.write("lora_ft_text_encoder", is_true(text), "text_encoder.train", text)
-    if is_true(text):
-        recipe.take_rules((Rule("text_encoder.learning_rate", "text_encoder_lr"),))
-        after = recipe.left.get("text_encoder.stop_training_after")
-        if after is None and as_number(recipe.left.get("epochs", 100), "epochs") > 30:
-            reason = "left out there: the text encoder is trained for 30 epochs. Here it is trained to the end"
-            recipe.name(ANOTHER_MEANING, "text_encoder.stop_training_after", 30, reason)
+    recipe.write(ours, steps, theirs, f"{value}{unit}", note)
+
+
+def _warmup(recipe: Recipe) -> None:
+    """Write the warm-up: batches above 1, a share of all steps up to 1."""
+    given = recipe.take("learning_rate_warmup_steps")
+    batches = _batches(recipe)
+    if given is None:
+        note = "left out there: 200 batches" if batches > 1 else ""
+        recipe.default("warmup_steps", 200 // batches, note)
+        return
+    try:
+        number = as_number(given, "learning_rate_warmup_steps")
+    except UserError as error:
+        recipe.name(NO_COUNTERPART, "learning_rate_warmup_steps", given, f"refused here: {error}")
+        return
+    if number == 1:
+        reason = "1 is a share there, all steps; here it would be one step: there is no warm-up"
+        recipe.name(NO_COUNTERPART, "learning_rate_warmup_steps", given, reason)
+    elif number < 1 or batches == 1:
+        recipe.write("warmup_steps", given, "learning_rate_warmup_steps")
     else:
-        _drop_rate(recipe, "text_encoder.learning_rate")
-    if not is_true(unet):
-        _drop_rate(recipe, "unet.learning_rate")
-    filters, preset = recipe.take("layer_filter"), recipe.take("layer_filter_preset")
-    key = "layer_filter" if filters is not None else "layer_filter_preset"
-    given = str(filters if filters is not None else preset or "full")
-    if filters is not None and preset is not None:
-        recipe.name(NOT_NEEDED, "layer_filter_preset", preset, "layer_filter has its layers")
-    layers = tables.FILTERS.get(given.replace(" ", ""))
-    if layers is None:
-        recipe.name(NO_COUNTERPART, key, given, "all layers are trained: choose by lora_targets or lora_config")
-        layers = tables.FILTERS["full"]
-    names = (*(layers if is_true(unet) else ()), *(TEXT_ENCODER if is_true(text) else ()))
-    recipe.write("lora_targets", list(names), "layer_filter_preset" if layers is tables.FILTERS["full"] else key, given)
-
-
-def _drop_rate(recipe: Recipe, name: str) -> None:
-    value = recipe.take(name)
-    if value is not None:
-        recipe.name(NOT_NEEDED, name, value, "that network is not trained")
+        _write_steps(recipe, "warmup_steps", "learning_rate_warmup_steps", given)
 
 
 def _optimizer(recipe: Recipe) -> None:
@@ -202,6 +162,7 @@ def _optimizer(recipe: Recipe) -> None:
 
 
 def _rate(recipe: Recipe) -> None:
+    _warmup(recipe)
     given = str(recipe.take("learning_rate_scheduler", "CONSTANT"))
     name, note = tables.SCHEDULERS.get(given, ("constant", ""))
     if given in tables.SCHEDULERS:
@@ -209,7 +170,11 @@ def _rate(recipe: Recipe) -> None:
     else:
         recipe.name(NO_COUNTERPART, "learning_rate_scheduler", given, "a constant rate is used instead")
     factor = recipe.take("learning_rate_min_factor", 0.0)
-    rate = as_number(recipe.left.get("learning_rate", tables.DEFAULTS["start_learning_rate"]), "learning_rate")
+    token = recipe.settings.get("start_learning_rate")  # that of a token alone
+    rate = as_number(
+        token.value if token else recipe.left.get("learning_rate", tables.DEFAULTS["start_learning_rate"]),
+        "learning_rate",
+    )
     if name != "constant":
         end = rounded(rate * as_number(factor, "learning_rate_min_factor"))
         recipe.write("end_learning_rate", end, "learning_rate_min_factor", factor)
@@ -275,15 +240,9 @@ def _loss(recipe: Recipe) -> None:
             recipe.name(OFF, name, value)
 
 
-def _numbers(recipe: Recipe, section: str) -> list[int]:
-    """Return the numbers of the entries of a list of sections."""
-    words = (name.split(".") for name in recipe.left)
-    return sorted({int(parts[1]) for parts in words if parts[0] == section and len(parts) > 2 and parts[1].isdecimal()})
-
-
 def _concepts(recipe: Recipe) -> None:
     """Write the data set of a single concept, or name those of several."""
-    numbers = _numbers(recipe, "concepts")
+    numbers = numbers_of(recipe, "concepts")
     used = [number for number in numbers if is_true(recipe.left.get(f"concepts.{number}.enabled", True))]
     for number in numbers:
         if used == [number]:
@@ -318,7 +277,7 @@ def _samples(recipe: Recipe) -> None:
     """Write the prompts of the samples with sd-scripts' flags, and how often they are drawn."""
     flags = (("negative_prompt", "n"), ("width", "w"), ("height", "h"), ("seed", "d"), ("cfg_scale", "l"),
              ("diffusion_steps", "s"))  # fmt: skip
-    numbers = _numbers(recipe, "samples")
+    numbers = numbers_of(recipe, "samples")
     lines, keys = [], []
     for number in numbers:
         prefix = f"samples.{number}."
@@ -345,7 +304,10 @@ def _samples(recipe: Recipe) -> None:
     recipe.write("sample_prompts", lines, " ".join(keys))
     setting = {"STEP": "sample_every_n_steps", "EPOCH": "sample_every_n_epochs"}.get(str(unit))
     if setting and every is not None:
-        recipe.write(setting, every, "sample_after", f"{every} {unit}")
+        if unit == "STEP":
+            _write_steps(recipe, setting, "sample_after", every, " STEP")
+        else:
+            recipe.write(setting, every, "sample_after", f"{every} {unit}")
         recipe.name(NOT_NEEDED, "sample_after_unit", unit, f"{setting} says so")
     else:
         for name, value in (("sample_after", every), ("sample_after_unit", unit)):
@@ -356,7 +318,10 @@ def _samples(recipe: Recipe) -> None:
 def _saving(recipe: Recipe) -> None:
     every, unit = recipe.take("save_every", recipe.take("save_after", 0)), recipe.take("save_every_unit", "NEVER")
     if unit in ("STEP", "EPOCH") and not is_off(every):
-        recipe.write("ckpt_save_interval", every, "save_every")
+        if unit == "STEP":
+            _write_steps(recipe, "ckpt_save_interval", "save_every", every)
+        else:
+            recipe.write("ckpt_save_interval", every, "save_every")
         recipe.write("step_mode", unit == "STEP", "save_every_unit", unit)
         recipe.default("ckpt_max_keep", KEEPS_ALL, "left out there: OneTrainer keeps all of them")
     else:

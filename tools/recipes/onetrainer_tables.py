@@ -81,11 +81,6 @@ RULES = (
     Rule("resolution", "image_size", square),
     Rule("lora_rank", "lora_rank"),
     Rule("lora_alpha", "lora_alpha"),
-    Rule(
-        "dropout_probability",
-        "lora_dropout",
-        note="there it drops the outputs of the down matrix, here the inputs of the layer",
-    ),
     Rule("unet.learning_rate", "unet_lr"),
     Rule("unet.gradient_checkpointing", "gradient_checkpointing"),
     Rule("text_encoder.dropout_probability", "caption_dropout"),
@@ -93,7 +88,6 @@ RULES = (
     Rule("batch_size", "train_batch_size"),
     Rule("gradient_accumulation_steps", "gradient_accumulation_steps"),
     Rule("learning_rate", "start_learning_rate"),
-    Rule("learning_rate_warmup_steps", "warmup_steps"),
     Rule("image_caching", "cache_latents"),
     Rule("latent_caching", "cache_latents"),
     Rule("text_caching", "cache_text"),
@@ -121,7 +115,6 @@ DEFAULTS = {
     "lora_rank": 16,
     "lora_alpha": 1.0,
     "start_learning_rate": 3e-6,
-    "warmup_steps": 200,
     "epochs": 100,
     "train_batch_size": 1,
     "image_size": 512,
@@ -133,7 +126,7 @@ DEFAULTS = {
 TOGETHER = (
     ("base_model_name", "pretrained_model_path", "a path, not a name on the Hub"),
     ("model_type", "model_config", "SD 1.5, 2.0 and 2.1; others are an error"),
-    ("training_method peft_type lora_decompose lokr_*", "use_lora algo dora_wd factor", "LORA or FINE_TUNE"),
+    ("training_method peft_type lora_decompose lokr_*", "use_lora algo dora_wd factor", "LORA, FINE_TUNE or EMBEDDING"),
     (
         "unet.train text_encoder.train text_encoder.learning_rate",
         "lora_ft_unet lora_ft_text_encoder text_encoder_lr",
@@ -159,7 +152,22 @@ TOGETHER = (
     ("concepts.*", "data_path num_repeats random_flip ...", "one concept; several need a dataset_config"),
     ("samples.* sample_after sample_after_unit", "sample_prompts sample_every_n_...", "by steps or epochs"),
     ("save_every save_every_unit", "ckpt_save_interval step_mode", "by steps or epochs"),
-    ("embedding.*", "placeholder_token initializer_token num_vectors", "for the training method EMBEDDING"),
+    (
+        "learning_rate_warmup_steps save_every sample_after gradient_accumulation_steps",
+        "warmup_steps ckpt_save_interval sample_every_n_steps",
+        "steps are batches there: divided by gradient_accumulation_steps. Warm-up left out: 200",
+    ),
+    (
+        "embedding.* additional_embeddings.*",
+        "placeholder_token initializer_token num_vectors",
+        "`embedding` of EMBEDDING, or the only additional embedding beside a LoRA (pivotal tuning). More are named",
+    ),
+    (
+        "embedding_learning_rate",
+        "ti_lr start_learning_rate",
+        "the rate of the token: the only one with EMBEDDING, ti_lr beside a LoRA",
+    ),
+    ("dropout_probability", "lora_dropout", "there outputs of the down matrix are dropped, here inputs of the layer"),
     ("output_model_destination", "output_name", "the name of the file"),
 )
 
@@ -177,8 +185,9 @@ NO_COUNTERPART = {
         "unet.stop_training_after unet.stop_training_after_unit text_encoder.stop_training_after "
         "text_encoder.stop_training_after_unit",
     "the text encoder is used up to its last layer (SD 1.x) or its last but one (SD 2.x)": "text_encoder_layer_skip",
-    "its embeddings are not trained": "text_encoder.train_embedding embedding_learning_rate preserve_embedding_norm "
-        "additional_embeddings* embedding*",
+    "vectors may grow": "preserve_embedding_norm",
+    "one token is learned: alone, or beside a LoRA": "additional_embeddings* embedding*",
+    "the token is learned in every step": "text_encoder.train_embedding",
     "every mask counts in every step": "unmasked_probability",
     "images of the base model are given as class images (docs/dreambooth.md)": "masked_prior_preservation_weight",
     "the averages are updated in every step": "ema_update_step_interval",
@@ -239,3 +248,5 @@ ORDINARY = {
     "text.tag_dropout_special_tags_mode": ("NONE",),
     "text.caps_randomize_mode": ("capslock, title, first, random",),
 }
+# Values of an embedding that ask for nothing.
+ORDINARY_TOKEN = {"train": (True,), "stop_training_after_unit": ("NEVER",)}

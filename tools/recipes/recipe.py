@@ -38,6 +38,8 @@ UNET_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 UNET_PROJECTIONS = ("proj_in", "proj_out")
 UNET_RESIDUAL = ("in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "op", "conv")
 UNET_OTHERS = ("time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2")
+# The widths of the two that are narrower than usual ranks, which are refused there (but for LoKr).
+NARROW = {"input_blocks.0.0": 36, "out.2": 4}
 UNET_TRANSFORMER = (*UNET_ATTENTION, *UNET_FEED_FORWARD, *UNET_PROJECTIONS)
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_ENCODER = (*TEXT_ATTENTION, "mlp.fc1", "mlp.fc2")
@@ -364,11 +366,26 @@ def write_base_model(recipe: Recipe, theirs: str) -> None:
     recipe.write("pretrained_model_path", given, theirs, note=note)
 
 
+def fit_layers(recipe: Recipe) -> None:
+    """Leave out, and name, the layers that are narrower than the rank, which a training here refuses."""
+    values = {name: entry.value for name, entry in recipe.settings.items()}
+    targets, algo = values.get("lora_targets", []), values.get("algo")
+    rank = values.get("conv_dim") or values.get("lora_rank") or recipe.known["lora_rank"].default
+    narrow = [name for name in targets if NARROW.get(name, rank) < rank]
+    if not narrow or algo == "lokr":
+        return
+    entry = recipe.settings["lora_targets"]
+    recipe.settings["lora_targets"] = entry._replace(value=[name for name in targets if name not in narrow])
+    widths = " and ".join(f"{name} (width {NARROW[name]})" for name in narrow)
+    reason = f"trained there too, but a rank above the width is refused here: left out of lora_targets at rank {rank}"
+    recipe.name(ANOTHER_MEANING, entry.theirs or "lora_targets", widths, reason)
+
+
 def fit_prodigy(recipe: Recipe) -> None:
     """Give Prodigy the one rate that it takes here, a factor of the rate that it finds: 1 where a recipe has less."""
     if str(recipe.settings.get("optim", Written("")).value).lower() != "prodigy":
         return
-    for name in ("unet_lr", "text_encoder_lr"):
+    for name in ("unet_lr", "text_encoder_lr", "ti_lr"):
         entry = recipe.settings.pop(name, None)
         if entry is not None:
             recipe.name(NOT_NEEDED, entry.theirs, entry.value, "Prodigy finds one rate for all")
