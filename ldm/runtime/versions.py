@@ -1,4 +1,4 @@
-"""What differs between MindSpore's versions, in one place.
+"""This project's version, and what differs between MindSpore's versions, in one place.
 
 README.md says which versions were run, and with what.
 """
@@ -6,14 +6,24 @@ README.md says which versions were run, and with what.
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from pathlib import Path
 
 import mindspore as ms
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = "mindspore-stable-diffusion-lora"
 TESTED = ((2, 7), (2, 8), (2, 10))  # of 2.7, only 2.7.2
 SLOW_CONVOLUTIONS = ((2, 9), (2, 10))  # their CPU build
+
+
+def package_version() -> str | None:
+    """Return this project's version, None in a checkout that is not installed."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def mindspore_version() -> tuple[int, ...]:

@@ -26,9 +26,9 @@ from typing import Any
 from ldm.files.inputs import content_hash
 from ldm.files.paths import ROOT, under_root
 from ldm.lora.formats import lora_files
+from ldm.runtime.versions import package_version
 from ldm.settings.declare import names_of
 from ldm.settings.train import TrainSettings
-from ldm.training.report.facts import PACKAGE
 from ldm.weights.base_model import base_model_hash
 
 PREFIX = "passport."
@@ -91,10 +91,8 @@ def _version() -> dict[str, str]:
             return {"commit": done.stdout.strip()}
         except (OSError, subprocess.SubprocessError):
             pass
-    try:
-        return {"version": metadata.version(PACKAGE)}
-    except metadata.PackageNotFoundError:
-        return {}
+    version = package_version()
+    return {} if version is None else {"version": version}
 
 
 def library_versions() -> dict[str, str]:

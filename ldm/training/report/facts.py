@@ -7,7 +7,6 @@ import platform
 import resource
 import sys
 import time
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Optional
 
 import mindspore as ms
@@ -16,6 +15,7 @@ import PIL
 
 from ldm.data.sources.row_file import RowFile
 from ldm.data.training_data import TrainingData
+from ldm.runtime.versions import package_version
 from ldm.training.checks import image_size
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MOST_CAPTIONS = 20_000  # that are looked at: 1 us each, and 20 us in a RowFile
 MOST_BUCKETS = 100
-PACKAGE = "mindspore-stable-diffusion-lora"
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -88,19 +87,12 @@ def describe_environment(run: Run) -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
-        "version": _version(),
+        "version": package_version() or "a checkout, not installed",
         "MindSpore": ms.__version__,
         "Python": platform.python_version(),
         "NumPy": np.__version__,
         "Pillow": PIL.__version__,
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return "a checkout, not installed"
 
 
 def _processor() -> str:
