@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ldm.errors import UserError, plain
-from ldm.lora.updates import Full, LayerUpdate, LoRALayer, Product, direction_of
+from ldm.lora.products import Product
+from ldm.lora.updates import Full, LayerUpdate, LoRALayer, direction_of
 from ldm.settings.model import model_metadata
 from ldm.weights.names import COMPONENTS, LABELS
 

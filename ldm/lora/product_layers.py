@@ -15,7 +15,8 @@ from mindspore import Tensor, nn, ops
 
 from ldm.lora.cell import LoRACell
 from ldm.lora.layers import TuckerProduct
-from ldm.lora.updates import LayerUpdate, LoHa, LoKr
+from ldm.lora.products import LoHa, LoKr
+from ldm.lora.updates import LayerUpdate
 from ldm.models.layers import Linear
 from ldm.ops import cast, conv2d, linear, shared_cell
 

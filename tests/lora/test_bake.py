@@ -8,7 +8,8 @@ from ldm.files.paths import ROOT
 from ldm.lora.bake import bake
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import DoRA, Full, LoHa, LoKr, LoRALayer
+from ldm.lora.products import LoHa, LoKr
+from ldm.lora.updates import DoRA, Full, LoRALayer
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.names import CanonicalArrays
 

@@ -7,8 +7,9 @@ from ldm.errors import UserError
 from ldm.lora.checkpoints import EmbeddedArrays, MergedArrays, split_embedded
 from ldm.lora.extract import extract_lora
 from ldm.lora.lora import LoRA
+from ldm.lora.products import LoHa
 from ldm.lora.strength import Strength
-from ldm.lora.updates import IA3, DoRA, LoHa, LoRALayer
+from ldm.lora.updates import IA3, DoRA, LoRALayer
 from ldm.settings.block_weights import BlockWeights
 from ldm.weights.base_model import map_base_model
 from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint

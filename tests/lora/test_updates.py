@@ -8,7 +8,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import Update, add_updates
-from ldm.lora.updates import IA3, OFT, DoRA, Full, LoHa, LoKr, LoRALayer, weight_norms
+from ldm.lora.products import LoHa, LoKr
+from ldm.lora.updates import IA3, OFT, DoRA, Full, LoRALayer, weight_norms
 
 OUT, IN, SHAPE, KERNEL = 6, 8, (6, 8), (6, 8, 3, 3)
 RANDOM = np.random.RandomState(0)

@@ -26,7 +26,8 @@ from ldm.lora.formats import read_lora, write_lora  # noqa: E402
 from ldm.lora.formats.modules import known_bases  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.merge import Update, add_updates  # noqa: E402
-from ldm.lora.updates import DoRA, LoKr, LoRALayer  # noqa: E402
+from ldm.lora.products import LoKr  # noqa: E402
+from ldm.lora.updates import DoRA, LoRALayer  # noqa: E402
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 NANO = known_bases()[2]

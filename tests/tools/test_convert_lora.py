@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import FORMATS, detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import LoKr
+from ldm.lora.products import LoKr
 from tests.lora.formats.files import assert_same_updates, random_lora
 from tools.lora.convert_lora import main
 

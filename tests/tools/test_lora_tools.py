@@ -18,8 +18,9 @@ from ldm.lora.formats import detect_format, read_lora, write_lora
 from ldm.lora.formats.modules import known_bases
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import Update, add_updates
+from ldm.lora.products import LoHa
 from ldm.lora.strength import Strength
-from ldm.lora.updates import DoRA, LoHa, LoRALayer
+from ldm.lora.updates import DoRA, LoRALayer
 from ldm.weights.base_model import map_base_model, open_base_model
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from ldm.weights.names import CanonicalArrays

@@ -11,7 +11,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import DoRA, LoKr, LoRALayer
+from ldm.lora.products import LoKr
+from ldm.lora.updates import DoRA, LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import repeat, verification
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from ldm.lora.formats import read_lora
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import DoRA, Full, LoHa, LoRALayer
+from ldm.lora.products import LoHa
+from ldm.lora.updates import DoRA, Full, LoRALayer
 from ldm.settings.model import load_model_config
 from ldm.training import trainer
 from ldm.training.sharing import describe_optimizer, first_start, fits_fp16, last_part

@@ -33,7 +33,8 @@ from ldm.lora.formats import DTYPES, FORMATS, base_of, detect_format, read_lora,
 from ldm.lora.formats.modules import BaseModules, fitting_bases, known_bases  # noqa: E402
 from ldm.lora.lora import LoRA  # noqa: E402
 from ldm.lora.merge import check_compatible, match_shapes  # noqa: E402
-from ldm.lora.updates import LayerUpdate, LoRALayer, Product, direction_of  # noqa: E402
+from ldm.lora.products import Product  # noqa: E402
+from ldm.lora.updates import LayerUpdate, LoRALayer, direction_of  # noqa: E402
 from ldm.settings.declare import MAX_RANK, REQUIRED, input_path, setting  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402

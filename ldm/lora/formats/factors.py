@@ -16,7 +16,8 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
-from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, Product, direction_of, update_shape
+from ldm.lora.products import Product
+from ldm.lora.updates import DoRA, LayerUpdate, LoRALayer, direction_of, update_shape
 from ldm.textual_inversion.formats import read_vectors
 from ldm.weights.arrays import Checkpoint, to_bfloat16
 from ldm.weights.checkpoint import open_checkpoint, write_checkpoint

@@ -27,7 +27,8 @@ from ldm.lora.formats.keyed import FACTOR_OF_LETTER, MAGNITUDE, PEFT_FACTOR, rea
 from ldm.lora.formats.modules import BaseModules, Module
 from ldm.lora.formats.parts import PART, part_of
 from ldm.lora.lora import LoRA, lora_metadata
-from ldm.lora.updates import IA3, OFT, DoRA, Full, LoHa, LoKr, LoRALayer, Product, direction_of
+from ldm.lora.products import LoHa, LoKr, Product
+from ldm.lora.updates import IA3, OFT, DoRA, Full, LoRALayer, direction_of
 from ldm.weights.checkpoint import Checkpoint, write_checkpoint
 from ldm.weights.hashes import sshs_hashes
 from ldm.weights.names.tables import UNET_PREFIX

@@ -27,21 +27,8 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.lora.formats.factors import check_pair, check_types, checked_shape, read_number
-from ldm.lora.updates import (
-    IA3,
-    OFT,
-    DoRA,
-    Full,
-    LayerUpdate,
-    LoHa,
-    LoKr,
-    LoRALayer,
-    Product,
-    loha_shape,
-    lokr_shape,
-    update_shape,
-    with_mid,
-)
+from ldm.lora.products import LoHa, LoKr, Product, loha_shape, lokr_shape
+from ldm.lora.updates import IA3, OFT, DoRA, Full, LayerUpdate, LoRALayer, update_shape, with_mid
 from ldm.weights.checkpoint import Checkpoint
 
 # The parts by their names in files, without those of IA3, which other names contain.

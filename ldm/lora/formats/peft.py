@@ -29,7 +29,8 @@ from ldm.lora.formats.keyed import read_keyed
 from ldm.lora.formats.lora_config import LoraConfig, settings_of
 from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA, lora_metadata
-from ldm.lora.updates import LayerUpdate, LoKr
+from ldm.lora.products import LoKr
+from ldm.lora.updates import LayerUpdate
 from ldm.weights.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")

@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import DETECTORS, detect_format, lora_files, read_lora, write_lora
 from ldm.lora.formats.modules import fitting_bases, known_bases
 from ldm.lora.merge import match_shapes
-from ldm.lora.updates import LoKr
+from ldm.lora.products import LoKr
 from ldm.weights.checkpoint import open_checkpoint
 
 FOLDER = Path(__file__).parents[4] / "shared" / "lora"
