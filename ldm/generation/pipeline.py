@@ -10,7 +10,6 @@ image.save("apple.png")
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -544,18 +543,30 @@ class Pipeline:
         denoise = GuidedDenoiser(
             self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
         )
-        options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-        steps, prediction_type = sampling.num_inference_steps, self.config.prediction_type
-        sampler = SAMPLERS[sampling.sampler]
-        calls = itertools.count()
+        sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
+        done = 0  # steps, not calls: some samplers call the network twice a step
 
-        def denoise_with_loras(latents: np.ndarray, timestep: int) -> np.ndarray:
-            step = next(calls)
-            self._merged.switch([merged.is_active(step, steps, timestep) for merged in self.loras])
+        def denoise_with_loras(latents: np.ndarray, timestep: float) -> np.ndarray:
+            self._merged.switch([merged.is_active(done, steps, round(timestep)) for merged in self.loras])
             return denoise(latents, timestep)
 
+        def end_step(step: int) -> None:
+            nonlocal done
+            done = step
+            if callback is not None:
+                callback(step)
+
         try:
-            final = sampler(denoise_with_loras, latents, steps, schedule, prediction_type, callback=callback, **options)
+            final = sampler(
+                denoise_with_loras,
+                latents,
+                steps,
+                schedule,
+                self.config.prediction_type,
+                end_step,
+                eta=None if sampler.eta is None else sampling.eta,
+                draw_noise=draw_noise,
+            )
         finally:
             self._merged.switch([True] * len(self.loras))
         if not np.isfinite(final).all():
