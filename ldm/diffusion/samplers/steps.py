@@ -211,3 +211,12 @@ def predict_noise(
     if prediction_type == "v_prediction":
         return alpha * output + sigma * latents
     return output
+
+
+def estimate_denoised(
+    output: np.ndarray, latents: np.ndarray, alpha: float, sigma: float, prediction_type: str
+) -> np.ndarray:
+    """Do as predict_denoised, without a division, which not every type of array has. It rounds differently."""
+    if prediction_type == "v_prediction":
+        return latents * alpha - output * sigma
+    return latents * (1.0 / alpha) - output * (sigma / alpha)
