@@ -158,7 +158,7 @@ class Sampler:
             eta = self.eta or 0.0
         elif not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta must be from 0 to 1, not {eta}")
-        elif self.eta is None:
+        elif self.eta is None and eta:
             raise ValueError(f"the sampler {self.name} has no eta")
         if draw_noise is None and (eta > 0.0 or self.draws):
             raise ValueError(f"the sampler {self.name} adds noise at each step (eta {eta}): give draw_noise")

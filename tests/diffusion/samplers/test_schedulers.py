@@ -1,4 +1,4 @@
-"""Every sampler ends where diffusers' scheduler of its name ends, at every schedule (tests/golden/make_schedulers.py)."""
+"""Every sampler ends where diffusers' scheduler ends, at every schedule (tests/golden/make_schedulers.py)."""
 
 from __future__ import annotations
 
@@ -278,22 +278,20 @@ class DividingArray(HostlessArray):
 def test_a_sampler_takes_any_array_with_sums_and_products(name, prediction_type, monkeypatch):
     if name in TODAY:
         monkeypatch.setattr(HostlessArray, "__truediv__", DividingArray.__truediv__, raising=False)
-    draw = fixed_noise()
     for options in ({}, {"first_step": 3, "spacing": SPACINGS_OF[name][-1]}):
+        draws = itertools.count()
         image = {"clean_latents": HostlessArray(image_latents())} if options else {}
         ours = SAMPLERS[name](
             lambda x, timestep: HostlessArray(toy_denoise(x.values, timestep).astype(np.float32)),
             HostlessArray(starting_noise()), 6, SCHEDULE, prediction_type,
-            draw_noise=lambda: HostlessArray(draw()),
+            draw_noise=lambda draws=draws: HostlessArray(toy_noise(SHAPE, next(draws))),
             constrain=lambda latents, alpha, sigma: latents * 1.0,
             **options, **image,
         )  # fmt: skip
         assert type(ours) is HostlessArray
-        draw = fixed_noise()
         image = {"clean_latents": image_latents()} if options else {}
         expected = sample(name, prediction_type=prediction_type, **options, **image)
         np.testing.assert_allclose(ours.values, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-        draw = fixed_noise()
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
