@@ -94,7 +94,7 @@ def test_names(name, path, folder):
     [
         ("stile", "did you mean style"), ("Style", "did you mean style"), ("twice", "twice.ckpt, twice.safetensors"),
         ("same", "people/same.safetensors, places/same.safetensors"), ("link", "no LoRA of this name"),
-        ("far", "no LoRA of this name"), ("../outside", "no LoRA of this name"), ("/etc/passwd", "no LoRA of this name"),
+        ("far", "no LoRA of this name"), ("../outside", "no LoRA of this name"), ("/etc/x", "no LoRA of this name"),
         ("people/../style", "no LoRA of this name"), ("notes", "no LoRA of this name"), ("", "no LoRA of this name"),
         ("adapter_model", "no LoRA of this name"),
     ],
