@@ -33,8 +33,8 @@ class PromptSettings:
     prompt_syntax: str = setting(
         "plain",
         "plain: every character belongs to a word; a1111: (x), [x] and (x:1.3) weigh words, a backslash makes a "
-        "bracket a character, BREAK ends a chunk, <lora:name:0.8> applies a LoRA of lora_dir, and prompts may be of any "
-        "length (docs/prompts.md)",
+        "bracket a word, BREAK ends a chunk, <lora:name:0.8> applies a LoRA of lora_dir, and long prompts are read "
+        "whole (docs/prompts.md)",
         choices=("plain", "a1111"),
     )
     support_long_prompts: bool = setting(

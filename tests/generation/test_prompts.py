@@ -18,7 +18,6 @@ from ldm.generation.plan import plan_generation
 from ldm.generation.requests import ImageRequest
 from ldm.lora.formats import read_lora, write_lora
 from ldm.lora.inject import get_lora, inject_lora
-from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA
 from ldm.lora.spec import LoRASpec
 from ldm.lora.strength import Strength
@@ -27,32 +26,31 @@ from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
 from ldm.weights.checkpoint import write_checkpoint
 from tests.conftest import ROOT
+from tests.named_weights import relative_error
+from tests.network_cases import model_with_named_weights
 
-TINY = ROOT / "tests" / "tiny.yaml"
+MICRO = ROOT / "tests" / "training" / "micro.yaml"
 FEW = Sampling(num_inference_steps=2, guidance_scale=2.0, batch_size=2)
 LONG = "word " * 80 + "and a hat"
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_config, tmp_path_factory):
-    """A base model, a folder of LoRAs a and b (b brings a token of 3 vectors), and wildcards."""
+def folder(tmp_path_factory):
+    """A base model with two layers of text, a folder with LoRAs a and sub/b, and wildcards."""
     folder = tmp_path_factory.mktemp("files")
+    (folder / "model.yaml").write_text(MICRO.read_text().replace("num_layers: 1", "num_layers: 2"))
+    config = load_model_config(folder / "model.yaml")
     np.random.seed(0)
-    model = build_model(tiny_config)
+    model = build_model(config)
     bias = model.cond_stage_model.transformer.text_model.final_layer_norm.bias
     bias.set_data(ms.Tensor(np.random.uniform(0, 1, bias.shape).astype(np.float32)))  # or the mean of z would be 0
     write_checkpoint(folder / "base.ckpt", {p.name: p.asnumpy().copy() for p in model.get_parameters()})
     inject_lora(model, LoRASpec(rank=2, text_encoder=True, targets="all"))
     (folder / "loras" / "sub").mkdir(parents=True)
-    for name, embeddings in (("a", {}), ("sub/b", {"<hat>": 0.02 * np.ones((3, 32), np.float32)})):
+    for name, form in (("a.ckpt", "mindone"), ("sub/b.safetensors", "kohya")):
         for parameter in model.trainable_params():
             parameter.set_data(ms.Tensor((0.2 * np.random.standard_normal(parameter.shape)).astype(np.float32)))
-        lora = get_lora(model, tiny_config)
-        form = "mindone" if name == "a" else "kohya"
-        suffix = "ckpt" if name == "a" else "safetensors"
-        write_lora(
-            folder / "loras" / f"{name}.{suffix}", LoRA(lora.layers, lora.metadata, embeddings), form, tiny_config
-        )
+        write_lora(folder / "loras" / name, get_lora(model, config), form, config)
     (folder / "wild").mkdir()
     (folder / "wild" / "colours.txt").write_text("red\ngreen\nblue\n")
     return folder
@@ -61,7 +59,7 @@ def folder(tiny_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(folder):
     ms.set_context(mode=ms.GRAPH_MODE)
-    yield Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY, device="CPU")
+    yield Pipeline.from_checkpoint(folder / "base.ckpt", config=folder / "model.yaml", device="CPU")
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
@@ -154,6 +152,19 @@ def test_clip_skip_counts_from_the_last_hidden_state(yaml, clip_skip, layers):
         layers_to_run(config, 1 if yaml == "v2" else 13)
 
 
+def test_chunks_and_clip_skip_are_those_of_compel():
+    golden = np.load(ROOT / "tests" / "golden" / "compel.npz")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    pipeline = Pipeline(model_with_named_weights(load_model_config(ROOT / "tests" / "golden" / "small_sd1.yaml")))
+    texts = {"short": "a red apple on a table", "long": "a red apple on a wooden table " * 25}
+    for suffix, clip_skip in (("", None), ("_clip_skip_2", 2)):
+        pipeline.configure_prompts(support_long_prompts=True, clip_skip=clip_skip)
+        for name, text in texts.items():
+            embeddings = pipeline.encode_prompts([text], 1)[0]
+            assert len(embeddings) == {"short": 77, "long": 3 * 77}[name]
+            assert relative_error(embeddings[::4], golden[name + suffix]) < 1e-5
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +197,9 @@ def test_images_of_several_lengths_do_not_depend_on_each_other(pipeline):
     np.testing.assert_array_equal(same.latents, plain.latents)
 
 
-def test_loras_of_requests_are_those_that_are_merged_by_hand(pipeline, folder, tiny_config):
+def test_loras_of_requests_are_those_that_are_merged_by_hand(pipeline, folder):
     a, b = (
-        MergedLoRA(name, read_lora(folder / "loras" / name, tiny_config), Strength(0.8, 0.4))
+        MergedLoRA(name, read_lora(folder / "loras" / name, pipeline.config), Strength(0.8, 0.4))
         for name in ("a.ckpt", "sub/b.safetensors")
     )
     one = replace(FEW, batch_size=1)
@@ -206,9 +217,9 @@ def test_loras_of_requests_are_those_that_are_merged_by_hand(pipeline, folder, t
         np.testing.assert_array_equal(images_of(pipeline, [replace(requests[0])])[0][0], expected)
 
 
-def test_the_tokens_of_a_requests_lora_count(pipeline, folder, tiny_config):
+def test_the_tokens_of_a_requests_lora_count(pipeline, folder):
     lora = replace(
-        read_lora(folder / "loras" / "a.ckpt", tiny_config), embeddings={"<hat>": np.ones((3, 32), np.float32)}
+        read_lora(folder / "loras" / "a.ckpt", pipeline.config), embeddings={"<hat>": np.ones((3, 32), np.float32)}
     )
     pipeline.configure_prompts(support_long_prompts=True)
     prompt = "word " * 74 + "<hat>"
@@ -225,7 +236,7 @@ def test_the_tokens_of_a_requests_lora_count(pipeline, folder, tiny_config):
 
 def planned(folder, **settings):
     return plan_generation(
-        GenerateSettings(config=str(TINY), ckpt_path=str(folder / "base.ckpt"), scale=7.0, **settings)
+        GenerateSettings(config=str(folder / "model.yaml"), ckpt_path=str(folder / "base.ckpt"), scale=7.0, **settings)
     )
 
 
@@ -318,12 +329,22 @@ def run(folder, tmp_path_factory):
     )
     generate(
         GenerateSettings(
-            config=str(TINY), ckpt_path=str(folder / "base.ckpt"), mode=1, sampling_steps=1, output_path=str(out),
-            data_path=str(out / "p.txt"), prompt_flags=True, prompt_syntax="a1111", lora_dir=str(folder / "loras"),
-            wildcard_dir=str(folder / "wild"), clip_skip=2, device_target="CPU",
+            config=str(folder / "model.yaml"),
+            ckpt_path=str(folder / "base.ckpt"),
+            data_path=str(out / "p.txt"),
+            prompt_flags=True,
+            prompt_syntax="a1111",
+            lora_dir=str(folder / "loras"),
+            wildcard_dir=str(folder / "wild"),
+            clip_skip=2,
             lora_ckpt_path=[f"{folder}/loras/a.ckpt:0.5"],
+            sampling_steps=1,
+            scale=1.0,
+            output_path=str(out),
+            mode=1,
+            device_target="CPU",
         )
-    )  # fmt: skip
+    )
     yield [Image.open(path) for path in sorted((out / "samples").glob("*.png"))], out
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
@@ -331,30 +352,30 @@ def run(folder, tmp_path_factory):
 def test_a_png_says_what_its_own_image_is_made_from(run):
     images, out = run
     texts = [image.text for image in images]
-    assert [image.size for image in images] == [(32, 32), (64, 32), (32, 32), (32, 32)]
+    assert [image.size for image in images] == [(16, 16), (64, 16), (16, 16), (16, 16)]
     assert texts[0]["prompt"] == "(a cat:1.2) <lora:a:0.8:0.5>" and "prompt_template" not in texts[0]
     assert texts[1]["prompt"] == "a dog" and (texts[1]["seed"], texts[1]["noise_index"]) == ("3", "0")
     assert texts[2]["prompt_template"] == "{a __colours__ hat|a hat} <lora:b:1>"
     assert texts[2]["prompt"] in {f"a {c}hat <lora:b:1>" for c in ("", "red ", "green ", "blue ")}
     names = [[(lora["file"], lora["weight"]) for lora in json.loads(text["lora"])] for text in texts]
     base = ("a.ckpt", 0.5)
-    assert names == [[base, ("a.ckpt", 0.8)], [base], [base, ("b.safetensors", 1.0)], [base]]
+    assert names == [[base, ("a.ckpt", 0.5)], [base], [base, ("b.safetensors", 1.0)], [base]]
     tagged = json.loads(texts[0]["lora"])[1]
-    assert tagged["text_encoder_weight"] == 0.5 and len(tagged["sha256"]) == 64 and tagged["from_prompt"] is True
-    for text, width in zip(texts, (32, 64, 32, 32)):
+    assert tagged["text_encoder_weight"] == 0.8 and len(tagged["sha256"]) == 64 and tagged["from_prompt"] is True
+    for text, width in zip(texts, (16, 64, 16, 16)):
         settings = json.loads(text["settings"])
         assert settings["W"] == width and settings["clip_skip"] == 2 and settings["prompt_syntax"] == "a1111"
     assert not (out / "grid.png").exists()  # the images have several sizes
 
 
-def test_the_image_of_a_line_is_that_of_the_pipeline(run, folder, tiny_config):
+def test_the_image_of_a_line_is_that_of_the_pipeline(run, folder):
     images, _ = run
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    pipeline = Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY)
+    pipeline = Pipeline.from_checkpoint(folder / "base.ckpt", config=folder / "model.yaml")
     pipeline.load_lora(folder / "loras" / "a.ckpt", 0.5)
-    pipeline.load_lora(folder / "loras" / "a.ckpt", Strength(0.8, 0.5))
+    pipeline.load_lora(folder / "loras" / "a.ckpt", Strength(0.5, 0.8))
     pipeline.configure_prompts(syntax="a1111", clip_skip=2)
-    image = pipeline("(a cat:1.2) ", num_inference_steps=1, guidance_scale=7.5, seed=42, progress=False).images[0]
+    image = pipeline("(a cat:1.2) ", num_inference_steps=1, guidance_scale=1.0, seed=42, progress=False).images[0]
     assert image.tobytes() != images[3].tobytes()
     difference = np.abs(np.asarray(image, int) - np.asarray(images[0], int))
     assert difference.max() <= 1
