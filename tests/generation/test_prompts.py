@@ -310,7 +310,7 @@ def test_wildcards_depend_on_seed_and_image_alone(folder):
     options = {"wildcard_dir": str(folder / "wild"), "negative_prompt": "{x|y}"}
     many = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=8, batch_size=3, **options).images
     few = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=2, batch_size=1, **options).images
-    assert many[:2] == [replace(image, sampling=many[0].sampling) for image in few]
+    assert many[:2] == [image._replace(sampling=many[0].sampling) for image in few]
     assert len({image.prompt for image in many}) > 3 and {image.negative_prompt for image in many} == {"x", "y"}
     assert {image.template for image in many} == {"a __colours__ {cat|dog}"} and many[0].text == many[0].prompt
     other = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=8, seed=1, **options).images
