@@ -224,6 +224,8 @@ def _metadata_of_images(
 ) -> Callable[[int], dict[str, Any]]:
     """Return a function from an image's index to what its text fields hold besides the prompts."""
     shared = _metadata(settings, plan, precision)
+    of_sampling = _sampling_metadata(plan.sampling)
+    other_settings = {name: value for name, value in shared["settings"].items() if name not in of_sampling}
     of_tag = {
         # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
         tag: {
@@ -248,7 +250,7 @@ def _metadata_of_images(
                 fields[name] = template
         if image.loras:
             fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
-        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
+        return {**fields, "settings": {**_sampling_metadata(image.sampling), **other_settings}}
 
     return metadata
 
@@ -296,14 +298,7 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
 
 
 def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "sampler": sampling.sampler,
-        "sampling_steps": sampling.num_inference_steps,
-        "scale": sampling.guidance_scale,
-        "ddim_eta": sampling.eta,
-        "H": sampling.height,
-        "W": sampling.width,
-    }
+    return {**sampling.fields(), "H": sampling.height, "W": sampling.width}
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ldm.prompts.syntax import parse_prompt
 from ldm.prompts.wildcards import Wildcards
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import ModelConfig
-from ldm.settings.samples import SAMPLER_NAMES
+from ldm.settings.samplers import SAMPLER_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _sampling(
     if values.get("sample_sampler") is not None:
         changes["sampler"] = SAMPLER_NAMES[values["sample_sampler"]]
         if changes["sampler"] != sampling.sampler:
-            changes["eta"] = 0.0
+            changes["eta"] = None  # the sampler's own
     if not changes:
         return sampling
     own = replace(sampling, **changes)
