@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.diffusion.sampling import latent_shape
+from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
@@ -93,6 +93,7 @@ def _generate_images(
     """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
     from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
+    from ldm.generation.requests import ImageRequest
     from ldm.lora.merged import MergedLoRA, SamplingRange
     from ldm.lora.strength import Strength
     from ldm.runtime.device import decide_flash_attention, describe_runtime
@@ -106,6 +107,9 @@ def _generate_images(
     for file, lora in zip(plan.loras, loras):
         if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
             logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
+    tagged = {
+        path: select_lora(config, path) for path in dict.fromkeys(lora.path for i in plan.images for lora in i.loras)
+    }
     pipeline = Pipeline.from_checkpoint(
         plan.checkpoint,
         config=config,
@@ -116,29 +120,46 @@ def _generate_images(
     )
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
-    pipeline.merge_loras(
-        [
-            MergedLoRA(
-                str(file.path),
-                lora,
-                Strength(file.strength, file.text_encoder_strength, file.blocks),
-                SamplingRange.from_ends(file.start, file.end),
-            )
-            for file, lora in zip(plan.loras, loras)
-        ]
+    pipeline.configure_prompts(
+        syntax=settings.prompt_syntax,
+        support_long_prompts=settings.support_long_prompts,
+        clip_skip=settings.clip_skip,
     )
-
-    batches = pipeline.generate(
-        plan.prompts,
-        plan.sampling,
-        settings.seed,
-        plan.negative_prompts,
+    merged = [
+        MergedLoRA(
+            str(file.path),
+            lora,
+            Strength(file.strength, file.text_encoder_strength, file.blocks),
+            SamplingRange.from_ends(file.start, file.end),
+        )
+        for file, lora in zip(plan.loras, loras)
+    ]
+    pipeline.merge_loras(merged)
+    # One object for each tag, because images with the same ones are generated together.
+    of_tag = {
+        tag: MergedLoRA(str(tag.path), tagged[tag.path], Strength(tag.strength, tag.text_encoder_strength))
+        for tag in dict.fromkeys(tag for image in plan.images for tag in image.loras)
+    }
+    requests = [
+        ImageRequest(
+            index,
+            image.text,
+            image.negative_prompt,
+            image.seed,
+            image.noise_index,
+            image.sampling,
+            (*merged, *(of_tag[tag] for tag in image.loras)) if image.loras else None,
+        )
+        for index, image in enumerate(plan.images)
+    ]
+    all_batches = pipeline.batches_of(requests)
+    batches = pipeline.generate_batches(
+        all_batches[runtime.process_index :: runtime.process_count],
         starting_latents,
-        progress=runtime.process_index == 0,
-        process_index=runtime.process_index,
-        process_count=runtime.process_count,
+        runtime.process_index == 0,
+        all_batches,
     )
-    batch_count = math.ceil(len(plan.prompts) / plan.sampling.batch_size)
+    batch_count = len(all_batches)
     if batch_count < runtime.process_count:
         logger.warning(
             "%d processes, but only %d batches of %d images: the other processes have nothing to do; a smaller "
@@ -166,36 +187,76 @@ def _write(
     settings: GenerateSettings, plan: GenerationPlan, precision: str, batches: Iterable[tuple[np.ndarray, ...]]
 ) -> None:
     """Write images and latents. `batches`: indices and images of each batch, and its starting and final latents."""
+    grid = not settings.skip_grid and plan.has_one_size
+    if not grid and not settings.skip_grid:
+        logger.warning("the prompts have several sizes (--w, --h): no grid is written")
     writer = ImageWriter(
         settings.output_path,
         plan.prompts,
         plan.negative_prompts,
         plan.images_per_prompt,
-        _metadata(settings, plan, precision),
+        _metadata_of_images(settings, plan, precision),
         pngs=not settings.skip_save,
-        grid=not settings.skip_grid,
+        grid=grid,
     )
     describe_progress(writer.progress)
     latents: list[tuple[np.ndarray, ...]] = []
     for indices, images, *of_batch in batches:
         writer.add(indices, images)
         if settings.save_latents is not None:
-            latents.append(tuple(of_batch))
+            latents.append((indices, *of_batch))
     writer.finish()
     for path in writer.renamed:
         logger.info("kept from an earlier run: %s", path)
     if not settings.skip_save:
         logger.info("%d images: %s", len(plan.prompts), writer.samples)
-    if not settings.skip_grid:
+    if grid:
         logger.info("grid: %s", writer.grid_path)
     if settings.save_latents is not None:
-        starting, final = (np.concatenate(arrays) for arrays in zip(*latents))
-        write_latents(settings.save_latents, starting, final)
+        order, starting, final = (np.concatenate(arrays) for arrays in zip(*latents))
+        order = np.argsort(order)
+        write_latents(settings.save_latents, starting[order], final[order])
         logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
 
 
+def _metadata_of_images(
+    settings: GenerateSettings, plan: GenerationPlan, precision: str
+) -> Callable[[int], dict[str, Any]]:
+    """Return a function from an image's index to what its text fields hold besides the prompts."""
+    shared = _metadata(settings, plan, precision)
+    of_sampling = _sampling_metadata(plan.sampling)
+    other_settings = {name: value for name, value in shared["settings"].items() if name not in of_sampling}
+    of_tag = {
+        # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
+        tag: {
+            **_lora_metadata(settings, LoRAFile(*tag)),
+            "lora_ft_unet": None,
+            "lora_ft_text_encoder": None,
+            "from_prompt": True,
+        }
+        for tag in dict.fromkeys(tag for image in plan.images for tag in image.loras)
+    }
+
+    def metadata(index: int) -> dict[str, Any]:
+        image = plan.images[index]
+        fields = {**shared, "seed": str(image.seed)}
+        if image.noise_index != index:
+            fields["noise_index"] = str(image.noise_index)
+        for name, template in (
+            ("prompt_template", image.template),
+            ("negative_prompt_template", image.negative_template),
+        ):
+            if template is not None:
+                fields[name] = template
+        if image.loras:
+            fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
+        return {**fields, "settings": {**_sampling_metadata(image.sampling), **other_settings}}
+
+    return metadata
+
+
 def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
-    """Return what a PNG's text fields hold besides the prompts: enough to make the image again.
+    """Return what the PNGs' text fields hold besides the prompts: enough to make the images again.
 
     File names without their folders: an image is passed on, and the folders of its maker are private.
     """
@@ -223,15 +284,21 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         metadata["init_latents"] = Path(settings.init_latents).name
         metadata["init_latents_sha256"] = content_hash(settings.init_latents)
     metadata["settings"] = {
-        **plan.sampling.fields(),
-        "H": plan.sampling.height,
-        "W": plan.sampling.width,
+        **_sampling_metadata(plan.sampling),
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
     if plan.sampling.guidance_rescale is not None:
         metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
+    # Only where they are not the default, so that images of other runs keep their fields.
+    for name in ("prompt_syntax", "support_long_prompts", "clip_skip"):
+        if getattr(settings, name) != getattr(GenerateSettings, name):
+            metadata["settings"][name] = getattr(settings, name)
     return metadata
+
+
+def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
+    return {**sampling.fields(), "H": sampling.height, "W": sampling.width}
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class ImageWriter:
         prompts: One for each image.
         negative_prompts: One for each image.
         images_per_prompt: Consecutive images that share a prompt.
-        metadata: More text fields of every PNG. Values that are not strings are written as JSON.
+        metadata: More text fields of every PNG, or a function that returns those of an image by its index. Values that
+            are not strings are written as JSON.
         pngs: Whether to write PNGs.
         grid: Whether to write the grid.
     """
@@ -52,7 +53,7 @@ class ImageWriter:
         prompts: Sequence[str],
         negative_prompts: Sequence[str],
         images_per_prompt: int,
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, Any] | Callable[[int], Mapping[str, Any]],
         pngs: bool = True,
         grid: bool = True,
     ) -> None:
@@ -61,11 +62,11 @@ class ImageWriter:
         self.grid_path = self.output_path / "grid.png"
         self.prompts, self.negative_prompts = list(prompts), list(negative_prompts)
         self.images_per_prompt = images_per_prompt
-        self.metadata = dict(metadata)
+        self.metadata = metadata
         self.pngs, self.grid = pngs, grid
         self.renamed: list[Path] = []
         self.written = 0
-        self._grid_images: list[np.ndarray] = []
+        self._grid_images: dict[int, np.ndarray] = {}
         self._started = False
 
     def name(self, index: int) -> str:
@@ -81,18 +82,19 @@ class ImageWriter:
         with writing(self.output_path):
             if not self._started:
                 self._start()
-            for index, image in zip(indices, images):
+            for index, image in zip(map(int, indices), images):
                 if self.pngs:
+                    more = self.metadata(index) if callable(self.metadata) else self.metadata
                     fields = {
                         "prompt": self.prompts[index],
                         "negative_prompt": self.negative_prompts[index],
                         "index": str(index),
-                        **self.metadata,
+                        **more,
                     }
-                    write_png(self.samples / self.name(int(index)), image, fields)
+                    write_png(self.samples / self.name(index), image, fields)
                     self.written += 1
-                if self.grid and len(self._grid_images) < GRID_IMAGES:
-                    self._grid_images.append(image)
+                if self.grid and index < GRID_IMAGES:
+                    self._grid_images[index] = image
 
     def progress(self) -> str:
         """Return what is written so far, for the message of an interrupted run."""
@@ -105,8 +107,9 @@ class ImageWriter:
             return
         count = len(self._grid_images)
         columns = self.images_per_prompt if 1 < self.images_per_prompt < count else math.ceil(math.sqrt(count))
+        images = [self._grid_images[index] for index in sorted(self._grid_images)]
         with writing(self.grid_path), atomic_path(self.grid_path) as temporary:
-            as_image(tile(self._grid_images, min(columns, count))).save(temporary)
+            as_image(tile(images, min(columns, count))).save(temporary)
 
     def _start(self) -> None:
         if self.pngs or self.grid:
