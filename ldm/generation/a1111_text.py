@@ -32,7 +32,7 @@ SCHEDULES = (
 
 _FIRST_VALUE = re.compile(r"Steps: ?\d+(?:,|$)")
 _GAP = re.compile(r"[\s,]*")  # apart from _KEY, which would try each of its characters as a beginning
-_KEY = re.compile(r"(\w[^:,\"\n]{0,%d}):" % (LONGEST_KEY - 1))
+_KEY = re.compile(rf"(\w[^:,\"\n]{{0,{LONGEST_KEY - 1}}}):")
 _SIZE = re.compile(r"(\d{1,6}) ?x ?(\d{1,6})")
 _LORA = re.compile(r"<lora:[^<>]{1,500}>")
 
