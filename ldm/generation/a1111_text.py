@@ -24,6 +24,9 @@ LONGEST_KEY = 100
 NEGATIVE = "Negative prompt:"
 LEAST_VALUES = 3  # on a last line that does not begin with the steps, as in A1111: fewer are a part of the prompt
 
+# A1111's names of this project's samplers.
+SAMPLERS = {"dpm_solver_pp": "DPM++ 2M", "dpm_solver": "DPM-Solver", "ddim": "DDIM"}  # DPM-Solver is not in A1111
+
 # The schedules that A1111 names, by the words behind a sampler or of `Schedule type`.
 SCHEDULES = (
     "Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps",
@@ -79,7 +82,9 @@ def parse(text: str) -> A1111Text:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").strip().split("\n")
     place = _line_of_values(lines)
     values = {} if place == len(lines) else _values(lines[place])
-    prompt, negative, of_negative = [], [], False
+    prompt: list[str] = []
+    negative: list[str] = []
+    of_negative = False
     for line in lines[:place]:
         if not of_negative and line.lstrip().startswith(NEGATIVE):
             of_negative, line = True, line.lstrip()[len(NEGATIVE) :].lstrip(" ")
@@ -124,7 +129,8 @@ def _values(line: str) -> dict[str, str]:
     values: dict[str, str] = {}
     place = found = 0
     while place < len(line):
-        place = _GAP.match(line, place).end()  # type: ignore[union-attr]  (it matches nothing, too)
+        gap = _GAP.match(line, place)
+        place = place if gap is None else gap.end()
         match = _KEY.match(line, place)
         if match is None:
             comma = line.find(",", place)

@@ -73,9 +73,9 @@ class ComparisonSheet:
     def put(self, column: int, row: int, image: np.ndarray) -> None:
         """Draw an image (H, W, C) uint8, RGB or grey, at its place."""
         drawn = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
-        size = tuple(max(1, round(side * self._scale)) for side in drawn.size)
+        width, height = (max(1, round(side * self._scale)) for side in drawn.size)
         method = Image.Resampling.NEAREST if self._scale >= 1 else Image.Resampling.LANCZOS
-        self.image.paste(drawn.resize(size, method), self._place(column, row))
+        self.image.paste(drawn.resize((width, height), method), self._place(column, row))
 
     def write(self, path: Path) -> None:
         """Write the sheet as a PNG. Raises UserError if it cannot be written."""

@@ -34,7 +34,7 @@ def read_image_text(path: str | os.PathLike, name: str) -> dict[str, str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of many pixels, which are not decoded
                 image = Image.open(file, formats=FORMATS)
-                texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+                texts = {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
                 comment = None if "parameters" in texts else image.getexif().get_ifd(ExifTags.IFD.Exif)
         except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
             raise UserError(f"{where} cannot be read as an image ({plain(error, 100)}): {WAY}") from None

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ldm.errors import UserError, plain
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import json_text, read_json
 from ldm.files.inputs import is_file, is_folder, list_folder
-from ldm.files.paths import writing
 
 RECORD = "run.json"
 FILES = "prompts and files"  # the entry of run.json that holds a hash of all texts of all images
@@ -48,13 +48,13 @@ def begin_or_continue(samples: Path, record: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: The folder's images are of another run, or of one that wrote no run.json.
+        OSError: The folder cannot be written.
     """
     path = samples / RECORD
     names = list_folder(samples) if is_folder(samples) else []
-    with writing(samples):
-        for name in names:
-            if _LEFT_BEHIND.fullmatch(name):
-                (samples / name).unlink()
+    for name in names:
+        if _LEFT_BEHIND.fullmatch(name):
+            (samples / name).unlink()
     if is_file(path):
         _check_same(path, record)
         return
@@ -63,7 +63,7 @@ def begin_or_continue(samples: Path, record: Mapping[str, Any]) -> None:
             f"resume: {plain(samples)} has images but no {RECORD}, so nothing says which run they are of: move them "
             "away, or leave out --resume, which keeps them under another name"
         )
-    with writing(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -83,23 +83,27 @@ def _check_same(path: Path, record: Mapping[str, Any]) -> None:
         raise UserError(f"resume: {plain(path)} is of a run with other prompts or other files of weights: {WAY}")
 
 
-def is_written(path: Path, fields: Mapping[str, str]) -> bool:
-    """Return whether an image is there and can be read. One that is damaged is made again.
+def written_image(path: Path, texts: Mapping[str, str]) -> np.ndarray | None:
+    """Return the pixels (H, W, C) of an image that is there. None where there is none or it is damaged.
+
+    Args:
+        path: A PNG.
+        texts: Its text fields, if it is an image of this run.
 
     Raises:
         UserError: It is an image of something else.
     """
     if not is_file(path):
-        return False
+        return None
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            texts = dict(image.text)  # type: ignore[attr-defined]
+            pixels = np.array(image)
+            found = dict(image.text)
     except Exception:  # Pillow's decoders raise errors of many types for damaged files
-        return False
-    other = next((key for key, text in fields.items() if texts.get(key) != text), None)
+        return None
+    other = next((key for key, text in texts.items() if found.get(key) != text), None)
     if other is not None:
         raise UserError(
             f"resume: {plain(path)} is no image of this run, its text {plain(other, 60)} is another one: move it away"
         )
-    return True
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]

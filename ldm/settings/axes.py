@@ -11,6 +11,7 @@ from ldm.errors import UserError, plain
 from ldm.settings.values import Setting, accept, from_word, list_item, nearest, wanted
 
 MAX_VALUES = 100  # of an axis
+MAX_CHARACTERS = 100_000
 REPLACED = "prompt_sr"  # A1111's "Prompt S/R": the first text in the prompt is replaced by each of the others
 
 
@@ -36,6 +37,8 @@ def parse_axis(text: str, flag: str, settings: Mapping[str, Setting], allowed: C
         UserError: The setting is unknown or may not be an axis, or a value is of a wrong type or out of range.
     """
     where = f"--{flag} {plain(text)}"
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where}: {len(text):,} characters, at most {MAX_CHARACTERS:,} are read")
     name, equals, written = text.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     if not equals or not name:

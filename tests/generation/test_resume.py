@@ -9,7 +9,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.generation.image_files import write_png
-from ldm.generation.resume import begin_or_continue, is_written, run_record
+from ldm.generation.resume import begin_or_continue, run_record, written_image
 
 FIELDS = [{"prompt": "a cat", "index": "0"}, {"prompt": "a dog", "index": "1"}]
 RECORD = run_record({"scale": 7.5, "seed": 42, "sampler": "ddim"}, FIELDS)
@@ -63,20 +63,20 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 def test_an_image_is_there_if_it_can_be_read(tmp_path):
     path = tmp_path / "00000.png"
-    assert not is_written(path, FIELDS[0])
+    assert written_image(path, FIELDS[0]) is None
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     write_png(path, pixels, {**FIELDS[0], "settings": {"steps": 1}})
-    assert is_written(path, FIELDS[0])
+    np.testing.assert_array_equal(written_image(path, FIELDS[0]), pixels)
     content = path.read_bytes()
     for damaged in (b"", content[:-500], content[:700] + b"\0" * 40 + content[740:], b"text"):
         path.write_bytes(damaged)
-        assert not is_written(path, FIELDS[0])
+        assert written_image(path, FIELDS[0]) is None
 
 
 def test_an_image_of_something_else_is_not_replaced(tmp_path):
     write_png(tmp_path / "00000.png", np.zeros((4, 4, 3), np.uint8), FIELDS[1])
     with pytest.raises(UserError, match="00000.png is no image of this run, its text prompt"):
-        is_written(tmp_path / "00000.png", FIELDS[0])
+        written_image(tmp_path / "00000.png", FIELDS[0])
 
 
 def test_the_record_can_be_read_by_others(tmp_path):

@@ -59,7 +59,7 @@ def test_values_have_the_type_of_their_setting(text, name, values):
         ("prompt_sr=,a", "may not be empty"),
         ("seed=", "0 values|an empty value"),
         ("seed=" + ",".join(map(str, range(101))), "101 values, wanted 1 to 100"),
-        ("prompt=" + "a" * 200_000, "put a value|larger than"),
+        ("prompt=" + "a" * 200_000, "at most 100,000 are read"),
     ],
 )
 def test_a_bad_axis_is_named(text, message):
