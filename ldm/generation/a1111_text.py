@@ -24,9 +24,6 @@ LONGEST_KEY = 100
 NEGATIVE = "Negative prompt:"
 LEAST_VALUES = 3  # on a last line that does not begin with the steps, as in A1111: fewer are a part of the prompt
 
-# A1111's names of this project's samplers.
-SAMPLERS = {"dpm_solver_pp": "DPM++ 2M", "dpm_solver": "DPM-Solver", "ddim": "DDIM"}  # DPM-Solver is not in A1111
-
 # The schedules that A1111 names, by the words behind a sampler or of `Schedule type`.
 SCHEDULES = (
     "Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps",

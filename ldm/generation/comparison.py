@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from ldm.errors import UserError, plain
 from ldm.generation.comparison_sheet import Axis, ComparisonSheet
 from ldm.generation.plan import GenerationPlan, plan_generation
 from ldm.settings.axes import REPLACED, SettingAxis, parse_axis
 from ldm.settings.generate import GenerateSettings
+from ldm.settings.sampling import FLAGS
 from ldm.settings.values import settings_of
 
 MAX_CELLS = 1000
@@ -21,7 +22,7 @@ LONGEST_LABEL = 40  # characters of a value in a file name
 _NOT_COMPARED = (
     "data_path", "negative_data_path", "generate_config", "init_latents", "n_iter", "n_samples", "use_lora",
     "lora_rank", "grid_x", "grid_y", "device_target", "mode", "ms_mode", "jit_level", "precision",
-    "enable_flash_attention",
+    "enable_flash_attention", *FLAGS,
 )  # fmt: skip
 
 
@@ -120,9 +121,5 @@ def _with_value(settings: GenerateSettings, axis: SettingAxis, place: int) -> Ge
         return replace(settings, prompt=settings.prompt.replace(searched, axis.values[place]))
     if axis.name == "lora_scale" and not settings.lora_ckpt_path:
         raise UserError("lora_scale is compared without a LoRA: add --lora_ckpt_path")
-    others = {name: False for name in ("ddim", "dpm_solver") if axis.name == "sampler" and _has(settings, name)}
-    return replace(settings, **{**others, axis.name: axis.values[place]})
-
-
-def _has(settings: GenerateSettings, name: str) -> bool:
-    return any(field.name == name for field in fields(settings))
+    flags = {name: False for name in FLAGS if axis.name == "sampler"}
+    return replace(settings, **{**flags, axis.name: axis.values[place]})

@@ -15,11 +15,13 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import json_text, parse_json
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder
 from ldm.files.paths import ROOT, path_and_strengths
-from ldm.generation.a1111_text import SAMPLERS, A1111Text, loras_named, parse, sampler_name, size
+from ldm.generation.a1111_text import A1111Text, loras_named, parse, sampler_name, size
 from ldm.generation.image_text import read_image_text
 from ldm.settings.declare import MAX_SEED
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
+from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
+from ldm.settings.sampling import FLAGS
 from ldm.settings.values import settings_of
 from ldm.settings.versions import VERSIONS
 
@@ -89,8 +91,8 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
         values.pop("prompt", None)
     if "negative_data_path" in given:
         values.pop("negative_prompt", None)
-    if "sampler" in given or "ddim" in given or "dpm_solver" in given:
-        for name in ("sampler", "ddim", "dpm_solver", "ddim_eta"):
+    if any(name in given for name in ("sampler", *FLAGS)):
+        for name in ("sampler", "ddim_eta", "eta"):
             values.pop(name, None)
     values.update(_model_files(recipe, given))
     values.update(_loras(recipe, given))
@@ -142,13 +144,12 @@ def _own_recipe(path: str, texts: Mapping[str, str], where: str) -> Recipe:
         raise UserError(f"{where}: its text settings is not a mapping")
     content: dict[str, Any] = {"prompt": fields["prompt"], "negative_prompt": fields.get("negative_prompt", "")}
     content["seed"] = _number(fields["seed"], where, "seed")
-    content["first_index"] = _number(fields.get("index", "0"), where, "index")
-    content.update(_sampler(given.get("sampler")))
+    content["first_index"] = _number(fields.get("noise_index", fields.get("index", "0")), where, "index")
     known = _repeatable()
     content.update({name: value for name, value in given.items() if name in known and name not in content})
     if "batch_size" in content:
         content["full_batches"] = True
-    unknown = [name for name in given if name not in known and name not in ("sampler", "prediction_type")]
+    unknown = [name for name in given if name not in known and name != "prediction_type"]
     not_repeated = [f"{plain(name, 60)}, which is no setting" for name in unknown]
     if "init_latents" in fields:
         not_repeated.append(f"its starting latents, which came from the file {plain(fields['init_latents'], 60)}")
@@ -163,12 +164,6 @@ def _repeatable() -> set[str]:
         for name, setting in settings_of(GenerateSettings).items()
         if not setting.rules["path"] and setting.rules["resume"] is None and name not in _NEVER_FROM_FILES
     }
-
-
-def _sampler(name: Any) -> dict[str, Any]:
-    if "sampler" in settings_of(GenerateSettings):
-        return {"sampler": name}
-    return {"ddim": name == "ddim", "dpm_solver": name == "dpm_solver"}
 
 
 def _number(text: Any, where: str, name: str) -> int:
@@ -320,6 +315,8 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
     if (sides := size(values)) is not None:
         content["W"], content["H"] = sides
     missing += _a1111_sampler(values, content)
+    if "prompt_syntax" in known:
+        content["prompt_syntax"] = "a1111"
     if loras := loras_named(text.prompt):
         if "lora_dir" not in known:
             missing.append(f"the LoRAs {plain(' '.join(loras), 100)}: give them as --lora_ckpt_path file:strength")
@@ -336,18 +333,13 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
 
 def _a1111_sampler(values: Mapping[str, str], content: dict[str, Any]) -> list[str]:
     """Put the sampler and the schedule into `content`, and return those that are not known."""
-    known, missing = settings_of(GenerateSettings), []
-    sampler, schedule = sampler_name(values)
-    names = [name for name, label in SAMPLERS.items() if label.lower() == sampler.lower()]
-    if names:
-        content.update(_sampler(names[0]))
-    elif sampler:
-        missing.append(f"the sampler {plain(sampler, 40)}")
-    if schedule and schedule != "Automatic":
-        choices = known["schedule"].rules["choices"] or () if "schedule" in known else ()
-        name = schedule.lower().replace(" ", "_")
-        if name in choices:
-            content["schedule"] = name
-        else:
-            missing.append(f"the schedule {plain(schedule, 40)}")
+    missing = []
+    for name, given, labels in zip(
+        ("sampler", "schedule"), sampler_name(values), (SAMPLER_LABELS, SCHEDULE_LABELS)
+    ):  # fmt: skip
+        names = [own for own, label in labels.items() if label.lower() == given.lower()]
+        if names:
+            content[name] = names[0]
+        elif given:
+            missing.append(f"the {name} {plain(given, 40)}")
     return missing

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files.inputs import content_hash, is_file, is_folder
-from ldm.generation.a1111_text import SAMPLERS, write
+from ldm.generation.a1111_text import write
 from ldm.generation.plan import GenerationPlan, LoRAFile
+from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.weights.base_model import base_model_hash
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.hashes import MODEL_HASH, data_hash
@@ -21,7 +22,8 @@ def constant_values(plan: GenerationPlan) -> dict[str, Any]:
     loras = {_name(file.path): lora_hash(file.path) for file in plan.loras}
     return {
         "Steps": sampling.num_inference_steps,
-        "Sampler": SAMPLERS.get(sampling.sampler, sampling.sampler),
+        "Sampler": SAMPLER_LABELS[sampling.sampler],
+        "Schedule type": None if sampling.schedule == AS_TRAINED else SCHEDULE_LABELS[sampling.schedule],
         "CFG scale": sampling.guidance_scale,
         "Seed": None,  # here in the order
         "Size": f"{sampling.width}x{sampling.height}",

@@ -37,7 +37,7 @@ def image(folder, fields):
 def test_the_settings_of_an_image_of_this_project(tmp_path):
     values = complete_from_image({"from_image": image(tmp_path, own())})
     assert values == {
-        "prompt": "a cat", "negative_prompt": "", "seed": 5, "first_index": 3, "ddim": True, "dpm_solver": False,
+        "prompt": "a cat", "negative_prompt": "", "seed": 5, "first_index": 3, "sampler": "ddim",
         "sampling_steps": 30, "scale": 3.5, "ddim_eta": 0.25, "H": 64, "W": 64, "batch_size": 4, "full_batches": True,
         "version": "nano",
     }  # fmt: skip
@@ -48,7 +48,7 @@ def test_the_settings_that_are_given_win(tmp_path):
     path = image(tmp_path, own())
     given = {"from_image": path, "data_path": "p.txt", "scale": 2.0, "dpm_solver": True, "ckpt_path": "x"}
     values = complete_from_image(given)
-    assert not set(values) & {"prompt", "scale", "ddim", "dpm_solver", "ddim_eta", "version", "ckpt_path"}
+    assert not set(values) & {"prompt", "scale", "sampler", "ddim", "ddim_eta", "version", "ckpt_path"}
     assert values["sampling_steps"] == 30
 
 
@@ -57,7 +57,7 @@ def test_the_settings_of_an_image_of_a1111(tmp_path):
     values = complete_from_image({"from_image": path})
     assert {**values, "prompt": values["prompt"][:11]} == {
         "prompt": "a red apple", "negative_prompt": "blurry", "seed": 7, "sampling_steps": 25, "scale": 6.5, "W": 64,
-        "H": 128, "ddim": True, "dpm_solver": False,
+        "H": 128, "sampler": "ddim",
     }  # fmt: skip
     recipe = read_recipe(path)
     listed = "; ".join(recipe.not_repeated)

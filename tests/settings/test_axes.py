@@ -10,7 +10,7 @@ from ldm.settings.generate import GenerateSettings
 from ldm.settings.values import settings_of
 
 SETTINGS = settings_of(GenerateSettings)
-ALLOWED = ("prompt", "seed", "scale", "lora_scale", "lora_start", "ddim", "lora_ckpt_path", "sampling_steps")
+ALLOWED = ("prompt", "seed", "scale", "lora_scale", "lora_start", "ckpt_ema", "lora_ckpt_path", "sampling_steps")
 
 
 def axis(text):
@@ -24,7 +24,7 @@ def axis(text):
         ("seed=1, 2 ,3", "seed", [1, 2, 3]),
         ("--lora-scale=1", "lora_scale", [1.0]),
         ("scale=none,4", "scale", [None, 4.0]),
-        ("ddim=True,False", "ddim", [True, False]),
+        ("ckpt_ema=True,False", "ckpt_ema", [True, False]),
         ("lora_start=0.1,0.2", "lora_start", [[0.1], [0.2]]),
         ("lora_ckpt_path=a.ckpt,b.ckpt:0.7", "lora_ckpt_path", [["a.ckpt"], ["b.ckpt:0.7"]]),
         ('prompt="a cat, red",a dog,"say ""x"""', "prompt", ["a cat, red", "a dog", 'say "x"']),
@@ -52,7 +52,7 @@ def test_values_have_the_type_of_their_setting(text, name, values):
         ("scale=nan", "is not a number"),
         ("lora_scale=1e9", "at most"),
         ("sampling_steps=0", "at least 1"),
-        ("ddim=maybe", "not True or False"),
+        ("ckpt_ema=maybe", "not True or False"),
         ('prompt="a', "put a value with a comma"),
         ('prompt="a"b', "put a value with a comma"),
         ("prompt=a\nb", "on one line"),
