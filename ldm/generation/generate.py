@@ -111,6 +111,7 @@ def _generate_images(
         for of_model in by_model(images):
             pipeline = load_pipeline(of_model[0], flash_attention)
             _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
+            del pipeline  # before the next one is loaded
     if runtime.process_index:
         return
     writer.finish()
