@@ -64,12 +64,15 @@ def plan_cells(settings: GenerateSettings) -> list[Cell]:
     cells = []
     for row in range(len(rows.values) if rows else 1):
         for column in range(len(columns.values) if columns else 1):
-            changed, label = replace(settings, grid_x=None, grid_y=None), []
-            for axis, place in ((columns, column), (rows, row)):
-                if axis is not None:
+            changed = replace(settings, grid_x=None, grid_y=None)
+            places = [(axis, place) for axis, place in ((columns, column), (rows, row)) if axis is not None]
+            labels = [f"{axis.name}={axis.labels[place]}" for axis, place in places]
+            try:
+                for axis, place in places:
                     changed = _with_value(changed, axis, place)
-                    label.append(f"{axis.name}={axis.labels[place]}")
-            cells.append(Cell(changed, plan_generation(changed), column, row, file_name_part(label)))
+                cells.append(Cell(changed, plan_generation(changed), column, row, file_name_part(labels)))
+            except UserError as error:
+                raise UserError(f"comparison, {plain(', '.join(labels), 100)}: {error}") from None
     if any(len(cell.plan.prompts) != 1 for cell in cells):
         raise UserError(
             "a comparison (grid_x, grid_y) has one image in each place: leave out data_path, n_samples and n_iter; "

@@ -265,7 +265,7 @@ def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]
 
     metadata: dict[str, Any] = {
         "file": file.path.name,
-        "sha256": " ".join(content_hash(path) for path in lora_files(file.path)),
+        "sha256": " ".join(base_model_hash(path) for path in lora_files(file.path)),
         "weight": file.strength,
     }
     if file.text_encoder_strength != file.strength:

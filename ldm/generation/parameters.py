@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ MODEL_DIGITS, LORA_DIGITS = 10, 12  # of the hashes, in A1111
 def constant_values(plan: GenerationPlan) -> dict[str, Any]:
     """Return A1111's values that all images of a plan share, but for the seed, in A1111's order."""
     sampling = plan.sampling
+    fields = sampling.fields()
+    eta, default_eta = (fields["eta"], 1.0) if "eta" in fields else (fields["ddim_eta"], 0.0)
     loras = {_name(file.path): lora_hash(file.path) for file in plan.loras}
     return {
         "Steps": sampling.num_inference_steps,
@@ -29,7 +32,7 @@ def constant_values(plan: GenerationPlan) -> dict[str, Any]:
         "Size": f"{sampling.width}x{sampling.height}",
         "Model hash": None if is_folder(plan.checkpoint) else base_model_hash(plan.checkpoint)[:MODEL_DIGITS],
         "Model": plan.checkpoint.stem,
-        "Eta": sampling.eta or None,
+        "Eta": None if eta == default_eta else eta,
         "Lora hashes": ", ".join(f"{name}: {value}" for name, value in loras.items() if value),
         # A1111 has no name for NumPy's generator. This one says that the noise is not the GPU's.
         "RNG": "CPU",
@@ -43,6 +46,7 @@ def parameters_text(plan: GenerationPlan, values: dict[str, Any], index: int, se
     return write(prompt, plan.negative_prompts[index], {**values, **seeds})
 
 
+@lru_cache(maxsize=64)  # the cells of a comparison have the same files
 def lora_hash(path: Path) -> str:
     """Return the hash by which A1111 knows a LoRA, "" for a folder."""
     if not is_file(path):

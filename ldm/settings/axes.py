@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ REPLACED = "prompt_sr"  # A1111's "Prompt S/R": the first text in the prompt is 
 
 @dataclass(frozen=True)
 class SettingAxis:
-    """A setting of a comparison, the values that it takes one after the other, and how they were written."""
+    """A setting of a comparison, the values that it takes one after the other, and the texts that stand for them."""
 
     name: str
     values: list[Any]
@@ -56,7 +57,10 @@ def parse_axis(text: str, flag: str, settings: Mapping[str, Setting], allowed: C
         if not labels[0]:
             raise UserError(f"{where}: the first text is what is replaced, and may not be empty")
         return SettingAxis(name, labels, labels)
-    return SettingAxis(name, [_value(label, settings[name], where) for label in labels], labels)
+    values = [_value(label, settings[name], where) for label in labels]
+    if settings[name].rules["path"]:  # a sheet is passed on, and the folders of its maker are private
+        labels = [os.path.basename(label) or label for label in labels]
+    return SettingAxis(name, values, labels)
 
 
 def _labels(written: str, where: str) -> list[str]:

@@ -38,6 +38,10 @@ def test_values_have_the_type_of_their_setting(text, name, values):
     assert len(parsed.labels) == len(values)
 
 
+def test_folders_do_not_stand_on_the_sheet():
+    assert axis("lora_ckpt_path=/home/me/a.ckpt:0.7,b.ckpt").labels == ["a.ckpt:0.7", "b.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
