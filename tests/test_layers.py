@@ -17,7 +17,7 @@ LAYERS = (
     {"ops"},
     {"models", "tokenizer"},
     {"data", "diffusion", "weights"},
-    {"textual_inversion"},
+    {"prompts", "textual_inversion"},
     {"lora"},
     {"generation", "training", "metrics"},
     {"commands"},

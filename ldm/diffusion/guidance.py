@@ -15,10 +15,11 @@ class GuidedDenoiser:
     diffusers. A scale of 1 needs no negative half, and the network gets a batch of N.
 
     Args:
-        unet: The network, called with latents (M, C, h, w) float32, timesteps (M,) and text embeddings (M, 77, D)
-            float32, where M is N or 2N. Time steps are int32, or float32 if the sampler goes between two of them.
-        text_embeddings: Of the prompts, (N, 77, D).
-        negative_text_embeddings: Of the negative prompts, (N, 77, D). May be None for a scale of 1.
+        unet: The network, called with latents (M, C, h, w) float32, timesteps (M,) and text embeddings (M, 77 k, D)
+            float32 of k chunks, where M is N or 2N. Time steps are int32, or float32 if the sampler goes between two
+            of them.
+        text_embeddings: Of the prompts, (N, 77 k, D).
+        negative_text_embeddings: Of the negative prompts, (N, 77 k, D). May be None for a scale of 1.
         scale: The guidance scale.
         rescale: Share of the guided output that gets the standard deviation of the positive one, for each image, 0 to
             1. It keeps images of zero-terminal models from being overexposed (Lin et al. 2023, arXiv 2305.08891,

@@ -21,12 +21,14 @@ WAY = "give a text file with one prompt a line"
 _FLAG = re.compile(r"(?<!\S)--[A-Za-z]+")
 
 
-def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
+def read_prompts(path: str | os.PathLike, name: str, flags: bool = False) -> list[str]:
     """Return the prompts of a UTF-8 text file, one per line, without surrounding spaces. `name` is that of the setting.
 
     Line feeds at the end of the file are ignored. Every other empty line is an empty prompt, and so is a line of
     spaces, which allows an empty prompt at the end. Comments (`#`) and the flags of other projects' prompt files
     (`--n ...`) are words of the prompt. Each of these cases logs one warning with its line numbers.
+
+    With `flags`, the lines are those of a prompt file of kohya's sd-scripts: empty ones and comments do not count.
 
     Raises:
         UserError: The file cannot be read (see ldm.files.inputs), is empty, or exceeds MAX_BYTES, MAX_PROMPTS or
@@ -47,15 +49,20 @@ def read_prompts(path: str | os.PathLike, name: str) -> list[str]:
                 "read: write one prompt a line"
             )
 
-    flags = {i: match.group() for i, p in enumerate(prompts, 1) if "--" in p and (match := _FLAG.search(p))}
-    flag = plain(next(iter(flags.values()), ""), 20)
+    if flags:
+        prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+        if not prompts:
+            raise UserError(f"{where} holds comments alone: write one prompt a line")
+        return prompts
+    with_flags = {i: match.group() for i, p in enumerate(prompts, 1) if "--" in p and (match := _FLAG.search(p))}
+    flag = plain(next(iter(with_flags.values()), ""), 20)
     warnings = {
         "empty lines are empty prompts": [i for i, prompt in enumerate(prompts, 1) if not prompt],
         "lines that begin with # are prompts, not comments": [
             i for i, prompt in enumerate(prompts, 1) if prompt.startswith("#")
         ],
-        f"flags such as {flag} are words of the prompt; text_to_image.py has settings for all prompts instead "
-        "(--negative_prompt, --W, --H, --seed, --scale, --sampling_steps)": list(flags),
+        f"flags such as {flag} are words of the prompt; text_to_image.py reads them with --prompt_flags, and has "
+        "settings for all prompts (--negative_prompt, --W, --H, --seed, --scale, --sampling_steps)": list(with_flags),
     }
     for warning, lines in warnings.items():
         if lines:

@@ -96,6 +96,12 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
             values.pop(name, None)
     values.update(_model_files(recipe, given))
     values.update(_loras(recipe, given))
+    prompt = "" if "prompt" in given else values.get("prompt", "")
+    if not recipe.fields and "lora_dir" not in given and (loras := loras_named(prompt)):
+        raise UserError(
+            f"from_image {plain(recipe.path)}: its prompt names the LoRAs {plain(' '.join(loras), 100)}: give the "
+            "folder of their files as --lora_dir, or the prompt without them as --prompt"
+        )
     return {name: value for name, value in values.items() if name not in given or name == "lora_ckpt_path"}
 
 
@@ -117,6 +123,8 @@ def differences(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str,
     if recipe.fields:
         before, now = _flat(recipe.fields), _flat(fields)
         for name in dict.fromkeys([*before, *now]):
+            if name in ("prompt_template", "negative_prompt_template"):  # from which the prompt was drawn
+                continue
             if before.get(name) != now.get(name):
                 found.append(f"{name} {plain(now.get(name), 80)} (the image: {plain(before.get(name), 80)})")
     else:
@@ -144,7 +152,7 @@ def _own_recipe(path: str, texts: Mapping[str, str], where: str) -> Recipe:
         raise UserError(f"{where}: its text settings is not a mapping")
     content: dict[str, Any] = {"prompt": fields["prompt"], "negative_prompt": fields.get("negative_prompt", "")}
     content["seed"] = _number(fields["seed"], where, "seed")
-    content["first_index"] = _number(fields.get("noise_index", fields.get("index", "0")), where, "index")
+    content["first_index"] = _number(fields.get("index", "0"), where, "index")
     known = _repeatable()
     content.update({name: value for name, value in given.items() if name in known and name not in content})
     if "batch_size" in content:
@@ -201,7 +209,12 @@ def _loras(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     Files that are given without a strength and are those of the image, in any order, get the image's strengths. If one
     of them is another file, they are taken as they are given.
     """
-    entries = _entries(recipe, "lora")
+    entries = []
+    for entry in _entries(recipe, "lora"):
+        if not entry.get("from_prompt"):
+            entries.append(entry)
+        elif "lora_dir" not in given:
+            raise _missing(recipe, entry["file"], "lora_dir", "LoRA")
     if not entries:
         return {}
     paths: list[str] = []
@@ -294,7 +307,11 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, str]:
 
 def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
     known, values = settings_of(GenerateSettings), text.values
-    content: dict[str, Any] = {"prompt": text.prompt, "negative_prompt": text.negative_prompt}
+    content: dict[str, Any] = {
+        "prompt": text.prompt,
+        "negative_prompt": text.negative_prompt,
+        "prompt_syntax": "a1111",
+    }
     missing = ["its noise: A1111 draws other random numbers for a seed"]
     kinds: tuple[tuple[str, str, Callable[[str], float]], ...] = (
         ("Steps", "sampling_steps", int),
@@ -315,14 +332,6 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
     if (sides := size(values)) is not None:
         content["W"], content["H"] = sides
     missing += _a1111_sampler(values, content)
-    if "prompt_syntax" in known:
-        content["prompt_syntax"] = "a1111"
-    if loras := loras_named(text.prompt):
-        if "lora_dir" not in known:
-            missing.append(f"the LoRAs {plain(' '.join(loras), 100)}: give them as --lora_ckpt_path file:strength")
-            for lora in loras:
-                content["prompt"] = content["prompt"].replace(lora, "")
-            content["prompt"] = content["prompt"].strip()
     done = ("Steps", "CFG scale", "Seed", "Clip skip", *_NOT_SETTINGS)
     missing += [f"{plain(key, 40)} {plain(value, 40)}" for key, value in values.items() if key not in done]
     if text.rest:

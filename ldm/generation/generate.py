@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.diffusion.sampling import latent_shape
+from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.comparison import Cell, plan_cells, sheet_of
 from ldm.generation.from_image import differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
-from ldm.generation.parameters import constant_values, parameters_text
+from ldm.generation.parameters import parameters_text
 from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
@@ -119,7 +119,7 @@ def _generate_images(
         logger.info("kept from an earlier run: %s", path)
     if not settings.skip_save:
         logger.info("%d images: %s", len(images), writer.samples)
-    if not settings.skip_grid:
+    if writer.grid:
         logger.info("grid: %s", writer.grid_path)
     if settings.save_latents is not None:
         logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
@@ -196,23 +196,26 @@ def _writer(
     settings: GenerateSettings, cells: Sequence[Cell], images: Sequence[RunImage], precision: str
 ) -> ImageWriter:
     """Return what writes the images. The texts of an image are made when it is written."""
-    of_cell = {id(cell): (_metadata(cell.settings, cell.plan, precision), constant_values(cell.plan)) for cell in cells}
+    of_cell = {id(cell): _metadata_of_images(cell.settings, cell.plan, precision) for cell in cells}
 
     def more_fields(index: int) -> dict[str, Any]:
-        request, cell, place = images[index]
-        metadata, values = of_cell[id(cell)]
-        text = parameters_text(cell.plan, values, place, request.seed, request.noise_index)
-        return {"index": str(request.noise_index), **metadata, "parameters": text}
+        cell, place = images[index].cell, images[index].place
+        return {**of_cell[id(cell)](place), "parameters": parameters_text(cell.settings, cell.plan, place)}
 
+    sheet = sheet_of(settings, list(cells))
+    grid = not settings.skip_grid
+    if grid and sheet is None and not cells[0].plan.has_one_size:
+        logger.warning("the prompts have several sizes (--w, --h): no grid is written")
+        grid = False
     return ImageWriter(
         settings.output_path,
-        [image.request.prompt for image in images],
-        [image.request.negative_prompt for image in images],
+        [prompt for cell in cells for prompt in cell.plan.prompts],
+        [prompt for cell in cells for prompt in cell.plan.negative_prompts],
         cells[0].plan.images_per_prompt,
         more_fields,
         pngs=not settings.skip_save,
-        grid=not settings.skip_grid,
-        sheet=sheet_of(settings, list(cells)),
+        grid=grid,
+        sheet=sheet,
         places=[(image.cell.column, image.cell.row) for image in images],
         labels=[image.cell.label for image in images],
         settings=settings.of_images(),
@@ -220,8 +223,40 @@ def _writer(
     )
 
 
+def _metadata_of_images(
+    settings: GenerateSettings, plan: GenerationPlan, precision: str
+) -> Callable[[int], dict[str, Any]]:
+    """Return a function from an image's index to what its text fields hold besides the prompts."""
+    shared = _metadata(settings, plan, precision)
+    of_tag = {
+        # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
+        tag: {
+            **_lora_metadata(settings, LoRAFile(*tag)),
+            "lora_ft_unet": None,
+            "lora_ft_text_encoder": None,
+            "from_prompt": True,
+        }
+        for tag in dict.fromkeys(tag for image in plan.images for tag in image.loras)
+    }
+
+    def metadata(index: int) -> dict[str, Any]:
+        image = plan.images[index]
+        fields = {"index": str(image.noise_index), **shared, "seed": str(image.seed)}
+        for name, template in (
+            ("prompt_template", image.template),
+            ("negative_prompt_template", image.negative_template),
+        ):
+            if template is not None:
+                fields[name] = template
+        if image.loras:
+            fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
+        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
+
+    return metadata
+
+
 def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
-    """Return what a PNG's text fields hold besides the prompts: enough to make the image again.
+    """Return what the PNGs' text fields hold besides the prompts: enough to make the images again.
 
     File names without their folders: an image is passed on, and the folders of its maker are private.
     """
@@ -249,15 +284,25 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         metadata["init_latents"] = Path(settings.init_latents).name
         metadata["init_latents_sha256"] = content_hash(settings.init_latents)
     metadata["settings"] = {
-        **plan.sampling.fields(),
-        "H": plan.sampling.height,
-        "W": plan.sampling.width,
+        **_sampling_metadata(plan.sampling),
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
     if plan.sampling.guidance_rescale is not None:
         metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
+    # Only where they are not the default, so that images of other runs keep their fields.
+    for name in ("prompt_syntax", "support_long_prompts", "clip_skip"):
+        if getattr(settings, name) != getattr(GenerateSettings, name):
+            metadata["settings"][name] = getattr(settings, name)
     return metadata
+
+
+def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
+    return {
+        **sampling.fields(),
+        "H": sampling.height,
+        "W": sampling.width,
+    }
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:

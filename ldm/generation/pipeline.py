@@ -11,7 +11,7 @@ image.save("apple.png")
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,13 +29,17 @@ from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
 from ldm.generation.requests import ImageRequest, RequestBatch, in_batches
-from ldm.generation.text_encoding import encode_prompts, warn_of_cut_prompts
+from ldm.generation.text_encoding import encode_prompts, rows_together, warn_of_cut_prompts
 from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.models.text_encoder import run_layers
 from ldm.ops import free_graphs
+from ldm.prompts.chunks import prompt_chunks
+from ldm.prompts.clip_skip import layers_to_run
+from ldm.prompts.syntax import SYNTAXES, warn_of_unsupported
 from ldm.runtime.batches import fill_batch
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
 from ldm.settings.block_weights import BlockWeights
@@ -44,7 +48,7 @@ from ldm.settings.versions import default_guidance_scale
 from ldm.textual_inversion.embedding import Embedding, check_width, is_word
 from ldm.textual_inversion.formats import read_embeddings
 from ldm.textual_inversion.inject import get_embeddings, learned_tokens_of, put_embeddings, token_width
-from ldm.tokenizer import Tokenizer
+from ldm.tokenizer import VOCABULARY_SIZE, LearnedToken, Tokenizer
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_weights import BaseWeights
 
@@ -105,6 +109,7 @@ class Pipeline:
         self._named: dict[str, LoRA] = {}  # the LoRAs that load_lora gave a name
         self._own_embeddings = get_embeddings(model)  # those that no LoRA brings
         self.embeddings: tuple[Embedding, ...] = tuple(self._own_embeddings)  # all that prompts may name
+        self.prompt_syntax, self.support_long_prompts = "plain", False
 
     @classmethod
     def from_checkpoint(
@@ -175,6 +180,36 @@ class Pipeline:
     def samples_from_noise_alone(self) -> bool:
         """Whether images are sampled on the schedule of zero_terminal_snr. See ldm.generation.denoising."""
         return samples_from_noise_alone(self.config, self.loras)
+
+    def configure_prompts(
+        self, *, syntax: str = "plain", support_long_prompts: bool = False, clip_skip: int | None = None
+    ) -> None:
+        """Say how prompts and negative prompts are read from now on. The arguments are those of text_to_image.py.
+
+            pipe.configure_prompts(syntax="a1111", clip_skip=2)
+            pipe("a (red:1.3) apple, [blurry]")
+
+        Args:
+            syntax: "plain", or "a1111" for weights in brackets, escapes and BREAK.
+            support_long_prompts: Whether a prompt of more than 75 tokens is encoded in chunks of 75, instead of being
+                cut. In the syntax a1111 it is.
+            clip_skip: From which layer of the text encoder the embeddings are, counted from the last. None for the
+                model's own: 1, and 2 for SD2.x.
+
+        Raises:
+            UserError: The text encoder has no such layer.
+            ValueError: The syntax is unknown.
+        """
+        if syntax not in SYNTAXES:
+            raise ValueError(f"syntax must be one of {', '.join(SYNTAXES)}, not {syntax!r}")
+        layers = layers_to_run(self.config, clip_skip)
+        text_encoder = self.model.cond_stage_model
+        if layers != text_encoder.transformer.text_model.encoder.depth:
+            run_layers(text_encoder, layers)
+            if self.text_encoder.compile_cache:
+                free_graphs(self.text_encoder)
+        self.prompt_syntax = syntax
+        self.support_long_prompts = support_long_prompts or syntax == "a1111"
 
     def load_lora(
         self,
@@ -460,7 +495,34 @@ class Pipeline:
 
     def batches_of(self, requests: Sequence[ImageRequest]) -> list[RequestBatch]:
         """Divide images into batches that can be generated together."""
-        return in_batches(requests)
+        counts: dict[Hashable, int] = {}
+
+        def chunk_count(request: ImageRequest) -> int:
+            loras = () if request.loras is None else tuple(map(id, request.loras))
+            key = (loras, request.prompt, request.negative_prompt, request.sampling.is_guided)
+            if key not in counts:
+                counts[key] = self._chunk_count(request)
+            return counts[key]
+
+        return in_batches(requests, chunk_count if self.support_long_prompts else lambda request: 1)
+
+    def _chunk_count(self, request: ImageRequest) -> int:
+        """Return how many chunks of 75 tokens a prompt and its negative prompt take."""
+        if not self.support_long_prompts:
+            return 1
+        tokenizer = self.tokenizer if request.loras is None else self._tokenizer_with(request.loras)
+        texts = [request.prompt, *([request.negative_prompt] if request.sampling.is_guided else [])]
+        return max(prompt_chunks(text, tokenizer, self.prompt_syntax, long=True).chunk_count for text in texts)
+
+    def _tokenizer_with(self, loras: Sequence[MergedLoRA]) -> Tokenizer:
+        """Return a tokenizer that counts tokens as the one does when these LoRAs are merged. Its ids are others."""
+        known = {e.token.lower(): e for merged in reversed(loras) for e in of_lora(merged.lora)}
+        known.update((embedding.token.lower(), embedding) for embedding in self._own_embeddings)
+        learned, token = [], 2 * VOCABULARY_SIZE
+        for embedding in known.values():
+            learned.append(LearnedToken(embedding.token, token, len(embedding.vectors)))
+            token += len(embedding.vectors)
+        return self._plain_tokenizer.with_learned_tokens(learned)
 
     def generate_batches(
         self,
@@ -485,9 +547,15 @@ class Pipeline:
         all_batches = batches if all_batches is None else all_batches
         for sampling in {batch.sampling: None for batch in all_batches}:
             sampling.check(self.config)
-        warn_of_cut_prompts(self.tokenizer, (text for batch in all_batches for text in batch.texts))
+        texts = dict.fromkeys(text for batch in all_batches for text in batch.texts)
+        if not self.support_long_prompts:
+            warn_of_cut_prompts(self.tokenizer, texts)
+        elif self.prompt_syntax == "a1111":
+            warn_of_unsupported(texts)
         # One batch size for all, so that the text encoder too is compiled once.
-        text_batch_size = max((len(set(batch.texts)) for batch in all_batches), default=1)
+        text_batch_size = max(
+            (rows_together(batch.texts, self._chunk_count(batch.requests[0])) for batch in all_batches), default=1
+        )
         return self._generate_batches(batches, starting_latents, progress, text_batch_size)
 
     def _generate_batches(
@@ -546,8 +614,10 @@ class Pipeline:
         return ImageBatch(indices, start[:size], latents[:size], images[:size], batch.requests)
 
     def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
-        """Compute text embeddings (N, 77, D) float32. See ldm.generation.text_encoding."""
-        return encode_prompts(self.tokenizer, self.text_encoder, texts, batch_size)
+        """Compute text embeddings (N, 77 k, D) float32. See ldm.generation.text_encoding."""
+        return encode_prompts(
+            self.tokenizer, self.text_encoder, texts, batch_size, self.prompt_syntax, self.support_long_prompts
+        )
 
     def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
         """Draw noise (N, *shape) float32. The noise of image i depends on the seed and i alone."""

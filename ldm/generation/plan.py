@@ -18,6 +18,8 @@ from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import ROOT, expanded, path_and_strengths, under_root
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
+from ldm.generation.prompt_plan import PlannedImage, plan_images
+from ldm.prompts.clip_skip import layers_to_run
 from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
 from ldm.settings.declare import default_of, names_of
 from ldm.settings.generate import GenerateSettings
@@ -64,7 +66,13 @@ class GenerationPlan:
     vae_checkpoint: Path | None
     loras: list[LoRAFile]  # in the order in which they are merged
     embeddings: list[EmbeddingFile]
-    sampling: Sampling  # with size, guidance scale and batch size
+    sampling: Sampling  # with size, guidance scale and batch size, for the prompts whose line does not say otherwise
+    images: list[PlannedImage]  # what each image is made from, in the order of `prompts`
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether all images have the same size."""
+        return len({(image.sampling.height, image.sampling.width) for image in self.images}) == 1
 
 
 def plan_generation(settings: GenerateSettings) -> GenerationPlan:
@@ -107,13 +115,15 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     )
     sampling.check(config)
     _check_latents_paths(settings)
+    layers_to_run(config, settings.clip_skip)
+    images = plan_images(settings, prompts, negative_prompts, sampling, config)
     if scale == 1 and any(negative_prompts):
         logger.warning("scale 1 is without guidance: the negative prompts are not used")
     if settings.skip_save and settings.skip_grid and settings.save_latents is None:
         logger.warning("skip_save and skip_grid without save_latents: nothing of this run is kept")
     return GenerationPlan(
-        prompts=[prompt for prompt in prompts for _ in range(images_per_prompt)],
-        negative_prompts=[prompt for prompt in negative_prompts for _ in range(images_per_prompt)],
+        prompts=[image.prompt for image in images],
+        negative_prompts=[image.negative_prompt for image in images],
         images_per_prompt=images_per_prompt,
         config=config,
         version=version,
@@ -123,6 +133,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         loras=loras,
         embeddings=embeddings,
         sampling=sampling,
+        images=images,
     )
 
 
@@ -157,7 +168,10 @@ def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
     """Return the prompts and as many negative prompts."""
     for name in ("prompt", "negative_prompt"):
         _check_text(getattr(settings, name), name)
-    prompts = [settings.prompt] if settings.data_path is None else read_prompts(settings.data_path, "data_path")
+    if settings.data_path is None:
+        prompts = [settings.prompt]
+    else:
+        prompts = read_prompts(settings.data_path, "data_path", settings.prompt_flags)
     if settings.negative_data_path is None:
         return prompts, [settings.negative_prompt] * len(prompts)
     path = plain(settings.negative_data_path)

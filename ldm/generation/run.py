@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ldm.generation.comparison import Cell
 from ldm.generation.loading import select_lora
 from ldm.generation.pipeline import Pipeline
+from ldm.generation.prompt_plan import TaggedLoRA
 from ldm.generation.requests import ImageRequest
 from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA, SamplingRange
@@ -34,22 +35,26 @@ def images_of(cells: Sequence[Cell]) -> list[RunImage]:
     """
     read: dict[Hashable, LoRA] = {}
     merged: dict[str, tuple[MergedLoRA, ...]] = {}
+    tagged: dict[Hashable, MergedLoRA] = {}
     images: list[RunImage] = []
     for cell in cells:
         settings, plan = cell.settings, cell.plan
-        # Cells with the same LoRAs share them, or they would be merged anew for each.
+        # Cells and images with the same LoRAs share them, or they would be merged anew for each.
         key = repr((plan.loras, settings.lora_ft_unet, settings.lora_ft_text_encoder, cell.model_key))
         if key not in merged:
             merged[key] = tuple(_merged_loras(cell, read))
-        for place, (prompt, negative_prompt) in enumerate(zip(plan.prompts, plan.negative_prompts)):
+        for place, image in enumerate(plan.images):
+            for tag in image.loras:
+                if (cell.model_key, tag) not in tagged:
+                    tagged[cell.model_key, tag] = _tagged_lora(cell, tag, read)
             request = ImageRequest(
                 index=len(images),
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                seed=settings.seed,
-                noise_index=settings.first_index + place,
-                sampling=plan.sampling,
-                loras=merged[key],
+                prompt=image.text,
+                negative_prompt=image.negative_prompt,
+                seed=image.seed,
+                noise_index=image.noise_index,
+                sampling=image.sampling,
+                loras=(*merged[key], *(tagged[cell.model_key, tag] for tag in image.loras)),
             )
             images.append(RunImage(request, cell, place))
     return images
@@ -76,6 +81,11 @@ def load_pipeline(image: RunImage, flash_attention: bool) -> Pipeline:
     )
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
+    pipeline.configure_prompts(
+        syntax=settings.prompt_syntax,
+        support_long_prompts=settings.support_long_prompts,
+        clip_skip=settings.clip_skip,
+    )
     pipeline.merge_loras(image.request.loras or ())
     return pipeline
 
@@ -91,3 +101,11 @@ def _merged_loras(cell: Cell, read: dict[Hashable, LoRA]) -> Iterator[MergedLoRA
                 logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, read[key])
         strength = Strength(file.strength, file.text_encoder_strength, file.blocks)
         yield MergedLoRA(str(file.path), read[key], strength, SamplingRange.from_ends(file.start, file.end))
+
+
+def _tagged_lora(cell: Cell, tag: TaggedLoRA, read: dict[Hashable, LoRA]) -> MergedLoRA:
+    """Return a LoRA that a prompt names. lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path."""
+    key = tag.path, cell.plan.checkpoint, None, None
+    if key not in read:
+        read[key] = select_lora(config_with_tokens(cell.plan.config, cell.plan.checkpoint), tag.path)
+    return MergedLoRA(str(tag.path), read[key], Strength(tag.strength, tag.text_encoder_strength))

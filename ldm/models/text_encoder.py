@@ -66,7 +66,11 @@ class CLIPEncoderLayer(nn.Cell):
 
 
 class CLIPEncoder(nn.Cell):
-    """The transformer layers of a tower."""
+    """The transformer layers of a tower.
+
+    Attributes:
+        depth: How many of them run, all unless `run_layers` says otherwise.
+    """
 
     def __init__(
         self, width: int, num_layers: int, num_heads: int, hidden: int, activation: str, causal_length: int = 0
@@ -75,10 +79,11 @@ class CLIPEncoder(nn.Cell):
         self.layers = nn.CellList(
             [CLIPEncoderLayer(width, num_heads, hidden, activation, causal_length) for _ in range(num_layers)]
         )
+        self.depth = num_layers
 
     def construct(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
+        for i in range(self.depth):  # a slice of a CellList renames the parameters in pynative mode
+            x = self.layers[i](x)
         return x
 
 
@@ -151,3 +156,14 @@ class CLIPTextEncoder(nn.Cell):
 
     def construct(self, tokens: Tensor) -> Tensor:
         return self.transformer(tokens).astype(ms.float32)
+
+
+def run_layers(text_encoder: CLIPTextEncoder, count: int) -> None:
+    """Run the first `count` layers alone, and the final LayerNorm. The weights of the others stay.
+
+    A graph that is compiled already is not changed.
+    """
+    encoder = text_encoder.transformer.text_model.encoder
+    if not 1 <= count <= len(encoder.layers):
+        raise ValueError(f"{count} of {len(encoder.layers)} layers")
+    encoder.depth = count

@@ -55,20 +55,17 @@ class GenerateSettings(ImageFileSettings, RepeatSettings, SamplingSettings, Mode
     def __post_init__(self) -> None:
         """Check each setting, and the settings against each other. Raises UserError."""
         check_values(self)
-        if not self.prompt and self.data_path is None:
-            raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')
-        exclusive = ("prompt", "data_path"), ("negative_prompt", "negative_data_path")
-        for name, other in exclusive:
-            if getattr(self, name) and getattr(self, other):
-                raise UserError(f"--{name} and --{other} are both given: leave one of them out")
+        self.check_prompts()
         self.check_sampling()
         if self.resume and self.skip_save:
             raise UserError("--resume needs the PNGs of the earlier run: leave out --skip_save")
         if self.save_latents is not None and (self.resume or self.grid_x or self.grid_y):
             other = "resume" if self.resume else "grid_x" if self.grid_x else "grid_y"
             raise UserError(f"--save_latents and --{other} do not go together: leave one of them out")
-        if self.use_lora and not self.lora_ckpt_path:
+        if self.use_lora and not (self.lora_ckpt_path or self.lora_dir):
             raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
+        if self.lora_dir is not None and self.prompt_syntax != "a1111":
+            raise UserError("--lora_dir is for prompts with <lora:name:0.8>: add --prompt_syntax a1111")
         if self.ms_mode is not None:
             self.mode = self.ms_mode
         self.log_level = self.log_level.rpartition(".")[2].upper()  # "logging.INFO", as published, is INFO

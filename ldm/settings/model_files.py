@@ -37,16 +37,22 @@ class ModelFileSettings:
         "any base model, as a file or a folder"
     )
 
-    use_lora: Optional[bool] = setting(None, "apply a LoRA; None: if lora_ckpt_path is given", group="LoRA")
+    use_lora: Optional[bool] = setting(
+        None, "apply a LoRA; None: if lora_ckpt_path is given, or prompts name one", group="LoRA"
+    )
     lora_ckpt_path: Optional[list[str]] = setting(
         None,
         "LoRA files, each with a strength if wanted, and a second one for the text encoder: a.ckpt b.ckpt:0.7 "
         "c.ckpt:0.7:0.3",
         path=True,
     )
+    lora_dir: Optional[str] = input_path(
+        "folder of LoRA files that prompts may name, as in <lora:name:0.8>, beside those of lora_ckpt_path; it needs "
+        "prompt_syntax a1111"
+    )
     lora_scale: float = setting(
         1.0,
-        "multiplies the strength of every LoRA; 0 gives the base model, bit for bit",
+        "multiplies the strength of every LoRA of lora_ckpt_path; 0 gives the base model, bit for bit",
         low=-MAX_STRENGTH,
         high=MAX_STRENGTH,
         needs="lora_ckpt_path",

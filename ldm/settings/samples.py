@@ -54,8 +54,8 @@ class SampleSettings:
 
 
 @dataclass
-class PromptSettings:
-    """One prompt of sample_prompts, with kohya's names in JSON and TOML files."""
+class PromptLineSettings:
+    """One prompt of sample_prompts or data_path with its own settings, by kohya's names in JSON and TOML files."""
 
     prompt: str = setting("")
     negative_prompt: str = setting("")

@@ -135,6 +135,11 @@ class Tokenizer:
             end = match.end()
         return tokens + self._tokenize_words(text[end:])
 
+    def vector_count(self, token: int) -> int:
+        """Return how many tokens belong together from this one on: the vectors of a learned token, else 1."""
+        learned = self._learned.get(token)
+        return 1 if learned is None else learned.length
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the cleaned text of a row of ids up to its end token, with single spaces between words."""
         symbols = self._vocabulary.symbols

@@ -9,7 +9,6 @@ Nothing here imports MindSpore, so a mistake is answered at once.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +20,16 @@ from ldm.files.documents import read_json, read_toml
 from ldm.files.inputs import read_text
 from ldm.files.paths import expanded, under_root
 from ldm.files.prompts import MAX_CHARACTERS
+from ldm.prompts.prompt_lines import FLAGS, read_prompt_line
 from ldm.settings.model import ModelConfig
 from ldm.settings.read import read_mapping
-from ldm.settings.samples import SAMPLER_NAMES, PromptSettings, SampleSettings
-from ldm.settings.values import from_word, settings_of
+from ldm.settings.samples import SAMPLER_NAMES, PromptLineSettings, SampleSettings
 from ldm.settings.versions import default_guidance_scale
 
 MAX_PROMPTS = 99  # each is drawn at every sampling
 MAX_BYTES = 1 << 20  # of a text file
 FILES = (".txt", ".json", ".toml")
 WAY = "give a .txt file with a prompt a line, a .json or a .toml file, or the prompts themselves"
-
-# The flags of a line, as in kohya's sd-scripts.
-FLAGS = {
-    "n": "negative_prompt",
-    "w": "width",
-    "h": "height",
-    "d": "seed",
-    "l": "scale",
-    "s": "sample_steps",
-    "ss": "sample_sampler",
-}
-# Two dashes before a letter, at the beginning of a word. Others are a part of the prompt.
-_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def read_sample_prompts(settings: SampleSettings, config: ModelConfig) -> list[S
     """
     prompts = []
     for where, line, values in _read(settings.sample_prompts):
-        entry = PromptSettings(**values)
+        entry = PromptLineSettings(**values)
         scale = default_guidance_scale(config.architecture) if entry.scale is None else entry.scale
         sampling = Sampling(
             sampler=SAMPLER_NAMES[entry.sample_sampler or settings.sample_sampler],
@@ -101,7 +87,7 @@ def read_sample_prompts(settings: SampleSettings, config: ModelConfig) -> list[S
 
 
 def _read(given: str | Sequence[str] | None) -> list[_Entry]:
-    """Return the prompts of a file, or of the setting itself, with their values checked against PromptSettings."""
+    """Return the prompts of a file, or of the setting itself, with their values checked against PromptLineSettings."""
     if given is None:
         return []
     lines = [given] if isinstance(given, str) else list(given)
@@ -177,7 +163,7 @@ def _from_toml(content: Mapping[str, Any], where: str) -> list[_Entry]:
 
 def _from_mapping(entry: object, where: str) -> _Entry:
     """Check a prompt that is given by kohya's names."""
-    values = read_mapping(PromptSettings, entry, where)
+    values = read_mapping(PromptLineSettings, entry, where)
     if "prompt" not in values:
         raise UserError(f'{where} has no prompt: give "prompt", an empty text for an image without one')
     flags = {name: letter for letter, name in FLAGS.items()}
@@ -186,21 +172,4 @@ def _from_mapping(entry: object, where: str) -> _Entry:
 
 
 def _from_line(line: str, where: str) -> _Entry:
-    """Read a prompt with kohya's line flags, whose names may be in capitals, too."""
-    prompt, *parts = _FLAG.split(line)
-    settings = settings_of(PromptSettings)
-    values: dict[str, Any] = {"prompt": prompt.strip()}
-    for part in parts:
-        flag, word = (*part.split(None, 1), "")[:2]
-        name = FLAGS.get(flag.lower())
-        if name is None:
-            known = ", ".join(f"--{letter}" for letter in FLAGS)
-            raise UserError(
-                f"{where}: unknown flag --{plain(flag, 40)}: the flags of a prompt are {known}; two dashes that belong "
-                "to the prompt need a space behind them"
-            )
-        if name in values:
-            raise UserError(f"{where}: --{flag} is given twice: leave one of them out")
-        values[name] = from_word(word.strip(), settings[name].hint, f"{where}: --{flag}")
-        read_mapping(PromptSettings, {name: values[name]}, f"{where}, --{flag}")
-    return _Entry(where, " ".join(line.split()), values)
+    return _Entry(where, " ".join(line.split()), read_prompt_line(line, where))

@@ -54,9 +54,15 @@ def test_the_settings_that_are_given_win(tmp_path):
 
 def test_the_settings_of_an_image_of_a1111(tmp_path):
     path = image(tmp_path, {"parameters": A1111})
-    values = complete_from_image({"from_image": path})
-    assert {**values, "prompt": values["prompt"][:11]} == {
-        "prompt": "a red apple", "negative_prompt": "blurry", "seed": 7, "sampling_steps": 25, "scale": 6.5, "W": 64,
+    with pytest.raises(
+        UserError, match="names the LoRAs <lora:style:0.8>: give the folder of their files as --lora_dir"
+    ):
+        complete_from_image({"from_image": path})
+    assert "prompt" not in complete_from_image({"from_image": path, "prompt": "a red apple"})
+    values = complete_from_image({"from_image": path, "lora_dir": str(tmp_path)})
+    assert values == {
+        "prompt": "a red apple <lora:style:0.8>", "prompt_syntax": "a1111", "negative_prompt": "blurry",
+        "seed": 7, "sampling_steps": 25, "scale": 6.5, "W": 64,
         "H": 128, "sampler": "ddim",
     }  # fmt: skip
     recipe = read_recipe(path)
@@ -74,7 +80,9 @@ def test_the_settings_of_an_image_of_a1111(tmp_path):
 def test_a_sampler_and_a_schedule_that_are_not_known_are_listed(tmp_path):
     text = "a\nSteps: 5, Sampler: Restart Turbo, Seed: -1, CFG scale: x"
     recipe = read_recipe(image(tmp_path, {"parameters": text}))
-    assert recipe.settings == {"prompt": "a", "negative_prompt": "", "sampling_steps": 5}
+    assert recipe.settings == {
+        "prompt": "a", "prompt_syntax": "a1111", "negative_prompt": "", "sampling_steps": 5
+    }  # fmt: skip
     listed = "; ".join(recipe.not_repeated)
     assert "sampler Restart" in listed and "schedule Turbo" in listed and "Seed -1" in listed and "scale x" in listed
 
