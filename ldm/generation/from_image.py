@@ -287,7 +287,8 @@ def _find(folders: Iterable[Path], name: str, sha256: str, recipe: Recipe) -> st
 
 def _missing(recipe: Recipe, name: str, flag: str, label: str) -> UserError:
     return UserError(
-        f"from_image {plain(recipe.path)} was made with the {label} {plain(name, 100)}: give its path as --{flag}"
+        f"from_image {plain(recipe.path)} was made with the {label} {plain(name, 100)}: give its "
+        f"{'folder' if flag == 'lora_dir' else 'path'} as --{flag}"
     )
 
 
