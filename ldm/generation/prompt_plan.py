@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +33,8 @@ class TaggedLoRA(NamedTuple):
     text_encoder_strength: float
 
 
-@dataclass(frozen=True)
-class PlannedImage:
-    """What an image is made from.
+class PlannedImage(NamedTuple):
+    """What an image is made from. A run may have a million of them.
 
     Attributes:
         prompt: As it was written, but with its wildcards drawn.

@@ -45,12 +45,11 @@ def prompt_chunks(text: str, tokenizer: Tokenizer, syntax: str = "plain", long: 
         tokens = tokenizer.encode([text])
         return PromptChunks(tokens, np.ones(tokens.shape, np.float32))
     chunks = divide(parse_prompt(text, syntax), tokenizer)
-    tokens = tokenizer.encode([""] * len(chunks))
+    tokens = tokenizer.encode([""] * len(chunks))  # start, end and padding
     weights = np.ones(tokens.shape, np.float32)
     for row, row_weights, chunk in zip(tokens, weights, chunks):
         ids = [START_TOKEN, *(token for token, _ in chunk), END_TOKEN]
         row[: len(ids)] = ids
-        row[len(ids) :] = tokenizer.pad_id
         row_weights[1 : 1 + len(chunk)] = [weight for _, weight in chunk]
     return PromptChunks(tokens, weights)
 

@@ -189,6 +189,10 @@ def test_images_of_several_lengths_do_not_depend_on_each_other(pipeline):
     for latents, request in zip(together, requests):
         np.testing.assert_allclose(latents, images_of(pipeline, [request])[0][0], atol=1e-4)
     assert len({latents.tobytes() for latents in together}) == 4
+    # Attention to two equal chunks is attention to one of them.
+    twice = ImageRequest(3, "a cat BREAK a cat", "BREAK BREAK", 7, 3, one)
+    assert pipeline._chunk_count(twice) == 2
+    np.testing.assert_allclose(images_of(pipeline, [twice])[0][0], together[3], atol=1e-4)
     # A prompt of one chunk is the image of the plain syntax.
     pipeline.configure_prompts()
     (plain,) = pipeline.generate(["a cat"], one, 7, progress=False)
@@ -218,17 +222,17 @@ def test_loras_of_requests_are_those_that_are_merged_by_hand(pipeline, folder):
 
 
 def test_the_tokens_of_a_requests_lora_count(pipeline, folder):
-    lora = replace(
-        read_lora(folder / "loras" / "a.ckpt", pipeline.config), embeddings={"<hat>": np.ones((3, 32), np.float32)}
-    )
+    vectors = np.ones((5, 32), np.float32)
+    lora = replace(read_lora(folder / "loras" / "a.ckpt", pipeline.config), embeddings={"<hat>": vectors})
     pipeline.configure_prompts(support_long_prompts=True)
-    prompt = "word " * 74 + "<hat>"
-    with_token = ImageRequest(0, prompt, "", 7, 0, FEW, (MergedLoRA("b", lora, Strength(1, 1)),))
-    assert pipeline._chunk_count(with_token) == 2
-    (batch,) = pipeline.batches_of([with_token])
+    plain = ImageRequest(0, "word " * 72 + "<hat>", "", 7, 0, FEW)  # three tokens as words
+    with_token = replace(plain, loras=(MergedLoRA("a", lora, Strength(1, 1)),))
+    assert pipeline._chunk_count(plain) == 1 and pipeline._chunk_count(with_token) == 2
+    first, second = pipeline.batches_of([with_token, plain])
+    assert pipeline.encode_prompts(second.texts).shape[1] == 77
     pipeline.merge_loras(with_token.loras)
-    assert pipeline.encode_prompts(batch.texts).shape[1] == 154
-    assert pipeline._chunk_count(replace(with_token, prompt="word " * 72 + "<hat>")) == 1
+    assert pipeline.encode_prompts(first.texts).shape[1] == 154
+    assert pipeline._chunk_count(replace(with_token, prompt="word " * 70 + "<hat>")) == 1
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -306,7 +310,7 @@ def test_wildcards_depend_on_seed_and_image_alone(folder):
     options = {"wildcard_dir": str(folder / "wild"), "negative_prompt": "{x|y}"}
     many = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=8, batch_size=3, **options).images
     few = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=2, batch_size=1, **options).images
-    assert many[:2] == [replace(image, sampling=many[0].sampling) for image in few]
+    assert many[:2] == [image._replace(sampling=many[0].sampling) for image in few]
     assert len({image.prompt for image in many}) > 3 and {image.negative_prompt for image in many} == {"x", "y"}
     assert {image.template for image in many} == {"a __colours__ {cat|dog}"} and many[0].text == many[0].prompt
     other = planned(folder, prompt="a __colours__ {cat|dog}", n_samples=8, seed=1, **options).images
