@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 from ldm.errors import UserError, plain
 from ldm.files.inputs import open_file
 
-MAX_BYTES = 512 << 20  # of an image file; only its texts are read, and Pillow bounds those (1 MiB each, 64 together)
+MAX_BYTES = 512 << 20  # of an image file, of which only the texts are read
+MAX_CHARACTERS = 4 << 20  # of all texts. Pillow bounds what it unpacks: 64 MiB together
 FORMATS = ("PNG", "JPEG", "WEBP")
 WAY = "give a PNG, JPEG or WebP image with the text of its settings, as this project and A1111 write it"
 
@@ -40,6 +41,8 @@ def read_image_text(path: str | os.PathLike, name: str) -> dict[str, str]:
             raise UserError(f"{where} cannot be read as an image ({plain(error, 100)}): {WAY}") from None
     if comment is not None and (text := user_comment(comment)):
         texts["parameters"] = text
+    if sum(map(len, texts.values())) > MAX_CHARACTERS:
+        raise UserError(f"{where} has texts of more than {MAX_CHARACTERS:,} characters: {WAY}")
     return texts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +63,6 @@ def test_loras_are_named_in_the_prompt_and_by_their_hashes(plan, tmp_path):
      ("euler", None, "")],
 )  # fmt: skip
 def test_a_share_of_noise_is_written_where_it_is_not_the_samplers_own(plan, sampler, eta, written):
-    plan.images = [replace(plan.images[0], sampling=Sampling(sampler, 20, 7.0, eta, 64, 64))]
+    plan.images = [plan.images[0]._replace(sampling=Sampling(sampler, 20, 7.0, eta, 64, 64))]
     text = parameters_text(GenerateSettings(prompt="a"), plan, 0)
     assert (written in text) if written else ("Eta" not in text)
