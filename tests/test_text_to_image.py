@@ -103,7 +103,7 @@ def test_the_published_command_writes_its_images_in_graph_mode(published):
     assert ms.get_context("mode") == ms.GRAPH_MODE
     assert sorted(path.name for path in published.iterdir()) == ["final.init.npy", "final.npy", "grid.png", "samples"]
     names = [path.name for path in (published / "samples").iterdir()]
-    assert sorted(names) == ["00000.png", "00001.png", "00002.png", "00003.png", "prompts.txt"]
+    assert sorted(names) == ["00000.png", "00001.png", "00002.png", "00003.png", "prompts.txt", "run.json"]
     assert Image.open(published / "samples" / "00003.png").size == (32, 32)
     assert Image.open(published / "grid.png").size == (66, 66)
 
@@ -132,6 +132,7 @@ def test_a_png_holds_what_is_needed_to_make_it_again(published, folder):
         "W": 32,
         "precision": "fp32",
         "prediction_type": "epsilon",
+        "batch_size": 4,
     }
     assert str(folder) not in "".join(texts.values())  # the folders of its maker are private
 
@@ -409,7 +410,7 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
 )
 def test_an_impossible_output_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(
-        ldm.generation.generate, "generate_plan", lambda *arguments: pytest.fail("images were generated")
+        ldm.generation.generate, "generate_cells", lambda *arguments: pytest.fail("images were generated")
     )
     for name in ("dead", "dead.npy"):
         (tmp_path / name).symlink_to("nowhere/x")

@@ -1,11 +1,13 @@
-"""The work of text_to_image.py: plan, load the model and the LoRAs, generate images and write them."""
+"""The work of text_to_image.py: plan, load the models and the LoRAs, generate images and write them."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +16,23 @@ import numpy as np
 from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
-from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
-from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
+from ldm.generation.comparison import Cell, plan_cells, sheet_of
+from ldm.generation.from_image import differences, read_recipe
+from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
+from ldm.generation.parameters import parameters_text
+from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.model import ModelConfig
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_model import base_model_hash
 
 if TYPE_CHECKING:
-    from ldm.generation.pipeline import ImageBatch
+    from ldm.generation.pipeline import ImageBatch, Pipeline
+    from ldm.generation.requests import RequestBatch
+    from ldm.generation.run import RunImage
     from ldm.runtime.device import Runtime
 
 logger = logging.getLogger(__name__)
@@ -41,9 +47,9 @@ def generate(settings: GenerateSettings) -> None:
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
-    plan = plan_generation(settings)
+    cells = plan_cells(settings)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
-        generate_plan(settings, plan)
+        generate_cells(settings, cells)
         return
     latents = settings.save_latents
     starting_latents = None if latents is None else starting_latents_path(latents)
@@ -52,18 +58,19 @@ def generate(settings: GenerateSettings) -> None:
         claim_file(latents, "save_latents"),
         claim_file(starting_latents, "save_latents"),
     ):
-        generate_plan(settings, plan)
+        generate_cells(settings, cells)
 
 
-def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
-    """Load the model and the LoRAs of a plan, generate its images and write them."""
+def generate_cells(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
+    """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
     from ldm.runtime.device import setup_runtime
 
-    config = config_with_tokens(plan.config, plan.checkpoint)
     starting_latents = None
     if settings.init_latents is not None:
+        plan = cells[0].plan
+        config = config_with_tokens(plan.config, plan.checkpoint)
         shape = (len(plan.prompts), *latent_shape(config, plan.sampling.height, plan.sampling.width))
         starting_latents = read_latents(settings.init_latents, shape)
 
@@ -80,102 +87,92 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
-        _generate_images(settings, plan, config, starting_latents, runtime)
+        _generate_images(settings, cells, starting_latents, runtime)
 
 
 def _generate_images(
-    settings: GenerateSettings,
-    plan: GenerationPlan,
-    config: ModelConfig,
-    starting_latents: np.ndarray | None,
-    runtime: Runtime,
+    settings: GenerateSettings, cells: Sequence[Cell], starting_latents: np.ndarray | None, runtime: Runtime
 ) -> None:
-    """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
-    from ldm.generation.loading import select_lora
-    from ldm.generation.pipeline import Pipeline
-    from ldm.generation.requests import ImageRequest
-    from ldm.lora.merged import MergedLoRA, SamplingRange
-    from ldm.lora.strength import Strength
+    """Load the models and generate this process's share of the images. The first process writes all."""
+    from ldm.generation.run import by_model, images_of, load_pipeline
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
     logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
-    loras = [
-        select_lora(config, file.path, settings.lora_ft_unet, settings.lora_ft_text_encoder) for file in plan.loras
-    ]
-    for file, lora in zip(plan.loras, loras):
-        if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
-            logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
-    tagged = {
-        path: select_lora(config, path) for path in dict.fromkeys(lora.path for i in plan.images for lora in i.loras)
-    }
-    pipeline = Pipeline.from_checkpoint(
-        plan.checkpoint,
-        config=config,
-        unet=plan.unet_checkpoint,
-        vae=plan.vae_checkpoint,
-        ema=settings.ckpt_ema,
-        flash_attention=flash_attention,
-    )
-    for embedding_file in plan.embeddings:
-        pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
-    pipeline.configure_prompts(
-        syntax=settings.prompt_syntax,
-        support_long_prompts=settings.support_long_prompts,
-        clip_skip=settings.clip_skip,
-    )
-    merged = [
-        MergedLoRA(
-            str(file.path),
-            lora,
-            Strength(file.strength, file.text_encoder_strength, file.blocks),
-            SamplingRange.from_ends(file.start, file.end),
-        )
-        for file, lora in zip(plan.loras, loras)
-    ]
-    pipeline.merge_loras(merged)
-    # One object for each tag, because images with the same ones are generated together.
-    of_tag = {
-        tag: MergedLoRA(str(tag.path), tagged[tag.path], Strength(tag.strength, tag.text_encoder_strength))
-        for tag in dict.fromkeys(tag for image in plan.images for tag in image.loras)
-    }
-    requests = [
-        ImageRequest(
-            index,
-            image.text,
-            image.negative_prompt,
-            image.seed,
-            image.noise_index,
-            image.sampling,
-            (*merged, *(of_tag[tag] for tag in image.loras)) if image.loras else None,
-        )
-        for index, image in enumerate(plan.images)
-    ]
-    all_batches = pipeline.batches_of(requests)
-    batches = pipeline.generate_batches(
-        all_batches[runtime.process_index :: runtime.process_count],
-        starting_latents,
-        runtime.process_index == 0,
-        all_batches,
-    )
-    batch_count = len(all_batches)
-    if batch_count < runtime.process_count:
+    images = images_of(cells)
+    writer = _writer(settings, cells, images, runtime.precision)
+    if runtime.process_index == 0:
+        if settings.resume:
+            writer.begin()
+        describe_progress(writer.progress)
+    saves_latents = settings.save_latents is not None and runtime.process_index == 0
+    with LatentsWriter(str(settings.save_latents), len(images)) if saves_latents else nullcontext() as latents:
+        for of_model in by_model(images):
+            pipeline = load_pipeline(of_model[0], flash_attention)
+            _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
+            del pipeline  # before the next one is loaded
+    if runtime.process_index:
+        return
+    writer.finish()
+    for path in writer.renamed:
+        logger.info("kept from an earlier run: %s", path)
+    if not settings.skip_save:
+        logger.info("%d images: %s", len(images), writer.samples)
+    if writer.grid:
+        logger.info("grid: %s", writer.grid_path)
+    if settings.save_latents is not None:
+        logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
+
+
+def _generate_with(
+    pipeline: Pipeline,
+    settings: GenerateSettings,
+    images: Sequence[RunImage],
+    starting_latents: np.ndarray | None,
+    runtime: Runtime,
+    writer: ImageWriter,
+    latents: LatentsWriter | None,
+) -> None:
+    """Generate and write the images of one base model."""
+    batches = pipeline.batches_of([image.request for image in images])
+    if settings.full_batches:
+        batches = [replace(batch, batch_size=batch.requests[0].sampling.batch_size) for batch in batches]
+    for batch in batches:
+        writer.batch_sizes.update((request.index, batch.batch_size) for request in batch.requests)
+    if settings.from_image is not None and runtime.process_index == 0:
+        _say_what_differs(settings, writer.fields(images[0].request.index))
+    pending = _pending(batches, writer, runtime) if settings.resume else batches
+    count = runtime.process_count
+    if len(pending) < count:
         logger.warning(
             "%d processes, but only %d batches of %d images: the other processes have nothing to do; a smaller "
             "--batch_size gives more batches",
-            runtime.process_count,
-            batch_count,
-            plan.sampling.batch_size,
+            count,
+            len(pending),
+            images[0].request.sampling.batch_size,
         )
-    gathered = peers.gather_batches(
-        _arrays(batches, settings.save_latents is not None), math.ceil(batch_count / runtime.process_count)
-    )
-    if runtime.process_index:
-        for _ in gathered:  # this generates the images and sends them to the first process
-            pass
-    else:
-        _write(settings, plan, runtime.precision, gathered)
+    share = pending[runtime.process_index :: count]
+    generated = pipeline.generate_batches(share, starting_latents, runtime.process_index == 0, batches)
+    arrays = _arrays(generated, settings.save_latents is not None)
+    # In the first process, these are the batches of all. The others generate theirs meanwhile and get nothing.
+    for indices, pixels, *of_batch in peers.gather_batches(arrays, math.ceil(len(pending) / count)):
+        writer.add(indices, pixels)
+        if latents is not None:
+            latents.add(indices, *of_batch)
+
+
+def _pending(batches: Sequence[RequestBatch], writer: ImageWriter, runtime: Runtime) -> list[RequestBatch]:
+    """Return the batches that lack images. The first process looks for them, and tells the others."""
+    missing: list[int] = []
+    if runtime.process_index == 0:
+        # A list, so that all images of a batch are looked at: the grid takes those that are there.
+        there = [[writer.is_written(request.index) for request in batch.requests] for batch in batches]
+        missing = [number for number, of_batch in enumerate(there) if not all(of_batch)]
+        done = sum(map(sum, there))
+        logger.info("resume: %d images are there, %d of %d batches are made", done, len(missing), len(batches))
+    missing = json.loads(peers.share(json.dumps(missing).encode()))
+    return [batches[number] for number in missing]
 
 
 def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[np.ndarray]]:
@@ -183,40 +180,47 @@ def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[
         yield [batch.indices, batch.images, *([batch.starting_latents, batch.latents] if with_latents else [])]
 
 
-def _write(
-    settings: GenerateSettings, plan: GenerationPlan, precision: str, batches: Iterable[tuple[np.ndarray, ...]]
-) -> None:
-    """Write images and latents. `batches`: indices and images of each batch, and its starting and final latents."""
-    grid = not settings.skip_grid and plan.has_one_size
-    if not grid and not settings.skip_grid:
+def _say_what_differs(settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
+    """Log what of the image that from_image names is not repeated."""
+    recipe = read_recipe(str(settings.from_image))
+    found = differences(recipe, settings, fields)
+    for text in recipe.not_repeated:
+        logger.warning("from_image %s: not repeated: %s", settings.from_image, text)
+    for text in found:
+        logger.warning("from_image %s: other than in the image: %s", settings.from_image, text)
+    if recipe.fields and not found and not recipe.not_repeated:
+        logger.info("from_image %s: all its settings and files are the same", settings.from_image)
+
+
+def _writer(
+    settings: GenerateSettings, cells: Sequence[Cell], images: Sequence[RunImage], precision: str
+) -> ImageWriter:
+    """Return what writes the images. The texts of an image are made when it is written."""
+    of_cell = {id(cell): _metadata_of_images(cell.settings, cell.plan, precision) for cell in cells}
+
+    def more_fields(index: int) -> dict[str, Any]:
+        cell, place = images[index].cell, images[index].place
+        return {**of_cell[id(cell)](place), "parameters": parameters_text(cell.settings, cell.plan, place)}
+
+    sheet = sheet_of(settings, list(cells))
+    grid = not settings.skip_grid
+    if grid and sheet is None and not cells[0].plan.has_one_size:
         logger.warning("the prompts have several sizes (--w, --h): no grid is written")
-    writer = ImageWriter(
+        grid = False
+    return ImageWriter(
         settings.output_path,
-        plan.prompts,
-        plan.negative_prompts,
-        plan.images_per_prompt,
-        _metadata_of_images(settings, plan, precision),
+        [prompt for cell in cells for prompt in cell.plan.prompts],
+        [prompt for cell in cells for prompt in cell.plan.negative_prompts],
+        cells[0].plan.images_per_prompt,
+        more_fields,
         pngs=not settings.skip_save,
         grid=grid,
+        sheet=sheet,
+        places=[(image.cell.column, image.cell.row) for image in images],
+        labels=[image.cell.label for image in images],
+        settings=settings.of_images(),
+        resume=settings.resume,
     )
-    describe_progress(writer.progress)
-    latents: list[tuple[np.ndarray, ...]] = []
-    for indices, images, *of_batch in batches:
-        writer.add(indices, images)
-        if settings.save_latents is not None:
-            latents.append((indices, *of_batch))
-    writer.finish()
-    for path in writer.renamed:
-        logger.info("kept from an earlier run: %s", path)
-    if not settings.skip_save:
-        logger.info("%d images: %s", len(plan.prompts), writer.samples)
-    if grid:
-        logger.info("grid: %s", writer.grid_path)
-    if settings.save_latents is not None:
-        order, starting, final = (np.concatenate(arrays) for arrays in zip(*latents))
-        order = np.argsort(order)
-        write_latents(settings.save_latents, starting[order], final[order])
-        logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
 
 
 def _metadata_of_images(
@@ -224,8 +228,6 @@ def _metadata_of_images(
 ) -> Callable[[int], dict[str, Any]]:
     """Return a function from an image's index to what its text fields hold besides the prompts."""
     shared = _metadata(settings, plan, precision)
-    of_sampling = _sampling_metadata(plan.sampling)
-    other_settings = {name: value for name, value in shared["settings"].items() if name not in of_sampling}
     of_tag = {
         # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
         tag: {
@@ -239,9 +241,7 @@ def _metadata_of_images(
 
     def metadata(index: int) -> dict[str, Any]:
         image = plan.images[index]
-        fields = {**shared, "seed": str(image.seed)}
-        if image.noise_index != index:
-            fields["noise_index"] = str(image.noise_index)
+        fields = {"index": str(image.noise_index), **shared, "seed": str(image.seed)}
         for name, template in (
             ("prompt_template", image.template),
             ("negative_prompt_template", image.negative_template),
@@ -250,7 +250,7 @@ def _metadata_of_images(
                 fields[name] = template
         if image.loras:
             fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
-        return {**fields, "settings": {**_sampling_metadata(image.sampling), **other_settings}}
+        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
 
     return metadata
 
@@ -298,7 +298,11 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
 
 
 def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
-    return {**sampling.fields(), "H": sampling.height, "W": sampling.width}
+    return {
+        **sampling.fields(),
+        "H": sampling.height,
+        "W": sampling.width,
+    }
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:
@@ -306,7 +310,7 @@ def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]
 
     metadata: dict[str, Any] = {
         "file": file.path.name,
-        "sha256": " ".join(content_hash(path) for path in lora_files(file.path)),
+        "sha256": " ".join(base_model_hash(path) for path in lora_files(file.path)),
         "weight": file.strength,
     }
     if file.text_encoder_strength != file.strength:

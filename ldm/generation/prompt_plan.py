@@ -91,9 +91,9 @@ def plan_images(
             prompt, negative_prompt = values["prompt"], values.get("negative_prompt", negative_prompt)
         own_sampling = _sampling(settings, values, sampling, config, where)
         for repeat in range(count):
-            index = len(images)
-            # A seed of the line gives the same images wherever the line stands.
-            seed, noise_index = (values["seed"], repeat) if "seed" in values else (settings.seed, index)
+            seed, noise_index = settings.seed, settings.first_index + len(images)
+            if "seed" in values:  # which gives the same images wherever the line stands
+                seed, noise_index = values["seed"], repeat
             drawn, negative = prompt, negative_prompt
             if wildcards is not None:
                 drawn = wildcards.draw(prompt, seed, noise_index)

@@ -52,6 +52,16 @@ def test_two_processes_write_the_files_of_one(tmp_path):
     assert sum(name.endswith(".png") for name in one) == 6
     assert two == one
 
+    # A killed run: the second batch lacks an image, and the third one is not begun. Both processes continue it.
+    for name in ("samples/00003.png", "samples/00004.png", "grid.png"):
+        (tmp_path / "two" / name).unlink()
+    resumed = [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in arguments[:-1]]
+    again = tmp_path / "again"
+    again.mkdir()
+    with two_hosts(again, [*resumed, "--resume=True"]) as hosts:
+        assert [host.wait(300) for host in hosts] == [0, 0], (again / "host0.txt").read_text()[-3000:]
+    assert files_in(tmp_path / "two") == one
+
 
 def given(batches):
     return [(np.array(batch), np.full((len(batch), 2), 0.5, np.float32)) for batch in batches]

@@ -358,7 +358,7 @@ def test_a_png_says_what_its_own_image_is_made_from(run):
     texts = [image.text for image in images]
     assert [image.size for image in images] == [(16, 16), (64, 16), (16, 16), (16, 16)]
     assert texts[0]["prompt"] == "(a cat:1.2) <lora:a:0.8:0.5>" and "prompt_template" not in texts[0]
-    assert texts[1]["prompt"] == "a dog" and (texts[1]["seed"], texts[1]["noise_index"]) == ("3", "0")
+    assert texts[1]["prompt"] == "a dog" and (texts[1]["seed"], texts[1]["index"]) == ("3", "0")
     assert texts[2]["prompt_template"] == "{a __colours__ hat|a hat} <lora:b:1>"
     assert texts[2]["prompt"] in {f"a {c}hat <lora:b:1>" for c in ("", "red ", "green ", "blue ")}
     names = [[(lora["file"], lora["weight"]) for lora in json.loads(text["lora"])] for text in texts]

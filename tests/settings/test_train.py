@@ -194,7 +194,16 @@ def test_every_number_is_bounded(cls):
 @pytest.mark.parametrize("cls", [TrainSettings, GenerateSettings])
 def test_every_path_is_declared_as_a_path(cls):
     """`~` and `$NAME` are expanded in these."""
-    words = ("path", "config", "resume", "latents", "data_dir", "wildcard_dir", "lora_dir")
+    words = [
+        "path",
+        "config",
+        "latents",
+        "data_dir",
+        "from_image",
+        "wildcard_dir",
+        "lora_dir",
+        *(["resume"] if cls is TrainSettings else []),
+    ]
     for field in dataclasses.fields(cls):
         named = any(word in field.name for word in words) and field.name != "cache_latents"
         assert field.metadata["path"] == named, field.name
