@@ -15,8 +15,8 @@ class GuidedDenoiser:
     diffusers. A scale of 1 needs no negative half, and the network gets a batch of N.
 
     Args:
-        unet: The network, called with latents (M, C, h, w) float32, timesteps (M,) int32 and text embeddings
-            (M, 77, D) float32, where M is N or 2N.
+        unet: The network, called with latents (M, C, h, w) float32, timesteps (M,) and text embeddings (M, 77, D)
+            float32, where M is N or 2N. Time steps are int32, or float32 if the sampler goes between two of them.
         text_embeddings: Of the prompts, (N, 77, D).
         negative_text_embeddings: Of the negative prompts, (N, 77, D). May be None for a scale of 1.
         scale: The guidance scale.
@@ -47,11 +47,11 @@ class GuidedDenoiser:
         # Converted once: they are the same for all steps, and copying them to a device takes time.
         self.text_embeddings = ms.Tensor(np.ascontiguousarray(text_embeddings, np.float32))
 
-    def __call__(self, latents: np.ndarray, timestep: int) -> np.ndarray:
+    def __call__(self, latents: np.ndarray, timestep: float) -> np.ndarray:
         """Return the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
         if self.guided:
             latents = np.concatenate([latents, latents])
-        timesteps = np.full(len(latents), timestep, np.int32)
+        timesteps = np.full(len(latents), timestep, np.int32 if isinstance(timestep, int) else np.float32)
         output = self.unet(ms.Tensor(latents), ms.Tensor(timesteps), self.text_embeddings).asnumpy()
         if not self.guided:
             return output

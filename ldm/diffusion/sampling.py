@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.samplers.steps import check_steps
+from ldm.diffusion.samplers.levels import check_steps
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import mindspore as ms
@@ -82,19 +81,29 @@ def denoise_batch(
     if rescale is None and from_noise_alone:
         rescale = ZERO_TERMINAL_RESCALE
     denoise = GuidedDenoiser(unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0)
-    options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-    steps = sampling.num_inference_steps
-    sampler = SAMPLERS[sampling.sampler]
-    calls = itertools.count()
+    sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
+    done = 0  # steps, not calls: some samplers call the network twice a step
 
-    def denoise_with_loras(latents: np.ndarray, timestep: int) -> np.ndarray:
-        step = next(calls)
-        merged_loras.switch([merged.is_active(step, steps, timestep) for merged in merged_loras.loras])
+    def denoise_with_loras(latents: np.ndarray, timestep: float) -> np.ndarray:
+        merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
         return denoise(latents, timestep)
+
+    def end_step(step: int) -> None:
+        nonlocal done
+        done = step
+        if callback is not None:
+            callback(step)
 
     try:
         final = sampler(
-            denoise_with_loras, latents, steps, schedule, config.prediction_type, callback=callback, **options
+            denoise_with_loras,
+            latents,
+            steps,
+            schedule,
+            config.prediction_type,
+            end_step,
+            eta=None if sampler.eta is None else sampling.eta,
+            draw_noise=draw_noise,
         )
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))

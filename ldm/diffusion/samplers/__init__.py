@@ -1,15 +1,13 @@
-"""The samplers, one file each. `steps.py` describes their interface."""
+"""The samplers, one file each, or one for two that share their loop. `steps.py` describes their interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-
 from ldm.diffusion.samplers import ddim, dpm_solver, dpm_solver_pp
+from ldm.diffusion.samplers.steps import Sampler
 
-SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
-    "dpm_solver_pp": dpm_solver_pp.sample,
-    "dpm_solver": dpm_solver.sample,
-    "ddim": ddim.sample,
-}
+_SAMPLERS = (
+    dpm_solver_pp.sample,
+    dpm_solver.sample,
+    ddim.sample,
+)
+SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _SAMPLERS}

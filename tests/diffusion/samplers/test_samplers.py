@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.samplers import SAMPLERS, ddim
-from ldm.diffusion.samplers.steps import leading_timesteps, linspace_timesteps, trailing_timesteps
+from ldm.diffusion.samplers.levels import leading_timesteps, linspace_timesteps, trailing_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
