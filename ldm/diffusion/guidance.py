@@ -23,6 +23,8 @@ class GuidedDenoiser:
         rescale: Share of the guided output that gets the standard deviation of the positive one, for each image, 0 to
             1. It keeps images of zero-terminal models from being overexposed (Lin et al. 2023, arXiv 2305.08891,
             section 3.4, who use 0.7).
+        extra_channels: What the UNet of an inpainting model takes after the latents, (N, 5, h, w): the mask and the
+            latents of the masked image.
 
     Raises:
         ValueError: Guidance is asked for without negative text embeddings of the same shape.
@@ -35,6 +37,7 @@ class GuidedDenoiser:
         negative_text_embeddings: np.ndarray | None,
         scale: float,
         rescale: float = 0.0,
+        extra_channels: np.ndarray | None = None,
     ) -> None:
         self.unet = unet
         self.rescale = np.float32(rescale)
@@ -44,11 +47,14 @@ class GuidedDenoiser:
             if negative_text_embeddings is None or negative_text_embeddings.shape != text_embeddings.shape:
                 raise ValueError("guidance needs negative text embeddings of the same shape as the text embeddings")
             text_embeddings = np.concatenate([negative_text_embeddings, text_embeddings])
+        self.extra_channels = extra_channels
         # Converted once: they are the same for all steps, and copying them to a device takes time.
         self.text_embeddings = ms.Tensor(np.ascontiguousarray(text_embeddings, np.float32))
 
     def __call__(self, latents: np.ndarray, timestep: float) -> np.ndarray:
         """Return the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
+        if self.extra_channels is not None:
+            latents = np.concatenate([latents, self.extra_channels], axis=1)
         if self.guided:
             latents = np.concatenate([latents, latents])
         timesteps = np.full(len(latents), timestep, np.int32 if isinstance(timestep, int) else np.float32)
