@@ -16,6 +16,7 @@ from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
 from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
+from ldm.generation.source_image import Origin
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
@@ -91,6 +92,7 @@ def _generate_images(
     runtime: Runtime,
 ) -> None:
     """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
+    from ldm.generation.decoding import VAETiling
     from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
     from ldm.lora.merged import MergedLoRA, SamplingRange
@@ -114,6 +116,7 @@ def _generate_images(
         ema=settings.ckpt_ema,
         flash_attention=flash_attention,
     )
+    pipeline.vae_tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
     pipeline.merge_loras(
@@ -137,6 +140,7 @@ def _generate_images(
         progress=runtime.process_index == 0,
         process_index=runtime.process_index,
         process_count=runtime.process_count,
+        origins=plan.origins,
     )
     batch_count = math.ceil(len(plan.prompts) / plan.sampling.batch_size)
     if batch_count < runtime.process_count:
@@ -232,9 +236,37 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
+    metadata["settings"].update(source_settings(settings))
     if plan.sampling.guidance_rescale is not None:
         metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
     return metadata
+
+
+def source_settings(settings: GenerateSettings) -> dict[str, Any]:
+    """Return the settings of what the images begin from, those that are used."""
+    names: list[str] = []
+    if settings.init_image:
+        names += ["strength", "resize_mode"]
+    if settings.mask_image:
+        names += ["mask_blur", "paste_original"]
+    if settings.variation_strength:
+        names += ["variation_seed", "variation_strength"]
+    if settings.hires_scale is not None:
+        names += ["hires_scale", "hires_strength", "hires_steps", "hires_upscaler"]
+    if settings.vae_tiling is not None:
+        names += ["vae_tiling", "vae_tile_size"]
+    return {name: getattr(settings, name) for name in names}
+
+
+def source_files(origin: Origin) -> dict[str, str]:
+    """Return the names and hashes of the files that an image begins from, for its text fields."""
+    fields: dict[str, str] = {}
+    if origin.source is not None:
+        for name, picture in (("init_image", origin.source.image), ("mask_image", origin.source.mask)):
+            if isinstance(picture, Path):
+                fields[name] = picture.name
+                fields[f"{name}_sha256"] = content_hash(picture)
+    return fields
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 from ldm.data.buckets import Size, crop_box
 from ldm.data.transforms import BrokenImage, decoded, read_size, upright_red, upright_rgb
 from ldm.errors import UserError, plain
+from ldm.settings.source_image import RESIZE_MODES
 
 Picture = Union[Path, Image.Image]
-RESIZE_MODES = ("crop", "resize", "pad")
 
 
 @dataclass(frozen=True, eq=False)

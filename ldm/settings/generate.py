@@ -13,12 +13,13 @@ from ldm.settings.model_files import ModelFileSettings
 from ldm.settings.prompts import PromptSettings
 from ldm.settings.read import check_values
 from ldm.settings.sampling import SamplingSettings
+from ldm.settings.source_image import SourceImageSettings
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass
-class GenerateSettings(ImageFileSettings, SamplingSettings, ModelFileSettings, PromptSettings):
+class GenerateSettings(ImageFileSettings, SourceImageSettings, SamplingSettings, ModelFileSettings, PromptSettings):
     """The settings of text_to_image.py: those of mindone's published script, and this project's own.
 
     Their order in `-h` is that of the bases, from the last to the first, and then those declared here.
@@ -59,6 +60,7 @@ class GenerateSettings(ImageFileSettings, SamplingSettings, ModelFileSettings, P
             if getattr(self, name) and getattr(self, other):
                 raise UserError(f"--{name} and --{other} are both given: leave one of them out")
         self.check_sampling()
+        self.check_source_image()
         if self.use_lora and not self.lora_ckpt_path:
             raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
         if self.ms_mode is not None:
