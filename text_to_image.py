@@ -9,6 +9,7 @@ from ldm.runtime.script import run_script, start_script
 if __name__ == "__main__":  # before the imports that take seconds
     start_script()
 
+from ldm.generation.from_image import complete_from_image  # noqa: E402
 from ldm.generation.generate import generate  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
 from ldm.runtime.parallel import first_process_prints  # noqa: E402
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         yaml_flag="generate_config",
         prog="text_to_image.py",
         description="Generate images for prompts with Stable Diffusion, with or without LoRAs.",
+        complete=complete_from_image,
     )
     set_up_logging(settings.log_level, prefix=False)
     generate(settings)

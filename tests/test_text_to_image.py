@@ -409,7 +409,7 @@ def test_a_lora_is_refused_before_the_base_is_read(folder, tmp_path, monkeypatch
 )
 def test_an_impossible_output_is_refused_before_the_work(folder, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(
-        ldm.generation.generate, "generate_plan", lambda *arguments: pytest.fail("images were generated")
+        ldm.generation.generate, "generate_cells", lambda *arguments: pytest.fail("images were generated")
     )
     for name in ("dead", "dead.npy"):
         (tmp_path / name).symlink_to("nowhere/x")

@@ -1,11 +1,13 @@
-"""The work of text_to_image.py: plan, load the model and the LoRAs, generate images and write them."""
+"""The work of text_to_image.py: plan, load the models and the LoRAs, generate images and write them."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +16,24 @@ import numpy as np
 from ldm.diffusion.sampling import latent_shape
 from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
-from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, write_latents
-from ldm.generation.plan import GenerationPlan, LoRAFile, plan_generation
-from ldm.generation.source_image import Origin
+from ldm.generation.comparison import Cell, plan_cells, sheet_of
+from ldm.generation.from_image import differences, read_recipe
+from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
+from ldm.generation.parameters import constant_values, parameters_text
+from ldm.generation.plan import GenerationPlan, LoRAFile
+from ldm.generation.source_image import source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.model import ModelConfig
 from ldm.weights.architecture import config_with_tokens
 from ldm.weights.base_model import base_model_hash
 
 if TYPE_CHECKING:
-    from ldm.generation.pipeline import ImageBatch
+    from ldm.generation.pipeline import ImageBatch, Pipeline
+    from ldm.generation.requests import RequestBatch
+    from ldm.generation.run import RunImage
     from ldm.runtime.device import Runtime
 
 logger = logging.getLogger(__name__)
@@ -42,9 +48,9 @@ def generate(settings: GenerateSettings) -> None:
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
-    plan = plan_generation(settings)
+    cells = plan_cells(settings)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
-        generate_plan(settings, plan)
+        generate_cells(settings, cells)
         return
     latents = settings.save_latents
     starting_latents = None if latents is None else starting_latents_path(latents)
@@ -53,18 +59,19 @@ def generate(settings: GenerateSettings) -> None:
         claim_file(latents, "save_latents"),
         claim_file(starting_latents, "save_latents"),
     ):
-        generate_plan(settings, plan)
+        generate_cells(settings, cells)
 
 
-def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
-    """Load the model and the LoRAs of a plan, generate its images and write them."""
+def generate_cells(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
+    """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
     from ldm.runtime.device import setup_runtime
 
-    config = config_with_tokens(plan.config, plan.checkpoint)
     starting_latents = None
     if settings.init_latents is not None:
+        plan = cells[0].plan
+        config = config_with_tokens(plan.config, plan.checkpoint)
         shape = (len(plan.prompts), *latent_shape(config, plan.sampling.height, plan.sampling.width))
         starting_latents = read_latents(settings.init_latents, shape)
 
@@ -81,84 +88,91 @@ def generate_plan(settings: GenerateSettings, plan: GenerationPlan) -> None:
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
-        _generate_images(settings, plan, config, starting_latents, runtime)
+        _generate_images(settings, cells, starting_latents, runtime)
 
 
 def _generate_images(
-    settings: GenerateSettings,
-    plan: GenerationPlan,
-    config: ModelConfig,
-    starting_latents: np.ndarray | None,
-    runtime: Runtime,
+    settings: GenerateSettings, cells: Sequence[Cell], starting_latents: np.ndarray | None, runtime: Runtime
 ) -> None:
-    """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
-    from ldm.generation.decoding import VAETiling
-    from ldm.generation.loading import select_lora
-    from ldm.generation.pipeline import Pipeline
-    from ldm.lora.merged import MergedLoRA, SamplingRange
-    from ldm.lora.strength import Strength
+    """Load the models and generate this process's share of the images. The first process writes all."""
+    from ldm.generation.run import by_model, images_of, load_pipeline
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
     logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
-    loras = [
-        select_lora(config, file.path, settings.lora_ft_unet, settings.lora_ft_text_encoder) for file in plan.loras
-    ]
-    for file, lora in zip(plan.loras, loras):
-        if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
-            logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
-    pipeline = Pipeline.from_checkpoint(
-        plan.checkpoint,
-        config=config,
-        unet=plan.unet_checkpoint,
-        vae=plan.vae_checkpoint,
-        ema=settings.ckpt_ema,
-        flash_attention=flash_attention,
-    )
-    pipeline.vae_tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
-    for embedding_file in plan.embeddings:
-        pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
-    pipeline.merge_loras(
-        [
-            MergedLoRA(
-                str(file.path),
-                lora,
-                Strength(file.strength, file.text_encoder_strength, file.blocks),
-                SamplingRange.from_ends(file.start, file.end),
-            )
-            for file, lora in zip(plan.loras, loras)
-        ]
-    )
+    images = images_of(cells)
+    writer = _writer(settings, cells, images, runtime.precision)
+    if runtime.process_index == 0:
+        if settings.resume:
+            writer.begin()
+        describe_progress(writer.progress)
+    saves_latents = settings.save_latents is not None and runtime.process_index == 0
+    with LatentsWriter(str(settings.save_latents), len(images)) if saves_latents else nullcontext() as latents:
+        for of_model in by_model(images):
+            pipeline = load_pipeline(of_model[0], flash_attention)
+            _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
+    if runtime.process_index:
+        return
+    writer.finish()
+    for path in writer.renamed:
+        logger.info("kept from an earlier run: %s", path)
+    if not settings.skip_save:
+        logger.info("%d images: %s", len(images), writer.samples)
+    if not settings.skip_grid:
+        logger.info("grid: %s", writer.grid_path)
+    if settings.save_latents is not None:
+        logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
 
-    batches = pipeline.generate(
-        plan.prompts,
-        plan.sampling,
-        settings.seed,
-        plan.negative_prompts,
-        starting_latents,
-        progress=runtime.process_index == 0,
-        process_index=runtime.process_index,
-        process_count=runtime.process_count,
-        origins=plan.origins,
-    )
-    batch_count = math.ceil(len(plan.prompts) / plan.sampling.batch_size)
-    if batch_count < runtime.process_count:
+
+def _generate_with(
+    pipeline: Pipeline,
+    settings: GenerateSettings,
+    images: Sequence[RunImage],
+    starting_latents: np.ndarray | None,
+    runtime: Runtime,
+    writer: ImageWriter,
+    latents: LatentsWriter | None,
+) -> None:
+    """Generate and write the images of one base model."""
+    batches = pipeline.batches_of([image.request for image in images])
+    if settings.full_batches:
+        batches = [replace(batch, batch_size=batch.requests[0].sampling.batch_size) for batch in batches]
+    for batch in batches:
+        writer.batch_sizes.update((request.index, batch.batch_size) for request in batch.requests)
+    if settings.from_image is not None and runtime.process_index == 0:
+        _say_what_differs(settings, writer.fields(images[0].request.index))
+    pending = _pending(batches, writer, runtime) if settings.resume else batches
+    count = runtime.process_count
+    if len(pending) < count:
         logger.warning(
             "%d processes, but only %d batches of %d images: the other processes have nothing to do; a smaller "
             "--batch_size gives more batches",
-            runtime.process_count,
-            batch_count,
-            plan.sampling.batch_size,
+            count,
+            len(pending),
+            images[0].request.sampling.batch_size,
         )
-    gathered = peers.gather_batches(
-        _arrays(batches, settings.save_latents is not None), math.ceil(batch_count / runtime.process_count)
-    )
-    if runtime.process_index:
-        for _ in gathered:  # this generates the images and sends them to the first process
-            pass
-    else:
-        _write(settings, plan, runtime.precision, gathered)
+    share = pending[runtime.process_index :: count]
+    generated = pipeline.generate_batches(share, starting_latents, runtime.process_index == 0, batches)
+    arrays = _arrays(generated, settings.save_latents is not None)
+    # In the first process, these are the batches of all. The others generate theirs meanwhile and get nothing.
+    for indices, pixels, *of_batch in peers.gather_batches(arrays, math.ceil(len(pending) / count)):
+        writer.add(indices, pixels)
+        if latents is not None:
+            latents.add(indices, *of_batch)
+
+
+def _pending(batches: Sequence[RequestBatch], writer: ImageWriter, runtime: Runtime) -> list[RequestBatch]:
+    """Return the batches that lack images. The first process looks for them, and tells the others."""
+    missing: list[int] = []
+    if runtime.process_index == 0:
+        # A list, so that all images of a batch are looked at: the grid takes those that are there.
+        there = [[writer.is_written(request.index) for request in batch.requests] for batch in batches]
+        missing = [number for number, of_batch in enumerate(there) if not all(of_batch)]
+        done = sum(map(sum, there))
+        logger.info("resume: %d images are there, %d of %d batches are made", done, len(missing), len(batches))
+    missing = json.loads(peers.share(json.dumps(missing).encode()))
+    return [batches[number] for number in missing]
 
 
 def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[np.ndarray]]:
@@ -166,36 +180,44 @@ def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[
         yield [batch.indices, batch.images, *([batch.starting_latents, batch.latents] if with_latents else [])]
 
 
-def _write(
-    settings: GenerateSettings, plan: GenerationPlan, precision: str, batches: Iterable[tuple[np.ndarray, ...]]
-) -> None:
-    """Write images and latents. `batches`: indices and images of each batch, and its starting and final latents."""
-    writer = ImageWriter(
+def _say_what_differs(settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
+    """Log what of the image that from_image names is not repeated."""
+    recipe = read_recipe(str(settings.from_image))
+    found = differences(recipe, settings, fields)
+    for text in recipe.not_repeated:
+        logger.warning("from_image %s: not repeated: %s", settings.from_image, text)
+    for text in found:
+        logger.warning("from_image %s: other than in the image: %s", settings.from_image, text)
+    if recipe.fields and not found and not recipe.not_repeated:
+        logger.info("from_image %s: all its settings and files are the same", settings.from_image)
+
+
+def _writer(
+    settings: GenerateSettings, cells: Sequence[Cell], images: Sequence[RunImage], precision: str
+) -> ImageWriter:
+    """Return what writes the images. The texts of an image are made when it is written."""
+    of_cell = {id(cell): (_metadata(cell.settings, cell.plan, precision), constant_values(cell.plan)) for cell in cells}
+
+    def more_fields(index: int) -> dict[str, Any]:
+        request, cell, place = images[index]
+        metadata, values = of_cell[id(cell)]
+        text = parameters_text(cell.plan, values, place, request.seed, request.noise_index)
+        return {"index": str(request.noise_index), **metadata, **source_fields(request.origin), "parameters": text}
+
+    return ImageWriter(
         settings.output_path,
-        plan.prompts,
-        plan.negative_prompts,
-        plan.images_per_prompt,
-        _metadata(settings, plan, precision),
+        [image.request.prompt for image in images],
+        [image.request.negative_prompt for image in images],
+        cells[0].plan.images_per_prompt,
+        more_fields,
         pngs=not settings.skip_save,
         grid=not settings.skip_grid,
+        sheet=sheet_of(settings, list(cells)),
+        places=[(image.cell.column, image.cell.row) for image in images],
+        labels=[image.cell.label for image in images],
+        settings=settings.of_images(),
+        resume=settings.resume,
     )
-    describe_progress(writer.progress)
-    latents: list[tuple[np.ndarray, ...]] = []
-    for indices, images, *of_batch in batches:
-        writer.add(indices, images)
-        if settings.save_latents is not None:
-            latents.append(tuple(of_batch))
-    writer.finish()
-    for path in writer.renamed:
-        logger.info("kept from an earlier run: %s", path)
-    if not settings.skip_save:
-        logger.info("%d images: %s", len(plan.prompts), writer.samples)
-    if not settings.skip_grid:
-        logger.info("grid: %s", writer.grid_path)
-    if settings.save_latents is not None:
-        starting, final = (np.concatenate(arrays) for arrays in zip(*latents))
-        write_latents(settings.save_latents, starting, final)
-        logger.info("latents: %s, starting: %s", settings.save_latents, starting_latents_path(settings.save_latents))
 
 
 def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
@@ -236,37 +258,10 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
-    metadata["settings"].update(source_settings(settings))
+    metadata["settings"].update(settings.used_source_settings())
     if plan.sampling.guidance_rescale is not None:
         metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
     return metadata
-
-
-def source_settings(settings: GenerateSettings) -> dict[str, Any]:
-    """Return the settings of what the images begin from, those that are used."""
-    names: list[str] = []
-    if settings.init_image:
-        names += ["strength", "resize_mode"]
-    if settings.mask_image:
-        names += ["mask_blur", "paste_original"]
-    if settings.variation_strength:
-        names += ["variation_seed", "variation_strength"]
-    if settings.hires_scale is not None:
-        names += ["hires_scale", "hires_strength", "hires_steps", "hires_upscaler"]
-    if settings.vae_tiling is not None:
-        names += ["vae_tiling", "vae_tile_size"]
-    return {name: getattr(settings, name) for name in names}
-
-
-def source_files(origin: Origin) -> dict[str, str]:
-    """Return the names and hashes of the files that an image begins from, for its text fields."""
-    fields: dict[str, str] = {}
-    if origin.source is not None:
-        for name, picture in (("init_image", origin.source.image), ("mask_image", origin.source.mask)):
-            if isinstance(picture, Path):
-                fields[name] = picture.name
-                fields[f"{name}_sha256"] = content_hash(picture)
-    return fields
 
 
 def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:

@@ -68,6 +68,13 @@ class GenerationPlan:
     sampling: Sampling  # with size, guidance scale and batch size
     origins: list[Origin]  # what each image begins from
 
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels, after a hires fix."""
+        height, width = self.sampling.height or self.config.image_size, self.sampling.width or self.config.image_size
+        hires = self.origins[0].hires
+        return (height, width) if hires is None else hires.size(height, width, self.config.size_multiple)
+
 
 def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     """Find the prompts, the model and the files that the settings name, and check them without opening a network.

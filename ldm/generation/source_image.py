@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from ldm.data.buckets import Size, crop_box
 from ldm.data.transforms import BrokenImage, decoded, read_size, upright_red, upright_rgb
 from ldm.errors import UserError, plain
+from ldm.files.inputs import content_hash
 from ldm.settings.source_image import RESIZE_MODES
 
 Picture = Union[Path, Image.Image]
@@ -228,6 +229,18 @@ def keep_unmasked(images: np.ndarray, fitted: list[FittedSource]) -> np.ndarray:
             original = np.round((source.pixels.transpose(1, 2, 0) + 1.0) * 127.5)
             image[:] = np.round(share * image + (1.0 - share) * original).astype(np.uint8)
     return result
+
+
+@lru_cache(maxsize=64)
+def source_fields(origin: Origin) -> dict[str, str]:
+    """Return the names and hashes of the files that an image begins from, for its text fields."""
+    fields: dict[str, str] = {}
+    if origin.source is not None:
+        for name, picture in (("init_image", origin.source.image), ("mask_image", origin.source.mask)):
+            if isinstance(picture, Path):
+                fields[name] = picture.name
+                fields[f"{name}_sha256"] = content_hash(picture)
+    return fields
 
 
 def _sizes(source: SourceImage) -> None:

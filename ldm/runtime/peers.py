@@ -86,6 +86,13 @@ class Peers:
         self._send_to_all(_GO)
         return parts
 
+    def share(self, data: bytes) -> bytes:
+        """Return the data of process 0, in all processes. Raises UserError as `gather`."""
+        if self.index:
+            return self._next(0)
+        self._send_to_all(_DATA, data)
+        return data
+
     def fail(self, message: str, code: int, wait: bool) -> None:
         """Say that this process ends with an error. Process 0 reports it, and all end with this exit code.
 
@@ -225,6 +232,11 @@ def gather(data: bytes = b"") -> list[bytes]:
     returns this process's data.
     """
     return [data] if _peers is None else _peers.gather(data)
+
+
+def share(data: bytes = b"") -> bytes:
+    """Return the data of process 0, in all processes, each of which calls this."""
+    return data if _peers is None else _peers.share(data)
 
 
 def gather_batches(batches: Iterable[Sequence[np.ndarray]], rounds: int) -> Iterator[tuple[np.ndarray, ...]]:

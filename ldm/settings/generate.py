@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, fields
+from typing import Any, Optional
 
 from ldm.errors import UserError, plain
 from ldm.settings.declare import MAX_BATCH, setting
@@ -12,6 +12,7 @@ from ldm.settings.image_files import ImageFileSettings
 from ldm.settings.model_files import ModelFileSettings
 from ldm.settings.prompts import PromptSettings
 from ldm.settings.read import check_values
+from ldm.settings.repeating import RepeatSettings
 from ldm.settings.sampling import SamplingSettings
 from ldm.settings.source_image import SourceImageSettings
 
@@ -19,13 +20,15 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass
-class GenerateSettings(ImageFileSettings, SourceImageSettings, SamplingSettings, ModelFileSettings, PromptSettings):
+class GenerateSettings(
+    ImageFileSettings, RepeatSettings, SourceImageSettings, SamplingSettings, ModelFileSettings, PromptSettings
+):
     """The settings of text_to_image.py: those of mindone's published script, and this project's own.
 
     Their order in `-h` is that of the bases, from the last to the first, and then those declared here.
     """
 
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", resume="followed")
 
     device_target: Optional[str] = setting(
         None, "device; None: Ascend where there is one, else CPU", group="device", choices=("Ascend", "CPU")
@@ -40,7 +43,9 @@ class GenerateSettings(ImageFileSettings, SourceImageSettings, SamplingSettings,
     )
     enable_flash_attention: Optional[bool] = flash_attention_setting()
     use_parallel: bool = setting(
-        False, "divide the batches between the processes that msrun started; the first one writes the files"
+        False,
+        "divide the batches between the processes that msrun started; the first one writes the files",
+        resume="followed",
     )
     batch_size: Optional[int] = setting(
         None,
@@ -61,6 +66,11 @@ class GenerateSettings(ImageFileSettings, SourceImageSettings, SamplingSettings,
                 raise UserError(f"--{name} and --{other} are both given: leave one of them out")
         self.check_sampling()
         self.check_source_image()
+        if self.resume and self.skip_save:
+            raise UserError("--resume needs the PNGs of the earlier run: leave out --skip_save")
+        if self.save_latents is not None and (self.resume or self.grid_x or self.grid_y):
+            other = "resume" if self.resume else "grid_x" if self.grid_x else "grid_y"
+            raise UserError(f"--save_latents and --{other} do not go together: leave one of them out")
         if self.use_lora and not self.lora_ckpt_path:
             raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
         if self.ms_mode is not None:
@@ -68,3 +78,11 @@ class GenerateSettings(ImageFileSettings, SourceImageSettings, SamplingSettings,
         self.log_level = self.log_level.rpartition(".")[2].upper()  # "logging.INFO", as published, is INFO
         if self.log_level not in LOG_LEVELS:
             raise UserError(f'log_level "{plain(self.log_level)}" is unknown: one of {", ".join(LOG_LEVELS)}')
+
+    def of_images(self) -> dict[str, Any]:
+        """Return the settings that decide the images, by their names, without paths, which say nothing of a file."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.metadata["resume"] is None and not field.metadata["path"]
+        }

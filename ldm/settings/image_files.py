@@ -17,11 +17,13 @@ class ImageFileSettings:
         "folder for samples/ and grid.png; those of an earlier run are kept as samples.old1 and so on",
         group="output",
         path=True,
+        resume="followed",
     )
-    skip_save: bool = setting(False, "write no PNGs")
-    skip_grid: bool = setting(False, "write no grid")
+    skip_save: bool = setting(False, "write no PNGs", resume="followed")
+    skip_grid: bool = setting(False, "write no grid", resume="followed")
     save_latents: Optional[str] = setting(
         None,
         "write the final latents to this .npy, and the starting latents to the same name with .init.npy",
         path=True,
+        resume="followed",
     )

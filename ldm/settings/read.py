@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +58,7 @@ def read_settings(
     yaml_flag: str | None = None,
     prog: str = "",
     description: str | None = "",
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Settings:
     """Build settings from defaults, the YAML file that the flag `yaml_flag` names, and the flags in `argv`.
 
@@ -71,6 +72,7 @@ def read_settings(
         yaml_flag: A setting of type Optional[str].
         prog: The name of the program in the help text.
         description: What the program does, for the help text. Line breaks are kept.
+        complete: Called with the values that file and flags give. It returns values that are taken beside these.
 
     Raises:
         UserError: A setting is unknown (the nearest is named), missing, of a wrong type or out of range, or the file
@@ -89,6 +91,8 @@ def read_settings(
         content = {} if content is None else content
         values = read_mapping(cls, content, plain(path), partial=True, leave_out=(yaml_flag,))
     values.update(flags)
+    if complete is not None:
+        values.update(complete(values))
     for key, setting in settings.items():
         if values.get(setting.name, setting.default) is REQUIRED:
             raise UserError(f"--{key} is missing: give {wanted(setting)} ({setting.rules['help']})")

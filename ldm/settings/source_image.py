@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from ldm.errors import UserError
 from ldm.settings.declare import MAX_SEED, setting
@@ -110,3 +110,16 @@ class SourceImageSettings:
                 "--hires_scale and --init_image are both given: a hires fix enlarges the image of its own first pass; "
                 "to enlarge an image, give --H and --W"
             )
+
+    def used_source_settings(self) -> dict[str, Any]:
+        """Return the settings that change these images and are no files, for their text fields."""
+        used = {
+            "init_image": ("strength", "resize_mode"),
+            "mask_image": ("mask_blur", "paste_original"),
+            "variation_strength": ("variation_seed", "variation_strength"),
+            "hires_scale": ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
+        }
+        names = [name for switch, group in used.items() if getattr(self, switch) for name in group]
+        if self.vae_tiling is not None:
+            names += ["vae_tiling", "vae_tile_size"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.generation.image_files import ImageWriter, read_latents, starting_latents_path, tile, write_latents
+from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path, tile
 
 PROMPTS = ["a cat, 猫", "a cat, 猫", "two\nlines", "two\nlines"]
 NEGATIVE = ["", "", "blurry", "blurry"]
@@ -137,11 +137,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_latents_are_written_with_the_starting_ones_and_read_again(tmp_path):
     rng = np.random.default_rng(0)
     start, final = rng.standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
-    write_latents(tmp_path / "sub" / "out.npy", start, final)
-    np.testing.assert_array_equal(read_latents(tmp_path / "sub" / "out.npy", (3, 4, 5, 6)), final)
-    initial = starting_latents_path(tmp_path / "sub" / "out.npy")
+    path = tmp_path / "sub" / "out.npy"
+    with LatentsWriter(path, 3) as writer:
+        writer.add(np.array([2, 0]), start[[2, 0]], final[[2, 0]])
+        writer.add([1], start[1:2], final[1:2])
+        assert not path.exists()
+    np.testing.assert_array_equal(read_latents(path, (3, 4, 5, 6)), final)
+    initial = starting_latents_path(path)
     assert initial.name == "out.init.npy"
     np.testing.assert_array_equal(read_latents(initial, (3, 4, 5, 6)), start)
+    np.save(tmp_path / "numpy.npy", final)
+    assert path.read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["out.init.npy", "out.npy"]
+
+
+def test_latents_of_a_run_that_fails_are_not_kept(tmp_path):
+    np.save(tmp_path / "out.npy", np.ones(1))
+    with pytest.raises(RuntimeError), LatentsWriter(tmp_path / "out.npy", 2) as writer:
+        writer.add([0], np.ones((1, 4, 2, 2)), np.ones((1, 4, 2, 2)))
+        raise RuntimeError("no memory")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.npy"] and np.load(tmp_path / "out.npy").shape == (1,)
 
 
 def test_latents_of_other_precisions_become_fp32(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.errors import plain
 from ldm.files.atomic import atomic_path
+from ldm.generation.labels import Font, fitting, wrapped
 from tools.grid import evenly
 
 COLUMNS, ROWS = 6, 4  # images of a page
@@ -81,7 +81,7 @@ def draw_page(cells: Sequence[Cell], header: str, path: Path) -> None:
     width = GAP + min(COLUMNS, len(cells)) * (SIDE + GAP)
     sheet = Image.new("RGB", (width, HEADER + sum(heights) + GAP * len(rows)), BACK)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), _fitting(header, small, width - 2 * GAP), fill=GREY, font=small)
+    draw.text((GAP, GAP), fitting(header, small, width - 2 * GAP), fill=GREY, font=small)
     top = HEADER
     for row, lines, height in zip(rows, texts, heights):
         for column, (cell, of_cell) in enumerate(zip(row, lines)):
@@ -123,55 +123,16 @@ def as_image(pixels: np.ndarray, mask: Optional[np.ndarray] = None) -> Image.Ima
     return Image.fromarray(np.clip(np.rint(rgb), 0, 255).astype(np.uint8))
 
 
-Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 Line = tuple[str, tuple[int, int, int], Font]
 
 
 def _text_of(cell: Cell, font: Font, small: Font) -> list[Line]:
     """Return the lines below an image, with their colours and fonts."""
     lines: list[Line] = [
-        (_fitting(cell.facts, small, SIDE), GREY, small),
-        (_fitting(cell.title, small, SIDE), GREY, small),
+        (fitting(cell.facts, small, SIDE), GREY, small),
+        (fitting(cell.title, small, SIDE), GREY, small),
     ]
-    lines += [(line, DARK, font) for line in _wrapped(cell.caption or "(empty caption)", font, CAPTION_LINES)]
+    lines += [(line, DARK, font) for line in wrapped(cell.caption or "(empty caption)", font, SIDE, CAPTION_LINES)]
     for note in cell.notes:
-        lines += [(line, RED, small) for line in _wrapped(note, small, NOTE_LINES)]
+        lines += [(line, RED, small) for line in wrapped(note, small, SIDE, NOTE_LINES)]
     return lines
-
-
-def _wrapped(text: str, font: Font, most: int) -> list[str]:
-    """Return a text in at most `most` lines of the width of an image. Text without spaces is broken anywhere."""
-    lines, line = [], ""
-    for word in plain(text, 2000).split():
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= SIDE:
-            line = longer
-            continue
-        if line:
-            lines.append(line)
-        line = word
-        while font.getlength(line) > SIDE and len(line) > 1:
-            end = _fitting_count(line, font, SIDE)
-            lines.append(line[:end])
-            line = line[end:]
-    lines.append(line)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], _fitting(" ".join(lines[most - 1 :]), font, SIDE)]
-    return lines
-
-
-def _fitting(text: str, font: Font, width: int) -> str:
-    """Return a text in one line, its end replaced by dots where it is too long."""
-    text = plain(text, 2000)
-    if font.getlength(text) <= width:
-        return text
-    return f"{text[: _fitting_count(text, font, width - font.getlength('...'))]}..."
-
-
-def _fitting_count(text: str, font: Font, width: float) -> int:
-    """Return how many characters fit, at least one."""
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
-    return low
