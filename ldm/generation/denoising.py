@@ -114,7 +114,7 @@ def denoise_batch(
         negative_text_embeddings: Of the negative prompts, (N, 77, D). None at guidance scale 1.
         latents: The scaled latents to start from, (N, C, h, w).
         sampling: How the images are sampled.
-        draw_noise: Returns DDIM's fresh noise, (N, C, h, w).
+        draw_noise: Returns fresh noise (N, C, h, w), for samplers that add some.
         callback: Called with the number of each step that is done, from 1.
         source: The images to begin from. None for noise alone.
 
@@ -135,7 +135,7 @@ def denoise_batch(
     )  # fmt: skip
     sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
     first_step = 0 if source is None else source.first_step
-    done = first_step  # steps, not calls: some samplers call the network twice a step
+    done = first_step  # steps, not calls of the network: some samplers call it twice a step
 
     def denoise_with_loras(latents: np.ndarray, timestep: float) -> np.ndarray:
         merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
@@ -149,18 +149,11 @@ def denoise_batch(
 
     try:
         final = sampler(
-            denoise_with_loras,
-            latents,
-            steps,
-            schedule,
-            config.prediction_type,
-            end_step,
-            eta=None if sampler.eta is None else sampling.eta,
-            draw_noise=draw_noise,
-            first_step=first_step,
+            denoise_with_loras, latents, steps, schedule, config.prediction_type, end_step,
+            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw_noise, first_step=first_step,
             clean_latents=None if source is None else source.clean_latents,
             constrain=None if source is None else source.constrain(latents),
-        )
+        )  # fmt: skip
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))
     if not np.isfinite(final).all():

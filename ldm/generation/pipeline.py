@@ -378,10 +378,11 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         seed: int = 42,
         sampler: str = "dpm_solver_pp",
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: np.ndarray | None = None,
         batch_size: int | None = None,
         guidance_rescale: float | None = None,
+        schedule: str = "as_trained",
         progress: bool = True,
         image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
         mask: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
@@ -400,16 +401,17 @@ class Pipeline:
             negative_prompt: What the images should not show: one for all prompts, or as many as prompts.
             height: In pixels, None for the model's own.
             width: In pixels, None for the model's own.
-            num_inference_steps: Calls of the UNet for an image.
+            num_inference_steps: Steps of the sampler. Some call the UNet twice a step (docs/sampling.md).
             guidance_scale: The scale of classifier-free guidance, 1 for none. None for the model's default.
             num_images_per_prompt: Images of each prompt. All images of the first prompt come first.
             seed: Image i depends on (seed, i) alone.
-            sampler: "dpm_solver_pp", "dpm_solver" or "ddim".
-            eta: DDIM's share of fresh noise, 0 to 1.
+            sampler: A name in ldm.diffusion.samplers.SAMPLERS, such as "dpm_solver_pp", "euler_a" or "ddim".
+            eta: Share of fresh noise in the samplers that have one, 0 to 1. None for 0 in DDIM and 1 in the others.
             latents: Starting latents (N, C, h, w), one for each image, instead of those of the seed.
             batch_size: Images in a call of the network, None for as many as memory is likely to hold.
             guidance_rescale: Share of the guided output that gets the standard deviation of the positive one, 0 to 1.
                 None for 0.7 with a LoRA that was trained with zero_terminal_snr, else 0.
+            schedule: The noise levels of the steps: "as_trained", "karras", "exponential", "sgm_uniform" or "linspace".
             progress: Show a progress bar.
             image: An image to begin from, or one for each prompt: a file or an image in memory.
             mask: Which part of it is repainted, white, and which is kept, black: as many as images.
@@ -438,7 +440,7 @@ class Pipeline:
         side = self.config.image_size
         batch_size = batch_size or default_batch_size(num_images_per_prompt, height or side, width or side)
         sampling = Sampling(
-            sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale
+            sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale, schedule
         )
         sources = source_images(image, mask, len(prompts), resize_mode, mask_blur)
         if not 0.0 < strength <= 1.0 or not 0.0 <= variation_strength <= 1.0:

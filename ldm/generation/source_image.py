@@ -5,6 +5,7 @@ An image and its mask are files or images in memory. Both are fitted to the size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -104,7 +105,7 @@ class HiresFix:
     """A second pass at a larger size, which begins from what the first one made (A1111's "hires. fix").
 
     Attributes:
-        scale: Of the sides. They are rounded to the next size that the model takes.
+        scale: Of the sides. They are rounded to the nearest size that the model takes.
         strength: As Origin.strength.
         steps: Steps of the second schedule, of which the last share `strength` is taken. None for those of the first.
         upscaler: "latent" enlarges the latents linearly, "lanczos" the decoded image.
@@ -117,7 +118,7 @@ class HiresFix:
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         """Return height and width of the second pass. Both are multiples of `multiple`."""
-        larger = [max(multiple, round(side * self.scale / multiple) * multiple) for side in (height, width)]
+        larger = [max(1, math.floor(side * self.scale / multiple + 0.5)) * multiple for side in (height, width)]
         return larger[0], larger[1]
 
 

@@ -38,6 +38,9 @@ KOHYA_SAMPLERS = {
 
 SAMPLER_NAMES = {**{name: name for name in SAMPLER_LABELS}, **KOHYA_SAMPLERS}
 
+# The samplers with a share of fresh noise, `eta`, beside DDIM's own. 1 is what their papers have.
+ETA_SAMPLERS = ("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde")
+
 AS_TRAINED, KARRAS, EXPONENTIAL = "as_trained", "karras", "exponential"
 SGM_UNIFORM, LINSPACE = "sgm_uniform", "linspace"
 

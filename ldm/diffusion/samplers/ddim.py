@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ldm.diffusion.samplers.levels import WHOLE_SPACINGS, Levels, whole_timesteps
+from ldm.diffusion.samplers.levels import STRIDED_SPACINGS, Levels, whole_timesteps
 from ldm.diffusion.samplers.steps import Run, Sampler, predict_denoised, predict_noise
 
 
@@ -37,4 +37,4 @@ def solve(run: Run) -> np.ndarray:
     return latents
 
 
-sample = Sampler("ddim", solve, WHOLE_SPACINGS, eta=0.0)
+sample = Sampler("ddim", solve, STRIDED_SPACINGS, eta=0.0)

@@ -16,6 +16,9 @@ from ldm.settings.samplers import AS_TRAINED, EXPONENTIAL, KARRAS, LINSPACE, SCH
 SPACINGS = SCHEDULES
 # Those that are time steps of the model, for samplers that cannot go between them.
 WHOLE_SPACINGS = (AS_TRAINED, SGM_UNIFORM, LINSPACE)
+# Those whose time steps are timesteps // steps apart, for samplers that step by so many. With linspace they would end a
+# step at another time step than the next one begins at, as diffusers' do: an image with much noise.
+STRIDED_SPACINGS = (AS_TRAINED, SGM_UNIFORM)
 
 KARRAS_RHO = 7.0  # Karras et al. 2022 (arXiv 2206.00364), table 1
 # The sigma at which noise alone is sampled, where it is infinite: diffusers' schedulers put abar to 2^-24 there.

@@ -158,7 +158,7 @@ class Sampler:
             eta = self.eta or 0.0
         elif not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta must be from 0 to 1, not {eta}")
-        elif self.eta is None:
+        elif self.eta is None and eta:
             raise ValueError(f"the sampler {self.name} has no eta")
         if draw_noise is None and (eta > 0.0 or self.draws):
             raise ValueError(f"the sampler {self.name} adds noise at each step (eta {eta}): give draw_noise")
@@ -211,3 +211,12 @@ def predict_noise(
     if prediction_type == "v_prediction":
         return alpha * output + sigma * latents
     return output
+
+
+def estimate_denoised(
+    output: np.ndarray, latents: np.ndarray, alpha: float, sigma: float, prediction_type: str
+) -> np.ndarray:
+    """Do as predict_denoised, without a division, which not every type of array has. It rounds differently."""
+    if prediction_type == "v_prediction":
+        return latents * alpha - output * sigma
+    return latents * (1.0 / alpha) - output * (sigma / alpha)
