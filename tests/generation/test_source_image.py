@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
+from ldm.generation.comparison import plan_cells
 from ldm.generation.plan import plan_generation
+from ldm.generation.requests import ImageRequest, in_batches
+from ldm.generation.run import images_of
 from ldm.generation.source_image import (
     FittedSource,
+    HiresFix,
     Origin,
     SourceImage,
     first_step,
@@ -179,3 +184,24 @@ class TestSettings:
         plan(files, strength=0.5, mask_blur=4, hires_steps=3)
         assert "no init_image is given: strength has no effect" in caplog.text
         assert "no mask_image is given: mask_blur" in caplog.text and "no hires_scale is given" in caplog.text
+
+    def test_the_requests_of_a_run_carry_what_they_begin_from(self, files):
+        (files / "prompts.txt").write_text("a\nb\n")
+        images = [str(files / "a.png"), str(files / "b.png")]
+        settings = GenerateSettings(
+            data_path=str(files / "prompts.txt"), init_image=images, variation_seed=3, variation_strength=0.5
+        )
+        requests = [image.request for image in images_of(plan_cells(settings))]
+        assert [request.origin.source.image.name for request in requests] == ["a.png", "b.png"]
+        assert {(request.origin.variation_seed, request.origin.variation_strength) for request in requests} == {
+            (3, 0.5)
+        }
+        assert len(in_batches(requests)) == 1  # other images, but the same steps
+
+    def test_only_images_of_the_same_kind_are_generated_together(self, files):
+        source = SourceImage(files / "a.png")
+        masked = SourceImage(files / "a.png", files / "mask.png")
+        origins = [Origin(), Origin(source), Origin(source, 0.5), Origin(masked), Origin(hires=HiresFix(2.0)), Origin()]
+        requests = [ImageRequest(i, "", "", 0, i, Sampling(), None, origin) for i, origin in enumerate(origins)]
+        found = [[request.index for request in batch.requests] for batch in in_batches(requests)]
+        assert found == [[0, 5], [1], [2], [3], [4]]
