@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 
 from ldm.data.draws import draws
 from ldm.diffusion.guidance import GuidedDenoiser
+from ldm.diffusion.on_device import DeviceSampling
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import ZERO_TERMINAL_RESCALE, Sampling
 from ldm.diffusion.schedule import NoiseSchedule
@@ -103,6 +105,7 @@ def denoise_batch(
     draw_noise: Callable[[], np.ndarray] | None = None,
     callback: Callable[[int], None] | None = None,
     source: SourceLatents | None = None,
+    on_device: DeviceSampling | None = None,
 ) -> np.ndarray:
     """Denoise one batch.
 
@@ -117,6 +120,8 @@ def denoise_batch(
         draw_noise: Returns fresh noise (N, C, h, w), for samplers that add some.
         callback: Called with the number of each step that is done, from 1.
         source: The images to begin from. None for noise alone.
+        on_device: Keeps the latents on the device from step to step. A step counts as done when its work is handed to
+            the device. None computes all but the network with NumPy, and so does a batch with a source.
 
     Returns:
         The final scaled latents, (N, C, h, w) float32.
@@ -129,15 +134,19 @@ def denoise_batch(
     rescale = sampling.guidance_rescale
     if rescale is None and from_noise_alone:
         rescale = ZERO_TERMINAL_RESCALE
-    denoise = GuidedDenoiser(
-        unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0,
-        None if source is None else source.extra_channels,
-    )  # fmt: skip
+    if source is not None:
+        on_device = None  # beginning from an image is computed with NumPy
+    guidance = text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
+    denoise: Callable[[Any, float], Any]
+    if on_device is None:
+        denoise = GuidedDenoiser(unet, *guidance, None if source is None else source.extra_channels)
+    else:
+        denoise = on_device.denoiser(*guidance)
     sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
     first_step = 0 if source is None else source.first_step
     done = first_step  # steps, not calls of the network: some samplers call it twice a step
 
-    def denoise_with_loras(latents: np.ndarray, timestep: float) -> np.ndarray:
+    def denoise_with_loras(latents: Any, timestep: float) -> Any:
         merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
         return denoise(latents, timestep)
 
@@ -147,15 +156,22 @@ def denoise_batch(
         if callback is not None:
             callback(step)
 
+    start: Any = latents
+    draw: Callable[[], Any] | None = draw_noise
+    if on_device is not None:
+        start = on_device.array(latents)
+        draw = None if draw_noise is None else on_device.drawn(draw_noise)
     try:
-        final = sampler(
-            denoise_with_loras, latents, steps, schedule, config.prediction_type, end_step,
-            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw_noise, first_step=first_step,
+        final: Any = sampler(
+            denoise_with_loras, start, steps, schedule, config.prediction_type, end_step,
+            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw, first_step=first_step,
             clean_latents=None if source is None else source.clean_latents,
             constrain=None if source is None else source.constrain(latents),
         )  # fmt: skip
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))
+    if on_device is not None:
+        final = final.asnumpy()
     if not np.isfinite(final).all():
         raise UserError(
             "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "

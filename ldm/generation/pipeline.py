@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.diffusion.on_device import DeviceSampling
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
@@ -119,6 +120,10 @@ class Pipeline:
         self.encoder, self.decoder = VAEEncode(model.first_stage_model), VAEDecode(model.first_stage_model)
         self.vae_tiling = VAETiling()  # may be replaced at any time
         self._merged = MergedLoRAs(model, None if base_weights is None else base_weights.open)
+        runtime = current_runtime()
+        # On the CPU the arrays are in the same memory, and NumPy computes as fast.
+        self.keeps_latents_on_device = runtime is not None and runtime.device != "CPU"
+        self._device_sampling: DeviceSampling | None = None
         self._named: dict[str, LoRA] = {}  # the LoRAs that load_lora gave a name
         self._own_embeddings = get_embeddings(model)  # those that no LoRA brings
         self.embeddings: tuple[Embedding, ...] = tuple(self._own_embeddings)  # all that prompts may name
@@ -630,8 +635,24 @@ class Pipeline:
         """Denoise one batch with the LoRAs that are merged. See ldm.generation.denoising.denoise_batch."""
         return denoise_batch(
             self.unet, self.config, self._merged, text_embeddings, negative_text_embeddings, latents, sampling,
-            draw_noise, callback, source,
+            draw_noise, callback, source, self._on_device(),
         )  # fmt: skip
+
+    def _on_device(self) -> DeviceSampling | None:
+        """Return what keeps the latents on the device, None where NumPy computes."""
+        if not self.keeps_latents_on_device:
+            return None
+        if self._device_sampling is None or self._device_sampling.unet is not self.unet:
+            self._device_sampling = DeviceSampling(self.unet)
+        return self._device_sampling
+
+    def free_graphs(self) -> None:
+        """Free the compiled graphs of a pipeline that is not used again. Its networks stay."""
+        graphs = [self.unet, self.text_encoder, self.encoder, self.decoder]
+        if self._device_sampling is not None:
+            graphs += [self._device_sampling.guided_unet, self._device_sampling.weighted_sum]
+        for graph in graphs:
+            free_graphs(graph)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode scaled latents (N, C, h, w) to images (N, H, W, C) uint8. See ldm.generation.decoding."""

@@ -372,3 +372,54 @@ def test_models_with_few_time_steps_are_sampled_too():
 
 def test_dpm_solver_pp_is_called_by_the_name_of_its_module():
     assert dpm_solver_pp.sample is SAMPLERS["dpm_solver_pp"]
+
+
+def after_first_step(name, **options):
+    """The latents after the first of four steps, with the factors of image and noise there."""
+    states = []
+
+    def keep(latents, alpha, sigma):
+        states.append((latents, alpha, sigma))
+        return latents
+
+    SAMPLERS[name](
+        partial(exact_output, np.zeros(SHAPE, np.float32), "epsilon", SCHEDULE), starting_noise(), 4, SCHEDULE,
+        "epsilon", draw_noise=lambda: np.zeros(SHAPE, np.float32), constrain=keep, **options,
+    )  # fmt: skip
+    return states[0]
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde"])
+def test_eta_decides_how_much_of_the_noise_is_exchanged_in_a_step(name):
+    """Seen with fresh noise of 0, and a network that knows an image of 0: what is left is the noise that was kept."""
+    first = sigma_levels(4, SCHEDULE, "as_trained").sigma[0]
+    for eta in (0.0, 0.3, 1.0):
+        latents, _, sigma = after_first_step(name, eta=eta)
+        kept = sigma * np.sqrt(1.0 - eta**2 * (1.0 - (sigma / first) ** 2))
+        np.testing.assert_allclose(latents, starting_noise() * kept, rtol=1e-3, atol=1e-5)
+
+
+def test_eta_of_dpmpp_2m_sde_decides_how_much_of_the_noise_is_exchanged_in_a_step():
+    """As above; what is kept falls exponentially with log(alpha / sigma)."""
+    levels = solver_levels(4, SCHEDULE, "as_trained", 0.0)
+    for eta in (0.0, 0.3, 1.0):
+        latents, alpha, sigma = after_first_step("dpmpp_2m_sde", eta=eta)
+        kept = np.exp(-eta * (levels.log_snr(1) - levels.log_snr(0))) * sigma / levels.sigma[0]
+        np.testing.assert_allclose(latents, starting_noise() * kept, rtol=1e-3, atol=1e-5)
+
+
+def test_lcm_returns_its_input_at_time_step_0():
+    """A schedule of 51 time steps is sampled at all of its first 50, down to 0."""
+    draws = itertools.count()
+    seen = []
+
+    def denoise(x, timestep):
+        seen.append((x, timestep))
+        return toy_denoise(x, timestep)
+
+    ended = SAMPLERS["lcm"](
+        denoise, starting_noise(), 50, NoiseSchedule(timesteps=51), "epsilon",
+        draw_noise=lambda: toy_noise(SHAPE, next(draws)),
+    )  # fmt: skip
+    assert seen[-1][1] == 0
+    np.testing.assert_array_equal(ended, seen[-1][0])
