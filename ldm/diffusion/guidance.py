@@ -24,6 +24,8 @@ class GuidedDenoiser:
         rescale: Share of the guided output that gets the standard deviation of the positive one, for each image, 0 to
             1. It keeps images of zero-terminal models from being overexposed (Lin et al. 2023, arXiv 2305.08891,
             section 3.4, who use 0.7).
+        extra_channels: What the UNet of an inpainting model takes after the latents, (N, 5, h, w): the mask and the
+            latents of the masked image.
 
     Raises:
         ValueError: Guidance is asked for without negative text embeddings of the same shape.
@@ -36,15 +38,19 @@ class GuidedDenoiser:
         negative_text_embeddings: np.ndarray | None,
         scale: float,
         rescale: float = 0.0,
+        extra_channels: np.ndarray | None = None,
     ) -> None:
         self.unet = unet
         self.rescale = np.float32(rescale)
         self.scale = np.float32(scale)
         self.guided = scale != 1.0
+        self.extra_channels = extra_channels
         self.text_embeddings = guidance_inputs(text_embeddings, negative_text_embeddings, scale)
 
     def __call__(self, latents: np.ndarray, timestep: float) -> np.ndarray:
         """Return the guided output (N, C, h, w) float32 for latents of that shape at one time step."""
+        if self.extra_channels is not None:
+            latents = np.concatenate([latents, self.extra_channels], axis=1)
         if self.guided:
             latents = np.concatenate([latents, latents])
         timesteps = timestep_inputs(timestep, len(latents))

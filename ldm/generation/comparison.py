@@ -22,7 +22,7 @@ LONGEST_LABEL = 40  # characters of a value in a file name
 _NOT_COMPARED = (
     "data_path", "negative_data_path", "generate_config", "init_latents", "n_iter", "n_samples", "use_lora",
     "lora_rank", "grid_x", "grid_y", "device_target", "mode", "ms_mode", "jit_level", "precision",
-    "enable_flash_attention", *FLAGS,
+    "enable_flash_attention", "vae_tiling", "vae_tile_size", *FLAGS,
 )  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def sheet_of(settings: GenerateSettings, cells: list[Cell]) -> ComparisonSheet |
     columns, rows = _axes(settings)
     if columns is None and rows is None:
         return None
-    sizes = [(cell.plan.sampling.width or 1, cell.plan.sampling.height or 1) for cell in cells]
-    largest = max(width for width, _ in sizes), max(height for _, height in sizes)
+    sizes = [cell.plan.final_size for cell in cells]
+    largest = max(width for _, width in sizes), max(height for height, _ in sizes)
     axes = [None if axis is None else Axis(axis.name, axis.labels) for axis in (columns, rows)]
     return ComparisonSheet(axes[0], axes[1], largest, settings.prompt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mindspore as ms
@@ -16,25 +17,71 @@ from ldm.diffusion.sampling import ZERO_TERMINAL_RESCALE, Sampling
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.generation.requests import ImageRequest
+from ldm.generation.source_image import slerp
 from ldm.lora.merged import MergedLoRA, MergedLoRAs
 from ldm.settings.model import ModelConfig
 
 
 def draw_starting_latents(requests: Sequence[ImageRequest], shape: tuple[int, int, int]) -> np.ndarray:
     """Draw noise (N, *shape) float32. That of an image depends on its seed and its noise index alone."""
-    return np.stack(
-        [_generator(request, "starting latents").standard_normal(shape, np.float32) for request in requests]
-    )
+    return np.stack([_starting_noise(request, shape) for request in requests])
 
 
-def fresh_noise(requests: Sequence[ImageRequest], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
+def _starting_noise(request: ImageRequest, shape: tuple[int, int, int]) -> np.ndarray:
+    noise = _generator(request, "starting latents").standard_normal(shape, np.float32)
+    origin = request.origin
+    if not origin.variation_strength:
+        return noise
+    other = _generator(replace(request, seed=origin.variation_seed), "starting latents")
+    return slerp(noise, other.standard_normal(shape, np.float32), origin.variation_strength)
+
+
+def draw_hires_noise(requests: Sequence[ImageRequest], shape: tuple[int, int, int]) -> np.ndarray:
+    """Draw the noise (N, *shape) float32 of the second pass of a hires fix."""
+    return np.stack([_generator(request, "hires noise").standard_normal(shape, np.float32) for request in requests])
+
+
+def fresh_noise(
+    requests: Sequence[ImageRequest], shape: tuple[int, int, int], purpose: str = "ddim noise"
+) -> Callable[[], np.ndarray]:
     """Return what draws a sampler's fresh noise. Each image has its own generator, so the batch size has no effect."""
-    generators = [_generator(request, "ddim noise") for request in requests]
+    generators = [_generator(request, purpose) for request in requests]
     return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
 
 
 def _generator(request: ImageRequest, purpose: str) -> np.random.Generator:
     return draws(request.seed, purpose, request.noise_index)
+
+
+@dataclass(frozen=True)
+class SourceLatents:
+    """The images that a batch begins from.
+
+    Attributes:
+        clean_latents: Scaled latents (N, C, h, w) that get the noise of the first step. None to begin from noise.
+        first_step: Counted from 0.
+        kept_latents: Scaled latents (N, C, h, w) that stay as they are where `mask` is 0. None keeps nothing.
+        mask: (N, 1, h, w), 1 where the image is repainted.
+        extra_channels: Of an inpainting model, see ldm.diffusion.guidance.
+    """
+
+    clean_latents: np.ndarray | None = None
+    first_step: int = 0
+    kept_latents: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    extra_channels: np.ndarray | None = None
+
+    def constrain(self, noise: np.ndarray) -> Callable[[np.ndarray, float, float], np.ndarray] | None:
+        """Return what puts the kept latents back after each step, with the starting noise at its level."""
+        kept, mask = self.kept_latents, self.mask
+        if kept is None or mask is None:
+            return None
+
+        def put_back(latents: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+            at_level = np.float32(alpha) * kept + np.float32(sigma) * noise
+            return np.where(mask == 1.0, latents, at_level).astype(np.float32)
+
+        return put_back
 
 
 def samples_from_noise_alone(config: ModelConfig, loras: Sequence[MergedLoRA]) -> bool:
@@ -57,6 +104,7 @@ def denoise_batch(
     sampling: Sampling,
     draw_noise: Callable[[], np.ndarray] | None = None,
     callback: Callable[[int], None] | None = None,
+    source: SourceLatents | None = None,
     on_device: DeviceSampling | None = None,
 ) -> np.ndarray:
     """Denoise one batch.
@@ -71,8 +119,9 @@ def denoise_batch(
         sampling: How the images are sampled.
         draw_noise: Returns fresh noise (N, C, h, w), for samplers that add some.
         callback: Called with the number of each step that is done, from 1.
+        source: The images to begin from. None for noise alone.
         on_device: Keeps the latents on the device from step to step. A step counts as done when its work is handed to
-            the device. None computes all but the network with NumPy.
+            the device. None computes all but the network with NumPy, and so does a batch with a source.
 
     Returns:
         The final scaled latents, (N, C, h, w) float32.
@@ -85,12 +134,17 @@ def denoise_batch(
     rescale = sampling.guidance_rescale
     if rescale is None and from_noise_alone:
         rescale = ZERO_TERMINAL_RESCALE
+    if source is not None:
+        on_device = None  # beginning from an image is computed with NumPy
     guidance = text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
-    denoise: Callable[[Any, float], Any] = (
-        GuidedDenoiser(unet, *guidance) if on_device is None else on_device.denoiser(*guidance)
-    )
+    denoise: Callable[[Any, float], Any]
+    if on_device is None:
+        denoise = GuidedDenoiser(unet, *guidance, None if source is None else source.extra_channels)
+    else:
+        denoise = on_device.denoiser(*guidance)
     sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
-    done = 0  # steps, not calls of the network: some samplers call it twice a step
+    first_step = 0 if source is None else source.first_step
+    done = first_step  # steps, not calls of the network: some samplers call it twice a step
 
     def denoise_with_loras(latents: Any, timestep: float) -> Any:
         merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
@@ -110,7 +164,9 @@ def denoise_batch(
     try:
         final: Any = sampler(
             denoise_with_loras, start, steps, schedule, config.prediction_type, end_step,
-            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw,
+            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw, first_step=first_step,
+            clean_latents=None if source is None else source.clean_latents,
+            constrain=None if source is None else source.constrain(latents),
         )  # fmt: skip
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))

@@ -102,6 +102,9 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
             f"from_image {plain(recipe.path)}: its prompt names the LoRAs {plain(' '.join(loras), 100)}: give the "
             "folder of their files as --lora_dir, or the prompt without them as --prompt"
         )
+    for name, label in (("init_image", "source image"), ("mask_image", "mask")):
+        if name in recipe.fields and name not in given:
+            raise _missing(recipe, str(recipe.fields[name]), name, label)
     return {name: value for name, value in values.items() if name not in given or name == "lora_ckpt_path"}
 
 

@@ -21,6 +21,7 @@ from ldm.generation.from_image import differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
 from ldm.generation.parameters import parameters_text
 from ldm.generation.plan import GenerationPlan, LoRAFile
+from ldm.generation.source_image import source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
@@ -199,8 +200,9 @@ def _writer(
     of_cell = {id(cell): _metadata_of_images(cell.settings, cell.plan, precision) for cell in cells}
 
     def more_fields(index: int) -> dict[str, Any]:
-        cell, place = images[index].cell, images[index].place
-        return {**of_cell[id(cell)](place), "parameters": parameters_text(cell.settings, cell.plan, place)}
+        request, cell, place = images[index]
+        text = parameters_text(cell.settings, cell.plan, place)
+        return {**of_cell[id(cell)](place), **source_fields(request.origin), "parameters": text}
 
     sheet = sheet_of(settings, list(cells))
     grid = not settings.skip_grid
@@ -288,6 +290,7 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         "precision": precision,
         "prediction_type": plan.config.prediction_type,
     }
+    metadata["settings"].update(settings.used_source_settings())
     if plan.sampling.guidance_rescale is not None:
         metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
     # Only where they are not the default, so that images of other runs keep their fields.

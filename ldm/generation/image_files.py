@@ -301,7 +301,8 @@ class LatentsWriter:
         """Write the latents (n, C, h, w) of the images `indices` (n,). Raises UserError if they cannot be written."""
         with writing(self.path):
             if not self._open:
-                self._open = [self._begin(temporary, final.shape[1:]) for temporary in self._temporaries]
+                shapes = final.shape[1:], starting.shape[1:]  # which differ after a hires fix
+                self._open = [self._begin(*of_file) for of_file in zip(self._temporaries, shapes)]
             for (file, begin), arrays in zip(self._open, (final, starting)):
                 for index, array in zip(indices, np.ascontiguousarray(arrays, np.float32)):
                     file.seek(begin + int(index) * array.nbytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ldm.files.inputs import content_hash, is_file, is_folder
 from ldm.generation.a1111_text import write
 from ldm.generation.plan import GenerationPlan, LoRAFile
+from ldm.generation.source_image import Origin
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.weights.base_model import base_model_hash
@@ -34,6 +36,7 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
         "Model hash": None if is_folder(plan.checkpoint) else base_model_hash(plan.checkpoint)[:MODEL_DIGITS],
         "Model": plan.checkpoint.stem,
         "Clip skip": settings.clip_skip,
+        **_origin_values(plan.origins[place]),
         "Eta": None if eta == default_eta else eta,
         "Lora hashes": ", ".join(f"{name}: {value}" for name, value in hashes.items() if value),
         # A1111 has no name for NumPy's generator. This one says that the noise is not the GPU's.
@@ -42,6 +45,24 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
     }
     prompt = " ".join([image.prompt, *(tag for file in plan.loras if (tag := _tag(file)))])
     return write(prompt, image.negative_prompt, values)
+
+
+def _origin_values(origin: Origin) -> dict[str, Any]:
+    """Return A1111's values of what the images begin from. It has one strength for both kinds of a second start."""
+    values: dict[str, Any] = {}
+    if origin.variation_strength:
+        values["Variation seed"] = origin.variation_seed
+        values["Variation seed strength"] = origin.variation_strength
+    if origin.source is not None:
+        values["Denoising strength"] = origin.strength
+        if origin.source.mask is not None:
+            values["Mask blur"] = origin.source.mask_blur or None
+    if origin.hires is not None:
+        values["Denoising strength"] = origin.hires.strength
+        values["Hires upscale"] = origin.hires.scale
+        values["Hires steps"] = origin.hires.steps
+        values["Hires upscaler"] = {"latent": "Latent", "lanczos": "Lanczos"}[origin.hires.upscaler]
+    return values
 
 
 @lru_cache(maxsize=64)  # the cells of a comparison have the same files

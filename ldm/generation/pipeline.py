@@ -24,17 +24,33 @@ from ldm.diffusion.on_device import DeviceSampling
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
-from ldm.generation.decoding import decode
-from ldm.generation.denoising import denoise_batch, draw_starting_latents, fresh_noise, samples_from_noise_alone
+from ldm.generation.decoding import VAETiling, decode
+from ldm.generation.denoising import (
+    SourceLatents,
+    denoise_batch,
+    draw_hires_noise,
+    draw_starting_latents,
+    fresh_noise,
+    samples_from_noise_alone,
+)
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
 from ldm.generation.requests import ImageRequest, RequestBatch, in_batches
+from ldm.generation.source_image import (
+    NOISE_ALONE,
+    HiresFix,
+    Origin,
+    first_step,
+    keep_unmasked,
+    source_images,
+)
+from ldm.generation.source_latents import encode_sources, enlarge, hires_sampling
 from ldm.generation.text_encoding import encode_prompts, rows_together, warn_of_cut_prompts
 from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
-from ldm.models.autoencoder import VAEDecode
+from ldm.models.autoencoder import VAEDecode, VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.models.text_encoder import run_layers
 from ldm.ops import free_graphs
@@ -105,7 +121,8 @@ class Pipeline:
         self.tokenizer = self._plain_tokenizer.with_learned_tokens(learned_tokens_of(model))
         self.unet = model.model.diffusion_model
         self.text_encoder = model.cond_stage_model
-        self.decoder = VAEDecode(model.first_stage_model)
+        self.encoder, self.decoder = VAEEncode(model.first_stage_model), VAEDecode(model.first_stage_model)
+        self.vae_tiling = VAETiling()  # may be replaced at any time
         self._merged = MergedLoRAs(model, None if base_weights is None else base_weights.open)
         runtime = current_runtime()
         # On the CPU the arrays are in the same memory, and NumPy computes as fast.
@@ -407,6 +424,15 @@ class Pipeline:
         guidance_rescale: float | None = None,
         schedule: str = "as_trained",
         progress: bool = True,
+        image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
+        mask: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
+        strength: float = 0.75,
+        resize_mode: str = "crop",
+        mask_blur: float = 0.0,
+        paste_original: bool = True,
+        variation_seed: int = 0,
+        variation_strength: float = 0.0,
+        hires: HiresFix | None = None,
     ) -> PipelineOutput:
         """Generate images: the same ones as text_to_image.py with the same settings.
 
@@ -427,11 +453,20 @@ class Pipeline:
                 None for 0.7 with a LoRA that was trained with zero_terminal_snr, else 0.
             schedule: The noise levels of the steps: "as_trained", "karras", "exponential", "sgm_uniform" or "linspace".
             progress: Show a progress bar.
+            image: An image to begin from, or one for each prompt: a file or an image in memory.
+            mask: Which part of it is repainted, white, and which is kept, black: as many as images.
+            strength: How much of the image is repainted, above 0, at most 1: the share of the steps that are taken.
+            resize_mode: How image and mask are fitted to the size: "crop", "resize" or "pad".
+            mask_blur: Standard deviation in pixels of a blur of the mask.
+            paste_original: Put the pixels that the mask keeps back into the images.
+            variation_seed: Of the noise that the seed's is turned towards.
+            variation_strength: How far it is turned, 0 to 1.
+            hires: A second pass at a larger size.
 
         Raises:
-            UserError: The size or the steps do not fit the model, or memory does not suffice.
-            ValueError: There is no prompt, the sampler is unknown, or prompts, negative prompts and latents differ in
-                number.
+            UserError: The size or the steps do not fit the model, an image cannot be used, or memory does not suffice.
+            ValueError: There is no prompt, the sampler is unknown, prompts, negative prompts, images and latents differ
+                in number, or a share is out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_images_per_prompt < 1:
@@ -447,10 +482,19 @@ class Pipeline:
         sampling = Sampling(
             sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale, schedule
         )
+        sources = source_images(image, mask, len(prompts), resize_mode, mask_blur)
+        if not 0.0 < strength <= 1.0 or not 0.0 <= variation_strength <= 1.0:
+            raise ValueError("strength must be above 0, at most 1, and variation_strength from 0 to 1")
+        if hires is not None and image is not None:
+            raise ValueError("a hires fix begins from noise: leave out image, or give its height and width")
+        origins = [
+            Origin(source, strength, paste_original, variation_seed, variation_strength, hires) for source in sources
+        ]
         prompts, negative_prompts = (
             [text for text in texts for _ in range(num_images_per_prompt)] for texts in (prompts, negative_prompts)
         )
-        batches = list(self.generate(prompts, sampling, seed, negative_prompts, latents, progress))
+        origins = [origin for origin in origins for _ in range(num_images_per_prompt)]
+        batches = list(self.generate(prompts, sampling, seed, negative_prompts, latents, progress, origins=origins))
         return PipelineOutput(
             [as_image(image) for batch in batches for image in batch.images],
             np.concatenate([batch.latents for batch in batches]),
@@ -466,6 +510,7 @@ class Pipeline:
         progress: bool = True,
         process_index: int = 0,
         process_count: int = 1,
+        origins: Sequence[Origin] | None = None,
     ) -> Iterator[ImageBatch]:
         """Generate one image for each prompt, batch after batch.
 
@@ -478,6 +523,7 @@ class Pipeline:
             progress: Show a progress bar.
             process_index: Of this process among those that divide the batches.
             process_count: Number of these processes. Of every process_count batches, each generates one.
+            origins: What each image begins from, None for noise alone.
 
         Raises:
             UserError: The size or the steps do not fit the model, or memory does not suffice.
@@ -492,8 +538,10 @@ class Pipeline:
         if starting_latents is not None and starting_latents.shape != (count, *shape):
             raise ValueError(f"starting latents are {starting_latents.shape}, expected {(count, *shape)}")
         requests = [
-            ImageRequest(i, prompt, negative_prompt, seed, i, sampling)
-            for i, (prompt, negative_prompt) in enumerate(zip(prompts, negative_prompts))
+            ImageRequest(i, prompt, negative_prompt, seed, i, sampling, None, origin)
+            for i, (prompt, negative_prompt, origin) in enumerate(
+                zip(prompts, negative_prompts, origins or [NOISE_ALONE] * count)
+            )
         ]
         batches = self.batches_of(requests)
         return self.generate_batches(batches[process_index::process_count], starting_latents, progress, batches)
@@ -552,6 +600,8 @@ class Pipeline:
         all_batches = batches if all_batches is None else all_batches
         for sampling in {batch.sampling: None for batch in all_batches}:
             sampling.check(self.config)
+        for batch in all_batches:
+            steps_taken(batch)  # raises where there is none
         texts = dict.fromkeys(text for batch in all_batches for text in batch.texts)
         if not self.support_long_prompts:
             warn_of_cut_prompts(self.tokenizer, texts)
@@ -571,7 +621,7 @@ class Pipeline:
         text_batch_size: int,
     ) -> Iterator[ImageBatch]:
         merged_before = self.loras
-        total = sum(batch.sampling.num_inference_steps for batch in batches)
+        total = sum(steps_taken(batch) for batch in batches)
         with tqdm(total=total, desc="compiling", unit="step", disable=not progress) as bar:
 
             def advance(step: int) -> None:
@@ -605,16 +655,30 @@ class Pipeline:
             start = draw_starting_latents(filled, shape)
         else:
             start = np.asarray(starting_latents[[request.index for request in filled]], np.float32)
+        source, fitted = encode_sources(self.encoder, self.config, filled, sampling, self.vae_tiling)
         embeddings = self.encode_prompts(batch.texts, text_batch_size)
-        latents = self.sample(
-            fill_batch(embeddings[:size], batch.batch_size),
-            fill_batch(embeddings[size:], batch.batch_size) if sampling.is_guided else None,
-            start,
-            sampling,
-            draw_noise=fresh_noise(filled, shape),
-            callback=callback,
-        )
+        positive = fill_batch(embeddings[:size], batch.batch_size)
+        negative = fill_batch(embeddings[size:], batch.batch_size) if sampling.is_guided else None
+        latents = self.sample(positive, negative, start, sampling, fresh_noise(filled, shape), callback, source)
+        hires = batch.origin.hires
+        if hires is not None:
+            sampling = hires_sampling(self.config, sampling, hires)
+            shape = latent_shape(self.config, sampling.height, sampling.width)
+            larger = enlarge(
+                self.encoder, self.decoder, self.config, latents, sampling, hires.upscaler, self.vae_tiling
+            )
+            source, _ = encode_sources(self.encoder, self.config, filled, sampling, self.vae_tiling)
+            source = replace(
+                source or SourceLatents(),
+                clean_latents=larger,
+                first_step=first_step(sampling.num_inference_steps, hires.strength, "hires_strength"),
+            )
+            noise = draw_hires_noise(filled, shape)
+            draw_noise = fresh_noise(filled, shape, "hires fresh noise")
+            latents = self.sample(positive, negative, noise, sampling, draw_noise, callback, source)
         images = self.decode(latents, batch.batch_size)
+        if batch.origin.keep_unmasked and fitted:
+            images = keep_unmasked(images, fitted)
         indices = np.array([request.index for request in batch.requests])
         return ImageBatch(indices, start[:size], latents[:size], images[:size], batch.requests)
 
@@ -636,11 +700,12 @@ class Pipeline:
         sampling: Sampling,
         draw_noise: Callable[[], np.ndarray] | None = None,
         callback: Callable[[int], None] | None = None,
+        source: SourceLatents | None = None,
     ) -> np.ndarray:
         """Denoise one batch with the LoRAs that are merged. See ldm.generation.denoising.denoise_batch."""
         return denoise_batch(
             self.unet, self.config, self._merged, text_embeddings, negative_text_embeddings, latents, sampling,
-            draw_noise, callback, self._on_device(),
+            draw_noise, callback, source, self._on_device(),
         )  # fmt: skip
 
     def _on_device(self) -> DeviceSampling | None:
@@ -653,7 +718,7 @@ class Pipeline:
 
     def free_graphs(self) -> None:
         """Free the compiled graphs of a pipeline that is not used again. Its networks stay."""
-        graphs = [self.unet, self.text_encoder, self.decoder]
+        graphs = [self.unet, self.text_encoder, self.encoder, self.decoder]
         if self._device_sampling is not None:
             graphs += [self._device_sampling.guided_unet, self._device_sampling.weighted_sum]
         for graph in graphs:
@@ -661,7 +726,18 @@ class Pipeline:
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode scaled latents (N, C, h, w) to images (N, H, W, C) uint8. See ldm.generation.decoding."""
-        return decode(self.decoder, self.config, latents, batch_size)
+        return decode(self.decoder, self.config, latents, batch_size, self.vae_tiling)
+
+
+def steps_taken(batch: RequestBatch) -> int:
+    """Return the steps of a batch, both passes of a hires fix together. Raises UserError where none is left."""
+    steps, origin = batch.sampling.num_inference_steps, batch.origin
+    if origin.source is not None:
+        return steps - first_step(steps, origin.strength)
+    if origin.hires is None:
+        return steps
+    second = origin.hires.steps or steps
+    return steps + second - first_step(second, origin.hires.strength, "hires_strength")
 
 
 def of_lora(lora: LoRA) -> list[Embedding]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm.data.sources.names import IMAGE_SUFFIXES
 from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError, plain
-from ldm.files.inputs import check_file, is_folder, is_there
+from ldm.files.inputs import check_file, is_folder, is_there, list_folder
 from ldm.files.paths import ROOT, expanded, path_and_strengths, under_root
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
 from ldm.generation.prompt_plan import PlannedImage, plan_images
+from ldm.generation.source_image import HiresFix, Origin, first_step, source_images
 from ldm.prompts.clip_skip import layers_to_run
 from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
 from ldm.settings.declare import default_of, names_of
@@ -68,11 +70,19 @@ class GenerationPlan:
     embeddings: list[EmbeddingFile]
     sampling: Sampling  # with size, guidance scale and batch size, for the prompts whose line does not say otherwise
     images: list[PlannedImage]  # what each image is made from, in the order of `prompts`
+    origins: list[Origin]  # what each image begins from
 
     @property
     def has_one_size(self) -> bool:
         """Whether all images have the same size."""
         return len({(image.sampling.height, image.sampling.width) for image in self.images}) == 1
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels, after a hires fix."""
+        height, width = self.sampling.height or self.config.image_size, self.sampling.width or self.config.image_size
+        hires = self.origins[0].hires
+        return (height, width) if hires is None else hires.size(height, width, self.config.size_multiple)
 
 
 def plan_generation(settings: GenerateSettings) -> GenerationPlan:
@@ -102,6 +112,8 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     embeddings = _embedding_files(settings, config)
     height, width = settings.H or config.image_size, settings.W or config.image_size
     scale = default_guidance_scale(config.architecture) if settings.scale is None else settings.scale
+    hires = _hires(settings)
+    largest = (height, width) if hires is None else hires.size(height, width, config.size_multiple)
     sampling = Sampling(
         sampler=settings.sampler or DEFAULT_SAMPLER,
         num_inference_steps=settings.sampling_steps,
@@ -109,11 +121,17 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         eta=settings.noise_share,
         height=height,
         width=width,
-        batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
+        batch_size=settings.batch_size or default_batch_size(settings.n_samples, *largest),
         guidance_rescale=settings.guidance_rescale,
         schedule=settings.schedule,
     )
     sampling.check(config)
+    if hires is not None:
+        replace(
+            sampling, height=largest[0], width=largest[1], num_inference_steps=hires.steps or settings.sampling_steps
+        ).check(config)
+        first_step(hires.steps or settings.sampling_steps, hires.strength, "hires_strength")
+    origins = _origins(settings, hires, len(prompts))
     _check_latents_paths(settings)
     layers_to_run(config, settings.clip_skip)
     images = plan_images(settings, prompts, negative_prompts, sampling, config)
@@ -134,6 +152,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         embeddings=embeddings,
         sampling=sampling,
         images=images,
+        origins=[origin for origin in origins for _ in range(images_per_prompt)],
     )
 
 
@@ -261,11 +280,8 @@ def _model_config(version: str | None, path: str | Path | None) -> ModelConfig:
 
 def _lora_files(settings: GenerateSettings, config: ModelConfig) -> list[LoRAFile]:
     if not settings.lora_ckpt_path:
-        names = names_of(GenerateSettings, needs="lora_ckpt_path")
-        defaults = {field.name: default_of(field) for field in fields(GenerateSettings)}
-        given = [name for name in names if getattr(settings, name) != defaults[name]]
-        if given and settings.use_lora is None:
-            logger.warning("no lora_ckpt_path is given: %s has no effect", ", ".join(given))
+        if settings.use_lora is None:
+            warn_without_effect(settings, ("lora_ckpt_path",))
         return []
     if settings.use_lora is False:
         logger.warning("use_lora is False: lora_ckpt_path is not applied")
@@ -308,6 +324,63 @@ def _for_each_lora(numbers: Sequence[float] | None, count: int, name: str) -> Se
     if len(numbers) not in (1, count):
         raise UserError(f"{name} has {len(numbers)} numbers for {count} LoRAs: give one for all, or one for each")
     return list(numbers) * count if len(numbers) == 1 else numbers
+
+
+def _hires(settings: GenerateSettings) -> HiresFix | None:
+    if settings.hires_scale is None:
+        return None
+    return HiresFix(settings.hires_scale, settings.hires_strength, settings.hires_steps, settings.hires_upscaler)
+
+
+def _origins(settings: GenerateSettings, hires: HiresFix | None, count: int) -> list[Origin]:
+    """Return what the images of each prompt begin from."""
+    warn_without_effect(settings, ("init_image", "mask_image", "variation_seed", "hires_scale"))
+    images, masks = (_image_files(settings, name) for name in ("init_image", "mask_image"))
+    if images and len(images) not in (1, count):
+        raise UserError(f"init_image names {len(images)} images for {count} prompts: give one for all, or as many")
+    if masks and len(masks) not in (1, len(images)):
+        raise UserError(f"mask_image names {len(masks)} masks for {len(images)} images: give one for all, or as many")
+    sources = source_images(images or None, masks or None, count, settings.resize_mode, settings.mask_blur)
+    if images:
+        first_step(settings.sampling_steps, settings.strength)
+    return [
+        Origin(
+            source,
+            settings.strength,
+            settings.paste_original,
+            settings.variation_seed or 0,
+            settings.variation_strength,
+            hires,
+        )
+        for source in sources
+    ]
+
+
+def _image_files(settings: GenerateSettings, name: str) -> list[Path]:
+    """Return the files that init_image or mask_image names."""
+    given = getattr(settings, name) or []
+    files: list[Path] = []
+    for path in given:
+        if not is_folder(path, name):
+            check_file(path, name, "give the file of an image")
+            files.append(Path(path))
+            continue
+        names = [entry for entry in list_folder(path, name) if entry.lower().endswith(IMAGE_SUFFIXES)]
+        if not names:
+            raise UserError(f"{name} {plain(path)} is a folder without images: give a file, or a folder with some")
+        files.extend(Path(path) / entry for entry in sorted(names))
+    return files
+
+
+def warn_without_effect(settings: GenerateSettings, switches: Sequence[str]) -> None:
+    """Warn of settings that need another one, a name in `switches`, that is not given."""
+    defaults = {field.name: default_of(field) for field in fields(GenerateSettings)}
+    for switch in switches:
+        if getattr(settings, switch):
+            continue
+        given = [name for name in names_of(GenerateSettings, needs=switch) if getattr(settings, name) != defaults[name]]
+        if given:
+            logger.warning("no %s is given: %s has no effect", switch, ", ".join(given))
 
 
 def _check_latents_paths(settings: GenerateSettings) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from ldm.diffusion.sampling import Sampling
+from ldm.generation.source_image import NOISE_ALONE, Origin
 from ldm.lora.merged import MergedLoRA
 
 
@@ -21,6 +22,7 @@ class ImageRequest:
         noise_index: See seed.
         sampling: How it is sampled. Its batch size is a limit.
         loras: The LoRAs that it is made with, None for those that are merged when generation begins.
+        origin: What it begins from besides noise.
     """
 
     index: int
@@ -30,6 +32,7 @@ class ImageRequest:
     noise_index: int
     sampling: Sampling
     loras: tuple[MergedLoRA, ...] | None = None
+    origin: Origin = NOISE_ALONE
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class RequestBatch:
         return self.requests[0].loras
 
     @property
+    def origin(self) -> Origin:
+        """What the images begin from. Each has its own source image and variation."""
+        return self.requests[0].origin
+
+    @property
     def texts(self) -> list[str]:
         """The prompts, followed by the negative prompts where they are used."""
         negative_prompts = [request.negative_prompt for request in self.requests] if self.sampling.is_guided else []
@@ -67,14 +75,14 @@ def in_batches(
 ) -> list[RequestBatch]:
     """Divide requests into batches.
 
-    Requests are generated together if their sampling, their LoRAs and their `key` are equal. The batches of one kind
-    follow one another, the kinds in the order of their first request, so that LoRAs are exchanged as rarely as
-    possible. Requests of one kind keep their order.
+    Requests are generated together if their sampling, their LoRAs, the kind of their origin and their `key` are equal.
+    The batches of one kind follow one another, the kinds in the order of their first request, so that LoRAs are
+    exchanged as rarely as possible. Requests of one kind keep their order.
     """
     kinds: dict[Hashable, list[ImageRequest]] = {}
     for request in requests:
         loras = None if request.loras is None else tuple(map(id, request.loras))
-        kinds.setdefault((request.sampling, loras, key(request)), []).append(request)
+        kinds.setdefault((request.sampling, loras, request.origin.kind, key(request)), []).append(request)
     batches = []
     for of_kind in kinds.values():
         batch_size = max(1, min(of_kind[0].sampling.batch_size, len(of_kind)))

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from ldm.generation.comparison import Cell
+from ldm.generation.decoding import VAETiling
 from ldm.generation.loading import select_lora
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.prompt_plan import TaggedLoRA
@@ -55,6 +56,7 @@ def images_of(cells: Sequence[Cell]) -> list[RunImage]:
                 noise_index=image.noise_index,
                 sampling=image.sampling,
                 loras=(*merged[key], *(tagged[cell.model_key, tag] for tag in image.loras)),
+                origin=plan.origins[place],
             )
             images.append(RunImage(request, cell, place))
     return images
@@ -79,6 +81,7 @@ def load_pipeline(image: RunImage, flash_attention: bool) -> Pipeline:
         ema=settings.ckpt_ema,
         flash_attention=flash_attention,
     )
+    pipeline.vae_tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
     pipeline.configure_prompts(

@@ -14,12 +14,15 @@ from ldm.settings.prompts import PromptSettings
 from ldm.settings.read import check_values
 from ldm.settings.repeating import RepeatSettings
 from ldm.settings.sampling import SamplingSettings
+from ldm.settings.source_image import SourceImageSettings
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass
-class GenerateSettings(ImageFileSettings, RepeatSettings, SamplingSettings, ModelFileSettings, PromptSettings):
+class GenerateSettings(
+    ImageFileSettings, RepeatSettings, SourceImageSettings, SamplingSettings, ModelFileSettings, PromptSettings
+):
     """The settings of text_to_image.py: those of mindone's published script, and this project's own.
 
     Their order in `-h` is that of the bases, from the last to the first, and then those declared here.
@@ -57,6 +60,7 @@ class GenerateSettings(ImageFileSettings, RepeatSettings, SamplingSettings, Mode
         check_values(self)
         self.check_prompts()
         self.check_sampling()
+        self.check_source_image()
         if self.resume and self.skip_save:
             raise UserError("--resume needs the PNGs of the earlier run: leave out --skip_save")
         if self.save_latents is not None and (self.resume or self.grid_x or self.grid_y):

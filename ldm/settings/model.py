@@ -35,7 +35,9 @@ from ldm.settings.model_yaml import (
 from ldm.settings.read import read_mapping
 
 # Input channels of UNets that take more than noisy latents, and the models that have them.
-OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix", 9: "an inpainting"}
+OTHER_TASKS = {5: "a depth-to-image", 7: "an upscaling", 8: "an InstructPix2Pix"}
+# Of an inpainting model: 4 noisy latents, the mask, and the 4 latents of the masked image. The UNet returns 4.
+INPAINTING_CHANNELS = (9, 4)
 PREDICTION_TYPES = tuple(PARAMETERIZATIONS.values())
 MIN_ALPHA_CUMPROD = 1e-16  # the image's share of the variance at the last time step; Stable Diffusion has 5e-3
 NUM_GROUPS = 32  # of UNetModel and AutoencoderKL where the YAML names no other
@@ -99,6 +101,11 @@ class ModelConfig:
         return self.latent_channels if self.in_pixel_space else 2 * self.latent_channels
 
     @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet takes, after the noisy latents, a mask and the latents of the masked image."""
+        return is_inpainting(self.unet["in_channels"], self.unet["out_channels"])
+
+    @property
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this: the VAE's factor times the UNet's halvings."""
         return self.vae_factor * 2 ** (len(self.unet["channel_mult"]) - 1)
@@ -113,6 +120,11 @@ class ModelConfig:
         if not self.added_tokens:
             del content["added_tokens"]
         return content
+
+
+def is_inpainting(in_channels: int, out_channels: int) -> bool:
+    """Whether a UNet of these channels is an inpainting model's."""
+    return (in_channels, out_channels) == INPAINTING_CHANNELS
 
 
 def model_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -154,11 +166,6 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
     section = document.get("model") if isinstance(document, Mapping) else None
     if not isinstance(section, Mapping):
         refuse("there is no section model; is this a model YAML such as configs/v1-inference.yaml?")
-    if section.get("target") == INPAINT_TARGET:
-        refuse(
-            f"model.target is {INPAINT_TARGET}: inpainting models are not supported; take the YAML and the checkpoint "
-            "of a text-to-image model"
-        )
     model = read_mapping(ModelDocument, document, source, ignore_unknown=True)["model"]
     params = model["params"]
     unet = params["unet_config"]["params"]
@@ -183,10 +190,18 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
         problem = _pixel_problem(unet, params["scale_factor"], params["image_size"])
         if problem:
             refuse(problem)
-    elif not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
+    elif vae["embed_dim"] != unet["out_channels"] or not (
+        unet["in_channels"] == unet["out_channels"] or is_inpainting(unet["in_channels"], unet["out_channels"])
+    ):
         refuse(
             f"the UNet's in_channels {unet['in_channels']} and out_channels {unet['out_channels']} and the "
             f"autoencoder's embed_dim {vae['embed_dim']} must be the same: the latents' channels"
+        )
+    if model["target"] == INPAINT_TARGET and not is_inpainting(unet["in_channels"], unet["out_channels"]):
+        refuse(
+            f"model.target is {INPAINT_TARGET}, an inpainting model's, whose UNet has in_channels "
+            f"{INPAINTING_CHANNELS[0]} and out_channels {INPAINTING_CHANNELS[1]}, not {unet['in_channels']} and "
+            f"{unet['out_channels']}: choose {DIFFUSION_TARGET} for a text-to-image model"
         )
     check_parameters(unet, vae, text, source)
 
@@ -221,7 +236,7 @@ def parse_model_config(document: Any, path: str | Path) -> ModelConfig:
         beta_schedule="scaled_linear",
         scale_factor=params["scale_factor"],
         image_size=image_size,
-        latent_channels=unet["in_channels"],
+        latent_channels=unet["out_channels"],
         vae_factor=vae_factor,
         context_dim=context_dim,
         pad_token=model.get("pad_token") or ("zero" if text_target == OPENCLIP_TARGET else "end"),
@@ -241,7 +256,7 @@ def model_document(config: ModelConfig) -> dict[str, Any]:
     return {
         "model": {
             "architecture": config.architecture,
-            "target": DIFFUSION_TARGET,
+            "target": INPAINT_TARGET if config.is_inpainting else DIFFUSION_TARGET,
             "pad_token": config.pad_token,
             "params": {
                 "parameterization": parameterization,

@@ -144,7 +144,7 @@ class ModelSection:
     """The section model. `architecture` and `pad_token` are this project's own and may be left out."""
 
     architecture: Optional[str] = setting(None, choices=ARCHITECTURES)
-    target: str = setting(REQUIRED, choices=(DIFFUSION_TARGET,))
+    target: str = setting(REQUIRED, choices=(DIFFUSION_TARGET, INPAINT_TARGET))
     pad_token: Optional[str] = setting(None, choices=("end", "zero"))
     params: ModelParams = setting(REQUIRED)
     IGNORED: ClassVar[tuple[str, ...]] = ("base_learning_rate",)

@@ -94,13 +94,20 @@ def read_model_config(settings: TrainSettings) -> ModelConfig:
     """Return the configuration of the base model, of which only names and shapes are read.
 
     Raises:
-        UserError: It is not a base model, it does not say which model it is, or its tokens do not fit model_config.
+        UserError: It is not a base model, it does not say which model it is, its tokens do not fit model_config, or it
+            is an inpainting model, which cannot be trained.
     """
     path = base_model(settings)
     if settings.model_config is not None:
-        return config_with_tokens(load_model_config(under_root(settings.model_config)), path)
-    config = detect_model_config(
-        path, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
-    )
-    logger.info("%s is a model of %s", path, config.path)
+        config = config_with_tokens(load_model_config(under_root(settings.model_config)), path)
+    else:
+        config = detect_model_config(
+            path, way_out="add --model_config, configs/v2-inference.yaml or configs/v2-vpred-inference.yaml for SD2.x"
+        )
+        logger.info("%s is a model of %s", path, config.path)
+    if config.is_inpainting:
+        raise UserError(
+            f"{path} is an inpainting model ({config.unet['in_channels']} input channels), which text_to_image.py "
+            "generates with but training does not support: train on the text-to-image model that it was made from"
+        )
     return config

@@ -28,7 +28,10 @@ from ldm.weights.names import COMPONENTS, LABELS, CanonicalArrays, KeyMap, compo
 from ldm.weights.names.tables import NUMBER, TEXT_PREFIX, count_numbers
 from ldm.weights.recognise import other_task
 
-KNOWN_NAMES = ("v1-inference", "v2-inference", "v2-vpred-inference", "nano", "mnist", "mnist_rgb")
+KNOWN_NAMES = (
+    "v1-inference", "v2-inference", "v2-vpred-inference", "nano", "mnist", "mnist_rgb", "v1-inpainting-inference",
+    "v2-inpainting-inference",
+)  # fmt: skip
 KNOWN_CONFIGS = tuple(f"configs/{name}.yaml" for name in KNOWN_NAMES)
 # Arguments of the networks that a configuration may leave out.
 DEFAULTS = {
@@ -112,6 +115,8 @@ def _candidates_without_tokens(
             return [next((other for other in known if same_config(config, other)), config)]
     if not any(sizes.values()) and "architecture" not in stated:
         return []
+    if "in_channels" not in sizes["unet"]:  # nothing says that the UNet is an inpainting model's
+        known = [config for config in known if not config.is_inpainting]
     known = [config for config in known if _has_sizes(config, sizes)]
     fitting = [config for config in known if all(getattr(config, key) == value for key, value in stated.items())]
     if not fitting and prediction_type is not None:  # a known model that was trained to predict the other quantity

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm.errors import UserError, plain
-from ldm.settings.model import ModelConfig, model_metadata
+from ldm.settings.model import ModelConfig, is_inpainting, model_metadata
 from ldm.weights.arrays import Arrays, Checkpoint
 from ldm.weights.base_model import map_base_model, open_base_model, open_component
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
@@ -238,6 +238,13 @@ def _architecture_mismatch(report: LoadReport) -> str:
         task = other_task(shape[1], next(iter(out_shape), 0))
         if task is not None:
             return f"it is {task}"
+        inpaints, wanted_inpaints = (is_inpainting(channels, 4) for channels in (shape[1], wanted[1]))
+        if inpaints != wanted_inpaints:
+            return (
+                f"its UNet takes {shape[1]} channels, {'as an inpainting' if inpaints else 'and no inpainting'} "
+                f"model's, that of the model configuration {wanted[1]}: leave out the version and the model's YAML, "
+                "or choose that of the checkpoint"
+            )
         return f"its UNet takes {shape[1]} channels, that of the model configuration {wanted[1]}"
     vae = report.components.get("vae")
     if vae is not None and vae.unexpected and not (vae.matched or vae.missing or vae.wrong_shape or vae.wrong_type):

@@ -70,7 +70,6 @@ _OTHER_MODELS = (
     ),
     _OtherModel("a Stable Diffusion 3", keys=r"model\.diffusion_model\.joint_blocks\."),
     _OtherModel("a Flux", keys=r"(model\.diffusion_model\.)?double_blocks\."),
-    _OtherModel("an inpainting", pipeline="Inpaint"),
 )
 _LORA_MARKS = (
     ".lora_down.", ".lora_up.", "lora_unet_", "lora_te", ".lora_A.", ".lora_B.", "_lora.", ".lora.up.", ".lora.down.",

@@ -8,6 +8,7 @@ import sys
 import mindspore as ms
 import numpy as np
 import pytest
+import yaml
 
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
@@ -168,3 +169,11 @@ def test_two_trainings_do_not_share_a_folder_until_one_is_killed(settings, tmp_p
     monkeypatch.setattr("ldm.training.trainer.set_up", lambda *_: None)
     monkeypatch.setattr("ldm.training.trainer.run_steps", lambda run: "done")
     assert train(settings(output)) == "done" and not list(output.iterdir())
+
+
+def test_an_inpainting_model_is_refused_by_name(settings, tmp_path):
+    document = yaml.safe_load(MICRO.read_text(encoding="utf-8"))
+    document["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
+    (tmp_path / "inpainting.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match="is an inpainting model .9 input channels.*training does not support"):
+        prepare(settings(tmp_path / "run", model_config=tmp_path / "inpainting.yaml"))

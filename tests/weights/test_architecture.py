@@ -29,7 +29,7 @@ from ldm.weights.diffusers_folder.configs import scheduler_config, text_config, 
 from ldm.weights.diffusers_folder.reader import DiffusersFolder
 
 HERE = Path(__file__).parent
-V1, V2, V2_V, NANO, MNIST, MNIST_RGB = KNOWN_CONFIGS
+V1, V2, V2_V, NANO, MNIST, MNIST_RGB, V1_INPAINTING, V2_INPAINTING = KNOWN_CONFIGS
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +181,14 @@ class TestSingleFiles:
             candidate_paths(Shapes(names))
         assert candidate_paths(Shapes({**names, "model.diffusion_model.out.2.weight": [8, 320, 3, 3]})) == []
 
-    def test_inpainting(self, published):
-        names = {**published["sd1_ldm_ckpt_keys"], "model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
-        with pytest.raises(UserError, match="is an inpainting checkpoint"):
-            candidate_paths(Shapes(names))
+    @pytest.mark.parametrize("keys, path", [("sd1_ldm_ckpt_keys", V1_INPAINTING), ("sd2_ldm_ckpt_keys", V2_INPAINTING)])
+    def test_inpainting(self, published, keys, path):
+        names = {**published[keys], "model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
+        assert candidate_paths(Shapes(names)) == [path]
+        for channels, words in ((5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix")):
+            other = {**names, "model.diffusion_model.input_blocks.0.0.weight": [320, channels, 3, 3]}
+            with pytest.raises(UserError, match=f"is {words} checkpoint"):
+                candidate_paths(Shapes(other))
 
     def test_the_yaml_beside_it_says_the_rest(self, tmp_path, published):
         checkpoint = Shapes(published["sd2_ldm_ckpt_keys"])
@@ -197,11 +201,15 @@ class TestSingleFiles:
 
 
 class TestDiffusersFolders:
-    @pytest.mark.parametrize("path", [V1, V2, V2_V])
+    @pytest.mark.parametrize("path", [V1, V2, V2_V, V1_INPAINTING, V2_INPAINTING])
     def test_published_models(self, published, path):
         model = load_model_config(ROOT / path)
         version = {"sd1": 1, "sd2": 2}[model.architecture]
-        assert candidate_paths(Folder(published, version, settings_of(model))) == [path]
+        folder = Folder(published, version, settings_of(model))
+        folder._shapes = {**folder._shapes, "unet/conv_in.weight": [320, model.unet["in_channels"], 3, 3]}
+        assert candidate_paths(folder) == [path]
+        if model.is_inpainting:
+            return
         # Without config.json the shapes tell, and the scheduler.
         assert candidate_paths(Folder(published, version, settings_of(model, vae=None))) == [path]
 

@@ -113,6 +113,26 @@ class TestAllDirections:
             assert same_config(detect_model_config(path), config)
         equal(read_checkpoint(path)[0], arrays)
 
+    def test_an_inpainting_model_goes_through_all_forms(self, tmp_path):
+        document = yaml.safe_load(MODELS["sd1"].read_text())
+        document["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
+        path = tmp_path / "source.safetensors"
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(document))
+        config = load_model_config(path.with_suffix(".yaml"))
+        assert config.is_inpainting and config.latent_channels == 4
+        arrays = {p.name: p.asnumpy() for p in build_model(config).get_parameters()}
+        assert arrays[CONV_IN].shape[1] == 9
+        write_checkpoint(path, arrays)
+        for number, format in enumerate(("diffusers", "mindone", "ldm", "own")):
+            source, path = path, tmp_path / f"{number}" / TARGETS[format]
+            assert convert(source, path, format).ok
+            if format == "diffusers":
+                index = json.loads((path / "model_index.json").read_text())
+                assert index["_class_name"] == "StableDiffusionInpaintPipeline"
+                (tmp_path / f"{number}" / "folder.yaml").unlink()
+            assert same_config(detect_model_config(path), config)
+        equal(read_checkpoint(path)[0], arrays)
+
     def test_a_model_in_pixel_space_goes_through_all_forms_but_a_folder(self, tmp_path):
         path, config = tmp_path / "source.safetensors", load_model_config(TESTS / "pixels.yaml")
         arrays = {p.name: p.asnumpy() for p in build_model(config).get_parameters()}
@@ -296,7 +316,7 @@ class TestRefusing:
         [
             ({"first_stage_model.quant_conv.bias": None}, "VAE: 151 matched, 1 missing"),
             ({"extra": np.zeros(1)}, "other: 1 unexpected"),
-            ({CONV_IN: np.zeros((32, 9, 3, 3))}, "inpainting checkpoint"),
+            ({CONV_IN: np.zeros((32, 9, 3, 3))}, "as an inpainting model's"),
             ({CONV_IN: np.zeros((3, 3))}, "UNet: 285 matched, 1 of a wrong shape"),
             ({"conditioner.embedders.0.x": np.zeros(1)}, "SDXL"),
             ({"model.diffusion_model.label_emb.0.0.weight": np.zeros(1)}, "SDXL"),

@@ -285,7 +285,8 @@ class TestRefusing:
 
     def test_inpainting(self, model, weights, tmp_path):
         inpainting = {**weights, CONV_IN: np.zeros((32, 9, 3, 3), np.float32)}
-        assert "inpainting checkpoint (9 input channels)" in refused(model, save(tmp_path / "b.ckpt", inpainting))
+        message = refused(model, save(tmp_path / "b.ckpt", inpainting))
+        assert "takes 9 channels, as an inpainting model's, that of the model configuration 4: leave" in message
 
     @pytest.mark.parametrize(
         "channels, words",

@@ -100,11 +100,11 @@ class TestBaseModels:
 
     @pytest.mark.parametrize(
         "channels, name",
-        [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix"), (9, "an inpainting")],
+        [(5, "a depth-to-image"), (7, "an upscaling"), (8, "an InstructPix2Pix")],
     )
     def test_models_of_other_tasks(self, channels, name):
         assert other_task(channels, 4) == f"{name} checkpoint ({channels} input channels), which is not supported"
-        assert other_task(4, 4) is None and other_task(channels, channels) is None
+        assert other_task(4, 4) is None and other_task(9, 4) is None and other_task(channels, channels) is None
 
     def test_versions_by_the_width_of_their_text_embeddings(self):
         assert [version_of_width(width) for width in (768, 1024, 2048)] == ["SD1.x", "SD2.x", "SDXL"]
@@ -181,9 +181,10 @@ class TestLoRAs:
         (["unet", "text_encoder_2"], "", "an SDXL folder (text_encoder_2/)"),
         (["unet"], "StableDiffusionXLPipeline", "an SDXL folder (StableDiffusionXLPipeline)"),
         (["transformer", "text_encoder_2"], "FluxPipeline", "a diffusion transformer's folder (FluxPipeline)"),
-        (["unet"], "StableDiffusionInpaintPipeline", "an inpainting folder (StableDiffusionInpaintPipeline)"),
+        (["unet"], "StableDiffusionXLInpaintPipeline", "an SDXL folder (StableDiffusionXLInpaintPipeline)"),
     ],
 )
 def test_unsupported_folders(entries, pipeline, name):
     assert unsupported_folder(entries, pipeline) == f"{name}; only SD1.x and SD2.x are supported"
     assert unsupported_folder(["unet", "vae"], "StableDiffusionPipeline") is None
+    assert unsupported_folder(["unet", "vae"], "StableDiffusionInpaintPipeline") is None

@@ -1,4 +1,4 @@
-"""Write a diffusers folder that StableDiffusionPipeline.from_pretrained loads without a network connection."""
+"""Write a diffusers folder that the from_pretrained of diffusers' pipeline loads without a network connection."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_folder(path: Path, config: ModelConfig, arrays: Mapping[str, Arrays]) 
         UserError: The disk refuses.
     """
     files = {
-        "model_index.json": _index(),
+        "model_index.json": _index(config),
         "unet/config.json": unet_config(config),
         "vae/config.json": vae_config(config),
         "text_encoder/config.json": text_config(config),
@@ -53,9 +53,9 @@ def write_folder(path: Path, config: ModelConfig, arrays: Mapping[str, Arrays]) 
             write_safetensors(file, component_arrays, {"format": "pt"})
 
 
-def _index() -> dict[str, Any]:
+def _index(config: ModelConfig) -> dict[str, Any]:
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -227,7 +227,6 @@ class TestOtherFolders:
             ({"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, "holds a LoRA"),
             ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}'}, "is an SDXL folder"),
             ({"text_encoder_2/config.json": "{}"}, "is an SDXL folder"),
-            ({"model_index.json": '{"_class_name": "StableDiffusionInpaintPipeline"}'}, "is an inpainting folder"),
             ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}', "transformer/x": ""}, "transformer"),
             (
                 {
