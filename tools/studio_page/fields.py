@@ -1,0 +1,69 @@
+"""The inputs of the page, made from the declarations of the settings, so that a new setting needs no line here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ldm.errors import UserError, plain
+from ldm.settings.generate import GenerateSettings
+from ldm.settings.read import read_mapping
+from ldm.settings.train import TrainSettings
+from ldm.settings.values import Setting, kinds_of, list_item, settings_of
+
+# What the server decides itself: files, the model, what is written where, and how it is computed.
+SERVER_GROUPS = ("model", "LoRA", "textual inversion", "output", "device")
+# Of a training, beside its data and its recipe. All else is in the recipe.
+TRAIN_NAMES = (
+    "max_steps", "lora_rank", "start_learning_rate", "train_batch_size", "ckpt_save_interval", "image_size", "seed",
+    "sample_prompts", "sample_every_n_steps",
+)  # fmt: skip
+
+
+def generate_fields() -> dict[str, Setting]:
+    """Return the settings of text_to_image.py that the page shows, by name."""
+    fields, group = {}, ""
+    for name, setting in settings_of(GenerateSettings).items():
+        group = setting.rules["group"] or group
+        single = not any(list_item(kind) for kind in kinds_of(setting.hint)) and list_item(setting.hint) is None
+        shown = setting.rules["help"] and not setting.rules["path"] and single
+        if shown and group not in SERVER_GROUPS:
+            fields[name] = setting
+    return fields
+
+
+def train_fields() -> dict[str, Setting]:
+    """Return the settings of train_text_to_image.py that the page shows, by name."""
+    settings = settings_of(TrainSettings)
+    return {name: settings[name] for name in TRAIN_NAMES}
+
+
+def describe(fields: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    """Return what the page needs to know to show each setting, as JSON."""
+    described, group = [], ""
+    for name, setting in fields.items():
+        group = setting.rules["group"] or group
+        rules = {rule: setting.rules[rule] for rule in ("low", "high", "above", "below")}
+        described.append({
+            "name": name, "group": group, "help": setting.rules["help"], "kind": _kind(setting),
+            "default": setting.default, "optional": type(None) in kinds_of(setting.hint),
+            "choices": None if setting.rules["choices"] is None else list(setting.rules["choices"]), **rules,
+        })  # fmt: skip
+    return described
+
+
+def read_values(cls: type, content: Any, fields: Collection[str]) -> dict[str, Any]:
+    """Return the values of a request, checked as those of a YAML file. Raises UserError for any that is not shown."""
+    if isinstance(content, Mapping) and (unknown := next((name for name in content if name not in fields), None)):
+        raise UserError(f'the request: "{plain(unknown, 100)}" is no setting of this page')
+    return read_mapping(cls, content, "the request", partial=True)
+
+
+def _kind(setting: Setting) -> str:
+    kinds = kinds_of(setting.hint)
+    if setting.rules["choices"]:
+        return "choice"
+    for kind, name in ((bool, "flag"), (float, "number"), (int, "integer")):
+        if kind in kinds:
+            return name
+    return "lines" if list_item(setting.hint) else "text"
