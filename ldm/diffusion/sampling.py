@@ -50,6 +50,11 @@ class Sampling:
         if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"guidance_rescale must be from 0 to 1, not {self.guidance_rescale}")
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the network gets the negative prompts too."""
+        return self.guidance_scale != 1.0
+
     def check(self, config: ModelConfig) -> None:
         """Raise UserError unless size and steps fit the model, and an image in fp32 fits into this machine's memory."""
         _, height, width = latent_shape(config, self.height, self.width)

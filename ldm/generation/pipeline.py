@@ -10,7 +10,6 @@ image.save("apple.png")
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,22 +20,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.draws import draws
-from ldm.diffusion.guidance import GuidedDenoiser
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.sampling import ZERO_TERMINAL_RESCALE, Sampling, default_batch_size, latent_shape
+from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
+from ldm.generation.decoding import decode
+from ldm.generation.denoising import denoise_batch, draw_starting_latents, fresh_noise, samples_from_noise_alone
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, select_lora, set_up_sampling
 from ldm.generation.plan import find_model
+from ldm.generation.requests import ImageRequest, RequestBatch, in_batches
+from ldm.generation.text_encoding import encode_prompts, warn_of_cut_prompts
 from ldm.lora.lora import LoRA
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
 from ldm.models.autoencoder import VAEDecode
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.ops import free_graphs
-from ldm.runtime.batches import fill_batch, run_in_batches
+from ldm.runtime.batches import fill_batch
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
 from ldm.settings.block_weights import BlockWeights
 from ldm.settings.model import ModelConfig
@@ -50,9 +50,6 @@ from ldm.weights.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
 
-# Pixels of a call of the VAE's decoder: SD's has 256 channels at full size, 268 MB in fp32 for this many.
-DECODE_PIXELS = 512 * 512
-
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -62,6 +59,7 @@ class ImageBatch:
     starting_latents: np.ndarray  # at the first timestep, (N, C, h, w) float32
     latents: np.ndarray  # the final ones, (N, C, h, w) float32
     images: np.ndarray  # (N, H, W, C) uint8, C = 3 for RGB or 1 for grey
+    requests: tuple[ImageRequest, ...]  # what was asked for, N of them
 
 
 @dataclass(frozen=True)
@@ -175,13 +173,8 @@ class Pipeline:
 
     @property
     def samples_from_noise_alone(self) -> bool:
-        """Whether images are sampled on the schedule of zero_terminal_snr, because a merged LoRA was trained on it.
-
-        The model must predict velocity: noise alone says nothing to a model that predicts noise.
-        """
-        return self.config.prediction_type == "v_prediction" and any(
-            merged.lora.zero_terminal_snr and merged.applies_to_unet for merged in self.loras
-        )
+        """Whether images are sampled on the schedule of zero_terminal_snr. See ldm.generation.denoising."""
+        return samples_from_noise_alone(self.config, self.loras)
 
     def load_lora(
         self,
@@ -456,61 +449,107 @@ class Pipeline:
             raise ValueError(f"{count} prompts, but {len(negative_prompts)} negative prompts")
         if starting_latents is not None and starting_latents.shape != (count, *shape):
             raise ValueError(f"starting latents are {starting_latents.shape}, expected {(count, *shape)}")
-        sampling = replace(sampling, batch_size=max(1, min(sampling.batch_size, count)))
-        batches = [np.arange(count)[i : i + sampling.batch_size] for i in range(0, count, sampling.batch_size)]
-        guided = sampling.guidance_scale != 1.0
-        cut_off = self.tokenizer.cut_off(dict.fromkeys([*prompts, *(negative_prompts if guided else ())]))
-        if cut_off:
-            message = '%d prompts are longer than 75 tokens and are cut there; the first loses "%s"'
-            logger.warning(message, len(cut_off), cut_off[0])
-        texts = [
-            [*(prompts[i] for i in indices), *(negative_prompts[i] for i in indices if guided)] for indices in batches
+        requests = [
+            ImageRequest(i, prompt, negative_prompt, seed, i, sampling)
+            for i, (prompt, negative_prompt) in enumerate(zip(prompts, negative_prompts))
         ]
+        batches = self.batches_of(requests)
+        return self.generate_batches(batches[process_index::process_count], starting_latents, progress, batches)
+
+    def batches_of(self, requests: Sequence[ImageRequest]) -> list[RequestBatch]:
+        """Divide images into batches that can be generated together."""
+        return in_batches(requests)
+
+    def generate_batches(
+        self,
+        batches: Sequence[RequestBatch],
+        starting_latents: np.ndarray | None = None,
+        progress: bool = True,
+        all_batches: Sequence[RequestBatch] | None = None,
+    ) -> Iterator[ImageBatch]:
+        """Generate images batch after batch. The LoRAs that are merged when it begins are merged again when it ends.
+
+        Args:
+            batches: From batches_of, all of them or some.
+            starting_latents: (N, C, h, w), those of each image at its index. None for those of the seeds.
+            progress: Show a progress bar.
+            all_batches: Those of the run, if `batches` are this process's share. They decide how many texts are encoded
+                together, on which the text embeddings depend within rounding.
+
+        Raises:
+            UserError: A size or a number of steps does not fit the model, a LoRA cannot be merged, or memory does not
+                suffice.
+        """
+        all_batches = batches if all_batches is None else all_batches
+        for sampling in {batch.sampling: None for batch in all_batches}:
+            sampling.check(self.config)
+        warn_of_cut_prompts(self.tokenizer, (text for batch in all_batches for text in batch.texts))
         # One batch size for all, so that the text encoder too is compiled once.
-        text_batch_size = max((len(set(batch)) for batch in texts), default=1)
-        share = list(zip(batches, texts))[process_index::process_count]
-        total = len(share) * sampling.num_inference_steps
+        text_batch_size = max((len(set(batch.texts)) for batch in all_batches), default=1)
+        return self._generate_batches(batches, starting_latents, progress, text_batch_size)
+
+    def _generate_batches(
+        self,
+        batches: Sequence[RequestBatch],
+        starting_latents: np.ndarray | None,
+        progress: bool,
+        text_batch_size: int,
+    ) -> Iterator[ImageBatch]:
+        merged_before = self.loras
+        total = sum(batch.sampling.num_inference_steps for batch in batches)
         with tqdm(total=total, desc="compiling", unit="step", disable=not progress) as bar:
 
             def advance(step: int) -> None:
                 bar.set_description("sampling", refresh=False)  # the networks are compiled in the very first step
                 bar.update()
 
-            for indices, batch_texts in share:
-                size = len(indices)
-                # The last batch is filled up, or the networks would be compiled for its size too.
-                filled = fill_batch(indices, sampling.batch_size)
-                with failed_allocations_as(sampling.out_of_memory_message(self.config)):
-                    if starting_latents is None:
-                        start = self.starting_latents(seed, filled.tolist(), shape)
-                    else:
-                        start = np.asarray(starting_latents[filled], np.float32)
-                    embeddings = self.encode_prompts(batch_texts, text_batch_size)
-                    latents = self.sample(
-                        fill_batch(embeddings[:size], sampling.batch_size),
-                        fill_batch(embeddings[size:], sampling.batch_size) if guided else None,
-                        start,
-                        sampling,
-                        draw_noise=_ddim_noise(seed, filled.tolist(), shape),
-                        callback=advance,
-                    )
-                    images = self.decode(latents, sampling.batch_size)
-                yield ImageBatch(indices, start[:size], latents[:size], images[:size])
+            try:
+                for batch in batches:
+                    loras = merged_before if batch.loras is None else batch.loras
+                    if [*map(id, loras)] != [*map(id, self.loras)]:
+                        self.merge_loras(loras)
+                    with failed_allocations_as(batch.sampling.out_of_memory_message(self.config)):
+                        images = self._generate_batch(batch, starting_latents, text_batch_size, advance)
+                    yield images
+            finally:
+                if self.loras != merged_before:
+                    self.merge_loras(merged_before)
+
+    def _generate_batch(
+        self,
+        batch: RequestBatch,
+        starting_latents: np.ndarray | None,
+        text_batch_size: int,
+        callback: Callable[[int], None],
+    ) -> ImageBatch:
+        sampling, size = batch.sampling, len(batch.requests)
+        shape = latent_shape(self.config, sampling.height, sampling.width)
+        # The last batch is filled up, or the networks would be compiled for its size too.
+        filled = [batch.requests[i] for i in fill_batch(np.arange(size), batch.batch_size)]
+        if starting_latents is None:
+            start = draw_starting_latents(filled, shape)
+        else:
+            start = np.asarray(starting_latents[[request.index for request in filled]], np.float32)
+        embeddings = self.encode_prompts(batch.texts, text_batch_size)
+        latents = self.sample(
+            fill_batch(embeddings[:size], batch.batch_size),
+            fill_batch(embeddings[size:], batch.batch_size) if sampling.is_guided else None,
+            start,
+            sampling,
+            draw_noise=fresh_noise(filled, shape),
+            callback=callback,
+        )
+        images = self.decode(latents, batch.batch_size)
+        indices = np.array([request.index for request in batch.requests])
+        return ImageBatch(indices, start[:size], latents[:size], images[:size], batch.requests)
 
     def encode_prompts(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
-        """Compute text embeddings (N, 77, D) float32. Equal texts are encoded once.
-
-        `batch_size`: texts in a call of the text encoder, None for all of them but at most 16.
-        """
-        distinct = list(dict.fromkeys(texts))
-        tokens = self.tokenizer.encode(distinct)
-        embeddings = run_in_batches(self.text_encoder, tokens, batch_size or min(len(distinct), 16))
-        place = {text: i for i, text in enumerate(distinct)}
-        return embeddings[[place[text] for text in texts]]
+        """Compute text embeddings (N, 77, D) float32. See ldm.generation.text_encoding."""
+        return encode_prompts(self.tokenizer, self.text_encoder, texts, batch_size)
 
     def starting_latents(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
         """Draw noise (N, *shape) float32. The noise of image i depends on the seed and i alone."""
-        return np.stack([draws(seed, "starting latents", i).standard_normal(shape, np.float32) for i in indices])
+        return draw_starting_latents([ImageRequest(i, "", "", seed, i, Sampling()) for i in indices], shape)
 
     def sample(
         self,
@@ -521,72 +560,17 @@ class Pipeline:
         draw_noise: Callable[[], np.ndarray] | None = None,
         callback: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Denoise one batch.
-
-        Args:
-            text_embeddings: Of the prompts, (N, 77, D).
-            negative_text_embeddings: Of the negative prompts, (N, 77, D). None at guidance scale 1.
-            latents: The scaled latents to start from, (N, C, h, w).
-            sampling: How the images are sampled.
-            draw_noise: Returns DDIM's fresh noise, (N, C, h, w).
-            callback: Called with the number of each step that is done, from 1.
-
-        Returns:
-            The final scaled latents, (N, C, h, w) float32.
-
-        Raises:
-            UserError: They are not finite.
-        """
-        schedule, rescale = self.schedule, sampling.guidance_rescale
-        if self.samples_from_noise_alone:
-            schedule = NoiseSchedule.from_config(self.config, zero_terminal_snr=True)
-            rescale = ZERO_TERMINAL_RESCALE if rescale is None else rescale
-        denoise = GuidedDenoiser(
-            self.unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
-        )
-        options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-        steps, prediction_type = sampling.num_inference_steps, self.config.prediction_type
-        sampler = SAMPLERS[sampling.sampler]
-        calls = itertools.count()
-
-        def denoise_with_loras(latents: np.ndarray, timestep: int) -> np.ndarray:
-            step = next(calls)
-            self._merged.switch([merged.is_active(step, steps, timestep) for merged in self.loras])
-            return denoise(latents, timestep)
-
-        try:
-            final = sampler(denoise_with_loras, latents, steps, schedule, prediction_type, callback=callback, **options)
-        finally:
-            self._merged.switch([True] * len(self.loras))
-        if not np.isfinite(final).all():
-            raise UserError(
-                "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "
-                "(try --precision fp32)"
-            )
-        return final
+        """Denoise one batch with the LoRAs that are merged. See ldm.generation.denoising.denoise_batch."""
+        return denoise_batch(
+            self.unet, self.config, self._merged, text_embeddings, negative_text_embeddings, latents, sampling,
+            draw_noise, callback,
+        )  # fmt: skip
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
-        """Decode scaled latents (N, C, h, w) to images (N, H, W, 3) uint8, or (N, H, W, 1) if they are grey.
-
-        `batch_size`: the most images in a call of the decoder, None for all. Large images take smaller batches.
-        """
-        pixels = latents.shape[2] * latents.shape[3] * self.config.vae_factor**2
-        batch_size = max(1, min(batch_size or len(latents), DECODE_PIXELS // pixels))
-        unscaled = np.asarray(latents, np.float32) / np.float32(self.config.scale_factor)
-        return to_uint8(run_in_batches(self.decoder, unscaled, batch_size))
+        """Decode scaled latents (N, C, h, w) to images (N, H, W, C) uint8. See ldm.generation.decoding."""
+        return decode(self.decoder, self.config, latents, batch_size)
 
 
 def of_lora(lora: LoRA) -> list[Embedding]:
     """Return the learned tokens that a LoRA brings."""
     return [Embedding(token, vectors) for token, vectors in lora.embeddings.items()]
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Convert images (N, C, H, W) in [-1, 1] to (N, H, W, C) uint8. Values outside are clipped."""
-    return np.round(np.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _ddim_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
-    """Return what draws DDIM's fresh noise. Each image has its own generator, so the batch size has no effect."""
-    generators = [draws(seed, "ddim noise", i) for i in indices]
-    return lambda: np.stack([generator.standard_normal(shape, np.float32) for generator in generators])

@@ -20,8 +20,9 @@ from ldm.files.paths import ROOT, expanded, path_and_strengths, under_root
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
 from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
 from ldm.settings.declare import default_of, names_of
-from ldm.settings.generate import MAX_IMAGES, GenerateSettings
+from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.prompts import MAX_IMAGES
 from ldm.settings.versions import VERSIONS, default_guidance_scale
 from ldm.textual_inversion.embedding import Embedding, check_width
 from ldm.textual_inversion.formats import read_embeddings

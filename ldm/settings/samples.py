@@ -11,8 +11,9 @@ from typing import Optional, Union
 
 from ldm.errors import UserError
 from ldm.settings.declare import MAX_COUNT, MAX_SEED, names_of, setting
-from ldm.settings.generate import MAX_GUIDANCE, GenerateSettings
+from ldm.settings.generate import GenerateSettings
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
+from ldm.settings.sampling import MAX_GUIDANCE
 
 # The samplers of ldm.diffusion.samplers by this project's names and by kohya's.
 SAMPLER_NAMES = {

@@ -13,7 +13,8 @@ import ldm.generation.pipeline
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
-from ldm.generation.pipeline import Pipeline, to_uint8
+from ldm.generation.decoding import to_uint8
+from ldm.generation.pipeline import Pipeline
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.versions import mindspore_version
 from ldm.settings.model import load_model_config
