@@ -74,7 +74,7 @@ def open_page(page, address, **window):
 def shot(page, name):
     """Write a screenshot if the variable STUDIO_SHOTS names a folder."""
     if "STUDIO_SHOTS" in os.environ:
-        page.screenshot(Path(os.environ["STUDIO_SHOTS"]) / f"{name}.png")
+        page.screenshot(Path(os.environ["STUDIO_SHOTS"]) / f"{name}.png", whole=False)
 
 
 def test_a_click_makes_an_image_and_saves_it(page, folder):
@@ -136,6 +136,7 @@ def test_a_training_is_started_stopped_resumed_and_used(page, folder):
     assert len((folder / "out" / "training" / "emoji" / "metrics.csv").read_text().splitlines()) == 21
     shot(page, "train")
     page.click("#use-lora")
+    page.wait_for("document.querySelector('#loras label') !== null")
     assert page.run("document.querySelector('#loras label').textContent") == "runs/emoji/ckpt/lora.ckpt"
     page.click("#request button.main")
     page.wait_for("document.querySelectorAll('#gallery img').length === 6")
@@ -162,4 +163,6 @@ def test_the_tabs_are_reached_by_the_keyboard(page, address):
     page.press("Tab")
     assert page.run("document.activeElement.id") == "tab-generate"
     page.press("ArrowRight")
-    assert page.run("document.activeElement.id") == "tab-train" and page.run("document.querySelector('#generate').hidden")
+    assert page.run("document.activeElement.id") == "tab-train" and page.run(
+        "document.querySelector('#generate').hidden"
+    )

@@ -16,8 +16,15 @@ SERVER_GROUPS = ("model", "LoRA", "textual inversion", "output", "device")
 # Of a training, beside its data and its recipe. All else is in the recipe.
 TRAIN_NAMES = (
     "max_steps", "lora_rank", "start_learning_rate", "train_batch_size", "ckpt_save_interval", "image_size", "seed",
-    "sample_prompts", "sample_every_n_steps",
+    "sample_every_n_steps", "sample_prompts",
 )  # fmt: skip
+# Where the page takes less than the command line does.
+HELP = {
+    "prompt": "Ctrl+Enter in it makes the images too",
+    "ckpt_save_interval": "steps between checkpoints, from which a stopped training continues",
+    "sample_prompts": "draw images while training: a prompt on each line, with kohya's flags if wanted, such as --s 10 "
+    "for ten steps (docs/watching.md)",
+}
 
 
 def generate_fields() -> dict[str, Setting]:
@@ -45,7 +52,8 @@ def describe(fields: Mapping[str, Setting]) -> list[dict[str, Any]]:
         group = setting.rules["group"] or group
         rules = {rule: setting.rules[rule] for rule in ("low", "high", "above", "below")}
         described.append({
-            "name": name, "group": group, "help": setting.rules["help"], "kind": _kind(setting),
+            "name": name, "group": group, "help": HELP.get(name, setting.rules["help"]),
+            "kind": _kind(setting),
             "default": setting.default, "optional": type(None) in kinds_of(setting.hint),
             "choices": None if setting.rules["choices"] is None else list(setting.rules["choices"]), **rules,
         })  # fmt: skip

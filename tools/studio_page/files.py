@@ -71,7 +71,7 @@ class Folders:
     def walk(self, word: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield the name of each folder below a root, with the names in it of folders and of files, sorted.
 
-        Hidden names and links to folders are left out.
+        Hidden names, links to folders and links out of the root are left out.
         """
         root = self.roots[word]
         looked_at = 0
@@ -79,11 +79,16 @@ class Folders:
             looked_at += len(folders) + len(files)
             below = Path(folder).relative_to(root).parts
             folders[:] = sorted(name for name in folders if not is_hidden(name) and not _is_link(folder, name))
-            yield "/".join([word, *below]), list(folders), sorted(name for name in files if not is_hidden(name))
+            shown = sorted(name for name in files if not is_hidden(name) and not self._leads_out(folder, name, root))
+            yield "/".join([word, *below]), list(folders), shown
             if len(below) + 1 >= depth:
                 folders.clear()
             if looked_at > MAX_LISTED:
                 return
+
+    @staticmethod
+    def _leads_out(folder: str, name: str, root: Path) -> bool:
+        return _is_link(folder, name) and not Path(folder, name).resolve().is_relative_to(root)
 
 
 def check_links_below(folder: Path, root: Path) -> None:

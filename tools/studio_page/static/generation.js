@@ -9,6 +9,9 @@ const gallery = document.getElementById("gallery");
 // The settings that are always shown, of those that there are. The others are folded, by group.
 const FIRST = ["prompt", "negative_prompt", "sampler", "sampling_steps", "scale", "seed", "n_samples", "H", "W"];
 
+// How many images are made is not written into each.
+const UNWRITTEN = ["n_iter", "n_samples"];
+
 let settings = [];
 let chosen = [];
 let jobs = [];
@@ -31,7 +34,7 @@ export function setUpGeneration(options) {
   const groups = new Map();
   for (const setting of settings) {
     if (FIRST.includes(setting.name)) continue;
-    if (!groups.has(setting.group)) groups.set(setting.group, element("details", {}, element("summary", {}, `More: ${setting.group}`)));
+    if (!groups.has(setting.group)) groups.set(setting.group, element("details", {}, element("summary", {}, `More: ${setting.group || "images"}`)));
     groups.get(setting.group).append(field(setting, "image"));
   }
   document.getElementById("fields-more").append(...groups.values());
@@ -43,6 +46,9 @@ export function setUpGeneration(options) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     attempt(generate);
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.ctrlKey) form.requestSubmit();
   });
   document.getElementById("add-lora").addEventListener("click", () => addLora(loraList.value));
   document.getElementById("more").addEventListener("click", () => attempt(() => loadGallery(true)));
@@ -175,6 +181,7 @@ function useSettings(fields) {
   for (const setting of settings) {
     const input = form.elements[setting.name];
     let value = all[setting.name];
+    if (value === undefined && UNWRITTEN.includes(setting.name)) continue;
     if (value === undefined || typeof value === "object") value = setting.default;
     if (["integer", "number"].includes(setting.kind) && typeof value === "string") value = Number(value);
     setValue(input, value);

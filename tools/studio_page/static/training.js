@@ -14,7 +14,10 @@ let showGeneration = () => {};
 export function setUpTraining(options, show) {
   showGeneration = show;
   settings = options.train_fields.map((setting) => ({ ...setting, default: null, optional: true }));
-  document.getElementById("train-fields").append(...settings.map((setting) => field(setting, "train")));
+  const numbers = settings.filter((setting) => setting.kind !== "lines");
+  const lines = settings.filter((setting) => setting.kind === "lines");
+  const pairs = element("div", { class: "pair" }, ...numbers.map((setting) => field(setting, "train")));
+  document.getElementById("train-fields").append(pairs, ...lines.map((setting) => field(setting, "train")));
   document.getElementById("run-data").append(...options.data.map((name) => element("option", { value: name }, name)));
   const recipes = document.getElementById("run-recipe");
   recipes.append(...options.recipes.map((recipe) => element("option", { value: recipe.name }, recipe.name)));
