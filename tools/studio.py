@@ -52,7 +52,7 @@ def as_generation(name: str) -> Any:
 class Settings:
     """The command line."""
 
-    output_path: Path = setting(Path("output/studio"), "folder for images/ and training/", path=True)
+    output_path: Path = setting(Path("output/studio"), "folder for images/, training/ and uploads/", path=True)
     lora_dir: Optional[list[str]] = setting(None, "folders of LoRAs, beside those that are trained here", path=True)
     data_root: Optional[list[str]] = setting(
         None, "folders of data sets, which trainings may read; None: the data sets of this project", path=True
@@ -126,7 +126,9 @@ def open_studio(settings: Settings) -> Any:
                 raise UserError(f"--{flag} {plain(path)} is no folder: check the path")
             roots[word if number == 1 else f"{word}{number}"] = Path(path)
     output = settings.output_path
-    folders = Folders({**roots, "images": output / "images", "runs": output / "training"})
+    folders = Folders(
+        {**roots, "images": output / "images", "runs": output / "training", "uploads": output / "uploads"}
+    )
     model = {name: getattr(settings, name) for name in MODEL}
     trainings = Trainings(
         folders.roots["runs"], under_root("configs/train"), checkpoint.resolve(), _below_root(config.path),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from tools import studio as tool  # noqa: E402
 from tools.studio_page.fields import SERVER_GROUPS, describe, generate_fields, train_fields  # noqa: E402
 from tools.studio_page.files import Folders, NotAllowed, check_links_below  # noqa: E402
 from tools.studio_page.generation import Cancelled, Generator  # noqa: E402
-from tools.studio_page.guard import MAX_JSON, Refused, check_origin, host_names  # noqa: E402
+from tools.studio_page.guard import MAX_JSON, MAX_UPLOAD, Refused, check_origin, host_names  # noqa: E402
 from tools.studio_page.server import PARTS, STATIC, make_app  # noqa: E402
 
 
@@ -284,6 +286,7 @@ def test_a_request_that_fails_says_why_and_the_next_one_is_made(ask):
 
 
 WRONG_JOBS = [
+    ({"settings": {"prompt": "a"}, "lora": []}, '"lora" is unknown'),
     ({"settings": {"prompt": ""}}, "nothing to generate"),
     ({"settings": {"prompt": "a", "steps": 3}}, '"steps" is no setting of this page'),
     ({"settings": {"prompt": "a", "output_path": "/tmp"}}, '"output_path" is no setting of this page'),
@@ -369,6 +372,25 @@ def test_a_report_is_shown_in_a_sandbox_and_a_lora_is_a_download(ask):
     assert (
         ask.headers["content-type"] == "application/octet-stream" and "attachment" in ask.headers["content-disposition"]
     )
+
+
+def test_an_upload_is_decoded_and_written_as_its_pixels(ask, folder):
+    kind = "application/octet-stream"
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[270] = "a secret place"
+    Image.new("RGB", (16, 8), "red").save(buffer, "JPEG", exif=exif)
+    status, answer = ask("POST", "/api/uploads", buffer.getvalue(), kind=kind)
+    assert status == 200 and re.fullmatch(r"uploads/[0-9a-f]{24}\.png", answer["name"])
+    assert ask("GET", f"/files/{answer['name']}")[1][:4] == b"\x89PNG"
+    written = folder / "out" / answer["name"]
+    assert b"secret" not in written.read_bytes() and Image.open(written).size == (16, 8)
+    for raw in (b"", b"no image", b"<svg/>", buffer.getvalue()[:200], b"\x89PNG\r\n\x1a\n" + b"x" * 60):
+        status, answer = ask("POST", "/api/uploads", raw, kind=kind)
+        assert status == 400 and "choose another file" in answer["error"], raw
+    assert ask("POST", "/api/uploads", bytes(MAX_UPLOAD + 1), kind=kind)[0] == 413
+    assert ask("POST", "/api/uploads", buffer.getvalue(), kind="image/jpeg")[0] == 415
+    assert [path.name for path in (folder / "out" / "uploads").iterdir()] == [written.name]
 
 
 # ---- the queue -------------------------------------------------------------------------------------------------------

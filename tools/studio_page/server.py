@@ -17,13 +17,15 @@ from starlette.routing import Route
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.generate import GenerateSettings
+from ldm.settings.values import settings_of
 from ldm.training.own_files import parse_name
 from tools.studio_page.fields import describe, generate_fields, read_values, train_fields
 from tools.studio_page.files import Folders, NotAllowed, check_links_below
 from tools.studio_page.gallery import image_fields, newest_images
 from tools.studio_page.generation import Generator, Job
-from tools.studio_page.guard import Guard, Refused, read_json
+from tools.studio_page.guard import MAX_UPLOAD, Guard, Refused, read_body, read_json
 from tools.studio_page.training import Trainings
+from tools.studio_page.uploads import save_upload
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ PARTS = {
     "request.js": "text/javascript",
     "generation.js": "text/javascript",
     "training.js": "text/javascript",
+    "source.js": "text/javascript",
     "chart.js": "text/javascript",
 }
+UPLOAD = "application/octet-stream"  # its kind is found by decoding it
 # What may be read through an address. Their kind is never guessed from their content.
 MEDIA = {".png": "image/png", ".safetensors": "application/octet-stream", ".ckpt": "application/octet-stream"}
 # The report of a training has its style and script inside. In a sandbox it has no access to the page.
@@ -44,6 +48,7 @@ REPORT_POLICY = (
 )
 LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 MAX_LORAS = 8  # of an image
+SOURCE = {"init_image": "image", "mask_image": "mask"}  # the settings of an image to begin from, and their words here
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -52,7 +57,8 @@ class Studio:
     """Answers the page's requests.
 
     Args:
-        folders: What may be read: the roots "loras", "data", "images" and "runs". More data folders are "data2" etc.
+        folders: What may be read: the roots "loras", "data", "images", "runs" and "uploads". More folders of LoRAs or
+            data are "loras2" etc.
         generator: Makes images.
         trainings: Run trainings.
         model: Settings of text_to_image.py that choose the model and the device, the same for all images.
@@ -67,6 +73,7 @@ class Studio:
         self.folders, self.generator, self.trainings = folders, generator, trainings
         self.model, self.title, self.image_size = model, title, image_size
         self.fields = generate_fields()
+        self.has_source = SOURCE.keys() <= settings_of(GenerateSettings).keys()
 
     def options(self) -> dict[str, Any]:
         """Return all that the page offers: settings, LoRAs, data sets and recipes."""
@@ -75,6 +82,7 @@ class Studio:
             "image_size": self.image_size,
             "fields": describe(self.fields),
             "loras": self.loras(),
+            "source": self.has_source,
             "train_fields": describe(train_fields()),
             "recipes": [{"name": r.name, "values": r.values} for r in self.trainings.recipes.values()],
             "data": self.data_sets(),
@@ -101,14 +109,22 @@ class Studio:
         return sorted(names, key=lambda name: (name.count("/"), name))
 
     def generate(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Queue images: {"settings": {...}, "loras": [{"name": ..., "strength": ...}]}."""
+        """Queue images: {"settings": {...}, "loras": [{"name": ..., "strength": ...}], "image": ..., "mask": ...}."""
+        _check_words(content, "settings", "loras", *(SOURCE.values() if self.has_source else ()))
         values = read_values(GenerateSettings, content.get("settings", {}), self.fields)
         loras = content.get("loras", [])
         if not isinstance(loras, list) or len(loras) > MAX_LORAS:
             raise UserError(f"the request: loras is no list of at most {MAX_LORAS}")
         chosen = [self._lora(entry) for entry in loras]
         files = {"lora_ckpt_path": chosen} if chosen else {}
+        for setting, word in SOURCE.items():
+            if word in content:
+                files[setting] = [str(self.folders.resolve(content[word], "images", "uploads"))]
         return self._shown(self.generator.add({**values, **files, **self.model}))
+
+    def upload(self, raw: bytes) -> dict[str, Any]:
+        """Keep an image that the browser sends, and return its name."""
+        return {"name": self.folders.name_of(save_upload(raw, self.folders.roots["uploads"]))}
 
     def jobs(self) -> list[dict[str, Any]]:
         """Return the requests for images, the newest first."""
@@ -124,7 +140,7 @@ class Studio:
 
     def file(self, name: str) -> Response:
         """Return an image, a LoRA or the report of a training."""
-        path = self.folders.resolve(name, "images", "runs")
+        path = self.folders.resolve(name, "images", "runs", "uploads")
         if not path.is_file():
             raise NotAllowed(f'"{plain(name, 120)}" is no file')
         if path.name == "report.html" and name.startswith("runs/") and name.count("/") == 2:
@@ -150,9 +166,7 @@ class Studio:
 
     def start(self, content: dict[str, Any]) -> dict[str, Any]:
         """Start a training: {"name": ..., "data": ..., "recipe": ..., "settings": {...}}."""
-        unknown = set(content) - {"name", "data", "recipe", "settings"}
-        if unknown:
-            raise UserError(f'the request: "{plain(min(unknown), 100)}" is unknown')
+        _check_words(content, "name", "data", "recipe", "settings")
         words = [word for word in self.folders.roots if word.startswith("data")]
         data = self.folders.resolve(content.get("data"), *words)
         check_links_below(data, next(root for word in words if data.is_relative_to(root := self.folders.roots[word])))
@@ -201,6 +215,12 @@ def make_app(studio: Studio, hosts: frozenset[str]) -> Guard:
 
         return handle
 
+    async def upload(request: Request) -> Response:
+        async def read_and_save() -> Any:
+            return await run_in_threadpool(studio.upload, await read_body(request, UPLOAD, MAX_UPLOAD))
+
+        return await _answered(read_and_save())
+
     def cancel(request: Request, content: dict[str, Any]) -> dict[str, Any]:
         studio.generator.cancel(request.path_params["number"])
         return {}
@@ -221,6 +241,7 @@ def make_app(studio: Studio, hosts: frozenset[str]) -> Guard:
         Route("/api/jobs", get(lambda request: studio.jobs())),
         Route("/api/jobs", post(lambda request, content: studio.generate(content)), methods=["POST"]),
         Route("/api/jobs/{number:int}/cancel", post(cancel), methods=["POST"]),
+        Route("/api/uploads", upload, methods=["POST"]),
         Route("/api/gallery", get(lambda request: studio.gallery(request.query_params.get("before", "")))),
         Route("/api/image", get(lambda request: studio.image(request.query_params.get("name", "")))),
         Route("/api/runs", get(lambda request: studio.runs())),
@@ -264,6 +285,13 @@ def _error(status: int, reason: str) -> Response:
 
 async def _no_such_address(request: Request, error: Exception) -> Response:
     return _error(getattr(error, "status_code", 404), "this address does not answer such a request")
+
+
+def _check_words(content: dict[str, Any], *words: str) -> None:
+    """Raise UserError for a word of a request that nothing reads."""
+    unknown = set(content) - set(words)
+    if unknown:
+        raise UserError(f'the request: "{plain(min(unknown), 100)}" is unknown')
 
 
 def _is_trained_lora(file: str) -> bool:

@@ -1,6 +1,7 @@
 // The part that makes images: settings, LoRAs, the queue and the gallery.
 
 import { attempt, element, field, get, picture, post, setValue, showFault, valuesOf } from "./request.js";
+import { begin, setUpSource, sourceOf } from "./source.js";
 
 const form = document.getElementById("request");
 const loraBox = document.getElementById("loras");
@@ -16,6 +17,7 @@ let settings = [];
 let chosen = [];
 let jobs = [];
 let timer = null;
+let hasSource = false;
 
 export function setUpGeneration(options) {
   settings = options.fields;
@@ -43,6 +45,8 @@ export function setUpGeneration(options) {
     if (form.elements[name]) form.elements[name].placeholder = `${options.image_size} (${side})`;
   }
   showLoras(options.loras);
+  hasSource = options.source;
+  if (hasSource) setUpSource();
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     attempt(generate);
@@ -93,7 +97,7 @@ function drawLoras() {
 
 async function generate() {
   const loras = chosen.map(({ name, strength }) => ({ name, strength }));
-  await post("/api/jobs", { settings: valuesOf(form, settings), loras });
+  await post("/api/jobs", { settings: valuesOf(form, settings), loras, ...await sourceOf() });
   await look();
 }
 
@@ -165,8 +169,10 @@ async function show(name) {
   add("size", image.size.join(" × "));
   add("file", name);
   const reuse = element("button", { type: "button", onclick: () => useSettings(fields) }, "Use these settings");
+  const actions = element("div", { class: "actions" }, reuse);
+  if (hasSource) actions.append(element("button", { type: "button", onclick: () => begin(name) }, "Begin from this image"));
   const shown = document.getElementById("shown");
-  shown.replaceChildren(picture(name, fields.prompt || "an image without a prompt"), element("div", {}, list, element("div", { class: "actions" }, reuse)));
+  shown.replaceChildren(picture(name, fields.prompt || "an image without a prompt"), element("div", {}, list, actions));
   shown.hidden = false;
   for (const button of gallery.children) button.setAttribute("aria-pressed", String(button.dataset.name === name));
 }

@@ -11,6 +11,12 @@ export async function post(address, content) {
   return answerOf(await fetch(address, { method: "POST", headers, body: JSON.stringify(content) }));
 }
 
+// Send an image file, and return the server's name of it.
+export async function upload(blob) {
+  const headers = { "Content-Type": "application/octet-stream" };
+  return answerOf(await fetch("/api/uploads", { method: "POST", headers, body: blob }));
+}
+
 async function answerOf(response) {
   let answer = null;
   try {
