@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from ldm.generation.pipeline import ImageBatch, Pipeline
     from ldm.runtime.device import Runtime
 
-    OpenPipeline = Callable[[GenerationPlan, Callable[[type[Pipeline]], Pipeline]], Pipeline]
+    OpenModel = Callable[..., Pipeline]
 
 logger = logging.getLogger(__name__)
 
 
-def generate(settings: GenerateSettings, open_pipeline: OpenPipeline | None = None) -> None:
+def generate(settings: GenerateSettings, open_model: OpenModel | None = None) -> None:
     """Generate the images that the settings describe, and write them to `settings.output_path`.
 
     Everything that needs no network is checked first, without MindSpore, and the outputs are claimed. With
@@ -42,15 +42,15 @@ def generate(settings: GenerateSettings, open_pipeline: OpenPipeline | None = No
 
     Args:
         settings: See GenerateSettings.
-        open_pipeline: Returns the model of a plan, without LoRAs or with those of an earlier call. The function beside
-            the plan loads it as an instance of a class, which is Pipeline or derived from it. None loads it anew.
+        open_model: Takes the arguments of Pipeline.from_checkpoint, and may return the pipeline of an earlier call,
+            without learned tokens. None for Pipeline.from_checkpoint.
 
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
     plan = plan_generation(settings)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
-        generate_plan(settings, plan, open_pipeline)
+        generate_plan(settings, plan, open_model)
         return
     latents = settings.save_latents
     starting_latents = None if latents is None else starting_latents_path(latents)
@@ -59,12 +59,10 @@ def generate(settings: GenerateSettings, open_pipeline: OpenPipeline | None = No
         claim_file(latents, "save_latents"),
         claim_file(starting_latents, "save_latents"),
     ):
-        generate_plan(settings, plan, open_pipeline)
+        generate_plan(settings, plan, open_model)
 
 
-def generate_plan(
-    settings: GenerateSettings, plan: GenerationPlan, open_pipeline: OpenPipeline | None = None
-) -> None:
+def generate_plan(settings: GenerateSettings, plan: GenerationPlan, open_model: OpenModel | None = None) -> None:
     """Load the model and the LoRAs of a plan, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
@@ -89,7 +87,7 @@ def generate_plan(
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
-        _generate_images(settings, plan, config, starting_latents, runtime, open_pipeline)
+        _generate_images(settings, plan, config, starting_latents, runtime, open_model)
 
 
 def _generate_images(
@@ -98,7 +96,7 @@ def _generate_images(
     config: ModelConfig,
     starting_latents: np.ndarray | None,
     runtime: Runtime,
-    open_pipeline: OpenPipeline | None,
+    open_model: OpenModel | None,
 ) -> None:
     """Load the model and the LoRAs, and generate this process's share of the images. The first process writes all."""
     from ldm.generation.loading import select_lora
@@ -116,18 +114,14 @@ def _generate_images(
     for file, lora in zip(plan.loras, loras):
         if settings.lora_rank is not None and lora.ranks() != [settings.lora_rank]:
             logger.warning("lora_rank %d is not used: %s is %s", settings.lora_rank, file.path, lora)
-
-    def load(cls: type[Pipeline]) -> Pipeline:
-        return cls.from_checkpoint(
-            plan.checkpoint,
-            config=config,
-            unet=plan.unet_checkpoint,
-            vae=plan.vae_checkpoint,
-            ema=settings.ckpt_ema,
-            flash_attention=flash_attention,
-        )
-
-    pipeline = load(Pipeline) if open_pipeline is None else open_pipeline(plan, load)
+    pipeline = (open_model or Pipeline.from_checkpoint)(
+        plan.checkpoint,
+        config=config,
+        unet=plan.unet_checkpoint,
+        vae=plan.vae_checkpoint,
+        ema=settings.ckpt_ema,
+        flash_attention=flash_attention,
+    )
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
     pipeline.merge_loras(

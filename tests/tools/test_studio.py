@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Optional
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -20,15 +21,15 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.values import settings_of
+from ldm.settings.values import Setting, settings_of
 from tests.conftest import ROOT
 
 pytest.importorskip("starlette", reason="the extra `studio` is not installed")
 
 from tools import studio as tool  # noqa: E402
-from tools.studio_page.fields import SERVER_GROUPS, describe, generate_fields, train_fields  # noqa: E402
+from tools.studio_page.fields import SERVER_GROUPS, _choices, _kind, describe, generate_fields, train_fields  # noqa: E402
 from tools.studio_page.files import Folders, NotAllowed, check_links_below  # noqa: E402
-from tools.studio_page.generation import Cancelled, Generator  # noqa: E402
+from tools.studio_page.generation import Cancelled, Generator, Job  # noqa: E402
 from tools.studio_page.guard import MAX_JSON, MAX_UPLOAD, Refused, check_origin, host_names  # noqa: E402
 from tools.studio_page.server import PARTS, STATIC, make_app  # noqa: E402
 
@@ -154,7 +155,7 @@ def test_a_link_from_another_site_may_lead_to_the_page_and_its_images_may_not_be
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-def fake_images(settings, open_pipeline):
+def fake_images(settings, open_model):
     """Write what was asked for as the name of a file, instead of an image. Some prompts fail."""
     if settings.prompt == "fails":
         raise UserError("there is no such thing")
@@ -254,10 +255,13 @@ def test_every_setting_of_the_page_is_declared_and_none_is_a_path():
     declared = settings_of(GenerateSettings)
     for name, setting in generate_fields().items():
         assert declared[name] is setting and not setting.rules["path"] and setting.rules["help"]
-    described = {field["name"]: field for field in describe(generate_fields())}
+    described = {field["name"]: field for field in describe(GenerateSettings, generate_fields())}
     assert described["sampling_steps"]["kind"] == "integer" and described["sampling_steps"]["low"] == 1
     assert described["scale"]["optional"] and described["prompt"]["kind"] == "text"
     assert not {field["group"] for field in described.values()} & set(SERVER_GROUPS)
+    assert described["scale"]["group"] == "sampling"
+    flag = Setting("tiles", None, Optional[bool], dict.fromkeys(settings_of(GenerateSettings)["scale"].rules))
+    assert _kind(flag) == "choice" and _choices(flag) == [True, False]
     assert {"ckpt_path", "output_path", "device_target", "lora_ckpt_path", "data_path"}.isdisjoint(described)
     assert "data_path" not in train_fields()
 
@@ -399,7 +403,7 @@ def test_an_upload_is_decoded_and_written_as_its_pixels(ask, folder):
 def test_a_waiting_request_and_a_running_one_are_cancelled(tmp_path):
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(settings, open_pipeline):
+    def slow(settings, open_model):
         begun.set()
         for _ in range(3):  # the sampler's steps
             assert go_on.wait(20)
@@ -428,18 +432,47 @@ def test_the_model_is_kept_until_another_one_is_asked_for(tmp_path):
         def unload_embedding(self):
             self.forgotten += 1
 
-    plans, opened = [], []
-    generator = Generator(tmp_path, lambda settings, open_pipeline: None)
+        @classmethod
+        def from_checkpoint(cls, checkpoint, **options):
+            opened.append(checkpoint)
+            return cls()
+
+    opened = []
+    generator = Generator(tmp_path, lambda settings, open_model: None)
+    generator._class = lambda: Model
     checkpoints = [tmp_path / "a", tmp_path / "b"]
     for path in checkpoints:
         path.write_text("x")
-    for checkpoint in (checkpoints[0], checkpoints[0], checkpoints[1]):
-        plans.append(type("Plan", (), dict(config=1, checkpoint=checkpoint, unet_checkpoint=None, vae_checkpoint=None)))
-    loaded = [generator._open_pipeline(plan, lambda cls: opened.append(cls) or Model()) for plan in plans]
-    assert loaded[0] is loaded[1] is not loaded[2] and len(opened) == 2 and loaded[0].forgotten == 1
+    a, again, b = (
+        generator._open_model(path, config=1, vae=None) for path in (checkpoints[0], checkpoints[0], checkpoints[1])
+    )
+    assert a is again is not b and opened == checkpoints and a.forgotten == 1
     checkpoints[1].write_text("other weights")
-    assert generator._open_pipeline(plans[2], lambda cls: Model()) is not loaded[2]
-    assert issubclass(Cancelled, Exception)
+    assert generator._open_model(checkpoints[1], config=1, vae=None) is not b
+    assert len(opened) == 3 and generator._open_model(checkpoints[1], config=2, vae=None) and len(opened) == 4
+
+
+def test_the_steps_of_the_sampler_are_counted():
+    from ldm.generation.pipeline import Pipeline
+
+    generator = Generator(tool.Path("nowhere"))
+    job = generator._current = Job(1, None, 3)
+    pipeline = object.__new__(generator._class())
+    called = []
+
+    def sample(self, latents, *, callback):
+        for step in (1, 2, 3):
+            callback(step)
+        return latents
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "sample", sample)
+        assert pipeline.sample("latents", callback=called.append) == "latents"
+        assert (job.step, job.state, called) == (3, "sampling", [1, 2, 3])
+        job.cancelled.set()
+        with pytest.raises(Cancelled):
+            pipeline.sample("latents", callback=called.append)
+    assert len(called) == 3
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ldm.settings.values import Setting, kinds_of, list_item, settings_of
 
 # What the server decides itself: files, the model, what is written where, and how it is computed.
 SERVER_GROUPS = ("model", "LoRA", "textual inversion", "output", "device")
+SERVER_NAMES = ("resume", "first_index", "full_batches", "grid_x", "grid_y")  # of repeated and compared runs
 # Of a training, beside its data and its recipe. All else is in the recipe.
 TRAIN_NAMES = (
     "max_steps", "lora_rank", "start_learning_rate", "train_batch_size", "ckpt_save_interval", "image_size", "seed",
@@ -29,12 +30,11 @@ HELP = {
 
 def generate_fields() -> dict[str, Setting]:
     """Return the settings of text_to_image.py that the page shows, by name."""
-    fields, group = {}, ""
+    fields, groups = {}, groups_of(GenerateSettings)
     for name, setting in settings_of(GenerateSettings).items():
-        group = setting.rules["group"] or group
         single = not any(list_item(kind) for kind in kinds_of(setting.hint)) and list_item(setting.hint) is None
         shown = setting.rules["help"] and not setting.rules["path"] and single
-        if shown and group not in SERVER_GROUPS:
+        if shown and groups[name] not in SERVER_GROUPS and name not in SERVER_NAMES:
             fields[name] = setting
     return fields
 
@@ -45,17 +45,24 @@ def train_fields() -> dict[str, Setting]:
     return {name: settings[name] for name in TRAIN_NAMES}
 
 
-def describe(fields: Mapping[str, Setting]) -> list[dict[str, Any]]:
-    """Return what the page needs to know to show each setting, as JSON."""
-    described, group = [], ""
+def groups_of(cls: type) -> dict[str, str]:
+    """Return the heading of each setting in `-h`."""
+    groups, group = {}, ""
+    for name, setting in settings_of(cls).items():
+        group = groups[name] = setting.rules["group"] or group
+    return groups
+
+
+def describe(cls: type, fields: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    """Return what the page needs to know to show each setting of a class, as JSON."""
+    described, groups = [], groups_of(cls)
     for name, setting in fields.items():
-        group = setting.rules["group"] or group
         rules = {rule: setting.rules[rule] for rule in ("low", "high", "above", "below")}
         described.append({
-            "name": name, "group": group, "help": HELP.get(name, setting.rules["help"]),
+            "name": name, "group": groups[name], "help": HELP.get(name, setting.rules["help"]),
             "kind": _kind(setting),
             "default": setting.default, "optional": type(None) in kinds_of(setting.hint),
-            "choices": None if setting.rules["choices"] is None else list(setting.rules["choices"]), **rules,
+            "choices": _choices(setting), **rules,
         })  # fmt: skip
     return described
 
@@ -67,9 +74,15 @@ def read_values(cls: type, content: Any, fields: Collection[str]) -> dict[str, A
     return read_mapping(cls, content, "the request", partial=True)
 
 
+def _choices(setting: Setting) -> list[Any] | None:
+    if {bool, type(None)} <= set(kinds_of(setting.hint)):  # a box has two states, and not three
+        return [True, False]
+    return None if setting.rules["choices"] is None else list(setting.rules["choices"])
+
+
 def _kind(setting: Setting) -> str:
     kinds = kinds_of(setting.hint)
-    if setting.rules["choices"]:
+    if _choices(setting):
         return "choice"
     for kind, name in ((bool, "flag"), (float, "number"), (int, "integer")):
         if kind in kinds:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 from ldm.generation.generate import generate
-from ldm.generation.plan import GenerationPlan, plan_generation
+from ldm.generation.plan import plan_generation
 from ldm.settings.generate import GenerateSettings
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ class Generator:
 
     Args:
         folder: Each request gets a folder in it.
-        make: Makes and writes the images of settings, with a model that the function beside them opens. A test may
-            replace it.
+        make: Makes and writes the images of settings. What is beside them opens the model. A test may replace it.
     """
 
     def __init__(self, folder: Path, make: Callable[..., None] = generate) -> None:
@@ -142,7 +141,7 @@ class Generator:
             self._current = job
             job.state = "loading"
             try:
-                self._make(job.settings, self._open_pipeline)
+                self._make(job.settings, self._open_model)
                 job.state = "saved"
             except Cancelled:
                 job.state = "cancelled"
@@ -160,17 +159,13 @@ class Generator:
             job.images = sorted(job.folder.glob("samples/*.png"))
             self._current = None
 
-    def _open_pipeline(self, plan: GenerationPlan, load: Callable[[type], Pipeline]) -> Pipeline:
-        """Return the model of a plan: the one in memory if it is the same, without learned tokens of another request.
-
-        Args:
-            plan: Of the request.
-            load: Loads the model as an instance of the class that it is given.
-        """
-        key = (plan.config, *(_state(path) for path in (plan.checkpoint, plan.unet_checkpoint, plan.vae_checkpoint)))
+    def _open_model(self, checkpoint: Path, **options: Any) -> Pipeline:
+        """Return what Pipeline.from_checkpoint does: the one in memory if it is the same, without learned tokens."""
+        key = {**options, "checkpoint": checkpoint}
+        key = {name: _state(value) if isinstance(value, Path) else value for name, value in key.items()}
         if self._pipeline is None or key != self._key:
             self._pipeline = None  # two models may not fit into memory
-            self._pipeline = load(self._class())
+            self._pipeline = self._class().from_checkpoint(checkpoint, **options)
             self._key = key
         else:
             self._pipeline.unload_embedding()
@@ -207,9 +202,7 @@ class Generator:
             raise Cancelled
 
 
-def _state(path: Path | None) -> Any:
+def _state(path: Path) -> Any:
     """Return what changes when the file at a path does."""
-    if path is None:
-        return None
     status = path.stat()
     return path, status.st_size, status.st_mtime_ns

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 from ldm.files.paths import MAX_STRENGTH
 from ldm.settings.generate import GenerateSettings
+from ldm.settings.train import TrainSettings
 from ldm.settings.values import settings_of
 from ldm.training.own_files import parse_name
 from tools.studio_page.fields import describe, generate_fields, read_values, train_fields
@@ -80,10 +81,10 @@ class Studio:
         return {
             "model": self.title,
             "image_size": self.image_size,
-            "fields": describe(self.fields),
+            "fields": describe(GenerateSettings, self.fields),
             "loras": self.loras(),
             "source": self.has_source,
-            "train_fields": describe(train_fields()),
+            "train_fields": describe(TrainSettings, train_fields()),
             "recipes": [{"name": r.name, "values": r.values} for r in self.trainings.recipes.values()],
             "data": self.data_sets(),
         }
