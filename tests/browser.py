@@ -106,6 +106,18 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def drag(self, selector: str, *places: tuple[float, float]) -> None:
+        """Move the mouse with its button held over places of an element, in shares of its width and height."""
+        left, top, width, height = self.run(
+            f"(e => {{e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+            f"return [b.x, b.y, b.width, b.height]}})(document.querySelector({json.dumps(selector)}))"
+        )
+        points = [{"x": left + x * width, "y": top + y * height} for x, y in places]
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, point in zip(kinds, [*points, points[-1]]):
+            buttons = 0 if kind == "mouseReleased" else 1
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=buttons, clickCount=1, **point)
+
     def type_into(self, selector: str, text: str) -> None:
         """Replace the text of an input as the keyboard does."""
         self.run(f"(e => {{e.focus(); e.select()}})(document.querySelector({json.dumps(selector)}))")

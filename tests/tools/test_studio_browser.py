@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.settings.generate import GenerateSettings
+from ldm.settings.values import settings_of
 from tests.browser import browser, find_browser
 from tests.conftest import ROOT
 
@@ -71,6 +74,14 @@ def open_page(page, address, **window):
     page.wait_for("document.body.dataset.ready === 'true'")
 
 
+def wait_for_images(page, count):
+    """Wait until the gallery has so many images. A request that fails ends the wait."""
+    page.wait_for(
+        "(() => {const bad = document.querySelector('#jobs .bad'); if (bad) throw new Error(bad.textContent);"
+        f"return document.querySelectorAll('#gallery img').length === {count}}})()"
+    )
+
+
 def shot(page, name):
     """Write a screenshot if the variable STUDIO_SHOTS names a folder."""
     if "STUDIO_SHOTS" in os.environ:
@@ -82,6 +93,7 @@ def test_a_click_makes_an_image_and_saves_it(page, folder):
     page.type_into("#image-sampling_steps", "3")
     page.type_into("#image-n_samples", "2")
     page.click("#request button.main")
+    wait_for_images(page, 2)
     page.wait_for("document.querySelector('#shown img')?.naturalWidth === 64")
     files = sorted((folder / "out" / "images").glob("*/samples/*.png"))
     assert [file.name for file in files] == ["00000.png", "00001.png"]
@@ -111,7 +123,28 @@ def test_a_mistake_is_shown_and_the_page_goes_on(page):
     page.errors.clear()
     page.type_into("#image-H", "64")
     page.click("#request button.main")
-    page.wait_for("document.querySelector('#fault').hidden && document.querySelectorAll('#gallery img').length === 4")
+    wait_for_images(page, 4)
+    assert page.run("document.querySelector('#fault').hidden")
+
+
+@pytest.mark.skipif("init_image" not in settings_of(GenerateSettings), reason="images begin from noise alone")
+def test_a_brush_says_which_part_of_an_image_is_made_anew(page, folder):
+    before = page.run("document.querySelectorAll('#gallery img').length")
+    page.run("document.querySelector('#shown .actions button:last-child').click()")  # Begin from this image
+    page.wait_for("document.querySelector('.canvas canvas')?.width === 64")
+    page.type_into("#image-prompt", "a blue square")
+    page.drag(".canvas canvas", (0.1, 0.1), (0.5, 0.1), (0.9, 0.1))
+    shot(page, "brush")
+    page.click("#request button.main")
+    wait_for_images(page, before + 2)
+    (mask,) = (folder / "out" / "uploads").glob("*.png")
+    with Image.open(mask) as image:
+        painted = np.asarray(image.convert("L"))
+    assert painted.shape == (64, 64) and painted[6, 32] == 255 and not painted[20:].any()
+    files = sorted((folder / "out" / "images").glob("*/samples/00000.png"))
+    source, made = (np.asarray(Image.open(file)).astype(int) for file in (files[-2], files[-1]))
+    assert (source[20:] == made[20:]).all() and (source[:12] != made[:12]).any()
+    page.run("[...document.querySelectorAll('#source button')].at(-1).click()")  # No image
 
 
 def test_a_training_is_started_stopped_resumed_and_used(page, folder):
@@ -138,8 +171,9 @@ def test_a_training_is_started_stopped_resumed_and_used(page, folder):
     page.click("#use-lora")
     page.wait_for("document.querySelector('#loras label') !== null")
     assert page.run("document.querySelector('#loras label').textContent") == "runs/emoji/ckpt/lora.ckpt"
+    before = page.run("document.querySelectorAll('#gallery img').length")
     page.click("#request button.main")
-    page.wait_for("document.querySelectorAll('#gallery img').length === 6")
+    wait_for_images(page, before + 2)
     made = sorted((folder / "out" / "images").glob("*/samples/00000.png"))
     with Image.open(made[-1]) as image:
         assert '"lora.ckpt"' in image.text["lora"]

@@ -5,6 +5,7 @@ Images are made and written by ldm.generation.generate, as text_to_image.py does
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import queue
@@ -178,14 +179,18 @@ class Generator:
         generator = self
 
         class WatchedPipeline(Pipeline):
-            def sample(self, *args: Any, callback: Callable[[int], None] | None = None, **options: Any) -> Any:
+            def sample(self, *args: Any, **options: Any) -> Any:
+                given = inspect.signature(super().sample).bind(*args, **options)
+                callback = given.arguments.get("callback")
+
                 def count(step: int) -> None:
                     if callback is not None:
                         callback(step)
                     generator._count_step()
 
                 generator._check_cancelled()
-                return super().sample(*args, callback=count, **options)
+                given.arguments["callback"] = count
+                return super().sample(*given.args, **given.kwargs)
 
         return WatchedPipeline
 

@@ -113,13 +113,17 @@ async function look() {
     const done = jobs.find((job) => job.state === "saved");
     if (before.length && done) await show(done.images[0]);
   }
-  if (jobs.some((job) => !["saved", "failed", "cancelled"].includes(job.state))) {
+  if (jobs.some(isAlive)) {
     timer = setTimeout(() => look().catch(showFault), 500);
   }
 }
 
+function isAlive(job) {
+  return !["saved", "failed", "cancelled"].includes(job.state);
+}
+
 function drawJobs() {
-  const latest = jobs.filter((job, place) => place === 0 || !["saved", "cancelled"].includes(job.state)).slice(0, 12);
+  const latest = jobs.filter((job, place) => place === 0 || isAlive(job)).slice(0, 12);
   const box = document.getElementById("jobs");
   if (!latest.length) box.replaceChildren(element("p", { class: "empty" }, "Nothing. Images appear below when they are made."));
   else box.replaceChildren(...latest.map(jobLine));
@@ -133,7 +137,7 @@ function jobLine(job) {
   const line = element("div", { class: "job" },
     element("p", { class: "words" }, job.prompt || `request ${job.number}`),
     element("p", { class: job.state === "failed" ? "state bad" : "state" }, texts[job.state]));
-  if (["waiting", "loading", "sampling"].includes(job.state)) {
+  if (isAlive(job)) {
     const bar = element("progress", { max: job.total, "aria-label": `progress of request ${job.number}` });
     if (job.state !== "loading") bar.value = job.step;
     const cancel = () => attempt(async () => {
