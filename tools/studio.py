@@ -102,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             app, log_level="warning", access_log=False, lifespan="off", ws="none", http="h11", loop="asyncio",
             proxy_headers=False, server_header=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        describe_progress(lambda: f"; images and trainings are kept in {settings.output_path}")
         try:
             Server(config).run(sockets=[listening])
         finally:
+            describe_progress(lambda: f"by the user; images and trainings are in {settings.output_path}")
             studio.trainings.close()
 
 

@@ -166,12 +166,16 @@ async function show(name) {
   const fields = image.fields;
   const list = element("dl");
   const add = (key, value) => list.append(element("dt", {}, key.replaceAll("_", " ")), element("dd", {}, text(value)));
-  for (const [key, value] of Object.entries(fields)) {
-    if (key === "settings" && value !== null && typeof value === "object") Object.entries(value).forEach(([inner, one]) => add(inner, one));
-    else add(key, value);
-  }
+  const entries = Object.entries(fields).flatMap(([key, value]) => {
+    if (key === "settings" && value !== null && typeof value === "object") return Object.entries(value);
+    if (key === "lora" && Array.isArray(value)) return value.map((lora) => ["LoRA", `${lora.file} at ${lora.weight}`]);
+    return [[key, value]];
+  });
+  const isHash = ([key]) => key.endsWith("sha256");
+  for (const [key, value] of entries.filter((entry) => !isHash(entry))) add(key, value);
   add("size", image.size.join(" × "));
   add("file", name);
+  for (const [key, value] of entries.filter(isHash)) add(key, value);
   const reuse = element("button", { type: "button", onclick: () => useSettings(fields) }, "Use these settings");
   const actions = element("div", { class: "actions" }, reuse);
   if (hasSource) actions.append(element("button", { type: "button", onclick: () => begin(name) }, "Begin from this image"));
