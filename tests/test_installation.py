@@ -64,6 +64,7 @@ def test_every_file_of_the_library_and_its_data_is_installed(installed):
             ("ldm", "ldm"),
             ("configs", "ldm/bundled/configs"),
             ("models/nano", "ldm/bundled/models/nano"),
+            ("tools/studio_page", "ldm/bundled/tools/studio_page"),
         )
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
