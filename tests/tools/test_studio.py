@@ -32,6 +32,7 @@ from tools.studio_page.files import Folders, NotAllowed, check_links_below  # no
 from tools.studio_page.generation import Cancelled, Generator, Job  # noqa: E402
 from tools.studio_page.guard import MAX_JSON, MAX_UPLOAD, Refused, check_origin, host_names  # noqa: E402
 from tools.studio_page.server import PARTS, STATIC, make_app  # noqa: E402
+from tools.studio_page.training import Recipe  # noqa: E402
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def folder(tmp_path):
     os.symlink(tmp_path / "secret", tmp_path / "data" / "door")
     os.symlink(tmp_path / "secret" / "key.png", tmp_path / "out" / "images" / "1" / "samples" / "link.png")
     os.symlink(tmp_path / "loras" / "a.safetensors", tmp_path / "loras" / "again.safetensors")
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "out/images/1/samples/00000.png")
+    for name in ("out/images/1/samples/00000.png", "out/training/run/sample.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
     return tmp_path
 
 
@@ -87,6 +89,12 @@ def test_a_name_below_a_folder_is_found(folders, folder):
     assert folders.name_of(folder / "secret" / "key.png") is None
     with pytest.raises(NotAllowed, match="in none of the folders"):
         folders.resolve("loras/a.safetensors", "data")
+
+
+def test_a_name_that_settings_would_expand_is_refused(folders, folder):
+    (folder / "loras" / "$HOME.safetensors").write_text("x")
+    with pytest.raises(NotAllowed, match="a dollar: rename the file"):
+        folders.resolve("loras/$HOME.safetensors")
 
 
 def test_lists_hold_no_hidden_name_and_enter_no_link(folders):
@@ -350,7 +358,7 @@ def test_a_form_and_a_foreign_page_change_nothing(ask, folder):
 @pytest.mark.parametrize(("method", "path"), [
     ("GET", "/nothing"), ("DELETE", "/api/jobs"), ("PUT", "/"), ("GET", "/api/jobs/1/cancel"), ("POST", "/"),
     ("GET", "/api/runs/missing"), ("GET", "/api/runs/..%2f..%2fsecret"), ("GET", "/api/image"),
-    ("GET", "/api/image?name=runs/run/train.yaml"), ("GET", "/api/image?name=images/1/samples/link.png"),
+    ("GET", "/api/image?name=runs/run/sample.png"), ("GET", "/api/image?name=images/1/samples/link.png"),
 ])  # fmt: skip
 def test_an_unknown_address_is_an_error(ask, method, path):
     status, answer = ask(method, path)
@@ -376,6 +384,16 @@ def test_a_report_is_shown_in_a_sandbox_and_a_lora_is_a_download(ask):
     assert (
         ask.headers["content-type"] == "application/octet-stream" and "attachment" in ask.headers["content-disposition"]
     )
+
+
+def test_a_fault_of_the_program_is_an_answer_too(ask, studio, monkeypatch):
+    monkeypatch.setattr(studio, "loras", lambda: {}["x"])
+    assert ask("GET", "/api/loras") == (
+        500, {"error": "a fault of the program (KeyError): the terminal shows where"}
+    )  # fmt: skip
+    monkeypatch.setattr(studio, "loras", lambda: open("/nowhere/x"))
+    status, answer = ask("GET", "/api/loras")
+    assert status == 500 and answer["error"].startswith("/nowhere/x cannot be used: No such file or directory")
 
 
 def test_an_upload_is_decoded_and_written_as_its_pixels(ask, folder):
@@ -540,6 +558,21 @@ def test_a_training_gets_its_recipe_and_the_values_of_the_page(ask, studio, fold
     for action, reason in (("stop", "is not running"), ("resume", "no training state")):
         status, answer = ask("POST", f"/api/runs/new/{action}", {})
         assert status == 400 and reason in answer["error"]
+
+
+def test_a_data_set_that_leads_out_of_its_folder_is_not_trained(ask, folder):
+    os.symlink(folder / "secret" / "key.png", folder / "data" / "cats" / "cat.png")
+    status, answer = ask("POST", "/api/runs", {"name": "new", "data": "data/cats", "recipe": "lora_nano"})
+    assert status == 404 and "is a link out of" in answer["error"]
+
+
+def test_checkpoints_are_counted_in_steps_whatever_the_recipe_says(studio, folder):
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("use_lora: True\nmodel_config: configs/nano.yaml\n")
+    studio.trainings.recipes["mine"] = Recipe("mine", recipe, {})
+    for values, counted in (({"ckpt_save_interval": 5}, True), ({}, False)):
+        settings = studio.trainings._settings(studio.trainings.recipes["mine"], folder / "run", folder / "data", values)
+        assert settings.step_mode is counted
 
 
 def test_a_run_of_an_earlier_page_can_be_resumed(ask, folder):
