@@ -27,7 +27,6 @@ if __name__ == "__main__":
     start_script()
 
 import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from ldm.data.dataset import Row, read_image_text_csv  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
@@ -36,7 +35,7 @@ from ldm.settings.declare import MAX_COUNT, MAX_RANK, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
-from tools.lessons import PROMPTS, save_images, train_lora  # noqa: E402
+from tools.lessons import PROMPTS, read_pixels, save_images, train_lora  # noqa: E402
 
 if TYPE_CHECKING:
     from ldm.generation.pipeline import Pipeline
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test, output = from_root(settings.test_path), Path(from_root(settings.output_path))
     os.chdir(ROOT)  # so that all paths are those of the printed commands
     rows, shown = choose_rows(read_image_text_csv(test).rows, settings.shown, settings.prompts)
-    real = pixels([row.path for row in rows], CLIP_SIZE)
+    real = read_pixels([row.path for row in rows], CLIP_SIZE)
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         folders = {}
@@ -127,7 +126,7 @@ def compare(
 
     def draw(loras: list[Path], folder: Path) -> Images:
         files = draw_images(pipe, loras, [row.caption for row in rows], folder)
-        drawn = pixels(files)
+        drawn = read_pixels(files)
         chroma = float((drawn.max(axis=3).astype(float) - drawn.min(axis=3)).mean() / 255)
         return Images(files, chroma, float((clip.encode_pixels(drawn) * real_features).sum(axis=1).mean()))
 
@@ -164,15 +163,6 @@ def draw_images(pipe: Pipeline, loras: list[Path], prompts: Sequence[str], folde
     files = [folder / f"{i:02}.png" for i in range(len(prompts))]
     save_images(pipe(prompts, seed=1).images, files)
     return files
-
-
-def pixels(files: Sequence[Path], size: int | None = None) -> np.ndarray:
-    """Read images as (N, H, W, 3) uint8, scaled to size x size pixels. None reads images that have one size already."""
-    images = []
-    for file in files:
-        image = Image.open(file).convert("RGB")
-        images.append(np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BICUBIC)))
-    return np.stack(images)
 
 
 def percent(part: float, whole: float) -> str:

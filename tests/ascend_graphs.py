@@ -22,6 +22,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops  # noqa: E402
 
 from ldm import ops as device_ops  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
+from ldm.diffusion.on_device import GuidedUNet, WeightedSum  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.lora.dropout import make_dropout_key  # noqa: E402
 from ldm.lora.inject import factors_cast_to, inject_lora  # noqa: E402
@@ -78,6 +79,9 @@ def graphs(config: ModelConfig):
     yield "encode", VAEEncode(model.first_stage_model), (zeros(1, 3, 16, 16),)
     yield "decode", VAEDecode(model.first_stage_model), (zeros(1, 4, 4, 4),)
     yield "unet", model.model.diffusion_model, (latents, timesteps, context)
+    one = zeros(1)
+    yield "guided", GuidedUNet(model.model.diffusion_model), (latents[:1], timesteps, context, one, one)
+    yield "sampler", WeightedSum(), (zeros(2), latents, latents)
 
     # LoRA everywhere and a learned token, trained with everything that the step can do. The step of whole networks has
     # the same operators.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ldm.errors import UserError, plain
@@ -66,6 +67,15 @@ def save_images(images: Sequence[Image.Image], files: Sequence[Path]) -> None:
     for image, file in zip(images, files):
         with atomic_path(file, sync=False) as temporary:
             image.save(temporary)
+
+
+def read_pixels(files: Sequence[Path], size: int | None = None) -> np.ndarray:
+    """Read images as (N, H, W, 3) uint8, scaled to size x size pixels. None reads images that have one size already."""
+    images = []
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        images.append(np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BICUBIC)))
+    return np.stack(images)
 
 
 def same_pixels(files: Sequence[Path], others: Sequence[Path]) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 
 from ldm.data.draws import draws
 from ldm.diffusion.guidance import GuidedDenoiser
+from ldm.diffusion.on_device import DeviceSampling
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import ZERO_TERMINAL_RESCALE, Sampling
 from ldm.diffusion.schedule import NoiseSchedule
@@ -56,6 +57,7 @@ def denoise_batch(
     sampling: Sampling,
     draw_noise: Callable[[], np.ndarray] | None = None,
     callback: Callable[[int], None] | None = None,
+    on_device: DeviceSampling | None = None,
 ) -> np.ndarray:
     """Denoise one batch.
 
@@ -67,8 +69,10 @@ def denoise_batch(
         negative_text_embeddings: Of the negative prompts, (N, 77, D). None at guidance scale 1.
         latents: The scaled latents to start from, (N, C, h, w).
         sampling: How the images are sampled.
-        draw_noise: Returns DDIM's fresh noise, (N, C, h, w).
+        draw_noise: Returns fresh noise (N, C, h, w), for samplers that add some.
         callback: Called with the number of each step that is done, from 1.
+        on_device: Keeps the latents on the device from step to step. A step counts as done when its work is handed to
+            the device. None computes all but the network with NumPy.
 
     Returns:
         The final scaled latents, (N, C, h, w) float32.
@@ -81,23 +85,37 @@ def denoise_batch(
     rescale = sampling.guidance_rescale
     if rescale is None and from_noise_alone:
         rescale = ZERO_TERMINAL_RESCALE
-    denoise = GuidedDenoiser(unet, text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0)
-    options = {"eta": sampling.eta, "draw_noise": draw_noise} if sampling.sampler == "ddim" else {}
-    steps = sampling.num_inference_steps
-    sampler = SAMPLERS[sampling.sampler]
-    calls = itertools.count()
+    guidance = text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
+    denoise: Callable[[Any, float], Any] = (
+        GuidedDenoiser(unet, *guidance) if on_device is None else on_device.denoiser(*guidance)
+    )
+    sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
+    done = 0  # steps, not calls of the network: some samplers call it twice a step
 
-    def denoise_with_loras(latents: np.ndarray, timestep: int) -> np.ndarray:
-        step = next(calls)
-        merged_loras.switch([merged.is_active(step, steps, timestep) for merged in merged_loras.loras])
+    def denoise_with_loras(latents: Any, timestep: float) -> Any:
+        merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
         return denoise(latents, timestep)
 
+    def end_step(step: int) -> None:
+        nonlocal done
+        done = step
+        if callback is not None:
+            callback(step)
+
+    start: Any = latents
+    draw: Callable[[], Any] | None = draw_noise
+    if on_device is not None:
+        start = on_device.array(latents)
+        draw = None if draw_noise is None else on_device.drawn(draw_noise)
     try:
-        final = sampler(
-            denoise_with_loras, latents, steps, schedule, config.prediction_type, callback=callback, **options
-        )
+        final: Any = sampler(
+            denoise_with_loras, start, steps, schedule, config.prediction_type, end_step,
+            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw,
+        )  # fmt: skip
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))
+    if on_device is not None:
+        final = final.asnumpy()
     if not np.isfinite(final).all():
         raise UserError(
             "the sampled latents are not finite: the checkpoint or the LoRA is broken, or fp16 overflows "

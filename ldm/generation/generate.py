@@ -231,10 +231,7 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         metadata["init_latents"] = Path(settings.init_latents).name
         metadata["init_latents_sha256"] = content_hash(settings.init_latents)
     metadata["settings"] = {
-        "sampler": plan.sampling.sampler,
-        "sampling_steps": plan.sampling.num_inference_steps,
-        "scale": plan.sampling.guidance_scale,
-        "ddim_eta": plan.sampling.eta,
+        **plan.sampling.fields(),
         "H": plan.sampling.height,
         "W": plan.sampling.width,
         "precision": precision,

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.diffusion.on_device import DeviceSampling
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
@@ -102,6 +103,10 @@ class Pipeline:
         self.text_encoder = model.cond_stage_model
         self.decoder = VAEDecode(model.first_stage_model)
         self._merged = MergedLoRAs(model, None if base_weights is None else base_weights.open)
+        runtime = current_runtime()
+        # On the CPU the arrays are in the same memory, and NumPy computes as fast.
+        self.keeps_latents_on_device = runtime is not None and runtime.device != "CPU"
+        self._device_sampling: DeviceSampling | None = None
         self._named: dict[str, LoRA] = {}  # the LoRAs that load_lora gave a name
         self._own_embeddings = get_embeddings(model)  # those that no LoRA brings
         self.embeddings: tuple[Embedding, ...] = tuple(self._own_embeddings)  # all that prompts may name
@@ -361,10 +366,11 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         seed: int = 42,
         sampler: str = "dpm_solver_pp",
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: np.ndarray | None = None,
         batch_size: int | None = None,
         guidance_rescale: float | None = None,
+        schedule: str = "as_trained",
         progress: bool = True,
     ) -> PipelineOutput:
         """Generate images: the same ones as text_to_image.py with the same settings.
@@ -374,16 +380,17 @@ class Pipeline:
             negative_prompt: What the images should not show: one for all prompts, or as many as prompts.
             height: In pixels, None for the model's own.
             width: In pixels, None for the model's own.
-            num_inference_steps: Calls of the UNet for an image.
+            num_inference_steps: Steps of the sampler. Some call the UNet twice a step (docs/sampling.md).
             guidance_scale: The scale of classifier-free guidance, 1 for none. None for the model's default.
             num_images_per_prompt: Images of each prompt. All images of the first prompt come first.
             seed: Image i depends on (seed, i) alone.
-            sampler: "dpm_solver_pp", "dpm_solver" or "ddim".
-            eta: DDIM's share of fresh noise, 0 to 1.
+            sampler: A name in ldm.diffusion.samplers.SAMPLERS, such as "dpm_solver_pp", "euler_a" or "ddim".
+            eta: Share of fresh noise in the samplers that have one, 0 to 1. None for 0 in DDIM and 1 in the others.
             latents: Starting latents (N, C, h, w), one for each image, instead of those of the seed.
             batch_size: Images in a call of the network, None for as many as memory is likely to hold.
             guidance_rescale: Share of the guided output that gets the standard deviation of the positive one, 0 to 1.
                 None for 0.7 with a LoRA that was trained with zero_terminal_snr, else 0.
+            schedule: The noise levels of the steps: "as_trained", "karras", "exponential", "sgm_uniform" or "linspace".
             progress: Show a progress bar.
 
         Raises:
@@ -403,7 +410,7 @@ class Pipeline:
         side = self.config.image_size
         batch_size = batch_size or default_batch_size(num_images_per_prompt, height or side, width or side)
         sampling = Sampling(
-            sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale
+            sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale, schedule
         )
         prompts, negative_prompts = (
             [text for text in texts for _ in range(num_images_per_prompt)] for texts in (prompts, negative_prompts)
@@ -563,8 +570,24 @@ class Pipeline:
         """Denoise one batch with the LoRAs that are merged. See ldm.generation.denoising.denoise_batch."""
         return denoise_batch(
             self.unet, self.config, self._merged, text_embeddings, negative_text_embeddings, latents, sampling,
-            draw_noise, callback,
+            draw_noise, callback, self._on_device(),
         )  # fmt: skip
+
+    def _on_device(self) -> DeviceSampling | None:
+        """Return what keeps the latents on the device, None where NumPy computes."""
+        if not self.keeps_latents_on_device:
+            return None
+        if self._device_sampling is None or self._device_sampling.unet is not self.unet:
+            self._device_sampling = DeviceSampling(self.unet)
+        return self._device_sampling
+
+    def free_graphs(self) -> None:
+        """Free the compiled graphs of a pipeline that is not used again. Its networks stay."""
+        graphs = [self.unet, self.text_encoder, self.decoder]
+        if self._device_sampling is not None:
+            graphs += [self._device_sampling.guided_unet, self._device_sampling.weighted_sum]
+        for graph in graphs:
+            free_graphs(graph)
 
     def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Decode scaled latents (N, C, h, w) to images (N, H, W, C) uint8. See ldm.generation.decoding."""

@@ -23,6 +23,7 @@ from ldm.settings.declare import default_of, names_of
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import ModelConfig, load_model_config
 from ldm.settings.prompts import MAX_IMAGES
+from ldm.settings.sampling import DEFAULT_SAMPLER
 from ldm.settings.versions import VERSIONS, default_guidance_scale
 from ldm.textual_inversion.embedding import Embedding, check_width
 from ldm.textual_inversion.formats import read_embeddings
@@ -94,14 +95,15 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     height, width = settings.H or config.image_size, settings.W or config.image_size
     scale = default_guidance_scale(config.architecture) if settings.scale is None else settings.scale
     sampling = Sampling(
-        sampler=settings.sampler,
+        sampler=settings.sampler or DEFAULT_SAMPLER,
         num_inference_steps=settings.sampling_steps,
         guidance_scale=scale,
-        eta=settings.ddim_eta,
+        eta=settings.noise_share,
         height=height,
         width=width,
         batch_size=settings.batch_size or default_batch_size(settings.n_samples, height, width),
         guidance_rescale=settings.guidance_rescale,
+        schedule=settings.schedule,
     )
     sampling.check(config)
     _check_latents_paths(settings)

@@ -13,16 +13,8 @@ from ldm.errors import UserError
 from ldm.settings.declare import MAX_COUNT, MAX_SEED, names_of, setting
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
+from ldm.settings.samplers import SAMPLER_NAMES
 from ldm.settings.sampling import MAX_GUIDANCE
-
-# The samplers of ldm.diffusion.samplers by this project's names and by kohya's.
-SAMPLER_NAMES = {
-    "dpm_solver_pp": "dpm_solver_pp",
-    "dpm_solver": "dpm_solver",
-    "ddim": "ddim",
-    "dpmsolver++": "dpm_solver_pp",
-    "dpmsolver": "dpm_solver",
-}
 
 _sample_setting = partial(setting, not_in_diffusers="the comparison draws no images while it trains")
 

@@ -8,8 +8,11 @@ from typing import Optional
 from ldm.errors import UserError
 from ldm.settings.declare import setting
 from ldm.settings.model_yaml import MAX_TIMESTEPS
+from ldm.settings.samplers import AS_TRAINED, ETA_SAMPLERS, SAMPLER_LABELS, SCHEDULES
 
 MAX_GUIDANCE = 1000
+DEFAULT_SAMPLER = "dpm_solver_pp"
+FLAGS = ("dpm_solver", "ddim", "plms", "uni_pc")  # of mindone's script, which name a sampler each
 
 
 @dataclass
@@ -27,18 +30,43 @@ class SamplingSettings:
         low=0,
         high=1,
     )
+    sampler: Optional[str] = setting(
+        None, "sampler, dpm_solver_pp if none is chosen (docs/sampling.md)", choices=tuple(SAMPLER_LABELS)
+    )
+    schedule: str = setting(
+        AS_TRAINED,
+        "noise levels of the steps; as_trained: each sampler's own (docs/sampling.md)",
+        choices=SCHEDULES,
+    )
+    plms: bool = setting(False, "sample with PLMS")
+    uni_pc: bool = setting(False, "sample with UniPC")
     dpm_solver: bool = setting(False, "sample with DPM-Solver instead of DPM-Solver++")
     ddim: bool = setting(False, "sample with DDIM instead of DPM-Solver++")
     ddim_eta: float = setting(0.0, "share of fresh noise in DDIM", low=0, high=1)
+    eta: Optional[float] = setting(None, "share of fresh noise in ancestral and SDE samplers; None: 1", low=0, high=1)
 
     @property
-    def sampler(self) -> str:
-        """The name in ldm.diffusion.samplers.SAMPLERS."""
-        return "ddim" if self.ddim else "dpm_solver" if self.dpm_solver else "dpm_solver_pp"
+    def noise_share(self) -> Optional[float]:
+        """The share of fresh noise, None for the sampler's default."""
+        return self.ddim_eta if self.sampler == "ddim" else self.eta
 
     def check_sampling(self) -> None:
-        """Raise UserError unless the settings of the sampler go together."""
-        if self.dpm_solver and self.ddim:
-            raise UserError("--dpm_solver and --ddim are both given: leave one of them out")
-        if self.ddim_eta and not self.ddim:
+        """Put the sampler that a flag names into `sampler`, and check that the settings go together.
+
+        Raises:
+            UserError: They do not.
+        """
+        chosen = {} if self.sampler is None else {self.sampler: f"--sampler {self.sampler}"}
+        for name in FLAGS:
+            if getattr(self, name):
+                chosen.setdefault(name, f"--{name}")
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen.values())} are both given: leave one of them out")
+        self.sampler = next(iter(chosen), DEFAULT_SAMPLER)
+        if self.ddim_eta and self.sampler != "ddim":
             raise UserError(f"--ddim_eta {self.ddim_eta} needs DDIM: add --ddim, or leave it out")
+        if self.eta is not None and self.sampler not in ETA_SAMPLERS:
+            raise UserError(
+                f"--eta {self.eta} has no effect on {self.sampler}: leave it out, or choose one of "
+                f"{', '.join(ETA_SAMPLERS)} (--sampler); DDIM has --ddim_eta"
+            )

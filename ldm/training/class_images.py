@@ -40,7 +40,6 @@ from ldm.generation.pipeline import Pipeline
 from ldm.models.attention import use_flash_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.ops import free_graphs
 from ldm.runtime import peers
 from ldm.runtime.device import Runtime, failed_allocations_as, give_back_memory
 from ldm.runtime.launcher import process_name
@@ -341,8 +340,7 @@ def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -
     try:
         yield pipeline
     finally:
-        for network in (pipeline.unet, pipeline.text_encoder, pipeline.decoder):
-            free_graphs(network)
+        pipeline.free_graphs()
         set_compute_dtype(unet, ms.float32)
         if flash_attention:
             use_flash_attention(unet, False)

@@ -49,10 +49,7 @@ def model_fields(settings: TrainSettings, config: ModelConfig) -> dict[str, Any]
 def sampling_field(sampling: Sampling, config: ModelConfig, precision: str) -> dict[str, Any]:
     """Return the text field "settings", as that of text_to_image.py."""
     return {
-        "sampler": sampling.sampler,
-        "sampling_steps": sampling.num_inference_steps,
-        "scale": sampling.guidance_scale,
-        "ddim_eta": sampling.eta,
+        **sampling.fields(),
         "H": sampling.height,
         "W": sampling.width,
         "batch_size": sampling.batch_size,

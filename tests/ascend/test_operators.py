@@ -20,7 +20,8 @@ from tests.conftest import ROOT, dump_graphs, validated_graphs
 STRUCTURE = {"Depend", "Load", "MakeTuple", "Partial", "Switch", "TupleGetItem", "UpdateState"}
 UPDATES = tuple(f"update, {name}" for name in ("adamw", "lion", "adafactor", "adamwschedulefree", "prodigy", "limited"))
 LOSSES = tuple(f"loss, {name}" for name in ("l1", "huber", "smooth_l1"))
-GRAPHS = ("text", "encode", "decode", "unet", "train", "update", *UPDATES, *LOSSES, "kinds of LoRA")
+SAMPLING = ("text", "encode", "decode", "unet", "guided", "sampler")
+GRAPHS = (*SAMPLING, "train", "update", *UPDATES, *LOSSES, "kinds of LoRA")
 pytestmark = pytest.mark.without_dry_run  # it compiles on the CPU, with the forms of Ascend
 PLUGINS = ("libmindspore_ops_ascend.so", "libmindspore_ascend.so.2", "ascend/libmindspore_graph_ir.so")
 

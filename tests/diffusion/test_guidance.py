@@ -54,6 +54,16 @@ def test_both_halves_go_through_the_network_in_one_call_the_negative_first():
     np.testing.assert_array_equal(timesteps, np.full(6, 500, np.int32))
 
 
+def test_a_time_step_between_two_keeps_its_fraction_and_a_whole_one_its_type():
+    unet = Recorder()
+    denoiser = GuidedDenoiser(unet, TEXT_EMBEDDINGS, NEGATIVE, scale=4.0)
+    for timestep in (946.421, 946.0, 946):
+        denoiser(X, timestep)
+    fraction, whole_float, whole = (timesteps for _, timesteps, _ in unet.calls)
+    assert fraction.dtype == whole_float.dtype == np.float32 and whole.dtype == np.int32
+    np.testing.assert_array_equal(fraction, np.full(6, 946.421, np.float32))
+
+
 def test_scale_1_needs_no_negative_half():
     unet = Recorder()
     output = GuidedDenoiser(unet, TEXT_EMBEDDINGS, None, scale=1.0)(X, 3)

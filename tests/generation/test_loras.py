@@ -286,6 +286,19 @@ def test_a_lora_is_in_the_weights_at_its_steps_alone(pipeline, folder, start, en
     assert len(pipeline.unet.compile_cache) == 1
 
 
+def test_a_lora_begins_at_its_step_where_a_sampler_calls_the_network_twice_a_step(pipeline, folder, monkeypatch):
+    """PLMS takes its first step twice, so the third one is its fourth call. The progress bar counts steps too."""
+    switched, told = [], []
+    pipeline.load_lora(folder / "a.ckpt", 0.8, start=0.5)
+    monkeypatch.setattr(pipeline._merged, "switch", switched.append)
+    embeddings = pipeline.encode_prompts(["a red cat", ""])
+    start = pipeline.starting_latents(7, [0], latent_shape(pipeline.config))
+    plms = replace(FOUR, sampler="plms")
+    pipeline.sample(embeddings[:1], embeddings[1:], start, plms, callback=told.append)
+    assert switched == [[False], [False], [False], [True], [True], [True]]  # at last, all are
+    assert told == [1, 2, 3, 4]
+
+
 def test_each_lora_of_a_list_has_its_own_steps_and_each_batch_begins_anew(pipeline, folder):
     loras = [(folder / "a.ckpt", 0.8, 0.5, None), (folder / "b.ckpt", 0.5, None, 0.5)]
     pipeline.set_loras(loras)

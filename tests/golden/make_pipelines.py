@@ -14,7 +14,15 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import ModelConfig, load_model_config
@@ -29,11 +37,18 @@ SCHEDULERS = {
     "dpm_solver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
 }
+# These are compared live only (tests/parity/test_pipelines.py): tests/golden/make_schedulers.py has all samplers.
+MORE_SCHEDULERS = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "uni_pc": (UniPCMultistepScheduler, {}),
+}
 
 
 def diffusers_pipeline(config: ModelConfig, reference: Reference, sampler: str) -> StableDiffusionPipeline:
     """diffusers' own pipeline around the reference networks, its scheduler as Stable Diffusion's folders have it."""
-    cls, settings = SCHEDULERS[sampler]
+    cls, settings = {**SCHEDULERS, **MORE_SCHEDULERS}[sampler]
     scheduler = cls(
         num_train_timesteps=config.timesteps,
         beta_start=config.linear_start,

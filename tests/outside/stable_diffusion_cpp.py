@@ -94,7 +94,7 @@ def draw_here(folder: Path, size: int, steps: int, scale: float, half_convolutio
     """
     import mindspore as ms
 
-    from ldm.diffusion.samplers.steps import leading_timesteps
+    from ldm.diffusion.samplers.levels import leading_timesteps
     from ldm.diffusion.sampling import Sampling
     from ldm.generation.pipeline import Pipeline
 

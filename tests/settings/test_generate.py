@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,24 @@ def test_dpm_solver_plus_plus_is_the_default():
     assert parse("--prompt x").sampler == "dpm_solver_pp"
 
 
+@pytest.mark.parametrize(
+    ("flags", "sampler", "schedule", "noise_share"),
+    [
+        ("--plms", "plms", "as_trained", None),
+        ("--uni_pc", "uni_pc", "as_trained", None),
+        ("--dpm_solver", "dpm_solver", "as_trained", None),
+        ("--ddim", "ddim", "as_trained", 0.0),
+        ("--ddim --sampler ddim --ddim_eta 0.5", "ddim", "as_trained", 0.5),
+        ("--sampler euler_a --eta 0.3 --schedule karras", "euler_a", "karras", 0.3),
+        ("--sampler dpmpp_2m_sde", "dpmpp_2m_sde", "as_trained", None),
+    ],
+)
+def test_a_sampler_is_chosen_by_its_name_or_its_published_flag(flags, sampler, schedule, noise_share):
+    settings = parse(f"--prompt x {flags}")
+    assert (settings.sampler, settings.schedule, settings.noise_share) == (sampler, schedule, noise_share)
+    assert replace(settings).sampler == sampler  # a copy is checked again
+
+
 def test_a_prompt_may_be_the_word_none():
     assert parse("--prompt none").prompt == "none"
 
@@ -77,6 +96,14 @@ def test_a_prompt_may_be_the_word_none():
         ("--prompt x --data_path p.txt", "--prompt and --data_path"),
         ("--prompt x --negative_prompt y --negative_data_path n.txt", "--negative_prompt and --negative_data_path"),
         ("--prompt x --dpm_solver --ddim", "--dpm_solver and --ddim"),
+        ("--prompt x --plms --uni_pc", "--plms and --uni_pc are both given"),
+        ("--prompt x --sampler euler --ddim", "--sampler euler and --ddim are both given"),
+        ("--prompt x --sampler k_euler_b", "sampler.*k_euler_b.*dpm_solver_pp.*euler_a"),
+        ("--prompt x --schedule cosine", "schedule.*cosine.*as_trained.*karras"),
+        ("--prompt x --eta 0.5", "eta 0.5 has no effect on dpm_solver_pp.*euler_a.*--ddim_eta"),
+        ("--prompt x --ddim --eta 0.5", "no effect on ddim"),
+        ("--prompt x --sampler euler_a --eta 1.5", "eta.*at most 1"),
+        ("--prompt x --sampler euler_a --ddim_eta 0.5", "add --ddim"),
         ("--prompt x --ddim_eta 0.5", "add --ddim"),
         ("--prompt x --ddim --ddim_eta 1.5", "ddim_eta.*at most 1"),
         ("--prompt x --ddim --ddim_eta -1", "ddim_eta.*at least 0"),

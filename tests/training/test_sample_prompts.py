@@ -80,7 +80,7 @@ def test_json_and_toml_have_kohyas_names(tmp_path):
         ("p.txt", "a cat --w 17", ("line 1", "17", "multiples of 2", "16")),
         ("p.txt", "a cat --s 0", ("line 1, --s", "at least 1")),
         ("p.txt", "a cat --s 2000", ("line 1", "2000", "1000")),
-        ("p.txt", "a cat --ss euler_a", ("line 1, --ss", "euler_a", "dpmsolver++")),
+        ("p.txt", "a cat --ss dpmsingle", ("line 1, --ss", "dpmsingle", "dpmsolver++")),
         ("p.txt", "a cat --d 1 --d 2", ("line 1", "--d is given twice")),
         ("p.txt", "x" * 10_001, ("line 1", "10,001 characters")),
         ("p.txt", "# nothing\n", ("p.txt", "no prompts")),

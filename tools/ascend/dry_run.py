@@ -33,7 +33,7 @@ from ldm.settings.train import TrainSettings  # noqa: E402
 from tools.ascend.simulation import Graph, Simulated, simulate  # noqa: E402
 from tools.ascend.stub_cann import DEFAULT_SOC  # noqa: E402
 
-GRAPHS = ("text", "encode", "decode", "unet", "step")
+GRAPHS = ("text", "encode", "decode", "unet", "guided", "sampler", "step")
 RECIPE = ROOT / "configs" / "train" / "train_config_lora_v1.yaml"
 
 

@@ -18,6 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from ldm.diffusion.on_device import DeviceSampling, WeightedSum
 from ldm.diffusion.sampling import latent_shape
 from ldm.files.paths import under_root
 from ldm.generation import loading
@@ -79,6 +80,19 @@ class Graphs:
         unet, latents = self._sampling_model().model.diffusion_model, self._latents(self.batch)
         timesteps, text_embeddings = zeros(self.batch, dtype=np.int32), zeros(self.batch, 77, self.config.context_dim)
         return lambda: unet(latents, timesteps, text_embeddings)
+
+    def guided(self) -> Callable[[], object]:
+        """Return the call of the UNet with guidance, for half as many images, and with a guidance rescale."""
+        sampling = DeviceSampling(self._sampling_model().model.diffusion_model)
+        embeddings = np.zeros((self.batch // 2, 77, self.config.context_dim), np.float32)
+        denoise = sampling.denoiser(embeddings, embeddings, 7.5, 0.7)
+        latents = sampling.array(self._latents(self.batch // 2))
+        return lambda: denoise(latents, 500).tensor
+
+    def sampler(self) -> Callable[[], object]:
+        """Return the call of the sampler's arithmetic: a sum of four arrays."""
+        weighted_sum, latents = WeightedSum(), [self._latents(self.batch) for _ in range(4)]
+        return lambda: weighted_sum(zeros(4), *latents)
 
     def step(self) -> Callable[[], object]:
         """Return the call of the training step."""

@@ -11,27 +11,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.diffusion.samplers.multistep import FEW_STEPS, NoiseLevels, solve
-from ldm.diffusion.samplers.steps import Callback, Denoise, predict_noise
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.samplers import multistep
+from ldm.diffusion.samplers.levels import SPACINGS, Levels
+from ldm.diffusion.samplers.steps import Run, Sampler, predict_noise
 
 
-def sample(
-    denoise: Denoise,
-    latents: np.ndarray,
-    steps: int,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    callback: Callback | None = None,
-) -> np.ndarray:
-    """Sample latents. Arguments and errors as in `steps.py`."""
-    return solve(
-        denoise, latents, steps, schedule, prediction_type, callback,
-        final_sigma=schedule.sigmas[0], predict=predict_noise, advance=_advance, first_order_end=steps < FEW_STEPS,
+def solve(run: Run) -> np.ndarray:
+    """Take the steps of a run."""
+    return multistep.solve(
+        run, final_sigma=float(run.schedule.sigmas[0]), predict=predict_noise, advance=_advance,
+        first_order_end=run.steps < multistep.FEW_STEPS,
     )  # fmt: skip
 
 
-def _advance(latents: np.ndarray, noise: np.ndarray, levels: NoiseLevels, i: int) -> np.ndarray:
+def _advance(latents: np.ndarray, noise: np.ndarray, levels: Levels, i: int) -> np.ndarray:
     # alpha_t / alpha_s latents - sigma_t (e^h - 1) noise, with sigma_t e^h = alpha_t sigma_s / alpha_s.
     ratio = levels.alpha[i + 1] / levels.alpha[i]
     return ratio * latents + (levels.sigma[i + 1] - ratio * levels.sigma[i]) * noise
+
+
+sample = Sampler("dpm_solver", solve, SPACINGS)

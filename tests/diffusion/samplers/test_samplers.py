@@ -1,4 +1,7 @@
-"""The three samplers end where diffusers' schedulers end (tests/golden/make_samplers.py)."""
+"""The three oldest samplers end where diffusers' schedulers end (tests/golden/make_samplers.py).
+
+test_schedulers.py has all samplers and schedules.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,19 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.samplers import SAMPLERS, ddim
-from ldm.diffusion.samplers.steps import leading_timesteps, linspace_timesteps, trailing_timesteps
+from ldm.diffusion.samplers.levels import leading_timesteps, linspace_timesteps, trailing_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from tests.sampler_cases import relative_error, toy_denoise, toy_noise
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "samplers.npz", allow_pickle=False)
 STEPS = (1, 2, 5, 10, 14, 15, 20, 50)
-
-
-def toy_denoise(x, timestep):
-    return np.tanh(1.3 * x + np.roll(x, 1, axis=-1)) + 0.5 * np.cos(timestep / 150.0) * np.roll(x, 1, axis=1)
-
-
-def toy_noise(shape, step):
-    return (np.sqrt(2.0) * np.sin(1.7 * np.arange(np.prod(shape)) + step)).reshape(shape).astype(np.float32)
-
-
-def relative_error(ours, reference):
-    return np.abs(ours - reference).max() / np.abs(reference).max()
+NAMES = ("dpm_solver_pp", "dpm_solver", "ddim")
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_final_latents_are_diffusers(name, prediction_type, steps):
     ours = SAMPLERS[name](toy_denoise, GOLDEN["latents"], steps, NoiseSchedule(), prediction_type)
     assert ours.dtype == np.float32
@@ -73,7 +66,7 @@ def test_a_network_that_knows_the_image_leads_to_it(name, left_over, prediction_
     assert np.abs(ended - image).max() < left_over
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_network_is_called_once_a_step_and_the_callback_told(name):
     calls, told = [], []
 
@@ -87,7 +80,7 @@ def test_the_network_is_called_once_a_step_and_the_callback_told(name):
     assert told == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_starting_latents_are_left_as_they_are(name):
     latents = GOLDEN["latents"].copy()
     SAMPLERS[name](toy_denoise, latents, 3, NoiseSchedule(), "epsilon")
@@ -114,7 +107,7 @@ def test_a_zero_terminal_schedule_is_sampled_from_its_last_time_step_with_traili
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_final_latents_of_a_zero_terminal_schedule_are_diffusers(name, steps):
     ours = SAMPLERS[name](toy_denoise, GOLDEN["latents"], steps, ZERO_TERMINAL, "v_prediction")
     # DPM-Solver's first step multiplies a difference of float32 numbers by alpha_1 / alpha_0, up to 4,096, in diffusers
@@ -133,19 +126,19 @@ def test_a_network_that_knows_the_image_leads_to_it_from_noise_alone(name, left_
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000, 10**9])
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_that_do_not_fit_the_schedule_are_refused(name, steps):
     with pytest.raises(UserError, match="sampling_steps .*1 to 999"):
         SAMPLERS[name](toy_denoise, GOLDEN["latents"], steps, NoiseSchedule(), "epsilon")
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_most_steps_that_fit_stay_finite(name):
     latents = GOLDEN["latents"][:1, :, :2, :2]
     assert np.isfinite(SAMPLERS[name](toy_denoise, latents, 999, NoiseSchedule(), "v_prediction")).all()
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_another_prediction_type_is_refused(name):
     with pytest.raises(ValueError, match="sample"):
         SAMPLERS[name](toy_denoise, GOLDEN["latents"], 5, NoiseSchedule(), "sample")
