@@ -25,6 +25,8 @@ pytest.importorskip("uvicorn", reason="the extra `studio` is not installed")
 # It starts the page's server and trainings beside it.
 pytestmark = pytest.mark.processes
 
+TRAINING_SECONDS = 400  # on a busy machine; 30 on an idle one
+
 UNNAMED = """[...document.querySelectorAll('input,select,textarea,button')].filter((e) =>
     e.checkVisibility() && !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim()).length"""
 
@@ -92,6 +94,7 @@ def test_a_click_makes_an_image_and_saves_it(page, folder):
     page.type_into("#image-prompt", "a red apple")
     page.type_into("#image-sampling_steps", "3")
     page.type_into("#image-n_samples", "2")
+    page.run("document.querySelector('#image-sampler').value = '\"euler\"'")
     page.click("#request button.main")
     wait_for_images(page, 2)
     page.wait_for("document.querySelector('#shown img')?.naturalWidth === 64")
@@ -99,6 +102,7 @@ def test_a_click_makes_an_image_and_saves_it(page, folder):
     assert [file.name for file in files] == ["00000.png", "00001.png"]
     with Image.open(files[0]) as image:
         assert image.text["prompt"] == "a red apple" and '"sampling_steps": 3' in image.text["settings"]
+        assert '"sampler": "euler"' in image.text["settings"]
     assert page.run("document.querySelectorAll('#gallery img').length") == 2
     shown = page.run("document.querySelector('#shown dl').textContent")
     assert "a red apple" in shown and "sampling steps3" in shown
@@ -108,9 +112,11 @@ def test_a_click_makes_an_image_and_saves_it(page, folder):
 def test_the_settings_of_an_image_fill_the_form(page):
     page.type_into("#image-prompt", "something else")
     page.type_into("#image-sampling_steps", "9")
+    page.run("document.querySelector('#image-sampler').value = ''")
     page.click("#shown .actions button")
     assert page.run("document.querySelector('#image-prompt').value") == "a red apple"
     assert page.run("document.querySelector('#image-sampling_steps').value") == "3"
+    assert page.run("document.querySelector('#image-sampler').value") == '"euler"'
 
 
 def test_a_mistake_is_shown_and_the_page_goes_on(page):
@@ -157,13 +163,13 @@ def test_a_training_is_started_stopped_resumed_and_used(page, folder):
         page.type_into(name, text)
     assert page.run("document.querySelector('#run-data').value") == "data/emoji"
     page.click("#training button.main")
-    page.wait_for("document.querySelector('#run progress')?.value >= 5")
+    page.wait_for("document.querySelector('#run progress')?.value >= 5", TRAINING_SECONDS)
     page.click("#stop")
     page.wait_for("document.querySelector('#resume') !== null")
     stopped = page.run("document.querySelector('#run progress').value")
     assert stopped < 20 and "stopped" in page.run("document.querySelector('#runs').textContent")
     page.click("#resume")
-    page.wait_for("document.querySelector('#runs').textContent.includes('finished, 20 steps')")
+    page.wait_for("document.querySelector('#runs').textContent.includes('finished, 20 steps')", TRAINING_SECONDS)
     assert page.run("document.querySelectorAll('#run svg path.mean').length") == 1
     page.wait_for("document.querySelectorAll('#run .strip img').length === 3")
     assert len((folder / "out" / "training" / "emoji" / "metrics.csv").read_text().splitlines()) == 21

@@ -8,7 +8,7 @@ const loraBox = document.getElementById("loras");
 const loraList = document.getElementById("lora");
 const gallery = document.getElementById("gallery");
 // The settings that are always shown, of those that there are. The others are folded, by group.
-const FIRST = ["prompt", "negative_prompt", "sampler", "sampling_steps", "scale", "seed", "n_samples", "H", "W"];
+const FIRST = ["prompt", "negative_prompt", "sampler", "schedule", "sampling_steps", "scale", "seed", "n_samples", "H", "W"];
 
 // How many images are made is not written into each.
 const UNWRITTEN = ["n_iter", "n_samples"];
