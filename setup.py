@@ -19,5 +19,7 @@ setup(
         "ldm.bundled": ".",  # the two scripts
         **{f"ldm.bundled.{name}": name.replace(".", "/") for name in bundled},
     },
-    package_data={"": ["*.cc", "*.css", "*.h", "*.gz", "*.js", "*.json", "*.safetensors", "*.yaml", "py.typed"]},
+    package_data={
+        "": ["*.cc", "*.css", "*.h", "*.html", "*.gz", "*.js", "*.json", "*.safetensors", "*.yaml", "py.typed"]
+    },
 )

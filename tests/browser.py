@@ -67,14 +67,22 @@ class Page:
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Open a file in a window of this size."""
+        self.open_address(path.resolve().as_uri(), width, height, dark)
+
+    def open_address(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Open an address in a window of this size."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + TIMEOUT
-        while self.run("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < deadline, "the page does not load"
+        self.call("Page.navigate", url=address)
+        self.wait_for(f"document.readyState + location.protocol === 'complete{address.partition(':')[0]}:'")
+
+    def wait_for(self, expression: str, seconds: float = TIMEOUT) -> None:
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(expression):
+            assert time.monotonic() < deadline, f"it does not come true: {expression}"
             time.sleep(0.05)
 
     def run(self, expression: str) -> Any:
@@ -88,6 +96,32 @@ class Page:
         code = {"Tab": 9, "Enter": 13, "Home": 36, "End": 35, "ArrowLeft": 37, "ArrowRight": 39}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def click(self, selector: str) -> None:
+        """Click with the mouse in the middle of an element."""
+        x, y = self.run(
+            f"(e => {{e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+            f"return [b.x + b.width / 2, b.y + b.height / 2]}})(document.querySelector({json.dumps(selector)}))"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def drag(self, selector: str, *places: tuple[float, float]) -> None:
+        """Move the mouse with its button held over places of an element, in shares of its width and height."""
+        left, top, width, height = self.run(
+            f"(e => {{e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+            f"return [b.x, b.y, b.width, b.height]}})(document.querySelector({json.dumps(selector)}))"
+        )
+        points = [{"x": left + x * width, "y": top + y * height} for x, y in places]
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, point in zip(kinds, [*points, points[-1]]):
+            buttons = 0 if kind == "mouseReleased" else 1
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=buttons, clickCount=1, **point)
+
+    def type_into(self, selector: str, text: str) -> None:
+        """Replace the text of an input as the keyboard does."""
+        self.run(f"(e => {{e.focus(); e.select()}})(document.querySelector({json.dumps(selector)}))")
+        self.call("Input.insertText", text=text)
 
     def move_to(self, x: float, y: float) -> None:
         """Move the mouse to a place in the window."""

@@ -64,6 +64,7 @@ def test_every_file_of_the_library_and_its_data_is_installed(installed):
             ("ldm", "ldm"),
             ("configs", "ldm/bundled/configs"),
             ("models/nano", "ldm/bundled/models/nano"),
+            ("tools/studio_page", "ldm/bundled/tools/studio_page"),
         )
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
@@ -92,7 +93,7 @@ def test_both_scripts_and_every_tool_for_users_are_commands(installed):
     tools = {path.stem for folder in folders for path in (ROOT / "tools" / folder).glob("*.py")}
     tools -= {"__init__", "ablations"}  # ablations trains on the data sets, which are not installed
     # Of the tools beside these folders, the others are for developers. The modules beside inspect_data are its parts.
-    tools |= {"check_device", "compare_runs", "import_recipe", "inspect_data"}
+    tools |= {"check_device", "compare_runs", "import_recipe", "inspect_data", "studio"}
     names = {"doctor": "lora_doctor", "verify": "lora_verify"}  # others would have too general a name on a PATH
     tools = {names.get(tool, tool) for tool in tools}
     assert commands(installed) == {name: f"ldm.commands:{name}" for name in scripts | tools}

@@ -36,21 +36,28 @@ if TYPE_CHECKING:
     from ldm.generation.run import RunImage
     from ldm.runtime.device import Runtime
 
+    OpenModel = Callable[..., Pipeline]
+
 logger = logging.getLogger(__name__)
 
 
-def generate(settings: GenerateSettings) -> None:
+def generate(settings: GenerateSettings, open_model: OpenModel | None = None) -> None:
     """Generate the images that the settings describe, and write them to `settings.output_path`.
 
     Everything that needs no network is checked first, without MindSpore, and the outputs are claimed. With
     use_parallel, every process calls this, and the first one alone claims and writes the outputs.
+
+    Args:
+        settings: See GenerateSettings.
+        open_model: Takes the arguments of Pipeline.from_checkpoint, and may return the pipeline of an earlier call,
+            without learned tokens. None for Pipeline.from_checkpoint.
 
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
     cells = plan_cells(settings)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
-        generate_cells(settings, cells)
+        generate_cells(settings, cells, open_model)
         return
     latents = settings.save_latents
     starting_latents = None if latents is None else starting_latents_path(latents)
@@ -59,10 +66,10 @@ def generate(settings: GenerateSettings) -> None:
         claim_file(latents, "save_latents"),
         claim_file(starting_latents, "save_latents"),
     ):
-        generate_cells(settings, cells)
+        generate_cells(settings, cells, open_model)
 
 
-def generate_cells(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
+def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model: OpenModel | None = None) -> None:
     """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
@@ -88,13 +95,18 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
-        _generate_images(settings, cells, starting_latents, runtime)
+        _generate_images(settings, cells, starting_latents, runtime, open_model)
 
 
 def _generate_images(
-    settings: GenerateSettings, cells: Sequence[Cell], starting_latents: np.ndarray | None, runtime: Runtime
+    settings: GenerateSettings,
+    cells: Sequence[Cell],
+    starting_latents: np.ndarray | None,
+    runtime: Runtime,
+    open_model: OpenModel | None,
 ) -> None:
     """Load the models and generate this process's share of the images. The first process writes all."""
+    from ldm.generation.pipeline import Pipeline
     from ldm.generation.run import by_model, images_of, load_pipeline
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
@@ -110,7 +122,7 @@ def _generate_images(
     saves_latents = settings.save_latents is not None and runtime.process_index == 0
     with LatentsWriter(str(settings.save_latents), len(images)) if saves_latents else nullcontext() as latents:
         for of_model in by_model(images):
-            pipeline = load_pipeline(of_model[0], flash_attention)
+            pipeline = load_pipeline(of_model[0], flash_attention, open_model or Pipeline.from_checkpoint)
             _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
             del pipeline  # before the next one is loaded
     if runtime.process_index:

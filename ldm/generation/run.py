@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from ldm.generation.comparison import Cell
@@ -70,10 +70,12 @@ def by_model(images: Sequence[RunImage]) -> list[list[RunImage]]:
     return list(models.values())
 
 
-def load_pipeline(image: RunImage, flash_attention: bool) -> Pipeline:
+def load_pipeline(
+    image: RunImage, flash_attention: bool, open_model: Callable[..., Pipeline] = Pipeline.from_checkpoint
+) -> Pipeline:
     """Load the base model, the learned tokens and the LoRAs of an image. Raises UserError as their functions."""
     settings, plan = image.cell.settings, image.cell.plan
-    pipeline = Pipeline.from_checkpoint(
+    pipeline = open_model(
         plan.checkpoint,
         config=config_with_tokens(plan.config, plan.checkpoint),
         unet=plan.unet_checkpoint,

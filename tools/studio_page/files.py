@@ -1,0 +1,108 @@
+"""Which files the page may name: those below the folders that its user gave, and no others.
+
+The page names a file as `root/path/below/it`, such as `loras/style.safetensors`. A name is checked twice: its parts
+must be plain names, and what it leads to, through links, must be below the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ldm.data.sources.names import is_hidden
+from ldm.errors import UserError, plain
+
+LONGEST_NAME = 1000  # characters
+MAX_DEPTH = 6  # of folders that are listed
+MAX_LISTED = 20_000  # files and folders that are looked at
+
+
+class NotAllowed(UserError):
+    """A name that leads to no file that the page may use."""
+
+
+class Folders:
+    """The folders that the page may read.
+
+    Args:
+        roots: Each folder by the word that the page's names begin with. It need not exist yet.
+    """
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self.roots = {word: folder.resolve() for word, folder in roots.items()}
+
+    def resolve(self, name: object, *words: str) -> Path:
+        """Return the path that a name of the page stands for, without links in it.
+
+        Args:
+            name: Such as `loras/style.safetensors`.
+            *words: The roots that it may begin with, none for all.
+
+        Raises:
+            NotAllowed: It is no such name, or leads to nothing, or out of its folder.
+        """
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+            raise NotAllowed(f"{_quoted(name)} is no name of a file: choose one from the list")
+        word, *parts = name.split("/")
+        if word not in (words or self.roots) or word not in self.roots:
+            raise NotAllowed(f"{_quoted(name)} is in none of the folders that this page may use: choose from the list")
+        # A dollar is refused because paths of settings are expanded as a shell does.
+        if any(not part or is_hidden(part) or "\\" in part or "$" in part for part in parts):
+            raise NotAllowed(
+                f"{_quoted(name)} has a part that is empty, hidden, or holds a backslash or a dollar: rename the file"
+            )
+        root = self.roots[word]
+        try:
+            path = root.joinpath(*parts).resolve(strict=True)
+        except (OSError, RuntimeError):  # it is missing, or its links form a circle
+            raise NotAllowed(f"{_quoted(name)} does not exist: reload the page") from None
+        if not path.is_relative_to(root):
+            raise NotAllowed(f"{_quoted(name)} is a link out of its folder: copy the file into the folder")
+        return path
+
+    def name_of(self, path: Path) -> str | None:
+        """Return the page's name of a path, None if it is in none of the folders."""
+        for word, root in self.roots.items():
+            if path.is_relative_to(root):
+                return "/".join([word, *path.relative_to(root).parts])
+        return None
+
+    def walk(self, word: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield the name of each folder below a root, with the names in it of folders and of files, sorted.
+
+        Hidden names, links to folders and links out of the root are left out.
+        """
+        root = self.roots[word]
+        looked_at = 0
+        for folder, folders, files in os.walk(root):
+            looked_at += len(folders) + len(files)
+            below = Path(folder).relative_to(root).parts
+            folders[:] = sorted(name for name in folders if not is_hidden(name) and not _is_link(folder, name))
+            shown = sorted(name for name in files if not is_hidden(name) and not self._leads_out(folder, name, root))
+            yield "/".join([word, *below]), list(folders), shown
+            if len(below) + 1 >= depth:
+                folders.clear()
+            if looked_at > MAX_LISTED:
+                return
+
+    @staticmethod
+    def _leads_out(folder: str, name: str, root: Path) -> bool:
+        return _is_link(folder, name) and not Path(folder, name).resolve().is_relative_to(root)
+
+
+def check_links_below(folder: Path, root: Path) -> None:
+    """Raise NotAllowed if a link in a folder leads out of `root`, so that reading the folder would leave it."""
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise NotAllowed(f"{plain(path)} is a link out of {plain(root)}: copy what it leads to")
+
+
+def _is_link(folder: str, name: str) -> bool:
+    return os.path.islink(os.path.join(folder, name))
+
+
+def _quoted(name: object) -> str:
+    return f'"{plain(name, 120)}"'
