@@ -34,6 +34,20 @@ def draw_tokens(count: int) -> np.ndarray:
     return tokens
 
 
+def draw_images(config: ModelConfig, work: Work) -> list[Image.Image]:
+    """Return one image of noise for each of the batch."""
+    random, side = np.random.default_rng(SEED), work.size * config.vae_factor
+    return [Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(work.batch)]
+
+
+def draw_mask(config: ModelConfig, work: Work) -> Image.Image:
+    """Return a mask whose right half is painted anew."""
+    side = work.size * config.vae_factor
+    mask = np.zeros((side, side), np.uint8)
+    mask[:, side // 2 :] = 255
+    return Image.fromarray(mask)
+
+
 def write_images(folder: Path, size: int) -> None:
     """Write a data set of EPOCH_IMAGES PNG files of noise, each with its own caption."""
     folder.mkdir(parents=True)

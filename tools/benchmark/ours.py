@@ -30,6 +30,7 @@ from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
+from ldm.generation.tiling import run_tiled  # noqa: E402
 from ldm.lora.inject import get_lora, inject_lora  # noqa: E402
 from ldm.lora.merge import merge_lora  # noqa: E402
 from ldm.lora.spec import LoRASpec  # noqa: E402
@@ -44,7 +45,7 @@ from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import PROMPT, draw_inputs, write_images  # noqa: E402
+from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
 
 
@@ -123,7 +124,7 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
+def generate(work: Work, config: ModelConfig, merged: bool = False, sampler: str = "dpm_solver_pp") -> Callable:
     """Build a generation from prompts: text encoding, sampling, decoding."""
     model, size = build_model(config), work.size * config.vae_factor
     if merged:
@@ -132,10 +133,29 @@ def generate(work: Work, config: ModelConfig, merged: bool = False) -> Callable:
         merge_lora(model, get_lora(source, config), 1.0, "benchmark")
     pipeline = Pipeline(model)
     sampling = Sampling(
-        num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, height=size, width=size
-    )
+        sampler=sampler, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch,
+        height=size, width=size,
+    )  # fmt: skip
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
     return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))
+
+
+def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callable:
+    """Build image-to-image, or inpainting with a model of four channels."""
+    pipeline, images = Pipeline(build_model(config)), draw_images(config, work)
+    mask = draw_mask(config, work) if masked else None
+    prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
+    return lambda: pipeline(
+        prompts, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, seed=works.SEED,
+        height=images[0].height, width=images[0].width, image=images, mask=mask, strength=works.STRENGTH,
+        progress=False,
+    )  # fmt: skip
+
+
+def tiled(work: Work, config: ModelConfig) -> Callable:
+    """Build the decoding of a large image in tiles of the side that diffusers has."""
+    net, latents = VAEDecode(frozen(AutoencoderKL(**config.vae))), draw_inputs(config, work)["latents"]
+    return lambda: run_tiled(net, latents, works.TILE // config.vae_factor, into=config.vae_factor)
 
 
 def decode(work: Work, config: ModelConfig) -> Callable:
@@ -152,8 +172,9 @@ def text(work: Work, config: ModelConfig) -> Callable:
 KINDS: dict[str, Callable[..., Callable]] = {
     "unet": unet, "lora": lora, "full": partial(lora, full=True),
     "checkpointed": partial(lora, checkpointing=True), "epoch": epoch, "generate": generate,
-    "merged": partial(generate, merged=True), "decode": decode, "text": text, "first_step": lora,
-    "first_step_cached": first_step_cached,
+    "merged": partial(generate, merged=True), "euler_a": partial(generate, sampler="euler_a"),
+    "image_to_image": from_image, "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode,
+    "text": text, "first_step": lora, "first_step_cached": first_step_cached,
 }  # fmt: skip
 
 

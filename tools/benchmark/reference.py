@@ -25,14 +25,14 @@ import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler  # noqa: E402
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import draw_inputs, draw_tokens, write_images  # noqa: E402
+from tools.benchmark.inputs import draw_images, draw_inputs, draw_mask, draw_tokens, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
 
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -153,16 +153,36 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def generate(work: Work, config: ModelConfig) -> Callable:
+def generate(work: Work, config: ModelConfig, ancestral: bool = False) -> Callable:
     from diffusers import StableDiffusionPipeline  # imports much that the other workloads do not need
 
-    encoder, size = frozen(reference_text_encoder(config)), work.size * config.vae_factor
-    pipeline = StableDiffusionPipeline(
+    size = work.size * config.vae_factor
+    scheduler_class = EulerAncestralDiscreteScheduler if ancestral else DPMSolverMultistepScheduler
+    return _run_pipeline(StableDiffusionPipeline, work, config, scheduler_class, height=size, width=size)
+
+
+def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callable:
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    images = draw_images(config, work)
+    inputs: dict[str, Any] = {"image": images, "strength": works.STRENGTH}
+    if masked:
+        inputs.update(mask_image=draw_mask(config, work), height=images[0].height, width=images[0].width)
+    pipeline_class = StableDiffusionInpaintPipeline if masked else StableDiffusionImg2ImgPipeline
+    return _run_pipeline(pipeline_class, work, config, DPMSolverMultistepScheduler, **inputs)
+
+
+def _run_pipeline(
+    pipeline_class: type, work: Work, config: ModelConfig, scheduler_class: type, **inputs: Any
+) -> Callable:
+    """Return a call of a pipeline of diffusers."""
+    encoder = frozen(reference_text_encoder(config))
+    pipeline = pipeline_class(
         vae=frozen(reference_vae(config)),
         text_encoder=encoder,
         tokenizer=None,
         unet=frozen(reference_unet(config)),
-        scheduler=scheduler(DPMSolverMultistepScheduler, config, steps_offset=1),
+        scheduler=scheduler(scheduler_class, config, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -177,14 +197,20 @@ def generate(work: Work, config: ModelConfig) -> Callable:
         pipeline(
             prompt_embeds=text_embeddings[:-1],
             negative_prompt_embeds=text_embeddings[-1:].repeat(work.batch, 1, 1),
-            height=size,
-            width=size,
             num_inference_steps=works.STEPS,
             guidance_scale=works.SCALE,
             output_type="np",
+            **inputs,
         )
 
     return run
+
+
+def tiled(work: Work, config: ModelConfig) -> Callable:
+    net, (latents,) = frozen(reference_vae(config)), given(config, work, "latents")
+    net.enable_tiling()
+    net.tile_sample_min_size, net.tile_latent_min_size = works.TILE, works.TILE // config.vae_factor
+    return torch.no_grad()(lambda: net.decode(latents).sample)
 
 
 def decode(work: Work, config: ModelConfig) -> Callable:
@@ -199,7 +225,8 @@ def text(work: Work, config: ModelConfig) -> Callable:
 
 KINDS = {
     "unet": unet, "lora": lora, "full": partial(lora, full=True), "epoch": epoch, "generate": generate,
-    "decode": decode, "text": text,
+    "euler_a": partial(generate, ancestral=True), "image_to_image": from_image,
+    "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode, "text": text,
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ SD1, NANO = ROOT / "configs" / "v1-inference.yaml", ROOT / "configs" / "nano.yam
 
 SEED = 0
 STEPS, SCALE = 20, 7.5  # of the generation
+STRENGTH = 0.75  # of image-to-image: 15 of the 20 steps
+TILE = 512  # side of a tile of the VAE in pixels, as in diffusers
 RANK = 4
 EPOCH_IMAGES = 64
 PUBLISHED_SIZES, PUBLISHED_BATCHES = (64, 32, 16), (1, 2, 4, 8, 16, 32)  # 512, 256 and 128 pixels
@@ -62,6 +64,12 @@ TABLE = _named(
     Work("generate_nano", "nano generation, 20 steps of DPM-Solver++, guidance, batch 16", "generate", NANO, 16, 16,
          (1.0, 0.6)),
     Work("merged_nano", "the same with a merged LoRA, against the base", "merged", NANO, 16, 16, peer="generate"),
+    Work("euler_a_nano", "nano generation with Euler ancestral, batch 16", "euler_a", NANO, 16, 16, (1.0, 0.6)),
+    Work("image_to_image_nano", "nano image-to-image, strength 0.75, batch 16", "image_to_image", NANO, 16, 16,
+         (1.0, 0.6)),
+    Work("inpainting_nano", "nano inpainting, four channels, strength 0.75, batch 16", "inpainting", NANO, 16, 16,
+         (1.0, 0.6)),
+    Work("tiled_1024", "SD1.5 VAE decode of 1,024 px in tiles of 512", "tiled", SD1, 1, 128, (1.1, 0.8), (1.1, 1.0)),
     Work("decode_512", "SD1.5 VAE decode, 512 px", "decode", SD1, 1, 64, (1.1, 0.8)),
     Work("text", "SD1.5 text encoding, batch 2", "text", SD1, 2, 64, (1.1, 0.8), calls=15),
     Work("first_step", "first step of the SD1.5 LoRA graph, compile included, 64x64", "first_step", SD1, 1, 64,
