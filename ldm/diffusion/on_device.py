@@ -105,7 +105,13 @@ class GuidedUNet(nn.Cell):
         self.unet = unet
 
     def construct(
-        self, latents: Tensor, timesteps: Tensor, text_embeddings: Tensor, scale: Tensor, rescale: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text_embeddings: Tensor,
+        scale: Tensor,
+        rescale: Tensor | None = None,
+        extra_channels: Tensor | None = None,
     ) -> Tensor:
         """Return the guided output (N, C, h, w) for latents (N, C, h, w), of which the UNet gets two copies.
 
@@ -116,7 +122,10 @@ class GuidedUNet(nn.Cell):
             scale: The guidance scale, (1,) float32.
             rescale: Share of the guided output that gets the standard deviation of the positive one, (1,) float32.
                 None for 0.
+            extra_channels: Of an inpainting model, (N, E, h, w) float32.
         """
+        if extra_channels is not None:
+            latents = mint.cat((latents, extra_channels), 1)
         output = self.unet(mint.cat((latents, latents)), timesteps, text_embeddings)
         negative, positive = mint.chunk(output, 2)
         guided = negative + scale * (positive - negative)
@@ -153,17 +162,23 @@ class DeviceSampling:
         negative_text_embeddings: np.ndarray | None,
         scale: float,
         rescale: float = 0.0,
+        extra_channels: np.ndarray | None = None,
     ) -> Callable[[DeviceArray, float], DeviceArray]:
         """Return the samplers' `denoise`. Arguments and errors are those of ldm.diffusion.guidance.GuidedDenoiser."""
         embeddings = guidance_inputs(text_embeddings, negative_text_embeddings, scale)
         # The scale is an input of the graph, which would be compiled again for another number.
-        options = [Tensor(np.array([number], np.float32)) for number in (scale, rescale) if number]
+        scale_input = Tensor(np.array([scale], np.float32))
+        rescale_input = Tensor(np.array([rescale], np.float32)) if rescale else None
+        extra = None if extra_channels is None else Tensor(np.ascontiguousarray(extra_channels, np.float32))
 
         def denoise(latents: DeviceArray, timestep: float) -> DeviceArray:
             timesteps = timestep_inputs(timestep, len(embeddings))
-            if scale == 1.0:
-                return self.array(self.unet(latents.tensor, timesteps, embeddings))
-            return self.array(self.guided_unet(latents.tensor, timesteps, embeddings, *options))
+            if scale != 1.0:
+                return self.array(
+                    self.guided_unet(latents.tensor, timesteps, embeddings, scale_input, rescale_input, extra)
+                )
+            inputs = latents.tensor if extra is None else mint.cat((latents.tensor, extra), 1)
+            return self.array(self.unet(inputs, timesteps, embeddings))
 
         return denoise
 

@@ -71,15 +71,23 @@ class SourceLatents:
     mask: np.ndarray | None = None
     extra_channels: np.ndarray | None = None
 
-    def constrain(self, noise: np.ndarray) -> Callable[[np.ndarray, float, float], np.ndarray] | None:
+    def constrain(
+        self, noise: np.ndarray, on_device: DeviceSampling | None
+    ) -> Callable[[Any, float, float], Any] | None:
         """Return what puts the kept latents back after each step, with the starting noise at its level."""
-        kept, mask = self.kept_latents, self.mask
-        if kept is None or mask is None:
+        if self.kept_latents is None or self.mask is None:
             return None
+        repainted = (self.mask == 1.0).astype(np.float32)
+        kept_share = np.float32(1.0) - repainted
+        kept: Any = self.kept_latents
+        started: Any = noise
+        shares: Any = repainted, kept_share
+        if on_device is not None:
+            kept, started = on_device.array(kept), on_device.array(noise)
+            shares = ms.Tensor(repainted), ms.Tensor(kept_share)
 
-        def put_back(latents: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
-            at_level = np.float32(alpha) * kept + np.float32(sigma) * noise
-            return np.where(mask == 1.0, latents, at_level).astype(np.float32)
+        def put_back(latents: Any, alpha: float, sigma: float) -> Any:
+            return latents * shares[0] + (kept * float(alpha) + started * float(sigma)) * shares[1]
 
         return put_back
 
@@ -121,7 +129,7 @@ def denoise_batch(
         callback: Called with the number of each step that is done, from 1.
         source: The images to begin from. None for noise alone.
         on_device: Keeps the latents on the device from step to step. A step counts as done when its work is handed to
-            the device. None computes all but the network with NumPy, and so does a batch with a source.
+            the device. None computes all but the network with NumPy.
 
     Returns:
         The final scaled latents, (N, C, h, w) float32.
@@ -134,20 +142,20 @@ def denoise_batch(
     rescale = sampling.guidance_rescale
     if rescale is None and from_noise_alone:
         rescale = ZERO_TERMINAL_RESCALE
-    if source is not None:
-        on_device = None  # beginning from an image is computed with NumPy
-    guidance = text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0
-    denoise: Callable[[Any, float], Any]
-    if on_device is None:
-        denoise = GuidedDenoiser(unet, *guidance, None if source is None else source.extra_channels)
-    else:
-        denoise = on_device.denoiser(*guidance)
+    source = source or SourceLatents()
+    guidance = (
+        text_embeddings, negative_text_embeddings, sampling.guidance_scale, rescale or 0.0, source.extra_channels,
+    )  # fmt: skip
+    denoise: Callable[[Any, float], Any] = (
+        GuidedDenoiser(unet, *guidance) if on_device is None else on_device.denoiser(*guidance)
+    )
     sampler, steps = SAMPLERS[sampling.sampler], sampling.num_inference_steps
-    first_step = 0 if source is None else source.first_step
-    done = first_step  # steps, not calls of the network: some samplers call it twice a step
+    done = source.first_step  # steps, not calls of the network: some samplers call it twice a step
 
     def denoise_with_loras(latents: Any, timestep: float) -> Any:
-        merged_loras.switch([merged.is_active(done, steps, round(timestep)) for merged in merged_loras.loras])
+        # The shares of a sampling that begins from an image are those of the steps that are taken, as in diffusers.
+        step, count = done - source.first_step, steps - source.first_step
+        merged_loras.switch([merged.is_active(step, count, round(timestep)) for merged in merged_loras.loras])
         return denoise(latents, timestep)
 
     def end_step(step: int) -> None:
@@ -157,16 +165,17 @@ def denoise_batch(
             callback(step)
 
     start: Any = latents
+    clean_latents: Any = source.clean_latents
     draw: Callable[[], Any] | None = draw_noise
     if on_device is not None:
         start = on_device.array(latents)
+        clean_latents = None if clean_latents is None else on_device.array(clean_latents)
         draw = None if draw_noise is None else on_device.drawn(draw_noise)
     try:
         final: Any = sampler(
             denoise_with_loras, start, steps, schedule, config.prediction_type, end_step,
-            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw, first_step=first_step,
-            clean_latents=None if source is None else source.clean_latents,
-            constrain=None if source is None else source.constrain(latents),
+            spacing=sampling.schedule, eta=sampling.eta, draw_noise=draw,
+            first_step=source.first_step, clean_latents=clean_latents, constrain=source.constrain(latents, on_device),
         )  # fmt: skip
     finally:
         merged_loras.switch([True] * len(merged_loras.loras))

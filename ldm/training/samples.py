@@ -219,7 +219,7 @@ class Samples:
             if self._pipeline is None:
                 self._pipeline = self._make_pipeline()
             else:  # each sampling would repeat what the first one said of prompts and LoRA
-                stack.enter_context(_without_messages("ldm.generation.pipeline"))
+                stack.enter_context(_without_messages("ldm.generation"))
             if lora is not None:
                 stack.callback(self._pipeline.merge_loras, [])
                 self._pipeline.merge_loras([_merged(lora)])

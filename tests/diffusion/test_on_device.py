@@ -11,6 +11,7 @@ from ldm.diffusion.guidance import GuidedDenoiser
 from ldm.diffusion.on_device import MOST_TERMS, DeviceArray, DeviceSampling
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.generation.denoising import SourceLatents
 
 SHAPE = (2, 4, 6, 5)
 
@@ -66,12 +67,35 @@ def test_nothing_is_copied_to_the_host_before_the_end(device, monkeypatch):
     assert np.isfinite(latents.asnumpy()).all()
 
 
-@pytest.mark.parametrize("scale, rescale", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
-def test_guidance_is_that_of_numpy(device, scale, rescale):
-    latents = np.random.default_rng(1).standard_normal(SHAPE, np.float32)
-    expected = GuidedDenoiser(device.unet, *embeddings(), scale, rescale)(latents, 500)
-    found = device.denoiser(*embeddings(), scale, rescale)(device.array(latents), 500).asnumpy()
+@pytest.mark.parametrize("extra_channels", [0, 5])
+@pytest.mark.parametrize("scale, rescale", [(0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
+def test_guidance_is_that_of_numpy(device, scale, rescale, extra_channels):
+    rng = np.random.default_rng(1)
+    latents = rng.standard_normal(SHAPE, np.float32)
+    extra = rng.standard_normal((2, extra_channels, *SHAPE[2:]), np.float32) if extra_channels else None
+    expected = GuidedDenoiser(device.unet, *embeddings(), scale, rescale, extra)(latents, 500)
+    found = device.denoiser(*embeddings(), scale, rescale, extra)(device.array(latents), 500).asnumpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_part_of_an_image_is_kept_as_with_numpy(device):
+    rng = np.random.default_rng(2)
+    noise, image = (rng.standard_normal(SHAPE, np.float32) for _ in range(2))
+    mask = (rng.random((2, 1, *SHAPE[2:])) < 0.5).astype(np.float32)
+    source = SourceLatents(clean_latents=image, first_step=2, kept_latents=image, mask=mask)
+    rest = (6, NoiseSchedule(), "epsilon")
+    guidance = (*embeddings(), 3.0)
+    expected = SAMPLERS["dpm_solver_pp"](
+        GuidedDenoiser(device.unet, *guidance), noise, *rest, first_step=2, clean_latents=image,
+        constrain=source.constrain(noise, None),
+    )  # fmt: skip
+    found = SAMPLERS["dpm_solver_pp"](
+        device.denoiser(*guidance), device.array(noise), *rest, first_step=2, clean_latents=device.array(image),
+        constrain=source.constrain(noise, device),
+    ).asnumpy()  # fmt: skip
+    kept = np.broadcast_to(mask == 0.0, SHAPE)
+    np.testing.assert_array_equal(expected[kept], image[kept])
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_another_scale_compiles_nothing(device):

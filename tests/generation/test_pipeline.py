@@ -150,6 +150,13 @@ def test_the_pipeline_is_the_sampler_around_the_guided_network(pipeline, sampler
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_latents_that_stay_on_the_device_are_those_of_numpy(pipeline, generated, monkeypatch):
+    monkeypatch.setattr(pipeline, "keeps_latents_on_device", True)
+    latents, _ = generate(pipeline)
+    assert len(pipeline._device_sampling.guided_unet.compile_cache) == 1
+    np.testing.assert_allclose(latents, generated[0], atol=1e-5 * np.abs(latents).max())
+
+
 @pytest.fixture(scope="module", params=list(PREDICTION_TYPES))
 def golden(request):
     """A pipeline with named weights, and the latents and image of diffusers' pipeline with the same weights."""
