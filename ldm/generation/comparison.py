@@ -22,7 +22,7 @@ LONGEST_LABEL = 40  # characters of a value in a file name
 _NOT_COMPARED = (
     "data_path", "negative_data_path", "generate_config", "init_latents", "n_iter", "n_samples", "use_lora",
     "lora_rank", "grid_x", "grid_y", "device_target", "mode", "ms_mode", "jit_level", "precision",
-    "enable_flash_attention", "vae_tiling", "vae_tile_size", *FLAGS,
+    "enable_flash_attention", "vae_tiling", "vae_tile_size", "full_batches", *FLAGS,
 )  # fmt: skip
 
 
@@ -50,6 +50,11 @@ class Cell:
         plan = self.plan
         files = plan.checkpoint, plan.unet_checkpoint, plan.vae_checkpoint, plan.config.path, self.settings.ckpt_ema
         return files, tuple((file.path, tuple(e.token for e in file.embeddings)) for file in plan.embeddings)
+
+    @property
+    def prompt_settings(self) -> tuple[str, bool, int | None]:
+        """How its prompts are read: syntax, support_long_prompts and clip_skip, as Pipeline.configure_prompts takes."""
+        return self.settings.prompt_syntax, self.settings.support_long_prompts, self.settings.clip_skip
 
 
 def plan_cells(settings: GenerateSettings) -> list[Cell]:
@@ -86,7 +91,7 @@ def sheet_of(settings: GenerateSettings, cells: list[Cell]) -> ComparisonSheet |
     columns, rows = _axes(settings)
     if columns is None and rows is None:
         return None
-    sizes = [cell.plan.final_size for cell in cells]
+    sizes = [cell.plan.final_size(0) for cell in cells]
     largest = max(width for _, width in sizes), max(height for height, _ in sizes)
     axes = [None if axis is None else Axis(axis.name, axis.labels) for axis in (columns, rows)]
     return ComparisonSheet(axes[0], axes[1], largest, settings.prompt)
