@@ -75,6 +75,8 @@ def plan_cells(settings: GenerateSettings) -> list[Cell]:
             try:
                 for axis, place in places:
                     changed = _with_value(changed, axis, place)
+                for axis, _ in places:
+                    _check_effect(changed, axis)
                 cells.append(Cell(changed, plan_generation(changed), column, row, file_name_part(labels)))
             except UserError as error:
                 raise UserError(f"comparison, {plain(', '.join(labels), 100)}: {error}") from None
@@ -127,7 +129,13 @@ def _with_value(settings: GenerateSettings, axis: SettingAxis, place: int) -> Ge
         if searched not in settings.prompt:
             raise UserError(f"{REPLACED}: the prompt does not hold {plain(searched, 60)}: {plain(settings.prompt)}")
         return replace(settings, prompt=settings.prompt.replace(searched, axis.values[place]))
-    if axis.name == "lora_scale" and not settings.lora_ckpt_path:
-        raise UserError("lora_scale is compared without a LoRA: add --lora_ckpt_path")
     flags = {name: False for name in FLAGS if axis.name == "sampler"}
     return replace(settings, **{**flags, axis.name: axis.values[place]})
+
+
+def _check_effect(settings: GenerateSettings, axis: SettingAxis) -> None:
+    """Raise UserError if the compared setting has no effect without another one."""
+    setting = settings_of(GenerateSettings).get(axis.name)
+    needed = None if setting is None else setting.rules["needs"]
+    if needed is not None and getattr(settings, needed) in (None, False, [], ""):
+        raise UserError(f"{axis.name} is compared without {needed}, and has no effect: add --{needed}")

@@ -268,6 +268,9 @@ def _metadata_of_images(
     settings: GenerateSettings, plan: GenerationPlan, precision: str
 ) -> Callable[[int], dict[str, Any]]:
     """Return a function from an image's index to what its text fields hold besides the prompts."""
+    from ldm.generation.decoding import VAETiling  # imports MindSpore
+
+    tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
     shared = _metadata(settings, plan, precision)
     of_tag = {
         # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
@@ -291,7 +294,10 @@ def _metadata_of_images(
                 fields[name] = template
         if image.loras:
             fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
-        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
+        own = _sampling_metadata(image.sampling)
+        if settings.vae_tiling is None and tiling.tile(plan.config, *plan.final_size(index)) is not None:
+            own.update(vae_tiling=True, vae_tile_size=settings.vae_tile_size)
+        return {**fields, "settings": {**shared["settings"], **own}}
 
     return metadata
 

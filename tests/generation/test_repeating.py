@@ -166,7 +166,14 @@ BAD = {
     "a grid with latents": (["--prompt=a", "--grid_x=seed=1", "--save_latents=l.npy"], "save_latents and --grid_x"),
     "two images in a cell": (["--prompt=a", "--n_samples=2", "--grid_x=seed=1"], "one image in each place"),
     "one setting twice": (["--prompt=a", "--grid_x=seed=1", "--grid_y=seed=2"], "both are seed"),
-    "a strength without a LoRA": (["--prompt=a", "--grid_x=lora_scale=0,1"], "add --lora_ckpt_path"),
+    "a strength without a LoRA": (
+        ["--prompt=a", "--grid_x=lora_scale=0,1"],
+        "lora_scale is compared without lora_ckpt_path",
+    ),
+    "a strength without an image": (
+        ["--prompt=a", "--grid_x=strength=0.5,1"],
+        "strength is compared without init_image",
+    ),
     "a text that is not there": (["--prompt=a", "--grid_x=prompt_sr=cat,dog"], "the prompt does not hold cat"),
     "a number of images": (["--prompt=a", "--grid_x=n_samples=1,2"], "n_samples cannot be compared"),
     "an output": (["--prompt=a", "--grid_y=output_path=a,b"], "output_path cannot be compared"),
