@@ -34,7 +34,7 @@ from ldm.generation.denoising import (
 )
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, set_up_sampling
-from ldm.generation.plan import find_model
+from ldm.generation.model_choice import find_model
 from ldm.generation.requests import ImageRequest, RequestBatch, in_batches
 from ldm.generation.source_image import (
     NOISE_ALONE,
