@@ -6,18 +6,20 @@ given, and `differences` says afterwards what is not as in the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.sampling import default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.documents import json_text, parse_json
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder
 from ldm.files.paths import ROOT, path_and_strengths
 from ldm.generation.a1111_text import A1111Text, loras_named, parse, sampler_name, size
 from ldm.generation.image_text import read_image_text
-from ldm.settings.declare import MAX_SEED
+from ldm.settings.declare import MAX_BATCH, MAX_SEED
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
 from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
@@ -94,6 +96,9 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
     if any(name in given for name in ("sampler", *FLAGS)):
         for name in ("sampler", "ddim_eta", "eta"):
             values.pop(name, None)
+    if "batch_size" not in given and not _is_usual_batch({**values, **given}):
+        for name in ("batch_size", "full_batches"):
+            values.pop(name, None)
     values.update(_model_files(recipe, given))
     values.update(_loras(recipe, given))
     prompt = "" if "prompt" in given else values.get("prompt", "")
@@ -130,6 +135,8 @@ def differences(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str,
                 continue
             if before.get(name) != now.get(name):
                 found.append(f"{name} {plain(now.get(name), 80)} (the image: {plain(before.get(name), 80)})")
+                if name == "batch_size" and name in recipe.settings and settings.batch_size is None:
+                    found[-1] += ", too many to be taken from an image: --batch_size takes them"
     else:
         for name, value in recipe.settings.items():
             if getattr(settings, name) != value:
@@ -175,6 +182,19 @@ def _repeatable() -> set[str]:
         for name, setting in settings_of(GenerateSettings).items()
         if not setting.rules["path"] and setting.rules["resume"] is None and name not in _NEVER_FROM_FILES
     }
+
+
+def _is_usual_batch(values: Mapping[str, Any]) -> bool:
+    """Return whether a call of the network takes no more pixels than one with a default batch size may.
+
+    An image could ask for a batch that takes all memory.
+    """
+    sides = [values.get(name) for name in ("H", "W")]
+    scale = values.get("hires_scale") or 1.0
+    if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(scale, (int, float)):
+        return False
+    height, width = (math.ceil(side * max(1.0, scale)) for side in sides)
+    return values.get("batch_size", 1) <= default_batch_size(MAX_BATCH, height, width)
 
 
 def _number(text: Any, where: str, name: str) -> int:
@@ -277,7 +297,7 @@ def _entries(recipe: Recipe, name: str) -> list[dict[str, Any]]:
 
 def _find(folders: Iterable[Path], name: str, sha256: str, recipe: Recipe) -> str | None:
     """Return the file of this name and this hash in the folders and the folders in them, or else of this name."""
-    if not name or name != Path(name).name:
+    if name in ("", "..") or name != Path(name).name:
         raise UserError(f"from_image {plain(recipe.path)}: {plain(name, 60)} is not the name of a file")
     paths = []
     for folder in folders:

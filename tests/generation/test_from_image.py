@@ -87,6 +87,34 @@ def test_a_sampler_and_a_schedule_that_are_not_known_are_listed(tmp_path):
     assert "sampler Restart" in listed and "schedule Turbo" in listed and "Seed -1" in listed and "scale x" in listed
 
 
+@pytest.mark.parametrize(
+    ("changed", "given", "taken"),
+    [
+        ({}, {}, 4),
+        ({"H": 512, "W": 512, "batch_size": 8}, {}, 8),
+        ({"H": 512, "W": 512, "batch_size": 9}, {}, None),
+        ({"H": 8192, "W": 8192, "batch_size": 10_000}, {}, None),
+        ({"H": 8192, "W": 8192, "batch_size": 1}, {}, 1),
+        ({"H": 512, "W": 512, "batch_size": 2, "hires_scale": 2.0}, {}, 2),
+        ({"H": 512, "W": 512, "batch_size": 3, "hires_scale": 2.0}, {}, None),
+        ({"H": 64, "W": 64, "batch_size": 9}, {"H": 4096, "W": 4096}, None),
+        ({"H": 64, "W": 64, "batch_size": 9}, {"hires_scale": 16.0}, None),
+        ({"H": None, "W": None, "batch_size": 4}, {}, None),  # the model's own size is not known here
+    ],
+)
+def test_an_image_asks_for_no_larger_batch_than_the_default(tmp_path, changed, given, taken):
+    settings = {name: value for name, value in {**SETTINGS, **changed}.items() if value is not None}
+    path = image(tmp_path, own(settings=settings))
+    values = complete_from_image({"from_image": path, **given})
+    assert values.get("batch_size") == taken and values.get("full_batches", False) == (taken is not None)
+    values = complete_from_image({"from_image": path, **given, "batch_size": 10_000})
+    assert values["full_batches"] and "batch_size" not in values  # the user's own number is taken
+    fields = {**own(), "settings": {**settings, "batch_size": 33}}
+    found = differences(read_recipe(path), GenerateSettings(prompt="a"), fields)
+    assert found == [f"batch_size 33 (the image: {settings['batch_size']}), too many to be taken from an image: "
+                     "--batch_size takes them"]  # fmt: skip
+
+
 def test_loras_are_found_by_their_hashes_in_any_order(tmp_path):
     entries = []
     for name, strength in (("a.ckpt", 0.5), ("b.ckpt", -1.25)):
@@ -139,6 +167,8 @@ def test_what_is_not_as_in_the_image_is_listed(tmp_path):
         (own(index=str(2**40)), "first_index: .* at most"),
         (own(checkpoint="../../etc/passwd", model="x"), "is not the name of a file"),
         (own(checkpoint="", model="x"), "is not the name of a file"),
+        (own(checkpoint="..", model="x"), "is not the name of a file"),
+        (own(checkpoint=".", model="x"), "is not the name of a file"),
         (own(checkpoint="mine.ckpt", model="x"), "base model mine.ckpt: give its path as --ckpt_path"),
         (own(unet_checkpoint="u.ckpt"), "unet u.ckpt: give its path as --unet_ckpt_path"),
         (
