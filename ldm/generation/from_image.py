@@ -189,11 +189,11 @@ def _is_usual_batch(values: Mapping[str, Any]) -> bool:
 
     An image could ask for a batch that takes all memory.
     """
-    sides = [values.get(name) for name in ("H", "W")]
+    height, width = values.get("H"), values.get("W")
     scale = values.get("hires_scale") or 1.0
-    if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(scale, (int, float)):
-        return False
-    height, width = (math.ceil(side * max(1.0, scale)) for side in sides)
+    if not height or not width:
+        return False  # the model's own size, which is not known yet
+    height, width = math.ceil(height * scale), math.ceil(width * scale)
     return values.get("batch_size", 1) <= default_batch_size(MAX_BATCH, height, width)
 
 
