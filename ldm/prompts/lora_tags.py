@@ -13,11 +13,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm.errors import UserError, plain
-from ldm.files.inputs import is_folder
+from ldm.files.inputs import is_folder, list_folder
 from ldm.files.paths import MAX_STRENGTH
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -91,7 +92,8 @@ class LoRAFolder:
     """Finds the LoRAs of a folder and its subfolders by their names.
 
     The name of a file is its name without the suffix, with or without its subfolders (`style`, `people/style`), or the
-    whole file name. A folder of PEFT's or diffusers' has its own name. Links to folders are not followed.
+    whole file name. A folder of PEFT's or diffusers' has its own name. Links out of the folder are not followed, and a
+    folder that holds one is no LoRA.
 
     Args:
         folder: The folder.
@@ -120,10 +122,11 @@ class LoRAFolder:
             for folder in list(folders):
                 if _is_lora(Path(place, folder)):
                     folders.remove(folder)
-                    self._add(Path(place, folder))
+                    if all(_is_inside(path, root) for path in _places(Path(place, folder))):
+                        self._add(Path(place, folder))
             for file in sorted(files):
                 path = Path(place, file)
-                if path.suffix in SUFFIXES and os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep):
+                if path.suffix in SUFFIXES and _is_inside(path, root):
                     self._add(path)
 
     def _add(self, path: Path) -> None:
@@ -166,6 +169,19 @@ class LoRAFolder:
 
 def _spellings(name: str) -> set[str]:
     return {name, *(name + suffix for suffix in SUFFIXES)}
+
+
+def _is_inside(path: str | Path, root: str) -> bool:
+    """Return whether a path lies below the folder `root`, a real path, when its links are followed."""
+    return os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """Yield the folder of a LoRA, all that lies in it, and all that lies in PEFT's subfolders of it."""
+    yield folder
+    for place in (folder, *(folder / part for part in PEFT_SUBFOLDERS)):
+        if is_folder(place, "lora_dir"):
+            yield from (place / name for name in list_folder(place, "lora_dir"))
 
 
 def _is_lora(folder: Path) -> bool:
