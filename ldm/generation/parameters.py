@@ -10,6 +10,7 @@ from ldm.files.inputs import content_hash, is_file, is_folder
 from ldm.generation.a1111_text import write
 from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.generation.source_image import Origin
+from ldm.prompts.syntax import escaped
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.weights.base_model import base_model_hash
@@ -43,8 +44,11 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
         "RNG": "CPU",
         "Index": image.noise_index or None,
     }
-    prompt = " ".join([image.prompt, *(tag for file in plan.loras if (tag := _tag(file)))])
-    return write(prompt, image.negative_prompt, values)
+    prompt, negative_prompt = image.prompt, image.negative_prompt
+    if settings.prompt_syntax == "plain":  # A1111 has no plain prompts
+        prompt, negative_prompt = escaped(prompt), escaped(negative_prompt)
+    prompt = " ".join([prompt, *(tag for file in plan.loras if (tag := _tag(file)))])
+    return write(prompt, negative_prompt, values)
 
 
 def _origin_values(origin: Origin) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _SYMBOLS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[0-9.]+)\s*\)|\)|\]|[^\\
 _BREAK = re.compile(r"\bBREAK\b")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _EDITING = re.compile(r"\[(?:[^\[\]|]*\|[^\[\]]*|[^\[\]]*:\s*[0-9.]+\s*)\]")
+_ESCAPED = re.compile(r"[\\()\[\]]")
 _AND = re.compile(r"\bAND\b")
 
 
@@ -117,6 +118,11 @@ def _weighted(text: str) -> tuple[list[str | None], np.ndarray]:
         for start in opened[bracket]:
             weights[start : len(texts)] *= factor
     return texts, weights[: len(texts)]
+
+
+def escaped(text: str) -> str:
+    """Return a plain text in A1111's syntax: no bracket weighs a word."""
+    return _ESCAPED.sub(r"\\\g<0>", text)
 
 
 def _parts(symbol: str) -> list[str]:

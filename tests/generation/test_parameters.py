@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.sampling import Sampling
+from ldm.generation.a1111_text import parse
 from ldm.generation.parameters import lora_hash, parameters_text
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
+from ldm.generation.source_image import Origin
+from ldm.prompts.syntax import Piece, parse_prompt
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.hashes import MODEL_HASH, data_hash
@@ -25,6 +28,7 @@ def plan(tmp_path):
         checkpoint=tmp_path / "mine, v2.ckpt",
         loras=[],
         images=[PlannedImage("a cat, 猫", "", "a cat, 猫", (), 7, 3, sampling)],
+        origins=[Origin()],
     )
 
 
@@ -35,6 +39,17 @@ def test_the_values_of_an_image(plan):
         "a cat, 猫\nSteps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 7, Size: 768x512, "
         f'Model hash: {digest}, Model: "mine, v2", Clip skip: 2, RNG: CPU, Index: 3'
     )
+
+
+def test_a_plain_prompt_is_written_so_that_a1111_weighs_no_word(plan):
+    plain = r"a cat (1990) [x] \(y\) \\ :1.3)"
+    plan.images = [plan.images[0]._replace(prompt=plain, negative_prompt="(b:2)")]
+    text = parse(parameters_text(GenerateSettings(prompt="a"), plan, 0))
+    assert text.prompt.startswith(r"a cat \(1990\) \[x\]")
+    assert parse_prompt(text.prompt) == [[Piece(plain, 1.0)]]
+    assert parse_prompt(text.negative_prompt) == [[Piece("(b:2)", 1.0)]]
+    text = parse(parameters_text(GenerateSettings(prompt="a", prompt_syntax="a1111"), plan, 0))
+    assert (text.prompt, text.negative_prompt) == (plain, "(b:2)")  # as it is
 
 
 def test_loras_are_named_in_the_prompt_and_by_their_hashes(plan, tmp_path):
