@@ -22,6 +22,7 @@ from ldm.generation.image_text import read_image_text
 from ldm.settings.declare import MAX_BATCH, MAX_SEED
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
+from ldm.settings.repeating import MAX_INDEX
 from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.settings.sampling import FLAGS
 from ldm.settings.values import settings_of
@@ -36,7 +37,7 @@ _NEVER_FROM_FILES = (
     "ms_mode", "jit_level", "device_target", "enable_flash_attention",
 )  # fmt: skip
 # Of A1111's values, those that describe the image and are no settings.
-_NOT_SETTINGS = ("Version", "Model", "Model hash", "Lora hashes", "RNG", "Index", "Schedule type", "Sampler", "Size")
+_NOT_SETTINGS = ("Version", "Model", "Model hash", "Lora hashes", "RNG", "Schedule type", "Sampler", "Size")
 
 
 @dataclass(frozen=True)
@@ -342,13 +343,15 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
         ("CFG scale", "scale", float),
         ("Seed", "seed", int),
         ("Clip skip", "clip_skip", int),
+        ("Index", "first_index", int),
     )
+    most = {"seed": MAX_SEED, "first_index": MAX_INDEX}
     for key, name, kind in kinds:
         if key not in values or (key == "Clip skip" and values[key] == "1"):
             continue
         try:
             number = kind(values[key][:40])
-            if name not in known or (name == "seed" and not 0 <= number <= MAX_SEED):
+            if name not in known or not 0 <= number <= most.get(name, math.inf):
                 raise ValueError
             content[name] = number
         except (ValueError, OverflowError):
@@ -356,7 +359,7 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
     if (sides := size(values)) is not None:
         content["W"], content["H"] = sides
     missing += _a1111_sampler(values, content)
-    done = ("Steps", "CFG scale", "Seed", "Clip skip", *_NOT_SETTINGS)
+    done = (*(key for key, _, _ in kinds), *_NOT_SETTINGS)
     missing += [f"{plain(key, 40)} {plain(value, 40)}" for key, value in values.items() if key not in done]
     if text.rest:
         missing.append(f"the lines {plain(text.rest, 60)}")

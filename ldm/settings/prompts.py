@@ -77,9 +77,9 @@ class PromptSettings:
         """Whether the prompts' wildcards are drawn."""
         return self.wildcard_dir is not None if self.enable_wildcard is None else self.enable_wildcard
 
-    def check_prompts(self) -> None:
-        """Raise UserError unless the settings of the prompts go together."""
-        if not self.prompt and self.data_path is None:
+    def check_prompts(self, may_be_empty: bool) -> None:
+        """Raise UserError unless the settings of the prompts go together. `may_be_empty`: the prompt."""
+        if not self.prompt and self.data_path is None and not may_be_empty:
             raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')
         for name, other in (("prompt", "data_path"), ("negative_prompt", "negative_data_path")):
             if getattr(self, name) and getattr(self, other):

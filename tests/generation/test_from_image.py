@@ -133,6 +133,28 @@ def test_loras_are_found_by_their_hashes_in_any_order(tmp_path):
     assert "lora_ckpt_path" not in complete_from_image({"from_image": path, "use_lora": False})
 
 
+def test_loras_of_a_plain_prompt_are_found_in_lora_dir(tmp_path):
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "a.ckpt").write_text("a")
+    entry = {"file": "a.ckpt", "sha256": hashlib.sha256(b"a").hexdigest(), "weight": 0.5}
+    given = {"from_image": image(tmp_path, own(lora=[entry])), "lora_dir": str(tmp_path / "loras")}
+    settings = GenerateSettings(**given, **complete_from_image(given))
+    assert settings.prompt_syntax == "plain" and settings.lora_ckpt_path == [f"{tmp_path}/loras/a.ckpt:0.5:0.5"]
+
+
+def test_an_image_with_an_empty_prompt_is_repeated(tmp_path):
+    for fields in (own(prompt=""), {"parameters": "Steps: 5, Sampler: DDIM, Seed: 1"}):
+        given = {"from_image": image(tmp_path, fields)}
+        assert GenerateSettings(**given, **complete_from_image(given)).prompt == ""
+
+
+@pytest.mark.parametrize(("index", "first_index"), [("17", 17), ("-1", None), (str(2**40), None), ("x", None)])
+def test_the_index_of_a1111s_text_is_that_of_the_first_image(tmp_path, index, first_index):
+    recipe = read_recipe(image(tmp_path, {"parameters": f"a\nSteps: 5, Seed: 7, Index: {index}"}))
+    assert recipe.settings.get("first_index") == first_index and recipe.settings["seed"] == 7
+    assert (f"Index {index}" in recipe.not_repeated) == (first_index is None)
+
+
 def test_what_is_not_as_in_the_image_is_listed(tmp_path):
     recipe = read_recipe(image(tmp_path, own(lora=[{"file": "a", "sha256": "0", "weight": 1}])))
     fields = {**own(checkpoint_sha256="1" * 64), "settings": {**SETTINGS, "scale": 4.0}, "parameters": "x"}
