@@ -248,7 +248,7 @@ def _loras(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
             path, strengths = path_and_strengths(text, "lora_ckpt_path")
             if strengths:
                 return {"lora_ckpt_path": given["lora_ckpt_path"]}
-            of_hash[lora_hash(Path(path))] = str(path)
+            of_hash[lora_sha256(Path(path))] = str(path)
         if set(of_hash) != {entry["sha256"] for entry in entries}:
             return {"lora_ckpt_path": given["lora_ckpt_path"]}
         paths = [of_hash[entry["sha256"]] for entry in entries]
@@ -277,8 +277,8 @@ def _loras(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in checked.items() if name == "lora_ckpt_path" or name not in given}
 
 
-def lora_hash(path: Path) -> str:
-    """Return the hash of a LoRA, a file or a folder, as the text field `lora` holds it."""
+def lora_sha256(path: Path) -> str:
+    """Return the SHA-256 of a LoRA, for a folder those of its files, as the text field `lora` holds it."""
     if not is_folder(path):
         return content_hash(path, "lora_ckpt_path")
     from ldm.lora.formats import lora_files  # imports MindSpore

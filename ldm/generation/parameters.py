@@ -26,7 +26,7 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
     sampling, fields = image.sampling, image.sampling.fields()
     eta, default_eta = (fields["eta"], 1.0) if "eta" in fields else (fields["ddim_eta"], 0.0)
     paths = [*(file.path for file in plan.loras), *(tag.path for tag in image.loras)]
-    hashes = {path.stem: lora_hash(path) for path in paths}
+    hashes = {path.stem: short_lora_hash(path) for path in paths}
     values = {
         "Steps": sampling.num_inference_steps,
         "Sampler": SAMPLER_LABELS[sampling.sampler],
@@ -70,8 +70,8 @@ def _origin_values(origin: Origin) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)  # the cells of a comparison have the same files
-def lora_hash(path: Path) -> str:
-    """Return the hash by which A1111 knows a LoRA, "" for a folder."""
+def short_lora_hash(path: Path) -> str:
+    """Return the first digits of the hash by which A1111 knows a LoRA, "" for a folder."""
     if not is_file(path):
         return ""
     if path.suffix != ".safetensors":

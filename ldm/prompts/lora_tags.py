@@ -29,7 +29,7 @@ MAX_TAGS = 32  # of a prompt
 MAX_ENTRIES = 100_000  # of the folder
 
 # "lyco" is the older name of the same tag.
-_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
@@ -47,15 +47,15 @@ def take_out_lora_tags(prompt: str) -> tuple[str, list[LoRATag]]:
     Raises:
         UserError: A tag has no name, a strength is not a number within MAX_STRENGTH, or there are too many tags.
     """
-    tags = [_tag(match.group(1), match.group()) for match in _TAG.finditer(prompt)]
+    tags = [_tag(match.group(1), match.group()) for match in LORA_TAG.finditer(prompt)]
     if len(tags) > MAX_TAGS:
         raise UserError(f"a prompt names {len(tags)} LoRAs, at most {MAX_TAGS} are applied: leave some out")
-    return _TAG.sub("", prompt) if tags else prompt, tags
+    return LORA_TAG.sub("", prompt) if tags else prompt, tags
 
 
 def refuse_lora_tags(negative_prompt: str) -> None:
     """Raise UserError if a negative prompt names a LoRA."""
-    if match := _TAG.search(negative_prompt):
+    if match := LORA_TAG.search(negative_prompt):
         raise UserError(
             f"the negative prompt names a LoRA, {plain(match.group(), 60)}: move the tag to the prompt, because a LoRA "
             "changes the model for both; a negative strength takes it away"

@@ -25,10 +25,10 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.prompts import MAX_CHARACTERS
+from ldm.settings.prompts import SYNTAXES
 
 logger = logging.getLogger(__name__)
 
-SYNTAXES = ("plain", "a1111")
 ROUND = 1.1
 SQUARE = 1 / 1.1
 MAX_WEIGHT = 100.0  # 48 round brackets

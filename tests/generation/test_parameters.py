@@ -10,7 +10,7 @@ import pytest
 
 from ldm.diffusion.sampling import Sampling
 from ldm.generation.a1111_text import parse
-from ldm.generation.parameters import lora_hash, parameters_text
+from ldm.generation.parameters import parameters_text, short_lora_hash
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
 from ldm.generation.source_image import Origin
@@ -61,7 +61,8 @@ def test_loras_are_named_in_the_prompt_and_by_their_hashes(plan, tmp_path):
     (tmp_path / "folder").mkdir()
     style = data_hash(tmp_path / "style.safetensors")[:12]
     old = hashlib.sha256(b"lora").hexdigest()[:12]
-    assert lora_hash(tmp_path / "kohya.safetensors") == "0123456789ab" and lora_hash(tmp_path / "folder") == ""
+    assert short_lora_hash(tmp_path / "kohya.safetensors") == "0123456789ab"
+    assert short_lora_hash(tmp_path / "folder") == ""
     plan.loras = [
         LoRAFile(tmp_path / "style.safetensors", 0.8, 0.8),
         LoRAFile(tmp_path / "old.ckpt", 0.5, -1.0),
