@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm.diffusion.sampling import Sampling, latent_shape
+from ldm.errors import UserError, plain
 from ldm.files.inputs import content_hash
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.comparison import Cell, plan_cells, sheet_of
-from ldm.generation.from_image import differences, read_recipe
+from ldm.generation.from_image import Recipe, differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
 from ldm.generation.parameters import parameters_text
 from ldm.generation.plan import GenerationPlan, LoRAFile
@@ -56,6 +57,8 @@ def generate(settings: GenerateSettings, open_model: OpenModel | None = None) ->
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
     cells = plan_cells(settings)
+    if not settings.resume:
+        _check_sources(settings, cells)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
         generate_cells(settings, cells, open_model)
         return
@@ -69,6 +72,22 @@ def generate(settings: GenerateSettings, open_model: OpenModel | None = None) ->
         generate_cells(settings, cells, open_model)
 
 
+def _check_sources(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
+    """Raise UserError for an image to begin from that this run would rename before it is read."""
+    output = Path(settings.output_path)
+    for origin in dict.fromkeys(origin for cell in cells for origin in cell.plan.origins):
+        source = origin.source
+        for name, path in () if source is None else (("init_image", source.image), ("mask_image", source.mask)):
+            if not isinstance(path, Path):
+                continue
+            real = path.resolve()
+            if real == (output / "grid.png").resolve() or (output / "samples").resolve() in real.parents:
+                raise UserError(
+                    f"{name} {plain(path)} is of the last run in {plain(output)}, which this run renames: give another "
+                    "--output_path, or move the image"
+                )
+
+
 def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model: OpenModel | None = None) -> None:
     """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
@@ -79,7 +98,8 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
     if settings.init_latents is not None:
         plan = cells[0].plan
         config = config_with_tokens(plan.config, plan.checkpoint)
-        shape = (len(plan.prompts), *latent_shape(config, plan.sampling.height, plan.sampling.width))
+        sampling = plan.images[0].sampling  # all images have one size here
+        shape = (len(plan.prompts), *latent_shape(config, sampling.height, sampling.width))
         starting_latents = read_latents(settings.init_latents, shape)
 
     runtime = setup_runtime(
@@ -114,6 +134,8 @@ def _generate_images(
     logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     images = images_of(cells)
+    # Before samples/ is renamed, where the image may be.
+    recipe = None if settings.from_image is None else read_recipe(settings.from_image)
     writer = _writer(settings, cells, images, runtime.precision)
     if runtime.process_index == 0:
         if settings.resume:
@@ -122,8 +144,12 @@ def _generate_images(
     saves_latents = settings.save_latents is not None and runtime.process_index == 0
     with LatentsWriter(str(settings.save_latents), len(images)) if saves_latents else nullcontext() as latents:
         for of_model in by_model(images):
-            pipeline = load_pipeline(of_model[0], flash_attention, open_model or Pipeline.from_checkpoint)
-            _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
+            pipeline = load_pipeline(of_model[0][0], flash_attention, open_model or Pipeline.from_checkpoint)
+            for alike in of_model:
+                syntax, long, clip_skip = alike[0].cell.prompt_settings
+                pipeline.configure_prompts(syntax=syntax, support_long_prompts=long, clip_skip=clip_skip)
+                _generate_with(pipeline, settings, alike, starting_latents, runtime, writer, latents, recipe)
+                recipe = None  # what differs is said once
             del pipeline  # before the next one is loaded
     if runtime.process_index:
         return
@@ -146,15 +172,16 @@ def _generate_with(
     runtime: Runtime,
     writer: ImageWriter,
     latents: LatentsWriter | None,
+    recipe: Recipe | None,
 ) -> None:
-    """Generate and write the images of one base model."""
+    """Generate and write images of one base model whose prompts are read alike."""
     batches = pipeline.batches_of([image.request for image in images])
     if settings.full_batches:
         batches = [replace(batch, batch_size=batch.requests[0].sampling.batch_size) for batch in batches]
     for batch in batches:
         writer.batch_sizes.update((request.index, batch.batch_size) for request in batch.requests)
-    if settings.from_image is not None and runtime.process_index == 0:
-        _say_what_differs(settings, writer.fields(images[0].request.index))
+    if recipe is not None and runtime.process_index == 0:
+        _say_what_differs(recipe, settings, writer.fields(images[0].request.index))
     pending = _pending(batches, writer, runtime) if settings.resume else batches
     count = runtime.process_count
     if len(pending) < count:
@@ -193,9 +220,8 @@ def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[
         yield [batch.indices, batch.images, *([batch.starting_latents, batch.latents] if with_latents else [])]
 
 
-def _say_what_differs(settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
+def _say_what_differs(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
     """Log what of the image that from_image names is not repeated."""
-    recipe = read_recipe(str(settings.from_image))
     found = differences(recipe, settings, fields)
     for text in recipe.not_repeated:
         logger.warning("from_image %s: not repeated: %s", settings.from_image, text)
@@ -233,6 +259,7 @@ def _writer(
         places=[(image.cell.column, image.cell.row) for image in images],
         labels=[image.cell.label for image in images],
         settings=settings.of_images(),
+        sizes=[image.cell.plan.final_size(image.place) for image in images],
         resume=settings.resume,
     )
 
@@ -241,6 +268,9 @@ def _metadata_of_images(
     settings: GenerateSettings, plan: GenerationPlan, precision: str
 ) -> Callable[[int], dict[str, Any]]:
     """Return a function from an image's index to what its text fields hold besides the prompts."""
+    from ldm.generation.decoding import VAETiling  # imports MindSpore
+
+    tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
     shared = _metadata(settings, plan, precision)
     of_tag = {
         # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
@@ -264,7 +294,10 @@ def _metadata_of_images(
                 fields[name] = template
         if image.loras:
             fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
-        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
+        own = _sampling_metadata(image.sampling)
+        if settings.vae_tiling is None and tiling.tile(plan.config, *plan.final_size(index)) is not None:
+            own.update(vae_tiling=True, vae_tile_size=settings.vae_tile_size)
+        return {**fields, "settings": {**shared["settings"], **own}}
 
     return metadata
 
@@ -278,6 +311,7 @@ def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) 
         "seed": str(settings.seed),
         "model": plan.version or plan.config.architecture,
         "model_config": Path(plan.config.path).name,
+        **({} if settings.config is None else {"model_config_sha256": content_hash(plan.config.path)}),
         "checkpoint": plan.checkpoint.name,
         "checkpoint_sha256": base_model_hash(plan.checkpoint),
     }

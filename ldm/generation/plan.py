@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +77,10 @@ class GenerationPlan:
         """Whether all images have the same size."""
         return len({(image.sampling.height, image.sampling.width) for image in self.images}) == 1
 
-    @property
-    def final_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels, after a hires fix."""
-        height, width = self.sampling.height or self.config.image_size, self.sampling.width or self.config.image_size
-        hires = self.origins[0].hires
+    def final_size(self, place: int) -> tuple[int, int]:
+        """Return the height and width of an image in pixels, after a hires fix."""
+        sampling, hires = self.images[place].sampling, self.origins[place].hires
+        height, width = sampling.height or self.config.image_size, sampling.width or self.config.image_size
         return (height, width) if hires is None else hires.size(height, width, self.config.size_multiple)
 
 
@@ -127,14 +126,12 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     )
     sampling.check(config)
     if hires is not None:
-        replace(
-            sampling, height=largest[0], width=largest[1], num_inference_steps=hires.steps or settings.sampling_steps
-        ).check(config)
+        hires.second_pass(sampling, config).check(config)
         first_step(hires.steps or settings.sampling_steps, hires.strength, "hires_strength")
     origins = _origins(settings, hires, len(prompts))
     _check_latents_paths(settings)
     layers_to_run(config, settings.clip_skip)
-    images = plan_images(settings, prompts, negative_prompts, sampling, config)
+    images = plan_images(settings, prompts, negative_prompts, sampling, config, hires)
     if scale == 1 and any(negative_prompts):
         logger.warning("scale 1 is without guidance: the negative prompts are not used")
     if settings.skip_save and settings.skip_grid and settings.save_latents is None:

@@ -13,7 +13,7 @@ from ldm.generation.a1111_text import parse
 from ldm.generation.parameters import parameters_text, short_lora_hash
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
-from ldm.generation.source_image import Origin
+from ldm.generation.source_image import NOISE_ALONE
 from ldm.prompts.syntax import Piece, parse_prompt
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.checkpoint import write_checkpoint
@@ -27,8 +27,8 @@ def plan(tmp_path):
     return SimpleNamespace(
         checkpoint=tmp_path / "mine, v2.ckpt",
         loras=[],
+        origins=[NOISE_ALONE],
         images=[PlannedImage("a cat, 猫", "", "a cat, 猫", (), 7, 3, sampling)],
-        origins=[Origin()],
     )
 
 
