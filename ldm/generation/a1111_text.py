@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ldm.errors import UserError
+from ldm.prompts.lora_tags import LORA_TAG
 
 MAX_CHARACTERS = 200_000  # of a whole text; ldm.files.prompts reads prompts of at most 10,000
 MAX_VALUES = 1000
@@ -34,7 +35,6 @@ _FIRST_VALUE = re.compile(r"Steps: ?\d+(?:,|$)")
 _GAP = re.compile(r"[\s,]*")  # apart from _KEY, which would try each of its characters as a beginning
 _KEY = re.compile(rf"(\w[^:,\"\n]{{0,{LONGEST_KEY - 1}}}):")
 _SIZE = re.compile(r"(\d{1,6}) ?x ?(\d{1,6})")
-_LORA = re.compile(r"<lora:[^<>]{1,500}>")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def size(values: Mapping[str, str]) -> tuple[int, int] | None:
 
 def loras_named(prompt: str) -> list[str]:
     """Return the LoRAs that a prompt names, each as it stands there: "<lora:style:0.8>"."""
-    return _LORA.findall(prompt)
+    return [match.group() for match in LORA_TAG.finditer(prompt)]
 
 
 def _line_of_values(lines: list[str]) -> int:

@@ -6,20 +6,23 @@ given, and `differences` says afterwards what is not as in the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.sampling import default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.documents import json_text, parse_json
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder
 from ldm.files.paths import ROOT, path_and_strengths
 from ldm.generation.a1111_text import A1111Text, loras_named, parse, sampler_name, size
 from ldm.generation.image_text import read_image_text
-from ldm.settings.declare import MAX_SEED
+from ldm.settings.declare import MAX_BATCH, MAX_SEED
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
+from ldm.settings.repeating import MAX_INDEX
 from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.settings.sampling import FLAGS
 from ldm.settings.values import settings_of
@@ -34,7 +37,7 @@ _NEVER_FROM_FILES = (
     "ms_mode", "jit_level", "device_target", "enable_flash_attention",
 )  # fmt: skip
 # Of A1111's values, those that describe the image and are no settings.
-_NOT_SETTINGS = ("Version", "Model", "Model hash", "Lora hashes", "RNG", "Index", "Schedule type", "Sampler", "Size")
+_NOT_SETTINGS = ("Version", "Model", "Model hash", "Lora hashes", "RNG", "Schedule type", "Sampler", "Size")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
     if any(name in given for name in ("sampler", *FLAGS)):
         for name in ("sampler", "ddim_eta", "eta"):
             values.pop(name, None)
+    if "batch_size" not in given and not _is_usual_batch({**values, **given}):
+        for name in ("batch_size", "full_batches"):
+            values.pop(name, None)
     values.update(_model_files(recipe, given))
     values.update(_loras(recipe, given))
     prompt = "" if "prompt" in given else values.get("prompt", "")
@@ -130,6 +136,8 @@ def differences(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str,
                 continue
             if before.get(name) != now.get(name):
                 found.append(f"{name} {plain(now.get(name), 80)} (the image: {plain(before.get(name), 80)})")
+                if name == "batch_size" and name in recipe.settings and settings.batch_size is None:
+                    found[-1] += ", too many to be taken from an image: --batch_size takes them"
     else:
         for name, value in recipe.settings.items():
             if getattr(settings, name) != value:
@@ -175,6 +183,19 @@ def _repeatable() -> set[str]:
         for name, setting in settings_of(GenerateSettings).items()
         if not setting.rules["path"] and setting.rules["resume"] is None and name not in _NEVER_FROM_FILES
     }
+
+
+def _is_usual_batch(values: Mapping[str, Any]) -> bool:
+    """Return whether a call of the network takes no more pixels than one with a default batch size may.
+
+    An image could ask for a batch that takes all memory.
+    """
+    height, width = values.get("H"), values.get("W")
+    scale = values.get("hires_scale") or 1.0
+    if not height or not width:
+        return False  # the model's own size, which is not known yet
+    height, width = math.ceil(height * scale), math.ceil(width * scale)
+    return values.get("batch_size", 1) <= default_batch_size(MAX_BATCH, height, width)
 
 
 def _number(text: Any, where: str, name: str) -> int:
@@ -227,7 +248,7 @@ def _loras(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
             path, strengths = path_and_strengths(text, "lora_ckpt_path")
             if strengths:
                 return {"lora_ckpt_path": given["lora_ckpt_path"]}
-            of_hash[lora_hash(Path(path))] = str(path)
+            of_hash[lora_sha256(Path(path))] = str(path)
         if set(of_hash) != {entry["sha256"] for entry in entries}:
             return {"lora_ckpt_path": given["lora_ckpt_path"]}
         paths = [of_hash[entry["sha256"]] for entry in entries]
@@ -256,8 +277,8 @@ def _loras(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in checked.items() if name == "lora_ckpt_path" or name not in given}
 
 
-def lora_hash(path: Path) -> str:
-    """Return the hash of a LoRA, a file or a folder, as the text field `lora` holds it."""
+def lora_sha256(path: Path) -> str:
+    """Return the SHA-256 of a LoRA, for a folder those of its files, as the text field `lora` holds it."""
     if not is_folder(path):
         return content_hash(path, "lora_ckpt_path")
     from ldm.lora.formats import lora_files  # imports MindSpore
@@ -277,7 +298,7 @@ def _entries(recipe: Recipe, name: str) -> list[dict[str, Any]]:
 
 def _find(folders: Iterable[Path], name: str, sha256: str, recipe: Recipe) -> str | None:
     """Return the file of this name and this hash in the folders and the folders in them, or else of this name."""
-    if not name or name != Path(name).name:
+    if name in ("", "..") or name != Path(name).name:
         raise UserError(f"from_image {plain(recipe.path)}: {plain(name, 60)} is not the name of a file")
     paths = []
     for folder in folders:
@@ -322,13 +343,15 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
         ("CFG scale", "scale", float),
         ("Seed", "seed", int),
         ("Clip skip", "clip_skip", int),
+        ("Index", "first_index", int),
     )
+    most = {"seed": MAX_SEED, "first_index": MAX_INDEX}
     for key, name, kind in kinds:
         if key not in values or (key == "Clip skip" and values[key] == "1"):
             continue
         try:
             number = kind(values[key][:40])
-            if name not in known or (name == "seed" and not 0 <= number <= MAX_SEED):
+            if name not in known or not 0 <= number <= most.get(name, math.inf):
                 raise ValueError
             content[name] = number
         except (ValueError, OverflowError):
@@ -336,7 +359,7 @@ def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
     if (sides := size(values)) is not None:
         content["W"], content["H"] = sides
     missing += _a1111_sampler(values, content)
-    done = ("Steps", "CFG scale", "Seed", "Clip skip", *_NOT_SETTINGS)
+    done = (*(key for key, _, _ in kinds), *_NOT_SETTINGS)
     missing += [f"{plain(key, 40)} {plain(value, 40)}" for key, value in values.items() if key not in done]
     if text.rest:
         missing.append(f"the lines {plain(text.rest, 60)}")

@@ -10,6 +10,7 @@ from ldm.files.inputs import content_hash, is_file, is_folder
 from ldm.generation.a1111_text import write
 from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.generation.source_image import Origin
+from ldm.prompts.syntax import escaped
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.weights.base_model import base_model_hash
@@ -25,7 +26,7 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
     sampling, fields = image.sampling, image.sampling.fields()
     eta, default_eta = (fields["eta"], 1.0) if "eta" in fields else (fields["ddim_eta"], 0.0)
     paths = [*(file.path for file in plan.loras), *(tag.path for tag in image.loras)]
-    hashes = {path.stem: lora_hash(path) for path in paths}
+    hashes = {path.stem: short_lora_hash(path) for path in paths}
     values = {
         "Steps": sampling.num_inference_steps,
         "Sampler": SAMPLER_LABELS[sampling.sampler],
@@ -43,8 +44,11 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
         "RNG": "CPU",
         "Index": image.noise_index or None,
     }
-    prompt = " ".join([image.prompt, *(tag for file in plan.loras if (tag := _tag(file)))])
-    return write(prompt, image.negative_prompt, values)
+    prompt, negative_prompt = image.prompt, image.negative_prompt
+    if settings.prompt_syntax == "plain":  # A1111 has no plain prompts
+        prompt, negative_prompt = escaped(prompt), escaped(negative_prompt)
+    prompt = " ".join([prompt, *(tag for file in plan.loras if (tag := _tag(file)))])
+    return write(prompt, negative_prompt, values)
 
 
 def _origin_values(origin: Origin) -> dict[str, Any]:
@@ -66,8 +70,8 @@ def _origin_values(origin: Origin) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)  # the cells of a comparison have the same files
-def lora_hash(path: Path) -> str:
-    """Return the hash by which A1111 knows a LoRA, "" for a folder."""
+def short_lora_hash(path: Path) -> str:
+    """Return the first digits of the hash by which A1111 knows a LoRA, "" for a folder."""
     if not is_file(path):
         return ""
     if path.suffix != ".safetensors":

@@ -52,10 +52,11 @@ from ldm.models.text_encoder import run_layers
 from ldm.ops import free_graphs
 from ldm.prompts.chunks import prompt_chunks
 from ldm.prompts.clip_skip import layers_to_run
-from ldm.prompts.syntax import SYNTAXES, warn_of_unsupported
+from ldm.prompts.syntax import warn_of_unsupported
 from ldm.runtime.batches import fill_batch
 from ldm.runtime.device import current_runtime, decide_flash_attention, failed_allocations_as, setup_runtime
 from ldm.settings.model import ModelConfig
+from ldm.settings.prompts import SYNTAXES
 from ldm.settings.versions import default_guidance_scale
 from ldm.tokenizer import Tokenizer
 from ldm.weights.architecture import config_with_tokens

@@ -13,11 +13,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm.errors import UserError, plain
-from ldm.files.inputs import is_folder
+from ldm.files.inputs import is_folder, list_folder
 from ldm.files.paths import MAX_STRENGTH
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -28,7 +29,7 @@ MAX_TAGS = 32  # of a prompt
 MAX_ENTRIES = 100_000  # of the folder
 
 # "lyco" is the older name of the same tag.
-_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
@@ -46,15 +47,15 @@ def take_out_lora_tags(prompt: str) -> tuple[str, list[LoRATag]]:
     Raises:
         UserError: A tag has no name, a strength is not a number within MAX_STRENGTH, or there are too many tags.
     """
-    tags = [_tag(match.group(1), match.group()) for match in _TAG.finditer(prompt)]
+    tags = [_tag(match.group(1), match.group()) for match in LORA_TAG.finditer(prompt)]
     if len(tags) > MAX_TAGS:
         raise UserError(f"a prompt names {len(tags)} LoRAs, at most {MAX_TAGS} are applied: leave some out")
-    return _TAG.sub("", prompt) if tags else prompt, tags
+    return LORA_TAG.sub("", prompt) if tags else prompt, tags
 
 
 def refuse_lora_tags(negative_prompt: str) -> None:
     """Raise UserError if a negative prompt names a LoRA."""
-    if match := _TAG.search(negative_prompt):
+    if match := LORA_TAG.search(negative_prompt):
         raise UserError(
             f"the negative prompt names a LoRA, {plain(match.group(), 60)}: move the tag to the prompt, because a LoRA "
             "changes the model for both; a negative strength takes it away"
@@ -91,7 +92,8 @@ class LoRAFolder:
     """Finds the LoRAs of a folder and its subfolders by their names.
 
     The name of a file is its name without the suffix, with or without its subfolders (`style`, `people/style`), or the
-    whole file name. A folder of PEFT's or diffusers' has its own name. Links to folders are not followed.
+    whole file name. A folder of PEFT's or diffusers' has its own name. Links out of the folder are not followed, and a
+    folder that holds one is no LoRA.
 
     Args:
         folder: The folder.
@@ -120,10 +122,11 @@ class LoRAFolder:
             for folder in list(folders):
                 if _is_lora(Path(place, folder)):
                     folders.remove(folder)
-                    self._add(Path(place, folder))
+                    if all(_is_inside(path, root) for path in _places(Path(place, folder))):
+                        self._add(Path(place, folder))
             for file in sorted(files):
                 path = Path(place, file)
-                if path.suffix in SUFFIXES and os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep):
+                if path.suffix in SUFFIXES and _is_inside(path, root):
                     self._add(path)
 
     def _add(self, path: Path) -> None:
@@ -166,6 +169,19 @@ class LoRAFolder:
 
 def _spellings(name: str) -> set[str]:
     return {name, *(name + suffix for suffix in SUFFIXES)}
+
+
+def _is_inside(path: str | Path, root: str) -> bool:
+    """Return whether a path lies below the folder `root`, a real path, when its links are followed."""
+    return os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """Yield the folder of a LoRA, all that lies in it, and all that lies in PEFT's subfolders of it."""
+    yield folder
+    for place in (folder, *(folder / part for part in PEFT_SUBFOLDERS)):
+        if is_folder(place, "lora_dir"):
+            yield from (place / name for name in list_folder(place, "lora_dir"))
 
 
 def _is_lora(folder: Path) -> bool:

@@ -25,18 +25,19 @@ import numpy as np
 
 from ldm.errors import UserError, plain
 from ldm.files.prompts import MAX_CHARACTERS
+from ldm.settings.prompts import SYNTAXES
 
 logger = logging.getLogger(__name__)
 
-SYNTAXES = ("plain", "a1111")
 ROUND = 1.1
 SQUARE = 1 / 1.1
 MAX_WEIGHT = 100.0  # 48 round brackets
 
 _SYMBOLS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[0-9.]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
-_EDITING = re.compile(r"\[[^\[\]]*(?::\s*[0-9.]+\s*|\|[^\[\]]*)\]")
+_EDITING = re.compile(r"\[(?:[^\[\]|]*\|[^\[\]]*|[^\[\]]*:\s*[0-9.]+\s*)\]")
+_ESCAPED = re.compile(r"[\\()\[\]]")
 _AND = re.compile(r"\bAND\b")
 
 
@@ -109,7 +110,7 @@ def _weighted(text: str) -> tuple[list[str | None], np.ndarray]:
         elif symbol == "]" and opened["["]:
             close("[", SQUARE)
         else:
-            first, *others = _BREAK.split(symbol)
+            first, *others = _parts(symbol)
             texts.append(first)
             for part in others:
                 texts += [None, part]
@@ -117,6 +118,19 @@ def _weighted(text: str) -> tuple[list[str | None], np.ndarray]:
         for start in opened[bracket]:
             weights[start : len(texts)] *= factor
     return texts, weights[: len(texts)]
+
+
+def escaped(text: str) -> str:
+    """Return a plain text in A1111's syntax: no bracket weighs a word."""
+    return _ESCAPED.sub(r"\\\g<0>", text)
+
+
+def _parts(symbol: str) -> list[str]:
+    """Return the texts between the BREAKs of a symbol, without the spaces beside a BREAK."""
+    parts = _BREAK.split(symbol)  # a pattern with the spaces would try each of them as a beginning
+    last = len(parts) - 1
+    parts = [part if place == 0 else part.lstrip() for place, part in enumerate(parts)]
+    return [part if place == last else part.rstrip() for place, part in enumerate(parts)]
 
 
 def check_length(text: str) -> None:

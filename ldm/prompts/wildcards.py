@@ -29,6 +29,7 @@ MAX_BYTES = 16 << 20  # of a file
 MAX_FILES = 10_000  # that an error looks at for a near name
 MAX_DEPTH = 20  # wildcards inside wildcards
 MAX_DRAWS = 1000  # for one prompt
+MOST_DRAWN = 10 * MAX_CHARACTERS  # where drawing stops; what is shorter is counted to its end for the error
 JOINED_BY = ", "
 
 _FILE = re.compile(r"__((?:[^\W_]|[./])(?:[\w\-. /]{0,198}?[^\W_])?)__(?!_)")
@@ -121,6 +122,7 @@ class _Drawing:
     def __init__(self, wildcards: Wildcards, rng: np.random.Generator, prompt: str) -> None:
         self.wildcards, self.rng, self.prompt = wildcards, rng, prompt
         self.count = 0
+        self.characters = 0  # that are drawn so far, those of inner wildcards too
 
     def expand(self, text: str, inside: tuple[str, ...]) -> str:
         """Return a text without wildcards. `inside`: names of the wildcards that it comes from."""
@@ -132,7 +134,7 @@ class _Drawing:
         while place < len(text):
             letter = text[place]
             if letter == "\\" and text[place + 1 : place + 2] in ("{", "}", "|"):
-                parts.append(text[place + 1])
+                parts.append(self._counted(text[place + 1]))
                 place += 2
             elif letter == "{" and place in ends:
                 parts.append(self._choose(text[place + 1 : ends[place]], inside))
@@ -143,7 +145,7 @@ class _Drawing:
                 parts.append(self.expand(lines[self._draw(len(lines))], (*inside, f"__{name}__")))
                 place = match.end()
             else:
-                parts.append(letter)
+                parts.append(self._counted(letter))
                 place += 1
         return "".join(parts)
 
@@ -172,7 +174,12 @@ class _Drawing:
             chosen = [self._draw(len(options))]
         else:
             chosen = self.rng.choice(len(options), number, replace=False, p=shares / shares.sum()).tolist()
-        return joined_by.join(self.expand(options[place], (*inside, "{}")) for place in chosen)
+        texts: list[str] = []
+        for place in chosen:
+            if texts:
+                self._counted(joined_by)
+            texts.append(self.expand(options[place], (*inside, "{}")))
+        return joined_by.join(texts)
 
     def _draw(self, count: int) -> int:
         """Draw a number below `count`, and count the draws of the prompt."""
@@ -180,6 +187,13 @@ class _Drawing:
         if self.count > MAX_DRAWS:
             raise self._error(f"more than {MAX_DRAWS} wildcards are drawn for it")
         return int(self.rng.integers(count)) if count > 1 else 0
+
+    def _counted(self, part: str) -> str:
+        """Return a part of the prompt, and count its characters."""
+        self.characters += len(part)
+        if self.characters > MOST_DRAWN:
+            raise self._error(f"its wildcards make more than {MOST_DRAWN:,} characters")
+        return part
 
     def _error(self, reason: str) -> UserError:
         return UserError(f'prompt "{plain(self.prompt, 60)}": {reason}: change the prompt or the files of wildcards')

@@ -58,7 +58,7 @@ class GenerateSettings(
     def __post_init__(self) -> None:
         """Check each setting, and the settings against each other. Raises UserError."""
         check_values(self)
-        self.check_prompts()
+        self.check_prompts(may_be_empty=self.from_image is not None)  # as the image's was
         self.check_sampling()
         self.check_source_image()
         if self.resume and self.skip_save:
@@ -72,7 +72,8 @@ class GenerateSettings(
             raise UserError(f"--save_latents and --{other} do not go together: leave one of them out")
         if self.use_lora and not (self.lora_ckpt_path or self.lora_dir):
             raise UserError("--use_lora is given without a file: add --lora_ckpt_path")
-        if self.lora_dir is not None and self.prompt_syntax != "a1111":
+        # With from_image, the image's LoRAs are looked for in it, whatever the syntax is.
+        if self.lora_dir is not None and self.prompt_syntax != "a1111" and self.from_image is None:
             raise UserError("--lora_dir is for prompts with <lora:name:0.8>: add --prompt_syntax a1111")
         if self.ms_mode is not None:
             self.mode = self.ms_mode

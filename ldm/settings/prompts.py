@@ -11,6 +11,7 @@ from ldm.settings.model_yaml import MAX_SIDE
 
 MAX_IMAGES = 1_000_000
 MAX_CLIP_SKIP = 100
+SYNTAXES = ("plain", "a1111")  # of prompts, see ldm.prompts.syntax
 
 
 @dataclass
@@ -35,7 +36,7 @@ class PromptSettings:
         "plain: every character belongs to a word; a1111: (x), [x] and (x:1.3) weigh words, a backslash makes a "
         "bracket a word, BREAK ends a chunk, <lora:name:0.8> applies a LoRA of lora_dir, and long prompts are read "
         "whole (docs/prompts.md)",
-        choices=("plain", "a1111"),
+        choices=SYNTAXES,
     )
     support_long_prompts: bool = setting(
         False, "encode prompts of more than 75 tokens in chunks of 75, instead of cutting them; a1111 always does"
@@ -77,9 +78,9 @@ class PromptSettings:
         """Whether the prompts' wildcards are drawn."""
         return self.wildcard_dir is not None if self.enable_wildcard is None else self.enable_wildcard
 
-    def check_prompts(self) -> None:
-        """Raise UserError unless the settings of the prompts go together."""
-        if not self.prompt and self.data_path is None:
+    def check_prompts(self, may_be_empty: bool) -> None:
+        """Raise UserError unless the settings of the prompts go together. `may_be_empty`: the prompt."""
+        if not self.prompt and self.data_path is None and not may_be_empty:
             raise UserError('nothing to generate: give --prompt "a text" or --data_path with a file of prompts')
         for name, other in (("prompt", "data_path"), ("negative_prompt", "negative_data_path")):
             if getattr(self, name) and getattr(self, other):

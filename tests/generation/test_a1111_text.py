@@ -33,6 +33,7 @@ def test_the_text_of_an_older_version():
     assert text.values["Lora hashes"] == "style: 0123456789ab, other: ba9876543210"
     assert sampler_name(text.values) == ("DPM++ 2M", "Karras") and size(text.values) == (512, 768)
     assert loras_named(text.prompt) == ["<lora:style:0.8>"]
+    assert loras_named("<lyco:old:1> <lora> <hypernet:x:1>") == ["<lyco:old:1>"]  # as prompts are read
 
 
 def test_the_text_of_a_newer_version():

@@ -87,6 +87,34 @@ def test_a_sampler_and_a_schedule_that_are_not_known_are_listed(tmp_path):
     assert "sampler Restart" in listed and "schedule Turbo" in listed and "Seed -1" in listed and "scale x" in listed
 
 
+@pytest.mark.parametrize(
+    ("changed", "given", "taken"),
+    [
+        ({}, {}, 4),
+        ({"H": 512, "W": 512, "batch_size": 8}, {}, 8),
+        ({"H": 512, "W": 512, "batch_size": 9}, {}, None),
+        ({"H": 8192, "W": 8192, "batch_size": 10_000}, {}, None),
+        ({"H": 8192, "W": 8192, "batch_size": 1}, {}, 1),
+        ({"H": 512, "W": 512, "batch_size": 2, "hires_scale": 2.0}, {}, 2),
+        ({"H": 512, "W": 512, "batch_size": 3, "hires_scale": 2.0}, {}, None),
+        ({"H": 64, "W": 64, "batch_size": 9}, {"H": 4096, "W": 4096}, None),
+        ({"H": 64, "W": 64, "batch_size": 9}, {"hires_scale": 16.0}, None),
+        ({"H": None, "W": None, "batch_size": 4}, {}, None),  # the model's own size is not known here
+    ],
+)
+def test_an_image_asks_for_no_larger_batch_than_the_default(tmp_path, changed, given, taken):
+    settings = {name: value for name, value in {**SETTINGS, **changed}.items() if value is not None}
+    path = image(tmp_path, own(settings=settings))
+    values = complete_from_image({"from_image": path, **given})
+    assert values.get("batch_size") == taken and values.get("full_batches", False) == (taken is not None)
+    values = complete_from_image({"from_image": path, **given, "batch_size": 10_000})
+    assert values["full_batches"] and "batch_size" not in values  # the user's own number is taken
+    fields = {**own(), "settings": {**settings, "batch_size": 33}}
+    found = differences(read_recipe(path), GenerateSettings(prompt="a"), fields)
+    assert found == [f"batch_size 33 (the image: {settings['batch_size']}), too many to be taken from an image: "
+                     "--batch_size takes them"]  # fmt: skip
+
+
 def test_loras_are_found_by_their_hashes_in_any_order(tmp_path):
     entries = []
     for name, strength in (("a.ckpt", 0.5), ("b.ckpt", -1.25)):
@@ -103,6 +131,28 @@ def test_loras_are_found_by_their_hashes_in_any_order(tmp_path):
     with pytest.raises(UserError, match="was made with the LoRA a.ckpt: give its path as --lora_ckpt_path"):
         complete_from_image({"from_image": path})
     assert "lora_ckpt_path" not in complete_from_image({"from_image": path, "use_lora": False})
+
+
+def test_loras_of_a_plain_prompt_are_found_in_lora_dir(tmp_path):
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "a.ckpt").write_text("a")
+    entry = {"file": "a.ckpt", "sha256": hashlib.sha256(b"a").hexdigest(), "weight": 0.5}
+    given = {"from_image": image(tmp_path, own(lora=[entry])), "lora_dir": str(tmp_path / "loras")}
+    settings = GenerateSettings(**given, **complete_from_image(given))
+    assert settings.prompt_syntax == "plain" and settings.lora_ckpt_path == [f"{tmp_path}/loras/a.ckpt:0.5:0.5"]
+
+
+def test_an_image_with_an_empty_prompt_is_repeated(tmp_path):
+    for fields in (own(prompt=""), {"parameters": "Steps: 5, Sampler: DDIM, Seed: 1"}):
+        given = {"from_image": image(tmp_path, fields)}
+        assert GenerateSettings(**given, **complete_from_image(given)).prompt == ""
+
+
+@pytest.mark.parametrize(("index", "first_index"), [("17", 17), ("-1", None), (str(2**40), None), ("x", None)])
+def test_the_index_of_a1111s_text_is_that_of_the_first_image(tmp_path, index, first_index):
+    recipe = read_recipe(image(tmp_path, {"parameters": f"a\nSteps: 5, Seed: 7, Index: {index}"}))
+    assert recipe.settings.get("first_index") == first_index and recipe.settings["seed"] == 7
+    assert (f"Index {index}" in recipe.not_repeated) == (first_index is None)
 
 
 def test_what_is_not_as_in_the_image_is_listed(tmp_path):
@@ -139,6 +189,8 @@ def test_what_is_not_as_in_the_image_is_listed(tmp_path):
         (own(index=str(2**40)), "first_index: .* at most"),
         (own(checkpoint="../../etc/passwd", model="x"), "is not the name of a file"),
         (own(checkpoint="", model="x"), "is not the name of a file"),
+        (own(checkpoint="..", model="x"), "is not the name of a file"),
+        (own(checkpoint=".", model="x"), "is not the name of a file"),
         (own(checkpoint="mine.ckpt", model="x"), "base model mine.ckpt: give its path as --ckpt_path"),
         (own(unet_checkpoint="u.ckpt"), "unet u.ckpt: give its path as --unet_ckpt_path"),
         (

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.sampling import Sampling
-from ldm.generation.parameters import lora_hash, parameters_text
+from ldm.generation.a1111_text import parse
+from ldm.generation.parameters import parameters_text, short_lora_hash
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
 from ldm.generation.source_image import NOISE_ALONE
+from ldm.prompts.syntax import Piece, parse_prompt
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.hashes import MODEL_HASH, data_hash
@@ -39,6 +41,17 @@ def test_the_values_of_an_image(plan):
     )
 
 
+def test_a_plain_prompt_is_written_so_that_a1111_weighs_no_word(plan):
+    plain = r"a cat (1990) [x] \(y\) \\ :1.3)"
+    plan.images = [plan.images[0]._replace(prompt=plain, negative_prompt="(b:2)")]
+    text = parse(parameters_text(GenerateSettings(prompt="a"), plan, 0))
+    assert text.prompt.startswith(r"a cat \(1990\) \[x\]")
+    assert parse_prompt(text.prompt) == [[Piece(plain, 1.0)]]
+    assert parse_prompt(text.negative_prompt) == [[Piece("(b:2)", 1.0)]]
+    text = parse(parameters_text(GenerateSettings(prompt="a", prompt_syntax="a1111"), plan, 0))
+    assert (text.prompt, text.negative_prompt) == (plain, "(b:2)")  # as it is
+
+
 def test_loras_are_named_in_the_prompt_and_by_their_hashes(plan, tmp_path):
     arrays = {"a": np.ones(3, np.float32)}
     write_checkpoint(tmp_path / "style.safetensors", arrays)
@@ -48,7 +61,8 @@ def test_loras_are_named_in_the_prompt_and_by_their_hashes(plan, tmp_path):
     (tmp_path / "folder").mkdir()
     style = data_hash(tmp_path / "style.safetensors")[:12]
     old = hashlib.sha256(b"lora").hexdigest()[:12]
-    assert lora_hash(tmp_path / "kohya.safetensors") == "0123456789ab" and lora_hash(tmp_path / "folder") == ""
+    assert short_lora_hash(tmp_path / "kohya.safetensors") == "0123456789ab"
+    assert short_lora_hash(tmp_path / "folder") == ""
     plan.loras = [
         LoRAFile(tmp_path / "style.safetensors", 0.8, 0.8),
         LoRAFile(tmp_path / "old.ckpt", 0.5, -1.0),

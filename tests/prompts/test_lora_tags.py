@@ -72,6 +72,19 @@ def folder(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "far.safetensors").touch()
     (tmp_path / "loras" / "linked").symlink_to(tmp_path / "elsewhere")
+    # A folder of PEFT's that is a link, whose weights are one, and whose subfolder is one, out of the folder.
+    outside = tmp_path / "peft_outside"
+    outside.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (outside / name).touch()
+    for name in ("evil_weights", "evil_part"):
+        (tmp_path / "loras" / name).mkdir()
+    (tmp_path / "loras" / "evil").symlink_to(outside)
+    (tmp_path / "loras" / "evil_weights" / "adapter_config.json").touch()
+    weights = "evil_weights/adapter_model.safetensors"
+    (tmp_path / "loras" / weights).symlink_to(outside / "adapter_model.safetensors")
+    (tmp_path / "loras" / "evil_part" / "unet").symlink_to(outside)
+    (tmp_path / "loras" / "alias").symlink_to(tmp_path / "loras" / "peft")  # stays inside
     return tmp_path / "loras"
 
 
@@ -82,7 +95,7 @@ def folder(tmp_path):
         ("older", "older.pt"), ("v1.5", "v1.5.safetensors"), ("anna", "people/anna.safetensors"),
         ("people/anna", "people/anna.safetensors"), ("people/same", "people/same.safetensors"),
         ("same2", "same2.safetensors"), ("people/same2", "people/same2.safetensors"), ("twice.ckpt", "twice.ckpt"),
-        ("peft", "peft"), ("peft2", "peft2"), ("diffusers", "diffusers"),
+        ("peft", "peft"), ("peft2", "peft2"), ("diffusers", "diffusers"), ("alias", "alias"),
     ],
 )  # fmt: skip
 def test_names(name, path, folder):
@@ -96,7 +109,8 @@ def test_names(name, path, folder):
         ("same", "people/same.safetensors, places/same.safetensors"), ("link", "no LoRA of this name"),
         ("far", "no LoRA of this name"), ("../outside", "no LoRA of this name"), ("/etc/x", "no LoRA of this name"),
         ("people/../style", "no LoRA of this name"), ("notes", "no LoRA of this name"), ("", "no LoRA of this name"),
-        ("adapter_model", "no LoRA of this name"),
+        ("adapter_model", "no LoRA of this name"), ("evil", "no LoRA of this name"),
+        ("evil_weights", "no LoRA of this name"), ("evil_part", "no LoRA of this name"),
     ],
 )  # fmt: skip
 def test_names_that_mean_no_file_or_several(name, message, folder):

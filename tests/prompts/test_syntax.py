@@ -77,6 +77,19 @@ def test_a_weight_beyond_the_limit_is_refused(prompt):
         parse_prompt(prompt)
 
 
+def test_spaces_beside_a_break_belong_to_it():
+    texts = [[piece.text for piece in section] for section in parse_prompt(" a \n BREAK\tb\u3000BREAK BREAK c BREAKS ")]
+    assert texts == [[" a"], ["b"], [""], ["c BREAKS "]]
+
+
+@pytest.mark.parametrize("prompt", [" " * 10_000, "a BREAK" + " " * 9990, "[" + "|" * 9998, "[" + ":1" * 4999])
+def test_repeated_characters_take_no_time(prompt):
+    began = time.process_time()
+    parse_prompt(prompt)
+    warn_of_unsupported([prompt])
+    assert time.process_time() - began < 0.1  # quadratic patterns took 0.3 to 1.1 s
+
+
 def test_the_greatest_weight_is_taken():
     assert parse_prompt("(x:100)") == [[Piece("x", MAX_WEIGHT)]]
     assert 97 < parse_prompt("(" * 48 + "x")[0][0].weight <= MAX_WEIGHT

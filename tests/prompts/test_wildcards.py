@@ -24,7 +24,7 @@ def folder(tmp_path):
         "pong.txt": "__ping__\n",
         "laughs.txt": "__laughs2__ " * 40,
         "laughs2.txt": "__laughs3__ " * 40,
-        "laughs3.txt": "ha " * 40,
+        "laughs3.txt": "ha " * 10,
         "long.txt": "y" * 9000,
         "longer.txt": "y" * 10_001,
         "empty.txt": "# nothing\n\n",
@@ -132,6 +132,9 @@ def test_a_draw_depends_on_seed_number_and_stream_alone(folder):
         ("{0::a|0::b}", "has 0 texts"),
         ("__" + "a" * 190 + "__", "does not exist"),
         ("{" * 100 + "a" + "}" * 100, "lie too deep"),
+        ("{1500$$" + "x" * 5000 + "$$" + "|".join("a" * 1500) + "}", "make more than 100,000 characters"),
+        ("{2$$" + "x" * 9000 + "$$aaaa|bbbb|cccc}" + "__long__", "make 18,008 characters"),
+        ("__long__ " * 900, "make more than 100,000 characters"),
         ("{a|b}" * 1001, f"more than {MAX_DRAWS} wildcards"),
     ],
 )
