@@ -91,6 +91,12 @@ def test_a_name_below_a_folder_is_found(folders, folder):
         folders.resolve("loras/a.safetensors", "data")
 
 
+def test_a_path_has_the_name_of_the_innermost_folder(folder):
+    folders = Folders({"loras": folder, "images": folder / "out" / "images", "data": folder / "out"})
+    assert folders.name_of((folder / "out" / "images" / "1").resolve()) == "images/1"
+    assert folders.name_of((folder / "loras").resolve()) == "loras/loras"
+
+
 def test_a_name_that_settings_would_expand_is_refused(folders, folder):
     (folder / "loras" / "$HOME.safetensors").write_text("x")
     with pytest.raises(NotAllowed, match="a dollar: rename the file"):
@@ -391,6 +397,8 @@ def test_a_fault_of_the_program_is_an_answer_too(ask, studio, monkeypatch):
     assert ask("GET", "/api/loras") == (
         500, {"error": "a fault of the program (KeyError): the terminal shows where"}
     )  # fmt: skip
+    monkeypatch.setattr(studio, "loras", lambda: [float("nan")])  # which no JSON holds
+    assert ask("GET", "/api/loras")[1]["error"].startswith("a fault of the program (ValueError)")
     monkeypatch.setattr(studio, "loras", lambda: open("/nowhere/x"))
     status, answer = ask("GET", "/api/loras")
     assert status == 500 and answer["error"].startswith("/nowhere/x cannot be used: No such file or directory")
@@ -506,6 +514,9 @@ WRONG_RUNS = [
     ({"settings": {"output_path": "/tmp"}}, '"output_path" is no setting'),
     ({"settings": {"max_steps": 0}}, "max_steps: 0 is not allowed"),
     ({"settings": {"sample_prompts": "/etc/passwd"}}, "must be a list"),
+    ({"settings": {"sample_prompts": ["/etc/hosts.txt"]}}, "would be the path of a file"),
+    ({"settings": {"sample_prompts": ["~/$HOME/a.JSON"]}}, "would be the path of a file"),
+    ({"settings": {"sample_prompts": ["a cat", "my notes.toml"]}}, "would be the path of a file"),
     ({"settings": {"sample_every_n_steps": 4}}, "no effect without sample_prompts"),
     ({"settings": {"image_size": 65}}, "image_size 65 must be a multiple"), ({"settings": 3}, "must hold lines"),
 ]  # fmt: skip

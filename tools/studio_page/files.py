@@ -62,11 +62,12 @@ class Folders:
         return path
 
     def name_of(self, path: Path) -> str | None:
-        """Return the page's name of a path, None if it is in none of the folders."""
-        for word, root in self.roots.items():
-            if path.is_relative_to(root):
-                return "/".join([word, *path.relative_to(root).parts])
-        return None
+        """Return the page's name of a path, None if it is in none of the folders. One folder may hold another."""
+        words = [word for word, root in self.roots.items() if path.is_relative_to(root)]
+        if not words:
+            return None
+        word = max(words, key=lambda word: len(self.roots[word].parts))
+        return "/".join([word, *path.relative_to(self.roots[word]).parts])
 
     def walk(self, word: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield the name of each folder below a root, with the names in it of folders and of files, sorted.

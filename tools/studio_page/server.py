@@ -266,6 +266,7 @@ async def _answered(work: Awaitable[Any]) -> Response:
     """Return an answer, or what went wrong as {"error": ...} with the status of HTTP. The server goes on."""
     try:
         answer = await work
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
     except Refused as error:
         return _error(error.status, str(error))
     except NotAllowed as error:
@@ -277,7 +278,6 @@ async def _answered(work: Awaitable[Any]) -> Response:
     except Exception as error:
         logger.error("%s", traceback.format_exc())
         return _error(500, f"a fault of the program ({type(error).__name__}): the terminal shows where")
-    return answer if isinstance(answer, Response) else JSONResponse(answer)
 
 
 def _error(status: int, reason: str) -> Response:

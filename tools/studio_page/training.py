@@ -30,6 +30,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checks import check_settings
 from ldm.training.own_files import LINKS, find_states
 from ldm.training.report.records import RunRecord, read_facts, read_metrics, read_strips, smoothed, smoothing_span
+from ldm.training.sample_prompts import FILES
 from tools.studio_page.fields import TRAIN_NAMES, read_values
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -171,6 +172,11 @@ class Trainings:
         prompts = chosen.get("sample_prompts")
         if prompts is not None and not isinstance(prompts, list):
             raise UserError("the request: sample_prompts must be a list: a text would be the path of a file")
+        # A training would read the file that such an entry names, or that it names by the time it starts.
+        if named := next((line for line in prompts or () if Path(line).suffix.lower() in FILES), None):
+            raise UserError(
+                f'the request: the sample prompt "{plain(named, 80)}" would be the path of a file: leave out its ending'
+            )
         if "ckpt_save_interval" in chosen:
             chosen["step_mode"] = True
         content = read_yaml(recipe.path)
