@@ -275,6 +275,7 @@ def test_every_setting_of_the_page_is_declared_and_none_is_a_path():
     assert described["scale"]["optional"] and described["prompt"]["kind"] == "text"
     assert not {field["group"] for field in described.values()} & set(SERVER_GROUPS)
     assert described["scale"]["group"] == "sampling"
+    assert described["first_index"]["kind"] == "integer"  # with the seed it says which image it is
     flag = Setting("tiles", None, Optional[bool], dict.fromkeys(settings_of(GenerateSettings)["scale"].rules))
     assert _kind(flag) == "choice" and _choices(flag) == [True, False]
     assert {"ckpt_path", "output_path", "device_target", "lora_ckpt_path", "data_path"}.isdisjoint(described)
