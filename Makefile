@@ -23,7 +23,7 @@ test: .venv/ready
 
 # They use both cores by themselves.
 test-processes: .venv/ready
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m processes tests/generation tests/tools tests/training
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m processes tests/examples tests/generation tests/tools tests/training
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity

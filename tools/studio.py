@@ -33,7 +33,7 @@ from ldm.errors import UserError, plain, system_reason  # noqa: E402
 from ldm.files.inputs import is_folder  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402
 from ldm.files.paths import ROOT, under_root  # noqa: E402
-from ldm.generation.plan import find_model  # noqa: E402
+from ldm.generation.model_choice import find_model  # noqa: E402
 from ldm.runtime.logs import set_up_logging  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.generate import GenerateSettings  # noqa: E402

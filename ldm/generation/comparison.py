@@ -22,7 +22,7 @@ LONGEST_LABEL = 40  # characters of a value in a file name
 _NOT_COMPARED = (
     "data_path", "negative_data_path", "generate_config", "init_latents", "n_iter", "n_samples", "use_lora",
     "lora_rank", "grid_x", "grid_y", "device_target", "mode", "ms_mode", "jit_level", "precision",
-    "enable_flash_attention", "vae_tiling", "vae_tile_size", *FLAGS,
+    "enable_flash_attention", "vae_tiling", "vae_tile_size", "full_batches", *FLAGS,
 )  # fmt: skip
 
 
@@ -51,6 +51,11 @@ class Cell:
         files = plan.checkpoint, plan.unet_checkpoint, plan.vae_checkpoint, plan.config.path, self.settings.ckpt_ema
         return files, tuple((file.path, tuple(e.token for e in file.embeddings)) for file in plan.embeddings)
 
+    @property
+    def prompt_settings(self) -> tuple[str, bool, int | None]:
+        """How its prompts are read: syntax, support_long_prompts and clip_skip, as Pipeline.configure_prompts takes."""
+        return self.settings.prompt_syntax, self.settings.support_long_prompts, self.settings.clip_skip
+
 
 def plan_cells(settings: GenerateSettings) -> list[Cell]:
     """Plan a run: one cell, or those of the comparison that grid_x and grid_y describe, row by row.
@@ -70,6 +75,8 @@ def plan_cells(settings: GenerateSettings) -> list[Cell]:
             try:
                 for axis, place in places:
                     changed = _with_value(changed, axis, place)
+                for axis, _ in places:
+                    _check_effect(changed, axis)
                 cells.append(Cell(changed, plan_generation(changed), column, row, file_name_part(labels)))
             except UserError as error:
                 raise UserError(f"comparison, {plain(', '.join(labels), 100)}: {error}") from None
@@ -86,7 +93,7 @@ def sheet_of(settings: GenerateSettings, cells: list[Cell]) -> ComparisonSheet |
     columns, rows = _axes(settings)
     if columns is None and rows is None:
         return None
-    sizes = [cell.plan.final_size for cell in cells]
+    sizes = [cell.plan.final_size(0) for cell in cells]
     largest = max(width for _, width in sizes), max(height for height, _ in sizes)
     axes = [None if axis is None else Axis(axis.name, axis.labels) for axis in (columns, rows)]
     return ComparisonSheet(axes[0], axes[1], largest, settings.prompt)
@@ -122,7 +129,13 @@ def _with_value(settings: GenerateSettings, axis: SettingAxis, place: int) -> Ge
         if searched not in settings.prompt:
             raise UserError(f"{REPLACED}: the prompt does not hold {plain(searched, 60)}: {plain(settings.prompt)}")
         return replace(settings, prompt=settings.prompt.replace(searched, axis.values[place]))
-    if axis.name == "lora_scale" and not settings.lora_ckpt_path:
-        raise UserError("lora_scale is compared without a LoRA: add --lora_ckpt_path")
     flags = {name: False for name in FLAGS if axis.name == "sampler"}
     return replace(settings, **{**flags, axis.name: axis.values[place]})
+
+
+def _check_effect(settings: GenerateSettings, axis: SettingAxis) -> None:
+    """Raise UserError if the compared setting has no effect without another one."""
+    setting = settings_of(GenerateSettings).get(axis.name)
+    needed = None if setting is None else setting.rules["needs"]
+    if needed is not None and getattr(settings, needed) in (None, False, [], ""):
+        raise UserError(f"{axis.name} is compared without {needed}, and has no effect: add --{needed}")

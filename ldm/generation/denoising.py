@@ -86,8 +86,10 @@ class SourceLatents:
             kept, started = on_device.array(kept), on_device.array(noise)
             shares = ms.Tensor(repainted), ms.Tensor(kept_share)
 
+        kept, started = kept * shares[1], started * shares[1]
+
         def put_back(latents: Any, alpha: float, sigma: float) -> Any:
-            return latents * shares[0] + (kept * float(alpha) + started * float(sigma)) * shares[1]
+            return latents * shares[0] + kept * float(alpha) + started * float(sigma)
 
         return put_back
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.diffusion.sampling import Sampling, latent_shape
-from ldm.files.inputs import content_hash
+from ldm.diffusion.sampling import latent_shape
+from ldm.errors import UserError, plain
 from ldm.files.outputs import claim_file, claim_folder
 from ldm.generation.comparison import Cell, plan_cells, sheet_of
-from ldm.generation.from_image import differences, read_recipe
+from ldm.generation.from_image import Recipe, differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
+from ldm.generation.image_metadata import metadata_of_images
 from ldm.generation.parameters import parameters_text
-from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.generation.source_image import source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
@@ -28,7 +28,6 @@ from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.architecture import config_with_tokens
-from ldm.weights.base_model import base_model_hash
 
 if TYPE_CHECKING:
     from ldm.generation.pipeline import ImageBatch, Pipeline
@@ -56,6 +55,8 @@ def generate(settings: GenerateSettings, open_model: OpenModel | None = None) ->
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
     cells = plan_cells(settings)
+    if not settings.resume:
+        _check_sources(settings, cells)
     if settings.use_parallel and (is_scheduler() or process_index() > 0):
         generate_cells(settings, cells, open_model)
         return
@@ -69,6 +70,22 @@ def generate(settings: GenerateSettings, open_model: OpenModel | None = None) ->
         generate_cells(settings, cells, open_model)
 
 
+def _check_sources(settings: GenerateSettings, cells: Sequence[Cell]) -> None:
+    """Raise UserError for an image to begin from that this run would rename before it is read."""
+    output = Path(settings.output_path)
+    for origin in dict.fromkeys(origin for cell in cells for origin in cell.plan.origins):
+        source = origin.source
+        for name, path in () if source is None else (("init_image", source.image), ("mask_image", source.mask)):
+            if not isinstance(path, Path):
+                continue
+            real = path.resolve()
+            if real == (output / "grid.png").resolve() or (output / "samples").resolve() in real.parents:
+                raise UserError(
+                    f"{name} {plain(path)} is of the last run in {plain(output)}, which this run renames: give another "
+                    "--output_path, or move the image"
+                )
+
+
 def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model: OpenModel | None = None) -> None:
     """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
@@ -79,7 +96,8 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
     if settings.init_latents is not None:
         plan = cells[0].plan
         config = config_with_tokens(plan.config, plan.checkpoint)
-        shape = (len(plan.prompts), *latent_shape(config, plan.sampling.height, plan.sampling.width))
+        sampling = plan.images[0].sampling  # all images have one size here
+        shape = (len(plan.prompts), *latent_shape(config, sampling.height, sampling.width))
         starting_latents = read_latents(settings.init_latents, shape)
 
     runtime = setup_runtime(
@@ -114,6 +132,8 @@ def _generate_images(
     logger.info("%s", describe_runtime(runtime, flash_attention))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     images = images_of(cells)
+    # Before samples/ is renamed, where the image may be.
+    recipe = None if settings.from_image is None else read_recipe(settings.from_image)
     writer = _writer(settings, cells, images, runtime.precision)
     if runtime.process_index == 0:
         if settings.resume:
@@ -122,8 +142,12 @@ def _generate_images(
     saves_latents = settings.save_latents is not None and runtime.process_index == 0
     with LatentsWriter(str(settings.save_latents), len(images)) if saves_latents else nullcontext() as latents:
         for of_model in by_model(images):
-            pipeline = load_pipeline(of_model[0], flash_attention, open_model or Pipeline.from_checkpoint)
-            _generate_with(pipeline, settings, of_model, starting_latents, runtime, writer, latents)
+            pipeline = load_pipeline(of_model[0][0], flash_attention, open_model or Pipeline.from_checkpoint)
+            for alike in of_model:
+                syntax, long, clip_skip = alike[0].cell.prompt_settings
+                pipeline.configure_prompts(syntax=syntax, support_long_prompts=long, clip_skip=clip_skip)
+                _generate_with(pipeline, settings, alike, starting_latents, runtime, writer, latents, recipe)
+                recipe = None  # what differs is said once
             del pipeline  # before the next one is loaded
     if runtime.process_index:
         return
@@ -146,15 +170,16 @@ def _generate_with(
     runtime: Runtime,
     writer: ImageWriter,
     latents: LatentsWriter | None,
+    recipe: Recipe | None,
 ) -> None:
-    """Generate and write the images of one base model."""
+    """Generate and write images of one base model whose prompts are read alike."""
     batches = pipeline.batches_of([image.request for image in images])
     if settings.full_batches:
         batches = [replace(batch, batch_size=batch.requests[0].sampling.batch_size) for batch in batches]
     for batch in batches:
         writer.batch_sizes.update((request.index, batch.batch_size) for request in batch.requests)
-    if settings.from_image is not None and runtime.process_index == 0:
-        _say_what_differs(settings, writer.fields(images[0].request.index))
+    if recipe is not None and runtime.process_index == 0:
+        _say_what_differs(recipe, settings, writer.fields(images[0].request.index))
     pending = _pending(batches, writer, runtime) if settings.resume else batches
     count = runtime.process_count
     if len(pending) < count:
@@ -193,9 +218,8 @@ def _arrays(batches: Iterable[ImageBatch], with_latents: bool) -> Iterable[list[
         yield [batch.indices, batch.images, *([batch.starting_latents, batch.latents] if with_latents else [])]
 
 
-def _say_what_differs(settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
+def _say_what_differs(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str, Any]) -> None:
     """Log what of the image that from_image names is not repeated."""
-    recipe = read_recipe(str(settings.from_image))
     found = differences(recipe, settings, fields)
     for text in recipe.not_repeated:
         logger.warning("from_image %s: not repeated: %s", settings.from_image, text)
@@ -209,7 +233,7 @@ def _writer(
     settings: GenerateSettings, cells: Sequence[Cell], images: Sequence[RunImage], precision: str
 ) -> ImageWriter:
     """Return what writes the images. The texts of an image are made when it is written."""
-    of_cell = {id(cell): _metadata_of_images(cell.settings, cell.plan, precision) for cell in cells}
+    of_cell = {id(cell): metadata_of_images(cell.settings, cell.plan, precision) for cell in cells}
 
     def more_fields(index: int) -> dict[str, Any]:
         request, cell, place = images[index]
@@ -233,107 +257,6 @@ def _writer(
         places=[(image.cell.column, image.cell.row) for image in images],
         labels=[image.cell.label for image in images],
         settings=settings.of_images(),
+        sizes=[image.cell.plan.final_size(image.place) for image in images],
         resume=settings.resume,
     )
-
-
-def _metadata_of_images(
-    settings: GenerateSettings, plan: GenerationPlan, precision: str
-) -> Callable[[int], dict[str, Any]]:
-    """Return a function from an image's index to what its text fields hold besides the prompts."""
-    shared = _metadata(settings, plan, precision)
-    of_tag = {
-        # lora_ft_unet and lora_ft_text_encoder are for the files of lora_ckpt_path.
-        tag: {
-            **_lora_metadata(settings, LoRAFile(*tag)),
-            "lora_ft_unet": None,
-            "lora_ft_text_encoder": None,
-            "from_prompt": True,
-        }
-        for tag in dict.fromkeys(tag for image in plan.images for tag in image.loras)
-    }
-
-    def metadata(index: int) -> dict[str, Any]:
-        image = plan.images[index]
-        fields = {"index": str(image.noise_index), **shared, "seed": str(image.seed)}
-        for name, template in (
-            ("prompt_template", image.template),
-            ("negative_prompt_template", image.negative_template),
-        ):
-            if template is not None:
-                fields[name] = template
-        if image.loras:
-            fields["lora"] = [*shared.get("lora", []), *(of_tag[tag] for tag in image.loras)]
-        return {**fields, "settings": {**shared["settings"], **_sampling_metadata(image.sampling)}}
-
-    return metadata
-
-
-def _metadata(settings: GenerateSettings, plan: GenerationPlan, precision: str) -> dict[str, Any]:
-    """Return what the PNGs' text fields hold besides the prompts: enough to make the images again.
-
-    File names without their folders: an image is passed on, and the folders of its maker are private.
-    """
-    metadata: dict[str, Any] = {
-        "seed": str(settings.seed),
-        "model": plan.version or plan.config.architecture,
-        "model_config": Path(plan.config.path).name,
-        "checkpoint": plan.checkpoint.name,
-        "checkpoint_sha256": base_model_hash(plan.checkpoint),
-    }
-    if settings.ckpt_ema:
-        metadata["checkpoint_ema"] = "True"
-    for name, path in (("unet_checkpoint", plan.unet_checkpoint), ("vae_checkpoint", plan.vae_checkpoint)):
-        if path is not None:
-            metadata[name] = path.name
-            metadata[f"{name}_sha256"] = base_model_hash(path)
-    if plan.loras:
-        metadata["lora"] = [_lora_metadata(settings, file) for file in plan.loras]
-    if plan.embeddings:
-        metadata["textual_inversion"] = [
-            {"file": file.path.name, "sha256": content_hash(file.path), "tokens": [e.token for e in file.embeddings]}
-            for file in plan.embeddings
-        ]
-    if settings.init_latents is not None:
-        metadata["init_latents"] = Path(settings.init_latents).name
-        metadata["init_latents_sha256"] = content_hash(settings.init_latents)
-    metadata["settings"] = {
-        **_sampling_metadata(plan.sampling),
-        "precision": precision,
-        "prediction_type": plan.config.prediction_type,
-    }
-    metadata["settings"].update(settings.used_source_settings())
-    if plan.sampling.guidance_rescale is not None:
-        metadata["settings"]["guidance_rescale"] = plan.sampling.guidance_rescale
-    # Only where they are not the default, so that images of other runs keep their fields.
-    for name in ("prompt_syntax", "support_long_prompts", "clip_skip"):
-        if getattr(settings, name) != getattr(GenerateSettings, name):
-            metadata["settings"][name] = getattr(settings, name)
-    return metadata
-
-
-def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
-    return {
-        **sampling.fields(),
-        "H": sampling.height,
-        "W": sampling.width,
-    }
-
-
-def _lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:
-    from ldm.lora.formats import lora_files  # imports MindSpore
-
-    metadata: dict[str, Any] = {
-        "file": file.path.name,
-        "sha256": " ".join(base_model_hash(path) for path in lora_files(file.path)),
-        "weight": file.strength,
-    }
-    if file.text_encoder_strength != file.strength:
-        metadata["text_encoder_weight"] = file.text_encoder_strength
-    if file.blocks is not None:
-        metadata["block_weights"] = file.blocks.text
-    for name, share in (("start", file.start), ("end", file.end)):
-        if share is not None:
-            metadata[name] = share
-    parts = {"lora_ft_unet": settings.lora_ft_unet, "lora_ft_text_encoder": settings.lora_ft_text_encoder}
-    return {**metadata, **parts}

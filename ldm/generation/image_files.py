@@ -29,7 +29,7 @@ from ldm.files.inputs import open_file
 from ldm.files.npy import NotNumpy, read_array, read_header
 from ldm.files.paths import writing
 from ldm.generation.comparison_sheet import ComparisonSheet
-from ldm.generation.resume import begin_or_continue, run_record, written_image
+from ldm.generation.resume import RECORD, begin_or_continue, run_record, written_image
 
 # Images of a grid at most: 64 of 768 pixels are a file of 38 megapixels.
 GRID_IMAGES = 64
@@ -54,6 +54,7 @@ class ImageWriter:
         labels: What stands behind the number in the name of each file, () for nothing.
         settings: Those that decide the images, for run.json.
         resume: Whether samples/ is continued, if it is of this run, instead of renamed.
+        sizes: Height and width of each image, for `resume`.
 
     Attributes:
         batch_sizes: Images in the call of the network that makes an image, by its index. They are written with the
@@ -74,6 +75,7 @@ class ImageWriter:
         labels: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.output_path = Path(output_path)
         self.samples = self.output_path / "samples"
@@ -84,6 +86,7 @@ class ImageWriter:
         self.pngs, self.grid = pngs, grid
         self.sheet, self.places, self.labels = sheet, places, labels
         self.settings, self.resume = dict(settings or {}), resume
+        self.sizes = sizes
         self.batch_sizes: dict[int, int] = {}
         self.renamed: list[Path] = []
         self.written = 0
@@ -125,6 +128,8 @@ class ImageWriter:
     def _begin(self) -> None:
         if not self.resume and (self.pngs or self.grid):
             self.renamed = rename_earlier([self.samples, self.grid_path])
+        elif self.resume and not (self.samples / RECORD).exists():
+            self.renamed = rename_earlier([self.grid_path])  # of another run: this one begins
         self._started = True
         if self.pngs:
             record = run_record(self.settings, map(self._fields, range(len(self.prompts))))
@@ -141,7 +146,7 @@ class ImageWriter:
         Raises:
             UserError: It is the image of another run.
         """
-        pixels = written_image(self.samples / self.name(index), png_texts(self.fields(index)))
+        pixels = written_image(self.samples / self.name(index), png_texts(self.fields(index)), self.sizes[index])
         if pixels is None:
             return False
         self.written += 1

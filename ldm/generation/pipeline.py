@@ -34,7 +34,7 @@ from ldm.generation.denoising import (
 )
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, set_up_sampling
-from ldm.generation.plan import find_model
+from ldm.generation.model_choice import find_model
 from ldm.generation.requests import ImageRequest, RequestBatch, in_batches
 from ldm.generation.source_image import (
     NOISE_ALONE,
@@ -44,7 +44,7 @@ from ldm.generation.source_image import (
     keep_unmasked,
     source_images,
 )
-from ldm.generation.source_latents import encode_sources, enlarge, hires_sampling
+from ldm.generation.source_latents import encode_sources, enlarge
 from ldm.generation.text_encoding import encode_prompts, rows_together, warn_of_cut_prompts
 from ldm.models.autoencoder import VAEDecode, VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -274,7 +274,9 @@ class Pipeline(AdaptedModel):
         if guidance_scale is None:
             guidance_scale = default_guidance_scale(self.config.architecture)
         side = self.config.image_size
-        batch_size = batch_size or default_batch_size(num_images_per_prompt, height or side, width or side)
+        size = height or side, width or side
+        largest = size if hires is None else hires.size(*size, self.config.size_multiple)
+        batch_size = batch_size or default_batch_size(num_images_per_prompt, *largest)
         sampling = Sampling(
             sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale, schedule
         )
@@ -283,6 +285,8 @@ class Pipeline(AdaptedModel):
             raise ValueError("strength must be above 0, at most 1, and variation_strength from 0 to 1")
         if hires is not None and image is not None:
             raise ValueError("a hires fix begins from noise: leave out image, or give its height and width")
+        if latents is not None and variation_strength:
+            raise ValueError("latents are the starting noise, which variation_strength changes: leave out one of them")
         origins = [
             Origin(source, strength, paste_original, variation_seed, variation_strength, hires) for source in sources
         ]
@@ -323,7 +327,7 @@ class Pipeline(AdaptedModel):
 
         Raises:
             UserError: The size or the steps do not fit the model, or memory does not suffice.
-            ValueError: Prompts, negative prompts and latents differ in number.
+            ValueError: Prompts, negative prompts, latents and origins differ in number.
         """
         sampling.check(self.config)
         shape = latent_shape(self.config, sampling.height, sampling.width)
@@ -333,11 +337,12 @@ class Pipeline(AdaptedModel):
             raise ValueError(f"{count} prompts, but {len(negative_prompts)} negative prompts")
         if starting_latents is not None and starting_latents.shape != (count, *shape):
             raise ValueError(f"starting latents are {starting_latents.shape}, expected {(count, *shape)}")
+        origins = [NOISE_ALONE] * count if origins is None else origins
+        if len(origins) != count:
+            raise ValueError(f"{count} prompts, but {len(origins)} origins")
         requests = [
             ImageRequest(i, prompt, negative_prompt, seed, i, sampling, None, origin)
-            for i, (prompt, negative_prompt, origin) in enumerate(
-                zip(prompts, negative_prompts, origins or [NOISE_ALONE] * count)
-            )
+            for i, (prompt, negative_prompt, origin) in enumerate(zip(prompts, negative_prompts, origins))
         ]
         batches = self.batches_of(requests)
         return self.generate_batches(batches[process_index::process_count], starting_latents, progress, batches)
@@ -388,6 +393,8 @@ class Pipeline(AdaptedModel):
             sampling.check(self.config)
         for batch in all_batches:
             steps_taken(batch)  # raises where there is none
+            if batch.origin.hires is not None:
+                batch.origin.hires.second_pass(batch.sampling, self.config).check(self.config)
         texts = dict.fromkeys(text for batch in all_batches for text in batch.texts)
         if not self.support_long_prompts:
             warn_of_cut_prompts(self.tokenizer, texts)
@@ -448,7 +455,7 @@ class Pipeline(AdaptedModel):
         latents = self.sample(positive, negative, start, sampling, fresh_noise(filled, shape), callback, source)
         hires = batch.origin.hires
         if hires is not None:
-            sampling = hires_sampling(self.config, sampling, hires)
+            sampling = hires.second_pass(sampling, self.config)
             shape = latent_shape(self.config, sampling.height, sampling.width)
             larger = enlarge(
                 self.encoder, self.decoder, self.config, latents, sampling, hires.upscaler, self.vae_tiling

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,21 +17,21 @@ from ldm.data.sources.names import IMAGE_SUFFIXES
 from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there, list_folder
-from ldm.files.paths import ROOT, expanded, path_and_strengths, under_root
+from ldm.files.paths import expanded, path_and_strengths
 from ldm.files.prompts import MAX_CHARACTERS, read_prompts
+from ldm.generation.model_choice import existing_path, find_model
 from ldm.generation.prompt_plan import PlannedImage, plan_images
 from ldm.generation.source_image import HiresFix, Origin, first_step, source_images
 from ldm.prompts.clip_skip import layers_to_run
 from ldm.settings.block_weights import BlockWeights, block_weights_of_each, unet_blocks
 from ldm.settings.declare import default_of, names_of
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.model import ModelConfig, load_model_config
+from ldm.settings.model import ModelConfig
 from ldm.settings.prompts import MAX_IMAGES
 from ldm.settings.sampling import DEFAULT_SAMPLER
-from ldm.settings.versions import VERSIONS, default_guidance_scale
+from ldm.settings.versions import default_guidance_scale
 from ldm.textual_inversion.embedding import Embedding, check_width
 from ldm.textual_inversion.formats import read_embeddings
-from ldm.weights.architecture import detect_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,10 @@ class GenerationPlan:
         """Whether all images have the same size."""
         return len({(image.sampling.height, image.sampling.width) for image in self.images}) == 1
 
-    @property
-    def final_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels, after a hires fix."""
-        height, width = self.sampling.height or self.config.image_size, self.sampling.width or self.config.image_size
-        hires = self.origins[0].hires
+    def final_size(self, place: int) -> tuple[int, int]:
+        """Return the height and width of an image in pixels, after a hires fix."""
+        sampling, hires = self.images[place].sampling, self.origins[place].hires
+        height, width = sampling.height or self.config.image_size, sampling.width or self.config.image_size
         return (height, width) if hires is None else hires.size(height, width, self.config.size_multiple)
 
 
@@ -105,7 +104,7 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
 
     version, checkpoint, config = find_model(settings.ckpt_path, settings.version, settings.config)
     unet, vae = (
-        None if path is None else _existing(path, name)
+        None if path is None else existing_path(path, name)
         for name, path in (("unet_ckpt_path", settings.unet_ckpt_path), ("vae_ckpt_path", settings.vae_ckpt_path))
     )
     loras = _lora_files(settings, config)
@@ -127,14 +126,12 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
     )
     sampling.check(config)
     if hires is not None:
-        replace(
-            sampling, height=largest[0], width=largest[1], num_inference_steps=hires.steps or settings.sampling_steps
-        ).check(config)
+        hires.second_pass(sampling, config).check(config)
         first_step(hires.steps or settings.sampling_steps, hires.strength, "hires_strength")
     origins = _origins(settings, hires, len(prompts))
     _check_latents_paths(settings)
     layers_to_run(config, settings.clip_skip)
-    images = plan_images(settings, prompts, negative_prompts, sampling, config)
+    images = plan_images(settings, prompts, negative_prompts, sampling, config, hires)
     if scale == 1 and any(negative_prompts):
         logger.warning("scale 1 is without guidance: the negative prompts are not used")
     if settings.skip_save and settings.skip_grid and settings.save_latents is None:
@@ -154,33 +151,6 @@ def plan_generation(settings: GenerateSettings) -> GenerationPlan:
         images=images,
         origins=[origin for origin in origins for _ in range(images_per_prompt)],
     )
-
-
-def find_model(
-    checkpoint: str | Path | None = None, version: str | None = None, config: str | Path | None = None
-) -> tuple[str | None, Path, ModelConfig]:
-    """Find a base checkpoint and its model configuration.
-
-    Args:
-        checkpoint: A file or a diffusers folder, None for the version's published file under models/.
-        version: A key of VERSIONS. None for the model that the checkpoint is detected to be, nano without a checkpoint.
-        config: Path of a model YAML, None for the version's.
-
-    Returns:
-        The version (None where a model YAML or the checkpoint itself describes the model), the path of the checkpoint
-        and the configuration.
-
-    Raises:
-        UserError: A file is missing, the checkpoint does not say which model it is, or the YAML is not the version's.
-    """
-    if checkpoint is None:
-        version = version or "nano"
-        path = _published_checkpoint(version)
-    else:
-        path = _existing(checkpoint, "ckpt_path")
-        if version is None and config is None:
-            return _detect(path)
-    return version, path, _model_config(version, config)
 
 
 def _prompts(settings: GenerateSettings) -> tuple[list[str], list[str]]:
@@ -222,62 +192,6 @@ def _check_text(text: str, name: str) -> None:
         ) from None
 
 
-def _existing(path: str | Path, name: str) -> Path:
-    """Return the path of a file or folder; raises UserError where it does not exist or may not be read."""
-    if not is_folder(path, name):
-        check_file(path, name)
-    return Path(path)
-
-
-def _published_checkpoint(version: str) -> Path:
-    published = VERSIONS[version].checkpoint
-    path = under_root(published)
-    if is_there(path):
-        return path
-    if version == "nano":
-        way_out = "it comes with the repository (git checkout models/nano); tools/nano rebuilds it"
-    else:
-        way_out = (
-            f"give --ckpt_path with any Stable Diffusion {version} checkpoint (.safetensors, .ckpt or a diffusers "
-            "folder), or make the file from one: python tools/model_conversion/convert_weights.py --source "
-            f"<checkpoint> --target {published}"
-        )
-    raise UserError(f"{published}, the checkpoint of version {version}, does not exist: {way_out}")
-
-
-def _detect(path: Path) -> tuple[str | None, Path, ModelConfig]:
-    """Find the version of a checkpoint by its published file name, or by its metadata and shapes."""
-    for version, published in VERSIONS.items():
-        if path.name == Path(published.checkpoint).name:
-            return version, path, _model_config(version, None)
-    config = detect_model_config(path, way_out=f"add --version (one of {', '.join(VERSIONS)}) or --config")
-    for version, published in VERSIONS.items():
-        if Path(config.path) == ROOT / published.config:
-            logger.info("%s is taken for version %s, by its metadata and its shapes", path, version)
-            return version, path, config
-    logger.info("%s is a model of its own, described by %s", path, config.path)
-    return None, path, config
-
-
-def _model_config(version: str | None, path: str | Path | None) -> ModelConfig:
-    """Read a model YAML, or the version's; raises UserError where they describe different models."""
-    if path is None:
-        if version is None:
-            raise ValueError("neither a version nor a model YAML is given")
-        return load_model_config(ROOT / VERSIONS[version].config)
-    config = load_model_config(under_root(path))
-    if version is not None and config.architecture != "custom":
-        published = load_model_config(ROOT / VERSIONS[version].config)
-        for name in ("architecture", "prediction_type"):
-            given, expected = getattr(config, name), getattr(published, name)
-            if given != expected:
-                raise UserError(
-                    f"--config {plain(path)} has {name} {given}, version {version} has {expected}: "
-                    f"use {VERSIONS[version].config}, or the version (or checkpoint) that belongs to your YAML"
-                )
-    return config
-
-
 def _lora_files(settings: GenerateSettings, config: ModelConfig) -> list[LoRAFile]:
     if not settings.lora_ckpt_path:
         if settings.use_lora is None:
@@ -297,7 +211,7 @@ def _lora_files(settings: GenerateSettings, config: ModelConfig) -> list[LoRAFil
         if start is not None and end is not None and start >= end:
             raise UserError(f"lora_start {start:g} is not below lora_end {end:g}: {plain(text)} would not be applied")
         path, strengths = path_and_strengths(text, "lora_ckpt_path")
-        _existing(path, "lora_ckpt_path")
+        existing_path(path, "lora_ckpt_path")
         scaled = [strength * settings.lora_scale for strength in strengths or (1.0,)]
         files.append(LoRAFile(path, scaled[0], scaled[-1], start, end, weights))
     return files

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ldm.diffusion.sampling import Sampling, default_batch_size
 from ldm.errors import UserError
+from ldm.generation.source_image import HiresFix, first_step
 from ldm.prompts.lora_tags import LoRAFolder, LoRATag, refuse_lora_tags, take_out_lora_tags
 from ldm.prompts.prompt_lines import read_prompt_line
 from ldm.prompts.syntax import parse_prompt
@@ -65,6 +66,7 @@ def plan_images(
     negative_prompts: Sequence[str],
     sampling: Sampling,
     config: ModelConfig,
+    hires: HiresFix | None = None,
 ) -> list[PlannedImage]:
     """Return what each image is made from, all images of the first prompt first.
 
@@ -74,6 +76,7 @@ def plan_images(
         negative_prompts: As many.
         sampling: For the prompts whose line does not say otherwise.
         config: The model's.
+        hires: The second pass of the images.
 
     Raises:
         UserError: A flag, a wildcard, a LoRA tag or a weight is wrong. The error names the prompt.
@@ -89,7 +92,7 @@ def plan_images(
         if settings.prompt_flags:
             values = read_prompt_line(prompt, where)
             prompt, negative_prompt = values["prompt"], values.get("negative_prompt", negative_prompt)
-        own_sampling = _sampling(settings, values, sampling, config, where)
+        own_sampling = _sampling(settings, values, sampling, config, hires, where)
         for repeat in range(count):
             seed, noise_index = settings.seed, settings.first_index + len(images)
             if "seed" in values:  # which gives the same images wherever the line stands
@@ -123,7 +126,12 @@ def plan_images(
 
 
 def _sampling(
-    settings: GenerateSettings, values: Mapping[str, Any], sampling: Sampling, config: ModelConfig, where: str
+    settings: GenerateSettings,
+    values: Mapping[str, Any],
+    sampling: Sampling,
+    config: ModelConfig,
+    hires: HiresFix | None,
+    where: str,
 ) -> Sampling:
     """Return how the images of a line are sampled, whose flags are `values`."""
     names = {"width": "width", "height": "height", "scale": "guidance_scale", "sample_steps": "num_inference_steps"}
@@ -137,9 +145,16 @@ def _sampling(
     own = replace(sampling, **changes)
     height, width = own.height or config.image_size, own.width or config.image_size
     if settings.batch_size is None:
-        own = replace(own, batch_size=default_batch_size(settings.n_samples, height, width))
+        largest = (height, width) if hires is None else hires.size(height, width, config.size_multiple)
+        own = replace(own, batch_size=default_batch_size(settings.n_samples, *largest))
     try:
         own.check(config)
+        if settings.init_image:
+            first_step(own.num_inference_steps, settings.strength)
+        if hires is not None:
+            second = hires.second_pass(own, config)
+            second.check(config)
+            first_step(second.num_inference_steps, hires.strength, "hires_strength")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return own
@@ -150,7 +165,7 @@ class _Tags:
 
     def __init__(self, settings: GenerateSettings) -> None:
         self._folder = None if settings.lora_dir is None else LoRAFolder(settings.lora_dir)
-        self._unused = settings.use_lora is False
+        self._unused, self._warned = settings.use_lora is False, False
         self._found: dict[LoRATag, TaggedLoRA] = {}
 
     def take_out(self, prompt: str, negative_prompt: str, where: str) -> tuple[str, tuple[TaggedLoRA, ...]]:
@@ -159,7 +174,9 @@ class _Tags:
             refuse_lora_tags(negative_prompt)
             text, tags = take_out_lora_tags(prompt)
             if tags and self._unused:
-                logger.warning("use_lora is False: the LoRAs that %s names are not applied", where)
+                if not self._warned:
+                    logger.warning("use_lora is False: the LoRAs that prompts name are not applied (%s)", where)
+                self._warned = True
                 return text, ()
             return text, tuple(map(self._find, tags))
         except UserError as error:

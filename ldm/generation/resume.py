@@ -83,12 +83,13 @@ def _check_same(path: Path, record: Mapping[str, Any]) -> None:
         raise UserError(f"resume: {plain(path)} is of a run with other prompts or other files of weights: {WAY}")
 
 
-def written_image(path: Path, texts: Mapping[str, str]) -> np.ndarray | None:
+def written_image(path: Path, texts: Mapping[str, str], size: tuple[int, int]) -> np.ndarray | None:
     """Return the pixels (H, W, C) of an image that is there. None where there is none or it is damaged.
 
     Args:
         path: A PNG.
         texts: Its text fields, if it is an image of this run.
+        size: Its height and width.
 
     Raises:
         UserError: It is an image of something else.
@@ -98,10 +99,15 @@ def written_image(path: Path, texts: Mapping[str, str]) -> np.ndarray | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             pixels = np.array(image)
-            found = dict(image.text)
+            found, mode = dict(image.text), image.mode
     except Exception:  # Pillow's decoders raise errors of many types for damaged files
         return None
     other = next((key for key, text in texts.items() if found.get(key) != text), None)
+    if mode not in ("RGB", "L") or pixels.shape[:2] != size:
+        raise UserError(
+            f"resume: {plain(path)} was changed: it has {pixels.shape[1]} x {pixels.shape[0]} pixels of mode {mode}, "
+            f"not {size[1]} x {size[0]} of RGB or L: move it away"
+        )
     if other is not None:
         raise UserError(
             f"resume: {plain(path)} is no image of this run, its text {plain(other, 60)} is another one: move it away"

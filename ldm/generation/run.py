@@ -62,12 +62,13 @@ def images_of(cells: Sequence[Cell]) -> list[RunImage]:
     return images
 
 
-def by_model(images: Sequence[RunImage]) -> list[list[RunImage]]:
-    """Return the images of each base model, so that each is loaded once."""
-    models: dict[Hashable, list[RunImage]] = {}
+def by_model(images: Sequence[RunImage]) -> list[list[list[RunImage]]]:
+    """Return the images of each base model, which is loaded once, in groups whose prompts it reads alike."""
+    models: dict[Hashable, dict[Hashable, list[RunImage]]] = {}
     for image in images:
-        models.setdefault(image.cell.model_key, []).append(image)
-    return list(models.values())
+        of_model = models.setdefault(image.cell.model_key, {})
+        of_model.setdefault(image.cell.prompt_settings, []).append(image)
+    return [list(of_model.values()) for of_model in models.values()]
 
 
 def load_pipeline(
@@ -86,11 +87,6 @@ def load_pipeline(
     pipeline.vae_tiling = VAETiling(settings.vae_tiling, settings.vae_tile_size)
     for embedding_file in plan.embeddings:
         pipeline.add_embeddings(embedding_file.embeddings, str(embedding_file.path))
-    pipeline.configure_prompts(
-        syntax=settings.prompt_syntax,
-        support_long_prompts=settings.support_long_prompts,
-        clip_skip=settings.clip_skip,
-    )
     pipeline.merge_loras(image.request.loras or ())
     return pipeline
 

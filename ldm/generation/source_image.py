@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Union
@@ -17,9 +17,11 @@ from PIL import Image, ImageFilter
 
 from ldm.data.buckets import Size, crop_box
 from ldm.data.transforms import BrokenImage, decoded, read_size, upright_red, upright_rgb
+from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError, plain
 from ldm.files.inputs import content_hash
-from ldm.settings.source_image import RESIZE_MODES
+from ldm.settings.model import ModelConfig
+from ldm.settings.source_image import RESIZE_MODES, UPSCALERS
 
 Picture = Union[Path, Image.Image]
 
@@ -116,10 +118,24 @@ class HiresFix:
     steps: int | None = None
     upscaler: str = "latent"
 
+    def __post_init__(self) -> None:
+        if self.upscaler not in UPSCALERS:
+            raise ValueError(f"upscaler must be one of {', '.join(UPSCALERS)}, not {self.upscaler!r}")
+        if self.scale < 1.0 or not 0.0 < self.strength <= 1.0 or (self.steps is not None and self.steps < 1):
+            raise ValueError("a hires fix has a scale of at least 1, a strength above 0, at most 1, and a step or more")
+
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         """Return height and width of the second pass. Both are multiples of `multiple`."""
         larger = [max(1, math.floor(side * self.scale / multiple + 0.5)) * multiple for side in (height, width)]
         return larger[0], larger[1]
+
+    def second_pass(self, sampling: Sampling, config: ModelConfig) -> Sampling:
+        """Return how the second pass is sampled, for the sampling of the first one."""
+        height, width = self.size(
+            sampling.height or config.image_size, sampling.width or config.image_size, config.size_multiple
+        )
+        steps = self.steps or sampling.num_inference_steps
+        return replace(sampling, height=height, width=width, num_inference_steps=steps)
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,7 @@ def first_step(steps: int, strength: float, name: str = "strength") -> int:
     if taken < 1:
         raise UserError(
             f"{name} {strength:g} of {steps} sampling steps leaves no step to take: raise it to at least "
-            f"{1 / steps:.2g}, or take more steps"
+            f"{math.ceil(1000 / steps) / 1000:g}, or take more steps"
         )
     return steps - taken
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -14,7 +13,7 @@ from ldm.generation.decoding import VAETiling, decode, encode
 from ldm.generation.denoising import SourceLatents
 from ldm.generation.image_files import as_image
 from ldm.generation.requests import ImageRequest
-from ldm.generation.source_image import FittedSource, HiresFix, first_step, fit
+from ldm.generation.source_image import FittedSource, first_step, fit
 from ldm.settings.model import ModelConfig
 
 Network = Callable[[ms.Tensor], ms.Tensor]
@@ -58,15 +57,6 @@ def encode_sources(
         ),
         fitted,
     )
-
-
-def hires_sampling(config: ModelConfig, sampling: Sampling, hires: HiresFix) -> Sampling:
-    """Return how the second pass is sampled."""
-    height, width = hires.size(
-        sampling.height or config.image_size, sampling.width or config.image_size, config.size_multiple
-    )
-    steps = hires.steps or sampling.num_inference_steps
-    return replace(sampling, height=height, width=width, num_inference_steps=steps)
 
 
 def enlarge(

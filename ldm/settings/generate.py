@@ -63,6 +63,10 @@ class GenerateSettings(
         self.check_source_image()
         if self.resume and self.skip_save:
             raise UserError("--resume needs the PNGs of the earlier run: leave out --skip_save")
+        if self.init_latents is not None and self.variation_strength:
+            raise UserError("--init_latents are the starting noise, which --variation_strength changes: leave out one")
+        if self.init_latents is not None and (self.grid_x or self.grid_y):
+            raise UserError("--init_latents does not go with a comparison (--grid_x, --grid_y): leave one of them out")
         if self.save_latents is not None and (self.resume or self.grid_x or self.grid_y):
             other = "resume" if self.resume else "grid_x" if self.grid_x else "grid_y"
             raise UserError(f"--save_latents and --{other} do not go together: leave one of them out")

@@ -60,8 +60,8 @@ class ModelFileSettings:
     lora_block_weights: list[str] = block_weights_setting(needs="lora_ckpt_path")
     lora_start: Optional[list[float]] = setting(
         None,
-        "share of the sampling steps after which a LoRA is applied to the UNet: one number for all LoRAs, or one for "
-        "each. 0.3 keeps the layout that the base model chooses. None: at the time steps that its file says it was "
+        "share of the steps that are taken after which a LoRA is applied to the UNet: one number for all LoRAs, or one "
+        "for each. 0.3 keeps the layout that the base model chooses. None: at the time steps that its file says it was "
         "trained on (min_timestep, max_timestep), else at all",
         low=0,
         below=1,

@@ -240,10 +240,11 @@ def _architecture_mismatch(report: LoadReport) -> str:
             return f"it is {task}"
         inpaints, wanted_inpaints = (is_inpainting(channels, 4) for channels in (shape[1], wanted[1]))
         if inpaints != wanted_inpaints:
+            kinds = "an inpainting model", "no inpainting model"
             return (
-                f"its UNet takes {shape[1]} channels, {'as an inpainting' if inpaints else 'and no inpainting'} "
-                f"model's, that of the model configuration {wanted[1]}: leave out the version and the model's YAML, "
-                "or choose that of the checkpoint"
+                f"it is {kinds[not inpaints]} (its UNet takes {shape[1]} channels), and the model configuration is of "
+                f"{kinds[inpaints]} ({wanted[1]} channels): leave out the version and the model's YAML, or choose that "
+                "of the checkpoint"
             )
         return f"its UNet takes {shape[1]} channels, that of the model configuration {wanted[1]}"
     vae = report.components.get("vae")

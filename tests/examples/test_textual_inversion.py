@@ -7,6 +7,8 @@ import yaml
 
 from tests.examples.lessons import images, run_lesson
 
+pytestmark = pytest.mark.processes  # it starts two trainings, which would make `make test` longer
+
 
 @pytest.fixture(scope="module")
 def lesson(small, tmp_path_factory):

@@ -12,6 +12,7 @@ from ldm.diffusion.sampling import Sampling
 from ldm.generation.parameters import lora_hash, parameters_text
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
+from ldm.generation.source_image import NOISE_ALONE
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.hashes import MODEL_HASH, data_hash
@@ -24,6 +25,7 @@ def plan(tmp_path):
     return SimpleNamespace(
         checkpoint=tmp_path / "mine, v2.ckpt",
         loras=[],
+        origins=[NOISE_ALONE],
         images=[PlannedImage("a cat, 猫", "", "a cat, 猫", (), 7, 3, sampling)],
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.generation.generate import _lora_metadata
+from ldm.generation.image_metadata import lora_metadata
 from ldm.generation.plan import LoRAFile, plan_generation
 from ldm.settings.block_weights import BlockWeights
 from ldm.settings.generate import GenerateSettings
@@ -98,7 +98,7 @@ def test_prompts_that_are_not_utf_8_are_named(folder, flags, words):
 @pytest.fixture
 def checkout(folder, monkeypatch):
     """The project's folder without any checkpoint in models/."""
-    monkeypatch.setattr("ldm.generation.plan.ROOT", folder)
+    monkeypatch.setattr("ldm.generation.model_choice.ROOT", folder)
     monkeypatch.setattr("ldm.files.paths.ROOT", folder)
     (folder / "configs").symlink_to(TINY.parents[1] / "configs")
     return folder
@@ -299,8 +299,8 @@ def test_none_is_a_preset_and_not_a_missing_value(folder, text):
 def test_the_metadata_of_a_png_names_block_weights(folder):
     settings = parse("--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights 'mid=0.25, OUT3=0'")
     (file,) = planned("--prompt x --lora_ckpt_path lora.ckpt --lora_block_weights 'mid=0.25, OUT3=0'").loras
-    assert _lora_metadata(settings, file)["block_weights"] == "MID=0.25,OUT3=0"
-    assert "block_weights" not in _lora_metadata(settings, file._replace(blocks=None))
+    assert lora_metadata(settings, file)["block_weights"] == "MID=0.25,OUT3=0"
+    assert "block_weights" not in lora_metadata(settings, file._replace(blocks=None))
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ def test_the_flags_of_a_line_are_settings_of_its_images(folder, tmp_path):
     sampling = first.sampling
     assert (sampling.width, sampling.height, sampling.guidance_scale, sampling.num_inference_steps) == (64, 32, 3, 4)
     assert sampling.sampler == "ddim" and third.sampling == plan.sampling and not plan.has_one_size
+    assert [plan.final_size(place)[0] for place in range(4)] == [32, 32, *[plan.sampling.height] * 2]
 
 
 @pytest.mark.parametrize(

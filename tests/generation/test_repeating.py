@@ -136,13 +136,44 @@ def test_a_comparison_has_a_cell_for_each_pair_of_values(model, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(alone / "samples" / "00000.png")), pixels[names[3]])
 
 
+def test_a_comparison_of_how_prompts_are_read_shows_the_difference(model, tmp_path):
+    main([*model, "--prompt=a (cat:1.9)", "--grid_x=prompt_syntax=plain,a1111", f"--output_path={tmp_path}"])
+    plain, weighted = (Image.open(path) for path in sorted((tmp_path / "samples").glob("*.png")))
+    assert "prompt_syntax" not in plain.text["settings"] and '"a1111"' in weighted.text["settings"]
+    assert (np.asarray(plain) != np.asarray(weighted)).any()
+
+
+def test_a_run_that_begins_with_resume_keeps_an_earlier_grid(model, tmp_path):
+    (tmp_path / "grid.png").write_bytes(b"earlier")
+    main([*model, "--prompt=a cat", "--resume", f"--output_path={tmp_path}"])
+    assert (tmp_path / "grid.old1.png").read_bytes() == b"earlier"
+
+
+def test_an_image_that_this_run_would_rename_is_no_source(run, model, tmp_path):
+    for source in (run / "samples" / "00000.png", run / "grid.png"):
+        with pytest.raises(UserError, match="init_image .* is of the last run .* another --output_path"):
+            main([*model, "--prompt=a cat", f"--init_image={source}", f"--output_path={run}"])
+    assert (run / "samples" / "00000.png").exists() and not (run / "samples.old1").exists()
+
+
 BAD = {
+    "a grid with starting latents": (
+        ["--prompt=a", "--grid_x=scale=2,4", "--init_latents=l.npy"],
+        "init_latents does not go with a comparison",
+    ),
     "resume without images": (["--prompt=a", "--resume", "--skip_save"], "resume needs the PNGs"),
     "resume with latents": (["--prompt=a", "--resume", "--save_latents=l.npy"], "save_latents and --resume"),
     "a grid with latents": (["--prompt=a", "--grid_x=seed=1", "--save_latents=l.npy"], "save_latents and --grid_x"),
     "two images in a cell": (["--prompt=a", "--n_samples=2", "--grid_x=seed=1"], "one image in each place"),
     "one setting twice": (["--prompt=a", "--grid_x=seed=1", "--grid_y=seed=2"], "both are seed"),
-    "a strength without a LoRA": (["--prompt=a", "--grid_x=lora_scale=0,1"], "add --lora_ckpt_path"),
+    "a strength without a LoRA": (
+        ["--prompt=a", "--grid_x=lora_scale=0,1"],
+        "lora_scale is compared without lora_ckpt_path",
+    ),
+    "a strength without an image": (
+        ["--prompt=a", "--grid_x=strength=0.5,1"],
+        "strength is compared without init_image",
+    ),
     "a text that is not there": (["--prompt=a", "--grid_x=prompt_sr=cat,dog"], "the prompt does not hold cat"),
     "a number of images": (["--prompt=a", "--grid_x=n_samples=1,2"], "n_samples cannot be compared"),
     "an output": (["--prompt=a", "--grid_y=output_path=a,b"], "output_path cannot be compared"),

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError
 from ldm.generation.image_files import write_png
@@ -63,20 +65,34 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 def test_an_image_is_there_if_it_can_be_read(tmp_path):
     path = tmp_path / "00000.png"
-    assert written_image(path, FIELDS[0]) is None
+    assert written_image(path, FIELDS[0], (32, 32)) is None
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     write_png(path, pixels, {**FIELDS[0], "settings": {"steps": 1}})
-    np.testing.assert_array_equal(written_image(path, FIELDS[0]), pixels)
+    np.testing.assert_array_equal(written_image(path, FIELDS[0], (32, 32)), pixels)
     content = path.read_bytes()
     for damaged in (b"", content[:-500], content[:700] + b"\0" * 40 + content[740:], b"text"):
         path.write_bytes(damaged)
-        assert written_image(path, FIELDS[0]) is None
+        assert written_image(path, FIELDS[0], (32, 32)) is None
 
 
 def test_an_image_of_something_else_is_not_replaced(tmp_path):
     write_png(tmp_path / "00000.png", np.zeros((4, 4, 3), np.uint8), FIELDS[1])
     with pytest.raises(UserError, match="00000.png is no image of this run, its text prompt"):
-        written_image(tmp_path / "00000.png", FIELDS[0])
+        written_image(tmp_path / "00000.png", FIELDS[0], (4, 4))
+
+
+@pytest.mark.parametrize("shape, mode", [((4, 5, 3), "RGB"), ((4, 4, 3), "P")])
+def test_an_image_of_another_size_or_mode_was_changed(tmp_path, shape, mode):
+    path = tmp_path / "00000.png"
+    write_png(path, np.zeros(shape, np.uint8), FIELDS[0])
+    if mode != "RGB":
+        with Image.open(path) as image:
+            texts = PngInfo()
+            for key, text in image.text.items():
+                texts.add_itxt(key, text)
+            image.convert(mode).save(path, pnginfo=texts)
+    with pytest.raises(UserError, match="00000.png was changed"):
+        written_image(path, FIELDS[0], (4, 4))
 
 
 def test_the_record_can_be_read_by_others(tmp_path):

@@ -205,3 +205,20 @@ class TestSettings:
         requests = [ImageRequest(i, "", "", 0, i, Sampling(), None, origin) for i, origin in enumerate(origins)]
         found = [[request.index for request in batch.requests] for batch in in_batches(requests)]
         assert found == [[0, 5], [1], [2], [3], [4]]
+
+
+def test_the_strength_that_an_error_suggests_is_enough():
+    for steps in range(1, 1000):
+        with pytest.raises(UserError, match="leaves no step") as raised:
+            first_step(steps, 0.0005)
+        suggested = float(str(raised.value).split("at least ")[1].split(",")[0])
+        assert first_step(steps, suggested) <= steps - 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scale": 0.5}, {"scale": 2, "upscaler": "Latent"}, {"scale": 2, "strength": 0.0}, {"scale": 2, "steps": 0}],
+)
+def test_a_hires_fix_of_wrong_values_is_refused(wrong):
+    with pytest.raises(ValueError, match="hires fix|upscaler"):
+        HiresFix(**wrong)

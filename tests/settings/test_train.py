@@ -66,7 +66,7 @@ def test_the_settings_in_a_training_state_stay_the_same():
     ("cls", "known"),
     [
         (TrainSettings, {"use_lora", "use_parallel", "sample_prompts", "placeholder_token"}),
-        (GenerateSettings, {"lora_ckpt_path"}),
+        (GenerateSettings, {"lora_ckpt_path", "init_image", "mask_image", "hires_scale", "variation_seed"}),
     ],
 )
 def test_what_a_setting_is_part_of_is_declared_in_known_words(cls, known):
@@ -200,6 +200,8 @@ def test_every_path_is_declared_as_a_path(cls):
         "latents",
         "data_dir",
         "from_image",
+        "init_image",
+        "mask_image",
         "wildcard_dir",
         "lora_dir",
         *(["resume"] if cls is TrainSettings else []),

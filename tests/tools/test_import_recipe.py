@@ -81,6 +81,7 @@ EXPECTED = {
         "lora_targets": [*TRANSFORMER, *RESIDUAL, *TEXT], "loraplus_lr_ratio": 16.0,
         "min_snr_gamma": 5.0, "noise_offset": 0.05, "adaptive_noise_scale": 0.005,
         "sample_prompts": "data/prompts.txt", "sample_every_n_epochs": 2, "sample_at_first": False,
+        "sample_sampler": "euler_a",
         "optimizer_args": ["weight_decay=0.1", "betas=0.9,0.99"], "scheduler": "cosine_with_restarts",
         "start_learning_rate": 1e-4, "end_learning_rate": 0.0, "warmup_steps": 100, "lr_scheduler_num_cycles": 3,
         "unet_lr": 1e-4, "text_encoder_lr": 5e-5, "report_to": ["csv", "html", "tensorboard"],

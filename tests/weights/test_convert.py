@@ -316,7 +316,7 @@ class TestRefusing:
         [
             ({"first_stage_model.quant_conv.bias": None}, "VAE: 151 matched, 1 missing"),
             ({"extra": np.zeros(1)}, "other: 1 unexpected"),
-            ({CONV_IN: np.zeros((32, 9, 3, 3))}, "as an inpainting model's"),
+            ({CONV_IN: np.zeros((32, 9, 3, 3))}, "it is an inpainting model"),
             ({CONV_IN: np.zeros((3, 3))}, "UNet: 285 matched, 1 of a wrong shape"),
             ({"conditioner.embedders.0.x": np.zeros(1)}, "SDXL"),
             ({"model.diffusion_model.label_emb.0.0.weight": np.zeros(1)}, "SDXL"),

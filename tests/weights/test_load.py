@@ -286,7 +286,10 @@ class TestRefusing:
     def test_inpainting(self, model, weights, tmp_path):
         inpainting = {**weights, CONV_IN: np.zeros((32, 9, 3, 3), np.float32)}
         message = refused(model, save(tmp_path / "b.ckpt", inpainting))
-        assert "takes 9 channels, as an inpainting model's, that of the model configuration 4: leave" in message
+        assert (
+            "an inpainting model (its UNet takes 9 channels), and the model configuration is of no inpainting"
+            in message
+        )
 
     @pytest.mark.parametrize(
         "channels, words",
