@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError
 from ldm.settings.generate import GenerateSettings
@@ -89,6 +90,12 @@ def test_a_name_below_a_folder_is_found(folders, folder):
     assert folders.name_of(folder / "secret" / "key.png") is None
     with pytest.raises(NotAllowed, match="in none of the folders"):
         folders.resolve("loras/a.safetensors", "data")
+
+
+def test_a_path_has_the_name_of_the_innermost_folder(folder):
+    folders = Folders({"loras": folder, "images": folder / "out" / "images", "data": folder / "out"})
+    assert folders.name_of((folder / "out" / "images" / "1").resolve()) == "images/1"
+    assert folders.name_of((folder / "loras").resolve()) == "loras/loras"
 
 
 def test_a_name_that_settings_would_expand_is_refused(folders, folder):
@@ -268,6 +275,7 @@ def test_every_setting_of_the_page_is_declared_and_none_is_a_path():
     assert described["scale"]["optional"] and described["prompt"]["kind"] == "text"
     assert not {field["group"] for field in described.values()} & set(SERVER_GROUPS)
     assert described["scale"]["group"] == "sampling"
+    assert described["first_index"]["kind"] == "integer"  # with the seed it says which image it is
     flag = Setting("tiles", None, Optional[bool], dict.fromkeys(settings_of(GenerateSettings)["scale"].rules))
     assert _kind(flag) == "choice" and _choices(flag) == [True, False]
     assert {"ckpt_path", "output_path", "device_target", "lora_ckpt_path", "data_path"}.isdisjoint(described)
@@ -283,6 +291,83 @@ def test_images_are_made_listed_and_shown(ask):
     assert gallery["images"][0] == done["images"][0] and not gallery["more"]
     assert ask("GET", f"/files/{done['images'][0]}")[1][:4] == b"\x89PNG"
     assert ask("GET", f"/api/image?name={done['images'][0]}")[1]["size"] == [8, 8]
+
+
+def save_png(path, **texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = PngInfo()
+    for key, text in texts.items():
+        fields.add_itxt(key, text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=fields)
+
+
+def test_the_newest_images_are_listed_whatever_their_number(ask, folder, monkeypatch):
+    monkeypatch.setattr("tools.studio_page.files.MAX_LISTED", 2)
+    monkeypatch.setattr("tools.studio_page.gallery.AT_ONCE", 3)
+    for name in ("2/samples/0.png", "2/samples/1.png", "3/samples/0.png", "3/samples/1.png", "3/notes/2.png"):
+        save_png(folder / "out" / "images" / name)
+    os.symlink(folder / "out" / "images" / "3" / "samples", folder / "out" / "images" / "1" / "samples" / "door")
+    (folder / "out" / "images" / "4").mkdir()  # a request that failed
+    first = ask("GET", "/api/gallery")[1]
+    assert first == {"images": [f"images/{name}.png" for name in ("3/samples/0", "3/samples/1", "2/samples/0")],
+                     "more": True}  # fmt: skip
+    second = {"images": ["images/2/samples/1.png", "images/1/samples/00000.png"], "more": False}
+    assert ask("GET", f"/api/gallery?before={first['images'][-1]}")[1] == second
+    (folder / "out" / first["images"][-1]).unlink()  # the place is known all the same
+    assert ask("GET", f"/api/gallery?before={first['images'][-1]}")[1] == second
+    assert ask("GET", f"/api/gallery?before={second['images'][-1]}")[1] == {"images": [], "more": False}
+
+
+def test_texts_of_an_image_that_no_json_holds_are_shown_as_texts(ask, folder, monkeypatch):
+    texts = {
+        "settings": '{"scale": NaN}', "lora": '["\\ud800"]', "a": "[1e999]", "b": "[" * 900 + "]" * 900, "c": "{",
+        "d": '{"x": 1}', "prompt": "[a]",
+    }  # fmt: skip
+    save_png(folder / "out" / "images" / "2" / "samples" / "0.png", **texts)
+    status, answer = ask("GET", "/api/image?name=images/2/samples/0.png")
+    assert status == 200 and answer["size"] == [8, 8] and answer["fields"]["d"] == {"x": 1}
+    assert {key: answer["fields"][key] for key in texts if key not in "bd"} == {
+        key: text for key, text in texts.items() if key not in "bd"
+    }
+    monkeypatch.setattr("ldm.generation.image_text.MAX_CHARACTERS", 100)
+    status, answer = ask("GET", "/api/image?name=images/2/samples/0.png")
+    assert status == 400 and "texts of more than 100 characters" in answer["error"]
+    (folder / "out" / "images" / "2" / "samples" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    status, answer = ask("GET", "/api/image?name=images/2/samples/0.png")
+    assert status == 400 and "cannot be read as an image" in answer["error"]
+
+
+def test_a_file_whose_name_no_json_holds_is_not_listed(ask, folder):
+    os.close(os.open(os.fsencode(folder / "loras") + b"/\xff.safetensors", os.O_CREAT | os.O_WRONLY))
+    assert ask("GET", "/api/loras")[1][0] == "loras/a.safetensors"
+
+
+def test_a_prompt_names_loras_of_the_folders_of_the_page(ask, studio, folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "c.safetensors").write_text("x")
+    studio.folders.roots["loras2"] = folder / "more"
+
+    def made(prompt, syntax="a1111"):
+        status, answer = ask("POST", "/api/jobs", {"settings": {"prompt": prompt, "prompt_syntax": syntax}})
+        assert status == 200, answer
+        return studio.generator.jobs[answer["number"]].settings.lora_dir
+
+    assert made("a cat <lora:a:0.5>") == str((folder / "loras").resolve())
+    assert made("a cat <lora:c>") == str(folder / "more")
+    assert made("a cat") is None and made("a cat <lora:a>", "plain") is None
+    for tag, reason in (("<lora:missing>", "has no LoRA of this name"), ("<lora:a:x>", "is not a number")):
+        status, answer = ask("POST", "/api/jobs", {"settings": {"prompt": tag, "prompt_syntax": "a1111"}})
+        assert status == 400 and reason in answer["error"]
+    del studio.folders.roots["loras"], studio.folders.roots["loras2"]
+    status, answer = ask("POST", "/api/jobs", {"settings": {"prompt": "<lora:a>", "prompt_syntax": "a1111"}})
+    assert status == 400 and "give the folder of your LoRA files" in answer["error"]
+
+
+def test_a_request_for_too_many_images_is_refused_before_they_are_planned(ask, monkeypatch):
+    monkeypatch.setattr("tools.studio_page.generation.plan_generation", lambda settings: 1 / 0)
+    for settings in ({"n_samples": 257}, {"n_iter": 129, "n_samples": 2}):
+        status, answer = ask("POST", "/api/jobs", {"settings": {"prompt": "a", **settings}})
+        assert status == 400 and "at most 256 images" in answer["error"]
 
 
 def test_a_request_that_fails_says_why_and_the_next_one_is_made(ask):
@@ -391,6 +476,8 @@ def test_a_fault_of_the_program_is_an_answer_too(ask, studio, monkeypatch):
     assert ask("GET", "/api/loras") == (
         500, {"error": "a fault of the program (KeyError): the terminal shows where"}
     )  # fmt: skip
+    monkeypatch.setattr(studio, "loras", lambda: [float("nan")])  # which no JSON holds
+    assert ask("GET", "/api/loras")[1]["error"].startswith("a fault of the program (ValueError)")
     monkeypatch.setattr(studio, "loras", lambda: open("/nowhere/x"))
     status, answer = ask("GET", "/api/loras")
     assert status == 500 and answer["error"].startswith("/nowhere/x cannot be used: No such file or directory")
@@ -506,6 +593,9 @@ WRONG_RUNS = [
     ({"settings": {"output_path": "/tmp"}}, '"output_path" is no setting'),
     ({"settings": {"max_steps": 0}}, "max_steps: 0 is not allowed"),
     ({"settings": {"sample_prompts": "/etc/passwd"}}, "must be a list"),
+    ({"settings": {"sample_prompts": ["/etc/hosts.txt"]}}, "would be the path of a file"),
+    ({"settings": {"sample_prompts": ["~/$HOME/a.JSON"]}}, "would be the path of a file"),
+    ({"settings": {"sample_prompts": ["a cat", "my notes.toml"]}}, "would be the path of a file"),
     ({"settings": {"sample_every_n_steps": 4}}, "no effect without sample_prompts"),
     ({"settings": {"image_size": 65}}, "image_size 65 must be a multiple"), ({"settings": 3}, "must hold lines"),
 ]  # fmt: skip
@@ -558,6 +648,24 @@ def test_a_training_gets_its_recipe_and_the_values_of_the_page(ask, studio, fold
     for action, reason in (("stop", "is not running"), ("resume", "no training state")):
         status, answer = ask("POST", f"/api/runs/new/{action}", {})
         assert status == 400 and reason in answer["error"]
+    # Killed by the system it failed, killed by the page it is stopped. A resumed run keeps what was printed.
+    (run / "ckpt").mkdir()
+    (run / "ckpt" / "state-00000004.safetensors").write_text("x")
+    studio.trainings._processes["new"].returncode = -9
+    details = ask("GET", "/api/runs/new")[1]
+    assert details["state"] == "failed" and details["error"].startswith("the system killed it")
+    Process.returncode = None
+    monkeypatch.setattr("tools.studio_page.training.subprocesses.terminate", lambda process: None)
+    assert ask("POST", "/api/runs/new/resume", {})[1]["state"] == "running"
+    assert (run / "console.txt").read_text().endswith("error: the folder is empty\n\n--- resumed ---\n")
+    assert ask("POST", "/api/runs/new/stop", {})[0] == 200
+    studio.trainings._processes["new"].returncode = -9
+    details = ask("GET", "/api/runs/new")[1]
+    assert details["state"] == "stopped" and details["error"] == "" and details["can_resume"]
+    ask("POST", "/api/runs/new/resume", {})
+    studio.trainings._processes["new"].returncode = 1
+    details = ask("GET", "/api/runs/new")[1]
+    assert details["state"] == "failed" and details["error"] == "it ended without a message"
 
 
 def test_a_data_set_that_leads_out_of_its_folder_is_not_trained(ask, folder):
@@ -581,6 +689,16 @@ def test_a_run_of_an_earlier_page_can_be_resumed(ask, folder):
     assert run == {"name": "run", "state": "stopped", "step": 0, "total": 8, "can_resume": True, "error": ""}
     os.symlink(folder / "out" / "training" / "run", folder / "out" / "training" / "link")
     assert ask("GET", "/api/runs/link")[0] == 400
+
+
+def test_settings_that_cannot_be_read_hide_no_other_run(ask, folder):
+    other = folder / "out" / "training" / "broken"
+    other.mkdir()
+    (other / "train.yaml").write_text("a: [")
+    runs = {run["name"]: run for run in ask("GET", "/api/runs")[1]}
+    assert runs["run"]["error"] == "" and "train.yaml" in runs["broken"]["error"]
+    assert runs["broken"]["total"] is None and not runs["broken"]["can_resume"]
+    assert ask("GET", "/api/runs/broken")[0] == 200
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -115,6 +115,17 @@ def test_the_settings_of_an_image_fill_the_form(page):
     assert page.run("document.querySelector('#image-prompt').value") == "a red apple"
     assert page.run("document.querySelector('#image-sampling_steps').value") == "3"
     assert page.run("document.querySelector('#image-sampler').value") == '"euler"'
+    assert page.run("document.querySelector('#image-first_index').value") == "0"
+    page.click("#gallery button:nth-child(2)")
+    page.wait_for("document.querySelector('#shown dl').textContent.includes('index1')")
+    page.click("#shown .actions button")
+    assert page.run("document.querySelector('#image-first_index').value") == "1"
+    note = page.run("document.querySelector('#reused').textContent")
+    assert "the number of images" in note and "image 1 of its seed" in note and "LoRA" not in note
+    page.click("#gallery button:nth-child(1)")
+    page.wait_for("document.querySelector('#shown dl').textContent.includes('index0')")
+    page.click("#shown .actions button")
+    assert page.run("document.querySelector('#image-first_index').value") == "0"
 
 
 def test_a_mistake_is_shown_and_the_page_goes_on(page):
@@ -147,7 +158,10 @@ def test_a_brush_says_which_part_of_an_image_is_made_anew(page, folder):
     files = sorted((folder / "out" / "images").glob("*/samples/00000.png"))
     source, made = (np.asarray(Image.open(file)).astype(int) for file in (files[-2], files[-1]))
     assert (source[20:] == made[20:]).all() and (source[:12] != made[:12]).any()
-    page.run("[...document.querySelectorAll('#source button')].at(-1).click()")  # No image
+    page.wait_for("document.querySelector('#shown dl').textContent.includes('init image')")
+    page.click("#shown .actions button")
+    assert "init image" in page.run("document.querySelector('#reused').textContent")
+    assert page.run("document.querySelector('#source').children.length") == 0
 
 
 def test_a_training_is_started_stopped_resumed_and_used(page, folder):
@@ -181,6 +195,15 @@ def test_a_training_is_started_stopped_resumed_and_used(page, folder):
     with Image.open(made[-1]) as image:
         assert '"lora.ckpt"' in image.text["lora"]
     assert made[-1].read_bytes() != made[0].read_bytes()
+    page.wait_for("document.querySelector('#shown dl').textContent.includes('lora.ckpt at 1')")
+    page.click("#loras button")  # remove it
+    assert page.run("document.querySelector('#loras label') === null")
+    page.click("#shown .actions button")
+    assert page.run("document.querySelector('#loras label').textContent") == "runs/emoji/ckpt/lora.ckpt"
+    page.run("document.querySelector('#lora').replaceChildren()")
+    page.click("#shown .actions button")
+    assert page.run("document.querySelector('#loras label') === null")
+    assert "LoRA lora.ckpt at 1 (it is not in the list)" in page.run("document.querySelector('#reused').textContent")
 
 
 @pytest.mark.parametrize("tab", ["generate", "train"])

@@ -13,7 +13,7 @@ from ldm.settings.values import Setting, kinds_of, list_item, settings_of
 
 # What the server decides itself: files, the model, what is written where, and how it is computed.
 SERVER_GROUPS = ("model", "LoRA", "textual inversion", "output", "device")
-SERVER_NAMES = ("resume", "first_index", "full_batches", "grid_x", "grid_y")  # of repeated and compared runs
+SERVER_NAMES = ("resume", "full_batches", "grid_x", "grid_y")  # of repeated and compared runs
 # Of a training, beside its data and its recipe. All else is in the recipe.
 TRAIN_NAMES = (
     "max_steps", "lora_rank", "start_learning_rate", "train_batch_size", "ckpt_save_interval", "image_size", "seed",

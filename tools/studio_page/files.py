@@ -62,29 +62,38 @@ class Folders:
         return path
 
     def name_of(self, path: Path) -> str | None:
-        """Return the page's name of a path, None if it is in none of the folders."""
-        for word, root in self.roots.items():
-            if path.is_relative_to(root):
-                return "/".join([word, *path.relative_to(root).parts])
-        return None
+        """Return the page's name of a path, None if it is in none of the folders. One folder may hold another."""
+        words = [word for word, root in self.roots.items() if path.is_relative_to(root)]
+        if not words:
+            return None
+        word = max(words, key=lambda word: len(self.roots[word].parts))
+        return "/".join([word, *path.relative_to(self.roots[word]).parts])
 
     def walk(self, word: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Yield the name of each folder below a root, with the names in it of folders and of files, sorted.
-
-        Hidden names, links to folders and links out of the root are left out.
-        """
-        root = self.roots[word]
-        looked_at = 0
-        for folder, folders, files in os.walk(root):
+        """Yield the name of each folder below a root, with the names in it of folders and of files, as `listed`."""
+        waiting, looked_at = [word], 0
+        while waiting and looked_at <= MAX_LISTED:
+            name = waiting.pop()
+            folders, files = self.listed(name)
             looked_at += len(folders) + len(files)
-            below = Path(folder).relative_to(root).parts
-            folders[:] = sorted(name for name in folders if not is_hidden(name) and not _is_link(folder, name))
-            shown = sorted(name for name in files if not is_hidden(name) and not self._leads_out(folder, name, root))
-            yield "/".join([word, *below]), list(folders), shown
-            if len(below) + 1 >= depth:
-                folders.clear()
-            if looked_at > MAX_LISTED:
-                return
+            yield name, folders, files
+            if name.count("/") + 1 < depth:
+                waiting += [f"{name}/{folder}" for folder in reversed(folders)]
+
+    def listed(self, name: str) -> tuple[list[str], list[str]]:
+        """Return the names of the folders and of the files in a folder, sorted; none if it cannot be listed.
+
+        Hidden names, links to folders, links out of the root, and names that are not printable are left out.
+
+        Args:
+            name: A root, or a folder that was listed before.
+        """
+        word, *parts = name.split("/")
+        root = self.roots[word]
+        place, found, others = next(os.walk(root.joinpath(*parts)), ("", [], []))
+        folders = [folder for folder in found if _is_shown(folder) and not _is_link(place, folder)]
+        files = [file for file in others if _is_shown(file) and not self._leads_out(place, file, root)]
+        return sorted(folders), sorted(files)
 
     @staticmethod
     def _leads_out(folder: str, name: str, root: Path) -> bool:
@@ -98,6 +107,10 @@ def check_links_below(folder: Path, root: Path) -> None:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise NotAllowed(f"{plain(path)} is a link out of {plain(root)}: copy what it leads to")
+
+
+def _is_shown(name: str) -> bool:
+    return name.isprintable() and not is_hidden(name)
 
 
 def _is_link(folder: str, name: str) -> bool:

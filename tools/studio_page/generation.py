@@ -99,9 +99,9 @@ class Generator:
                 raise UserError(f"{MAX_WAITING} requests are waiting: cancel some, or wait for them")
             folder = self._new_folder()
             settings = GenerateSettings(**values, output_path=str(folder), skip_grid=True)
-            plan = plan_generation(settings)  # wrong values are an answer, and not a job that fails
-            if len(plan.prompts) > MAX_IMAGES:
+            if settings.n_iter * settings.n_samples > MAX_IMAGES:  # before each of them is planned
                 raise UserError(f"at most {MAX_IMAGES} images are made at once here: lower n_samples or n_iter")
+            plan = plan_generation(settings)  # wrong values are an answer, and not a job that fails
             batches = math.ceil(len(plan.prompts) / plan.sampling.batch_size)
             self._count += 1
             job = Job(self._count, settings, batches * plan.sampling.num_inference_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.routing import Route
 
 from ldm.errors import LONGEST_MESSAGE, UserError, plain, system_error
 from ldm.files.paths import MAX_STRENGTH
+from ldm.prompts.lora_tags import LoRAFolder, take_out_lora_tags
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.train import TrainSettings
 from ldm.settings.values import settings_of
@@ -121,7 +123,7 @@ class Studio:
         for setting, word in SOURCE.items():
             if word in content:
                 files[setting] = [str(self.folders.resolve(content[word], "images", "uploads"))]
-        return self._shown(self.generator.add({**values, **files, **self.model}))
+        return self._shown(self.generator.add({**values, **files, **self._lora_folder(values), **self.model}))
 
     def upload(self, raw: bytes) -> dict[str, Any]:
         """Keep an image that the browser sends, and return its name."""
@@ -179,6 +181,19 @@ class Studio:
         """Stop or resume a training."""
         (self.trainings.stop if action == "stop" else self.trainings.resume)(name)
         return self.trainings.summary(name)
+
+    def _lora_folder(self, values: dict[str, Any]) -> dict[str, str]:
+        """Return lora_dir for a prompt that names LoRAs: the first of the folders that has all of them."""
+        if values.get("prompt_syntax") != "a1111" or not (tags := take_out_lora_tags(values.get("prompt") or "")[1]):
+            return {}
+        roots = [str(root) for word, root in self.folders.roots.items() if word.startswith("loras")]
+        for root in roots:
+            with suppress(UserError):
+                folder = LoRAFolder(root)
+                for tag in tags:
+                    folder.find(tag.name)
+                return {"lora_dir": root}
+        return {"lora_dir": roots[0]} if roots else {}  # what is missing is said by the plan
 
     def _lora(self, entry: object) -> str:
         """Return a LoRA of a request as text_to_image.py's flag names it."""
@@ -266,6 +281,7 @@ async def _answered(work: Awaitable[Any]) -> Response:
     """Return an answer, or what went wrong as {"error": ...} with the status of HTTP. The server goes on."""
     try:
         answer = await work
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
     except Refused as error:
         return _error(error.status, str(error))
     except NotAllowed as error:
@@ -277,7 +293,6 @@ async def _answered(work: Awaitable[Any]) -> Response:
     except Exception as error:
         logger.error("%s", traceback.format_exc())
         return _error(500, f"a fault of the program ({type(error).__name__}): the terminal shows where")
-    return answer if isinstance(answer, Response) else JSONResponse(answer)
 
 
 def _error(status: int, reason: str) -> Response:

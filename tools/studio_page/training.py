@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checks import check_settings
 from ldm.training.own_files import LINKS, find_states
 from ldm.training.report.records import RunRecord, read_facts, read_metrics, read_strips, smoothed, smoothing_span
+from ldm.training.sample_prompts import FILES
 from tools.studio_page.fields import TRAIN_NAMES, read_values
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -37,6 +39,7 @@ MAX_RUNS = 1000  # that are listed
 MAX_POINTS = 400  # of a curve
 MAX_FRAMES = 12  # of a strip, as in the report
 CONSOLE_BYTES = 8000  # of its end, which is shown
+RESUMED = "--- resumed ---"  # a line of the console between two runs of a training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Trainings:
         self.folder, self.base_model, self.device = folder, base_model, device
         self.recipes = {recipe.name: recipe for recipe in _read_recipes(recipes, model_config)}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped: set[str] = set()  # those whose process was ended here
         self._lock = threading.Lock()
 
     def start(self, name: object, recipe: object, data: Path, values: object) -> None:
@@ -105,12 +109,14 @@ class Trainings:
         process = self._processes.get(self._existing(name).name)
         if process is None or process.poll() is not None:
             raise UserError(f"{name} is not running")
+        self._stopped.add(name)
         subprocesses.terminate(process)
 
     def close(self) -> None:
         """Interrupt what is running."""
-        for process in self._processes.values():
+        for name, process in self._processes.items():
             if process.poll() is None:
+                self._stopped.add(name)
                 subprocesses.terminate(process)
 
     def names(self) -> list[str]:
@@ -131,16 +137,20 @@ class Trainings:
         ]
 
     def summary(self, name: str) -> dict[str, Any]:
-        """Return how far a run is, as JSON."""
+        """Return how far a run is, as JSON. If its settings cannot be read, "error" says why."""
         folder = self._existing(name)
-        metrics, settings = _metrics(folder), read_yaml(folder / "train.yaml")
-        steps = metrics.get("step", np.zeros(0))
+        steps = _metrics(folder).get("step", np.zeros(0))
         state = self._state(name, read_facts(folder))
-        error = _last_error(folder) if state == "failed" else ""
+        error = self._last_error(folder) if state == "failed" else ""
+        can_resume = state not in ("running", "finished") and bool(find_states(folder / "ckpt"))
+        try:
+            settings = read_yaml(folder / "train.yaml")
+        except UserError as fault:  # the others are listed all the same
+            settings, error, can_resume = None, str(fault), False
         return {
             "name": name, "state": state, "step": int(steps[-1]) if len(steps) else 0, "error": error,
             "total": settings.get("max_steps") if isinstance(settings, dict) else None,
-            "can_resume": state not in ("running", "finished") and bool(find_states(folder / "ckpt")),
+            "can_resume": can_resume,
         }  # fmt: skip
 
     def details(self, name: str) -> dict[str, Any]:
@@ -171,6 +181,11 @@ class Trainings:
         prompts = chosen.get("sample_prompts")
         if prompts is not None and not isinstance(prompts, list):
             raise UserError("the request: sample_prompts must be a list: a text would be the path of a file")
+        # A training would read the file that such an entry names, or that it names by the time it starts.
+        if named := next((line for line in prompts or () if Path(line).suffix.lower() in FILES), None):
+            raise UserError(
+                f'the request: the sample prompt "{plain(named, 80)}" would be the path of a file: leave out its ending'
+            )
         if "ckpt_save_interval" in chosen:
             chosen["step_mode"] = True
         content = read_yaml(recipe.path)
@@ -203,7 +218,11 @@ class Trainings:
 
     def _run(self, folder: Path, *flags: str) -> None:
         command = [sys.executable, str(ROOT / "train_text_to_image.py"), "--train_config", str(folder / "train.yaml")]
-        with writing(folder), open(folder / "console.txt", "wb") as console:
+        self._stopped.discard(folder.name)
+        with writing(folder), open(folder / "console.txt", "ab") as console:
+            if console.tell():
+                console.write(f"\n{RESUMED}\n".encode())
+                console.flush()
             self._processes[folder.name] = subprocess.Popen(
                 [*command, *flags], cwd=folder, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                 preexec_fn=subprocesses.unblock_signals, start_new_session=True,
@@ -213,10 +232,21 @@ class Trainings:
         process = self._processes.get(name)
         if process is not None and process.poll() is None:
             return "running"
-        if process is not None and process.returncode not in (0, 130, 143, 129, -9):
+        if process is not None and process.returncode not in (0, 130, 143, 129) and name not in self._stopped:
             return "failed"
         ended = facts.sessions[-1].get("ended") if facts.sessions else "interrupted"
         return ended if ended in ("finished", "failed") else "stopped"
+
+    def _last_error(self, folder: Path) -> str:
+        """Return what a run that failed said last, or the signal that ended it."""
+        process = self._processes.get(folder.name)
+        if process is not None and process.returncode == -signal.SIGKILL:
+            return "the system killed it, perhaps because memory ran out: close other programs, or use smaller batches"
+        if process is not None and process.returncode < 0:
+            return f"it was ended by signal {-process.returncode}"
+        lines = _console(folder).rpartition(RESUMED)[2].splitlines()
+        errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else (lines[-1] if lines else "it ended without a message")
 
 
 def _read_recipes(folder: Path, model_config: str) -> list[Recipe]:
@@ -269,10 +299,3 @@ def _console(folder: Path) -> str:
         return ""
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join(plain(line, 400) for line in lines if line.strip())
-
-
-def _last_error(folder: Path) -> str:
-    """Return what a run that failed said last."""
-    lines = _console(folder).splitlines()
-    errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else (lines[-1] if lines else "it ended without a message")

@@ -1,7 +1,7 @@
 // The part that makes images: settings, LoRAs, the queue and the gallery.
 
 import { attempt, element, field, get, picture, post, setValue, showFault, valuesOf } from "./request.js";
-import { begin, setUpSource, sourceOf } from "./source.js";
+import { begin, leaveOut, setUpSource, sourceOf } from "./source.js";
 
 const form = document.getElementById("request");
 const loraBox = document.getElementById("loras");
@@ -12,6 +12,10 @@ const FIRST = ["prompt", "negative_prompt", "sampler", "schedule", "sampling_ste
 
 // How many images are made is not written into each.
 const UNWRITTEN = ["n_iter", "n_samples"];
+// Files that an image may be made from and that the page does not find again.
+const FILES = ["init_image", "mask_image", "init_latents", "unet_checkpoint", "vae_checkpoint", "textual_inversion"];
+// What the page does not say of a LoRA.
+const LORA_PARTS = ["text_encoder_weight", "block_weights", "start", "end", "lora_ft_unet", "lora_ft_text_encoder"];
 
 let settings = [];
 let chosen = [];
@@ -176,11 +180,12 @@ async function show(name) {
   add("size", image.size.join(" × "));
   add("file", name);
   for (const [key, value] of entries.filter(isHash)) add(key, value);
-  const reuse = element("button", { type: "button", onclick: () => useSettings(fields) }, "Use these settings");
+  const note = element("p", { class: "hint", id: "reused", role: "status" });
+  const reuse = element("button", { type: "button", onclick: () => { note.textContent = useSettings(fields); } }, "Use these settings");
   const actions = element("div", { class: "actions" }, reuse);
   if (hasSource) actions.append(element("button", { type: "button", onclick: () => begin(name) }, "Begin from this image"));
   const shown = document.getElementById("shown");
-  shown.replaceChildren(picture(name, fields.prompt || "an image without a prompt"), element("div", {}, list, actions));
+  shown.replaceChildren(picture(name, fields.prompt || "an image without a prompt"), element("div", {}, list, actions, note));
   shown.hidden = false;
   for (const button of gallery.children) button.setAttribute("aria-pressed", String(button.dataset.name === name));
 }
@@ -189,9 +194,9 @@ function text(value) {
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
-// Fill the form with the fields of an image that have the names of settings.
+// Fill the form with the fields of an image that have the names of settings, and with its LoRAs. Returns what is left out.
 function useSettings(fields) {
-  const all = { ...fields, ...(typeof fields.settings === "object" ? fields.settings : {}) };
+  const all = { ...fields, ...(typeof fields.settings === "object" ? fields.settings : {}), first_index: fields.index };
   for (const setting of settings) {
     const input = form.elements[setting.name];
     let value = all[setting.name];
@@ -200,5 +205,25 @@ function useSettings(fields) {
     if (["integer", "number"].includes(setting.kind) && typeof value === "string") value = Number(value);
     setValue(input, value);
   }
+  const left = [...useLoras(fields.lora), ...FILES.filter((key) => key in fields).map((key) => `${key.replaceAll("_", " ")} ${text(fields[key])}`)];
+  leaveOut();
   form.elements.prompt.focus();
+  const begun = Number(fields.index) > 0 ? ` It is image ${fields.index} of its seed, counted from 0: first index is set.` : "";
+  return `Not taken over: ${["the number of images", "the model", ...left].join("; ")}.${begun}`;
+}
+
+// Choose the LoRAs of an image that the list has, by the names of their files. Returns what is left out.
+function useLoras(loras) {
+  const names = [...loraList.options].map((option) => option.value), left = [];
+  chosen = [];
+  for (const lora of Array.isArray(loras) ? loras : []) {
+    if (lora === null || typeof lora !== "object" || lora.from_prompt) continue; // the prompt names it again
+    const found = names.filter((name) => name.split("/").pop() === lora.file);
+    if (found.length === 1) addLora(found[0], Number(lora.weight ?? 1));
+    else left.push(`LoRA ${lora.file} at ${lora.weight} (${found.length ? "several have this name" : "it is not in the list"})`);
+    const parts = LORA_PARTS.filter((part) => (lora[part] ?? null) !== null);
+    if (parts.length) left.push(`${parts.join(", ").replaceAll("_", " ")} of LoRA ${lora.file}`);
+  }
+  drawLoras();
+  return left;
 }

@@ -39,10 +39,13 @@ export function begin(image) {
     element("label", { for: "brush-erase" }, eraser, "erase"),
     element("div", { class: "actions" },
       button("Clear mask", () => pen(mask).clearRect(0, 0, mask.width, mask.height)), button("Invert mask", () => invert(mask)),
-      button("No image", () => {
-        name = mask = null;
-        box.replaceChildren();
-      })));
+      button("No image", leaveOut)));
+}
+
+// Begin from no image.
+export function leaveOut() {
+  name = mask = null;
+  box.replaceChildren();
 }
 
 // What a request needs: the names of the image and of its mask, which is sent first.
