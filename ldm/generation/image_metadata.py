@@ -104,6 +104,7 @@ def _sampling_metadata(sampling: Sampling) -> dict[str, Any]:
 
 
 def lora_metadata(settings: GenerateSettings, file: LoRAFile) -> dict[str, Any]:
+    """Return what the text fields say of a LoRA: its file, its hash and how it is applied."""
     from ldm.lora.formats import lora_files  # imports MindSpore
 
     metadata: dict[str, Any] = {
