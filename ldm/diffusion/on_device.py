@@ -1,9 +1,10 @@
 """A sampler's arithmetic on a device: its latents stay there from the first step to the last.
 
-The samplers are written for NumPy, which says what they compute. They only add and subtract arrays and multiply them
-by numbers, so what a step computes from the latents, the network's outputs and fresh noise is one sum of arrays with
-factors. A DeviceArray collects the factors on the host, and the device computes the sum at once when the network asks
-for it: one small graph and one copy of the factors for each call of the network, and no copy back to the host.
+The samplers are written for NumPy, which says what they compute. They only add and subtract arrays, and multiply and
+divide them by numbers, so what a step computes from the latents, the network's outputs and fresh noise is one sum of
+arrays with factors. A DeviceArray collects the factors on the host, and the device computes the sum at once when the
+network asks for it: one small graph and one copy of the factors for each call of the network, and no copy back to the
+host.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class GuidedUNet(nn.Cell):
         Args:
             latents: float32.
             timesteps: (2N,).
-            text_embeddings: Those of the negative prompts before those of the prompts, (2N, 77, D) float32.
+            text_embeddings: Those of the negative prompts before those of the prompts, (2N, 77 k, D) float32.
             scale: The guidance scale, (1,) float32.
             rescale: Share of the guided output that gets the standard deviation of the positive one, (1,) float32.
                 None for 0.

@@ -76,17 +76,18 @@ class Sampling:
             ("eta" if self.sampler in ETA_SAMPLERS else "ddim_eta"): eta or 0.0,
         }
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, from_noise_alone: bool = False) -> None:
         """Raise UserError unless size, steps and schedule fit the model and the sampler.
 
-        An image in fp32 must fit into this machine's memory too.
+        An image in fp32 must fit into this machine's memory too. `from_noise_alone`: whether the images begin at noise
+        alone, as with LoRAs of zero_terminal_snr.
         """
         _, height, width = latent_shape(config, self.height, self.width)
         # Linux grants memory that it does not have, and ends the process that uses it without an exception.
         image_bytes = 4 * 3 * height * width * config.vae_factor**2
         if image_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise UserError(self.out_of_memory_message(config))
-        SAMPLERS[self.sampler].check(self.num_inference_steps, config.timesteps, self.schedule)
+        SAMPLERS[self.sampler].check(self.num_inference_steps, config.timesteps, self.schedule, from_noise_alone)
 
     def out_of_memory_message(self, config: ModelConfig) -> str:
         """Return an error message that names the settings which decide how much memory sampling takes."""

@@ -123,8 +123,8 @@ def denoise_batch(
         unet: The network, see ldm.diffusion.guidance.
         config: That of the model.
         merged_loras: The LoRAs that are merged into the UNet's weights. Each is applied at its steps.
-        text_embeddings: Of the prompts, (N, 77, D).
-        negative_text_embeddings: Of the negative prompts, (N, 77, D). None at guidance scale 1.
+        text_embeddings: Of the prompts, (N, 77 k, D) of k chunks.
+        negative_text_embeddings: Of the negative prompts, (N, 77 k, D). None at guidance scale 1.
         latents: The scaled latents to start from, (N, C, h, w).
         sampling: How the images are sampled.
         draw_noise: Returns fresh noise (N, C, h, w), for samplers that add some.

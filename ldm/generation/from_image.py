@@ -7,7 +7,7 @@ given, and `differences` says afterwards what is not as in the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import json_text, parse_json
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder
 from ldm.files.paths import ROOT, path_and_strengths
-from ldm.generation.a1111_text import A1111Text, loras_named, parse, sampler_name, size
+from ldm.generation.a1111_settings import a1111_settings
+from ldm.generation.a1111_text import loras_named, parse
 from ldm.generation.image_text import read_image_text
-from ldm.settings.declare import MAX_BATCH, MAX_SEED
+from ldm.settings.declare import MAX_BATCH
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
-from ldm.settings.repeating import MAX_INDEX
-from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.settings.sampling import FLAGS
 from ldm.settings.values import settings_of
 from ldm.settings.versions import VERSIONS
@@ -36,8 +35,6 @@ _NEVER_FROM_FILES = (
     "prompt", "negative_prompt", "n_iter", "n_samples", "grid_x", "grid_y", "first_index", "full_batches", "mode",
     "ms_mode", "jit_level", "device_target", "enable_flash_attention",
 )  # fmt: skip
-# Of A1111's values, those that describe the image and are no settings.
-_NOT_SETTINGS = ("Version", "Model", "Model hash", "Lora hashes", "RNG", "Schedule type", "Sampler", "Size")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,9 @@ def read_recipe(path: str) -> Recipe:
         return _own_recipe(path, texts, where)
     if "parameters" in texts and not texts["parameters"].lstrip().startswith("{"):
         try:
-            return _a1111_recipe(path, parse(texts["parameters"]), where)
+            text = parse(texts["parameters"])
+            settings, missing = a1111_settings(text, where)
+            return Recipe(path, settings, {}, missing, text.values.get("Model hash", ""))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     if texts.get("prompt", "").lstrip().startswith("{") or "workflow" in texts:
@@ -325,57 +324,3 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, str]:
         elif name != "parameters":
             flat[name] = value if isinstance(value, str) else json_text(value)
     return flat
-
-
-# ---- images of A1111 -------------------------------------------------------------------------------------------------
-
-
-def _a1111_recipe(path: str, text: A1111Text, where: str) -> Recipe:
-    known, values = settings_of(GenerateSettings), text.values
-    content: dict[str, Any] = {
-        "prompt": text.prompt,
-        "negative_prompt": text.negative_prompt,
-        "prompt_syntax": "a1111",
-    }
-    missing = ["its noise: A1111 draws other random numbers for a seed"]
-    kinds: tuple[tuple[str, str, Callable[[str], float]], ...] = (
-        ("Steps", "sampling_steps", int),
-        ("CFG scale", "scale", float),
-        ("Seed", "seed", int),
-        ("Clip skip", "clip_skip", int),
-        ("Index", "first_index", int),
-    )
-    most = {"seed": MAX_SEED, "first_index": MAX_INDEX}
-    for key, name, kind in kinds:
-        if key not in values or (key == "Clip skip" and values[key] == "1"):
-            continue
-        try:
-            number = kind(values[key][:40])
-            if name not in known or not 0 <= number <= most.get(name, math.inf):
-                raise ValueError
-            content[name] = number
-        except (ValueError, OverflowError):
-            missing.append(f"{key} {plain(values[key], 40)}")
-    if (sides := size(values)) is not None:
-        content["W"], content["H"] = sides
-    missing += _a1111_sampler(values, content)
-    done = (*(key for key, _, _ in kinds), *_NOT_SETTINGS)
-    missing += [f"{plain(key, 40)} {plain(value, 40)}" for key, value in values.items() if key not in done]
-    if text.rest:
-        missing.append(f"the lines {plain(text.rest, 60)}")
-    settings = read_mapping(GenerateSettings, content, where, partial=True)
-    return Recipe(path, settings, {}, missing, values.get("Model hash", ""))
-
-
-def _a1111_sampler(values: Mapping[str, str], content: dict[str, Any]) -> list[str]:
-    """Put the sampler and the schedule into `content`, and return those that are not known."""
-    missing = []
-    for name, given, labels in zip(
-        ("sampler", "schedule"), sampler_name(values), (SAMPLER_LABELS, SCHEDULE_LABELS)
-    ):  # fmt: skip
-        names = [own for own, label in labels.items() if label.lower() == given.lower()]
-        if names:
-            content[name] = names[0]
-        elif given:
-            missing.append(f"the {name} {plain(given, 40)}")
-    return missing

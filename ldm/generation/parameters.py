@@ -6,10 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.sampling import Sampling
 from ldm.files.inputs import content_hash, is_file, is_folder
 from ldm.generation.a1111_text import write
 from ldm.generation.plan import GenerationPlan, LoRAFile
-from ldm.generation.source_image import Origin
+from ldm.generation.source_image import Origin, first_step
 from ldm.prompts.syntax import escaped
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
@@ -37,7 +38,7 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
         "Model hash": None if is_folder(plan.checkpoint) else base_model_hash(plan.checkpoint)[:MODEL_DIGITS],
         "Model": plan.checkpoint.stem,
         "Clip skip": settings.clip_skip,
-        **_origin_values(plan.origins[place]),
+        **_origin_values(plan.origins[place], sampling),
         "Eta": None if eta == default_eta else eta,
         "Lora hashes": ", ".join(f"{name}: {value}" for name, value in hashes.items() if value),
         # A1111 has no name for NumPy's generator. This one says that the noise is not the GPU's.
@@ -51,7 +52,10 @@ def parameters_text(settings: GenerateSettings, plan: GenerationPlan, place: int
     return write(prompt, negative_prompt, values)
 
 
-def _origin_values(origin: Origin) -> dict[str, Any]:
+HIRES_UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos"}  # A1111's names -> the values of hires_upscaler
+
+
+def _origin_values(origin: Origin, sampling: Sampling) -> dict[str, Any]:
     """Return A1111's values of what the images begin from. It has one strength for both kinds of a second start."""
     values: dict[str, Any] = {}
     if origin.variation_strength:
@@ -64,8 +68,9 @@ def _origin_values(origin: Origin) -> dict[str, Any]:
     if origin.hires is not None:
         values["Denoising strength"] = origin.hires.strength
         values["Hires upscale"] = origin.hires.scale
-        values["Hires steps"] = origin.hires.steps
-        values["Hires upscaler"] = {"latent": "Latent", "lanczos": "Lanczos"}[origin.hires.upscaler]
+        steps = origin.hires.steps or sampling.num_inference_steps
+        values["Hires steps"] = steps - first_step(steps, origin.hires.strength)  # A1111 takes all of its hires steps
+        values["Hires upscaler"] = next(k for k, name in HIRES_UPSCALERS.items() if name == origin.hires.upscaler)
     return values
 
 

@@ -31,6 +31,7 @@ from ldm.generation.denoising import (
     draw_hires_noise,
     draw_starting_latents,
     fresh_noise,
+    samples_from_noise_alone,
 )
 from ldm.generation.image_files import as_image
 from ldm.generation.loading import load_model, set_up_sampling
@@ -390,9 +391,9 @@ class Pipeline(AdaptedModel):
                 suffice.
         """
         all_batches = batches if all_batches is None else all_batches
-        for sampling in {batch.sampling: None for batch in all_batches}:
-            sampling.check(self.config)
         for batch in all_batches:
+            loras = self.loras if batch.loras is None else batch.loras
+            batch.sampling.check(self.config, samples_from_noise_alone(self.config, loras))
             steps_taken(batch)  # raises where there is none
             if batch.origin.hires is not None:
                 batch.origin.hires.second_pass(batch.sampling, self.config).check(self.config)

@@ -105,6 +105,8 @@ class SourceImageSettings:
         ):
             if getattr(self, name) and getattr(self, other) is None:
                 raise UserError(f"--{name} is given without --{other}: add it")
+        if self.variation_seed is not None and not self.variation_strength:
+            raise UserError("--variation_seed has no effect without --variation_strength: add it")
         if self.hires_scale is not None and self.init_image:
             raise UserError(
                 "--hires_scale and --init_image are both given: a hires fix enlarges the image of its own first pass; "

@@ -57,10 +57,13 @@ def check_sample_prompts(settings: SampleSettings) -> None:
     _read(settings.sample_prompts)
 
 
-def read_sample_prompts(settings: SampleSettings, config: ModelConfig) -> list[SamplePrompt]:
+def read_sample_prompts(
+    settings: SampleSettings, config: ModelConfig, from_noise_alone: bool = False
+) -> list[SamplePrompt]:
     """Return the prompts to draw, none where sample_prompts is not given.
 
     What a prompt leaves out has the default of text_to_image.py, the sampler that of sample_sampler.
+    `from_noise_alone`: whether the training is one of zero_terminal_snr.
 
     Raises:
         UserError: The file cannot be read, a flag or name is unknown, a value is out of range or does not suit the
@@ -79,7 +82,7 @@ def read_sample_prompts(settings: SampleSettings, config: ModelConfig) -> list[S
             batch_size=1,
         )
         try:
-            sampling.check(config)
+            sampling.check(config, from_noise_alone)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         prompts.append(SamplePrompt(entry.prompt, entry.negative_prompt, entry.seed, sampling, line, where))

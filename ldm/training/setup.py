@@ -125,7 +125,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     image_size(settings, config)  # raises UserError if it does not fit the model
     trained_timesteps(settings, config)
     settings.check_prediction_type(config.prediction_type, plain(config.path))
-    sample_prompts = read_sample_prompts(settings, config)
+    sample_prompts = read_sample_prompts(settings, config, settings.zero_terminal_snr)
     base_weights = BaseWeights(base_model(settings), ema=settings.pretrained_model_ema)
     listing = read_listing(settings)
     load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images

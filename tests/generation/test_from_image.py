@@ -77,6 +77,37 @@ def test_the_settings_of_an_image_of_a1111(tmp_path):
     ]  # fmt: skip
 
 
+SECOND_START = "a\nSteps: 20, Sampler: Euler a, Eta: 0.5, "
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("Variation seed: 7, Variation seed strength: 0.25", {"variation_seed": 7, "variation_strength": 0.25}),
+        (
+            "Denoising strength: 0.5, Hires upscale: 2, Hires steps: 6, Hires upscaler: Latent",
+            {"hires_scale": 2.0, "hires_strength": 0.5, "hires_upscaler": "latent", "hires_steps": 12},
+        ),
+        (
+            "Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: Lanczos",  # all 20 steps are taken
+            {"hires_scale": 1.5, "hires_strength": 0.7, "hires_upscaler": "lanczos", "hires_steps": 29},
+        ),
+        ("Denoising strength: 0.7, Hires upscale: 1.5, Hires upscaler: R-ESRGAN 4x+", {}),
+        ("Denoising strength: 1.7, Hires upscale: 1.5, Hires upscaler: Latent", {}),
+        ("Denoising strength: 0, Hires upscale: 2, Hires upscaler: Latent", {}),
+        ("Denoising strength: 0.7", {}),  # of an image that is not named
+        ("Variation seed strength: 0.25", {}),
+    ],
+)
+def test_a_second_start_of_a1111_is_taken_over_as_a_whole_or_listed(tmp_path, text, settings):
+    recipe = read_recipe(image(tmp_path, {"parameters": SECOND_START + text}))
+    plain = {"prompt": "a", "prompt_syntax": "a1111", "negative_prompt": "", "sampling_steps": 20}
+    assert recipe.settings == {**plain, "sampler": "euler_a", "eta": 0.5, **settings}
+    listed = "; ".join(recipe.not_repeated)
+    assert all((value.replace(": ", " ") in listed) == (not settings) for value in text.split(", "))
+    GenerateSettings(**recipe.settings)
+
+
 def test_a_sampler_and_a_schedule_that_are_not_known_are_listed(tmp_path):
     text = "a\nSteps: 5, Sampler: Restart Turbo, Seed: -1, CFG scale: x"
     recipe = read_recipe(image(tmp_path, {"parameters": text}))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.sampling import Sampling
+from ldm.generation.a1111_settings import a1111_settings
 from ldm.generation.a1111_text import parse
 from ldm.generation.parameters import parameters_text, short_lora_hash
 from ldm.generation.plan import LoRAFile
 from ldm.generation.prompt_plan import PlannedImage
-from ldm.generation.source_image import NOISE_ALONE
+from ldm.generation.source_image import NOISE_ALONE, HiresFix, Origin, first_step
 from ldm.prompts.syntax import Piece, parse_prompt
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.checkpoint import write_checkpoint
@@ -82,3 +83,14 @@ def test_a_share_of_noise_is_written_where_it_is_not_the_samplers_own(plan, samp
     plan.images = [plan.images[0]._replace(sampling=Sampling(sampler, 20, 7.0, eta, 64, 64))]
     text = parameters_text(GenerateSettings(prompt="a"), plan, 0)
     assert (written in text) if written else ("Eta" not in text)
+
+
+@pytest.mark.parametrize("steps", [None, 15])
+def test_a_hires_fix_is_written_as_a1111_counts_its_steps_and_read_again(plan, steps):
+    plan.origins = [Origin(hires=HiresFix(2.0, 0.3, steps, "lanczos"))]
+    text = parameters_text(GenerateSettings(prompt="a"), plan, 0)
+    taken = int((steps or 20) * 0.3)
+    assert f"Denoising strength: 0.3, Hires upscale: 2, Hires steps: {taken}, Hires upscaler: Lanczos" in text
+    settings, _ = a1111_settings(parse(text), "an image")
+    again = HiresFix(*(settings[f"hires_{name}"] for name in ("scale", "strength", "steps", "upscaler")))
+    assert again.steps - first_step(again.steps, again.strength) == taken and again.upscaler == "lanczos"

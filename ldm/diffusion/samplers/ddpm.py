@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ldm.diffusion.samplers.levels import WHOLE_SPACINGS, Levels, whole_timesteps
-from ldm.diffusion.samplers.steps import Run, Sampler, estimate_denoised
+from ldm.diffusion.samplers.steps import Run, Sampler, predict_denoised
 
 
 def solve(run: Run) -> np.ndarray:
@@ -23,7 +23,7 @@ def solve(run: Run) -> np.ndarray:
     for i in run.remaining:
         abar, next_abar = abars[i], abars[i + 1]
         output = run.output(latents, levels.timesteps[i])
-        denoised = estimate_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
+        denoised = predict_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
         beta = 1.0 - abar / next_abar
         latents = denoised * (math.sqrt(next_abar) * beta / (1.0 - abar)) + latents * (
             math.sqrt(abar / next_abar) * (1.0 - next_abar) / (1.0 - abar)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from ldm.diffusion.samplers.levels import SPACINGS, solver_levels
-from ldm.diffusion.samplers.steps import Run, Sampler, estimate_denoised
+from ldm.diffusion.samplers.steps import Run, Sampler, predict_denoised
 
 
 def solve(run: Run) -> np.ndarray:
@@ -28,7 +28,7 @@ def solve(run: Run) -> np.ndarray:
             levels.sigma[i + 1],
         )
         output = run.output(latents, levels.timesteps[i])
-        current = estimate_denoised(output, latents, alpha, sigma, run.prediction_type)
+        current = predict_denoised(output, latents, alpha, sigma, run.prediction_type)
         step = levels.log_snr(i + 1) - levels.log_snr(i)  # infinite in the last step
         extrapolated = current
         if previous is not None and i < run.steps - 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.diffusion.samplers.levels import AS_TRAINED, Levels
-from ldm.diffusion.samplers.steps import Run, Sampler, estimate_denoised
+from ldm.diffusion.samplers.steps import Run, Sampler, predict_denoised
 from ldm.diffusion.schedule import NoiseSchedule
 
 DISTILLED_STEPS = 50  # the time steps that the model was distilled at
@@ -30,7 +30,7 @@ def solve(run: Run) -> np.ndarray:
     latents = run.start(levels)
     for i in run.remaining:
         output = run.output(latents, levels.timesteps[i])
-        denoised = estimate_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
+        denoised = predict_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
         # The boundary condition: at time step 0 a consistency model returns its input.
         scaled = levels.timesteps[i] * TIMESTEP_SCALING
         skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5

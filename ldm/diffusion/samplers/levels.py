@@ -43,7 +43,7 @@ class Levels(NamedTuple):
 
     @classmethod
     def of_timesteps(cls, timesteps: np.ndarray, schedule: NoiseSchedule) -> Levels:
-        """Build the levels of whole time steps. The last level is a clean image."""
+        """Build the levels of whole time steps, and a clean image after them."""
         abars = schedule.alphas_cumprod[timesteps]
         alpha, sigma = np.sqrt(abars).tolist(), np.sqrt(1.0 - abars).tolist()
         return cls(timesteps.tolist(), [*alpha, 1.0], [*sigma, 0.0])
@@ -65,8 +65,6 @@ def check_steps(steps: int, timesteps: int) -> None:
 def linspace_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """Return evenly spaced time steps from the last one down to above 0, for DPM-Solver: int64 (steps,), falling."""
     check_steps(steps, schedule.timesteps)
-    if schedule.zero_terminal_snr:
-        return trailing_timesteps(steps, schedule)
     return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].astype(np.int64)
 
 
@@ -110,15 +108,10 @@ def solver_levels(steps: int, schedule: NoiseSchedule, spacing: str, final_sigma
         timesteps = timestep_of(ratios, schedule)
         timesteps = (timesteps.round() if spacing == KARRAS else timesteps).astype(np.int64)
     else:
-        spaced = {SGM_UNIFORM: trailing_timesteps, LINSPACE: solver_timesteps}.get(spacing, linspace_timesteps)
-        timesteps = spaced(steps, schedule)
+        trailing = spacing == SGM_UNIFORM or (spacing == AS_TRAINED and schedule.zero_terminal_snr)
+        timesteps = (trailing_timesteps if trailing else linspace_timesteps)(steps, schedule)
         ratios = sigmas[timesteps]
     return Levels.of_ratios(timesteps, np.append(ratios, final_sigma))
-
-
-def solver_timesteps(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    """Return `linspace_timesteps` of any schedule, also of one that ends in noise alone."""
-    return np.linspace(0, schedule.timesteps - 1, steps + 1).round()[:0:-1].astype(np.int64)
 
 
 def sigma_levels(steps: int, schedule: NoiseSchedule, spacing: str, round_karras: bool = False) -> Levels:

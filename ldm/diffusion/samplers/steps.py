@@ -20,8 +20,8 @@ that diffusers calls "trailing" (Lin et al. 2023, arXiv 2305.08891, section 3.3)
 It returns the final latents (N, C, h, w) float32. Time steps and formulas follow diffusers' schedulers with Stable
 Diffusion's settings, so diffusers makes the same image from the same starting noise.
 
-Samplers are plain arithmetic: a step adds, subtracts and multiplies arrays by Python floats, which are computed on the
-host. So they work on NumPy's arrays, and on any other type of array that can do this.
+Samplers are plain arithmetic: a step adds and subtracts arrays, and multiplies and divides them by Python floats, which
+are computed on the host. So they work on NumPy's arrays, and on any other type of array that can do this.
 """
 
 from __future__ import annotations
@@ -148,12 +148,7 @@ class Sampler:
             ValueError: eta or first_step is out of range, or draw_noise or clean_latents is missing.
         """
         check_prediction_type(prediction_type)
-        self.check(steps, schedule.timesteps, spacing)
-        if schedule.zero_terminal_snr and not self.zero_terminal:
-            raise UserError(
-                f"the sampler {self.name} cannot begin from noise alone, where a LoRA of zero_terminal_snr begins: "
-                "choose another sampler, such as dpm_solver_pp, euler or ddim"
-            )
+        self.check(steps, schedule.timesteps, spacing, schedule.zero_terminal_snr)
         if eta is None:
             eta = self.eta or 0.0
         elif not 0.0 <= eta <= 1.0:
@@ -173,8 +168,16 @@ class Sampler:
         )  # fmt: skip
         return self.solve(run)
 
-    def check(self, steps: int, timesteps: int, spacing: str) -> None:
-        """Raise UserError unless the sampler can take so many steps at this spacing, of a model's time steps."""
+    def check(self, steps: int, timesteps: int, spacing: str, from_noise_alone: bool = False) -> None:
+        """Raise UserError unless the sampler can take so many steps at this spacing, of a model's time steps.
+
+        `from_noise_alone`: whether the last time step is noise alone (`zero_terminal_snr`).
+        """
+        if from_noise_alone and not self.zero_terminal:
+            raise UserError(
+                f"the sampler {self.name} cannot begin from noise alone, where a LoRA of zero_terminal_snr begins: "
+                "choose another sampler, such as dpm_solver_pp, euler or ddim"
+            )
         if spacing not in self.spacings:
             raise UserError(
                 f"schedule {spacing} does not go with the sampler {self.name}: choose one of "
@@ -211,12 +214,3 @@ def predict_noise(
     if prediction_type == "v_prediction":
         return alpha * output + sigma * latents
     return output
-
-
-def estimate_denoised(
-    output: np.ndarray, latents: np.ndarray, alpha: float, sigma: float, prediction_type: str
-) -> np.ndarray:
-    """Do as predict_denoised, without a division, which not every type of array has. It rounds differently."""
-    if prediction_type == "v_prediction":
-        return latents * alpha - output * sigma
-    return latents * (1.0 / alpha) - output * (sigma / alpha)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from ldm.diffusion.samplers.levels import SPACINGS, Levels, solver_levels
-from ldm.diffusion.samplers.steps import Run, Sampler, estimate_denoised
+from ldm.diffusion.samplers.steps import Run, Sampler, predict_denoised
 
 
 def solve(run: Run) -> np.ndarray:
@@ -23,7 +23,7 @@ def solve(run: Run) -> np.ndarray:
     order = 0  # of the step before
     for i in run.remaining:
         output = run.output(latents, levels.timesteps[i])
-        current = estimate_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
+        current = predict_denoised(output, latents, levels.alpha[i], levels.sigma[i], run.prediction_type)
         corrected = _correct(levels, i, order, corrected, estimates, current) if estimates else latents
         estimates = [current, *estimates[:1]]
         order = min(2, len(estimates), run.steps - i)

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.samplers import SAMPLERS, ddim
-from ldm.diffusion.samplers.levels import leading_timesteps, linspace_timesteps, trailing_timesteps
+from ldm.diffusion.samplers.levels import (
+    AS_TRAINED,
+    leading_timesteps,
+    linspace_timesteps,
+    solver_levels,
+    trailing_timesteps,
+)
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from tests.sampler_cases import relative_error, toy_denoise, toy_noise
@@ -102,8 +108,9 @@ def test_a_zero_terminal_schedule_is_sampled_from_its_last_time_step_with_traili
     for steps in range(1, 1000):
         timesteps = trailing_timesteps(steps, ZERO_TERMINAL)
         assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0 and (np.diff(timesteps) < 0).all()
-    for function in (linspace_timesteps, leading_timesteps):
-        np.testing.assert_array_equal(function(20, ZERO_TERMINAL), trailing_timesteps(20, ZERO_TERMINAL))
+    of_solvers = solver_levels(20, ZERO_TERMINAL, AS_TRAINED, final_sigma=0.0).timesteps
+    for timesteps in (of_solvers, leading_timesteps(20, ZERO_TERMINAL)):
+        np.testing.assert_array_equal(timesteps, trailing_timesteps(20, ZERO_TERMINAL))
 
 
 @pytest.mark.parametrize("steps", STEPS)
