@@ -9,7 +9,7 @@ from typing import Any
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.settings.model import ModelConfig
-from ldm.settings.samplers import AS_TRAINED, ETA_SAMPLERS, SCHEDULES
+from ldm.settings.sampler_names import AS_TRAINED, ETA_SAMPLERS, SCHEDULES
 
 # The default batch size keeps a call of the network below this many pixels, 8 images of 512 x 512. A thousand images at
 # once would exhaust the memory, and the system would end the process.
@@ -35,7 +35,7 @@ class Sampling:
             for ZERO_TERMINAL_RESCALE where a LoRA was trained with zero_terminal_snr, else 0.
         batch_size: Images in a call of the network, which gets twice as many rows with guidance. It changes speed and
             memory, and the images within rounding.
-        schedule: The noise levels of the steps: a name in ldm.settings.samplers.SCHEDULES.
+        schedule: The noise levels of the steps: a name in ldm.settings.sampler_names.SCHEDULES.
     """
 
     sampler: str = "dpm_solver_pp"

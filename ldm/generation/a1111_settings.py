@@ -14,7 +14,7 @@ from ldm.settings.generate import GenerateSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
 from ldm.settings.read import read_mapping
 from ldm.settings.repeating import MAX_INDEX
-from ldm.settings.samplers import SAMPLER_LABELS, SCHEDULE_LABELS
+from ldm.settings.sampler_names import SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.settings.values import settings_of
 
 # Of A1111's values, those that describe the image and are no settings, or are read together.

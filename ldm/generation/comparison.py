@@ -11,7 +11,7 @@ from ldm.generation.comparison_sheet import Axis, ComparisonSheet
 from ldm.generation.plan import GenerationPlan, plan_generation
 from ldm.settings.axes import REPLACED, SettingAxis, parse_axis
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.sampling import FLAGS
+from ldm.settings.sampling import SAMPLER_FLAGS
 from ldm.settings.values import settings_of
 
 MAX_CELLS = 1000
@@ -22,7 +22,7 @@ LONGEST_LABEL = 40  # characters of a value in a file name
 _NOT_COMPARED = (
     "data_path", "negative_data_path", "generate_config", "init_latents", "n_iter", "n_samples", "use_lora",
     "lora_rank", "grid_x", "grid_y", "device_target", "mode", "ms_mode", "jit_level", "precision",
-    "enable_flash_attention", "vae_tiling", "vae_tile_size", "full_batches", *FLAGS,
+    "enable_flash_attention", "vae_tiling", "vae_tile_size", "full_batches", *SAMPLER_FLAGS,
 )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _with_value(settings: GenerateSettings, axis: SettingAxis, place: int) -> Ge
         if searched not in settings.prompt:
             raise UserError(f"{REPLACED}: the prompt does not hold {plain(searched, 60)}: {plain(settings.prompt)}")
         return replace(settings, prompt=settings.prompt.replace(searched, axis.values[place]))
-    flags = {name: False for name in FLAGS if axis.name == "sampler"}
+    flags = {name: False for name in SAMPLER_FLAGS if axis.name == "sampler"}
     return replace(settings, **{**flags, axis.name: axis.values[place]})
 
 

@@ -23,7 +23,7 @@ from ldm.generation.image_text import read_image_text
 from ldm.settings.declare import MAX_BATCH
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.read import read_mapping
-from ldm.settings.sampling import FLAGS
+from ldm.settings.sampling import SAMPLER_FLAGS
 from ldm.settings.values import settings_of
 from ldm.settings.versions import VERSIONS
 
@@ -93,7 +93,7 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
         values.pop("prompt", None)
     if "negative_data_path" in given:
         values.pop("negative_prompt", None)
-    if any(name in given for name in ("sampler", *FLAGS)):
+    if any(name in given for name in ("sampler", *SAMPLER_FLAGS)):
         for name in ("sampler", "ddim_eta", "eta"):
             values.pop(name, None)
     if "batch_size" not in given and not _is_usual_batch({**values, **given}):

@@ -13,7 +13,7 @@ from ldm.generation.plan import GenerationPlan, LoRAFile
 from ldm.generation.source_image import Origin, first_step
 from ldm.prompts.syntax import escaped
 from ldm.settings.generate import GenerateSettings
-from ldm.settings.samplers import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
+from ldm.settings.sampler_names import AS_TRAINED, SAMPLER_LABELS, SCHEDULE_LABELS
 from ldm.weights.base_model import base_model_hash
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.hashes import MODEL_HASH, data_hash

@@ -21,7 +21,7 @@ from ldm.prompts.syntax import parse_prompt
 from ldm.prompts.wildcards import Wildcards
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import ModelConfig
-from ldm.settings.samplers import SAMPLER_NAMES
+from ldm.settings.sampler_names import SAMPLER_NAMES
 
 logger = logging.getLogger(__name__)
 

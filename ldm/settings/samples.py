@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.settings.declare import MAX_COUNT, MAX_SEED, names_of, setting
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model_yaml import MAX_SIDE, MAX_TIMESTEPS
-from ldm.settings.samplers import SAMPLER_NAMES
+from ldm.settings.sampler_names import SAMPLER_NAMES
 from ldm.settings.sampling import MAX_GUIDANCE
 
 _sample_setting = partial(setting, not_in_diffusers="the comparison draws no images while it trains")

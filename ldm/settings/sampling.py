@@ -8,11 +8,11 @@ from typing import Optional
 from ldm.errors import UserError
 from ldm.settings.declare import setting
 from ldm.settings.model_yaml import MAX_TIMESTEPS
-from ldm.settings.samplers import AS_TRAINED, ETA_SAMPLERS, SAMPLER_LABELS, SCHEDULES
+from ldm.settings.sampler_names import AS_TRAINED, ETA_SAMPLERS, SAMPLER_LABELS, SCHEDULES
 
 MAX_GUIDANCE = 1000
 DEFAULT_SAMPLER = "dpm_solver_pp"
-FLAGS = ("dpm_solver", "ddim", "plms", "uni_pc")  # of mindone's script, which name a sampler each
+SAMPLER_FLAGS = ("dpm_solver", "ddim", "plms", "uni_pc")  # of mindone's script, which name a sampler each
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SamplingSettings:
             UserError: They do not.
         """
         chosen = {} if self.sampler is None else {self.sampler: f"--sampler {self.sampler}"}
-        for name in FLAGS:
+        for name in SAMPLER_FLAGS:
             if getattr(self, name):
                 chosen.setdefault(name, f"--{name}")
         if len(chosen) > 1:

@@ -7,7 +7,7 @@ import pytest
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling, default_batch_size, latent_shape
 from ldm.errors import UserError
-from ldm.settings.samplers import ETA_SAMPLERS
+from ldm.settings.sampler_names import ETA_SAMPLERS
 
 
 def test_latents_have_the_size_of_the_image_over_the_vaes_factor(tiny_config):

@@ -115,3 +115,10 @@ def test_the_file_is_checked_before_a_model_is_known(given, words):
 
 def test_nothing_is_drawn_where_nothing_is_asked_for():
     assert read(None) == []
+
+
+def test_a_sampler_that_cannot_begin_from_noise_alone_is_refused_where_the_training_does():
+    settings = SampleSettings(sample_prompts=["a cat --ss euler", "a cat --ss heun"])
+    assert len(read_sample_prompts(settings, load_model_config(MICRO))) == 2
+    with pytest.raises(UserError, match="prompt 2: the sampler heun cannot begin from noise alone"):
+        read_sample_prompts(settings, load_model_config(MICRO), from_noise_alone=True)

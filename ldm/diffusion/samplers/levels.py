@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.settings.samplers import AS_TRAINED, EXPONENTIAL, KARRAS, LINSPACE, SCHEDULES, SGM_UNIFORM
+from ldm.settings.sampler_names import AS_TRAINED, EXPONENTIAL, KARRAS, LINSPACE, SCHEDULES, SGM_UNIFORM
 
 SPACINGS = SCHEDULES
 # Those that are time steps of the model, for samplers that cannot go between them.

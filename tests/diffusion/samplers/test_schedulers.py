@@ -14,7 +14,7 @@ from ldm.diffusion.samplers.levels import sigma_levels, solver_levels
 from ldm.diffusion.samplers.lms import _coefficient
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.settings.samplers import KOHYA_SAMPLERS, SAMPLER_LABELS, SAMPLER_NAMES, SCHEDULES
+from ldm.settings.sampler_names import KOHYA_SAMPLERS, SAMPLER_LABELS, SAMPLER_NAMES, SCHEDULES
 from tests.sampler_cases import (
     SHAPE,
     SPACINGS_OF,
