@@ -21,7 +21,7 @@ from ldm.generation.from_image import Recipe, differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
 from ldm.generation.image_metadata import metadata_of_images
 from ldm.generation.parameters import parameters_text
-from ldm.generation.source_image import source_fields
+from ldm.generation.source_image import forget_sources, source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
@@ -54,6 +54,7 @@ def generate(settings: GenerateSettings, open_model: OpenModel | None = None) ->
     Raises:
         UserError: A setting, a file or an output does not fit. Nothing is written then.
     """
+    forget_sources()
     cells = plan_cells(settings)
     if not settings.resume:
         _check_sources(settings, cells)

@@ -42,10 +42,11 @@ from ldm.generation.source_image import (
     HiresFix,
     Origin,
     first_step,
+    forget_sources,
     keep_unmasked,
     source_images,
 )
-from ldm.generation.source_latents import encode_sources, enlarge
+from ldm.generation.source_latents import ImageEncoder, encode_sources, enlarge
 from ldm.generation.text_encoding import encode_prompts, rows_together, warn_of_cut_prompts
 from ldm.models.autoencoder import VAEDecode, VAEEncode
 from ldm.models.stable_diffusion import StableDiffusion
@@ -112,6 +113,7 @@ class Pipeline(AdaptedModel):
         self.schedule = NoiseSchedule.from_config(self.config)
         self.unet = model.model.diffusion_model
         self.encoder, self.decoder = VAEEncode(model.first_stage_model), VAEDecode(model.first_stage_model)
+        self._image_encoder = ImageEncoder(self.encoder, self.config)
         self.vae_tiling = VAETiling()  # may be replaced at any time
         runtime = current_runtime()
         # On the CPU the arrays are in the same memory, and NumPy computes as fast.
@@ -282,6 +284,7 @@ class Pipeline(AdaptedModel):
         sampling = Sampling(
             sampler, num_inference_steps, guidance_scale, eta, height, width, batch_size, guidance_rescale, schedule
         )
+        forget_sources()
         sources = source_images(image, mask, len(prompts), resize_mode, mask_blur)
         if not 0.0 < strength <= 1.0 or not 0.0 <= variation_strength <= 1.0:
             raise ValueError("strength must be above 0, at most 1, and variation_strength from 0 to 1")
@@ -450,7 +453,7 @@ class Pipeline(AdaptedModel):
             start = draw_starting_latents(filled, shape)
         else:
             start = np.asarray(starting_latents[[request.index for request in filled]], np.float32)
-        source, fitted = encode_sources(self.encoder, self.config, filled, sampling, self.vae_tiling)
+        source, fitted = encode_sources(self._image_encoder, self.config, filled, sampling, self.vae_tiling)
         embeddings = self.encode_prompts(batch.texts, text_batch_size)
         positive = fill_batch(embeddings[:size], batch.batch_size)
         negative = fill_batch(embeddings[size:], batch.batch_size) if sampling.is_guided else None
@@ -462,7 +465,7 @@ class Pipeline(AdaptedModel):
             larger = enlarge(
                 self.encoder, self.decoder, self.config, latents, sampling, hires.upscaler, self.vae_tiling
             )
-            source, _ = encode_sources(self.encoder, self.config, filled, sampling, self.vae_tiling)
+            source, _ = encode_sources(self._image_encoder, self.config, filled, sampling, self.vae_tiling)
             source = replace(
                 source or SourceLatents(),
                 clean_latents=larger,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Callable, NamedTuple, Union
+from typing import Callable, Union
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -28,7 +28,7 @@ Picture = Union[Path, Image.Image]
 
 @dataclass(frozen=True, eq=False)
 class SourceImage:
-    """An image to begin from.
+    """An image to begin from. Two are equal if their files and settings are, or their images are the same objects.
 
     Attributes:
         image: Its file, or the image.
@@ -42,6 +42,17 @@ class SourceImage:
     mask: Picture | None = None
     resize_mode: str = "crop"
     mask_blur: float = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SourceImage) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Path | int | None, Path | int | None, str, float]:
+        # Pillow's images compare their pixels, and have no hash.
+        image, mask = (id(part) if isinstance(part, Image.Image) else part for part in (self.image, self.mask))
+        return image, mask, self.resize_mode, self.mask_blur
 
     def check(self) -> None:
         """Raise UserError where a file is not an image, or the mask has another size than its image."""
@@ -84,7 +95,8 @@ def _pictures(given: str | Picture | Sequence[str | Picture]) -> list[Picture]:
     return [picture if isinstance(picture, Image.Image) else Path(picture) for picture in pictures]
 
 
-class FittedSource(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FittedSource:
     """An image at the size that is generated."""
 
     pixels: np.ndarray  # (C, H, W) float32 in [-1, 1]
@@ -96,6 +108,11 @@ class FittedSource(NamedTuple):
         if self.mask is None:
             return np.ones((1, *self.pixels.shape[1:]), np.float32)
         return (self.mask >= 0.5).astype(np.float32)
+
+    @cached_property
+    def kept_pixels(self) -> np.ndarray:
+        """The image, grey where it is repainted: (C, H, W) float32."""
+        return self.pixels * (1.0 - self.repainted)
 
     def repainted_latents(self, factor: int) -> np.ndarray:
         """Return the mask (1, h, w) of latents: that of the first pixel of each, as in diffusers."""
@@ -235,6 +252,12 @@ def fit(source: SourceImage, width: int, height: int, channels: int = 3) -> Fitt
             "repainted, black is kept"
         )
     return fitted
+
+
+def forget_sources() -> None:
+    """Read files and images anew: they may have changed since an earlier run or call of this process."""
+    fit.cache_clear()
+    source_fields.cache_clear()
 
 
 def keep_unmasked(images: np.ndarray, fitted: list[FittedSource]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import mindspore as ms
 import numpy as np
@@ -19,10 +20,37 @@ from ldm.settings.model import ModelConfig
 Network = Callable[[ms.Tensor], ms.Tensor]
 
 
+class ImageEncoder:
+    """Encodes images, and keeps the latents of the last ones, which the next batch often begins from too.
+
+    Args:
+        vae: The VAE's encoder, in fp32.
+        config: That of the model.
+    """
+
+    KEPT = 8
+
+    def __init__(self, vae: Network, config: ModelConfig) -> None:
+        self.vae, self.config = vae, config
+        self._latents: dict[tuple[int, VAETiling], tuple[np.ndarray, np.ndarray]] = {}  # with the image, for its id
+
+    def encode(self, images: Sequence[np.ndarray], tiling: VAETiling) -> np.ndarray:
+        """Encode images (C, H, W) in [-1, 1], each array once, to scaled latents (N, C, h, w) float32."""
+        return np.stack([self._encode(image, tiling) for image in images])
+
+    def _encode(self, image: np.ndarray, tiling: VAETiling) -> np.ndarray:
+        key = id(image), tiling
+        if key not in self._latents:
+            while len(self._latents) >= self.KEPT:
+                del self._latents[next(iter(self._latents))]  # the oldest
+            self._latents[key] = image, encode(self.vae, self.config, image[None], tiling)[0]
+        return self._latents[key][1]
+
+
 def encode_sources(
-    encoder: Network, config: ModelConfig, requests: Sequence[ImageRequest], sampling: Sampling, tiling: VAETiling
+    encoder: ImageEncoder, config: ModelConfig, requests: Sequence[ImageRequest], sampling: Sampling, tiling: VAETiling
 ) -> tuple[SourceLatents | None, list[FittedSource]]:
-    """Fit the source images of a batch to its size and encode them. Each image is encoded once.
+    """Fit the source images of a batch to its size and encode them.
 
     An inpainting model without a mask repaints everything. Without an image too, it is given a grey one.
 
@@ -37,13 +65,12 @@ def encode_sources(
     if origin.source is None:
         if not config.is_inpainting:
             return None, []
-        grey = np.zeros((config.image_channels, height, width), np.float32)
-        fitted = [FittedSource(grey, None)] * len(requests)
+        fitted = [grey_source(config.image_channels, height, width)] * len(requests)
         masks = _latent_masks(fitted, config)
-        return SourceLatents(extra_channels=_extra_channels(encoder, config, fitted, masks, tiling)), []
+        return SourceLatents(extra_channels=_extra_channels(encoder, fitted, masks, tiling)), []
     sources = [request.origin.source for request in requests]
     fitted = [fit(source, width, height, config.image_channels) for source in sources if source is not None]
-    clean_latents = _encode_each(encoder, config, [source.pixels for source in fitted], tiling)
+    clean_latents = encoder.encode([source.pixels for source in fitted], tiling)
     has_mask = origin.source.mask is not None
     masks = _latent_masks(fitted, config)
     return (
@@ -53,7 +80,7 @@ def encode_sources(
             first_step=first_step(sampling.num_inference_steps, origin.strength),
             kept_latents=clean_latents if has_mask and not config.is_inpainting else None,
             mask=masks,
-            extra_channels=_extra_channels(encoder, config, fitted, masks, tiling) if config.is_inpainting else None,
+            extra_channels=_extra_channels(encoder, fitted, masks, tiling) if config.is_inpainting else None,
         ),
         fitted,
     )
@@ -90,16 +117,13 @@ def _latent_masks(fitted: Sequence[FittedSource], config: ModelConfig) -> np.nda
 
 
 def _extra_channels(
-    encoder: Network, config: ModelConfig, fitted: Sequence[FittedSource], masks: np.ndarray, tiling: VAETiling
+    encoder: ImageEncoder, fitted: Sequence[FittedSource], masks: np.ndarray, tiling: VAETiling
 ) -> np.ndarray:
     """Return the mask (N, 1, h, w) and the latents of the images, grey where they are repainted: (N, 5, h, w)."""
-    masked: dict[int, np.ndarray] = {id(source): source.pixels * (1.0 - source.repainted) for source in fitted}
-    latents = _encode_each(encoder, config, [masked[id(source)] for source in fitted], tiling)
-    return np.concatenate([masks, latents], axis=1)
+    return np.concatenate([masks, encoder.encode([source.kept_pixels for source in fitted], tiling)], axis=1)
 
 
-def _encode_each(encoder: Network, config: ModelConfig, images: Sequence[np.ndarray], tiling: VAETiling) -> np.ndarray:
-    """Encode images (C, H, W), each object once, to scaled latents (N, C, h, w)."""
-    encoded = {id(image): image for image in images}
-    latents = {key: encode(encoder, config, image[None], tiling)[0] for key, image in encoded.items()}
-    return np.stack([latents[id(image)] for image in images])
+@lru_cache(maxsize=2)
+def grey_source(channels: int, height: int, width: int) -> FittedSource:
+    """Return the grey image that an inpainting model is given where there is none."""
+    return FittedSource(np.zeros((channels, height, width), np.float32), None)

@@ -171,3 +171,20 @@ class TestMistakes:
     def test_arguments_that_do_not_go_together(self, made, options, words):
         with pytest.raises(ValueError, match=words):
             made(**options)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_an_image_is_encoded_once_for_all_batches_and_anew_in_the_next_call(pipelines, channels, monkeypatch):
+    pipeline, (image, mask) = pipelines[channels], source_and_mask(HEIGHT, WIDTH)
+    encoded, encoder = [], pipeline._image_encoder.vae
+    monkeypatch.setattr(pipeline._image_encoder, "vae", lambda images: encoded.append(1) or encoder(images))
+    options = dict(
+        height=HEIGHT, width=WIDTH, guidance_scale=SCALE, num_inference_steps=4, batch_size=2, progress=False,
+        strength=0.5, mask=mask,
+    )  # fmt: skip
+    first = pipeline([PROMPTS[0]] * 4, image=image, **options)
+    images = {4: 1, 9: 2}[channels]  # an inpainting model also reads the part that is kept
+    assert len(encoded) == images
+    image.paste((255, 0, 0), (0, 0, WIDTH, HEIGHT // 2))
+    second = pipeline([PROMPTS[0]] * 4, image=image, **options)
+    assert len(encoded) == 2 * images and (pixels(first) != pixels(second)).any()

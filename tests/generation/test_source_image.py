@@ -88,7 +88,7 @@ class TestFitting:
     def test_every_value_of_a_pixel_survives(self):
         values = np.arange(256, dtype=np.uint8).reshape(16, 16)
         image, black = Image.fromarray(np.stack([values] * 3, 2)), np.zeros((1, 16, 16), np.float32)
-        kept = keep_unmasked(np.zeros((1, 16, 16, 3), np.uint8), [fit(SourceImage(image), 16, 16)._replace(mask=black)])
+        kept = keep_unmasked(np.zeros((1, 16, 16, 3), np.uint8), [replace(fit(SourceImage(image), 16, 16), mask=black)])
         assert np.array_equal(kept[0, :, :, 0], values)
 
 
