@@ -6,6 +6,8 @@ import pytest
 
 from tests.examples.lessons import images, run_lesson
 
+pytestmark = pytest.mark.processes
+
 PROMPTS = ["a fox", "a red apple"]
 
 

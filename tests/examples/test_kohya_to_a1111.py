@@ -17,6 +17,8 @@ from ldm.weights.checkpoint import open_checkpoint
 from tests.conftest import ROOT
 from tests.examples.lessons import images, run_lesson
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def kohya(small, tmp_path):

@@ -12,6 +12,8 @@ from ldm.settings.model import load_model_config
 from tests.examples.lessons import images, run_lesson
 from tests.training.micro import MICRO
 
+pytestmark = pytest.mark.processes
+
 LAYER = "model.diffusion_model.middle_block.1.transformer_blocks.0.{}.to_v"
 
 

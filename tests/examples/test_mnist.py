@@ -26,6 +26,8 @@ from tests.conftest import ROOT
 from tools import lessons
 from tools.nano.digit_classifier import load_digits, named_right, train_classifier
 
+pytestmark = pytest.mark.processes
+
 REAL = ROOT / "datasets" / "mnist"
 
 

@@ -12,6 +12,8 @@ from examples.rank import choose_rows, percent
 from ldm.data.dataset import Row
 from tests.examples.lessons import images, run_lesson
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def lesson(small, tmp_path_factory):

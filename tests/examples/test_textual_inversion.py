@@ -7,7 +7,7 @@ import yaml
 
 from tests.examples.lessons import images, run_lesson
 
-pytestmark = pytest.mark.processes  # it starts two trainings, which would make `make test` longer
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
