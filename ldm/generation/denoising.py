@@ -138,7 +138,10 @@ def denoise_batch(
 
     Raises:
         UserError: They are not finite.
+        ValueError: An inpainting model has no source with its extra channels.
     """
+    if config.is_inpainting and (source is None or source.extra_channels is None):
+        raise ValueError("an inpainting model needs a source with extra_channels (see ldm.generation.source_latents)")
     from_noise_alone = samples_from_noise_alone(config, merged_loras.loras)
     schedule = NoiseSchedule.from_config(config, zero_terminal_snr=from_noise_alone)
     rescale = sampling.guidance_rescale

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
+import pytest
 
 from ldm.diffusion.sampling import Sampling
 from ldm.generation.denoising import SourceLatents, denoise_batch
@@ -49,3 +51,10 @@ def test_its_share_is_that_of_the_steps_that_are_taken(tiny_config):
 
 def test_steps_are_counted_and_not_calls_of_the_network(tiny_config):
     assert calls(tiny_config, "heun", 6) == [FIRST] * 4 + [SECOND] * 3  # the last step is Euler's
+
+
+def test_an_inpainting_model_needs_the_channels_of_its_mask(tiny_config):
+    inpainting = replace(tiny_config, unet={**tiny_config.unet, "in_channels": 9})
+    latents, text = np.ones((1, 4, 4, 4), np.float32), np.zeros((1, 77, tiny_config.context_dim), np.float32)
+    with pytest.raises(ValueError, match="extra_channels"):
+        denoise_batch(None, inpainting, Switches(), text, None, latents, Sampling(guidance_scale=1.0))
