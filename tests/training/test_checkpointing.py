@@ -20,6 +20,8 @@ from ldm.training.step import LossFromTokens, TrainStep
 from tests.training.micro import MICRO, prepare
 from tests.training.toy import scalars
 
+pytestmark = pytest.mark.processes
+
 ROWS, SIZE = 2, 8
 
 
