@@ -89,10 +89,14 @@ class Sampling:
             raise UserError(self.out_of_memory_message(config))
         SAMPLERS[self.sampler].check(self.num_inference_steps, config.timesteps, self.schedule, from_noise_alone)
 
-    def out_of_memory_message(self, config: ModelConfig) -> str:
-        """Return an error message that names the settings which decide how much memory sampling takes."""
+    def out_of_memory_message(self, config: ModelConfig, enlarged: str = "") -> str:
+        """Return an error message that names the settings which decide how much memory sampling takes.
+
+        `enlarged`: what is said of a size that comes after H and W, as with a hires fix.
+        """
         height, width = self.height or config.image_size, self.width or config.image_size
-        return f"not enough memory for batch_size {self.batch_size}, H {height}, W {width}: lower one of them"
+        size = f"batch_size {self.batch_size}, H {height}, W {width}{enlarged}"
+        return f"not enough memory for {size}: lower one of them"
 
 
 def latent_shape(config: ModelConfig, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -9,12 +9,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-import ldm.generation.pipeline
+import ldm.generation.batch_generator
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.generation.decoding import to_uint8
 from ldm.generation.pipeline import Pipeline
+from ldm.generation.source_image import HiresFix, Origin
 from ldm.models.stable_diffusion import build_model
 from ldm.runtime.versions import mindspore_version
 from ldm.settings.model import load_model_config
@@ -245,7 +246,7 @@ PYNATIVE = pytest.param(
 def test_an_allocation_that_fails_names_the_settings(tiny_config, monkeypatch, mode, network):
     """MindSpore's message differs between the modes."""
     monkeypatch.setattr(
-        ldm.generation.pipeline, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32)))
+        ldm.generation.batch_generator, "VAEDecode", lambda vae: lambda latents: ms.Tensor(np.zeros((2, 3, 32, 32)))
     )
     ms.set_context(mode=mode)
     pipeline = Pipeline(build_model(tiny_config))
@@ -270,8 +271,10 @@ def failing(error):
 def test_numpys_failed_allocation_is_named_and_other_errors_pass(tiny_config):
     pipeline = Pipeline(build_model(tiny_config))
     pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
-    with pytest.raises(UserError, match="batch_size 2"):
+    with pytest.raises(UserError, match="batch_size 2, H 32, W 32: lower"):
         generate(pipeline)
+    with pytest.raises(UserError, match=r"batch_size 2, H 32, W 32 with hires_scale 2 \(64 x 64 pixels\): lower"):
+        generate(pipeline, origins=[Origin(hires=HiresFix(2.0))] * len(PROMPTS))
     pipeline.text_encoder = failing(RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         generate(pipeline)

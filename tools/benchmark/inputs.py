@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.settings.model import ModelConfig
-from tools.benchmark.works import EPOCH_IMAGES, SEED, Work
+from tools.benchmark.works import EPOCH_IMAGES, LONG_PROMPT_CHUNKS, SEED, Work
 
 PROMPT = "an image of the number"
 
@@ -32,6 +32,12 @@ def draw_tokens(count: int) -> np.ndarray:
     tokens = np.random.default_rng(SEED).integers(0, 49000, (count, 77), np.int32)
     tokens[:, 0], tokens[:, -1] = 49406, 49407
     return tokens
+
+
+def long_texts(prompts: list[str]) -> list[str]:
+    """Return prompts of LONG_PROMPT_CHUNKS chunks, whose last chunk is half full. PROMPT has five tokens."""
+    words = " ".join([PROMPT] * ((75 * LONG_PROMPT_CHUNKS - 37) // 5))
+    return [f"{words} {prompt}" for prompt in prompts]
 
 
 def draw_images(config: ModelConfig, work: Work) -> list[Image.Image]:

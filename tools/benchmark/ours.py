@@ -30,6 +30,7 @@ from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
+from ldm.generation.source_image import HiresFix  # noqa: E402
 from ldm.generation.tiling import run_tiled  # noqa: E402
 from ldm.lora.inject import get_lora, inject_lora  # noqa: E402
 from ldm.lora.merge import merge_lora  # noqa: E402
@@ -45,7 +46,7 @@ from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, write_images  # noqa: E402
+from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, long_texts, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
 
 
@@ -124,7 +125,13 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def generate(work: Work, config: ModelConfig, merged: bool = False, sampler: str = "dpm_solver_pp") -> Callable:
+def generate(
+    work: Work,
+    config: ModelConfig,
+    merged: bool = False,
+    sampler: str = "dpm_solver_pp",
+    long_prompts: bool = False,
+) -> Callable:
     """Build a generation from prompts: text encoding, sampling, decoding."""
     model, size = build_model(config), work.size * config.vae_factor
     if merged:
@@ -137,6 +144,9 @@ def generate(work: Work, config: ModelConfig, merged: bool = False, sampler: str
         height=size, width=size,
     )  # fmt: skip
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
+    if long_prompts:
+        pipeline.configure_prompts(support_long_prompts=True)
+        prompts = long_texts(prompts)
     return lambda: list(pipeline.generate(prompts, sampling, works.SEED, progress=False))
 
 
@@ -149,6 +159,17 @@ def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callabl
         prompts, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, seed=works.SEED,
         height=images[0].height, width=images[0].width, image=images, mask=mask, strength=works.STRENGTH,
         progress=False,
+    )  # fmt: skip
+
+
+def hires(work: Work, config: ModelConfig) -> Callable:
+    """Build the two passes of a hires fix, whose second begins from the enlarged latents of the first."""
+    pipeline, side = Pipeline(build_model(config)), work.size * config.vae_factor
+    prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
+    second_pass = HiresFix(works.HIRES_SCALE, works.STRENGTH)
+    return lambda: pipeline(
+        prompts, num_inference_steps=works.STEPS, guidance_scale=works.SCALE, batch_size=work.batch, seed=works.SEED,
+        height=side, width=side, hires=second_pass, progress=False,
     )  # fmt: skip
 
 
@@ -173,6 +194,7 @@ KINDS: dict[str, Callable[..., Callable]] = {
     "unet": unet, "lora": lora, "full": partial(lora, full=True),
     "checkpointed": partial(lora, checkpointing=True), "epoch": epoch, "generate": generate,
     "merged": partial(generate, merged=True), "euler_a": partial(generate, sampler="euler_a"),
+    "long_prompts": partial(generate, long_prompts=True), "hires": hires,
     "image_to_image": from_image, "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode,
     "text": text, "first_step": lora, "first_step_cached": first_step_cached,
 }  # fmt: skip

@@ -153,12 +153,32 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def generate(work: Work, config: ModelConfig, ancestral: bool = False) -> Callable:
+def generate(work: Work, config: ModelConfig, ancestral: bool = False, chunks: int = 1) -> Callable:
     from diffusers import StableDiffusionPipeline  # imports much that the other workloads do not need
 
     size = work.size * config.vae_factor
     scheduler_class = EulerAncestralDiscreteScheduler if ancestral else DPMSolverMultistepScheduler
-    return _run_pipeline(StableDiffusionPipeline, work, config, scheduler_class, height=size, width=size)
+    pipeline = _pipeline(StableDiffusionPipeline, config, scheduler_class)
+    return torch.no_grad()(lambda: pipeline(**_arguments(work, pipeline, chunks), height=size, width=size))
+
+
+def hires(work: Work, config: ModelConfig) -> Callable:
+    """Build the two passes from diffusers' parts, which has no pipeline of that kind."""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+    size = work.size * config.vae_factor
+    first = _pipeline(StableDiffusionPipeline, config, DPMSolverMultistepScheduler)
+    second = StableDiffusionImg2ImgPipeline(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def run() -> None:
+        arguments = _arguments(work, first)
+        latents = first(**{**arguments, "output_type": "latent"}, height=size, width=size).images
+        larger = nn.functional.interpolate(latents, scale_factor=works.HIRES_SCALE, mode="bilinear")
+        second(**arguments, image=larger, strength=works.STRENGTH)
+
+    return run
 
 
 def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callable:
@@ -169,17 +189,14 @@ def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callabl
     if masked:
         inputs.update(mask_image=draw_mask(config, work), height=images[0].height, width=images[0].width)
     pipeline_class = StableDiffusionInpaintPipeline if masked else StableDiffusionImg2ImgPipeline
-    return _run_pipeline(pipeline_class, work, config, DPMSolverMultistepScheduler, **inputs)
+    pipeline = _pipeline(pipeline_class, config, DPMSolverMultistepScheduler)
+    return torch.no_grad()(lambda: pipeline(**_arguments(work, pipeline), **inputs))
 
 
-def _run_pipeline(
-    pipeline_class: type, work: Work, config: ModelConfig, scheduler_class: type, **inputs: Any
-) -> Callable:
-    """Return a call of a pipeline of diffusers."""
-    encoder = frozen(reference_text_encoder(config))
+def _pipeline(pipeline_class: type, config: ModelConfig, scheduler_class: type) -> Any:
     pipeline = pipeline_class(
         vae=frozen(reference_vae(config)),
-        text_encoder=encoder,
+        text_encoder=frozen(reference_text_encoder(config)),
         tokenizer=None,
         unet=frozen(reference_unet(config)),
         scheduler=scheduler(scheduler_class, config, steps_offset=1),
@@ -188,22 +205,23 @@ def _run_pipeline(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    # The empty prompt is encoded once, as in this project. diffusers itself encodes it for every prompt.
-    tokens = torch.from_numpy(draw_tokens(work.batch + 1)).long()
+    return pipeline
 
-    @torch.no_grad()
-    def run() -> None:
-        text_embeddings = encoder(tokens, return_dict=False)[0]
-        pipeline(
-            prompt_embeds=text_embeddings[:-1],
-            negative_prompt_embeds=text_embeddings[-1:].repeat(work.batch, 1, 1),
-            num_inference_steps=works.STEPS,
-            guidance_scale=works.SCALE,
-            output_type="np",
-            **inputs,
-        )
 
-    return run
+def _arguments(work: Work, pipeline: Any, chunks: int = 1) -> dict[str, Any]:
+    """Encode the prompts, each of so many chunks, and return the arguments of a call.
+
+    The empty prompt is encoded once, as in this project. diffusers itself encodes it for every prompt.
+    """
+    tokens = torch.from_numpy(draw_tokens(work.batch * chunks + 1)).long()
+    embeddings = pipeline.text_encoder(tokens, return_dict=False)[0]
+    return {
+        "prompt_embeds": embeddings[:-1].reshape(work.batch, -1, embeddings.shape[-1]),
+        "negative_prompt_embeds": embeddings[-1:].repeat(work.batch, chunks, 1),
+        "num_inference_steps": works.STEPS,
+        "guidance_scale": works.SCALE,
+        "output_type": "np",
+    }
 
 
 def tiled(work: Work, config: ModelConfig) -> Callable:
@@ -225,7 +243,8 @@ def text(work: Work, config: ModelConfig) -> Callable:
 
 KINDS = {
     "unet": unet, "lora": lora, "full": partial(lora, full=True), "epoch": epoch, "generate": generate,
-    "euler_a": partial(generate, ancestral=True), "image_to_image": from_image,
+    "euler_a": partial(generate, ancestral=True),
+    "long_prompts": partial(generate, chunks=works.LONG_PROMPT_CHUNKS), "hires": hires, "image_to_image": from_image,
     "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode, "text": text,
 }  # fmt: skip
 

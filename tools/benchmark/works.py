@@ -10,7 +10,9 @@ SD1, NANO = ROOT / "configs" / "v1-inference.yaml", ROOT / "configs" / "nano.yam
 
 SEED = 0
 STEPS, SCALE = 20, 7.5  # of the generation
-STRENGTH = 0.75  # of image-to-image: 15 of the 20 steps
+STRENGTH = 0.75  # of image-to-image and of the hires fix's second pass: 15 of the 20 steps
+HIRES_SCALE = 2.0
+LONG_PROMPT_CHUNKS = 3  # of 75 tokens
 TILE = 512  # side of a tile of the VAE in pixels, as in diffusers
 RANK = 4
 EPOCH_IMAGES = 64
@@ -68,6 +70,9 @@ TABLE = _named(
     Work("image_to_image_nano", "nano image-to-image, strength 0.75, batch 16", "image_to_image", NANO, 16, 16,
          (1.0, 0.6)),
     Work("inpainting_nano", "nano inpainting, four channels, strength 0.75, batch 16", "inpainting", NANO, 16, 16,
+         (1.0, 0.6)),
+    Work("hires_nano", "nano hires fix, 64 to 128 px, strength 0.75, batch 4", "hires", NANO, 4, 16, (1.0, 0.6)),
+    Work("long_prompts_nano", "nano generation from prompts of 225 tokens, batch 16", "long_prompts", NANO, 16, 16,
          (1.0, 0.6)),
     Work("tiled_1024", "SD1.5 VAE decode of 1,024 px in tiles of 512", "tiled", SD1, 1, 128, (1.1, 0.8), (1.1, 1.0)),
     Work("decode_512", "SD1.5 VAE decode, 512 px", "decode", SD1, 1, 64, (1.1, 0.8)),
