@@ -25,19 +25,39 @@ float error_function(float x) { return erff(x); }
 
 #else
 
-// 2^n, for n from -126 to 127
-float power_of_two(int32_t n) {
-  uint32_t bits = uint32_t(n + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+// g++ computes these for whole vectors if it calls them, clang if it does not.
+#ifdef __clang__
+#define FOR_VECTORS
+#else
+#define FOR_VECTORS _Pragma("omp declare simd notinbranch") __attribute__((noinline))
+#endif
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
+
+float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// condition ? yes : no, of which g++ would make a branch, and no vectors
+float choose(bool condition, float yes, float no) {
+  uint32_t mask = -uint32_t(condition);
+  return from_bits((bits_of(yes) & mask) | (bits_of(no) & ~mask));
+}
+
+// 2^n, for n from -126 to 127
+float power_of_two(int32_t n) { return from_bits(uint32_t(n + 127) << 23); }
 
 // exp(n ln 2 + r) = 2^n exp(r), exact to 1 unit in the last place. The polynomial's largest relative error for |r| <= ln 2 / 2
 // is the least possible, 3e-9. Results below 1.2e-38, which processors are slow at, are 0.
-float exponential(float x) {
-  float y = x > 89 ? 89 : x;  // whose exponential is infinite; NaN stays NaN
-  y = y < -87.33f ? -87.33f : y;
+FOR_VECTORS float exponential(float x) {
+  float y = choose(x > 89, 89, x);  // whose exponential is infinite; NaN stays NaN
+  y = choose(y < -87.33f, -87.33f, y);
   const float to_integer = 12582912;  // 1.5 * 2^23: adding it rounds to a whole number, which is in the last bits
   float shifted = y * float(M_LOG2E) + to_integer, whole = shifted - to_integer;
   float r = (y - whole * 0.693145752f) - whole * 1.42860677e-6f;  // ln 2 in two parts, so that the first product is exact
@@ -47,17 +67,16 @@ float exponential(float x) {
   p = p * r + 0.166665196f;
   p = p * r + 0.49999994f;
   p = p * (r * r) + r + 1;
-  int32_t n;
-  std::memcpy(&n, &shifted, sizeof n);
-  n -= 0x4b400000;  // the bits of to_integer
-  return x < -87.33f ? 0 : p * power_of_two(n >> 1) * power_of_two(n - (n >> 1));  // 2^128 is too large for one factor
+  int32_t n = int32_t(bits_of(shifted) - bits_of(to_integer));
+  float value = p * power_of_two(n >> 1) * power_of_two(n - (n >> 1));  // 2^128 is too large for one factor
+  return choose(x < -87.33f, 0, value);
 }
 
 // x P(x^2) up to 1, and 1 - exp(-Q(x)) beyond, exact to 3 units in the last place. The polynomials' largest errors are the
 // least possible, 1e-9.
-float error_function(float x) {
+FOR_VECTORS float error_function(float x) {
   float a = std::fabs(x), z = a * a;
-  a = a > 4 ? 4 : a;  // where erf is 1; NaN stays NaN
+  a = choose(a > 4, 4, a);  // where erf is 1; NaN stays NaN
   float p = 7.85385782e-5f;
   p = p * z - 0.000801019254f;
   p = p * z + 0.00518832775f;
@@ -72,7 +91,7 @@ float error_function(float x) {
   q = q * a + 0.638225675f;
   q = q * a + 1.12704003f;
   q = q * a + 0.00035371995f;
-  return std::copysign(a < 1 ? a * p : 1 - exponential(-q), x);
+  return std::copysign(choose(a < 1, a * p, 1 - exponential(-q)), x);
 }
 
 #endif
