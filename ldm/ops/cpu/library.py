@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent  # kernels.cc and the headers that it includes
 LIBRARIES, PLUGINS = Path(ms.__file__).parent / "lib", Path(ms.__file__).parent / "lib" / "plugin"
-COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
+# For aarch64, clang has no -march=native.
+NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+COMPILE = ("-std=c++17", "-O3", NATIVE, "-fopenmp-simd", "-fPIC", "-shared")
 # MindSpore's threads and oneDNN. MindSpore has loaded the libraries that these need.
 LINK = (
     f"-L{LIBRARIES}",
@@ -178,7 +180,7 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> by
 
 
 def processor() -> str:
-    """Return the processor's architecture and instruction sets, which -march=native compiles for."""
+    """Return the processor's architecture and instruction sets, which NATIVE compiles for."""
     for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
         if line.startswith(("flags", "Features")):
             return f"{platform.machine()} {line}"
