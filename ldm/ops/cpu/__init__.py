@@ -207,6 +207,43 @@ def has_few_channels(weight: Shape) -> bool:
     return min(weight[:2]) < 16
 
 
+class Bf16Product(nn.Cell):
+    """(x fp32, weight bf16) -> fp32 by the kernel `name`, which rounds x to bf16 and adds up in fp32.
+
+    The gradient for x is the kernel `name`_dx. The weight has none: it is frozen.
+    """
+
+    def __init__(self, name: str, output_shape: Callable[..., Shape], dx_shape: Callable[..., Shape]):
+        super().__init__()
+        self.product, self.dx = kernel(name, output_shape), kernel(f"{name}_dx", dx_shape)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product(x, weight)
+
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return self.dx(dout, weight), self.zeros_like(weight)  # the zeros are removed from the graph
+
+
+class UnpackWeight(nn.Cell):
+    """(x fp32, weight bf16) -> `operator`(x, weight in fp32), for products without a kernel in bf16.
+
+    The weight is unpacked when the layer is computed, forward and backward, and not kept.
+    """
+
+    def __init__(self, operator: nn.Cell, operator_dx: nn.Cell):
+        super().__init__()
+        self.operator, self.operator_dx = operator, operator_dx
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.operator(x, cast(ops.depend(weight, x), ms.float32))
+
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        dx = self.operator_dx(dout, cast(ops.depend(weight, dout), ms.float32), x)
+        return dx, self.zeros_like(weight)
+
+
 class MultiHeadAttention(nn.Cell):
     """Attention by one kernel, which reads the channels of a head from the rows without splitting them off.
 
