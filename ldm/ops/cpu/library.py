@@ -80,7 +80,7 @@ def kernel_library() -> Path | None:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether the compiled kernels multiply bf16 by the processor's own instructions (AVX512-BF16)."""
+    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16)."""
     library = kernel_library()
     return library is not None and bool(ctypes.CDLL(str(library)).has_bf16())
 
