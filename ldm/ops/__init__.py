@@ -60,8 +60,11 @@ def kernels_in_use() -> Path | None:
     return None if on_ascend() else kernel_library()
 
 
-def linear(has_bias: bool) -> nn.Cell:
-    """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`."""
+def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
+    """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`.
+
+    With `bf16_weight`, which the CPU has, the weight is bfloat16, x is float32, and so is `dtype`.
+    """
     if on_ascend():
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     return shared_cell(composite.Linear, add_row_bias() if has_bias else shared_cell(composite.NoBias))
@@ -73,11 +76,16 @@ def add_row_bias() -> nn.Cell:
 
 
 def conv2d(
-    out_channels: int, kernel_size: int, stride: int, padding: int | tuple[int, int, int, int], has_bias: bool
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    padding: int | tuple[int, int, int, int],
+    has_bias: bool,
+    bf16_weight: bool = False,
 ) -> nn.Cell:
     """Convolution: (x (N, C, H, W), weight (O, C, k, k), bias (O,) or None, dtype) -> (N, O, H', W') in `dtype`.
 
-    `padding` is one number of pixels for all sides, or (top, bottom, left, right).
+    `padding` is one number of pixels for all sides, or (top, bottom, left, right). `bf16_weight` is as in `linear`.
     """
     if on_ascend():
         return _ascend_conv2d(kernel_size, stride, padding, has_bias)
@@ -177,7 +185,9 @@ def identity() -> nn.Cell:
     return shared_cell(Identity)
 
 
-def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False) -> nn.Cell:
+def attention(
+    num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False, bf16: bool = False
+) -> nn.Cell:
     """Multi-head attention: (q (N tokens, C), k and v (N key tokens, C), N) -> (N tokens, C).
 
     (N, tokens, C) is accepted for all three as well.
@@ -187,6 +197,7 @@ def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool
         head_dim: Channels of a head.
         causal_length: The number of tokens of a text whose tokens attend only to themselves and those before, or 0.
         flash: Use Ascend's fused operator, which takes fp16 and has no causal mask here.
+        bf16: On the CPU, round the factors of the products to bfloat16. Inputs and output are float32.
     """
     if kernels_in_use() and not flash:
         return shared_cell(cpu.MultiHeadAttention, num_heads, causal_length > 0)
