@@ -17,14 +17,13 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.runtime import ascend, peers, roll_call
 from ldm.runtime.launcher import killed_with_launcher
-from ldm.runtime.processor import has_bf16_products
+from ldm.runtime.precision import automatic_precision, multiplies_bf16
 from ldm.runtime.versions import check_version
 
 logger = logging.getLogger(__name__)
 
 GRAPH, PYNATIVE = 0, 1
 COMPUTE_DTYPES = {"fp16": ms.float16, "fp32": ms.float32, "bf16": ms.bfloat16}
-AUTOMATIC_BF16 = False  # whether "auto" is bf16 on processors with such products
 
 # Parts of the messages of a failed allocation: pynative mode, graph mode (host and device), and C++.
 OUT_OF_MEMORY = (
@@ -162,17 +161,6 @@ def setup_runtime(
     return _current
 
 
-def automatic_precision(device: str, trains_base_model: bool = False) -> str:
-    """Return what precision "auto" stands for on a device: "fp16" on Ascend, "fp32" on the CPU.
-
-    With AUTOMATIC_BF16 it is "bf16" on a CPU with products of bf16 numbers, unless weights of the base model are
-    trained, which keep fp32.
-    """
-    if device == "Ascend":
-        return "fp16"
-    return "bf16" if AUTOMATIC_BF16 and has_bf16_products() and not trains_base_model else "fp32"
-
-
 def check_compute_dtype(device: str, dtype: ms.Type) -> None:
     """Raise UserError if a device does not have what networks are to compute in."""
     if device == "Ascend" and dtype == ms.bfloat16:
@@ -182,7 +170,9 @@ def check_compute_dtype(device: str, dtype: ms.Type) -> None:
 def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
     """Return one line for the log: device, precision and what else depends on the device."""
     if not runtime.is_ascend:
-        return f"device: {runtime.device}, {runtime.precision}"
+        without = runtime.bf16 and not multiplies_bf16()
+        slower = ", which this processor does not multiply: it saves memory, but no time" if without else ""
+        return f"device: {runtime.device}, {runtime.precision}{slower}"
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
         f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {runtime.jit_level}, "
