@@ -19,7 +19,7 @@ from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain
 from ldm.files.paths import under_root, writing
-from ldm.generation.loading import load_model, set_up_sampling
+from ldm.generation.loading import load_model
 from ldm.lora.dropout import dropout_key, set_process
 from ldm.lora.formats import read_lora
 from ldm.lora.inject import factors_cast_to, inject_lora, set_lora
@@ -234,15 +234,26 @@ def saves_base_model(settings: TrainSettings, lora_spec: LoRASpec) -> bool:
 
 
 def _load_base_model(settings: TrainSettings, config: ModelConfig, runtime: Runtime) -> StableDiffusion:
-    """Load the base model. In bf16, its weights are never in memory in fp32, and it samples as a pipeline's does."""
+    """Load the base model. In bf16, weights that are held so are never in memory in fp32."""
     return load_model(
         config,
         base_model(settings),
         vae=settings.vae_ckpt_path,
         ema=settings.pretrained_model_ema,
         random_unet=settings.unet_initialize_random,
-        prepare=(lambda model: set_up_sampling(model, ms.bfloat16, False)) if runtime.bf16 else None,
+        prepare=(lambda model: _hold_in_bf16(settings, model)) if runtime.bf16 else None,
     )
+
+
+def _hold_in_bf16(settings: TrainSettings, model: StableDiffusion) -> None:
+    """Hold weights in bf16 as generation does, so that samples and class images are the same."""
+    networks = [model.model, model.cond_stage_model]
+    if settings.gradient_checkpointing and settings.trains_text_encoder:
+        # The step computes the text encoder twice. MindSpore copies weights in between, and has no copy of bf16.
+        networks = [model.model]
+    for network in networks:
+        hold_frozen_weights(network, ms.bfloat16)
+    set_attention(model.model, bf16=True)
 
 
 def make_order(settings: TrainSettings, runtime: Runtime, data: TrainingData) -> BatchOrder:
