@@ -17,7 +17,7 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.runtime import ascend, peers, roll_call
 from ldm.runtime.launcher import killed_with_launcher
-from ldm.runtime.precision import automatic_precision, multiplies_bf16
+from ldm.runtime.precision import automatic_precision, processor_multiplies_bf16
 from ldm.runtime.versions import check_version
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def check_compute_dtype(device: str, dtype: ms.Type) -> None:
 def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
     """Return one line for the log: device, precision and what else depends on the device."""
     if not runtime.is_ascend:
-        without = runtime.bf16 and not multiplies_bf16()
+        without = runtime.bf16 and not processor_multiplies_bf16()
         slower = ", which this processor does not multiply: it saves memory, but no time" if without else ""
         return f"device: {runtime.device}, {runtime.precision}{slower}"
     return (

@@ -19,10 +19,10 @@ def automatic_precision(device: str, trains_base_model: bool = False) -> str:
     """
     if device == "Ascend":
         return "fp16"
-    return "bf16" if AUTOMATIC_BF16 and multiplies_bf16() and not trains_base_model else "fp32"
+    return "bf16" if AUTOMATIC_BF16 and processor_multiplies_bf16() and not trains_base_model else "fp32"
 
 
-def multiplies_bf16() -> bool:
+def processor_multiplies_bf16() -> bool:
     """Whether the processor has instructions for products of bf16 numbers, with sums in fp32."""
     return not processor_flags().isdisjoint(BF16_FLAGS)
 

@@ -66,9 +66,9 @@ def test_fp16_can_be_asked_for_on_the_cpu():
 def test_bf16_is_of_the_cpu(monkeypatch):
     runtime = setup_runtime("CPU", precision="bf16")
     assert (runtime.precision, runtime.bf16, runtime.fp16) == ("bf16", True, False)
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: True)
     assert device.describe_runtime(runtime, False) == "device: CPU, bf16"
-    monkeypatch.setattr(device, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: False)
     assert "this processor does not multiply: it saves memory, but no time" in device.describe_runtime(runtime, False)
     fp32 = setup_runtime("CPU")
     assert (fp32.precision, fp32.bf16, fp32.with_compute_dtype(ms.bfloat16).precision) == ("fp32", False, "bf16")

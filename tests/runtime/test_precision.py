@@ -16,12 +16,12 @@ ARM = "Features\t: fp asimd bf16"
 def test_a_processor_multiplies_bf16_with_amx_or_avx512(tmp_path, monkeypatch, text, found):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
-    assert precision.multiplies_bf16() == found
+    assert precision.processor_multiplies_bf16() == found
 
 
 def test_a_machine_without_cpuinfo_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "CPUINFO", tmp_path / "none")
-    assert not precision.multiplies_bf16()
+    assert not precision.processor_multiplies_bf16()
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_auto_is_bf16_only_where_it_is_switched_on_and_has_weights_to_hold(
     monkeypatch, automatic, multiplies, device, trains_base_model, found
 ):
     monkeypatch.setattr(precision, "AUTOMATIC_BF16", automatic)
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(precision, "processor_multiplies_bf16", lambda: multiplies)
     assert precision.automatic_precision(device, trains_base_model) == found
