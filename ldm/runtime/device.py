@@ -83,7 +83,7 @@ class Runtime:
 
     def with_compute_dtype(self, dtype: ms.Type) -> Runtime:
         """Return a copy with another `compute_dtype`. Raises UserError if the device does not have it."""
-        check_compute_dtype(self.device, dtype)
+        check_compute_dtype(self.device, dtype, self.mode)
         return replace(self, compute_dtype=dtype)
 
 
@@ -130,9 +130,9 @@ def setup_runtime(
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     device = device_target or ("Ascend" if _has_ascend() else "CPU")
     if precision == "auto":
-        precision = automatic_precision(device, trains_base_model)
+        precision = automatic_precision(device, trains_base_model or mode == PYNATIVE)
     compute_dtype = COMPUTE_DTYPES[precision]
-    check_compute_dtype(device, compute_dtype)
+    check_compute_dtype(device, compute_dtype, mode)
     number = ascend.device_id() if device == "Ascend" else None
     try:
         # MindSpore refuses to set a device, even the current one, once it has computed something.
@@ -161,10 +161,12 @@ def setup_runtime(
     return _current
 
 
-def check_compute_dtype(device: str, dtype: ms.Type) -> None:
-    """Raise UserError if a device does not have what networks are to compute in."""
+def check_compute_dtype(device: str, dtype: ms.Type, mode: int) -> None:
+    """Raise UserError if a device does not have what networks are to compute in, or not in this mode."""
     if device == "Ascend" and dtype == ms.bfloat16:
         raise UserError("precision bf16 is for the CPU: on Ascend use --precision fp16 (or auto), or fp32")
+    if mode == PYNATIVE and dtype == ms.bfloat16:  # MindSpore copies weights in it, and cannot copy bf16 on the CPU
+        raise UserError("precision bf16 is for graph mode: leave out mode 1 (pynative), or use --precision fp32")
 
 
 def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:

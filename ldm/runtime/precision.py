@@ -11,15 +11,15 @@ CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
-def automatic_precision(device: str, trains_base_model: bool = False) -> str:
+def automatic_precision(device: str, keeps_fp32: bool = False) -> str:
     """Return what precision "auto" stands for on a device: "fp16" on Ascend, "fp32" on the CPU.
 
-    With AUTOMATIC_BF16 it is "bf16" on a CPU that multiplies bf16, unless weights of the base model are trained, which
-    keep fp32.
+    With AUTOMATIC_BF16 it is "bf16" on a CPU that multiplies bf16, unless `keeps_fp32`: where weights of the base model
+    are trained, and in pynative mode.
     """
     if device == "Ascend":
         return "fp16"
-    return "bf16" if AUTOMATIC_BF16 and processor_multiplies_bf16() and not trains_base_model else "fp32"
+    return "bf16" if AUTOMATIC_BF16 and processor_multiplies_bf16() and not keeps_fp32 else "fp32"
 
 
 def processor_multiplies_bf16() -> bool:

@@ -359,8 +359,8 @@ def _added_memory(settings: TrainSettings, config: ModelConfig) -> Iterator[Part
 
 def _holds_bf16(settings: TrainSettings) -> bool:
     """Whether the frozen weights are held in bf16 on the CPU."""
-    trains_base_model = not (settings.use_lora or settings.trains_token_alone)
-    automatic = automatic_precision("CPU", trains_base_model) if settings.precision == "auto" else settings.precision
+    keeps_fp32 = not (settings.use_lora or settings.trains_token_alone) or settings.mode == 1
+    automatic = automatic_precision("CPU", keeps_fp32) if settings.precision == "auto" else settings.precision
     return automatic == "bf16"
 
 

@@ -83,11 +83,18 @@ def test_bf16_is_of_the_cpu(monkeypatch):
             refused()
 
 
+def test_bf16_is_of_graph_mode():
+    with pytest.raises(UserError, match=r"bf16 is for graph mode: leave out mode 1 .*, or use --precision fp32"):
+        setup_runtime("CPU", mode=device.PYNATIVE, precision="bf16")
+
+
 def test_auto_is_what_automatic_precision_says_of_the_device_and_the_training(monkeypatch):
     asked = []
     monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "bf16")
     assert setup_runtime("CPU").bf16 and setup_runtime("CPU", trains_base_model=True).bf16
-    assert asked == [("CPU", False), ("CPU", True)]
+    monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "fp32")
+    setup_runtime("CPU", mode=device.PYNATIVE)
+    assert asked == [("CPU", False), ("CPU", True), ("CPU", True)]
     monkeypatch.undo()
     setup_runtime("CPU")
 

@@ -25,7 +25,7 @@ def test_a_machine_without_cpuinfo_does_not(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("automatic", "multiplies", "device", "trains_base_model", "found"),
+    ("automatic", "multiplies", "device", "keeps_fp32", "found"),
     [
         (False, True, "CPU", False, "fp32"),
         (False, True, "Ascend", False, "fp16"),
@@ -36,8 +36,8 @@ def test_a_machine_without_cpuinfo_does_not(tmp_path, monkeypatch):
     ],
 )
 def test_auto_is_bf16_only_where_it_is_switched_on_and_has_weights_to_hold(
-    monkeypatch, automatic, multiplies, device, trains_base_model, found
+    monkeypatch, automatic, multiplies, device, keeps_fp32, found
 ):
     monkeypatch.setattr(precision, "AUTOMATIC_BF16", automatic)
     monkeypatch.setattr(precision, "processor_multiplies_bf16", lambda: multiplies)
-    assert precision.automatic_precision(device, trains_base_model) == found
+    assert precision.automatic_precision(device, keeps_fp32) == found
