@@ -26,14 +26,15 @@ from tests.training.micro import MICRO, UNET, prepare
 
 TEXT = "cond_stage_model."
 TO_Q = "attn1.to_q.weight"
-# A kind of LoRA for each layer of a transformer block, and convolutions.
+MIDDLE = "middle_block.1."
+# A kind of LoRA for each layer of a transformer, and convolutions. Few layers compile in less time.
 MODULES = {
-    "attn1.to_q": {"r": 2},
-    "attn1.to_k": {"r": 2, "algo": "dora"},
-    "attn1.to_v": {"r": 2, "algo": "loha"},
-    "attn2.to_k": {"r": 2, "algo": "lokr", "dora_wd": 1},
-    "proj_in": {"r": 2, "hard": 1},
-    "in_layers.2": {"r": 1, "algo": "dora"},
+    f"{MIDDLE}transformer_blocks.0.attn1.to_q": {"r": 2},
+    f"{MIDDLE}transformer_blocks.0.attn1.to_k": {"r": 2, "algo": "dora"},
+    f"{MIDDLE}transformer_blocks.0.attn1.to_v": {"r": 2, "algo": "loha"},
+    f"{MIDDLE}transformer_blocks.0.attn2.to_k": {"r": 2, "algo": "lokr", "dora_wd": 1},
+    f"{MIDDLE}proj_out": {"r": 2, "hard": 1},
+    "middle_block.2.in_layers.2": {"r": 1, "algo": "dora"},
     "text_model.encoder.layers.0.mlp.fc1": {"r": 1, "algo": "dora"},
 }
 RECIPE = {
