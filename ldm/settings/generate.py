@@ -8,7 +8,7 @@ from typing import Any, Optional
 from ldm.errors import UserError, plain
 from ldm.settings.axes import without_folders
 from ldm.settings.declare import MAX_BATCH, setting
-from ldm.settings.device import flash_attention_setting, jit_level_setting
+from ldm.settings.device import PRECISIONS, flash_attention_setting, jit_level_setting
 from ldm.settings.image_files import ImageFileSettings
 from ldm.settings.model_files import ModelFileSettings
 from ldm.settings.prompts import PromptSettings
@@ -40,8 +40,9 @@ class GenerateSettings(
     jit_level: Optional[str] = jit_level_setting()
     precision: str = setting(
         "auto",
-        "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
-        choices=("auto", "fp16", "fp32"),
+        "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. bf16, on the CPU: their weights "
+        "take half the memory and are multiplied in bf16 (docs/precision.md). The VAE computes in fp32",
+        choices=PRECISIONS,
     )
     enable_flash_attention: Optional[bool] = flash_attention_setting()
     use_parallel: bool = setting(
