@@ -3,6 +3,7 @@
 # make test-processes run the tests that start several processes at once, which `make test` leaves out
 # make test-parity    compare with PyTorch, diffusers and transformers, in a virtual environment of its own
 # make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
+# make test-aarch64   run the tests of the C++ kernels on an emulated aarch64; on Debian 12
 # make test-ascend    compile for Ascend without a device, compare the kernels with the recorded ones, look up operators
 # make lint           check style, layout and types: ruff and mypy
 # make format         apply ruff's fixes and layout
@@ -13,7 +14,7 @@ PYTHON ?=
 VERSIONS ?= 2.7.2 2.10.0
 export MAKECMDGOALS
 
-.PHONY: demo test test-processes test-parity test-versions test-ascend lint format clean
+.PHONY: demo test test-processes test-parity test-versions test-aarch64 test-ascend lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -37,6 +38,9 @@ test-versions: $(VERSIONS:%=.venv-%/ready)
 VERSION_TESTS := tests/ops tests/models tests/lora tests/generation tests/weights tests/runtime/test_versions.py \
 	$(addprefix tests/training/,test_step.py test_trainer.py test_resume.py)
 
+test-aarch64: .venv-aarch64/ready
+	@.venv-aarch64/python -m pytest -p no:cacheprovider tests/ops --durations=20
+
 test-ascend: .venv/ready
 	@.venv/bin/python -m pytest tests/ascend --durations=20
 
@@ -57,6 +61,9 @@ format: .venv/ready
 	@sed '/^-r/d; s/^mindspore==.*/mindspore==$*/' requirements.txt requirements-dev.txt > .venv-$*.txt
 	@tools/make_venv .venv-$* $(if $(filter 2.10.%,$*),10,9) .venv-$*.txt $(PYTHON)
 	@rm .venv-$*.txt
+
+.venv-aarch64/ready: .venv/ready requirements.txt tools/make_aarch64
+	@tools/make_aarch64 .venv-aarch64 .venv/bin/python
 
 .venv-parity/ready: requirements.txt requirements-dev.txt requirements-parity.txt
 	@tools/make_venv .venv-parity 11 requirements-parity.txt $(PYTHON)

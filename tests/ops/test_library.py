@@ -4,6 +4,7 @@ test_ops.py and test_attention.py."""
 from __future__ import annotations
 
 import _thread
+import errno
 import logging
 import os
 import shutil
@@ -80,8 +81,8 @@ class TestCompiling:
         assert first.parent == tmp_path / "cache" / "mindspore-stable-diffusion-lora"
         assert files(tmp_path) == [first.name]
         assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700, "nobody else can put a library there"
-        compiled = first.stat().st_mtime_ns
-        assert find_library() == first and first.stat().st_mtime_ns == compiled
+        compiled = first.stat().st_ino
+        assert find_library() == first and first.stat().st_ino == compiled
 
     def test_a_folder_that_others_can_write_to_is_not_used(self, find_library, tmp_path, caplog):
         folder = tmp_path / "cache" / "mindspore-stable-diffusion-lora"
@@ -127,6 +128,33 @@ class TestCompiling:
         monkeypatch.setattr(library, "_output", lambda command, _=None: made(command, body))
         assert find_library() == ready
         assert not left.exists() and young.exists()
+
+    def test_libraries_that_nobody_used_for_90_days_are_removed_when_another_is_compiled(
+        self, find_library, ready, monkeypatch
+    ):
+        """Not those of other checkouts, versions or machines that share the cache, nor what is no library."""
+        days, names = 24 * 3600, {"kernels-old.so": 91, "kernels-in-use.so": 89, "kernels-new.so": 0, "notes.txt": 91}
+        for name, age in names.items():
+            ready.with_name(name).write_bytes(b"")
+            os.utime(ready.with_name(name), (time.time(), time.time() - age * days))
+        ready.with_name("kernels-gone.so").symlink_to("nowhere")  # as one that is removed at this moment
+        assert find_library() == ready and ready.with_name("kernels-old.so").exists(), "nothing was compiled"
+        body = ready.read_bytes()[:-32]
+        ready.unlink()
+        monkeypatch.setattr(library, "_output", lambda command, _=None: made(command, body))
+        assert find_library() == ready
+        assert files(ready.parent) == sorted([*names.keys() - {"kernels-old.so"}, ready.name])
+
+    def test_a_use_makes_a_library_young(self, find_library, ready):
+        os.utime(ready, (0, 0))
+        assert find_library() == ready and time.time() - ready.stat().st_mtime < 3600
+
+    def test_a_cache_on_a_read_only_file_system_is_used(self, find_library, ready, monkeypatch):
+        def refuse(path):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+        monkeypatch.setattr(os, "utime", refuse)
+        assert find_library() == ready
 
     @pytest.mark.parametrize("part", ["kernels.cc", "norms.h"])
     def test_a_changed_source_is_compiled_anew(self, find_library, ready, tmp_path, monkeypatch, part):

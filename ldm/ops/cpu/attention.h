@@ -60,13 +60,17 @@ struct Heads {
       std::fill(scores + row * width + values, scores + row * width + whole(values), -INFINITY);
     }
     for (int64_t row = 0; row < count; row++) {
-      float *x = scores + row * width, maximum = -INFINITY, total = 0;
+      float *x = scores + row * width, maxima[VECTOR], total = 0;
       // Not `width` values: the exponential of -INFINITY takes 10 times as long.
       int64_t values = whole(visible_keys(first + row));
-#pragma omp simd reduction(max : maximum)
-      for (int64_t i = 0; i < values; i++) maximum = x[i] > maximum ? x[i] : maximum;
+      std::fill(maxima, maxima + VECTOR, -INFINITY);  // not one maximum: clang would compute it value by value
+      for (int64_t i = 0; i < values; i += VECTOR) {
+#pragma omp simd
+        for (int64_t j = 0; j < VECTOR; j++) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
+      }
+      float maximum = *std::max_element(maxima, maxima + VECTOR);
 #pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < values; i++) total += x[i] = expf(x[i] - maximum);
+      for (int64_t i = 0; i < values; i++) total += x[i] = exponential(x[i] - maximum);
       std::fill(x + values, x + width, 0.0f);
       inverse[row] = 1 / total;
     }

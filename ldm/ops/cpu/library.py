@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent  # kernels.cc and the headers that it includes
 LIBRARIES, PLUGINS = Path(ms.__file__).parent / "lib", Path(ms.__file__).parent / "lib" / "plugin"
-COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
+# For aarch64, clang has no -march=native.
+NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+COMPILE = ("-std=c++17", "-O3", NATIVE, "-fopenmp-simd", "-fPIC", "-shared")
 # MindSpore's threads and oneDNN. MindSpore has loaded the libraries that these need.
 LINK = (
     f"-L{LIBRARIES}",
@@ -48,6 +50,7 @@ LINK = (
 SEAL_BYTES = 32
 TEMPORARY_PREFIX = ".compiling-"  # of the folders for the compiler's temporary files
 STALE_SECONDS = 3600.0
+UNUSED_SECONDS = 90 * 24 * 3600.0  # longer than a process runs: MindSpore looks for the file at every new graph
 POLL_SECONDS = 0.1  # how often a waiting process looks for an interrupt
 
 
@@ -57,7 +60,7 @@ def kernel_library() -> Path | None:
 
     The compiler is $CXX, or else c++. The result is cached in $XDG_CACHE_HOME (or ~/.cache) under a name that depends
     on the sources, the compiler, MindSpore and the processor. It ends in a checksum. A file whose checksum does not
-    match is compiled again.
+    match is compiled again. Libraries that no process has begun to use in 90 days are removed when another is compiled.
     """
     if sys.platform != "linux":
         return None
@@ -98,7 +101,10 @@ def _compiled(compiler: list[str]) -> Path:
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
         raise PermissionError(f"other users can write to {folder}, and its libraries would run in this process")
     path = folder / name
+    with contextlib.suppress(OSError):  # there is none, or the file system is read-only
+        os.utime(path)  # for _remove_what_is_left
     if not _is_sound(path):
+        _remove_what_is_left(folder)
         _compile(compiler, path)
     ctypes.CDLL(str(path))
     return path
@@ -127,10 +133,6 @@ def _seal(name: str, body: bytes) -> bytes:
 
 def _compile(compiler: list[str], path: Path) -> None:
     """Compile the kernels to `path`. The compiler's temporary files are in a folder beside it, which is removed."""
-    for folder in path.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed, or are compiling now
-        with contextlib.suppress(OSError):  # another process has just removed it
-            if time.time() - folder.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent) as folder_name:
         compiled = Path(folder_name) / path.name
         command = [*compiler, *COMPILE, str(SOURCES / "kernels.cc"), *LINK, "-o", str(compiled)]
@@ -138,6 +140,20 @@ def _compile(compiler: list[str], path: Path) -> None:
         body = compiled.read_bytes()
     with atomic_path(path) as temporary:
         temporary.write_bytes(body + _seal(path.name, body))
+
+
+def _remove_what_is_left(cache: Path) -> None:
+    """Remove folders of processes that were killed while they compiled, and libraries that are no longer used.
+
+    Other checkouts, versions and machines may share the cache, so a library's age decides, not its name. Its
+    modification time is that of its last use.
+    """
+    kinds = ((f"{TEMPORARY_PREFIX}*", STALE_SECONDS, shutil.rmtree), ("kernels-*.so", UNUSED_SECONDS, Path.unlink))
+    for pattern, seconds, remove in kinds:
+        for path in cache.glob(pattern):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                if time.time() - path.stat().st_mtime > seconds:
+                    remove(path)
 
 
 def _output(command: list[str], environment: dict[str, str] | None = None) -> bytes:
@@ -171,7 +187,7 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> by
 
 
 def processor() -> str:
-    """Return the processor's architecture and instruction sets, which -march=native compiles for."""
+    """Return the processor's architecture and instruction sets, which NATIVE compiles for."""
     for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
         if line.startswith(("flags", "Features")):
             return f"{platform.machine()} {line}"

@@ -10,9 +10,9 @@
 namespace {
 
 // The normal distribution.
-float cumulative(float x) { return 0.5f + 0.5f * erff(x * float(M_SQRT1_2)); }
-float density(float x) { return float(M_2_SQRTPI * M_SQRT1_2 / 2) * expf(-0.5f * x * x); }
-float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+float cumulative(float x) { return 0.5f + 0.5f * error_function(x * float(M_SQRT1_2)); }
+float density(float x) { return float(M_2_SQRTPI * M_SQRT1_2 / 2) * exponential(-0.5f * x * x); }
+float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
 
 // x -> `function` of each value of x.
 template <typename Function>
