@@ -44,7 +44,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.best_checkpoint import BestCheckpoint
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.checks import trained_timesteps
-from ldm.training.inputs import Inputs, sample_latents
+from ldm.training.inputs import Inputs, ValidationInputs, sample_latents
 from ldm.training.metrics_file import StepRows
 from ldm.training.own_files import free_name, make_room
 from ldm.training.plan import RunPlan, completes_interval
@@ -91,7 +91,7 @@ class MeasuredImages:
         seed: Of the noise.
     """
 
-    def __init__(self, inputs: Inputs, rows: Sequence[int], seed: int):
+    def __init__(self, inputs: ValidationInputs, rows: Sequence[int], seed: int):
         self.inputs, self.rows, self.seed = inputs, list(rows), seed
         self.batch_size = inputs.settings.train_batch_size
         buckets = inputs.data.buckets.of_row[self.rows]
@@ -107,7 +107,7 @@ class MeasuredImages:
     def encode(self, part: slice) -> None:
         """Put the images and captions of a part of the batches into the cache."""
         rows = [self.rows[place] for batch in self.batches[part] for place in batch.tolist()]
-        self.inputs.cache_rows(rows, [self._caption(row) for row in rows])
+        self.inputs.encode(rows, [self._caption(row) for row in rows])
 
     def losses(self, network: nn.Cell, timesteps: Sequence[int], part: slice, bar: tqdm) -> np.ndarray:
         """Return the loss (images, time steps) float64 of each image, 0 of those of other batches than `part`.
@@ -135,15 +135,15 @@ class MeasuredImages:
     def _inputs_of(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the latents and the text embeddings of a batch, whose last row is repeated to fill it."""
         config = self.inputs.config
-        rows, moments = self.inputs.images([self.rows[place] for place in places.tolist()])
-        texts = self.inputs.texts_of([self._caption(row) for row in rows])
+        rows, moments = self.inputs.moments_of([self.rows[place] for place in places.tolist()])
+        texts = self.inputs.texts.of([self._caption(row) for row in rows])
         shape = (len(places), config.latent_channels, *moments.shape[2:])
         eps = self._normal("validation_posterior", places, shape)[: len(places)]
         latents = sample_latents(moments, eps, config.scale_factor)
         return Tensor(fill_batch(latents, self.batch_size)), Tensor(fill_batch(texts, self.batch_size))
 
     def _caption(self, row: int) -> str:
-        return self.inputs.whole_caption(row, draws(self.seed, "validation_caption", row))
+        return self.inputs.captions.whole(row, draws(self.seed, "validation_caption", row))
 
     def _normal(self, stream: str, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Return normal numbers for a whole batch, those of each image being a function of its row."""
