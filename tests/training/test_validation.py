@@ -25,7 +25,9 @@ from ldm.training.own_files import find_states
 from ldm.training.plan import make_plan
 from ldm.training.trainer import run_steps, save, train
 from ldm.training.training_state import load_state
-from ldm.training.validation import Measured, Validation, choose_rows, compare, is_due
+from ldm.training.validation import Validation, is_due
+from ldm.training.validation_loss import choose_rows
+from ldm.training.validation_results import Measured, compare
 from tests.training.micro import MICRO, SETTINGS, metrics, prepare
 
 # A LoRA that learns in a few steps, with all that validation leaves out. 3 of 10 images are held out.
