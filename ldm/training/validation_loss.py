@@ -26,7 +26,7 @@ from ldm.ops import RepeatedCell
 from ldm.runtime.batches import fill_batch
 from ldm.settings.train import TrainSettings
 from ldm.training.inputs import ValidationInputs, sample_latents
-from ldm.training.step import LossFromTokens
+from ldm.training.step_graphs import LossFromTokens
 
 
 def choose_rows(data: TrainingData, count: int, seed: int, stream: str) -> list[int]:
