@@ -70,10 +70,13 @@ def plan_prior(listing: Listing, prior_loss_weight: float = 1.0) -> PriorPlan:
 
     datasets = np.array([subset.dataset for subset in listing.subsets], np.int64)[subsets]
     lines: list[str] = []
-    several = len(np.unique(datasets)) > 1
-    for dataset in np.unique(datasets[is_reg]):
-        instance = np.flatnonzero(~is_reg & (datasets == dataset))
-        rows = np.flatnonzero(is_reg & (datasets == dataset))
+    order = np.argsort(datasets, kind="stable")  # the rows of each data set side by side
+    numbers, begins = np.unique(datasets[order], return_index=True)
+    several = len(numbers) > 1
+    for dataset, of_dataset in zip(numbers, np.split(order, begins[1:])):
+        instance, rows = of_dataset[~is_reg[of_dataset]], of_dataset[is_reg[of_dataset]]
+        if not len(rows):
+            continue
         samples = int(repeats[instance].sum())
         available = int(repeats[rows].sum())
         repeats[rows] = _in_turn(repeats[rows], samples)

@@ -116,8 +116,10 @@ def loras_named(prompt: str) -> list[str]:
 def _line_of_values(lines: list[str]) -> int:
     """Return the index of the line that holds the values, the number of lines if there is none."""
     for place in reversed(range(len(lines))):
-        if _FIRST_VALUE.match(lines[place].lstrip()):
+        if _FIRST_VALUE.match(lines[place].strip()):
             return place
+    if lines[-1].lstrip().startswith(NEGATIVE):  # whose words may have colons
+        return len(lines)
     return len(lines) - 1 if len(_values(lines[-1])) >= LEAST_VALUES else len(lines)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.diffusion.sampling import default_batch_size
+from ldm.diffusion.sampling import CALL_PIXELS, default_batch_size
 from ldm.errors import UserError, plain
 from ldm.files.documents import json_text, parse_json
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder
@@ -30,6 +30,7 @@ from ldm.settings.versions import VERSIONS
 OWN = ("prompt", "seed", "settings", "checkpoint_sha256")  # the text fields by which this project's images are known
 MAX_JSON = 100_000  # characters of a text field with JSON
 MAX_LORAS = 100
+UNKNOWN_SIDE = 768  # pixels of an image whose text names no size: the largest of the published models
 
 _NEVER_FROM_FILES = (
     "prompt", "negative_prompt", "n_iter", "n_samples", "grid_x", "grid_y", "first_index", "full_batches", "mode",
@@ -86,9 +87,11 @@ def settings_to_repeat(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, An
     """Return the settings that make an image again, without those that are given, which win.
 
     Raises:
-        UserError: A file of the image's model or LoRA is not found, and none is given.
+        UserError: A file of the image's model or LoRA is not found, and none is given; or its size could take all
+            memory, and none is given.
     """
     values = dict(recipe.settings)
+    _check_size(recipe, given)
     if "data_path" in given:
         values.pop("prompt", None)
     if "negative_data_path" in given:
@@ -135,6 +138,8 @@ def differences(recipe: Recipe, settings: GenerateSettings, fields: Mapping[str,
                 continue
             if before.get(name) != now.get(name):
                 found.append(f"{name} {plain(now.get(name), 80)} (the image: {plain(before.get(name), 80)})")
+                if name == "model_config_sha256" and name not in now:
+                    found[-1] += f": its model YAML {plain(recipe.fields.get('model_config'), 80)} is given as --config"
                 if name == "batch_size" and name in recipe.settings and settings.batch_size is None:
                     found[-1] += ", too many to be taken from an image: --batch_size takes them"
     else:
@@ -184,6 +189,28 @@ def _repeatable() -> set[str]:
     }
 
 
+def _check_size(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Raise UserError if the image names a size of more pixels than a default call of the network may have.
+
+    Its file may be anyone's, and too large a size takes all memory without a warning. What is given is taken.
+    """
+    values = {**recipe.settings, **given}
+    width, height = (
+        math.ceil((values.get(name) or UNKNOWN_SIDE) * (values.get("hires_scale") or 1.0)) for name in ("W", "H")
+    )
+    flags = [
+        f"--{name} {recipe.settings[name]}"
+        for name in ("W", "H", "hires_scale")
+        if recipe.settings.get(name) is not None and name not in given
+    ]
+    if flags and width * height > CALL_PIXELS:
+        raise UserError(
+            f"from_image {plain(recipe.path)} names a size of {width} x {height} pixels, and more than {CALL_PIXELS:,} "
+            f"are not taken from an image, because they may need more memory than there is: add {' '.join(flags)} to "
+            "make it so, or smaller numbers"
+        )
+
+
 def _is_usual_batch(values: Mapping[str, Any]) -> bool:
     """Return whether a call of the network takes no more pixels than one with a default batch size may.
 
@@ -215,6 +242,8 @@ def _model_files(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
             values["ckpt_path"] = _find([ROOT / "models", Path("models")], name, fields["checkpoint_sha256"], recipe)
             if values["ckpt_path"] is None:
                 raise _missing(recipe, name, "ckpt_path", "base model")
+        if "model_config_sha256" in fields and "config" not in given:
+            raise _missing(recipe, str(fields.get("model_config")), "config", "model YAML")
     if fields.get("checkpoint_ema") == "True":
         values["ckpt_ema"] = True
     for part in ("unet", "vae"):

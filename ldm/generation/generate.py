@@ -183,7 +183,7 @@ def _generate_with(
         _say_what_differs(recipe, settings, writer.fields(images[0].request.index))
     pending = _pending(batches, writer, runtime) if settings.resume else batches
     count = runtime.process_count
-    if len(pending) < count:
+    if 0 < len(pending) < count:
         logger.warning(
             "%d processes, but only %d batches of %d images: the other processes have nothing to do; a smaller "
             "--batch_size gives more batches",

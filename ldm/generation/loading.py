@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
@@ -13,7 +14,7 @@ from ldm.lora.formats.modules import BaseModules
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible, match_shapes
 from ldm.lora.updates import Full, LayerUpdate
-from ldm.models.attention import use_flash_attention
+from ldm.models.attention import set_attention
 from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion, build_model
 from ldm.settings.model import ModelConfig
@@ -32,13 +33,15 @@ def load_model(
     vae: str | Path | None = None,
     ema: bool = False,
     random_unet: bool = False,
+    prepare: Callable[[StableDiffusion], None] | None = None,
 ) -> StableDiffusion:
     """Build the networks of a configuration and load a base checkpoint, a file or a diffusers folder, into them.
 
     With `random_unet`, the UNet is initialised at random. The other options are those of Pipeline.from_checkpoint. The
     base checkpoint may lack a VAE if `vae` is given, and a UNet if it is random. A model in pixel space with a random
     UNet takes the text encoder alone: then the checkpoint may be of another model with the same text encoder, and its
-    metadata does not count. The networks compute in fp32.
+    metadata does not count. The networks compute in fp32, unless `prepare` says otherwise, which is called before the
+    weights are loaded. They are loaded in the types that the parameters have then.
 
     Raises:
         UserError: A file does not fit the configuration, or its metadata names another model (see ldm.weights.load).
@@ -49,6 +52,8 @@ def load_model(
     if not text_encoder_alone:
         check_metadata(open_base_model(checkpoint).metadata, config, checkpoint)
     model = build_model(config, random=random_unet)
+    if prepare is not None:
+        prepare(model)
     not_loaded = {"unet": random_unet, "vae": vae is not None or text_encoder_alone}
     components = [component for component in COMPONENTS if not not_loaded.get(component)]
     logger.info("%s: %s", checkpoint, load_base_model(model, checkpoint, components, ema=ema))
@@ -59,20 +64,20 @@ def load_model(
 
 
 def set_up_sampling(model: StableDiffusion, dtype: ms.Type, flash_attention: bool) -> None:
-    """Set the precision and the attention of networks that sample, after their weights are loaded.
+    """Set the precision and the attention of networks that sample, before or after their weights are loaded.
 
-    UNet and text encoder hold their weights in `dtype`, in which they compute, with the same results. MergedLoRAs reads
-    the fp32 weights from the files. The VAE computes in fp32, as it overflows in fp16.
+    UNet and text encoder hold their weights in `dtype`. MergedLoRAs reads the fp32 weights from the files. The VAE
+    computes in fp32, as it overflows in fp16.
 
     Args:
         model: The networks, none of which is trained or has run yet.
-        dtype: ms.float32 or ms.float16.
+        dtype: ms.float32, ms.float16, or ms.bfloat16 on the CPU (see ldm.models.layers.hold_frozen_weights).
         flash_attention: Whether the UNet uses Ascend's fused attention (ldm.runtime.device.decide_flash_attention).
     """
     for network in (model.model, model.cond_stage_model):
         set_compute_dtype(network, dtype)
         hold_frozen_weights(network, dtype)
-    use_flash_attention(model.model, flash_attention)
+    set_attention(model.model, flash_attention, bf16=dtype == ms.bfloat16)
 
 
 def select_lora(

@@ -11,7 +11,7 @@ image.save("apple.png")
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
@@ -83,7 +83,8 @@ class Pipeline(BatchGenerator):
                 version's published file under models/, or for the nano model that comes with this project.
             version: A key of ldm.settings.versions.VERSIONS. None detects the model from the checkpoint.
             config: A model YAML, or a configuration, instead of the version's.
-            dtype: ms.float32 or ms.float16 for UNet and text encoder. None for fp16 on Ascend and fp32 on the CPU.
+            dtype: ms.float32, ms.float16, or ms.bfloat16 on the CPU, for UNet and text encoder. None for fp16 on Ascend
+                and fp32 on the CPU, or the precision that MindSpore was set up with.
             unet: A checkpoint whose UNet replaces the base checkpoint's.
             vae: A checkpoint whose VAE replaces the base checkpoint's.
             ema: Load the moving averages of the UNet's weights that the checkpoint holds.
@@ -91,7 +92,8 @@ class Pipeline(BatchGenerator):
             device: "Ascend" or "CPU". None for Ascend if this machine has one, else the CPU.
 
         Raises:
-            UserError: A file is missing, cannot be read or does not fit the model, or the model cannot be detected.
+            UserError: A file is missing, cannot be read or does not fit the model, the model cannot be detected, or the
+                device does not have the type.
         """
         if isinstance(config, ModelConfig):
             if checkpoint is None:
@@ -102,7 +104,7 @@ class Pipeline(BatchGenerator):
         runtime = current_runtime()
         if runtime is None or device not in (None, runtime.device):
             runtime = setup_runtime(device, seed=None)
-        runtime_of_dtype = runtime if dtype is None else replace(runtime, compute_dtype=dtype)
+        runtime_of_dtype = runtime if dtype is None else runtime.with_compute_dtype(dtype)
         use_flash = decide_flash_attention(flash_attention, runtime_of_dtype)
         base_weights = BaseWeights(path, unet, ema)
         model = load_model(
@@ -111,8 +113,8 @@ class Pipeline(BatchGenerator):
             unet=unet,
             vae=vae,
             ema=ema,
+            prepare=lambda model: set_up_sampling(model, runtime_of_dtype.compute_dtype, use_flash),
         )
-        set_up_sampling(model, runtime_of_dtype.compute_dtype, use_flash)
         return cls(model, base_weights=base_weights)
 
     def __call__(

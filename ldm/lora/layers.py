@@ -189,7 +189,10 @@ class HardLoRAConv2d(PairCell):
 
     def create_operators(self) -> None:
         self.matmul = ops.MatMul()
-        self.base.keeps_fp32 = True  # the kernel is rounded once, after the sum
+        base = self.base
+        base.keeps_fp32 = True  # the kernel is rounded once, after the sum
+        # The base layer's own operator may be one for a weight in bf16, and the kernel is fp32.
+        self.conv2d = conv2d(base.out_channels, base.kernel_size, base.stride, base.padding, base.bias is not None)
 
     def construct(self, x: Tensor) -> Tensor:
         up = (self.kept_up() if self.drops_units else self.lora_up.weight) * self.multiplier
@@ -197,7 +200,7 @@ class HardLoRAConv2d(PairCell):
             up = up * self.lora_scale
         kernel = cast(self.base.weight, ms.float32)
         kernel = kernel + self.matmul(up, self.lora_down.weight).reshape(kernel.shape)
-        y = self.base.conv2d(x, kernel, self.base.bias, self.base.dtype)
+        y = self.conv2d(x, kernel, self.base.bias, self.base.dtype)
         return self.with_magnitude(y) if self.dora else y
 
     def factors_cast_to(self, dtype: ms.Type) -> list[Parameter]:

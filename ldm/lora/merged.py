@@ -16,7 +16,8 @@ from ldm.lora.merge import LoRAMatch, Update, add_updates, check_range, match_sh
 from ldm.lora.strength import Strength
 from ldm.weights.names import component_of
 
-NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16}
+# The types that sums are cast to in NumPy. MindSpore rounds to bf16 itself, to the nearest.
+NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: np.float32}
 
 # Given canonical names and shapes of weights, returns what reads the fp32 weight of one of these names.
 OpenBase = Callable[[Mapping[str, tuple[int, ...]]], Callable[[str], np.ndarray]]
@@ -174,7 +175,8 @@ class MergedLoRAs:
             start, more = self._start(parameter, updates, read)
             if self._open_base is None and name not in self._copies:
                 self._copies[name] = start.copy()
-            parameter.set_data(Tensor(add_updates(start, more, NUMPY_TYPES[parameter.dtype])))
+            total = add_updates(start, more, NUMPY_TYPES[parameter.dtype])
+            parameter.set_data(Tensor(total, dtype=parameter.dtype))
             # Recorded weight by weight, so that a call that was interrupted can be repeated.
             if updates:
                 self._updates[name] = updates

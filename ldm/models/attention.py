@@ -133,12 +133,17 @@ class LinearSpatialTransformer(SpatialTransformer):
         return add(x, self.to_pixels(self.proj_out(tokens), x))
 
 
-def use_flash_attention(net: nn.Cell, enable: bool) -> int:
-    """Switch Ascend's fused attention on or off in every CrossAttention of `net`, and return their number.
+def set_attention(net: nn.Cell, flash: bool = False, bf16: bool = False) -> int:
+    """Choose the attention of every CrossAttention of `net`, and return their number.
 
-    The operator does not exist on the CPU. `ldm.runtime.device.decide_flash_attention` refuses it there.
+    Call it before the first run. A graph that is compiled already keeps what it has.
+
+    Args:
+        net: The network.
+        flash: Use Ascend's fused operator. `ldm.runtime.device.decide_flash_attention` refuses it on the CPU.
+        bf16: Multiply in bf16, on the CPU.
     """
     layers = [cell for _, cell in net.cells_and_names() if isinstance(cell, CrossAttention)]
     for layer in layers:
-        layer.attention = attention(layer.num_heads, layer.head_dim, flash=enable)
+        layer.attention = attention(layer.num_heads, layer.head_dim, flash=flash, bf16=bf16)
     return len(layers)

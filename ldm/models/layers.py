@@ -1,7 +1,8 @@
 """The layers with parameters that every network is made of.
 
 Each layer holds `weight` and `bias` in fp32 under the names of the published checkpoints and computes in its `dtype`.
-Normalizations compute in fp32 and return `dtype`. `set_compute_dtype` sets `dtype` for a whole network.
+Normalizations compute in fp32 and return `dtype`. `set_compute_dtype` sets `dtype` for a whole network, and
+`hold_frozen_weights` the type in which weights are held.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ class Linear(nn.Cell):
         self.weight = Parameter(uniform((out_channels, in_channels), in_channels), name="weight")
         self.bias = Parameter(uniform((out_channels,), in_channels), name="bias") if has_bias else None
         self.linear = linear(has_bias)
+
+    def multiply_in_bf16(self) -> None:
+        """Take a weight in bf16. See `hold_frozen_weights`."""
+        self.linear = linear(self.bias is not None, bf16_weight=True)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.linear(x, self.weight, self.bias, self.dtype)
@@ -56,6 +61,11 @@ class Conv2d(nn.Cell):
         self.weight = Parameter(uniform((out_channels, in_channels, kernel_size, kernel_size), fan_in), name="weight")
         self.bias = Parameter(uniform((out_channels,), fan_in), name="bias") if has_bias else None
         self.conv2d = conv2d(out_channels, kernel_size, stride, padding, has_bias)
+
+    def multiply_in_bf16(self) -> None:
+        """Take a weight in bf16. See `hold_frozen_weights`."""
+        has_bias = self.bias is not None
+        self.conv2d = conv2d(self.out_channels, self.kernel_size, self.stride, self.padding, has_bias, bf16_weight=True)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.conv2d(x, self.weight, self.bias, self.dtype)
@@ -108,25 +118,36 @@ def hold_frozen_weights(net: nn.Cell, dtype: ms.Type) -> int:
     one type. What is trained stays as it is. The values are rounded: a network that is saved or merged into afterwards
     has the rounded ones.
 
-    Call it after `set_compute_dtype` and after the trained parameters are chosen, and before the first run.
+    bf16 is for the weights of the linear layers and convolutions alone, on the CPU. Layers go on to take and return
+    fp32, with operators that multiply in bf16 and add up in fp32. Their biases keep fp32. So the results are others.
+
+    Call it after `set_compute_dtype` and after the trained parameters are chosen, and before the first run. If it is
+    called before the weights are loaded, they are never in memory in fp32.
     """
     count = 0
     for _, cell in net.cells_and_names():
         layers = (Linear, Conv2d, GroupNorm, LayerNorm) if on_ascend() else (Linear, Conv2d)
-        if not isinstance(cell, layers) or cell.dtype != dtype or getattr(cell, "keeps_fp32", False):
+        if not isinstance(cell, layers) or cell.dtype != compute_dtype(dtype) or getattr(cell, "keeps_fp32", False):
             continue
-        for parameter in (cell.weight, cell.bias):
+        for parameter in (cell.weight,) if dtype == ms.bfloat16 else (cell.weight, cell.bias):
             if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
                 parameter.set_dtype(dtype)
                 count += 1
+        if isinstance(cell, (Linear, Conv2d)) and cell.weight.dtype == ms.bfloat16:
+            cell.multiply_in_bf16()
     return count
 
 
 def set_compute_dtype(net: nn.Cell, dtype: ms.Type) -> None:
-    """Make every layer of `net` compute in `dtype`, ms.float16 or ms.float32.
+    """Make every layer of `net` compute in `dtype`, ms.float16 or ms.float32. ms.bfloat16 stands for fp32.
 
     Call it before the first run. A graph that is compiled already keeps the type that it was compiled with.
     """
     for _, cell in net.cells_and_names():
         if hasattr(cell, "dtype"):
-            cell.dtype = dtype
+            cell.dtype = compute_dtype(dtype)
+
+
+def compute_dtype(dtype: ms.Type) -> ms.Type:
+    """Return the type that layers take and return where their weights are held in `dtype`: fp32 for bf16."""
+    return ms.float32 if dtype == ms.bfloat16 else dtype

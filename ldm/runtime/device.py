@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
@@ -17,11 +17,13 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.runtime import ascend, peers, roll_call
 from ldm.runtime.launcher import killed_with_launcher
+from ldm.runtime.precision import automatic_precision, processor_multiplies_bf16
 from ldm.runtime.versions import check_version
 
 logger = logging.getLogger(__name__)
 
 GRAPH, PYNATIVE = 0, 1
+COMPUTE_DTYPES = {"fp16": ms.float16, "fp32": ms.float32, "bf16": ms.bfloat16}
 
 # Parts of the messages of a failed allocation: pynative mode, graph mode (host and device), and C++.
 OUT_OF_MEMORY = (
@@ -39,7 +41,7 @@ class Runtime:
     """How MindSpore was set up."""
 
     device: str  # "Ascend" or "CPU"
-    compute_dtype: ms.Type  # in which the networks compute, ms.float16 or ms.float32
+    compute_dtype: ms.Type  # in which the networks compute; ms.bfloat16 is for products of frozen weights alone
     process_index: int  # of this process in a data-parallel run, 0 otherwise
     process_count: int
     mode: int  # GRAPH or PYNATIVE
@@ -71,8 +73,18 @@ class Runtime:
         return self.compute_dtype == ms.float16
 
     @property
+    def bf16(self) -> bool:
+        """Whether frozen weights are held in bf16 and multiplied in bf16. All else computes in fp32 then."""
+        return self.compute_dtype == ms.bfloat16
+
+    @property
     def precision(self) -> str:
-        return "fp16" if self.fp16 else "fp32"
+        return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == self.compute_dtype)
+
+    def with_compute_dtype(self, dtype: ms.Type) -> Runtime:
+        """Return a copy with another `compute_dtype`. Raises UserError if the device does not have it."""
+        check_compute_dtype(self.device, dtype, self.mode)
+        return replace(self, compute_dtype=dtype)
 
 
 _current: Runtime | None = None
@@ -90,6 +102,7 @@ def setup_runtime(
     precision: str = "auto",
     seed: int | None = 42,
     use_parallel: bool = False,
+    trains_base_model: bool = False,
 ) -> Runtime:
     """Set up MindSpore. Call this before the first network is built.
 
@@ -101,20 +114,25 @@ def setup_runtime(
         device_target: "Ascend", "CPU", or None for Ascend if this machine has one, else the CPU.
         mode: GRAPH or PYNATIVE.
         jit_level: How much Ascend's compiler optimises, "O0" to "O2", None for "O0". The CPU has one level only.
-        precision: "fp16", "fp32", or "auto" for fp16 on Ascend and fp32 on the CPU.
+        precision: "fp16", "fp32", "bf16" (on the CPU), or "auto" for what automatic_precision says.
         seed: Of the weights that are initialised at random, None to leave the random state as it is. What training
             draws depends on its own seed and the step alone.
         use_parallel: Join the data-parallel run of the processes that `msrun` started.
+        trains_base_model: Whether weights of the base model are trained, for automatic_precision.
 
     Raises:
-        UserError: The device is not there or not named rightly (DEVICE_ID, RANK_TABLE_FILE), or `use_parallel` is set
-            outside of msrun.
+        UserError: The device is not there or not named rightly (DEVICE_ID, RANK_TABLE_FILE), it does not have the
+            precision, or `use_parallel` is set outside of msrun.
     """
     global _current
     if device_target != "CPU":
         # MindSpore reads it when it initialises the device, which the check for an Ascend may do.
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     device = device_target or ("Ascend" if _has_ascend() else "CPU")
+    if precision == "auto":
+        precision = automatic_precision(device, trains_base_model or mode == PYNATIVE)
+    compute_dtype = COMPUTE_DTYPES[precision]
+    check_compute_dtype(device, compute_dtype, mode)
     number = ascend.device_id() if device == "Ascend" else None
     try:
         # MindSpore refuses to set a device, even the current one, once it has computed something.
@@ -139,18 +157,24 @@ def setup_runtime(
     if seed is not None:
         ms.set_seed(seed)
         np.random.seed(seed)
-    fp16 = precision == "fp16" or (precision == "auto" and device == "Ascend")
-    _current = Runtime(
-        device, ms.float16 if fp16 else ms.float32, process_index, process_count, mode, soc, precision_mode,
-        jit_level or "",
-    )  # fmt: skip
+    _current = Runtime(device, compute_dtype, process_index, process_count, mode, soc, precision_mode, jit_level or "")
     return _current
+
+
+def check_compute_dtype(device: str, dtype: ms.Type, mode: int) -> None:
+    """Raise UserError if a device does not have what networks are to compute in, or not in this mode."""
+    if device == "Ascend" and dtype == ms.bfloat16:
+        raise UserError("precision bf16 is for the CPU: on Ascend use --precision fp16 (or auto), or fp32")
+    if mode == PYNATIVE and dtype == ms.bfloat16:  # MindSpore copies weights in it, and cannot copy bf16 on the CPU
+        raise UserError("precision bf16 is for graph mode: leave out mode 1 (pynative), or use --precision fp32")
 
 
 def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
     """Return one line for the log: device, precision and what else depends on the device."""
     if not runtime.is_ascend:
-        return f"device: {runtime.device}, {runtime.precision}"
+        without = runtime.bf16 and not processor_multiplies_bf16()
+        slower = ", which this processor does not multiply: it saves memory, but no time" if without else ""
+        return f"device: {runtime.device}, {runtime.precision}{slower}"
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
         f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {runtime.jit_level}, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +61,18 @@ def parse_axis(text: str, flag: str, settings: Mapping[str, Setting], allowed: C
         return SettingAxis(name, labels, labels)
     values = [_value(label, settings[name], where) for label in labels]
     if settings[name].rules["path"]:  # a sheet is passed on, and the folders of its maker are private
-        labels = [os.path.basename(label) or label for label in labels]
+        labels = [os.path.basename(re.sub(r"/+(:|$)", r"\1", label)) or label for label in labels]
     return SettingAxis(name, values, labels)
+
+
+def without_folders(text: str, flag: str, settings: Mapping[str, Setting]) -> str:
+    """Return an axis with the names of its files in place of their paths. Arguments and errors are parse_axis's."""
+    axis = parse_axis(text, flag, settings, settings)
+    if axis.name == REPLACED or not settings[axis.name].rules["path"]:
+        return text
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow(axis.labels)
+    return f"{axis.name}={row.getvalue()}"
 
 
 def _labels(written: str, where: str) -> list[str]:

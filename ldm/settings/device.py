@@ -1,4 +1,4 @@
-"""Settings of Ascend that training, generation and the check of a device share."""
+"""Settings of the device that training, generation and the check of a device share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from ldm.settings.declare import setting
 
+PRECISIONS = ("auto", "fp16", "fp32", "bf16")
 JIT_LEVELS = ("O0", "O1", "O2")
 JIT_LEVEL_HELP = (
     "level of Ascend's graph compiler; None: O0. O0 runs operator by operator, O1 fuses some operators. O2 gives each "

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from ldm.errors import UserError, plain
+from ldm.settings.axes import without_folders
 from ldm.settings.declare import MAX_BATCH, setting
-from ldm.settings.device import flash_attention_setting, jit_level_setting
+from ldm.settings.device import PRECISIONS, flash_attention_setting, jit_level_setting
 from ldm.settings.image_files import ImageFileSettings
 from ldm.settings.model_files import ModelFileSettings
 from ldm.settings.prompts import PromptSettings
@@ -15,6 +16,7 @@ from ldm.settings.read import check_values
 from ldm.settings.repeating import RepeatSettings
 from ldm.settings.sampling import SamplingSettings
 from ldm.settings.source_image import SourceImageSettings
+from ldm.settings.values import settings_of
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -38,8 +40,9 @@ class GenerateSettings(
     jit_level: Optional[str] = jit_level_setting()
     precision: str = setting(
         "auto",
-        "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. The VAE computes in fp32",
-        choices=("auto", "fp16", "fp32"),
+        "type of the UNet and the text encoder; auto: fp16 on Ascend, fp32 on CPU. bf16, on the CPU: their weights "
+        "take half the memory and are multiplied in bf16 (docs/precision.md). The VAE computes in fp32",
+        choices=PRECISIONS,
     )
     enable_flash_attention: Optional[bool] = flash_attention_setting()
     use_parallel: bool = setting(
@@ -83,8 +86,12 @@ class GenerateSettings(
 
     def of_images(self) -> dict[str, Any]:
         """Return the settings that decide the images, by their names, without paths, which say nothing of a file."""
-        return {
+        values = {
             field.name: getattr(self, field.name)
             for field in fields(self)
             if field.metadata["resume"] is None and not field.metadata["path"]
         }
+        for name in ("grid_x", "grid_y"):
+            if values[name] is not None:
+                values[name] = without_folders(values[name], name, settings_of(GenerateSettings))
+        return values

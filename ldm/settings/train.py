@@ -9,7 +9,7 @@ from ldm.errors import UserError
 from ldm.settings.advice import AdviceSettings
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, default_of, input_path, setting
-from ldm.settings.device import flash_attention_setting, jit_level_setting
+from ldm.settings.device import PRECISIONS, flash_attention_setting, jit_level_setting
 from ldm.settings.lora import LoRASettings, graph_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
@@ -176,8 +176,10 @@ class TrainSettings(
     jit_level: Optional[str] = jit_level_setting(graph_key=True)
     precision: str = setting(
         "auto",
-        "auto: fp16 on Ascend, fp32 on the CPU. A first Ascend 910 has products and convolutions in fp16 alone",
-        choices=("auto", "fp16", "fp32"),
+        "auto: fp16 on Ascend, fp32 on the CPU. A first Ascend 910 has products and convolutions in fp16 alone. bf16, "
+        "on the CPU: the frozen weights of UNet and text encoder take half the memory and are multiplied in bf16, all "
+        "else is fp32 (docs/precision.md)",
+        choices=PRECISIONS,
         resume="fixed",
         set_by_comparison=True,
     )
@@ -229,6 +231,11 @@ class TrainSettings(
             raise UserError("shard_optimizer is for training the whole UNet: leave it out, a token's state is small")
         if self.shard_optimizer and self.optim not in ("adamw", "lion"):
             raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
+        if self.precision == "bf16" and not (self.use_lora or self.trains_token_alone):
+            raise UserError(
+                "precision bf16 holds frozen weights in bf16, and a training of the whole UNet has none: use auto or "
+                "fp32, or train a LoRA (use_lora)"
+            )
         if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
         if self.unet_lr is not None and self.use_lora and not self.lora_ft_unet:

@@ -37,7 +37,7 @@ from ldm.files.outputs import claim_folder
 from ldm.files.paths import writing
 from ldm.generation.image_files import write_png
 from ldm.generation.pipeline import Pipeline
-from ldm.models.attention import use_flash_attention
+from ldm.models.attention import set_attention
 from ldm.models.layers import set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime import peers
@@ -334,7 +334,7 @@ def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
     if flash_attention:
-        use_flash_attention(unet, True)
+        set_attention(unet, flash=True)
     pipeline = Pipeline(model)
     pipeline.unet, pipeline.text_encoder = OwnGraph(pipeline.unet), OwnGraph(pipeline.text_encoder)
     try:
@@ -343,6 +343,6 @@ def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -
         pipeline.free_graphs()
         set_compute_dtype(unet, ms.float32)
         if flash_attention:
-            use_flash_attention(unet, False)
+            set_attention(unet)
         gc.collect()
         give_back_memory()

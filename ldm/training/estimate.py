@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.runtime.launcher import is_scheduler, process_index
+from ldm.runtime.precision import automatic_precision
 from ldm.settings.model import ModelConfig
 from ldm.settings.model_size import (
     LoRASize,
@@ -27,7 +28,7 @@ from ldm.settings.train import TrainSettings
 from ldm.training.checks import check_settings, image_size, read_model_config
 
 GB = 2**30
-FP32 = 4  # bytes
+FP32, BF16 = 4, 2  # bytes
 
 
 class Row(NamedTuple):
@@ -330,6 +331,12 @@ def _added_memory(settings: TrainSettings, config: ModelConfig) -> Iterator[Part
     """Yield what a training's process holds beside the step that was measured, from numbers of parameters."""
     beside = text_parameters(**config.text) + (vae_parameters(**config.vae) if config.vae else 0)
     yield _part(beside, 1, "weights of the autoencoder and the text encoder")
+    if _holds_bf16(settings):
+        # Biases and norms, which keep fp32, are less than 1 % of the others.
+        tables = text_parameters(**{**config.text, "num_layers": 0})  # of tokens and positions, which do too
+        held = unet_parameters(**config.unet) + text_parameters(**config.text) - tables
+        what = f"weights of UNet and text encoder in bf16: {held:,} numbers of {BF16} bytes in place of {FP32}"
+        yield Part(held * (BF16 - FP32) / GB, what)
     trained = unet_parameters(**config.unet)
     if settings.use_lora:
         trained = lora_parameters(settings, config)
@@ -348,6 +355,13 @@ def _added_memory(settings: TrainSettings, config: ModelConfig) -> Iterator[Part
         yield _part(trained, 1, "moving average (use_ema)")
     if settings.gradient_accumulation_steps > 1:
         yield _part(trained, 1, "sums of the gradients (gradient_accumulation_steps)")
+
+
+def _holds_bf16(settings: TrainSettings) -> bool:
+    """Whether the frozen weights are held in bf16 on the CPU."""
+    keeps_fp32 = not (settings.use_lora or settings.trains_token_alone) or settings.mode == 1
+    automatic = automatic_precision("CPU", keeps_fp32) if settings.precision == "auto" else settings.precision
+    return automatic == "bf16"
 
 
 def _part(parameters: int, arrays: int, what: str) -> Part:
@@ -378,6 +392,11 @@ def _is_target(size: LoRASize, target: str) -> bool:
 def _notes_on_settings(settings: TrainSettings) -> Iterator[str]:
     """Yield what the settings change that no figure is known of."""
     missing = []
+    if _holds_bf16(settings):
+        yield (
+            "not measured: training in bf16. The memory is that of fp32 without half of the weights that are held in "
+            "bf16, and the time is that of fp32"
+        )
     if settings.lora_config is not None:
         missing.append("the layers and ranks of lora_config")
     elif settings.use_lora and (settings.lora_targets != ["attention"] or settings.conv_dim is not None):

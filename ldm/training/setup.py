@@ -26,7 +26,7 @@ from ldm.lora.inject import factors_cast_to, inject_lora, set_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.merge import check_compatible
 from ldm.lora.spec import LoRASpec
-from ldm.models.attention import use_flash_attention
+from ldm.models.attention import set_attention
 from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
@@ -99,10 +99,16 @@ def begin(settings: TrainSettings) -> Runtime:
     """Check the settings, which all processes do alike, then set up MindSpore and wait for the other processes."""
     check_settings(settings)
     check_no_earlier_run(settings)
+    trains_base_model = saves_base_model(settings, make_lora_spec(settings))
+    if trains_base_model and settings.precision == "bf16":
+        raise UserError(
+            "precision bf16 holds the base model's weights in bf16, and trainable_model in lora_config trains them: "
+            "use auto or fp32, or leave trainable_model out"
+        )
     set_up_logging(settings.log_level)
     return setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
-        settings.use_parallel,
+        settings.use_parallel, trains_base_model,
     )  # fmt: skip
 
 
@@ -129,7 +135,9 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     sample_prompts = read_sample_prompts(settings, config, settings.zero_terminal_snr)
     base_weights = BaseWeights(base_model(settings), ema=settings.pretrained_model_ema)
     listing = read_listing(settings)
-    load_base = cache(lambda: _load_base_model(settings, config))  # loaded early if it has to draw class images
+    load_base = cache(
+        lambda: _load_base_model(settings, config, runtime)
+    )  # loaded early if it has to draw class images
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
     data, held_out = prepare_data(listing, settings, config, output / "cache" / "images.json")
     settings.check_held_out(held_out is not None)
@@ -179,10 +187,10 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     inputs = Inputs(settings, model, data, order, plan.steps, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
-    saves_base_model = lora_spec.trainable_model or not (settings.use_lora or settings.trains_token_alone)
+    saves_base = saves_base_model(settings, lora_spec)
     step = build_step(
         settings, runtime, model, trainable,
-        flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base_model,
+        flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base,
         rates=rates,
     )  # fmt: skip
     if state is not None:
@@ -206,7 +214,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         )  # fmt: skip
     checkpoints = Checkpoints(
         settings, model,
-        saves_base_model=saves_base_model, resumed_here=resumed_here, start=status.steps_done, shared=shared,
+        saves_base_model=saves_base, resumed_here=resumed_here, start=status.steps_done, shared=shared,
     )  # fmt: skip
     validation = make_validation(
         settings, runtime, model, inputs, held_out, plan, step, checkpoints, status, state
@@ -221,14 +229,32 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     )  # fmt: skip
 
 
-def _load_base_model(settings: TrainSettings, config: ModelConfig) -> StableDiffusion:
+def saves_base_model(settings: TrainSettings, lora_spec: LoRASpec) -> bool:
+    """Whether checkpoints hold the base model's weights, because some of them are trained."""
+    return lora_spec.trainable_model or not (settings.use_lora or settings.trains_token_alone)
+
+
+def _load_base_model(settings: TrainSettings, config: ModelConfig, runtime: Runtime) -> StableDiffusion:
+    """Load the base model. In bf16, weights that are held so are never in memory in fp32."""
     return load_model(
         config,
         base_model(settings),
         vae=settings.vae_ckpt_path,
         ema=settings.pretrained_model_ema,
         random_unet=settings.unet_initialize_random,
+        prepare=(lambda model: _hold_in_bf16(settings, model)) if runtime.bf16 else None,
     )
+
+
+def _hold_in_bf16(settings: TrainSettings, model: StableDiffusion) -> None:
+    """Hold weights in bf16 as generation does, so that samples and class images are the same."""
+    networks = [model.model, model.cond_stage_model]
+    if settings.gradient_checkpointing and settings.trains_text_encoder:
+        # The step computes the text encoder twice. MindSpore copies weights in between, and has no copy of bf16.
+        networks = [model.model]
+    for network in networks:
+        hold_frozen_weights(network, ms.bfloat16)
+    set_attention(model.model, bf16=True)
 
 
 def make_order(settings: TrainSettings, runtime: Runtime, data: TrainingData) -> BatchOrder:
@@ -356,7 +382,7 @@ def build_step(
     """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)
-    use_flash_attention(unet, flash_attention)
+    set_attention(unet, flash_attention, runtime.bf16)
     schedule = NoiseSchedule.from_config(model.config, settings.zero_terminal_snr)
     loss: nn.Cell = DiffusionLoss(unet, schedule, model.config.prediction_type, settings)
     if settings.trains_text_encoder:

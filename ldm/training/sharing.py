@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 _STARTED = "ss_training_started_at"
 _SECONDS = re.compile(r"[0-9]{1,11}(\.[0-9]{1,20})?")
 MOST_CAPTIONS = 100_000  # whose tags are counted: 1 us each, and 20 us where the rows are on disk
+MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}  # in sd-scripts' words
 _HALF_RANGE = (
     float(np.finfo(np.float16).max),
     2.0**-25,
@@ -139,7 +140,7 @@ class SharedFile:
             "max_grad_norm": settings.max_grad_norm if settings.clip_grad else 0.0,  # sd-scripts: 0 is no clipping
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "gradient_checkpointing": settings.gradient_checkpointing,
-            "mixed_precision": "fp16" if self.runtime.fp16 else "no",
+            "mixed_precision": MIXED_PRECISION[self.runtime.precision],
             "full_fp16": False,
             "cache_latents": settings.cache_latents and not self.data.augments,
             "lowram": False,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import random
-import time
+import re
+from dataclasses import replace
 
 import pytest
 
 from ldm.errors import UserError
 from ldm.generation.a1111_text import MAX_CHARACTERS, A1111Text, loras_named, parse, sampler_name, size, write
+from tests.growth import assert_linear, text_maker
 
 # As A1111 1.6 and 1.10 write them.
 OLD = """a (red:1.2) apple, <lora:style:0.8>
@@ -86,6 +89,12 @@ def test_a_text_without_values_is_a_prompt(text):
     assert parse(text) == A1111Text(text)
 
 
+def test_words_of_a_negative_prompt_are_no_values():
+    text = "a cat\nNegative prompt: a: b, c: d, e: f"
+    assert parse(text) == A1111Text("a cat", "a: b, c: d, e: f")
+    assert parse(f"{text}\nSteps: 20 ") == A1111Text("a cat", "a: b, c: d, e: f", {"Steps": "20"})
+
+
 def test_three_values_without_steps_are_values():
     assert parse("a cat\nSampler: Euler, Seed: 1, Size: 8x8").values == {"Sampler": "Euler", "Seed": "1", "Size": "8x8"}
 
@@ -130,34 +139,98 @@ def test_a_text_is_bounded(case):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["Steps: 1" + "," * 190_000, "Steps: 1, " + "a " * 95_000, 'Steps: 1, A: "' + "\\" * 190_000, "\n" * 199_999 + "x",
-     "Steps: 1" + ", a" * 60_000, "Negative prompt:\n" * 11_000, "Steps: 1, " + " " * 190_000, "<lora:" * 33_000],
-)  # fmt: skip
-def test_a_text_of_the_largest_size_takes_a_moment(text):
-    begin = time.process_time()
-    sampler_name(parse(text).values)
-    loras_named(text)
-    assert time.process_time() - begin < 1
+    ("begin", "repeated", "end"),
+    [
+        ("Steps: 1", ",", ""),
+        ("Steps: 1, ", "a ", ""),
+        ('Steps: 1, A: "', "\\", ""),
+        ("", "\n", "x"),
+        ("Steps: 1", ", a", ""),
+        ("", "Negative prompt:\n", ""),
+        ("Steps: 1, ", " ", ""),
+        ("", "<lora:", ""),
+        ("Steps: 1, Sampler: ", "Karras ", ""),
+    ],
+)
+def test_the_work_grows_with_the_characters_alone(begin, repeated, end):
+    def read(text):
+        sampler_name(parse(text).values)
+        loras_named(text)
+
+    assert_linear(read, text_maker(begin, repeated, end), MAX_CHARACTERS // 2)
 
 
-def test_random_texts_raise_nothing_else():
-    rng = random.Random(1)
-    pieces = [
-        "Steps: 20",
-        "Sampler: Euler",
-        ", ",
-        "\n",
-        '"',
-        "\\",
-        ":",
-        "Negative prompt:",
-        "a",
-        "{",
-        "Size: 8x8",
-        "\0",
-    ]
-    for _ in range(2000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(30)))
-        parsed = parse(text)
-        sampler_name(parsed.values), size(parsed.values), loras_named(parsed.prompt)
+PIECES = [
+    "Steps: 20", "Sampler: Euler", "Size: 8x16", ", Size: 8x16, ", "Size: 1234567x8", "Seed: 7", "a", "b: c",
+    ', A: "b, c", ', ', A: " b", ', ', A: "b ", ', ', A: "\\"b\\"", ', ", ", ", ", ",",
+    ":", '"', "\\", "{", "\0", " ", "Negative prompt:", "<lora:x:0.5>", "\r\n", "\n",
+]  # fmt: skip
+RANDOM_TEXTS = 3000
+
+
+def random_texts(seed):
+    """Texts of prompts and values in any order, damaged everywhere."""
+    rng = random.Random(seed)
+    for _ in range(RANDOM_TEXTS):
+        begins = rng.choices(["", "Negative prompt: ", "Steps: 20, ", "Steps: 20"], [4, 2, 2, 1], k=rng.randrange(5))
+        yield "\n".join(begin + "".join(rng.choices(PIECES, k=rng.randrange(8))) for begin in begins)
+
+
+def lines_of(text):
+    """The lines of a text, and which of them begin with the steps."""
+    lines = text.replace("\r\n", "\n").strip().split("\n")
+    return lines, [number for number, line in enumerate(lines) if re.match("Steps: 20(,|$)", line.strip())]
+
+
+def test_random_texts_are_read_as_they_were_written():
+    counts = collections.Counter()
+    for text in random_texts(1):
+        found = parse(text)
+        values = {key: value for key, value in found.values.items() if value}
+        first, last_line = (
+            next(iter(values), "Steps"),
+            f"{found.prompt}\n{found.negative_prompt}".strip().split("\n")[-1],
+        )
+        if (
+            first == "Negative prompt"
+            or first != "Steps"
+            and len(values) < 3
+            or not values.get("Steps", "20").isdigit()
+        ):
+            continue  # the line that is written would not be one of values
+        if not values and last_line.count(":") > 2:
+            continue  # and this one would be
+        counts["values" if values else "prompts"] += 1
+        assert parse(write(found.prompt, found.negative_prompt, values)) == replace(found, values=values, rest="")
+    assert min(counts["values"], counts["prompts"]) > RANDOM_TEXTS / 4
+
+
+def test_every_line_of_a_random_text_is_in_one_part_of_it():
+    count = 0
+    for text in random_texts(2):
+        found, (lines, with_steps) = parse(text), lines_of(text)
+        if not with_steps and (found.values or lines[-1].count(":") > 2):
+            assert found.rest == "" and len(found.values) in (0, *range(3, 20))
+            continue
+        place = with_steps[-1] if with_steps else len(lines)
+        negative = next((n for n in range(place) if lines[n].strip().startswith("Negative prompt:")), place)
+        assert found.prompt == "\n".join(lines[:negative]).strip()
+        assert found.rest == "\n".join(lines[place + 1 :]).strip()
+        of_negative = "\n".join(lines[negative:place]).strip()
+        assert found.negative_prompt == of_negative[len("Negative prompt:") :].strip()
+        assert ("Steps" in found.values) == bool(with_steps)
+        count += bool(with_steps) and negative < place
+    assert count > RANDOM_TEXTS / 10
+
+
+def test_of_a_random_text_a_size_and_loras_are_those_that_stand_there():
+    sizes = loras = 0
+    for text in random_texts(3):
+        found = parse(text)
+        sides = size(found.values)
+        assert (sides == (8, 16)) == (found.values.get("Size") == "8x16") and (sides is None or sides == (8, 16))
+        assert loras_named(found.prompt) == ["<lora:x:0.5>"] * found.prompt.count("<lora:x:0.5>")
+        sampler, schedule = sampler_name(found.values)
+        assert schedule == "" and sampler == found.values.get("Sampler", "").strip()
+        sizes, loras = sizes + (sides is not None), loras + ("<lora:x:0.5>" in found.prompt)
+    assert min(sizes, loras) > RANDOM_TEXTS / 100

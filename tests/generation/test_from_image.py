@@ -124,8 +124,8 @@ def test_a_sampler_and_a_schedule_that_are_not_known_are_listed(tmp_path):
         ({}, {}, 4),
         ({"H": 512, "W": 512, "batch_size": 8}, {}, 8),
         ({"H": 512, "W": 512, "batch_size": 9}, {}, None),
-        ({"H": 8192, "W": 8192, "batch_size": 10_000}, {}, None),
-        ({"H": 8192, "W": 8192, "batch_size": 1}, {}, 1),
+        ({"H": 8192, "W": 8192, "batch_size": 10_000}, {"H": 8192, "W": 8192}, None),
+        ({"H": 8192, "W": 8192, "batch_size": 1}, {"H": 8192, "W": 8192}, 1),
         ({"H": 512, "W": 512, "batch_size": 2, "hires_scale": 2.0}, {}, 2),
         ({"H": 512, "W": 512, "batch_size": 3, "hires_scale": 2.0}, {}, None),
         ({"H": 64, "W": 64, "batch_size": 9}, {"H": 4096, "W": 4096}, None),
@@ -144,6 +144,62 @@ def test_an_image_asks_for_no_larger_batch_than_the_default(tmp_path, changed, g
     found = differences(read_recipe(path), GenerateSettings(prompt="a"), fields)
     assert found == [f"batch_size 33 (the image: {settings['batch_size']}), too many to be taken from an image: "
                      "--batch_size takes them"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "given", "flags"),
+    [
+        ({"H": 1024, "W": 2048}, {}, None),
+        ({"H": 1032, "W": 2048}, {}, "--W 2048 --H 1032"),
+        ({"H": 8192, "W": 8192}, {}, "--W 8192 --H 8192"),
+        ({"H": 8192, "W": 8192}, {"W": 256}, None),
+        ({"H": 8192, "W": 8192}, {"W": 512}, "--H 8192"),
+        ({"H": 8192, "W": 8192}, {"W": 8192, "H": 8192}, None),
+        ({"H": 512, "W": 512}, {"W": 8192, "H": 8192}, None),
+        ({"H": 512, "W": 512, "hires_scale": 2.0}, {}, None),
+        ({"H": 512, "W": 512, "hires_scale": 4.0}, {}, "--W 512 --H 512 --hires_scale 4.0"),
+        ({"H": 512, "W": 512, "hires_scale": 16.0}, {"hires_scale": 2.0}, None),
+        ({"H": 512, "W": 512, "hires_scale": 16.0}, {"H": 512, "W": 512}, "--hires_scale 16.0"),
+        ({"H": 512, "W": 512}, {"hires_scale": 4.0}, "--W 512 --H 512"),
+        ({"H": None, "W": None, "hires_scale": 16.0}, {}, "--hires_scale 16.0"),
+        ({"H": None, "W": None}, {"hires_scale": 16.0}, None),
+    ],
+)
+def test_an_image_asks_for_no_larger_size_than_a_default_call_takes(tmp_path, changed, given, flags):
+    settings = {name: value for name, value in {**SETTINGS, **changed}.items() if value is not None}
+    given = {"from_image": image(tmp_path, own(settings=settings)), **given}
+    if flags is None:
+        complete_from_image(given)
+        return
+    with pytest.raises(UserError, match=f"a.png names a size of .* pixels, and more than 2,097,152.*: add {flags} to"):
+        complete_from_image(given)
+
+
+def test_the_size_of_a_foreign_image_is_bounded_as_that_of_an_own_one(tmp_path):
+    text = "a\nSteps: 20, Sampler: Euler, Size: 8192x8192"
+    with pytest.raises(UserError, match="names a size of 8192 x 8192 pixels.*--W 8192 --H 8192"):
+        complete_from_image({"from_image": image(tmp_path, {"parameters": text})})
+    text = "a\nSteps: 20, Size: 512x512, Denoising strength: 0.5, Hires upscale: 8, Hires upscaler: Latent"
+    with pytest.raises(UserError, match="names a size of 4096 x 4096 pixels.*--hires_scale 8.0"):
+        complete_from_image({"from_image": image(tmp_path, {"parameters": text})})
+
+
+def test_the_model_yaml_of_an_image_is_asked_for(tmp_path):
+    fields = own(model_config="mine.yaml", model_config_sha256="1" * 64)
+    path = image(tmp_path, fields)
+    with pytest.raises(UserError, match="was made with the model YAML mine.yaml: give its path as --config"):
+        complete_from_image({"from_image": path})
+    assert complete_from_image({"from_image": path, "config": "other.yaml"})["version"] == "nano"
+    # With another model it is not needed, and the report says that it is missing.
+    for given in ({"version": "1.5"}, {"ckpt_path": "x"}):
+        assert "config" not in complete_from_image({"from_image": path, **given})
+    found = differences(read_recipe(path), GenerateSettings(prompt="a"), own(model_config="nano.yaml"))
+    assert found == [
+        "model_config nano.yaml (the image: mine.yaml)",
+        f"model_config_sha256 None (the image: {'1' * 64}): its model YAML mine.yaml is given as --config",
+    ]
+    (other,) = differences(read_recipe(path), GenerateSettings(prompt="a"), {**fields, "model_config_sha256": "2" * 64})
+    assert "--config" not in other
 
 
 def test_loras_are_found_by_their_hashes_in_any_order(tmp_path):

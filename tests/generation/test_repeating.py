@@ -90,7 +90,7 @@ def test_other_programs_find_the_settings_in_an_image(run):
     }  # fmt: skip
 
 
-def test_a_killed_run_ends_as_one_that_was_not_killed(run, flags, tmp_path, monkeypatch):
+def test_a_killed_run_ends_as_one_that_was_not_killed(run, flags, tmp_path, monkeypatch, caplog):
     """It is killed with one image of the second batch, which is made again as a whole."""
     arguments = [*flags, f"--output_path={tmp_path}"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=300)
@@ -108,6 +108,8 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(run, flags, tmp_path, monk
     assert files_in(tmp_path) == files_in(run)
     main([*arguments, "--resume=True"])
     assert generated == [2, 1] and files_in(tmp_path) == files_in(run)
+    assert "resume: 5 images are there, 0 of 3 batches are made" in caplog.text
+    assert "nothing to do" not in caplog.text  # which is said of processes that get no batch
 
     damaged = tmp_path / "samples" / "00004.png"
     damaged.write_bytes(damaged.read_bytes()[:-60])

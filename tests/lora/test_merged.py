@@ -11,7 +11,9 @@ from ldm.lora.merge import Update, add_updates, merge_lora
 from ldm.lora.merged import MergedLoRA, MergedLoRAs, SamplingRange
 from ldm.lora.strength import Strength
 from ldm.lora.updates import IA3, OFT, DoRA, Full, LoRALayer
+from ldm.models.layers import hold_frozen_weights
 from ldm.settings.block_weights import BlockWeights
+from ldm.weights.arrays import to_bfloat16
 from tests.lora.helpers import CONV, TEXT, TO_K, TO_Q, Fresh, assert_unchanged, normal, weights_of
 
 TEXT_Q = f"{TEXT}q_proj"
@@ -86,6 +88,34 @@ def test_the_weights_are_those_of_a_fresh_start_whatever_was_merged_before(small
         for name in base:
             assert switched[name].tobytes() == fresh[name].tobytes(), (name, strengths)
             small_net.parameters_dict()[name].set_data(Tensor(switched[name]))
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_in_bf16_each_sum_is_rounded_once_and_the_base_comes_back_bit_for_bit(small_net, loras, with_file):
+    base = weights_of(small_net)
+    hold_frozen_weights(small_net, ms.bfloat16)
+    held = weights_of(small_net)
+    start = base if with_file else {name: array.astype(np.float32) for name, array in held.items()}
+    merged = MergedLoRAs(small_net, file_of(base)[0] if with_file else None)
+    for strengths in SWITCHES:
+        merged.set(chosen(loras, **strengths))
+        found = weights_of(small_net)
+        updates = {}
+        for name, strength in strengths.items():
+            strength = Strength.from_value(strength)
+            for weight, update in loras[name].updates().items():
+                if strength.of_layer(weight):
+                    updates.setdefault(weight, []).append(Update(update, strength.of_layer(weight), name))
+        for name, array in found.items():
+            if name not in updates:
+                assert array.tobytes() == held[name].tobytes(), (name, strengths)
+            else:
+                assert array.tobytes() == to_bfloat16(add_updates(start[name], updates[name], np.float32)).tobytes()
+    assert not merged._updates and found[f"{TO_Q}.weight"].dtype.name == "bfloat16"
+    merge_lora(small_net, loras["both"], 0.5)  # without the base's files: the sum with the rounded weight
+    update = [Update(loras["both"].layers[TO_K], 0.5, "")]
+    expected = to_bfloat16(add_updates(held[f"{TO_K}.weight"].astype(np.float32), update, np.float32))
+    assert small_net.parameters_dict()[f"{TO_K}.weight"].asnumpy().tobytes() == expected.tobytes()
 
 
 def test_the_order_of_two_loras_is_that_of_the_sums(small_net):

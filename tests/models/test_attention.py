@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.models.attention import CrossAttention, LinearSpatialTransformer, SpatialTransformer, use_flash_attention
+from ldm.models.attention import CrossAttention, LinearSpatialTransformer, SpatialTransformer, set_attention
 from ldm.ops.ascend import FlashAttention
 
 
@@ -16,9 +16,9 @@ def test_flash_attention_goes_into_the_unet_and_out_again(tiny_model):
 
     layers = [cell for _, cell in tiny_model.cells_and_names() if isinstance(cell, CrossAttention)]
     before = kinds()
-    assert use_flash_attention(tiny_model, True) == len(layers) > 0
+    assert set_attention(tiny_model, flash=True) == len(layers) > 0
     assert kinds() == {FlashAttention}
-    use_flash_attention(tiny_model, False)
+    set_attention(tiny_model)
     assert kinds() == before
 
 

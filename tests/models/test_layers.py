@@ -18,6 +18,7 @@ from ldm.models.layers import (
     set_compute_dtype,
 )
 from ldm.ops import RepeatedCell, graph, silu, upsample2x
+from ldm.weights.arrays import to_bfloat16, widen
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -187,6 +188,44 @@ class TestHoldFrozenWeights:
         assert hold_frozen_weights(block, ms.float16) == 4
         held = {parameter.name for parameter in block.get_parameters() if parameter.dtype == ms.float16}
         assert held == {"conv.weight", "conv.bias", "linear.weight", "linear.bias"}
+
+    def test_in_bf16_weights_alone_are_held_and_layers_go_on_in_fp32(self):
+        np.random.seed(3)
+        block, held = Block(), Block()
+        x = Tensor(normal(2, 4, 5, 5, seed=4))
+        set_compute_dtype(held, ms.bfloat16)
+        assert held.linear.dtype == ms.float32
+        weights = {name: getattr(block, name).weight.asnumpy() for name in ("conv", "linear")}
+        for name, weight in weights.items():
+            getattr(held, name).weight.set_data(Tensor(weight))
+        for name in ("trained", "norm"):
+            getattr(held, name).weight.set_data(getattr(block, name).weight)
+        for name in ("conv", "trained", "linear"):
+            getattr(held, name).bias.set_data(getattr(block, name).bias)
+        assert hold_frozen_weights(held, ms.bfloat16) == 2
+        assert {p.name for p in held.get_parameters() if p.dtype == ms.bfloat16} == {"conv.weight", "linear.weight"}
+        for name, weight in weights.items():
+            rounded = widen(to_bfloat16(weight))
+            assert (rounded != weight).any()
+            getattr(block, name).weight.set_data(Tensor(rounded))
+            np.testing.assert_array_equal(getattr(held, name).weight.float().asnumpy(), rounded)
+        found, expected = held(x), block(x).asnumpy()
+        assert found.dtype == ms.float32
+        # The factors of a product may be rounded to 8 bits, in a chain of three products and two norms.
+        np.testing.assert_allclose(found.asnumpy(), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
+
+    def test_bf16_takes_the_operators_for_it_where_the_weight_is_held_and_only_there(self, monkeypatch):
+        made = []
+        monkeypatch.setattr(layers, "linear", lambda *given, **more: made.append(("linear", given, more)))
+        monkeypatch.setattr(layers, "conv2d", lambda *given, **more: made.append(("conv2d", given, more)))
+        block = Block()
+        made.clear()
+        block.linear.keeps_fp32 = True
+        assert hold_frozen_weights(block, ms.bfloat16) == 1
+        assert made == [("conv2d", (6, 3, 1, 1, True), {"bf16_weight": True})]
+        block.linear.keeps_fp32 = False
+        assert hold_frozen_weights(block, ms.bfloat16) == 1
+        assert made[-1] == ("linear", (True,), {"bf16_weight": True}) and block.trained.weight.dtype == ms.float32
 
     def test_norms_are_held_where_the_kernel_takes_one_type(self, block, monkeypatch):
         monkeypatch.setattr(layers, "on_ascend", lambda: True)

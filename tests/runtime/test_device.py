@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -59,6 +60,42 @@ def test_without_an_ascend_the_cpu_computes_in_fp32_and_graph_mode(no_ascend):
 
 def test_fp16_can_be_asked_for_on_the_cpu():
     assert setup_runtime("CPU", precision="fp16").fp16
+    setup_runtime("CPU")
+
+
+def test_bf16_is_of_the_cpu(monkeypatch):
+    runtime = setup_runtime("CPU", precision="bf16")
+    assert (runtime.precision, runtime.bf16, runtime.fp16) == ("bf16", True, False)
+    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: True)
+    assert device.describe_runtime(runtime, False) == "device: CPU, bf16"
+    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: False)
+    assert "this processor does not multiply: it saves memory, but no time" in device.describe_runtime(runtime, False)
+    fp32 = setup_runtime("CPU")
+    assert (fp32.precision, fp32.bf16, fp32.with_compute_dtype(ms.bfloat16).precision) == ("fp32", False, "bf16")
+    on_ascend = dataclasses.replace(fp32, device="Ascend")
+    for refused in (
+        lambda: setup_runtime("Ascend", precision="bf16"),
+        lambda: on_ascend.with_compute_dtype(ms.bfloat16),
+    ):
+        with pytest.raises(
+            UserError, match=r"bf16 is for the CPU: on Ascend use --precision fp16 \(or auto\), or fp32"
+        ):
+            refused()
+
+
+def test_bf16_is_of_graph_mode():
+    with pytest.raises(UserError, match=r"bf16 is for graph mode: leave out mode 1 .*, or use --precision fp32"):
+        setup_runtime("CPU", mode=device.PYNATIVE, precision="bf16")
+
+
+def test_auto_is_what_automatic_precision_says_of_the_device_and_the_training(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "bf16")
+    assert setup_runtime("CPU").bf16 and setup_runtime("CPU", trains_base_model=True).bf16
+    monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "fp32")
+    setup_runtime("CPU", mode=device.PYNATIVE)
+    assert asked == [("CPU", False), ("CPU", True), ("CPU", True)]
+    monkeypatch.undo()
     setup_runtime("CPU")
 
 

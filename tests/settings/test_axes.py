@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ldm.errors import UserError
-from ldm.settings.axes import parse_axis
+from ldm.settings.axes import parse_axis, without_folders
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.values import settings_of
 
@@ -40,6 +40,26 @@ def test_values_have_the_type_of_their_setting(text, name, values):
 
 def test_folders_do_not_stand_on_the_sheet():
     assert axis("lora_ckpt_path=/home/me/a.ckpt:0.7,b.ckpt").labels == ["a.ckpt:0.7", "b.ckpt"]
+    assert axis("lora_ckpt_path=/home/me/a/,/home/me/b//:0.7").labels == ["a", "b:0.7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "recorded"),
+    [
+        ("lora_ckpt_path=/home/me/a.ckpt:0.7,b.ckpt", "lora_ckpt_path=a.ckpt:0.7,b.ckpt"),
+        ('--lora-ckpt-path = "/home/me/a, b.ckpt"', 'lora_ckpt_path="a, b.ckpt"'),
+        ("ckpt_path=/home/me/x/y.safetensors", "ckpt_path=y.safetensors"),
+        ("config=~/x.yaml", "config=x.yaml"),
+        ("vae_ckpt_path=none,../vae.ckpt", "vae_ckpt_path=none,vae.ckpt"),
+        ("seed=1, 2", "seed=1, 2"),
+        ("prompt=/home/me,a", "prompt=/home/me,a"),
+        ("prompt_sr=/home/me,a", "prompt_sr=/home/me,a"),
+    ],
+)
+def test_folders_do_not_stand_in_the_record_of_a_run(text, recorded):
+    assert without_folders(text, "grid_x", SETTINGS) == recorded
+    for name in ("grid_x", "grid_y"):
+        assert GenerateSettings(prompt="a", **{name: text}).of_images()[name] == recorded
 
 
 @pytest.mark.parametrize(

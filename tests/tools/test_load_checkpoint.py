@@ -25,11 +25,17 @@ def test_every_format_is_loaded_and_converted_and_gets_a_row(tmp_path, monkeypat
     monkeypatch.setattr(load_checkpoint, "in_a_process", here)
     monkeypatch.setattr(sys, "argv", ["load_checkpoint", "--model_config", str(TINY), "--folder", str(tmp_path)])
     load_checkpoint.main()
-    assert [kind for kind, _ in done] == ["load", "convert"] * 3 + ["load"]
-    assert done[5][1] == ["folder", "half.safetensors", "fp16"]
+    assert [kind for kind, _ in done] == ["load", "load", "convert"] + ["load", "convert"] * 2 + ["load", "load"]
+    assert done[1][1] == ["tiny.yaml", "base.safetensors", "bf16"]
+    assert done[6][1] == ["folder", "half.safetensors", "fp16"]
     printed = capsys.readouterr().out
     assert "tiny.yaml: 0.01 GB of weights in fp32" in printed
-    for row in ("load base.safetensors", "convert mindone.ckpt to folder", "convert folder to half.safetensors, fp16"):
+    for row in (
+        "load half.safetensors for bf16",
+        "load base.safetensors",
+        "convert mindone.ckpt to folder",
+        "convert folder to half.safetensors, fp16",
+    ):
         assert f"| {row} | " in printed
     assert not list(tmp_path.iterdir())
 
@@ -69,6 +75,11 @@ def test_loading_takes_no_more_than_1_25_times_the_weights(larger):
     # The lower bound shows that memory was measured. Some weights use memory that the imports have freed.
     assert found["weights"] * 0.8 < found["RssAnon"] < found["weights"] * 1.25
     assert found["VmRSS"] < found["weights"] * 1.25
+
+
+def test_loading_for_bf16_never_holds_all_weights_in_fp32(larger):
+    found = load_checkpoint.in_a_process("load", str(larger), str(larger.with_suffix(".safetensors")), "bf16")
+    assert found["RssAnon"] < found["weights"] * 0.85  # of the weights in fp32
 
 
 def test_converting_takes_a_fraction_of_the_weights(larger):

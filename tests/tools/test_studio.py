@@ -701,6 +701,51 @@ def test_settings_that_cannot_be_read_hide_no_other_run(ask, folder):
     assert ask("GET", "/api/runs/broken")[0] == 200
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "run.json", "ckpt", "samples", "train.yaml", "."])
+def test_a_run_that_cannot_be_read_is_listed_with_its_error_beside_the_others(ask, folder, unprivileged, name):
+    broken = folder / "out" / "training" / "broken"
+    for part in ("ckpt", "samples"):
+        (broken / part).mkdir(parents=True)
+    for part in ("train.yaml", "metrics.csv", "run.json"):
+        (broken / part).write_text("{}")
+    (broken / name).chmod(0)
+    status, answer = ask("GET", "/api/runs")
+    runs = {run["name"]: run for run in answer}
+    assert status == 200 and list(runs["broken"]) == list(runs["run"]) and runs["run"]["error"] == ""
+    assert name in ("run.json", "samples") or re.search(rf"broken.*{re.escape(name)}", runs["broken"]["error"])
+    status, details = ask("GET", "/api/runs/broken")
+    (broken / name).chmod(0o700)
+    assert status == (400 if name == "." else 200)
+    if name == "samples":  # which the list does not read
+        assert "broken/samples" in details["error"] and runs["broken"]["error"] == ""
+    else:
+        assert details["error"] == runs["broken"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", b"step,loss\n1,0.5\n\xff\0,\n2,0.25\n" + b"\0" * 4096),
+        ("metrics.csv", b"\x89PNG\r\n"),
+        ("metrics.csv", b"step,loss\n" + b"9" * 500 + b",1e999\n2,0.25\n"),
+        ("train.yaml", b"max_steps: .nan\n"),
+        ("train.yaml", b"max_steps: [1]\n"),
+        ("run.json", b"[" * 5000),
+        ("console.txt", b"\xff" * 9000),
+    ],
+)
+def test_a_damaged_file_of_a_run_hides_no_other_run(ask, folder, name, content):
+    broken = folder / "out" / "training" / "broken"
+    broken.mkdir()
+    (broken / "train.yaml").write_text("max_steps: 8\n")
+    (broken / name).write_bytes(content)
+    status, answer = ask("GET", "/api/runs")
+    runs = {run["name"]: run for run in answer}
+    assert status == 200 and set(runs) == {"run", "broken"} and runs["broken"]["total"] in (8, None)
+    assert runs["broken"]["step"] == (2 if b"2,0.25" in content else 0)
+    assert ask("GET", "/api/runs/broken")[0] == 200
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

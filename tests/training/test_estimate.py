@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 
+import mindspore as ms
 import pytest
 
 from ldm.errors import UserError
+from ldm.generation.loading import set_up_sampling
 from ldm.lora.inject import inject_lora
 from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
@@ -299,6 +301,17 @@ def test_what_was_not_measured_gets_no_figure(model, settings, words):
     lines = report(found, settings, 1.0, 2)
     assert line_with(lines, f"not measured: {words}")
     assert not any(re.search(r"\d GB|\d s\b", line) for line in lines)
+
+
+def test_bf16_takes_half_of_the_held_weights_off_and_says_that_it_was_not_measured():
+    found, in_fp32 = estimated("nano", precision="bf16"), estimated("nano")
+    network = build_model(CONFIGS["nano"], random=False)
+    set_up_sampling(network, ms.bfloat16, False)
+    held = sum(p.size for p in network.get_parameters() if p.dtype == ms.bfloat16)
+    assert in_fp32.memory_gb - found.memory_gb == pytest.approx(2 * held / GB, rel=1e-2)
+    assert found.seconds == in_fp32.seconds
+    assert any("not measured: training in bf16" in note for note in found.notes)
+    assert not any("bf16" in note for note in in_fp32.notes)
 
 
 def test_a_unet_of_other_sizes_gets_no_figure():

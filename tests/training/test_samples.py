@@ -154,11 +154,12 @@ def test_a_whole_unet_draws_its_moving_average(settings, full_run, saved_run, tm
     assert np.array_equal(pixels(saved_run / "samples" / "prompt-01" / f"step-{STEPS:08d}.png"), expected)
 
 
-def test_in_fp16_the_sample_is_that_of_text_to_image_and_the_weights_are_as_before(
-    settings, micro_base_model, tmp_path
+@pytest.mark.parametrize(("precision", "held"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_with_rounded_weights_the_sample_is_that_of_text_to_image_and_the_weights_are_as_before(
+    settings, micro_base_model, tmp_path, precision, held
 ):
-    # The UNet holds rounded weights here, and the text encoder computes in another type than in the training.
-    recipe = {**LORA, "lora_ft_text_encoder": False, "precision": "fp16"}
+    # In fp16, the text encoder computes in another type than in the training.
+    recipe = {**LORA, "lora_ft_text_encoder": False, "precision": precision}
     run = prepare(settings(tmp_path / "run", **recipe, sample_prompts=PROMPTS[0]))
     rng = np.random.default_rng(0)
     state = run.step.state()
@@ -168,10 +169,10 @@ def test_in_fp16_the_sample_is_that_of_text_to_image_and_the_weights_are_as_befo
     for parameter in run.model.get_parameters():
         assert parameter.asnumpy().dtype == before[parameter.name].dtype
         assert np.array_equal(parameter.asnumpy(), before[parameter.name]), parameter.name
-    assert np.float16 in {array.dtype.type for array in before.values()}
+    assert held in {array.dtype.name for array in before.values()}
     mindone.write(tmp_path / "lora.ckpt", run.checkpoints.lora(run.step.state()))
     lora = [str(tmp_path / "lora.ckpt")]
-    expected = drawn(micro_base_model, tmp_path / "out", FLAGS[0], lora_ckpt_path=lora, precision="fp16")
+    expected = drawn(micro_base_model, tmp_path / "out", FLAGS[0], lora_ckpt_path=lora, precision=precision)
     assert np.array_equal(pixels(run.output / "samples" / "prompt-01" / "step-00000000.png"), expected)
 
 

@@ -94,20 +94,20 @@ def write_random(config_path: str, target: Path) -> None:
     write_checkpoint(target, Random(), {"architecture": config.architecture, "prediction_type": config.prediction_type})
 
 
-def measure_load(config_path: str, source: str) -> dict[str, float]:
+def measure_load(config_path: str, source: str, precision: str = "fp32") -> dict[str, float]:
     """Measure what both scripts do first: build the networks and load a checkpoint into them."""
-    from ldm.models.stable_diffusion import build_model
+    from ldm.generation.loading import load_model, set_up_sampling
+    from ldm.runtime.device import setup_runtime
     from ldm.settings.model import load_model_config
-    from ldm.weights.load import load_base_model
 
     config = load_model_config(config_path)
+    dtype = setup_runtime("CPU", precision=precision).compute_dtype
     models = []
 
     def work() -> None:
-        models.append(build_model(config, random=False))
-        load_base_model(models[0], source)
+        models.append(load_model(config, source, prepare=lambda model: set_up_sampling(model, dtype, False)))
 
-    return {**measured(work), "weights": sum(p.nbytes for p in models[0].get_parameters())}
+    return {**measured(work), "weights": sum(4.0 * p.size for p in models[0].get_parameters())}
 
 
 def measure_convert(source: str, target: str, dtype: str) -> dict[str, float]:
@@ -161,6 +161,9 @@ def main() -> None:
             (half, None, ""),
         ):
             rows.append((f"load {source.name}", in_a_process("load", args.model_config, str(source))))
+            if source in (base, half):
+                measured_in_bf16 = in_a_process("load", args.model_config, str(source), "bf16")
+                rows.append((f"load {source.name} for bf16", measured_in_bf16))
             if target is not None:
                 what = f"convert {source.name} to {target.name}{', fp16' if dtype == 'fp16' else ''}"
                 rows.append((what, in_a_process("convert", str(source), str(target), dtype)))

@@ -155,7 +155,7 @@ class Studio:
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the trainings, the newest first."""
-        return [self.trainings.summary(name) for name in self.trainings.names()]
+        return self.trainings.summaries()
 
     def run(self, name: str) -> dict[str, Any]:
         """Return a training with its curves and strips, its files by the page's names."""

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,30 +133,43 @@ class Trainings:
             return []
         except OSError as error:
             raise system_error(error) from None
-        return [
-            name for _, name in sorted(found, reverse=True)[:MAX_RUNS] if is_file(self.folder / name / "train.yaml")
-        ]
+        return [name for _, name in sorted(found, reverse=True)[:MAX_RUNS] if _may_be_run(self.folder / name)]
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Return the summaries of all runs, the newest first. A run that cannot be read hides no other one."""
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.summary(name))
+            except UserError as fault:
+                found.append(_summary(name, "stopped", str(fault)))
+        return found
 
     def summary(self, name: str) -> dict[str, Any]:
-        """Return how far a run is, as JSON. If its settings cannot be read, "error" says why."""
+        """Return how far a run is, as JSON. If a file of it cannot be read, "error" says why."""
         folder = self._existing(name)
-        steps = _metrics(folder).get("step", np.zeros(0))
         state = self._state(name, read_facts(folder))
-        error = self._last_error(folder) if state == "failed" else ""
-        can_resume = state not in ("running", "finished") and bool(find_states(folder / "ckpt"))
-        try:
-            settings = read_yaml(folder / "train.yaml")
-        except UserError as fault:  # the others are listed all the same
-            settings, error, can_resume = None, str(fault), False
-        return {
-            "name": name, "state": state, "step": int(steps[-1]) if len(steps) else 0, "error": error,
-            "total": settings.get("max_steps") if isinstance(settings, dict) else None,
-            "can_resume": can_resume,
-        }  # fmt: skip
+        faults: list[str] = []
+        settings = _read(lambda: read_yaml(folder / "train.yaml"), None, faults)
+        states = _read(lambda: find_states(folder / "ckpt"), [], faults)
+        can_resume = state not in ("running", "finished") and bool(states) and settings is not None
+        steps = _read(lambda: _metrics(folder), {}, faults).get("step", np.zeros(0))
+        total = settings.get("max_steps") if isinstance(settings, dict) else None
+        return _summary(
+            name,
+            state,
+            faults[0] if faults else self._last_error(folder) if state == "failed" else "",
+            step=int(steps[-1]) if len(steps) else 0,
+            total=total if isinstance(total, int) else None,
+            can_resume=can_resume,
+        )
 
     def details(self, name: str) -> dict[str, Any]:
         """Return the summary of a run with its curves, strips and files. Files are relative to the folder of runs."""
         folder = self._existing(name)
+        summary = self.summary(name)
+        faults = [summary["error"]] if summary["error"] else []
+        metrics = _read(lambda: _metrics(folder), {}, faults)
         strips = [
             {
                 "prompt": strip.prompt,
@@ -164,16 +178,18 @@ class Trainings:
                     for frame in _evenly(strip.frames, MAX_FRAMES)
                 ],
             }
-            for strip in read_strips(folder / "samples")
+            for strip in _read(lambda: read_strips(folder / "samples"), [], faults)
         ]
-        results = [folder / "ckpt" / link for link in LINKS]
+        links = [folder / "ckpt" / link for link in LINKS]
+        results = _read(lambda: [path for path in links if is_file(path)], [], faults)
         return {
-            **self.summary(name),
-            "curve": _curve(_metrics(folder)),
+            **summary,
+            "error": faults[0] if faults else "",
+            "curve": _curve(metrics),
             "strips": strips,
             "console": _console(folder),
             "report": f"{name}/report.html" if is_file(folder / "report.html") else None,
-            "files": [path.relative_to(self.folder).as_posix() for path in results if is_file(path)],
+            "files": [path.relative_to(self.folder).as_posix() for path in results],
         }
 
     def _settings(self, recipe: Recipe, folder: Path, data: Path, values: object) -> TrainSettings:
@@ -258,6 +274,28 @@ def _read_recipes(folder: Path, model_config: str) -> list[Recipe]:
             name = path.stem.replace("train_config_", "")
             recipes.append(Recipe(name, path, {key: values[key] for key in TRAIN_NAMES if key in values}))
     return recipes
+
+
+def _may_be_run(folder: Path) -> bool:
+    try:
+        return is_file(folder / "train.yaml")
+    except UserError:  # it may not be looked at, which its summary says
+        return True
+
+
+def _summary(
+    name: str, state: str, error: str, step: int = 0, total: int | None = None, can_resume: bool = False
+) -> dict[str, Any]:
+    return {"name": name, "state": state, "step": step, "error": error, "total": total, "can_resume": can_resume}
+
+
+def _read(read: Callable[[], Any], empty: Any, faults: list[str]) -> Any:
+    """Return what `read` returns, or `empty` if a file cannot be read, which is added to the faults."""
+    try:
+        return read()
+    except UserError as fault:
+        faults.append(str(fault))
+        return empty
 
 
 def _metrics(folder: Path) -> dict[str, np.ndarray]:

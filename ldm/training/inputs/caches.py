@@ -19,7 +19,7 @@ def network_hash(net: nn.Cell, description: object) -> str:
     digest = hashlib.sha256(repr(description).encode())
     for parameter in net.get_parameters():
         digest.update(parameter.name.encode() + repr(parameter.shape).encode())
-        digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
+        digest.update(np.ascontiguousarray(parameter.asnumpy()).view(np.uint8).data)  # bf16 has no buffer
     return digest.hexdigest()
 
 
