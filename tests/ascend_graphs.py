@@ -37,7 +37,8 @@ from ldm.textual_inversion.embedding import Embedding  # noqa: E402
 from ldm.textual_inversion.inject import NAME as LEARNED_ROWS  # noqa: E402
 from ldm.textual_inversion.inject import put_embeddings  # noqa: E402
 from ldm.training import optimizers  # noqa: E402
-from ldm.training.step import LossFromTokens, TrainStep  # noqa: E402
+from ldm.training.step import TrainStep  # noqa: E402
+from ldm.training.step_graphs import LossFromTokens  # noqa: E402
 from ldm.training.weight_norms import NormLimit  # noqa: E402
 from tests.training.toy import Product  # noqa: E402
 

@@ -52,7 +52,8 @@ from ldm.training.sample_prompts import read_sample_prompts
 from ldm.training.samples import Samples
 from ldm.training.sharing import SharedFile, first_start
 from ldm.training.status import Status
-from ldm.training.step import LossFromTokens, TrainStep, state_shapes
+from ldm.training.step import TrainStep, state_shapes
+from ldm.training.step_graphs import LossFromTokens
 from ldm.training.validation import Validation, make_validation
 from ldm.training.weight_norms import norm_limit
 from ldm.weights.base_weights import BaseWeights

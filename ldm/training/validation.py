@@ -1,181 +1,44 @@
-"""The validation loss: that of images which are not trained, at fixed time steps and with fixed noise.
+"""The validation loss of a run: when it is computed, with which weights, by which process, and which step is the best.
 
-The loss of an image is the mean squared error of the network's prediction, without anything that a training may do with
-it: no weights of time steps, no other error than the square, no offset of the noise, no masks, no class images, neither
-dropout nor augmentation, and the caption with all its tags. As many training images are measured in the same way. The
-difference between the two is then due to the images alone, and grows when a training begins to learn them by heart.
-
-Noise, latents' posterior and captions are functions of the seed, the time step and the row of an image, so the loss of
-an image depends on the weights alone, whatever other images and time steps are measured.
+`validation_loss` computes it for images. `validation_results` has its file and compares what was measured.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor
 from tqdm import tqdm
 
 from ldm.data.content import content_key
-from ldm.data.draws import draws
 from ldm.data.training_data import TrainingData
-from ldm.diffusion.loss import DiffusionLoss
-from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.files.inputs import is_there, read_bytes
-from ldm.files.paths import writing
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.ops import RepeatedCell
 from ldm.runtime import peers
-from ldm.runtime.batches import fill_batch
 from ldm.runtime.device import Runtime, failed_allocations_as
 from ldm.settings.train import TrainSettings
 from ldm.training.best_checkpoint import BestCheckpoint
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.checks import trained_timesteps
-from ldm.training.inputs import Inputs, sample_latents
+from ldm.training.inputs import Inputs
 from ldm.training.metrics_file import StepRows
-from ldm.training.own_files import free_name, make_room
 from ldm.training.plan import RunPlan, completes_interval
 from ldm.training.status import Status
-from ldm.training.step import LossFromTokens, TrainStep
+from ldm.training.step import TrainStep
 from ldm.training.training_state import TrainingState
+from ldm.training.validation_loss import MeasuredImages, RowLosses, choose_rows
+from ldm.training.validation_results import Measured, log_summary, open_validation_file
 
 logger = logging.getLogger(__name__)
-
-FILE = "validation.csv"
-# Student's t: a mean is this many standard errors from 0 by chance in 5 of 100 cases, for 1, 2, ... degrees of freedom.
-_STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-
-
-class RowLosses(RepeatedCell):
-    """Loss (N,) float32 of each row of a batch, as a graph of its own that shares the networks' weights.
-
-    LoRA's dropout drops nothing here, because its key is zero between steps (ldm.lora.dropout).
-
-    Args:
-        model: The networks, in the precision that TrainStep runs them in.
-        settings: Those of the run.
-    """
-
-    def __init__(self, model: StableDiffusion, settings: TrainSettings):
-        super().__init__(auto_prefix=False)
-        schedule = NoiseSchedule.from_config(model.config, settings.zero_terminal_snr)
-        unet = model.model.diffusion_model
-        self.loss: nn.Cell = DiffusionLoss(unet, schedule, model.config.prediction_type, of_rows=True)
-        if settings.trains_text_encoder:
-            self.loss = LossFromTokens(self.loss, model.cond_stage_model)
-
-    def construct(self, latents: Tensor, noise: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
-        """Latents and noise (N, C, h, w), timesteps (N,) int32, text embeddings or tokens -> (N,) float32."""
-        return self.loss(latents, noise, timesteps, texts)
-
-
-class MeasuredImages:
-    """Images whose loss is computed: rows of a data set in batches of one shape, which are always the same.
-
-    Args:
-        inputs: Encodes the images and captions of a data set. See `Inputs.of_data`.
-        rows: Their rows.
-        seed: Of the noise.
-    """
-
-    def __init__(self, inputs: Inputs, rows: Sequence[int], seed: int):
-        self.inputs, self.rows, self.seed = inputs, list(rows), seed
-        self.batch_size = inputs.settings.train_batch_size
-        buckets = inputs.data.buckets.of_row[self.rows]
-        self.batches = [
-            places[start : start + self.batch_size]
-            for places in (np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets))
-            for start in range(0, len(places), self.batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def encode(self, part: slice) -> None:
-        """Put the images and captions of a part of the batches into the cache."""
-        rows = [self.rows[place] for batch in self.batches[part] for place in batch.tolist()]
-        self.inputs.cache_rows(rows, [self._caption(row) for row in rows])
-
-    def losses(self, network: nn.Cell, timesteps: Sequence[int], part: slice, bar: tqdm) -> np.ndarray:
-        """Return the loss (images, time steps) float64 of each image, 0 of those of other batches than `part`.
-
-        Args:
-            network: RowLosses.
-            timesteps: The time steps.
-            part: Which batches.
-            bar: Counts them.
-        """
-        result = np.zeros((len(self), len(timesteps)))
-        for places in self.batches[part]:
-            latents, texts = self._inputs_of(places)
-            noises = (self._normal(f"validation_noise_{timestep}", places, latents.shape) for timestep in timesteps)
-            # All are launched before the first is read, so that an Ascend device need not wait for the host.
-            unread = [
-                network(latents, Tensor(noise), Tensor(np.full(self.batch_size, timestep, np.int32)), texts)
-                for timestep, noise in zip(timesteps, noises)
-            ]
-            for column, losses in enumerate(unread):
-                result[places, column] = losses.asnumpy()[: len(places)]
-            bar.update()
-        return result
-
-    def _inputs_of(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the latents and the text embeddings of a batch, whose last row is repeated to fill it."""
-        config = self.inputs.config
-        rows, moments = self.inputs.images([self.rows[place] for place in places.tolist()])
-        texts = self.inputs.texts_of([self._caption(row) for row in rows])
-        shape = (len(places), config.latent_channels, *moments.shape[2:])
-        eps = self._normal("validation_posterior", places, shape)[: len(places)]
-        latents = sample_latents(moments, eps, config.scale_factor)
-        return Tensor(fill_batch(latents, self.batch_size)), Tensor(fill_batch(texts, self.batch_size))
-
-    def _caption(self, row: int) -> str:
-        return self.inputs.whole_caption(row, draws(self.seed, "validation_caption", row))
-
-    def _normal(self, stream: str, places: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Return normal numbers for a whole batch, those of each image being a function of its row."""
-        rows = [self.rows[place] for place in places.tolist()]
-        drawn = [draws(self.seed, stream, row).standard_normal(shape[1:], np.float32) for row in rows]
-        return fill_batch(np.stack(drawn), self.batch_size)
-
-
-class Measured(NamedTuple):
-    """What was measured at a step. `losses` are float32 (images,), each the mean over the time steps."""
-
-    step: int
-    loss: float  # mean of the held-out images and time steps
-    training_loss: float  # that of the training images
-    losses: np.ndarray  # of the held-out images
-
-    def content(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
-        losses = base64.b64encode(self.losses.astype("<f4").tobytes()).decode("ascii")
-        return {**self._asdict(), "losses": losses}
-
-    @classmethod
-    def parse(cls, content: Any) -> Measured | None:
-        """Return what `content` was made from, or None if it was made from nothing that can be used."""
-        try:
-            raw = base64.b64decode(content["losses"], validate=True)
-            losses = np.frombuffer(raw, "<f4").astype(np.float32)
-            step, loss, training_loss = content["step"], float(content["loss"]), float(content["training_loss"])
-        except (KeyError, TypeError, ValueError):
-            return None
-        is_step = type(step) is int and 0 <= step < 10**12
-        return cls(step, loss, training_loss, losses) if is_step and math.isfinite(loss) else None
 
 
 class Validation:
@@ -278,10 +141,7 @@ class Validation:
         """Open validation.csv, and measure what the run starts from if no step is done yet."""
         done = self.status.steps_done
         if self.runtime.process_index == 0:
-            path = Path(self.settings.output_path) / FILE
-            header = ["step", "images", "loss", *(f"loss_{timestep}" for timestep in self.timesteps)]
-            _set_aside_other_columns(path, header, done)
-            self._file = StepRows(path, header, done)
+            self._file = open_validation_file(Path(self.settings.output_path), self.timesteps, done)
             logger.info(
                 "validation loss: the mean squared error of %d held-out images, and of %d training images, at the time "
                 "steps %s",
@@ -322,31 +182,7 @@ class Validation:
         best, last = self.best, self.last
         if best is None or last is None or self.runtime.process_index > 0:
             return
-        logger.info(
-            "validation loss: the best is %.5f at step %d, with %.5f of the training images; at the end it is %.5f, "
-            "with %.5f",
-            best.loss, best.step, best.training_loss, last.loss, last.training_loss,
-        )  # fmt: skip
-        if not best.loss < last.loss:
-            return
-        difference, chance = compare(last.losses, best.losses)
-        if not difference > chance:
-            logger.info(
-                "the last step is worse than the best one by %.2g, which may be chance (+- %.2g, from %d images)",
-                difference, chance, len(last.losses),
-            )  # fmt: skip
-            return
-        path = self.checkpoints.kept(best.step)
-        if path is not None:
-            advice = f"use {path}, which is from step {best.step}"
-        elif best.step == 0:
-            advice = "no step was better than what the training started from; lower the learning rate"
-        else:
-            advice = f"step {best.step} was not kept; train again with --keep_best True, or with fewer steps"
-        logger.warning(
-            "the last step is worse than step %d by more than chance (%.2g +- %.2g, from %d images): %s",
-            best.step, difference, chance, len(last.losses), advice,
-        )  # fmt: skip
+        log_summary(best, last, self.checkpoints.kept)
 
     @property
     def _part(self) -> slice:
@@ -440,36 +276,6 @@ def is_due(settings: TrainSettings, plan: RunPlan, steps_done: int) -> bool:
     return steps_done in (0, plan.steps) or any(completes_interval(steps_done, every) for every in intervals)
 
 
-def choose_rows(data: TrainingData, count: int, seed: int, stream: str) -> list[int]:
-    """Return at most `count` rows of a data set that are no class images, drawn by the seed, in their order."""
-    rows = np.arange(len(data))
-    is_reg = np.array([subset.is_reg for subset in data.subsets])
-    if is_reg.any():
-        rows = rows[~is_reg[np.fromiter((row.subset for row in data.rows), np.int64, len(data))]]
-    return sorted(rows[draws(seed, stream, 0).permutation(len(rows))[:count]].tolist())
-
-
-def compare(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
-    """Return the mean of losses - others, and how far from 0 it may be by chance in 95 of 100 cases.
-
-    The losses are of the same images with the same noise, so that their differences count, which vary much less than
-    the losses. "By chance" is about which images were held out.
-
-    Args:
-        losses: (images,).
-        others: (images,).
-
-    Returns:
-        The mean, and Student's t times its standard error. That is inf for one image.
-    """
-    differences = losses.astype(np.float64) - others
-    if len(differences) < 2:
-        return float(differences.mean()), math.inf
-    free = len(differences) - 1
-    student_t = _STUDENT_T[free - 1] if free <= len(_STUDENT_T) else 1.96 + 2.5 / free
-    return float(differences.mean()), student_t * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-
-
 @contextmanager
 def sampled_weights(step: TrainStep, values: dict[str, np.ndarray] | None) -> Iterator[None]:
     """Have the networks hold the weights that checkpoints hold, such as moving averages, and then their own again.
@@ -490,23 +296,6 @@ def sampled_weights(step: TrainStep, values: dict[str, np.ndarray] | None) -> It
     finally:
         for parameter, array in zip(step.parameters, own):
             parameter.set_data(Tensor(array))
-
-
-def _set_aside_other_columns(path: Path, header: Sequence[str], step: int) -> None:
-    """Rename a file that no run wrote, or that of a run which is resumed with other time steps."""
-    if not is_there(path):
-        return
-    found = read_bytes(path).partition(b"\n")[0].strip()
-    is_of_a_run = found.startswith(b"step,images,loss")
-    if is_of_a_run and (not step or found == ",".join(header).encode()):
-        return
-    with writing(path):
-        if not is_of_a_run:
-            make_room(path)
-            return
-        kept = free_name(path.with_name(f"validation-until-{step:08d}.csv"))
-        os.replace(path, kept)
-    logger.warning("validation_timesteps has changed: the rows until step %d are in %s", step, kept)
 
 
 def _packed(losses: dict[str, np.ndarray]) -> bytes:

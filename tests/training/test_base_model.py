@@ -61,7 +61,7 @@ def settings(files, output, base, **others) -> TrainSettings:
 def test_the_added_tokens_of_a_folder_are_used_and_saved(files, tmp_path):
     run = prepare(settings(files, tmp_path / "run", "token", model_config=None))
     assert run.model.config.added_tokens == (TOKEN,)
-    tokens = run.inputs.tokenizer.encode([row.caption for row in run.inputs.data.rows])
+    tokens = run.inputs.captions.tokens.tokenizer.encode([row.caption for row in run.inputs.data.rows])
     assert (tokens == 49408).sum(axis=1).tolist() == [1, 0, 1, 0]
     save(run)
     model = tmp_path / "run" / "ckpt" / "model.ckpt"

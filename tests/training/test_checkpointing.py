@@ -16,7 +16,8 @@ from ldm.runtime.device import setup_runtime
 from ldm.settings.loss import LossSettings
 from ldm.settings.model import load_model_config
 from ldm.training.checkpointing import CheckpointedGradients
-from ldm.training.step import LossFromTokens, TrainStep
+from ldm.training.step import TrainStep
+from ldm.training.step_graphs import LossFromTokens
 from tests.training.micro import MICRO, prepare
 from tests.training.toy import scalars
 

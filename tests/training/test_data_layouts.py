@@ -9,7 +9,7 @@ from PIL import Image
 from ldm.data.draws import augmentation_draws
 from ldm.errors import UserError
 from ldm.settings.train import TrainSettings
-from ldm.training import inputs as inputs_module
+from ldm.training.inputs import encode_ahead
 from ldm.training.setup import begin
 from ldm.training.trainer import run_steps, train
 from tests.data.sources import layouts
@@ -80,7 +80,7 @@ def test_captions_that_change_resume_bit_for_bit(make, tmp_path):
     resumed = prepare(make(data, "other", **options)).inputs
     assert all(same(resumed.batch(number), batches[number]) for number in (7, 11, 2))
     texts = [batch.text_embeddings for batch in batches]
-    empty = whole._text_embeddings([""])[0]
+    empty = whole.texts.of([""])[0]
     is_empty = np.array([[np.array_equal(row, empty) for row in text] for text in texts])
     assert is_empty[4:8].all() and is_empty[8:].mean() < 0.6  # four batches an epoch, of which every second is empty
 
@@ -174,7 +174,7 @@ def test_masks_are_cropped_and_mirrored_with_their_images_and_cached_ones_are_th
     augmented = prepare(make(data, "a", **given, random_crop=True, random_flip=True)).inputs
     seen = set()
     for number in range(6):
-        rows, _, found = augmented._encode_now(number)
+        rows, _, found = augmented.at_each_step.of_batch(number)
         images = [
             augmented.data.image_and_mask(row, 2, rng)[0] for row, rng in zip(rows, augmentation_draws(42, number, 2))
         ]
@@ -278,8 +278,8 @@ def test_a_mask_is_cached_with_the_scale_of_its_image(make, tmp_path):
     inputs = prepare(make(tmp_path / "config.toml", train_batch_size=1)).inputs
     assert [inputs.data.buckets.size(row) for row in (0, 1)] == [(48, 48)] * 2
     for row in (0, 1):
-        np.testing.assert_array_equal(inputs._mask(row), inputs.data.mask(row, 2))
-    assert not np.array_equal(inputs._mask(0), inputs._mask(1))
+        np.testing.assert_array_equal(inputs.masks.of_row(row), inputs.data.mask(row, 2))
+    assert not np.array_equal(inputs.masks.of_row(0), inputs.masks.of_row(1))
 
 
 def test_a_truncated_image_with_an_alpha_mask_is_replaced_where_it_was_not_checked(make, tmp_path, caplog):
@@ -305,9 +305,9 @@ def test_captions_that_change_are_not_kept_on_disk(make, tmp_path):
 
 def test_the_window_is_as_large_as_the_memory_that_it_may_take(make, tmp_path, monkeypatch):
     data = write(tmp_path / "data", [(16, 16)] * 8)
-    assert prepare(make(data)).inputs._most_ahead == 64
-    monkeypatch.setattr(inputs_module, "WINDOW_BYTES", 100_000)
-    assert 1 <= prepare(make(data)).inputs._most_ahead < 8
+    assert prepare(make(data)).inputs.ahead.limit == 64
+    monkeypatch.setattr(encode_ahead, "WINDOW_BYTES", 100_000)
+    assert 1 <= prepare(make(data)).inputs.ahead.limit < 8
 
 
 def test_a_cache_that_cannot_be_written_trains_the_same_batches(make, tmp_path, monkeypatch):

@@ -36,9 +36,11 @@ def test_without_another_cause_the_learning_rate(settings, empty_run, loss):
 def spoil(run, what, row):
     """Have the cache return an array of a row that is not finite."""
     inputs = run.inputs
-    tokens = inputs.tokenizer.encode([inputs.data.rows[row].caption])[0]
+    tokens = inputs.captions.tokens.tokenizer.encode([inputs.data.rows[row].caption])[0]
     cache, key = (
-        (inputs.moments, inputs._row_key(row)) if what == "latents" else (inputs.texts, inputs._text_key(tokens))
+        (inputs.moments.cache, inputs.moments.key(row))
+        if what == "latents"
+        else (inputs.texts.cache, inputs.texts.key(tokens))
     )
     get = cache.get
 

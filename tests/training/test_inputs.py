@@ -65,10 +65,10 @@ def rows(tmp_path):
     return rows
 
 
-def build(rows, tmp_path, seed=1, process_index=0, process_count=1, model=None, **others):
+def build(rows, tmp_path, seed=1, process_index=0, process_count=1, model=None, batch_size=2, **others):
     settings = TrainSettings(output_path=str(tmp_path / "run"), seed=seed, image_size=SIZE, **others)
     model = model or SimpleNamespace(config=MICRO, first_stage_model=Encoder(), cond_stage_model=Text())
-    order = BatchOrder(len(rows), 2, seed, process_index, process_count)
+    order = BatchOrder(len(rows), batch_size, seed, process_index, process_count)
     return Inputs(settings, model, data_of_rows(rows, SIZE, settings), order)
 
 
@@ -136,8 +136,7 @@ def test_a_noise_setting_changes_the_noise_alone_and_a_resumed_run_has_the_same(
 def test_processes_train_on_the_noise_of_one_process(rows, tmp_path, noise):
     parts = [build(rows, tmp_path, process_index=i, process_count=2, **noise).batch(1) for i in range(2)]
     # One process with batches of 4 draws what two draw with batches of 2.
-    together = build(rows, tmp_path, **noise)
-    together.order = BatchOrder(len(rows), 4, 1)
+    together = build(rows, tmp_path, batch_size=4, **noise)
     whole = together.batch(1)
     for name in ("latents", "noise", "timesteps"):
         found = np.concatenate([getattr(part, name) for part in parts])
@@ -168,7 +167,7 @@ def test_tokens_are_returned_if_the_text_encoder_is_trained(rows, tmp_path):
     inputs = build(rows, tmp_path, use_lora=True, lora_ft_text_encoder=True, caption_dropout=0.5)
     batch = inputs.batch(0)
     assert batch.text_embeddings.dtype == np.int32 and batch.text_embeddings.shape == (2, 77)
-    assert inputs.texts is None
+    assert inputs.texts.cache is None
 
 
 def encoded(inputs, monkeypatch):
@@ -177,7 +176,7 @@ def encoded(inputs, monkeypatch):
     put = ShardedCache.put
 
     def counting(cache, key, array):
-        calls["images" if cache is inputs.moments else "texts"] += 1
+        calls["images" if cache is inputs.moments.cache else "texts"] += 1
         return put(cache, key, array)
 
     with monkeypatch.context() as patch:
@@ -193,21 +192,21 @@ def test_validation_pushes_no_caption_out_of_the_memory_of_the_training(rows, tm
         raise AssertionError("the text encoder runs")
 
     changing = dict(caption_tag_dropout_rate=0.1, encode_ahead=1)
-    monkeypatch.setattr("ldm.training.inputs.MEMORY_BYTES", 0)
-    monkeypatch.setattr("ldm.training.inputs.RECENT_BYTES", 20 * 4 * 77 * MICRO.context_dim)
+    monkeypatch.setattr("ldm.training.inputs.encode_ahead.MEMORY_BYTES", 0)
+    monkeypatch.setattr("ldm.training.inputs.caches.RECENT_BYTES", 20 * 4 * 77 * MICRO.context_dim)
     inputs = build(rows, tmp_path, **changing)
-    assert inputs.texts.folder is None
+    assert inputs.texts.cache.folder is None
     validation = inputs.of_data(inputs.data, "elsewhere")
-    validation.texts_of([*(row.caption for row in rows), ""])  # some captions are those of the training
+    validation.texts.of([*(row.caption for row in rows), ""])  # some captions are those of the training
     inputs.prepare(0)
     captions = [f"caption {number}" for number in range(50)]
-    embeddings = [validation.texts_of([caption])[0] for caption in captions]
-    inputs.text_encoder = refuse
+    embeddings = [validation.texts.of([caption])[0] for caption in captions]
+    inputs.texts.encoder = refuse
     inputs.prepared_batch(0)
     # They are on disk for the next run, and both of the data sets of a validation use them.
     again = build(rows, tmp_path, **changing).of_data(inputs.data, "elsewhere")
-    again.text_encoder = refuse
-    np.testing.assert_array_equal(again.of_data(inputs.data, None).texts_of(captions), embeddings)
+    again.texts.encoder = refuse
+    np.testing.assert_array_equal(again.of_data(inputs.data, None).texts.of(captions), embeddings)
 
 
 def test_a_second_run_encodes_only_what_changed(rows, tmp_path, monkeypatch):
@@ -229,8 +228,8 @@ def test_another_model_encodes_again(rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("ahead", "expected"), [(2, [1, 2, 2, 1, 2, 1, 2, 1]), (64, [1, 2, 3, 3, 3])])
 def test_images_are_encoded_in_windows_that_grow_and_end_with_an_epoch(rows, tmp_path, monkeypatch, ahead, expected):
     inputs, windows = build(rows, tmp_path, encode_ahead=ahead), []
-    encode = inputs._encode_images
-    monkeypatch.setattr(inputs, "_encode_images", lambda rows: windows.append(len(rows) // 2) or encode(rows))
+    encode = inputs.moments.encode
+    monkeypatch.setattr(inputs.moments, "encode", lambda rows: windows.append(len(rows) // 2) or encode(rows))
     for number in range(12):
         inputs.batch(number)
     assert windows == expected  # of micro-batches of two rows, of which an epoch has three

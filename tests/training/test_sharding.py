@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from ldm.training import sharding, step
+from ldm.training import sharding, step_graphs
 from ldm.training.optimizer_arrays import OptimizerArrays
 from ldm.training.optimizers.adamw import ApplyAdamW
 from ldm.training.sharding import MeanInOrder, SendUpdated, Shards, balanced
@@ -69,10 +69,10 @@ class TestOrder:
         ms.set_context(mode=ms.PYNATIVE_MODE)
         before = []
         monkeypatch.setattr(sharding.ops, "AllReduce", lambda: lambda x: x)
-        monkeypatch.setattr(step, "SendUpdated", lambda arrays, shards: lambda updated: before.extend(updated))
+        monkeypatch.setattr(step_graphs, "SendUpdated", lambda arrays, shards: lambda updated: before.extend(updated))
         arrays, shards = OptimizerArrays([Parameter(Tensor([1.0, 2.0]), name="a")], 1), Shards((0,), process)
         optimizer = ApplyAdamW(shards.own(arrays.arrays), (0.9, 0.999))
-        update = step._Update(arrays, optimizer, False, 2, True, shards)
+        update = step_graphs.Update(arrays, optimizer, False, 2, True, shards)
         saturated = Tensor([0, 1, 0, 0, 0, 0, 0, 0], ms.int32)
         _, finite = update(
             (Tensor([3.0, 4.0]),), saturated, tuple(Tensor(x, ms.float32) for x in [1, 1, 1, 0, 1, 0, 0])

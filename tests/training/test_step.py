@@ -11,7 +11,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.runtime.device import setup_runtime
 from ldm.training.optimizers import AdamW, averages
-from ldm.training.step import LossFromTokens, TrainStep
+from ldm.training.step import TrainStep
+from ldm.training.step_graphs import LossFromTokens
 from ldm.training.step_operators import UnstackOnAscend
 from tests.training.toy import Linear, Product, batch, numbers, scalars
 

@@ -159,7 +159,7 @@ def test_in_fp16_the_rows_stay_fp32_and_a_step_that_overflows_leaves_them(settin
 
 
 def captions_of(run, steps=30):
-    return [caption for step in range(steps) for caption in run.inputs._captions(run.inputs.rows(step), step)]
+    return [caption for step in range(steps) for caption in run.inputs.captions.of_batch(run.inputs.rows(step), step)]
 
 
 def test_captions_without_the_token_become_templates_that_change(settings, micro_data, tmp_path, caplog):

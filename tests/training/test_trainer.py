@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.lora.formats import read_lora
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings
-from ldm.training import inputs
+from ldm.training.inputs import Inputs, latents
 from ldm.training.own_files import find_states
 from ldm.training.status import Status
 from ldm.training.trainer import run_steps
@@ -61,8 +61,8 @@ def test_a_lora_is_trained_on_some_time_steps_and_its_file_says_so(settings, tmp
         seen.extend(batch.timesteps.tolist())
         return batch
 
-    make_batch = inputs.Inputs.batch
-    monkeypatch.setattr(inputs.Inputs, "batch", record)
+    make_batch = Inputs.batch
+    monkeypatch.setattr(Inputs, "batch", record)
     path = run_steps(prepare(settings(tmp_path / "late", use_lora=True, max_steps=4, max_timestep=550)))
     assert len(seen) == 8 and max(seen) < 550
     assert read_lora(path).timesteps == range(0, 550)
@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_how_to_continue(settings, saved_run, tmp_path):
 
 
 def test_a_run_that_is_interrupted_while_it_encodes_says_so(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "CACHE_PIXELS", 16 * 16)  # one image at a time
+    monkeypatch.setattr(latents, "CACHE_PIXELS", 16 * 16)  # one image at a time
     status = Status(tmp_path / "run" / "ckpt", resumes=False)
     run = prepare(settings(tmp_path / "run"), status)
     load = run.inputs.data.image

@@ -25,7 +25,9 @@ from ldm.training.own_files import find_states
 from ldm.training.plan import make_plan
 from ldm.training.trainer import run_steps, save, train
 from ldm.training.training_state import load_state
-from ldm.training.validation import Measured, Validation, choose_rows, compare, is_due
+from ldm.training.validation import Validation, is_due
+from ldm.training.validation_loss import choose_rows
+from ldm.training.validation_results import Measured, compare
 from tests.training.micro import MICRO, SETTINGS, metrics, prepare
 
 # A LoRA that learns in a few steps, with all that validation leaves out. 3 of 10 images are held out.
@@ -76,7 +78,7 @@ def numpy_losses(run, images, timestep: int) -> list[float]:
     alpha = NoiseSchedule.from_config(config).alphas_cumprod[timestep]
     losses = []
     for row in images.rows:
-        _, moments = images.inputs.images([row])
+        _, moments = images.inputs.moments_of([row])
         mean, logvar = np.split(moments.astype(np.float64), 2, 1)
         shape = mean.shape[1:]
         eps, noise = (
@@ -85,7 +87,7 @@ def numpy_losses(run, images, timestep: int) -> list[float]:
         )
         latents = (mean + np.exp(logvar / 2) * eps) * config.scale_factor
         noisy = np.sqrt(alpha) * latents + np.sqrt(1 - alpha) * noise
-        embeddings = Tensor(images.inputs.texts_of([f"image {data.name(row)[0]}, two, three"]))
+        embeddings = Tensor(images.inputs.texts.of([f"image {data.name(row)[0]}, two, three"]))
         prediction = run.model.model.diffusion_model(
             Tensor(noisy.astype(np.float32)), Tensor(np.array([timestep], np.int32)), embeddings
         ).asnumpy()

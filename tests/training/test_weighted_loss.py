@@ -12,7 +12,8 @@ from ldm.data.masks import load_image_and_mask, loss_weights
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.runtime.device import setup_runtime
-from ldm.training.step import LossFromTokens, TrainStep
+from ldm.training.step import TrainStep
+from ldm.training.step_graphs import LossFromTokens
 from tests.training.toy import scalars
 
 N, C, SIDE, WIDTH = 3, 4, 6, 5
