@@ -45,6 +45,7 @@ from ldm.training.graph_cache import cached_graphs, graph_key  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
+from ldm.weights.load import load_base_model  # noqa: E402
 from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, long_texts, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
@@ -190,6 +191,15 @@ def text(work: Work, config: ModelConfig) -> Callable:
     return lambda: net(tokens).asnumpy()
 
 
+def load(work: Work, config: ModelConfig, folder: Path) -> Callable:
+    """Build what both scripts do first: make the networks and load a checkpoint into them."""
+
+    def run() -> None:
+        load_base_model(build_model(config, random=False), folder / "model")
+
+    return run
+
+
 KINDS: dict[str, Callable[..., Callable]] = {
     "unet": unet, "lora": lora, "full": partial(lora, full=True),
     "checkpointed": partial(lora, checkpointing=True), "epoch": epoch, "generate": generate,
@@ -197,6 +207,7 @@ KINDS: dict[str, Callable[..., Callable]] = {
     "long_prompts": partial(generate, long_prompts=True), "hires": hires,
     "image_to_image": from_image, "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode,
     "text": text, "first_step": lora, "first_step_cached": first_step_cached,
+    "load": load,
 }  # fmt: skip
 
 
@@ -204,12 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
     parser.add_argument("--kind", help="instead of the workload's")
-    parser.add_argument("--graphs", type=Path, help="the cache folder of first_step_cached")
+    parser.add_argument("--folder", type=Path, help="the cache folder of first_step_cached; what run.py prepared")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    setup_runtime("CPU", seed=works.SEED)
+    setup_runtime("CPU", precision=args.precision, seed=works.SEED)
     work = WORKS[args.work]
-    extra = {"folder": args.graphs} if args.graphs else {}
-    call = KINDS[args.kind or work.kind](work, load_model_config(work.config), **extra)
+    kind = args.kind or work.kind
+    extra = {"folder": args.folder} if kind in ("first_step_cached", "load") else {}
+    call = KINDS[kind](work, load_model_config(work.config), **extra)
     turns.serve(call, {"mindspore": ms.__version__, "numpy": np.__version__})
 
 
