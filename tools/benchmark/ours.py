@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -218,7 +219,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="the cache folder of first_step_cached; what run.py prepared")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    setup_runtime("CPU", precision=args.precision, seed=works.SEED)
+    if setup_runtime("CPU", precision=args.precision, seed=works.SEED).precision != args.precision:
+        sys.exit(f"this project has no precision {args.precision} on the CPU")
     work = WORKS[args.work]
     kind = args.kind or work.kind
     extra = {"folder": args.folder} if kind in ("first_step_cached", "load") else {}
